@@ -1,0 +1,183 @@
+"""The statistics of one step's gradient: squared norms, and the noise and signal they imply.
+
+A step's gradient is a weighted mean of *parts*: micro-batches of every rank, or single examples. Part j is the mean
+gradient ``g_j`` of ``n_j`` examples and enters with weight ``w_j`` (the weights sum to one). With the true gradient
+``G`` and ``V`` the trace of the per-example covariance,
+
+    E[ sum_j w_j |g_j|^2 ]   = |G|^2 + V / part_size       1 / part_size    = sum_j w_j   / n_j
+    E[ |sum_j w_j g_j|^2 ]   = |G|^2 + V / num_examples    1 / num_examples = sum_j w_j^2 / n_j
+
+so two squared norms at two sizes give unbiased estimates of both unknowns, whatever the sizes and weights of the parts
+(for two sizes: McCandlish et al. 2018, appendix A.1). Nothing else has to cross the network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+class GradientMoments(NamedTuple):
+    """Squared norms of one step's gradient and of its parts.
+
+    Args:
+        part_sq: weighted mean of the parts' squared norms, ``sum_j w_j |g_j|^2``.
+        part_size: examples in a part (the harmonic mean of the sizes, by weight); may be fractional.
+        grad_sq: squared norm of the step's gradient, ``|sum_j w_j g_j|^2``.
+        num_examples: examples behind that gradient; fewer than were counted where the weights are unequal.
+        num_parts: how many parts there were.
+        noise_along: the share of ``noise`` that lies along the gradient (per example, same unit as ``noise``), where it
+            was measured from single examples; else None.
+    """
+
+    part_sq: float
+    part_size: float
+    grad_sq: float
+    num_examples: float
+    num_parts: int
+    noise_along: float | None = None
+
+    @property
+    def noise(self) -> float:
+        """Unbiased trace of the per-example gradient covariance; NaN from fewer than two parts, may be negative."""
+        if self.num_parts < 2:
+            return math.nan
+        return (self.part_sq - self.grad_sq) / (1 / self.part_size - 1 / self.num_examples)
+
+    @property
+    def signal(self) -> float:
+        """Unbiased squared norm of the true gradient; NaN from fewer than two parts, may be negative."""
+        return self.grad_sq - self.noise / self.num_examples
+
+    @property
+    def noise_scale(self) -> float:
+        """``noise / signal`` in examples (McCandlish et al. 2018); NaN where the signal is not positive."""
+        noise, signal = self.noise, self.signal
+        return noise / signal if signal > 0 else math.nan
+
+    @property
+    def noise_across(self) -> float:
+        """The share of ``noise`` orthogonal to the gradient; NaN where ``noise_along`` was not measured."""
+        return math.nan if self.noise_along is None else self.noise - self.noise_along
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number in here is finite."""
+        return math.isfinite(self.part_sq) and math.isfinite(self.grad_sq)
+
+    def scaled(self, factor: float) -> GradientMoments:
+        """The moments after every gradient was multiplied by ``factor`` (a loss scale, an accumulation divisor)."""
+        square = factor * factor
+        along = None if self.noise_along is None else self.noise_along * square
+        return self._replace(
+            part_sq=self.part_sq * square, grad_sq=self.grad_sq * square, noise_along=along
+        )
+
+    @classmethod
+    def from_noise(
+        cls,
+        noise: float,
+        signal: float,
+        *,
+        part_size: float,
+        num_examples: float,
+        noise_along: float | None = None,
+    ) -> GradientMoments:
+        """The moments that a batch of ``num_examples`` would show in expectation, given noise and signal."""
+        return cls(
+            part_sq=signal + noise / part_size,
+            part_size=part_size,
+            grad_sq=signal + noise / num_examples,
+            num_examples=num_examples,
+            num_parts=max(2, round(num_examples / part_size)),
+            noise_along=noise_along,
+        )
+
+
+def from_parts(
+    parts_sq: ArrayLike,
+    sizes: ArrayLike,
+    grad_sq: float,
+    *,
+    weights: ArrayLike | None = None,
+) -> GradientMoments:
+    """Moments from the squared norm of each part's mean gradient.
+
+    Args:
+        parts_sq: ``|g_j|^2``, shape (num_parts,).
+        sizes: examples in each part, shape (num_parts,) or a number for all; positive.
+        grad_sq: squared norm of the weighted mean of the parts.
+        weights: weight of each part in that mean, shape (num_parts,), summing to one; by default ``sizes`` divided by
+            their sum, which is the gradient of the mean over examples.
+
+    Raises:
+        ValueError: no parts, sizes that are not positive, or weights that do not sum to one.
+    """
+    squares = np.atleast_1d(np.asarray(parts_sq, dtype=np.float64))
+    counts = np.broadcast_to(np.asarray(sizes, dtype=np.float64), squares.shape)
+    if squares.size == 0:
+        raise ValueError("moments need at least one part, got none")
+    if not np.all(counts > 0):
+        raise ValueError(f"the sizes of parts must be positive, got {counts.tolist()}")
+    if weights is None:
+        shares = counts / counts.sum()
+    else:
+        shares = np.broadcast_to(np.asarray(weights, dtype=np.float64), squares.shape)
+        if not math.isclose(shares.sum(), 1.0, rel_tol=1e-6):
+            raise ValueError(f"the weights of the parts must sum to 1, got a sum of {shares.sum()}")
+    return GradientMoments(
+        part_sq=float(np.sum(shares * squares)),
+        part_size=float(1 / np.sum(shares / counts)),
+        grad_sq=float(grad_sq),
+        num_examples=float(1 / np.sum(shares**2 / counts)),
+        num_parts=int(squares.size),
+    )
+
+
+def from_examples(examples_sq: ArrayLike, products: ArrayLike) -> GradientMoments:
+    """Moments from single examples, with the noise along the gradient.
+
+    Args:
+        examples_sq: ``s_i = |g_i|^2``, shape (num_examples,).
+        products: ``p_i = <g_i, g>`` with the mean gradient ``g``, shape (num_examples,); their mean is ``|g|^2``.
+
+    Raises:
+        ValueError: shapes that differ, or fewer than two examples.
+    """
+    squares = np.asarray(examples_sq, dtype=np.float64)
+    inner = np.asarray(products, dtype=np.float64)
+    if squares.shape != inner.shape or squares.ndim != 1 or squares.size < 2:
+        raise ValueError(
+            f"need two arrays of the same length, at least 2, got shapes {squares.shape} and {inner.shape}"
+        )
+    grad_sq = float(inner.mean())
+    along = float(inner.var(ddof=1)) / grad_sq if grad_sq > 0 else math.nan
+    return from_parts(squares, 1.0, grad_sq)._replace(noise_along=along)
+
+
+def merge(groups: Iterable[GradientMoments], grad_sq: float) -> GradientMoments:
+    """The moments of several groups of parts taken together, each weighted by its examples.
+
+    Args:
+        groups: moments whose parts were weighted by their sizes; the groups may differ in size.
+        grad_sq: squared norm of the gradient of all groups together (the groups' own do not determine it).
+
+    Raises:
+        ValueError: no groups.
+    """
+    members: Sequence[GradientMoments] = list(groups)
+    if not members:
+        raise ValueError("merge needs at least one group, got none")
+    num_examples = sum(group.num_examples for group in members)
+    num_parts = sum(group.num_parts for group in members)
+    return GradientMoments(
+        part_sq=sum(group.part_sq * group.num_examples for group in members) / num_examples,
+        part_size=num_examples / num_parts,
+        grad_sq=float(grad_sq),
+        num_examples=num_examples,
+        num_parts=num_parts,
+    )

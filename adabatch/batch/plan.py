@@ -1,0 +1,182 @@
+"""The vocabulary of sizes: what a step takes, how far a run has come, and lengths that carry their unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+Unit = Literal["examples", "tokens", "steps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """How one step is put together: fixed before the step begins, the same on every rank.
+
+    Args:
+        micro_batch_size: examples in one forward and backward on one rank.
+        accumulation_steps: micro-batches that each rank runs for the step.
+        dp_size: ranks that see different data.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    micro_batch_size: int
+    accumulation_steps: int
+    dp_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "accumulation_steps", "dp_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Examples of the whole step, over all ranks."""
+        return self.micro_batch_size * self.accumulation_steps * self.dp_size
+
+    @property
+    def num_parts(self) -> int:
+        """Partial gradients whose spread can be measured."""
+        return self.accumulation_steps * self.dp_size
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training that carries its unit; made by ``examples``, ``tokens`` and ``steps``.
+
+    Raises:
+        ValueError: a negative count or an unknown unit.
+    """
+
+    count: int
+    unit: Unit
+
+    def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        if self.count < 0:
+            raise ValueError(f"a duration must not be negative, got {self.count} {self.unit}")
+
+    def __str__(self) -> str:
+        return f"{self.count:,} {self.unit}"
+
+
+def examples(count: int) -> Duration:
+    """A duration of ``count`` examples over all ranks."""
+    return Duration(int(count), "examples")
+
+
+def tokens(count: int) -> Duration:
+    """A duration of ``count`` tokens over all ranks."""
+    return Duration(int(count), "tokens")
+
+
+def steps(count: int) -> Duration:
+    """A duration of ``count`` optimizer steps."""
+    return Duration(int(count), "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come: what its applied updates consumed, over all ranks.
+
+    ``tokens`` is None where nobody counts them.
+    """
+
+    examples: int = 0
+    steps: int = 0
+    tokens: int | None = None
+
+    def after(self, num_examples: int, num_tokens: int | None = None) -> Progress:
+        """The progress one applied update later."""
+        tokens = None if num_tokens is None else (self.tokens or 0) + num_tokens
+        return replace(self, examples=self.examples + num_examples, steps=self.steps + 1, tokens=tokens)
+
+    def count(self, unit: Unit) -> int:
+        """The progress in ``unit``.
+
+        Raises:
+            ValueError: tokens asked for where they are not counted.
+        """
+        if unit == "examples":
+            return self.examples
+        if unit == "steps":
+            return self.steps
+        if self.tokens is None:
+            raise ValueError(
+                "this run does not count tokens: pass tokens_per_example= to AdaptiveBatch, "
+                "or give the duration in examples or steps"
+            )
+        return self.tokens
+
+    def reached(self, duration: Duration) -> bool:
+        """Whether ``duration`` is over."""
+        return self.count(duration.unit) >= duration.count
+
+
+def micro_batch_sizes(smallest: int, largest: int) -> tuple[int, ...]:
+    """The few micro-batch sizes a run may use, ascending: ``smallest`` times the powers of two, up to ``largest``.
+
+    Few sizes keep compiled and autotuned kernels in their caches.
+
+    Raises:
+        ValueError: ``smallest`` below 1 or above ``largest``.
+    """
+    if not 1 <= smallest <= largest:
+        raise ValueError(
+            f"micro_batch_size must lie between 1 and max_micro_batch_size, got {smallest} and {largest}"
+        )
+    return tuple(smallest << k for k in range((largest // smallest).bit_length()))
+
+
+def realize(
+    wanted: float,
+    *,
+    dp_size: int,
+    micro_sizes: Sequence[int],
+    min_size: int = 1,
+    max_size: int | None = None,
+    min_accumulation: int = 1,
+    tolerance: float = 0.0,
+) -> BatchPlan:
+    """The plan nearest to a wanted global batch size, with the largest micro-batch that comes near enough.
+
+    Args:
+        wanted: global batch size asked for, in examples; may be fractional.
+        dp_size: ranks that see different data.
+        micro_sizes: micro-batch sizes that may be used, in examples.
+        min_size, max_size: global batch sizes that the plan must not leave, in examples.
+        min_accumulation: accumulation steps at least (2 on a single rank, so that there is a spread to measure).
+        tolerance: relative error of the global batch size that is accepted in exchange for a larger micro-batch;
+            0 takes the nearest size that can be run.
+
+    Returns:
+        The plan; its global batch size may differ from ``wanted``.
+
+    Raises:
+        ValueError: no plan fits between ``min_size`` and ``max_size``.
+    """
+    ceiling = math.inf if max_size is None else max_size
+    nearest: tuple[float, BatchPlan] | None = None
+    for micro in sorted(micro_sizes, reverse=True):
+        quantum = micro * dp_size
+        lowest = max(min_accumulation, math.ceil(min_size / quantum))
+        if lowest * quantum > ceiling:
+            continue
+        highest = ceiling // quantum
+        count = int(min(max(round(wanted / quantum), lowest), highest))
+        plan = BatchPlan(micro_batch_size=micro, accumulation_steps=count, dp_size=dp_size)
+        error = abs(plan.global_batch_size - wanted) / wanted
+        if error <= tolerance:
+            return plan
+        if nearest is None or error < nearest[0]:
+            nearest = (error, plan)
+    if nearest is None:
+        raise ValueError(
+            f"no batch of {dp_size} rank(s) x {min_accumulation} or more micro-batches of {list(micro_sizes)} examples "
+            f"lies between {min_size} and {max_size}: move the limits or use another micro_batch_size"
+        )
+    return nearest[1]

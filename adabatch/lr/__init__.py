@@ -1,0 +1,1 @@
+"""How far a step goes. Pure: standard library and numpy, no torch."""

@@ -1,0 +1,1 @@
+"""Torch optimizers that torch lacks; they know nothing of batches or ranks."""

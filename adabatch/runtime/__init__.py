@@ -1,0 +1,1 @@
+"""Reads gradients, feeds data and talks to ranks; decides nothing."""

@@ -1,0 +1,1 @@
+"""Probes read, while a step runs, how much the partial gradients disagree."""
