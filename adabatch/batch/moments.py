@@ -73,9 +73,7 @@ class GradientMoments(NamedTuple):
         """The moments after every gradient was multiplied by ``factor`` (a loss scale, an accumulation divisor)."""
         square = factor * factor
         along = None if self.noise_along is None else self.noise_along * square
-        return self._replace(
-            part_sq=self.part_sq * square, grad_sq=self.grad_sq * square, noise_along=along
-        )
+        return self._replace(part_sq=self.part_sq * square, grad_sq=self.grad_sq * square, noise_along=along)
 
     @classmethod
     def from_noise(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -126,57 +125,60 @@ def micro_batch_sizes(smallest: int, largest: int) -> tuple[int, ...]:
         ValueError: ``smallest`` below 1 or above ``largest``.
     """
     if not 1 <= smallest <= largest:
-        raise ValueError(
-            f"micro_batch_size must lie between 1 and max_micro_batch_size, got {smallest} and {largest}"
-        )
+        raise ValueError(f"micro_batch_size must lie between 1 and max_micro_batch_size, got {smallest} and {largest}")
     return tuple(smallest << k for k in range((largest // smallest).bit_length()))
 
 
-def realize(
-    wanted: float,
-    *,
-    dp_size: int,
-    micro_sizes: Sequence[int],
-    min_size: int = 1,
-    max_size: int | None = None,
-    min_accumulation: int = 1,
-    tolerance: float = 0.0,
-) -> BatchPlan:
-    """The plan nearest to a wanted global batch size, with the largest micro-batch that comes near enough.
+@dataclass(frozen=True, kw_only=True)
+class PlanGrid:
+    """The plans that a run can carry out.
 
     Args:
-        wanted: global batch size asked for, in examples; may be fractional.
         dp_size: ranks that see different data.
         micro_sizes: micro-batch sizes that may be used, in examples.
-        min_size, max_size: global batch sizes that the plan must not leave, in examples.
         min_accumulation: accumulation steps at least (2 on a single rank, so that there is a spread to measure).
-        tolerance: relative error of the global batch size that is accepted in exchange for a larger micro-batch;
-            0 takes the nearest size that can be run.
-
-    Returns:
-        The plan; its global batch size may differ from ``wanted``.
-
-    Raises:
-        ValueError: no plan fits between ``min_size`` and ``max_size``.
     """
-    ceiling = math.inf if max_size is None else max_size
-    nearest: tuple[float, BatchPlan] | None = None
-    for micro in sorted(micro_sizes, reverse=True):
-        quantum = micro * dp_size
-        lowest = max(min_accumulation, math.ceil(min_size / quantum))
-        if lowest * quantum > ceiling:
-            continue
-        highest = ceiling // quantum
-        count = int(min(max(round(wanted / quantum), lowest), highest))
-        plan = BatchPlan(micro_batch_size=micro, accumulation_steps=count, dp_size=dp_size)
-        error = abs(plan.global_batch_size - wanted) / wanted
-        if error <= tolerance:
-            return plan
-        if nearest is None or error < nearest[0]:
-            nearest = (error, plan)
-    if nearest is None:
-        raise ValueError(
-            f"no batch of {dp_size} rank(s) x {min_accumulation} or more micro-batches of {list(micro_sizes)} examples "
-            f"lies between {min_size} and {max_size}: move the limits or use another micro_batch_size"
-        )
-    return nearest[1]
+
+    dp_size: int
+    micro_sizes: tuple[int, ...]
+    min_accumulation: int = 1
+
+    def nearest(
+        self, wanted: float, *, min_size: int = 1, max_size: float = math.inf, tolerance: float = 0.0
+    ) -> BatchPlan:
+        """The plan nearest to a wanted global batch size, with the largest micro-batch that comes near enough.
+
+        Args:
+            wanted: global batch size asked for, in examples; positive, may be fractional.
+            min_size, max_size: global batch sizes that the plan must not leave, in examples.
+            tolerance: relative error of the global batch size that is accepted in exchange for a larger micro-batch;
+                0 takes the nearest size that can be run.
+
+        Returns:
+            The plan; its global batch size may differ from ``wanted``.
+
+        Raises:
+            ValueError: no plan fits between ``min_size`` and ``max_size``.
+        """
+        best: tuple[float, BatchPlan] | None = None
+        for micro in sorted(self.micro_sizes, reverse=True):
+            quantum = micro * self.dp_size
+            lowest = max(self.min_accumulation, math.ceil(min_size / quantum))
+            if lowest * quantum > max_size:
+                continue
+            count = max(round(min(wanted, max_size) / quantum), lowest)
+            if count * quantum > max_size:
+                count = int(max_size // quantum)
+            plan = BatchPlan(micro_batch_size=micro, accumulation_steps=count, dp_size=self.dp_size)
+            error = abs(plan.global_batch_size - wanted) / wanted
+            if error <= tolerance:
+                return plan
+            if best is None or error < best[0]:
+                best = (error, plan)
+        if best is None:
+            raise ValueError(
+                f"no batch of {self.dp_size} rank(s) x {self.min_accumulation} or more micro-batches of "
+                f"{' or '.join(map(str, self.micro_sizes))} examples lies between {min_size} and {max_size}: "
+                f"move the limits or use another micro_batch_size"
+            )
+        return best[1]

@@ -1,0 +1,364 @@
+"""The control: which batch size a run may have. The only place that decides.
+
+A criterion says what the gradient asks for; noise is large, so what it says is averaged, given an error bar, and
+followed only where following is worth it. Noise and signal are averaged apart, in per-example units, so that the
+averages stay valid when the batch changes, and are divided last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+from adabatch.batch.criteria import Criterion, Observation
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
+from adabatch.batch.schedules import Schedule
+
+ROUNDING_TOLERANCE = 1 / 8
+"""Relative error of the batch size that a criterion (not a schedule) accepts for a larger micro-batch: at most half an
+accumulation step in four, far below the error bar of any estimate."""
+
+
+class Reason(StrEnum):
+    """Why the next plan is what it is; the words of the journal."""
+
+    GROW = "grow"
+    SHRINK = "shrink"
+    SCHEDULED = "scheduled"
+    AGREES = "agrees"
+    NOT_PROBED = "not probed"
+    NOT_FINITE = "not finite"
+    NO_NOISE = "no noise"
+    NO_SIGNAL = "no signal"
+    MONOTONE = "monotone"
+    HYSTERESIS = "within hysteresis"
+    NOT_SIGNIFICANT = "not significant"
+    HOLD = "hold"
+    AT_LIMIT = "at limit"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The smallest and largest global batch size, in examples; either may be a schedule.
+
+    Raises:
+        ValueError: a size below 1, or limits crossed.
+    """
+
+    min: int | Schedule
+    max: int | Schedule
+
+    def __post_init__(self) -> None:
+        for name, limit in (("min", self.min), ("max", self.max)):
+            if isinstance(limit, int) and limit < 1:
+                raise ValueError(f"limits.{name} must be at least 1 example, got {limit}")
+        if isinstance(self.min, int) and isinstance(self.max, int) and self.min > self.max:
+            raise ValueError(f"limits are crossed: min={self.min} is above max={self.max}")
+
+    def at(self, progress: Progress) -> tuple[int, int]:
+        """Floor and ceiling at this progress; where schedules cross, the ceiling holds."""
+        low = self.min if isinstance(self.min, int) else math.ceil(self.min.size(progress))
+        high = self.max if isinstance(self.max, int) else math.floor(self.max.size(progress))
+        return min(low, high), high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """How cautiously the plan follows the criterion. ``Control.direct()`` follows every test, as the papers do.
+
+    Args:
+        interval: a probe every so many steps.
+        memory: probes in the average: an exponential window with the weight of ``memory`` equal ones (a factor of
+            ``(memory - 1) / (memory + 1)`` a probe). 1 keeps only the last. The default forgets at a rate of 0.82 a
+            probe, near the 0.9 of arXiv 2602.03001.
+        confidence: one-sided probability with which the wanted batch must lie beyond the present one before it is
+            followed, in [0.5, 1). 0.5 asks for no certainty.
+        hysteresis: relative change below which nothing moves (0.1: AdaptDL's 0.05 on noisier statistics, doubled).
+        hold: steps after a change in which no other follows.
+        growth: largest factor of one change, either way, above 1; ``inf`` for none.
+        monotone: whether the batch may only grow.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    interval: int = 1
+    memory: float = 10
+    confidence: float = 0.9
+    hysteresis: float = 0.1
+    hold: int = 0
+    growth: float = 2.0
+    monotone: bool = True
+
+    def __post_init__(self) -> None:
+        checks = {
+            "interval": (self.interval >= 1, "at least 1 step"),
+            "memory": (self.memory >= 1, "at least 1 probe"),
+            "confidence": (0.5 <= self.confidence < 1, "in [0.5, 1)"),
+            "hysteresis": (0 <= self.hysteresis < math.inf, "zero or positive"),
+            "hold": (self.hold >= 0, "zero or more steps"),
+            "growth": (self.growth > 1, "above 1"),
+        }
+        for name, (holds, allowed) in checks.items():
+            if not holds:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+
+    @classmethod
+    def direct(cls, *, interval: int = 1) -> Control:
+        """Every test is followed at once and in full: no average, no error bar, no cap; growth only."""
+        return cls(interval=interval, memory=1, confidence=0.5, hysteresis=0.0, growth=math.inf)
+
+    @property
+    def decay(self) -> float:
+        """Weight of the past at each new probe."""
+        return (self.memory - 1) / (self.memory + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averages:
+    """Exponentially weighted averages of noise and signal over probes, with their covariance.
+
+    The recursion is West's (1979) for weighted means; ``weight`` and ``weight_sq`` are the sums of weights and of their
+    squares, so the averages need no bias correction and ``num_effective`` equal probes stand behind them.
+    """
+
+    weight: float = 0.0
+    weight_sq: float = 0.0
+    noise: float = 0.0
+    signal: float = 0.0
+    noise_along: float | None = None
+    spread_noise: float = 0.0
+    spread_signal: float = 0.0
+    spread_both: float = 0.0
+
+    @property
+    def num_effective(self) -> float:
+        """How many equally weighted probes would be as certain."""
+        return self.weight**2 / self.weight_sq if self.weight_sq else 0.0
+
+    def after(self, moments: GradientMoments, decay: float) -> Averages:
+        """The averages with one more probe in them, the past weighted by ``decay``."""
+        noise, signal = moments.noise, moments.signal
+        weight = decay * self.weight + 1
+        d_noise, d_signal = noise - self.noise, signal - self.signal
+        mean_noise, mean_signal = self.noise + d_noise / weight, self.signal + d_signal / weight
+        along = moments.noise_along
+        if along is not None and self.noise_along is not None:
+            along = self.noise_along + (along - self.noise_along) / weight
+        return Averages(
+            weight=weight,
+            weight_sq=decay**2 * self.weight_sq + 1,
+            noise=mean_noise,
+            signal=mean_signal,
+            noise_along=along,
+            spread_noise=decay * self.spread_noise + d_noise * (noise - mean_noise),
+            spread_signal=decay * self.spread_signal + d_signal * (signal - mean_signal),
+            spread_both=decay * self.spread_both + d_noise * (signal - mean_signal),
+        )
+
+    def moments(self, plan: BatchPlan) -> GradientMoments:
+        """What a step of ``plan`` would measure if noise and signal were these averages."""
+        return GradientMoments.from_noise(
+            self.noise,
+            self.signal,
+            part_size=plan.micro_batch_size,
+            num_examples=plan.global_batch_size,
+            noise_along=self.noise_along,
+        )
+
+    def covariance(self) -> tuple[float, float, float]:
+        """Variance of the average noise, of the average signal, and their covariance; infinite from one probe."""
+        freedom = self.weight - self.weight_sq / self.weight if self.weight else 0.0
+        if freedom <= 1e-12:
+            return math.inf, math.inf, 0.0
+        scale = 1 / (freedom * self.num_effective)
+        return self.spread_noise * scale, self.spread_signal * scale, self.spread_both * scale
+
+
+class Estimate(NamedTuple):
+    """A wanted batch size with its error bar, in examples."""
+
+    wanted: float
+    low: float
+    high: float
+
+
+def _quantile(confidence: float, freedom: float) -> float:
+    """Student's t quantile by the Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5); zero at 0.5."""
+    z = NormalDist().inv_cdf(confidence)
+    if z == 0:
+        return 0.0
+    if freedom <= 0:
+        return math.inf
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2
+
+
+def estimate(
+    criterion: Criterion, averages: Averages, plan: BatchPlan, *, progress: Progress, confidence: float
+) -> Estimate:
+    """What ``criterion`` asks for on the averages, with a one-sided error bar either way.
+
+    The bar is that of the logarithm of the wanted size to first order (delta method), so it does not change when all
+    gradients are scaled; the derivatives are taken numerically, so any criterion has one.
+    """
+
+    def wanted(noise: float, signal: float) -> float:
+        # The noise along the gradient is taken to be as uncertain, relatively, as the noise it is a share of.
+        along = averages.noise_along
+        share = along * noise / averages.noise if along is not None and averages.noise else along
+        moved = replace(averages, noise=noise, signal=signal, noise_along=share)
+        return criterion.wanted(Observation(moved.moments(plan), progress))
+
+    center = wanted(averages.noise, averages.signal)
+    if not (math.isfinite(center) and center > 0):
+        return Estimate(center, math.nan, math.nan)
+    t = _quantile(confidence, averages.num_effective - 1)
+    if t == 0:
+        return Estimate(center, center, center)
+    var_noise, var_signal, cov = averages.covariance()
+    if not math.isfinite(var_noise) or not math.isfinite(t):
+        return Estimate(center, 0.0, math.inf)
+
+    def slope(up: float, down: float, width: float) -> float:
+        if not (math.isfinite(up) and math.isfinite(down) and up > 0 and down > 0):
+            return math.inf
+        return (math.log(up) - math.log(down)) / width
+
+    n, s = averages.noise, averages.signal
+    dn, ds = 1e-4 * abs(n), 1e-4 * max(abs(s), abs(n) / plan.global_batch_size)
+    by_noise = slope(wanted(n + dn, s), wanted(n - dn, s), 2 * dn)
+    by_signal = slope(wanted(n, s + ds), wanted(n, s - ds), 2 * ds)
+    if not (math.isfinite(by_noise) and math.isfinite(by_signal)):
+        return Estimate(center, 0.0, math.inf)
+    variance = by_noise**2 * var_noise + by_signal**2 * var_signal + 2 * by_noise * by_signal * cov
+    # Past e^50 the interval says nothing; the cap only keeps exp() finite.
+    reach = math.exp(min(50.0, t * math.sqrt(max(0.0, variance))))
+    return Estimate(center, center / reach, center * reach)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlState:
+    """What the control remembers between steps: plain numbers, equal on all ranks."""
+
+    averages: Averages = field(default_factory=Averages)
+    hold: int = 0
+    until_probe: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers as a nested dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> ControlState:
+        """The inverse of ``state_dict``."""
+        return cls(averages=Averages(**state["averages"]), hold=state["hold"], until_probe=state["until_probe"])
+
+
+class Decision(NamedTuple):
+    """The plan of the next step and how it came about.
+
+    Args:
+        plan: what the next step takes.
+        reason: why.
+        estimate: what the criterion asked for, with its error bar; None where nothing was asked.
+        state: what the control remembers.
+    """
+
+    plan: BatchPlan
+    reason: Reason
+    estimate: Estimate | None
+    state: ControlState
+
+
+def decide(
+    criterion: Criterion,
+    moments: GradientMoments | None,
+    *,
+    control: Control,
+    limits: Limits,
+    grid: PlanGrid,
+    plan: BatchPlan,
+    progress: Progress,
+    state: ControlState,
+) -> Decision:
+    """The plan of the next step.
+
+    Args:
+        criterion: says what the gradient asks for; one that needs no probe (a schedule) is followed as it is, inside
+            the limits.
+        moments: what this step measured; None where it was not probed.
+        control, limits, grid: how far and how fast the plan may move, and which plans can be run.
+        plan: the plan of the step that ends.
+        progress: what is consumed when the next step begins.
+        state: what the control remembers from the steps before.
+    """
+    low, high = limits.at(progress)
+    state = replace(state, hold=max(0, state.hold - 1), until_probe=max(0, state.until_probe - 1))
+    if moments is not None:
+        state = replace(state, until_probe=control.interval - 1)
+        if moments.is_finite and moments.num_parts > 1:
+            state = replace(state, averages=state.averages.after(moments, control.decay))
+    if not criterion.needs:
+        wanted = criterion.wanted(Observation(moments, progress))
+        target = min(max(wanted, low), high)
+        chosen = grid.nearest(target, min_size=low, max_size=high)
+        return Decision(chosen, Reason.SCHEDULED, Estimate(wanted, wanted, wanted), state)
+
+    asked, reason = None, Reason.NOT_PROBED
+    target = float(plan.global_batch_size)
+    if moments is not None:
+        asked, reason, target = _follow(criterion, moments, control, plan, progress, state)
+    target_in_limits = min(max(target, low), high)
+    if plan.global_batch_size == target_in_limits or (
+        reason not in (Reason.GROW, Reason.SHRINK) and low <= plan.global_batch_size <= high
+    ):
+        at_limit = reason in (Reason.GROW, Reason.SHRINK)
+        return Decision(plan, Reason.AT_LIMIT if at_limit else reason, asked, state)
+    chosen = grid.nearest(target_in_limits, min_size=low, max_size=high, tolerance=ROUNDING_TOLERANCE)
+    if chosen.global_batch_size == plan.global_batch_size:
+        return Decision(plan, Reason.AGREES, asked, state)
+    if reason not in (Reason.GROW, Reason.SHRINK):
+        reason = Reason.AT_LIMIT  # a moving limit, not the gradient, moved the plan
+    return Decision(chosen, reason, asked, replace(state, hold=control.hold))
+
+
+def _follow(
+    criterion: Criterion,
+    moments: GradientMoments,
+    control: Control,
+    plan: BatchPlan,
+    progress: Progress,
+    state: ControlState,
+) -> tuple[Estimate | None, Reason, float]:
+    """What the criterion asks for, whether to follow it, and how far, before limits and rounding."""
+    present = plan.global_batch_size
+    if not moments.is_finite:
+        return None, Reason.NOT_FINITE, present
+    asked = estimate(criterion, state.averages, plan, progress=progress, confidence=control.confidence)
+    wanted = asked.wanted
+    band = 1 + control.hysteresis
+    if math.isnan(wanted):
+        return asked, Reason.NOT_FINITE, present
+    if wanted == math.inf:
+        return asked, Reason.NO_SIGNAL, present
+    if wanted <= 0:
+        return asked, Reason.NO_NOISE, present
+    if present <= wanted * band and wanted <= present * band:
+        inside = Reason.HYSTERESIS if control.hysteresis else Reason.AGREES
+        return asked, inside, present
+    if wanted < present and control.monotone:
+        return asked, Reason.MONOTONE, present
+    if asked.low <= present <= asked.high and asked.low < asked.high:
+        return asked, Reason.NOT_SIGNIFICANT, present
+    if state.hold > 0:
+        return asked, Reason.HOLD, present
+    if wanted > present:
+        return asked, Reason.GROW, min(math.ceil(wanted), present * control.growth)
+    return asked, Reason.SHRINK, max(math.ceil(wanted), present / control.growth)

@@ -1,0 +1,177 @@
+"""Batch sizes that read only progress: criteria that need no probe, and floors and ceilings for those that do.
+
+A floor or ceiling is put where a limit stands: ``Limits(min=LinearRamp(...), max=4096)``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from adabatch.batch.criteria import Observation
+from adabatch.batch.plan import Duration, Progress
+
+
+class Schedule(ABC):
+    """A global batch size as a function of progress."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def size(self, progress: Progress) -> float:
+        """The global batch size at this progress, in examples."""
+
+    @final
+    def wanted(self, observation: Observation) -> float:
+        """The same, as a criterion."""
+        return self.size(observation.progress)
+
+
+def _check_size(name: str, size: float) -> None:
+    if not size >= 1:
+        raise ValueError(f"{name} must be a global batch size of at least 1 example, got {size}")
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """Always the same global batch size.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    global_batch_size: int
+
+    def __post_init__(self) -> None:
+        _check_size("global_batch_size", self.global_batch_size)
+
+    def size(self, progress: Progress) -> float:
+        """The constant."""
+        return self.global_batch_size
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From ``after`` on, batches of ``global_batch_size`` examples."""
+
+    after: Duration
+    global_batch_size: int
+
+
+@dataclass(frozen=True)
+class Stages(Schedule):
+    """A table: a first size, then another from each milestone on.
+
+    Milestones are compared with >=, so a large batch may jump over several; the last one passed counts.
+
+    Args:
+        first: global batch size until the first milestone, in examples.
+        then: the milestones, ascending, all in one unit.
+
+    Raises:
+        ValueError: sizes below 1, milestones of mixed units or out of order.
+    """
+
+    first: int
+    then: Sequence[Stage]
+
+    def __post_init__(self) -> None:
+        _check_size("first", self.first)
+        for stage in self.then:
+            _check_size("global_batch_size", stage.global_batch_size)
+        ends = [stage.after for stage in self.then]
+        if len({end.unit for end in ends}) > 1:
+            raise ValueError(f"the milestones of stages must share one unit, got {', '.join(map(str, ends))}")
+        if any(a.count >= b.count for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"the milestones of stages must ascend, got {', '.join(map(str, ends))}")
+
+    def size(self, progress: Progress) -> float:
+        """The size of the last milestone passed."""
+        size = self.first
+        for stage in self.then:
+            if progress.reached(stage.after):
+                size = stage.global_batch_size
+        return size
+
+
+@dataclass(frozen=True)
+class LinearRamp(Schedule):
+    """From ``first`` to ``last`` in a straight line over a duration, then constant.
+
+    Args:
+        first, last: global batch sizes in examples.
+        over: how long the ramp takes.
+
+    Raises:
+        ValueError: sizes below 1, or a ramp of no length.
+
+    Source: the batch ramp of GPT-3 (Brown et al. 2020, appendix B), in any unit.
+    """
+
+    first: int
+    last: int
+    over: Duration
+
+    def __post_init__(self) -> None:
+        _check_size("first", self.first)
+        _check_size("last", self.last)
+        if self.over.count == 0:
+            raise ValueError("the ramp must have a length, got over=0")
+
+    def size(self, progress: Progress) -> float:
+        """The size on the line."""
+        fraction = min(1.0, progress.count(self.over.unit) / self.over.count)
+        return self.first + (self.last - self.first) * fraction
+
+
+@dataclass(frozen=True)
+class Seesaw(Schedule):
+    """A decay of the learning rate traded for growth of the batch.
+
+    Wherever ``shape`` would have fallen by another factor ``alpha``, the batch grows by ``alpha`` instead, and the
+    learning rate falls only by ``sqrt(alpha)`` (``lr_factor``), which keeps Adam's invariant ``lr / sqrt(b)``. Meant
+    below the critical batch size, where noise dominates; the LR rule of the run must then be "none".
+
+    Args:
+        first: global batch size at the start, in examples.
+        shape: the learning-rate schedule to be replaced: progress in [0, 1] -> factor, not rising.
+        total: length of training over which ``shape`` runs.
+        alpha: growth at each cut, above 1.
+
+    Raises:
+        ValueError: a size below 1, ``alpha`` not above 1, or a total of no length.
+
+    Source: Seesaw, arXiv 2510.14717, 2025; for SGD: Smith et al. 2018.
+    """
+
+    first: int
+    shape: Callable[[float], float]
+    total: Duration
+    alpha: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_size("first", self.first)
+        if not self.alpha > 1:
+            raise ValueError(f"alpha must be above 1, got {self.alpha}")
+        if self.total.count == 0:
+            raise ValueError("the total must have a length, got 0")
+
+    def cuts(self, progress: Progress) -> float:
+        """How often ``shape`` has fallen by ``alpha`` so far; infinite where it is zero."""
+        factor = self.shape(min(1.0, progress.count(self.total.unit) / self.total.count))
+        if factor <= 0:
+            return math.inf
+        # The tiny push keeps an exact cut (0.5, 0.25, ...) on its own side of the rounding.
+        return max(0, math.floor(-math.log(factor) / math.log(self.alpha) + 1e-9))
+
+    def size(self, progress: Progress) -> float:
+        """``first * alpha ** cuts``; infinite, so up to the limit, where the shape is zero."""
+        return float(self.first * self.alpha ** self.cuts(progress))
+
+    def lr_factor(self, progress: Progress) -> float:
+        """What is left of the decay for the learning rate: ``alpha ** (-cuts / 2)``."""
+        return float(self.alpha ** (-self.cuts(progress) / 2))
