@@ -1,0 +1,475 @@
+"""Shapes: pure functions from a run's progress in [0, 1] to the factor on the base learning rate.
+
+A shape is data: a name and its settings. It can be compared, stored as JSON, pickled, printed and called:
+
+    >>> wsd(cooldown=0.5)(0.75)
+    0.5
+    >>> Shape.from_dict(cosine(floor=0.1).to_dict()) == cosine(floor=0.1)
+    True
+
+**Progress** is clamped to [0, 1], as the last batch of a run overshoots. What it counts (examples, tokens,
+steps, gain-steps) is the clock's affair, not the shape's. Every shape is 1 at progress 0, except
+``tabulated``, which is what its table says. A ``floor`` is a ratio of the base learning rate: a shape whose
+end is given as a learning rate ``r`` takes ``floor=r / base_lr``, and must be built anew where the base
+learning rate changes.
+
+**Warm-up is not in a shape**, because its length is best counted in another unit than the rest (the
+optimizer's own averages warm up in steps, while a run is as long as its examples). The scheduler puts it on:
+
+    factor = warmup_factor(consumed / warmup, start) * shape(0)                       while consumed < warmup
+    factor = shape((consumed - warmup) / (total - warmup))                            after it
+
+so that progress runs over what the warm-up left, and the two meet without a jump.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias, final, get_args, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Decay = Literal["linear", "1-sqrt", "exponential"]
+Setting: TypeAlias = float | str | tuple[float, ...]
+FloatArray: TypeAlias = NDArray[np.float64]
+Curve: TypeAlias = Callable[[FloatArray], FloatArray]
+
+
+@final
+class Shape:
+    """A learning-rate schedule without its learning rate: ``factor = shape(progress)``. Immutable.
+
+    Made by the functions of this module; ``Shape(name, settings)`` calls the one of that name.
+
+    Args:
+        name: name of a function of this module, such as ``"wsd"``.
+        settings: its arguments; those with a default may be left out.
+
+    Raises:
+        ValueError: an unknown name, an unknown or missing setting, or a setting out of its range.
+    """
+
+    __slots__ = ("_curve", "_name", "_settings")
+
+    _name: str
+    _settings: Mapping[str, Setting]
+    _curve: Curve
+
+    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+        factory = _FACTORIES.get(name)
+        if factory is None:
+            raise ValueError(f"there is no shape {name!r}: use one of {', '.join(_FACTORIES)}")
+        parameters = inspect.signature(factory).parameters
+        unknown = set(settings) - set(parameters)
+        if unknown:
+            names = ", ".join(map(repr, sorted(map(str, unknown))))
+            raise ValueError(f"{name} has no setting {names}: it takes {', '.join(parameters) or 'none'}")
+        missing = [
+            key for key, value in parameters.items() if value.default is value.empty and key not in settings
+        ]
+        if missing:
+            raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))}")
+        made = factory(**settings)
+        self._fill(made._name, made._settings, made._curve)
+
+    def _fill(self, name: str, settings: Mapping[str, Setting], curve: Curve) -> None:
+        object.__setattr__(self, "_name", name)
+        object.__setattr__(self, "_settings", MappingProxyType(dict(settings)))
+        object.__setattr__(self, "_curve", curve)
+
+    @property
+    def name(self) -> str:
+        """The name of the function that made this shape."""
+        return self._name
+
+    @property
+    def settings(self) -> Mapping[str, Setting]:
+        """Every argument of that function, defaults included; read-only. Sequences are tuples."""
+        return self._settings
+
+    @overload
+    def __call__(self, progress: float) -> float: ...
+    @overload
+    def __call__(self, progress: NDArray[Any] | Sequence[float]) -> FloatArray: ...
+    def __call__(self, progress: float | NDArray[Any] | Sequence[float]) -> float | FloatArray:
+        """The factor at ``progress``, a number or an array of any dimensions; clamped to [0, 1].
+
+        Raises:
+            ValueError: a progress that is not a number (NaN).
+        """
+        factors = np.asarray(self._curve(_clamped("progress", progress)))
+        return float(factors) if np.isscalar(progress) else factors
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"name": ..., "settings": {...}}`` of strings, numbers and lists: what JSON can hold."""
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in self._settings.items()}
+        return {"name": self._name, "settings": settings}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Shape:
+        """The shape that ``to_dict`` described.
+
+        Raises:
+            ValueError: other keys than ``name`` and ``settings``, or anything that ``Shape`` refuses.
+        """
+        if set(state) != {"name", "settings"}:
+            raise ValueError(
+                f"a shape is described by the keys 'name' and 'settings', got {sorted(map(str, state))}"
+            )
+        return cls(state["name"], state["settings"])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Shape):
+            return NotImplemented
+        return self._name == other._name and self._settings == other._settings
+
+    def __hash__(self) -> int:
+        return hash((self._name, tuple(self._settings.items())))
+
+    def __repr__(self) -> str:
+        defaults = {k: v.default for k, v in inspect.signature(_FACTORIES[self._name]).parameters.items()}
+        given = [f"{k}={_brief(v)}" for k, v in self._settings.items() if v != defaults[k]]
+        return f"{self._name}({', '.join(given)})"
+
+    def __reduce__(self) -> tuple[Callable[[dict[str, Any]], Shape], tuple[dict[str, Any]]]:
+        return Shape.from_dict, (self.to_dict(),)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a shape is immutable: make a new one instead of setting {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a shape is immutable: {name!r} cannot be deleted")
+
+
+def constant() -> Shape:
+    """The base learning rate throughout: ``1``."""
+    return _shape("constant", {}, np.ones_like)
+
+
+def linear(*, floor: float = 0.0) -> Shape:
+    """Linear decay: ``floor + (1 - floor) * (1 - p)``.
+
+    The worst-case optimum for the last iterate of SGD on convex functions (Defazio et al. 2023,
+    arXiv:2310.07831, Algorithm 1 with constant gradient norms).
+
+    Args:
+        floor: last value, a ratio of the base learning rate in [0, 1].
+    """
+    low = _between("floor", floor, 0, 1)
+    return _shape("linear", {"floor": low}, lambda p: low + (1 - low) * (1 - p))
+
+
+def cosine(*, floor: float = 0.0) -> Shape:
+    """Half a cosine: ``floor + (1 - floor) * (1 + cos(pi p)) / 2``.
+
+    The schedule of Loshchilov and Hutter (2017, arXiv:1608.03983) without its restarts.
+
+    Args:
+        floor: last value, a ratio of the base learning rate in [0, 1].
+    """
+    low = _between("floor", floor, 0, 1)
+    # sin^2(pi (1 - p) / 2) is the same, and keeps its digits near p = 1, where the cosine form cancels
+    return _shape("cosine", {"floor": low}, lambda p: low + (1 - low) * np.sin(np.pi / 2 * (1 - p)) ** 2)
+
+
+def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shape:
+    """Warm-up, stable, decay, less the warm-up: 1 until ``p = 1 - cooldown``, then ``floor + (1 - floor) * d(q)``.
+
+    With ``q`` in [0, 1] the share of the cooldown that is over, ``d(q)`` is
+
+        linear        1 - q
+        1-sqrt        1 - sqrt(q)
+        exponential   2 * 0.5^q - 1        (the form of Megatron-LM, which ends on zero)
+
+    Sources: Hu et al. 2024, arXiv:2404.06395 (wsd); Haegele et al. 2024, arXiv:2405.18392 (1-sqrt).
+
+    Args:
+        cooldown: length of the cooldown as a share of the progress, in [0, 1]; 0 never decays, 1 has no
+            stable part.
+        decay: form of the cooldown.
+        floor: last value, a ratio of the base learning rate in [0, 1].
+    """
+    length = _between("cooldown", cooldown, 0, 1)
+    low = _between("floor", floor, 0, 1)
+    if decay not in get_args(Decay):
+        raise ValueError(f"decay must be one of {', '.join(get_args(Decay))}, got {decay!r}")
+
+    def curve(p: FloatArray) -> FloatArray:
+        return low + (1 - low) * _DECAYS[decay](_left(p, length))
+
+    return _shape("wsd", {"cooldown": length, "decay": decay, "floor": low}, curve)
+
+
+def inverse_sqrt(*, timescale: float, cooldown: float = 0.0, floor: float = 0.0) -> Shape:
+    """Inverse square root: ``max(floor, sqrt(s / (s + p)))``, with a linear cooldown to ``floor`` at the end.
+
+    The usual forms count steps. ``timescale = n / R``, with ``R`` the length of the run after its warm-up, is
+    ``sqrt(n / (n + t))`` at ``t`` steps after the warm-up: ``n`` is the length of the warm-up where the
+    schedule is written ``sqrt(warmup / step)``, and 1 where it is ``1 / sqrt(step)`` with steps from one.
+
+    Args:
+        timescale: ``s``, positive: the progress at which the factor has fallen to ``1 / sqrt(2)``.
+        cooldown: length of the cooldown as a share of the progress, in [0, 1]; 0 has none. It starts from the
+            value that the curve has there.
+        floor: least and last value, a ratio of the base learning rate in [0, 1]. Without a cooldown the curve
+            is above it at the end if ``sqrt(s / (s + 1))`` is.
+    """
+    scale = _positive("timescale", timescale)
+    length = _between("cooldown", cooldown, 0, 1)
+    low = _between("floor", floor, 0, 1)
+
+    def curve(p: FloatArray) -> FloatArray:
+        before = np.maximum(low, np.sqrt(scale / (scale + np.minimum(p, 1 - length))))
+        return low + (before - low) * _left(p, length)
+
+    return _shape("inverse_sqrt", {"timescale": scale, "cooldown": length, "floor": low}, curve)
+
+
+def polynomial(*, power: float, floor: float = 0.0) -> Shape:
+    """Polynomial decay: ``floor + (1 - floor) * (1 - p)^power``.
+
+    Args:
+        power: positive; 1 is linear decay, 2 falls faster at first, 0.5 later.
+        floor: last value, a ratio of the base learning rate in [0, 1].
+    """
+    exponent = _positive("power", power)
+    low = _between("floor", floor, 0, 1)
+    return _shape(
+        "polynomial", {"power": exponent, "floor": low}, lambda p: low + (1 - low) * (1 - p) ** exponent
+    )
+
+
+def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape:
+    """Steps: the product of the factors whose milestone is reached, those with ``p >= milestones[i]``.
+
+    A batch that jumps over several milestones passes them all.
+
+    Args:
+        milestones: progress at which each factor sets in, strictly increasing in (0, 1].
+        factors: what each multiplies the present value by, positive; as many as milestones.
+    """
+    at = _numbers("milestones", milestones)
+    by = _numbers("factors", factors)
+    if len(at) != len(by):
+        raise ValueError(
+            f"piecewise needs one factor a milestone, got {len(at)} milestones and {len(by)} factors"
+        )
+    if (
+        not all(0 < low < high for low, high in zip(at, (*at[1:], math.inf), strict=True))
+        or max(at, default=0.0) > 1
+    ):
+        raise ValueError(f"milestones must increase strictly within (0, 1], got {list(at)}")
+    if not all(factor > 0 for factor in by):
+        raise ValueError(f"factors must be positive, got {list(by)}")
+    levels = np.cumprod((1.0, *by))
+    edges = np.array(at, dtype=np.float64)
+
+    def curve(p: FloatArray) -> FloatArray:
+        return np.asarray(levels[np.searchsorted(edges, p, side="right")])
+
+    return _shape("piecewise", {"milestones": at, "factors": by}, curve)
+
+
+def hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> Shape:
+    """HyperbolicLR (Kim 2024, arXiv:2407.15200): ``1 + (1 - infimum) * (h(p) - h(0))``.
+
+    With ``u = upper_bound / max_iter`` and the paper's ``x = p * max_iter``,
+
+        h(p) = sqrt((1 - p) / u * (2 - (1 + p) / u)) = sqrt((1 - x / U)^2 - (1 - N / U)^2)
+
+    It ends on ``1 - (1 - infimum) * h(0)``, which is ``infimum`` only if ``u`` is 1 (then the shape is
+    linear), and far above it where ``u`` is large: near ``1 - sqrt(2 / u)``.
+
+    Args:
+        upper_bound: the paper's U, at least ``max_iter``.
+        infimum: the paper's infimum learning rate as a ratio of the base learning rate, in [0, 1).
+        max_iter: the paper's N, in the unit of ``upper_bound`` and less the warm-up (the decay runs over what
+            that leaves); 1 where ``upper_bound`` is the ratio U / N already. Only the ratio is kept in the
+            settings.
+    """
+    ratio = _upper_bound(upper_bound, max_iter)
+    low = _number("infimum", infimum)
+    if not 0 <= low < 1:
+        raise ValueError(_BAD_INFIMUM.format(range="[0, 1)", value=low))
+    return _shape(
+        "hyperbolic",
+        {"upper_bound": ratio, "infimum": low},
+        lambda p: 1 + (1 - low) * (_height(p, ratio) - _height(0.0, ratio)),
+    )
+
+
+def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> Shape:
+    """ExpHyperbolicLR (Kim 2024, arXiv:2407.15200): ``infimum^(h(0) - h(p))``, with the ``h`` of
+    ``hyperbolic``.
+
+    It ends on ``infimum^h(0)``, which is ``infimum`` only if U = N (then the shape is exponential).
+
+    Args:
+        upper_bound: the paper's U, at least ``max_iter``.
+        infimum: the paper's infimum learning rate as a ratio of the base learning rate, in (0, 1).
+        max_iter: the paper's N, as for ``hyperbolic``.
+    """
+    ratio = _upper_bound(upper_bound, max_iter)
+    low = _number("infimum", infimum)
+    if not 0 < low < 1:
+        raise ValueError(_BAD_INFIMUM.format(range="(0, 1)", value=low))
+    return _shape(
+        "exp_hyperbolic",
+        {"upper_bound": ratio, "infimum": low},
+        lambda p: low ** (_height(0.0, ratio) - _height(p, ratio)),
+    )
+
+
+def tabulated(*, values: Sequence[float]) -> Shape:
+    """A table, such as a refined schedule: linear interpolation of ``values`` at ``p * (len(values) - 1)``.
+
+    The first value is the one at progress 0 and need not be 1; the last is the one at progress 1, exactly as
+    given.
+
+    Args:
+        values: factors, not negative, at least two and one of them positive, at equal distances of progress.
+    """
+    table = _numbers("values", values)
+    if len(table) < 2:
+        raise ValueError(
+            f"a table needs at least 2 values, got {len(table)}: use constant() for a single one"
+        )
+    if min(table) < 0 or max(table) <= 0:
+        raise ValueError(
+            f"the values of a table must not be negative, nor all zero, got {min(table)} to {max(table)}"
+        )
+    heights, last = np.array(table), len(table) - 1
+    index = np.arange(len(table), dtype=np.float64)
+    return _shape("tabulated", {"values": table}, lambda p: np.interp(p * last, index, heights))
+
+
+@overload
+def warmup_factor(fraction: float, start: float = 0.0) -> float: ...
+@overload
+def warmup_factor(fraction: NDArray[Any] | Sequence[float], start: float = 0.0) -> FloatArray: ...
+def warmup_factor(fraction: float | NDArray[Any] | Sequence[float], start: float = 0.0) -> float | FloatArray:
+    """Linear warm-up: ``start + (1 - start) * fraction``; 1 at the end of it and ever after.
+
+    How it composes with a shape is said at the head of this module.
+
+    Args:
+        fraction: share of the warm-up that is over, a number or an array; clamped to [0, 1].
+        start: first factor, a ratio of the base learning rate in [0, 1]. A start given as a learning rate
+            ``r`` is ``r / base_lr``.
+
+    Raises:
+        ValueError: a fraction that is not a number (NaN), or a start out of its range.
+    """
+    low = _between("start", start, 0, 1)
+    share = _clamped("fraction", fraction)
+    factors = low + (1 - low) * share
+    return float(factors) if np.isscalar(fraction) else factors
+
+
+def _shape(name: str, settings: Mapping[str, Setting], curve: Curve) -> Shape:
+    """A shape from parts already validated: the one way past its constructor."""
+    shape = object.__new__(Shape)
+    shape._fill(name, settings, curve)
+    return shape
+
+
+def _left(p: FloatArray, cooldown: float) -> FloatArray:
+    """The share of the cooldown that is still to come: 1 before it, 0 at the end."""
+    if cooldown == 0:
+        return np.ones_like(p)
+    return np.minimum(1.0, (1 - p) / cooldown)
+
+
+# what a cooldown has left to lose, from the share r = 1 - q of it that is to come; each form keeps its digits
+# as r -> 0
+_DECAYS: Mapping[str, Curve] = MappingProxyType(
+    {
+        "linear": lambda r: r,
+        "1-sqrt": lambda r: r / (1 + np.sqrt(1 - r)),
+        "exponential": lambda r: np.expm1(np.log(2) * r),
+    }
+)
+
+
+def _height(p: FloatArray | float, ratio: float) -> FloatArray:
+    """The hyperbola's h, in the factored form: the difference of squares can go below zero near p = 1."""
+    return np.sqrt((1 - np.asarray(p)) / ratio * (2 - (1 + np.asarray(p)) / ratio))
+
+
+_BAD_INFIMUM = (
+    "infimum must lie in {range}, got {value}: it is the ratio infimum_lr / base_lr, "
+    "and every group's base learning rate must be above the infimum learning rate"
+)
+
+
+def _upper_bound(upper_bound: float, max_iter: float) -> float:
+    ratio = _positive("upper_bound", upper_bound) / _positive("max_iter", max_iter)
+    if not 1 <= ratio < math.inf:
+        raise ValueError(f"upper_bound must be at least max_iter, got {upper_bound} and {max_iter}")
+    return ratio
+
+
+def _clamped(name: str, value: float | NDArray[Any] | Sequence[float]) -> FloatArray:
+    numbers = np.asarray(value, dtype=np.float64)
+    if np.isnan(numbers).any():
+        raise ValueError(f"{name} must be a number, got NaN: a total of zero or a missing count gives this")
+    return np.clip(numbers, 0.0, 1.0)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _between(name: str, value: object, low: float, high: float) -> float:
+    number = _number(name, value)
+    if not low <= number <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {number}")
+    return number
+
+
+def _positive(name: str, value: object) -> float:
+    number = _number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {number}")
+    return number
+
+
+def _numbers(name: str, values: object) -> tuple[float, ...]:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a sequence of numbers, got {_brief(values)}") from None
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise ValueError(f"{name} must be a flat sequence of finite numbers, got {_brief(values)}")
+    return tuple(array.tolist())
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, tuple) and len(value) > 8:
+        return f"<{len(value)} numbers, {value[0]:.4g} to {value[-1]:.4g}>"
+    return repr(list(value)) if isinstance(value, tuple) else repr(value)
+
+
+_FACTORIES: Mapping[str, Callable[..., Shape]] = MappingProxyType(
+    {
+        factory.__name__: factory
+        for factory in (
+            constant,
+            linear,
+            cosine,
+            wsd,
+            inverse_sqrt,
+            polynomial,
+            piecewise,
+            hyperbolic,
+            exp_hyperbolic,
+            tabulated,
+        )
+    }
+)
