@@ -1,3 +1,53 @@
 """Batch sizes that grow with the noise of the gradient, and learning rates that follow."""
 
+from adabatch import lr
+from adabatch.adaptive import AdaptiveBatch, Step
+from adabatch.batch.control import Control, Decision, Limits, Reason
+from adabatch.batch.criteria import (
+    AugmentedInnerProductTest,
+    Criterion,
+    InnerProductTest,
+    NoiseScale,
+    NormTest,
+    Observation,
+    OrthogonalityTest,
+)
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.plan import BatchPlan, Duration, Progress, examples, steps, tokens
+from adabatch.batch.schedules import Constant, LinearRamp, Schedule, Seesaw, Stage, Stages
+from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.scheduler import ProgressLR
+
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AdaptiveBatch",
+    "AugmentedInnerProductTest",
+    "BatchPlan",
+    "Constant",
+    "Control",
+    "Criterion",
+    "Decision",
+    "Duration",
+    "GlobalOrder",
+    "GradientMoments",
+    "InnerProductTest",
+    "Limits",
+    "LinearRamp",
+    "NoiseScale",
+    "NormTest",
+    "Observation",
+    "OrthogonalityTest",
+    "Progress",
+    "ProgressLR",
+    "Reason",
+    "Schedule",
+    "Seesaw",
+    "Stage",
+    "Stages",
+    "Step",
+    "examples",
+    "lr",
+    "steps",
+    "tokens",
+]

@@ -141,6 +141,11 @@ class Averages:
         """How many equally weighted probes would be as certain."""
         return self.weight**2 / self.weight_sq if self.weight_sq else 0.0
 
+    @property
+    def noise_scale(self) -> float:
+        """``noise / signal`` of the averages, in examples; NaN where the signal is not positive."""
+        return self.noise / self.signal if self.signal > 0 else math.nan
+
     def after(self, moments: GradientMoments, decay: float) -> Averages:
         """The averages with one more probe in them, the past weighted by ``decay``."""
         noise, signal = moments.noise, moments.signal

@@ -11,14 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from adabatch.batch.moments import GradientMoments
+from adabatch.batch.moments import INNER_PRODUCTS, NOISE, GradientMoments
 from adabatch.batch.plan import Progress
-
-NOISE = "noise"
-"""What a probe gives and a criterion needs: the noise and signal of the gradient."""
-
-INNER_PRODUCTS = "inner_products"
-"""The same from single examples, with the share of the noise along the gradient."""
 
 
 class Observation(NamedTuple):

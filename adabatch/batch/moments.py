@@ -20,6 +20,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+NOISE = "noise"
+"""What a probe gives and a criterion needs: the noise and signal of the gradient."""
+
+INNER_PRODUCTS = "inner_products"
+"""The same from single examples, with the share of the noise along the gradient."""
+
 
 class GradientMoments(NamedTuple):
     """Squared norms of one step's gradient and of its parts.

@@ -21,6 +21,11 @@ class Schedule(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def fixed_sizes(self) -> tuple[int, ...]:
+        """The global batch sizes that a run must be able to carry out exactly; none for sizes that glide."""
+        return ()
+
     @abstractmethod
     def size(self, progress: Progress) -> float:
         """The global batch size at this progress, in examples."""
@@ -48,6 +53,11 @@ class Constant(Schedule):
 
     def __post_init__(self) -> None:
         _check_size("global_batch_size", self.global_batch_size)
+
+    @property
+    def fixed_sizes(self) -> tuple[int, ...]:
+        """The constant."""
+        return (self.global_batch_size,)
 
     def size(self, progress: Progress) -> float:
         """The constant."""
@@ -88,6 +98,11 @@ class Stages(Schedule):
             raise ValueError(f"the milestones of stages must share one unit, got {', '.join(map(str, ends))}")
         if any(a.count >= b.count for a, b in itertools.pairwise(ends)):
             raise ValueError(f"the milestones of stages must ascend, got {', '.join(map(str, ends))}")
+
+    @property
+    def fixed_sizes(self) -> tuple[int, ...]:
+        """All sizes of the table."""
+        return (self.first, *(stage.global_batch_size for stage in self.then))
 
     def size(self, progress: Progress) -> float:
         """The size of the last milestone passed."""

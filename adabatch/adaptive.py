@@ -1,0 +1,514 @@
+"""``AdaptiveBatch``: the one stateful object, where pure decisions and running torch meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from adabatch.batch.control import Control, ControlState, Decision, Limits, decide
+from adabatch.batch.criteria import Criterion, Observation
+from adabatch.batch.moments import NOISE, GradientMoments
+from adabatch.batch.plan import BatchPlan, Duration, PlanGrid, Progress, micro_batch_sizes
+from adabatch.batch.schedules import Schedule
+from adabatch.journal import Journal, line
+from adabatch.lr.rules import LRRule, check_lr_rule, lr_factor
+from adabatch.runtime.collectives import collectives_of
+from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, num_examples_in, set_epoch
+from adabatch.runtime.probes.micro_batch import MicroBatchProbe
+from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.scheduler import StepHooks
+
+STATE_FORMAT = 1
+
+
+@dataclass
+class _Update:
+    """What waits between the end of a step's inner loop and its ``optimizer.step()``."""
+
+    num_examples: int
+    factor: float
+    finite: bool
+    entry: dict[str, Any]
+
+
+class Step:
+    """One optimizer step: iterate over its micro-batches, and call ``backward`` once for each.
+
+    Attributes:
+        plan: micro-batch size, accumulation steps and data-parallel size, fixed before the step began.
+        global_batch_size: examples the step takes, over all ranks.
+        loss: mean training loss over all ranks, after the inner loop of a probed step; else None.
+        moments: what the probe measured, after the inner loop of a probed step; else None.
+        decision: the next plan and its reason, after the inner loop.
+    """
+
+    def __init__(self, owner: AdaptiveBatch, plan: BatchPlan, feed: Feed, portion: Portion, *, probed: bool) -> None:
+        self.plan = plan
+        self.global_batch_size = portion.num_examples
+        self.loss: float | None = None
+        self.moments: GradientMoments | None = None
+        self.decision: Decision | None = None
+        self.probed = probed
+        self._owner = owner
+        self._feed = feed
+        self._portion = portion
+        self._local_examples = sum(portion.sizes)
+        self._size = 0
+        self._num_backward = 0
+        self._losses: Tensor | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients were finite on every rank, as far as they were measured."""
+        measured = self.moments is None or self.moments.is_finite
+        return measured and (self.loss is None or math.isfinite(self.loss))
+
+    def __iter__(self) -> Iterator[Any]:
+        """The micro-batches. Gradients are synchronized in the last one only.
+
+        Raises:
+            RuntimeError: ``backward`` was not called exactly once for a micro-batch.
+        """
+        if self.probed:
+            self._owner._probe_started()
+        num_parts = len(self._portion.sizes)
+        for index, batch in enumerate(self._portion.batches):
+            self._size = self._portion.sizes[index]
+            with nullcontext() if index == num_parts - 1 else self._owner._no_sync():
+                yield batch
+            if self._num_backward != index + 1:
+                raise RuntimeError(
+                    f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
+                    f"{num_parts} it had been called {self._num_backward} times"
+                )
+        self._feed.consumed(self._portion)
+        self._owner._finish(self, self._portion)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of the mean loss of this micro-batch, weighted so that the step's gradient is the mean of all.
+
+        Args:
+            loss: mean loss over the micro-batch, shape ().
+
+        Raises:
+            ValueError: a loss that is not a scalar.
+        """
+        if loss.dim() != 0:
+            raise ValueError(
+                f"step.backward takes the mean loss of the micro-batch, a scalar; got a tensor of shape "
+                f"{tuple(loss.shape)}: average it over the examples first"
+            )
+        weight = self._size / self._local_examples
+        parts = self._local_examples / self._size
+        # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
+        share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
+        if self.probed:
+            self._owner._probe_part(share, self._size, weight)
+            value = loss.detach().double() * weight
+            self._losses = value if self._losses is None else self._losses + value
+        else:
+            share.backward()  # type: ignore[no-untyped-call]
+        self._num_backward += 1
+
+
+class AdaptiveBatch:
+    """Lets the global batch size follow a criterion, and the learning rate follow the batch, around a loop of yours.
+
+    ::
+
+        batches = AdaptiveBatch(model, optimizer, NormTest(eta=0.5), micro_batch_size=16,
+                                limits=Limits(min=64, max=4096), lr_rule="sqrt")
+        for step in batches.steps(loader):
+            for x, y in step:
+                step.backward(loss_fn(model(x), y))
+            optimizer.step(); optimizer.zero_grad()
+
+    Args:
+        model: plain, or wrapped in ``DistributedDataParallel``; its gradients are measured.
+        optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates.
+        criterion: which batch size to ask for; a ``Schedule`` needs no probe.
+        micro_batch_size: examples in one forward and backward on one rank; what your loader yields.
+        limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
+        max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
+            accumulate; by default it stays as it is.
+        control: how cautiously the criterion is followed.
+        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt" or "gain".
+        reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
+        tokens_per_example: lets durations be given in tokens.
+        monitor: measure noise and signal although neither criterion nor rule needs them.
+        probe: how gradients are measured; by default chosen by the model's type.
+        journal: where the first rank writes one JSON line a step.
+        skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. Seen on
+            probed steps only.
+
+    Raises:
+        ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
+            probe gives, a model without trainable parameters, an unknown rule.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizer,
+        criterion: Criterion,
+        *,
+        micro_batch_size: int,
+        limits: Limits | None = None,
+        max_micro_batch_size: int | None = None,
+        control: Control | None = None,
+        lr_rule: LRRule = "none",
+        reference_batch_size: int | None = None,
+        tokens_per_example: int | None = None,
+        monitor: bool = False,
+        probe: Probe | None = None,
+        journal: str | Path | None = None,
+        skip_nonfinite: bool = True,
+    ) -> None:
+        check_lr_rule(lr_rule)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
+        self._collectives = collectives_of(model)
+        self._criterion = criterion
+        self._control = control or Control()
+        self._lr_rule: LRRule = lr_rule
+        self._tokens_per_example = tokens_per_example
+        self._grows_micro_batch = max_micro_batch_size is not None
+        self._skip_nonfinite = skip_nonfinite
+
+        needs = criterion.needs | (frozenset({NOISE}) if lr_rule == "gain" or monitor else frozenset())
+        self._probe = _suited_probe(model, needs, probe)
+        self._limits, self._grid = _limits_and_grid(
+            limits,
+            criterion,
+            dp_size=self._collectives.size,
+            micro_sizes=micro_batch_sizes(micro_batch_size, max_micro_batch_size or micro_batch_size),
+            probed=self._probe is not None,
+        )
+        tokens = None if tokens_per_example is None else 0
+        self._progress = Progress(tokens=tokens)
+        self._consumed = Progress(tokens=tokens)
+        self._state = ControlState()
+        self._plan = self._first_plan()
+        self._reference = reference_batch_size or self._plan.global_batch_size
+        self._update: _Update | None = None
+
+        # The hooks sit on the wrapper's gradient synchronization only through its public no_sync().
+        self._sync_off: Callable[[], AbstractContextManager[Any]] = (
+            model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
+        )
+        self._hooks = StepHooks(
+            optimizer, factor=lambda: self.lr_factor, skip=self._skips_update, done=self._update_done
+        )
+        self._journal = Journal(journal if self._collectives.rank == 0 else None)
+
+    # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan of the next step (inside a step: of the one after it, once the inner loop is over)."""
+        return self._plan
+
+    @property
+    def progress(self) -> Progress:
+        """What the applied updates consumed so far."""
+        return self._progress
+
+    @property
+    def progress_after_next(self) -> Progress:
+        """The same, when the next planned step is applied."""
+        return self._after(self._progress, self._plan.global_batch_size)
+
+    @property
+    def noise_scale(self) -> float:
+        """Averaged noise over averaged signal, in examples; NaN while unknown."""
+        return self._state.averages.noise_scale
+
+    @property
+    def lr_factor(self) -> float:
+        """The batch factor that ``optimizer.step()`` applies next."""
+        if self._update is not None:
+            return self._update.factor
+        return self._factor_of(self._plan.global_batch_size)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def steps(
+        self,
+        loader: Iterable[Any],
+        *,
+        until: Duration | None = None,
+        count: Callable[[Any], int] = num_examples_in,
+    ) -> Iterator[Step]:
+        """The steps of one pass over the data, or of as many as ``until`` takes.
+
+        A ``GlobalOrder`` joins its epochs: the step that crosses the end of one ends the pass, and the next pass goes
+        on where it stopped. Any other loader gives micro-batches of this rank; its pass ends with a shorter step where
+        the last micro-batches do not fill one, on all ranks at once.
+
+        Args:
+            loader: a ``GlobalOrder``, or any iterable of micro-batches.
+            until: train until so much is consumed, counted from the beginning of the run.
+            count: examples in a micro-batch of a loader that is not a ``GlobalOrder``.
+
+        Raises:
+            ValueError: a data set smaller than the largest batch, an empty loader, a micro-batch that should grow with
+                a loader that cannot, or a ``GlobalOrder`` that differs between ranks.
+            RuntimeError: a step whose micro-batches were not all run.
+        """
+        if until is not None:
+            self._consumed.count(until.unit)  # a unit that is not counted fails here, not at the end
+        if isinstance(loader, GlobalOrder):
+            self._check_order(loader)
+            order = loader.feed(self._collectives.rank, self._collectives.size)
+            epoch = loader.epoch
+            while (loader.epoch == epoch) if until is None else not self._consumed.reached(until):
+                yield from self._one_step(order)
+            return
+        if self._grows_micro_batch:
+            raise ValueError(
+                f"max_micro_batch_size needs a GlobalOrder: a {type(loader).__name__} decides its micro-batch itself"
+            )
+        pass_over = 0
+        while until is None or not self._consumed.reached(until):
+            set_epoch(loader, pass_over)
+            feed = LoaderFeed(loader, self._collectives, count=count)
+            while until is None or not self._consumed.reached(until):
+                before = self._consumed
+                yield from self._one_step(feed)
+                if self._consumed == before:
+                    break
+            if until is None:
+                return
+            pass_over += 1
+
+    def _one_step(self, feed: Feed) -> Iterator[Step]:
+        """One step from ``feed``, or nothing where it is at its end."""
+        self._flush()
+        portion = feed.take(self._plan)
+        if portion is None:
+            return
+        probed = self._probe is not None and self._state.until_probe == 0
+        step = Step(self, self._plan, feed, portion, probed=probed)
+        yield step
+        if step.decision is None:
+            raise RuntimeError(
+                "the step's micro-batches were not all run: finish `for batch in step` before the next step, and do "
+                "not break out of it"
+            )
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        return self._sync_off()
+
+    def _probe_started(self) -> None:
+        assert self._probe is not None
+        self._probe.start(self._collectives.size)
+
+    def _probe_part(self, share: Tensor, num_examples: int, weight: float) -> None:
+        assert self._probe is not None
+        self._probe.begin_part()
+        share.backward()  # type: ignore[no-untyped-call]
+        self._probe.end_part(num_examples, weight)
+
+    def _finish(self, step: Step, portion: Portion) -> None:
+        """The end of the inner loop: measure, decide, and keep what the update will need."""
+        before = self._consumed
+        self._consumed = self._after(before, portion.num_examples)
+        if step.probed:
+            assert self._probe is not None
+            assert step._losses is not None
+            local = torch.cat([self._probe.collect(), (step._losses / self._collectives.size).view(1)])
+            *totals, step.loss = self._collectives.sum(local).tolist()  # host sync
+            step.moments = self._probe.moments(totals)
+        measured = step.moments
+        if measured is not None and not step.finite:
+            measured = measured._replace(part_sq=math.nan)
+        step.decision = decide(
+            self._criterion,
+            measured,
+            control=self._control,
+            limits=self._limits,
+            grid=self._grid,
+            plan=self._plan,
+            progress=self._consumed,
+            state=self._state,
+        )
+        self._state = step.decision.state
+        entry = line(
+            plan=step.plan,
+            num_examples=portion.num_examples,
+            before=before,
+            loss=step.loss,
+            moments=step.moments,
+            averages=self._state.averages,
+            decision=step.decision,
+        )
+        factor = self._factor_of(portion.num_examples)
+        self._update = _Update(portion.num_examples, factor, step.finite, entry)
+        self._plan = step.decision.plan
+
+    # --- around optimizer.step() ------------------------------------------------------------------------------------
+
+    def _skips_update(self) -> bool:
+        return self._skip_nonfinite and self._update is not None and not self._update.finite
+
+    def _update_done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
+        update, self._update = self._update, None
+        if update is None:
+            return
+        if applied:
+            self._progress = self._after(self._progress, update.num_examples)
+        stored = [float(group["lr"]) for group in optimizer.param_groups]
+        base = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
+        lr = {"base": base, "shape": shape, "factor": update.factor, "applied": rates}
+        self._journal.write({**update.entry, "lr": lr, "applied": applied})
+
+    def _flush(self) -> None:
+        """Writes down a step whose update never came (a gradient scaler left it out)."""
+        if self._update is not None:
+            self._journal.write({**self._update.entry, "lr": None, "applied": False})
+            self._update = None
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next plan, the control's memory and the progress: plain numbers, equal on all ranks.
+
+        Taken between steps, after ``optimizer.step()``, it belongs to the next step: a resumed run repeats nothing.
+        """
+        return {
+            "format": STATE_FORMAT,
+            "plan": asdict(self._plan),
+            "control": self._state.state_dict(),
+            "progress": asdict(self._progress),
+            "consumed": asdict(self._consumed),
+            "reference_batch_size": self._reference,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a run, also one that ran on another number of ranks: the global batch size stays as near as it can.
+
+        Raises:
+            ValueError: a state of a newer format.
+        """
+        if state["format"] > STATE_FORMAT:
+            raise ValueError(
+                f"the batch state was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: "
+                f"upgrade adabatch"
+            )
+        self._progress = Progress(**state["progress"])
+        self._consumed = Progress(**state["consumed"])
+        self._state = ControlState.from_state_dict(state["control"])
+        self._reference = state["reference_batch_size"]
+        plan = BatchPlan(**state["plan"])
+        if plan.dp_size != self._grid.dp_size or plan.micro_batch_size not in self._grid.micro_sizes:
+            low, high = self._limits.at(self._consumed)
+            plan = self._grid.nearest(plan.global_batch_size, min_size=low, max_size=high)
+        self._plan = plan
+        self._update = None
+
+    def remove(self) -> None:
+        """Takes every hook off model and optimizer; the object is not usable afterwards."""
+        self._flush()
+        self._hooks.remove()
+        if self._probe is not None:
+            self._probe.remove()
+
+    # --- private ----------------------------------------------------------------------------------------------------
+
+    def _first_plan(self) -> BatchPlan:
+        low, high = self._limits.at(self._consumed)
+        wanted = float(low)
+        if isinstance(self._criterion, Schedule):
+            wanted = min(max(self._criterion.wanted(Observation(None, self._consumed)), low), high)
+        return self._grid.nearest(wanted, min_size=low, max_size=high)
+
+    def _factor_of(self, global_batch_size: int) -> float:
+        averages = self._state.averages
+        known = averages.weight > 0
+        return lr_factor(
+            self._lr_rule,
+            global_batch_size,
+            reference=self._reference,
+            noise=averages.noise if known else math.nan,
+            signal=averages.signal if known else math.nan,
+        )
+
+    def _after(self, progress: Progress, num_examples: int) -> Progress:
+        per_example = self._tokens_per_example
+        return progress.after(num_examples, None if per_example is None else num_examples * per_example)
+
+    def _check_order(self, order: GlobalOrder) -> None:
+        _, high = self._limits.at(self._consumed)
+        if not isinstance(self._criterion, Schedule) and high > len(order):
+            raise ValueError(
+                f"limits.max={high} is above the {len(order)} examples of the data set, and a batch may not hold an "
+                f"example twice: use at most {len(order)}"
+            )
+        mine = (order.seed, order.epoch, order.examples_seen, len(order))
+        if self._collectives.sum_of(*mine) != [self._collectives.size * value for value in mine]:
+            raise ValueError(
+                f"the ranks hold different data orders (this one: seed {order.seed}, epoch {order.epoch}, example "
+                f"{order.examples_seen} of {len(order)}): give all the same data set, seed and state"
+            )
+
+
+def _suited_probe(model: torch.nn.Module, needs: frozenset[str], given: Probe | None) -> Probe | None:
+    """The probe given, or the one that suits the model; None where nothing needs one."""
+    if not needs:
+        return given
+    probe = given or MicroBatchProbe(model.parameters())
+    missing = needs - probe.gives
+    if missing:
+        if given is None:
+            probe.remove()
+        raise ValueError(
+            f"the criterion needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
+            f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or another probe"
+        )
+    return probe
+
+
+def _limits_and_grid(
+    limits: Limits | None, criterion: Criterion, *, dp_size: int, micro_sizes: tuple[int, ...], probed: bool
+) -> tuple[Limits, PlanGrid]:
+    """The limits and the plans that a run can carry out, checked against each other."""
+    micro = micro_sizes[0]
+    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if probed and dp_size == 1 else 1)
+    smallest = micro * dp_size * grid.min_accumulation
+    if limits is None:
+        if not isinstance(criterion, Schedule):
+            raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
+        limits = Limits(min=smallest, max=2**62)
+    for name, limit in (("min", limits.min), ("max", limits.max)):
+        if isinstance(limit, int) and limit % dp_size:
+            raise ValueError(
+                f"limits.{name}={limit} cannot be shared equally by {dp_size} ranks: use a multiple of {dp_size}"
+            )
+    if isinstance(limits.min, int) and limits.min < smallest:
+        two_parts = " (two micro-batches at least, so that their spread can be measured)" if probed else ""
+        raise ValueError(
+            f"limits.min={limits.min} is below the smallest step of {dp_size} rank(s) x {grid.min_accumulation} x "
+            f"{micro} examples{two_parts}: use micro_batch_size={max(1, limits.min // (smallest // micro))} or less, "
+            f"or limits.min={smallest} or more"
+        )
+    if isinstance(limits.max, int) and limits.max < smallest:
+        raise ValueError(f"limits.max={limits.max} is below the smallest step of {smallest} examples")
+    if isinstance(criterion, Schedule):
+        for size in criterion.fixed_sizes:
+            if grid.nearest(size).global_batch_size != size:
+                raise ValueError(
+                    f"{type(criterion).__name__} asks for batches of {size}, which {dp_size} rank(s) with "
+                    f"micro-batches of {' or '.join(map(str, micro_sizes))} cannot make up: use a multiple of "
+                    f"{smallest}, or another micro_batch_size"
+                )
+    return limits, grid

@@ -1,0 +1,109 @@
+"""The journal: one JSON line a step, with what was measured, what was asked for, and what was decided and why.
+
+Lines hold no wall time and no machine, so the journals of two equal runs are equal files. Numbers that are not finite
+are written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adabatch.batch.control import Averages, Decision
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.plan import BatchPlan, Progress
+
+LINE_FORMAT = 1
+
+
+def line(
+    *,
+    plan: BatchPlan,
+    num_examples: int,
+    before: Progress,
+    loss: float | None,
+    moments: GradientMoments | None,
+    averages: Averages,
+    decision: Decision,
+) -> dict[str, Any]:
+    """What a step's end says, as the journal writes it; the learning rate joins it when the update is applied.
+
+    Args:
+        plan: the plan of the step.
+        num_examples: examples it really took.
+        before: what was consumed when it began.
+        loss: its mean loss, None where it was not measured.
+        moments: what it measured, None where it was not probed.
+        averages: the control's averages with it in them.
+        decision: the plan of the next step, and why.
+    """
+    asked = decision.estimate
+    return {
+        "format": LINE_FORMAT,
+        "step": before.steps,
+        "examples": before.examples,
+        "plan": {
+            "micro_batch_size": plan.micro_batch_size,
+            "accumulation_steps": plan.accumulation_steps,
+            "dp_size": plan.dp_size,
+            "global_batch_size": num_examples,
+        },
+        "loss": loss,
+        "moments": None
+        if moments is None
+        else {
+            "noise": moments.noise,
+            "signal": moments.signal,
+            "noise_scale": moments.noise_scale,
+            "part_sq": moments.part_sq,
+            "part_size": moments.part_size,
+            "grad_sq": moments.grad_sq,
+            "num_examples": moments.num_examples,
+            "num_parts": moments.num_parts,
+        },
+        "averages": None
+        if averages.weight == 0
+        else {"noise": averages.noise, "signal": averages.signal, "noise_scale": averages.noise_scale},
+        "wanted": None if asked is None else asked.wanted,
+        "low": None if asked is None else asked.low,
+        "high": None if asked is None else asked.high,
+        "next": decision.plan.global_batch_size,
+        "reason": str(decision.reason),
+    }
+
+
+class Journal:
+    """Appends lines to a JSONL file; each is complete when ``write`` returns, and nothing stays open.
+
+    Args:
+        path: the file; its folder is made. None writes nothing, which is what all ranks but the first are given.
+
+    Raises:
+        OSError: the folder cannot be made or the file not be written.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._path = None if path is None else Path(path)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.touch()
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Appends one line."""
+        if self._path is not None:
+            text = json.dumps(_finite(entry), separators=(",", ":"), allow_nan=False)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

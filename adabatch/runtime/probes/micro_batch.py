@@ -1,0 +1,121 @@
+"""The micro-batch probe: the squared norm of every micro-batch's gradient on every rank, by tensor hooks.
+
+A hook on a parameter sees the gradient of one backward on one rank, before it is accumulated, and before anything is
+reduced over the ranks; for a tied weight it sees the sum of all its uses. So it serves plain models, DDP and ZeRO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from adabatch.batch.moments import NOISE, GradientMoments
+
+
+def norm(grad: Tensor) -> Tensor:
+    """Euclidean norm of one gradient, in float32 at least; shape ()."""
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
+    length: Tensor = torch.linalg.vector_norm(values, dtype=dtype)
+    return length
+
+
+def sum_of_squares(norms: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of the squares of norms in float64; shape ()."""
+    if len({each.device for each in norms}) > 1:
+        norms = [each.to(device) for each in norms]
+    return torch.stack(norms).to(device=device, dtype=torch.float64).square().sum()
+
+
+class MicroBatchProbe:
+    """Noise and signal from micro-batches: each is a part, on each rank and in each accumulation step.
+
+    It costs one pass over the gradients of each micro-batch and one over the step's gradient, a Python call a parameter
+    and a few scalars of memory. Measured before clipping, in the gradient that the optimizer will see.
+
+    Args:
+        parameters: those whose gradients are measured; the ones that do not require a gradient are left out.
+
+    Raises:
+        ValueError: no parameter requires a gradient.
+    """
+
+    gives = frozenset({NOISE})
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        if not self._parameters:
+            raise ValueError(
+                "the model has no parameter that requires a gradient: there is nothing to train or measure"
+            )
+        self._device = self._parameters[0].device
+        self._norms: list[Tensor] = []
+        self._listening = False
+        self._dp_size = 1
+        self._handles = [p.register_hook(self._listen) for p in self._parameters]  # type: ignore[no-untyped-call]
+
+    def _listen(self, grad: Tensor) -> None:
+        if self._listening:
+            self._norms.append(norm(grad))
+
+    def start(self, dp_size: int) -> None:
+        """A probed step begins."""
+        self._dp_size = dp_size
+        self._num_parts = 0
+        self._parts_sq = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._inverse_part_size = 0.0
+        self._inverse_num_examples = 0.0
+
+    def begin_part(self) -> None:
+        """The backward of a micro-batch begins."""
+        self._norms.clear()
+        self._listening = True
+
+    def end_part(self, num_examples: int, weight: float) -> None:
+        """It has ended. ``weight`` is the micro-batch's share of this rank's gradient.
+
+        Raises:
+            RuntimeError: the backward reached no parameter.
+        """
+        self._listening = False
+        if not self._norms:
+            raise RuntimeError(
+                "the backward of this micro-batch reached no parameter: is the loss computed from the model that was "
+                "given to AdaptiveBatch, and not detached?"
+            )
+        share = weight / self._dp_size
+        # The hooks saw weight * g_j, so |g_j|^2 * share is what they saw, over weight * dp_size.
+        self._parts_sq += sum_of_squares(self._norms, self._device) / (weight * self._dp_size)
+        self._norms.clear()
+        self._inverse_part_size += share / num_examples
+        self._inverse_num_examples += share**2 / num_examples
+        self._num_parts += 1
+
+    def collect(self) -> Tensor:
+        """This rank's share of the sums, shape (4,)."""
+        norms = [norm(p.grad) for p in self._parameters if p.grad is not None]
+        # Every rank holds the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
+        grad_sq = sum_of_squares(norms, self._device) / self._dp_size
+        sizes = torch.tensor(
+            [self._inverse_part_size, self._inverse_num_examples], dtype=torch.float64, device=self._device
+        )
+        return torch.cat([self._parts_sq.view(1), grad_sq.view(1), sizes])
+
+    def moments(self, totals: list[float]) -> GradientMoments:
+        """The step's moments from the sums over all ranks."""
+        part_sq, grad_sq, inverse_part_size, inverse_num_examples = totals
+        return GradientMoments(
+            part_sq=part_sq,
+            part_size=1 / inverse_part_size,
+            grad_sq=grad_sq,
+            num_examples=1 / inverse_num_examples,
+            num_parts=self._num_parts * self._dp_size,
+        )
+
+    def remove(self) -> None:
+        """Takes every hook off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

@@ -1,0 +1,48 @@
+"""What every probe offers."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from adabatch.batch.moments import GradientMoments
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """Reads, while a step runs, how much its partial gradients disagree.
+
+    A step calls ``start``, then ``begin_part`` and ``end_part`` around the backward of each micro-batch of this rank,
+    then ``collect`` once the gradient is reduced. The numbers collected are summed over the ranks by the caller, in one
+    reduction with its own, and handed to ``moments``.
+    """
+
+    @property
+    def gives(self) -> frozenset[str]:
+        """What the moments contain, in the words of ``Criterion.needs``."""
+        ...
+
+    def start(self, dp_size: int) -> None:
+        """A probed step begins."""
+        ...
+
+    def begin_part(self) -> None:
+        """The backward of a micro-batch begins."""
+        ...
+
+    def end_part(self, num_examples: int, weight: float) -> None:
+        """It has ended; the micro-batch's mean loss entered this rank's gradient with ``weight``."""
+        ...
+
+    def collect(self) -> Tensor:
+        """This rank's numbers, shape (k,), float64, on the gradient's device; no host sync."""
+        ...
+
+    def moments(self, totals: list[float]) -> GradientMoments:
+        """The step's moments from the numbers of all ranks, summed."""
+        ...
+
+    def remove(self) -> None:
+        """Takes every hook off the model."""
+        ...

@@ -1,0 +1,252 @@
+"""The learning rate of a run: a torch ``LRScheduler`` driven by progress, and the batch factor put on step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from adabatch.batch.plan import Duration, Progress
+from adabatch.lr.clock import Clock
+from adabatch.lr.shapes import Shape, warmup_factor
+
+STATE_FORMAT = 1
+
+
+class ProgressSource(Protocol):
+    """Where a schedule reads how far the run is; ``AdaptiveBatch`` is one."""
+
+    @property
+    def progress(self) -> Progress:
+        """What the applied updates consumed so far."""
+        ...
+
+    @property
+    def progress_after_next(self) -> Progress:
+        """The same, one step later."""
+        ...
+
+    @property
+    def lr_factor(self) -> float:
+        """The batch factor of the next update."""
+        ...
+
+
+class CountedSteps:
+    """A progress source for runs without ``AdaptiveBatch``: it counts the optimizer's steps, and nothing else."""
+
+    lr_factor = 1.0
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.progress = Progress()
+        optimizer.register_step_post_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.progress = self.progress.after(0)
+
+    @property
+    def progress_after_next(self) -> Progress:
+        """One step later."""
+        return self.progress.after(0)
+
+
+class ProgressLR(LRScheduler):
+    """``base LR x shape(progress)``, with progress in examples, tokens or steps: a torch ``LRScheduler``.
+
+    Call ``step()`` after ``optimizer.step()``, as with any scheduler. It reads progress rather than counting calls, so
+    calling it twice, or after an update that was skipped, changes nothing. The batch factor is not in
+    ``group["lr"]``; ``get_last_lr`` includes it.
+
+    Args:
+        optimizer: its groups keep their own base LRs.
+        shape: progress in [0, 1] -> factor, from ``adabatch.lr``.
+        source: where progress comes from, an ``AdaptiveBatch``; None counts optimizer steps.
+        total: length of the run.
+        warmup: length of a linear warm-up before the shape, in any unit; the shape runs over the rest.
+        warmup_start: factor that the warm-up starts from, in [0, 1]. The first update is already one step past it.
+
+    Raises:
+        ValueError: a total of no length, a warm-up not shorter than the total, or a total in examples or tokens where
+            nobody counts those.
+        TypeError: a shape that is not a ``Shape``.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        shape: Shape,
+        source: ProgressSource | None = None,
+        *,
+        total: Duration,
+        warmup: Duration | None = None,
+        warmup_start: float = 0.0,
+    ) -> None:
+        if not isinstance(shape, Shape):
+            raise TypeError(f"shape must come from adabatch.lr, such as adabatch.lr.cosine(), got {shape!r}")
+        if not 0 <= warmup_start <= 1:
+            raise ValueError(f"warmup_start must be in [0, 1], got {warmup_start}")
+        self.shape = shape
+        self._clock = Clock(total, warmup)
+        self._warmup_start = warmup_start
+        self._source: ProgressSource = CountedSteps(optimizer) if source is None else source
+        self._anchor: int | None = None
+        for length in (total, warmup):
+            if length is not None:
+                self._check_unit(length)
+        super().__init__(optimizer)
+
+    def _check_unit(self, length: Duration) -> None:
+        if length.unit != "steps" and isinstance(self._source, CountedSteps):
+            raise ValueError(f"{length} cannot be counted without an AdaptiveBatch: pass it as the third argument")
+        self._source.progress_after_next.count(length.unit)
+
+    def factor(self) -> float:
+        """``warm-up x shape`` for the next update."""
+        clock, progress = self._clock, self._source.progress
+        if clock.warming_up(progress):
+            ramp = warmup_factor(clock.warmup_fraction(self._source.progress_after_next), start=self._warmup_start)
+            return ramp * float(self.shape(0.0))
+        if self._anchor is None:
+            self._anchor = clock.anchor(progress)
+        return float(self.shape(clock.fraction(progress, self._anchor)))
+
+    def get_lr(self) -> list[float | Tensor]:
+        """``base LR x warm-up x shape`` of each group."""
+        factor = self.factor()
+        return [base * factor for base in self.base_lrs]
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """What ``optimizer.step()`` applies next to each group: the groups' rates times the batch factor."""
+        factor = self._source.lr_factor
+        return [lr * factor for lr in super().get_last_lr()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Base LRs, shape and lengths as plain data, and where the shape started."""
+        warmup = self._clock.warmup
+        total = self._clock.total
+        return {
+            "format": STATE_FORMAT,
+            "base_lrs": [float(base) for base in self.base_lrs],
+            "shape": self.shape.to_dict(),
+            "total": [total.count, total.unit],
+            "warmup": None if warmup is None else [warmup.count, warmup.unit],
+            "warmup_start": self._warmup_start,
+            "anchor": self._anchor,
+            "last_epoch": self.last_epoch,
+            "steps": self._source.progress.steps if isinstance(self._source, CountedSteps) else None,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores the schedule and writes the right rates into the groups.
+
+        Load the ``AdaptiveBatch`` first: the rates depend on its progress.
+
+        Raises:
+            ValueError: a newer format, another number of groups, or another shape than the one saved.
+        """
+        if state_dict["format"] > STATE_FORMAT:
+            raise ValueError(
+                f"the schedule was saved in format {state_dict['format']}, this version reads up to {STATE_FORMAT}: "
+                f"upgrade adabatch"
+            )
+        if len(state_dict["base_lrs"]) != len(self.base_lrs):
+            raise ValueError(
+                f"the schedule was saved with {len(state_dict['base_lrs'])} parameter groups, "
+                f"the optimizer has {len(self.base_lrs)}: build it as the saved run did"
+            )
+        saved = Shape.from_dict(state_dict["shape"])
+        if saved != self.shape:
+            raise ValueError(
+                f"the schedule was saved with the shape {saved}, this run has {self.shape}: use one of them"
+            )
+        for group, base in zip(self.optimizer.param_groups, state_dict["base_lrs"], strict=True):
+            group["initial_lr"] = base
+        self.base_lrs = list(state_dict["base_lrs"])
+        warmup = state_dict["warmup"]
+        self._clock = Clock(Duration(*state_dict["total"]), None if warmup is None else Duration(*warmup))
+        self._warmup_start = state_dict["warmup_start"]
+        self._anchor = state_dict["anchor"]
+        self.last_epoch = state_dict["last_epoch"]
+        if isinstance(self._source, CountedSteps):
+            self._source.progress = Progress(steps=state_dict["steps"] or 0)
+        self._write()
+
+    def _write(self) -> None:
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            _set_lr(group, lr)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _set_lr(group: dict[str, Any], lr: float | Tensor) -> None:
+    """Writes a rate into a group, in place where it is a tensor (capturable optimizers hold on to it)."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+class StepHooks:
+    """What happens around ``optimizer.step()``, by its public hooks: the batch factor is on while it runs, only then.
+
+    ``group["lr"]`` is multiplied before and put back after, so no scheduler, checkpoint or log ever stores the factor.
+
+    Args:
+        optimizer: the optimizer.
+        factor: called before each update, gives the batch factor.
+        skip: called before each update, says whether to leave it out: the gradients are dropped, so that the optimizer
+            finds nothing to do.
+        done: called after each update with the optimizer, the rates that were in force, one a group, and whether it was
+            applied.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        factor: Callable[[], float],
+        skip: Callable[[], bool],
+        done: Callable[[Optimizer, list[float], bool], None],
+    ) -> None:
+        self._factor = factor
+        self._skip = skip
+        self._done = done
+        self._stored: list[float | Tensor] | None = None
+        self._skipped = False
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        self._restore(optimizer)  # an update that raised left its factor on
+        self._skipped = self._skip()
+        if self._skipped:
+            optimizer.zero_grad(set_to_none=True)
+        factor = self._factor()
+        if factor != 1.0:
+            lrs = [group["lr"] for group in optimizer.param_groups]
+            self._stored = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
+            for group, lr in zip(optimizer.param_groups, self._stored, strict=True):
+                _set_lr(group, lr * factor)
+
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        applied = [group["lr"] for group in optimizer.param_groups]
+        # A rate that lives on an accelerator is left out of the journal: reading it would stall the step.
+        rates = [float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else float("nan") for lr in applied]
+        self._restore(optimizer)
+        self._done(optimizer, rates, not self._skipped)
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        if self._stored is not None:
+            for group, lr in zip(optimizer.param_groups, self._stored, strict=True):
+                _set_lr(group, lr)
+            self._stored = None
+
+    def remove(self) -> None:
+        """Takes the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
