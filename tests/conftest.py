@@ -39,12 +39,16 @@ def _threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.is_alive()}
 
 
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 @pytest.fixture(autouse=True)
 def leaks_nothing() -> Iterator[None]:
     """A test must leave environment, folder, threads and process groups as it found them."""
-    environment, folder, threads = _environment(), os.getcwd(), _threads()
+    environment, folder, threads, grouped = _environment(), os.getcwd(), _threads(), _grouped()
     yield
-    assert not (dist.is_available() and dist.is_initialized()), "the test left a process group behind"
+    assert grouped or not _grouped(), "the test left a process group behind"
     assert os.getcwd() == folder, "the test changed the working directory"
     after = _environment()
     changed = {name for name in environment | after if environment.get(name) != after.get(name)}
