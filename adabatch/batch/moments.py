@@ -50,7 +50,7 @@ class GradientMoments(NamedTuple):
     @property
     def noise(self) -> float:
         """Unbiased trace of the per-example gradient covariance; NaN from fewer than two parts, may be negative."""
-        if self.num_parts < 2:
+        if self.num_parts < 2 or not 0 < self.part_size < self.num_examples:  # or one part that has all the weight
             return math.nan
         return (self.part_sq - self.grad_sq) / (1 / self.part_size - 1 / self.num_examples)
 

@@ -287,6 +287,12 @@ def test_one_part_has_no_spread() -> None:
     assert moments.is_finite
 
 
+def test_weights_on_a_single_part_show_no_spread() -> None:
+    moments = from_parts([3.0, 5.0], 4, 3.0, weights=[1.0, 0.0])
+    assert math.isnan(moments.noise)
+    assert math.isnan(moments.signal)
+
+
 def test_identical_examples_have_no_noise() -> None:
     moments = moments_of_examples(np.tile([3.0, 4.0], (5, 1)))
     assert (moments.noise, moments.signal, moments.noise_along) == (0.0, 25.0, 0.0)
