@@ -164,10 +164,11 @@ def from_examples(examples_sq: ArrayLike, products: ArrayLike) -> GradientMoment
 
 
 def merge(groups: Iterable[GradientMoments], grad_sq: float) -> GradientMoments:
-    """The moments of several groups of parts taken together, each weighted by its examples.
+    """The moments of several groups of parts taken together, each weighted by its ``num_examples``.
 
     Args:
-        groups: moments whose parts were weighted by their sizes; the groups may differ in size.
+        groups: moments of the groups; they may differ in size. Their ``noise_along`` is left out: it was measured along
+            gradients that differ.
         grad_sq: squared norm of the gradient of all groups together (the groups' own do not determine it).
 
     Raises:
@@ -177,11 +178,10 @@ def merge(groups: Iterable[GradientMoments], grad_sq: float) -> GradientMoments:
     if not members:
         raise ValueError("merge needs at least one group, got none")
     num_examples = sum(group.num_examples for group in members)
-    num_parts = sum(group.num_parts for group in members)
     return GradientMoments(
         part_sq=sum(group.part_sq * group.num_examples for group in members) / num_examples,
-        part_size=num_examples / num_parts,
+        part_size=num_examples / sum(group.num_examples / group.part_size for group in members),
         grad_sq=float(grad_sq),
         num_examples=num_examples,
-        num_parts=num_parts,
+        num_parts=sum(group.num_parts for group in members),
     )

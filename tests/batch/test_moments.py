@@ -236,6 +236,26 @@ def test_merging_groups_equals_taking_all_parts_at_once(seed: int, groups: list[
     assert_equal(merged, whole)
 
 
+@given(seeds, part_sizes, part_sizes, st.data())
+def test_groups_with_weights_of_their_own_merge(
+    seed: int, first: list[int], second: list[int], data: st.DataObject
+) -> None:
+    """A group stands for its ``num_examples``, which weights make fewer than it counted."""
+    gradients = random_gradients(seed, sum(first) + sum(second), 4)
+    shares = []
+    for group in (first, second):
+        raw = np.array(data.draw(st.lists(st.floats(0.1, 1), min_size=len(group), max_size=len(group))))
+        shares.append(raw / raw.sum())
+    groups = [
+        moments_of(gradients[: sum(first)], first, list(shares[0])),
+        moments_of(gradients[sum(first) :], second, list(shares[1])),
+    ]
+    counts = np.array([group.num_examples for group in groups])
+    weights = np.concatenate([w * c / counts.sum() for w, c in zip(shares, counts, strict=True)])
+    whole = moments_of(gradients, first + second, list(weights))
+    assert_equal(merge(groups, whole.grad_sq), whole)
+
+
 def test_groups_of_one_part_merge_too() -> None:
     gradients = random_gradients(5, 6, 3)
     ranks = [moments_of(gradients[:2], [2]), moments_of(gradients[2:], [4])]
