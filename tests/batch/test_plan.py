@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -46,7 +48,6 @@ sizes = st.one_of(st.floats(0.5, 2000), st.integers(1, 1200).map(float))
 @given(grids(), sizes, limits, st.sampled_from([0.0, 1 / 8, 0.5]))
 def test_nearest_by_brute_force(grid: PlanGrid, wanted: float, limit: tuple[int, int], tolerance: float) -> None:
     low, high = limit
-    wanted = min(max(wanted, low), high)
     plans = all_plans(grid, low, high)
     if not plans:
         with pytest.raises(ValueError, match=f"between {low} and {high}"):
@@ -54,7 +55,7 @@ def test_nearest_by_brute_force(grid: PlanGrid, wanted: float, limit: tuple[int,
         return
     plan = grid.nearest(wanted, min_size=low, max_size=high, tolerance=tolerance)
     assert plan in plans
-    goal = wanted
+    goal = min(max(wanted, low), high)
 
     def error(each: BatchPlan) -> float:
         return abs(each.global_batch_size - goal) / goal
@@ -173,3 +174,22 @@ def test_plans_do_not_depend_on_the_order_of_the_micro_batches(grid: PlanGrid, w
     assume(len(grid.micro_sizes) > 1)
     turned = PlanGrid(dp_size=grid.dp_size, micro_sizes=grid.micro_sizes[::-1], min_accumulation=grid.min_accumulation)
     assert turned.nearest(wanted) == grid.nearest(wanted)
+
+
+@given(grids(), limits)
+def test_boundless_wishes_end_at_the_limits(grid: PlanGrid, limit: tuple[int, int]) -> None:
+    low, high = limit
+    plans = all_plans(grid, low, high)
+    assume(plans)
+    reachable = [plan.global_batch_size for plan in plans]
+    assert grid.nearest(math.inf, min_size=low, max_size=high).global_batch_size == max(reachable)
+    for little in (0.0, -5.0, -math.inf):
+        assert grid.nearest(little, min_size=low, max_size=high).global_batch_size == min(reachable)
+
+
+def test_a_size_that_is_not_a_number_is_named() -> None:
+    grid = PlanGrid(dp_size=1, micro_sizes=(4,))
+    with pytest.raises(ValueError, match="got nan"):
+        grid.nearest(math.nan)
+    with pytest.raises(ValueError, match="got inf"):
+        grid.nearest(math.inf)
