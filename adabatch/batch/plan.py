@@ -47,7 +47,7 @@ class Duration:
     """A length of training that carries its unit; made by ``examples``, ``tokens`` and ``steps``.
 
     Raises:
-        ValueError: a negative count or an unknown unit.
+        ValueError: a count that is negative or not whole, or an unknown unit.
     """
 
     count: int
@@ -56,6 +56,9 @@ class Duration:
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
             raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        if not (math.isfinite(self.count) and self.count == int(self.count)):
+            raise ValueError(f"a duration must be a whole number of {self.unit}, got {self.count!r}")
+        object.__setattr__(self, "count", int(self.count))  # 6e6 is what people write
         if self.count < 0:
             raise ValueError(f"a duration must not be negative, got {self.count} {self.unit}")
 
@@ -65,17 +68,17 @@ class Duration:
 
 def examples(count: int) -> Duration:
     """A duration of ``count`` examples over all ranks."""
-    return Duration(int(count), "examples")
+    return Duration(count, "examples")
 
 
 def tokens(count: int) -> Duration:
     """A duration of ``count`` tokens over all ranks."""
-    return Duration(int(count), "tokens")
+    return Duration(count, "tokens")
 
 
 def steps(count: int) -> Duration:
     """A duration of ``count`` optimizer steps."""
-    return Duration(int(count), "steps")
+    return Duration(count, "steps")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import assume, given
@@ -135,12 +136,17 @@ def test_durations_carry_their_unit() -> None:
     assert (examples(5).unit, tokens(5).unit, steps(5).unit) == ("examples", "tokens", "steps")
     assert str(examples(6_000_000)) == "6,000,000 examples"
     assert examples(6e6) == examples(6_000_000)  # type: ignore[arg-type]
+    assert isinstance(examples(6e6).count, int)  # type: ignore[arg-type]
     assert examples(5) != steps(5)
 
 
 def test_bad_durations_are_named() -> None:
     with pytest.raises(ValueError, match="-1 steps"):
         steps(-1)
+    for bad in (math.nan, math.inf, 0.5, 1e6 + 0.25):
+        for unit in (examples, tokens, steps):
+            with pytest.raises(ValueError, match=rf"whole number.*{re.escape(repr(bad))}"):
+                unit(bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'epochs'"):
         Duration(3, "epochs")  # type: ignore[arg-type]
 
