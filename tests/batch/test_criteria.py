@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from adabatch.batch.criteria import (
@@ -116,6 +116,16 @@ def test_a_smaller_tolerance_never_asks_for_less(
 
 
 @every_criterion
+@example(tolerance=0.01, noise=-1.0, signal=0.6, batch=2.0, share=0.5)  # both terms of a quotient below zero
+@given(tolerances, st.one_of(st.just(0.0), st.floats(-1e3, -1e-3)), st.floats(-1, 1e3), batches, shares)
+def test_without_noise_there_is_no_growth(
+    contract: Contract, tolerance: float, noise: float, signal: float, batch: float, share: float
+) -> None:
+    """Estimates of a small noise come out negative; no criterion may take that for a reason to grow."""
+    assert contract.make(tolerance).wanted(expected(noise, signal, batch=batch, share=share)) <= 1e-9
+
+
+@every_criterion
 @given(tolerances, positive, batches, shares)
 def test_pure_noise(contract: Contract, tolerance: float, noise: float, batch: float, share: float) -> None:
     moments = GradientMoments.from_noise(noise, 0.0, part_size=1.0, num_examples=batch, noise_along=share * noise)
@@ -145,6 +155,12 @@ def test_no_measurement_raises(
     assert isinstance(wanted, float)
     if math.isnan(part_sq) or math.isnan(grad_sq) or num_parts == 1:
         assert math.isnan(wanted) or contract.make(tolerance).needs == {INNER_PRODUCTS}
+
+
+@every_criterion
+def test_zero_gradients_show_no_noise(contract: Contract) -> None:
+    zero = GradientMoments(0.0, 1.0, 0.0, 8.0, 8, noise_along=0.0)
+    assert contract.make(0.5).wanted(seen(zero)) == 0
 
 
 @every_criterion
@@ -210,6 +226,15 @@ def test_the_finite_population_by_trying_batches(
         wanted, lambda b: b >= population or noise / b * (population - b) / (population - 1) <= eta**2 * grad_sq
     )
     assert wanted <= max(1, NormTest(eta).wanted(observation)) * (1 + 1e-9)
+
+
+@given(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3), tolerances, st.floats(2, 4096), st.integers(2, 10**6))
+@example(noise=-1.0, signal=0.5001, eta=0.1, batch=2.0, population=1000)
+def test_the_finite_population_is_never_exceeded(
+    noise: float, signal: float, eta: float, batch: float, population: int
+) -> None:
+    wanted = NormTest(eta, population=population).wanted(expected(noise, signal, batch=batch))
+    assert wanted <= population or wanted == math.inf
 
 
 def test_a_large_population_is_the_papers_form() -> None:
