@@ -111,7 +111,7 @@ def test_bad_ramps_are_named() -> None:
 
 
 def test_bad_constants_are_named() -> None:
-    for bad in (0, -1, math.nan):
+    for bad in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"global_batch_size must be .* got {bad}"):
             Constant(bad)  # type: ignore[arg-type]
 
@@ -171,10 +171,17 @@ def test_seesaw_at_the_end_of_a_decay_to_zero() -> None:
         assert schedule.lr_factor(progress) == 0
 
 
+@pytest.mark.parametrize("factor", [5e-324, 1e-310, 1e-300])
+def test_seesaw_on_a_factor_near_nothing(factor: float) -> None:
+    schedule = Seesaw(64, lambda _: factor, examples(1000))
+    assert schedule.size(Progress()) > 1e290
+    assert 0 <= schedule.lr_factor(Progress()) < 1e-140
+
+
 def test_bad_seesaws_are_named() -> None:
     with pytest.raises(ValueError, match=r"first must be .* got 0"):
         Seesaw(0, linear(), examples(10))
-    for bad in (1.0, 0.5, -2.0, math.nan):
+    for bad in (1.0, 0.5, -2.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"alpha must be .* got {bad}"):
             Seesaw(8, linear(), examples(10), alpha=bad)
     with pytest.raises(ValueError, match="got 0"):
