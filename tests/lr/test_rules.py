@@ -13,6 +13,9 @@ from adabatch.lr.rules import LRRule, check_lr_rule, gain, lr_factor
 
 ratios = st.floats(1e-3, 1e4)
 positive = st.floats(1e-6, 1e6)
+anything = st.one_of(
+    st.floats(), st.sampled_from([0.0, 5e-324, 1e-300, 1.0, 1e300, 1.7e308, math.inf, -math.inf, math.nan])
+)
 references = st.floats(1, 1e5)
 
 
@@ -62,6 +65,13 @@ def test_the_limits_of_the_gain(ratio: float, reference: float) -> None:
     assert gain(ratio, reference, noise=1e-15, signal=1.0) == pytest.approx(1, rel=1e-10)
 
 
+@given(anything, anything, ratios)
+def test_no_measurement_leaves_the_bounds(noise: float, signal: float, ratio: float) -> None:
+    """A learning rate must not become NaN, whatever was measured."""
+    found = gain(ratio, 64.0, noise=noise, signal=signal)
+    assert min(1, ratio) <= found <= max(1, ratio)
+
+
 def test_nothing_measured_yet_is_no_gain() -> None:
     assert lr_factor("gain", 512, reference=64) == 1
     assert gain(8.0, 64.0, noise=math.nan, signal=1.0) == 1
@@ -79,6 +89,6 @@ def test_bad_input_is_named() -> None:
         check_lr_rule("square root")
     with pytest.raises(ValueError, match="got 'cubic'"):
         lr_factor("cubic", 64, reference=64)  # type: ignore[arg-type]
-    for size, reference in ((0, 64), (64, 0), (-1, 64), (64, math.nan), (math.nan, 64)):
+    for size, reference in ((0, 64), (64, 0), (-1, 64), (64, math.nan), (math.nan, 64), (math.inf, 64), (64, math.inf)):
         with pytest.raises(ValueError, match=f"got {size} and the reference {reference}"):
             lr_factor("linear", size, reference=reference)
