@@ -89,7 +89,7 @@ class Journal:
         self._path = None if path is None else Path(path)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.touch()
+            self._path.open("a", encoding="utf-8").close()  # what cannot be written fails here, not after a step
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Appends one line."""

@@ -117,6 +117,8 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         Journal(tmp_path / "file" / "run.jsonl")
+    with pytest.raises(OSError):
+        Journal(tmp_path)
 
 
 def test_equal_runs_write_equal_files(tmp_path: Path) -> None:
