@@ -274,6 +274,30 @@ UNUSABLE = {
 }
 
 
+def test_one_part_measures_nothing() -> None:
+    """A last step of one micro-batch has no spread: the plan stands, as between probes, whatever was known before."""
+    strong = ControlState(averages=Averages().after(measured(5000.0, 1.0)(PLAN), 0.5))
+    alone = GradientMoments(part_sq=3.0, part_size=8, grad_sq=3.0, num_examples=8, num_parts=1)
+    for state in (ControlState(), strong):
+        decision = one(lambda _: alone, state=state)
+        assert (decision.reason, decision.plan, decision.estimate) == (Reason.NOT_PROBED, PLAN, None)
+        assert decision.state.averages == state.averages
+
+
+@pytest.mark.parametrize("criterion", [NormTest(0.5), NoiseScale(), InnerProductTest(0.1)])
+@pytest.mark.parametrize("micro", [1, 16])
+def test_a_plan_of_one_part_can_be_decided_on(criterion: Criterion, micro: int) -> None:
+    """Single examples have a spread in a single micro-batch too."""
+    plan = BatchPlan(micro_batch_size=micro, accumulation_steps=1, dp_size=1)
+    moments = GradientMoments.from_noise(500.0, 1.0, part_size=0.5, num_examples=micro, noise_along=50.0)
+    grid = PlanGrid(dp_size=1, micro_sizes=(micro,))
+    decision = one(lambda _: moments, criterion=criterion, plan=plan, grid=grid, limits=Limits(micro, 4096))
+    assert decision.reason is Reason.GROW
+    wanted = criterion.wanted(Observation(moments, Progress()))
+    assert decision.estimate is not None
+    assert decision.estimate.wanted == pytest.approx(wanted, rel=1e-9)
+
+
 @given(st.floats(-1e3, 0), st.floats(-10, 1e3))
 def test_noise_below_nothing_holds(noise: float, signal: float) -> None:
     decision = one(measured(noise, signal))
