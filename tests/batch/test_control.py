@@ -6,6 +6,7 @@ noise and signal it is given, at the plan it runs.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -272,6 +273,36 @@ UNUSABLE = {
     "noise along NaN": broken(noise_along=math.nan),
     "noise along inf": broken(noise_along=math.inf),
 }
+
+
+@pytest.mark.parametrize("measurement", UNUSABLE.values(), ids=UNUSABLE.keys())
+@pytest.mark.parametrize("past", [0, 1, 5])
+def test_what_is_not_finite_holds_and_leaves_no_trace(measurement: Measured, past: int) -> None:
+    control = Control(monotone=False)
+    before = run([measured(100.0 + k, 1.0) for k in range(past)], NoiseScale(), control, limits=WIDE, grid=GRID)
+    state = before[-1].state if before else ControlState()
+    plan = before[-1].plan if before else PLAN
+    decision = one(measurement, control=control, state=state, plan=plan)
+    assert decision.reason is Reason.NOT_FINITE
+    assert decision.plan == plan
+    assert decision.state.averages == state.averages
+    assert json.dumps(decision.state.state_dict(), allow_nan=False)
+
+
+@given(scenarios(good), st.data())
+def test_a_step_that_is_not_finite_changes_nothing_after_it(scenario: dict[str, Any], data: st.DataObject) -> None:
+    scenario["control"] = replace(scenario["control"], interval=1, hold=0)
+    without = run(**scenario)
+    where = data.draw(st.integers(0, len(without)))
+    measurements = list(scenario["measurements"])
+    measurements.insert(where, data.draw(st.sampled_from(list(UNUSABLE.values()))))
+    decisions = run(**{**scenario, "measurements": measurements})
+    del decisions[where]
+    assert repr([replace_nothing(d) for d in decisions]) == repr([replace_nothing(d) for d in without])
+
+
+def replace_nothing(decision: Decision) -> tuple[Any, ...]:
+    return decision.plan, decision.reason, decision.estimate, decision.state.averages
 
 
 def test_one_part_measures_nothing() -> None:
