@@ -307,6 +307,7 @@ def decide(
         state: what the control remembers from the steps before.
     """
     low, high = limits.at(progress)
+    held = state.hold > 0
     state = replace(state, hold=max(0, state.hold - 1), until_probe=max(0, state.until_probe - 1))
     usable = moments is not None and _usable(moments)
     if moments is not None:
@@ -321,7 +322,7 @@ def decide(
     asked, reason = None, Reason.NOT_PROBED
     target = float(plan.global_batch_size)
     if usable:
-        asked, reason, target = _follow(criterion, control, plan, progress, state)
+        asked, reason, target = _follow(criterion, control, plan, progress, state.averages, held=held)
     elif moments is not None and not (moments.is_finite and moments.num_parts < 2):
         reason = Reason.NOT_FINITE
     target_in_limits = min(max(target, low), high)
@@ -349,11 +350,13 @@ def _follow(
     control: Control,
     plan: BatchPlan,
     progress: Progress,
-    state: ControlState,
+    averages: Averages,
+    *,
+    held: bool,
 ) -> tuple[Estimate, Reason, float]:
     """What the criterion asks for, whether to follow it, and how far, before limits and rounding."""
     present = plan.global_batch_size
-    asked = estimate(criterion, state.averages, plan, progress=progress, confidence=control.confidence)
+    asked = estimate(criterion, averages, plan, progress=progress, confidence=control.confidence)
     wanted = asked.wanted
     band = 1 + control.hysteresis
     if math.isnan(wanted):
@@ -369,7 +372,7 @@ def _follow(
         return asked, Reason.MONOTONE, present
     if asked.low <= present <= asked.high and asked.low < asked.high:
         return asked, Reason.NOT_SIGNIFICANT, present
-    if state.hold > 0:
+    if held:
         return asked, Reason.HOLD, present
     if wanted > present:
         return asked, Reason.GROW, min(math.ceil(wanted), present * control.growth)

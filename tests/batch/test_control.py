@@ -6,6 +6,7 @@ noise and signal it is given, at the plan it runs.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -389,6 +390,21 @@ def test_a_wish_near_the_present_size_agrees() -> None:
 
 
 # --- hold, interval, growth: counted --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hold", [0, 1, 2, 5])
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_hold_is_counted_in_steps(hold: int, interval: int) -> None:
+    """After a change, ``hold`` steps in which no other follows; then the next probe may change the batch again."""
+    control = replace(PLAIN, hold=hold, interval=interval, growth=2.0)
+    decisions = run([measured(1e9, 1.0)] * 40, NoiseScale(), control, limits=Limits(32, 10**6), grid=GRID)
+    sizes = [32, *sizes_of(decisions)]
+    changes = [step for step, (before, after) in enumerate(itertools.pairwise(sizes)) if before != after]
+    apart = interval * math.ceil((hold + 1) / interval)
+    assert changes[:4] == [0, apart, 2 * apart, 3 * apart]
+    for step, decision in enumerate(decisions[: 3 * apart]):
+        if step % interval == 0 and step not in changes:
+            assert decision.reason is Reason.HOLD
 
 
 def test_growth_is_capped_either_way() -> None:
