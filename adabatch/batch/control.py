@@ -74,17 +74,17 @@ class Control:
     Args:
         interval: a probe every so many steps.
         memory: probes in the average: an exponential window with the weight of ``memory`` equal ones (a factor of
-            ``(memory - 1) / (memory + 1)`` a probe). 1 keeps only the last. The default forgets at a rate of 0.82 a
-            probe, near the 0.9 of arXiv 2602.03001.
+            ``(memory - 1) / (memory + 1)`` a probe). 1 keeps only the last, ``inf`` forgets none. The default forgets
+            at a rate of 0.82 a probe, near the 0.9 of arXiv 2602.03001.
         confidence: one-sided probability with which the wanted batch must lie beyond the present one before it is
-            followed, in [0.5, 1). 0.5 asks for no certainty.
+            followed, in [0.5, 1). 0.5 asks for no certainty, and is all that ``memory=1`` can give.
         hysteresis: relative change below which nothing moves (0.1: AdaptDL's 0.05 on noisier statistics, doubled).
         hold: steps after a change in which no other follows.
         growth: largest factor of one change, either way, above 1; ``inf`` for none.
         monotone: whether the batch may only grow.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range, or a confidence that a memory of one probe cannot give.
     """
 
     interval: int = 1
@@ -107,6 +107,11 @@ class Control:
         for name, (holds, allowed) in checks.items():
             if not holds:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+        if self.memory == 1 and self.confidence > 0.5:
+            raise ValueError(
+                f"memory=1 keeps one probe, whose spread nobody knows, so with confidence={self.confidence} no change "
+                f"would ever be significant: use confidence=0.5, or a memory of 2 or more"
+            )
 
     @classmethod
     def direct(cls, *, interval: int = 1) -> Control:
@@ -116,7 +121,7 @@ class Control:
     @property
     def decay(self) -> float:
         """Weight of the past at each new probe."""
-        return (self.memory - 1) / (self.memory + 1)
+        return 1 - 2 / (self.memory + 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -529,6 +529,16 @@ def test_the_memory_is_the_weight_of_so_many_probes() -> None:
         assert averages.num_effective == pytest.approx(memory, rel=1e-9)
 
 
+def test_an_infinite_memory_weighs_all_probes_alike() -> None:
+    assert Control(memory=math.inf).decay == 1
+    noises = [3.0, 5.0, 10.0]
+    (*_, last) = run(
+        [measured(noise, 1.0) for noise in noises], NoiseScale(), Control(memory=math.inf), limits=WIDE, grid=GRID
+    )
+    assert last.state.averages.noise == pytest.approx(6.0, rel=1e-9)
+    assert last.state.averages.num_effective == pytest.approx(3, rel=1e-12)
+
+
 def test_the_covariance_is_that_of_the_means() -> None:
     """Of equal weights: the sample covariance over the number of probes."""
     rng = np.random.default_rng(8)
@@ -694,3 +704,10 @@ def test_a_true_wish_is_followed_in_the_end(times: float) -> None:
 def test_bad_controls_are_named(name: str, bad_value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .*got {bad_value}"):
         Control(**{name: bad_value})  # type: ignore[arg-type]
+
+
+def test_confidence_without_memory_is_refused() -> None:
+    """One probe has no spread, so no change would ever be significant and the batch would never move."""
+    with pytest.raises(ValueError, match=r"memory=1 .*confidence=0\.9"):
+        Control(memory=1)
+    assert Control(memory=1, confidence=0.5).decay == 0
