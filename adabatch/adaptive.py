@@ -223,6 +223,11 @@ class AdaptiveBatch:
         return self._progress
 
     @property
+    def consumed(self) -> Progress:
+        """What all steps consumed so far, those among them whose update was left out."""
+        return self._consumed
+
+    @property
     def progress_after_next(self) -> Progress:
         """The same, when the next planned step is applied."""
         return self._after(self._progress, self._plan.global_batch_size)

@@ -91,6 +91,19 @@ class Journal:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.touch()
 
+    @staticmethod
+    def cut(path: str | Path, num_examples: int) -> None:
+        """Drops the lines of steps that began at ``num_examples`` or later: a resumed run writes them anew.
+
+        A last line that was not finished goes with them.
+        """
+        kept = []
+        for text in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+            if not text.endswith("\n") or json.loads(text)["examples"] >= num_examples:
+                break
+            kept.append(text)
+        Path(path).write_text("".join(kept), encoding="utf-8")
+
     def write(self, entry: Mapping[str, Any]) -> None:
         """Appends one line."""
         if self._path is not None:
