@@ -5,10 +5,11 @@ here does.
 """
 
 from adabatch.recipes.data import InMemory, Mnist, Text, collate
-from adabatch.recipes.models import MLP, LogisticRegression, MnistCNN, NextTokenLoss, Transformer
+from adabatch.recipes.models import MLP, DigitsCNN, LogisticRegression, MnistCNN, NextTokenLoss, Transformer
 
 __all__ = [
     "MLP",
+    "DigitsCNN",
     "InMemory",
     "LogisticRegression",
     "Mnist",

@@ -8,9 +8,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adabatch.recipes import MLP, LogisticRegression, MnistCNN, NextTokenLoss, Transformer
-
-IMAGES = (1, 28, 28)
+from adabatch.recipes import MLP, DigitsCNN, LogisticRegression, MnistCNN, NextTokenLoss, Transformer
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -22,6 +20,7 @@ def num_parameters(model: nn.Module) -> int:
     [
         (LogisticRegression, 7_850),
         (MnistCNN, 28_938),
+        (DigitsCNN, 21_386),
         (MLP, 9_610),
         (lambda: MLP((784, 1024, 1024, 10)), 784 * 1024 + 1024 + 1024**2 + 1024 + 10_250),
         (Transformer, 826_368),
@@ -42,10 +41,18 @@ def small_transformer(tied: bool = False) -> Transformer:
 def inputs_for(model: nn.Module, num: int) -> torch.Tensor:
     if isinstance(model, Transformer):
         return torch.randint(11, (num, 6))
-    return torch.rand(num, 64) if isinstance(model, MLP) else torch.rand(num, *IMAGES)
+    side = 8 if isinstance(model, MLP | DigitsCNN) else 28
+    return torch.rand(num, 1, side, side)
 
 
-MODELS = [LogisticRegression, MnistCNN, MLP, small_transformer, lambda: small_transformer(tied=True)]
+MODELS = [
+    LogisticRegression,
+    MnistCNN,
+    DigitsCNN,
+    MLP,
+    small_transformer,
+    lambda: small_transformer(tied=True),
+]
 
 
 @pytest.mark.parametrize("make", MODELS)
