@@ -14,19 +14,31 @@ from torch import Tensor
 from adabatch.batch.moments import NOISE, GradientMoments
 
 
-def norm(grad: Tensor) -> Tensor:
-    """Euclidean norm of one gradient, in float32 at least; shape ()."""
+BLOCK = 16_384
+"""Elements whose squares are added in float32; longer tensors are cut up and their blocks added in float64. Added in
+one go on the CPU, the squares of 10 million normal numbers come out 0.07 % too small."""
+
+
+def norms(grad: Tensor) -> Tensor:
+    """Euclidean norms of the rows or blocks of one gradient, in float32 at least; shape (num_blocks,). No copy."""
     values = grad.coalesce().values() if grad.is_sparse else grad
     dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
-    length: Tensor = torch.linalg.vector_norm(values, dtype=dtype)
-    return length
+    if values.numel() <= BLOCK:
+        whole: Tensor = torch.linalg.vector_norm(values, dtype=dtype).view(1)
+        return whole
+    if values.dim() == 1:
+        main = values.numel() // BLOCK * BLOCK
+        rows = torch.linalg.vector_norm(values[:main].view(-1, BLOCK), dim=1, dtype=dtype)
+        return torch.cat([rows, torch.linalg.vector_norm(values[main:], dtype=dtype).view(1)])
+    by_row: Tensor = torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())), dtype=dtype)
+    return by_row
 
 
-def sum_of_squares(norms: list[Tensor], device: torch.device) -> Tensor:
+def sum_of_squares(pieces: list[Tensor], device: torch.device) -> Tensor:
     """Sum of the squares of norms in float64; shape ()."""
-    if len({each.device for each in norms}) > 1:
-        norms = [each.to(device) for each in norms]
-    return torch.stack(norms).to(device=device, dtype=torch.float64).square().sum()
+    if len({piece.device for piece in pieces}) > 1:
+        pieces = [piece.to(device) for piece in pieces]
+    return torch.cat(pieces).to(device=device, dtype=torch.float64).square().sum()
 
 
 class MicroBatchProbe:
@@ -58,7 +70,7 @@ class MicroBatchProbe:
 
     def _listen(self, grad: Tensor) -> None:
         if self._listening:
-            self._norms.append(norm(grad))
+            self._norms.append(norms(grad))
 
     def start(self, dp_size: int) -> None:
         """A probed step begins."""
@@ -95,9 +107,9 @@ class MicroBatchProbe:
 
     def collect(self) -> Tensor:
         """This rank's share of the sums, shape (4,)."""
-        norms = [norm(p.grad) for p in self._parameters if p.grad is not None]
+        pieces = [norms(p.grad) for p in self._parameters if p.grad is not None]
         # Every rank holds the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
-        grad_sq = sum_of_squares(norms, self._device) / self._dp_size
+        grad_sq = sum_of_squares(pieces, self._device) / self._dp_size
         sizes = torch.tensor(
             [self._inverse_part_size, self._inverse_num_examples], dtype=torch.float64, device=self._device
         )
