@@ -142,11 +142,16 @@ def _noise_scale(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -
     usual = [np.nanpercentile(part, (2, 98)) for part in (raw, averages) if np.isfinite(part).any()]
     _log_axis(panel, np.concatenate(usual), base=10)
     for run, style in _styled(curves, colors):
-        dots = {"color": style["color"], "markersize": _dot_size(run), "zorder": style["zorder"] - 1}
-        panel.plot(run.examples, _positive(run.noise_scale), ".", alpha=0.35, markeredgewidth=0, **dots)
+        # The more steps, the finer: thousands must not merge into one block.
+        fine = min(1.0, (1000 / len(run.examples)) ** 0.5)
+        dots = {"markersize": 3 + 3 * fine, "alpha": max(0.35 * fine, 0.03), "zorder": style["zorder"] - 1}
+        line = {**style, "linewidth": max(style["linewidth"] * fine, 0.8)}
+        panel.plot(
+            run.examples, _positive(run.noise_scale), ".", color=style["color"], markeredgewidth=0, **dots
+        )
         # The line joins the steps that were measured; its gaps are averaged signals that are not positive.
         measured = ~np.isnan(run.noise_scale_average)
-        panel.plot(run.examples[measured], _positive(run.noise_scale_average[measured]), **style)
+        panel.plot(run.examples[measured], _positive(run.noise_scale_average[measured]), **line)
 
 
 def _loss(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
@@ -231,10 +236,6 @@ def _stairs(panel: Axes, run: Curves, values: NDArray[np.float64], **style: Any)
 
 def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where((values > 0) & np.isfinite(values), values, np.nan)
-
-
-def _dot_size(run: Curves) -> float:
-    return float(np.clip(150 / np.sqrt(len(run.examples)), 2.5, 7))
 
 
 def _end(run: Curves) -> float:
