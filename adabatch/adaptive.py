@@ -248,7 +248,7 @@ class AdaptiveBatch:
 
     def steps(
         self,
-        loader: Iterable[Any],
+        loader: GlobalOrder | Iterable[Any],
         *,
         until: Duration | None = None,
         count: Callable[[Any], int] = num_examples_in,

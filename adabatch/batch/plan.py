@@ -117,7 +117,7 @@ class Progress:
 
 
 def micro_batch_sizes(smallest: int, largest: int) -> tuple[int, ...]:
-    """The few micro-batch sizes a run may use, ascending: ``smallest`` times the powers of two, up to ``largest``.
+    """The few micro-batch sizes a run may use, ascending: ``smallest``, doubled until ``largest``, and that.
 
     Few sizes keep compiled and autotuned kernels in their caches.
 
@@ -126,7 +126,8 @@ def micro_batch_sizes(smallest: int, largest: int) -> tuple[int, ...]:
     """
     if not 1 <= smallest <= largest:
         raise ValueError(f"micro_batch_size must lie between 1 and max_micro_batch_size, got {smallest} and {largest}")
-    return tuple(smallest << k for k in range((largest // smallest).bit_length()))
+    doubled = {smallest << k for k in range((largest // smallest).bit_length())}
+    return tuple(sorted(doubled | {largest}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from adabatch.batch.schedules import Constant
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, Result, run
+from adabatch.cli.picture import picture
 from adabatch.runtime.world import World
 
 HEADER = ("run", "steps", "mean batch", "examples", "test loss", "test accuracy", "wall time")
@@ -41,13 +42,17 @@ def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[
         if size is not None:
             job = replace(make(), criterion=Constant(size), monitor=True, out=out, resume=False)
         results.append(run(replace(job, reference_batch_size=reference), world, display=display, label=label))
-    display.table("At equal examples", HEADER, [_row(result) for result in results])
+    display.table("At equal examples", HEADER, [row(result) for result in results])
+    out = variants[0][2]
     if world.rank == 0:
-        _write(results, variants[0][2])
+        _write(results, out)
+        picture({result.label: result.journal for result in results}, out / "picture.png", display=display)
+    display.say(f"journal, checkpoint and table: {out}")
     return results
 
 
-def _row(result: Result) -> tuple[str, ...]:
+def row(result: Result) -> tuple[str, ...]:
+    """A result as a row under ``HEADER``."""
     accuracy = "-" if math.isnan(result.accuracy) else f"{result.accuracy:.2%}"
     return (
         result.label,

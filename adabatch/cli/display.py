@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -41,7 +42,10 @@ class Shown:
         """Shows where the run stands: ``done`` in the unit of its total."""
         if self._console is None:
             return
-        text = f"loss {_number(loss, 4)}  batch {global_batch_size:,}  lr {_number(lr)}  noise scale {_number(noise_scale)}"
+        text = (
+            f"loss {_number(loss, 4)}  batch {global_batch_size:,}  lr {_number(lr)}  "
+            f"noise scale {_number(noise_scale)}"
+        )
         if self._bar is not None and self._task is not None:
             now = time.monotonic()
             if now - self._drawn > REDRAW_SECONDS or done >= self._total.count:
@@ -89,9 +93,11 @@ class Display:
         """A table; the first column is text, the others are numbers."""
         if self._console is None:
             return
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+            # The header may wrap at its spaces; the values stay whole.
+            width = max(len(word) for word in (*name.split(), *(row[index] for row in rows)))
+            table.add_column(name, justify="left" if index == 0 else "right", min_width=width)
         for row in rows:
             table.add_row(*row)
         self._console.print(table)

@@ -14,9 +14,10 @@ except ImportError as error:  # the library itself does without
     raise SystemExit(f"adabatch: error: the command line needs `pip install adabatch[cli]` ({error})") from None
 
 from adabatch import __version__
-from adabatch.cli.compare import compare
+from adabatch.cli.compare import HEADER, compare, row
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, run
+from adabatch.cli.picture import picture
 from adabatch.runtime.world import World, connected
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError)
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         world = World.from_environment()
         _seed(config[command].seed)
         with connected(world, device=world.device):
-            _COMMANDS[command](_maker(parser, config, command), world, config)
+            _COMMANDS[command](_maker(parser, config, command), world)
     except USER_ERRORS as error:
         print(f"adabatch {command}: error: {error}", file=sys.stderr)
         return 2
@@ -82,19 +83,17 @@ def _maker(parser: ArgumentParser, config: Namespace, command: str) -> Callable[
     return make
 
 
-def _train(make: Callable[[], Job], world: World, config: Namespace) -> None:
+def _train(make: Callable[[], Job], world: World) -> None:
     display = Display(world.rank)
     result = run(make(), world, display=display, label="train")
-    display.say(
-        f"{result.steps:,} steps of {result.mean_batch:,.0f} examples on average in {result.seconds:.1f} s; "
-        f"test loss {result.test_loss:.4f}, test accuracy {result.accuracy:.2%}; journal in {result.journal}"
-    )
+    display.table("Result", HEADER, [row(result)])
+    if world.rank == 0:
+        picture({"": result.journal}, result.journal.with_name("picture.png"), display=display)
+    display.say(f"journal and checkpoint: {result.journal.parent}")
 
 
-def _compare(make: Callable[[], Job], world: World, config: Namespace) -> None:
-    display = Display(world.rank)
-    results = compare(make, world, display=display)
-    _ = results
+def _compare(make: Callable[[], Job], world: World) -> None:
+    compare(make, world, display=Display(world.rank))
 
 
 _COMMANDS = {"train": _train, "compare": _compare}

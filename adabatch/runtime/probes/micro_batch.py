@@ -13,7 +13,6 @@ from torch import Tensor
 
 from adabatch.batch.moments import NOISE, GradientMoments
 
-
 BLOCK = 16_384
 """Elements whose squares are added in float32; longer tensors are cut up and their blocks added in float64. Added in
 one go on the CPU, the squares of 10 million normal numbers come out 0.07 % too small."""
