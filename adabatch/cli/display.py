@@ -93,7 +93,7 @@ class Display:
         """A table; the first column is text, the others are numbers."""
         if self._console is None:
             return
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, name in enumerate(header):
             # The header may wrap at its spaces; the values stay whole.
             width = max(len(word) for word in (*name.split(), *(row[index] for row in rows)))

@@ -131,7 +131,7 @@ class ProgressLR(LRScheduler):
             "format": STATE_FORMAT,
             "base_lrs": [float(base) for base in self.base_lrs],
             "shape": self.shape.to_dict(),
-            "total": [total.count, total.unit],
+            "total": [total.count, str(total.unit)],
             "warmup": None if warmup is None else [warmup.count, warmup.unit],
             "warmup_start": self._warmup_start,
             "anchor": self._anchor,
@@ -145,7 +145,7 @@ class ProgressLR(LRScheduler):
         Load the ``AdaptiveBatch`` first: the rates depend on its progress.
 
         Raises:
-            ValueError: a newer format, another number of groups, or another shape than the one saved.
+            ValueError: a newer format, another number of groups, or another shape, total or warm-up than was saved.
         """
         if state_dict["format"] > STATE_FORMAT:
             raise ValueError(
@@ -157,6 +157,7 @@ class ProgressLR(LRScheduler):
                 f"the schedule was saved with {len(state_dict['base_lrs'])} parameter groups, "
                 f"the optimizer has {len(self.base_lrs)}: build it as the saved run did"
             )
+        mine = self.state_dict()
         saved = Shape.from_dict(state_dict["shape"])
         if saved != self.shape:
             raise ValueError(
@@ -165,9 +166,12 @@ class ProgressLR(LRScheduler):
         for group, base in zip(self.optimizer.param_groups, state_dict["base_lrs"], strict=True):
             group["initial_lr"] = base
         self.base_lrs = list(state_dict["base_lrs"])
-        warmup = state_dict["warmup"]
-        self._clock = Clock(Duration(*state_dict["total"]), None if warmup is None else Duration(*warmup))
-        self._warmup_start = state_dict["warmup_start"]
+        for name in ("total", "warmup", "warmup_start"):
+            if state_dict[name] != mine[name]:
+                raise ValueError(
+                    f"the schedule was saved with {name}={state_dict[name]}, this run has {mine[name]}: its learning "
+                    f"rate would jump; resume with the saved value"
+                )
         self._anchor = state_dict["anchor"]
         self.last_epoch = state_dict["last_epoch"]
         if isinstance(self._source, CountedSteps):
