@@ -177,9 +177,10 @@ def cosine(*, floor: float = 0.0) -> Shape:
 
 
 def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shape:
-    """Warm-up, stable, decay, less the warm-up: 1 until ``p = 1 - cooldown``, then ``floor + (1 - floor) * d(q)``.
+    """Warm-up, stable, decay, less the warm-up: 1 until ``p = 1 - cooldown``, then down to ``floor``.
 
-    With ``q`` in [0, 1] the share of the cooldown that is over, ``d(q)`` is
+    With ``q`` in [0, 1] the share of the cooldown that is over, it is ``floor + (1 - floor) * d(q)``, where d
+    is
 
         linear        1 - q
         1-sqrt        1 - sqrt(q)
@@ -338,11 +339,11 @@ def tabulated(*, values: Sequence[float]) -> Shape:
         raise ValueError(
             f"a table needs at least 2 values, got {len(table)}: use constant() for a single one"
         )
-    if min(table) < 0 or max(table) <= 0:
+    heights, last = np.array(table), len(table) - 1
+    if heights.min() < 0 or heights.max() <= 0:
         raise ValueError(
             f"the values of a table must not be negative, nor all zero, got {min(table)} to {max(table)}"
         )
-    heights, last = np.array(table), len(table) - 1
     index = np.arange(len(table), dtype=np.float64)
     return _shape("tabulated", {"values": table}, lambda p: np.interp(p * last, index, heights))
 
@@ -357,14 +358,17 @@ def warmup_factor(fraction: float | NDArray[Any] | Sequence[float], start: float
     How it composes with a shape is said at the head of this module.
 
     Args:
-        fraction: share of the warm-up that is over, a number or an array; clamped to [0, 1].
-        start: first factor, a ratio of the base learning rate in [0, 1]. A start given as a learning rate
-            ``r`` is ``r / base_lr``.
+        fraction: share of the warm-up that is over, a number or an array; clamped to [0, 1]. A warm-up of
+            length zero is no warm-up: do not call this.
+        start: first factor, a ratio of the base learning rate, not negative. A start given as a learning rate
+            ``r`` is ``r / base_lr``. One above 1 eases a run down that goes on at a lower base learning rate.
 
     Raises:
         ValueError: a fraction that is not a number (NaN), or a start out of its range.
     """
-    low = _between("start", start, 0, 1)
+    low = _number("start", start)
+    if not 0 <= low < math.inf:
+        raise ValueError(f"start must be finite and not negative, got {low}")
     share = _clamped("fraction", fraction)
     factors = low + (1 - low) * share
     return float(factors) if np.isscalar(fraction) else factors
