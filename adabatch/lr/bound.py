@@ -194,8 +194,9 @@ def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
 
         best base learning rate  sqrt(2 / ((2 - c)(2 + l)))           bound  sqrt((4 + 2 l) / (2 - c))
 
-    Derived from the bound by replacing its sums by integrals; within 0.05 % of it at T = 20,000. The ratio of
-    two best base learning rates transfers a tuned one between cooldowns, whatever T.
+    Derived from the bound by replacing its sums by integrals. At T = 20,000 the bound's own best base
+    learning rate is within 0.13 % of it for a cooldown of 0.05, 0.06 % for 0.2 and more. The ratio of two of
+    these limits transfers a tuned base learning rate between cooldowns, whatever T.
 
     Args:
         cooldown: the share of the run that cools down, in (0, 1]. There is no limit for 0: the bound of a

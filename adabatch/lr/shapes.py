@@ -28,7 +28,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, final, get_args, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,6 @@ FloatArray: TypeAlias = NDArray[np.float64]
 Curve: TypeAlias = Callable[[FloatArray], FloatArray]
 
 
-@final
 class Shape:
     """A learning-rate schedule without its learning rate: ``factor = shape(progress)``. Immutable.
 
@@ -75,6 +74,10 @@ class Shape:
             raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))}")
         made = factory(**settings)
         self._fill(made._name, made._settings, made._curve)
+
+    def __init_subclass__(cls) -> None:
+        # not typing.final: command-line parsers read that mark as "no factory function of this type either"
+        raise TypeError("Shape is final: add a function to this module that makes a new one")
 
     def _fill(self, name: str, settings: Mapping[str, Setting], curve: Curve) -> None:
         object.__setattr__(self, "_name", name)
@@ -259,10 +262,7 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
         raise ValueError(
             f"piecewise needs one factor a milestone, got {len(at)} milestones and {len(by)} factors"
         )
-    if (
-        not all(0 < low < high for low, high in zip(at, (*at[1:], math.inf), strict=True))
-        or max(at, default=0.0) > 1
-    ):
+    if any(np.diff((0.0, *at)) <= 0) or max(at, default=0.0) > 1:
         raise ValueError(f"milestones must increase strictly within (0, 1], got {list(at)}")
     if not all(factor > 0 for factor in by):
         raise ValueError(f"factors must be positive, got {list(by)}")
@@ -385,7 +385,7 @@ def _left(p: FloatArray, cooldown: float) -> FloatArray:
     """The share of the cooldown that is still to come: 1 before it, 0 at the end."""
     if cooldown == 0:
         return np.ones_like(p)
-    return np.minimum(1.0, (1 - p) / cooldown)
+    return np.minimum(1 - p, cooldown) / cooldown
 
 
 # what a cooldown has left to lose, from the share r = 1 - q of it that is to come; each form keeps its digits
