@@ -28,7 +28,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, final, get_args, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,6 @@ FloatArray: TypeAlias = NDArray[np.float64]
 Curve: TypeAlias = Callable[[FloatArray], FloatArray]
 
 
-@final
 class Shape:
     """A learning-rate schedule without its learning rate: ``factor = shape(progress)``. Immutable.
 
@@ -75,6 +74,10 @@ class Shape:
             raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))}")
         made = factory(**settings)
         self._fill(made._name, made._settings, made._curve)
+
+    def __init_subclass__(cls) -> None:
+        # not typing.final: command-line parsers read that mark as "no factory function of this type either"
+        raise TypeError("Shape is final: add a function to this module that makes a new one")
 
     def _fill(self, name: str, settings: Mapping[str, Setting], curve: Curve) -> None:
         object.__setattr__(self, "_name", name)
@@ -177,9 +180,10 @@ def cosine(*, floor: float = 0.0) -> Shape:
 
 
 def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shape:
-    """Warm-up, stable, decay, less the warm-up: 1 until ``p = 1 - cooldown``, then ``floor + (1 - floor) * d(q)``.
+    """Warm-up, stable, decay, less the warm-up: 1 until ``p = 1 - cooldown``, then down to ``floor``.
 
-    With ``q`` in [0, 1] the share of the cooldown that is over, ``d(q)`` is
+    With ``q`` in [0, 1] the share of the cooldown that is over, it is ``floor + (1 - floor) * d(q)``, where d
+    is
 
         linear        1 - q
         1-sqrt        1 - sqrt(q)
@@ -258,10 +262,7 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
         raise ValueError(
             f"piecewise needs one factor a milestone, got {len(at)} milestones and {len(by)} factors"
         )
-    if (
-        not all(0 < low < high for low, high in zip(at, (*at[1:], math.inf), strict=True))
-        or max(at, default=0.0) > 1
-    ):
+    if any(np.diff((0.0, *at)) <= 0) or max(at, default=0.0) > 1:
         raise ValueError(f"milestones must increase strictly within (0, 1], got {list(at)}")
     if not all(factor > 0 for factor in by):
         raise ValueError(f"factors must be positive, got {list(by)}")
@@ -338,11 +339,11 @@ def tabulated(*, values: Sequence[float]) -> Shape:
         raise ValueError(
             f"a table needs at least 2 values, got {len(table)}: use constant() for a single one"
         )
-    if min(table) < 0 or max(table) <= 0:
+    heights, last = np.array(table), len(table) - 1
+    if heights.min() < 0 or heights.max() <= 0:
         raise ValueError(
             f"the values of a table must not be negative, nor all zero, got {min(table)} to {max(table)}"
         )
-    heights, last = np.array(table), len(table) - 1
     index = np.arange(len(table), dtype=np.float64)
     return _shape("tabulated", {"values": table}, lambda p: np.interp(p * last, index, heights))
 
@@ -357,14 +358,17 @@ def warmup_factor(fraction: float | NDArray[Any] | Sequence[float], start: float
     How it composes with a shape is said at the head of this module.
 
     Args:
-        fraction: share of the warm-up that is over, a number or an array; clamped to [0, 1].
-        start: first factor, a ratio of the base learning rate in [0, 1]. A start given as a learning rate
-            ``r`` is ``r / base_lr``.
+        fraction: share of the warm-up that is over, a number or an array; clamped to [0, 1]. A warm-up of
+            length zero is no warm-up: do not call this.
+        start: first factor, a ratio of the base learning rate, not negative. A start given as a learning rate
+            ``r`` is ``r / base_lr``. One above 1 eases a run down that goes on at a lower base learning rate.
 
     Raises:
         ValueError: a fraction that is not a number (NaN), or a start out of its range.
     """
-    low = _between("start", start, 0, 1)
+    low = _number("start", start)
+    if not 0 <= low < math.inf:
+        raise ValueError(f"start must be finite and not negative, got {low}")
     share = _clamped("fraction", fraction)
     factors = low + (1 - low) * share
     return float(factors) if np.isscalar(fraction) else factors
@@ -381,7 +385,7 @@ def _left(p: FloatArray, cooldown: float) -> FloatArray:
     """The share of the cooldown that is still to come: 1 before it, 0 at the end."""
     if cooldown == 0:
         return np.ones_like(p)
-    return np.minimum(1.0, (1 - p) / cooldown)
+    return np.minimum(1 - p, cooldown) / cooldown
 
 
 # what a cooldown has left to lose, from the share r = 1 - q of it that is to come; each form keeps its digits
