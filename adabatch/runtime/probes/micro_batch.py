@@ -13,11 +13,19 @@ from torch import Tensor
 
 from adabatch.batch.moments import NOISE, GradientMoments
 
+CPU_CHUNK = 1 << 17
+"""Elements in one float32 sum on the CPU, where it is a running sum: over 1e7 terms it loses the fourth digit."""
+
 
 def norm(grad: Tensor) -> Tensor:
     """Euclidean norm of one gradient, in float32 at least; shape ()."""
     values = grad.coalesce().values() if grad.is_sparse else grad
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
     dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
+    if dtype is torch.float32 and values.device.type == "cpu" and values.numel() > CPU_CHUNK:
+        pieces = [torch.linalg.vector_norm(piece, dtype=dtype) for piece in values.reshape(-1).split(CPU_CHUNK)]
+        values, dtype = torch.stack(pieces), torch.float64
     length: Tensor = torch.linalg.vector_norm(values, dtype=dtype)
     return length
 
