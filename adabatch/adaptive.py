@@ -185,13 +185,12 @@ class AdaptiveBatch:
         self._skip_nonfinite = skip_nonfinite
 
         needs = criterion.needs | (frozenset({NOISE}) if lr_rule == "gain" or monitor else frozenset())
-        self._probe = _suited_probe(model, needs, probe)
         self._limits, self._grid = _limits_and_grid(
             limits,
             criterion,
             dp_size=self._collectives.size,
             micro_sizes=micro_batch_sizes(micro_batch_size, max_micro_batch_size or micro_batch_size),
-            probed=self._probe is not None,
+            probed=bool(needs) or probe is not None,
         )
         tokens = None if tokens_per_example is None else 0
         self._progress = Progress(tokens=tokens)
@@ -200,15 +199,17 @@ class AdaptiveBatch:
         self._plan = self._first_plan()
         self._reference = reference_batch_size or self._plan.global_batch_size
         self._update: _Update | None = None
+        self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
         # The hooks sit on the wrapper's gradient synchronization only through its public no_sync().
         self._sync_off: Callable[[], AbstractContextManager[Any]] = (
             model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
         )
+        # Last, so that a constructor that raises leaves no hook behind.
+        self._probe = _suited_probe(model, needs, probe)
         self._hooks = StepHooks(
             optimizer, factor=lambda: self.lr_factor, skip=self._skips_update, done=self._update_done
         )
-        self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
