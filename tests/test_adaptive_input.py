@@ -125,3 +125,32 @@ def test_a_journal_that_cannot_be_written_leaves_no_hook_behind(tmp_path) -> Non
             journal=tmp_path / "file" / "journal.jsonl",
         )
     assert hooks_of(model, optimizer) == 0
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+def test_only_what_the_optimizer_trains_is_measured() -> None:
+    """The gradients of the rest are never zeroed: their sum over all steps would pass for one step's gradient."""
+    model = network()
+    data = DataLoader(regression(32), batch_size=4)
+    optimizer = SGD(model[2].parameters(), lr=0.0)  # a body that was left out, as when fine-tuning a head
+    batches = AdaptiveBatch(model, optimizer, Constant(16), micro_batch_size=4, monitor=True)
+    moments = []
+    train(batches, model, optimizer, data, each=lambda step: moments.append(step.moments))
+
+    frozen = network()
+    frozen[0].requires_grad_(False)
+    optimizer = SGD(frozen.parameters(), lr=0.0)
+    batches = AdaptiveBatch(frozen, optimizer, Constant(16), micro_batch_size=4, monitor=True)
+    expected = []
+    train(batches, frozen, optimizer, data, each=lambda step: expected.append(step.moments))
+    assert moments == expected
+
+
+def test_an_optimizer_of_another_model() -> None:
+    with pytest.raises(ValueError, match="the optimizer holds none of the model's parameters"):
+        AdaptiveBatch(
+            network(), SGD(network().parameters(), lr=0.1), NormTest(eta=0.5), micro_batch_size=4,
+            limits=Limits(min=8, max=64),
+        )  # fmt: skip
