@@ -133,8 +133,9 @@ class AdaptiveBatch:
             optimizer.step(); optimizer.zero_grad()
 
     Args:
-        model: plain, or wrapped in ``DistributedDataParallel``; its gradients are measured.
-        optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates.
+        model: plain, or wrapped in ``DistributedDataParallel``.
+        optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates. Of the
+            model's gradients those of the parameters that it holds are measured.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
         micro_batch_size: examples in one forward and backward on one rank; what your loader yields.
         limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
@@ -152,7 +153,7 @@ class AdaptiveBatch:
 
     Raises:
         ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
-            probe gives, a model without trainable parameters, an unknown rule.
+            probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule.
     """
 
     def __init__(
@@ -185,13 +186,12 @@ class AdaptiveBatch:
         self._skip_nonfinite = skip_nonfinite
 
         needs = criterion.needs | (frozenset({NOISE}) if lr_rule == "gain" or monitor else frozenset())
-        self._probe = _suited_probe(model, needs, probe)
         self._limits, self._grid = _limits_and_grid(
             limits,
             criterion,
             dp_size=self._collectives.size,
             micro_sizes=micro_batch_sizes(micro_batch_size, max_micro_batch_size or micro_batch_size),
-            probed=self._probe is not None,
+            probed=bool(needs) or probe is not None,
         )
         tokens = None if tokens_per_example is None else 0
         self._progress = Progress(tokens=tokens)
@@ -200,15 +200,17 @@ class AdaptiveBatch:
         self._plan = self._first_plan()
         self._reference = reference_batch_size or self._plan.global_batch_size
         self._update: _Update | None = None
+        self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
         # The hooks sit on the wrapper's gradient synchronization only through its public no_sync().
         self._sync_off: Callable[[], AbstractContextManager[Any]] = (
             model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
         )
+        # Last, so that a constructor that raises leaves no hook behind.
+        self._probe = _suited_probe(model, optimizer, needs, probe)
         self._hooks = StepHooks(
             optimizer, factor=lambda: self.lr_factor, skip=self._skips_update, done=self._update_done
         )
-        self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
@@ -467,11 +469,21 @@ class AdaptiveBatch:
             )
 
 
-def _suited_probe(model: torch.nn.Module, needs: frozenset[str], given: Probe | None) -> Probe | None:
+def _suited_probe(
+    model: torch.nn.Module, optimizer: Optimizer, needs: frozenset[str], given: Probe | None
+) -> Probe | None:
     """The probe given, or the one that suits the model; None where nothing needs one."""
     if not needs:
         return given
-    probe = given or MicroBatchProbe(model.parameters())
+    # Only what this optimizer trains: gradients that it does not zero add up over the steps.
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = [p for p in model.parameters() if id(p) in trained]
+    if given is None and not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"the optimizer holds none of the model's parameters that require a gradient: build the "
+            f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
+        )
+    probe = given or MicroBatchProbe(parameters)
     missing = needs - probe.gives
     if missing:
         if given is None:

@@ -7,6 +7,7 @@ resumes can change while every example is still seen exactly once an epoch.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -294,7 +295,7 @@ class LoaderFeed:
 
     def take(self, plan: BatchPlan) -> Portion | None:
         """As many micro-batches as the plan accumulates, fewer at the end of the loader, then None."""
-        batches = [batch for batch, _ in zip(self._batches, range(plan.accumulation_steps), strict=False)]
+        batches = list(itertools.islice(self._batches, plan.accumulation_steps))
         sizes = [self._count(batch) for batch in batches]
         full, num_examples = self._collectives.sum_of(len(batches) == plan.accumulation_steps, sum(sizes))
         if full < self._collectives.size:

@@ -7,6 +7,7 @@ reduced over the ranks; for a tied weight it sees the sum of all its uses. So it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,18 +20,21 @@ one go on the CPU, the squares of 10 million normal numbers come out 0.07 % too 
 
 
 def norms(grad: Tensor) -> Tensor:
-    """Euclidean norms of the rows or blocks of one gradient, in float32 at least; shape (num_blocks,). No copy."""
+    """Euclidean norms of the rows or blocks of one gradient, in float32 at least; shape (num_blocks,)."""
     values = grad.coalesce().values() if grad.is_sparse else grad
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
     dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
     if values.numel() <= BLOCK:
         whole: Tensor = torch.linalg.vector_norm(values, dtype=dtype).view(1)
         return whole
-    if values.dim() == 1:
-        main = values.numel() // BLOCK * BLOCK
-        rows = torch.linalg.vector_norm(values[:main].view(-1, BLOCK), dim=1, dtype=dtype)
-        return torch.cat([rows, torch.linalg.vector_norm(values[main:], dtype=dtype).view(1)])
-    by_row: Tensor = torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())), dtype=dtype)
-    return by_row
+    if values.dim() > 1 and values[0].numel() <= BLOCK:
+        rows: Tensor = torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())), dtype=dtype)
+        return rows
+    flat = values.reshape(-1)
+    main = flat.numel() // BLOCK * BLOCK
+    blocks = torch.linalg.vector_norm(flat[:main].view(-1, BLOCK), dim=1, dtype=dtype)
+    return torch.cat([blocks, torch.linalg.vector_norm(flat[main:], dtype=dtype).view(1)])
 
 
 def sum_of_squares(pieces: list[Tensor], device: torch.device) -> Tensor:
@@ -62,14 +66,19 @@ class MicroBatchProbe:
                 "the model has no parameter that requires a gradient: there is nothing to train or measure"
             )
         self._device = self._parameters[0].device
-        self._norms: list[Tensor] = []
+        self._norms: dict[int, Tensor] = {}
+        self._in_pieces = False
         self._listening = False
         self._dp_size = 1
-        self._handles = [p.register_hook(self._listen) for p in self._parameters]  # type: ignore[no-untyped-call]
+        self._handles = [
+            p.register_hook(partial(self._listen, index))  # type: ignore[no-untyped-call]
+            for index, p in enumerate(self._parameters)
+        ]
 
-    def _listen(self, grad: Tensor) -> None:
+    def _listen(self, index: int, grad: Tensor) -> None:
         if self._listening:
-            self._norms.append(norms(grad))
+            self._in_pieces |= index in self._norms
+            self._norms[index] = norms(grad)
 
     def start(self, dp_size: int) -> None:
         """A probed step begins."""
@@ -82,13 +91,14 @@ class MicroBatchProbe:
     def begin_part(self) -> None:
         """The backward of a micro-batch begins."""
         self._norms.clear()
+        self._in_pieces = False
         self._listening = True
 
     def end_part(self, num_examples: int, weight: float) -> None:
         """It has ended. ``weight`` is the micro-batch's share of this rank's gradient.
 
         Raises:
-            RuntimeError: the backward reached no parameter.
+            RuntimeError: the backward reached no parameter, or one in several pieces.
         """
         self._listening = False
         if not self._norms:
@@ -96,9 +106,14 @@ class MicroBatchProbe:
                 "the backward of this micro-batch reached no parameter: is the loss computed from the model that was "
                 "given to AdaptiveBatch, and not detached?"
             )
+        if self._in_pieces:
+            raise RuntimeError(
+                "a parameter's gradient came in several pieces in one backward, whose norms do not add up: layers used "
+                "twice under torch.utils.checkpoint need use_reentrant=False"
+            )
         share = weight / self._dp_size
         # The hooks saw weight * g_j, so |g_j|^2 * share is what they saw, over weight * dp_size.
-        self._parts_sq += sum_of_squares(self._norms, self._device) / (weight * self._dp_size)
+        self._parts_sq += sum_of_squares(list(self._norms.values()), self._device) / (weight * self._dp_size)
         self._norms.clear()
         self._inverse_part_size += share / num_examples
         self._inverse_num_examples += share**2 / num_examples
