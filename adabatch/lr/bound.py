@@ -109,13 +109,12 @@ class Extension(NamedTuple):
 def discretize(
     shape: Shape, num_steps: int, *, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> NDArray[np.float64]:
-    """The factors of a run of equal steps, shape (num_steps,): step t = 0.. reads the progress made before
-    it.
+    """The factors of a run of equal steps, shape (num_steps,): each step reads the progress made before it.
 
-    The first ``warmup_steps`` entries are ``warmup_factor(t / warmup_steps)``, the others ``shape((t -
-    warmup_steps) / (num_steps - warmup_steps))``. Progress 1 would be the entry after the last, so a shape
-    that decays to zero has no zero in here, as the bound needs it. A cooldown is not rounded to whole steps:
-    its knee may lie between two.
+    Entry t = 0.. is ``warmup_factor(t / warmup_steps, warmup_start) * shape(0)`` while t is below
+    ``warmup_steps``, then ``shape((t - warmup_steps) / (num_steps - warmup_steps))``. Progress 1 would be the
+    entry after the last, so a shape that decays to zero has no zero in here, as the bound needs it. A
+    cooldown is not rounded to whole steps: its knee may lie between two.
 
     Args:
         shape: what follows the warm-up; its progress runs over what the warm-up leaves.
@@ -141,8 +140,7 @@ def discretize(
 
 
 def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> BoundTerms:
-    """The last-iterate bound of a schedule, split in its two terms; the formula is at the head of this
-    module.
+    """The last-iterate bound of a schedule, split in its two terms; the head of this module has the formula.
 
     Time and memory are O(T). The bound after the first t steps is that of ``factors[:t]``.
 
@@ -189,8 +187,9 @@ def averaged_bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance
 
 
 def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
-    """Limits for T -> infinity of ``wsd(cooldown=c)`` with constant gradient norm, with ``l = ln((2 - c) /
-    c)``:
+    """Limits for T to infinity of the bound of ``wsd(cooldown=c)`` with constant gradient norm.
+
+    With ``l = ln((2 - c) / c)``,
 
         best base learning rate  sqrt(2 / ((2 - c)(2 + l)))           bound  sqrt((4 + 2 l) / (2 - c))
 
@@ -266,8 +265,7 @@ def two_stage(
     ramp_steps: int = 0,
     warmup_steps: int = 0,
 ) -> Extension:
-    """Extend a run tuned with ``wsd(cooldown, decay)``: go on from before its cooldown at a lower learning
-    rate.
+    """Extend a run tuned with ``wsd(cooldown, decay)``: go on from before its cooldown, at a lower rate.
 
     The factor on the learning rate is the one for which the base learning rate that was best for
     ``num_steps`` is best for ``new_steps`` too. The new cooldown is the same share of the longer run.

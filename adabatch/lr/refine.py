@@ -1,21 +1,19 @@
 """A schedule from recorded gradient norms, and last-iterate guarantees for any online learner.
 
-Let ``z_1..z_T`` be the iterates of an online learner that is fed the gradients ``g_t`` times weights ``w_t >
-0``. Move the real iterate by a part of each of its moves:
+Let ``z_1..z_T`` be the iterates of an online learner that is fed the gradients ``g_t`` times positive weights
+``w_t``. Move the real iterate by a part of each of its moves, with ``w_{a:b}`` the sum over a..b:
 
-    x_1 = z_1            x_{t+1} - x_t = (w_{t+1:T} / w_{1:T}) (z_{t+1} - z_t)              (w_{a:b}: sum over
-    a..b)
+    x_1 = z_1            x_{t+1} - x_t = (w_{t+1:T} / w_{1:T}) (z_{t+1} - z_t)
 
 Then ``E[f(x_T) - f(u)] <= E[sum_t w_t <g_t, z_t - u>] / w_{1:T}`` for convex f: the learner's regret becomes
 a guarantee for the last iterate, constants intact. For SGD, ``z_{t+1} = z_t - w_t g_t``, the factors are
 ``w_t w_{t+1:T} / w_{1:T}`` and the guarantee ``(D^2 + sum_t w_t^2 G_t^2) / (2 w_{1:T})`` is least for ``w_t``
-proportional to ``G_t^-2``. So the norms
-of a run give the schedule of the next: warm-up where gradients are large, annealing by the second factor.
+proportional to ``G_t^-2``. So the norms of a run give the schedule of the next: warm-up where gradients are
+large, annealing by the second factor.
 
-Source: Defazio, Cutkosky, Mehta and Mishchenko 2023, arXiv:2310.07831 (conversion theorem, Algorithms 1 and
-    2); with
-general weights: Defazio et al. 2024, arXiv:2405.15682, appendix B. The proof wants weights that do not depend
-on the noise they weigh, hence norms of a *previous* run, smoothed.
+Source: Defazio, Cutkosky, Mehta and Mishchenko 2023, arXiv:2310.07831, conversion theorem and Algorithms 1
+and 2; with general weights: Defazio et al. 2024, arXiv:2405.15682, appendix B. The proof wants weights that
+do not depend on the noise they weigh, hence norms of a *previous* run, smoothed.
 """
 
 from __future__ import annotations
@@ -39,13 +37,12 @@ _POWERS: Mapping[str, int] = MappingProxyType({"sgd": 2, "adam": 1, "adagrad": 1
 def refine(
     norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, length: int | None = None
 ) -> Shape:
-    """The schedule that the gradient norms of a finished run ask for: ``w_t * sum_{p>t} w_p``, scaled to
-    maximum 1.
+    """The schedule that a finished run's gradient norms ask for: ``w_t * sum_{p>t} w_p``, with maximum 1.
 
     The norms are median-filtered first, since one tiny norm would otherwise own the whole schedule. The base
     learning rate must be tuned anew for the new shape (``bound.transfer`` predicts it), and its own warm-up,
-    where the norms ask for one, is inside. Entry t of n is at progress ``t / (n - 1)``; the last is exactly
-    0.
+    where the norms ask for one, is inside. Entry t of n is at progress ``t / (n - 1)``, from t = 0; the
+    last is exactly 0.
 
     Args:
         norms: one per step, or at equal distances of progress, shape (n,) with n >= 2: of the gradient that
@@ -82,8 +79,7 @@ def refine(
 
 
 def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
-    """The weights ``w_t = G_t^-2`` (sgd) or ``G_t^-1`` (adam, adagrad), scaled so that the median norm has
-    weight 1.
+    """The weights ``G_t^-2`` (sgd) or ``G_t^-1`` (adam, adagrad); the median norm has weight 1.
 
     For SGD with distance D and norms G, the weights with the least guarantee are these, scaled to
     ``D / (G_t^2 sqrt(sum_p G_p^-2))``.
@@ -151,8 +147,9 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
 
 
 def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> float:
-    """What SGD with the factors ``w_t w_{t+1:T} / w_{1:T}`` is sure of: ``(D^2 + sum_t w_t^2 G_t^2) / (2
-    w_{1:T})``.
+    """What SGD is sure of with the factors ``w_t w_{t+1:T} / w_{1:T}``, for its last iterate.
+
+    The guarantee is ``(D^2 + sum_t w_t^2 G_t^2) / (2 w_{1:T})`` above the minimum.
 
     Sharper than ``bound.bound`` of the same factors, as it knows the weights they came from.
 
@@ -175,8 +172,7 @@ def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distan
 
 
 def stretch(values: ArrayLike, length: int) -> FloatArray:
-    """Resample to ``length`` entries by linear interpolation in progress; the first and last stay what they
-    are.
+    """Resample to ``length`` entries by linear interpolation in progress; the first and last are kept.
 
     Entry i of n stands at progress ``i / (n - 1)``. Used where a run had another number of steps, or norms
     were logged at an interval (repeating each instead would shift them and make steps).
@@ -197,8 +193,7 @@ def stretch(values: ArrayLike, length: int) -> FloatArray:
 
 
 def median_filter(values: ArrayLike, window: int) -> FloatArray:
-    """Running median of an odd window: ``out[i]`` is the median of ``values[i - h .. i + h]``, ``h = (window
-    - 1) / 2``.
+    """Running median: ``out[i]`` is that of ``values[i - h .. i + h]``, ``h = (window - 1) / 2``.
 
     Beyond the left edge the first value is repeated, so that a spike at the start stands; beyond the right
     edge the values are mirrored without repeating the last. Exact, O(n log n) whatever the window, in numpy

@@ -296,18 +296,17 @@ def hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> 
     low = _number("infimum", infimum)
     if not 0 <= low < 1:
         raise ValueError(_BAD_INFIMUM.format(range="[0, 1)", value=low))
+    end = 1 - (1 - low) * _height(0.0, ratio)
     return _shape(
-        "hyperbolic",
-        {"upper_bound": ratio, "infimum": low},
-        lambda p: 1 + (1 - low) * (_height(p, ratio) - _height(0.0, ratio)),
+        "hyperbolic", {"upper_bound": ratio, "infimum": low}, lambda p: end + (1 - low) * _height(p, ratio)
     )
 
 
 def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> Shape:
-    """ExpHyperbolicLR (Kim 2024, arXiv:2407.15200): ``infimum^(h(0) - h(p))``, with the ``h`` of
-    ``hyperbolic``.
+    """ExpHyperbolicLR (Kim 2024, arXiv:2407.15200): ``infimum^(h(0) - h(p))``.
 
-    It ends on ``infimum^h(0)``, which is ``infimum`` only if U = N (then the shape is exponential).
+    The h is that of ``hyperbolic``. It ends on ``infimum^h(0)``, which is ``infimum`` only if U = N (then the
+    shape is exponential).
 
     Args:
         upper_bound: the paper's U, at least ``max_iter``.
@@ -400,8 +399,12 @@ _DECAYS: Mapping[str, Curve] = MappingProxyType(
 
 
 def _height(p: FloatArray | float, ratio: float) -> FloatArray:
-    """The hyperbola's h, in the factored form: the difference of squares can go below zero near p = 1."""
-    return np.sqrt((1 - np.asarray(p)) / ratio * (2 - (1 + np.asarray(p)) / ratio))
+    """The hyperbola's h in terms of what is left, ``r = 1 - p``: ``sqrt(r (r + 2 (u - 1))) / u``.
+
+    Its difference of squares can go below zero near p = 1, and its factored form still loses digits there.
+    """
+    left = 1 - np.asarray(p, dtype=np.float64)
+    return np.asarray(np.sqrt(left * (left + 2 * (ratio - 1))) / ratio)
 
 
 _BAD_INFIMUM = (

@@ -83,8 +83,8 @@ def test_theory_of_the_weights(name: str) -> None:
         best * last_iterate_multipliers(best), expected["l2_theory_eta_with_optimal_w"], rtol=1e-12
     )
     guarantee = last_iterate_guarantee(best, norms)
-    assert guarantee == pytest.approx(expected["regret_bound_at_optimal_weights"], rel=1e-12)
-    assert guarantee == pytest.approx(expected["D_over_sqrt_sum_inv_G2"], rel=1e-12)
+    assert guarantee == pytest.approx(expected["regret_bound_at_optimal_weights"], rel=1e-12, abs=0)
+    assert guarantee == pytest.approx(expected["D_over_sqrt_sum_inv_G2"], rel=1e-12, abs=0)
     rivals = {
         "refined_l2": entries(refine(norms, smoothing=0.0)),
         "linear": 1 - np.arange(1, len(norms) + 1) / len(norms),
@@ -93,8 +93,8 @@ def test_theory_of_the_weights(name: str) -> None:
         tuned = expected["last_iterate_bound_tuned"][rival]
         terms = bound_terms(factors, norms)
         assert np.count_nonzero(factors) == tuned["n_nonzero"]
-        assert terms.best_base_lr == pytest.approx(tuned["gamma"], rel=1e-10)
-        assert terms.best == pytest.approx(tuned["omega"], rel=1e-10)
+        assert terms.best_base_lr == pytest.approx(tuned["gamma"], rel=1e-10, abs=0)
+        assert terms.best == pytest.approx(tuned["omega"], rel=1e-10, abs=0)
 
 
 @pytest.mark.parametrize("name", ["D07", "D09"])
@@ -112,7 +112,7 @@ def test_the_synthetic_norm_curves_of_the_official_script(name: str) -> None:
     for kind, key, peak in keys:
         refined = entries(refine(norms, kind, smoothing=0.0))
         for index, value in expected["smoothed_G"].items():
-            assert norms[int(index)] == pytest.approx(value, rel=1e-12)
+            assert norms[int(index)] == pytest.approx(value, rel=1e-12, abs=0)
         for index, value in expected[key].items():
             assert refined[int(index)] == pytest.approx(value, abs=1e-10)
         assert int(np.argmax(refined)) == expected[peak]
@@ -161,13 +161,15 @@ def test_norms_of_a_real_run() -> None:
 def test_the_numerical_minimiser_beats_the_closed_form_by_what_the_official_route_finds(name: str) -> None:
     expected = GOLDEN[name]["expected"]
     norms = np.ones(20) if name == "D19" else np.r_[np.linspace(8, 1, 8), np.ones(8), np.linspace(1, 2, 8)]
-    assert bound(expected["schedule"], norms) == pytest.approx(expected["objective"], rel=1e-6)
+    assert bound(expected["schedule"], norms) == pytest.approx(expected["objective"], rel=1e-6, abs=0)
     refined = entries(refine(norms, smoothing=0.0))
     assert bound_terms(refined, norms).best == pytest.approx(
-        expected["closed_form_refined_tuned_objective"], rel=1e-10
+        expected["closed_form_refined_tuned_objective"], rel=1e-10, abs=0
     )
     straight = linear()(np.linspace(0, 1, len(norms)))
-    assert bound_terms(straight, norms).best == pytest.approx(expected["linear_tuned_objective"], rel=1e-10)
+    assert bound_terms(straight, norms).best == pytest.approx(
+        expected["linear_tuned_objective"], rel=1e-10, abs=0
+    )
 
 
 def test_a_batch_that_grew_gives_gain_times_linear_decay_in_gain() -> None:
@@ -193,11 +195,11 @@ def test_refine_is_its_formula(norms: list[float], kind: Any) -> None:
     assert refined.max() == 1.0
 
 
-@given(norms=some_norms, kind=KINDS, smoothing=st.floats(0, 1), exponent=st.integers(-150, 150))
+@given(norms=some_norms, kind=KINDS, smoothing=st.floats(0, 1), exponent=st.integers(-400, 400))
 def test_the_scale_of_the_norms_does_not_matter(
     norms: list[float], kind: Any, smoothing: float, exponent: int
 ) -> None:
-    """By powers of two, which scale without rounding; the fourth power of these would leave float64."""
+    """By powers of two, which scale without rounding; the squares of these weights would leave float64."""
     values = np.array(norms)
     scaled = refine(values * 2.0**exponent, kind, smoothing=smoothing)
     np.testing.assert_allclose(
@@ -299,7 +301,7 @@ def test_constant_weights_guarantee_the_worst_case_optimum() -> None:
     """w = D / (G sqrt T) makes D G / sqrt T, half of what the bound of linear decay says."""
     steps = 100
     weights = np.full(steps, 2 / (3 * math.sqrt(steps)))
-    assert last_iterate_guarantee(weights, 3.0, distance=2.0) == pytest.approx(0.6, rel=1e-13)
+    assert last_iterate_guarantee(weights, 3.0, distance=2.0) == pytest.approx(0.6, rel=1e-13, abs=0)
 
 
 # few different values, so that ties are the rule
