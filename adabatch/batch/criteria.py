@@ -50,7 +50,7 @@ def _ratio(noise: float, allowed: float) -> float:
     if math.isnan(noise) or math.isnan(allowed):
         return math.nan
     if allowed <= 0:
-        return math.inf if noise > 0 else math.nan
+        return math.inf if noise > 0 else 0.0
     return noise / allowed
 
 
@@ -96,11 +96,11 @@ class NormTest:
         moments = observation.moments
         if moments is None:
             return math.nan
-        allowed = self.eta**2 * moments.grad_sq
-        if self.population is None:
-            return _ratio(moments.noise, allowed)
+        noise, allowed = moments.noise, self.eta**2 * moments.grad_sq
+        if self.population is None or allowed <= 0:
+            return _ratio(noise, allowed)
         n = self.population
-        return _ratio(n * moments.noise, moments.noise + (n - 1) * allowed)
+        return float(min(_ratio(n * noise, noise + (n - 1) * allowed), n))  # min: rounding; NaN stays
 
 
 @dataclass(frozen=True)

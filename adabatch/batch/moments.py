@@ -50,7 +50,7 @@ class GradientMoments(NamedTuple):
     @property
     def noise(self) -> float:
         """Unbiased trace of the per-example gradient covariance; NaN from fewer than two parts, may be negative."""
-        if self.num_parts < 2:
+        if self.num_parts < 2 or not 0 < self.part_size < self.num_examples:  # or one part that has all the weight
             return math.nan
         return (self.part_sq - self.grad_sq) / (1 / self.part_size - 1 / self.num_examples)
 
@@ -164,10 +164,11 @@ def from_examples(examples_sq: ArrayLike, products: ArrayLike) -> GradientMoment
 
 
 def merge(groups: Iterable[GradientMoments], grad_sq: float) -> GradientMoments:
-    """The moments of several groups of parts taken together, each weighted by its examples.
+    """The moments of several groups of parts taken together, each weighted by its ``num_examples``.
 
     Args:
-        groups: moments whose parts were weighted by their sizes; the groups may differ in size.
+        groups: moments of the groups; they may differ in size. Their ``noise_along`` is left out: it was measured along
+            gradients that differ.
         grad_sq: squared norm of the gradient of all groups together (the groups' own do not determine it).
 
     Raises:
@@ -177,11 +178,10 @@ def merge(groups: Iterable[GradientMoments], grad_sq: float) -> GradientMoments:
     if not members:
         raise ValueError("merge needs at least one group, got none")
     num_examples = sum(group.num_examples for group in members)
-    num_parts = sum(group.num_parts for group in members)
     return GradientMoments(
         part_sq=sum(group.part_sq * group.num_examples for group in members) / num_examples,
-        part_size=num_examples / num_parts,
+        part_size=num_examples / sum(group.num_examples / group.part_size for group in members),
         grad_sq=float(grad_sq),
         num_examples=num_examples,
-        num_parts=num_parts,
+        num_parts=sum(group.num_parts for group in members),
     )

@@ -47,7 +47,7 @@ class Duration:
     """A length of training that carries its unit; made by ``examples``, ``tokens`` and ``steps``.
 
     Raises:
-        ValueError: a negative count or an unknown unit.
+        ValueError: a count that is negative or not whole, or an unknown unit.
     """
 
     count: int
@@ -56,6 +56,9 @@ class Duration:
     def __post_init__(self) -> None:
         if self.unit not in get_args(Unit):
             raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        if not (math.isfinite(self.count) and self.count == int(self.count)):
+            raise ValueError(f"a duration must be a whole number of {self.unit}, got {self.count!r}")
+        object.__setattr__(self, "count", int(self.count))  # 6e6 is what people write
         if self.count < 0:
             raise ValueError(f"a duration must not be negative, got {self.count} {self.unit}")
 
@@ -65,17 +68,17 @@ class Duration:
 
 def examples(count: int) -> Duration:
     """A duration of ``count`` examples over all ranks."""
-    return Duration(int(count), "examples")
+    return Duration(count, "examples")
 
 
 def tokens(count: int) -> Duration:
     """A duration of ``count`` tokens over all ranks."""
-    return Duration(int(count), "tokens")
+    return Duration(count, "tokens")
 
 
 def steps(count: int) -> Duration:
     """A duration of ``count`` optimizer steps."""
-    return Duration(int(count), "steps")
+    return Duration(count, "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,8 @@ class PlanGrid:
         """The plan nearest to a wanted global batch size, with the largest micro-batch that comes near enough.
 
         Args:
-            wanted: global batch size asked for, in examples; positive, may be fractional.
+            wanted: global batch size asked for, in examples; may be fractional. Outside ``min_size`` and ``max_size``,
+                the nearer of them is meant.
             min_size, max_size: global batch sizes that the plan must not leave, in examples.
             tolerance: relative error of the global batch size that is accepted in exchange for a larger micro-batch;
                 0 takes the nearest size that can be run.
@@ -159,20 +163,24 @@ class PlanGrid:
             The plan; its global batch size may differ from ``wanted``.
 
         Raises:
-            ValueError: no plan fits between ``min_size`` and ``max_size``.
+            ValueError: no plan fits between ``min_size`` and ``max_size``, or ``wanted`` is NaN, or infinite as
+                ``max_size`` is.
         """
+        goal = max(min(wanted, max_size), min_size)
+        if not math.isfinite(goal):
+            raise ValueError(f"a plan needs a finite global batch size to come near to, got {wanted}")
         best: tuple[float, BatchPlan] | None = None
         for micro in sorted(self.micro_sizes, reverse=True):
             quantum = micro * self.dp_size
             lowest = max(self.min_accumulation, math.ceil(min_size / quantum))
             if lowest * quantum > max_size:
                 continue
-            count = max(round(min(wanted, max_size) / quantum), lowest)
+            count = max(round(goal / quantum), lowest)
             if count * quantum > max_size:
                 count = int(max_size // quantum)
             plan = BatchPlan(micro_batch_size=micro, accumulation_steps=count, dp_size=self.dp_size)
-            error = abs(plan.global_batch_size - wanted) / wanted
-            if error <= tolerance:
+            error = abs(plan.global_batch_size - goal)
+            if error <= tolerance * goal:
                 return plan
             if best is None or error < best[0]:
                 best = (error, plan)

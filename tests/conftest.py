@@ -1,0 +1,59 @@
+"""What all tests share: repeatable hypothesis runs, one torch thread, and a watch over what a test leaves behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+import torch.distributed as dist
+
+# The same examples on every machine, and no time limit on a busy one: a red test can be run again as it was.
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("repeatable")
+
+# Reductions over more threads would be summed in another order, and several workers share the cores.
+torch.set_num_threads(1)
+
+NOT_OURS = (
+    "PYTEST_",  # pytest names the current test there
+    "KMP_",  # scikit-learn and OpenMP set theirs when they are first imported
+)
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
+
+
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.is_alive()}
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@pytest.fixture(autouse=True)
+def leaks_nothing() -> Iterator[None]:
+    """A test must leave environment, folder, threads and process groups as it found them."""
+    environment, folder, threads, grouped = _environment(), os.getcwd(), _threads(), _grouped()
+    yield
+    assert grouped or not _grouped(), "the test left a process group behind"
+    assert os.getcwd() == folder, "the test changed the working directory"
+    after = _environment()
+    changed = {name for name in environment | after if environment.get(name) != after.get(name)}
+    assert not changed, f"the test changed environment variables: {sorted(changed)}"
+    deadline = time.monotonic() + 5  # a thread that was told to end needs a moment
+    while (left := _threads() - threads) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left, f"the test left threads behind: {sorted(thread.name for thread in left)}"
