@@ -62,8 +62,9 @@ class Step:
         self._feed = feed
         self._portion = portion
         self._local_examples = sum(portion.sizes)
-        self._size = 0
+        self._size = 0  # examples in the micro-batch that is being run, 0 outside the inner loop
         self._num_backward = 0
+        self._begun = False
         self._losses: Tensor | None = None
 
     @property
@@ -76,8 +77,11 @@ class Step:
         """The micro-batches. Gradients are synchronized in the last one only.
 
         Raises:
-            RuntimeError: ``backward`` was not called exactly once for a micro-batch.
+            RuntimeError: ``backward`` was not called exactly once for a micro-batch, or a second iteration.
         """
+        if self._begun:
+            raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
+        self._begun = True
         if self.probed:
             self._owner._probe_started()
         num_parts = len(self._portion.sizes)
@@ -85,6 +89,7 @@ class Step:
             self._size = self._portion.sizes[index]
             with nullcontext() if index == num_parts - 1 else self._owner._no_sync():
                 yield batch
+            self._size = 0
             if self._num_backward != index + 1:
                 raise RuntimeError(
                     f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
@@ -100,13 +105,17 @@ class Step:
             loss: mean loss over the micro-batch, shape ().
 
         Raises:
-            ValueError: a loss that is not a scalar.
+            ValueError: a loss that is not a scalar tensor.
+            RuntimeError: a call outside the inner loop.
         """
-        if loss.dim() != 0:
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
-                f"step.backward takes the mean loss of the micro-batch, a scalar; got a tensor of shape "
-                f"{tuple(loss.shape)}: average it over the examples first"
+                f"step.backward takes the mean loss of the micro-batch, a scalar; got a {got}: average it over the "
+                f"examples first, as a tensor"
             )
+        if self._size == 0:
+            raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
         weight = self._size / self._local_examples
         parts = self._local_examples / self._size
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import network, regression, train
+from loops import loss_of, network, regression, train
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -15,6 +15,7 @@ from adabatch import (
     AdaptiveBatch,
     AugmentedInnerProductTest,
     Constant,
+    GlobalOrder,
     InnerProductTest,
     Limits,
     LinearRamp,
@@ -23,6 +24,7 @@ from adabatch import (
     OrthogonalityTest,
     Stage,
     Stages,
+    Step,
     examples,
 )
 
@@ -154,3 +156,93 @@ def test_an_optimizer_of_another_model() -> None:
             network(), SGD(network().parameters(), lr=0.1), NormTest(eta=0.5), micro_batch_size=4,
             limits=Limits(min=8, max=64),
         )  # fmt: skip
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def run(step: Step, model: nn.Module, *, backwards: int = 1, micro_batches: int | None = None) -> None:
+    """The inner loop, or as much of it as ``micro_batches`` says."""
+    for index, batch in enumerate(step):
+        for _ in range(backwards):
+            step.backward(loss_of(model, batch))
+        if index + 1 == micro_batches:
+            break
+
+
+def data(num_examples: int = 64, batch_size: int = 4) -> DataLoader[Any]:
+    return DataLoader(regression(num_examples), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("criterion", [NormTest(eta=0.5), Constant(16)], ids=["probed", "not probed"])
+def test_a_loss_must_be_a_scalar_tensor(criterion: Any) -> None:
+    model = network()
+    step = next(adaptive(model, criterion).steps(data()))
+    for x, y in step:
+        with pytest.raises(ValueError, match=r"a scalar; got a tensor of shape \(4, 1\): average it"):
+            step.backward((model(x) - y).square())
+        with pytest.raises(ValueError, match=r"a scalar; got a float"):
+            step.backward(0.5)
+        break
+
+
+@pytest.mark.parametrize("criterion", [NormTest(eta=0.5), Constant(16)], ids=["probed", "not probed"])
+def test_a_forgotten_backward(criterion: Any) -> None:
+    step = next(adaptive(criterion=criterion).steps(data()))
+    with pytest.raises(RuntimeError, match=r"called once for each micro-batch: after micro-batch 1 of . .* 0 times"):
+        run(step, network(), backwards=0)
+
+
+@pytest.mark.parametrize("criterion", [NormTest(eta=0.5), Constant(16)], ids=["probed", "not probed"])
+def test_a_second_backward(criterion: Any) -> None:
+    model = network()
+    step = next(adaptive(model, criterion).steps(data()))
+    with pytest.raises(RuntimeError, match=r"after micro-batch 1 of . it had been called 2 times"):
+        run(step, model, backwards=2)
+
+
+def test_a_backward_outside_the_inner_loop() -> None:
+    model = network()
+    batches = adaptive(model)
+    for step in batches.steps(data()):
+        loss = loss_of(model, regression(4).tensors)
+        with pytest.raises(RuntimeError, match="belongs inside `for batch in step`"):
+            step.backward(loss)
+        run(step, model)
+        gradient = model[0].weight.grad.clone()
+        with pytest.raises(RuntimeError, match="belongs inside `for batch in step`"):
+            step.backward(loss)
+        assert torch.equal(model[0].weight.grad, gradient)
+        break
+
+
+@pytest.mark.parametrize("loader", [data(), GlobalOrder(regression(64))], ids=["loader", "order"])
+def test_an_inner_loop_that_is_broken_off(loader: Any) -> None:
+    model = network()
+    batches = adaptive(model)
+    steps = batches.steps(loader)
+    run(next(steps), model, micro_batches=1)
+    with pytest.raises(RuntimeError, match=r"were not all run: finish `for batch in step`.*do not break out"):
+        next(steps)
+    assert batches.progress.steps == 0
+
+
+@pytest.mark.parametrize("loader", [data(), GlobalOrder(regression(64))], ids=["loader", "order"])
+def test_a_step_is_iterated_once(loader: Any) -> None:
+    """A second time would count its examples, and decide, twice."""
+    model = network()
+    batches = adaptive(model, criterion=Constant(8))
+    step = next(batches.steps(loader))
+    run(step, model)
+    consumed = batches.state_dict()["consumed"]
+    with pytest.raises(RuntimeError, match="only once"):
+        run(step, model)
+    assert batches.state_dict()["consumed"] == consumed
+
+
+def test_an_empty_step() -> None:
+    """Passing over a step without running it is the same as breaking out of it."""
+    steps = adaptive().steps(data())
+    next(steps)
+    with pytest.raises(RuntimeError, match="were not all run"):
+        next(steps)
