@@ -162,7 +162,9 @@ class AdaptiveBatch:
 
     Raises:
         ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
-            probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule.
+            probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule, a
+            size below 1.
+        TypeError: an optimizer or a criterion that is none.
     """
 
     def __init__(
@@ -184,6 +186,10 @@ class AdaptiveBatch:
         skip_nonfinite: bool = True,
     ) -> None:
         check_lr_rule(lr_rule)
+        _check_types(optimizer, criterion)
+        for name, value in (("reference_batch_size", reference_batch_size), ("tokens_per_example", tokens_per_example)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
         self._collectives = collectives_of(model)
@@ -199,7 +205,9 @@ class AdaptiveBatch:
             limits,
             criterion,
             dp_size=self._collectives.size,
-            micro_sizes=micro_batch_sizes(micro_batch_size, max_micro_batch_size or micro_batch_size),
+            micro_sizes=micro_batch_sizes(
+                micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
+            ),
             probed=bool(needs) or probe is not None,
         )
         tokens = None if tokens_per_example is None else 0
@@ -207,7 +215,7 @@ class AdaptiveBatch:
         self._consumed = Progress(tokens=tokens)
         self._state = ControlState()
         self._plan = self._first_plan()
-        self._reference = reference_batch_size or self._plan.global_batch_size
+        self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
         self._update: _Update | None = None
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
@@ -274,8 +282,11 @@ class AdaptiveBatch:
             ValueError: a data set smaller than the largest batch, an empty loader, a micro-batch that should grow with
                 a loader that cannot, or a ``GlobalOrder`` that differs between ranks.
             RuntimeError: a step whose micro-batches were not all run.
+            TypeError: ``until`` without a unit.
         """
         if until is not None:
+            if not isinstance(until, Duration):
+                raise TypeError(f"until must be a duration, such as adabatch.examples({until!r}), got {until!r}")
             self._consumed.count(until.unit)  # a unit that is not counted fails here, not at the end
         if isinstance(loader, GlobalOrder):
             self._check_order(loader)
@@ -471,6 +482,14 @@ class AdaptiveBatch:
                 f"the ranks hold different data orders (this one: seed {order.seed}, epoch {order.epoch}, example "
                 f"{order.examples_seen} of {len(order)}): give all the same data set, seed and state"
             )
+
+
+def _check_types(optimizer: Any, criterion: Any) -> None:
+    """What comes in their place most often: parameters, the class of a criterion, its name."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(criterion, type) or not isinstance(criterion, Criterion):
+        raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.5), got {criterion!r}")
 
 
 def _suited_probe(

@@ -26,6 +26,7 @@ from adabatch import (
     Stages,
     Step,
     examples,
+    tokens,
 )
 
 
@@ -127,6 +128,37 @@ def test_a_journal_that_cannot_be_written_leaves_no_hook_behind(tmp_path) -> Non
             journal=tmp_path / "file" / "journal.jsonl",
         )
     assert hooks_of(model, optimizer) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"micro_batch_size": 0},
+        {"max_micro_batch_size": 0},
+        {"max_micro_batch_size": 2},
+        {"reference_batch_size": 0},
+        {"reference_batch_size": -8},
+        {"tokens_per_example": 0},
+        {"tokens_per_example": -1},
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_be(options: dict[str, int]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"{name}.* got .*{value}"):
+        adaptive(**options)
+
+
+@pytest.mark.parametrize("criterion", ["norm test", NormTest, 0.5], ids=str)
+def test_a_criterion_that_is_none(criterion: Any) -> None:
+    with pytest.raises(TypeError, match=r"criterion must be .* such as NormTest\(eta=0.5\)"):
+        adaptive(criterion=criterion)
+
+
+def test_an_optimizer_that_is_none() -> None:
+    model = network()
+    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got list"):
+        AdaptiveBatch(model, list(model.parameters()), Constant(8), micro_batch_size=4)  # type: ignore[arg-type]
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -246,3 +278,11 @@ def test_an_empty_step() -> None:
     next(steps)
     with pytest.raises(RuntimeError, match="were not all run"):
         next(steps)
+
+
+@pytest.mark.parametrize("loader", [data(), GlobalOrder(regression(64))], ids=["loader", "order"])
+def test_until_carries_its_unit(loader: Any) -> None:
+    with pytest.raises(TypeError, match=r"until must be a duration, such as adabatch.examples\(100\), got 100"):
+        next(adaptive().steps(loader, until=100))
+    with pytest.raises(ValueError, match="does not count tokens: pass tokens_per_example="):
+        next(adaptive().steps(loader, until=tokens(100)))
