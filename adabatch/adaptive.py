@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from adabatch.batch.control import Control, ControlState, Decision, Limits, decide
 from adabatch.batch.criteria import Criterion, Observation
@@ -146,7 +147,8 @@ class AdaptiveBatch:
         optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates. Of the
             model's gradients those of the parameters that it holds are measured.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
-        micro_batch_size: examples in one forward and backward on one rank; what your loader yields.
+        micro_batch_size: examples in one forward and backward on one rank; what your loader yields (at most, where its
+            micro-batches vary).
         limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
             accumulate; by default it stays as it is.
@@ -279,8 +281,9 @@ class AdaptiveBatch:
             count: examples in a micro-batch of a loader that is not a ``GlobalOrder``.
 
         Raises:
-            ValueError: a data set smaller than the largest batch, an empty loader, a micro-batch that should grow with
-                a loader that cannot, or a ``GlobalOrder`` that differs between ranks.
+            ValueError: a data set smaller than the largest batch, an empty loader, a loader whose micro-batches are not
+                of ``micro_batch_size`` (the last may be smaller), a micro-batch that should grow with a loader that
+                cannot, or a ``GlobalOrder`` that differs between ranks.
             RuntimeError: a step whose micro-batches were not all run.
             TypeError: ``until`` without a unit.
         """
@@ -299,6 +302,8 @@ class AdaptiveBatch:
             raise ValueError(
                 f"max_micro_batch_size needs a GlobalOrder: a {type(loader).__name__} decides its micro-batch itself"
             )
+        if count is num_examples_in:
+            self._check_loader(loader)
         pass_over = 0
         while until is None or not self._consumed.reached(until):
             set_epoch(loader, pass_over)
@@ -468,6 +473,14 @@ class AdaptiveBatch:
     def _after(self, progress: Progress, num_examples: int) -> Progress:
         per_example = self._tokens_per_example
         return progress.after(num_examples, None if per_example is None else num_examples * per_example)
+
+    def _check_loader(self, loader: Iterable[Any]) -> None:
+        micro = self._plan.micro_batch_size
+        if isinstance(loader, DataLoader) and loader.batch_size not in (None, micro):
+            raise ValueError(
+                f"the DataLoader has batch_size={loader.batch_size}, but micro_batch_size={micro}: give both the same "
+                f"(a larger batch is made by accumulation)"
+            )
 
     def _check_order(self, order: GlobalOrder) -> None:
         _, high = self._limits.at(self._consumed)

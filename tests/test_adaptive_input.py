@@ -286,3 +286,46 @@ def test_until_carries_its_unit(loader: Any) -> None:
         next(adaptive().steps(loader, until=100))
     with pytest.raises(ValueError, match="does not count tokens: pass tokens_per_example="):
         next(adaptive().steps(loader, until=tokens(100)))
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_a_loader_of_another_micro_batch_size(batch_size: int) -> None:
+    """All sizes would be off by a factor: the plan counts in micro_batch_size, the loader in its own."""
+    with pytest.raises(ValueError, match=f"batch_size={batch_size}, but micro_batch_size=4: give both the same"):
+        next(adaptive().steps(data(batch_size=batch_size)))
+
+
+def test_a_loader_that_counts_in_another_unit_may_have_another_batch_size() -> None:
+    step = next(adaptive().steps(data(batch_size=8), count=lambda batch: len(batch[0]) // 2))
+    assert step.global_batch_size == 8
+
+
+def test_a_batch_larger_than_planned() -> None:
+    with pytest.raises(ValueError, match=r"a step of 16 examples came where 8 were planned: .* at most"):
+        next(adaptive().steps([tuple(regression(8).tensors)] * 4))
+
+
+def test_a_micro_batch_without_examples() -> None:
+    with pytest.raises(ValueError, match="a micro-batch without examples"):
+        next(adaptive().steps([tuple(regression(4).tensors)] * 4, count=lambda batch: 0))
+
+
+def test_a_micro_batch_that_should_grow_with_a_loader_that_cannot() -> None:
+    with pytest.raises(ValueError, match="max_micro_batch_size needs a GlobalOrder: a DataLoader decides"):
+        next(adaptive(max_micro_batch_size=8).steps(data()))
+
+
+def test_an_empty_loader() -> None:
+    with pytest.raises(ValueError, match="no micro-batch on at least one rank"):
+        next(adaptive().steps([]))
+
+
+def test_an_iterator_cannot_be_passed_over_twice() -> None:
+    model = network()
+    batches = adaptive(model, Constant(8))
+    loader = iter(data(num_examples=16))
+    steps = batches.steps(loader, until=examples(100))
+    for _ in range(2):
+        run(next(steps), model)
+    with pytest.raises(ValueError, match=r"no micro-batch .* or is it an iterator"):
+        next(steps)

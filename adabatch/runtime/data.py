@@ -8,6 +8,7 @@ resumes can change while every example is still seen exactly once an epoch.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -284,7 +285,8 @@ class LoaderFeed:
         count: examples in a micro-batch.
 
     Raises:
-        ValueError: nothing comes out of the loader on some rank.
+        ValueError: nothing comes out of the loader on some rank, or more than the plan says, or a micro-batch without
+            examples; on all ranks at once.
     """
 
     def __init__(self, loader: Iterable[Any], collectives: Collectives, *, count: Callable[[Any], int]) -> None:
@@ -297,17 +299,32 @@ class LoaderFeed:
         """As many micro-batches as the plan accumulates, fewer at the end of the loader, then None."""
         batches = list(itertools.islice(self._batches, plan.accumulation_steps))
         sizes = [self._count(batch) for batch in batches]
-        full, num_examples = self._collectives.sum_of(len(batches) == plan.accumulation_steps, sum(sizes))
+        # Not a number where a count is impossible: then all ranks see it, and raise together.
+        local = sum(sizes) if all(size >= 1 for size in sizes) else math.nan
+        full, num_examples = self._collectives.sum_of(len(batches) == plan.accumulation_steps, local)
+        self._check(num_examples, plan)
         if full < self._collectives.size:
             common = int(self._collectives.minimum_of(len(batches)))
             batches, sizes = batches[:common], sizes[:common]
             if common == 0:
                 if not self._any:
-                    raise ValueError("the loader gave no micro-batch on at least one rank: is its data set too small?")
+                    raise ValueError(
+                        "the loader gave no micro-batch on at least one rank: is its data set too small, or is it an "
+                        "iterator, which can be passed over only once?"
+                    )
                 return None
             (num_examples,) = self._collectives.sum_of(sum(sizes))
         self._any = True
         return Portion(batches, sizes, int(num_examples))
+
+    def _check(self, num_examples: float, plan: BatchPlan) -> None:
+        if math.isnan(num_examples):
+            raise ValueError("the loader gave a micro-batch without examples on at least one rank")
+        if num_examples > plan.global_batch_size:
+            raise ValueError(
+                f"a step of {num_examples:.0f} examples came where {plan.global_batch_size} were planned: the loader's "
+                f"micro-batches may hold micro_batch_size={plan.micro_batch_size} examples at most"
+            )
 
     def consumed(self, portion: Portion) -> None:
         """Nothing to note: the loader's place is its own."""
