@@ -23,7 +23,7 @@ from adabatch.batch.schedules import Schedule
 from adabatch.journal import Journal, line
 from adabatch.lr.rules import LRRule, check_lr_rule, lr_factor
 from adabatch.runtime.collectives import collectives_of
-from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, num_examples_in, set_epoch
+from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import StepHooks
@@ -273,7 +273,8 @@ class AdaptiveBatch:
 
         A ``GlobalOrder`` joins its epochs: the step that crosses the end of one ends the pass, and the next pass goes
         on where it stopped. Any other loader gives micro-batches of this rank; its pass ends with a shorter step where
-        the last micro-batches do not fill one, on all ranks at once.
+        the last micro-batches do not fill one, on all ranks at once. After a pass its ``DistributedSampler``, if it has
+        one, is set to the next epoch; an epoch that you set before a pass stands.
 
         Args:
             loader: a ``GlobalOrder``, or any iterable of micro-batches.
@@ -304,18 +305,16 @@ class AdaptiveBatch:
             )
         if count is num_examples_in:
             self._check_loader(loader)
-        pass_over = 0
         while until is None or not self._consumed.reached(until):
-            set_epoch(loader, pass_over)
             feed = LoaderFeed(loader, self._collectives, count=count)
             while until is None or not self._consumed.reached(until):
                 before = self._consumed
                 yield from self._one_step(feed)
                 if self._consumed == before:
                     break
+            advance_epoch(loader)
             if until is None:
                 return
-            pass_over += 1
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing where it is at its end."""

@@ -330,7 +330,7 @@ class LoaderFeed:
         """Nothing to note: the loader's place is its own."""
 
 
-def set_epoch(loader: Iterable[Any], epoch: int) -> None:
-    """Tells a ``DistributedSampler`` inside a ``DataLoader`` which epoch begins, so that it shuffles anew."""
+def advance_epoch(loader: Iterable[Any]) -> None:
+    """After a pass: a ``DistributedSampler`` inside a ``DataLoader`` goes to its next epoch, and shuffles anew."""
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
-        loader.sampler.set_epoch(epoch)
+        loader.sampler.set_epoch(loader.sampler.epoch + 1)
