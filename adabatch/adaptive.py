@@ -284,7 +284,7 @@ class AdaptiveBatch:
         Raises:
             ValueError: a data set smaller than the largest batch, an empty loader, a loader whose micro-batches are not
                 of ``micro_batch_size`` (the last may be smaller), a micro-batch that should grow with a loader that
-                cannot, or a ``GlobalOrder`` that differs between ranks.
+                cannot, or ranks that hold different orders, plans or settings.
             RuntimeError: a step whose micro-batches were not all run.
             TypeError: ``until`` without a unit.
         """
@@ -292,6 +292,7 @@ class AdaptiveBatch:
             if not isinstance(until, Duration):
                 raise TypeError(f"until must be a duration, such as adabatch.examples({until!r}), got {until!r}")
             self._consumed.count(until.unit)  # a unit that is not counted fails here, not at the end
+        self._check_ranks(loader)
         if isinstance(loader, GlobalOrder):
             self._check_order(loader)
             order = loader.feed(self._collectives.rank, self._collectives.size)
@@ -488,11 +489,16 @@ class AdaptiveBatch:
                 f"limits.max={high} is above the {len(order)} examples of the data set, and a batch may not hold an "
                 f"example twice: use at most {len(order)}"
             )
-        mine = (order.seed, order.epoch, order.examples_seen, len(order))
-        if self._collectives.sum_of(*mine) != [self._collectives.size * value for value in mine]:
+
+    def _check_ranks(self, loader: Iterable[Any]) -> None:
+        """Ranks that would go separate ways raise together, rather than wait for each other."""
+        order = loader if isinstance(loader, GlobalOrder) else None
+        place = None if order is None else {**order.state_dict(), "shuffle": order.shuffle, "of": len(order)}
+        mine = (place, self._plan, self._progress, self._consumed, self._lr_rule, self._reference, self._control)
+        if not self._collectives.agree(mine):
             raise ValueError(
-                f"the ranks hold different data orders (this one: seed {order.seed}, epoch {order.epoch}, example "
-                f"{order.examples_seen} of {len(order)}): give all the same data set, seed and state"
+                f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "
+                f"{self._consumed}): give all the same data set, seed, arguments and saved state"
             )
 
 

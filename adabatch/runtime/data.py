@@ -304,7 +304,7 @@ class LoaderFeed:
         full, num_examples = self._collectives.sum_of(len(batches) == plan.accumulation_steps, local)
         self._check(num_examples, plan)
         if full < self._collectives.size:
-            common = int(self._collectives.minimum_of(len(batches)))
+            common = int(self._collectives.minimum_of(len(batches))[0])
             batches, sizes = batches[:common], sizes[:common]
             if common == 0:
                 if not self._any:
