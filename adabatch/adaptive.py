@@ -29,6 +29,7 @@ from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import StepHooks
 
 STATE_FORMAT = 1
+UNLIMITED = 2**62
 
 
 @dataclass
@@ -294,10 +295,11 @@ class AdaptiveBatch:
             self._consumed.count(until.unit)  # a unit that is not counted fails here, not at the end
         self._check_ranks(loader)
         if isinstance(loader, GlobalOrder):
-            self._check_order(loader)
+            _check_fits(self._largest_known(), loader)
             order = loader.feed(self._collectives.rank, self._collectives.size)
             epoch = loader.epoch
             while (loader.epoch == epoch) if until is None else not self._consumed.reached(until):
+                _check_fits(self._plan.global_batch_size, loader)  # a schedule without limits gets there in time
                 yield from self._one_step(order)
             return
         if self._grows_micro_batch:
@@ -482,13 +484,12 @@ class AdaptiveBatch:
                 f"(a larger batch is made by accumulation)"
             )
 
-    def _check_order(self, order: GlobalOrder) -> None:
+    def _largest_known(self) -> int:
+        """The largest batch that limits or criterion name beforehand; the present one where they name none."""
         _, high = self._limits.at(self._consumed)
-        if not isinstance(self._criterion, Schedule) and high > len(order):
-            raise ValueError(
-                f"limits.max={high} is above the {len(order)} examples of the data set, and a batch may not hold an "
-                f"example twice: use at most {len(order)}"
-            )
+        if isinstance(self._criterion, Schedule) and self._criterion.fixed_sizes:
+            return min(high, max(self._criterion.fixed_sizes))
+        return high if high < UNLIMITED else self._plan.global_batch_size
 
     def _check_ranks(self, loader: Iterable[Any]) -> None:
         """Ranks that would go separate ways raise together, rather than wait for each other."""
@@ -500,6 +501,14 @@ class AdaptiveBatch:
                 f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "
                 f"{self._consumed}): give all the same data set, seed, arguments and saved state"
             )
+
+
+def _check_fits(size: int, order: GlobalOrder) -> None:
+    if size > len(order):
+        raise ValueError(
+            f"a batch of {size} is above the {len(order)} examples of the data set, and may not hold an example twice: "
+            f"limit the batch to use at most {len(order)}"
+        )
 
 
 def _check_types(optimizer: Any, criterion: Any) -> None:
@@ -546,7 +555,7 @@ def _limits_and_grid(
     if limits is None:
         if not isinstance(criterion, Schedule):
             raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
-        limits = Limits(min=smallest, max=2**62)
+        limits = Limits(min=smallest, max=UNLIMITED)
     for name, limit in (("min", limits.min), ("max", limits.max)):
         if isinstance(limit, int) and limit % dp_size:
             raise ValueError(

@@ -329,3 +329,43 @@ def test_an_iterator_cannot_be_passed_over_twice() -> None:
         run(next(steps), model)
     with pytest.raises(ValueError, match=r"no micro-batch .* or is it an iterator"):
         next(steps)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "limits"),
+    [
+        (NormTest(eta=0.5), Limits(min=8, max=128)),
+        (Constant(128), None),
+        (Stages(8, [Stage(examples(32), 128)]), None),
+        (LinearRamp(8, 128, examples(64)), Limits(min=8, max=128)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_data_set_smaller_than_the_largest_batch(criterion: Any, limits: Limits | None) -> None:
+    order = GlobalOrder(regression(100))
+    with pytest.raises(ValueError, match=r"128 is above the 100 examples of the data set.* use at most 100"):
+        next(adaptive(criterion=criterion, limits=limits).steps(order))
+
+
+def test_a_schedule_that_glides_past_the_data_set() -> None:
+    """No limit says how far the ramp goes, so it shows when it gets there, before an example comes twice."""
+    model = network()
+    batches = adaptive(model, LinearRamp(8, 128, examples(200)), limits=None)
+    with pytest.raises(ValueError, match=r"is above the 100 examples of the data set"):
+        train(batches, model, SGD(model.parameters(), lr=0.1), GlobalOrder(regression(100)), until=examples(1000))
+    assert batches.plan.global_batch_size > 100
+
+
+def test_a_limit_that_a_constant_never_reaches_may_be_above_the_data_set() -> None:
+    step = next(adaptive(criterion=Constant(8), limits=Limits(min=8, max=4096)).steps(GlobalOrder(regression(100))))
+    assert step.global_batch_size == 8
+
+
+def test_a_batch_as_large_as_the_data_set_is_the_data_set() -> None:
+    model = network()
+    seen: list[float] = []
+    for step in adaptive(model, Constant(64)).steps(GlobalOrder(regression(64))):
+        for batch in step:
+            step.backward(loss_of(model, batch))
+            seen += batch[0][:, 0].tolist()
+    assert len(seen) == len(set(seen)) == 64
