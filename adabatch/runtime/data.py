@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from adabatch.batch.plan import BatchPlan
@@ -72,10 +72,10 @@ class GlobalOrder:
 
     Raises:
         ValueError: an empty data set, or loader options that would order the data anew.
-        TypeError: a data set without a length.
+        TypeError: a data set without a length, or one that is only iterable.
     """
 
-    _FORBIDDEN = frozenset({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "generator"})
+    _FORBIDDEN = frozenset({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "generator", "in_order"})
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class GlobalOrder:
         num_workers: int = 0,
         **loader_options: Any,
     ) -> None:
-        if not isinstance(dataset, Sized):
+        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
             raise TypeError(
                 f"GlobalOrder needs a map-style data set with a length, got {type(dataset).__name__}: "
                 f"give an iterable data set to AdaptiveBatch.steps in a DataLoader of its own"
@@ -245,13 +245,13 @@ class OrderFeed:
 
 
 def num_examples_in(batch: Any) -> int:
-    """Examples in a micro-batch: the first dimension of the first tensor found in it.
+    """Examples in a micro-batch: the first dimension of the first tensor found in it that has one.
 
     Raises:
-        TypeError: no tensor is in it.
+        TypeError: no such tensor is in it.
     """
     found = _first_tensor(batch)
-    if found is None or found.dim() == 0:
+    if found is None:
         raise TypeError(
             f"cannot tell how many examples a micro-batch of type {type(batch).__name__} holds: "
             f"pass count=, a function from micro-batch to number of examples, to AdaptiveBatch.steps"
@@ -261,7 +261,7 @@ def num_examples_in(batch: Any) -> int:
 
 def _first_tensor(batch: Any) -> Tensor | None:
     if isinstance(batch, Tensor):
-        return batch
+        return batch if batch.dim() else None
     if isinstance(batch, Mapping):
         batch = batch.values()
     if isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
