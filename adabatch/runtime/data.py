@@ -149,8 +149,11 @@ class GlobalOrder:
         """The order of an epoch, shape (num_examples,), int64; the same on every rank and machine of one torch."""
         if not self.shuffle:
             return torch.arange(self._num_examples)
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
-        return torch.randperm(self._num_examples, generator=generator)
+        return torch.randperm(self._num_examples, generator=self.generator(epoch))
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Random numbers of the order's seed: one stream an epoch, and negative ones for loading processes."""
+        return torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + stream) % 2**63)
 
     def feed(self, rank: int, dp_size: int) -> OrderFeed:
         """The portions of one rank, from the present place on."""
@@ -208,8 +211,9 @@ class OrderFeed:
     def _restart(self) -> None:
         self._loads = self._order._loads
         self._indices = _Indices(self._order, self._rank, self._dp_size)
-        # A generator of its own keeps torch's global one untouched: the loader draws from it when it starts.
-        generator = torch.Generator().manual_seed(self._order.seed)
+        # A generator of its own keeps torch's global one untouched: the loader draws the seeds of its workers from it,
+        # which must differ between ranks and passes, or all would augment alike.
+        generator = self._order.generator(-1 - self._order._seen * self._dp_size - self._rank)
         self._loader = DataLoader(
             self._order.dataset,
             batch_sampler=cast("Any", self._indices),

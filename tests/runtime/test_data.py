@@ -31,6 +31,13 @@ class Numbers(Dataset[int]):
         return index
 
 
+class Noisy(Numbers):
+    """Example i comes with a random draw, as an augmented image does."""
+
+    def __getitem__(self, index: int) -> tuple[int, float]:
+        return index, float(torch.rand(()))
+
+
 class SizedStream(IterableDataset[int]):
     def __len__(self) -> int:
         return 8
@@ -185,6 +192,27 @@ def test_with_workers_the_size_under_way_is_used_up_before_the_new_one_comes() -
     assert sizes[2] == [8]
 
 
+def draws(order: GlobalOrder, rank: int) -> tuple[float, ...]:
+    """What augmentation draws on one rank in the next step."""
+    feed = order.feed(rank, 2)
+    portion = feed.take(plan_of(4, 1, 2))
+    found = tuple(draw for batch in portion.batches for draw in batch[1].tolist())
+    feed.consumed(portion)
+    return found
+
+
+def test_workers_draw_anew_on_every_rank_and_in_every_pass_and_the_same_in_every_run() -> None:
+    """A fixed seed for the loader gave all ranks, in all passes, the same random numbers."""
+
+    def run() -> list[tuple[float, ...]]:
+        orders = [GlobalOrder(Noisy(32), seed=3, num_workers=1) for _ in range(2)]
+        return [draws(order, rank) for _ in range(2) for rank, order in enumerate(orders)]
+
+    first = run()
+    assert len(set(first)) == 4
+    assert run() == first
+
+
 @pytest.mark.parametrize("option", ["batch_size", "sampler", "batch_sampler", "drop_last", "generator", "in_order"])
 def test_options_that_would_order_the_data_anew_are_refused(option: str) -> None:
     options: dict[str, Any] = {option: None}
@@ -200,6 +228,12 @@ def test_an_empty_data_set_is_refused() -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="seed must not be negative, got -1"):
         GlobalOrder(Numbers(4), seed=-1)
+
+
+def test_a_seed_of_any_size_serves() -> None:
+    order = GlobalOrder(Numbers(4), seed=2**80 + 1)
+    dealt = interleaved(deal([order], [order.feed(0, 1)], plan_of(2, 2)))
+    assert sorted(dealt) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("dataset", [SizedStream(), iter(range(8)), Dataset()], ids=lambda d: type(d).__name__)
