@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from adabatch.batch.control import Control, ControlState, Decision, Limits, decide
 from adabatch.batch.criteria import Criterion, Observation
@@ -22,12 +23,13 @@ from adabatch.batch.schedules import Schedule
 from adabatch.journal import Journal, line
 from adabatch.lr.rules import LRRule, check_lr_rule, lr_factor
 from adabatch.runtime.collectives import collectives_of
-from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, num_examples_in, set_epoch
+from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import StepHooks
 
 STATE_FORMAT = 1
+UNLIMITED = 2**62
 
 
 @dataclass
@@ -62,8 +64,9 @@ class Step:
         self._feed = feed
         self._portion = portion
         self._local_examples = sum(portion.sizes)
-        self._size = 0
+        self._size = 0  # examples in the micro-batch that is being run, 0 outside the inner loop
         self._num_backward = 0
+        self._begun = False
         self._losses: Tensor | None = None
 
     @property
@@ -76,8 +79,11 @@ class Step:
         """The micro-batches. Gradients are synchronized in the last one only.
 
         Raises:
-            RuntimeError: ``backward`` was not called exactly once for a micro-batch.
+            RuntimeError: ``backward`` was not called exactly once for a micro-batch, or a second iteration.
         """
+        if self._begun:
+            raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
+        self._begun = True
         if self.probed:
             self._owner._probe_started()
         num_parts = len(self._portion.sizes)
@@ -85,6 +91,7 @@ class Step:
             self._size = self._portion.sizes[index]
             with nullcontext() if index == num_parts - 1 else self._owner._no_sync():
                 yield batch
+            self._size = 0
             if self._num_backward != index + 1:
                 raise RuntimeError(
                     f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
@@ -100,13 +107,17 @@ class Step:
             loss: mean loss over the micro-batch, shape ().
 
         Raises:
-            ValueError: a loss that is not a scalar.
+            ValueError: a loss that is not a scalar tensor.
+            RuntimeError: a call outside the inner loop.
         """
-        if loss.dim() != 0:
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
-                f"step.backward takes the mean loss of the micro-batch, a scalar; got a tensor of shape "
-                f"{tuple(loss.shape)}: average it over the examples first"
+                f"step.backward takes the mean loss of the micro-batch, a scalar; got a {got}: average it over the "
+                f"examples first, as a tensor"
             )
+        if self._size == 0:
+            raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
         weight = self._size / self._local_examples
         parts = self._local_examples / self._size
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
@@ -137,7 +148,8 @@ class AdaptiveBatch:
         optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates. Of the
             model's gradients those of the parameters that it holds are measured.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
-        micro_batch_size: examples in one forward and backward on one rank; what your loader yields.
+        micro_batch_size: examples in one forward and backward on one rank; what your loader yields (at most, where its
+            micro-batches vary).
         limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
             accumulate; by default it stays as it is.
@@ -153,7 +165,9 @@ class AdaptiveBatch:
 
     Raises:
         ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
-            probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule.
+            probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule, a
+            size below 1.
+        TypeError: an optimizer or a criterion that is none.
     """
 
     def __init__(
@@ -175,6 +189,10 @@ class AdaptiveBatch:
         skip_nonfinite: bool = True,
     ) -> None:
         check_lr_rule(lr_rule)
+        _check_types(optimizer, criterion)
+        for name, value in (("reference_batch_size", reference_batch_size), ("tokens_per_example", tokens_per_example)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
         self._collectives = collectives_of(model)
@@ -190,7 +208,9 @@ class AdaptiveBatch:
             limits,
             criterion,
             dp_size=self._collectives.size,
-            micro_sizes=micro_batch_sizes(micro_batch_size, max_micro_batch_size or micro_batch_size),
+            micro_sizes=micro_batch_sizes(
+                micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
+            ),
             probed=bool(needs) or probe is not None,
         )
         tokens = None if tokens_per_example is None else 0
@@ -198,7 +218,7 @@ class AdaptiveBatch:
         self._consumed = Progress(tokens=tokens)
         self._state = ControlState()
         self._plan = self._first_plan()
-        self._reference = reference_batch_size or self._plan.global_batch_size
+        self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
         self._update: _Update | None = None
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
@@ -259,7 +279,8 @@ class AdaptiveBatch:
 
         A ``GlobalOrder`` joins its epochs: the step that crosses the end of one ends the pass, and the next pass goes
         on where it stopped. Any other loader gives micro-batches of this rank; its pass ends with a shorter step where
-        the last micro-batches do not fill one, on all ranks at once.
+        the last micro-batches do not fill one, on all ranks at once. After a pass its ``DistributedSampler``, if it has
+        one, is set to the next epoch; an epoch that you set before a pass stands.
 
         Args:
             loader: a ``GlobalOrder``, or any iterable of micro-batches.
@@ -267,35 +288,41 @@ class AdaptiveBatch:
             count: examples in a micro-batch of a loader that is not a ``GlobalOrder``.
 
         Raises:
-            ValueError: a data set smaller than the largest batch, an empty loader, a micro-batch that should grow with
-                a loader that cannot, or a ``GlobalOrder`` that differs between ranks.
+            ValueError: a data set smaller than the largest batch, an empty loader, a loader whose micro-batches are not
+                of ``micro_batch_size`` (the last may be smaller), a micro-batch that should grow with a loader that
+                cannot, or ranks that hold different orders, plans or settings.
             RuntimeError: a step whose micro-batches were not all run.
+            TypeError: ``until`` without a unit.
         """
         if until is not None:
+            if not isinstance(until, Duration):
+                raise TypeError(f"until must be a duration, such as adabatch.examples({until!r}), got {until!r}")
             self._consumed.count(until.unit)  # a unit that is not counted fails here, not at the end
+        self._check_ranks(loader)
         if isinstance(loader, GlobalOrder):
-            self._check_order(loader)
+            _check_fits(self._largest_known(), loader)
             order = loader.feed(self._collectives.rank, self._collectives.size)
             epoch = loader.epoch
             while (loader.epoch == epoch) if until is None else not self._consumed.reached(until):
+                _check_fits(self._plan.global_batch_size, loader)  # a schedule without limits gets there in time
                 yield from self._one_step(order)
             return
         if self._grows_micro_batch:
             raise ValueError(
                 f"max_micro_batch_size needs a GlobalOrder: a {type(loader).__name__} decides its micro-batch itself"
             )
-        pass_over = 0
+        if count is num_examples_in:
+            self._check_loader(loader)
         while until is None or not self._consumed.reached(until):
-            set_epoch(loader, pass_over)
             feed = LoaderFeed(loader, self._collectives, count=count)
             while until is None or not self._consumed.reached(until):
                 before = self._consumed
                 yield from self._one_step(feed)
                 if self._consumed == before:
                     break
+            advance_epoch(loader)
             if until is None:
                 return
-            pass_over += 1
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing where it is at its end."""
@@ -454,19 +481,47 @@ class AdaptiveBatch:
         per_example = self._tokens_per_example
         return progress.after(num_examples, None if per_example is None else num_examples * per_example)
 
-    def _check_order(self, order: GlobalOrder) -> None:
+    def _check_loader(self, loader: Iterable[Any]) -> None:
+        micro = self._plan.micro_batch_size
+        if isinstance(loader, DataLoader) and loader.batch_size not in (None, micro):
+            raise ValueError(
+                f"the DataLoader has batch_size={loader.batch_size}, but micro_batch_size={micro}: give both the same "
+                f"(a larger batch is made by accumulation)"
+            )
+
+    def _largest_known(self) -> int:
+        """The largest batch that limits or criterion name beforehand; the present one where they name none."""
         _, high = self._limits.at(self._consumed)
-        if not isinstance(self._criterion, Schedule) and high > len(order):
+        if isinstance(self._criterion, Schedule) and self._criterion.fixed_sizes:
+            return min(high, max(self._criterion.fixed_sizes))
+        return high if high < UNLIMITED else self._plan.global_batch_size
+
+    def _check_ranks(self, loader: Iterable[Any]) -> None:
+        """Ranks that would go separate ways raise together, rather than wait for each other."""
+        order = loader if isinstance(loader, GlobalOrder) else None
+        place = None if order is None else {**order.state_dict(), "shuffle": order.shuffle, "of": len(order)}
+        mine = (place, self._plan, self._progress, self._consumed, self._lr_rule, self._reference, self._control)
+        if not self._collectives.agree(mine):
             raise ValueError(
-                f"limits.max={high} is above the {len(order)} examples of the data set, and a batch may not hold an "
-                f"example twice: use at most {len(order)}"
+                f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "
+                f"{self._consumed}): give all the same data set, seed, arguments and saved state"
             )
-        mine = (order.seed, order.epoch, order.examples_seen, len(order))
-        if self._collectives.sum_of(*mine) != [self._collectives.size * value for value in mine]:
-            raise ValueError(
-                f"the ranks hold different data orders (this one: seed {order.seed}, epoch {order.epoch}, example "
-                f"{order.examples_seen} of {len(order)}): give all the same data set, seed and state"
-            )
+
+
+def _check_fits(size: int, order: GlobalOrder) -> None:
+    if size > len(order):
+        raise ValueError(
+            f"a batch of {size} is above the {len(order)} examples of the data set, and may not hold an example twice: "
+            f"limit the batch to use at most {len(order)}"
+        )
+
+
+def _check_types(optimizer: Any, criterion: Any) -> None:
+    """What comes in their place most often: parameters, the class of a criterion, its name."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(criterion, type) or not isinstance(criterion, Criterion):
+        raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.5), got {criterion!r}")
 
 
 def _suited_probe(
@@ -505,7 +560,7 @@ def _limits_and_grid(
     if limits is None:
         if not isinstance(criterion, Schedule):
             raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
-        limits = Limits(min=smallest, max=2**62)
+        limits = Limits(min=smallest, max=UNLIMITED)
     for name, limit in (("min", limits.min), ("max", limits.max)):
         if isinstance(limit, int) and limit % dp_size:
             raise ValueError(

@@ -11,6 +11,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -67,10 +68,7 @@ def run_ranks(
             process.start()
         _await(processes, deadline)
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
-            process.join()
+        _end([process for process in processes if process.is_alive()])
     if any(process.exitcode for process in processes):
         raise RanksFailed("\n".join(_account(place, rank, p.exitcode or 0) for rank, p in enumerate(processes)))
     return [pickle.loads((place / f"{rank}.result").read_bytes()) for rank in range(size)]
@@ -84,6 +82,17 @@ def _await(processes: list[Any], deadline: float) -> None:
         running = [process for process in running if process.sentinel not in ended]
         if any(process.exitcode for process in processes):
             deadline = min(deadline, time.monotonic() + _GRACE_S)
+
+
+def _end(processes: list[Any]) -> None:
+    """Has each write down where it stands, then kills it."""
+    for process in processes:
+        if process.pid is not None:
+            os.kill(process.pid, signal.SIGUSR1)
+    wait([process.sentinel for process in processes], timeout=0.5)
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def _account(place: Path, rank: int, code: int) -> str:
@@ -105,25 +114,25 @@ def _rank_main(
 ) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    hang = (place / f"{rank}.hang").open("w")
-    faulthandler.dump_traceback_later(max(1.0, timeout - 1.0), file=hang)
-    try:
-        if connect:
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{place}/store",
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=timeout),
-            )
-        result = _load(*target)(rank, *arguments)
-        (place / f"{rank}.result").write_bytes(pickle.dumps(result))
-    except BaseException:
-        (place / f"{rank}.error").write_text(traceback.format_exc())
-        os._exit(1)  # without waiting for the ranks that may wait for this one
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
+    with (place / f"{rank}.hang").open("w") as hang:
+        faulthandler.register(signal.SIGUSR1, file=hang)
+        try:
+            if connect:
+                dist.init_process_group(
+                    "gloo",
+                    init_method=f"file://{place}/store",
+                    rank=rank,
+                    world_size=size,
+                    timeout=timedelta(seconds=timeout),
+                )
+            result = _load(*target)(rank, *arguments)
+            (place / f"{rank}.result").write_bytes(pickle.dumps(result))
+        except BaseException:
+            (place / f"{rank}.error").write_text(traceback.format_exc())
+            os._exit(1)  # without waiting for the ranks that may wait for this one
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        faulthandler.unregister(signal.SIGUSR1)
 
 
 def _load(file: str, name: str) -> Callable[..., Any]:

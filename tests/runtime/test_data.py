@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
@@ -28,6 +29,21 @@ class Numbers(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return index
+
+
+class Noisy(Numbers):
+    """Example i comes with a random draw, as an augmented image does."""
+
+    def __getitem__(self, index: int) -> tuple[int, float]:
+        return index, float(torch.rand(()))
+
+
+class SizedStream(IterableDataset[int]):
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(8))
 
 
 def plan_of(micro: int, accumulation: int, dp_size: int = 1) -> BatchPlan:
@@ -176,7 +192,28 @@ def test_with_workers_the_size_under_way_is_used_up_before_the_new_one_comes() -
     assert sizes[2] == [8]
 
 
-@pytest.mark.parametrize("option", ["batch_size", "sampler", "batch_sampler", "drop_last", "generator"])
+def draws(order: GlobalOrder, rank: int) -> tuple[float, ...]:
+    """What augmentation draws on one rank in the next step."""
+    feed = order.feed(rank, 2)
+    portion = feed.take(plan_of(4, 1, 2))
+    found = tuple(draw for batch in portion.batches for draw in batch[1].tolist())
+    feed.consumed(portion)
+    return found
+
+
+def test_workers_draw_anew_on_every_rank_and_in_every_pass_and_the_same_in_every_run() -> None:
+    """A fixed seed for the loader gave all ranks, in all passes, the same random numbers."""
+
+    def run() -> list[tuple[float, ...]]:
+        orders = [GlobalOrder(Noisy(32), seed=3, num_workers=1) for _ in range(2)]
+        return [draws(order, rank) for _ in range(2) for rank, order in enumerate(orders)]
+
+    first = run()
+    assert len(set(first)) == 4
+    assert run() == first
+
+
+@pytest.mark.parametrize("option", ["batch_size", "sampler", "batch_sampler", "drop_last", "generator", "in_order"])
 def test_options_that_would_order_the_data_anew_are_refused(option: str) -> None:
     options: dict[str, Any] = {option: None}
     with pytest.raises(ValueError, match=f"GlobalOrder itself decides {option}"):
@@ -191,6 +228,18 @@ def test_an_empty_data_set_is_refused() -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="seed must not be negative, got -1"):
         GlobalOrder(Numbers(4), seed=-1)
+
+
+def test_a_seed_of_any_size_serves() -> None:
+    order = GlobalOrder(Numbers(4), seed=2**80 + 1)
+    dealt = interleaved(deal([order], [order.feed(0, 1)], plan_of(2, 2)))
+    assert sorted(dealt) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dataset", [SizedStream(), iter(range(8)), Dataset()], ids=lambda d: type(d).__name__)
+def test_a_data_set_that_cannot_be_indexed_is_refused(dataset: Any) -> None:
+    with pytest.raises(TypeError, match=r"map-style data set with a length.*DataLoader of its own"):
+        GlobalOrder(dataset)
 
 
 def test_a_state_from_the_future_or_from_a_larger_data_set_is_refused() -> None:
@@ -245,8 +294,9 @@ def test_an_empty_loader_is_an_error() -> None:
         (torch.zeros(3, 2), torch.zeros(3)),
         {"x": torch.zeros(3, 2), "y": torch.zeros(3)},
         ["three names", {"x": [torch.zeros(3)]}],
+        {"task": torch.tensor(1), "x": torch.zeros(3, 2)},
     ],
-    ids=["tensor", "tuple", "dict", "nested"],
+    ids=["tensor", "tuple", "dict", "nested", "with a scalar"],
 )
 def test_examples_are_counted_in_the_first_tensor(batch: Any) -> None:
     assert num_examples_in(batch) == 3
