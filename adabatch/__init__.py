@@ -13,7 +13,7 @@ from adabatch.batch.criteria import (
     OrthogonalityTest,
 )
 from adabatch.batch.moments import GradientMoments
-from adabatch.batch.plan import BatchPlan, Duration, Progress, examples, steps, tokens
+from adabatch.batch.plan import BatchPlan, Duration, Progress, examples, gain_steps, steps, tokens
 from adabatch.batch.schedules import Constant, LinearRamp, Schedule, Seesaw, Stage, Stages
 from adabatch.optim import AdaGradNorm
 from adabatch.pairs import AdAdaGrad, AdAdaGradNorm, Pair
@@ -53,6 +53,7 @@ __all__ = [
     "Stages",
     "Step",
     "examples",
+    "gain_steps",
     "lr",
     "steps",
     "tokens",

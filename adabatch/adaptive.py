@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch.batch.control import Control, ControlState, Decision, Limits, decide
 from adabatch.batch.criteria import Criterion, Observation
-from adabatch.batch.moments import NOISE, GradientMoments
+from adabatch.batch.moments import GRAD_L1, NOISE, GradientMoments
 from adabatch.batch.plan import BatchPlan, Duration, PlanGrid, Progress, micro_batch_sizes
-from adabatch.batch.schedules import Schedule
+from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.journal import Journal, line
-from adabatch.lr.rules import LRRule, check_lr_rule, lr_factor
+from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
 from adabatch.runtime.collectives import collectives_of
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.scheduler import StepHooks
+from adabatch.runtime.scheduler import Moved, StepHooks
 
 STATE_FORMAT = 1
 UNLIMITED = 2**62
@@ -38,6 +38,7 @@ class _Update:
 
     num_examples: int
     factor: float
+    gain: float | None
     finite: bool
     entry: dict[str, Any]
 
@@ -154,10 +155,15 @@ class AdaptiveBatch:
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
             accumulate; by default it stays as it is.
         control: how cautiously the criterion is followed.
-        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt" or "gain".
+        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain", "sqrt_gain", or, with a
+            ``Seesaw`` schedule, "seesaw".
+        follow: what else follows the batch while an update runs: "betas", "eps", "weight_decay" (decoupled), so that
+            the optimizer's memory and decay stay what they are in examples at the reference batch size.
         reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure noise and signal although neither criterion nor rule needs them.
+        record_l1: measure the l1 norm of the gradient too, from which ``lr.refine`` makes a schedule for Adam (the
+            Euclidean norm, for SGD, is measured by every probe).
         probe: how gradients are measured; by default chosen by the model's type.
         journal: where the first rank writes one JSON line a step.
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. Seen on
@@ -181,15 +187,21 @@ class AdaptiveBatch:
         max_micro_batch_size: int | None = None,
         control: Control | None = None,
         lr_rule: LRRule = "none",
+        follow: Collection[Setting] = (),
         reference_batch_size: int | None = None,
         tokens_per_example: int | None = None,
         monitor: bool = False,
+        record_l1: bool = False,
         probe: Probe | None = None,
         journal: str | Path | None = None,
         skip_nonfinite: bool = True,
     ) -> None:
         check_lr_rule(lr_rule)
+        check_follow(follow)
         _check_types(optimizer, criterion)
+        _check_followers(optimizer, follow)
+        if lr_rule == "seesaw" and not isinstance(criterion, Seesaw):
+            raise ValueError(f"lr_rule='seesaw' goes with the criterion Seesaw(...), got {type(criterion).__name__}")
         for name, value in (("reference_batch_size", reference_batch_size), ("tokens_per_example", tokens_per_example)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -203,7 +215,12 @@ class AdaptiveBatch:
         self._grows_micro_batch = max_micro_batch_size is not None
         self._skip_nonfinite = skip_nonfinite
 
-        needs = criterion.needs | (frozenset({NOISE}) if lr_rule == "gain" or monitor else frozenset())
+        self._follow = frozenset(follow)
+        needs = set(criterion.needs)
+        if lr_rule in NOISE_RULES or monitor:
+            needs.add(NOISE)
+        if record_l1:
+            needs.add(GRAD_L1)
         self._limits, self._grid = _limits_and_grid(
             limits,
             criterion,
@@ -214,8 +231,8 @@ class AdaptiveBatch:
             probed=bool(needs) or probe is not None,
         )
         tokens = None if tokens_per_example is None else 0
-        self._progress = Progress(tokens=tokens)
-        self._consumed = Progress(tokens=tokens)
+        self._progress = Progress(tokens=tokens, gain_steps=0.0 if NOISE in needs or probe is not None else None)
+        self._consumed = self._progress
         self._state = ControlState()
         self._plan = self._first_plan()
         self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
@@ -227,10 +244,8 @@ class AdaptiveBatch:
             model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
         )
         # Last, so that a constructor that raises leaves no hook behind.
-        self._probe = _suited_probe(model, optimizer, needs, probe)
-        self._hooks = StepHooks(
-            optimizer, factor=lambda: self.lr_factor, skip=self._skips_update, done=self._update_done
-        )
+        self._probe = _suited_probe(model, optimizer, frozenset(needs), probe)
+        self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
@@ -252,7 +267,8 @@ class AdaptiveBatch:
     @property
     def progress_after_next(self) -> Progress:
         """The same, when the next planned step is applied."""
-        return self._after(self._progress, self._plan.global_batch_size)
+        size = self._plan.global_batch_size
+        return self._after(self._progress, size, self._gain_of(size))
 
     @property
     def noise_scale(self) -> float:
@@ -355,7 +371,6 @@ class AdaptiveBatch:
     def _finish(self, step: Step, portion: Portion) -> None:
         """The end of the inner loop: measure, decide, and keep what the update will need."""
         before = self._consumed
-        self._consumed = self._after(before, portion.num_examples)
         if step.probed:
             assert self._probe is not None
             assert step._losses is not None
@@ -372,10 +387,12 @@ class AdaptiveBatch:
             limits=self._limits,
             grid=self._grid,
             plan=self._plan,
-            progress=self._consumed,
+            progress=self._after(before, portion.num_examples, self._gain_of(portion.num_examples)),
             state=self._state,
         )
         self._state = step.decision.state
+        step_gain = self._gain_of(portion.num_examples)  # with this step's own measurement in it
+        self._consumed = self._after(before, portion.num_examples, step_gain)
         entry = line(
             plan=step.plan,
             num_examples=portion.num_examples,
@@ -386,10 +403,21 @@ class AdaptiveBatch:
             decision=step.decision,
         )
         factor = self._factor_of(portion.num_examples)
-        self._update = _Update(portion.num_examples, factor, step.finite, entry)
+        self._update = _Update(portion.num_examples, factor, step_gain, step.finite, entry)
         self._plan = step.decision.plan
 
     # --- around optimizer.step() ------------------------------------------------------------------------------------
+
+    def _moved(self) -> Moved:
+        """What the batch changes about the update that is about to run."""
+        update = self._update
+        size = self._plan.global_batch_size if update is None else update.num_examples
+        factor, ratio = self.lr_factor, size / self._reference
+        return Moved(
+            factor,
+            lambda group: followed(group, self._follow, ratio=ratio, factor=factor) if self._follow else {},
+            (self._progress.examples + size) / size if "betas" in self._follow else None,
+        )
 
     def _skips_update(self) -> bool:
         return self._skip_nonfinite and self._update is not None and not self._update.finite
@@ -399,7 +427,7 @@ class AdaptiveBatch:
         if update is None:
             return
         if applied:
-            self._progress = self._after(self._progress, update.num_examples)
+            self._progress = self._after(self._progress, update.num_examples, update.gain)
         stored = [float(group["lr"]) for group in optimizer.param_groups]
         base = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
@@ -467,19 +495,25 @@ class AdaptiveBatch:
         return self._grid.nearest(wanted, min_size=low, max_size=high)
 
     def _factor_of(self, global_batch_size: int) -> float:
-        averages = self._state.averages
-        known = averages.weight > 0
-        return lr_factor(
-            self._lr_rule,
-            global_batch_size,
-            reference=self._reference,
-            noise=averages.noise if known else math.nan,
-            signal=averages.signal if known else math.nan,
-        )
+        if self._lr_rule == "seesaw" and isinstance(self._criterion, Seesaw):
+            return self._criterion.lr_factor(self._progress)
+        noise, signal = self._known()
+        return lr_factor(self._lr_rule, global_batch_size, reference=self._reference, noise=noise, signal=signal)
 
-    def _after(self, progress: Progress, num_examples: int) -> Progress:
+    def _gain_of(self, global_batch_size: int) -> float | None:
+        """Gain-steps that a step of so many examples is worth; None where nobody measures the noise."""
+        if self._progress.gain_steps is None:
+            return None
+        noise, signal = self._known()
+        return gain(global_batch_size / self._reference, self._reference, noise=noise, signal=signal)
+
+    def _known(self) -> tuple[float, float]:
+        averages = self._state.averages
+        return (averages.noise, averages.signal) if averages.weight > 0 else (math.nan, math.nan)
+
+    def _after(self, progress: Progress, num_examples: int, gain_steps: float | None) -> Progress:
         per_example = self._tokens_per_example
-        return progress.after(num_examples, None if per_example is None else num_examples * per_example)
+        return progress.after(num_examples, None if per_example is None else num_examples * per_example, gain_steps)
 
     def _check_loader(self, loader: Iterable[Any]) -> None:
         micro = self._plan.micro_batch_size
@@ -496,7 +530,7 @@ class AdaptiveBatch:
             return min(high, max(self._criterion.fixed_sizes))
         return high if high < UNLIMITED else self._plan.global_batch_size
 
-    def _check_ranks(self, loader: Iterable[Any]) -> None:
+    def _check_ranks(self, loader: object) -> None:
         """Ranks that would go separate ways raise together, rather than wait for each other."""
         order = loader if isinstance(loader, GlobalOrder) else None
         place = None if order is None else {**order.state_dict(), "shuffle": order.shuffle, "of": len(order)}
@@ -524,6 +558,21 @@ def _check_types(optimizer: Any, criterion: Any) -> None:
         raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.5), got {criterion!r}")
 
 
+def _check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
+    """That the optimizer has what is to follow, and in the form whose rule is known."""
+    kind = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        for name in follow:
+            if name not in group:
+                raise ValueError(f"follow={name!r}, but {kind} has no {name}: leave it out")
+        decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
+        if "weight_decay" in follow and not decoupled:
+            raise ValueError(
+                f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
+                f"gradient and needs nothing: leave it out, or use AdamW"
+            )
+
+
 def _suited_probe(
     model: torch.nn.Module, optimizer: Optimizer, needs: frozenset[str], given: Probe | None
 ) -> Probe | None:
@@ -538,7 +587,7 @@ def _suited_probe(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
             f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
         )
-    probe = given or MicroBatchProbe(parameters)
+    probe = given or MicroBatchProbe(parameters, record_l1=GRAD_L1 in needs)
     missing = needs - probe.gives
     if missing:
         if given is None:

@@ -64,6 +64,7 @@ def line(
             "num_examples": moments.num_examples,
             "num_parts": moments.num_parts,
         },
+        "norms": None if moments is None else {"l2": math.sqrt(moments.grad_sq), "l1": moments.grad_l1},
         "averages": None
         if averages.weight == 0
         else {"noise": averages.noise, "signal": averages.signal, "noise_scale": averages.noise_scale},

@@ -38,7 +38,7 @@ class Shown:
         self._next_line = 0.0
         self._drawn = -math.inf
 
-    def update(self, done: int, *, loss: float | None, global_batch_size: int, lr: float, noise_scale: float) -> None:
+    def update(self, done: float, *, loss: float | None, global_batch_size: int, lr: float, noise_scale: float) -> None:
         """Shows where the run stands: ``done`` in the unit of its total."""
         if self._console is None:
             return
@@ -53,7 +53,7 @@ class Shown:
                 self._bar.update(self._task, completed=min(done, self._total.count), state=text)
         elif done >= self._next_line:
             self._next_line = done + self._total.count / LOG_PARTS
-            self._console.print(f"{self._label}: {done:,} of {self._total}  {text}", highlight=False, soft_wrap=True)
+            self._console.print(f"{self._label}: {done:,.0f} of {self._total}  {text}", highlight=False, soft_wrap=True)
 
 
 class Display:

@@ -12,36 +12,41 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adabatch.batch.moments import NOISE, GradientMoments
+from adabatch.batch.moments import GRAD_L1, NOISE, GradientMoments
 
 BLOCK = 16_384
 """Elements whose squares are added in float32; longer tensors are cut up and their blocks added in float64. Added in
 one go on the CPU, the squares of 10 million normal numbers come out 0.07 % too small."""
 
 
-def norms(grad: Tensor) -> Tensor:
-    """Euclidean norms of the rows or blocks of one gradient, in float32 at least; shape (num_blocks,)."""
+def norms(grad: Tensor, order: int = 2) -> Tensor:
+    """Norms (Euclidean, or l1) of the rows or blocks of one gradient, in float32 at least; shape (num_blocks,)."""
     values = grad.coalesce().values() if grad.is_sparse else grad
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
     dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
     if values.numel() <= BLOCK:
-        whole: Tensor = torch.linalg.vector_norm(values, dtype=dtype).view(1)
+        whole: Tensor = torch.linalg.vector_norm(values, order, dtype=dtype).view(1)
         return whole
     if values.dim() > 1 and values[0].numel() <= BLOCK:
-        rows: Tensor = torch.linalg.vector_norm(values, dim=tuple(range(1, values.dim())), dtype=dtype)
+        rows: Tensor = torch.linalg.vector_norm(values, order, dim=tuple(range(1, values.dim())), dtype=dtype)
         return rows
     flat = values.reshape(-1)
     main = flat.numel() // BLOCK * BLOCK
-    blocks = torch.linalg.vector_norm(flat[:main].view(-1, BLOCK), dim=1, dtype=dtype)
-    return torch.cat([blocks, torch.linalg.vector_norm(flat[main:], dtype=dtype).view(1)])
+    blocks = torch.linalg.vector_norm(flat[:main].view(-1, BLOCK), order, dim=1, dtype=dtype)
+    return torch.cat([blocks, torch.linalg.vector_norm(flat[main:], order, dtype=dtype).view(1)])
+
+
+def gathered(pieces: list[Tensor], device: torch.device) -> Tensor:
+    """Norms of many gradients in one float64 tensor; shape (num_blocks,)."""
+    if len({piece.device for piece in pieces}) > 1:
+        pieces = [piece.to(device) for piece in pieces]
+    return torch.cat(pieces).to(device=device, dtype=torch.float64)
 
 
 def sum_of_squares(pieces: list[Tensor], device: torch.device) -> Tensor:
     """Sum of the squares of norms in float64; shape ()."""
-    if len({piece.device for piece in pieces}) > 1:
-        pieces = [piece.to(device) for piece in pieces]
-    return torch.cat(pieces).to(device=device, dtype=torch.float64).square().sum()
+    return gathered(pieces, device).square().sum()
 
 
 class MicroBatchProbe:
@@ -52,20 +57,21 @@ class MicroBatchProbe:
 
     Args:
         parameters: those whose gradients are measured; the ones that do not require a gradient are left out.
+        record_l1: measure the l1 norm of the step's gradient too, in one more pass over it.
 
     Raises:
         ValueError: no parameter requires a gradient.
     """
 
-    gives = frozenset({NOISE})
-
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], *, record_l1: bool = False) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         if not self._parameters:
             raise ValueError(
                 "the model has no parameter that requires a gradient: there is nothing to train or measure"
             )
         self._device = self._parameters[0].device
+        self.gives = frozenset({NOISE, GRAD_L1} if record_l1 else {NOISE})
+        self._record_l1 = record_l1
         self._norms: dict[int, Tensor] = {}
         self._in_pieces = False
         self._listening = False
@@ -120,24 +126,30 @@ class MicroBatchProbe:
         self._num_parts += 1
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums, shape (4,)."""
-        pieces = [norms(p.grad) for p in self._parameters if p.grad is not None]
+        """This rank's share of the sums, shape (4,), or (5,) with the l1 norm."""
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        pieces = [norms(grad) for grad in grads]
         # Every rank holds the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
         grad_sq = sum_of_squares(pieces, self._device) / self._dp_size
         sizes = torch.tensor(
             [self._inverse_part_size, self._inverse_num_examples], dtype=torch.float64, device=self._device
         )
-        return torch.cat([self._parts_sq.view(1), grad_sq.view(1), sizes])
+        numbers = [self._parts_sq.view(1), grad_sq.view(1), sizes]
+        if self._record_l1:
+            l1 = gathered([norms(grad, 1) for grad in grads], self._device).sum() / self._dp_size
+            numbers.append(l1.view(1))
+        return torch.cat(numbers)
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks."""
-        part_sq, grad_sq, inverse_part_size, inverse_num_examples = totals
+        part_sq, grad_sq, inverse_part_size, inverse_num_examples, *l1 = totals
         return GradientMoments(
             part_sq=part_sq,
             part_size=1 / inverse_part_size,
             grad_sq=grad_sq,
             num_examples=1 / inverse_num_examples,
             num_parts=self._num_parts * self._dp_size,
+            grad_l1=l1[0] if l1 else None,
         )
 
     def remove(self) -> None:
