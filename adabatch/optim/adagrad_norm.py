@@ -18,12 +18,14 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-# On the CPU torch adds up the squares of a tensor in a few float32 lanes, whatever its size: for standard normal
-# numbers |x|^2 came out 0.07 % too small at 10 million elements and 0.8 % at 50 million. So tensors above the limit
-# are cut into blocks, whose norms are added in float64 (and which threads share). At the limit the error is 3e-6,
-# or 3e-5 where all elements are equal; cutting smaller tensors as well would cost a quarter more time.
-_LIMIT = 1 << 18
-_BLOCK = 1 << 16
+# On the CPU torch adds up the squares of a tensor in a few float32 lanes and in one thread, whatever its
+# size: for standard normal numbers |x|^2 came out 0.07 % too small at 10 million elements and 0.8 % at 50
+# million. So large tensors are cut into blocks, which threads share and whose norms are added in float64. At
+# the limit for one thread the error is 3e-6, or 3e-5 where all elements are equal; cutting smaller tensors
+# too costs it a quarter more time.
+_BLOCK = 1 << 14
+_LIMIT_ONE_THREAD = 1 << 18
+_LIMIT_THREADS = 1 << 15
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -84,12 +86,12 @@ class AdaGradNorm(Optimizer):
         RuntimeError: at ``step``, for sparse gradients.
 
     Limits: a gradient that is not finite is not skipped. As in torch's optimizers it spoils the state, but
-    never in silence: infinity in the norm (in float32 a norm above 1e19 is) turns every parameter to NaN instead
-    of shrinking all later steps to zero. Guard before the step (``GradScaler``, ``clip_grad_norm_`` with
-    ``error_if_nonfinite=True``). There is no ``lr_decay`` (use a scheduler), no Nesterov momentum, no fused or
-    capturable form, no autograd through the step. Parameters whose gradient is None are left alone, decay
-    included; where there is no gradient at all, nothing happens. Norms are taken in float32 at least and added
-    in float64 (float32 on MPS). ``step`` never waits for the device.
+    never in silence: infinity in the norm (in float32 a norm above 1e19 is) turns every parameter to NaN
+    instead of shrinking all later steps to zero. Guard before the step (``GradScaler``, ``clip_grad_norm_``
+    with ``error_if_nonfinite=True``). There is no ``lr_decay`` (use a scheduler), no Nesterov momentum, no
+    fused or capturable form, no autograd through the step. Parameters whose gradient is None are left alone,
+    decay included; where there is no gradient at all, nothing happens. Norms are taken in float32 at least
+    and added in float64 (float32 on MPS). ``step`` never waits for the device.
 
     State: the accumulator stands in the state of every parameter, as one shared tensor ``sum`` of shape (1,).
     A model-wide number has no place of its own in torch's format. In the state of one parameter it would be
@@ -272,7 +274,7 @@ class AdaGradNorm(Optimizer):
         if total.device != device:  # the model was moved after this optimizer was made
             total = self._share(total)
         norms: dict[_Spread | None, list[Tensor]] = {}
-        if self._reduce is not None:  # first and always: other ranks wait for this one even if it has no gradient
+        if self._reduce is not None:  # first and always: others wait for it even if this rank has no gradient
             norms[None] = [torch.zeros_like(total)]
         for batch in batches:
             norms.setdefault(batch.spread, []).append(_norms(batch.grads).to(total))
@@ -337,10 +339,11 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     dtype = _real_dtype(tensors[0].dtype)
     norms: list[Tensor] = []
     if tensors[0].is_cpu:
+        limit = _LIMIT_ONE_THREAD if torch.get_num_threads() == 1 else _LIMIT_THREADS
         wholes: list[Tensor] = []
         short: list[Tensor] = []
         for tensor in tensors:
-            if tensor.numel() > _LIMIT:
+            if tensor.numel() > limit:
                 flat = tensor.reshape(-1)
                 even = tensor.numel() // _BLOCK * _BLOCK
                 norms.append(torch.linalg.vector_norm(flat[:even].view(-1, _BLOCK), dim=1, dtype=dtype))
@@ -349,8 +352,8 @@ def _norms(tensors: list[Tensor]) -> Tensor:
                 short.append(tensor)
             else:
                 wholes.append(tensor)
-        # One call for all the short vectors, which are most of a model's tensors and least of its elements.
-        tensors = [*wholes, *torch.split(torch.cat(short), _LIMIT)] if short else wholes
+        # One call for all short vectors: they are most of a model's tensors and the least of its elements.
+        tensors = [*wholes, *torch.split(torch.cat(short), limit)] if short else wholes
     if _are_plain(tensors):
         norms.append(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
     else:
@@ -381,9 +384,9 @@ def _update(batch: _Batch, b: Tensor) -> None:
 def _factor(value: Tensor, like: Tensor) -> float | Tensor:
     """``value``, of shape (1,), as a factor for tensors like this one.
 
-    For float32 and float64 it is a number on the CPU, where reading one waits for nobody, and elsewhere a 0-dim
-    tensor. For half precision it is a float32 tensor of shape (1,): numbers and 0-dim tensors are rounded to the
-    dtype of the others before torch computes, small ones to zero.
+    For float32 and float64 it is a number on the CPU, where reading one waits for nobody, and elsewhere a
+    0-dim tensor. For half precision it is a float32 tensor of shape (1,): numbers and 0-dim tensors are
+    rounded to the dtype of the others before torch computes, small ones to zero.
     """
     dtype = _real_dtype(like.dtype)
     if like.dtype == dtype and like.is_cpu:
@@ -441,5 +444,5 @@ def _validate(options: dict[str, Any], start: float) -> None:
         )
     if start == 0 and options["eps"] == 0:
         raise ValueError(
-            "initial_accumulator_value and eps are both 0, and a gradient of zeros would divide by zero: raise one"
+            "initial_accumulator_value and eps are both 0, so a zero gradient would divide by zero: raise one"
         )

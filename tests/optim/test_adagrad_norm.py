@@ -1,4 +1,4 @@
-"""AdaGradNorm against Algorithm 1 written out in float64, and against itself: loops, splits, restarts, ranks."""
+"""AdaGradNorm against algorithm 1 written out in float64, and against itself: loops, restarts, ranks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reference_step(
     total: float,
     options: Sequence[dict[str, Any]],
 ) -> tuple[list[np.ndarray], float]:
-    """Algorithm 1 of Ward, Wu and Bottou (2020), with decay and heavy ball, in float64; options for each parameter."""
+    """Algorithm 1 of Ward, Wu and Bottou (2020) with decay and heavy ball; options for each parameter."""
     total += sum(float(value) ** 2 for grad in grads if grad is not None for value in grad.flat)
     moved = []
     for index, (x, g, option) in enumerate(zip(params, grads, options, strict=True)):
@@ -70,7 +70,12 @@ def reference_step(
 
 
 def run_reference(
-    params: Sequence[Tensor], options: Sequence[dict[str, Any]], *, steps: int, start: float, scale: float = 1.0
+    params: Sequence[Tensor],
+    options: Sequence[dict[str, Any]],
+    *,
+    steps: int,
+    start: float,
+    scale: float = 1.0,
 ) -> tuple[list[np.ndarray], float]:
     values = [param.detach().double().numpy().copy() for param in params]
     velocities = [np.zeros_like(value) for value in values]
@@ -83,7 +88,9 @@ def run_reference(
     return values, total
 
 
-def run(optimizer: AdaGradNorm, params: Sequence[Tensor], *, steps: Iterable[int], scale: float = 1.0) -> None:
+def run(
+    optimizer: AdaGradNorm, params: Sequence[Tensor], *, steps: Iterable[int], scale: float = 1.0
+) -> None:
     for step in steps:
         give_gradients(params, step, scale)
         optimizer.step()
@@ -133,14 +140,16 @@ def test_matches_the_reference_with_groups(
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 24), (torch.bfloat16, 8), (torch.float16, 11)])
-def test_one_step_in_lower_precision_is_rounded_once(dtype: torch.dtype, digits: int, momentum: float) -> None:
+def test_one_step_in_lower_precision_is_rounded_once(
+    dtype: torch.dtype, digits: int, momentum: float
+) -> None:
     params = parameters(dtype=dtype)
     options = {"lr": 0.3, "momentum": momentum}
     expected, total = run_reference(params, [options] * len(params), steps=1, start=1e-2)
     optimizer = AdaGradNorm(params, **options)
     run(optimizer, params, steps=range(1))
     assert optimizer.accumulator.item() == pytest.approx(total, rel=1e-6)  # float32 sums of exact squares
-    # Half a unit in the last place of the result; with momentum the update is rounded as well, when it is stored.
+    # Half a unit in the last place of the result; with momentum the stored update is rounded as well.
     roundings = 1 if momentum == 0 else 2
     for param, value in zip(params, expected, strict=True):
         unit = 2.0**-digits * np.maximum(np.abs(value), 1.0)
@@ -156,7 +165,9 @@ def test_a_step_size_below_the_smallest_float16_is_kept() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(options=OPTIONS, dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.complex64]))
+@given(
+    options=OPTIONS, dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+)
 def test_foreach_equals_the_loop_bitwise(options: dict[str, Any], dtype: torch.dtype) -> None:
     ended = []
     for foreach in (True, False, None):
@@ -206,7 +217,7 @@ def test_maximize_is_descent_on_the_negative() -> None:
 
 
 def test_decay_and_gradient_balance_whatever_b_is() -> None:
-    # Minimize 0.5 a (x - 1)^2 + 0.5 decay x^2: the minimum is a / (a + decay), and b keeps growing on the way there.
+    # The minimum of 0.5 a (x - 1)^2 + 0.5 decay x^2 is a / (a + decay); b keeps growing on the way there.
     param = nn.Parameter(torch.tensor([5.0], dtype=torch.float64))
     optimizer = AdaGradNorm([param], lr=1.0, weight_decay=0.5)
     for _ in range(600):
@@ -231,7 +242,7 @@ def test_it_minimizes_from_any_start() -> None:
 
 
 def test_the_norm_of_large_tensors_is_not_short() -> None:
-    # torch.linalg.vector_norm is off by 7e-4 (squared) on a million equal float32 numbers; blocks of them are not.
+    # torch.linalg.vector_norm is off by 7e-4 (squared) on a million equal float32 numbers, blocks are not.
     large = nn.Parameter(torch.zeros(3, 1 << 20, dtype=torch.float32))
     strided = nn.Parameter(torch.zeros(1 << 20, 3, dtype=torch.float32))
     large.grad = torch.full_like(large, 0.1)
@@ -378,7 +389,9 @@ def test_sparse_gradients_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1), torch.tensor([0.1])])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"foreach": False}])
-def test_off_the_cpu_no_number_is_read(dtype: torch.dtype, lr: float | Tensor, options: dict[str, Any]) -> None:
+def test_off_the_cpu_no_number_is_read(
+    dtype: torch.dtype, lr: float | Tensor, options: dict[str, Any]
+) -> None:
     # Tensors on the meta device have no values: reading one, as a host sync does, raises.
     params = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in SHAPES]
     for param in params:
@@ -514,7 +527,12 @@ def test_a_copy_goes_on_alone(copied: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"full_state_dict": True}, {"full_state_dict": True, "cpu_offload": True}, {"flatten_optimizer_state_dict": True}],
+    [
+        {},
+        {"full_state_dict": True},
+        {"full_state_dict": True, "cpu_offload": True},
+        {"flatten_optimizer_state_dict": True},
+    ],
 )
 def test_the_checkpoint_api_round_trips(options: dict[str, bool], momentum: float) -> None:
     def make() -> tuple[nn.Module, AdaGradNorm]:
@@ -661,7 +679,9 @@ def examples(step: int) -> tuple[Tensor, Tensor]:
     return inputs, inputs.sum(1, keepdim=True).sin()
 
 
-def train(model: nn.Module, optimizer: AdaGradNorm, *, steps: Iterable[int], part: slice = slice(None)) -> None:
+def train(
+    model: nn.Module, optimizer: AdaGradNorm, *, steps: Iterable[int], part: slice = slice(None)
+) -> None:
     for step in steps:
         inputs, targets = examples(step)
         optimizer.zero_grad()
@@ -746,7 +766,7 @@ def sharded_worker(rank: int) -> None:
             assert_close([optimizer.accumulator], [single.accumulator])
             assert same_on_both_ranks(optimizer.accumulator)
 
-        # From the last of these: a full checkpoint goes on in one process, and a sharded one on the same mesh.
+        # From the last of these a full checkpoint goes on in one process, and a sharded one on its mesh.
         choice = StateDictOptions(full_state_dict=True)
         whole = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=choice))
         piece = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
