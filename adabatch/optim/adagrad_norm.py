@@ -18,11 +18,14 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-# Squares are summed in blocks of this many elements, and the blocks in float64. On the CPU, torch adds up a
-# whole tensor in a few float32 lanes: measured on standard normal numbers, |x|^2 comes out 0.07 % too small
-# at 10 million elements and 0.8 % at 50 million. In blocks it is within 1e-6 of float64, at the same speed,
-# and threads share them.
-_BLOCK = 16_384
+# On the CPU torch adds up the squares of a tensor in a few float32 lanes and in one thread, whatever its
+# size: for standard normal numbers |x|^2 came out 0.07 % too small at 10 million elements and 0.8 % at 50
+# million. So large tensors are cut into blocks, which threads share and whose norms are added in float64. At
+# the limit for one thread the error is 3e-6, or 3e-5 where all elements are equal; cutting smaller tensors
+# too costs it a quarter more time.
+_BLOCK = 1 << 14
+_LIMIT_ONE_THREAD = 1 << 18
+_LIMIT_THREADS = 1 << 15
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -83,12 +86,12 @@ class AdaGradNorm(Optimizer):
         RuntimeError: at ``step``, for sparse gradients.
 
     Limits: a gradient that is not finite is not skipped. As in torch's optimizers it spoils the state, but
-    never in silence: infinity in the norm (in float32 a norm above 1e19 is) turns every parameter to NaN instead
-    of shrinking all later steps to zero. Guard before the step (``GradScaler``, ``clip_grad_norm_`` with
-    ``error_if_nonfinite=True``). There is no ``lr_decay`` (use a scheduler), no Nesterov momentum, no fused or
-    capturable form, no autograd through the step. Parameters whose gradient is None are left alone, decay
-    included; where there is no gradient at all, nothing happens. Norms are taken in float32 at least and added
-    in float64 (float32 on MPS). ``step`` never waits for the device.
+    never in silence: infinity in the norm (in float32 a norm above 1e19 is) turns every parameter to NaN
+    instead of shrinking all later steps to zero. Guard before the step (``GradScaler``, ``clip_grad_norm_``
+    with ``error_if_nonfinite=True``). There is no ``lr_decay`` (use a scheduler), no Nesterov momentum, no
+    fused or capturable form, no autograd through the step. Parameters whose gradient is None are left alone,
+    decay included; where there is no gradient at all, nothing happens. Norms are taken in float32 at least
+    and added in float64 (float32 on MPS). ``step`` never waits for the device.
 
     State: the accumulator stands in the state of every parameter, as one shared tensor ``sum`` of shape (1,).
     A model-wide number has no place of its own in torch's format. In the state of one parameter it would be
@@ -270,19 +273,22 @@ class AdaGradNorm(Optimizer):
         device = next(self._params()).device
         if total.device != device:  # the model was moved after this optimizer was made
             total = self._share(total)
-        norms: dict[_Spread | None, list[Tensor]] = {None: [total.new_zeros(1)]}
+        norms: dict[_Spread | None, list[Tensor]] = {}
+        if self._reduce is not None:  # first and always: others wait for it even if this rank has no gradient
+            norms[None] = [torch.zeros_like(total)]
         for batch in batches:
             norms.setdefault(batch.spread, []).append(_norms(batch.grads).to(total))
-        for spread, pieces in norms.items():
-            norm = torch.cat(pieces)
-            grad_sq = torch.dot(norm, norm)
-            if spread is not None:
-                grad_sq = spread.sum(grad_sq).to(device)
-            elif self._reduce is not None:
-                grad_sq = self._reduce(grad_sq)
-            total.add_(grad_sq)
-        # inf - inf is NaN: an infinite norm shall show at once, not make this and every later step zero.
-        return total.sqrt() + (total - total)
+        grad_sq = sum(self._piece_sq(spread, torch.cat(pieces)) for spread, pieces in norms.items())
+        total.add_(grad_sq)
+        # 0 x inf is NaN: an infinite norm shall show at once, not make this and every later step zero.
+        return torch.add(total.sqrt(), total, alpha=0)
+
+    def _piece_sq(self, spread: _Spread | None, norms: Tensor) -> Tensor:
+        """The squared norm of a piece of the gradient, over all processes that have a share of it; 0-dim."""
+        local = torch.dot(norms, norms)
+        if spread is not None:
+            return spread.sum(local).to(norms)
+        return local if self._reduce is None else self._reduce(local).to(norms)
 
 
 class _Spread(NamedTuple):
@@ -315,7 +321,7 @@ class _Batch(NamedTuple):
         """The same memory as real tensors."""
         if not self.params[0].is_complex():
             return self
-        views = [[torch.view_as_real(tensor) for tensor in tensors] for tensors in self[2:]]
+        views = [[torch.view_as_real(tensor.resolve_conj()) for tensor in tensors] for tensors in self[2:]]
         return _Batch(self.group, self.spread, *views)
 
 
@@ -333,72 +339,89 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     dtype = _real_dtype(tensors[0].dtype)
     norms: list[Tensor] = []
     if tensors[0].is_cpu:
+        limit = _LIMIT_ONE_THREAD if torch.get_num_threads() == 1 else _LIMIT_THREADS
         wholes: list[Tensor] = []
-        ends: list[Tensor] = []
+        short: list[Tensor] = []
         for tensor in tensors:
-            if tensor.numel() > _BLOCK:
+            if tensor.numel() > limit:
                 flat = tensor.reshape(-1)
                 even = tensor.numel() // _BLOCK * _BLOCK
                 norms.append(torch.linalg.vector_norm(flat[:even].view(-1, _BLOCK), dim=1, dtype=dtype))
-                ends.append(flat[even:])
-            elif tensor.dim() == 1:
-                ends.append(tensor)
+                short.append(flat[even:])
+            elif tensor.dim() == 1 and tensor.numel() <= _BLOCK:
+                short.append(tensor)
             else:
                 wholes.append(tensor)
-        tensors = [*wholes, *torch.split(torch.cat(ends), _BLOCK)] if ends else wholes
+        # One call for all short vectors: they are most of a model's tensors and the least of its elements.
+        tensors = [*wholes, *torch.split(torch.cat(short), limit)] if short else wholes
     if _are_plain(tensors):
         norms.append(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
     else:
         norms.append(torch.stack([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors]))
-    return torch.cat(norms)
+    return torch.cat(norms) if len(norms) > 1 else norms[0]
 
 
 def _update(batch: _Batch, b: Tensor) -> None:
-    """Apply the formula to a batch; ``b`` has shape (1,), and all that depends on it stays a tensor."""
+    """Apply the formula to a batch; ``b`` has shape (1,)."""
     group, _, params, grads, buffers = batch
-    device, dtype = params[0].device, _real_dtype(params[0].dtype)
+    first = params[0]
     foreach = _are_plain(params) if group["foreach"] is None else group["foreach"]
+    if first.dtype != _real_dtype(first.dtype):
+        foreach = False  # no multi-tensor kernel takes a float32 factor for half precision
     sign = 1.0 if group["maximize"] else -1.0
     lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
     inverse = (b + group["eps"]).reciprocal()
     if group["weight_decay"] != 0:
-        _multiply(params, (1 - lr * group["weight_decay"] * inverse).to(device, dtype), foreach)
+        _multiply(params, _factor(1 - inverse * lr * group["weight_decay"], first), foreach)
     if buffers:
-        _multiply(buffers, torch.full_like(inverse, group["momentum"], device=device, dtype=dtype), foreach)
-        _add(buffers, grads, inverse.to(device, dtype), foreach)
-        _add(params, buffers, (sign * lr * torch.ones_like(inverse)).to(device, dtype), foreach)
+        _multiply(buffers, _factor(torch.full_like(inverse, group["momentum"]), first), foreach)
+        _add(buffers, grads, _factor(inverse, first), foreach)
+        _add(params, buffers, _factor(sign * torch.ones_like(inverse) * lr, first), foreach)
     else:
-        _add(params, grads, (sign * lr * inverse).to(device, dtype), foreach)
+        _add(params, grads, _factor(sign * inverse * lr, first), foreach)
 
 
-# For float32 and float64 the factor has their dtype and is made 0-dim. For half precision it is a float32 tensor
-# with a dimension, for then torch computes in float32 and rounds once; a 0-dim one would be rounded first, and
-# small ones to zero.
+def _factor(value: Tensor, like: Tensor) -> float | Tensor:
+    """``value``, of shape (1,), as a factor for tensors like this one.
+
+    For float32 and float64 it is a number on the CPU, where reading one waits for nobody, and elsewhere a
+    0-dim tensor. For half precision it is a float32 tensor of shape (1,): numbers and 0-dim tensors are
+    rounded to the dtype of the others before torch computes, small ones to zero.
+    """
+    dtype = _real_dtype(like.dtype)
+    if like.dtype == dtype and like.is_cpu:
+        return value.item()
+    value = value.to(like.device, dtype)
+    return value.squeeze() if like.dtype == dtype else value
 
 
-def _multiply(targets: list[Tensor], factor: Tensor, foreach: bool) -> None:
-    """``target <- factor * target`` for each; ``factor`` has shape (1,)."""
-    if targets[0].dtype == factor.dtype:
-        factor = factor.squeeze()
+def _multiply(targets: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
+    """``target <- factor * target`` for each."""
+    if foreach:
+        torch._foreach_mul_(targets, factor)
+    else:
+        for target in targets:
+            target.mul_(_fit(factor, target))
+
+
+def _add(targets: list[Tensor], vectors: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
+    """``target <- target + factor * vector`` for each pair."""
+    if isinstance(factor, Tensor):
         if foreach:
-            torch._foreach_mul_(targets, factor)
-            return
-    for target in targets:
-        target.mul_(factor if target.dim() else factor.squeeze())
-
-
-def _add(targets: list[Tensor], vectors: list[Tensor], factor: Tensor, foreach: bool) -> None:
-    """``target <- target + factor * vector`` for each pair; ``factor`` has shape (1,)."""
-    if targets[0].dtype == factor.dtype:
-        factor = factor.squeeze()
-        if foreach and targets[0].is_cpu:
-            torch._foreach_addcmul_(targets, vectors, [factor] * len(targets))
-            return
-        if foreach:  # accelerators have a kernel for all tensors times a 0-dim factor, but no such addcmul
             torch._foreach_add_(targets, torch._foreach_mul(vectors, factor))
-            return
-    for target, vector in zip(targets, vectors, strict=True):
-        target.addcmul_(vector, factor if target.dim() else factor.squeeze())
+        else:
+            for target, vector in zip(targets, vectors, strict=True):
+                target.addcmul_(vector, _fit(factor, target))
+    elif foreach:
+        torch._foreach_add_(targets, vectors, alpha=factor)
+    else:
+        for target, vector in zip(targets, vectors, strict=True):
+            target.add_(vector, alpha=factor)
+
+
+def _fit(factor: Any, target: Tensor) -> Any:
+    """A factor that does not give ``target`` a dimension."""
+    return factor.squeeze() if isinstance(factor, Tensor) and target.dim() == 0 else factor
 
 
 def _are_plain(tensors: list[Tensor]) -> bool:
@@ -421,5 +444,5 @@ def _validate(options: dict[str, Any], start: float) -> None:
         )
     if start == 0 and options["eps"] == 0:
         raise ValueError(
-            "initial_accumulator_value and eps are both 0, and a gradient of zeros would divide by zero: raise one"
+            "initial_accumulator_value and eps are both 0, so a zero gradient would divide by zero: raise one"
         )
