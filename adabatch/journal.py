@@ -90,7 +90,7 @@ class Journal:
         self._path = None if path is None else Path(path)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.touch()
+            self._path.open("a", encoding="utf-8").close()  # what cannot be written fails here, not after a step
 
     @staticmethod
     def cut(path: str | Path, num_examples: int) -> None:

@@ -88,7 +88,7 @@ class NormTest:
 
     def __post_init__(self) -> None:
         _check_positive("eta", self.eta)
-        if self.population is not None and self.population < 2:
+        if self.population is not None and not self.population >= 2:
             raise ValueError(f"population must be the size of the data set, at least 2, got {self.population}")
 
     def wanted(self, observation: Observation) -> float:
@@ -96,7 +96,7 @@ class NormTest:
         moments = observation.moments
         if moments is None:
             return math.nan
-        noise, allowed = moments.noise, self.eta**2 * moments.grad_sq
+        noise, allowed = moments.noise, self.eta * self.eta * moments.grad_sq
         if self.population is None or allowed <= 0:
             return _ratio(noise, allowed)
         n = self.population
@@ -159,7 +159,7 @@ class InnerProductTest:
         moments = observation.moments
         if moments is None or moments.noise_along is None:
             return math.nan
-        return _ratio(moments.noise_along, self.theta**2 * moments.grad_sq)
+        return _ratio(moments.noise_along, self.theta * self.theta * moments.grad_sq)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class OrthogonalityTest:
         moments = observation.moments
         if moments is None or moments.noise_along is None:
             return math.nan
-        return _ratio(moments.noise_across, self.nu**2 * moments.grad_sq)
+        return _ratio(moments.noise_across, self.nu * self.nu * moments.grad_sq)
 
 
 @dataclass(frozen=True)

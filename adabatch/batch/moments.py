@@ -58,7 +58,8 @@ class GradientMoments(NamedTuple):
         """Unbiased trace of the per-example gradient covariance; NaN from fewer than two parts, may be negative."""
         if self.num_parts < 2 or not 0 < self.part_size < self.num_examples:  # or one part that has all the weight
             return math.nan
-        return (self.part_sq - self.grad_sq) / (1 / self.part_size - 1 / self.num_examples)
+        apart = 1 / self.part_size - 1 / self.num_examples
+        return (self.part_sq - self.grad_sq) / apart if apart > 0 else math.nan
 
     @property
     def signal(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Schedule(ABC):
 
 
 def _check_size(name: str, size: float) -> None:
-    if not size >= 1:
+    if not 1 <= size < math.inf:
         raise ValueError(f"{name} must be a global batch size of at least 1 example, got {size}")
 
 
@@ -170,15 +171,15 @@ class Seesaw(Schedule):
 
     def __post_init__(self) -> None:
         _check_size("first", self.first)
-        if not self.alpha > 1:
-            raise ValueError(f"alpha must be above 1, got {self.alpha}")
+        if not 1 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be above 1 and finite, got {self.alpha}")
         if self.total.count == 0:
             raise ValueError("the total must have a length, got 0")
 
     def cuts(self, progress: Progress) -> float:
         """How often ``shape`` has fallen by ``alpha`` so far; infinite where it is zero."""
         factor = self.shape(min(1.0, progress.count(self.total.unit) / self.total.count))
-        if factor <= 0:
+        if factor < sys.float_info.min:  # zero, or so near to it that its inverse is not a number
             return math.inf
         # The tiny push keeps an exact cut (0.5, 0.25, ...) on its own side of the rounding.
         return max(0, math.floor(-math.log(factor) / math.log(self.alpha) + 1e-9))

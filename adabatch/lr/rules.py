@@ -52,17 +52,17 @@ def gain(ratio: float, reference: float, *, noise: float, signal: float) -> floa
         ratio: batch size over reference batch size, positive.
         reference: the reference batch size, in examples.
         noise, signal: per-example noise and squared gradient norm. Without signal the gain is ``ratio``, without noise
-            it is 1; NaN (nothing measured yet) is 1.
+            it is 1; not finite (nothing measured yet) is 1.
 
     Source: Johnson et al. 2020 (AdaScale SGD), section 3.
     """
-    if math.isnan(noise) or math.isnan(signal) or noise <= 0:
+    if not (math.isfinite(noise) and math.isfinite(signal)) or noise <= 0:
         return 1.0
     if signal <= 0:
         return ratio
-    part = noise / reference
-    # Written without a quotient of quotients; the bounds hold by construction up to rounding.
-    value = ratio * (part + signal) / (part + ratio * signal)
+    # The signal's share of the reference batch's gradient: no sum of large squares that could overflow into NaN.
+    share = 1 / (1 + noise / reference / signal)
+    value = ratio / (1 + (ratio - 1) * share)
     return min(max(value, min(1.0, ratio)), max(1.0, ratio))
 
 
@@ -86,8 +86,10 @@ def lr_factor(
         ValueError: an unknown rule, or sizes that are not positive.
     """
     check_lr_rule(rule)
-    if not (global_batch_size > 0 and reference > 0):
-        raise ValueError(f"batch sizes must be positive, got {global_batch_size} and the reference {reference}")
+    if not (0 < global_batch_size < math.inf and 0 < reference < math.inf):
+        raise ValueError(
+            f"batch sizes must be positive and finite, got {global_batch_size} and the reference {reference}"
+        )
     ratio = global_batch_size / reference
     if rule == "linear":
         return ratio

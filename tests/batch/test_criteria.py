@@ -172,6 +172,15 @@ def test_what_was_not_measured_is_not_a_number(contract: Contract) -> None:
 
 
 @every_criterion
+@given(st.sampled_from([5e-324, 1e-300, 1e-200, 1e160, 1e200, 1.7e308]), positive, positive, batches)
+def test_extreme_tolerances_do_not_raise(
+    contract: Contract, tolerance: float, noise: float, signal: float, batch: float
+) -> None:
+    assume(math.isfinite(1 / tolerance) and math.isfinite(2 * tolerance))
+    assert not contract.make(tolerance).wanted(expected(noise, signal, batch=batch)) < 0
+
+
+@every_criterion
 @pytest.mark.parametrize("bad", [0.0, -0.5, math.nan, math.inf])
 def test_bad_tolerances_are_named(contract: Contract, bad: float) -> None:
     kind = type(contract.make(0.5))
@@ -181,7 +190,7 @@ def test_bad_tolerances_are_named(contract: Contract, bad: float) -> None:
             kind(**{**good, name: bad})
 
 
-@pytest.mark.parametrize("bad", [1, 0, -4])
+@pytest.mark.parametrize("bad", [1, 0, -4, math.nan])
 def test_bad_populations_are_named(bad: int) -> None:
     with pytest.raises(ValueError, match=f"population must be .*got {bad}"):
         NormTest(0.5, population=bad)

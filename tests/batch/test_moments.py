@@ -313,6 +313,16 @@ def test_weights_on_a_single_part_show_no_spread() -> None:
     assert math.isnan(moments.signal)
 
 
+@given(st.floats(0, 1e3), st.floats(0, 1e3), st.integers(0, 3))
+def test_sizes_that_cannot_be_told_apart_show_no_spread(part_size: float, num_examples: float, num_parts: int) -> None:
+    """Whatever the sizes, a property never raises: next to each other, their reciprocals may be equal."""
+    moments = GradientMoments(2.0, part_size, 1.0, num_examples, num_parts)
+    assert math.isnan(moments.noise) or (num_parts > 1 and part_size < num_examples)
+    nearly = GradientMoments(2.0, 49.0, 1.0, math.nextafter(49.0, 50.0), 2)
+    assert 1 / nearly.part_size == 1 / nearly.num_examples
+    assert math.isnan(nearly.noise)
+
+
 def test_identical_examples_have_no_noise() -> None:
     moments = moments_of_examples(np.tile([3.0, 4.0], (5, 1)))
     assert (moments.noise, moments.signal, moments.noise_along) == (0.0, 25.0, 0.0)

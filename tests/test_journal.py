@@ -1,0 +1,155 @@
+"""The journal: what a line says, that it is strict JSON, and that equal runs write equal files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adabatch.batch.control import Averages, Control, ControlState, Decision, Estimate, Limits, Reason, decide
+from adabatch.batch.criteria import NormTest
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
+from adabatch.journal import LINE_FORMAT, Journal, line
+
+PLAN = BatchPlan(micro_batch_size=8, accumulation_steps=2, dp_size=2)
+NEXT = BatchPlan(micro_batch_size=8, accumulation_steps=4, dp_size=2)
+MOMENTS = GradientMoments.from_noise(30.0, 2.0, part_size=8, num_examples=32)
+AVERAGES = Averages().after(MOMENTS, 0.5)
+
+
+def an_entry(**changes: Any) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "plan": PLAN,
+        "num_examples": 30,
+        "before": Progress(examples=320, steps=10),
+        "loss": 0.75,
+        "moments": MOMENTS,
+        "averages": AVERAGES,
+        "decision": Decision(NEXT, Reason.GROW, Estimate(70.0, 60.0, 80.0), ControlState()),
+    }
+    return line(**{**arguments, **changes})
+
+
+def read(path: Path) -> list[Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(text, parse_constant=refuse) for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_line_says_what_was_measured_asked_and_decided() -> None:
+    entry = an_entry()
+    assert entry["format"] == LINE_FORMAT
+    assert (entry["step"], entry["examples"], entry["loss"]) == (10, 320, 0.75)
+    assert entry["plan"] == {
+        "micro_batch_size": 8,
+        "accumulation_steps": 2,
+        "dp_size": 2,
+        "global_batch_size": 30,  # what the step really took
+    }
+    assert entry["moments"]["noise"] == pytest.approx(30.0, rel=1e-12)
+    assert entry["moments"]["signal"] == pytest.approx(2.0, rel=1e-12)
+    assert entry["moments"]["noise_scale"] == pytest.approx(15.0, rel=1e-12)
+    assert entry["averages"]["noise_scale"] == pytest.approx(15.0, rel=1e-12)
+    assert (entry["wanted"], entry["low"], entry["high"]) == (70.0, 60.0, 80.0)
+    assert (entry["next"], entry["reason"]) == (64, "grow")
+    assert type(entry["reason"]) is str
+
+
+def test_the_moments_can_be_read_back() -> None:
+    names = ("part_sq", "part_size", "grad_sq", "num_examples", "num_parts")
+    entry = an_entry()
+    assert GradientMoments(**{name: entry["moments"][name] for name in names}) == MOMENTS
+
+
+def test_what_was_not_measured_is_null() -> None:
+    decision = Decision(PLAN, Reason.NOT_PROBED, None, ControlState())
+    entry = an_entry(moments=None, loss=None, averages=Averages(), decision=decision)
+    for name in ("moments", "loss", "averages", "wanted", "low", "high"):
+        assert entry[name] is None
+    assert (entry["next"], entry["reason"]) == (32, "not probed")
+
+
+def test_every_line_is_strict_json(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run.jsonl")
+    bad = MOMENTS._replace(part_sq=math.nan, grad_sq=math.inf)
+    estimate = Estimate(math.inf, math.nan, -math.inf)
+    entry = an_entry(moments=bad, loss=math.nan, decision=Decision(PLAN, Reason.NO_SIGNAL, estimate, ControlState()))
+    journal.write({**entry, "lr": {"base": [0.1, math.nan], "applied": (math.inf, 0.5)}})
+    (found,) = read(tmp_path / "run.jsonl")
+    assert found["loss"] is None
+    assert (found["wanted"], found["low"], found["high"]) == (None, None, None)
+    assert found["moments"]["part_sq"] is None
+    assert found["moments"]["noise"] is None
+    assert found["moments"]["part_size"] == 8
+    assert found["lr"] == {"base": [0.1, None], "applied": [None, 0.5]}
+
+
+def test_numbers_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run.jsonl")
+    journal.write(an_entry(loss=0.1 + 0.2))
+    (found,) = read(tmp_path / "run.jsonl")
+    assert found == an_entry(loss=0.1 + 0.2)
+
+
+def test_lines_are_appended_and_complete_when_write_returns(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "folder" / "run.jsonl"
+    journal = Journal(path)
+    assert path.read_text() == ""
+    for step in range(3):
+        journal.write(an_entry(before=Progress(steps=step)))
+        assert [each["step"] for each in read(path)] == list(range(step + 1))
+    Journal(str(path)).write(an_entry(before=Progress(steps=3)))  # a resumed run goes on in the same file
+    assert [each["step"] for each in read(path)] == [0, 1, 2, 3]
+
+
+def test_no_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Journal(None).write(an_entry())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        Journal(tmp_path / "file" / "run.jsonl")
+    with pytest.raises(OSError):
+        Journal(tmp_path)
+
+
+def test_equal_runs_write_equal_files(tmp_path: Path) -> None:
+    texts = []
+    for name in ("one", "other"):
+        journal = Journal(tmp_path / name)
+        plan, state, progress = PLAN, ControlState(), Progress()
+        for step in range(8):
+            moments = GradientMoments.from_noise(400.0 + step, 1.0, part_size=8, num_examples=plan.global_batch_size)
+            before, progress = progress, progress.after(plan.global_batch_size)
+            decision = decide(
+                NormTest(0.5),
+                moments,
+                control=Control(),
+                limits=Limits(32, 1024),
+                grid=PlanGrid(dp_size=2, micro_sizes=(8,)),
+                plan=plan,
+                progress=progress,
+                state=state,
+            )
+            entry = line(
+                plan=plan,
+                num_examples=plan.global_batch_size,
+                before=before,
+                loss=None,
+                moments=moments,
+                averages=decision.state.averages,
+                decision=decision,
+            )
+            journal.write(entry)
+            plan, state = decision.plan, decision.state
+        texts.append((tmp_path / name).read_bytes())
+    assert texts[0] == texts[1]
+    assert {each["reason"] for each in read(tmp_path / "one")} >= {"grow"}
