@@ -402,7 +402,8 @@ class AdaptiveBatch:
         self._journal.write({**update.entry, "lr": lr, "applied": applied})
 
     def _flush(self) -> None:
-        """Writes down a step whose update never came (a gradient scaler left it out)."""
+        """Writes down a step whose update never came (a gradient scaler left it out, or it raised)."""
+        self._hooks.restore()
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
             self._update = None

@@ -192,6 +192,8 @@ class StepHooks:
     """What happens around ``optimizer.step()``, by its public hooks: the batch factor is on while it runs, only then.
 
     ``group["lr"]`` is multiplied before and put back after, so no scheduler, checkpoint or log ever stores the factor.
+    An update that raises runs no hook after it; the factor is then off before the optimizer's state is saved, before
+    the next update, and at ``restore()``.
 
     Args:
         optimizer: the optimizer.
@@ -213,40 +215,43 @@ class StepHooks:
         self._factor = factor
         self._skip = skip
         self._done = done
-        self._stored: list[float | Tensor] | None = None
+        self._stored: list[tuple[dict[str, Any], float | Tensor]] = []
         self._skipped = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_pre_hook(self.restore),
         ]
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        self._restore(optimizer)  # an update that raised left its factor on
+        self.restore()
         self._skipped = self._skip()
         if self._skipped:
             optimizer.zero_grad(set_to_none=True)
         factor = self._factor()
         if factor != 1.0:
-            lrs = [group["lr"] for group in optimizer.param_groups]
-            self._stored = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
-            for group, lr in zip(optimizer.param_groups, self._stored, strict=True):
+            for group in optimizer.param_groups:
+                lr = group["lr"]
+                self._stored.append((group, lr.clone() if isinstance(lr, Tensor) else lr))
+            for group, lr in self._stored:
                 _set_lr(group, lr * factor)
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         applied = [group["lr"] for group in optimizer.param_groups]
         # A rate that lives on an accelerator is left out of the journal: reading it would stall the step.
         rates = [float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else float("nan") for lr in applied]
-        self._restore(optimizer)
+        self.restore()
         self._done(optimizer, rates, not self._skipped)
 
-    def _restore(self, optimizer: Optimizer) -> None:
-        if self._stored is not None:
-            for group, lr in zip(optimizer.param_groups, self._stored, strict=True):
-                _set_lr(group, lr)
-            self._stored = None
+    def restore(self, *_: Any) -> None:
+        """Takes off a factor that an update left on when it raised."""
+        for group, lr in self._stored:
+            _set_lr(group, lr)
+        self._stored.clear()
 
     def remove(self) -> None:
-        """Takes the hooks off the optimizer."""
+        """Takes the hooks off the optimizer, and a factor that is still on."""
+        self.restore()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
