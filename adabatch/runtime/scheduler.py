@@ -42,10 +42,18 @@ class CountedSteps:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.progress = Progress()
+        self._stepping = False
+        optimizer.register_step_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._count)
 
+    def _begin(self, *_: Any) -> None:
+        self._stepping = True
+
     def _count(self, *_: Any) -> None:
-        self.progress = self.progress.after(0)
+        # An optimizer whose step() calls its parent's runs the hooks of both, one inside the other.
+        if self._stepping:
+            self.progress = self.progress.after(0)
+        self._stepping = False
 
     @property
     def progress_after_next(self) -> Progress:

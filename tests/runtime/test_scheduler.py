@@ -172,6 +172,16 @@ class Decayed(SGD):
         return super().step(closure)
 
 
+def test_an_optimizer_that_calls_its_parents_step_is_counted_once() -> None:
+    SGD(network().parameters(), lr=1.0)  # torch puts hooks on a class when its first instance is made
+    optimizer = Decayed(network().parameters(), lr=1.0)
+    schedule = ProgressLR(optimizer, lr.linear(), total=steps(10))
+    for count in range(1, 5):
+        optimizer.step()
+        schedule.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1 - count / 10, rel=1e-12)
+
+
 def round_trip(state: dict[str, Any]) -> dict[str, Any]:
     """Through JSON, and through a file that torch loads without running code."""
     file = io.BytesIO()
