@@ -79,7 +79,7 @@ class ProgressLR(LRScheduler):
     Raises:
         ValueError: a total of no length, a warm-up not shorter than the total, or a total in examples or tokens where
             nobody counts those.
-        TypeError: a shape that is not a ``Shape``.
+        TypeError: a shape that is not a ``Shape``, or a length without a unit.
     """
 
     def __init__(
@@ -94,6 +94,9 @@ class ProgressLR(LRScheduler):
     ) -> None:
         if not isinstance(shape, Shape):
             raise TypeError(f"shape must come from adabatch.lr, such as adabatch.lr.cosine(), got {shape!r}")
+        for name, length in (("total", total), ("warmup", warmup)):
+            if not isinstance(length, Duration) and (length is not None or name == "total"):
+                raise TypeError(f"{name} must be a duration, such as adabatch.steps({length}), got {length!r}")
         if not 0 <= warmup_start <= 1:
             raise ValueError(f"warmup_start must be in [0, 1], got {warmup_start}")
         self.shape = shape

@@ -243,6 +243,8 @@ def test_what_does_not_fit_a_saved_schedule() -> None:
     [
         ({"shape": "cosine"}, TypeError, r"must come from adabatch.lr"),
         ({"shape": lr.cosine}, TypeError, r"must come from adabatch.lr"),
+        ({"total": 100}, TypeError, r"total must be a duration, such as adabatch.steps\(100\), got 100"),
+        ({"warmup": 5}, TypeError, r"warmup must be a duration, such as adabatch.steps\(5\), got 5"),
         ({"total": steps(0)}, ValueError, r"total must have a length"),
         ({"warmup": steps(100)}, ValueError, r"warm-up of 100 steps must be shorter than the total of 100 steps"),
         ({"warmup_start": 1.5}, ValueError, r"warmup_start must be in \[0, 1\], got 1.5"),
