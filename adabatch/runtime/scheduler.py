@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -199,6 +200,11 @@ def _set_lr(group: dict[str, Any], lr: float | Tensor) -> None:
         group["lr"] = lr
 
 
+def host_value(lr: float | Tensor) -> float:
+    """A rate for the journal; NaN for one that lives on an accelerator, as reading it would stall the step."""
+    return float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else math.nan
+
+
 class StepHooks:
     """What happens around ``optimizer.step()``, by its public hooks: the batch factor is on while it runs, only then.
 
@@ -248,9 +254,7 @@ class StepHooks:
                 _set_lr(group, lr * factor)
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        applied = [group["lr"] for group in optimizer.param_groups]
-        # A rate that lives on an accelerator is left out of the journal: reading it would stall the step.
-        rates = [float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else float("nan") for lr in applied]
+        rates = [host_value(group["lr"]) for group in optimizer.param_groups]
         self.restore()
         self._done(optimizer, rates, not self._skipped)
 
