@@ -26,7 +26,7 @@ from adabatch.runtime.collectives import collectives_of
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.scheduler import Moved, StepHooks
+from adabatch.runtime.scheduler import Moved, StepHooks, host_value
 
 STATE_FORMAT = 1
 UNLIMITED = 2**62
@@ -428,14 +428,15 @@ class AdaptiveBatch:
             return
         if applied:
             self._progress = self._after(self._progress, update.num_examples, update.gain)
-        stored = [float(group["lr"]) for group in optimizer.param_groups]
-        base = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        stored = [host_value(group["lr"]) for group in optimizer.param_groups]
+        base = [host_value(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
         lr = {"base": base, "shape": shape, "factor": update.factor, "applied": rates}
         self._journal.write({**update.entry, "lr": lr, "applied": applied})
 
     def _flush(self) -> None:
-        """Writes down a step whose update never came (a gradient scaler left it out)."""
+        """Writes down a step whose update never came (a gradient scaler left it out, or it raised)."""
+        self._hooks.restore()
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
             self._update = None

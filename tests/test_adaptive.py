@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from loops import loss_of, network, regression
-from torch.optim import SGD
+import torch
+from loops import lines, loss_of, network, regression, train
+from torch import Tensor
+from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -61,3 +63,26 @@ def test_a_resumed_run_goes_on_from_the_epoch_that_was_set() -> None:
     loader = sampled()
     loader.sampler.set_epoch(7)
     assert first_examples(loader, until=examples(32)) == plain(range(7, 9))
+
+
+class Indifferent(Optimizer):
+    """Has a learning rate, and does not look at it."""
+
+    def __init__(self, parameters: Any, lr: Tensor) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self, closure: None = None) -> None:
+        pass
+
+
+def test_a_rate_on_an_accelerator_is_not_read(tmp_path) -> None:
+    """Reading it would wait for the device in every step; the meta device, which cannot be read, stands for one."""
+    model = network()
+    optimizer = Indifferent(model.parameters(), lr=torch.tensor(0.1, device="meta"))
+    batches = AdaptiveBatch(
+        model, optimizer, Constant(8), micro_batch_size=4, reference_batch_size=4, lr_rule="sqrt",
+        journal=tmp_path / "journal.jsonl",
+    )  # fmt: skip
+    train(batches, model, optimizer, DataLoader(regression(8), batch_size=4))
+    (line,) = lines(tmp_path / "journal.jsonl")
+    assert line["lr"] == {"base": [None], "shape": [None], "factor": 2**0.5, "applied": [None]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -45,10 +46,18 @@ class CountedSteps:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.progress = Progress()
+        self._stepping = False
+        optimizer.register_step_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._count)
 
+    def _begin(self, *_: Any) -> None:
+        self._stepping = True
+
     def _count(self, *_: Any) -> None:
-        self.progress = self.progress.after(0)
+        # An optimizer whose step() calls its parent's runs the hooks of both, one inside the other.
+        if self._stepping:
+            self.progress = self.progress.after(0)
+        self._stepping = False
 
     @property
     def progress_after_next(self) -> Progress:
@@ -76,7 +85,7 @@ class ProgressLR(LRScheduler):
     Raises:
         ValueError: a total of no length, a warm-up not shorter than the total, or a total in examples or tokens where
             nobody counts those.
-        TypeError: a shape that is not a ``Shape``.
+        TypeError: a shape that is not a ``Shape``, or a length without a unit.
     """
 
     def __init__(
@@ -92,6 +101,9 @@ class ProgressLR(LRScheduler):
     ) -> None:
         if not isinstance(shape, Shape):
             raise TypeError(f"shape must come from adabatch.lr, such as adabatch.lr.cosine(), got {shape!r}")
+        for name, length in (("total", total), ("warmup", warmup)):
+            if not isinstance(length, Duration) and (length is not None or name == "total"):
+                raise TypeError(f"{name} must be a duration, such as adabatch.steps({length}), got {length!r}")
         if not 0 <= warmup_start <= 1:
             raise ValueError(f"warmup_start must be in [0, 1], got {warmup_start}")
         self.shape = shape
@@ -256,11 +268,17 @@ class Moved(NamedTuple):
     averaging: float | None = None
 
 
+def host_value(lr: float | Tensor) -> float:
+    """A rate for the journal; NaN for one that lives on an accelerator, as reading it would stall the step."""
+    return float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else math.nan
+
+
 class StepHooks:
     """What happens around ``optimizer.step()``, by its public hooks: what the batch moves is moved while it runs only.
 
     ``group["lr"]`` and what follows with it are changed before and put back after, so no scheduler, checkpoint or log
-    ever stores them.
+    ever stores them. An update that raises runs no hook after it; all is then put back before the optimizer's state is
+    saved, before the next update, and at ``restore()``.
 
     Adam corrects its averages by ``1 - beta ** step``, which is wrong once beta changes. With ``beta_t = beta ** r_t``
     the right correction is ``1 - beta ** sum(r)``: that is ``1 - beta_t ** step`` for ``step = sum(r) / r_t``, so the
@@ -286,16 +304,17 @@ class StepHooks:
         self._moved = moved
         self._skip = skip
         self._done = done
-        self._stored: list[dict[str, Any]] = []
+        self._stored: list[tuple[dict[str, Any], str, Any]] = []
         self._counts: list[tuple[Tensor, Tensor]] = []
         self._skipped = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_pre_hook(self.restore),
         ]
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        self._restore(optimizer)  # an update that raised left its settings on
+        self.restore()
         self._skipped = self._skip()
         if self._skipped:
             optimizer.zero_grad(set_to_none=True)
@@ -304,8 +323,8 @@ class StepHooks:
             changes = moved.settings(group)
             if moved.factor != 1.0:
                 changes["lr"] = group["lr"] * moved.factor
-            self._stored.append({name: _copy(group[name]) for name in changes})
             for name, value in changes.items():
+                self._stored.append((group, name, _copy(group[name])))
                 _put(group, name, value)
         if moved.averaging is not None and not self._skipped:
             counts = [state["step"] for state in optimizer.state.values() if isinstance(state.get("step"), Tensor)]
@@ -314,26 +333,24 @@ class StepHooks:
                 count.fill_(moved.averaging - 1)  # the optimizer adds one before it reads
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        applied = [group["lr"] for group in optimizer.param_groups]
-        # A rate that lives on an accelerator is left out of the journal: reading it would stall the step.
-        rates = [float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else float("nan") for lr in applied]
-        for count, own in self._counts:
-            count.copy_(own + 1)
-        self._counts = []
-        self._restore(optimizer)
+        rates = [host_value(group["lr"]) for group in optimizer.param_groups]
+        for _count, own in self._counts:
+            own.add_(1)
+        self.restore()
         self._done(optimizer, rates, not self._skipped)
 
-    def _restore(self, optimizer: Optimizer) -> None:
-        for group, stored in zip(optimizer.param_groups, self._stored, strict=False):
-            for name, value in stored.items():
-                _put(group, name, value)
-        self._stored = []
+    def restore(self, *_: Any) -> None:
+        """Puts back what the batch moved, where an update raised before it could be."""
+        for group, name, value in self._stored:
+            _put(group, name, value)
+        self._stored.clear()
         for count, own in self._counts:
             count.copy_(own)
-        self._counts = []
+        self._counts.clear()
 
     def remove(self) -> None:
-        """Takes the hooks off the optimizer."""
+        """Takes the hooks off the optimizer, and a factor that is still on."""
+        self.restore()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
