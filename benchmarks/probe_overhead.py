@@ -2,18 +2,17 @@
 
     python benchmarks/probe_overhead.py
 
-Two gloo processes of one thread each train the same 4.8 M-parameter transformer twice side by side: in a plain DDP loop,
-and in the same loop around ``AdaptiveBatch`` with the norm test, whose limits hold the batch constant so that both do
-the same work. Steps alternate, and the ratio is taken pair by pair. Aims: step time at most 1.05, at most 64 extra bytes
-communicated a step and rank, at most 1 MiB of extra memory.
+Two gloo processes of one thread each train the same 4.8 M-parameter transformer twice side by side: in a plain DDP
+loop, and in the same loop around ``AdaptiveBatch`` with the norm test, whose limits hold the batch constant so that
+both do the same work. The order of the two is shuffled in every round, the same on both ranks, and the ratio is taken
+round by round. Aims: step time at most 1.05, at most 64 extra bytes communicated a step and rank, at most 1 MiB of
+extra memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from _harness import Machine, Table, Timings, interleave, publish
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,6 +29,7 @@ from adabatch.recipes import NextTokenLoss, Transformer
 
 RANKS = 2
 LENGTH = 128
+PLAIN, OURS = "plain DDP", "AdaptiveBatch"
 TARGETS = {"step time": 1.05, "bytes": 64, "memory": 2**20}
 
 
@@ -81,13 +82,6 @@ class Loop:
         self.optimizer.zero_grad()
 
 
-def seconds(step: Callable[[], None]) -> float:
-    dist.barrier()
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
-
-
 def peak_memory(step: Callable[[], None]) -> int:
     """Largest amount of tensor memory that one step holds beyond what was there before, in bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -118,45 +112,64 @@ def bytes_sent(step: Callable[[], None]) -> int:
     return sent
 
 
-def work(rank: int, store: str, micro_batch_size: int, accumulation_steps: int, pairs: int, results: Any) -> None:
+def work(rank: int, store: str, micro_batch_size: int, accumulation_steps: int, rounds: int, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     without = Loop(micro_batch_size, accumulation_steps, adaptive=False)
     within = Loop(micro_batch_size, accumulation_steps, adaptive=True)
-    for _ in range(3):
-        without.step()
-        within.step()
-    times = []
-    for index in range(pairs):
-        first, second = (without, within) if index % 2 else (within, without)
-        one, two = seconds(first.step), seconds(second.step)
-        times.append((one, two) if index % 2 else (two, one))
+    timings = interleave({PLAIN: without.step, OURS: within.step}, rounds=rounds, synchronize=dist.barrier)
     memory = peak_memory(within.step) - peak_memory(without.step)
     sent = bytes_sent(within.step)
     if rank == 0:
-        results.put((times, memory, sent))
+        results.put((dict(timings.seconds), memory, sent))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(micro_batch_size: int, accumulation_steps: int, pairs: int) -> tuple[list[tuple[float, float]], int, int]:
-    """(seconds without, seconds with) of each pair, extra bytes held, extra bytes sent."""
+def measure(micro_batch_size: int, accumulation_steps: int, rounds: int) -> tuple[Timings, int, int]:
+    """Times of both loops, extra bytes held, extra bytes sent."""
     results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        mp.spawn(work, args=(store, micro_batch_size, accumulation_steps, pairs, results), nprocs=RANKS)
-    return results.get()
+        mp.spawn(work, args=(store, micro_batch_size, accumulation_steps, rounds, results), nprocs=RANKS)
+    seconds, memory, sent = results.get()
+    return Timings(seconds), memory, sent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=100, help="pairs of steps for each case")
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=60, help="steps of each loop in each case")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    options = parser.parse_args()
+    machine = Machine.here()
+    rows, told, raw = [], [], {}
     for micro_batch_size, accumulation_steps in ((4, 1), (16, 1), (4, 4)):
-        times, memory, sent = measure(micro_batch_size, accumulation_steps, arguments.pairs)
-        ratios = [within / without for without, within in times]
-        quartiles = statistics.quantiles(ratios, n=4)
-        print(micro_batch_size, accumulation_steps, statistics.median(t[0] for t in times), quartiles, memory, sent)
+        timings, memory, sent = measure(micro_batch_size, accumulation_steps, options.rounds)
+        case = f"{RANKS} ranks x {accumulation_steps} x {micro_batch_size} x {LENGTH} tokens"
+        ratio = timings.ratio(OURS, PLAIN)
+        rows.append((case, timings.of(PLAIN).show(1, 1e3), ratio.show(3), f"{sent}", f"{memory:,}"))
+        raw[case] = {"seconds": timings.seconds, "extra bytes held": memory, "extra bytes sent": sent}
+        for name, value, goal in (
+            ("step time", ratio.median, TARGETS["step time"]),
+            ("extra bytes sent", sent, TARGETS["bytes"]),
+            ("extra bytes held", memory, TARGETS["memory"]),
+        ):
+            told.append(f"{case}: {name} {value:,.4g}, goal {goal:,}: {'met' if value <= goal else 'missed'}.")
+    publish(
+        "probe_overhead",
+        question="What does AdaptiveBatch, with the probe at every step, cost a DDP loop?",
+        machine=machine,
+        tables=[
+            Table(
+                "A step around AdaptiveBatch against the same step without it: median (quartiles)",
+                ("case", "plain step, ms", "ratio", "extra bytes sent", "extra bytes held"),
+                rows,
+            )
+        ],
+        findings=told,
+        data={"rounds": options.rounds, "cases": raw},
+        save=not options.no_save,
+    )
 
 
 if __name__ == "__main__":
