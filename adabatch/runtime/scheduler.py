@@ -253,6 +253,10 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def _nothing(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
 class Moved(NamedTuple):
     """What the batch changes about an update.
 
@@ -264,7 +268,7 @@ class Moved(NamedTuple):
     """
 
     factor: float
-    settings: Callable[[Mapping[str, Any]], dict[str, Any]]
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     averaging: float | None = None
 
 
