@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adabatch.batch.moments import GRAD_L1, NOISE, GradientMoments
 
-BLOCK = 16_384
+BLOCK = 65_536
 """Elements whose squares are added in float32; longer tensors are cut up and their blocks added in float64. Added in
 one go on the CPU, the squares of 10 million normal numbers come out 0.07 % too small."""
 
@@ -28,13 +28,15 @@ def norms(grad: Tensor, order: int = 2) -> Tensor:
     if values.numel() <= BLOCK:
         whole: Tensor = torch.linalg.vector_norm(values, order, dtype=dtype).view(1)
         return whole
-    if values.dim() > 1 and values[0].numel() <= BLOCK:
+    if values.dim() > 1 and not values.is_contiguous() and values[0].numel() <= BLOCK:
         rows: Tensor = torch.linalg.vector_norm(values, order, dim=tuple(range(1, values.dim())), dtype=dtype)
         return rows
     flat = values.reshape(-1)
-    main = flat.numel() // BLOCK * BLOCK
-    blocks = torch.linalg.vector_norm(flat[:main].view(-1, BLOCK), order, dim=1, dtype=dtype)
-    return torch.cat([blocks, torch.linalg.vector_norm(flat[main:], order, dtype=dtype).view(1)])
+    rest = flat.numel() % BLOCK
+    blocks: Tensor = torch.linalg.vector_norm(flat[: flat.numel() - rest].view(-1, BLOCK), order, dim=1, dtype=dtype)
+    if rest == 0:
+        return blocks
+    return torch.cat([blocks, torch.linalg.vector_norm(flat[-rest:], order, dtype=dtype).view(1)])
 
 
 def gathered(pieces: list[Tensor], device: torch.device) -> Tensor:
