@@ -167,11 +167,13 @@ class Averages:
         )
 
     def moments(self, plan: BatchPlan) -> GradientMoments:
-        """What a step of ``plan`` would measure if noise and signal were these averages."""
+        """What a step of ``plan`` would measure from single examples if noise and signal were these averages."""
+        # Averages do not know the size of the parts they come from. Single examples lose the fewest digits, and are
+        # parts of a plan of one micro-batch too; a batch of one example is taken in halves.
         return GradientMoments.from_noise(
             self.noise,
             self.signal,
-            part_size=plan.micro_batch_size,
+            part_size=min(1.0, plan.global_batch_size / 2),
             num_examples=plan.global_batch_size,
             noise_along=self.noise_along,
         )
@@ -318,7 +320,7 @@ def decide(
 
     asked, reason = None, Reason.NOT_PROBED
     target = float(plan.global_batch_size)
-    if moments is not None:
+    if moments is not None and not (moments.is_finite and moments.num_parts < 2):
         asked, reason, target = _follow(criterion, moments, control, plan, progress, state)
     target_in_limits = min(max(target, low), high)
     if plan.global_batch_size == target_in_limits or (

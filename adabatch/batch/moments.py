@@ -101,7 +101,13 @@ class GradientMoments(NamedTuple):
         num_examples: float,
         noise_along: float | None = None,
     ) -> GradientMoments:
-        """The moments that a batch of ``num_examples`` would show in expectation, given noise and signal."""
+        """The moments that a batch of ``num_examples`` would show in expectation, given noise and signal.
+
+        Raises:
+            ValueError: parts that are not smaller than the batch, which show no noise.
+        """
+        if not 0 < part_size < num_examples:
+            raise ValueError(f"part_size must lie between 0 and num_examples={num_examples}, got {part_size}")
         return cls(
             part_sq=signal + noise / part_size,
             part_size=part_size,

@@ -323,6 +323,12 @@ def test_sizes_that_cannot_be_told_apart_show_no_spread(part_size: float, num_ex
     assert math.isnan(nearly.noise)
 
 
+def test_parts_as_large_as_the_batch_are_refused() -> None:
+    for part_size in (4.0, 5.0, math.nan):
+        with pytest.raises(ValueError, match=f"{part_size}"):
+            GradientMoments.from_noise(1.0, 1.0, part_size=part_size, num_examples=4.0)
+
+
 def test_identical_examples_have_no_noise() -> None:
     moments = moments_of_examples(np.tile([3.0, 4.0], (5, 1)))
     assert (moments.noise, moments.signal, moments.noise_along) == (0.0, 25.0, 0.0)
