@@ -458,7 +458,7 @@ class AdaptiveBatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a run, also one that ran on another number of ranks: the global batch size stays as near as it can.
+        """Restores a run, also one with other ranks, micro-batches or limits: the batch size stays as near as it can.
 
         Raises:
             ValueError: a state of a newer format.
@@ -473,9 +473,11 @@ class AdaptiveBatch:
         self._state = ControlState.from_state_dict(state["control"])
         self._reference = state["reference_batch_size"]
         plan = BatchPlan(**state["plan"])
-        if plan.dp_size != self._grid.dp_size or plan.micro_batch_size not in self._grid.micro_sizes:
-            low, high = self._limits.at(self._consumed)
-            plan = self._grid.nearest(plan.global_batch_size, min_size=low, max_size=high)
+        low, high = self._limits.at(self._consumed)
+        grid = self._grid
+        runs = plan.dp_size == grid.dp_size and plan.micro_batch_size in grid.micro_sizes
+        if not (runs and plan.accumulation_steps >= grid.min_accumulation and low <= plan.global_batch_size <= high):
+            plan = grid.nearest(plan.global_batch_size, min_size=low, max_size=high)
         self._plan = plan
         self._update = None
 

@@ -43,9 +43,7 @@ Array = NDArray[np.float64]
 
 NUM_STEPS, WARMUP, WARMUP_START = 50_000, 300, 0.01
 ANCHOR = "wsd 0.2"
-LOSS_NOISE = (
-    0.0018  # standard deviation between repeated configurations in the full set of logs (0.0015 to 0.002)
-)
+LOSS_NOISE = 0.0018  # standard deviation between repeated configurations in the full set of logs (0.0015 to 0.002)
 NUM_DRAWS = 2000
 VARIANTS = ("constant", "anchor's", "own")
 
@@ -110,9 +108,7 @@ def load(path: Path) -> list[Run]:
         assert (config["iterations"], config["warmup_steps"]) == (NUM_STEPS, WARMUP)
         name, shape = schedule_of(config)
         factors = discretize(shape, NUM_STEPS, warmup_steps=WARMUP, warmup_start=WARMUP_START)
-        rates = {
-            step: rate for step, rate in logged(history, "train_lr").items() if WARMUP < step < NUM_STEPS
-        }
+        rates = {step: rate for step, rate in logged(history, "train_lr").items() if WARMUP < step < NUM_STEPS}
         lr_error = max(abs(factors[step] - rate / config["lr"]) for step, rate in rates.items())
         norms = logged(history, "grad_norm")
         before = logged(stable[config["lr"]], "grad_norm")
@@ -164,9 +160,7 @@ def concordance(values: Array, losses: Array) -> dict[str, float | int]:
     """Kendall's tau, and how many pairs whose losses differ by more than noise are ordered rightly."""
     pairs = list(combinations(range(len(values)), 2))
     signs = [np.sign((values[i] - values[j]) * (losses[i] - losses[j])) for i, j in pairs]
-    clear = [
-        sign for sign, (i, j) in zip(signs, pairs, strict=True) if abs(losses[i] - losses[j]) > 2 * LOSS_NOISE
-    ]
+    clear = [sign for sign, (i, j) in zip(signs, pairs, strict=True) if abs(losses[i] - losses[j]) > 2 * LOSS_NOISE]
     return {"tau": float(np.mean(signs)), "right": sum(sign > 0 for sign in clear), "clear_pairs": len(clear)}
 
 
@@ -208,9 +202,7 @@ def rank(
     for rate in np.unique(rates):
         groups[f"all at {rate:g}"] = concordance(bounds[rates == rate], losses[rates == rate])
     groups["all runs"] = concordance(bounds, losses)
-    named = {
-        f"{run.schedule} at {run.base_lr:g}": value for run, value in zip(runs, bounds.tolist(), strict=True)
-    }
+    named = {f"{run.schedule} at {run.base_lr:g}": value for run, value in zip(runs, bounds.tolist(), strict=True)}
     return {"concordance": groups, "best_bound": best_bound, "bounds": named}
 
 
@@ -295,10 +287,7 @@ def tables(report: dict[str, Any], facts: dict[str, Any]) -> str:
     for name, found in sorted(sweeps.items(), key=lambda item: item[1].best_lr):
         spreads = [f"{low * 1e3:.2f} to {high * 1e3:.2f}" for low, high in (found.leave_one_out, found.noise)]
         notes = ["anchor" if name == ANCHOR else f"{kind['ln_error'][name]:+.2f}" for kind in moved]
-        rates = [
-            f"{kind['predicted_lr'][name] * 1e3:.3f} ({note})"
-            for kind, note in zip(moved, notes, strict=True)
-        ]
+        rates = [f"{kind['predicted_lr'][name] * 1e3:.3f} ({note})" for kind, note in zip(moved, notes, strict=True)]
         text += row(name, f"{found.best_lr * 1e3:.3f}", *spreads, *rates)
     text += PAIRS + row("all ten", *(f"{kind['mean_pair_error']:.3f}" for kind in moved))
     text += row("the six without `constant`", *(f"{kind['mean_pair_error_decaying']:.3f}" for kind in moved))
@@ -325,9 +314,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         predicted = report["transfer"]["constant"]["predicted_lr"][name]
         left.plot(predicted, a / predicted + b * predicted + c, "v", color=color, ms=9, mfc="none")
     left.set(xscale="log", xlabel="base learning rate", ylabel="final validation loss", ylim=(2.94, 3.26))
-    left.set_title(
-        f"measured minimum (bar), predicted from {ANCHOR} with constant norms (triangle)", fontsize=9
-    )
+    left.set_title(f"measured minimum (bar), predicted from {ANCHOR} with constant norms (triangle)", fontsize=9)
     left.legend(frameon=False)
     for marker, variant in zip("osv", VARIANTS, strict=True):
         bounds = report["ranking"][variant]["bounds"]
@@ -359,9 +346,7 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--results", type=Path, default=Path(__file__).parent / "results", help="folder to write to"
-    )
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
     results: Path = parser.parse_args().results
     if "ADABATCH_DATA" not in os.environ:
         parser.error("set ADABATCH_DATA to the folder that holds llm_logs/grad_norm_runs.json.xz")
@@ -385,9 +370,7 @@ def main() -> None:
         "sweeps": {name: found._asdict() for name, found in report["sweeps"].items()},
         "facts": facts,
     }
-    (results / "lr_transfer.json").write_text(
-        json.dumps(plain, indent=1, default=lambda x: x.tolist()) + "\n"
-    )
+    (results / "lr_transfer.json").write_text(json.dumps(plain, indent=1, default=lambda x: x.tolist()) + "\n")
     draw(report, results / "lr_transfer.png")
     print(text)
 

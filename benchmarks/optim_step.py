@@ -92,9 +92,7 @@ def findings(title: str, timings: Timings) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200, help="samples of each optimizer")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch threads, one table each")
     parser.add_argument("--no-save", action="store_true", help="print only")

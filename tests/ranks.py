@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 # A fork of a process that has torch already starts in a tenth of a second, an import of torch takes seconds.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "adabatch"])
+_PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch"])
 _GRACE_S = 3.0
 
 
@@ -62,11 +62,10 @@ def run_ranks(
         _PROCESSES.Process(target=_rank_main, args=(target, rank, size, place, arguments, timeout, connect))
         for rank in range(size)
     ]
-    deadline = time.monotonic() + timeout
     try:
         for process in processes:
-            process.start()
-        _await(processes, deadline)
+            process.start()  # the first one waits for the fork server to import torch
+        _await(processes, time.monotonic() + timeout)
     finally:
         _end([process for process in processes if process.is_alive()])
     if any(process.exitcode for process in processes):

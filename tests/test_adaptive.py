@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import pytest
 import torch
 from loops import lines, loss_of, network, regression, train
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from adabatch import AdaptiveBatch, Constant, examples
+from adabatch import AdaptiveBatch, Constant, Limits, LinearRamp, NormTest, examples, steps
 
 # --- passes over a loader -------------------------------------------------------------------------------------------
 
@@ -86,3 +88,43 @@ def test_a_rate_on_an_accelerator_is_not_read(tmp_path) -> None:
     train(batches, model, optimizer, DataLoader(regression(8), batch_size=4))
     (line,) = lines(tmp_path / "journal.jsonl")
     assert line["lr"] == {"base": [None], "shape": [None], "factor": 2**0.5, "applied": [None]}
+
+
+# --- saved and loaded -----------------------------------------------------------------------------------------------
+
+
+def adaptive(criterion: Any, **options: Any) -> AdaptiveBatch:
+    model = network()
+    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"micro_batch_size": 4, "limits": Limits(min=8, max=64)}, (4, 16)),
+        ({"micro_batch_size": 4, "limits": Limits(min=8, max=32)}, (4, 8)),
+        ({"micro_batch_size": 4, "limits": Limits(min=96, max=128)}, (4, 24)),
+        ({"micro_batch_size": 8, "limits": Limits(min=16, max=64)}, (8, 8)),
+        ({"micro_batch_size": 4, "max_micro_batch_size": 16, "limits": Limits(min=8, max=64)}, (4, 16)),
+        ({"micro_batch_size": 64, "limits": Limits(min=128, max=128)}, (64, 2)),
+    ],
+    ids=str,
+)
+def test_a_loaded_plan_is_one_that_the_new_run_can_carry_out(options: Any, expected: tuple[int, int]) -> None:
+    saved = adaptive(Constant(64), micro_batch_size=4).state_dict()
+    batches = adaptive(NormTest(eta=0.5), **options)
+    batches.load_state_dict(json.loads(json.dumps(saved)))
+    assert (batches.plan.micro_batch_size, batches.plan.accumulation_steps) == expected
+
+
+def test_a_plan_of_one_part_is_not_loaded_into_a_run_that_measures() -> None:
+    saved = adaptive(Constant(8), micro_batch_size=8).state_dict()
+    batches = adaptive(NormTest(eta=0.5), micro_batch_size=8, limits=Limits(min=LinearRamp(8, 64, steps(10)), max=64))
+    batches.load_state_dict(saved)
+    assert batches.plan.num_parts == 2
+
+
+def test_a_state_from_the_future_is_refused() -> None:
+    batches = adaptive(Constant(8), micro_batch_size=4)
+    with pytest.raises(ValueError, match=r"format 2.* upgrade adabatch"):
+        batches.load_state_dict({**batches.state_dict(), "format": 2})

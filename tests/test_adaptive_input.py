@@ -89,7 +89,7 @@ def test_a_criterion_that_needs_more_than_the_probe_gives(criterion: Any) -> Non
 
 
 def test_an_unknown_rule() -> None:
-    with pytest.raises(ValueError, match="lr_rule must be one of none, linear, .*, got 'cubic'"):
+    with pytest.raises(ValueError, match=r"lr_rule must be one of none, linear, .*, got 'cubic'"):
         adaptive(lr_rule="cubic")
 
 

@@ -161,9 +161,7 @@ def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float =
     return _terms(distance * distance / (2 * tail[0]), float(np.sum(eta * (eta / after) * squares)) / 2)
 
 
-def bound(
-    factors: ArrayLike, norms: ArrayLike = 1.0, *, base_lr: float = 1.0, distance: float = 1.0
-) -> float:
+def bound(factors: ArrayLike, norms: ArrayLike = 1.0, *, base_lr: float = 1.0, distance: float = 1.0) -> float:
     """The last-iterate bound at ``base_lr``; arguments and errors as for ``bound_terms``."""
     return bound_terms(factors, norms, distance=distance).at(base_lr)
 
@@ -303,9 +301,7 @@ def two_stage(
     while math.log(terms(low).best_base_lr / goal) < 0:
         high, low = low, low / 2
         if low < 1e-6:
-            raise ValueError(
-                f"no factor makes the base learning rate of {num_steps} steps best for {new_steps}"
-            )
+            raise ValueError(f"no factor makes the base learning rate of {num_steps} steps best for {new_steps}")
     factor = _root(lambda value: math.log(terms(value).best_base_lr / goal), low, high)
     return Extension(
         resume_step=resume,

@@ -34,9 +34,7 @@ FloatArray: TypeAlias = NDArray[np.float64]
 _POWERS: Mapping[str, int] = MappingProxyType({"sgd": 2, "adam": 1, "adagrad": 1})
 
 
-def refine(
-    norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, length: int | None = None
-) -> Shape:
+def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, length: int | None = None) -> Shape:
     """The schedule that a finished run's gradient norms ask for: ``w_t * sum_{p>t} w_p``, with maximum 1.
 
     The norms are median-filtered first, since one tiny norm would otherwise own the whole schedule. The base
@@ -139,9 +137,7 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
     z = np.asarray(iterates, dtype=np.float64)
     multipliers = last_iterate_multipliers(weights)
     if z.ndim < 1 or z.shape[0] != multipliers.size:
-        raise ValueError(
-            f"need one weight an iterate, got {multipliers.size} for iterates of shape {z.shape}"
-        )
+        raise ValueError(f"need one weight an iterate, got {multipliers.size} for iterates of shape {z.shape}")
     moves = multipliers[:-1].reshape(-1, *(1,) * (z.ndim - 1)) * np.diff(z, axis=0)
     return np.concatenate([z[:1], z[:1] + np.cumsum(moves, axis=0)])
 
@@ -165,9 +161,7 @@ def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distan
     w = _weights(weights)
     sizes = np.asarray(norms, dtype=np.float64)
     if sizes.shape not in ((), w.shape):
-        raise ValueError(
-            f"norms must be a number or as many as the {w.size} weights, got shape {sizes.shape}"
-        )
+        raise ValueError(f"norms must be a number or as many as the {w.size} weights, got shape {sizes.shape}")
     return float((distance**2 + np.sum((w * sizes) ** 2)) / (2 * np.sum(w)))
 
 
@@ -266,9 +260,7 @@ def _weights(weights: ArrayLike) -> FloatArray:
 def _norms(norms: ArrayLike) -> FloatArray:
     values = np.asarray(norms, dtype=np.float64)
     if values.ndim != 1 or values.size < 2:
-        raise ValueError(
-            f"refining needs the norms of at least 2 steps, in a flat array, got shape {values.shape}"
-        )
+        raise ValueError(f"refining needs the norms of at least 2 steps, in a flat array, got shape {values.shape}")
     bad = ~(np.isfinite(values) & (values > 0))
     if np.any(bad):
         first = int(np.argmax(bad))

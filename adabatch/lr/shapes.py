@@ -67,9 +67,7 @@ class Shape:
         if unknown:
             names = ", ".join(map(repr, sorted(map(str, unknown))))
             raise ValueError(f"{name} has no setting {names}: it takes {', '.join(parameters) or 'none'}")
-        missing = [
-            key for key, value in parameters.items() if value.default is value.empty and key not in settings
-        ]
+        missing = [key for key, value in parameters.items() if value.default is value.empty and key not in settings]
         if missing:
             raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))}")
         made = factory(**settings)
@@ -120,9 +118,7 @@ class Shape:
             ValueError: other keys than ``name`` and ``settings``, or anything that ``Shape`` refuses.
         """
         if set(state) != {"name", "settings"}:
-            raise ValueError(
-                f"a shape is described by the keys 'name' and 'settings', got {sorted(map(str, state))}"
-            )
+            raise ValueError(f"a shape is described by the keys 'name' and 'settings', got {sorted(map(str, state))}")
         return cls(state["name"], state["settings"])
 
     def __eq__(self, other: object) -> bool:
@@ -242,9 +238,7 @@ def polynomial(*, power: float, floor: float = 0.0) -> Shape:
     """
     exponent = _positive("power", power)
     low = _between("floor", floor, 0, 1)
-    return _shape(
-        "polynomial", {"power": exponent, "floor": low}, lambda p: low + (1 - low) * (1 - p) ** exponent
-    )
+    return _shape("polynomial", {"power": exponent, "floor": low}, lambda p: low + (1 - low) * (1 - p) ** exponent)
 
 
 def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape:
@@ -259,9 +253,7 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
     at = _numbers("milestones", milestones)
     by = _numbers("factors", factors)
     if len(at) != len(by):
-        raise ValueError(
-            f"piecewise needs one factor a milestone, got {len(at)} milestones and {len(by)} factors"
-        )
+        raise ValueError(f"piecewise needs one factor a milestone, got {len(at)} milestones and {len(by)} factors")
     if any(np.diff((0.0, *at)) <= 0) or max(at, default=0.0) > 1:
         raise ValueError(f"milestones must increase strictly within (0, 1], got {list(at)}")
     if not all(factor > 0 for factor in by):
@@ -297,9 +289,7 @@ def hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> 
     if not 0 <= low < 1:
         raise ValueError(_BAD_INFIMUM.format(range="[0, 1)", value=low))
     end = 1 - (1 - low) * _height(0.0, ratio)
-    return _shape(
-        "hyperbolic", {"upper_bound": ratio, "infimum": low}, lambda p: end + (1 - low) * _height(p, ratio)
-    )
+    return _shape("hyperbolic", {"upper_bound": ratio, "infimum": low}, lambda p: end + (1 - low) * _height(p, ratio))
 
 
 def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> Shape:
@@ -335,14 +325,10 @@ def tabulated(*, values: Sequence[float]) -> Shape:
     """
     table = _numbers("values", values)
     if len(table) < 2:
-        raise ValueError(
-            f"a table needs at least 2 values, got {len(table)}: use constant() for a single one"
-        )
+        raise ValueError(f"a table needs at least 2 values, got {len(table)}: use constant() for a single one")
     heights, last = np.array(table), len(table) - 1
     if heights.min() < 0 or heights.max() <= 0:
-        raise ValueError(
-            f"the values of a table must not be negative, nor all zero, got {min(table)} to {max(table)}"
-        )
+        raise ValueError(f"the values of a table must not be negative, nor all zero, got {min(table)} to {max(table)}")
     index = np.arange(len(table), dtype=np.float64)
     return _shape("tabulated", {"values": table}, lambda p: np.interp(p * last, index, heights))
 

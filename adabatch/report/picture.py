@@ -30,9 +30,7 @@ INK, FAINT_INK, GRID = "#222222", "#666666", "#E3E3E3"
 LOSS_WINDOW = 0.02
 
 
-def draw(
-    runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, title: str | None = None
-) -> Path:
+def draw(runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, title: str | None = None) -> Path:
     """Write a PNG with four panels over the examples consumed: batch size, learning rate, noise scale, loss.
 
     The batch size is a step line on a base-2 axis; the learning rate is the applied one, a line for each
@@ -146,9 +144,7 @@ def _noise_scale(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -
         fine = min(1.0, (1000 / len(run.examples)) ** 0.5)
         dots = {"markersize": 3 + 3 * fine, "alpha": max(0.35 * fine, 0.03), "zorder": style["zorder"] - 1}
         line = {**style, "linewidth": max(style["linewidth"] * fine, 0.8)}
-        panel.plot(
-            run.examples, _positive(run.noise_scale), ".", color=style["color"], markeredgewidth=0, **dots
-        )
+        panel.plot(run.examples, _positive(run.noise_scale), ".", color=style["color"], markeredgewidth=0, **dots)
         # The line joins the steps that were measured; its gaps are averaged signals that are not positive.
         measured = ~np.isnan(run.noise_scale_average)
         panel.plot(run.examples[measured], _positive(run.noise_scale_average[measured]), **line)

@@ -235,9 +235,7 @@ def test_zeros_at_the_end_are_left_off(eta: list[float], zeros: int) -> None:
 
 @given(
     seed=st.integers(0, 2**32 - 1),
-    shape=st.sampled_from(
-        [constant(), linear(), cosine(), wsd(cooldown=0.3), hyperbolic(upper_bound=2, infimum=0.1)]
-    ),
+    shape=st.sampled_from([constant(), linear(), cosine(), wsd(cooldown=0.3), hyperbolic(upper_bound=2, infimum=0.1)]),
     base_lr=st.floats(0.01, 1),
 )
 def test_a_real_descent_keeps_to_the_bound(seed: int, shape: Shape, base_lr: float) -> None:
@@ -326,9 +324,7 @@ def test_transfer_between_shapes_is_the_ratio_of_their_best() -> None:
     moved = transfer(1e-3, wsd(cooldown=0.2), linear(), num_steps=400)
     assert moved == pytest.approx(1e-3 * expected["1.0"][0] / expected["0.2"][0], rel=1e-6, abs=0)
     limit = linear_cooldown_limits(1.0).best_base_lr / linear_cooldown_limits(0.2).best_base_lr
-    assert transfer(1e-3, wsd(cooldown=0.2), linear(), num_steps=20_000) == pytest.approx(
-        1e-3 * limit, rel=1e-3, abs=0
-    )
+    assert transfer(1e-3, wsd(cooldown=0.2), linear(), num_steps=20_000) == pytest.approx(1e-3 * limit, rel=1e-3, abs=0)
 
 
 def test_transfer_to_a_longer_run_falls_with_the_root_of_its_length() -> None:
@@ -344,9 +340,7 @@ def test_transfer_to_a_longer_run_falls_with_the_root_of_its_length() -> None:
 def test_transfer_composes_and_returns(middle: Shape, steps: int, warmup: int) -> None:
     profile = np.linspace(2, 1, 13)
     first, last = cosine(), wsd(cooldown=0.3, decay="1-sqrt")
-    there = transfer(
-        0.1, first, middle, num_steps=100, target_steps=steps, norms=profile, target_warmup_steps=warmup
-    )
+    there = transfer(0.1, first, middle, num_steps=100, target_steps=steps, norms=profile, target_warmup_steps=warmup)
     back: dict[str, Any] = {"norms": profile, "warmup_steps": warmup, "target_warmup_steps": 0}
     assert transfer(there, middle, first, num_steps=steps, target_steps=100, **back) == pytest.approx(
         0.1, rel=1e-12, abs=0
@@ -360,9 +354,7 @@ def test_transfer_composes_and_returns(middle: Shape, steps: int, warmup: int) -
 def test_transfer_reads_the_gradient_norms() -> None:
     """Norms that fall as 1 / t make all best base learning rates alike (S11's profile)."""
     falling = 1 / np.arange(1, 401)
-    assert transfer(1.0, wsd(cooldown=0.2), linear(), num_steps=400, norms=falling) == pytest.approx(
-        1, abs=0.01
-    )
+    assert transfer(1.0, wsd(cooldown=0.2), linear(), num_steps=400, norms=falling) == pytest.approx(1, abs=0.01)
     assert transfer(1.0, wsd(cooldown=0.2), linear(), num_steps=400) == pytest.approx(1.953, abs=0.001)
 
 
@@ -423,9 +415,7 @@ def test_what_an_extension_recommends_fits_the_tuned_base_lr(
     # the checkpoint was made before any decay, unless it is the very start
     assert np.all(finished[min(warmup, extension.resume_step) : extension.resume_step] == 1)
     assert bound_terms(longer) == pytest.approx(extension.terms, rel=1e-9, abs=0)
-    assert best_base_lr(longer) / best_base_lr(finished) == pytest.approx(
-        extension.best_base_lr_ratio, rel=1e-9, abs=0
-    )
+    assert best_base_lr(longer) / best_base_lr(finished) == pytest.approx(extension.best_base_lr_ratio, rel=1e-9, abs=0)
     if maker is two_stage or extension.cooldown < 1:
         assert extension.best_base_lr_ratio == pytest.approx(1, rel=1e-9, abs=0)
     same = bound_terms(discretize(shape, new_steps, warmup_steps=warmup))

@@ -62,9 +62,7 @@ def test_without_smoothing_it_is_the_official_closed_form(name: str) -> None:
     raw = np.array(expected["official_raw" if name == "D01" else "l2_official_raw"])
     np.testing.assert_allclose(refined, raw / raw.max(), atol=1e-10)
     if "l1_normalised" in expected:
-        np.testing.assert_allclose(
-            entries(refine(norms, "adam", smoothing=0.0)), expected["l1_normalised"], atol=1e-10
-        )
+        np.testing.assert_allclose(entries(refine(norms, "adam", smoothing=0.0)), expected["l1_normalised"], atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["D03", "D05"])
@@ -116,9 +114,7 @@ def test_the_synthetic_norm_curves_of_the_official_script(name: str) -> None:
         for index, value in expected[key].items():
             assert refined[int(index)] == pytest.approx(value, abs=1e-10)
         assert int(np.argmax(refined)) == expected[peak]
-    assert entries(refine(norms, smoothing=0.0)).mean() == pytest.approx(
-        expected["mean_l2_normalised"], abs=1e-10
-    )
+    assert entries(refine(norms, smoothing=0.0)).mean() == pytest.approx(expected["mean_l2_normalised"], abs=1e-10)
 
 
 def test_smoothing_with_spikes() -> None:
@@ -127,14 +123,10 @@ def test_smoothing_with_spikes() -> None:
     tau = case["inputs"]["tau"]
     np.testing.assert_array_equal(median_filter(norms, expected["filter_width"]), expected["filtered"])
     np.testing.assert_allclose(entries(refine(norms, smoothing=tau)), expected["l2_normalised"], atol=1e-10)
-    np.testing.assert_allclose(
-        entries(refine(norms, "adam", smoothing=tau)), expected["l1_normalised"], atol=1e-10
-    )
+    np.testing.assert_allclose(entries(refine(norms, "adam", smoothing=tau)), expected["l1_normalised"], atol=1e-10)
 
 
-@pytest.mark.skipif(
-    "ADABATCH_DATA" not in os.environ, reason="needs the logged runs in $ADABATCH_DATA/llm_logs"
-)
+@pytest.mark.skipif("ADABATCH_DATA" not in os.environ, reason="needs the logged runs in $ADABATCH_DATA/llm_logs")
 def test_norms_of_a_real_run() -> None:
     case = GOLDEN["D17"]
     logs = Path(os.environ["ADABATCH_DATA"]) / "llm_logs" / "grad_norm_runs.json.xz"
@@ -167,9 +159,7 @@ def test_the_numerical_minimiser_beats_the_closed_form_by_what_the_official_rout
         expected["closed_form_refined_tuned_objective"], rel=1e-10, abs=0
     )
     straight = linear()(np.linspace(0, 1, len(norms)))
-    assert bound_terms(straight, norms).best == pytest.approx(
-        expected["linear_tuned_objective"], rel=1e-10, abs=0
-    )
+    assert bound_terms(straight, norms).best == pytest.approx(expected["linear_tuned_objective"], rel=1e-10, abs=0)
 
 
 def test_a_batch_that_grew_gives_gain_times_linear_decay_in_gain() -> None:
@@ -188,23 +178,17 @@ def test_a_batch_that_grew_gives_gain_times_linear_decay_in_gain() -> None:
 def test_refine_is_its_formula(norms: list[float], kind: Any) -> None:
     values = np.array(norms)
     refined = entries(refine(values, kind, smoothing=0.0))
-    np.testing.assert_allclose(
-        refined, slow_refine(values, 2 if kind == "sgd" else 1), rtol=1e-12, atol=1e-300
-    )
+    np.testing.assert_allclose(refined, slow_refine(values, 2 if kind == "sgd" else 1), rtol=1e-12, atol=1e-300)
     assert refined[-1] == 0.0
     assert refined.max() == 1.0
 
 
 @given(norms=some_norms, kind=KINDS, smoothing=st.floats(0, 1), exponent=st.integers(-400, 400))
-def test_the_scale_of_the_norms_does_not_matter(
-    norms: list[float], kind: Any, smoothing: float, exponent: int
-) -> None:
+def test_the_scale_of_the_norms_does_not_matter(norms: list[float], kind: Any, smoothing: float, exponent: int) -> None:
     """By powers of two, which scale without rounding; the squares of these weights would leave float64."""
     values = np.array(norms)
     scaled = refine(values * 2.0**exponent, kind, smoothing=smoothing)
-    np.testing.assert_allclose(
-        entries(scaled), entries(refine(values, kind, smoothing=smoothing)), rtol=1e-12
-    )
+    np.testing.assert_allclose(entries(scaled), entries(refine(values, kind, smoothing=smoothing)), rtol=1e-12)
 
 
 @given(length=st.integers(2, 50), norm=st.floats(0.1, 10), kind=KINDS, smoothing=st.floats(0, 1))
@@ -241,9 +225,7 @@ def test_the_refined_schedule_is_the_best_of_its_family(norms: list[float]) -> N
     best = tuned(refined_weights(values))
     rng = np.random.default_rng(0)
     for spread in (0.01, 0.1, 1.0):
-        assert best <= tuned(refined_weights(values) * rng.lognormal(sigma=spread, size=len(values))) * (
-            1 + 1e-12
-        )
+        assert best <= tuned(refined_weights(values) * rng.lognormal(sigma=spread, size=len(values))) * (1 + 1e-12)
 
 
 @given(weights=some_weights)

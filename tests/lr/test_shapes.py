@@ -35,9 +35,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "lr_cases.json").rea
 
 ratio = st.floats(0, 1)
 DECAYS = st.sampled_from(["linear", "1-sqrt", "exponential"])
-steps = st.lists(
-    st.tuples(st.floats(1e-3, 1), st.floats(0.01, 10)), max_size=5, unique_by=lambda pair: pair[0]
-)
+steps = st.lists(st.tuples(st.floats(1e-3, 1), st.floats(0.01, 10)), max_size=5, unique_by=lambda pair: pair[0])
 # a new shape joins all the tests of this file in one line
 SHAPES = {
     "constant": st.builds(constant),
@@ -50,9 +48,7 @@ SHAPES = {
         lambda pairs: piecewise(milestones=[m for m, _ in pairs], factors=[f for _, f in pairs])
     ),
     "hyperbolic": st.builds(hyperbolic, upper_bound=st.floats(1, 1e6), infimum=st.floats(0, 0.999)),
-    "exp_hyperbolic": st.builds(
-        exp_hyperbolic, upper_bound=st.floats(1, 1e6), infimum=st.floats(1e-9, 0.999)
-    ),
+    "exp_hyperbolic": st.builds(exp_hyperbolic, upper_bound=st.floats(1, 1e6), infimum=st.floats(1e-9, 0.999)),
     "tabulated": st.lists(st.floats(0.01, 10), min_size=2, max_size=50).map(lambda v: tabulated(values=v)),
 }
 any_shape = st.one_of(*SHAPES.values())
@@ -147,9 +143,7 @@ def test_repr_is_the_call_that_makes_it(shape: Shape) -> None:
 def test_repr_leaves_out_defaults_and_long_tables() -> None:
     assert repr(wsd(cooldown=0.2)) == "wsd(cooldown=0.2)"
     assert repr(constant()) == "constant()"
-    assert (
-        repr(tabulated(values=np.linspace(1, 0, 1000).tolist())) == "tabulated(values=<1000 numbers, 1 to 0>)"
-    )
+    assert repr(tabulated(values=np.linspace(1, 0, 1000).tolist())) == "tabulated(values=<1000 numbers, 1 to 0>)"
 
 
 def test_shapes_with_other_settings_differ() -> None:
@@ -243,9 +237,7 @@ def test_milestones_are_reached_at_their_value_and_all_that_a_jump_passes_count(
 
 def test_a_table_is_interpolated_between_its_entries_and_keeps_its_ends() -> None:
     shape = tabulated(values=[0.2, 1.0, 0.3])
-    assert shape([0.0, 0.25, 0.5, 0.75, 1.0]).tolist() == pytest.approx(
-        [0.2, 0.6, 1.0, 0.65, 0.3], rel=1e-15, abs=0
-    )
+    assert shape([0.0, 0.25, 0.5, 0.75, 1.0]).tolist() == pytest.approx([0.2, 0.6, 1.0, 0.65, 0.3], rel=1e-15, abs=0)
     assert shape(1.0) == 0.3
 
 
@@ -302,9 +294,7 @@ def test_hyperbolic_learning_rates_are_those_of_the_published_classes(case: str)
         if warmup and int(k) == 0:
             continue  # the published class runs its first epoch at the peak, before the warm-up
         tolerance = 1e-6 if int(k) == length else 1e-12
-        assert base * factor_after(shape, int(k), length, warmup, infimum) == pytest.approx(
-            rate, rel=tolerance, abs=0
-        )
+        assert base * factor_after(shape, int(k), length, warmup, infimum) == pytest.approx(rate, rel=tolerance, abs=0)
     assert base * shape(1.0) == pytest.approx(expected["final_lr_closed_form"], rel=1e-12, abs=0)
 
 

@@ -88,9 +88,7 @@ def run_reference(
     return values, total
 
 
-def run(
-    optimizer: AdaGradNorm, params: Sequence[Tensor], *, steps: Iterable[int], scale: float = 1.0
-) -> None:
+def run(optimizer: AdaGradNorm, params: Sequence[Tensor], *, steps: Iterable[int], scale: float = 1.0) -> None:
     for step in steps:
         give_gradients(params, step, scale)
         optimizer.step()
@@ -140,9 +138,7 @@ def test_matches_the_reference_with_groups(
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 24), (torch.bfloat16, 8), (torch.float16, 11)])
-def test_one_step_in_lower_precision_is_rounded_once(
-    dtype: torch.dtype, digits: int, momentum: float
-) -> None:
+def test_one_step_in_lower_precision_is_rounded_once(dtype: torch.dtype, digits: int, momentum: float) -> None:
     params = parameters(dtype=dtype)
     options = {"lr": 0.3, "momentum": momentum}
     expected, total = run_reference(params, [options] * len(params), steps=1, start=1e-2)
@@ -165,9 +161,7 @@ def test_a_step_size_below_the_smallest_float16_is_kept() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    options=OPTIONS, dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.complex64])
-)
+@given(options=OPTIONS, dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.complex64]))
 def test_foreach_equals_the_loop_bitwise(options: dict[str, Any], dtype: torch.dtype) -> None:
     ended = []
     for foreach in (True, False, None):
@@ -389,9 +383,7 @@ def test_sparse_gradients_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1), torch.tensor([0.1])])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"foreach": False}])
-def test_off_the_cpu_no_number_is_read(
-    dtype: torch.dtype, lr: float | Tensor, options: dict[str, Any]
-) -> None:
+def test_off_the_cpu_no_number_is_read(dtype: torch.dtype, lr: float | Tensor, options: dict[str, Any]) -> None:
     # Tensors on the meta device have no values: reading one, as a host sync does, raises.
     params = [nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in SHAPES]
     for param in params:
@@ -478,9 +470,7 @@ def rebuilt(params: Sequence[Tensor]) -> list[nn.Parameter]:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_saved_and_loaded_equals_uninterrupted_bitwise(
-    tmp_path: Path, dtype: torch.dtype, momentum: float
-) -> None:
+def test_saved_and_loaded_equals_uninterrupted_bitwise(tmp_path: Path, dtype: torch.dtype, momentum: float) -> None:
     def make(params: Sequence[Tensor]) -> AdaGradNorm:
         groups = [{"params": params[:3], "lr": 0.3}, {"params": params[3:], "weight_decay": 0.1}]
         return AdaGradNorm(groups, momentum=momentum)
@@ -679,9 +669,7 @@ def examples(step: int) -> tuple[Tensor, Tensor]:
     return inputs, inputs.sum(1, keepdim=True).sin()
 
 
-def train(
-    model: nn.Module, optimizer: AdaGradNorm, *, steps: Iterable[int], part: slice = slice(None)
-) -> None:
+def train(model: nn.Module, optimizer: AdaGradNorm, *, steps: Iterable[int], part: slice = slice(None)) -> None:
     for step in steps:
         inputs, targets = examples(step)
         optimizer.zero_grad()

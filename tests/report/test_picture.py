@@ -55,9 +55,7 @@ def line(step: int, examples: int, batch: int, **other) -> dict:
 
 def run_of(batches, **other) -> list[dict]:
     starts = np.concatenate([[0], np.cumsum(batches)[:-1]]).tolist()
-    return [
-        line(i, start, batch, **other) for i, (start, batch) in enumerate(zip(starts, batches, strict=True))
-    ]
+    return [line(i, start, batch, **other) for i, (start, batch) in enumerate(zip(starts, batches, strict=True))]
 
 
 GROWING = run_of([16, 16, 16, 32, 32, 64, 128, 128])

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from hard_models import CASES, Checkpointed, dense, regression_loss
 from loops import network
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from adabatch.batch.moments import GradientMoments, from_parts
@@ -19,51 +19,6 @@ from adabatch.runtime.probes.micro_batch import MicroBatchProbe, norms, sum_of_s
 from adabatch.runtime.probes.protocol import Probe
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
-class Tied(nn.Module):
-    """Embedding and output share a weight, as in a language model."""
-
-    def __init__(self, *, sparse: bool = False) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 5, sparse=sparse)
-        self.hidden = nn.Linear(5, 5)
-        self.tied = not sparse
-        self.output = nn.Linear(5, 11, bias=False)
-        if self.tied:
-            self.output.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(torch.tanh(self.hidden(self.embedding(x))))
-
-
-class Unused(nn.Module):
-    """One part is frozen, one is never called, one is called for long batches only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen = nn.Linear(6, 6).requires_grad_(False)
-        self.body = nn.Linear(6, 1)
-        self.never = nn.Linear(3, 3)
-        self.sometimes = nn.Linear(6, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body(torch.tanh(self.frozen(x)))
-        return y + self.sometimes(x) if len(x) > 3 else y
-
-
-class Checkpointed(nn.Module):
-    """The same block twice, recomputed in the backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
-        self.head = nn.Linear(6, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(2):
-            x = checkpoint(self.block, x, use_reentrant=False)
-        return self.head(x)
 
 
 class Mixed(nn.Module):
@@ -89,21 +44,8 @@ class Spectral(nn.Module):
         return (x.to(torch.complex64) @ self.weight).abs()
 
 
-def regression_loss(model: nn.Module, size: int, dtype: torch.dtype) -> Tensor:
-    x, y = torch.randn(size, 6, dtype=dtype), torch.randn(size, 1, dtype=dtype)
-    return functional.mse_loss(model(x).to(dtype), y)
-
-
-def token_loss(model: nn.Module, size: int, dtype: torch.dtype) -> Tensor:
-    return functional.cross_entropy(model(torch.randint(11, (size,))), torch.randint(11, (size,)))
-
-
 def length(grad: Tensor) -> float:
     return float(sum_of_squares([norms(grad)], grad.device).sqrt())
-
-
-def dense(grad: Tensor) -> Tensor:
-    return (grad.to_dense() if grad.is_sparse else grad).to(torch.complex128).flatten()
 
 
 def measured(model: nn.Module, losses: Sequence[Callable[[], Tensor]], sizes: Sequence[int]) -> GradientMoments:
@@ -133,15 +75,6 @@ def part_by_part(model: nn.Module, losses: Sequence[Callable[[], Tensor]], sizes
     shares = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
     mean = (shares[:, None] * stacked).sum(0)
     return from_parts(stacked.abs().square().sum(1).numpy(), sizes, float(mean.abs().square().sum()))
-
-
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
-    "network": (network, regression_loss),
-    "tied": (Tied, token_loss),
-    "sparse": (lambda: Tied(sparse=True), token_loss),
-    "unused": (Unused, regression_loss),
-    "checkpointed": (Checkpointed, regression_loss),
-}
 
 
 def check(model: nn.Module, loss_of: Callable[..., Tensor], sizes: Sequence[int], dtype: torch.dtype) -> None:
