@@ -1,14 +1,16 @@
-"""Per-example gradients of one parameter, in the few shapes that layers make, without forming them where that costs more.
+"""Per-example gradients of one parameter, in the shapes that layers make, formed only where cheaper.
 
-One call of a module adds to the gradient of a parameter, for every example i of a micro-batch, a term ``g_i``. A
-`Contribution` is all those terms in the cheapest form that determines them: two factors of a sum of outer products, the
-rows of a table that were looked up, the two signals that a convolution correlates, or the terms themselves. It answers
-the only two questions that the exact tests ask, ``|g_i|^2`` and ``<g_i, d>``.
+One call of a module adds to the gradient of a parameter, for every example i of a micro-batch, a term
+``g_i``. A `Contribution` is all those terms in the cheapest form that determines them: two factors of a sum
+of outer products, the rows of a table that were looked up, the two signals that a convolution correlates, or
+the terms themselves. It answers the only two questions that the exact tests ask, ``|g_i|^2`` and ``<g_i,
+d>``.
 
-A sum of T outer products of lengths K and L has, by the identity ``|R^T C|^2 = sum(R R^T * C C^T)``, a squared norm that
-costs T^2 (K + L) multiplications without the gradient and T K L with it (Goodfellow 2015 for T = 1; Li et al. 2022,
-section 4, and Gray et al. 2024 for sequences). Two factors hold T (K + L) numbers and the gradient K L, so the cheaper way
-to compute is also the smaller thing to keep, and one comparison decides both.
+A sum of T outer products of lengths K and L has, by the identity ``|R^T C|^2 = sum(R R^T * C C^T)``, a
+squared norm that costs T^2 (K + L) multiplications without the gradient and T K L with it (Goodfellow 2015
+for T = 1; Li et al. 2022, section 4, and Gray et al. 2024 for sequences). Two factors hold T (K + L) numbers
+and the gradient K L, so the cheaper way to compute is also the smaller thing to keep, and one comparison
+decides both.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-# Numbers of scratch memory that one contraction may use at a time: 4 MB in float32. Larger chunks leave the cache of a
-# CPU core (measured: no faster), smaller ones pay more kernel launches.
+# Numbers of scratch memory that one contraction may use at a time: 4 MB in float32. A quarter and four times
+# as much took the same time, within the noise of a shared machine.
 SCRATCH = 1 << 20
 
 
@@ -35,14 +38,15 @@ def chunks(num_examples: int, numbers_each: int) -> Iterator[slice]:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in the type that sums are taken in: float64 stays, all other floating types become float32."""
+    """The tensor in the type that sums are taken in: float64 stays, all others become float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
 def squared_sums(values: Tensor) -> Tensor:
     """Sum of squares of each example, (num_examples, ...) -> (num_examples,).
 
-    ``sum`` adds in cascade; ``vector_norm`` and a batched product do not, and lose 4e-6 and 5e-5 on 200,000 numbers.
+    ``sum`` adds in cascade; ``vector_norm`` and a batched product do not, and lose 4e-6 and 5e-5 on 200,000
+    numbers.
     """
     flat = values.flatten(1)
     pieces = [wide(flat[part]) for part in chunks(flat.shape[0], flat.shape[1])]
@@ -77,7 +81,7 @@ class Contribution(ABC):
 
 @dataclass(frozen=True)
 class Dense(Contribution):
-    """The gradients themselves: for parameters far smaller than the signals they meet (biases, gains, small filters).
+    """The gradients themselves: for parameters smaller than the signals they meet (biases, gains).
 
     Args:
         values: ``g_i``, shape (num_examples, *parameter.shape).
@@ -160,7 +164,8 @@ class Lookup(Contribution):
 
     Args:
         index: the rows looked up, shape (num_examples, num_positions).
-        values: gradient at the rows, shape (num_examples, num_positions, width); zero where it must not count.
+        values: gradient at the rows, shape (num_examples, num_positions, width); zero where it must not
+            count.
         num_rows: rows of the table.
     """
 
@@ -179,17 +184,19 @@ class Lookup(Contribution):
     def squares(self) -> Tensor:
         """Sums the positions of an example that looked up the same row, in a table as long as the sequence.
 
-        Sorting gives the distinct rows of each example consecutive numbers without asking the device how many there are.
+        Sorting gives the distinct rows of each example consecutive numbers without asking the device how many
+        there are.
         """
         num_examples, num_positions = self.index.shape
         ordered, order = self.index.sort(dim=1)
         is_new = torch.ones_like(ordered)
         is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        number = is_new.cumsum(1) - 1 + num_positions * torch.arange(num_examples, device=order.device)[:, None]
+        first = num_positions * torch.arange(num_examples, device=order.device)
+        number = is_new.cumsum(1) - 1 + first[:, None]
         slot = torch.empty_like(order).scatter_(1, order, number)
         sums = wide(torch.zeros_like(self.values)).flatten(0, 1)
         sums.index_add_(0, slot.flatten(), wide(self.values).flatten(0, 1))
-        return squared_sums(sums.unflatten(0, (num_examples, num_positions)))
+        return squared_sums(sums.view(num_examples, num_positions, -1))
 
     def products(self, direction: Tensor) -> Tensor:
         along = F.embedding(self.index, wide(direction))
@@ -203,7 +210,7 @@ class Lookup(Contribution):
 
 @dataclass(frozen=True)
 class Correlation(Contribution):
-    """The correlation of a convolution's input with the gradient at its output, in one, two or three dimensions.
+    """The correlation of a convolution's input with the gradient at its output, in 1, 2 or 3 dimensions.
 
     Args:
         grad: gradient at the output, shape (num_examples, out_channels, *output_size).
@@ -232,7 +239,7 @@ class Correlation(Contribution):
         return self._dense_numbers <= math.prod(self.grad.shape[1:]) + math.prod(self.inputs.shape[1:])
 
     def squares(self) -> Tensor:
-        """Through the patches and their Gram matrices where few positions meet many channels, else densely."""
+        """By Gram matrices of patches where few positions meet many channels, else by the gradients."""
         num_positions = math.prod(self.grad.shape[2:])
         num_rows = self.grad.shape[1] // self.groups
         num_cols = self.inputs.shape[1] // self.groups * math.prod(self.kernel_size)
@@ -244,7 +251,7 @@ class Correlation(Contribution):
             length = part.stop - part.start
             rows = self.grad[part].reshape(length * self.groups, num_rows, num_positions).mT
             cols = self._patches(part).reshape(length * self.groups, num_positions, num_cols)
-            sums.append(Outer(rows, cols).squares().unflatten(0, (length, self.groups)).sum(1))
+            sums.append(Outer(rows, cols).squares().view(length, self.groups).sum(1))
         return torch.cat(sums)
 
     def products(self, direction: Tensor) -> Tensor:
@@ -259,12 +266,12 @@ class Correlation(Contribution):
         return torch.cat(sums)
 
     def dense(self, part: slice) -> Tensor:
-        """One convolution whose groups are the examples (Rochette et al. 2019): as fast as the mean gradient's own."""
-        differentiate = (torch.nn.grad.conv1d_weight, torch.nn.grad.conv2d_weight, torch.nn.grad.conv3d_weight)
+        """One convolution whose groups are the examples (Rochette et al. 2019): as fast as the mean's."""
+        differentiate = (conv1d_weight, conv2d_weight, conv3d_weight)
         inputs, grad = wide(self.inputs[part]), wide(self.grad[part])
         length, in_channels, out_channels = inputs.shape[0], inputs.shape[1], grad.shape[1]
         shape = (in_channels // self.groups, *self.kernel_size)
-        weights = differentiate[len(self.kernel_size) - 1](
+        weights: Tensor = differentiate[len(self.kernel_size) - 1](  # type: ignore[no-untyped-call]
             inputs.reshape(1, length * in_channels, *inputs.shape[2:]),
             (length * out_channels, *shape),
             grad.reshape(1, length * out_channels, *grad.shape[2:]),
@@ -276,8 +283,9 @@ class Correlation(Contribution):
         return weights.reshape(length, out_channels, *shape)
 
     def _patches(self, part: slice) -> Tensor:
-        """The inputs under the kernel, shape (length, groups, positions..., channels of a group, kernel...)."""
-        windows = self.inputs[part].unflatten(1, (self.groups, -1))
+        """The inputs under the kernel: (length, groups, *positions, channels of a group, *kernel)."""
+        inputs = self.inputs[part]
+        windows = inputs.reshape(inputs.shape[0], self.groups, -1, *inputs.shape[2:])
         num_dims = len(self.kernel_size)
         for dim, (size, stride, dilation) in enumerate(
             zip(self.kernel_size, self.stride, self.dilation, strict=True), start=3
@@ -290,7 +298,8 @@ class Correlation(Contribution):
 def combined_squares(contributions: Sequence[Contribution], parameter_size: int) -> Tensor:
     """``|g_i|^2`` where several calls share the parameter: summed before the norm, cross terms and all.
 
-    A weight tied between an embedding and an output head meets neither's whole table: the two forms give the cross term.
+    A weight tied between an embedding and an output head meets neither's whole table: the two forms give the
+    cross term.
 
     Args:
         contributions: all of the micro-batch's contributions to one parameter, at least one.
@@ -335,7 +344,7 @@ def combined_squares(contributions: Sequence[Contribution], parameter_size: int)
 
 
 def _inner(outer: Outer, lookup: Lookup) -> Tensor:
-    """``<g_i, h_i>`` of a linear map's and an embedding's contribution to the same table, shape (num_examples,)."""
+    """``<g_i, h_i>`` of a linear map's and an embedding's contribution to one table, (num_examples,)."""
     sums = []
     num_positions, num_lookups = outer.rows.shape[1], lookup.index.shape[1]
     for part in chunks(outer.num_examples, 2 * num_positions * num_lookups):

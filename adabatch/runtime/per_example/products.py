@@ -1,19 +1,19 @@
 """Inner products of every example's gradient with the step's gradient, and the moments they make.
 
-Two ways to ``p_i = <g_i, g>``, for all examples at once and without their gradients. `ExampleGradients.products`
-reads it from the signals that the measured backward left behind: a parameter's share is its layer run forward once
-more with the gradient in the place of the weights, times the gradient at its output, a third of a step. Nothing else runs
-again. It holds those signals until the gradient is known, which is at the end of the step. `products_by_jvp`
-holds nothing but the batch: it runs the losses again in forward mode, a step's cost, with the random numbers of the real
-pass, and needs a function of the parameters and forward derivatives of every operation.
+There are two ways to ``p_i = <g_i, g>`` for all examples at once, without their gradients.
+`ExampleGradients.products` uses what the measured backward left behind, at a third of a step, holding it
+until the gradient is known, which is at the end of the step. `products_by_jvp` holds nothing but the batch:
+it runs the losses again in forward mode, at the cost of a whole step, and needs them as a function of the
+parameters, the random numbers of the real pass, and a forward derivative of every operation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,8 +76,8 @@ def products_by_jvp(
             ``lambda p: loss_fn(torch.func.functional_call(model, p, (x,)), y, reduction="none")``.
         direction: the step's mean gradient, a tensor for each name in ``parameters`` and of its shape.
         parameters: the trainable parameters, by name.
-        random_state: state before the forward of the real pass, so that dropout draws the same masks; by default
-            the pass draws new ones.
+        random_state: state before the forward of the real pass, so that dropout draws the same masks; by
+            default the pass draws new ones.
 
     Returns:
         Shape (num_examples,), in the type of the losses.
@@ -90,29 +90,27 @@ def products_by_jvp(
     """
     if parameters.keys() != direction.keys():
         odd = sorted(parameters.keys() ^ direction.keys())
-        raise ValueError(f"parameters and direction must have the same names, got one without the other: {odd}")
+        raise ValueError(f"parameters and direction must have the same names, which differ in {odd}")
     primals = {name: tensor.detach() for name, tensor in parameters.items()}
     tangents = {name: direction[name].detach().to(primal.dtype) for name, primal in primals.items()}
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        if random_state is None:
-            values, products = torch.func.jvp(losses, (primals,), (tangents,))
-        else:
-            with random_state.again():
-                values, products = torch.func.jvp(losses, (primals,), (tangents,))
+    draws = nullcontext() if random_state is None else random_state.again()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), draws:
+        pair: Any = torch.func.jvp(losses, (primals,), (tangents,))
+    values: Tensor = pair[0]
+    products: Tensor = pair[1]
     if values.dim() != 1:
         raise ValueError(
             f"losses must be one number an example, shape (num_examples,), got shape {tuple(values.shape)}: "
             "take the loss with reduction='none' and its mean over each example's own dimensions"
         )
-    assert isinstance(products, Tensor)
     return products
 
 
-def leave_one_out(products: Tensor, examples_sq: Tensor) -> Tensor:
+def without_own_share(products: Tensor, examples_sq: Tensor) -> Tensor:
     """Inner products with the mean gradient of the *other* examples, ``p_i' = (b p_i - s_i) / (b - 1)``.
 
-    An example is part of the mean that it is compared with, which adds ``s_i / b`` to ``p_i``: the smaller the
-    batch, the more of the spread of ``p_i`` is the spread of the norms.
+    An example is part of the mean that it is compared with, which adds ``s_i / b`` to ``p_i``: the smaller
+    the batch, the more of the spread of ``p_i`` is the spread of the norms.
 
     Args:
         products: ``p_i``, shape (num_examples,), of all b examples of the step.
@@ -128,14 +126,14 @@ def leave_one_out(products: Tensor, examples_sq: Tensor) -> Tensor:
 
 
 def example_moments(
-    examples_sq: Tensor, products: Tensor, *, leave_one_out_products: bool = False
+    examples_sq: Tensor, products: Tensor, *, leave_one_out: bool = False
 ) -> GradientMoments:
     """The moments of a step from all its examples, for the exact norm, inner-product and augmented tests.
 
     Args:
         examples_sq: ``s_i = |g_i|^2``, shape (num_examples,), of all examples of the step.
         products: ``p_i = <g_i, g>`` with the step's mean gradient g, same shape.
-        leave_one_out_products: take the noise along the gradient from `leave_one_out` products, as
+        leave_one_out: take the noise along the gradient from `without_own_share` products, as
             ``Var(p_i') / mean(p_i')``; the squared norms, and so the norm test, are the same either way.
 
     Raises:
@@ -144,9 +142,9 @@ def example_moments(
     squares = examples_sq.double().cpu().numpy()  # host sync
     inner = products.double().cpu().numpy()
     moments = from_examples(squares, inner)
-    if not leave_one_out_products:
+    if not leave_one_out:
         return moments
-    others = leave_one_out(products.double(), examples_sq.double())
+    others = without_own_share(products.double(), examples_sq.double())
     signal = float(others.mean())
     along = float(others.var()) / signal if signal > 0 else math.nan
     return moments._replace(noise_along=along)

@@ -1,18 +1,20 @@
-"""Per-example gradients of a module without a rule: its call once more, example by example under ``torch.func.vmap``.
+"""Per-example gradients of a module without a rule: its call once more under ``torch.func.vmap``.
 
-The replay differentiates one module, not the model: its inputs and the gradients at its outputs are those of the
-real step, so the loss is not needed and nothing else runs again. It works through chunks of examples and never
-holds all gradients at a time. A module that draws random numbers cannot be replayed, because its masks were drawn
-for the whole batch; it is refused.
+The replay differentiates one module, not the model: its inputs and the gradients at its outputs are those of
+the real step, so the loss is not needed and nothing else runs again. It works through chunks of examples and
+never holds all gradients at a time. A module that draws random numbers cannot be replayed, because its masks
+were drawn for the whole batch; it is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adabatch.runtime.per_example.contributions import chunks, wide
 
@@ -61,8 +63,8 @@ class Replay:
     Args:
         module: the module.
         names: its trainable parameters, as the module names them.
-        arguments: (args, kwargs) of the call; a tensor whose first dimension is ``num_examples`` has an example a
-            row, any other is the same for all.
+        arguments: (args, kwargs) of the call; a tensor whose first dimension is ``num_examples`` has an
+            example a row, any other is the same for all.
         inputs: the tensors of ``arguments``, in order.
         grads: gradient at each output tensor of the call, in order; None where there is none.
         num_examples: examples in the micro-batch.
@@ -95,13 +97,14 @@ class Replay:
         transform = torch.func.vmap(self._gradient)
         for part in chunks(self.num_examples, self._parameter_numbers):
             try:
-                with torch.enable_grad(), self.autocast.again():
+                with torch.enable_grad(), self.autocast.again(), sdpa_kernel(SDPBackend.MATH):
                     yield transform([tensor[part] for tensor in per_example], [grad[part] for grad in grads])
             except (RuntimeError, ValueError) as error:
                 raise RuntimeError(
-                    f"{type(self.module).__name__} has no rule for per-example gradients, and torch.func.vmap "
-                    f"cannot run it one example at a time ({error}). Pass rules={{{type(self.module).__name__}: ...}}, "
-                    "write it with layers that have a rule, or use the norm test from micro-batches"
+                    f"{type(self.module).__name__} has no rule for per-example gradients, and "
+                    f"torch.func.vmap cannot run it one example at a time ({error}). Pass "
+                    f"rules={{{type(self.module).__name__}: ...}}, write it with layers that have a rule, or "
+                    "use the norm test from micro-batches"
                 ) from error
 
     def dense(self) -> dict[str, Tensor]:
@@ -138,13 +141,13 @@ class Replay:
         leaves = iter(
             [shared if self._by_example(shared) is None else next(own) for shared in self.inputs]
         )
-        args, kwargs = map_tensors(lambda _: next(leaves), self.arguments)  # type: ignore[misc]
+        call: Any = map_tensors(lambda _: next(leaves), self.arguments)
 
         def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            leaves = tensors_of(torch.func.functional_call(self.module, parameters, args, kwargs))
+            leaves = tensors_of(torch.func.functional_call(self.module, parameters, *call))
             return tuple(leaf for leaf, grad in zip(leaves, self.grads, strict=True) if grad is not None)
 
         parameters = {name: self.module.get_parameter(name).detach() for name in self.names}
-        _, pull_back = torch.func.vjp(outputs, parameters)
+        pull_back = torch.func.vjp(outputs, parameters)[1]
         gradient: dict[str, Tensor] = pull_back(tuple(grad.unsqueeze(0) for grad in grads))[0]
         return gradient

@@ -1,7 +1,8 @@
-"""What one call of a layer adds to the per-example gradients of its parameters: a rule for each kind of layer.
+"""What one call of a layer adds to its parameters' per-example gradients: a rule for each kind of layer.
 
-A rule gets the module, its input and the gradient at its output, both with the examples along the first dimension, and
-gives the contribution to each trainable parameter. It needs no weights, so it serves sharded parameters as well.
+A rule gets the module, its input and the gradient at its output, both with the examples along the first
+dimension, and gives the contribution to each trainable parameter. It needs no weights, so it serves sharded
+parameters as well.
 Rules apply to exactly these classes: a subclass may compute something else, and goes through ``replay``.
 """
 
@@ -44,7 +45,8 @@ def _conv(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str
         pads: list[int] = []  # F.pad begins with the last dimension
         for dim in reversed(range(len(module.kernel_size))):
             if isinstance(module.padding, str):
-                total = module.dilation[dim] * (module.kernel_size[dim] - 1) if module.padding == "same" else 0
+                span = module.dilation[dim] * (module.kernel_size[dim] - 1)
+                total = span if module.padding == "same" else 0
                 pads += [total // 2, total - total // 2]
             else:
                 pads += [module.padding[dim]] * 2
@@ -107,7 +109,7 @@ def _group_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tup
 
 
 def _instance_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str, Contribution]]:
-    """Exact with tracked statistics too: a step normalises by each example's own, or by those of earlier steps."""
+    """Exact with tracked statistics too: a step uses each example's own, or those of earlier steps."""
     assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
     if module.training or not module.track_running_stats:
         return _affine(module, partial(F.instance_norm, eps=module.eps), inputs, grad)
@@ -115,7 +117,7 @@ def _instance_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[
 
 
 def _frozen_batch_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str, Contribution]]:
-    """Normalisation by running statistics, in evaluation mode; batch normalisation that trains is refused beforehand."""
+    """Normalisation by running statistics, in evaluation mode; in training mode it is refused beforehand."""
     assert isinstance(module, (*_BATCH_NORMS, *_INSTANCE_NORMS))
     mean, var = wide(module.get_buffer("running_mean")), wide(module.get_buffer("running_var"))
     return _affine(
@@ -127,13 +129,17 @@ class Rule(NamedTuple):
     """How a kind of layer gives its contributions.
 
     Args:
-        contributions: (module, input, gradient at the output) -> the name of each trainable parameter and what the call
-            adds to its gradients. The input may be anything where the module's ``weight`` is frozen.
+        contributions: (module, input, gradient at the output) -> the name of each trainable parameter and
+            what the call adds to its gradients. The input may be anything where the module's ``weight`` is
+            frozen.
         item_dims: (module) -> the fewest dimensions that the input has for one example.
+        inputless: parameters whose contribution does not need the input; it is not kept where only they
+            train, and then is an empty tensor.
     """
 
     contributions: Callable[[nn.Module, Tensor, Tensor], Iterator[tuple[str, Contribution]]]
     item_dims: Callable[[nn.Module], int]
+    inputless: frozenset[str] = frozenset({"bias"})
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -181,37 +187,3 @@ RULES: Mapping[type[nn.Module], Rule] = MappingProxyType(
         nn.SyncBatchNorm: Rule(_frozen_batch_norm, _one),
     }
 )
-
-
-def coupling(module: nn.Module) -> str | None:
-    """Why the module makes an example's gradient depend on the other examples, and the way out; None where it does not."""
-    if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
-        return (
-            f"{type(module).__name__} normalises by statistics of the whole batch: use GroupNorm or LayerNorm, put it in "
-            "evaluation mode, or use the norm test from micro-batches"
-        )
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
-        return (
-            f"{type(module).__name__}(scale_grad_by_freq=True) divides by counts over the whole batch: switch it off, or "
-            "use the norm test from micro-batches"
-        )
-    if isinstance(module, nn.MultiheadAttention | nn.RNNBase) and not module.batch_first:
-        return (
-            f"{type(module).__name__}(batch_first=False) does not have its examples along the first dimension: build it "
-            "with batch_first=True"
-        )
-    return None
-
-
-def randomness(module: nn.Module) -> str | None:
-    """A module inside ``module`` (or itself) that draws random numbers in its present mode; None where none does."""
-    dropouts = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    for name, inner in module.named_modules():
-        draws = (
-            (isinstance(inner, dropouts) and inner.p > 0)
-            or (isinstance(inner, nn.MultiheadAttention | nn.RNNBase) and inner.dropout > 0)
-            or isinstance(inner, nn.RReLU)
-        )
-        if draws and inner.training:
-            return name or type(inner).__name__
-    return None
