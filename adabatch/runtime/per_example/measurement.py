@@ -26,7 +26,14 @@ from adabatch.runtime.per_example.contributions import (
     squared_sums,
     wide,
 )
-from adabatch.runtime.per_example.replay import Autocast, Replay, map_tensors, tensors_of
+from adabatch.runtime.per_example.replay import (
+    Autocast,
+    Replay,
+    example_dim,
+    map_tensors,
+    tensors_of,
+    with_states,
+)
 from adabatch.runtime.per_example.sites import Site
 
 # A parameter that is used outside the module that owns it shows: the examples' gradients do not add up to its
@@ -219,18 +226,20 @@ class Measurement:
         if self._is_replaying or not wanted:
             return
         num_examples = self._examples_for(site)
-        for leaf in wanted:
-            if leaf.dim() == 0 or leaf.shape[0] != num_examples:
+        for position, leaf in enumerate(leaves):
+            dim = example_dim(module, position)
+            if leaf.requires_grad and (leaf.dim() <= dim or leaf.shape[dim] != num_examples):
                 raise ValueError(
                     f"{site} gave an output of shape {tuple(leaf.shape)} in a micro-batch of {num_examples} "
                     "examples: the first dimension must be the examples"
                 )
         self._num_calls[site] = self._num_calls.get(site, 0) + 1
+        call = (with_states(module, args, num_examples), kwargs)
         backward = partial(
             self._on_replayed_grads,
             site,
-            map_tensors(lambda _: torch.empty(0), (args, kwargs)),
-            _Kept(tensors_of((args, kwargs))),
+            map_tensors(lambda _: torch.empty(0), call),
+            _Kept(tensors_of(call)),
             [leaf.requires_grad for leaf in leaves],
             Autocast.now(wanted[0].device.type),
         )

@@ -8,7 +8,9 @@ were drawn for the whole batch; it is refused.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,9 @@ def map_tensors(function: Callable[[Tensor], object], tree: object) -> object:
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, tuple | list):
-        return type(tree)(map_tensors(function, branch) for branch in tree)
+        branches = [map_tensors(function, branch) for branch in tree]
+        kind: Any = type(tree)
+        return kind(branches) if kind in (tuple, list) else kind(*branches)
     if isinstance(tree, dict):
         return {key: map_tensors(function, branch) for key, branch in tree.items()}
     return tree
@@ -91,13 +95,22 @@ class Replay:
 
     def gradients(self) -> Iterator[dict[str, Tensor]]:
         """The gradients of runs of examples: parameter name -> (length of the run, *parameter.shape)."""
-        inputs = [self._by_example(tensor) for tensor in self.inputs]
-        grads = [grad for grad in self.grads if grad is not None]
+        inputs = [self._by_example(position, tensor) for position, tensor in enumerate(self.inputs)]
         per_example = [tensor for tensor in inputs if tensor is not None]
+        grads = [
+            _by_example(tensor, example_dim(self.module, position))
+            for position, tensor in enumerate(self.grads)
+            if tensor is not None
+        ]
         transform = torch.func.vmap(self._gradient)
         for part in chunks(self.num_examples, self._parameter_numbers):
             try:
-                with torch.enable_grad(), self.autocast.again(), sdpa_kernel(SDPBackend.MATH):
+                with ExitStack() as contexts:
+                    contexts.enter_context(torch.enable_grad())
+                    contexts.enter_context(self.autocast.again())
+                    contexts.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only one that vmap batches
+                    contexts.enter_context(warnings.catch_warnings())
+                    warnings.filterwarnings("ignore", "There is a performance drop because we have not yet")
                     yield transform([tensor[part] for tensor in per_example], [grad[part] for grad in grads])
             except (RuntimeError, ValueError) as error:
                 raise RuntimeError(
@@ -120,26 +133,24 @@ class Replay:
         ]
         return torch.cat([run.sum(0) for run in runs])
 
-    def _by_example(self, tensor: Tensor) -> Tensor | None:
-        """The tensor with its examples along the first dimension, one kept below; None where it is shared."""
-        if tensor.dim() == 0:
-            return None
-        if tensor.shape[0] == self.num_examples:
-            return tensor.unsqueeze(1)
+    def _by_example(self, position: int, tensor: Tensor) -> Tensor | None:
+        """The input with its examples along the first dimension, one kept in its place; None where shared."""
+        dim = example_dim(self.module, position)
+        if tensor.dim() > dim and tensor.shape[dim] == self.num_examples:
+            return _by_example(tensor, dim)
         module = self.module
-        if (  # attention masks of shape (num_examples x heads, ...)
-            isinstance(module, nn.MultiheadAttention)
-            and tensor.dim() == 3
-            and tensor.shape[0] == self.num_examples * module.num_heads
-        ):
+        if isinstance(module, nn.MultiheadAttention) and tensor.dim() == 3:  # attention masks, one a head
             return tensor.reshape(self.num_examples, module.num_heads, *tensor.shape[1:])
         return None
 
     def _gradient(self, inputs: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
-        """The gradient of one example, whose first dimension is 1."""
+        """The gradient of one example, in tensors that hold that example alone."""
         own = iter(inputs)
         leaves = iter(
-            [shared if self._by_example(shared) is None else next(own) for shared in self.inputs]
+            [
+                shared if self._by_example(position, shared) is None else next(own)
+                for position, shared in enumerate(self.inputs)
+            ]
         )
         call: Any = map_tensors(lambda _: next(leaves), self.arguments)
 
@@ -149,5 +160,26 @@ class Replay:
 
         parameters = {name: self.module.get_parameter(name).detach() for name in self.names}
         pull_back = torch.func.vjp(outputs, parameters)[1]
-        gradient: dict[str, Tensor] = pull_back(tuple(grad.unsqueeze(0) for grad in grads))[0]
+        gradient: dict[str, Tensor] = pull_back(tuple(grads))[0]
         return gradient
+
+
+def example_dim(module: nn.Module, position: int) -> int:
+    """The dimension of the examples in an input or output at ``position``; recurrent states have 1."""
+    return 1 if isinstance(module, nn.RNNBase) and position > 0 else 0
+
+
+def with_states(module: nn.Module, args: tuple[Any, ...], num_examples: int) -> tuple[Any, ...]:
+    """The arguments with the zero states that a recurrent module starts from; vmap would lack them."""
+    if not isinstance(module, nn.RNNBase) or len(args) != 1 or not isinstance(args[0], Tensor):
+        return args
+    layers = module.num_layers * (2 if module.bidirectional else 1)
+    hidden = args[0].new_zeros(layers, num_examples, module.proj_size or module.hidden_size)
+    if not isinstance(module, nn.LSTM):
+        return (*args, hidden)
+    return (*args, (hidden, args[0].new_zeros(layers, num_examples, module.hidden_size)))
+
+
+def _by_example(tensor: Tensor, dim: int) -> Tensor:
+    """Examples first, and a dimension of 1 where they were: what each example's own call gets."""
+    return tensor.movedim(dim, 0).unsqueeze(dim + 1)
