@@ -259,9 +259,7 @@ class Correlation(Contribution):
         along = wide(direction)
         sums = []
         for part in chunks(self.num_examples, math.prod(self.grad.shape[1:])):
-            image = convolve(
-                wide(self.inputs[part]), along, None, self.stride, 0, self.dilation, self.groups
-            )
+            image = convolve(wide(self.inputs[part]), along, None, self.stride, 0, self.dilation, self.groups)
             sums.append(image.mul_(wide(self.grad[part])).flatten(1).sum(1))
         return torch.cat(sums)
 
@@ -271,7 +269,9 @@ class Correlation(Contribution):
         inputs, grad = wide(self.inputs[part]), wide(self.grad[part])
         length, in_channels, out_channels = inputs.shape[0], inputs.shape[1], grad.shape[1]
         shape = (in_channels // self.groups, *self.kernel_size)
-        weights: Tensor = differentiate[len(self.kernel_size) - 1](  # type: ignore[no-untyped-call]
+        weights: Tensor = differentiate[
+            len(self.kernel_size) - 1
+        ](  # type: ignore[no-untyped-call]
             inputs.reshape(1, length * in_channels, *inputs.shape[2:]),
             (length * out_channels, *shape),
             grad.reshape(1, length * out_channels, *grad.shape[2:]),

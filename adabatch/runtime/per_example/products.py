@@ -10,6 +10,7 @@ parameters, the random numbers of the real pass, and a forward derivative of eve
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ def products_by_jvp(
     primals = {name: tensor.detach() for name, tensor in parameters.items()}
     tangents = {name: direction[name].detach().to(primal.dtype) for name, primal in primals.items()}
     draws = nullcontext() if random_state is None else random_state.again()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), draws:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), draws, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # of torch's own making
         pair: Any = torch.func.jvp(losses, (primals,), (tangents,))
     values: Tensor = pair[0]
     products: Tensor = pair[1]
@@ -125,9 +127,7 @@ def without_own_share(products: Tensor, examples_sq: Tensor) -> Tensor:
     return (num_examples * products - examples_sq) / (num_examples - 1)
 
 
-def example_moments(
-    examples_sq: Tensor, products: Tensor, *, leave_one_out: bool = False
-) -> GradientMoments:
+def example_moments(examples_sq: Tensor, products: Tensor, *, leave_one_out: bool = False) -> GradientMoments:
     """The moments of a step from all its examples, for the exact norm, inner-product and augmented tests.
 
     Args:

@@ -52,9 +52,7 @@ class Autocast:
 
     @classmethod
     def now(cls, device_type: str) -> Autocast:
-        return cls(
-            device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-        )
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
     def again(self) -> torch.autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
