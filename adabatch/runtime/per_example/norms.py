@@ -53,7 +53,8 @@ class ExampleGradients:
         Args:
             direction: a tensor for each trainable parameter, by its name in the model, of the parameter's
                 shape. By default the parameters' ``.grad``, which must then hold the step's mean gradient:
-                all micro-batches accumulated and reduced, unscaled, not yet clipped.
+                all micro-batches accumulated and reduced, unscaled, not yet clipped. Sharded gradients must
+                be given whole (``grad.full_tensor()``).
 
         Returns:
             Shape (num_examples,), in the type of ``examples_sq``.
@@ -103,8 +104,8 @@ class PerExampleNorms:
     module's inputs are recomputed with it. A compiled model runs eagerly while it is measured.
 
     Args:
-        model: the model as the loop calls it, plain or wrapped in DDP. The examples lie along the first
-            dimension of every module's input; a first dimension of 1 (positions, say) is shared by all
+        model: the model as the loop calls it: plain, in DDP, or sharded by FSDP2. The examples lie along the
+            first dimension of every module's input; a first dimension of 1 (positions, say) is shared by all
             examples, and the module's output is expanded to them.
         products: also hold what inner products with the step's gradient need, for as long as the
             `ExampleGradients` lives: inputs and output gradients of the layers, or their per-example
