@@ -3,13 +3,14 @@
     python benchmarks/exact_tests.py
 
 Goal, as ratios to a plain training step (forward, backward, SGD) on one thread: norms at most 2.0, norms and
-inner products at most 3.0, peak memory at most 1.3. Every contender does a whole training step and leaves the
-numbers that its test needs, and all must agree on them before they are timed. Rivals: per-example gradients by
-``torch.func.vmap``, all at once and in chunks, and Opacus where it is installed (``pip install opacus``), with
-stored gradients and with its ghost norms.
+inner products at most 3.0, peak memory at most 1.3. Every contender does a whole training step and leaves
+the numbers that its test needs, and all must agree on them before they are timed. Rivals: per-example
+gradients by ``torch.func.vmap``, all at once and in chunks, and Opacus where it is installed (``pip install
+opacus``), with stored gradients and with its ghost norms.
 
 Peak memory is that of the tensors alive during a step, parameters and gradients and batch included and the
-interpreter not, as torch's profiler sees the allocator; each contender is measured in a process of its own."""
+interpreter not, as torch's profiler sees the allocator; each contender is measured in a process of its
+own."""
 
 from __future__ import annotations
 
@@ -261,8 +262,8 @@ def findings(title: str, timings: Timings, peaks: Mapping[str, int]) -> list[str
         time_word = "met" if ratio.median <= goal else "missed"
         memory_word = "met" if memory <= MEMORY_GOAL else "missed"
         told.append(
-            f"{title}: {name}: {ratio.show()} times a plain step, goal {goal}: {time_word}; peak memory {memory:.2f} "
-            f"times, goal {MEMORY_GOAL}: {memory_word}."
+            f"{title}: {name}: {ratio.show()} times a plain step, goal {goal}: {time_word}; "
+            f"peak memory {memory:.2f} times, goal {MEMORY_GOAL}: {memory_word}."
         )
     return told
 

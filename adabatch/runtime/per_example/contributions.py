@@ -8,9 +8,9 @@ d>``.
 
 A sum of T outer products of lengths K and L has, by the identity ``|R^T C|^2 = sum(R R^T * C C^T)``, a
 squared norm that costs T^2 (K + L) multiplications without the gradient and T K L with it (Goodfellow 2015
-for T = 1; Li et al. 2022, section 4, and Gray et al. 2024 for sequences). Two factors hold T (K + L) numbers
-and the gradient K L, so the cheaper way to compute is also the smaller thing to keep, and one comparison
-decides both.
+for T = 1, Li et al. 2022, section 4, for sequences; choosing the cheaper by layer: Bu et al. 2022). Two
+factors hold T (K + L) numbers and the gradient K L, so the cheaper way to compute is also the smaller thing
+to keep, and one comparison decides both.
 """
 
 from __future__ import annotations

@@ -272,11 +272,12 @@ class Measurement:
         is_alone = self._num_calls[site] == 1 and self._shared.isdisjoint(keys.values())
         self._is_replaying = True  # the module's children run again, and are not to be heard
         try:
-            if is_alone and (self.held is None or not replay.dense_is_smaller):
-                self._settle_replay(keys, replay)
-            else:
-                for own, values in replay.dense().items():
-                    self._pending.setdefault(keys[own], []).append(Dense(values))
+            with torch.no_grad(), torch.autocast(autocast.device_type, enabled=False):
+                if is_alone and (self.held is None or not replay.dense_is_smaller):
+                    self._settle_replay(keys, replay)
+                else:
+                    for own, values in replay.dense().items():
+                        self._pending.setdefault(keys[own], []).append(Dense(values))
         finally:
             self._is_replaying = False
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +82,14 @@ class Replay:
 
     @property
     def dense_is_smaller(self) -> bool:
-        """Whether the gradients themselves are fewer numbers than what the replay holds."""
+        """Whether the gradients themselves are no more numbers than what the replay holds."""
+        return self._parameter_numbers <= self._signal_numbers
+
+    @property
+    def _signal_numbers(self) -> int:
+        """Numbers of an example's inputs and output gradients."""
         held = sum(tensor.numel() for tensor in (*self.inputs, *self.grads) if tensor is not None)
-        return self.num_examples * self._parameter_numbers <= held
+        return held // self.num_examples
 
     @property
     def _parameter_numbers(self) -> int:
@@ -100,23 +104,28 @@ class Replay:
             for position, tensor in enumerate(self.grads)
             if tensor is not None
         ]
-        transform = torch.func.vmap(self._gradient)
-        for part in chunks(self.num_examples, self._parameter_numbers):
+        for part in chunks(self.num_examples, self._parameter_numbers + self._signal_numbers):
+            yield self._run([tensor[part] for tensor in per_example], [grad[part] for grad in grads])
+
+    def _run(self, inputs: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
+        # Gradients on, as in the forward: without them an LSTM takes a kernel that vmap cannot batch.
+        with (
+            torch.enable_grad(),
+            self.autocast.again(),
+            sdpa_kernel(SDPBackend.MATH),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "There is a performance drop because we have not yet")
             try:
-                with ExitStack() as contexts:
-                    contexts.enter_context(torch.enable_grad())
-                    contexts.enter_context(self.autocast.again())
-                    contexts.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only one that vmap batches
-                    contexts.enter_context(warnings.catch_warnings())
-                    warnings.filterwarnings("ignore", "There is a performance drop because we have not yet")
-                    yield transform([tensor[part] for tensor in per_example], [grad[part] for grad in grads])
+                found: dict[str, Tensor] = torch.func.vmap(self._gradient)(inputs, grads)
             except (RuntimeError, ValueError) as error:
+                kind = type(self.module).__name__
                 raise RuntimeError(
-                    f"{type(self.module).__name__} has no rule for per-example gradients, and "
-                    f"torch.func.vmap cannot run it one example at a time ({error}). Pass "
-                    f"rules={{{type(self.module).__name__}: ...}}, write it with layers that have a rule, or "
-                    "use the norm test from micro-batches"
+                    f"{kind} has no rule for per-example gradients, and torch.func.vmap cannot run it one "
+                    f"example at a time ({error}). Pass rules={{{kind}: ...}}, write it with layers that "
+                    "have a rule, or use the norm test from micro-batches"
                 ) from error
+        return found
 
     def dense(self) -> dict[str, Tensor]:
         """All gradients at once: parameter name -> (num_examples, *parameter.shape)."""
