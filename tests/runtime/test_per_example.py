@@ -503,6 +503,30 @@ def test_a_loss_scale_is_undone() -> None:
     assert torch.equal(norms.finish(loss_scale=2.0**16).examples_sq, squares)
 
 
+def test_a_mean_over_valid_tokens_is_shared_out_by_example() -> None:
+    """With n examples, g_i is n times the gradient of example i's share, so the mean of them is the gradient."""
+    torch.manual_seed(24)
+    model, (x, y) = Transformer().double(), tokens()
+    y = y.masked_fill(torch.rand(y.shape) < 0.4, -100)
+    squares, products = measured(model, x, y, cross_entropy)
+    each = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+    shares = NUM_EXAMPLES * each.sum(1) / (y != -100).sum()
+    assert_close(squares, products, gradients_of_shares(model, shares), 1e-10)
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_a_gradient_that_is_not_finite_is_told_and_not_raised(products: bool) -> None:
+    model, (x, y) = convolutional(), images()
+    x[2, 0, 3, 3] = float("inf")
+    norms = PerExampleNorms(model, products=products)
+    norms.start()
+    cross_entropy(model(x), y).backward()
+    examples = norms.finish()
+    assert examples.examples_sq.isfinite().tolist() == [i != 2 for i in range(NUM_EXAMPLES)]
+    if products:
+        assert not examples.moments().is_finite
+
+
 def test_parameters_share_out_the_squared_norm() -> None:
     torch.manual_seed(8)
     model, (x, y) = Transformer().double(), tokens()
