@@ -89,9 +89,7 @@ TASKS: Mapping[str, tuple[str, Callable[[], Task], int]] = {
 }
 
 
-def with_step(
-    model: nn.Module, gradients: Callable[[], Statistics | None]
-) -> Callable[[], Statistics | None]:
+def with_step(model: nn.Module, gradients: Callable[[], Statistics | None]) -> Callable[[], Statistics | None]:
     """A training step around what fills the gradients; the rate is too small to move the numbers."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
 
@@ -138,9 +136,7 @@ def by_vmap(task: Task, chunk_size: int | None) -> Callable[[], Statistics | Non
         task.backward(task.model)
         parameters = {name: parameter.detach() for name, parameter in task.model.named_parameters()}
         squares, products = [], []
-        for x, y in zip(
-            task.x.split(chunk_size or len(task.x)), task.y.split(chunk_size or len(task.y)), strict=True
-        ):
+        for x, y in zip(task.x.split(chunk_size or len(task.x)), task.y.split(chunk_size or len(task.y)), strict=True):
             with sdpa_kernel(SDPBackend.MATH):
                 examples = transform(parameters, x, y)
             found = reduce(
@@ -224,9 +220,7 @@ def agree(contenders: Mapping[str, Callable[[], Statistics | None]]) -> None:
         torch.testing.assert_close(found.squares, reference.squares, rtol=1e-4, atol=0, msg=name)
         if found.products is not None:
             size = float(found.products.abs().mean())
-            torch.testing.assert_close(
-                found.products, reference.products, rtol=1e-3, atol=1e-3 * size, msg=name
-            )
+            torch.testing.assert_close(found.products, reference.products, rtol=1e-3, atol=1e-3 * size, msg=name)
 
 
 def peak_of(key: str, name: str) -> int:
@@ -269,9 +263,7 @@ def findings(title: str, timings: Timings, peaks: Mapping[str, int]) -> list[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12, help="samples of each contender")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--threads", type=int, default=1)

@@ -77,9 +77,7 @@ def assert_close(examples_sq: Tensor, products: Tensor, gradients: Tensor, toler
     assert torch.all((products.double() - gradients @ mean).abs() <= tolerance * lengths)
 
 
-def measure_and_compare(
-    model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = mean_square, tolerance: float
-) -> None:
+def measure_and_compare(model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = mean_square, tolerance: float) -> None:
     norms = PerExampleNorms(model, products=True)
     alone = PerExampleNorms(model)  # may take the norms another way where it need not hold anything
     for num_examples in (len(x), len(x) - 1):  # a changed batch on the same hooks
@@ -306,9 +304,7 @@ class Transformer(nn.Module):
 
 
 def perceptron() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(12, 20), nn.ReLU(inplace=True), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 4)
-    )
+    return nn.Sequential(nn.Linear(12, 20), nn.ReLU(inplace=True), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 4))
 
 
 def convolutional() -> nn.Module:
@@ -738,9 +734,7 @@ class DropsOut(HeldDirectly):
 
 
 def test_a_replay_never_draws_other_random_numbers() -> None:
-    with pytest.raises(
-        ValueError, match=r"the model \(DropsOut\).*Dropout dropout in it.*gain.*of their own"
-    ):
+    with pytest.raises(ValueError, match=r"the model \(DropsOut\).*Dropout dropout in it.*gain.*of their own"):
         PerExampleNorms(DropsOut(functional=False))
     PerExampleNorms(DropsOut(functional=False).eval())
     model = DropsOut(functional=True)

@@ -145,9 +145,7 @@ class Measurement:
                 self._keys[site] = keys
                 forward = partial(self._on_replayed if site.rule is None else self._on_ruled, site)
                 # Before the user's own hooks, which may put another output in the place of the module's.
-                self._handles.append(
-                    site.module.register_forward_hook(forward, with_kwargs=True, prepend=True)
-                )
+                self._handles.append(site.module.register_forward_hook(forward, with_kwargs=True, prepend=True))
 
     def close(self) -> None:
         """Takes the hooks off."""
@@ -175,8 +173,7 @@ class Measurement:
             )
         if not self.squares:
             raise RuntimeError(
-                "no backward reached the model: call start() before the forward and finish() after the "
-                "backward"
+                "no backward reached the model: call start() before the forward and finish() after the backward"
             )
 
     # Forward: leave the inputs behind, and a hook at the outputs.
@@ -194,9 +191,7 @@ class Measurement:
             )
         return self.num_examples
 
-    def _on_ruled(
-        self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Tensor
-    ) -> Tensor | None:
+    def _on_ruled(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         if self._is_replaying or not output.requires_grad:
             return None
         assert site.rule is not None
@@ -266,9 +261,7 @@ class Measurement:
         keys = self._keys[site]
         grads = iter(received)
         outputs = [next(grads) if has else None for has in has_grad]
-        replay = Replay(
-            site.module, tuple(keys), arguments, kept.take(), outputs, self._examples_for(site), autocast
-        )
+        replay = Replay(site.module, tuple(keys), arguments, kept.take(), outputs, self._examples_for(site), autocast)
         is_alone = self._num_calls[site] == 1 and self._shared.isdisjoint(keys.values())
         self._is_replaying = True  # the module's children run again, and are not to be heard
         try:

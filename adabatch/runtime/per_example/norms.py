@@ -76,9 +76,7 @@ class ExampleGradients:
             total += held.products(along)
         return total * self._factor
 
-    def moments(
-        self, direction: Mapping[str, Tensor] | None = None, *, leave_one_out: bool = False
-    ) -> GradientMoments:
+    def moments(self, direction: Mapping[str, Tensor] | None = None, *, leave_one_out: bool = False) -> GradientMoments:
         """`example_moments` of these norms and products, for a step of this one micro-batch on one rank."""
         return example_moments(self.examples_sq, self.products(direction), leave_one_out=leave_one_out)
 
@@ -156,9 +154,7 @@ class PerExampleNorms:
         if self._measurement is not None:
             raise RuntimeError("a micro-batch is under way: call finish() after its backward, or remove()")
         refuse(self._model, self._sites)
-        self._measurement = Measurement(
-            self._model, self._sites, num_examples, hold=self._products, check=self._check
-        )
+        self._measurement = Measurement(self._model, self._sites, num_examples, hold=self._products, check=self._check)
 
     def finish(self, *, loss_scale: float = 1.0) -> ExampleGradients:
         """Takes the hooks off and gives what the backward left: call it after that backward.

@@ -120,9 +120,7 @@ def _frozen_batch_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Itera
     """Normalisation by running statistics, in evaluation mode; in training mode it is refused beforehand."""
     assert isinstance(module, (*_BATCH_NORMS, *_INSTANCE_NORMS))
     mean, var = wide(module.get_buffer("running_mean")), wide(module.get_buffer("running_var"))
-    return _affine(
-        module, partial(F.batch_norm, running_mean=mean, running_var=var, eps=module.eps), inputs, grad
-    )
+    return _affine(module, partial(F.batch_norm, running_mean=mean, running_var=var, eps=module.eps), inputs, grad)
 
 
 class Rule(NamedTuple):

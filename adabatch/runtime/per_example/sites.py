@@ -49,9 +49,7 @@ def find_sites(model: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> tuple
     return tuple(_visit(model, "", rules, set()))
 
 
-def _visit(
-    module: nn.Module, name: str, rules: Mapping[type[nn.Module], Rule], seen: set[nn.Module]
-) -> Iterator[Site]:
+def _visit(module: nn.Module, name: str, rules: Mapping[type[nn.Module], Rule], seen: set[nn.Module]) -> Iterator[Site]:
     if module in seen:
         return
     seen.add(module)
