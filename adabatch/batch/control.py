@@ -307,11 +307,12 @@ def decide(
         state: what the control remembers from the steps before.
     """
     low, high = limits.at(progress)
+    held = state.hold > 0
     state = replace(state, hold=max(0, state.hold - 1), until_probe=max(0, state.until_probe - 1))
+    usable = moments is not None and _usable(moments)
     if moments is not None:
-        state = replace(state, until_probe=control.interval - 1)
-        if moments.is_finite and moments.num_parts > 1:
-            state = replace(state, averages=state.averages.after(moments, control.decay))
+        averages = state.averages.after(moments, control.decay) if usable else state.averages
+        state = replace(state, until_probe=control.interval - 1, averages=averages)
     if not criterion.needs:
         wanted = criterion.wanted(Observation(moments, progress))
         target = min(max(wanted, low), high)
@@ -320,8 +321,10 @@ def decide(
 
     asked, reason = None, Reason.NOT_PROBED
     target = float(plan.global_batch_size)
-    if moments is not None and not (moments.is_finite and moments.num_parts < 2):
-        asked, reason, target = _follow(criterion, moments, control, plan, progress, state)
+    if usable:
+        asked, reason, target = _follow(criterion, control, plan, progress, state.averages, held=held)
+    elif moments is not None and not (moments.is_finite and moments.num_parts < 2):
+        reason = Reason.NOT_FINITE
     target_in_limits = min(max(target, low), high)
     if plan.global_batch_size == target_in_limits or (
         reason not in (Reason.GROW, Reason.SHRINK) and low <= plan.global_batch_size <= high
@@ -336,19 +339,24 @@ def decide(
     return Decision(chosen, reason, asked, replace(state, hold=control.hold))
 
 
+def _usable(moments: GradientMoments) -> bool:
+    """Whether averages can take it in: a number that is not finite, or whose square is not, would never leave them."""
+    measured = (moments.noise, moments.signal, moments.noise_along or 0.0)
+    return all(abs(number) < 1e150 for number in measured)
+
+
 def _follow(
     criterion: Criterion,
-    moments: GradientMoments,
     control: Control,
     plan: BatchPlan,
     progress: Progress,
-    state: ControlState,
-) -> tuple[Estimate | None, Reason, float]:
+    averages: Averages,
+    *,
+    held: bool,
+) -> tuple[Estimate, Reason, float]:
     """What the criterion asks for, whether to follow it, and how far, before limits and rounding."""
     present = plan.global_batch_size
-    if not moments.is_finite:
-        return None, Reason.NOT_FINITE, present
-    asked = estimate(criterion, state.averages, plan, progress=progress, confidence=control.confidence)
+    asked = estimate(criterion, averages, plan, progress=progress, confidence=control.confidence)
     wanted = asked.wanted
     band = 1 + control.hysteresis
     if math.isnan(wanted):
@@ -364,7 +372,7 @@ def _follow(
         return asked, Reason.MONOTONE, present
     if asked.low <= present <= asked.high and asked.low < asked.high:
         return asked, Reason.NOT_SIGNIFICANT, present
-    if state.hold > 0:
+    if held:
         return asked, Reason.HOLD, present
     if wanted > present:
         return asked, Reason.GROW, min(math.ceil(wanted), present * control.growth)

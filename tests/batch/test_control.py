@@ -6,6 +6,8 @@ noise and signal it is given, at the plan it runs.
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -274,6 +276,36 @@ UNUSABLE = {
 }
 
 
+@pytest.mark.parametrize("measurement", UNUSABLE.values(), ids=UNUSABLE.keys())
+@pytest.mark.parametrize("past", [0, 1, 5])
+def test_what_is_not_finite_holds_and_leaves_no_trace(measurement: Measured, past: int) -> None:
+    control = Control(monotone=False)
+    before = run([measured(100.0 + k, 1.0) for k in range(past)], NoiseScale(), control, limits=WIDE, grid=GRID)
+    state = before[-1].state if before else ControlState()
+    plan = before[-1].plan if before else PLAN
+    decision = one(measurement, control=control, state=state, plan=plan)
+    assert decision.reason is Reason.NOT_FINITE
+    assert decision.plan == plan
+    assert decision.state.averages == state.averages
+    assert json.dumps(decision.state.state_dict(), allow_nan=False)
+
+
+@given(scenarios(good), st.data())
+def test_a_step_that_is_not_finite_changes_nothing_after_it(scenario: dict[str, Any], data: st.DataObject) -> None:
+    scenario["control"] = replace(scenario["control"], interval=1, hold=0)
+    without = run(**scenario)
+    where = data.draw(st.integers(0, len(without)))
+    measurements = list(scenario["measurements"])
+    measurements.insert(where, data.draw(st.sampled_from(list(UNUSABLE.values()))))
+    decisions = run(**{**scenario, "measurements": measurements})
+    del decisions[where]
+    assert repr([replace_nothing(d) for d in decisions]) == repr([replace_nothing(d) for d in without])
+
+
+def replace_nothing(decision: Decision) -> tuple[Any, ...]:
+    return decision.plan, decision.reason, decision.estimate, decision.state.averages
+
+
 def test_one_part_measures_nothing() -> None:
     """A last step of one micro-batch has no spread: the plan stands, as between probes, whatever was known before."""
     strong = ControlState(averages=Averages().after(measured(5000.0, 1.0)(PLAN), 0.5))
@@ -358,6 +390,21 @@ def test_a_wish_near_the_present_size_agrees() -> None:
 
 
 # --- hold, interval, growth: counted --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hold", [0, 1, 2, 5])
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_hold_is_counted_in_steps(hold: int, interval: int) -> None:
+    """After a change, ``hold`` steps in which no other follows; then the next probe may change the batch again."""
+    control = replace(PLAIN, hold=hold, interval=interval, growth=2.0)
+    decisions = run([measured(1e9, 1.0)] * 40, NoiseScale(), control, limits=Limits(32, 10**6), grid=GRID)
+    sizes = [32, *sizes_of(decisions)]
+    changes = [step for step, (before, after) in enumerate(itertools.pairwise(sizes)) if before != after]
+    apart = interval * math.ceil((hold + 1) / interval)
+    assert changes[:4] == [0, apart, 2 * apart, 3 * apart]
+    for step, decision in enumerate(decisions[: 3 * apart]):
+        if step % interval == 0 and step not in changes:
+            assert decision.reason is Reason.HOLD
 
 
 def test_growth_is_capped_either_way() -> None:
