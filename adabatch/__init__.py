@@ -13,14 +13,19 @@ from adabatch.batch.criteria import (
     OrthogonalityTest,
 )
 from adabatch.batch.moments import GradientMoments
-from adabatch.batch.plan import BatchPlan, Duration, Progress, examples, steps, tokens
+from adabatch.batch.plan import BatchPlan, Duration, Progress, examples, gain_steps, steps, tokens
 from adabatch.batch.schedules import Constant, LinearRamp, Schedule, Seesaw, Stage, Stages
+from adabatch.optim import AdaGradNorm
+from adabatch.pairs import AdAdaGrad, AdAdaGradNorm, Pair
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.scheduler import ProgressLR
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AdAdaGrad",
+    "AdAdaGradNorm",
+    "AdaGradNorm",
     "AdaptiveBatch",
     "AugmentedInnerProductTest",
     "BatchPlan",
@@ -38,6 +43,7 @@ __all__ = [
     "NormTest",
     "Observation",
     "OrthogonalityTest",
+    "Pair",
     "Progress",
     "ProgressLR",
     "Reason",
@@ -47,6 +53,7 @@ __all__ = [
     "Stages",
     "Step",
     "examples",
+    "gain_steps",
     "lr",
     "steps",
     "tokens",

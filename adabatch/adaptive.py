@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,22 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader
 
 from adabatch.batch.control import Control, ControlState, Decision, Limits, decide
 from adabatch.batch.criteria import Criterion, Observation
-from adabatch.batch.moments import NOISE, GradientMoments
+from adabatch.batch.moments import GRAD_L1, NOISE, GradientMoments
 from adabatch.batch.plan import BatchPlan, Duration, PlanGrid, Progress, micro_batch_sizes
-from adabatch.batch.schedules import Schedule
+from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.journal import Journal, line
-from adabatch.lr.rules import LRRule, check_lr_rule, lr_factor
+from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
 from adabatch.runtime.collectives import collectives_of
-from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, num_examples_in, set_epoch
+from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.scheduler import StepHooks
+from adabatch.runtime.scheduler import Moved, StepHooks, host_value
 
 STATE_FORMAT = 1
+UNLIMITED = 2**62
 
 
 @dataclass
@@ -36,6 +38,7 @@ class _Update:
 
     num_examples: int
     factor: float
+    gain: float | None
     finite: bool
     entry: dict[str, Any]
 
@@ -62,8 +65,9 @@ class Step:
         self._feed = feed
         self._portion = portion
         self._local_examples = sum(portion.sizes)
-        self._size = 0
+        self._size = 0  # examples in the micro-batch that is being run, 0 outside the inner loop
         self._num_backward = 0
+        self._begun = False
         self._losses: Tensor | None = None
 
     @property
@@ -76,8 +80,11 @@ class Step:
         """The micro-batches. Gradients are synchronized in the last one only.
 
         Raises:
-            RuntimeError: ``backward`` was not called exactly once for a micro-batch.
+            RuntimeError: ``backward`` was not called exactly once for a micro-batch, or a second iteration.
         """
+        if self._begun:
+            raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
+        self._begun = True
         if self.probed:
             self._owner._probe_started()
         num_parts = len(self._portion.sizes)
@@ -85,6 +92,7 @@ class Step:
             self._size = self._portion.sizes[index]
             with nullcontext() if index == num_parts - 1 else self._owner._no_sync():
                 yield batch
+            self._size = 0
             if self._num_backward != index + 1:
                 raise RuntimeError(
                     f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
@@ -100,13 +108,17 @@ class Step:
             loss: mean loss over the micro-batch, shape ().
 
         Raises:
-            ValueError: a loss that is not a scalar.
+            ValueError: a loss that is not a scalar tensor.
+            RuntimeError: a call outside the inner loop.
         """
-        if loss.dim() != 0:
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
-                f"step.backward takes the mean loss of the micro-batch, a scalar; got a tensor of shape "
-                f"{tuple(loss.shape)}: average it over the examples first"
+                f"step.backward takes the mean loss of the micro-batch, a scalar; got a {got}: average it over the "
+                f"examples first, as a tensor"
             )
+        if self._size == 0:
+            raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
         weight = self._size / self._local_examples
         parts = self._local_examples / self._size
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
@@ -133,18 +145,25 @@ class AdaptiveBatch:
             optimizer.step(); optimizer.zero_grad()
 
     Args:
-        model: plain, or wrapped in ``DistributedDataParallel``; its gradients are measured.
-        optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates.
+        model: plain, or wrapped in ``DistributedDataParallel``.
+        optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates. Of the
+            model's gradients those of the parameters that it holds are measured.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
-        micro_batch_size: examples in one forward and backward on one rank; what your loader yields.
+        micro_batch_size: examples in one forward and backward on one rank; what your loader yields (at most, where its
+            micro-batches vary).
         limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
             accumulate; by default it stays as it is.
         control: how cautiously the criterion is followed.
-        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt" or "gain".
+        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain", "sqrt_gain", or, with a
+            ``Seesaw`` schedule, "seesaw".
+        follow: what else follows the batch while an update runs: "betas", "eps", "weight_decay" (decoupled), so that
+            the optimizer's memory and decay stay what they are in examples at the reference batch size.
         reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure noise and signal although neither criterion nor rule needs them.
+        record_l1: measure the l1 norm of the gradient too, from which ``lr.refine`` makes a schedule for Adam (the
+            Euclidean norm, for SGD, is measured by every probe).
         probe: how gradients are measured; by default chosen by the model's type.
         journal: where the first rank writes one JSON line a step.
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. Seen on
@@ -152,7 +171,9 @@ class AdaptiveBatch:
 
     Raises:
         ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
-            probe gives, a model without trainable parameters, an unknown rule.
+            probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule, a
+            size below 1.
+        TypeError: an optimizer or a criterion that is none.
     """
 
     def __init__(
@@ -166,14 +187,24 @@ class AdaptiveBatch:
         max_micro_batch_size: int | None = None,
         control: Control | None = None,
         lr_rule: LRRule = "none",
+        follow: Collection[Setting] = (),
         reference_batch_size: int | None = None,
         tokens_per_example: int | None = None,
         monitor: bool = False,
+        record_l1: bool = False,
         probe: Probe | None = None,
         journal: str | Path | None = None,
         skip_nonfinite: bool = True,
     ) -> None:
         check_lr_rule(lr_rule)
+        check_follow(follow)
+        _check_types(optimizer, criterion)
+        _check_followers(optimizer, follow)
+        if lr_rule == "seesaw" and not isinstance(criterion, Seesaw):
+            raise ValueError(f"lr_rule='seesaw' goes with the criterion Seesaw(...), got {type(criterion).__name__}")
+        for name, value in (("reference_batch_size", reference_batch_size), ("tokens_per_example", tokens_per_example)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
         self._collectives = collectives_of(model)
@@ -184,31 +215,37 @@ class AdaptiveBatch:
         self._grows_micro_batch = max_micro_batch_size is not None
         self._skip_nonfinite = skip_nonfinite
 
-        needs = criterion.needs | (frozenset({NOISE}) if lr_rule == "gain" or monitor else frozenset())
-        self._probe = _suited_probe(model, needs, probe)
+        self._follow = frozenset(follow)
+        needs = set(criterion.needs)
+        if lr_rule in NOISE_RULES or monitor:
+            needs.add(NOISE)
+        if record_l1:
+            needs.add(GRAD_L1)
         self._limits, self._grid = _limits_and_grid(
             limits,
             criterion,
             dp_size=self._collectives.size,
-            micro_sizes=micro_batch_sizes(micro_batch_size, max_micro_batch_size or micro_batch_size),
-            probed=self._probe is not None,
+            micro_sizes=micro_batch_sizes(
+                micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
+            ),
+            probed=bool(needs) or probe is not None,
         )
         tokens = None if tokens_per_example is None else 0
-        self._progress = Progress(tokens=tokens)
-        self._consumed = Progress(tokens=tokens)
+        self._progress = Progress(tokens=tokens, gain_steps=0.0 if NOISE in needs or probe is not None else None)
+        self._consumed = self._progress
         self._state = ControlState()
         self._plan = self._first_plan()
-        self._reference = reference_batch_size or self._plan.global_batch_size
+        self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
         self._update: _Update | None = None
+        self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
         # The hooks sit on the wrapper's gradient synchronization only through its public no_sync().
         self._sync_off: Callable[[], AbstractContextManager[Any]] = (
             model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
         )
-        self._hooks = StepHooks(
-            optimizer, factor=lambda: self.lr_factor, skip=self._skips_update, done=self._update_done
-        )
-        self._journal = Journal(journal if self._collectives.rank == 0 else None)
+        # Last, so that a constructor that raises leaves no hook behind.
+        self._probe = _suited_probe(model, optimizer, frozenset(needs), probe)
+        self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
@@ -223,9 +260,15 @@ class AdaptiveBatch:
         return self._progress
 
     @property
+    def consumed(self) -> Progress:
+        """What all steps consumed so far, those among them whose update was left out."""
+        return self._consumed
+
+    @property
     def progress_after_next(self) -> Progress:
         """The same, when the next planned step is applied."""
-        return self._after(self._progress, self._plan.global_batch_size)
+        size = self._plan.global_batch_size
+        return self._after(self._progress, size, self._gain_of(size))
 
     @property
     def noise_scale(self) -> float:
@@ -243,7 +286,7 @@ class AdaptiveBatch:
 
     def steps(
         self,
-        loader: Iterable[Any],
+        loader: GlobalOrder | Iterable[Any],
         *,
         until: Duration | None = None,
         count: Callable[[Any], int] = num_examples_in,
@@ -252,7 +295,8 @@ class AdaptiveBatch:
 
         A ``GlobalOrder`` joins its epochs: the step that crosses the end of one ends the pass, and the next pass goes
         on where it stopped. Any other loader gives micro-batches of this rank; its pass ends with a shorter step where
-        the last micro-batches do not fill one, on all ranks at once.
+        the last micro-batches do not fill one, on all ranks at once. After a pass its ``DistributedSampler``, if it has
+        one, is set to the next epoch; an epoch that you set before a pass stands.
 
         Args:
             loader: a ``GlobalOrder``, or any iterable of micro-batches.
@@ -260,35 +304,41 @@ class AdaptiveBatch:
             count: examples in a micro-batch of a loader that is not a ``GlobalOrder``.
 
         Raises:
-            ValueError: a data set smaller than the largest batch, an empty loader, a micro-batch that should grow with
-                a loader that cannot, or a ``GlobalOrder`` that differs between ranks.
+            ValueError: a data set smaller than the largest batch, an empty loader, a loader whose micro-batches are not
+                of ``micro_batch_size`` (the last may be smaller), a micro-batch that should grow with a loader that
+                cannot, or ranks that hold different orders, plans or settings.
             RuntimeError: a step whose micro-batches were not all run.
+            TypeError: ``until`` without a unit.
         """
         if until is not None:
+            if not isinstance(until, Duration):
+                raise TypeError(f"until must be a duration, such as adabatch.examples({until!r}), got {until!r}")
             self._consumed.count(until.unit)  # a unit that is not counted fails here, not at the end
+        self._check_ranks(loader)
         if isinstance(loader, GlobalOrder):
-            self._check_order(loader)
+            _check_fits(self._largest_known(), loader)
             order = loader.feed(self._collectives.rank, self._collectives.size)
             epoch = loader.epoch
             while (loader.epoch == epoch) if until is None else not self._consumed.reached(until):
+                _check_fits(self._plan.global_batch_size, loader)  # a schedule without limits gets there in time
                 yield from self._one_step(order)
             return
         if self._grows_micro_batch:
             raise ValueError(
                 f"max_micro_batch_size needs a GlobalOrder: a {type(loader).__name__} decides its micro-batch itself"
             )
-        pass_over = 0
+        if count is num_examples_in:
+            self._check_loader(loader)
         while until is None or not self._consumed.reached(until):
-            set_epoch(loader, pass_over)
             feed = LoaderFeed(loader, self._collectives, count=count)
             while until is None or not self._consumed.reached(until):
                 before = self._consumed
                 yield from self._one_step(feed)
                 if self._consumed == before:
                     break
+            advance_epoch(loader)
             if until is None:
                 return
-            pass_over += 1
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing where it is at its end."""
@@ -321,7 +371,6 @@ class AdaptiveBatch:
     def _finish(self, step: Step, portion: Portion) -> None:
         """The end of the inner loop: measure, decide, and keep what the update will need."""
         before = self._consumed
-        self._consumed = self._after(before, portion.num_examples)
         if step.probed:
             assert self._probe is not None
             assert step._losses is not None
@@ -338,10 +387,12 @@ class AdaptiveBatch:
             limits=self._limits,
             grid=self._grid,
             plan=self._plan,
-            progress=self._consumed,
+            progress=self._after(before, portion.num_examples, self._gain_of(portion.num_examples)),
             state=self._state,
         )
         self._state = step.decision.state
+        step_gain = self._gain_of(portion.num_examples)  # with this step's own measurement in it
+        self._consumed = self._after(before, portion.num_examples, step_gain)
         entry = line(
             plan=step.plan,
             num_examples=portion.num_examples,
@@ -352,10 +403,21 @@ class AdaptiveBatch:
             decision=step.decision,
         )
         factor = self._factor_of(portion.num_examples)
-        self._update = _Update(portion.num_examples, factor, step.finite, entry)
+        self._update = _Update(portion.num_examples, factor, step_gain, step.finite, entry)
         self._plan = step.decision.plan
 
     # --- around optimizer.step() ------------------------------------------------------------------------------------
+
+    def _moved(self) -> Moved:
+        """What the batch changes about the update that is about to run."""
+        update = self._update
+        size = self._plan.global_batch_size if update is None else update.num_examples
+        factor, ratio = self.lr_factor, size / self._reference
+        return Moved(
+            factor,
+            lambda group: followed(group, self._follow, ratio=ratio, factor=factor) if self._follow else {},
+            (self._progress.examples + size) / size if "betas" in self._follow else None,
+        )
 
     def _skips_update(self) -> bool:
         return self._skip_nonfinite and self._update is not None and not self._update.finite
@@ -365,15 +427,16 @@ class AdaptiveBatch:
         if update is None:
             return
         if applied:
-            self._progress = self._after(self._progress, update.num_examples)
-        stored = [float(group["lr"]) for group in optimizer.param_groups]
-        base = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+            self._progress = self._after(self._progress, update.num_examples, update.gain)
+        stored = [host_value(group["lr"]) for group in optimizer.param_groups]
+        base = [host_value(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
         lr = {"base": base, "shape": shape, "factor": update.factor, "applied": rates}
         self._journal.write({**update.entry, "lr": lr, "applied": applied})
 
     def _flush(self) -> None:
-        """Writes down a step whose update never came (a gradient scaler left it out)."""
+        """Writes down a step whose update never came (a gradient scaler left it out, or it raised)."""
+        self._hooks.restore()
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
             self._update = None
@@ -395,7 +458,7 @@ class AdaptiveBatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a run, also one that ran on another number of ranks: the global batch size stays as near as it can.
+        """Restores a run, also one with other ranks, micro-batches or limits: the batch size stays as near as it can.
 
         Raises:
             ValueError: a state of a newer format.
@@ -410,9 +473,11 @@ class AdaptiveBatch:
         self._state = ControlState.from_state_dict(state["control"])
         self._reference = state["reference_batch_size"]
         plan = BatchPlan(**state["plan"])
-        if plan.dp_size != self._grid.dp_size or plan.micro_batch_size not in self._grid.micro_sizes:
-            low, high = self._limits.at(self._consumed)
-            plan = self._grid.nearest(plan.global_batch_size, min_size=low, max_size=high)
+        low, high = self._limits.at(self._consumed)
+        grid = self._grid
+        runs = plan.dp_size == grid.dp_size and plan.micro_batch_size in grid.micro_sizes
+        if not (runs and plan.accumulation_steps >= grid.min_accumulation and low <= plan.global_batch_size <= high):
+            plan = grid.nearest(plan.global_batch_size, min_size=low, max_size=high)
         self._plan = plan
         self._update = None
 
@@ -433,40 +498,99 @@ class AdaptiveBatch:
         return self._grid.nearest(wanted, min_size=low, max_size=high)
 
     def _factor_of(self, global_batch_size: int) -> float:
+        if self._lr_rule == "seesaw" and isinstance(self._criterion, Seesaw):
+            return self._criterion.lr_factor(self._progress)
+        noise, signal = self._known()
+        return lr_factor(self._lr_rule, global_batch_size, reference=self._reference, noise=noise, signal=signal)
+
+    def _gain_of(self, global_batch_size: int) -> float | None:
+        """Gain-steps that a step of so many examples is worth; None where nobody measures the noise."""
+        if self._progress.gain_steps is None:
+            return None
+        noise, signal = self._known()
+        return gain(global_batch_size / self._reference, self._reference, noise=noise, signal=signal)
+
+    def _known(self) -> tuple[float, float]:
         averages = self._state.averages
-        known = averages.weight > 0
-        return lr_factor(
-            self._lr_rule,
-            global_batch_size,
-            reference=self._reference,
-            noise=averages.noise if known else math.nan,
-            signal=averages.signal if known else math.nan,
+        return (averages.noise, averages.signal) if averages.weight > 0 else (math.nan, math.nan)
+
+    def _after(self, progress: Progress, num_examples: int, gain_steps: float | None) -> Progress:
+        per_example = self._tokens_per_example
+        return progress.after(num_examples, None if per_example is None else num_examples * per_example, gain_steps)
+
+    def _check_loader(self, loader: Iterable[Any]) -> None:
+        micro = self._plan.micro_batch_size
+        if isinstance(loader, DataLoader) and loader.batch_size not in (None, micro):
+            raise ValueError(
+                f"the DataLoader has batch_size={loader.batch_size}, but micro_batch_size={micro}: give both the same "
+                f"(a larger batch is made by accumulation)"
+            )
+
+    def _largest_known(self) -> int:
+        """The largest batch that limits or criterion name beforehand; the present one where they name none."""
+        _, high = self._limits.at(self._consumed)
+        if isinstance(self._criterion, Schedule) and self._criterion.fixed_sizes:
+            return min(high, max(self._criterion.fixed_sizes))
+        return high if high < UNLIMITED else self._plan.global_batch_size
+
+    def _check_ranks(self, loader: object) -> None:
+        """Ranks that would go separate ways raise together, rather than wait for each other."""
+        order = loader if isinstance(loader, GlobalOrder) else None
+        place = None if order is None else {**order.state_dict(), "shuffle": order.shuffle, "of": len(order)}
+        mine = (place, self._plan, self._progress, self._consumed, self._lr_rule, self._reference, self._control)
+        if not self._collectives.agree(mine):
+            raise ValueError(
+                f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "
+                f"{self._consumed}): give all the same data set, seed, arguments and saved state"
+            )
+
+
+def _check_fits(size: int, order: GlobalOrder) -> None:
+    if size > len(order):
+        raise ValueError(
+            f"a batch of {size} is above the {len(order)} examples of the data set, and may not hold an example twice: "
+            f"limit the batch to use at most {len(order)}"
         )
 
-    def _after(self, progress: Progress, num_examples: int) -> Progress:
-        per_example = self._tokens_per_example
-        return progress.after(num_examples, None if per_example is None else num_examples * per_example)
 
-    def _check_order(self, order: GlobalOrder) -> None:
-        _, high = self._limits.at(self._consumed)
-        if not isinstance(self._criterion, Schedule) and high > len(order):
+def _check_types(optimizer: Any, criterion: Any) -> None:
+    """What comes in their place most often: parameters, the class of a criterion, its name."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(criterion, type) or not isinstance(criterion, Criterion):
+        raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.5), got {criterion!r}")
+
+
+def _check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
+    """That the optimizer has what is to follow, and in the form whose rule is known."""
+    kind = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        for name in follow:
+            if name not in group:
+                raise ValueError(f"follow={name!r}, but {kind} has no {name}: leave it out")
+        decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
+        if "weight_decay" in follow and not decoupled:
             raise ValueError(
-                f"limits.max={high} is above the {len(order)} examples of the data set, and a batch may not hold an "
-                f"example twice: use at most {len(order)}"
-            )
-        mine = (order.seed, order.epoch, order.examples_seen, len(order))
-        if self._collectives.sum_of(*mine) != [self._collectives.size * value for value in mine]:
-            raise ValueError(
-                f"the ranks hold different data orders (this one: seed {order.seed}, epoch {order.epoch}, example "
-                f"{order.examples_seen} of {len(order)}): give all the same data set, seed and state"
+                f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
+                f"gradient and needs nothing: leave it out, or use AdamW"
             )
 
 
-def _suited_probe(model: torch.nn.Module, needs: frozenset[str], given: Probe | None) -> Probe | None:
+def _suited_probe(
+    model: torch.nn.Module, optimizer: Optimizer, needs: frozenset[str], given: Probe | None
+) -> Probe | None:
     """The probe given, or the one that suits the model; None where nothing needs one."""
     if not needs:
         return given
-    probe = given or MicroBatchProbe(model.parameters())
+    # Only what this optimizer trains: gradients that it does not zero add up over the steps.
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = [p for p in model.parameters() if id(p) in trained]
+    if given is None and not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"the optimizer holds none of the model's parameters that require a gradient: build the "
+            f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
+        )
+    probe = given or MicroBatchProbe(parameters, record_l1=GRAD_L1 in needs)
     missing = needs - probe.gives
     if missing:
         if given is None:
@@ -488,7 +612,7 @@ def _limits_and_grid(
     if limits is None:
         if not isinstance(criterion, Schedule):
             raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
-        limits = Limits(min=smallest, max=2**62)
+        limits = Limits(min=smallest, max=UNLIMITED)
     for name, limit in (("min", limits.min), ("max", limits.max)):
         if isinstance(limit, int) and limit % dp_size:
             raise ValueError(

@@ -64,6 +64,7 @@ def line(
             "num_examples": moments.num_examples,
             "num_parts": moments.num_parts,
         },
+        "norms": None if moments is None else {"l2": math.sqrt(moments.grad_sq), "l1": moments.grad_l1},
         "averages": None
         if averages.weight == 0
         else {"noise": averages.noise, "signal": averages.signal, "noise_scale": averages.noise_scale},
@@ -90,6 +91,19 @@ class Journal:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.open("a", encoding="utf-8").close()  # what cannot be written fails here, not after a step
+
+    @staticmethod
+    def cut(path: str | Path, num_examples: int) -> None:
+        """Drops the lines of steps that began at ``num_examples`` or later: a resumed run writes them anew.
+
+        A last line that was not finished goes with them.
+        """
+        kept = []
+        for text in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+            if not text.endswith("\n") or json.loads(text)["examples"] >= num_examples:
+                break
+            kept.append(text)
+        Path(path).write_text("".join(kept), encoding="utf-8")
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Appends one line."""

@@ -27,6 +27,10 @@ INNER_PRODUCTS = "inner_products"
 """The same from single examples, with the share of the noise along the gradient."""
 
 
+GRAD_L1 = "grad_l1"
+"""The l1 norm of the step's gradient, for schedules refined from recorded norms."""
+
+
 class GradientMoments(NamedTuple):
     """Squared norms of one step's gradient and of its parts.
 
@@ -38,6 +42,7 @@ class GradientMoments(NamedTuple):
         num_parts: how many parts there were.
         noise_along: the share of ``noise`` that lies along the gradient (per example, same unit as ``noise``), where it
             was measured from single examples; else None.
+        grad_l1: l1 norm of the step's gradient, where it was recorded; else None.
     """
 
     part_sq: float
@@ -46,6 +51,7 @@ class GradientMoments(NamedTuple):
     num_examples: float
     num_parts: int
     noise_along: float | None = None
+    grad_l1: float | None = None
 
     @property
     def noise(self) -> float:
@@ -80,7 +86,10 @@ class GradientMoments(NamedTuple):
         """The moments after every gradient was multiplied by ``factor`` (a loss scale, an accumulation divisor)."""
         square = factor * factor
         along = None if self.noise_along is None else self.noise_along * square
-        return self._replace(part_sq=self.part_sq * square, grad_sq=self.grad_sq * square, noise_along=along)
+        l1 = None if self.grad_l1 is None else self.grad_l1 * abs(factor)
+        return self._replace(
+            part_sq=self.part_sq * square, grad_sq=self.grad_sq * square, noise_along=along, grad_l1=l1
+        )
 
     @classmethod
     def from_noise(

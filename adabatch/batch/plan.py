@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-Unit = Literal["examples", "tokens", "steps"]
+Unit = Literal["examples", "tokens", "steps", "gain_steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training that carries its unit; made by ``examples``, ``tokens`` and ``steps``.
+    """A length of training that carries its unit; made by ``examples``, ``tokens``, ``steps`` and ``gain_steps``.
 
     Raises:
         ValueError: a count that is negative or not whole, or an unknown unit.
@@ -81,38 +81,55 @@ def steps(count: int) -> Duration:
     return Duration(count, "steps")
 
 
+def gain_steps(count: int) -> Duration:
+    """A duration of ``count`` gain-steps: steps of the reference batch size that would have made the same progress.
+
+    A step of ``b`` examples counts as ``(noise / b_ref + signal) / (noise / b + signal)`` of them: as many as it holds
+    reference batches where noise dominates, as one where signal does (AdaScale: Johnson et al. 2020, section 3).
+    """
+    return Duration(count, "gain_steps")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far a run has come: what its applied updates consumed, over all ranks.
 
-    ``tokens`` is None where nobody counts them.
+    ``tokens`` is None where nobody counts them, ``gain_steps`` where nobody measures the noise.
     """
 
     examples: int = 0
     steps: int = 0
     tokens: int | None = None
+    gain_steps: float | None = None
 
-    def after(self, num_examples: int, num_tokens: int | None = None) -> Progress:
+    def after(self, num_examples: int, num_tokens: int | None = None, gain: float | None = None) -> Progress:
         """The progress one applied update later."""
-        tokens = None if num_tokens is None else (self.tokens or 0) + num_tokens
-        return replace(self, examples=self.examples + num_examples, steps=self.steps + 1, tokens=tokens)
+        return Progress(
+            examples=self.examples + num_examples,
+            steps=self.steps + 1,
+            tokens=None if num_tokens is None else (self.tokens or 0) + num_tokens,
+            gain_steps=None if gain is None else (self.gain_steps or 0.0) + gain,
+        )
 
-    def count(self, unit: Unit) -> int:
+    def count(self, unit: Unit) -> float:
         """The progress in ``unit``.
 
         Raises:
-            ValueError: tokens asked for where they are not counted.
+            ValueError: tokens or gain-steps asked for where they are not counted.
         """
         if unit == "examples":
             return self.examples
         if unit == "steps":
             return self.steps
-        if self.tokens is None:
-            raise ValueError(
-                "this run does not count tokens: pass tokens_per_example= to AdaptiveBatch, "
-                "or give the duration in examples or steps"
-            )
-        return self.tokens
+        if unit == "tokens" and self.tokens is not None:
+            return self.tokens
+        if unit == "gain_steps" and self.gain_steps is not None:
+            return self.gain_steps
+        way_out = "tokens_per_example=" if unit == "tokens" else "monitor=True or lr_rule='gain'"
+        raise ValueError(
+            f"this run does not count {unit}: pass {way_out} to AdaptiveBatch, "
+            f"or give the duration in examples or steps"
+        )
 
     def reached(self, duration: Duration) -> bool:
         """Whether ``duration`` is over."""
@@ -120,7 +137,7 @@ class Progress:
 
 
 def micro_batch_sizes(smallest: int, largest: int) -> tuple[int, ...]:
-    """The few micro-batch sizes a run may use, ascending: ``smallest`` times the powers of two, up to ``largest``.
+    """The few micro-batch sizes a run may use, ascending: ``smallest``, doubled until ``largest``, and that.
 
     Few sizes keep compiled and autotuned kernels in their caches.
 
@@ -129,7 +146,8 @@ def micro_batch_sizes(smallest: int, largest: int) -> tuple[int, ...]:
     """
     if not 1 <= smallest <= largest:
         raise ValueError(f"micro_batch_size must lie between 1 and max_micro_batch_size, got {smallest} and {largest}")
-    return tuple(smallest << k for k in range((largest // smallest).bit_length()))
+    doubled = {smallest << k for k in range((largest // smallest).bit_length())}
+    return tuple(sorted(doubled | {largest}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,28 @@
 """How far a step goes. Pure: standard library and numpy, no torch."""
 
+from adabatch.lr.bound import (
+    BoundTerms,
+    CooldownLimits,
+    Extension,
+    averaged_bound_terms,
+    best_base_lr,
+    bound,
+    bound_terms,
+    discretize,
+    linear_cooldown_limits,
+    longer_cooldown,
+    transfer,
+    two_stage,
+)
+from adabatch.lr.refine import (
+    last_iterate_guarantee,
+    last_iterate_multipliers,
+    median_filter,
+    refine,
+    refined_weights,
+    stretch,
+    to_last_iterate,
+)
 from adabatch.lr.shapes import (
     Shape,
     constant,
@@ -16,16 +39,35 @@ from adabatch.lr.shapes import (
 )
 
 __all__ = [
+    "BoundTerms",
+    "CooldownLimits",
+    "Extension",
     "Shape",
+    "averaged_bound_terms",
+    "best_base_lr",
+    "bound",
+    "bound_terms",
     "constant",
     "cosine",
+    "discretize",
     "exp_hyperbolic",
     "hyperbolic",
     "inverse_sqrt",
+    "last_iterate_guarantee",
+    "last_iterate_multipliers",
     "linear",
+    "linear_cooldown_limits",
+    "longer_cooldown",
+    "median_filter",
     "piecewise",
     "polynomial",
+    "refine",
+    "refined_weights",
+    "stretch",
     "tabulated",
+    "to_last_iterate",
+    "transfer",
+    "two_stage",
     "warmup_factor",
     "wsd",
 ]

@@ -18,6 +18,25 @@ from adabatch.batch.plan import Duration, Progress
 
 
 @dataclass(frozen=True)
+class Anchor:
+    """A point that the shape's progress is counted from.
+
+    Args:
+        count: progress there, in the total's unit.
+        fraction: progress of the shape there, in [0, 1]; above 0 where a total was changed in mid-run.
+        gain_steps: gain-steps done there; read by the gain clock only.
+    """
+
+    count: float
+    fraction: float
+    gain_steps: float = 0.0
+
+
+BEGINNING = Anchor(0, 0.0)
+"""The first step of a run without warm-up."""
+
+
+@dataclass(frozen=True)
 class Clock:
     """Where a run stands between its first step and its total.
 
@@ -49,20 +68,44 @@ class Clock:
             return 1.0
         return min(1.0, after_next.count(self.warmup.unit) / self.warmup.count)
 
-    def anchor(self, progress: Progress) -> int:
-        """Where the shape starts, in the total's unit, given progress at or after the end of the warm-up.
+    def anchor(self, progress: Progress) -> Anchor:
+        """Where the shape starts, given progress at or after the end of the warm-up.
 
         In the total's own unit that is the end of the warm-up exactly, however far the last batch overshot it.
         """
+        gain_steps = progress.gain_steps or 0.0
         if self.warmup is None:
-            return 0
+            return BEGINNING
         if self.warmup.unit == self.total.unit:
-            return self.warmup.count
-        return progress.count(self.total.unit)
+            return Anchor(self.warmup.count, 0.0, gain_steps)
+        return Anchor(progress.count(self.total.unit), 0.0, gain_steps)
 
-    def fraction(self, progress: Progress, anchor: int = 0) -> float:
-        """Progress of the shape in [0, 1]: what is consumed since ``anchor`` over what was left there."""
-        left = self.total.count - anchor
+    def fraction(self, progress: Progress, anchor: Anchor = BEGINNING) -> float:
+        """Progress of the shape in [0, 1]: from the anchor's fraction there to 1 at the total, in a straight line."""
+        left = self.total.count - anchor.count
         if left <= 0:
             return 1.0
-        return min(1.0, max(0.0, (progress.count(self.total.unit) - anchor) / left))
+        share = min(1.0, max(0.0, (progress.count(self.total.unit) - anchor.count) / left))
+        return anchor.fraction + (1 - anchor.fraction) * share
+
+    def gain_fraction(self, progress: Progress, gain_per_unit: float, anchor: Anchor, passed: float) -> float:
+        """Progress of the shape on the gain clock, for a total that is given in another unit.
+
+        With ``tau`` gain-steps done since the anchor and ``rem = (total - done) * gain_per_unit`` still to come at the
+        present gain, the fraction is ``tau / (tau + rem)``. It needs no number of steps, and is the fraction of the
+        examples where noise dominates. It would step back where the batch grows; it is kept from that.
+
+        Args:
+            progress: what is consumed; must count gain-steps.
+            gain_per_unit: gain of a step over what it takes of the total's unit.
+            anchor: where the shape started.
+            passed: the fraction of the step before.
+
+        Source: from Defazio et al. 2023 (section 3) with the gradient norm of a batch; AdaScale's own bookkeeping.
+        """
+        remaining = max(0.0, self.total.count - progress.count(self.total.unit)) * gain_per_unit
+        done = progress.count("gain_steps") - anchor.gain_steps
+        if done + remaining <= 0:
+            return 1.0
+        share = min(1.0, max(0.0, done / (done + remaining)))
+        return max(passed, anchor.fraction + (1 - anchor.fraction) * share)

@@ -3,27 +3,46 @@
 The learning rate of a step is ``base LR x shape(progress) x batch factor``; these rules give the last of the three.
 With ``k = b / b_ref``:
 
-    none     1
-    linear   k                    SGD below the noise scale (Goyal et al. 2017)
-    sqrt     sqrt(k)              Adam-like methods where noise dominates (Malladi et al. 2022)
-    gain     (noise / b_ref + signal) / (noise / b + signal)      SGD in any regime (AdaScale: Johnson et al. 2020)
+    none       1
+    linear     k                    SGD below the noise scale (Goyal et al. 2017)
+    sqrt       sqrt(k)              Adam-like methods where noise dominates (Malladi et al. 2022)
+    gain       (noise / b_ref + signal) / (noise / b + signal)    SGD in any regime (AdaScale: Johnson et al. 2020)
+    sqrt_gain  the square root of that                            Adam-like methods in any regime (AdaptDL)
 
 Under a schedule that runs on examples, "none" is not neutral: each doubling of the batch then acts as a further decay
-of the learning rate, by 2 for SGD and sqrt 2 for Adam.
+of the learning rate, by 2 for SGD and sqrt 2 for Adam. "seesaw" takes the factor from the ``Seesaw`` schedule of the
+batch itself, and goes only with one.
+
+Other settings of Adam-like methods may follow too (``followed``), so that their memory and decay stay what they were in
+examples: betas, eps and decoupled weight decay.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, get_args
 
-LRRule = Literal["none", "linear", "sqrt", "gain"]
+from adabatch.batch.plan import Duration
+
+LRRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain", "seesaw"]
+NOISE_RULES: frozenset[str] = frozenset({"gain", "sqrt_gain"})
+"""Rules that read the noise, so that a probe must measure it."""
+
+Setting = Literal["betas", "eps", "weight_decay"]
 
 
 def check_lr_rule(rule: str) -> None:
     """Raises ValueError for a rule that does not exist."""
     if rule not in get_args(LRRule):
         raise ValueError(f"lr_rule must be one of {', '.join(get_args(LRRule))}, got {rule!r}")
+
+
+def check_follow(names: Collection[str]) -> None:
+    """Raises ValueError for a setting that cannot follow the batch."""
+    unknown = sorted(set(names) - set(get_args(Setting)))
+    if unknown:
+        raise ValueError(f"follow takes {', '.join(get_args(Setting))}, got {', '.join(map(repr, unknown))}")
 
 
 def gain(ratio: float, reference: float, *, noise: float, signal: float) -> float:
@@ -58,7 +77,7 @@ def lr_factor(
     """The batch factor of a step of ``global_batch_size`` examples.
 
     Args:
-        rule: one of "none", "linear", "sqrt", "gain".
+        rule: one of "none", "linear", "sqrt", "gain", "sqrt_gain" ("seesaw" belongs to the schedule and is 1 here).
         global_batch_size: examples of the step, positive.
         reference: the batch size for which the base LR was chosen; there the factor is 1.
         noise, signal: averages in per-example units, read by "gain" only.
@@ -78,4 +97,48 @@ def lr_factor(
         return math.sqrt(ratio)
     if rule == "gain":
         return gain(ratio, reference, noise=noise, signal=signal)
+    if rule == "sqrt_gain":
+        return math.sqrt(gain(ratio, reference, noise=noise, signal=signal))
     return 1.0
+
+
+def followed(settings: Mapping[str, Any], names: Collection[str], *, ratio: float, factor: float) -> dict[str, Any]:
+    """Settings of an optimizer's parameter group for a step of ``ratio`` reference batches.
+
+        betas          beta ** ratio              the averages forget as much per example (Marek et al. 2025)
+        eps            eps / sqrt(ratio)          as the square root of the second moment falls (Malladi et al. 2022)
+        weight_decay   wd * ratio / factor        lr * wd decays as much per example, whatever the LR does
+
+    Args:
+        settings: the group's values at the reference batch size.
+        names: which of them follow.
+        ratio: batch size over reference batch size, positive.
+        factor: batch factor on the learning rate in the same step, positive.
+
+    Returns:
+        The settings that change, by name.
+    """
+    new: dict[str, Any] = {}
+    if "betas" in names:
+        new["betas"] = tuple(beta**ratio for beta in settings["betas"])
+    if "eps" in names:
+        new["eps"] = settings["eps"] / math.sqrt(ratio)
+    if "weight_decay" in names:
+        new["weight_decay"] = settings["weight_decay"] * ratio / factor
+    return new
+
+
+def legw_warmup(warmup: Duration, ratio: float) -> Duration:
+    """The warm-up for a batch ``ratio`` times as large: as many steps, so ``ratio`` times the examples.
+
+    It goes with the sqrt rule. A warm-up that is given in steps stays as it is.
+
+    Args:
+        warmup: tuned for the reference batch size.
+        ratio: batch size over reference batch size, positive.
+
+    Source: You et al. 2019, "Large-batch training for LSTM and beyond" (LEGW), section 3.
+    """
+    if warmup.unit == "steps":
+        return warmup
+    return Duration(round(warmup.count * ratio), warmup.unit)

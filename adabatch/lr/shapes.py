@@ -28,7 +28,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, final, get_args, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,6 @@ FloatArray: TypeAlias = NDArray[np.float64]
 Curve: TypeAlias = Callable[[FloatArray], FloatArray]
 
 
-@final
 class Shape:
     """A learning-rate schedule without its learning rate: ``factor = shape(progress)``. Immutable.
 
@@ -68,13 +67,15 @@ class Shape:
         if unknown:
             names = ", ".join(map(repr, sorted(map(str, unknown))))
             raise ValueError(f"{name} has no setting {names}: it takes {', '.join(parameters) or 'none'}")
-        missing = [
-            key for key, value in parameters.items() if value.default is value.empty and key not in settings
-        ]
+        missing = [key for key, value in parameters.items() if value.default is value.empty and key not in settings]
         if missing:
             raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))}")
         made = factory(**settings)
         self._fill(made._name, made._settings, made._curve)
+
+    def __init_subclass__(cls) -> None:
+        # not typing.final: command-line parsers read that mark as "no factory function of this type either"
+        raise TypeError("Shape is final: add a function to this module that makes a new one")
 
     def _fill(self, name: str, settings: Mapping[str, Setting], curve: Curve) -> None:
         object.__setattr__(self, "_name", name)
@@ -117,9 +118,7 @@ class Shape:
             ValueError: other keys than ``name`` and ``settings``, or anything that ``Shape`` refuses.
         """
         if set(state) != {"name", "settings"}:
-            raise ValueError(
-                f"a shape is described by the keys 'name' and 'settings', got {sorted(map(str, state))}"
-            )
+            raise ValueError(f"a shape is described by the keys 'name' and 'settings', got {sorted(map(str, state))}")
         return cls(state["name"], state["settings"])
 
     def __eq__(self, other: object) -> bool:
@@ -177,9 +176,10 @@ def cosine(*, floor: float = 0.0) -> Shape:
 
 
 def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shape:
-    """Warm-up, stable, decay, less the warm-up: 1 until ``p = 1 - cooldown``, then ``floor + (1 - floor) * d(q)``.
+    """Warm-up, stable, decay, less the warm-up: 1 until ``p = 1 - cooldown``, then down to ``floor``.
 
-    With ``q`` in [0, 1] the share of the cooldown that is over, ``d(q)`` is
+    With ``q`` in [0, 1] the share of the cooldown that is over, it is ``floor + (1 - floor) * d(q)``, where d
+    is
 
         linear        1 - q
         1-sqrt        1 - sqrt(q)
@@ -238,9 +238,7 @@ def polynomial(*, power: float, floor: float = 0.0) -> Shape:
     """
     exponent = _positive("power", power)
     low = _between("floor", floor, 0, 1)
-    return _shape(
-        "polynomial", {"power": exponent, "floor": low}, lambda p: low + (1 - low) * (1 - p) ** exponent
-    )
+    return _shape("polynomial", {"power": exponent, "floor": low}, lambda p: low + (1 - low) * (1 - p) ** exponent)
 
 
 def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape:
@@ -255,13 +253,8 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
     at = _numbers("milestones", milestones)
     by = _numbers("factors", factors)
     if len(at) != len(by):
-        raise ValueError(
-            f"piecewise needs one factor a milestone, got {len(at)} milestones and {len(by)} factors"
-        )
-    if (
-        not all(0 < low < high for low, high in zip(at, (*at[1:], math.inf), strict=True))
-        or max(at, default=0.0) > 1
-    ):
+        raise ValueError(f"piecewise needs one factor a milestone, got {len(at)} milestones and {len(by)} factors")
+    if any(np.diff((0.0, *at)) <= 0) or max(at, default=0.0) > 1:
         raise ValueError(f"milestones must increase strictly within (0, 1], got {list(at)}")
     if not all(factor > 0 for factor in by):
         raise ValueError(f"factors must be positive, got {list(by)}")
@@ -295,18 +288,15 @@ def hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> 
     low = _number("infimum", infimum)
     if not 0 <= low < 1:
         raise ValueError(_BAD_INFIMUM.format(range="[0, 1)", value=low))
-    return _shape(
-        "hyperbolic",
-        {"upper_bound": ratio, "infimum": low},
-        lambda p: 1 + (1 - low) * (_height(p, ratio) - _height(0.0, ratio)),
-    )
+    end = 1 - (1 - low) * _height(0.0, ratio)
+    return _shape("hyperbolic", {"upper_bound": ratio, "infimum": low}, lambda p: end + (1 - low) * _height(p, ratio))
 
 
 def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> Shape:
-    """ExpHyperbolicLR (Kim 2024, arXiv:2407.15200): ``infimum^(h(0) - h(p))``, with the ``h`` of
-    ``hyperbolic``.
+    """ExpHyperbolicLR (Kim 2024, arXiv:2407.15200): ``infimum^(h(0) - h(p))``.
 
-    It ends on ``infimum^h(0)``, which is ``infimum`` only if U = N (then the shape is exponential).
+    The h is that of ``hyperbolic``. It ends on ``infimum^h(0)``, which is ``infimum`` only if U = N (then the
+    shape is exponential).
 
     Args:
         upper_bound: the paper's U, at least ``max_iter``.
@@ -335,14 +325,10 @@ def tabulated(*, values: Sequence[float]) -> Shape:
     """
     table = _numbers("values", values)
     if len(table) < 2:
-        raise ValueError(
-            f"a table needs at least 2 values, got {len(table)}: use constant() for a single one"
-        )
-    if min(table) < 0 or max(table) <= 0:
-        raise ValueError(
-            f"the values of a table must not be negative, nor all zero, got {min(table)} to {max(table)}"
-        )
+        raise ValueError(f"a table needs at least 2 values, got {len(table)}: use constant() for a single one")
     heights, last = np.array(table), len(table) - 1
+    if heights.min() < 0 or heights.max() <= 0:
+        raise ValueError(f"the values of a table must not be negative, nor all zero, got {min(table)} to {max(table)}")
     index = np.arange(len(table), dtype=np.float64)
     return _shape("tabulated", {"values": table}, lambda p: np.interp(p * last, index, heights))
 
@@ -357,14 +343,17 @@ def warmup_factor(fraction: float | NDArray[Any] | Sequence[float], start: float
     How it composes with a shape is said at the head of this module.
 
     Args:
-        fraction: share of the warm-up that is over, a number or an array; clamped to [0, 1].
-        start: first factor, a ratio of the base learning rate in [0, 1]. A start given as a learning rate
-            ``r`` is ``r / base_lr``.
+        fraction: share of the warm-up that is over, a number or an array; clamped to [0, 1]. A warm-up of
+            length zero is no warm-up: do not call this.
+        start: first factor, a ratio of the base learning rate, not negative. A start given as a learning rate
+            ``r`` is ``r / base_lr``. One above 1 eases a run down that goes on at a lower base learning rate.
 
     Raises:
         ValueError: a fraction that is not a number (NaN), or a start out of its range.
     """
-    low = _between("start", start, 0, 1)
+    low = _number("start", start)
+    if not 0 <= low < math.inf:
+        raise ValueError(f"start must be finite and not negative, got {low}")
     share = _clamped("fraction", fraction)
     factors = low + (1 - low) * share
     return float(factors) if np.isscalar(fraction) else factors
@@ -381,7 +370,7 @@ def _left(p: FloatArray, cooldown: float) -> FloatArray:
     """The share of the cooldown that is still to come: 1 before it, 0 at the end."""
     if cooldown == 0:
         return np.ones_like(p)
-    return np.minimum(1.0, (1 - p) / cooldown)
+    return np.minimum(1 - p, cooldown) / cooldown
 
 
 # what a cooldown has left to lose, from the share r = 1 - q of it that is to come; each form keeps its digits
@@ -396,8 +385,12 @@ _DECAYS: Mapping[str, Curve] = MappingProxyType(
 
 
 def _height(p: FloatArray | float, ratio: float) -> FloatArray:
-    """The hyperbola's h, in the factored form: the difference of squares can go below zero near p = 1."""
-    return np.sqrt((1 - np.asarray(p)) / ratio * (2 - (1 + np.asarray(p)) / ratio))
+    """The hyperbola's h in terms of what is left, ``r = 1 - p``: ``sqrt(r (r + 2 (u - 1))) / u``.
+
+    Its difference of squares can go below zero near p = 1, and its factored form still loses digits there.
+    """
+    left = 1 - np.asarray(p, dtype=np.float64)
+    return np.asarray(np.sqrt(left * (left + 2 * (ratio - 1))) / ratio)
 
 
 _BAD_INFIMUM = (

@@ -1,1 +1,5 @@
 """Torch optimizers that torch lacks; they know nothing of batches or ranks."""
+
+from adabatch.optim.adagrad_norm import AdaGradNorm
+
+__all__ = ["AdaGradNorm"]

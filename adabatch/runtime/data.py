@@ -7,6 +7,8 @@ resumes can change while every example is still seen exactly once an epoch.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from adabatch.batch.plan import BatchPlan
@@ -70,10 +72,10 @@ class GlobalOrder:
 
     Raises:
         ValueError: an empty data set, or loader options that would order the data anew.
-        TypeError: a data set without a length.
+        TypeError: a data set without a length, or one that is only iterable.
     """
 
-    _FORBIDDEN = frozenset({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "generator"})
+    _FORBIDDEN = frozenset({"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "generator", "in_order"})
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class GlobalOrder:
         num_workers: int = 0,
         **loader_options: Any,
     ) -> None:
-        if not isinstance(dataset, Sized):
+        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
             raise TypeError(
                 f"GlobalOrder needs a map-style data set with a length, got {type(dataset).__name__}: "
                 f"give an iterable data set to AdaptiveBatch.steps in a DataLoader of its own"
@@ -147,8 +149,11 @@ class GlobalOrder:
         """The order of an epoch, shape (num_examples,), int64; the same on every rank and machine of one torch."""
         if not self.shuffle:
             return torch.arange(self._num_examples)
-        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + epoch) % 2**63)
-        return torch.randperm(self._num_examples, generator=generator)
+        return torch.randperm(self._num_examples, generator=self.generator(epoch))
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Random numbers of the order's seed: one stream an epoch, and negative ones for loading processes."""
+        return torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + stream) % 2**63)
 
     def feed(self, rank: int, dp_size: int) -> OrderFeed:
         """The portions of one rank, from the present place on."""
@@ -206,8 +211,9 @@ class OrderFeed:
     def _restart(self) -> None:
         self._loads = self._order._loads
         self._indices = _Indices(self._order, self._rank, self._dp_size)
-        # A generator of its own keeps torch's global one untouched: the loader draws from it when it starts.
-        generator = torch.Generator().manual_seed(self._order.seed)
+        # A generator of its own keeps torch's global one untouched: the loader draws the seeds of its workers from it,
+        # which must differ between ranks and passes, or all would augment alike.
+        generator = self._order.generator(-1 - self._order._seen * self._dp_size - self._rank)
         self._loader = DataLoader(
             self._order.dataset,
             batch_sampler=cast("Any", self._indices),
@@ -243,13 +249,13 @@ class OrderFeed:
 
 
 def num_examples_in(batch: Any) -> int:
-    """Examples in a micro-batch: the first dimension of the first tensor found in it.
+    """Examples in a micro-batch: the first dimension of the first tensor found in it that has one.
 
     Raises:
-        TypeError: no tensor is in it.
+        TypeError: no such tensor is in it.
     """
     found = _first_tensor(batch)
-    if found is None or found.dim() == 0:
+    if found is None:
         raise TypeError(
             f"cannot tell how many examples a micro-batch of type {type(batch).__name__} holds: "
             f"pass count=, a function from micro-batch to number of examples, to AdaptiveBatch.steps"
@@ -259,7 +265,7 @@ def num_examples_in(batch: Any) -> int:
 
 def _first_tensor(batch: Any) -> Tensor | None:
     if isinstance(batch, Tensor):
-        return batch
+        return batch if batch.dim() else None
     if isinstance(batch, Mapping):
         batch = batch.values()
     if isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
@@ -283,7 +289,8 @@ class LoaderFeed:
         count: examples in a micro-batch.
 
     Raises:
-        ValueError: nothing comes out of the loader on some rank.
+        ValueError: nothing comes out of the loader on some rank, or more than the plan says, or a micro-batch without
+            examples; on all ranks at once.
     """
 
     def __init__(self, loader: Iterable[Any], collectives: Collectives, *, count: Callable[[Any], int]) -> None:
@@ -294,25 +301,40 @@ class LoaderFeed:
 
     def take(self, plan: BatchPlan) -> Portion | None:
         """As many micro-batches as the plan accumulates, fewer at the end of the loader, then None."""
-        batches = [batch for batch, _ in zip(self._batches, range(plan.accumulation_steps), strict=False)]
+        batches = list(itertools.islice(self._batches, plan.accumulation_steps))
         sizes = [self._count(batch) for batch in batches]
-        full, num_examples = self._collectives.sum_of(len(batches) == plan.accumulation_steps, sum(sizes))
+        # Not a number where a count is impossible: then all ranks see it, and raise together.
+        local = sum(sizes) if all(size >= 1 for size in sizes) else math.nan
+        full, num_examples = self._collectives.sum_of(len(batches) == plan.accumulation_steps, local)
+        self._check(num_examples, plan)
         if full < self._collectives.size:
-            common = int(self._collectives.minimum_of(len(batches)))
+            common = int(self._collectives.minimum_of(len(batches))[0])
             batches, sizes = batches[:common], sizes[:common]
             if common == 0:
                 if not self._any:
-                    raise ValueError("the loader gave no micro-batch on at least one rank: is its data set too small?")
+                    raise ValueError(
+                        "the loader gave no micro-batch on at least one rank: is its data set too small, or is it an "
+                        "iterator, which can be passed over only once?"
+                    )
                 return None
             (num_examples,) = self._collectives.sum_of(sum(sizes))
         self._any = True
         return Portion(batches, sizes, int(num_examples))
 
+    def _check(self, num_examples: float, plan: BatchPlan) -> None:
+        if math.isnan(num_examples):
+            raise ValueError("the loader gave a micro-batch without examples on at least one rank")
+        if num_examples > plan.global_batch_size:
+            raise ValueError(
+                f"a step of {num_examples:.0f} examples came where {plan.global_batch_size} were planned: the loader's "
+                f"micro-batches may hold micro_batch_size={plan.micro_batch_size} examples at most"
+            )
+
     def consumed(self, portion: Portion) -> None:
         """Nothing to note: the loader's place is its own."""
 
 
-def set_epoch(loader: Iterable[Any], epoch: int) -> None:
-    """Tells a ``DistributedSampler`` inside a ``DataLoader`` which epoch begins, so that it shuffles anew."""
+def advance_epoch(loader: Iterable[Any]) -> None:
+    """After a pass: a ``DistributedSampler`` inside a ``DataLoader`` goes to its next epoch, and shuffles anew."""
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
-        loader.sampler.set_epoch(epoch)
+        loader.sampler.set_epoch(loader.sampler.epoch + 1)

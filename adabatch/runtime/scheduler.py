@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from dataclasses import astuple
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from adabatch.batch.plan import Duration, Progress
-from adabatch.lr.clock import Clock
+from adabatch.lr.clock import Anchor, Clock
 from adabatch.lr.shapes import Shape, warmup_factor
 
 STATE_FORMAT = 1
+
+ClockKind = Literal["total", "gain"]
 
 
 class ProgressSource(Protocol):
@@ -42,10 +46,18 @@ class CountedSteps:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.progress = Progress()
+        self._stepping = False
+        optimizer.register_step_pre_hook(self._begin)
         optimizer.register_step_post_hook(self._count)
 
+    def _begin(self, *_: Any) -> None:
+        self._stepping = True
+
     def _count(self, *_: Any) -> None:
-        self.progress = self.progress.after(0)
+        # An optimizer whose step() calls its parent's runs the hooks of both, one inside the other.
+        if self._stepping:
+            self.progress = self.progress.after(0)
+        self._stepping = False
 
     @property
     def progress_after_next(self) -> Progress:
@@ -67,11 +79,13 @@ class ProgressLR(LRScheduler):
         total: length of the run.
         warmup: length of a linear warm-up before the shape, in any unit; the shape runs over the rest.
         warmup_start: factor that the warm-up starts from, in [0, 1]. The first update is already one step past it.
+        clock: "total" counts progress in the unit of the total. "gain" counts gain-steps towards a total in any unit:
+            each step advances the shape by what it is worth, and no number of steps need be known.
 
     Raises:
         ValueError: a total of no length, a warm-up not shorter than the total, or a total in examples or tokens where
             nobody counts those.
-        TypeError: a shape that is not a ``Shape``.
+        TypeError: a shape that is not a ``Shape``, or a length without a unit.
     """
 
     def __init__(
@@ -83,19 +97,29 @@ class ProgressLR(LRScheduler):
         total: Duration,
         warmup: Duration | None = None,
         warmup_start: float = 0.0,
+        clock: ClockKind = "total",
     ) -> None:
         if not isinstance(shape, Shape):
             raise TypeError(f"shape must come from adabatch.lr, such as adabatch.lr.cosine(), got {shape!r}")
+        for name, length in (("total", total), ("warmup", warmup)):
+            if not isinstance(length, Duration) and (length is not None or name == "total"):
+                raise TypeError(f"{name} must be a duration, such as adabatch.steps({length}), got {length!r}")
         if not 0 <= warmup_start <= 1:
             raise ValueError(f"warmup_start must be in [0, 1], got {warmup_start}")
         self.shape = shape
         self._clock = Clock(total, warmup)
         self._warmup_start = warmup_start
         self._source: ProgressSource = CountedSteps(optimizer) if source is None else source
-        self._anchor: int | None = None
+        self._anchor: Anchor | None = None
+        self._passed = 0.0
+        if clock not in get_args(ClockKind):
+            raise ValueError(f"clock must be one of {', '.join(get_args(ClockKind))}, got {clock!r}")
+        self._kind: ClockKind = clock
         for length in (total, warmup):
             if length is not None:
                 self._check_unit(length)
+        if clock == "gain":
+            self._check_unit(Duration(1, "gain_steps"))
         super().__init__(optimizer)
 
     def _check_unit(self, length: Duration) -> None:
@@ -109,9 +133,39 @@ class ProgressLR(LRScheduler):
         if clock.warming_up(progress):
             ramp = warmup_factor(clock.warmup_fraction(self._source.progress_after_next), start=self._warmup_start)
             return ramp * float(self.shape(0.0))
+        return float(self.shape(self._fraction()))
+
+    def _fraction(self) -> float:
+        """Progress of the shape, after the warm-up; does not step back."""
+        clock, progress = self._clock, self._source.progress
         if self._anchor is None:
             self._anchor = clock.anchor(progress)
-        return float(self.shape(clock.fraction(progress, self._anchor)))
+        if self._kind == "total":
+            return clock.fraction(progress, self._anchor)
+        after, unit = self._source.progress_after_next, clock.total.unit
+        gain_per_unit = (after.count("gain_steps") - progress.count("gain_steps")) / (
+            after.count(unit) - progress.count(unit)
+        )
+        self._passed = clock.gain_fraction(progress, gain_per_unit, self._anchor, self._passed)
+        return self._passed
+
+    def set_total(self, total: Duration) -> None:
+        """Changes the length of a run under way. The rate does not jump: what is left of the shape takes what is left.
+
+        Raises:
+            ValueError: a total that is already over, or in a unit that nobody counts.
+        """
+        self._check_unit(total)
+        if self._source.progress.reached(total):
+            raise ValueError(f"the run is already past {total}: give a total that lies ahead")
+        clock = Clock(total, self._clock.warmup)
+        progress = self._source.progress
+        if not self._clock.warming_up(progress):
+            fraction = self._fraction()
+            self._anchor = Anchor(progress.count(total.unit), fraction, progress.gain_steps or 0.0)
+            self._passed = fraction
+        self._clock = clock
+        self._write()
 
     def get_lr(self) -> list[float | Tensor]:
         """``base LR x warm-up x shape`` of each group."""
@@ -131,10 +185,12 @@ class ProgressLR(LRScheduler):
             "format": STATE_FORMAT,
             "base_lrs": [float(base) for base in self.base_lrs],
             "shape": self.shape.to_dict(),
-            "total": [total.count, total.unit],
+            "total": [total.count, str(total.unit)],
             "warmup": None if warmup is None else [warmup.count, warmup.unit],
             "warmup_start": self._warmup_start,
-            "anchor": self._anchor,
+            "clock": self._kind,
+            "anchor": None if self._anchor is None else [*astuple(self._anchor)],
+            "passed": self._passed,
             "last_epoch": self.last_epoch,
             "steps": self._source.progress.steps if isinstance(self._source, CountedSteps) else None,
         }
@@ -145,7 +201,7 @@ class ProgressLR(LRScheduler):
         Load the ``AdaptiveBatch`` first: the rates depend on its progress.
 
         Raises:
-            ValueError: a newer format, another number of groups, or another shape than the one saved.
+            ValueError: a newer format, another number of groups, or another shape, total or warm-up than was saved.
         """
         if state_dict["format"] > STATE_FORMAT:
             raise ValueError(
@@ -157,6 +213,7 @@ class ProgressLR(LRScheduler):
                 f"the schedule was saved with {len(state_dict['base_lrs'])} parameter groups, "
                 f"the optimizer has {len(self.base_lrs)}: build it as the saved run did"
             )
+        mine = self.state_dict()
         saved = Shape.from_dict(state_dict["shape"])
         if saved != self.shape:
             raise ValueError(
@@ -165,10 +222,14 @@ class ProgressLR(LRScheduler):
         for group, base in zip(self.optimizer.param_groups, state_dict["base_lrs"], strict=True):
             group["initial_lr"] = base
         self.base_lrs = list(state_dict["base_lrs"])
-        warmup = state_dict["warmup"]
-        self._clock = Clock(Duration(*state_dict["total"]), None if warmup is None else Duration(*warmup))
-        self._warmup_start = state_dict["warmup_start"]
-        self._anchor = state_dict["anchor"]
+        for name in ("total", "warmup", "warmup_start", "clock"):
+            if state_dict[name] != mine[name]:
+                raise ValueError(
+                    f"the schedule was saved with {name}={state_dict[name]}, this run has {mine[name]}: its learning "
+                    f"rate would jump; resume with the saved value (and change the total afterwards with set_total)"
+                )
+        self._anchor = None if state_dict["anchor"] is None else Anchor(*state_dict["anchor"])
+        self._passed = state_dict["passed"]
         self.last_epoch = state_dict["last_epoch"]
         if isinstance(self._source, CountedSteps):
             self._source.progress = Progress(steps=state_dict["steps"] or 0)
@@ -176,26 +237,60 @@ class ProgressLR(LRScheduler):
 
     def _write(self) -> None:
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            _set_lr(group, lr)
+            _put(group, "lr", lr)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
-def _set_lr(group: dict[str, Any], lr: float | Tensor) -> None:
-    """Writes a rate into a group, in place where it is a tensor (capturable optimizers hold on to it)."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
+def _put(group: dict[str, Any], name: str, value: Any) -> None:
+    """Writes a setting into a group, in place where it is a tensor (capturable optimizers hold on to it)."""
+    if isinstance(group[name], Tensor):
+        group[name].fill_(value)
     else:
-        group["lr"] = lr
+        group[name] = value
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _nothing(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+class Moved(NamedTuple):
+    """What the batch changes about an update.
+
+    Args:
+        factor: the batch factor on the learning rate.
+        settings: other settings of a parameter group -> those of them that change, with their values.
+        averaging: the update's place in the memory of Adam's averages, counted in updates of its own batch size, where
+            the betas follow the batch; else None.
+    """
+
+    factor: float
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    averaging: float | None = None
+
+
+def host_value(lr: float | Tensor) -> float:
+    """A rate for the journal; NaN for one that lives on an accelerator, as reading it would stall the step."""
+    return float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else math.nan
 
 
 class StepHooks:
-    """What happens around ``optimizer.step()``, by its public hooks: the batch factor is on while it runs, only then.
+    """What happens around ``optimizer.step()``, by its public hooks: what the batch moves is moved while it runs only.
 
-    ``group["lr"]`` is multiplied before and put back after, so no scheduler, checkpoint or log ever stores the factor.
+    ``group["lr"]`` and what follows with it are changed before and put back after, so no scheduler, checkpoint or log
+    ever stores them. An update that raises runs no hook after it; all is then put back before the optimizer's state is
+    saved, before the next update, and at ``restore()``.
+
+    Adam corrects its averages by ``1 - beta ** step``, which is wrong once beta changes. With ``beta_t = beta ** r_t``
+    the right correction is ``1 - beta ** sum(r)``: that is ``1 - beta_t ** step`` for ``step = sum(r) / r_t``, so the
+    step counts of the optimizer's state hold that number while it runs, and their own again afterwards.
 
     Args:
         optimizer: the optimizer.
-        factor: called before each update, gives the batch factor.
+        moved: called before each update.
         skip: called before each update, says whether to leave it out: the gradients are dropped, so that the optimizer
             finds nothing to do.
         done: called after each update with the optimizer, the rates that were in force, one a group, and whether it was
@@ -206,47 +301,60 @@ class StepHooks:
         self,
         optimizer: Optimizer,
         *,
-        factor: Callable[[], float],
+        moved: Callable[[], Moved],
         skip: Callable[[], bool],
         done: Callable[[Optimizer, list[float], bool], None],
     ) -> None:
-        self._factor = factor
+        self._moved = moved
         self._skip = skip
         self._done = done
-        self._stored: list[float | Tensor] | None = None
+        self._stored: list[tuple[dict[str, Any], str, Any]] = []
+        self._counts: list[tuple[Tensor, Tensor]] = []
         self._skipped = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
+            optimizer.register_state_dict_pre_hook(self.restore),
         ]
 
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        self._restore(optimizer)  # an update that raised left its factor on
+        self.restore()
         self._skipped = self._skip()
         if self._skipped:
             optimizer.zero_grad(set_to_none=True)
-        factor = self._factor()
-        if factor != 1.0:
-            lrs = [group["lr"] for group in optimizer.param_groups]
-            self._stored = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
-            for group, lr in zip(optimizer.param_groups, self._stored, strict=True):
-                _set_lr(group, lr * factor)
+        moved = self._moved()
+        for group in optimizer.param_groups:
+            changes = moved.settings(group)
+            if moved.factor != 1.0:
+                changes["lr"] = group["lr"] * moved.factor
+            for name, value in changes.items():
+                self._stored.append((group, name, _copy(group[name])))
+                _put(group, name, value)
+        if moved.averaging is not None and not self._skipped:
+            counts = [state["step"] for state in optimizer.state.values() if isinstance(state.get("step"), Tensor)]
+            self._counts = [(count, count.clone()) for count in counts]
+            for count in counts:
+                count.fill_(moved.averaging - 1)  # the optimizer adds one before it reads
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        applied = [group["lr"] for group in optimizer.param_groups]
-        # A rate that lives on an accelerator is left out of the journal: reading it would stall the step.
-        rates = [float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else float("nan") for lr in applied]
-        self._restore(optimizer)
+        rates = [host_value(group["lr"]) for group in optimizer.param_groups]
+        for _count, own in self._counts:
+            own.add_(1)
+        self.restore()
         self._done(optimizer, rates, not self._skipped)
 
-    def _restore(self, optimizer: Optimizer) -> None:
-        if self._stored is not None:
-            for group, lr in zip(optimizer.param_groups, self._stored, strict=True):
-                _set_lr(group, lr)
-            self._stored = None
+    def restore(self, *_: Any) -> None:
+        """Puts back what the batch moved, where an update raised before it could be."""
+        for group, name, value in self._stored:
+            _put(group, name, value)
+        self._stored.clear()
+        for count, own in self._counts:
+            count.copy_(own)
+        self._counts.clear()
 
     def remove(self) -> None:
-        """Takes the hooks off the optimizer."""
+        """Takes the hooks off the optimizer, and a factor that is still on."""
+        self.restore()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

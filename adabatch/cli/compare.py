@@ -1,0 +1,70 @@
+"""``adabatch compare``: a job beside the same at constant smallest and largest batch size, at equal examples."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from adabatch.batch.schedules import Constant
+from adabatch.cli.display import Display
+from adabatch.cli.job import Job, Result, run
+from adabatch.cli.picture import picture
+from adabatch.runtime.world import World
+
+HEADER = ("run", "steps", "mean batch", "examples", "test loss", "test accuracy", "wall time")
+
+
+def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[Result]:
+    """Runs the job as it is, then constant at either limit, each from the same weights and in the same order.
+
+    The base LR belongs to the reference batch size of the job in all three, so the constant large batch gets the
+    learning rate that the job's rule gives to its size. Journals and checkpoints of the baselines go into folders
+    inside the job's; ``comparison.json`` holds the table.
+
+    Raises:
+        ValueError: limits that are schedules or left out, between which there is no constant to compare with.
+    """
+    job = make()
+    limits = job.limits
+    if limits is None or not isinstance(limits.min, int) or not isinstance(limits.max, int):
+        raise ValueError("compare needs limits with a constant min and max: they are what the job is compared with")
+    reference = job.reference_batch_size or limits.min
+    variants: list[tuple[str, int | None, Path]] = [
+        ("adaptive", None, job.out),
+        (f"constant {limits.min}", limits.min, job.out / "smallest"),
+        (f"constant {limits.max}", limits.max, job.out / "largest"),
+    ]
+    results = []
+    for label, size, out in variants:
+        if size is not None:
+            job = replace(make(), criterion=Constant(size), monitor=True, out=out, resume=False)
+        results.append(run(replace(job, reference_batch_size=reference), world, display=display, label=label))
+    display.table("At equal examples", HEADER, [row(result) for result in results])
+    out = variants[0][2]
+    if world.rank == 0:
+        _write(results, out)
+        picture({result.label: result.journal for result in results}, out / "picture.png", display=display)
+    display.say(f"journal, checkpoint and table: {out}")
+    return results
+
+
+def row(result: Result) -> tuple[str, ...]:
+    """A result as a row under ``HEADER``."""
+    accuracy = "-" if math.isnan(result.accuracy) else f"{result.accuracy:.2%}"
+    return (
+        result.label,
+        f"{result.steps:,}",
+        f"{result.mean_batch:,.0f}",
+        f"{result.examples:,}",
+        f"{result.test_loss:.4f}",
+        accuracy,
+        f"{result.seconds:.1f} s",
+    )
+
+
+def _write(results: list[Result], out: Path) -> None:
+    rows = [{**result._asdict(), "journal": str(result.journal)} for result in results]
+    (out / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,102 @@
+"""The ``adabatch`` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+try:
+    from jsonargparse import ArgumentParser, Namespace
+except ImportError as error:  # the library itself does without
+    raise SystemExit(f"adabatch: error: the command line needs `pip install adabatch[cli]` ({error})") from None
+
+from adabatch import __version__
+from adabatch.cli.compare import HEADER, compare, row
+from adabatch.cli.display import Display
+from adabatch.cli.job import Job, run
+from adabatch.cli.picture import picture
+from adabatch.runtime.world import World, connected
+
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError)
+
+
+def _job_parser(description: str) -> ArgumentParser:
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="YAML file with the fields below")
+    parser.add_class_arguments(Job)
+    return parser
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of the whole command."""
+    parser = ArgumentParser(
+        prog="adabatch",
+        description="Batch sizes that grow with the noise of the gradient, and learning rates that follow.",
+        version=f"adabatch {__version__}",
+    )
+    commands = parser.add_subcommands()
+    commands.add_subcommand(
+        "train",
+        _job_parser("Train a model as a config file says; alone or under torchrun."),
+        help="train a model as a config file says",
+    )
+    commands.add_subcommand(
+        "compare",
+        _job_parser("Train, then train the same at constant smallest and largest batch size, and compare."),
+        help="train beside the constant smallest and largest batch size",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status. A user's mistake is one line on standard error and status 2."""
+    parser = build_parser()
+    config = parser.parse_args(arguments)
+    command = config.subcommand
+    try:
+        world = World.from_environment()
+        _seed(config[command].seed)
+        with connected(world, device=world.device):
+            _COMMANDS[command](_maker(parser, config, command), world)
+    except USER_ERRORS as error:
+        print(f"adabatch {command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _maker(parser: ArgumentParser, config: Namespace, command: str) -> Callable[[], Job]:
+    """A function that builds the job of a config anew, from the same seed each time."""
+
+    def make() -> Job:
+        _seed(config[command].seed)
+        fields: dict[str, Any] = vars(parser.instantiate(config)[command])
+        names = Job.__dataclass_fields__
+        return Job(**{name: value for name, value in fields.items() if name in names})
+
+    return make
+
+
+def _train(make: Callable[[], Job], world: World) -> None:
+    display = Display(world.rank)
+    result = run(make(), world, display=display, label="train")
+    display.table("Result", HEADER, [row(result)])
+    if world.rank == 0:
+        picture({"": result.journal}, result.journal.with_name("picture.png"), display=display)
+    display.say(f"journal and checkpoint: {result.journal.parent}")
+
+
+def _compare(make: Callable[[], Job], world: World) -> None:
+    compare(make, world, display=Display(world.rank))
+
+
+_COMMANDS = {"train": _train, "compare": _compare}
+
+if __name__ == "__main__":
+    sys.exit(main())

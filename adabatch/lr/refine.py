@@ -1,0 +1,271 @@
+"""A schedule from recorded gradient norms, and last-iterate guarantees for any online learner.
+
+Let ``z_1..z_T`` be the iterates of an online learner that is fed the gradients ``g_t`` times positive weights
+``w_t``. Move the real iterate by a part of each of its moves, with ``w_{a:b}`` the sum over a..b:
+
+    x_1 = z_1            x_{t+1} - x_t = (w_{t+1:T} / w_{1:T}) (z_{t+1} - z_t)
+
+Then ``E[f(x_T) - f(u)] <= E[sum_t w_t <g_t, z_t - u>] / w_{1:T}`` for convex f: the learner's regret becomes
+a guarantee for the last iterate, constants intact. For SGD, ``z_{t+1} = z_t - w_t g_t``, the factors are
+``w_t w_{t+1:T} / w_{1:T}`` and the guarantee ``(D^2 + sum_t w_t^2 G_t^2) / (2 w_{1:T})`` is least for ``w_t``
+proportional to ``G_t^-2``. So the norms of a run give the schedule of the next: warm-up where gradients are
+large, annealing by the second factor.
+
+Source: Defazio, Cutkosky, Mehta and Mishchenko 2023, arXiv:2310.07831, conversion theorem and Algorithms 1
+and 2; with general weights: Defazio et al. 2024, arXiv:2405.15682, appendix B. The proof wants weights that
+do not depend on the noise they weigh, hence norms of a *previous* run, smoothed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from adabatch.lr.shapes import Shape, tabulated
+
+Kind = Literal["sgd", "adam", "adagrad"]
+FloatArray: TypeAlias = NDArray[np.float64]
+
+# weight = norm ** -power
+_POWERS: Mapping[str, int] = MappingProxyType({"sgd": 2, "adam": 1, "adagrad": 1})
+
+
+def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, length: int | None = None) -> Shape:
+    """The schedule that a finished run's gradient norms ask for: ``w_t * sum_{p>t} w_p``, with maximum 1.
+
+    The norms are median-filtered first, since one tiny norm would otherwise own the whole schedule. The base
+    learning rate must be tuned anew for the new shape (``bound.transfer`` predicts it), and its own warm-up,
+    where the norms ask for one, is inside. Entry t of n is at progress ``t / (n - 1)``, from t = 0; the
+    last is exactly 0.
+
+    Args:
+        norms: one per step, or at equal distances of progress, shape (n,) with n >= 2: of the gradient that
+            is reduced over ranks and unscaled, *before* clipping (a clipped norm hides the spikes that ask
+            for warm-up). Which norm depends on ``kind``. Their scale does not matter.
+        kind: the optimizer, and the weights that its theory asks for:
+
+            - ``"sgd"``: ``w = 1 / G^2`` from l2 norms (momentum or not).
+            - ``"adam"``: ``w = 1 / G`` from l1 norms, ``sum_i |g_i|``.
+            - ``"adagrad"``: ``w = 1 / G`` from norms in the optimizer's own metric, ``sum_i g_i^2 / r_i``
+              with ``r_i`` the root mean square of coordinate i over the run. The l1 norm stands in for it
+              where only that was recorded; it is the same thing when every ``|g_i|`` keeps near its ``r_i``.
+
+        smoothing: length of the median filter's window as a share of n, in [0, 1]; below 2 / n there is none.
+            The default is that of the authors' code.
+        length: entries of the table to make, at least 2; by default n. Norms logged at every step of a long
+            run need no table of that length.
+
+    Raises:
+        ValueError: fewer than two norms; norms that are zero, negative, infinite or not numbers; an unknown
+            kind.
+
+    What it does not do: correct for a batch that grew while the norms were recorded. Then the growth is
+    inside the shape already, and a rule that scales the learning rate by the batch would count it twice.
+    """
+    values = _norms(norms)
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing must lie in [0, 1], a share of the norms, got {smoothing}")
+    window = 2 * (int(smoothing * values.size) // 2) + 1
+    weights = refined_weights(median_filter(values, window), kind)
+    factors = weights * _tails(weights)[1:]
+    factors /= factors.max()
+    return tabulated(values=(factors if length is None else stretch(factors, length)).tolist())
+
+
+def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
+    """The weights ``G_t^-2`` (sgd) or ``G_t^-1`` (adam, adagrad); the median norm has weight 1.
+
+    For SGD with distance D and norms G, the weights with the least guarantee are these, scaled to
+    ``D / (G_t^2 sqrt(sum_p G_p^-2))``.
+
+    Args:
+        norms: shape (n,); which norm is said at ``refine``.
+        kind: the optimizer.
+
+    Raises:
+        ValueError: as ``refine``, or norms so far apart that the weights leave the range of float64.
+    """
+    values = _norms(norms)
+    if kind not in _POWERS:
+        raise ValueError(f"kind must be one of {', '.join(_POWERS)}, got {kind!r}")
+    # the result does not depend on the scale; without it a product of weights is a fourth power of the norms
+    relative = values / np.median(values)
+    with np.errstate(over="ignore", divide="ignore"):
+        weights = relative ** -_POWERS[kind]
+    if not np.all(np.isfinite(weights)) or weights.min() == 0:
+        raise ValueError(
+            f"norms from {values.min():g} to {values.max():g} give weights beyond float64: smooth them, or "
+            "leave out the steps that were not trained on"
+        )
+    return weights
+
+
+def last_iterate_multipliers(weights: ArrayLike) -> FloatArray:
+    """What to multiply the moves of any optimizer by: ``w_{t+1:T} / w_{1:T}``, t = 1..T, shape (T,).
+
+    ``1 - t / T`` for constant weights: linear decay. The last is 0: its move comes after the iterate that the
+    guarantee is for. To be put on updates as they are; for SGD whose gradients are not weighted, multiply by
+    the weights too.
+
+    Args:
+        weights: ``w_t``, shape (T,), not negative and not all zero; the weights that multiply the gradients.
+
+    Raises:
+        ValueError: weights out of that range.
+    """
+    tails = _tails(_weights(weights))
+    return np.asarray(tails[1:] / tails[0])
+
+
+def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
+    """The iterates x of the conversion from the iterates z of an online learner.
+
+    Args:
+        iterates: ``z_1..z_T``, shape (T, ...).
+        weights: ``w_1..w_T``, shape (T,), not negative and not all zero.
+
+    Returns:
+        ``x_1..x_T``, of the shape of ``iterates``.
+
+    Raises:
+        ValueError: weights out of their range, or not as many as iterates.
+    """
+    z = np.asarray(iterates, dtype=np.float64)
+    multipliers = last_iterate_multipliers(weights)
+    if z.ndim < 1 or z.shape[0] != multipliers.size:
+        raise ValueError(f"need one weight an iterate, got {multipliers.size} for iterates of shape {z.shape}")
+    moves = multipliers[:-1].reshape(-1, *(1,) * (z.ndim - 1)) * np.diff(z, axis=0)
+    return np.concatenate([z[:1], z[:1] + np.cumsum(moves, axis=0)])
+
+
+def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> float:
+    """What SGD is sure of with the factors ``w_t w_{t+1:T} / w_{1:T}``, for its last iterate.
+
+    The guarantee is ``(D^2 + sum_t w_t^2 G_t^2) / (2 w_{1:T})`` above the minimum.
+
+    Sharper than ``bound.bound`` of the same factors, as it knows the weights they came from.
+
+    Args:
+        weights: ``w_t``, shape (T,), not negative and not all zero. Their scale matters: it is the base
+            learning rate.
+        norms: l2 norms ``G_t``, shape (T,) or a number.
+        distance: from the start to a minimiser, ``D``.
+
+    Raises:
+        ValueError: weights out of their range, or norms that do not fit them.
+    """
+    w = _weights(weights)
+    sizes = np.asarray(norms, dtype=np.float64)
+    if sizes.shape not in ((), w.shape):
+        raise ValueError(f"norms must be a number or as many as the {w.size} weights, got shape {sizes.shape}")
+    return float((distance**2 + np.sum((w * sizes) ** 2)) / (2 * np.sum(w)))
+
+
+def stretch(values: ArrayLike, length: int) -> FloatArray:
+    """Resample to ``length`` entries by linear interpolation in progress; the first and last are kept.
+
+    Entry i of n stands at progress ``i / (n - 1)``. Used where a run had another number of steps, or norms
+    were logged at an interval (repeating each instead would shift them and make steps).
+
+    Args:
+        values: shape (n,), n >= 1.
+        length: entries wanted, at least 2, or 1 where n is 1.
+
+    Raises:
+        ValueError: no values, or a length too short to keep both ends.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 1 or table.size == 0:
+        raise ValueError(f"stretch needs a flat array with at least one value, got shape {table.shape}")
+    if length < min(2, table.size):
+        raise ValueError(f"length must be at least 2 to keep the first and the last value, got {length}")
+    return np.interp(np.linspace(0, table.size - 1, length), np.arange(table.size), table)
+
+
+def median_filter(values: ArrayLike, window: int) -> FloatArray:
+    """Running median: ``out[i]`` is that of ``values[i - h .. i + h]``, ``h = (window - 1) / 2``.
+
+    Beyond the left edge the first value is repeated, so that a spike at the start stands; beyond the right
+    edge the values are mirrored without repeating the last. Exact, O(n log n) whatever the window, in numpy
+    only.
+
+    Args:
+        values: shape (n,), n >= 1, finite.
+        window: odd, at most ``2 n - 1``.
+
+    Raises:
+        ValueError: values that are not finite, or a window that is even or too long.
+    """
+    series = np.asarray(values, dtype=np.float64)
+    if series.ndim != 1 or series.size == 0 or not np.all(np.isfinite(series)):
+        raise ValueError("a median filter needs a flat array of finite values, at least one")
+    if window < 1 or window % 2 == 0 or window > 2 * series.size - 1:
+        raise ValueError(f"window must be odd and within 1 to {2 * series.size - 1}, got {window}")
+    half = window // 2
+    if half == 0:
+        return series.copy()
+    padded = np.concatenate([np.full(half, series[0]), series, series[-2 : -2 - half : -1]])
+    return _running_order_statistic(padded, window, half)
+
+
+def _running_order_statistic(values: FloatArray, window: int, order: int) -> FloatArray:
+    """The ``order``-th smallest (from 0) of every window, all windows at once.
+
+    A wavelet matrix: values become ranks, and the rank sought is read off bit by bit, from the highest. At
+    each bit the ranks are split stably into those without it and those with it, and ``zeros[i]``, the number
+    of the former before place i, maps every window's interval into either half. Two heaps would be O(n log
+    window) too, but in Python loops.
+    """
+    by_rank = np.argsort(values, kind="stable")
+    ranks = np.empty(values.size, dtype=np.int32)
+    ranks[by_rank] = np.arange(values.size, dtype=np.int32)
+    start = np.arange(values.size - window + 1, dtype=np.int32)
+    stop = start + np.int32(window)
+    wanted = np.full_like(start, order)
+    found = np.zeros_like(start)
+    zeros = np.zeros(values.size + 1, dtype=np.int32)
+    for bit in reversed(range(int(values.size - 1).bit_length())):
+        has_bit = (ranks & (1 << bit)) != 0
+        np.cumsum(~has_bit, out=zeros[1:])
+        before_start, before_stop = zeros[start], zeros[stop]
+        without = before_stop - before_start
+        low = wanted < without
+        np.subtract(wanted, without, out=wanted, where=~low)
+        # in the half with the bit, an interval lies behind all the ranks without it
+        start += zeros[-1] - before_start
+        stop += zeros[-1] - before_stop
+        np.copyto(start, before_start, where=low)
+        np.copyto(stop, before_stop, where=low)
+        found |= (~low).astype(np.int32) << bit
+        ranks = np.concatenate([ranks[~has_bit], ranks[has_bit]])
+    return values[by_rank[found]]
+
+
+def _tails(weights: FloatArray) -> FloatArray:
+    """``w_{t:T}`` for t = 1..T + 1, shape (T + 1,): one reverse sum, no difference of sums."""
+    return np.append(np.cumsum(weights[::-1])[::-1], 0.0)
+
+
+def _weights(weights: ArrayLike) -> FloatArray:
+    w = np.asarray(weights, dtype=np.float64)
+    if w.ndim != 1 or not np.all(np.isfinite(w) & (w >= 0)) or not np.any(w):
+        raise ValueError("weights must be a flat array of finite numbers, none negative and not all zero")
+    return w
+
+
+def _norms(norms: ArrayLike) -> FloatArray:
+    values = np.asarray(norms, dtype=np.float64)
+    if values.ndim != 1 or values.size < 2:
+        raise ValueError(f"refining needs the norms of at least 2 steps, in a flat array, got shape {values.shape}")
+    bad = ~(np.isfinite(values) & (values > 0))
+    if np.any(bad):
+        first = int(np.argmax(bad))
+        raise ValueError(
+            f"gradient norms must be positive and finite, got {values[first]} at {first} "
+            f"({int(bad.sum())} such of {values.size}): leave out the steps that were skipped"
+        )
+    return values

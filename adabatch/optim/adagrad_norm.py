@@ -1,0 +1,448 @@
+"""AdaGrad-Norm: gradient descent whose one step size is set by the gradients it has seen.
+
+One number is accumulated for the whole model, the sum of the squared gradient norms, where AdaGrad keeps one
+for every coordinate. So it has no gradient-sized state, and a step costs what SGD's costs and one more pass
+over the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+# On the CPU torch adds up the squares of a tensor in a few float32 lanes and in one thread, whatever its
+# size: for standard normal numbers |x|^2 came out 0.07 % too small at 10 million elements and 0.8 % at 50
+# million. So large tensors are cut into blocks, which threads share and whose norms are added in float64. At
+# the limit for one thread the error is 3e-6, or 3e-5 where all elements are equal; cutting smaller tensors
+# too costs it a quarter more time.
+_BLOCK = 1 << 14
+_LIMIT_ONE_THREAD = 1 << 18
+_LIMIT_THREADS = 1 << 15
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class AdaGradNorm(Optimizer):
+    r"""AdaGrad-Norm, the scalar AdaGrad: one accumulator for the whole model, all parameter groups together.
+
+    With the gradient ``g`` of all parameters, each step computes ::
+
+        b^2 <- b^2 + |g|^2                        b_0^2 = initial_accumulator_value
+        x   <- x - lr / (b + eps) * g
+
+    and with ``weight_decay`` or ``momentum`` ::
+
+        v   <- momentum * v + g / (b + eps)       v_0 = 0
+        x   <- (1 - lr / (b + eps) * weight_decay) * x - lr * v
+
+    No step is longer than ``lr`` where momentum and weight decay are off. Multiplying the loss by a constant
+    changes nothing as soon as ``b`` has outgrown its start.
+
+    *Momentum* is the heavy ball on the normalized gradient: every gradient keeps the ``b`` of its own time,
+    and a new ``lr`` acts on the whole buffer at once, as in ``torch.optim.SGD`` (dampening 0). The stationary
+    step is ``1 / (1 - momentum)`` times as long.
+
+    *Weight decay* is decoupled: it enters neither ``|g|^2`` nor the momentum. It is scaled by ``lr / b`` and
+    not by ``lr``. ``1 / b`` is this method's own schedule, falling as one over the square root of the steps,
+    and decoupled decay follows the schedule of the step (Loshchilov and Hutter 2019, algorithm 2); a decay by
+    ``lr`` alone would stand still while the gradient's part fades, and in the end pull every weight to zero.
+    Scaled alike, the two balance where ``g + (1 - momentum) * weight_decay * x = 0`` for every ``b``, and
+    ``weight_decay`` means what it means to SGD.
+
+    Args:
+        params: parameters, named parameters or groups of them, as for every torch optimizer. Groups may
+            differ in all options but ``initial_accumulator_value``; the norm is always that of all groups
+            together.
+        lr: longest step, in the unit of the parameters; a number or a tensor of one element.
+        momentum: heavy-ball factor in [0, 1).
+        weight_decay: coefficient of the decoupled decay.
+        initial_accumulator_value: ``b_0^2``, in squared units of the gradient. It damps the first steps and
+            is forgotten once the accumulated norms exceed it.
+        eps: added to ``b``; matters only where ``b`` is zero.
+        foreach: True for the multi-tensor path, False for a loop over the parameters; None takes the
+            multi-tensor path wherever all tensors of a group are plain ones. Both give the same numbers; on
+            accelerators the multi-tensor path needs memory for one more gradient.
+        maximize: ascend instead of descend.
+        differentiable: must be False; it is here to say so.
+        reduce: sums a 0-dim tensor over the ranks that hold different pieces of the model, and returns the
+            sum. Needed only where a rank's *plain* gradients are a piece of the whole one (ZeRO's flat
+            partitions, pipeline stages); it is called once in every step, also by a rank without gradients.
+            Leave it None on one process, under DDP (each rank's gradient is already the mean) and for
+            DTensors (FSDP2, tensor parallelism), whose placements say which pieces are shared: shards are
+            summed over their mesh, replicas counted once.
+
+    Raises:
+        ValueError: an option out of its range, ``initial_accumulator_value`` and ``eps`` both zero, or a
+            group with a start of its own.
+        NotImplementedError: ``differentiable=True``.
+        RuntimeError: at ``step``, for sparse gradients.
+
+    Limits: a gradient that is not finite is not skipped. As in torch's optimizers it spoils the state, but
+    never in silence: infinity in the norm (in float32 a norm above 1e19 is) turns every parameter to NaN
+    instead of shrinking all later steps to zero. Guard before the step (``GradScaler``, ``clip_grad_norm_``
+    with ``error_if_nonfinite=True``). There is no ``lr_decay`` (use a scheduler), no Nesterov momentum, no
+    fused or capturable form, no autograd through the step. Parameters whose gradient is None are left alone,
+    decay included; where there is no gradient at all, nothing happens. Norms are taken in float32 at least
+    and added in float64 (float32 on MPS). ``step`` never waits for the device.
+
+    State: the accumulator stands in the state of every parameter, as one shared tensor ``sum`` of shape (1,).
+    A model-wide number has no place of its own in torch's format. In the state of one parameter it would be
+    lost with it (frozen, on another pipeline stage, left out of a partial checkpoint); in ``param_groups`` it
+    would leave the state empty, and ``torch.distributed.checkpoint`` then fills it by a step of its own that
+    fires the step hooks; under a key that is no parameter that module fails. With one element instead of
+    none, its ``full_state_dict=True`` works without momentum buffers too. FSDP1 flattens such state and is
+    not supported.
+
+    Source: Ward, Wu and Bottou (2020), "AdaGrad stepsizes: sharp convergence over nonconvex landscapes", JMLR
+    21(219), algorithm 1 (``lr`` is its eta; it has neither eps, momentum nor decay). The defaults 1.0, 1e-2
+    and 1e-10 are those of the AdaGrad-Norm in the AdAdaGrad experiments (Lau, Liu and Kolar 2024, public
+    code), which unlike this one keeps a number for every output row.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        *,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 1e-2,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        reduce: Reduce | None = None,
+    ) -> None:
+        if differentiable:
+            raise NotImplementedError(
+                "AdaGradNorm cannot differentiate through its step: leave differentiable=False, "
+                "or unroll the update by hand on functional parameters"
+            )
+        self._reduce = reduce
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    @property
+    def accumulator(self) -> Tensor:
+        """``b^2``, the live tensor of shape (1,)."""
+        first = next(self._params(), None)
+        if first is None:
+            raise RuntimeError("an optimizer without parameters has no accumulator")
+        total: Tensor = self.state[first]["sum"]
+        return total
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; they join the one accumulator at its present value.
+
+        Raises:
+            ValueError: an option out of its range, or an ``initial_accumulator_value`` of the group's own.
+        """
+        start = self.defaults["initial_accumulator_value"]
+        _validate({**self.defaults, **param_group}, start)
+        first = next(self._params(), None)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if not group["params"]:
+            return
+        if first is None:
+            device = group["params"][0].device
+            total = torch.full((1,), start, dtype=_sum_dtype(device), device=device)
+        else:
+            total = self.state[first]["sum"]
+        for param in group["params"]:
+            self.state[param]["sum"] = total
+            if group["momentum"] != 0:  # now and not at the first step: a checkpoint loads into what it finds
+                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: computes the loss and its gradients anew and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batches = [batch for group in self.param_groups for batch in self._collect(group)]
+        if batches or self._reduce is not None:
+            b = self._accumulate(batches)
+            for batch in batches:
+                _update(batch, b)
+        return loss
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what ``state_dict`` gave, the accumulator to the last bit.
+
+        Where its copies differ the largest counts: ``b`` only grows, so one that lags behind belongs to a
+        parameter that the checkpoint did not know.
+
+        Raises:
+            ValueError: the state of another optimizer.
+        """
+        saved: list[Tensor] = []
+
+        # Read before torch casts it: Optimizer.load_state_dict turns all state to the dtype of its parameter.
+        def remember(_: Optimizer, loaded: StateDict) -> None:
+            saved.extend(entry["sum"] for entry in loaded["state"].values() if "sum" in entry)
+            if not saved or any(total.numel() != 1 for total in saved):
+                raise ValueError("the state holds no accumulator: load one that AdaGradNorm saved")
+
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        self._share(torch.stack([total.detach().cpu().double().reshape(1) for total in saved]).amax(0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_reduce": self._reduce}
+
+    def _params(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
+    def _share(self, total: Tensor) -> Tensor:
+        """Make ``total`` the accumulator, on the device of the first parameter."""
+        device = next(self._params()).device
+        shared = total.to(device, _sum_dtype(device))
+        for param in self._params():
+            self.state[param]["sum"] = shared
+        return shared
+
+    def _collect(self, group: dict[str, Any]) -> list[_Batch]:
+        """What this process has of the group's tensors that have a gradient, by device, dtype and spread."""
+        batches: dict[tuple[torch.device, torch.dtype, _Spread | None], _Batch] = {}
+        for param in group["params"]:
+            local, grad, spread = param, param.grad, None
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    "AdaGradNorm does not support sparse gradients: make the layer dense "
+                    "(nn.Embedding(sparse=False)), or give its parameters to torch.optim.SGD"
+                )
+            if isinstance(param, DTensor):
+                if grad.placements != param.placements:
+                    grad = grad.redistribute(param.device_mesh, param.placements)
+                local, grad, spread = param.to_local(), grad.to_local(), _Spread.of(param)
+            key = (local.device, local.dtype, spread)
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = _Batch(group, spread, [], [], [])
+            batch.params.append(local)
+            batch.grads.append(grad)
+            if group["momentum"] != 0:
+                buffer = self.state[param].get("momentum_buffer")
+                if buffer is None:  # a scheduler turned momentum on
+                    buffer = self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+                batch.buffers.append(buffer.to_local() if isinstance(buffer, DTensor) else buffer)
+        return [batch.real() for batch in batches.values()]
+
+    def _accumulate(self, batches: list[_Batch]) -> Tensor:
+        """Add the squared norm of the whole gradient to the accumulator; the new ``b``, shape (1,)."""
+        total = self.accumulator
+        device = next(self._params()).device
+        if total.device != device:  # the model was moved after this optimizer was made
+            total = self._share(total)
+        norms: dict[_Spread | None, list[Tensor]] = {}
+        if self._reduce is not None:  # first and always: others wait for it even if this rank has no gradient
+            norms[None] = [torch.zeros_like(total)]
+        for batch in batches:
+            norms.setdefault(batch.spread, []).append(_norms(batch.grads).to(total))
+        grad_sq = sum(self._piece_sq(spread, torch.cat(pieces)) for spread, pieces in norms.items())
+        total.add_(grad_sq)
+        # 0 x inf is NaN: an infinite norm shall show at once, not make this and every later step zero.
+        return torch.add(total.sqrt(), total, alpha=0)
+
+    def _piece_sq(self, spread: _Spread | None, norms: Tensor) -> Tensor:
+        """The squared norm of a piece of the gradient, over all processes that have a share of it; 0-dim."""
+        local = torch.dot(norms, norms)
+        if spread is not None:
+            return spread.sum(local).to(norms)
+        return local if self._reduce is None else self._reduce(local).to(norms)
+
+
+class _Spread(NamedTuple):
+    """How a DTensor's pieces add up: over the mesh dimensions that are Partial here, not over replicas."""
+
+    mesh: DeviceMesh
+    placements: tuple[Partial | Replicate, ...]
+
+    @classmethod
+    def of(cls, tensor: DTensor) -> _Spread:
+        return cls(
+            tensor.device_mesh,
+            tuple(Replicate() if placement.is_replicate() else Partial() for placement in tensor.placements),
+        )
+
+    def sum(self, local: Tensor) -> Tensor:
+        return DTensor.from_local(local, self.mesh, self.placements, run_check=False).full_tensor()
+
+
+class _Batch(NamedTuple):
+    """Local tensors of one group, device, dtype and spread; ``buffers`` is empty without momentum."""
+
+    group: dict[str, Any]
+    spread: _Spread | None
+    params: list[Tensor]
+    grads: list[Tensor]
+    buffers: list[Tensor]
+
+    def real(self) -> _Batch:
+        """The same memory as real tensors."""
+        if not self.params[0].is_complex():
+            return self
+        views = [[torch.view_as_real(tensor.resolve_conj()) for tensor in tensors] for tensors in self[2:]]
+        return _Batch(self.group, self.spread, *views)
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What to compute in for tensors of ``dtype``: never less than float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Norms of pieces of the tensors, 1-dim; all are of one device and dtype."""
+    dtype = _real_dtype(tensors[0].dtype)
+    norms: list[Tensor] = []
+    if tensors[0].is_cpu:
+        limit = _LIMIT_ONE_THREAD if torch.get_num_threads() == 1 else _LIMIT_THREADS
+        wholes: list[Tensor] = []
+        short: list[Tensor] = []
+        for tensor in tensors:
+            if tensor.numel() > limit:
+                flat = tensor.reshape(-1)
+                even = tensor.numel() // _BLOCK * _BLOCK
+                norms.append(torch.linalg.vector_norm(flat[:even].view(-1, _BLOCK), dim=1, dtype=dtype))
+                short.append(flat[even:])
+            elif tensor.dim() == 1 and tensor.numel() <= _BLOCK:
+                short.append(tensor)
+            else:
+                wholes.append(tensor)
+        # One call for all short vectors: they are most of a model's tensors and the least of its elements.
+        tensors = [*wholes, *torch.split(torch.cat(short), limit)] if short else wholes
+    if _are_plain(tensors):
+        norms.append(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
+    else:
+        norms.append(torch.stack([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors]))
+    return torch.cat(norms) if len(norms) > 1 else norms[0]
+
+
+def _update(batch: _Batch, b: Tensor) -> None:
+    """Apply the formula to a batch; ``b`` has shape (1,)."""
+    group, _, params, grads, buffers = batch
+    first = params[0]
+    foreach = _are_plain(params) if group["foreach"] is None else group["foreach"]
+    if first.dtype != _real_dtype(first.dtype):
+        foreach = False  # no multi-tensor kernel takes a float32 factor for half precision
+    sign = 1.0 if group["maximize"] else -1.0
+    lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
+    inverse = (b + group["eps"]).reciprocal()
+    if group["weight_decay"] != 0:
+        _multiply(params, _factor(1 - inverse * lr * group["weight_decay"], first), foreach)
+    if buffers:
+        _multiply(buffers, _factor(torch.full_like(inverse, group["momentum"]), first), foreach)
+        _add(buffers, grads, _factor(inverse, first), foreach)
+        _add(params, buffers, _factor(sign * torch.ones_like(inverse) * lr, first), foreach)
+    else:
+        _add(params, grads, _factor(sign * inverse * lr, first), foreach)
+
+
+def _factor(value: Tensor, like: Tensor) -> float | Tensor:
+    """``value``, of shape (1,), as a factor for tensors like this one.
+
+    For float32 and float64 it is a number on the CPU, where reading one waits for nobody, and elsewhere a
+    0-dim tensor. For half precision it is a float32 tensor of shape (1,): numbers and 0-dim tensors are
+    rounded to the dtype of the others before torch computes, small ones to zero.
+    """
+    dtype = _real_dtype(like.dtype)
+    if like.dtype == dtype and like.is_cpu:
+        return value.item()
+    value = value.to(like.device, dtype)
+    return value.squeeze() if like.dtype == dtype else value
+
+
+def _multiply(targets: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
+    """``target <- factor * target`` for each."""
+    if foreach:
+        torch._foreach_mul_(targets, factor)
+    else:
+        for target in targets:
+            target.mul_(_fit(factor, target))
+
+
+def _add(targets: list[Tensor], vectors: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
+    """``target <- target + factor * vector`` for each pair."""
+    if isinstance(factor, Tensor):
+        if foreach:
+            torch._foreach_add_(targets, torch._foreach_mul(vectors, factor))
+        else:
+            for target, vector in zip(targets, vectors, strict=True):
+                target.addcmul_(vector, _fit(factor, target))
+    elif foreach:
+        torch._foreach_add_(targets, vectors, alpha=factor)
+    else:
+        for target, vector in zip(targets, vectors, strict=True):
+            target.add_(vector, alpha=factor)
+
+
+def _fit(factor: Any, target: Tensor) -> Any:
+    """A factor that does not give ``target`` a dimension."""
+    return factor.squeeze() if isinstance(factor, Tensor) and target.dim() == 0 else factor
+
+
+def _are_plain(tensors: list[Tensor]) -> bool:
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def _validate(options: dict[str, Any], start: float) -> None:
+    lr = options["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+    for name in ("lr", "weight_decay", "initial_accumulator_value", "eps"):
+        if not 0 <= options[name] < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {options[name]}")
+    if not 0 <= options["momentum"] < 1:
+        raise ValueError(f"momentum must lie in [0, 1), got {options['momentum']}; 0 turns it off")
+    if options["initial_accumulator_value"] != start:
+        raise ValueError(
+            f"the whole model has one accumulator, which starts at {start}, got "
+            f"{options['initial_accumulator_value']} for a group: give it to AdaGradNorm itself"
+        )
+    if start == 0 and options["eps"] == 0:
+        raise ValueError(
+            "initial_accumulator_value and eps are both 0, so a zero gradient would divide by zero: raise one"
+        )

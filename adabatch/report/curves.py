@@ -1,0 +1,160 @@
+"""The curves of a run, read from its journal: one number a step, NaN where the journal has none."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Journal = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
+"""A path to JSON lines, or the lines themselves, decoded or not."""
+
+FORMAT = 1
+
+
+class Curves(NamedTuple):
+    """What a journal says of each step, in the order of the steps; missing numbers are NaN.
+
+    Args:
+        examples: consumed before the step, shape (num_steps,).
+        batch: global batch size of the step, in examples, shape (num_steps,).
+        lr: learning rate that the step applied, shape (num_steps, num_groups).
+        noise_scale: of this step's gradient alone, in examples, shape (num_steps,).
+        noise_scale_average: averaged noise divided by averaged signal, in examples, shape (num_steps,);
+            infinite where that signal is not positive.
+        loss: mean training loss of the step, shape (num_steps,).
+    """
+
+    examples: NDArray[np.float64]
+    batch: NDArray[np.float64]
+    lr: NDArray[np.float64]
+    noise_scale: NDArray[np.float64]
+    noise_scale_average: NDArray[np.float64]
+    loss: NDArray[np.float64]
+
+
+def read_curves(journal: Journal) -> Curves:
+    """The curves of one run.
+
+    An unfinished last line is left out, as are lines without a number of examples or a plan (they are no
+    steps); a step may lack anything else.
+
+    Raises:
+        ValueError: a damaged line before the last, a journal of a newer format, or no steps at all.
+    """
+    rows = [row for row in map(_row, _records(journal)) if row is not None]
+    if not rows:
+        raise ValueError(f"{_name(journal)} holds no complete step: nothing to draw")
+    num_groups = max(len(row.lr) for row in rows)
+    padded = [(*row.lr, *[math.nan] * (num_groups - len(row.lr))) for row in rows]
+    examples, batch, noise_scale, average, loss = np.array([row[:-1] for row in rows], dtype=np.float64).T
+    lr = np.array(padded, dtype=np.float64).reshape(len(rows), num_groups)
+    return Curves(examples, batch, lr, noise_scale, average, loss)
+
+
+def moving_mean(curves: Curves, values: NDArray[np.float64], *, window: float) -> NDArray[np.float64]:
+    """Mean of ``values`` over the steps that start within ``window / 2`` examples of each step's start.
+
+    Each step weighs as many examples as it took; steps without a finite value weigh nothing. Where no step of
+    the window has a value the mean is NaN.
+
+    Args:
+        values: one number a step, shape (num_steps,).
+        window: length in examples.
+    """
+    finite = np.isfinite(values)
+    weights = np.where(finite, curves.batch, 0.0)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0) * weights)])
+    totals = np.concatenate([[0.0], np.cumsum(weights)])
+    first = np.searchsorted(curves.examples, curves.examples - window / 2, side="left")
+    last = np.searchsorted(curves.examples, curves.examples + window / 2, side="right")
+    weight = totals[last] - totals[first]
+    return np.where(weight > 0, (sums[last] - sums[first]) / np.where(weight > 0, weight, 1.0), np.nan)
+
+
+class _Row(NamedTuple):
+    examples: float
+    batch: float
+    noise_scale: float
+    noise_scale_average: float
+    loss: float
+    lr: tuple[float, ...]
+
+
+def _row(record: Mapping[str, Any]) -> _Row | None:
+    plan, lr = _mapping(record, "plan"), _mapping(record, "lr")
+    examples, batch = _number(record, "examples"), _number(plan, "global_batch_size")
+    if not (math.isfinite(examples) and batch > 0):
+        return None
+    applied = lr.get("applied")
+    return _Row(
+        examples=examples,
+        batch=batch,
+        noise_scale=_number(_mapping(record, "moments"), "noise_scale"),
+        noise_scale_average=_average(_mapping(record, "averages")),
+        loss=_number(record, "loss"),
+        lr=tuple(_finite(value) for value in applied) if isinstance(applied, list) else (),
+    )
+
+
+def _records(journal: Journal) -> Iterator[Mapping[str, Any]]:
+    """The decoded lines; the last may be unfinished."""
+    damaged = ""
+    for number, line in enumerate(_lines(journal), 1):
+        if isinstance(line, str) and not line.strip():
+            continue
+        if damaged:
+            raise ValueError(damaged)
+        if isinstance(line, Mapping):
+            record: Any = line
+        else:
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                damaged = f"{_name(journal)}, line {number}, is not JSON and not the last line: {error}"
+                continue
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{_name(journal)}, line {number}, is not a JSON object: {line!r:.80}")
+        if record.get("format", FORMAT) != FORMAT:
+            raise ValueError(
+                f"{_name(journal)}, line {number}, has format {record['format']!r}, this version of adabatch "
+                f"reads format {FORMAT}: draw it with the version that wrote it"
+            )
+        yield record
+
+
+def _lines(journal: Journal) -> Iterable[str | Mapping[str, Any]]:
+    if isinstance(journal, str | os.PathLike):
+        # Undecodable bytes can only be the torn end of a file: they make its line no JSON.
+        return Path(journal).read_text(encoding="utf-8", errors="replace").split("\n")
+    return journal
+
+
+def _name(journal: Journal) -> str:
+    return str(journal) if isinstance(journal, str | os.PathLike) else "the journal"
+
+
+def _average(averages: Mapping[str, Any]) -> float:
+    return math.inf if _number(averages, "signal") <= 0 else _number(averages, "noise_scale")
+
+
+def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = record.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(record: Mapping[str, Any], key: str) -> float:
+    return _finite(record.get(key))
+
+
+def _finite(value: object) -> float:
+    """``value`` if it is a finite number, else NaN."""
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return math.nan

@@ -1,0 +1,29 @@
+"""Exact statistics of single examples: squared norms of their gradients, and inner products with the mean.
+
+`PerExampleNorms` measures them; a `Rule` made of `Contribution` teaches it a layer of one's own.
+"""
+
+from adabatch.runtime.per_example.contributions import Contribution, Correlation, Dense, Lookup, Outer
+from adabatch.runtime.per_example.norms import ExampleGradients, PerExampleNorms
+from adabatch.runtime.per_example.products import (
+    RandomState,
+    example_moments,
+    products_by_jvp,
+    without_own_share,
+)
+from adabatch.runtime.per_example.rules import Rule
+
+__all__ = [
+    "Contribution",
+    "Correlation",
+    "Dense",
+    "ExampleGradients",
+    "Lookup",
+    "Outer",
+    "PerExampleNorms",
+    "RandomState",
+    "Rule",
+    "example_moments",
+    "products_by_jvp",
+    "without_own_share",
+]

@@ -1,0 +1,340 @@
+"""The hooks of one measured micro-batch: the inputs of the forward meet the gradients of the backward.
+
+Two seams of autograd carry it. Inputs are kept with ``save_for_backward``, so activation checkpointing and
+offloading treat them as they treat a layer's own: a checkpointed input is recomputed, not held. And the hook
+that runs once a parameter's gradient is complete says that all calls sharing the parameter have been heard,
+so tied weights are summed before the norm without counting calls. Gradients in here are those of an example's
+share of the loss, as the backward delivers them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from adabatch.runtime.per_example.contributions import (
+    Contribution,
+    Dense,
+    combined_squares,
+    squared_sums,
+    wide,
+)
+from adabatch.runtime.per_example.replay import (
+    Autocast,
+    Replay,
+    example_dim,
+    map_tensors,
+    tensors_of,
+    with_states,
+)
+from adabatch.runtime.per_example.sites import Site
+
+# A parameter that is used outside the module that owns it shows: the examples' gradients do not add up to its
+# own. How far they may be apart, as shares of its squared norm and of the mean absolute product; rounding in
+# bfloat16 stays below.
+_TOLERANCE_SQUARE, _TOLERANCE_SPREAD = 0.05, 0.01
+
+
+class Held(Protocol):
+    """What is kept of the backward for inner products."""
+
+    def products(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """``<g_i, direction>`` over the parameters it is about, shape (num_examples,)."""
+
+
+@dataclass(frozen=True)
+class _HeldContribution:
+    name: str
+    contribution: Contribution
+
+    def products(self, direction: Mapping[str, Tensor]) -> Tensor:
+        return self.contribution.products(direction[self.name])
+
+
+@dataclass(frozen=True)
+class _HeldReplay:
+    names: Mapping[str, str]  # as the module names its parameters -> as the model does
+    replay: Replay
+
+    def products(self, direction: Mapping[str, Tensor]) -> Tensor:
+        return self.replay.products({own: direction[name] for own, name in self.names.items()})
+
+
+class _Keep(torch.autograd.Function):
+    """A node that keeps tensors the way autograd does, under whatever ``saved_tensors_hooks`` are active."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.empty_like(anchor)
+
+
+class _Kept:
+    """Tensors kept for one backward; taking them lets them go."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        anchor = torch.empty(0, requires_grad=True)
+        kept: Tensor = _Keep.apply(anchor, *(tensor.detach() for tensor in tensors))  # type: ignore[no-untyped-call]
+        self._node: Any = kept.grad_fn
+
+    def take(self) -> tuple[Tensor, ...]:
+        if self._node is None:
+            raise RuntimeError("two backwards through one measured forward: measure a forward that has one")
+        tensors: tuple[Tensor, ...] = self._node.saved_tensors
+        self._node = None
+        return tensors
+
+
+class Measurement:
+    """The hooks of one micro-batch, and what they have gathered.
+
+    Args:
+        model: the model.
+        sites: the modules that account for its parameters.
+        num_examples: examples in the micro-batch; None to read it off the model's first argument.
+        hold: keep what inner products need.
+        check: compare the sum of the examples' gradients with each parameter's own.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], num_examples: int | None, *, hold: bool, check: bool
+    ) -> None:
+        self.squares: dict[str, Tensor] = {}
+        self.held: list[Held] | None = [] if hold else None
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.num_examples = num_examples
+        self._pending: dict[str, list[Contribution]] = {}  # until the parameter's gradient is complete
+        self._completed: set[str] = set()
+        self._checks: dict[str, Tensor] | None = {} if check else None
+        self._sums: dict[str, Tensor] = {}
+        self._keys: dict[Site, dict[str, str]] = {}  # a site's own parameter names -> ours
+        self._shared: set[str] = set()
+        self._num_calls: dict[Site, int] = {}
+        self._is_replaying = False
+        self._handles: list[Any] = []
+        self._contexts = ExitStack()
+        if "torch._dynamo" in sys.modules:  # compiled code does not run hooks that came later
+            self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
+        self._handles.append(model.register_forward_pre_hook(self._count_examples, with_kwargs=True))
+        self._set_hooks(sites)
+
+    def _set_hooks(self, sites: Sequence[Site]) -> None:
+        names: dict[nn.Parameter, str] = {}
+        for site in sites:
+            keys: dict[str, str] = {}
+            for own in site.names:
+                parameter = site.module.get_parameter(own)
+                if not parameter.requires_grad:
+                    continue
+                if parameter in names:
+                    self._shared.add(names[parameter])
+                else:
+                    key = names[parameter] = site.key(own)
+                    self.parameters[key] = parameter
+                    hook = parameter.register_hook(partial(self._on_parameter, key))  # type: ignore[no-untyped-call]
+                    self._handles.append(hook)
+                keys[own] = names[parameter]
+            if keys:
+                self._keys[site] = keys
+                forward = partial(self._on_replayed if site.rule is None else self._on_ruled, site)
+                # Before the user's own hooks, which may put another output in the place of the module's.
+                self._handles.append(site.module.register_forward_hook(forward, with_kwargs=True, prepend=True))
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._contexts.close()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Settles what is left after the backward; raises where the modules do not account for a gradient."""
+        for name in list(self._pending):
+            self._settle(name)
+        wrong = self._completed - self.squares.keys()
+        if self._checks:
+            numbers = torch.stack(list(self._checks.values())).tolist()  # host sync, once in a run
+            for name, (total, spread, square) in zip(self._checks, numbers, strict=True):
+                if abs(total - square) > _TOLERANCE_SQUARE * square + _TOLERANCE_SPREAD * spread:
+                    wrong.add(name)
+        if wrong:
+            raise RuntimeError(
+                f"the gradient of {', '.join(sorted(wrong))} is not what the modules that own it account "
+                "for: it is used outside of their forward, by a function or by another module. Call the "
+                "module instead, or use the norm test from micro-batches"
+            )
+        if not self.squares:
+            raise RuntimeError(
+                "no backward reached the model: call start() before the forward and finish() after the backward"
+            )
+
+    # Forward: leave the inputs behind, and a hook at the outputs.
+
+    def _count_examples(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.num_examples is None:
+            sizes = (tensor.shape[0] for tensor in tensors_of((args, kwargs)) if tensor.dim() > 0)
+            self.num_examples = next(sizes, None)
+
+    def _examples_for(self, site: Site) -> int:
+        if self.num_examples is None:
+            raise ValueError(
+                f"{site} ran before the model was called with a tensor, so the number of examples is not "
+                "known: pass start(num_examples=...)"
+            )
+        return self.num_examples
+
+    def _on_ruled(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        if self._is_replaying or not output.requires_grad:
+            return None
+        assert site.rule is not None
+        inputs: Tensor = next(iter((*args, *kwargs.values())))
+        num_examples = self._examples_for(site)
+        if inputs.dim() <= site.rule.item_dims(module) or inputs.shape[0] not in (1, num_examples):
+            raise ValueError(
+                f"{site} got an input of shape {tuple(inputs.shape)} in a micro-batch of {num_examples} "
+                f"examples: the first dimension must be the examples, or 1 where all examples share the input"
+            )
+        if self._checks is not None:
+            _refuse_positions(site, inputs)
+        widened = None
+        if inputs.shape[0] != num_examples:
+            widened = output = output.expand(num_examples, *output.shape[1:])
+            inputs = inputs.expand(num_examples, *inputs.shape[1:])
+        kept = None
+        if not self._keys[site].keys() <= site.rule.inputless:
+            kept = _Kept([_as_computed(inputs, output)])
+        backward = partial(self._on_ruled_grad, site, kept)
+        self._handles.append(output.register_hook(backward))  # type: ignore[no-untyped-call]
+        return widened
+
+    def _on_replayed(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
+        leaves = tensors_of(output)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        if self._is_replaying or not wanted:
+            return
+        num_examples = self._examples_for(site)
+        for position, leaf in enumerate(leaves):
+            dim = example_dim(module, position)
+            if leaf.requires_grad and (leaf.dim() <= dim or leaf.shape[dim] != num_examples):
+                raise ValueError(
+                    f"{site} gave an output of shape {tuple(leaf.shape)} in a micro-batch of {num_examples} "
+                    "examples: the first dimension must be the examples"
+                )
+        self._num_calls[site] = self._num_calls.get(site, 0) + 1
+        call = (with_states(module, args, num_examples), kwargs)
+        backward = partial(
+            self._on_replayed_grads,
+            site,
+            map_tensors(lambda _: torch.empty(0), call),
+            _Kept(tensors_of(call)),
+            [leaf.requires_grad for leaf in leaves],
+            Autocast.now(wanted[0].device.type),
+        )
+        self._handles.append(torch.autograd.graph.register_multi_grad_hook(wanted, backward))
+
+    # Backward: the gradients at the outputs meet the inputs.
+
+    def _on_ruled_grad(self, site: Site, kept: _Kept | None, grad: Tensor) -> None:
+        assert site.rule is not None
+        inputs = grad.new_empty(0) if kept is None else kept.take()[0]
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            for own, contribution in site.rule.contributions(site.module, inputs, grad):
+                self._pending.setdefault(self._keys[site][own], []).append(contribution)
+
+    def _on_replayed_grads(
+        self,
+        site: Site,
+        arguments: object,
+        kept: _Kept,
+        has_grad: Sequence[bool],
+        autocast: Autocast,
+        received: Sequence[Tensor | None],
+    ) -> None:
+        keys = self._keys[site]
+        grads = iter(received)
+        outputs = [next(grads) if has else None for has in has_grad]
+        replay = Replay(site.module, tuple(keys), arguments, kept.take(), outputs, self._examples_for(site), autocast)
+        is_alone = self._num_calls[site] == 1 and self._shared.isdisjoint(keys.values())
+        self._is_replaying = True  # the module's children run again, and are not to be heard
+        try:
+            with torch.no_grad(), torch.autocast(autocast.device_type, enabled=False):
+                if is_alone and (self.held is None or not replay.dense_is_smaller):
+                    self._settle_replay(keys, replay)
+                else:
+                    for own, values in replay.dense().items():
+                        self._pending.setdefault(keys[own], []).append(Dense(values))
+        finally:
+            self._is_replaying = False
+
+    def _settle_replay(self, keys: Mapping[str, str], replay: Replay) -> None:
+        """The norms of a module whose parameters no other call shares, a run of examples at a time."""
+        runs: list[dict[str, Tensor]] = []
+        for run in replay.gradients():
+            runs.append({own: squared_sums(values) for own, values in run.items()})
+            if self._checks is not None:
+                for own, values in run.items():
+                    self._sums[keys[own]] = values.sum(0) + self._sums.get(keys[own], 0)
+        for own, key in keys.items():
+            self._put(key, torch.cat([run[own] for run in runs]))
+        if self.held is not None:
+            self.held.append(_HeldReplay(keys, replay))
+
+    def _on_parameter(self, name: str, grad: Tensor) -> None:
+        """The parameter's gradient is complete: every call that shares it has been heard."""
+        self._completed.add(name)
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            if self._checks is not None:
+                self._checks[name] = self._compare(name, grad.to_dense() if grad.is_sparse else grad)
+            if name in self._pending:
+                self._settle(name)
+
+    def _compare(self, name: str, grad: Tensor) -> Tensor:
+        """The examples' products with the gradient: their sum, absolute sum, and what they must add up to."""
+        square = wide(grad).square().sum()
+        if name in self._sums:
+            total = (wide(self._sums.pop(name)) * wide(grad)).sum()
+            return torch.stack([total, total.abs(), square])
+        products = torch.stack([one.products(grad) for one in self._pending.get(name, ())] or [square * 0])
+        return torch.stack([products.sum(), products.abs().sum(), square])
+
+    def _settle(self, name: str) -> None:
+        contributions = self._pending.pop(name)
+        if self.held is not None:
+            if len(contributions) == 1 and contributions[0].dense_is_smaller:
+                contributions = [Dense(contributions[0].dense(slice(0, contributions[0].num_examples)))]
+            self.held.extend(_HeldContribution(name, one) for one in contributions)
+        self._put(name, combined_squares(contributions, self.parameters[name].numel()))
+
+    def _put(self, name: str, squares: Tensor) -> None:
+        if name in self.squares:
+            raise RuntimeError(
+                f"{name} was reached by two backwards in one measured micro-batch, so its gradients cannot "
+                "be summed before their norm. Call start() and finish() around each backward; under "
+                "activation checkpointing of tied weights pass use_reentrant=False"
+            )
+        self.squares[name] = squares
+
+
+def _as_computed(inputs: Tensor, output: Tensor) -> Tensor:
+    """The input in the narrower type that autocast computed with: less memory, and the step's own values."""
+    is_narrower = inputs.is_floating_point() and output.element_size() < inputs.element_size()
+    return inputs.to(output.dtype) if is_narrower else inputs
+
+
+def _refuse_positions(site: Site, inputs: Tensor) -> None:
+    """Raises where a table looks up as many positions as there are examples, without their dimension."""
+    if isinstance(site.module, nn.Embedding) and inputs.dim() == 1 and inputs.shape[0] > 1:
+        steps = inputs.diff()
+        if bool((steps == 1).all()):  # host sync, in the first measured micro-batch
+            raise ValueError(
+                f"{site} looked up {inputs.shape[0]} consecutive rows, as many as there are examples: if "
+                "they are positions, index it with shape (1, num_positions)"
+            )

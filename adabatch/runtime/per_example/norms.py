@@ -1,0 +1,187 @@
+"""Squared norms and inner products of every example's gradient, from an ordinary ``loss.backward()``.
+
+While a micro-batch is measured, each module with parameters leaves its input behind in the forward, and the
+gradient at its output meets it in the backward; `rules` says what the two give. Nothing runs twice, so the
+dropout masks, the data augmentation and the activations are those of the real step, and no example's gradient
+is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from adabatch.batch.moments import GradientMoments
+from adabatch.runtime.per_example.measurement import Held, Measurement
+from adabatch.runtime.per_example.products import example_moments
+from adabatch.runtime.per_example.rules import Rule
+from adabatch.runtime.per_example.sites import find_sites, refuse
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleGradients:
+    """What one measured micro-batch tells of its examples' gradients; made by `PerExampleNorms.finish`.
+
+    Example i's gradient ``g_i`` is n times the gradient of its share of the loss, n being the examples of the
+    micro-batch: for a loss that is a mean over examples, the gradient of its own loss. Always ``mean_i g_i``
+    is the gradient of the micro-batch.
+
+    Args:
+        examples_sq: ``s_i = |g_i|^2``, shape (num_examples,), float32 or float64, on the model's device.
+        parameters_sq: each parameter's share of ``examples_sq``, by its name in the model, same shape.
+    """
+
+    examples_sq: Tensor
+    parameters_sq: Mapping[str, Tensor]
+    _factor: float
+    _held: Sequence[Held] | None
+    _parameters: Mapping[str, nn.Parameter]
+
+    @torch.no_grad()
+    def products(self, direction: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Inner products ``p_i = <g_i, direction>`` of every example, without another pass.
+
+        A parameter's share is its layer run forward once more on the input that was kept, with the direction
+        in the
+        place of the weights, times the gradient at its output: a third of a step (`products_by_jvp` costs a
+        whole one).
+
+        Args:
+            direction: a tensor for each trainable parameter, by its name in the model, of the parameter's
+                shape. By default the parameters' ``.grad``, which must then hold the step's mean gradient:
+                all micro-batches accumulated and reduced, unscaled, not yet clipped. Sharded gradients must
+                be given whole (``grad.full_tensor()``).
+
+        Returns:
+            Shape (num_examples,), in the type of ``examples_sq``.
+
+        Raises:
+            RuntimeError: the norms were measured with ``products=False``, so nothing was held.
+        """
+        if self._held is None:
+            raise RuntimeError(
+                "inner products need what the backward left behind: build PerExampleNorms(model, "
+                "products=True), or run the losses again with products_by_jvp"
+            )
+        if direction is None:
+            grads = {name: parameter.grad for name, parameter in self._parameters.items()}
+            direction = {name: grad for name, grad in grads.items() if grad is not None}
+        along = {name: grad.to_dense() if grad.is_sparse else grad for name, grad in direction.items()}
+        total = torch.zeros_like(self.examples_sq)
+        for held in self._held:
+            total += held.products(along)
+        return total * self._factor
+
+    def moments(self, direction: Mapping[str, Tensor] | None = None, *, leave_one_out: bool = False) -> GradientMoments:
+        """`example_moments` of these norms and products, for a step of this one micro-batch on one rank."""
+        return example_moments(self.examples_sq, self.products(direction), leave_one_out=leave_one_out)
+
+
+class PerExampleNorms:
+    """Measures ``|g_i|^2`` of every example during the ordinary backward of a micro-batch.
+
+        norms = PerExampleNorms(model, products=True)
+        norms.start()
+        loss_fn(model(x), y).backward()        # a mean over the examples
+        examples = norms.finish()
+        examples.examples_sq                   # |g_i|^2
+        examples.products()                    # <g_i, g>, with g in the parameters' .grad
+
+    Between ``finish`` and ``start`` the model carries no hooks, so a step that is not measured pays nothing.
+
+    A module with a rule (`rules.RULES`: linear, convolution, embedding, the normalisations) costs up to its
+    own weight gradient once more. Any other module that holds parameters is run again, example by example
+    (`replay.Replay`); one that also has children is run again whole, for the parameters it holds itself, so
+    those are cheaper in a small module of their own.
+
+    Under autocast, norms are taken in float32 of the signals that the step computed with. A checkpointed
+    module's inputs are recomputed with it. A compiled model runs eagerly while it is measured.
+
+    Args:
+        model: the model as the loop calls it: plain, in DDP, or sharded by FSDP2. The examples lie along the
+            first dimension of every module's input; a first dimension of 1 (positions, say) is shared by all
+            examples, and the module's output is expanded to them.
+        products: also hold what inner products with the step's gradient need, for as long as the
+            `ExampleGradients` lives: inputs and output gradients of the layers, or their per-example
+            gradients where those are smaller.
+        check: in the first measured micro-batch, compare the sum of the examples' gradients with each
+            parameter's own gradient, which costs a third of a step and a host sync, once. It finds parameters
+            that are used outside the module that owns them, and tables of positions that look like examples.
+        rules: rules for the user's own classes of modules; they take precedence.
+
+    Raises:
+        ValueError: a module that couples the examples (batch normalisation in training mode), has its
+            examples along another dimension, or would be run again with other random numbers; named, with the
+            way out.
+
+    Does not see terms of a loss that couple examples (contrastive losses, load balancing): they are shared
+    out as the backward shares them.
+
+    Source: Goodfellow 2015 (linear layers); Rochette et al. 2019 (convolutions); Gray et al. 2024 (sequences
+    and normalisation layers).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        products: bool = False,
+        check: bool = True,
+        rules: Mapping[type[nn.Module], Rule] = MappingProxyType({}),
+    ) -> None:
+        self._model = model
+        self._sites = find_sites(model, rules)
+        self._products = products
+        self._check = check
+        self._measurement: Measurement | None = None
+        refuse(model, self._sites)
+
+    def start(self, num_examples: int | None = None) -> None:
+        """Begins to measure: call it before the forward of a micro-batch.
+
+        Args:
+            num_examples: examples in the micro-batch; by default the first dimension of the first tensor that
+                the model is called with.
+
+        Raises:
+            ValueError: as the constructor; modules may have changed between training and evaluation mode.
+            RuntimeError: the micro-batch before was not finished.
+        """
+        if self._measurement is not None:
+            raise RuntimeError("a micro-batch is under way: call finish() after its backward, or remove()")
+        refuse(self._model, self._sites)
+        self._measurement = Measurement(self._model, self._sites, num_examples, hold=self._products, check=self._check)
+
+    def finish(self, *, loss_scale: float = 1.0) -> ExampleGradients:
+        """Takes the hooks off and gives what the backward left: call it after that backward.
+
+        Args:
+            loss_scale: the number that the mean loss was multiplied with before its backward: 1 /
+                accumulation steps, times the scale of a gradient scaler.
+
+        Raises:
+            RuntimeError: nothing was started; no backward came; a parameter has a gradient that no module
+                accounts for, or was reached by two backwards.
+        """
+        measurement = self._measurement
+        if measurement is None:
+            raise RuntimeError("no micro-batch is being measured: call start() before its forward")
+        self.remove()
+        measurement.settle()
+        self._check = False
+        assert measurement.num_examples is not None
+        factor = measurement.num_examples / loss_scale
+        squares = {name: square * factor**2 for name, square in measurement.squares.items()}
+        held = None if measurement.held is None else tuple(measurement.held)
+        total = torch.stack(list(squares.values())).sum(0)
+        return ExampleGradients(total, squares, factor, held, measurement.parameters)
+
+    def remove(self) -> None:
+        """Takes every hook off and forgets a measurement under way; nothing of it stays on the model."""
+        if self._measurement is not None:
+            self._measurement.close()
+            self._measurement = None

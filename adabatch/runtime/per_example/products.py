@@ -1,0 +1,150 @@
+"""Inner products of every example's gradient with the step's gradient, and the moments they make.
+
+There are two ways to ``p_i = <g_i, g>`` for all examples at once, without their gradients.
+`ExampleGradients.products` uses what the measured backward left behind, at a third of a step, holding it
+until the gradient is known, which is at the end of the step. `products_by_jvp` holds nothing but the batch:
+it runs the losses again in forward mode, at the cost of a whole step, and needs them as a function of the
+parameters, the random numbers of the real pass, and a forward derivative of every operation.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from adabatch.batch.moments import GradientMoments, from_examples
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of torch's random number generators, so that a second pass draws the masks of the first.
+
+    Args:
+        cpu: state of the CPU generator.
+        device: the accelerator whose generator is kept as well; None without one.
+        accelerator: its state; None without one.
+    """
+
+    cpu: Tensor
+    device: torch.device | None
+    accelerator: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device | str = "cpu") -> RandomState:
+        """The state at present, of the CPU and of ``device``."""
+        place = torch.device(device)
+        if place.type == "cpu":
+            return cls(torch.get_rng_state(), None, None)
+        return cls(torch.get_rng_state(), place, torch.get_device_module(place).get_rng_state(place))
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Puts the state on, and back to what it was on leaving."""
+        before = RandomState.now(self.device or "cpu")
+        self._put_on()
+        try:
+            yield
+        finally:
+            before._put_on()
+
+    def _put_on(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+
+def products_by_jvp(
+    losses: Callable[[dict[str, Tensor]], Tensor],
+    direction: Mapping[str, Tensor],
+    *,
+    parameters: Mapping[str, Tensor],
+    random_state: RandomState | None = None,
+) -> Tensor:
+    """Inner products ``p_i = <g_i, direction>`` by one forward-mode derivative of the examples' losses.
+
+    ``p_i = d/dt loss_i(parameters + t direction)`` at t = 0, so no example's gradient is formed.
+
+    Args:
+        losses: parameters by name -> the loss of each example, shape (num_examples,); usually
+            ``lambda p: loss_fn(torch.func.functional_call(model, p, (x,)), y, reduction="none")``.
+        direction: the step's mean gradient, a tensor for each name in ``parameters`` and of its shape.
+        parameters: the trainable parameters, by name.
+        random_state: state before the forward of the real pass, so that dropout draws the same masks; by
+            default the pass draws new ones.
+
+    Returns:
+        Shape (num_examples,), in the type of the losses.
+
+    Raises:
+        ValueError: names that differ, or losses that are not one number an example.
+
+    Does not do: buffers that a forward changes change once more. Attention runs in its plain form, the only
+    one with a forward derivative.
+    """
+    if parameters.keys() != direction.keys():
+        odd = sorted(parameters.keys() ^ direction.keys())
+        raise ValueError(f"parameters and direction must have the same names, which differ in {odd}")
+    primals = {name: tensor.detach() for name, tensor in parameters.items()}
+    tangents = {name: direction[name].detach().to(primal.dtype) for name, primal in primals.items()}
+    draws = nullcontext() if random_state is None else random_state.again()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), draws, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # of torch's own making
+        pair: Any = torch.func.jvp(losses, (primals,), (tangents,))
+    values: Tensor = pair[0]
+    products: Tensor = pair[1]
+    if values.dim() != 1:
+        raise ValueError(
+            f"losses must be one number an example, shape (num_examples,), got shape {tuple(values.shape)}: "
+            "take the loss with reduction='none' and its mean over each example's own dimensions"
+        )
+    return products
+
+
+def without_own_share(products: Tensor, examples_sq: Tensor) -> Tensor:
+    """Inner products with the mean gradient of the *other* examples, ``p_i' = (b p_i - s_i) / (b - 1)``.
+
+    An example is part of the mean that it is compared with, which adds ``s_i / b`` to ``p_i``: the smaller
+    the batch, the more of the spread of ``p_i`` is the spread of the norms.
+
+    Args:
+        products: ``p_i``, shape (num_examples,), of all b examples of the step.
+        examples_sq: ``s_i``, same shape.
+
+    Raises:
+        ValueError: fewer than two examples.
+    """
+    num_examples = products.shape[0]
+    if num_examples < 2:
+        raise ValueError(f"leaving one out needs at least 2 examples, got {num_examples}")
+    return (num_examples * products - examples_sq) / (num_examples - 1)
+
+
+def example_moments(examples_sq: Tensor, products: Tensor, *, leave_one_out: bool = False) -> GradientMoments:
+    """The moments of a step from all its examples, for the exact norm, inner-product and augmented tests.
+
+    Args:
+        examples_sq: ``s_i = |g_i|^2``, shape (num_examples,), of all examples of the step.
+        products: ``p_i = <g_i, g>`` with the step's mean gradient g, same shape.
+        leave_one_out: take the noise along the gradient from `without_own_share` products, as
+            ``Var(p_i') / mean(p_i')``; the squared norms, and so the norm test, are the same either way.
+
+    Raises:
+        ValueError: shapes that differ, or fewer than two examples.
+    """
+    squares = examples_sq.double().cpu().numpy()  # host sync
+    inner = products.double().cpu().numpy()
+    moments = from_examples(squares, inner)
+    if not leave_one_out:
+        return moments
+    others = without_own_share(products.double(), examples_sq.double())
+    signal = float(others.mean())
+    along = float(others.var()) / signal if signal > 0 else math.nan
+    return moments._replace(noise_along=along)

@@ -1,0 +1,224 @@
+"""What all benchmarks share: fair timing of rivals, the machine they ran on, and the two files they leave.
+
+A benchmark states its question, times its contenders with `interleave`, and hands tables and raw numbers to
+`publish`, which prints them and writes ``benchmarks/results/NAME.md`` and ``NAME.json``. Scripts run from the
+repository as ``python benchmarks/NAME.py``. Host names and paths never appear in what is written."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+class Quartiles(NamedTuple):
+    """A median and its spread."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+    def show(self, digits: int = 2, scale: float = 1.0) -> str:
+        """``median (low to high)``, each times ``scale``."""
+        low, median, high = (f"{value * scale:.{digits}f}" for value in self)
+        return f"{median} ({low} to {high})"
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each contender, one entry a round; entries of the same round belong together."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def of(self, name: str) -> Quartiles:
+        """Time of one call, in seconds."""
+        return Quartiles.of(self.seconds[name])
+
+    def ratio(self, name: str, to: str) -> Quartiles:
+        """Time of one contender over that of another, round by round: what slows a round cancels."""
+        pairs = zip(self.seconds[name], self.seconds[to], strict=True)
+        return Quartiles.of([mine / theirs for mine, theirs in pairs])
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 5,
+    calls: int = 1,
+    synchronize: Callable[[], object] | None = None,
+    seed: int = 0,
+) -> Timings:
+    """Time callables against each other: every round calls each of them once, in a new order.
+
+    The order is shuffled because a call inherits the caches and the allocator from the one before it; in a
+    fixed order each would always inherit from the same rival. It depends on ``seed`` alone, so processes that
+    run the same benchmark together call the same thing at the same time.
+
+    Args:
+        contenders: what to time, by name.
+        rounds: samples of each, at least 2.
+        warmup: rounds run first and not counted.
+        calls: calls behind one sample, for what is too short to time alone; the sample is their mean.
+        synchronize: waits for the device; called before the clock is read.
+        seed: of the order.
+    """
+    order = random.Random(seed)
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    wait = synchronize or (lambda: None)
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(warmup + rounds):
+            order.shuffle(names)
+            for name in names:
+                call = contenders[name]
+                wait()
+                start = time.perf_counter()
+                for _ in range(calls):
+                    call()
+                wait()
+                elapsed = (time.perf_counter() - start) / calls
+                if turn >= warmup:
+                    seconds[name].append(elapsed)
+    finally:
+        gc.enable()
+    return Timings({name: seconds[name] for name in contenders})
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and on what a benchmark ran; nothing in it names the host."""
+
+    system: str
+    cpu: str
+    cores: int
+    accelerator: str
+    python: str
+    torch: str
+    load: str
+    commit: str
+    command: str
+
+    @classmethod
+    def here(cls) -> Machine:
+        return cls(
+            system=f"{platform.system()} {platform.machine()}",
+            cpu=_cpu_model(),
+            cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+            accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+            python=platform.python_version(),
+            torch=torch.__version__,
+            load=f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
+            commit=_commit(),
+            command=shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        )
+
+    def show(self) -> str:
+        """Two lines of Markdown."""
+        return (
+            f"`{self.command}` at commit {self.commit}, torch {self.torch}, Python {self.python}\n"
+            f"on {self.system}, {self.cpu}, {self.cores} cores, accelerator: {self.accelerator}; "
+            f"load average at the start {self.load}"
+        )
+
+
+class Table(NamedTuple):
+    """Rows of ready-made text under a heading."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def show(self) -> str:
+        """Markdown, padded so that it also reads well in a terminal."""
+        cells = [list(self.columns), *map(list, self.rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(self.columns))]
+        lines = [
+            "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
+            for row in cells
+        ]
+        lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+        return f"### {self.title}\n\n" + "\n".join(lines)
+
+
+def publish(
+    name: str,
+    *,
+    question: str,
+    machine: Machine,
+    tables: Sequence[Table],
+    findings: Sequence[str],
+    data: Mapping[str, Any],
+    save: bool = True,
+) -> None:
+    """Print a result and write it to ``results/NAME.md`` and ``results/NAME.json``.
+
+    Args:
+        name: of the benchmark, and of its files.
+        question: what was asked, in a sentence or two.
+        machine: where it ran, taken before the timing began.
+        tables: what was measured.
+        findings: what follows, a sentence each.
+        data: the numbers behind the tables, ready for JSON.
+        save: False only prints.
+    """
+    parts = [f"# {name}", question, machine.show(), *(table.show() for table in tables)]
+    parts.append("\n".join(f"- {finding}" for finding in findings))
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.md").write_text(text)
+        record = {
+            "name": name,
+            "question": question,
+            "machine": asdict(machine),
+            "findings": list(findings),
+            **data,
+        }
+        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown CPU"
+
+
+def _commit() -> str:
+    """The commit checked out, marked where tracked files differ from it (results of benchmarks aside)."""
+    head = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return (head or "unknown") + (" with changes" if changed else "")
+
+
+def _git(*words: str) -> str:
+    try:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

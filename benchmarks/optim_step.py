@@ -1,0 +1,125 @@
+"""What a step of AdaGradNorm costs next to torch's Adagrad and SGD.
+
+    python benchmarks/optim_step.py
+
+Goal: at most 1.0 times Adagrad and 1.5 times SGD, all with ``foreach=True``. Every optimizer owns its
+parameters and gradients, so each finds them outside the caches, as after a backward pass. ``read`` is the
+floor under any method that must know the norm before it updates: one ``torch._foreach_norm`` over the
+gradient, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+
+import torch
+from _harness import Machine, Table, Timings, interleave, publish
+from torch import Tensor, nn
+
+from adabatch.optim import AdaGradNorm
+
+QUESTION = (
+    "What does a step of AdaGradNorm cost next to torch's Adagrad and SGD? "
+    "Goal: at most 1.0 and 1.5 times, all with foreach=True."
+)
+OURS, ADAGRAD, SGD = "AdaGradNorm", "Adagrad", "SGD"
+GOALS = {ADAGRAD: 1.0, SGD: 1.5}
+
+
+def transformer() -> list[Tensor]:
+    """5.0 million parameters: six layers 256 wide and a vocabulary of 1000."""
+    layers = [nn.TransformerEncoderLayer(256, 4, 1024) for _ in range(6)]
+    return [param for module in (nn.Embedding(1000, 256), *layers) for param in module.parameters()]
+
+
+def resnet18() -> list[Tensor]:
+    """11.2 million parameters in the shapes of ResNet-18 with a stem for small images and ten classes."""
+    convolutions = [(64, 3, 3)]
+    for width, before in ((64, 64), (128, 64), (256, 128), (512, 256)):
+        convolutions += [(width, before, 3), *[(width, width, 3)] * 3]
+        if width != before:
+            convolutions.append((width, before, 1))
+    shapes: list[tuple[int, ...]] = [(10, 512), (10,)]
+    for out, into, side in convolutions:
+        shapes += [(out, into, side, side), (out,), (out,)]
+    return [nn.Parameter(0.05 * torch.randn(shape)) for shape in shapes]
+
+
+def ready(params: Iterable[Tensor]) -> list[Tensor]:
+    """Parameters of one's own, with gradients."""
+    mine: list[Tensor] = [nn.Parameter(param.detach().clone()) for param in params]
+    for param in mine:
+        param.grad = 1e-2 * torch.randn_like(param)
+    return mine
+
+
+def contenders(params: list[Tensor]) -> dict[str, Callable[[], object]]:
+    lr = 1e-6  # the values must not drift while they are timed
+    gradients = [param.grad for param in ready(params)]
+    return {
+        OURS: AdaGradNorm(ready(params), lr, foreach=True).step,
+        "AdaGradNorm, loop": AdaGradNorm(ready(params), lr, foreach=False).step,
+        ADAGRAD: torch.optim.Adagrad(ready(params), lr, foreach=True).step,
+        SGD: torch.optim.SGD(ready(params), lr, foreach=True).step,
+        "AdaGradNorm, momentum": AdaGradNorm(ready(params), lr, momentum=0.9, foreach=True).step,
+        "SGD, momentum": torch.optim.SGD(ready(params), lr, momentum=0.9, foreach=True).step,
+        "read": lambda: torch._foreach_norm(gradients),
+    }
+
+
+def table(title: str, timings: Timings) -> Table:
+    rows = [
+        (
+            name,
+            timings.of(name).show(2, 1e3),
+            timings.ratio(name, ADAGRAD).show(),
+            timings.ratio(name, SGD).show(),
+        )
+        for name in timings.seconds
+    ]
+    return Table(title, ("step", "ms", f"of {ADAGRAD}", f"of {SGD}"), rows)
+
+
+def findings(title: str, timings: Timings) -> list[str]:
+    told = []
+    for rival, goal in GOALS.items():
+        ratio = timings.ratio(OURS, rival)
+        word = "met" if ratio.median <= goal else "missed"
+        told.append(f"{title}: {ratio.show()} times {rival}, goal {goal}: {word}.")
+    floor = 1 + timings.ratio("read", SGD).median
+    told.append(f"{title}: SGD and one read of the gradient by itself come to {floor:.2f} times SGD.")
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200, help="samples of each optimizer")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch threads, one table each")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    options = parser.parse_args()
+    machine = Machine.here()
+    tables, told, raw = [], [], {}
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for make in (transformer, resnet18):
+            torch.manual_seed(0)
+            params = make()
+            count = sum(param.numel() for param in params)
+            title = f"{make.__name__}, {count / 1e6:.1f} M in {len(params)} tensors, {threads} thread(s)"
+            timings = interleave(contenders(params), rounds=options.rounds)
+            tables.append(table(title, timings))
+            told += findings(title, timings)
+            raw[title] = timings.seconds
+    publish(
+        "optim_step",
+        question=QUESTION,
+        machine=machine,
+        tables=tables,
+        findings=told,
+        data={"rounds": options.rounds, "seconds": raw},
+        save=not options.no_save,
+    )
+
+
+if __name__ == "__main__":
+    main()

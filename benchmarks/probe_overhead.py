@@ -1,0 +1,176 @@
+"""What does AdaptiveBatch cost? A DDP step with the probe at every step, against the same step without adabatch.
+
+    python benchmarks/probe_overhead.py
+
+Two gloo processes of one thread each train the same 4.8 M-parameter transformer twice side by side: in a plain DDP
+loop, and in the same loop around ``AdaptiveBatch`` with the norm test, whose limits hold the batch constant so that
+both do the same work. The order of the two is shuffled in every round, the same on both ranks, and the ratio is taken
+round by round. Aims: step time at most 1.05, at most 64 extra bytes communicated a step and rank, at most 1 MiB of
+extra memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from _harness import Machine, Table, Timings, interleave, publish
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+import adabatch
+from adabatch.recipes import NextTokenLoss, Transformer
+
+RANKS = 2
+LENGTH = 128
+PLAIN, OURS = "plain DDP", "AdaptiveBatch"
+TARGETS = {"step time": 1.05, "bytes": 64, "memory": 2**20}
+
+
+def batches_of(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless micro-batches of random characters, the same on every call."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    stock = [torch.randint(65, (size, LENGTH + 1), generator=generator) for _ in range(16)]
+    while True:
+        for text in stock:
+            yield text[:, :-1], text[:, 1:]
+
+
+class Loop:
+    """A model, its optimizer and one step of it."""
+
+    def __init__(self, micro_batch_size: int, accumulation_steps: int, *, adaptive: bool) -> None:
+        torch.manual_seed(0)
+        self.model = DistributedDataParallel(Transformer(width=256, depth=6, num_heads=8))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.loss = NextTokenLoss()
+        self.data = batches_of(micro_batch_size)
+        self.accumulation_steps = accumulation_steps
+        self.step: Callable[[], None] = self.plain
+        if adaptive:
+            size = micro_batch_size * accumulation_steps * RANKS
+            self.batches = adabatch.AdaptiveBatch(
+                self.model,
+                self.optimizer,
+                adabatch.NormTest(eta=0.5),
+                micro_batch_size=micro_batch_size,
+                limits=adabatch.Limits(min=size, max=size),
+                lr_rule="gain",
+            )
+            self.steps = self.batches.steps(self.data)
+            self.step = self.adaptive
+
+    def plain(self) -> None:
+        for index in range(self.accumulation_steps):
+            self.model.require_backward_grad_sync = index == self.accumulation_steps - 1
+            x, y = next(self.data)
+            (self.loss(self.model(x), y) / self.accumulation_steps).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def adaptive(self) -> None:
+        step = next(self.steps)
+        for x, y in step:
+            step.backward(self.loss(self.model(x), y))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def peak_memory(step: Callable[[], None]) -> int:
+    """Largest amount of tensor memory that one step holds beyond what was there before, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def bytes_sent(step: Callable[[], None]) -> int:
+    """Bytes that Python code hands to all-reduce in one step (DDP's own buckets go another way)."""
+    sent = 0
+    original = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal sent
+        sent += tensor.numel() * tensor.element_size()
+        return original(tensor, *args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        step()
+    finally:
+        dist.all_reduce = original
+    return sent
+
+
+def work(rank: int, store: str, micro_batch_size: int, accumulation_steps: int, rounds: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    without = Loop(micro_batch_size, accumulation_steps, adaptive=False)
+    within = Loop(micro_batch_size, accumulation_steps, adaptive=True)
+    timings = interleave({PLAIN: without.step, OURS: within.step}, rounds=rounds, synchronize=dist.barrier)
+    memory = peak_memory(within.step) - peak_memory(without.step)
+    sent = bytes_sent(within.step)
+    if rank == 0:
+        results.put((dict(timings.seconds), memory, sent))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(micro_batch_size: int, accumulation_steps: int, rounds: int) -> tuple[Timings, int, int]:
+    """Times of both loops, extra bytes held, extra bytes sent."""
+    results = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        mp.spawn(work, args=(store, micro_batch_size, accumulation_steps, rounds, results), nprocs=RANKS)
+    seconds, memory, sent = results.get()
+    return Timings(seconds), memory, sent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60, help="steps of each loop in each case")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    options = parser.parse_args()
+    machine = Machine.here()
+    rows, told, raw = [], [], {}
+    for micro_batch_size, accumulation_steps in ((4, 1), (16, 1), (4, 4)):
+        timings, memory, sent = measure(micro_batch_size, accumulation_steps, options.rounds)
+        case = f"{RANKS} ranks x {accumulation_steps} x {micro_batch_size} x {LENGTH} tokens"
+        ratio = timings.ratio(OURS, PLAIN)
+        rows.append((case, timings.of(PLAIN).show(1, 1e3), ratio.show(3), f"{sent}", f"{memory:,}"))
+        raw[case] = {"seconds": timings.seconds, "extra bytes held": memory, "extra bytes sent": sent}
+        for name, value, goal in (
+            ("step time", ratio.median, TARGETS["step time"]),
+            ("extra bytes sent", sent, TARGETS["bytes"]),
+            ("extra bytes held", memory, TARGETS["memory"]),
+        ):
+            told.append(f"{case}: {name} {value:,.4g}, goal {goal:,}: {'met' if value <= goal else 'missed'}.")
+    publish(
+        "probe_overhead",
+        question="What does AdaptiveBatch, with the probe at every step, cost a DDP loop?",
+        machine=machine,
+        tables=[
+            Table(
+                "A step around AdaptiveBatch against the same step without it: median (quartiles)",
+                ("case", "plain step, ms", "ratio", "extra bytes sent", "extra bytes held"),
+                rows,
+            )
+        ],
+        findings=told,
+        data={"rounds": options.rounds, "cases": raw},
+        save=not options.no_save,
+    )
+
+
+if __name__ == "__main__":
+    main()

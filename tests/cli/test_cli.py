@@ -1,0 +1,199 @@
+"""The command as a person uses it: files in, files out, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from adabatch.cli.main import main
+
+pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
+
+CONFIG: dict[str, Any] = {
+    "format": 1,
+    "model": {"class_path": "adabatch.recipes.models.MLP"},
+    "loss": {"class_path": "torch.nn.CrossEntropyLoss"},
+    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}},
+    "train_data": {"class_path": "adabatch.recipes.digits.Digits", "init_args": {"split": "train"}},
+    "test_data": {"class_path": "adabatch.recipes.digits.Digits", "init_args": {"split": "test"}},
+    "criterion": {"class_path": "adabatch.NormTest", "init_args": {"eta": 0.5}},
+    "micro_batch_size": 8,
+    "max_micro_batch_size": 64,
+    "limits": {"min": 16, "max": 256},
+    "lr_rule": "gain",
+    "shape": {"class_path": "adabatch.lr.cosine"},
+    "total": {"count": 3000, "unit": "examples"},
+}
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a run."""
+
+
+class InterruptedLoss(torch.nn.CrossEntropyLoss):
+    """Raises at the given call, and never again in this process."""
+
+    calls_left: int | None = None
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if InterruptedLoss.calls_left is not None:
+            InterruptedLoss.calls_left -= 1
+            if InterruptedLoss.calls_left < 0:
+                InterruptedLoss.calls_left = None
+                raise Interrupted
+        return super().forward(inputs, targets)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Any:
+    """Writes a config with changes; returns its path."""
+
+    def write(**changes: Any) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**CONFIG, "out": str(tmp_path / "run"), **changes}))
+        return str(path)
+
+    return write
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_train_writes_journal_checkpoint_and_picture(config: Any, tmp_path: Path, capsys: Any) -> None:
+    assert main(["train", "--config", config()]) == 0
+    run = tmp_path / "run"
+    journal = lines(run / "journal.jsonl")
+    assert journal[0]["plan"]["global_batch_size"] == 16
+    assert max(line["plan"]["global_batch_size"] for line in journal) > 16
+    assert sum(line["plan"]["global_batch_size"] for line in journal) >= 3000
+    assert all(line["applied"] for line in journal)
+    assert (run / "picture.png").read_bytes().startswith(b"\x89PNG")
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["batches"]["consumed"]["examples"] >= 3000
+    out = capsys.readouterr().out
+    for word in ("examples", "loss", "batch", "lr", "noise scale", "test accuracy"):
+        assert word in out
+
+
+def test_flags_override_the_file(config: Any, tmp_path: Path) -> None:
+    assert main(["train", "--config", config(), "--limits.max=32", "--total.count=600"]) == 0
+    journal = lines(tmp_path / "run" / "journal.jsonl")
+    assert max(line["plan"]["global_batch_size"] for line in journal) <= 32
+    assert sum(line["plan"]["global_batch_size"] for line in journal) < 700
+
+
+def test_print_config_shows_every_field_and_reads_back(config: Any, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--config", config(), "--print_config"])
+    assert done.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["criterion"]["init_args"] == {"eta": 0.5, "population": None}
+    shown["total"]["count"] = 200
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(shown))
+    assert main(["train", "--config", str(again)]) == 0
+
+
+def test_a_run_that_was_cut_off_and_resumed_equals_one_that_was_not(config: Any, tmp_path: Path) -> None:
+    loss = {"class_path": f"{__name__}.InterruptedLoss"}
+    whole = config(loss=loss, save_every={"count": 500, "unit": "examples"}, out=str(tmp_path / "whole"))
+    assert main(["train", "--config", whole]) == 0
+    parts = config(loss=loss, save_every={"count": 500, "unit": "examples"}, out=str(tmp_path / "parts"))
+    InterruptedLoss.calls_left = 60
+    with pytest.raises(Interrupted):
+        main(["train", "--config", parts])
+    assert main(["train", "--config", parts, "--resume=true"]) == 0
+    assert (tmp_path / "whole/journal.jsonl").read_text() == (tmp_path / "parts/journal.jsonl").read_text()
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+    assert one["batches"] == two["batches"]
+    assert one["order"] == two["order"]
+    for name, value in one["model"].items():
+        assert torch.equal(value, two["model"][name])
+
+
+def test_compare_runs_the_job_and_both_constants(config: Any, tmp_path: Path, capsys: Any) -> None:
+    assert main(["compare", "--config", config(total={"count": 1000, "unit": "examples"})]) == 0
+    rows = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert [row["label"] for row in rows] == ["adaptive", "constant 16", "constant 256"]
+    assert rows[1]["steps"] == 63
+    assert rows[2]["steps"] == 4
+    assert rows[2]["steps"] < rows[0]["steps"] < rows[1]["steps"]
+    # Same weights, same order: the first step of the job is the first step of the smallest constant.
+    first, small = (lines(tmp_path / "run" / name)[0]["loss"] for name in ("journal.jsonl", "smallest/journal.jsonl"))
+    assert first == small
+    assert "At equal examples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"criterion": {"class_path": "adabatch.NoSuchTest"}}, ["NoSuchTest"]),
+        ({"criterion": {"class_path": "adabatch.NormTest", "init_args": {"eta": 0.5, "zeta": 1}}}, ["zeta"]),
+        ({"micro_batch_sise": 8}, ["micro_batch_sise"]),
+        ({"micro_batch_size": "eight"}, ["micro_batch_size", "eight"]),
+        ({"lr_rule": "cubic"}, ["lr_rule", "cubic"]),
+        ({"criterion": {"class_path": "adabatch.NormTest", "init_args": {"eta": -0.5}}}, ["eta", "-0.5", "positive"]),
+        ({"limits": {"min": 256, "max": 16}}, ["256", "16", "crossed"]),
+        ({"micro_batch_size": 32}, ["micro_batch_size", "limits.min=16"]),
+        ({"limits": {"min": 16, "max": 4096}}, ["4096", "1437"]),
+        ({"format": 2}, ["format 2", "format 1"]),
+        ({"total": {"count": 0, "unit": "examples"}}, ["total"]),
+        ({"total": {"count": 10, "unit": "epochs"}}, ["epochs"]),
+        (
+            {"train_data": {"class_path": "adabatch.recipes.data.Mnist", "init_args": {"root": "/no/such/folder"}}},
+            ["/no/such/folder"],
+        ),
+    ],
+)
+def test_mistakes_end_in_one_clear_line(config: Any, tmp_path: Path, capsys: Any, changes: Any, words: Any) -> None:
+    try:
+        status: Any = main(["train", "--config", config(**changes)])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_missing_config_file_is_named(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--config", "/no/such/config.yaml"])
+    assert stopped.value.code == 2
+    assert "/no/such/config.yaml" in capsys.readouterr().err
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "adabatch"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.distributed
+def test_two_processes_choose_the_batch_sizes_of_one(config: Any, tmp_path: Path) -> None:
+    """Parts of 8 examples either way, so the same measurement, the same decisions and the same journal."""
+    path = config(max_micro_batch_size=None)
+    assert torchrun("train", "--config", path, f"--out={tmp_path}/two").returncode == 0
+    assert main(["train", "--config", path, f"--out={tmp_path}/one"]) == 0
+    one, two = (lines(tmp_path / name / "journal.jsonl") for name in ("one", "two"))
+    assert [line["next"] for line in one] == [line["next"] for line in two]
+    assert len({line["next"] for line in one}) > 3
+    for a, b in zip(one, two, strict=True):
+        assert a["moments"]["part_sq"] == pytest.approx(b["moments"]["part_sq"], rel=1e-3)
+
+
+@pytest.mark.distributed
+def test_a_mistake_ends_both_processes(config: Any, tmp_path: Path) -> None:
+    done = torchrun("train", "--config", config(limits={"min": 17, "max": 256}))
+    assert done.returncode != 0
+    assert done.stderr.count("limits.min=17 cannot be shared equally by 2 ranks") >= 1
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
