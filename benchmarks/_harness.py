@@ -66,6 +66,7 @@ def interleave(
     rounds: int,
     warmup: int = 5,
     calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], object] | None = None,
     seed: int = 0,
 ) -> Timings:
@@ -80,6 +81,8 @@ def interleave(
         rounds: samples of each, at least 2.
         warmup: rounds run first and not counted.
         calls: calls behind one sample, for what is too short to time alone; the sample is their mean.
+        clock: in seconds. ``time.process_time`` leaves out what other programs took of the processor: right
+            for a single thread on a shared machine, wrong for several, for waiting and for devices.
         synchronize: waits for the device; called before the clock is read.
         seed: of the order.
     """
@@ -95,11 +98,11 @@ def interleave(
             for name in names:
                 call = contenders[name]
                 wait()
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(calls):
                     call()
                 wait()
-                elapsed = (time.perf_counter() - start) / calls
+                elapsed = (clock() - start) / calls
                 if turn >= warmup:
                     seconds[name].append(elapsed)
     finally:
@@ -181,7 +184,7 @@ def publish(
         machine: where it ran, taken before the timing began.
         tables: what was measured.
         findings: what follows, a sentence each.
-        data: the numbers behind the tables, ready for JSON.
+        data: the numbers behind the tables, ready for JSON; each entry gets a line of the file.
         save: False only prints.
     """
     parts = [f"# {name}", question, machine.show(), *(table.show() for table in tables)]
@@ -198,7 +201,8 @@ def publish(
             "findings": list(findings),
             **data,
         }
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+        (RESULTS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _cpu_model() -> str:
