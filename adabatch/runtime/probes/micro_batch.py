@@ -118,10 +118,12 @@ class MicroBatchProbe:
         norms = [norm(p.grad) for p in self._parameters if p.grad is not None]
         # Every rank holds the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
         grad_sq = sum_of_squares(norms, self._device) / self._dp_size
-        sizes = torch.tensor(
-            [self._inverse_part_size, self._inverse_num_examples], dtype=torch.float64, device=self._device
-        )
-        return torch.cat([self._parts_sq.view(1), grad_sq.view(1), sizes])
+        # full() fills on the device; a tensor of host numbers would be copied there, and the copy waited for.
+        sizes = [
+            torch.full((), size, dtype=torch.float64, device=self._device)
+            for size in (self._inverse_part_size, self._inverse_num_examples)
+        ]
+        return torch.stack([self._parts_sq, grad_sq, *sizes])
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks."""
