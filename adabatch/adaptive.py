@@ -374,7 +374,9 @@ class AdaptiveBatch:
         if step.probed:
             assert self._probe is not None
             assert step._losses is not None
-            local = torch.cat([self._probe.collect(), (step._losses / self._collectives.size).view(1)])
+            local = self._probe.collect()
+            loss = (step._losses / self._collectives.size).to(local.device)  # a loss may live elsewhere than the model
+            local = torch.cat([local, loss.view(1)])
             *totals, step.loss = self._collectives.sum(local).tolist()  # host sync
             step.moments = self._probe.moments(totals)
         measured = step.moments
