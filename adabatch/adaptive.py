@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
@@ -22,11 +21,10 @@ from adabatch.batch.plan import BatchPlan, Duration, PlanGrid, Progress, micro_b
 from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.journal import Journal, line
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
-from adabatch.runtime.collectives import collectives_of
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
-from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
+from adabatch.runtime.wrappers import GradientSync, MakeProbe, wrapper_of
 
 STATE_FORMAT = 1
 UNLIMITED = 2**62
@@ -77,7 +75,7 @@ class Step:
         return measured and (self.loss is None or math.isfinite(self.loss))
 
     def __iter__(self) -> Iterator[Any]:
-        """The micro-batches. Gradients are synchronized in the last one only.
+        """The micro-batches. Gradients are synchronized in the last one only, or in each (``gradient_sync``).
 
         Raises:
             RuntimeError: ``backward`` was not called exactly once for a micro-batch, or a second iteration.
@@ -90,7 +88,7 @@ class Step:
         num_parts = len(self._portion.sizes)
         for index, batch in enumerate(self._portion.batches):
             self._size = self._portion.sizes[index]
-            with nullcontext() if index == num_parts - 1 else self._owner._no_sync():
+            with nullcontext() if index == num_parts - 1 else self._owner._wrapper.no_sync():
                 yield batch
             self._size = 0
             if self._num_backward != index + 1:
@@ -145,7 +143,8 @@ class AdaptiveBatch:
             optimizer.step(); optimizer.zero_grad()
 
     Args:
-        model: plain, or wrapped in ``DistributedDataParallel``.
+        model: plain, wrapped in ``DistributedDataParallel``, or sharded by ``fully_shard`` (FSDP2; torch 2.9 for a
+            criterion that needs a probe).
         optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates. Of the
             model's gradients those of the parameters that it holds are measured.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
@@ -165,6 +164,11 @@ class AdaptiveBatch:
         record_l1: measure the l1 norm of the gradient too, from which ``lr.refine`` makes a schedule for Adam (the
             Euclidean norm, for SGD, is measured by every probe).
         probe: how gradients are measured; by default chosen by the model's type.
+        gradient_sync: at which micro-batches of a step the ranks reduce their gradients. DDP does it at the "last".
+            FSDP2 by default at "each": between micro-batches a rank then holds its shard of the gradient only, and each
+            micro-batch of each rank is a part. At the "last" a step sends one gradient instead of one a micro-batch, a
+            rank holds the whole gradient meanwhile, and all micro-batches of a rank are one part: fewer parts, so a
+            less certain estimate.
         journal: where the first rank writes one JSON line a step.
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. Seen on
             probed steps only.
@@ -193,6 +197,7 @@ class AdaptiveBatch:
         monitor: bool = False,
         record_l1: bool = False,
         probe: Probe | None = None,
+        gradient_sync: GradientSync | None = None,
         journal: str | Path | None = None,
         skip_nonfinite: bool = True,
     ) -> None:
@@ -207,7 +212,8 @@ class AdaptiveBatch:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
-        self._collectives = collectives_of(model)
+        self._wrapper = wrapper_of(model, gradient_sync)
+        self._collectives = self._wrapper.collectives
         self._criterion = criterion
         self._control = control or Control()
         self._lr_rule: LRRule = lr_rule
@@ -239,12 +245,8 @@ class AdaptiveBatch:
         self._update: _Update | None = None
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
-        # The hooks sit on the wrapper's gradient synchronization only through its public no_sync().
-        self._sync_off: Callable[[], AbstractContextManager[Any]] = (
-            model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
-        )
         # Last, so that a constructor that raises leaves no hook behind.
-        self._probe = _suited_probe(model, optimizer, frozenset(needs), probe)
+        self._probe = _suited_probe(model, optimizer, frozenset(needs), given=probe, make=self._wrapper.make_probe)
         self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
@@ -354,9 +356,6 @@ class AdaptiveBatch:
                 "the step's micro-batches were not all run: finish `for batch in step` before the next step, and do "
                 "not break out of it"
             )
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        return self._sync_off()
 
     def _probe_started(self) -> None:
         assert self._probe is not None
@@ -579,7 +578,7 @@ def _check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
 
 
 def _suited_probe(
-    model: torch.nn.Module, optimizer: Optimizer, needs: frozenset[str], given: Probe | None
+    model: torch.nn.Module, optimizer: Optimizer, needs: frozenset[str], *, given: Probe | None, make: MakeProbe
 ) -> Probe | None:
     """The probe given, or the one that suits the model; None where nothing needs one."""
     if not needs:
@@ -592,7 +591,7 @@ def _suited_probe(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
             f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
         )
-    probe = given or MicroBatchProbe(parameters, record_l1=GRAD_L1 in needs)
+    probe = given or make(parameters, record_l1=GRAD_L1 in needs)
     missing = needs - probe.gives
     if missing:
         if given is None:
