@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from _harness import Machine, Table, Timings, interleave, publish
@@ -57,7 +58,7 @@ def ready(params: Iterable[Tensor]) -> list[Tensor]:
 
 def contenders(params: list[Tensor]) -> dict[str, Callable[[], object]]:
     lr = 1e-6  # the values must not drift while they are timed
-    gradients = [param.grad for param in ready(params)]
+    gradients = [1e-2 * torch.randn_like(param) for param in params]
     return {
         OURS: AdaGradNorm(ready(params), lr, foreach=True).step,
         "AdaGradNorm, loop": AdaGradNorm(ready(params), lr, foreach=False).step,
@@ -96,8 +97,11 @@ def findings(title: str, timings: Timings) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=200, help="samples of each optimizer")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=12, help="times that the optimizers are made anew")
+    parser.add_argument("--rounds", type=int, default=20, help="samples of each optimizer in a trial")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch threads, one table each")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
@@ -111,7 +115,9 @@ def main() -> None:
             count = sum(param.numel() for param in params)
             title = f"{make.__name__}, {count / 1e6:.1f} M in {len(params)} tensors, threads: {threads}"
             clock = time.process_time if threads == 1 else time.perf_counter
-            timings = interleave(contenders(params), rounds=options.rounds, clock=clock)
+            timings = interleave(
+                partial(contenders, params), trials=options.trials, rounds=options.rounds, clock=clock
+            )
             tables.append(table(title, timings))
             told += findings(title, timings)
             raw[title] = {name: [round(time, 7) for time in times] for name, times in timings.seconds.items()}
@@ -121,7 +127,7 @@ def main() -> None:
         machine=machine,
         tables=tables,
         findings=told,
-        data={"rounds": options.rounds, "seconds": raw},
+        data={"trials": options.trials, "rounds": options.rounds, "seconds": raw},
         save=not options.no_save,
     )
 
