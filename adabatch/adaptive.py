@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch.batch.control import Control, ControlState, Decision, Limits, decide
 from adabatch.batch.criteria import Criterion, Observation
-from adabatch.batch.moments import GRAD_L1, NOISE, GradientMoments
-from adabatch.batch.plan import BatchPlan, Duration, PlanGrid, Progress, micro_batch_sizes
+from adabatch.batch.moments import EXAMPLES, GRAD_L1, NOISE, GradientMoments
+from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.journal import Journal, line
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
-from adabatch.runtime.wrappers import GradientSync, MakeProbe, wrapper_of
+from adabatch.runtime.wrappers import GradientSync, wrapper_of
+from adabatch.validation import UNLIMITED, check_fits, check_followers, check_types, limits_and_grid, suited_probe
 
 STATE_FORMAT = 1
-UNLIMITED = 2**62
 
 
 @dataclass
@@ -203,8 +203,8 @@ class AdaptiveBatch:
     ) -> None:
         check_lr_rule(lr_rule)
         check_follow(follow)
-        _check_types(optimizer, criterion)
-        _check_followers(optimizer, follow)
+        check_types(optimizer, criterion)
+        check_followers(optimizer, follow)
         if lr_rule == "seesaw" and not isinstance(criterion, Seesaw):
             raise ValueError(f"lr_rule='seesaw' goes with the criterion Seesaw(...), got {type(criterion).__name__}")
         for name, value in (("reference_batch_size", reference_batch_size), ("tokens_per_example", tokens_per_example)):
@@ -227,14 +227,14 @@ class AdaptiveBatch:
             needs.add(NOISE)
         if record_l1:
             needs.add(GRAD_L1)
-        self._limits, self._grid = _limits_and_grid(
+        self._limits, self._grid = limits_and_grid(
             limits,
             criterion,
             dp_size=self._collectives.size,
             micro_sizes=micro_batch_sizes(
                 micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
             ),
-            probed=bool(needs) or probe is not None,
+            in_parts=(bool(needs) or probe is not None) and (probe is None or EXAMPLES not in probe.gives),
         )
         tokens = None if tokens_per_example is None else 0
         self._progress = Progress(tokens=tokens, gain_steps=0.0 if NOISE in needs or probe is not None else None)
@@ -246,7 +246,7 @@ class AdaptiveBatch:
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
         # Last, so that a constructor that raises leaves no hook behind.
-        self._probe = _suited_probe(model, optimizer, frozenset(needs), given=probe, make=self._wrapper.make_probe)
+        self._probe = suited_probe(model, optimizer, frozenset(needs), given=probe, make=self._wrapper.make_probe)
         self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
@@ -318,11 +318,11 @@ class AdaptiveBatch:
             self._consumed.count(until.unit)  # a unit that is not counted fails here, not at the end
         self._check_ranks(loader)
         if isinstance(loader, GlobalOrder):
-            _check_fits(self._largest_known(), loader)
+            check_fits(self._largest_known(), loader)
             order = loader.feed(self._collectives.rank, self._collectives.size)
             epoch = loader.epoch
             while (loader.epoch == epoch) if until is None else not self._consumed.reached(until):
-                _check_fits(self._plan.global_batch_size, loader)  # a schedule without limits gets there in time
+                check_fits(self._plan.global_batch_size, loader)  # a schedule without limits gets there in time
                 yield from self._one_step(order)
             return
         if self._grows_micro_batch:
@@ -544,96 +544,3 @@ class AdaptiveBatch:
                 f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "
                 f"{self._consumed}): give all the same data set, seed, arguments and saved state"
             )
-
-
-def _check_fits(size: int, order: GlobalOrder) -> None:
-    if size > len(order):
-        raise ValueError(
-            f"a batch of {size} is above the {len(order)} examples of the data set, and may not hold an example twice: "
-            f"limit the batch to use at most {len(order)}"
-        )
-
-
-def _check_types(optimizer: Any, criterion: Any) -> None:
-    """What comes in their place most often: parameters, the class of a criterion, its name."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if isinstance(criterion, type) or not isinstance(criterion, Criterion):
-        raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.5), got {criterion!r}")
-
-
-def _check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
-    """That the optimizer has what is to follow, and in the form whose rule is known."""
-    kind = type(optimizer).__name__
-    for group in optimizer.param_groups:
-        for name in follow:
-            if name not in group:
-                raise ValueError(f"follow={name!r}, but {kind} has no {name}: leave it out")
-        decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
-        if "weight_decay" in follow and not decoupled:
-            raise ValueError(
-                f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
-                f"gradient and needs nothing: leave it out, or use AdamW"
-            )
-
-
-def _suited_probe(
-    model: torch.nn.Module, optimizer: Optimizer, needs: frozenset[str], *, given: Probe | None, make: MakeProbe
-) -> Probe | None:
-    """The probe given, or the one that suits the model; None where nothing needs one."""
-    if not needs:
-        return given
-    # Only what this optimizer trains: gradients that it does not zero add up over the steps.
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    parameters = [p for p in model.parameters() if id(p) in trained]
-    if given is None and not any(p.requires_grad for p in parameters):
-        raise ValueError(
-            f"the optimizer holds none of the model's parameters that require a gradient: build the "
-            f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
-        )
-    probe = given or make(parameters, record_l1=GRAD_L1 in needs)
-    missing = needs - probe.gives
-    if missing:
-        if given is None:
-            probe.remove()
-        raise ValueError(
-            f"the criterion needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
-            f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or another probe"
-        )
-    return probe
-
-
-def _limits_and_grid(
-    limits: Limits | None, criterion: Criterion, *, dp_size: int, micro_sizes: tuple[int, ...], probed: bool
-) -> tuple[Limits, PlanGrid]:
-    """The limits and the plans that a run can carry out, checked against each other."""
-    micro = micro_sizes[0]
-    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if probed and dp_size == 1 else 1)
-    smallest = micro * dp_size * grid.min_accumulation
-    if limits is None:
-        if not isinstance(criterion, Schedule):
-            raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
-        limits = Limits(min=smallest, max=UNLIMITED)
-    for name, limit in (("min", limits.min), ("max", limits.max)):
-        if isinstance(limit, int) and limit % dp_size:
-            raise ValueError(
-                f"limits.{name}={limit} cannot be shared equally by {dp_size} ranks: use a multiple of {dp_size}"
-            )
-    if isinstance(limits.min, int) and limits.min < smallest:
-        two_parts = " (two micro-batches at least, so that their spread can be measured)" if probed else ""
-        raise ValueError(
-            f"limits.min={limits.min} is below the smallest step of {dp_size} rank(s) x {grid.min_accumulation} x "
-            f"{micro} examples{two_parts}: use micro_batch_size={max(1, limits.min // (smallest // micro))} or less, "
-            f"or limits.min={smallest} or more"
-        )
-    if isinstance(limits.max, int) and limits.max < smallest:
-        raise ValueError(f"limits.max={limits.max} is below the smallest step of {smallest} examples")
-    if isinstance(criterion, Schedule):
-        for size in criterion.fixed_sizes:
-            if grid.nearest(size).global_batch_size != size:
-                raise ValueError(
-                    f"{type(criterion).__name__} asks for batches of {size}, which {dp_size} rank(s) with "
-                    f"micro-batches of {' or '.join(map(str, micro_sizes))} cannot make up: use a multiple of "
-                    f"{smallest}, or another micro_batch_size"
-                )
-    return limits, grid

@@ -97,9 +97,7 @@ def findings(title: str, timings: Timings) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=12, help="times that the optimizers are made anew")
     parser.add_argument("--rounds", type=int, default=20, help="samples of each optimizer in a trial")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch threads, one table each")
@@ -115,9 +113,7 @@ def main() -> None:
             count = sum(param.numel() for param in params)
             title = f"{make.__name__}, {count / 1e6:.1f} M in {len(params)} tensors, threads: {threads}"
             clock = time.process_time if threads == 1 else time.perf_counter
-            timings = interleave(
-                partial(contenders, params), trials=options.trials, rounds=options.rounds, clock=clock
-            )
+            timings = interleave(partial(contenders, params), trials=options.trials, rounds=options.rounds, clock=clock)
             tables.append(table(title, timings))
             told += findings(title, timings)
             raw[title] = {name: [round(time, 7) for time in times] for name, times in timings.seconds.items()}
