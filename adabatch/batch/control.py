@@ -24,6 +24,10 @@ ROUNDING_TOLERANCE = 1 / 8
 accumulation step in four, far below the error bar of any estimate."""
 
 
+UNLIMITED = 2**62
+"""Examples beyond any batch: what an infinite size is cut to."""
+
+
 class Reason(StrEnum):
     """Why the next plan is what it is; the words of the journal."""
 
@@ -47,7 +51,7 @@ class Limits:
     """The smallest and largest global batch size, in examples; either may be a schedule.
 
     Raises:
-        ValueError: a size below 1, or limits crossed.
+        ValueError: a size below 1, anything but whole numbers and schedules, or limits crossed.
     """
 
     min: int | Schedule
@@ -55,6 +59,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, limit in (("min", self.min), ("max", self.max)):
+            if not isinstance(limit, int | Schedule):
+                raise ValueError(f"limits.{name} must be a whole number of examples or a schedule, got {limit!r}")
             if isinstance(limit, int) and limit < 1:
                 raise ValueError(f"limits.{name} must be at least 1 example, got {limit}")
         if isinstance(self.min, int) and isinstance(self.max, int) and self.min > self.max:
@@ -62,9 +68,17 @@ class Limits:
 
     def at(self, progress: Progress) -> tuple[int, int]:
         """Floor and ceiling at this progress; where schedules cross, the ceiling holds."""
-        low = self.min if isinstance(self.min, int) else math.ceil(self.min.size(progress))
-        high = self.max if isinstance(self.max, int) else math.floor(self.max.size(progress))
+        low = self.min if isinstance(self.min, int) else math.ceil(min(self.min.size(progress), UNLIMITED))
+        high = self.max if isinstance(self.max, int) else math.floor(min(self.max.size(progress), UNLIMITED))
         return min(low, high), high
+
+    def runnable(self, progress: Progress, grid: PlanGrid) -> tuple[int, int]:
+        """Floor and ceiling with a plan between them: where a moving floor leaves none, it yields to the largest plan.
+
+        A ceiling never yields: below the smallest plan, nothing can be run.
+        """
+        low, high = self.at(progress)
+        return min(low, grid.next_below(high + 1) or low), high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +325,7 @@ def decide(
         progress: what is consumed when the next step begins.
         state: what the control remembers from the steps before.
     """
-    low, high = limits.at(progress)
+    low, high = limits.runnable(progress, grid)
     held = state.hold > 0
     state = replace(state, hold=max(0, state.hold - 1), until_probe=max(0, state.until_probe - 1))
     usable = moments is not None and _usable(moments)

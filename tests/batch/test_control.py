@@ -584,6 +584,26 @@ def test_a_schedule_at_its_infinite_end_runs_at_the_ceiling() -> None:
 FLOOR = LinearRamp(32, 1000, examples(5000))
 
 
+@given(grids(), controls(), st.lists(good, min_size=5, max_size=25), st.booleans())
+def test_floors_and_ceilings_move_the_plan(
+    grid: PlanGrid, control: Control, measurements: list[Measured], as_floor: bool
+) -> None:
+    """The floor yields only where nothing between it and the ceiling can be run; the ceiling never does."""
+    able = runnable(grid, 6000)
+    assume(able[0] <= 32)
+    limits = Limits(FLOOR, 1000) if as_floor else Limits(1, LinearRamp(1000, 32, examples(5000)))
+    progress, plan, state = Progress(), grid.nearest(32, max_size=1000), ControlState()
+    for measurement in measurements:
+        (decision,) = run(
+            [measurement], NoiseScale(), control, limits=limits, grid=grid, plan=plan, state=state, progress=progress
+        )
+        progress = progress.after(plan.global_batch_size)
+        low, high = limits.at(progress)
+        below_ceiling = max(size for size in able if size <= high)
+        plan, state = decision.plan, decision.state
+        assert min(low, below_ceiling) <= plan.global_batch_size <= high
+
+
 def test_a_floor_moves_the_plan_when_the_gradient_does_not() -> None:
     limits = Limits(FLOOR, 4096)
     decision = one(None, limits=limits, progress=Progress(examples=2500))
@@ -591,6 +611,32 @@ def test_a_floor_moves_the_plan_when_the_gradient_does_not() -> None:
     assert 516 <= decision.plan.global_batch_size <= 516 * 9 / 8 + 16
     held = one(measured(1e6, 1.0), limits=limits, progress=Progress(examples=2500), state=ControlState(hold=5))
     assert held.plan.global_batch_size >= 516, "a hold does not keep a batch below its floor"
+
+
+def test_a_floor_above_its_ceiling_yields() -> None:
+    """Nothing of 16 examples a quantum lies between 993 and 1000: the largest below the ceiling is taken."""
+    coarse = PlanGrid(dp_size=2, micro_sizes=(8,))
+    for ceiling in (1000, 100):
+        decision = one(None, limits=Limits(FLOOR, ceiling), grid=coarse, progress=Progress(examples=10**6))
+        assert decision.plan.global_batch_size == ceiling // 16 * 16
+        again = one(
+            None,
+            limits=Limits(FLOOR, ceiling),
+            grid=coarse,
+            plan=decision.plan,
+            progress=Progress(examples=10**6),
+        )
+        assert (again.plan, again.reason) == (decision.plan, Reason.NOT_PROBED)
+
+
+def test_a_floor_without_end_yields_to_the_ceiling() -> None:
+    seesaw = Seesaw(32, linear(), examples(100))
+    over = Progress(examples=200)
+    assert Limits(seesaw, 512).at(over) == (512, 512)
+    low, high = Limits(64, seesaw).at(over)
+    assert low == 64
+    assert isinstance(high, int)
+    assert high > 10**15
 
 
 def test_limits_of_schedules_are_rounded_inwards() -> None:
@@ -823,3 +869,17 @@ def test_confidence_without_memory_is_refused() -> None:
     with pytest.raises(ValueError, match=r"memory=1 .*confidence=0\.9"):
         Control(memory=1)
     assert Control(memory=1, confidence=0.5).decay == 0
+
+
+def test_bad_limits_are_named() -> None:
+    with pytest.raises(ValueError, match=r"limits\.min .*got 0"):
+        Limits(0, 8)
+    with pytest.raises(ValueError, match=r"limits\.max .*got -8"):
+        Limits(8, -8)
+    with pytest.raises(ValueError, match="min=16 is above max=8"):
+        Limits(16, 8)
+    for wrong in (64.0, math.nan, math.inf, "64", None):
+        with pytest.raises(ValueError, match=rf"limits\.min must be .*schedule.*got {wrong!r}"):
+            Limits(wrong, 128)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=rf"limits\.max must be .*schedule.*got {wrong!r}"):
+            Limits(8, wrong)  # type: ignore[arg-type]
