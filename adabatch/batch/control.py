@@ -24,6 +24,10 @@ ROUNDING_TOLERANCE = 1 / 8
 accumulation step in four, far below the error bar of any estimate."""
 
 
+UNLIMITED = 2**62
+"""Examples beyond any batch: what an infinite size is cut to."""
+
+
 class Reason(StrEnum):
     """Why the next plan is what it is; the words of the journal."""
 
@@ -47,7 +51,7 @@ class Limits:
     """The smallest and largest global batch size, in examples; either may be a schedule.
 
     Raises:
-        ValueError: a size below 1, or limits crossed.
+        ValueError: a size below 1, anything but whole numbers and schedules, or limits crossed.
     """
 
     min: int | Schedule
@@ -55,6 +59,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, limit in (("min", self.min), ("max", self.max)):
+            if not isinstance(limit, int | Schedule):
+                raise ValueError(f"limits.{name} must be a whole number of examples or a schedule, got {limit!r}")
             if isinstance(limit, int) and limit < 1:
                 raise ValueError(f"limits.{name} must be at least 1 example, got {limit}")
         if isinstance(self.min, int) and isinstance(self.max, int) and self.min > self.max:
@@ -62,9 +68,17 @@ class Limits:
 
     def at(self, progress: Progress) -> tuple[int, int]:
         """Floor and ceiling at this progress; where schedules cross, the ceiling holds."""
-        low = self.min if isinstance(self.min, int) else math.ceil(self.min.size(progress))
-        high = self.max if isinstance(self.max, int) else math.floor(self.max.size(progress))
+        low = self.min if isinstance(self.min, int) else math.ceil(min(self.min.size(progress), UNLIMITED))
+        high = self.max if isinstance(self.max, int) else math.floor(min(self.max.size(progress), UNLIMITED))
         return min(low, high), high
+
+    def runnable(self, progress: Progress, grid: PlanGrid) -> tuple[int, int]:
+        """Floor and ceiling with a plan between them: where a moving floor leaves none, it yields to the largest plan.
+
+        A ceiling never yields: below the smallest plan, nothing can be run.
+        """
+        low, high = self.at(progress)
+        return min(low, grid.next_below(high + 1) or low), high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,7 +325,7 @@ def decide(
         progress: what is consumed when the next step begins.
         state: what the control remembers from the steps before.
     """
-    low, high = limits.at(progress)
+    low, high = limits.runnable(progress, grid)
     held = state.hold > 0
     state = replace(state, hold=max(0, state.hold - 1), until_probe=max(0, state.until_probe - 1))
     usable = moments is not None and _usable(moments)
@@ -325,23 +339,15 @@ def decide(
         return Decision(chosen, Reason.SCHEDULED, Estimate(wanted, wanted, wanted), state)
 
     asked, reason = None, Reason.NOT_PROBED
-    target = float(plan.global_batch_size)
     if usable:
-        asked, reason, target = _follow(criterion, control, plan, progress, state.averages, held=held)
+        asked, reason = _follow(criterion, control, plan, progress, state.averages, held=held)
     elif moments is not None and not (moments.is_finite and moments.num_parts < 2):
         reason = Reason.NOT_FINITE
-    target_in_limits = min(max(target, low), high)
-    if plan.global_batch_size == target_in_limits or (
-        reason not in (Reason.GROW, Reason.SHRINK) and low <= plan.global_batch_size <= high
-    ):
-        at_limit = reason in (Reason.GROW, Reason.SHRINK)
-        return Decision(plan, Reason.AT_LIMIT if at_limit else reason, asked, state)
-    chosen = grid.nearest(target_in_limits, min_size=low, max_size=high, tolerance=ROUNDING_TOLERANCE)
-    if chosen.global_batch_size == plan.global_batch_size:
-        return Decision(plan, Reason.AGREES, asked, state)
-    if reason not in (Reason.GROW, Reason.SHRINK):
-        reason = Reason.AT_LIMIT  # a moving limit, not the gradient, moved the plan
-    return Decision(chosen, reason, asked, replace(state, hold=control.hold))
+    wanted = math.ceil(asked.wanted) if asked and reason in (Reason.GROW, Reason.SHRINK) else plan.global_batch_size
+    chosen, reason = _carried_out(wanted, reason, plan, control.growth, grid, low, high)
+    if chosen != plan:
+        state = replace(state, hold=control.hold)
+    return Decision(chosen, reason, asked, state)
 
 
 def _usable(moments: GradientMoments) -> bool:
@@ -358,27 +364,53 @@ def _follow(
     averages: Averages,
     *,
     held: bool,
-) -> tuple[Estimate, Reason, float]:
-    """What the criterion asks for, whether to follow it, and how far, before limits and rounding."""
+) -> tuple[Estimate, Reason]:
+    """What the criterion asks for, and whether to follow it, before limits and rounding."""
     present = plan.global_batch_size
     asked = estimate(criterion, averages, plan, progress=progress, confidence=control.confidence)
     wanted = asked.wanted
     band = 1 + control.hysteresis
     if math.isnan(wanted):
-        return asked, Reason.NOT_FINITE, present
+        return asked, Reason.NOT_FINITE
     if wanted == math.inf:
-        return asked, Reason.NO_SIGNAL, present
+        return asked, Reason.NO_SIGNAL
     if wanted <= 0:
-        return asked, Reason.NO_NOISE, present
+        return asked, Reason.NO_NOISE
     if present <= wanted * band and wanted <= present * band:
-        inside = Reason.HYSTERESIS if control.hysteresis else Reason.AGREES
-        return asked, inside, present
+        return asked, Reason.HYSTERESIS if control.hysteresis else Reason.AGREES
     if wanted < present and control.monotone:
-        return asked, Reason.MONOTONE, present
+        return asked, Reason.MONOTONE
     if asked.low <= present <= asked.high and asked.low < asked.high:
-        return asked, Reason.NOT_SIGNIFICANT, present
+        return asked, Reason.NOT_SIGNIFICANT
     if held:
-        return asked, Reason.HOLD, present
-    if wanted > present:
-        return asked, Reason.GROW, min(math.ceil(wanted), present * control.growth)
-    return asked, Reason.SHRINK, max(math.ceil(wanted), present / control.growth)
+        return asked, Reason.HOLD
+    return asked, Reason.GROW if wanted > present else Reason.SHRINK
+
+
+def _carried_out(
+    wanted: int, reason: Reason, plan: BatchPlan, growth: float, grid: PlanGrid, low: int, high: int
+) -> tuple[BatchPlan, Reason]:
+    """The plan that comes near to ``wanted`` without turning back, passing the cap or leaving the limits; and why."""
+
+    def nearest(size: float, low: float, high: float) -> BatchPlan:
+        return grid.nearest(size, min_size=low, max_size=high, tolerance=ROUNDING_TOLERANCE)
+
+    present = plan.global_batch_size
+    least, most = present / growth, present * growth
+    if not low <= present <= high:  # a moving limit moves the plan, whatever the gradient says
+        return nearest(min(max(wanted, least), most), low, high), Reason.AT_LIMIT
+    if reason not in (Reason.GROW, Reason.SHRINK):
+        return plan, reason
+    uncapped = nearest(wanted, low, high).global_batch_size
+    # One quantum is allowed however small the cap: a batch of few quanta would else never move.
+    if reason is Reason.GROW:
+        step = grid.next_above(present)
+        stops, agrees = step > high, uncapped <= present
+        within: tuple[float, float] = (step, min(high, max(step, most)))
+    else:
+        step = grid.next_below(present)
+        stops, agrees = step < low, uncapped >= present
+        within = (max(low, min(step, least)), step)
+    if stops or agrees:
+        return plan, Reason.AT_LIMIT if stops else Reason.AGREES
+    return nearest(wanted, *within), reason

@@ -164,8 +164,20 @@ class PlanGrid:
     micro_sizes: tuple[int, ...]
     min_accumulation: int = 1
 
+    def next_above(self, size: int) -> int:
+        """The smallest global batch size above ``size`` that can be run, in examples."""
+        quanta = [micro * self.dp_size for micro in self.micro_sizes]
+        return min(quantum * max(self.min_accumulation, size // quantum + 1) for quantum in quanta)
+
+    def next_below(self, size: int) -> int:
+        """The largest global batch size below ``size`` that can be run, in examples; 0 where there is none."""
+        quanta = [micro * self.dp_size for micro in self.micro_sizes]
+        counts = [(size - 1) // quantum for quantum in quanta]
+        able = [q * count for q, count in zip(quanta, counts, strict=True) if count >= self.min_accumulation]
+        return max(able, default=0)
+
     def nearest(
-        self, wanted: float, *, min_size: int = 1, max_size: float = math.inf, tolerance: float = 0.0
+        self, wanted: float, *, min_size: float = 1, max_size: float = math.inf, tolerance: float = 0.0
     ) -> BatchPlan:
         """The plan nearest to a wanted global batch size, with the largest micro-batch that comes near enough.
 

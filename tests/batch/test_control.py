@@ -53,8 +53,9 @@ def measured(noise: float, signal: float) -> Measured:
     """What a step measures if noise and signal are these."""
 
     def at(plan: BatchPlan) -> GradientMoments:
+        size = plan.global_batch_size
         return GradientMoments.from_noise(
-            noise, signal, part_size=plan.micro_batch_size, num_examples=plan.global_batch_size
+            noise, signal, part_size=min(plan.micro_batch_size, size / 2), num_examples=size
         )
 
     return at
@@ -194,6 +195,51 @@ def test_plans_can_be_run_and_stay_inside_the_limits(scenario: dict[str, Any]) -
 
 
 @given(scenarios())
+def test_reasons_match_what_happened(scenario: dict[str, Any]) -> None:
+    control, grid = scenario["control"], scenario["grid"]
+    low, high = scenario["limits"].at(Progress())
+    decisions = run(**scenario)
+    plans = [grid.nearest(low, min_size=low, max_size=high), *(decision.plan for decision in decisions)]
+    for before, decision in zip(plans, decisions, strict=False):
+        present, size = before.global_batch_size, decision.plan.global_batch_size
+        assert (size > present) == (decision.reason is Reason.GROW)
+        assert (size < present) == (decision.reason is Reason.SHRINK)
+        if size == present:
+            assert decision.plan == before, "a batch that stays is put together as it was"
+        if control.monotone:
+            assert size >= present
+        asked = decision.estimate
+        if asked is not None and size != present:
+            assert math.isfinite(asked.wanted)
+            assert (asked.wanted > present) == (size > present)
+            band = 1 + control.hysteresis
+            assert not (present <= asked.wanted * band and asked.wanted <= present * band), "inside the hysteresis"
+            assert not asked.low < present < asked.high, "inside the error bar"
+
+
+@given(scenarios())
+def test_a_change_is_no_larger_than_the_cap_or_one_quantum(scenario: dict[str, Any]) -> None:
+    grid, growth = scenario["grid"], scenario["control"].growth
+    low, high = scenario["limits"].at(Progress())
+    able = runnable(grid, 3010)
+    first = grid.nearest(low, min_size=low, max_size=high).global_batch_size
+    for before, after in itertools.pairwise([first, *sizes_of(run(**scenario))]):
+        if after > before:
+            assert after <= max(before * growth * (1 + 1e-12), min(size for size in able if size > before))
+        elif after < before:
+            assert after >= min(before / growth * (1 - 1e-12), max(size for size in able if size < before))
+
+
+@given(scenarios())
+def test_no_change_follows_within_the_hold(scenario: dict[str, Any]) -> None:
+    decisions = run(**scenario)
+    low, high = scenario["limits"].at(Progress())
+    sizes = [scenario["grid"].nearest(low, min_size=low, max_size=high).global_batch_size, *sizes_of(decisions)]
+    changes = [step for step, (one, other) in enumerate(itertools.pairwise(sizes)) if one != other]
+    assert all(later - earlier > scenario["control"].hold for earlier, later in itertools.pairwise(changes))
+
+
+@given(scenarios())
 def test_probes_come_at_the_interval(scenario: dict[str, Any]) -> None:
     interval = scenario["control"].interval
     for step, decision in enumerate(run(**scenario)):
@@ -201,6 +247,26 @@ def test_probes_come_at_the_interval(scenario: dict[str, Any]) -> None:
         if step % interval:
             assert decision.reason is Reason.NOT_PROBED
             assert decision.estimate is None
+
+
+@given(scenarios(), st.data())
+def test_a_saved_state_decides_the_same(scenario: dict[str, Any], data: st.DataObject) -> None:
+    measurements = scenario.pop("measurements")
+    cut = data.draw(st.integers(0, len(measurements)))
+    whole = run(measurements, **scenario)
+    first = run(measurements[:cut], **scenario)
+    state, plan, progress = ControlState(), None, Progress()
+    if first:
+        state, plan = first[-1].state, first[-1].plan
+        low, high = scenario["limits"].at(progress)
+        start = scenario["grid"].nearest(low, min_size=low, max_size=high).global_batch_size
+        for size in [start, *sizes_of(first)[:-1]]:
+            progress = progress.after(size)
+    saved = json.loads(json.dumps(state.state_dict(), allow_nan=False))
+    loaded = ControlState.from_state_dict(saved)
+    assert loaded == state
+    rest = run(measurements[cut:], **scenario, state=loaded, plan=plan, progress=progress)
+    assert repr(first + rest) == repr(whole)  # repr: NaN is not equal to itself
 
 
 def scaled(measurement: Measured, factor: float) -> Measured:
@@ -375,11 +441,57 @@ REASONS: dict[Reason, Callable[[], Decision]] = {
     Reason.MONOTONE: lambda: one(measured(40.0, 1.0), control=replace(PLAIN, monotone=True)),
     Reason.HYSTERESIS: lambda: one(measured(70.0, 1.0), control=replace(PLAIN, hysteresis=0.1)),
     Reason.NOT_SIGNIFICANT: lambda: one(
-        measured(500.0, 1.0), control=Control(hysteresis=0.0), state=known(80.0, 1.0, spread=0.9)
+        measured(150.0, 1.0), control=Control(hysteresis=0.0), state=known(80.0, 1.0, spread=0.9)
     ),
     Reason.HOLD: lambda: one(measured(500.0, 1.0), state=ControlState(hold=1)),
     Reason.AT_LIMIT: lambda: one(measured(500.0, 1.0), limits=Limits(32, 64)),
 }
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_has_its_case(reason: Reason) -> None:
+    decision = REASONS[reason]()
+    assert decision.reason is reason
+    moves = reason in (Reason.GROW, Reason.SHRINK, Reason.SCHEDULED)
+    assert (decision.plan != PLAN) == moves
+
+
+def test_a_limit_between_two_plans_is_the_limit_that_is_named() -> None:
+    """No more than 64 can be run below 79: it is the limit that stops the batch, and the journal says so."""
+    coarse = PlanGrid(dp_size=2, micro_sizes=(8,))
+    decision = one(measured(500.0, 1.0), limits=Limits(32, 79), grid=coarse)
+    assert (decision.plan, decision.reason) == (PLAN, Reason.AT_LIMIT)
+    decision = one(measured(10.0, 1.0), limits=Limits(49, 128), grid=coarse)
+    assert (decision.plan, decision.reason) == (PLAN, Reason.AT_LIMIT)
+
+
+def test_growth_never_rounds_downwards() -> None:
+    """A larger micro-batch may cost an eighth of the size, but not turn growth into shrinking."""
+    grid = PlanGrid(dp_size=1, micro_sizes=(2, 4, 8, 16, 32, 64))
+    plan = BatchPlan(micro_batch_size=2, accumulation_steps=33, dp_size=1)  # 66 examples
+    within = one(measured(73.0, 1.0), control=Control.direct(), grid=grid, plan=plan)  # 64 is near enough to 73
+    assert (within.plan, within.reason) == (plan, Reason.AGREES)
+    beyond = one(measured(74.0, 1.0), control=Control.direct(), grid=grid, plan=plan)
+    assert (beyond.plan.global_batch_size, beyond.reason) == (80, Reason.GROW)
+
+
+def test_rounding_does_not_pass_the_growth_cap() -> None:
+    grid = PlanGrid(dp_size=1, micro_sizes=(4, 8, 16, 32, 64, 128))
+    plan = BatchPlan(micro_batch_size=4, accumulation_steps=15, dp_size=1)  # 60 examples, so at most 120
+    decision = one(measured(1e4, 1.0), control=replace(PLAIN, growth=2.0), grid=grid, plan=plan)
+    assert 60 < decision.plan.global_batch_size <= 120
+
+
+@pytest.mark.parametrize("growth", [1.01, 1.1, 1.3, 2.0])
+def test_a_small_cap_does_not_stall(growth: float) -> None:
+    """From one quantum, 10 % more is nothing that can be run; a quantum a step it is, until the cap exceeds one."""
+    control = replace(PLAIN, growth=growth)
+    grid = PlanGrid(dp_size=1, micro_sizes=(8, 16))
+    decisions = run([measured(1e6, 1.0)] * 60, NoiseScale(), control, limits=Limits(8, 256), grid=grid)
+    sizes = sizes_of(decisions)
+    assert sizes[-1] == 256
+    assert all(later > earlier for earlier, later in itertools.pairwise(sizes[: sizes.index(256) + 1]))
+    assert sizes[:2] == [16, 32 if growth == 2 else 24]
 
 
 def test_a_wish_near_the_present_size_agrees() -> None:
@@ -472,6 +584,26 @@ def test_a_schedule_at_its_infinite_end_runs_at_the_ceiling() -> None:
 FLOOR = LinearRamp(32, 1000, examples(5000))
 
 
+@given(grids(), controls(), st.lists(good, min_size=5, max_size=25), st.booleans())
+def test_floors_and_ceilings_move_the_plan(
+    grid: PlanGrid, control: Control, measurements: list[Measured], as_floor: bool
+) -> None:
+    """The floor yields only where nothing between it and the ceiling can be run; the ceiling never does."""
+    able = runnable(grid, 6000)
+    assume(able[0] <= 32)
+    limits = Limits(FLOOR, 1000) if as_floor else Limits(1, LinearRamp(1000, 32, examples(5000)))
+    progress, plan, state = Progress(), grid.nearest(32, max_size=1000), ControlState()
+    for measurement in measurements:
+        (decision,) = run(
+            [measurement], NoiseScale(), control, limits=limits, grid=grid, plan=plan, state=state, progress=progress
+        )
+        progress = progress.after(plan.global_batch_size)
+        low, high = limits.at(progress)
+        below_ceiling = max(size for size in able if size <= high)
+        plan, state = decision.plan, decision.state
+        assert min(low, below_ceiling) <= plan.global_batch_size <= high
+
+
 def test_a_floor_moves_the_plan_when_the_gradient_does_not() -> None:
     limits = Limits(FLOOR, 4096)
     decision = one(None, limits=limits, progress=Progress(examples=2500))
@@ -479,6 +611,32 @@ def test_a_floor_moves_the_plan_when_the_gradient_does_not() -> None:
     assert 516 <= decision.plan.global_batch_size <= 516 * 9 / 8 + 16
     held = one(measured(1e6, 1.0), limits=limits, progress=Progress(examples=2500), state=ControlState(hold=5))
     assert held.plan.global_batch_size >= 516, "a hold does not keep a batch below its floor"
+
+
+def test_a_floor_above_its_ceiling_yields() -> None:
+    """Nothing of 16 examples a quantum lies between 993 and 1000: the largest below the ceiling is taken."""
+    coarse = PlanGrid(dp_size=2, micro_sizes=(8,))
+    for ceiling in (1000, 100):
+        decision = one(None, limits=Limits(FLOOR, ceiling), grid=coarse, progress=Progress(examples=10**6))
+        assert decision.plan.global_batch_size == ceiling // 16 * 16
+        again = one(
+            None,
+            limits=Limits(FLOOR, ceiling),
+            grid=coarse,
+            plan=decision.plan,
+            progress=Progress(examples=10**6),
+        )
+        assert (again.plan, again.reason) == (decision.plan, Reason.NOT_PROBED)
+
+
+def test_a_floor_without_end_yields_to_the_ceiling() -> None:
+    seesaw = Seesaw(32, linear(), examples(100))
+    over = Progress(examples=200)
+    assert Limits(seesaw, 512).at(over) == (512, 512)
+    low, high = Limits(64, seesaw).at(over)
+    assert low == 64
+    assert isinstance(high, int)
+    assert high > 10**15
 
 
 def test_limits_of_schedules_are_rounded_inwards() -> None:
@@ -711,3 +869,17 @@ def test_confidence_without_memory_is_refused() -> None:
     with pytest.raises(ValueError, match=r"memory=1 .*confidence=0\.9"):
         Control(memory=1)
     assert Control(memory=1, confidence=0.5).decay == 0
+
+
+def test_bad_limits_are_named() -> None:
+    with pytest.raises(ValueError, match=r"limits\.min .*got 0"):
+        Limits(0, 8)
+    with pytest.raises(ValueError, match=r"limits\.max .*got -8"):
+        Limits(8, -8)
+    with pytest.raises(ValueError, match="min=16 is above max=8"):
+        Limits(16, 8)
+    for wrong in (64.0, math.nan, math.inf, "64", None):
+        with pytest.raises(ValueError, match=rf"limits\.min must be .*schedule.*got {wrong!r}"):
+            Limits(wrong, 128)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=rf"limits\.max must be .*schedule.*got {wrong!r}"):
+            Limits(8, wrong)  # type: ignore[arg-type]

@@ -199,3 +199,10 @@ def test_a_size_that_is_not_a_number_is_named() -> None:
         grid.nearest(math.nan)
     with pytest.raises(ValueError, match="got inf"):
         grid.nearest(math.inf)
+
+
+@given(grids(), st.integers(1, 400))
+def test_next_sizes_by_brute_force(grid: PlanGrid, size: int) -> None:
+    able = sorted({plan.global_batch_size for plan in all_plans(grid, 1, 3000)})
+    assert grid.next_above(size) == min(each for each in able if each > size)
+    assert grid.next_below(size) == max((each for each in able if each < size), default=0)
