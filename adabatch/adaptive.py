@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, NAdam, Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch.batch.control import Control, ControlState, Decision, Limits, decide
@@ -158,7 +158,8 @@ class AdaptiveBatch:
         lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain", "sqrt_gain", or, with a
             ``Seesaw`` schedule, "seesaw".
         follow: what else follows the batch while an update runs: "betas", "eps", "weight_decay" (decoupled), so that
-            the optimizer's memory and decay stay what they are in examples at the reference batch size.
+            the optimizer's memory and decay stay what they are in examples at the reference batch size. With "betas",
+            the optimizer's step counts are in updates of that size, so that its bias correction stays right.
         reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure noise and signal although neither criterion nor rule needs them.
@@ -416,7 +417,7 @@ class AdaptiveBatch:
         return Moved(
             factor,
             lambda group: followed(group, self._follow, ratio=ratio, factor=factor) if self._follow else {},
-            (self._progress.examples + size) / size if "betas" in self._follow else None,
+            ratio if "betas" in self._follow else 1.0,
         )
 
     def _skips_update(self) -> bool:
@@ -568,6 +569,11 @@ def _check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
         for name in follow:
             if name not in group:
                 raise ValueError(f"follow={name!r}, but {kind} has no {name}: leave it out")
+        if "betas" in follow and isinstance(optimizer, NAdam):
+            raise ValueError(
+                f"follow='betas' has no rule for {kind}, whose momentum follows a schedule in steps: leave it out, or "
+                f"use Adam or AdamW"
+            )
         decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
         if "weight_decay" in follow and not decoupled:
             raise ValueError(
