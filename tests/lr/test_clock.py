@@ -81,7 +81,7 @@ def test_the_anchor_of_another_unit_is_where_the_warmup_ended(
     anchor = clock.anchor(over[0])
     assert anchor == Anchor(over[0].count(order[0]), 0.0)  # type: ignore[arg-type]
     fractions = [clock.fraction(before, anchor) for before in over]
-    assert fractions[0] == (0 if anchor.count < total else 1), "the shape starts from its beginning, if anything is left"
+    assert fractions[0] == (0 if anchor.count < total else 1), "the shape starts at its beginning, if anything is left"
     assert fractions == sorted(fractions)
     assert all(0 <= fraction <= 1 for fraction in fractions)
 

@@ -1,7 +1,8 @@
-"""What follows the batch beside the learning rate: Adam's memory against an Adam written by hand, eps, decay, Seesaw."""
+"""What follows the batch beside the learning rate: Adam's memory against an Adam by hand, eps, decay, Seesaw."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from loops import loss_of, network, regression, weights
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, NAdam, Optimizer, SparseAdam
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, SparseAdam
 
-from adabatch import AdaptiveBatch, GlobalOrder, Stage, Stages, examples
+from adabatch import AdaptiveBatch, GlobalOrder, Limits, Seesaw, Stage, Stages, examples, lr
 from adabatch.runtime.scheduler import Moved, StepHooks
 
 GROWING = Stages(8, [Stage(examples(24), 16), Stage(examples(56), 48), Stage(examples(152), 24)])
@@ -211,3 +212,90 @@ def test_an_adam_whose_momentum_has_a_schedule_of_its_own_is_refused() -> None:
     model = of_double()
     with pytest.raises(ValueError, match=r"follow='betas' has no rule for NAdam.*use Adam or AdamW"):
         adaptive(model, NAdam(model.parameters()), follow=("betas",))
+
+
+# --- Seesaw ---------------------------------------------------------------------------------------------------------
+
+HALVINGS = lr.piecewise(milestones=[0.2, 0.4, 0.6, 0.8], factors=[0.5] * 4)
+
+
+def in_force(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The settings of the first group while each update ran; to be called before AdaptiveBatch puts its hooks on."""
+    seen: list[dict[str, Any]] = []
+    optimizer.register_step_post_hook(lambda *_: seen.append({**optimizer.param_groups[0]}))
+    return seen
+
+
+def run(optimizer: Optimizer, model: nn.Module, criterion: Any, until: int, **options: Any) -> list[dict[str, Any]]:
+    """Settings of each update, with its batch size and the examples consumed before it."""
+    seen = in_force(optimizer)
+    batches = adaptive(model, optimizer, criterion, **options)
+    at: list[tuple[int, int]] = []
+    for step in batches.steps(order(), until=examples(until)):
+        at.append((step.global_batch_size, batches.consumed.examples))
+        for batch in step:
+            step.backward(loss_of(model, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+    batches.remove()
+    return [{**group, "size": size, "before": before} for group, (size, before) in zip(seen, at, strict=True)]
+
+
+def test_seesaw_trades_every_halving_for_a_doubling() -> None:
+    """Adam's invariant falls as the shape alone would have made it, and the rate and the batch are those of B05."""
+    model = of_double()
+    optimizer = Adam(model.parameters(), lr=0.01)
+    updates = run(optimizer, model, Seesaw(8, HALVINGS, examples(800)), 800, lr_rule="seesaw", follow=("betas", "eps"))
+    sizes = {update["size"] for update in updates}
+    assert sizes == {8, 16, 32, 64, 128}
+    for update in updates:
+        cuts = int(math.log2(update["size"] / 8))
+        plain = 0.01 * HALVINGS(update["before"] / 800)
+        assert plain == pytest.approx(0.01 * 0.5**cuts)
+        assert update["lr"] == pytest.approx(0.01 * 2 ** (-cuts / 2), rel=1e-12)
+        assert update["lr"] / math.sqrt(update["size"] / 8) == pytest.approx(plain, rel=1e-12)
+        assert update["betas"] == pytest.approx(with_betas(2**cuts))
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("limit", [8, 16, 24])
+def test_what_the_batch_cannot_trade_the_rate_decays(limit: int) -> None:
+    model = of_double()
+    optimizer = Adam(model.parameters(), lr=0.01)
+    updates = run(
+        optimizer, model, Seesaw(8, lr.linear(), examples(800)), 800, lr_rule="seesaw", limits=Limits(min=8, max=limit)
+    )
+    assert max(update["size"] for update in updates) == limit
+    for update in updates:
+        plain = lr.linear()(update["before"] / 800)
+        traded = update["lr"] / 0.01 / math.sqrt(update["size"] / 8)
+        assert plain / (1 + 1e-9) <= traded < 2 * plain, "the shape in steps of a half"
+    assert updates[-1]["lr"] < 0.01 / 16
+
+
+def test_seesaw_for_sgd_leaves_the_rate_alone() -> None:
+    """Its invariant is lr / b: the whole decay is the batch's."""
+    model = of_double()
+    updates = run(SGD(model.parameters(), lr=0.01), model, Seesaw(8, HALVINGS, examples(800)), 800)
+    for update in updates:
+        assert update["lr"] == 0.01
+        assert 8 / update["size"] == pytest.approx(HALVINGS(update["before"] / 800))
+
+
+@pytest.mark.parametrize("limit", [16, 128])
+def test_decay_that_follows_a_seesaw_is_that_of_the_schedule_it_replaces(limit: int) -> None:
+    """lr * wd per example falls as the learning rate would have, neither faster nor not at all."""
+    model = of_double()
+    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    seesaw, limits = Seesaw(8, HALVINGS, examples(800)), Limits(min=8, max=limit)
+    updates = run(optimizer, model, seesaw, 800, lr_rule="seesaw", follow=("weight_decay",), limits=limits)
+    for update in updates:
+        plain = 0.01 * HALVINGS(update["before"] / 800) * 0.1 / 8
+        assert update["lr"] * update["weight_decay"] / update["size"] == pytest.approx(plain, rel=1e-12)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_the_rule_seesaw_needs_the_schedule() -> None:
+    model = of_double()
+    with pytest.raises(ValueError, match=r"lr_rule='seesaw' goes with the criterion Seesaw.*got Stages"):
+        adaptive(model, Adam(model.parameters()), lr_rule="seesaw")
