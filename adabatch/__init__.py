@@ -18,6 +18,10 @@ from adabatch.batch.schedules import Constant, LinearRamp, Schedule, Seesaw, Sta
 from adabatch.optim import AdaGradNorm
 from adabatch.pairs import AdAdaGrad, AdAdaGradNorm, Pair
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.probes.comm_hook import CommHookProbe
+from adabatch.runtime.probes.micro_batch import MicroBatchProbe
+from adabatch.runtime.probes.per_example import PerExampleProbe
+from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
 from adabatch.runtime.scheduler import ProgressLR
 
 __version__ = "0.1.0.dev0"
@@ -29,6 +33,7 @@ __all__ = [
     "AdaptiveBatch",
     "AugmentedInnerProductTest",
     "BatchPlan",
+    "CommHookProbe",
     "Constant",
     "Control",
     "Criterion",
@@ -39,14 +44,17 @@ __all__ = [
     "InnerProductTest",
     "Limits",
     "LinearRamp",
+    "MicroBatchProbe",
     "NoiseScale",
     "NormTest",
     "Observation",
     "OrthogonalityTest",
     "Pair",
+    "PerExampleProbe",
     "Progress",
     "ProgressLR",
     "Reason",
+    "ReduceScatterProbe",
     "Schedule",
     "Seesaw",
     "Stage",

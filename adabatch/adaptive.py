@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch.batch.control import Control, ControlState, Decision, Limits, decide
 from adabatch.batch.criteria import Criterion, Observation
-from adabatch.batch.moments import GRAD_L1, NOISE, GradientMoments
-from adabatch.batch.plan import BatchPlan, Duration, PlanGrid, Progress, micro_batch_sizes
+from adabatch.batch.moments import EXAMPLES, GRAD_L1, NOISE, GradientMoments
+from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.journal import Journal, line
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
-from adabatch.runtime.collectives import collectives_of
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
-from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
+from adabatch.runtime.wrappers import GradientSync, wrapper_of
+from adabatch.validation import UNLIMITED, check_fits, check_followers, check_types, limits_and_grid, suited_probe
 
 STATE_FORMAT = 1
-UNLIMITED = 2**62
 
 
 @dataclass
@@ -77,7 +75,7 @@ class Step:
         return measured and (self.loss is None or math.isfinite(self.loss))
 
     def __iter__(self) -> Iterator[Any]:
-        """The micro-batches. Gradients are synchronized in the last one only.
+        """The micro-batches. Gradients are synchronized in the last one only, or in each (``gradient_sync``).
 
         Raises:
             RuntimeError: ``backward`` was not called exactly once for a micro-batch, or a second iteration.
@@ -90,7 +88,7 @@ class Step:
         num_parts = len(self._portion.sizes)
         for index, batch in enumerate(self._portion.batches):
             self._size = self._portion.sizes[index]
-            with nullcontext() if index == num_parts - 1 else self._owner._no_sync():
+            with nullcontext() if index == num_parts - 1 else self._owner._wrapper.no_sync():
                 yield batch
             self._size = 0
             if self._num_backward != index + 1:
@@ -145,7 +143,8 @@ class AdaptiveBatch:
             optimizer.step(); optimizer.zero_grad()
 
     Args:
-        model: plain, or wrapped in ``DistributedDataParallel``.
+        model: plain, wrapped in ``DistributedDataParallel``, or sharded by ``fully_shard`` (FSDP2; torch 2.9 for a
+            criterion that needs a probe).
         optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates. Of the
             model's gradients those of the parameters that it holds are measured.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
@@ -165,6 +164,11 @@ class AdaptiveBatch:
         record_l1: measure the l1 norm of the gradient too, from which ``lr.refine`` makes a schedule for Adam (the
             Euclidean norm, for SGD, is measured by every probe).
         probe: how gradients are measured; by default chosen by the model's type.
+        gradient_sync: at which micro-batches of a step the ranks reduce their gradients. DDP does it at the "last".
+            FSDP2 by default at "each": between micro-batches a rank then holds its shard of the gradient only, and each
+            micro-batch of each rank is a part. At the "last" a step sends one gradient instead of one a micro-batch, a
+            rank holds the whole gradient meanwhile, and all micro-batches of a rank are one part: fewer parts, so a
+            less certain estimate.
         journal: where the first rank writes one JSON line a step.
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. Seen on
             probed steps only.
@@ -193,13 +197,14 @@ class AdaptiveBatch:
         monitor: bool = False,
         record_l1: bool = False,
         probe: Probe | None = None,
+        gradient_sync: GradientSync | None = None,
         journal: str | Path | None = None,
         skip_nonfinite: bool = True,
     ) -> None:
         check_lr_rule(lr_rule)
         check_follow(follow)
-        _check_types(optimizer, criterion)
-        _check_followers(optimizer, follow)
+        check_types(optimizer, criterion)
+        check_followers(optimizer, follow)
         if lr_rule == "seesaw" and not isinstance(criterion, Seesaw):
             raise ValueError(f"lr_rule='seesaw' goes with the criterion Seesaw(...), got {type(criterion).__name__}")
         for name, value in (("reference_batch_size", reference_batch_size), ("tokens_per_example", tokens_per_example)):
@@ -207,7 +212,8 @@ class AdaptiveBatch:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
-        self._collectives = collectives_of(model)
+        self._wrapper = wrapper_of(model, gradient_sync)
+        self._collectives = self._wrapper.collectives
         self._criterion = criterion
         self._control = control or Control()
         self._lr_rule: LRRule = lr_rule
@@ -221,14 +227,14 @@ class AdaptiveBatch:
             needs.add(NOISE)
         if record_l1:
             needs.add(GRAD_L1)
-        self._limits, self._grid = _limits_and_grid(
+        self._limits, self._grid = limits_and_grid(
             limits,
             criterion,
             dp_size=self._collectives.size,
             micro_sizes=micro_batch_sizes(
                 micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
             ),
-            probed=bool(needs) or probe is not None,
+            in_parts=(bool(needs) or probe is not None) and (probe is None or EXAMPLES not in probe.gives),
         )
         tokens = None if tokens_per_example is None else 0
         self._progress = Progress(tokens=tokens, gain_steps=0.0 if NOISE in needs or probe is not None else None)
@@ -239,12 +245,8 @@ class AdaptiveBatch:
         self._update: _Update | None = None
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
-        # The hooks sit on the wrapper's gradient synchronization only through its public no_sync().
-        self._sync_off: Callable[[], AbstractContextManager[Any]] = (
-            model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
-        )
         # Last, so that a constructor that raises leaves no hook behind.
-        self._probe = _suited_probe(model, optimizer, frozenset(needs), probe)
+        self._probe = suited_probe(model, optimizer, frozenset(needs), given=probe, make=self._wrapper.make_probe)
         self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
@@ -316,11 +318,11 @@ class AdaptiveBatch:
             self._consumed.count(until.unit)  # a unit that is not counted fails here, not at the end
         self._check_ranks(loader)
         if isinstance(loader, GlobalOrder):
-            _check_fits(self._largest_known(), loader)
+            check_fits(self._largest_known(), loader)
             order = loader.feed(self._collectives.rank, self._collectives.size)
             epoch = loader.epoch
             while (loader.epoch == epoch) if until is None else not self._consumed.reached(until):
-                _check_fits(self._plan.global_batch_size, loader)  # a schedule without limits gets there in time
+                check_fits(self._plan.global_batch_size, loader)  # a schedule without limits gets there in time
                 yield from self._one_step(order)
             return
         if self._grows_micro_batch:
@@ -355,9 +357,6 @@ class AdaptiveBatch:
                 "not break out of it"
             )
 
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        return self._sync_off()
-
     def _probe_started(self) -> None:
         assert self._probe is not None
         self._probe.start(self._collectives.size)
@@ -374,7 +373,9 @@ class AdaptiveBatch:
         if step.probed:
             assert self._probe is not None
             assert step._losses is not None
-            local = torch.cat([self._probe.collect(), (step._losses / self._collectives.size).view(1)])
+            local = self._probe.collect()
+            loss = (step._losses / self._collectives.size).to(local.device)  # a loss may live elsewhere than the model
+            local = torch.cat([local, loss.view(1)])
             *totals, step.loss = self._collectives.sum(local).tolist()  # host sync
             step.moments = self._probe.moments(totals)
         measured = step.moments
@@ -543,96 +544,3 @@ class AdaptiveBatch:
                 f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "
                 f"{self._consumed}): give all the same data set, seed, arguments and saved state"
             )
-
-
-def _check_fits(size: int, order: GlobalOrder) -> None:
-    if size > len(order):
-        raise ValueError(
-            f"a batch of {size} is above the {len(order)} examples of the data set, and may not hold an example twice: "
-            f"limit the batch to use at most {len(order)}"
-        )
-
-
-def _check_types(optimizer: Any, criterion: Any) -> None:
-    """What comes in their place most often: parameters, the class of a criterion, its name."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if isinstance(criterion, type) or not isinstance(criterion, Criterion):
-        raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.5), got {criterion!r}")
-
-
-def _check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
-    """That the optimizer has what is to follow, and in the form whose rule is known."""
-    kind = type(optimizer).__name__
-    for group in optimizer.param_groups:
-        for name in follow:
-            if name not in group:
-                raise ValueError(f"follow={name!r}, but {kind} has no {name}: leave it out")
-        decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
-        if "weight_decay" in follow and not decoupled:
-            raise ValueError(
-                f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
-                f"gradient and needs nothing: leave it out, or use AdamW"
-            )
-
-
-def _suited_probe(
-    model: torch.nn.Module, optimizer: Optimizer, needs: frozenset[str], given: Probe | None
-) -> Probe | None:
-    """The probe given, or the one that suits the model; None where nothing needs one."""
-    if not needs:
-        return given
-    # Only what this optimizer trains: gradients that it does not zero add up over the steps.
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    parameters = [p for p in model.parameters() if id(p) in trained]
-    if given is None and not any(p.requires_grad for p in parameters):
-        raise ValueError(
-            f"the optimizer holds none of the model's parameters that require a gradient: build the "
-            f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
-        )
-    probe = given or MicroBatchProbe(parameters, record_l1=GRAD_L1 in needs)
-    missing = needs - probe.gives
-    if missing:
-        if given is None:
-            probe.remove()
-        raise ValueError(
-            f"the criterion needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
-            f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or another probe"
-        )
-    return probe
-
-
-def _limits_and_grid(
-    limits: Limits | None, criterion: Criterion, *, dp_size: int, micro_sizes: tuple[int, ...], probed: bool
-) -> tuple[Limits, PlanGrid]:
-    """The limits and the plans that a run can carry out, checked against each other."""
-    micro = micro_sizes[0]
-    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if probed and dp_size == 1 else 1)
-    smallest = micro * dp_size * grid.min_accumulation
-    if limits is None:
-        if not isinstance(criterion, Schedule):
-            raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
-        limits = Limits(min=smallest, max=UNLIMITED)
-    for name, limit in (("min", limits.min), ("max", limits.max)):
-        if isinstance(limit, int) and limit % dp_size:
-            raise ValueError(
-                f"limits.{name}={limit} cannot be shared equally by {dp_size} ranks: use a multiple of {dp_size}"
-            )
-    if isinstance(limits.min, int) and limits.min < smallest:
-        two_parts = " (two micro-batches at least, so that their spread can be measured)" if probed else ""
-        raise ValueError(
-            f"limits.min={limits.min} is below the smallest step of {dp_size} rank(s) x {grid.min_accumulation} x "
-            f"{micro} examples{two_parts}: use micro_batch_size={max(1, limits.min // (smallest // micro))} or less, "
-            f"or limits.min={smallest} or more"
-        )
-    if isinstance(limits.max, int) and limits.max < smallest:
-        raise ValueError(f"limits.max={limits.max} is below the smallest step of {smallest} examples")
-    if isinstance(criterion, Schedule):
-        for size in criterion.fixed_sizes:
-            if grid.nearest(size).global_batch_size != size:
-                raise ValueError(
-                    f"{type(criterion).__name__} asks for batches of {size}, which {dp_size} rank(s) with "
-                    f"micro-batches of {' or '.join(map(str, micro_sizes))} cannot make up: use a multiple of "
-                    f"{smallest}, or another micro_batch_size"
-                )
-    return limits, grid

@@ -61,11 +61,13 @@ class Timings:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]],
+    make: Callable[[], Mapping[str, Callable[[], object]]],
     *,
+    trials: int,
     rounds: int,
-    warmup: int = 5,
+    warmup: int = 3,
     calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], object] | None = None,
     seed: int = 0,
 ) -> Timings:
@@ -73,38 +75,53 @@ def interleave(
 
     The order is shuffled because a call inherits the caches and the allocator from the one before it; in a
     fixed order each would always inherit from the same rival. It depends on ``seed`` alone, so processes that
-    run the same benchmark together call the same thing at the same time.
+    run the same benchmark together call the same thing at the same time. All is made anew for every trial
+    because where memory happens to lie can decide a tenth of the time, and stays where it is.
 
     Args:
-        contenders: what to time, by name.
-        rounds: samples of each, at least 2.
-        warmup: rounds run first and not counted.
+        make: makes what is timed, by name.
+        trials: times that it is made.
+        rounds: samples of each in a trial; two at least in all.
+        warmup: rounds run first in a trial and not counted.
         calls: calls behind one sample, for what is too short to time alone; the sample is their mean.
+        clock: in seconds. ``time.process_time`` leaves out what other programs took of the processor: right
+            for a single thread on a shared machine, wrong for several, for waiting and for devices.
         synchronize: waits for the device; called before the clock is read.
         seed: of the order.
     """
     order = random.Random(seed)
-    names = list(contenders)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    wait = synchronize or (lambda: None)
-    gc.collect()
-    gc.disable()
-    try:
-        for turn in range(warmup + rounds):
-            order.shuffle(names)
-            for name in names:
-                call = contenders[name]
-                wait()
-                start = time.perf_counter()
-                for _ in range(calls):
-                    call()
-                wait()
-                elapsed = (time.perf_counter() - start) / calls
-                if turn >= warmup:
-                    seconds[name].append(elapsed)
-    finally:
-        gc.enable()
+    seconds: dict[str, list[float]] = {}
+    for _ in range(trials):
+        contenders = make()
+        names = list(contenders)
+        gc.collect()
+        gc.disable()
+        try:
+            for turn in range(warmup + rounds):
+                order.shuffle(names)
+                for name in names:
+                    elapsed = _time(contenders[name], calls, clock, synchronize)
+                    if turn >= warmup:
+                        seconds.setdefault(name, []).append(elapsed)
+        finally:
+            gc.enable()
     return Timings({name: seconds[name] for name in contenders})
+
+
+def _time(
+    call: Callable[[], object],
+    calls: int,
+    clock: Callable[[], float],
+    synchronize: Callable[[], object] | None,
+) -> float:
+    if synchronize is not None:
+        synchronize()
+    start = clock()
+    for _ in range(calls):
+        call()
+    if synchronize is not None:
+        synchronize()
+    return (clock() - start) / calls
 
 
 @dataclass(frozen=True)
@@ -181,7 +198,7 @@ def publish(
         machine: where it ran, taken before the timing began.
         tables: what was measured.
         findings: what follows, a sentence each.
-        data: the numbers behind the tables, ready for JSON.
+        data: the numbers behind the tables, ready for JSON; each entry gets a line of the file.
         save: False only prints.
     """
     parts = [f"# {name}", question, machine.show(), *(table.show() for table in tables)]
@@ -198,7 +215,8 @@ def publish(
             "findings": list(findings),
             **data,
         }
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+        (RESULTS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _cpu_model() -> str:

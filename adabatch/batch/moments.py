@@ -27,6 +27,9 @@ INNER_PRODUCTS = "inner_products"
 """The same from single examples, with the share of the noise along the gradient."""
 
 
+EXAMPLES = "examples"
+"""What a probe gives whose parts are single examples: a spread within one micro-batch."""
+
 GRAD_L1 = "grad_l1"
 """The l1 norm of the step's gradient, for schedules refined from recorded norms."""
 

@@ -1,1 +1,1 @@
-"""The command line: ``adabatch train`` and ``adabatch compare``."""
+"""The command line: ``adabatch train``, ``adabatch compare`` and ``adabatch schedule``."""

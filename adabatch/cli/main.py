@@ -18,6 +18,7 @@ from adabatch.cli.compare import HEADER, compare, row
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, run
 from adabatch.cli.picture import picture
+from adabatch.cli.schedule import DESCRIPTION, add_schedule_commands, run_schedule
 from adabatch.runtime.world import World, connected
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError)
@@ -48,6 +49,9 @@ def build_parser() -> ArgumentParser:
         _job_parser("Train, then train the same at constant smallest and largest batch size, and compare."),
         help="train beside the constant smallest and largest batch size",
     )
+    schedule = ArgumentParser(description=DESCRIPTION)
+    commands.add_subcommand("schedule", schedule, help="compare, refine, transfer and extend learning-rate schedules")
+    add_schedule_commands(schedule)
     return parser
 
 
@@ -57,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parser.parse_args(arguments)
     command = config.subcommand
     try:
+        if command == "schedule":
+            run_schedule(config.schedule)
+            return 0
         world = World.from_environment()
         _seed(config[command].seed)
         with connected(world, device=world.device):

@@ -1,8 +1,8 @@
 """AdaGrad-Norm: gradient descent whose one step size is set by the gradients it has seen.
 
 One number is accumulated for the whole model, the sum of the squared gradient norms, where AdaGrad keeps one
-for every coordinate. So it has no gradient-sized state, and a step costs what SGD's costs and one more pass
-over the gradient.
+for every coordinate. So it has no gradient-sized state, and its step costs as much as SGD's and one more read
+of the gradient.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class AdaGradNorm(Optimizer):
         x   <- (1 - lr / (b + eps) * weight_decay) * x - lr * v
 
     No step is longer than ``lr`` where momentum and weight decay are off. Multiplying the loss by a constant
-    changes nothing as soon as ``b`` has outgrown its start.
+    changes nothing once ``b`` has outgrown its start.
 
     *Momentum* is the heavy ball on the normalized gradient: every gradient keeps the ``b`` of its own time,
     and a new ``lr`` acts on the whole buffer at once, as in ``torch.optim.SGD`` (dampening 0). The stationary
@@ -55,7 +55,7 @@ class AdaGradNorm(Optimizer):
     and decoupled decay follows the schedule of the step (Loshchilov and Hutter 2019, algorithm 2); a decay by
     ``lr`` alone would stand still while the gradient's part fades, and in the end pull every weight to zero.
     Scaled alike, the two balance where ``g + (1 - momentum) * weight_decay * x = 0`` for every ``b``, and
-    ``weight_decay`` means what it means to SGD.
+    ``weight_decay`` means what it means to SGD. With ``lr * weight_decay <= b_0`` no step overshoots zero.
 
     Args:
         params: parameters, named parameters or groups of them, as for every torch optimizer. Groups may
@@ -68,8 +68,9 @@ class AdaGradNorm(Optimizer):
             is forgotten once the accumulated norms exceed it.
         eps: added to ``b``; matters only where ``b`` is zero.
         foreach: True for the multi-tensor path, False for a loop over the parameters; None takes the
-            multi-tensor path wherever all tensors of a group are plain ones. Both give the same numbers; on
-            accelerators the multi-tensor path needs memory for one more gradient.
+            multi-tensor path wherever all tensors of a group are plain ones. On the CPU both give the same
+            numbers, bit for bit. On accelerators the multi-tensor path needs memory for one more gradient.
+            Half precision always takes the loop, which alone keeps the step size in float32.
         maximize: ascend instead of descend.
         differentiable: must be False; it is here to say so.
         reduce: sums a 0-dim tensor over the ranks that hold different pieces of the model, and returns the
@@ -91,7 +92,7 @@ class AdaGradNorm(Optimizer):
     with ``error_if_nonfinite=True``). There is no ``lr_decay`` (use a scheduler), no Nesterov momentum, no
     fused or capturable form, no autograd through the step. Parameters whose gradient is None are left alone,
     decay included; where there is no gradient at all, nothing happens. Norms are taken in float32 at least
-    and added in float64 (float32 on MPS). ``step`` never waits for the device.
+    and added in float64 (float32 on MPS). ``step`` never waits for a device.
 
     State: the accumulator stands in the state of every parameter, as one shared tensor ``sum`` of shape (1,).
     A model-wide number has no place of its own in torch's format. In the state of one parameter it would be
@@ -240,7 +241,9 @@ class AdaGradNorm(Optimizer):
 
     def _collect(self, group: dict[str, Any]) -> list[_Batch]:
         """What this process has of the group's tensors that have a gradient, by device, dtype and spread."""
-        batches: dict[tuple[torch.device, torch.dtype, _Spread | None], _Batch] = {}
+        batches: dict[_Kind, _Batch] = {}
+        kind: _Kind | None = None
+        momentum = group["momentum"] != 0
         for param in group["params"]:
             local, grad, spread = param, param.grad, None
             if grad is None:
@@ -254,21 +257,23 @@ class AdaGradNorm(Optimizer):
                 if grad.placements != param.placements:
                     grad = grad.redistribute(param.device_mesh, param.placements)
                 local, grad, spread = param.to_local(), grad.to_local(), _Spread.of(param)
-            key = (local.device, local.dtype, spread)
-            batch = batches.get(key)
-            if batch is None:
-                batch = batches[key] = _Batch(group, spread, [], [], [])
+            if kind != (local.device, local.dtype, spread):
+                kind = (local.device, local.dtype, spread)
+                batch = batches.setdefault(kind, _Batch(group, spread, [], [], []))
             batch.params.append(local)
             batch.grads.append(grad)
-            if group["momentum"] != 0:
+            if momentum:
                 buffer = self.state[param].get("momentum_buffer")
                 if buffer is None:  # a scheduler turned momentum on
                     buffer = self.state[param]["momentum_buffer"] = torch.zeros_like(param)
                 batch.buffers.append(buffer.to_local() if isinstance(buffer, DTensor) else buffer)
         return [batch.real() for batch in batches.values()]
 
-    def _accumulate(self, batches: list[_Batch]) -> Tensor:
-        """Add the squared norm of the whole gradient to the accumulator; the new ``b``, shape (1,)."""
+    def _accumulate(self, batches: list[_Batch]) -> float | Tensor:
+        """Add the squared norm of the whole gradient to the accumulator; the new ``b``.
+
+        A number on the CPU, where reading one waits for nobody, elsewhere a tensor of shape (1,).
+        """
         total = self.accumulator
         device = next(self._params()).device
         if total.device != device:  # the model was moved after this optimizer was made
@@ -277,11 +282,14 @@ class AdaGradNorm(Optimizer):
         if self._reduce is not None:  # first and always: others wait for it even if this rank has no gradient
             norms[None] = [torch.zeros_like(total)]
         for batch in batches:
-            norms.setdefault(batch.spread, []).append(_norms(batch.grads).to(total))
-        grad_sq = sum(self._piece_sq(spread, torch.cat(pieces)) for spread, pieces in norms.items())
-        total.add_(grad_sq)
-        # 0 x inf is NaN: an infinite norm shall show at once, not make this and every later step zero.
-        return torch.add(total.sqrt(), total, alpha=0)
+            norms.setdefault(batch.spread, []).extend(_norms(batch.grads, total))
+        grads_sq = [self._piece_sq(spread, torch.cat(pieces)) for spread, pieces in norms.items()]
+        total.add_(sum(grads_sq[1:], start=grads_sq[0]))
+        # An infinite norm shall show at once, as NaN, and not make this and every later step zero.
+        if total.is_cpu:
+            value = total.item()
+            return math.sqrt(value) if math.isfinite(value) else math.nan
+        return torch.add(total.sqrt(), total, alpha=0)  # 0 x inf is NaN
 
     def _piece_sq(self, spread: _Spread | None, norms: Tensor) -> Tensor:
         """The squared norm of a piece of the gradient, over all processes that have a share of it; 0-dim."""
@@ -306,6 +314,9 @@ class _Spread(NamedTuple):
 
     def sum(self, local: Tensor) -> Tensor:
         return DTensor.from_local(local, self.mesh, self.placements, run_check=False).full_tensor()
+
+
+_Kind = tuple[torch.device, torch.dtype, _Spread | None]
 
 
 class _Batch(NamedTuple):
@@ -334,8 +345,8 @@ def _real_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """Norms of pieces of the tensors, 1-dim; all are of one device and dtype."""
+def _norms(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
+    """Norms of pieces of the tensors (all of one device and dtype), 1-dim, of ``like``'s device and dtype."""
     dtype = _real_dtype(tensors[0].dtype)
     norms: list[Tensor] = []
     if tensors[0].is_cpu:
@@ -343,12 +354,12 @@ def _norms(tensors: list[Tensor]) -> Tensor:
         wholes: list[Tensor] = []
         short: list[Tensor] = []
         for tensor in tensors:
-            if tensor.numel() > limit:
-                flat = tensor.reshape(-1)
-                even = tensor.numel() // _BLOCK * _BLOCK
+            size = tensor.numel()
+            if size > limit:
+                flat, even = tensor.reshape(-1), size // _BLOCK * _BLOCK
                 norms.append(torch.linalg.vector_norm(flat[:even].view(-1, _BLOCK), dim=1, dtype=dtype))
                 short.append(flat[even:])
-            elif tensor.dim() == 1 and tensor.numel() <= _BLOCK:
+            elif size <= _BLOCK and tensor.dim() == 1:
                 short.append(tensor)
             else:
                 wholes.append(tensor)
@@ -358,41 +369,43 @@ def _norms(tensors: list[Tensor]) -> Tensor:
         norms.append(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
     else:
         norms.append(torch.stack([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors]))
-    return torch.cat(norms) if len(norms) > 1 else norms[0]
+    return [norm.to(like) for norm in norms]
 
 
-def _update(batch: _Batch, b: Tensor) -> None:
-    """Apply the formula to a batch; ``b`` has shape (1,)."""
+def _update(batch: _Batch, b: float | Tensor) -> None:
+    """Apply the formula to a batch."""
     group, _, params, grads, buffers = batch
     first = params[0]
     foreach = _are_plain(params) if group["foreach"] is None else group["foreach"]
     if first.dtype != _real_dtype(first.dtype):
         foreach = False  # no multi-tensor kernel takes a float32 factor for half precision
-    sign = 1.0 if group["maximize"] else -1.0
-    lr = group["lr"].squeeze() if isinstance(group["lr"], Tensor) else group["lr"]
-    inverse = (b + group["eps"]).reciprocal()
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.item() if lr.is_cpu else lr.squeeze()
+    rate = lr if group["maximize"] else -lr
+    inverse = 1 / (b + group["eps"])
     if group["weight_decay"] != 0:
         _multiply(params, _factor(1 - inverse * lr * group["weight_decay"], first), foreach)
     if buffers:
-        _multiply(buffers, _factor(torch.full_like(inverse, group["momentum"]), first), foreach)
+        _multiply(buffers, _factor(group["momentum"], first), foreach)
         _add(buffers, grads, _factor(inverse, first), foreach)
-        _add(params, buffers, _factor(sign * torch.ones_like(inverse) * lr, first), foreach)
+        _add(params, buffers, _factor(rate, first), foreach)
     else:
-        _add(params, grads, _factor(sign * inverse * lr, first), foreach)
+        _add(params, grads, _factor(inverse * rate, first), foreach)
 
 
-def _factor(value: Tensor, like: Tensor) -> float | Tensor:
-    """``value``, of shape (1,), as a factor for tensors like this one.
+def _factor(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """``value`` as a factor for tensors like this one: a number where that needs no waiting, else a tensor.
 
-    For float32 and float64 it is a number on the CPU, where reading one waits for nobody, and elsewhere a
-    0-dim tensor. For half precision it is a float32 tensor of shape (1,): numbers and 0-dim tensors are
-    rounded to the dtype of the others before torch computes, small ones to zero.
+    The tensor is 0-dim for float32 and float64. Half precision needs one, of float32 and shape (1,): numbers
+    and 0-dim tensors are rounded to the dtype of the others before torch computes, small ones to zero.
     """
     dtype = _real_dtype(like.dtype)
-    if like.dtype == dtype and like.is_cpu:
-        return value.item()
-    value = value.to(like.device, dtype)
-    return value.squeeze() if like.dtype == dtype else value
+    if like.dtype != dtype:
+        return torch.as_tensor(value, dtype=dtype, device=like.device).reshape(1)
+    if isinstance(value, Tensor):
+        return value.item() if like.is_cpu else value.to(like.device, dtype).squeeze()
+    return value
 
 
 def _multiply(targets: list[Tensor], factor: float | Tensor, foreach: bool) -> None:

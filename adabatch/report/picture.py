@@ -8,25 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from adabatch.report.curves import Curves, Journal, moving_mean, read_curves
+from adabatch.report.style import COLORS, FAINT_INK, INK, heading, log_axis, prepare, short_number
 
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-except ImportError as error:
-    raise ImportError(
-        "adabatch.report draws with matplotlib: install it with pip install 'adabatch[report]'"
-    ) from error
-
-# Okabe and Ito's palette, which the common kinds of colour blindness keep apart (Wong, Nature Methods 2011).
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-INK, FAINT_INK, GRID = "#222222", "#666666", "#E3E3E3"
 LOSS_WINDOW = 0.02
 
 
@@ -47,7 +39,7 @@ def draw(runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, 
         ``out`` as a path.
 
     Raises:
-        ImportError: matplotlib is not installed (when the module is imported).
+        ImportError: matplotlib is not installed (when the package is imported).
         ValueError: no runs, a journal without a complete step, or a damaged one; names it.
     """
     labelled = dict(runs) if isinstance(runs, Mapping) else {"": runs}
@@ -68,7 +60,7 @@ def compose(runs: Mapping[str, Curves], *, title: str | None = None) -> Figure:
     curves = list(runs.values())
     colors = [COLORS[i % len(COLORS)] for i in range(len(curves))]
     for panel, fill in zip(panels, (_batch, _learning_rate, _noise_scale, _loss), strict=True):
-        _prepare(panel)
+        prepare(panel)
         fill(panel, curves, colors)
     bottom = panels[-1]
     bottom.set_xlabel("examples", fontsize=11, color=INK)
@@ -92,30 +84,16 @@ def compose(runs: Mapping[str, Curves], *, title: str | None = None) -> Figure:
     return figure
 
 
-def short_number(value: float, *, like: float | None = None) -> str:
-    """A number as a tick label: 3e-4, 0.02, 512, 1,024, 60 k, 1.5 M; in the unit of ``like``, if given."""
-    size = abs(value if like is None else like)
-    if value == 0:
-        return "0"
-    for unit, least, name in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e3, 1e4, "k")):
-        if size >= least:
-            return f"{value / unit:.4g} {name}"
-    if size < 1e-3:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
-
-
 def _batch(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
-    _heading(panel, "global batch size (examples)")
-    _log_axis(panel, np.concatenate([run.batch for run in curves]), base=2)
+    heading(panel, "global batch size (examples)")
+    log_axis(panel, np.concatenate([run.batch for run in curves]), base=2)
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     for run, style in _styled(curves, colors):
         _stairs(panel, run, run.batch, **style)
 
 
 def _learning_rate(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
-    _heading(panel, "learning rate (applied)")
+    heading(panel, "learning rate (applied)")
     rates = np.concatenate([run.lr.ravel() for run in curves])
     if not _any_finite(panel, rates, "no learning rate in the journal"):
         return
@@ -130,7 +108,7 @@ def _learning_rate(panel: Axes, curves: Sequence[Curves], colors: Sequence[str])
 def _noise_scale(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
     lost = any(np.isinf(run.noise_scale_average).any() for run in curves)
     note = "dots: each step    line: averaged" + ("    gaps: averaged signal not positive" if lost else "")
-    _heading(panel, "noise scale (examples)", note)
+    heading(panel, "noise scale (examples)", note)
     raw = _positive(np.concatenate([run.noise_scale for run in curves]))
     averages = _positive(np.concatenate([run.noise_scale_average for run in curves]))
     otherwise = "no positive estimate" if lost else "not measured"
@@ -138,7 +116,7 @@ def _noise_scale(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -
         return
     # A quotient of two estimates has outliers without bound; they shall not set the axis.
     usual = [np.nanpercentile(part, (2, 98)) for part in (raw, averages) if np.isfinite(part).any()]
-    _log_axis(panel, np.concatenate(usual), base=10)
+    log_axis(panel, np.concatenate(usual), base=10)
     for run, style in _styled(curves, colors):
         # The more steps, the finer: thousands must not merge into one block.
         fine = min(1.0, (1000 / len(run.examples)) ** 0.5)
@@ -152,7 +130,7 @@ def _noise_scale(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -
 
 def _loss(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
     note = f"faint: each step    line: mean over {100 * LOSS_WINDOW:g} % of the run"
-    _heading(panel, "training loss", note)
+    heading(panel, "training loss", note)
     losses = np.concatenate([run.loss for run in curves])
     if not _any_finite(panel, losses, "no loss in the journal"):
         return
@@ -161,7 +139,7 @@ def _loss(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
     everything = np.concatenate(means)
     # A loss that falls by more than a decade is unreadable on a linear axis, one with zeros on any other.
     if np.nanmin(everything) > 0 and np.nanmax(everything) > 10 * np.nanmin(everything):
-        _log_axis(panel, everything, base=10)
+        log_axis(panel, everything, base=10)
     else:
         panel.yaxis.set_major_locator(MaxNLocator(5))
     for (run, style), mean in zip(_styled(curves, colors), means, strict=True):
@@ -171,23 +149,6 @@ def _loss(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
         panel.plot(run.examples[np.isfinite(mean)], mean[np.isfinite(mean)], **style)
 
 
-def _prepare(panel: Axes) -> None:
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        panel.spines[side].set_color("#999999")
-    panel.set_axisbelow(True)
-    panel.grid(True, color=GRID, linewidth=0.8)
-    panel.tick_params(labelsize=10, color="#999999", labelcolor=INK)
-    panel.margins(x=0)
-
-
-def _heading(panel: Axes, text: str, note: str = "") -> None:
-    panel.set_title(text, loc="left", fontsize=11, color=INK, pad=6)
-    if note:
-        panel.set_title(note, loc="right", fontsize=9, color=FAINT_INK, pad=6)
-
-
 def _any_finite(panel: Axes, values: NDArray[np.float64], otherwise: str) -> bool:
     """Whether there is something to draw; if not, the panel says so."""
     if np.isfinite(values).any():
@@ -195,20 +156,6 @@ def _any_finite(panel: Axes, values: NDArray[np.float64], otherwise: str) -> boo
     panel.text(0.5, 0.5, otherwise, transform=panel.transAxes, ha="center", va="center", color=FAINT_INK)
     panel.yaxis.set_major_locator(NullLocator())
     return False
-
-
-def _log_axis(panel: Axes, values: NDArray[np.float64], *, base: int) -> None:
-    """A log axis that shows all positive values, with plain numbers at its ticks."""
-    positive = values[np.isfinite(values) & (values > 0)]
-    low, high = float(positive.min()), float(positive.max())
-    panel.set_yscale("log", base=base)
-    margin = max((high / low) ** 0.06, 2**0.25)
-    panel.set_ylim(low / margin, high * margin)
-    few = base == 10 and high <= 100 * low
-    panel.yaxis.set_major_locator(LogLocator(base=base, subs=(1, 2, 5) if few else (1,), numticks=7))
-    panel.yaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
 
 
 def _styled(curves: Sequence[Curves], colors: Sequence[str]) -> list[tuple[Curves, dict[str, Any]]]:

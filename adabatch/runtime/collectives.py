@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+
+from adabatch.runtime.sharding import data_parallel_mesh, is_sharded
 
 
 class Collectives:
     """Reductions over the ranks that see different data.
 
     Args:
-        group: their process group; None for a single process.
-        device: where the group's backend expects its tensors.
+        groups: their process group; none for a single process. Ranks in a grid that no single group spans (HSDP beside
+            pipeline stages) give one group for each of its dimensions, the outermost first, and reduce over one after
+            the other.
+        device: where the groups' backend expects its tensors.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | None = None) -> None:
-        self._group = group
+    def __init__(self, *groups: dist.ProcessGroup, device: torch.device | None = None) -> None:
         self._device = device or torch.device("cpu")
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.size = 1 if group is None else dist.get_world_size(group)
+        self._groups = groups
+        self.rank, self.size = 0, 1
+        for group in groups:
+            size = dist.get_world_size(group)
+            self.rank, self.size = self.rank * size + dist.get_rank(group), self.size * size
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the ranks, the same bits on each; ``values`` is left as it is."""
-        if self._group is None or self.size == 1:
-            return values
-        total = values.clone()
-        dist.all_reduce(total, group=self._group)
-        return total
+        return values if self.size == 1 else self._reduced(values.clone(), dist.ReduceOp.SUM)
 
     def sum_of(self, *numbers: float) -> list[float]:
         """Sums over the ranks of a few host numbers."""
@@ -41,11 +46,10 @@ class Collectives:
 
     def minimum_of(self, *numbers: float) -> list[float]:
         """The least over the ranks of each of a few host numbers."""
-        if self._group is None or self.size == 1:
+        if self.size == 1:
             return [float(number) for number in numbers]
-        least = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._group)
-        return [float(number) for number in least.tolist()]  # host sync
+        local = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        return [float(number) for number in self._reduced(local, dist.ReduceOp.MIN).tolist()]  # host sync
 
     def agree(self, value: object) -> bool:
         """Whether ``repr(value)`` is the same on all ranks; the answer is. Costs 16 bytes.
@@ -56,19 +60,56 @@ class Collectives:
         least, minus_largest = self.minimum_of(digest, -digest)
         return least == -minus_largest
 
+    def _reduced(self, values: Tensor, op: Any) -> Tensor:
+        for group in reversed(self._groups):
+            dist.all_reduce(values, op=op, group=group)
+        return values
+
+
+def mean_future(values: Tensor, group: dist.ProcessGroup) -> Future[Tensor]:
+    """Mean over the ranks of ``group``, in place and in the background: what DDP does to a bucket by itself.
+
+    Multiplied by the inverse of the size before the sum, as DDP does: a division would round otherwise.
+    """
+    work = dist.all_reduce(values.mul_(1 / dist.get_world_size(group)), group=group, async_op=True)
+    reduced: Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
+    return reduced
+
+
+def reduce_scatter(output: Tensor, values: Tensor, *, op: Any, group: dist.ProcessGroup, async_op: bool = False) -> Any:
+    """Reduction of ``values``, shape (ranks * n,), of which each rank gets its piece in ``output``, shape (n,)."""
+    return _reduce_scatter(output, values, op=op, group=group, async_op=async_op)
+
+
+# torch 2.13 gave it this name, and warns at the old one.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def collectives_of(model: torch.nn.Module) -> Collectives:
     """The data-parallel ranks of a model, from the way it is wrapped.
 
     Raises:
-        ValueError: several processes run, and nothing says how this model's gradients are reduced over them.
+        ValueError: several processes run, and nothing says how this model's gradients are reduced over them; or a
+            sharded model some of whose parameters are sharded otherwise.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if isinstance(model, DistributedDataParallel):
         return Collectives(model.process_group, device=device)
+    if is_sharded(model):
+        mesh = data_parallel_mesh(model)
+        return Collectives(*_groups_of(mesh), device=torch.device(mesh.device_type))
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
             f"{dist.get_world_size()} processes are running, but the model is a plain {type(model).__name__} whose "
-            f"gradients nobody reduces: wrap it in torch.nn.parallel.DistributedDataParallel before AdaptiveBatch"
+            f"gradients nobody reduces: wrap it in torch.nn.parallel.DistributedDataParallel, or apply "
+            f"torch.distributed.fsdp.fully_shard to it, before AdaptiveBatch"
         )
     return Collectives(device=device)
+
+
+def _groups_of(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, ...]:
+    """One group where one spans the mesh, else one for each dimension."""
+    whole = dist.group.WORLD
+    if whole is not None and mesh.size() == dist.get_world_size():
+        return (whole,)
+    return tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim))

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adabatch.batch.plan import Duration, Progress, examples, steps, tokens
-from adabatch.lr.clock import Clock
+from adabatch.lr.clock import BEGINNING, Anchor, Clock
 
 TOKENS_PER_EXAMPLE = 7
 
@@ -33,7 +33,7 @@ def test_without_warmup_the_shape_is_read_at_the_left_end(sizes: list[int], unit
     fractions = []
     for before, _ in walk(sizes):
         assert not clock.warming_up(before)
-        assert clock.anchor(before) == 0
+        assert clock.anchor(before) == BEGINNING == Anchor(0, 0.0)
         fractions.append(clock.fraction(before, clock.anchor(before)))
         consumed = before.count(unit)  # type: ignore[arg-type]
         assert fractions[-1] == pytest.approx(min(1, consumed / total), rel=1e-12)
@@ -66,7 +66,7 @@ def test_the_shape_runs_over_what_the_warmup_left(sizes: list[int], unit: str, l
         if clock.warming_up(before):
             continue
         anchor = clock.anchor(before)
-        assert anchor == length, "however far the last batch overshot"
+        assert anchor == Anchor(length, 0.0), "however far the last batch overshot"
         consumed = before.count(unit)  # type: ignore[arg-type]
         assert clock.fraction(before, anchor) == pytest.approx(min(1, (consumed - length) / rest), rel=1e-12)
 
@@ -79,9 +79,11 @@ def test_the_anchor_of_another_unit_is_where_the_warmup_ended(
     over = [before for before, _ in walk(sizes) if not clock.warming_up(before)]
     assume(over)
     anchor = clock.anchor(over[0])
-    assert anchor == over[0].count(order[0])  # type: ignore[arg-type]
+    assert anchor == Anchor(over[0].count(order[0]), 0.0)  # type: ignore[arg-type]
     fractions = [clock.fraction(before, anchor) for before in over]
-    assert fractions[0] == (0 if anchor < total else 1), "the shape starts from its beginning, if anything is left"
+    assert fractions[0] == (0 if anchor.count < total else 1), (
+        "the shape starts from its beginning, if anything is left"
+    )
     assert fractions == sorted(fractions)
     assert all(0 <= fraction <= 1 for fraction in fractions)
 
@@ -98,17 +100,17 @@ def test_a_run_of_four_steps_by_hand() -> None:
 
 def test_overshoot_is_clamped() -> None:
     clock = Clock(examples(100), steps(2))
-    assert clock.fraction(Progress(examples=130, steps=5), 40) == 1
-    assert clock.fraction(Progress(examples=30, steps=1), 40) == 0
-    assert clock.fraction(Progress(examples=100, steps=2), 100) == 1
-    assert clock.fraction(Progress(examples=200, steps=2), 150) == 1
+    assert clock.fraction(Progress(examples=130, steps=5), Anchor(40, 0.0)) == 1
+    assert clock.fraction(Progress(examples=30, steps=1), Anchor(40, 0.0)) == 0
+    assert clock.fraction(Progress(examples=100, steps=2), Anchor(100, 0.0)) == 1
+    assert clock.fraction(Progress(examples=200, steps=2), Anchor(150, 0.0)) == 1
     assert clock.warmup_fraction(Progress(examples=64, steps=9)) == 1
 
 
 def test_a_warmup_of_nothing_is_none() -> None:
     for clock in (Clock(examples(100)), Clock(examples(100), steps(0)), Clock(examples(100), examples(0))):
         assert not clock.warming_up(Progress())
-        assert clock.anchor(Progress()) == 0
+        assert clock.anchor(Progress()) == BEGINNING
         assert clock.warmup_fraction(Progress()) == 1
 
 

@@ -51,9 +51,11 @@ class Autocast:
 
     @classmethod
     def now(cls, device_type: str) -> Autocast:
+        """The settings at present."""
         return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
     def again(self) -> torch.autocast:
+        """Puts the settings on, and back to what they were on leaving."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
 

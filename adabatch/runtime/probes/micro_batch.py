@@ -133,14 +133,15 @@ class MicroBatchProbe:
         pieces = [norms(grad) for grad in grads]
         # Every rank holds the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
         grad_sq = sum_of_squares(pieces, self._device) / self._dp_size
-        sizes = torch.tensor(
-            [self._inverse_part_size, self._inverse_num_examples], dtype=torch.float64, device=self._device
-        )
-        numbers = [self._parts_sq.view(1), grad_sq.view(1), sizes]
+        # full() fills on the device; a tensor of host numbers would be copied there, and the copy waited for.
+        sizes = [
+            torch.full((), size, dtype=torch.float64, device=self._device)
+            for size in (self._inverse_part_size, self._inverse_num_examples)
+        ]
+        numbers = [self._parts_sq, grad_sq, *sizes]
         if self._record_l1:
-            l1 = gathered([norms(grad, 1) for grad in grads], self._device).sum() / self._dp_size
-            numbers.append(l1.view(1))
-        return torch.cat(numbers)
+            numbers.append(gathered([norms(grad, 1) for grad in grads], self._device).sum() / self._dp_size)
+        return torch.stack(numbers)
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks."""

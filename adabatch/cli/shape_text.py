@@ -1,0 +1,110 @@
+"""Shapes as a person types them: ``cosine``, ``wsd(cooldown=0.2)``, or a YAML file with a ``shape`` in it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from adabatch.lr import shapes
+from adabatch.lr.shapes import Shape
+
+NAMES = (
+    "constant",
+    "linear",
+    "cosine",
+    "wsd",
+    "inverse_sqrt",
+    "polynomial",
+    "piecewise",
+    "hyperbolic",
+    "exp_hyperbolic",
+    "tabulated",
+)
+
+
+class Named(NamedTuple):
+    """A shape, and what tables and pictures call it."""
+
+    label: str
+    shape: Shape
+
+
+def known_shapes() -> str:
+    """All shapes with their settings, for a help text: ``constant, linear(floor), ...``."""
+    settings = {name: ", ".join(inspect.signature(getattr(shapes, name)).parameters) for name in NAMES}
+    return ", ".join(f"{name}({taken})" if taken else name for name, taken in settings.items())
+
+
+def parse_shape(text: str) -> Named:
+    """The shape that ``text`` names. Nothing is evaluated but literals.
+
+    Args:
+        text: the name of a shape with its settings by keyword, as a shape prints itself (``linear()`` or ``linear``,
+            ``wsd(cooldown=0.2, decay='1-sqrt')``); or the path of a YAML file, ending in .yaml or .yml, with a key
+            ``shape`` as a job's config has it.
+
+    Raises:
+        ValueError: a text or file that holds no shape, an unknown name or setting, or a setting out of its range.
+    """
+    if text.endswith((".yaml", ".yml")):
+        return Named(Path(text).name, _from_file(Path(text)))
+    try:
+        shape = _from_expression(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError, TypeError):
+        shape = None
+    if shape is None:
+        raise ValueError(
+            f"{text!r} is not a shape: give a name, and settings by keyword, such as cosine or 'wsd(cooldown=0.2)'; "
+            f"there are {known_shapes()}"
+        )
+    return Named(repr(shape).removesuffix("()"), shape)
+
+
+def class_path(shape: Shape) -> dict[str, Any]:
+    """The same shape as a job's config has it."""
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in shape.settings.items()}
+    return {"class_path": f"adabatch.lr.{shape.name}"} | ({"init_args": settings} if settings else {})
+
+
+def _from_expression(expression: ast.expr) -> Shape | None:
+    match expression:
+        case ast.Name(id=name):
+            return Shape(name, {})
+        case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
+            settings = {keyword.arg: _literal(keyword.value) for keyword in keywords if keyword.arg is not None}
+            if len(settings) < len(keywords):  # a setting given twice, or **
+                return None
+            return Shape(name, settings)
+    return None
+
+
+def _literal(expression: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(expression)
+    except ValueError:
+        raise ValueError(
+            f"a setting of a shape is a number, a string in quotes or a list of numbers, got {ast.unparse(expression)}"
+        ) from None
+
+
+def _from_file(path: Path) -> Shape:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}, which should hold a shape")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    described = content.get("shape") if isinstance(content, dict) else None
+    if isinstance(described, str):
+        described = {"class_path": described}
+    if not isinstance(described, dict) or not isinstance(described.get("class_path"), str):
+        raise ValueError(f"{path} has no key shape with a class_path, as a job's config has it")
+    settings = described.get("init_args") or {}
+    module, _, name = described["class_path"].rpartition(".")
+    if module not in ("", "adabatch.lr", "adabatch.lr.shapes") or not isinstance(settings, dict):
+        raise ValueError(f"{path}: the shape must be one of adabatch.lr with its init_args, got {described!r:.100}")
+    return Shape(name, settings)

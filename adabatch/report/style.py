@@ -1,0 +1,64 @@
+"""How all pictures of the package look: colours, axes, headings and the numbers at their ticks."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from numpy.typing import NDArray
+
+# Okabe and Ito's palette, which the common kinds of colour blindness keep apart (Wong, Nature Methods 2011).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+INK, FAINT_INK, GRID = "#222222", "#666666", "#E3E3E3"
+
+
+def short_number(value: float, *, like: float | None = None) -> str:
+    """A number as a tick label: 3e-4, 0.02, 512, 1,024, 60 k, 1.5 M; in the unit of ``like``, if given."""
+    size = abs(value if like is None else like)
+    if value == 0:
+        return "0"
+    for unit, least, name in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e3, 1e4, "k")):
+        if size >= least:
+            return f"{value / unit:.4g} {name}"
+    if size < 1e-3:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+
+
+def prepare(panel: Axes) -> None:
+    """An empty panel: two faint spines, a grid behind everything, no margin along x."""
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        panel.spines[side].set_color("#999999")
+    panel.set_axisbelow(True)
+    panel.grid(True, color=GRID, linewidth=0.8)
+    panel.tick_params(labelsize=10, color="#999999", labelcolor=INK)
+    panel.margins(x=0)
+
+
+def heading(panel: Axes, text: str, note: str = "") -> None:
+    """What the panel shows, at its top left, and how to read it, at its top right."""
+    panel.set_title(text, loc="left", fontsize=11, color=INK, pad=6)
+    if note:
+        panel.set_title(note, loc="right", fontsize=9, color=FAINT_INK, pad=6)
+
+
+def log_axis(panel: Axes, values: NDArray[np.float64], *, base: int) -> None:
+    """A log axis that shows all positive values, with plain numbers at its ticks."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    low, high = float(positive.min()), float(positive.max())
+    panel.set_yscale("log", base=base)
+    margin = max((high / low) ** 0.06, 2**0.25)
+    panel.set_ylim(low / margin, high * margin)
+    log_ticks(panel.yaxis, base=base, few=base == 10 and high <= 100 * low)
+
+
+def log_ticks(axis: Axis, *, base: int, few: bool) -> None:
+    """Plain numbers at powers of the base; where there are few of them, at 2 and 5 times those too."""
+    axis.set_major_locator(LogLocator(base=base, subs=(1, 2, 5) if few else (1,), numticks=7))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))

@@ -1,0 +1,153 @@
+"""The communication-hook probe, for DDP: squared norms of buckets before and after their reduction.
+
+DDP hands its hook the flat buckets in which gradients are reduced, while the backward goes on. So both norms are read
+from a few long tensors instead of many short ones, overlapped with the backward and the network, and no pass over
+``p.grad`` follows.
+"""
+
+# No `from __future__ import annotations`: DDP reads the annotations of its hook, and knows them as types only.
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from adabatch.batch.moments import GRAD_L1, NOISE, GradientMoments
+from adabatch.runtime.collectives import mean_future
+from adabatch.runtime.probes.micro_batch import gathered, norms, sum_of_squares
+from adabatch.runtime.probes.parts import PartSums
+
+Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]  # type: ignore[name-defined]
+"""How DDP reduces a bucket: the second argument of ``DistributedDataParallel.register_comm_hook``."""
+
+
+class CommHookProbe:
+    """Noise and signal under DDP from its buckets: one part a rank, the mean gradient of all its micro-batches.
+
+    DDP reduces once a step, so accumulation steps are not told apart: with ``k`` of them the spread is measured among
+    ``dp_size`` parts of ``k`` micro-batches, not among ``k * dp_size`` (``MicroBatchProbe`` does that). The estimate is
+    unbiased all the same, and has a larger variance; the cost is lower, one pass over each bucket before and one after.
+
+    A DDP model takes one communication hook, for good: ``remove()`` makes the probe deaf, but its hook stays and
+    reduces as before. To measure again, hand the same probe to the next ``AdaptiveBatch``.
+
+    Args:
+        model: in ``DistributedDataParallel``, without a communication hook. All its trainable parameters are measured.
+        hook: a hook of your own (``fp16_compress_hook``, say) that reduces in the place of the plain mean. It must give
+            the mean up to rounding, or ``plain_when_probed`` be set.
+        state: what the hook takes as its first argument; the model's process group by default.
+        plain_when_probed: reduce probed steps by the plain mean, past ``hook``. Needed for hooks that approximate it
+            (PowerSGD), as the norm of their result says nothing about that of the mean. An error that such a hook
+            feeds back waits for the next step that it reduces.
+        record_l1: measure the l1 norm of the step's gradient too, in one more pass.
+
+    Raises:
+        ValueError: a model that is not in DDP, or has a hook already, or PowerSGD without ``plain_when_probed``.
+    """
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        *,
+        hook: Hook | None = None,
+        state: object = None,
+        plain_when_probed: bool = False,
+        record_l1: bool = False,
+    ) -> None:
+        if not isinstance(model, DistributedDataParallel):
+            raise ValueError(
+                f"CommHookProbe needs a model in DistributedDataParallel, got a {type(model).__name__}: wrap it first, "
+                f"or leave the probe to AdaptiveBatch"
+            )
+        if isinstance(state, PowerSGDState) and not plain_when_probed:
+            raise ValueError(
+                "the norm of a gradient that PowerSGD approximated is not that of the mean, from which the noise "
+                "follows: use plain_when_probed=True, and Control(interval=) above 1 for a gain from the compression"
+            )
+        # The model itself is not kept: its reducer, which Python's garbage collector does not see, keeps this hook.
+        self._group: dist.ProcessGroup = model.process_group
+        self._device = next(p.device for p in model.parameters() if p.requires_grad)
+        self._hook = hook
+        self._state = self._group if state is None else state
+        self._plain_when_probed = plain_when_probed
+        self.gives = frozenset({NOISE, GRAD_L1} if record_l1 else {NOISE})
+        self._record_l1 = record_l1
+        self._listening = False
+        # Appended to from the threads of the backward and of the process group; a step's norms are all there once its
+        # backward has returned, which waits for every bucket.
+        self._before: list[Tensor] = []
+        self._after: list[Tensor] = []
+        self._after_l1: list[Tensor] = []
+        self._sums = PartSums(dist.get_world_size(self._group), device=self._device)
+        try:
+            model.register_comm_hook(None, self._reduce)
+        except RuntimeError as error:
+            raise ValueError(
+                "the DDP model has a communication hook already, and takes one only: give your hook to "
+                "CommHookProbe(model, hook=..., state=...) instead of registering it, and a probe that exists to the "
+                "next AdaptiveBatch"
+            ) from error
+
+    def _reduce(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        listening = self._listening
+        if listening:
+            if bucket.buffer().is_sparse:
+                raise RuntimeError("CommHookProbe does not measure sparse gradients: use MicroBatchProbe")
+            self._before.append(norms(bucket.buffer()))
+        if self._hook is None or (listening and self._plain_when_probed):
+            reduced = mean_future(bucket.buffer(), self._group)
+        else:
+            reduced = self._hook(self._state, bucket)
+        return reduced.then(self._note) if listening else reduced
+
+    def _note(self, reduced: Future[Tensor]) -> Tensor:
+        grad: Tensor = reduced.value()
+        self._after.append(norms(grad))
+        if self._record_l1:
+            self._after_l1.append(norms(grad, 1))
+        return grad
+
+    def start(self, dp_size: int) -> None:
+        """A probed step begins."""
+        self._sums = PartSums(dp_size, device=self._device)
+
+    def begin_part(self) -> None:
+        """The backward of a micro-batch begins."""
+        self._forget()
+        self._listening = True
+
+    def end_part(self, num_examples: int, weight: float) -> None:
+        """It has ended. ``weight`` is the micro-batch's share of this rank's gradient."""
+        self._listening = False
+        self._sums.join(num_examples, weight)
+        if self._before:
+            self._sums.close(sum_of_squares(self._before, self._device))
+
+    def collect(self) -> Tensor:
+        """This rank's share of the sums, shape (4,), or (5,) with the l1 norm."""
+        dp_size = self._sums.dp_size
+        # Every rank sees the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
+        grad_sq = sum_of_squares(self._after, self._device) / dp_size if self._after else torch.zeros(())
+        l1 = None
+        if self._record_l1:
+            l1 = gathered(self._after_l1, self._device).sum() / dp_size if self._after_l1 else torch.zeros(())
+        self._forget()
+        return self._sums.numbers(grad_sq, l1)
+
+    def _forget(self) -> None:
+        for norms_seen in (self._before, self._after, self._after_l1):
+            norms_seen.clear()
+
+    def moments(self, totals: list[float]) -> GradientMoments:
+        """The step's moments from the sums over all ranks."""
+        return self._sums.moments(totals)
+
+    def remove(self) -> None:
+        """Stops measuring; the hook stays on the model, which has no way to give it back."""
+        self._listening = False
+        self._forget()

@@ -1,0 +1,75 @@
+"""What the library has to know of FSDP2 (``torch.distributed.fsdp.fully_shard``): its units, and who shares what."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to the model or to any part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def units_of(model: nn.Module) -> dict[str, FSDPModule]:
+    """The modules that were given to ``fully_shard``, by their names in the model ("" is the model itself)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+
+
+def data_parallel_mesh(model: nn.Module) -> DeviceMesh:
+    """The mesh over which a sharded model's gradients are reduced: every rank of it sees other data.
+
+    The model is resharded first: after a forward without a backward its root still holds whole parameters.
+
+    Raises:
+        ValueError: a trainable parameter that is not sharded, or parameters on several meshes, or a mesh that other
+            kinds of parallelism share.
+    """
+    for unit in units_of(model).values():
+        unit.reshard()
+    found: DeviceMesh | None = None
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"the parameter {name} is not sharded, while others of the {type(model).__name__} are, so its gradient "
+                f"is not reduced: apply fully_shard to the whole model too, after its parts, without ignored_params"
+            )
+        *outer, inner = parameter.placements
+        if not (all(placement.is_replicate() for placement in outer) and (inner.is_shard() or inner.is_replicate())):
+            raise ValueError(
+                f"the parameter {name} is placed as {parameter.placements} on {parameter.device_mesh}: only data "
+                f"parallelism is supported (a mesh of one dimension, or of two for HSDP), without tensor or expert "
+                f"parallelism"
+            )
+        if found is not None and parameter.device_mesh != found:
+            raise ValueError(
+                f"the parameter {name} is sharded over {parameter.device_mesh}, others over {found}: give all calls of "
+                f"fully_shard the same mesh"
+            )
+        found = parameter.device_mesh
+    if found is None:
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
+    return found
+
+
+@torch.no_grad()
+def own_piece(tensor: Tensor) -> tuple[Tensor, int]:
+    """What this rank holds of a tensor, and how many ranks of its mesh hold the same; all and 1 for a plain one."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 1
+    holders = 1
+    for dimension, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            holders *= tensor.device_mesh.size(dimension)
+    return tensor.to_local(), holders
+
+
+def shards_in(mesh: DeviceMesh, parameters: list[Tensor]) -> int:
+    """Into how many pieces the parameters are cut."""
+    cut = any(isinstance(p, DTensor) and p.placements[-1].is_shard() for p in parameters)
+    return mesh.size(mesh.ndim - 1) if cut else 1

@@ -1,0 +1,105 @@
+"""What depends on how a model is wrapped: which ranks share it, when they reduce, and the probe that suits it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from adabatch.runtime.collectives import Collectives, collectives_of
+from adabatch.runtime.probes.micro_batch import MicroBatchProbe
+from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
+from adabatch.runtime.sharding import is_sharded, units_of
+
+GradientSync = Literal["each", "last"]
+"""At which micro-batches of a step the ranks reduce their gradients."""
+
+
+class MakeProbe(Protocol):
+    """Makes a probe for the parameters that an optimizer trains."""
+
+    def __call__(self, parameters: Sequence[Tensor], *, record_l1: bool) -> Probe:
+        """The probe; its hooks are on the model from here on."""
+        ...
+
+
+class Wrapper(NamedTuple):
+    """A way to run a model on several ranks.
+
+    Args:
+        collectives: the ranks that see different data.
+        no_sync: a context in which a backward reduces nothing; for every micro-batch of a step but the last.
+        make_probe: the probe that suits it.
+    """
+
+    collectives: Collectives
+    no_sync: Callable[[], AbstractContextManager[Any]]
+    make_probe: MakeProbe
+
+
+def wrapper_of(model: nn.Module, gradient_sync: GradientSync | None = None) -> Wrapper:
+    """How a model is wrapped: not at all, in ``DistributedDataParallel``, or by ``fully_shard`` (FSDP2).
+
+    Args:
+        model: as it is trained.
+        gradient_sync: "each" or "last" micro-batch; None for what suits the wrapper.
+
+    Raises:
+        ValueError: an unknown ``gradient_sync`` or one that the wrapper does not go with; a plain model on several
+            processes; a sharded model that is not sharded over one data-parallel mesh.
+    """
+    if gradient_sync is not None and gradient_sync not in get_args(GradientSync):
+        raise ValueError(f"gradient_sync must be one of {', '.join(get_args(GradientSync))}, got {gradient_sync!r}")
+    if is_sharded(model):
+        return _sharded(model, gradient_sync or "each")
+    if isinstance(model, DistributedDataParallel):
+        return _replicated(model, gradient_sync or "last")
+    return Wrapper(collectives_of(model), nullcontext, MicroBatchProbe)
+
+
+def _replicated(model: DistributedDataParallel, gradient_sync: GradientSync) -> Wrapper:
+    if gradient_sync == "each":
+        raise ValueError(
+            "gradient_sync='each' is for FSDP2: DistributedDataParallel would reduce the sum of a step again at every "
+            "micro-batch, and save nothing; leave it out"
+        )
+    return Wrapper(collectives_of(model), model.no_sync, MicroBatchProbe)
+
+
+def _sharded(model: nn.Module, gradient_sync: GradientSync) -> Wrapper:
+    collectives = collectives_of(model)
+    units = list(units_of(model).values())
+
+    @contextmanager
+    def no_sync() -> Iterator[None]:
+        for unit in units:
+            unit.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_requires_gradient_sync(True, recurse=False)
+
+    def make_probe(parameters: Sequence[Tensor], *, record_l1: bool) -> Probe:
+        trained = {id(p) for p in parameters}
+        strange = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
+        if strange:
+            raise ValueError(
+                f"the optimizer does not hold {_some(strange)}, whose gradients FSDP2 reduces together with those it "
+                f"holds, so that they are measured together: freeze them with requires_grad_(False), or give them to it"
+            )
+        if gradient_sync == "last" and collectives.size == 1:
+            raise ValueError(
+                "gradient_sync='last' on a single rank leaves one part, which has no spread to measure: use 'each'"
+            )
+        return ReduceScatterProbe(model, record_l1=record_l1)
+
+    return Wrapper(collectives, no_sync if gradient_sync == "last" else nullcontext, make_probe)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more parameters" if len(names) > 3 else "")

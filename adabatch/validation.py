@@ -1,0 +1,116 @@
+"""What ``AdaptiveBatch`` checks before a run begins: that its parts fit together and its sizes can be carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch.optim import AdamW, Optimizer
+
+from adabatch.batch.control import Limits
+from adabatch.batch.criteria import Criterion
+from adabatch.batch.moments import GRAD_L1
+from adabatch.batch.plan import PlanGrid
+from adabatch.batch.schedules import Schedule
+from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.wrappers import MakeProbe
+
+UNLIMITED = 2**62
+"""The ceiling of a schedule without limits."""
+
+
+def check_fits(size: int, order: GlobalOrder) -> None:
+    """That a batch holds no example of the data set twice."""
+    if size > len(order):
+        raise ValueError(
+            f"a batch of {size} is above the {len(order)} examples of the data set, and may not hold an example twice: "
+            f"limit the batch to use at most {len(order)}"
+        )
+
+
+def check_types(optimizer: Any, criterion: Any) -> None:
+    """What comes in their place most often: parameters, the class of a criterion, its name."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(criterion, type) or not isinstance(criterion, Criterion):
+        raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.5), got {criterion!r}")
+
+
+def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
+    """That the optimizer has what is to follow, and in the form whose rule is known."""
+    kind = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        for name in follow:
+            if name not in group:
+                raise ValueError(f"follow={name!r}, but {kind} has no {name}: leave it out")
+        decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
+        if "weight_decay" in follow and not decoupled:
+            raise ValueError(
+                f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
+                f"gradient and needs nothing: leave it out, or use AdamW"
+            )
+
+
+def suited_probe(
+    model: torch.nn.Module, optimizer: Optimizer, needs: frozenset[str], *, given: Probe | None, make: MakeProbe
+) -> Probe | None:
+    """The probe given, or the one that suits the model; None where nothing needs one."""
+    if not needs:
+        return given
+    # Only what this optimizer trains: gradients that it does not zero add up over the steps.
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    parameters = [p for p in model.parameters() if id(p) in trained]
+    if given is None and not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"the optimizer holds none of the model's parameters that require a gradient: build the "
+            f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
+        )
+    probe = given or make(parameters, record_l1=GRAD_L1 in needs)
+    missing = needs - probe.gives
+    if missing:
+        if given is None:
+            probe.remove()
+        raise ValueError(
+            f"the criterion needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
+            f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or another probe, "
+            f"such as PerExampleProbe(model, products=True)"
+        )
+    return probe
+
+
+def limits_and_grid(
+    limits: Limits | None, criterion: Criterion, *, dp_size: int, micro_sizes: tuple[int, ...], in_parts: bool
+) -> tuple[Limits, PlanGrid]:
+    """The limits and the plans that a run can carry out, checked against each other."""
+    micro = micro_sizes[0]
+    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if in_parts and dp_size == 1 else 1)
+    smallest = micro * dp_size * grid.min_accumulation
+    if limits is None:
+        if not isinstance(criterion, Schedule):
+            raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
+        limits = Limits(min=smallest, max=UNLIMITED)
+    for name, limit in (("min", limits.min), ("max", limits.max)):
+        if isinstance(limit, int) and limit % dp_size:
+            raise ValueError(
+                f"limits.{name}={limit} cannot be shared equally by {dp_size} ranks: use a multiple of {dp_size}"
+            )
+    if isinstance(limits.min, int) and limits.min < smallest:
+        two_parts = " (two micro-batches at least, so that their spread can be measured)" if in_parts else ""
+        raise ValueError(
+            f"limits.min={limits.min} is below the smallest step of {dp_size} rank(s) x {grid.min_accumulation} x "
+            f"{micro} examples{two_parts}: use micro_batch_size={max(1, limits.min // (smallest // micro))} or less, "
+            f"or limits.min={smallest} or more"
+        )
+    if isinstance(limits.max, int) and limits.max < smallest:
+        raise ValueError(f"limits.max={limits.max} is below the smallest step of {smallest} examples")
+    if isinstance(criterion, Schedule):
+        for size in criterion.fixed_sizes:
+            if grid.nearest(size).global_batch_size != size:
+                raise ValueError(
+                    f"{type(criterion).__name__} asks for batches of {size}, which {dp_size} rank(s) with "
+                    f"micro-batches of {' or '.join(map(str, micro_sizes))} cannot make up: use a multiple of "
+                    f"{smallest}, or another micro_batch_size"
+                )
+    return limits, grid

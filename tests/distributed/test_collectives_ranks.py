@@ -1,0 +1,89 @@
+"""Connecting processes, and the reductions over them."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from loops import network
+from ranks import run_ranks
+from torch.nn.parallel import DistributedDataParallel
+
+from adabatch.runtime.collectives import Collectives, collectives_of
+from adabatch.runtime.world import World, connected
+
+pytestmark = pytest.mark.distributed
+
+
+def reduced(rank: int) -> dict[str, Any]:
+    world = Collectives(dist.group.WORLD)
+    values = torch.tensor([1.0 + rank, 0.1 * rank, 1 / 3], dtype=torch.float64)
+    before = values.clone()
+    groups = [dist.new_group([0, 1]), dist.new_group([2])]  # all ranks make both
+    model = DistributedDataParallel(network(), process_group=groups[rank // 2])
+    own = collectives_of(model)
+    return {
+        "place": (world.rank, world.size),
+        "sum": world.sum(values).tolist(),
+        "left alone": torch.equal(values, before),
+        "sum_of": world.sum_of(rank, True, 2**40 + rank),
+        "not a number": [math.isnan(each) for each in world.sum_of(math.nan if rank == 1 else 0.0, 1.0)],
+        "minimum_of": world.minimum_of(-rank, 5 + rank),
+        "agree": world.agree(("the same", 1)),
+        "disagree": [world.agree(rank == odd) for odd in range(3)],
+        "own": (own.rank, own.size, own.sum_of(1.0 + rank)),
+    }
+
+
+def test_all_ranks_reduce_to_the_same_numbers(tmp_path):
+    results = run_ranks(reduced, 3, tmp_path)
+    assert [result["place"] for result in results] == [(0, 3), (1, 3), (2, 3)]
+    for result in results:
+        assert result["sum"] == pytest.approx([6.0, 0.3, 1.0], rel=1e-15)
+        assert result["sum"] == results[0]["sum"]  # to the bit, or ranks could decide differently
+        assert result["left alone"]
+        assert result["sum_of"] == [3.0, 3.0, 3 * 2.0**40 + 3]
+        assert result["not a number"] == [True, False]
+        assert result["minimum_of"] == [-2.0, 5.0]
+        assert result["agree"]
+        assert result["disagree"] == [False] * 3
+    # The data-parallel ranks of a model are those of its process group.
+    assert [result["own"] for result in results] == [(0, 2, [3.0]), (1, 2, [3.0]), (0, 1, [3.0])]
+
+
+def launched(rank: int, port: int) -> tuple[int, int, float, bool]:
+    """As under torchrun, by the environment."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
+    world = World.from_environment()
+    with connected(world, device=torch.device("cpu"), timeout=timedelta(seconds=30)):
+        total = torch.tensor(1.0 + rank)
+        dist.all_reduce(total)
+    return world.rank, world.size, float(total), dist.is_initialized()
+
+
+def interrupted(rank: int, port: int) -> bool:
+    """A group does not outlive the block that an error left."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    try:
+        with connected(World.from_environment(), device=torch.device("cpu")):
+            raise KeyError("an error of the user's")
+    except KeyError:
+        return dist.is_initialized()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_processes_connect_for_a_block(tmp_path):
+    results = run_ranks(launched, 2, tmp_path, free_port(), connect=False)
+    assert results == [(0, 2, 3.0, False), (1, 2, 3.0, False)]
+    assert run_ranks(interrupted, 2, tmp_path, free_port(), connect=False) == [False, False]
