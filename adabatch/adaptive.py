@@ -157,7 +157,8 @@ class AdaptiveBatch:
         lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain", "sqrt_gain", or, with a
             ``Seesaw`` schedule, "seesaw".
         follow: what else follows the batch while an update runs: "betas", "eps", "weight_decay" (decoupled), so that
-            the optimizer's memory and decay stay what they are in examples at the reference batch size.
+            the optimizer's memory and decay stay what they are in examples at the reference batch size. With "betas",
+            the optimizer's step counts are in updates of that size, so that its bias correction stays right.
         reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure noise and signal although neither criterion nor rule needs them.
@@ -413,11 +414,11 @@ class AdaptiveBatch:
         """What the batch changes about the update that is about to run."""
         update = self._update
         size = self._plan.global_batch_size if update is None else update.num_examples
-        factor, ratio = self.lr_factor, size / self._reference
+        ratio, scale = size / self._reference, self._scale_of(size)
         return Moved(
-            factor,
-            lambda group: followed(group, self._follow, ratio=ratio, factor=factor) if self._follow else {},
-            (self._progress.examples + size) / size if "betas" in self._follow else None,
+            self.lr_factor,
+            lambda group: followed(group, self._follow, ratio=ratio, factor=scale) if self._follow else {},
+            ratio if "betas" in self._follow else 1.0,
         )
 
     def _skips_update(self) -> bool:
@@ -499,10 +500,15 @@ class AdaptiveBatch:
         return self._grid.nearest(wanted, min_size=low, max_size=high)
 
     def _factor_of(self, global_batch_size: int) -> float:
+        """The batch factor: what the rule makes of the size, and the decay that a ``Seesaw`` stands for."""
         if self._lr_rule == "seesaw" and isinstance(self._criterion, Seesaw):
-            return self._criterion.lr_factor(self._progress)
+            return self._scale_of(global_batch_size) * self._criterion.decay(self._progress)
+        return self._scale_of(global_batch_size)
+
+    def _scale_of(self, global_batch_size: int) -> float:
+        rule: LRRule = "sqrt" if self._lr_rule == "seesaw" else self._lr_rule
         noise, signal = self._known()
-        return lr_factor(self._lr_rule, global_batch_size, reference=self._reference, noise=noise, signal=signal)
+        return lr_factor(rule, global_batch_size, reference=self._reference, noise=noise, signal=signal)
 
     def _gain_of(self, global_batch_size: int) -> float | None:
         """Gain-steps that a step of so many examples is worth; None where nobody measures the noise."""

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, NAdam, Optimizer
 
 from adabatch.batch.control import Limits
 from adabatch.batch.criteria import Criterion
@@ -45,6 +45,11 @@ def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
         for name in follow:
             if name not in group:
                 raise ValueError(f"follow={name!r}, but {kind} has no {name}: leave it out")
+        if "betas" in follow and isinstance(optimizer, NAdam):
+            raise ValueError(
+                f"follow='betas' has no rule for {kind}, whose momentum follows a schedule in steps: leave it out, or "
+                f"use Adam or AdamW"
+            )
         decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
         if "weight_decay" in follow and not decoupled:
             raise ValueError(

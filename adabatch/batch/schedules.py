@@ -149,8 +149,9 @@ class Seesaw(Schedule):
     """A decay of the learning rate traded for growth of the batch.
 
     Wherever ``shape`` would have fallen by another factor ``alpha``, the batch grows by ``alpha`` instead, and the
-    learning rate falls only by ``sqrt(alpha)`` (``lr_factor``), which keeps Adam's invariant ``lr / sqrt(b)``. Meant
-    below the critical batch size, where noise dominates; the LR rule of the run must then be "none".
+    learning rate falls only by ``sqrt(alpha)``: Adam's invariant ``lr / sqrt(b)`` falls as it would have by ``shape``
+    alone. Meant below the critical batch size, where noise dominates. The run then has ``lr_rule="seesaw"`` and no
+    other decay; for SGD, whose invariant is ``lr / b``, it has ``lr_rule="none"``, and all of the decay is the batch's.
 
     Args:
         first: global batch size at the start, in examples.
@@ -188,6 +189,13 @@ class Seesaw(Schedule):
         """``first * alpha ** cuts``; infinite, so up to the limit, where the shape is zero."""
         return float(self.first * self.alpha ** self.cuts(progress))
 
+    def decay(self, progress: Progress) -> float:
+        """The part of ``shape`` that was traded so far: ``alpha ** -cuts``."""
+        return float(self.alpha ** -self.cuts(progress))
+
     def lr_factor(self, progress: Progress) -> float:
-        """What is left of the decay for the learning rate: ``alpha ** (-cuts / 2)``."""
+        """What is left of the decay for the learning rate where the batch follows: ``alpha ** (-cuts / 2)``.
+
+        A batch that cannot follow, as it is at its limit, leaves more of it: ``decay * sqrt(b / first)``.
+        """
         return float(self.alpha ** (-self.cuts(progress) / 2))

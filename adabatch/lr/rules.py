@@ -10,8 +10,8 @@ With ``k = b / b_ref``:
     sqrt_gain  the square root of that                            Adam-like methods in any regime (AdaptDL)
 
 Under a schedule that runs on examples, "none" is not neutral: each doubling of the batch then acts as a further decay
-of the learning rate, by 2 for SGD and sqrt 2 for Adam. "seesaw" takes the factor from the ``Seesaw`` schedule of the
-batch itself, and goes only with one.
+of the learning rate, by 2 for SGD and sqrt 2 for Adam. "seesaw" is "sqrt" times the decay that the ``Seesaw`` schedule
+of the batch stands for, and goes only with one.
 
 Other settings of Adam-like methods may follow too (``followed``), so that their memory and decay stay what they were in
 examples: betas, eps and decoupled weight decay.
@@ -113,7 +113,7 @@ def followed(settings: Mapping[str, Any], names: Collection[str], *, ratio: floa
         settings: the group's values at the reference batch size.
         names: which of them follow.
         ratio: batch size over reference batch size, positive.
-        factor: batch factor on the learning rate in the same step, positive.
+        factor: what the rule makes of the batch in the same step, positive; without the decay of a ``Seesaw``.
 
     Returns:
         The settings that change, by name.

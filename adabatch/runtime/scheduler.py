@@ -263,18 +263,24 @@ class Moved(NamedTuple):
     Args:
         factor: the batch factor on the learning rate.
         settings: other settings of a parameter group -> those of them that change, with their values.
-        averaging: the update's place in the memory of Adam's averages, counted in updates of its own batch size, where
-            the betas follow the batch; else None.
+        averaged: updates of the reference batch size that this one counts as in the memory of Adam's averages, where
+            the betas follow the batch; 1 where they do not.
     """
 
     factor: float
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
-    averaging: float | None = None
+    averaged: float = 1.0
 
 
 def host_value(lr: float | Tensor) -> float:
     """A rate for the journal; NaN for one that lives on an accelerator, as reading it would stall the step."""
     return float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else math.nan
+
+
+def _counting(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The states that the optimizer is about to step, of those that count their steps."""
+    stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [optimizer.state[p] for p in stepped if "step" in optimizer.state.get(p, ())]
 
 
 class StepHooks:
@@ -285,8 +291,10 @@ class StepHooks:
     saved, before the next update, and at ``restore()``.
 
     Adam corrects its averages by ``1 - beta ** step``, which is wrong once beta changes. With ``beta_t = beta ** r_t``
-    the right correction is ``1 - beta ** sum(r)``: that is ``1 - beta_t ** step`` for ``step = sum(r) / r_t``, so the
-    step counts of the optimizer's state hold that number while it runs, and their own again afterwards.
+    the right correction is ``1 - beta ** sum(r)``, that is ``1 - beta_t ** (sum(r) / r_t)``. So where the betas follow,
+    the step count of each parameter's state is the sum of its ``r``: updates of the reference batch size, in which it
+    stays right for an optimizer that stepped before, for a parameter that sat out, after a resume, and for a run that
+    goes on with fixed betas. While an update runs it is divided by ``r_t``.
 
     Args:
         optimizer: the optimizer.
@@ -309,7 +317,8 @@ class StepHooks:
         self._skip = skip
         self._done = done
         self._stored: list[tuple[dict[str, Any], str, Any]] = []
-        self._counts: list[tuple[Tensor, Tensor]] = []
+        self._averaged = 1.0
+        self._counts: list[tuple[dict[str, Any], Any]] = []
         self._skipped = False
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -330,16 +339,19 @@ class StepHooks:
             for name, value in changes.items():
                 self._stored.append((group, name, _copy(group[name])))
                 _put(group, name, value)
-        if moved.averaging is not None and not self._skipped:
-            counts = [state["step"] for state in optimizer.state.values() if isinstance(state.get("step"), Tensor)]
-            self._counts = [(count, count.clone()) for count in counts]
-            for count in counts:
-                count.fill_(moved.averaging - 1)  # the optimizer adds one before it reads
+        self._averaged = moved.averaged
+        if moved.averaged != 1.0 and not self._skipped:
+            for state in _counting(optimizer):
+                self._counts.append((state, _copy(state["step"])))
+                _put(state, "step", state["step"] / moved.averaged)  # the optimizer adds one before it reads
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         rates = [host_value(group["lr"]) for group in optimizer.param_groups]
-        for _count, own in self._counts:
-            own.add_(1)
+        if self._averaged != 1.0 and not self._skipped:
+            self._counts.clear()
+            for state in _counting(optimizer):  # among them those that this update began
+                _put(state, "step", state["step"] * self._averaged)
+        self._averaged = 1.0
         self.restore()
         self._done(optimizer, rates, not self._skipped)
 
@@ -348,8 +360,8 @@ class StepHooks:
         for group, name, value in self._stored:
             _put(group, name, value)
         self._stored.clear()
-        for count, own in self._counts:
-            count.copy_(own)
+        for state, count in self._counts:
+            _put(state, "step", count)
         self._counts.clear()
 
     def remove(self) -> None:
