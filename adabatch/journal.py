@@ -41,6 +41,8 @@ def line(
         decision: the plan of the next step, and why.
     """
     asked = decision.estimate
+    # A mean of inner products with a gradient of nearly zero may fall below zero.
+    l2 = None if moments is None else math.sqrt(moments.grad_sq) if moments.grad_sq >= 0 else math.nan
     return {
         "format": LINE_FORMAT,
         "step": before.steps,
@@ -64,7 +66,7 @@ def line(
             "num_examples": moments.num_examples,
             "num_parts": moments.num_parts,
         },
-        "norms": None if moments is None else {"l2": math.sqrt(moments.grad_sq), "l1": moments.grad_l1},
+        "norms": None if moments is None else {"l2": l2, "l1": moments.grad_l1},
         "averages": None
         if averages.weight == 0
         else {"noise": averages.noise, "signal": averages.signal, "noise_scale": averages.noise_scale},

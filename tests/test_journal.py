@@ -74,6 +74,16 @@ def test_what_was_not_measured_is_null() -> None:
     assert (entry["next"], entry["reason"]) == (32, "not probed")
 
 
+@pytest.mark.parametrize("grad_sq", [-1e-12, -math.inf, math.nan, math.inf])
+def test_no_measurement_keeps_a_line_from_being_written(tmp_path: Path, grad_sq: float) -> None:
+    """The mean of inner products with a gradient of nearly zero may fall below zero."""
+    journal = Journal(tmp_path / "run.jsonl")
+    journal.write(an_entry(moments=MOMENTS._replace(grad_sq=grad_sq)))
+    (found,) = read(tmp_path / "run.jsonl")
+    assert found["moments"]["grad_sq"] == (grad_sq if math.isfinite(grad_sq) else None)
+    assert found["norms"]["l2"] is None
+
+
 def test_every_line_is_strict_json(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl")
     bad = MOMENTS._replace(part_sq=math.nan, grad_sq=math.inf)
@@ -105,6 +115,23 @@ def test_lines_are_appended_and_complete_when_write_returns(tmp_path: Path) -> N
         assert [each["step"] for each in read(path)] == list(range(step + 1))
     Journal(str(path)).write(an_entry(before=Progress(steps=3)))  # a resumed run goes on in the same file
     assert [each["step"] for each in read(path)] == [0, 1, 2, 3]
+
+
+def test_a_resumed_run_cuts_what_it_writes_anew(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal(path)
+    for step in range(5):
+        journal.write(an_entry(before=Progress(examples=32 * step, steps=step)))
+    with path.open("a") as file:
+        file.write('{"format":1,"step":5,"exa')  # the machine stopped here
+    Journal.cut(path, 1000)
+    assert [each["step"] for each in read(path)] == [0, 1, 2, 3, 4]
+    Journal.cut(path, 96)
+    assert [each["step"] for each in read(path)] == [0, 1, 2]
+    journal.write(an_entry(before=Progress(examples=96, steps=3)))
+    assert [each["step"] for each in read(path)] == [0, 1, 2, 3]
+    Journal.cut(path, 0)
+    assert read(path) == []
 
 
 def test_no_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

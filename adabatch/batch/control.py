@@ -332,14 +332,14 @@ def decide(
     if moments is not None:
         averages = state.averages.after(moments, control.decay) if usable else state.averages
         state = replace(state, until_probe=control.interval - 1, averages=averages)
+    asked: Estimate | None = None
+    reason = Reason.NOT_PROBED
     if not criterion.needs:
-        wanted = criterion.wanted(Observation(moments, progress))
-        target = min(max(wanted, low), high)
-        chosen = grid.nearest(target, min_size=low, max_size=high)
-        return Decision(chosen, Reason.SCHEDULED, Estimate(wanted, wanted, wanted), state)
-
-    asked, reason = None, Reason.NOT_PROBED
-    if usable:
+        size = criterion.wanted(Observation(moments, progress))
+        asked, reason = Estimate(size, size, size), Reason.NOT_FINITE
+        if not math.isnan(size):
+            return Decision(grid.nearest(size, min_size=low, max_size=high), Reason.SCHEDULED, asked, state)
+    elif usable:
         asked, reason = _follow(criterion, control, plan, progress, state.averages, held=held)
     elif moments is not None and not (moments.is_finite and moments.num_parts < 2):
         reason = Reason.NOT_FINITE

@@ -581,6 +581,19 @@ def test_a_schedule_at_its_infinite_end_runs_at_the_ceiling() -> None:
     assert (decision.plan.global_batch_size, decision.reason) == (4096, Reason.SCHEDULED)
 
 
+def test_a_schedule_that_is_not_a_number_holds() -> None:
+    class OfLoss:
+        """A criterion of a loss that nobody measured."""
+
+        needs: frozenset[str] = frozenset()
+
+        def wanted(self, observation: Observation) -> float:
+            return math.nan if observation.loss is None else observation.loss
+
+    decision = one(None, criterion=OfLoss())
+    assert (decision.plan, decision.reason) == (PLAN, Reason.NOT_FINITE)
+
+
 FLOOR = LinearRamp(32, 1000, examples(5000))
 
 
