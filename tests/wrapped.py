@@ -1,0 +1,214 @@
+"""What the tests of probes on several ranks share: awkward models, ways to wrap them, and gradients part by part.
+
+Every rank knows the data of all ranks, so each can compute all parts on a plain copy of the model: slow and obvious.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from loops import network
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from adabatch.batch.moments import GradientMoments, from_parts
+from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.wrappers import GradientSync, wrapper_of
+
+EXACT = 1e-5
+"""Relative tolerance of float32 sums."""
+
+
+class Tied(nn.Module):
+    """Embedding and output share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 5)
+        self.hidden = nn.Linear(5, 5)
+        self.output = nn.Linear(5, 11, bias=False)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(torch.tanh(self.hidden(self.embedding(x))))
+
+
+class Unused(nn.Module):
+    """One part is frozen, one is never called, one is called for long micro-batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.body = nn.Linear(6, 1)
+        self.never = nn.Linear(3, 3)
+        self.sometimes = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(torch.tanh(self.frozen(x)))
+        return y + self.sometimes(x) if len(x) > 3 else y
+
+
+class Checkpointed(nn.Module):
+    """The same block twice, recomputed in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = checkpoint(self.block, x, use_reentrant=False)
+        return self.head(x)
+
+
+def regression_loss(model: nn.Module, size: int, dtype: torch.dtype) -> Tensor:
+    """Mean squared error of random examples."""
+    x, y = torch.randn(size, 6, dtype=dtype), torch.randn(size, 1, dtype=dtype)
+    return functional.mse_loss(model(x), y)
+
+
+def token_loss(model: nn.Module, size: int, dtype: torch.dtype) -> Tensor:
+    """Cross-entropy of random tokens."""
+    return functional.cross_entropy(model(torch.randint(11, (size,))), torch.randint(11, (size,)))
+
+
+class Case(NamedTuple):
+    """A model, its loss, and the parts of it that FSDP2 shards apart from the rest (7 rows on 2 ranks: uneven)."""
+
+    make: Callable[[], nn.Module]
+    loss_of: Callable[[nn.Module, int, torch.dtype], Tensor]
+    units: Sequence[str]
+
+
+CASES = {
+    "network": Case(network, regression_loss, ["0"]),
+    "tied": Case(Tied, token_loss, ["hidden"]),
+    "unused": Case(Unused, regression_loss, ["never", "sometimes"]),
+    "checkpointed": Case(Checkpointed, regression_loss, ["head"]),
+}
+
+
+def plain(model: nn.Module, case: Case) -> nn.Module:
+    """As it is."""
+    return model
+
+
+def ddp(model: nn.Module, case: Case) -> DistributedDataParallel:
+    """In ``DistributedDataParallel``."""
+    return DistributedDataParallel(model, find_unused_parameters=case.make is Unused)
+
+
+def fsdp(model: nn.Module, case: Case, **options: Any) -> nn.Module:
+    """Sharded by ``fully_shard``: the parts first, then the rest."""
+    for name in case.units:
+        fully_shard(model.get_submodule(name), **options)
+    return fully_shard(model, **options)
+
+
+def hsdp(model: nn.Module, case: Case, *, shape: tuple[int, int]) -> nn.Module:
+    """Replicated over the first dimension of a mesh and sharded over the second."""
+    return fsdp(model, case, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
+
+
+def made(case: Case, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a case, with the same weights on every call."""
+    torch.manual_seed(1)
+    return case.make().to(dtype)
+
+
+def losses_of(case: Case, sizes: Sequence[int], rank: int, dtype: torch.dtype) -> list[Callable[[nn.Module], Tensor]]:
+    """The losses of a rank's micro-batches, each with data of its own, as functions of the model."""
+
+    def drawn(seed: int, size: int, model: nn.Module) -> Tensor:
+        torch.manual_seed(seed)
+        return case.loss_of(model, size, dtype)
+
+    return [partial(drawn, 100 * rank + index, size) for index, size in enumerate(sizes)]
+
+
+def measured(
+    model: nn.Module,
+    probe: Probe,
+    case: Case,
+    sizes: Sequence[int],
+    *,
+    sync: GradientSync | None = None,
+    dtype: torch.dtype = torch.float32,
+    keep: bool = False,
+) -> GradientMoments:
+    """The probe's moments of one step, by the calls that a step makes; ``keep`` leaves the gradient."""
+    wrapper = wrapper_of(model, sync)
+    probe.start(wrapper.collectives.size)
+    losses = losses_of(case, sizes, wrapper.collectives.rank, dtype)
+
+    def backward(index: int) -> None:
+        weight = sizes[index] / sum(sizes)
+        share = losses[index](model) * weight
+        probe.begin_part()
+        share.backward()  # type: ignore[no-untyped-call]
+        probe.end_part(sizes[index], weight)
+
+    for index in range(len(sizes) - 1):
+        with wrapper.no_sync():
+            backward(index)
+    backward(len(sizes) - 1)
+    moments = probe.moments(wrapper.collectives.sum(probe.collect()).tolist())
+    if not keep:
+        model.zero_grad()
+    return moments
+
+
+def part_by_part(
+    case: Case, sizes: Sequence[int], ranks: int, *, joined: bool = False, dtype: torch.dtype = torch.float32
+) -> GradientMoments:
+    """The oracle: the gradient of each part on its own, on a plain model; sums in float64.
+
+    Args:
+        case: model and loss.
+        sizes: examples in the micro-batches of each rank.
+        ranks: how many.
+        joined: the micro-batches of a rank are one part.
+        dtype: of model and data.
+    """
+    model = made(case, dtype)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    rows = []
+    for rank in range(ranks):
+        for loss in losses_of(case, sizes, rank, dtype):
+            grads = torch.autograd.grad(loss(model), parameters, allow_unused=True)
+            pairs = zip(grads, parameters, strict=True)
+            rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).double().flatten() for g, p in pairs]))
+    shares = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    parts = torch.stack(rows).view(ranks, len(sizes), -1)
+    counts, weights = list(sizes) * ranks, (shares / ranks).repeat(ranks)
+    if joined:
+        parts = (parts * shares[None, :, None]).sum(1, keepdim=True)
+        counts, weights = [sum(sizes)] * ranks, torch.full((ranks,), 1 / ranks, dtype=torch.float64)
+    flat = parts.flatten(0, 1)  # (num_parts, d)
+    mean = (weights[:, None] * flat).sum(0)
+    moments = from_parts(flat.square().sum(1).numpy(), counts, float(mean.square().sum()), weights=weights.numpy())
+    return moments._replace(grad_l1=float(mean.abs().sum()))
+
+
+def check(found: GradientMoments, oracle: GradientMoments, tolerance: float = EXACT) -> None:
+    """That moments agree, to a relative tolerance."""
+    assert found.num_parts == oracle.num_parts
+    for name in ("part_size", "num_examples"):
+        assert getattr(found, name) == pytest.approx(getattr(oracle, name), rel=1e-12), name
+    for name in ("part_sq", "grad_sq", "grad_l1"):
+        if getattr(found, name) is not None:
+            assert getattr(found, name) == pytest.approx(getattr(oracle, name), rel=tolerance), name
+    if oracle.num_parts > 1:
+        # Noise and signal are differences of the two norms, so their error is relative to those.
+        scale = oracle.part_sq * oracle.num_examples
+        assert found.noise == pytest.approx(oracle.noise, rel=tolerance, abs=tolerance * scale)
+        assert found.signal == pytest.approx(oracle.signal, rel=tolerance, abs=tolerance * oracle.part_sq)
