@@ -248,7 +248,12 @@ class AdaptiveBatch:
 
         # Last, so that a constructor that raises leaves no hook behind.
         self._probe = suited_probe(model, optimizer, frozenset(needs), given=probe, make=self._wrapper.make_probe)
-        self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
+        try:
+            self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
+        except Exception:
+            if probe is None and self._probe is not None:
+                self._probe.remove()
+            raise
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 

@@ -68,17 +68,22 @@ class Clock:
             return 1.0
         return min(1.0, after_next.count(self.warmup.unit) / self.warmup.count)
 
-    def anchor(self, progress: Progress) -> Anchor:
+    def anchor(self, progress: Progress, gain_per_unit: float = 0.0) -> Anchor:
         """Where the shape starts, given progress at or after the end of the warm-up.
 
         In the total's own unit that is the end of the warm-up exactly, however far the last batch overshot it.
+
+        Args:
+            progress: what is consumed.
+            gain_per_unit: gain of a step over what it takes of the total's unit; read by the gain clock only.
         """
-        gain_steps = progress.gain_steps or 0.0
         if self.warmup is None:
             return BEGINNING
-        if self.warmup.unit == self.total.unit:
-            return Anchor(self.warmup.count, 0.0, gain_steps)
-        return Anchor(progress.count(self.total.unit), 0.0, gain_steps)
+        count, gain_steps = progress.count(self.total.unit), progress.gain_steps or 0.0
+        if self.warmup.unit != self.total.unit:
+            return Anchor(count, 0.0, gain_steps)
+        overshot = count - self.warmup.count
+        return Anchor(self.warmup.count, 0.0, gain_steps - overshot * gain_per_unit)
 
     def fraction(self, progress: Progress, anchor: Anchor = BEGINNING) -> float:
         """Progress of the shape in [0, 1]: from the anchor's fraction there to 1 at the total, in a straight line."""

@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
-from adabatch.batch.plan import Duration, Progress
+from adabatch.batch.plan import Duration, Progress, Unit
 from adabatch.lr.clock import Anchor, Clock
 from adabatch.lr.shapes import Shape, warmup_factor
 
@@ -39,16 +40,29 @@ class ProgressSource(Protocol):
         ...
 
 
+def _hook(optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]) -> list[RemovableHandle]:
+    """Calls around ``optimizer.step()``."""
+    try:
+        return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    except AttributeError as error:  # a wrapper that is an Optimizer by type only, such as Accelerate's
+        raise TypeError(
+            f"{type(optimizer).__name__} is no optimizer with step hooks: give the optimizer inside it, before it is "
+            f"wrapped (with Accelerate, before accelerator.prepare)"
+        ) from error
+
+
 class CountedSteps:
     """A progress source for runs without ``AdaptiveBatch``: it counts the optimizer's steps, and nothing else."""
 
     lr_factor = 1.0
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self) -> None:
         self.progress = Progress()
         self._stepping = False
-        optimizer.register_step_pre_hook(self._begin)
-        optimizer.register_step_post_hook(self._count)
+
+    def listen(self, optimizer: Optimizer) -> None:
+        """Counts the steps of ``optimizer`` from now on; a copy of it has no hooks, and must be listened to anew."""
+        _hook(optimizer, self._begin, self._count)
 
     def _begin(self, *_: Any) -> None:
         self._stepping = True
@@ -106,26 +120,35 @@ class ProgressLR(LRScheduler):
                 raise TypeError(f"{name} must be a duration, such as adabatch.steps({length}), got {length!r}")
         if not 0 <= warmup_start <= 1:
             raise ValueError(f"warmup_start must be in [0, 1], got {warmup_start}")
+        if clock not in get_args(ClockKind):
+            raise ValueError(f"clock must be one of {', '.join(get_args(ClockKind))}, got {clock!r}")
         self.shape = shape
         self._clock = Clock(total, warmup)
         self._warmup_start = warmup_start
-        self._source: ProgressSource = CountedSteps(optimizer) if source is None else source
+        self._kind: ClockKind = clock
         self._anchor: Anchor | None = None
         self._passed = 0.0
-        if clock not in get_args(ClockKind):
-            raise ValueError(f"clock must be one of {', '.join(get_args(ClockKind))}, got {clock!r}")
-        self._kind: ClockKind = clock
+        counted = CountedSteps()
+        self._source: ProgressSource = counted if source is None else source
         for length in (total, warmup):
             if length is not None:
-                self._check_unit(length)
+                self._check_unit(length.unit, f"{length} cannot be counted")
         if clock == "gain":
-            self._check_unit(Duration(1, "gain_steps"))
+            self._check_unit("gain_steps", "clock='gain' cannot be read")
+        if source is None:
+            counted.listen(optimizer)
         super().__init__(optimizer)
 
-    def _check_unit(self, length: Duration) -> None:
-        if length.unit != "steps" and isinstance(self._source, CountedSteps):
-            raise ValueError(f"{length} cannot be counted without an AdaptiveBatch: pass it as the third argument")
-        self._source.progress_after_next.count(length.unit)
+    def _check_unit(self, unit: Unit, refused: str) -> None:
+        if unit != "steps" and isinstance(self._source, CountedSteps):
+            raise ValueError(f"{refused} without an AdaptiveBatch: pass it as the third argument")
+        self._source.progress_after_next.count(unit)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled or copied: its optimizer has come along, without the hooks."""
+        self.__dict__.update(state)
+        if isinstance(self._source, CountedSteps):
+            self._source.listen(self.optimizer)
 
     def factor(self) -> float:
         """``warm-up x shape`` for the next update."""
@@ -138,24 +161,32 @@ class ProgressLR(LRScheduler):
     def _fraction(self) -> float:
         """Progress of the shape, after the warm-up; does not step back."""
         clock, progress = self._clock, self._source.progress
-        if self._anchor is None:
-            self._anchor = clock.anchor(progress)
         if self._kind == "total":
+            if self._anchor is None:
+                self._anchor = clock.anchor(progress)
             return clock.fraction(progress, self._anchor)
         after, unit = self._source.progress_after_next, clock.total.unit
-        gain_per_unit = (after.count("gain_steps") - progress.count("gain_steps")) / (
-            after.count(unit) - progress.count(unit)
-        )
+        gain = after.count("gain_steps") - progress.count("gain_steps")
+        gain_per_unit = gain / (after.count(unit) - progress.count(unit))
+        if self._anchor is None:
+            self._anchor = clock.anchor(progress, gain_per_unit)
         self._passed = clock.gain_fraction(progress, gain_per_unit, self._anchor, self._passed)
         return self._passed
 
     def set_total(self, total: Duration) -> None:
         """Changes the length of a run under way. The rate does not jump: what is left of the shape takes what is left.
 
+        A run whose shape is over stays at its end; to extend it, see ``lr.two_stage`` and ``lr.longer_cooldown``. A run
+        that is resumed after this is built with the new total.
+
         Raises:
-            ValueError: a total that is already over, or in a unit that nobody counts.
+            TypeError: a total without a unit.
+            ValueError: a total that is already over, not longer than a warm-up under way, or in a unit that nobody
+                counts.
         """
-        self._check_unit(total)
+        if not isinstance(total, Duration):
+            raise TypeError(f"total must be a duration, such as adabatch.steps({total}), got {total!r}")
+        self._check_unit(total.unit, f"{total} cannot be counted")
         if self._source.progress.reached(total):
             raise ValueError(f"the run is already past {total}: give a total that lies ahead")
         clock = Clock(total, self._clock.warmup)
@@ -219,15 +250,15 @@ class ProgressLR(LRScheduler):
             raise ValueError(
                 f"the schedule was saved with the shape {saved}, this run has {self.shape}: use one of them"
             )
-        for group, base in zip(self.optimizer.param_groups, state_dict["base_lrs"], strict=True):
-            group["initial_lr"] = base
-        self.base_lrs = list(state_dict["base_lrs"])
         for name in ("total", "warmup", "warmup_start", "clock"):
             if state_dict[name] != mine[name]:
                 raise ValueError(
                     f"the schedule was saved with {name}={state_dict[name]}, this run has {mine[name]}: its learning "
                     f"rate would jump; resume with the saved value (and change the total afterwards with set_total)"
                 )
+        for group, base in zip(self.optimizer.param_groups, state_dict["base_lrs"], strict=True):
+            group["initial_lr"] = base
+        self.base_lrs = list(state_dict["base_lrs"])
         self._anchor = None if state_dict["anchor"] is None else Anchor(*state_dict["anchor"])
         self._passed = state_dict["passed"]
         self.last_epoch = state_dict["last_epoch"]
@@ -321,8 +352,7 @@ class StepHooks:
         self._counts: list[tuple[dict[str, Any], Any]] = []
         self._skipped = False
         self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
+            *_hook(optimizer, self._before, self._after),
             optimizer.register_state_dict_pre_hook(self.restore),
         ]
 
