@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
 import yaml
 
 from adabatch.batch.plan import Duration
@@ -14,7 +15,7 @@ from adabatch.cli.comparing import BOUND_SOURCE, Judged, bound_over_time, judge
 from adabatch.cli.display import Display
 from adabatch.cli.horizon import Horizon
 from adabatch.cli.panels import draw_panels
-from adabatch.cli.recorded import CHECKPOINT, JOURNAL, Recorded, Saved, read_recorded, read_saved
+from adabatch.cli.recorded import CHECKPOINT, JOURNAL, Recorded, Saved, read_checkpoint, read_recorded, read_saved
 from adabatch.cli.shape_text import class_path
 from adabatch.lr.bound import longer_cooldown, two_stage
 from adabatch.lr.shapes import Decay, Shape, tabulated, wsd
@@ -24,28 +25,37 @@ SOURCE = "Schaipp et al. 2025, arXiv:2501.18965"
 RAMP_SHARE = 0.02
 """Length of the ramp to the second stage over that of the finished run: 1,000 of 50,000 steps in their logged runs."""
 
-TABLE_LENGTH = 401
+ENTRIES_PER_RUN = 200
+"""Entries of a table of the longer run for each length of the finished one: the ramp is four of them."""
+
+EXTENSIONS = ("two stages", "longer cooldown")
 
 
 class Finished(NamedTuple):
-    """A run to extend, as if its steps were equal parts of its total.
+    """A run to extend.
 
     Args:
-        num_steps: warm-up included.
-        warmup_steps: before its shape began.
+        num_steps: its steps, warm-up included, as if all were equal parts of its total; so are those of the warm-up.
+        warmup_steps: such steps before its shape began.
+        warmup: the same in the unit of the total.
         cooldown, decay: of its shape.
         total: length of the run.
     """
 
     num_steps: int
     warmup_steps: int
+    warmup: float
     cooldown: float
     decay: Decay
     total: Duration
 
-    def in_unit(self, steps: float) -> float:
-        """So many steps in the unit of the total."""
-        return steps / self.num_steps * self.total.count
+    def steps_of(self, total: Duration) -> int:
+        """The same equal steps in a run of another total."""
+        return round(self.num_steps * total.count / self.total.count)
+
+    def stable_until(self, total: float, cooldown: float) -> float:
+        """Where a cooldown begins in a run of that total, in its unit."""
+        return total - cooldown * (total - self.warmup)
 
 
 class Option(NamedTuple):
@@ -55,13 +65,13 @@ class Option(NamedTuple):
         shape: over the progress from the warm-up to the new total.
         lr_factor: what the learning rate of the stable part has been multiplied by at its end.
         cooldown: share of that progress that cools down.
-        resume: steps after which it leaves the schedule of the finished run.
+        resume: where it leaves the schedule of the finished run, in the unit of the total.
     """
 
     shape: Shape
     lr_factor: float
     cooldown: float
-    resume: int
+    resume: float
 
 
 def finished_run(saved: Saved) -> Finished:
@@ -90,45 +100,62 @@ def finished_run(saved: Saved) -> Finished:
         raise ValueError(f"{saved.path}: the run has not begun")
     num_steps = total.count if total.unit == "steps" else max(1, round(saved.progress.steps * total.count / done))
     warmup_steps = round(num_steps * saved.warmup / total.count)
-    return Finished(num_steps, warmup_steps, cast(float, settings["cooldown"]), cast(Decay, settings["decay"]), total)
+    cooldown, decay = cast(float, settings["cooldown"]), cast(Decay, settings["decay"])
+    return Finished(num_steps, warmup_steps, saved.warmup, cooldown, decay, total)
 
 
-def options_for(run: Finished, new_steps: int) -> dict[str, Option]:
-    """The run's own shape over ``new_steps``, and the two that keep its base learning rate the best one.
+def options_for(run: Finished, total: Duration) -> dict[str, Option]:
+    """The run's own shape over a new total, and the two that keep its base learning rate the best one.
 
     Raises:
         ValueError: as ``lr.two_stage`` does.
     """
+    new_steps = run.steps_of(total)
     given: dict[str, Any] = {"cooldown": run.cooldown, "decay": run.decay, "warmup_steps": run.warmup_steps}
-    sudden = two_stage(run.num_steps, new_steps, **given)
-    room = sudden.num_steps - math.ceil(run.cooldown * (new_steps - run.warmup_steps))
-    stages = two_stage(
-        run.num_steps, new_steps, ramp_steps=max(0, min(round(RAMP_SHARE * run.num_steps), room)), **given
-    )
     longer = longer_cooldown(run.num_steps, new_steps, **given)
+    at_once = two_stage(run.num_steps, new_steps, **given)
+    room = math.floor(at_once.num_steps - run.cooldown * (new_steps - run.warmup_steps))
+    ramp = max(0, min(round(RAMP_SHARE * run.num_steps), room))
+    stages = two_stage(run.num_steps, new_steps, ramp_steps=ramp, **given)
 
-    # The second stage as a table over the whole run: a resumed run and one from the start read the same schedule.
-    step = run.warmup_steps + np.linspace(0, 1, TABLE_LENGTH) * (new_steps - run.warmup_steps)
-    after = step - stages.resume_step
-    falling = 1 + (stages.lr_factor - 1) * np.clip(after / max(stages.ramp_steps, 1e-9), 0, 1)
-    rest = stages.shape((after - stages.ramp_steps) / (stages.num_steps - stages.ramp_steps))
+    # The second stage as a table over the whole run: a resumed run and one from the start read the same schedule. It
+    # begins at an entry of the table, so that before it the factor is 1 and nothing else.
+    until = run.stable_until(run.total.count, run.cooldown)
+    progress = np.linspace(0, 1, 1 + math.ceil(ENTRIES_PER_RUN * min(new_steps / run.num_steps, 20)))
+    begin = (until - run.warmup) / (total.count - run.warmup)
+    ramp_share = ramp / (new_steps - run.warmup_steps)
+    after = progress - progress[np.searchsorted(progress, begin)]
+    falling = 1 + (stages.lr_factor - 1) * np.clip(after / max(ramp_share, 1e-9), 0, 1)
+    rest = stages.shape((progress - begin - ramp_share) / (1 - begin - ramp_share))
     table = [float(f"{value:.6g}") for value in (falling * rest).tolist()]
+
+    longer_until = run.stable_until(total.count, longer.cooldown)
     return {
-        "unchanged": Option(wsd(cooldown=run.cooldown, decay=run.decay), 1.0, run.cooldown, stages.resume_step),
-        "two stages": Option(tabulated(values=table), stages.lr_factor, run.cooldown, stages.resume_step),
+        "unchanged": Option(wsd(cooldown=run.cooldown, decay=run.decay), 1.0, run.cooldown, until),
+        "two stages": Option(tabulated(values=table), stages.lr_factor, run.cooldown, until),
         "longer cooldown": Option(
-            wsd(cooldown=longer.cooldown, decay=run.decay), 1.0, longer.cooldown, longer.resume_step
+            wsd(cooldown=longer.cooldown, decay=run.decay), 1.0, longer.cooldown, min(until, longer_until)
         ),
     }
 
 
-def extend(*, run: Path, factor: float | None, new_total: int | None, out: Path | None, display: Display) -> None:
-    """Both extensions of a run as a table, configs and a picture.
+def extend(
+    *,
+    run: Path,
+    factor: float | None,
+    new_total: int | None,
+    checkpoint: Path | None,
+    out: Path | None,
+    display: Display,
+) -> None:
+    """Both extensions of a run as a table, configs and a picture, and as checkpoints to resume from.
 
     Args:
         run: its folder.
         factor: the new length over the old; 2 where neither is given.
         new_total: the new length, in the unit of the run's total.
+        checkpoint: of the run, from before an extension leaves its schedule: it is copied into a folder for each
+            extension that it can begin, under the new schedule.
         out: folder for the configs ``extend_*.yaml`` and ``extend.png``; by default that of the run.
         display: where the table goes.
 
@@ -140,9 +167,8 @@ def extend(*, run: Path, factor: float | None, new_total: int | None, out: Path 
         raise ValueError(f"{run} holds no {CHECKPOINT}: give the folder of a run of `adabatch train`")
     finished = finished_run(saved)
     total = _new_total(finished.total, factor, new_total)
-    new_steps = round(finished.num_steps * total.count / finished.total.count)
-    options = options_for(finished, new_steps)
-    horizon = Horizon.of_equal_steps(new_steps)
+    options = options_for(finished, total)
+    horizon = Horizon.of_equal_steps(finished.steps_of(total))
     judged = {
         label: judge(option.shape, horizon, warmup_steps=finished.warmup_steps) for label, option in options.items()
     }
@@ -157,7 +183,7 @@ def extend(*, run: Path, factor: float | None, new_total: int | None, out: Path 
             label,
             f"{option.lr_factor:.4f}",
             f"{option.cooldown:.4f}",
-            f"{finished.in_unit(option.resume):,.0f}",
+            f"{_whole(option.resume):,}",
             _steps_text(finished, saved, recorded, option.resume),
             f"{judged[label].terms.best_base_lr / tuned:.4f}",
             f"{judged[label].terms.at(tuned) / reference:.4f}",
@@ -179,11 +205,12 @@ def extend(*, run: Path, factor: float | None, new_total: int | None, out: Path 
 
     folder = out or saved.path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    for label in ("two stages", "longer cooldown"):
-        path = folder / f"extend_{label.replace(' ', '_')}.yaml"
-        option = options[label]
-        path.write_text(_config(saved, finished, total, label, option, path), encoding="utf-8")
+    for label in EXTENSIONS:
+        path = folder / f"{_file_name(label)}.yaml"
+        path.write_text(_config(saved, finished, total, label, options[label], path), encoding="utf-8")
         display.say(f"config: {path}")
+    if checkpoint is not None:
+        _write_checkpoints(checkpoint, saved, finished, total, options, folder, display=display)
     draw_panels(
         lambda draw: _panels(draw, saved, finished, own, options, judged), folder / "extend.png", display=display
     )
@@ -202,38 +229,84 @@ def _new_total(total: Duration, factor: float | None, new_total: int | None) -> 
     return Duration(new_total, total.unit)
 
 
-def _steps_text(finished: Finished, saved: Saved, recorded: Recorded | None, resume: int) -> str:
-    """After how many of its steps the run was there; a guess where only the examples are known and no journal is."""
-    if finished.total.unit == "steps":
-        return f"{resume:,}"
+def _steps_text(finished: Finished, saved: Saved, recorded: Recorded | None, resume: float) -> str:
+    """How many of its steps the run had done by then; a guess where only the examples are known and no journal is."""
+    unit = finished.total.unit
+    if unit == "steps":
+        return f"{_whole(resume):,}"
     if recorded is None:
-        return f"about {resume:,}"
-    done = saved.progress.count(finished.total.unit)
-    share = finished.in_unit(resume) / done
+        return f"about {_whole(resume / finished.total.count * finished.num_steps):,}"
+    share = resume / saved.progress.count(unit)
+    if share > 1:
+        return "not there yet"
     edges = recorded.edges(saved.clock, saved.reference)
-    return f"{int(np.searchsorted(edges, share + 1e-12, side='right')) - 1:,}" if share <= 1 else "not there yet"
+    return f"{int(np.searchsorted(edges, share + 1e-9, side='right')) - 1:,}"
+
+
+def _whole(count: float) -> int:
+    """Whole units in ``count``, forgiving a rounding error below a whole number."""
+    return math.floor(count + 1e-6)
 
 
 def _where_it_stands(saved: Saved, finished: Finished, options: dict[str, Option]) -> str:
     done = saved.progress.count(finished.total.unit)
     stands = f"{CHECKPOINT} stands at {done:,} {finished.total.unit} ({saved.progress.steps:,} steps)"
-    late = [label for label in ("two stages", "longer cooldown") if done > finished.in_unit(options[label].resume)]
+    late = [label for label in EXTENSIONS if done > _whole(options[label].resume)]
     if not late:
-        return f"{stands}: either option can go on from it"
-    which = "either option" if len(late) == 2 else late[0]
-    return (
-        f"{stands}, where the learning rate had left its stable part: {which} needs a checkpoint from before that point"
-    )
+        return f"{stands}, before both options leave its schedule: --checkpoint {saved.path} makes it theirs"
+    which = " and ".join(late)
+    return f"{stands}, too late for {which}: give one from before the point in the table with --checkpoint"
+
+
+def _write_checkpoints(
+    checkpoint: Path,
+    saved: Saved,
+    finished: Finished,
+    total: Duration,
+    options: dict[str, Option],
+    folder: Path,
+    *,
+    display: Display,
+) -> None:
+    """A checkpoint under the new schedule for each option that it can begin."""
+    there = read_checkpoint(checkpoint)
+    if (there.shape, there.total, there.base_lrs) != (saved.shape, saved.total, saved.base_lrs):
+        raise ValueError(
+            f"{checkpoint} is of another run than {saved.path}: it has {there.shape} over {there.total}, "
+            f"base LR {', '.join(map(str, there.base_lrs))}"
+        )
+    done = there.progress.count(total.unit)
+    early = [label for label in EXTENSIONS if done <= _whole(options[label].resume)]
+    if not early:
+        last = max(_whole(options[label].resume) for label in EXTENSIONS)
+        raise ValueError(
+            f"{checkpoint} stands at {done:,} {total.unit}, and an extension needs one from {last:,} {total.unit} or "
+            f"before, while the learning rate was full"
+        )
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    for label in early:
+        config = folder / f"{_file_name(label)}.yaml"
+        path = folder / _file_name(label) / CHECKPOINT
+        path.parent.mkdir(parents=True, exist_ok=True)
+        schedule = {"shape": options[label].shape.to_dict(), "total": [total.count, str(total.unit)]}
+        torch.save({**state, "schedule": {**state["schedule"], **schedule}}, path)
+        display.say(
+            f"checkpoint: {path}; go on with adabatch train --config CONFIG --config {config} --out {path.parent} "
+            f"--resume=true"
+        )
+
+
+def _file_name(label: str) -> str:
+    return f"extend_{label.replace(' ', '_')}"
 
 
 def _config(saved: Saved, finished: Finished, total: Duration, label: str, option: Option, path: Path) -> str:
     """The longer run as a config, with how it was made at its head."""
-    resume = finished.in_unit(option.resume)
     lines = [
         f"{saved.path.parent} extended from {finished.total} to {total}, {label} ({SOURCE}).",
         f"  adabatch train --config CONFIG --config {path}",
-        f"The base learning rate stays. Up to {resume:,.0f} {total.unit} the schedule is that of the finished run,",
-        "so a checkpoint from before that point can go on under it; docs/schedules.md says how.",
+        f"The base learning rate stays. Up to {_whole(option.resume):,} {total.unit} the schedule is the finished run's:",
+        "a checkpoint from before that point can go on under it (adabatch schedule extend --checkpoint).",
     ]
     if option.lr_factor != 1:
         lines.append(f"Then the learning rate falls to {option.lr_factor:.4f} of itself, and cools down at the end.")
@@ -247,18 +320,18 @@ def _panels(
 ) -> list[Any]:
     """Learning rates with the points where they part, and the bounds on the way."""
     base_lr, tuned = saved.base_lrs[0], own.terms.best_base_lr
+    per_step = finished.total.count / finished.num_steps
     runs = {"finished run": own} | judged
     styles = {"finished run": "reference"}
     rates, bounds, marks = [], [], []
     for label, one in runs.items():
-        x = finished.in_unit(1) * np.arange(one.horizon.num_steps + 1)
+        x = per_step * np.arange(one.horizon.num_steps + 1)
         values = np.append(one.factors, 0.0)
         rates.append(draw.Line(label, x, base_lr * values, styles.get(label, "line")))
         times, bound = bound_over_time(one, tuned)
-        bounds.append(draw.Line(label, finished.in_unit(1) * times, bound / own.terms.best, styles.get(label, "line")))
-    for label in ("two stages", "longer cooldown"):
-        option = options[label]
-        marks.append(draw.Mark(label, finished.in_unit(option.resume), base_lr))
+        bounds.append(draw.Line(label, per_step * times, bound / own.terms.best, styles.get(label, "line")))
+    for label in EXTENSIONS:
+        marks.append(draw.Mark(label, options[label].resume, base_lr))
     unit = finished.total.unit.replace("_", "-")
     return [
         draw.Panel(

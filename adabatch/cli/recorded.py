@@ -201,11 +201,20 @@ def read_saved(run: Path) -> Saved | None:
     """The schedule of a run, given its folder; None where that holds no checkpoint, or is a journal.
 
     Raises:
-        ValueError: a checkpoint that cannot be read, or that holds no schedule of ``ProgressLR``.
+        ValueError: as ``read_checkpoint`` does.
     """
     path = run / CHECKPOINT
+    return read_checkpoint(path) if path.is_file() else None
+
+
+def read_checkpoint(path: Path) -> Saved:
+    """The schedule in a checkpoint.
+
+    Raises:
+        ValueError: a checkpoint that cannot be read, or that holds no schedule of ``ProgressLR``.
+    """
     if not path.is_file():
-        return None
+        raise ValueError(f"there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         schedule, batches = state["schedule"], state["batches"]

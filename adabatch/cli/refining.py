@@ -187,7 +187,7 @@ def say_summary(recorded: Recorded, kind: Kind, made: Refined, *, rule: str, dis
     display.table(f"Refined schedule of {recorded.path}", header, [row])
     display.say(
         f"shape_t = w_t / f_t * sum of w_p over p > t, with w = G^-{power}, G the {which} norm, f the batch factor: "
-        f"{SOURCE}, {'Theorem for known norms (SGD)' if power == 2 else 'Algorithm 2 (Adam)'}"
+        f"{SOURCE}, {'conversion theorem and Algorithm 1' if power == 2 else 'Algorithm 2'}"
     )
     display.say(rule)
 

@@ -118,6 +118,13 @@ def _extend_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--new_total", type=int | None, default=None, metavar="N", help="new length in the unit of the run's total"
     )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path | None,
+        default=None,
+        metavar="FILE",
+        help="a checkpoint of the run from before an extension leaves its schedule: written down under the new one",
+    )
     _add_folder(parser, "extend_two_stages.yaml, extend_longer_cooldown.yaml and extend.png")
 
 

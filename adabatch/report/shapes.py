@@ -193,7 +193,7 @@ def _scale_x(axes: Axes, panel: Panel) -> None:
     low, high = float(reach.min()), float(reach.max())
     if "x" in panel.log:
         axes.set_xscale("log")
-        log_ticks(axes.xaxis, base=10, few=high <= 100 * low)
+        log_ticks(axes.xaxis, low, high, base=10)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(8, steps=(1, 2, 5, 10)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, like=high)))

@@ -53,12 +53,15 @@ def log_axis(panel: Axes, values: NDArray[np.float64], *, base: int) -> None:
     panel.set_yscale("log", base=base)
     margin = max((high / low) ** 0.06, 2**0.25)
     panel.set_ylim(low / margin, high * margin)
-    log_ticks(panel.yaxis, base=base, few=base == 10 and high <= 100 * low)
+    log_ticks(panel.yaxis, low, high, base=base)
 
 
-def log_ticks(axis: Axis, *, base: int, few: bool) -> None:
-    """Plain numbers at powers of the base; where there are few of them, at 2 and 5 times those too."""
-    axis.set_major_locator(LogLocator(base=base, subs=(1, 2, 5) if few else (1,), numticks=7))
+def log_ticks(axis: Axis, low: float, high: float, *, base: int) -> None:
+    """Plain numbers at powers of the base; where an axis of base 10 holds few of them, between them too."""
+    subs: tuple[float, ...] = (1,)
+    if base == 10 and high <= 100 * low:
+        subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)
+    axis.set_major_locator(LogLocator(base=base, subs=subs, numticks=7))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
