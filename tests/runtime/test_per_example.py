@@ -500,7 +500,7 @@ def test_a_loss_scale_is_undone() -> None:
 
 
 def test_a_mean_over_valid_tokens_is_shared_out_by_example() -> None:
-    """With n examples, g_i is n times the gradient of example i's share, so the mean of them is the gradient."""
+    """With n examples, g_i is n times the gradient of example i's share; their mean is the gradient."""
     torch.manual_seed(24)
     model, (x, y) = Transformer().double(), tokens()
     y = y.masked_fill(torch.rand(y.shape) < 0.4, -100)
