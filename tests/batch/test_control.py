@@ -194,6 +194,7 @@ def test_plans_can_be_run_and_stay_inside_the_limits(scenario: dict[str, Any]) -
         assert plan.accumulation_steps >= grid.min_accumulation
 
 
+@settings(max_examples=150)
 @given(scenarios())
 def test_reasons_match_what_happened(scenario: dict[str, Any]) -> None:
     control, grid = scenario["control"], scenario["grid"]
@@ -217,6 +218,7 @@ def test_reasons_match_what_happened(scenario: dict[str, Any]) -> None:
             assert not asked.low < present < asked.high, "inside the error bar"
 
 
+@settings(max_examples=150)
 @given(scenarios())
 def test_a_change_is_no_larger_than_the_cap_or_one_quantum(scenario: dict[str, Any]) -> None:
     grid, growth = scenario["grid"], scenario["control"].growth

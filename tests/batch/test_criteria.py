@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from adabatch.batch.criteria import (
@@ -172,6 +172,7 @@ def test_what_was_not_measured_is_not_a_number(contract: Contract) -> None:
 
 
 @every_criterion
+@settings(max_examples=20)
 @given(st.sampled_from([5e-324, 1e-300, 1e-200, 1e160, 1e200, 1.7e308]), positive, positive, batches)
 def test_extreme_tolerances_do_not_raise(
     contract: Contract, tolerance: float, noise: float, signal: float, batch: float
