@@ -163,8 +163,9 @@ class AdaptiveBatch:
         reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure noise and signal although neither criterion nor rule needs them.
-        record_l1: measure the l1 norm of the gradient too, from which ``lr.refine`` makes a schedule for Adam (the
-            Euclidean norm, for SGD, is measured by every probe).
+        record_l1: write the l1 norm of each step's gradient to the journal, from which ``lr.refine`` makes a schedule
+            for Adam, and the l2 norm, for SGD, which every run with a probe writes down. Of the gradient as the
+            backward made it, reduced over the ranks and not clipped yet; one micro-batch a step is enough.
         probe: how gradients are measured; by default chosen by the model's type.
         journal: where the first rank writes one JSON line a step.
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. Seen on
@@ -229,7 +230,7 @@ class AdaptiveBatch:
             micro_sizes=micro_batch_sizes(
                 micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
             ),
-            probed=bool(needs) or probe is not None,
+            measures_noise=bool(needs - {GRAD_L1}) or probe is not None,
         )
         tokens = None if tokens_per_example is None else 0
         self._progress = Progress(tokens=tokens, gain_steps=0.0 if NOISE in needs or probe is not None else None)
@@ -474,8 +475,8 @@ class AdaptiveBatch:
                 f"the batch state was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: "
                 f"upgrade adabatch"
             )
-        self._progress = Progress(**state["progress"])
-        self._consumed = Progress(**state["consumed"])
+        self._progress = self._resumed(Progress(**state["progress"]))
+        self._consumed = self._resumed(Progress(**state["consumed"]))
         self._state = ControlState.from_state_dict(state["control"])
         self._reference = state["reference_batch_size"]
         plan = BatchPlan(**state["plan"])
@@ -529,6 +530,19 @@ class AdaptiveBatch:
         per_example = self._tokens_per_example
         return progress.after(num_examples, None if per_example is None else num_examples * per_example, gain_steps)
 
+    def _resumed(self, saved: Progress) -> Progress:
+        """Saved progress in the units that this run counts, which may be others than those of the run that saved it."""
+        per_example, tokens, gains = self._tokens_per_example, saved.tokens, saved.gain_steps
+        if per_example is None:
+            tokens = None
+        elif tokens is None:
+            tokens = saved.examples * per_example
+        if self._progress.gain_steps is None:
+            gains = None
+        elif gains is None:
+            gains = float(saved.steps)  # a step in which nothing was measured is worth one, as in any run
+        return Progress(examples=saved.examples, steps=saved.steps, tokens=tokens, gain_steps=gains)
+
     def _check_loader(self, loader: Iterable[Any]) -> None:
         micro = self._plan.micro_batch_size
         if isinstance(loader, DataLoader) and loader.batch_size not in (None, micro):
@@ -548,7 +562,9 @@ class AdaptiveBatch:
         """Ranks that would go separate ways raise together, rather than wait for each other."""
         order = loader if isinstance(loader, GlobalOrder) else None
         place = None if order is None else {**order.state_dict(), "shuffle": order.shuffle, "of": len(order)}
-        mine = (place, self._plan, self._progress, self._consumed, self._lr_rule, self._reference, self._control)
+        gives = () if self._probe is None else sorted(self._probe.gives)
+        settings = (self._lr_rule, self._reference, sorted(self._follow), gives, self._control)
+        mine = (place, self._plan, self._progress, self._consumed, settings)
         if not self._collectives.agree(mine):
             raise ValueError(
                 f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "
@@ -612,18 +628,20 @@ def _suited_probe(
         if given is None:
             probe.remove()
         raise ValueError(
-            f"the criterion needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
+            f"the run needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
             f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or another probe"
         )
     return probe
 
 
 def _limits_and_grid(
-    limits: Limits | None, criterion: Criterion, *, dp_size: int, micro_sizes: tuple[int, ...], probed: bool
+    limits: Limits | None, criterion: Criterion, *, dp_size: int, micro_sizes: tuple[int, ...], measures_noise: bool
 ) -> tuple[Limits, PlanGrid]:
     """The limits and the plans that a run can carry out, checked against each other."""
     micro = micro_sizes[0]
-    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if probed and dp_size == 1 else 1)
+    grid = PlanGrid(
+        dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if measures_noise and dp_size == 1 else 1
+    )
     smallest = micro * dp_size * grid.min_accumulation
     if limits is None:
         if not isinstance(criterion, Schedule):
@@ -635,7 +653,7 @@ def _limits_and_grid(
                 f"limits.{name}={limit} cannot be shared equally by {dp_size} ranks: use a multiple of {dp_size}"
             )
     if isinstance(limits.min, int) and limits.min < smallest:
-        two_parts = " (two micro-batches at least, so that their spread can be measured)" if probed else ""
+        two_parts = " (two micro-batches at least, so that their spread can be measured)" if measures_noise else ""
         raise ValueError(
             f"limits.min={limits.min} is below the smallest step of {dp_size} rank(s) x {grid.min_accumulation} x "
             f"{micro} examples{two_parts}: use micro_batch_size={max(1, limits.min // (smallest // micro))} or less, "
