@@ -162,8 +162,9 @@ class AdaptiveBatch:
         reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure noise and signal although neither criterion nor rule needs them.
-        record_l1: measure the l1 norm of the gradient too, from which ``lr.refine`` makes a schedule for Adam (the
-            Euclidean norm, for SGD, is measured by every probe).
+        record_l1: write the l1 norm of each step's gradient to the journal, from which ``lr.refine`` makes a schedule
+            for Adam, and the l2 norm, for SGD, which every run with a probe writes down. Of the gradient as the
+            backward made it, reduced over the ranks and not clipped yet; one micro-batch a step is enough.
         probe: how gradients are measured; by default chosen by the model's type.
         gradient_sync: at which micro-batches of a step the ranks reduce their gradients. DDP does it at the "last".
             FSDP2 by default at "each": between micro-batches a rank then holds its shard of the gradient only, and each
@@ -235,7 +236,8 @@ class AdaptiveBatch:
             micro_sizes=micro_batch_sizes(
                 micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
             ),
-            in_parts=(bool(needs) or probe is not None) and (probe is None or EXAMPLES not in probe.gives),
+            # Parts are needed where noise is measured, and from micro-batches: not for recorded norms alone.
+            in_parts=EXAMPLES not in probe.gives if probe is not None else bool(needs - {GRAD_L1}),
         )
         tokens = None if tokens_per_example is None else 0
         self._progress = Progress(tokens=tokens, gain_steps=0.0 if NOISE in needs or probe is not None else None)
@@ -475,8 +477,8 @@ class AdaptiveBatch:
                 f"the batch state was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: "
                 f"upgrade adabatch"
             )
-        self._progress = Progress(**state["progress"])
-        self._consumed = Progress(**state["consumed"])
+        self._progress = self._resumed(Progress(**state["progress"]))
+        self._consumed = self._resumed(Progress(**state["consumed"]))
         self._state = ControlState.from_state_dict(state["control"])
         self._reference = state["reference_batch_size"]
         plan = BatchPlan(**state["plan"])
@@ -530,6 +532,19 @@ class AdaptiveBatch:
         per_example = self._tokens_per_example
         return progress.after(num_examples, None if per_example is None else num_examples * per_example, gain_steps)
 
+    def _resumed(self, saved: Progress) -> Progress:
+        """Saved progress in the units that this run counts, which may be others than those of the run that saved it."""
+        per_example, tokens, gains = self._tokens_per_example, saved.tokens, saved.gain_steps
+        if per_example is None:
+            tokens = None
+        elif tokens is None:
+            tokens = saved.examples * per_example
+        if self._progress.gain_steps is None:
+            gains = None
+        elif gains is None:
+            gains = float(saved.steps)  # a step in which nothing was measured is worth one, as in any run
+        return Progress(examples=saved.examples, steps=saved.steps, tokens=tokens, gain_steps=gains)
+
     def _check_loader(self, loader: Iterable[Any]) -> None:
         micro = self._plan.micro_batch_size
         if isinstance(loader, DataLoader) and loader.batch_size not in (None, micro):
@@ -549,7 +564,9 @@ class AdaptiveBatch:
         """Ranks that would go separate ways raise together, rather than wait for each other."""
         order = loader if isinstance(loader, GlobalOrder) else None
         place = None if order is None else {**order.state_dict(), "shuffle": order.shuffle, "of": len(order)}
-        mine = (place, self._plan, self._progress, self._consumed, self._lr_rule, self._reference, self._control)
+        gives = () if self._probe is None else sorted(self._probe.gives)
+        settings = (self._lr_rule, self._reference, sorted(self._follow), gives, self._control)
+        mine = (place, self._plan, self._progress, self._consumed, settings)
         if not self._collectives.agree(mine):
             raise ValueError(
                 f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "

@@ -78,7 +78,7 @@ def suited_probe(
         if given is None:
             probe.remove()
         raise ValueError(
-            f"the criterion needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
+            f"the run needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
             f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or another probe, "
             f"such as PerExampleProbe(model, products=True)"
         )

@@ -39,7 +39,9 @@ def check_lr_rule(rule: str) -> None:
 
 
 def check_follow(names: Collection[str]) -> None:
-    """Raises ValueError for a setting that cannot follow the batch."""
+    """Raises ValueError for a setting that cannot follow the batch, TypeError for one that is not in a collection."""
+    if isinstance(names, str):
+        raise TypeError(f"follow takes a collection of settings, such as ({names!r},), got {names!r}")
     unknown = sorted(set(names) - set(get_args(Setting)))
     if unknown:
         raise ValueError(f"follow takes {', '.join(get_args(Setting))}, got {', '.join(map(repr, unknown))}")
@@ -137,8 +139,15 @@ def legw_warmup(warmup: Duration, ratio: float) -> Duration:
         warmup: tuned for the reference batch size.
         ratio: batch size over reference batch size, positive.
 
+    Raises:
+        ValueError: a ratio out of its range, or a warm-up in gain-steps, whose worth in steps depends on the noise.
+
     Source: You et al. 2019, "Large-batch training for LSTM and beyond" (LEGW), section 3.
     """
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"ratio must be positive and finite, got {ratio}")
     if warmup.unit == "steps":
         return warmup
+    if warmup.unit == "gain_steps":
+        raise ValueError(f"a warm-up of {warmup} has the batch in it already: give it in examples, tokens or steps")
     return Duration(round(warmup.count * ratio), warmup.unit)
