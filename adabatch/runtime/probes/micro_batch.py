@@ -25,8 +25,9 @@ def norm(grad: Tensor) -> Tensor:
         values = torch.view_as_real(values.resolve_conj())
     dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
     if dtype is torch.float32 and values.device.type == "cpu" and values.numel() > CPU_CHUNK:
-        pieces = [torch.linalg.vector_norm(piece, dtype=dtype) for piece in torch.split(values.reshape(-1), CPU_CHUNK)]
-        values, dtype = torch.stack(pieces), torch.float64
+        rows = values.view(-1) if values.is_contiguous() else values  # another layout is cut by rows, not copied
+        pieces = torch.split(rows, max(1, CPU_CHUNK * len(rows) // rows.numel()))
+        values, dtype = torch.stack([torch.linalg.vector_norm(piece, dtype=dtype) for piece in pieces]), torch.float64
     length: Tensor = torch.linalg.vector_norm(values, dtype=dtype)
     return length
 
