@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -176,6 +178,9 @@ def test_with_workers_a_growing_micro_batch_loses_and_repeats_nothing() -> None:
     assert dealt == expected(orders[0], 0, len(dealt))
     counts = Counter(dealt)
     assert max(counts.values()) - min(counts[i] for i in range(num_examples)) <= 1
+    del feeds
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 def test_with_workers_the_size_under_way_is_used_up_before_the_new_one_comes() -> None:
