@@ -184,7 +184,12 @@ def test_until_is_reached_across_epochs_and_counts_from_the_beginning(until: Any
     loader = GlobalOrder(regression(24)) if source == "order" else DataLoader(regression(24), batch_size=4)
     assert sizes_of(batches, model, loader, until=until) == [8] * count
     assert sizes_of(batches, model, loader, until=until) == []  # it is over
-    assert batches.state_dict()["consumed"] == {"examples": 8 * count, "steps": count, "tokens": 80 * count}
+    assert batches.state_dict()["consumed"] == {
+        "examples": 8 * count,
+        "steps": count,
+        "tokens": 80 * count,
+        "gain_steps": None,
+    }
 
 
 def test_the_micro_batch_grows_first_and_accumulation_after() -> None:
