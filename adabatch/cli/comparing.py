@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def compare(
     Raises:
         ValueError: whatever does not fit.
     """
-    horizon = _horizon(norms, clock).resampled(steps) if steps is not None else _horizon(norms, clock)
+    horizon = _horizons(norms, clock)(steps)
     judged = {label: judge(shape, horizon, warmup_steps=warmup_steps) for label, shape in map(parse_shape, shapes)}
     first = next(iter(judged.values())).terms
     least = min(one.terms.best for one in judged.values())
@@ -146,9 +147,9 @@ def transfer(
     if not 0 < base_lr < math.inf:
         raise ValueError(f"base_lr must be positive and finite, got {base_lr}")
     (old_label, old), (new_label, new) = parse_shape(source), parse_shape(target)
-    horizon = _horizon(norms, clock)
-    before = horizon if steps is None else horizon.resampled(steps)
-    after = before if target_steps is None else horizon.resampled(target_steps)
+    horizon = _horizons(norms, clock)
+    before = horizon(steps)
+    after = before if target_steps is None else horizon(target_steps)
     warmup_after = warmup_steps if target_warmup_steps is None else target_warmup_steps
     tuned, wanted = judge(old, before, warmup_steps=warmup_steps), judge(new, after, warmup_steps=warmup_after)
     factor = wanted.terms.best_base_lr / tuned.terms.best_base_lr
@@ -182,15 +183,16 @@ def transfer(
     return answers[1]
 
 
-def _horizon(norms: Path | None, clock: Clock | None) -> Horizon:
-    """Equal steps, or those of a run."""
+def _horizons(norms: Path | None, clock: Clock | None) -> Callable[[int | None], Horizon]:
+    """Equal steps, or those of a run, as many as will be asked for."""
     if norms is None:
         if clock is not None:
             raise ValueError(f"clock={clock} says what the progress of a run counts: give the run, with --norms RUN")
-        return Horizon.of_equal_steps(STEPS)
+        return lambda steps: Horizon.of_equal_steps(STEPS if steps is None else steps)
     recorded, saved = read_recorded(norms), read_saved(norms)
     counted = clock or (saved.clock if saved else "examples")
-    return Horizon.of_run(recorded, counted, reference_of(recorded, saved))
+    horizon = Horizon.of_run(recorded, counted, reference_of(recorded, saved))
+    return lambda steps: horizon if steps is None else horizon.resampled(steps)
 
 
 def _closed_form(source: Shape, target: Shape, num_steps: int, target_steps: int) -> float | None:

@@ -240,7 +240,7 @@ def _steps_text(finished: Finished, saved: Saved, recorded: Recorded | None, res
     if share > 1:
         return "not there yet"
     edges = recorded.edges(saved.clock, saved.reference)
-    return f"{int(np.searchsorted(edges, share + 1e-9, side='right')) - 1:,}"
+    return f"{int(np.searchsorted(edges, (share + 1e-9) * edges[-1], side='right')) - 1:,}"
 
 
 def _whole(count: float) -> int:
@@ -302,10 +302,11 @@ def _file_name(label: str) -> str:
 
 def _config(saved: Saved, finished: Finished, total: Duration, label: str, option: Option, path: Path) -> str:
     """The longer run as a config, with how it was made at its head."""
+    until = f"{_whole(option.resume):,} {total.unit}"
     lines = [
         f"{saved.path.parent} extended from {finished.total} to {total}, {label} ({SOURCE}).",
         f"  adabatch train --config CONFIG --config {path}",
-        f"The base learning rate stays. Up to {_whole(option.resume):,} {total.unit} the schedule is the finished run's:",
+        f"The base learning rate stays. Up to {until} this is the finished run's schedule:",
         "a checkpoint from before that point can go on under it (adabatch schedule extend --checkpoint).",
     ]
     if option.lr_factor != 1:

@@ -22,7 +22,7 @@ class Horizon(NamedTuple):
     factor, and its gradient norms have the noise of their batch in them. All three go into the bound as they were.
 
     Args:
-        edges: progress before each step and after the last, from 0 to 1, shape (num_steps + 1,).
+        edges: what was consumed before each step and after the last, in the unit of progress, shape (num_steps + 1,).
         batch_factors: shape (num_steps,).
         norms: ``G_t``, shape (num_steps,).
     """
@@ -40,7 +40,7 @@ class Horizon(NamedTuple):
         """
         if num_steps < 1:
             raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
-        return cls(np.linspace(0, 1, num_steps + 1), np.ones(num_steps), np.ones(num_steps))
+        return cls(np.arange(num_steps + 1.0), np.ones(num_steps), np.ones(num_steps))
 
     @classmethod
     def of_run(cls, recorded: Recorded, clock: Clock, reference: float) -> Horizon:
@@ -88,8 +88,8 @@ class Horizon(NamedTuple):
                 f"warmup_steps must lie in [0, {self.num_steps - 1}] for {self.num_steps} steps, got {warmup_steps}: "
                 "shorten the warm-up or lengthen the run"
             )
-        begin = self.edges[warmup_steps]
-        values = shape((self.edges[:-1] - begin) / (1 - begin))
+        begin, end = self.edges[warmup_steps], self.edges[-1]
+        values = shape((self.edges[:-1] - begin) / (end - begin))
         if warmup_steps:
             values *= warmup_factor(np.arange(self.num_steps) / warmup_steps)
         return np.asarray(values * self.batch_factors)

@@ -114,7 +114,7 @@ class Recorded(NamedTuple):
         return np.array([lr_factor(rule, b, reference=reference, noise=n, signal=s) for b, n, s in numbers])
 
     def edges(self, clock: Clock, reference: float) -> FloatArray:
-        """Progress before each step and after the last, from 0 to 1, shape (num_steps + 1,).
+        """What was consumed before each step and after the last, from 0, shape (num_steps + 1,).
 
         Args:
             clock: what counts: examples, steps, or gain-steps (as much as a step gains over one of the reference size).
@@ -124,8 +124,7 @@ class Recorded(NamedTuple):
             taken = self.factors("gain", reference)
         else:
             taken = self.batch if clock == "examples" else np.ones(self.num_steps)
-        passed = np.concatenate([[0.0], np.cumsum(taken)])
-        return np.asarray(passed / passed[-1])
+        return np.concatenate([[0.0], np.cumsum(taken)])
 
 
 class Saved(NamedTuple):

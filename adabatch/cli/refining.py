@@ -73,7 +73,7 @@ def refined(
         recorded: the run.
         kind: of optimizer, as for ``lr.refine``.
         factor: ``f_t``, shape (num_steps,).
-        edges: progress before each step and after the last, shape (num_steps + 1,).
+        edges: what was consumed before each step and after the last, shape (num_steps + 1,).
         smoothing: window of the median filter as a share of the measured norms, in [0, 1].
         length: entries of the table at most, at least 2.
 
@@ -246,8 +246,7 @@ def _scaled(recorded: Recorded, judged: Mapping[str, BoundTerms], label: str = "
 
 def _panels(draw: Any, recorded: Recorded, made: Refined, edges: FloatArray, clock: Clock) -> list[Any]:
     """Norms, the shape, and the learning rate that both it and the run's own schedule come to."""
-    total = {"examples": recorded.batch.sum(), "steps": recorded.num_steps}.get(clock, 1.0)
-    x = edges[:-1] * total
+    x = edges[:-1]
     grew = np.ptp(made.factor) > 0
     own = recorded.shape / np.nanmax(recorded.shape) if np.nanmax(recorded.shape, initial=0) > 0 else recorded.shape
     shapes = [draw.Line("refined", x, made.values)]
@@ -268,8 +267,7 @@ def _panels(draw: Any, recorded: Recorded, made: Refined, edges: FloatArray, clo
     if grew:
         rates = [line._replace(y=line.y * made.factor / (line.y * made.factor).max()) for line in shapes]
         panels.append(draw.Panel("shape x batch factor", rates, note="each with maximum 1"))
-    title = {"examples": "examples", "steps": "step"}.get(clock, "share of the gain-steps")
-    panels[-1] = panels[-1]._replace(x_title=title)
+    panels[-1] = panels[-1]._replace(x_title=clock.replace("_", "-"))
     return panels
 
 
