@@ -90,7 +90,7 @@ def _sharded(model: nn.Module, gradient_sync: GradientSync) -> Wrapper:
         if strange:
             raise ValueError(
                 f"the optimizer does not hold {_some(strange)}, whose gradients FSDP2 reduces together with those it "
-                f"holds, so that they are measured together: freeze them with requires_grad_(False), or give them to it"
+                f"holds, so they are measured together: freeze them with requires_grad_(False), or let it hold them"
             )
         if gradient_sync == "last" and collectives.size == 1:
             raise ValueError(

@@ -175,8 +175,8 @@ class ReduceScatterProbe:
             if len(unit.reductions) > 1:
                 raise RuntimeError(
                     f"FSDP2 reduced the gradient of {name or 'the root'} in {len(unit.reductions)} pieces in one "
-                    f"backward, whose norms do not add up: a module that is run several times in a forward must not be "
-                    f"a unit of its own; apply fully_shard to one around it"
+                    f"micro-batch, whose norms do not add up: modules that are one unit must run together in one "
+                    f"forward, so give a head that is called once a chunk a unit of its own"
                 )
             seen += unit.reductions
             unit.reductions.clear()
