@@ -284,7 +284,7 @@ def test_a_setting_that_follows_must_be_in_a_collection() -> None:
 
 
 def test_legw_keeps_the_steps_of_the_warmup() -> None:
-    """You et al. 2019: warm-up epochs grow with the batch, so that as many steps are taken, at sqrt(k) times the rate."""
+    """You et al. 2019: warm-up epochs grow with the batch, so that as many steps are taken, at sqrt(k) the rate."""
     assert legw_warmup(examples(1000), 8.0) == examples(8000)
     assert legw_warmup(steps(100), 8.0) == steps(100)
     assert legw_warmup(examples(1000), 0.25) == examples(250)
