@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-from loops import loss_of, network, regression, weights
+from hypothesis import given
+from hypothesis import strategies as st
+from loops import loss_of, network, regression, train, weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, SparseAdam
 
-from adabatch import AdaptiveBatch, GlobalOrder, Limits, Seesaw, Stage, Stages, examples, lr
+from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, Seesaw, Stage, Stages, examples, lr
+from adabatch.lr.rules import followed
 from adabatch.runtime.scheduler import Moved, StepHooks
 
 GROWING = Stages(8, [Stage(examples(24), 16), Stage(examples(56), 48), Stage(examples(152), 24)])
+ALL = ("betas", "eps", "weight_decay")
 SIZES = [8, 8, 8, 16, 16, 48, 48, 24, 24]
 
 
@@ -69,6 +74,28 @@ def order() -> GlobalOrder:
 
 def apart(model: nn.Module, other: nn.Module) -> float:
     return float((weights(model) - weights(other)).abs().max())
+
+
+def in_force(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The settings of the first group while each update ran; to be called before AdaptiveBatch puts its hooks on."""
+    seen: list[dict[str, Any]] = []
+    optimizer.register_step_post_hook(lambda *_: seen.append({**optimizer.param_groups[0]}))
+    return seen
+
+
+def run(optimizer: Optimizer, model: nn.Module, criterion: Any, until: int, **options: Any) -> list[dict[str, Any]]:
+    """Settings of each update, with its batch size and the examples consumed before it."""
+    seen = in_force(optimizer)
+    batches = adaptive(model, optimizer, criterion, **options)
+    at: list[tuple[int, int]] = []
+    for step in batches.steps(order(), until=examples(until)):
+        at.append((step.global_batch_size, batches.consumed.examples))
+        for batch in step:
+            step.backward(loss_of(model, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+    batches.remove()
+    return [{**group, "size": size, "before": before} for group, (size, before) in zip(seen, at, strict=True)]
 
 
 # --- Adam's memory --------------------------------------------------------------------------------------------------
@@ -214,31 +241,242 @@ def test_an_adam_whose_momentum_has_a_schedule_of_its_own_is_refused() -> None:
         adaptive(model, NAdam(model.parameters()), follow=("betas",))
 
 
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+@pytest.mark.parametrize("at", [16, 40, 120])
+def test_a_run_saved_in_its_middle_is_an_adam_by_hand_to_its_end(kind: Any, at: int) -> None:
+    """Optimizer and batches through a file; the oracle never stops."""
+    model, twin = of_double(), of_double()
+    oracle = AdamByHand(twin.parameters(), decoupled=kind is AdamW)
+    sizes: list[int] = []
+
+    def part(until: int, states: Any = None) -> bytes:
+        nonlocal model
+        model = network(seed=7, dtype=torch.float64) if states else model
+        optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.0)
+        batches, data = adaptive(model, optimizer, follow=("betas",)), order()
+        parts = (model, optimizer, batches, data)
+        for each, state in zip(parts, states or (), strict=False):
+            each.load_state_dict(state)
+        for step in batches.steps(data, until=examples(until)):
+            for batch in step:
+                step.backward(loss_of(model, batch))
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                q.grad = p.grad.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+            oracle.step(lr=0.01, betas=with_betas(step.global_batch_size / 8))
+            sizes.append(step.global_batch_size)
+            assert apart(model, twin) < 1e-7
+        file = io.BytesIO()
+        torch.save([each.state_dict() for each in parts], file)
+        return file.getvalue()
+
+    saved = part(at)
+    part(sum(SIZES), torch.load(io.BytesIO(saved), weights_only=True))
+    assert sizes == SIZES
+
+
+def test_no_state_of_the_optimizer_is_ever_reset() -> None:
+    """The averages are the same tensors throughout, and the count of steps in reference batches never falls."""
+    model = of_double()
+    optimizer = Adam(model.parameters(), lr=0.01, amsgrad=True)
+    batches = adaptive(model, optimizer, follow=("betas", "eps"), lr_rule="sqrt")
+    places: set[tuple[int, ...]] = set()
+    counts: list[float] = []
+
+    def look(step: Any) -> None:
+        states = [optimizer.state[p] for p in model.parameters()]
+        names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        places.add(tuple(state[name].data_ptr() for state in states for name in names))
+        counts.append(float(states[0]["step"]))
+
+    train(batches, model, optimizer, order(), until=examples(sum(SIZES)), each=look)
+    assert len(places) == 1
+    assert counts == pytest.approx([sum(SIZES[: index + 1]) / 8 for index in range(len(SIZES))], rel=1e-6)
+
+
+# --- eps and decay, and all of it put back --------------------------------------------------------------------------
+
+
+@given(st.floats(0.01, 100), st.floats(0.0, 0.9999), st.floats(0.0, 0.99999))
+def test_the_memory_of_the_averages_is_the_same_in_examples(ratio: float, beta1: float, beta2: float) -> None:
+    """After so many reference batches a gradient weighs the same, whatever the batches were; for every ratio, where
+    1 - ratio (1 - beta) would be below zero from 1 / (1 - beta) on."""
+    (moved,) = followed({"betas": (beta1, beta2)}, ("betas",), ratio=ratio, factor=1.0).values()
+    for beta, new in zip((beta1, beta2), moved, strict=True):
+        assert 0 <= new < 1
+        assert new == pytest.approx(beta**ratio, rel=1e-12)
+        # `steps` updates of `ratio` reference batches each
+        for num in (1, 7):
+            assert new**num == pytest.approx(beta ** (ratio * num), rel=1e-9, abs=1e-300)
+
+
+def test_the_memory_at_published_values() -> None:
+    """beta ** k: 0.9 becomes 0.81, 0.6561 and 0.185 at 2, 4 and 16 times the batch; 1 - k (1 - beta) is -0.6 there."""
+    for ratio, expected in ((1, (0.9, 0.95)), (2, (0.81, 0.9025)), (4, (0.6561, 0.81450625))):
+        moved = followed({"betas": (0.9, 0.95)}, ("betas",), ratio=ratio, factor=1.0)
+        assert moved["betas"] == pytest.approx(expected, rel=1e-12)
+    assert followed({"betas": (0.9, 0.0)}, ("betas",), ratio=16, factor=1.0)["betas"] == pytest.approx(
+        (0.18530201888518416, 0.0), rel=1e-12
+    )
+
+
+@given(st.floats(0.01, 100), st.floats(0.01, 100), st.floats(0, 10), st.floats(1e-12, 1))
+def test_eps_and_decay_of_a_step(ratio: float, factor: float, decay: float, eps: float) -> None:
+    moved = followed({"eps": eps, "weight_decay": decay}, ("eps", "weight_decay"), ratio=ratio, factor=factor)
+    assert moved["eps"] * math.sqrt(ratio) == pytest.approx(eps, rel=1e-12)
+    assert factor * moved["weight_decay"] / ratio == pytest.approx(decay, rel=1e-12, abs=1e-300)
+    assert followed({"eps": eps}, (), ratio=ratio, factor=factor) == {}
+
+
+@pytest.mark.parametrize("rule", ["none", "sqrt", "linear", "gain", "sqrt_gain"])
+def test_decay_is_constant_per_example_whatever_the_rate_does(rule: Any) -> None:
+    model = of_double()
+    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.1, eps=1e-6)
+    updates = run(optimizer, model, GROWING, sum(SIZES), lr_rule=rule, follow=("weight_decay", "eps"))
+    assert [update["size"] for update in updates] == SIZES
+    for update in updates:
+        assert update["lr"] * update["weight_decay"] / update["size"] == pytest.approx(0.01 * 0.1 / 8, rel=1e-12)
+        assert update["eps"] == pytest.approx(1e-6 / math.sqrt(update["size"] / 8), rel=1e-12)
+        assert update["betas"] == (0.9, 0.999), "only what is asked for follows"
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["eps"]) == (0.01, 0.1, 1e-6)
+
+
+def test_groups_follow_each_from_its_own_settings() -> None:
+    model = of_double()
+    groups = [
+        {"params": model[0].parameters(), "betas": (0.8, 0.99), "weight_decay": 0.2},
+        {"params": model[2].parameters(), "eps": 1e-4, "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=0.01)
+    seen: list[Any] = []
+    optimizer.register_step_post_hook(lambda *_: seen.append([dict(group) for group in optimizer.param_groups]))
+    batches = adaptive(model, optimizer, Constant(32), reference_batch_size=8, lr_rule="sqrt", follow=ALL)
+    train(batches, model, optimizer, order(), until=examples(32))
+    ((first, second),) = seen
+    assert (first["betas"], first["weight_decay"]) == (with_betas(4, (0.8, 0.99)), 0.4)
+    assert (second["betas"], second["weight_decay"], second["eps"]) == (with_betas(4), 0.0, 5e-5)
+
+
+class Failing(AdamW):
+    """Fails after it has moved, once told to: the state is half new, and no hook runs after it."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> Any:
+        out = super().step(closure)
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return out
+
+
+class FailingBefore(AdamW):
+    """Fails before it has moved."""
+
+    fails = False
+
+    def _init_group(self, *args: Any, **options: Any) -> Any:
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return super()._init_group(*args, **options)
+
+
+def settings_and_counts(optimizer: Optimizer) -> Any:
+    names = ("lr", "betas", "eps", "weight_decay")
+    return (
+        [{name: group[name] for name in names} for group in optimizer.param_groups],
+        [float(state["step"]) for state in optimizer.state.values()],
+    )
+
+
+def test_an_update_that_raises_leaves_settings_and_counts_as_they_were() -> None:
+    """At the latest when the optimizer is saved or the loop goes on."""
+    model = of_double()
+    optimizer = FailingBefore(model.parameters(), lr=0.01, weight_decay=0.1)
+    batches = adaptive(model, optimizer, Stages(8, [Stage(examples(8), 32)]), lr_rule="sqrt", follow=ALL)
+    steps = batches.steps(order())
+
+    for index in range(3):
+        current = next(steps)
+        for batch in current:
+            current.backward(loss_of(model, batch))
+        if index < 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    before = settings_and_counts(optimizer)
+    assert before[1] == pytest.approx([5.0] * 4), "8 and 32 examples"
+    optimizer.fails = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step()
+        saved = optimizer.state_dict()
+        assert settings_and_counts(optimizer) == before
+        assert saved["param_groups"][0]["betas"] == (0.9, 0.999)
+        assert float(saved["state"][0]["step"]) == pytest.approx(5.0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    optimizer.fails = False
+    optimizer.step()
+    groups, counts = settings_and_counts(optimizer)
+    assert groups == before[0]
+    assert counts == pytest.approx([9.0] * 4), "32 more, once"
+    batches.remove()
+
+
+def test_an_optimizer_that_calls_its_parents_step_counts_once() -> None:
+    AdamW(network().parameters())  # torch puts hooks on a class when its first instance is made
+    model, twin = of_double(), of_double()
+    optimizer = Failing(model.parameters(), lr=0.01, weight_decay=0.0)
+    oracle = AdamByHand(twin.parameters())
+    batches = adaptive(model, optimizer, follow=("betas",))
+    assert side_by_side(batches, model, optimizer, twin, oracle) == SIZES
+
+
+def test_an_update_that_is_left_out_moves_no_count() -> None:
+    model = of_double()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    batches = adaptive(model, optimizer, GROWING, monitor=True, lr_rule="sqrt", follow=ALL)
+    for index, step in enumerate(batches.steps(order(), until=examples(sum(SIZES)))):
+        for batch in step:
+            step.backward(loss_of(model, batch) * (math.nan if index in (1, 4) else 1.0))
+        before = settings_and_counts(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        after = settings_and_counts(optimizer)
+        assert after[0] == before[0]
+        if index in (1, 4):
+            assert after == before
+    assert after[1] == pytest.approx([(sum(SIZES) - SIZES[1] - SIZES[4]) / 8] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "follow", "words"),
+    [
+        (SGD, ("betas",), "follow='betas', but SGD has no betas: leave it out"),
+        (SGD, ("weight_decay",), "follow='weight_decay' keeps a decoupled decay constant.*SGD.*use AdamW"),
+        (Adam, ("weight_decay",), "follow='weight_decay' keeps a decoupled decay constant.*Adam.*use AdamW"),
+        (Adam, ("momentum",), "follow takes betas, eps, weight_decay, got 'momentum'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_follow_is_named(optimizer: Any, follow: Any, words: str) -> None:
+    model = of_double()
+    with pytest.raises(ValueError, match=words):
+        adaptive(model, optimizer(model.parameters(), lr=0.1), follow=follow)
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_an_adam_with_decoupled_decay_is_an_adamw() -> None:
+    model = of_double()
+    optimizer = Adam(model.parameters(), lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)
+    updates = run(optimizer, model, GROWING, sum(SIZES), lr_rule="sqrt", follow=("weight_decay",))
+    assert [u["lr"] * u["weight_decay"] / u["size"] for u in updates] == pytest.approx([0.01 * 0.1 / 8] * len(SIZES))
+
+
 # --- Seesaw ---------------------------------------------------------------------------------------------------------
 
 HALVINGS = lr.piecewise(milestones=[0.2, 0.4, 0.6, 0.8], factors=[0.5] * 4)
-
-
-def in_force(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The settings of the first group while each update ran; to be called before AdaptiveBatch puts its hooks on."""
-    seen: list[dict[str, Any]] = []
-    optimizer.register_step_post_hook(lambda *_: seen.append({**optimizer.param_groups[0]}))
-    return seen
-
-
-def run(optimizer: Optimizer, model: nn.Module, criterion: Any, until: int, **options: Any) -> list[dict[str, Any]]:
-    """Settings of each update, with its batch size and the examples consumed before it."""
-    seen = in_force(optimizer)
-    batches = adaptive(model, optimizer, criterion, **options)
-    at: list[tuple[int, int]] = []
-    for step in batches.steps(order(), until=examples(until)):
-        at.append((step.global_batch_size, batches.consumed.examples))
-        for batch in step:
-            step.backward(loss_of(model, batch))
-        optimizer.step()
-        optimizer.zero_grad()
-    batches.remove()
-    return [{**group, "size": size, "before": before} for group, (size, before) in zip(seen, at, strict=True)]
 
 
 def test_seesaw_trades_every_halving_for_a_doubling() -> None:
