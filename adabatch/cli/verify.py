@@ -1,0 +1,84 @@
+"""``adabatch verify``: the checks of ``adabatch.verification`` on the model, data and processes of a config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from adabatch.adaptive import AdaptiveBatch
+from adabatch.cli.display import Display
+from adabatch.cli.job import Job
+from adabatch.recipes.data import collate
+from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.world import World
+from adabatch.verification import Check, Training, all_checks
+
+HEADER = ("check", "result", "measured", "allowed")
+DEFAULT_STEPS = 20
+
+
+def verify(
+    make: Callable[[], Job], world: World, *, steps: int, max_cost: float | None, display: Display
+) -> list[Check]:
+    """Runs all checks and shows them as they end; the results are the same on all ranks.
+
+    The criterion, the limits and what belongs to them are checked for mistakes only: the checks bring batch sizes of
+    their own. Nothing is written.
+
+    Raises:
+        ValueError: settings that do not fit together, or a job that the checks cannot be made on.
+    """
+
+    def training_of(job: Job) -> Training:
+        device = world.device
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            inputs, targets = batch
+            value: Tensor = job.loss(model(inputs.to(device)), targets.to(device))
+            return value
+
+        model = job.model.to(device)
+        wrapped = DistributedDataParallel(model) if world.size > 1 else model
+        return Training(
+            model=wrapped,
+            optimizer=job.optimizer(wrapped.parameters()),
+            loader=GlobalOrder(job.train_data, seed=job.seed, collate_fn=collate, num_workers=job.num_workers),
+            loss=loss,
+            micro_batch_size=job.micro_batch_size,
+        )
+
+    job = make()
+    _check_settings(job, training_of(job))
+    display.say(f"verify: {world.size} process(es) on {world.device.type}, micro-batches of {job.micro_batch_size}")
+    results = []
+    for check in all_checks(lambda: training_of(make()), num_steps=steps, max_cost=max_cost):
+        display.say(f"{check.name}: {'passed' if check.passed else 'FAILED'}: {check.explanation}")
+        results.append(check)
+    display.table("Verified", HEADER, [row(check) for check in results])
+    return results
+
+
+def row(check: Check) -> tuple[str, ...]:
+    """A check as a row under ``HEADER``."""
+    result = "FAILED" if not check.passed else "passed" if check.allowed is not None else "reported"
+    return check.name, result, f"{check.measured:.4g}", "-" if check.allowed is None else f"{check.allowed:.4g}"
+
+
+def _check_settings(job: Job, training: Training) -> None:
+    """Raises what ``train`` would raise."""
+    AdaptiveBatch(
+        training.model,
+        training.optimizer,
+        job.criterion,
+        micro_batch_size=job.micro_batch_size,
+        limits=job.limits,
+        max_micro_batch_size=job.max_micro_batch_size,
+        control=job.control,
+        lr_rule=job.lr_rule,
+        reference_batch_size=job.reference_batch_size,
+        tokens_per_example=job.tokens_per_example,
+        monitor=job.monitor,
+    ).remove()
