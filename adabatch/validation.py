@@ -97,7 +97,7 @@ def limits_and_grid(
             raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
         limits = Limits(min=smallest, max=UNLIMITED)
     for name, limit in (("min", limits.min), ("max", limits.max)):
-        if isinstance(limit, int) and limit % dp_size:
+        if isinstance(limit, int) and limit < UNLIMITED and limit % dp_size:
             raise ValueError(
                 f"limits.{name}={limit} cannot be shared equally by {dp_size} ranks: use a multiple of {dp_size}"
             )
