@@ -323,7 +323,7 @@ def test_a_data_set_that_is_too_small_is_refused(check: Callable[..., Check]) ->
 
 
 def test_a_loader_that_ends_within_the_check_is_refused() -> None:
-    with pytest.raises(ValueError, match="pass ended in step 5 of 7.*at least 19 micro-batches"):
+    with pytest.raises(ValueError, match=r"pass ended in step 5 of 7.*at least 19 micro-batches"):
         drift(lambda: training(loader=lambda data: DataLoader(data, batch_size=4), num_examples=36))
 
 
