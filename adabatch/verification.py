@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.batch.control import Limits
 from adabatch.batch.moments import EXAMPLES, GradientMoments
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Constant, Schedule, Stage, Stages
@@ -423,6 +424,7 @@ def _adaptive(training: Training, policy: Schedule, *, probed: bool) -> Adaptive
         training.optimizer,
         policy,
         micro_batch_size=training.micro_batch_size,
+        limits=Limits(min=min(policy.fixed_sizes), max=max(policy.fixed_sizes)),
         monitor=probed,
         probe=training.probe if probed else None,
     )

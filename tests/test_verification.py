@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -349,3 +350,11 @@ def test_a_make_that_does_not_build_anew_is_refused(check: Callable[..., Check])
 def test_settings_are_checked(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         list(all_checks(training, **options))
+
+
+def test_the_page_runs_as_it_stands(capsys: Any) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "verify.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "verify.md", "exec"), {})
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" True ")[0] for line in said] == ["drift", "probe", "constant policy", "resume", "cost"]
