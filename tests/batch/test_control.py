@@ -756,6 +756,17 @@ def test_no_confidence_and_no_spread_need_no_bar() -> None:
         assert found.high == pytest.approx(found.wanted, rel=1e-6)
 
 
+def test_what_rises_and_falls_together_leaves_the_ratio_certain() -> None:
+    """Noise and signal in one proportion, whatever their size: their covariance takes all of the bar away."""
+    averages = Averages()
+    for factor in (0.5, 1.5, 0.7, 1.3, 1.0, 2.0):
+        averages = averages.after(measured(300.0 * factor, factor)(PLAN), 9 / 11)
+    together = estimate(NoiseScale(), averages, PLAN, progress=Progress(), confidence=0.9)
+    assert (together.low, together.high) == pytest.approx((300, 300), rel=1e-3)
+    apart = replace(averages, spread_both=0.0)
+    assert estimate(NoiseScale(), apart, PLAN, progress=Progress(), confidence=0.9).high > 400
+
+
 @pytest.mark.parametrize("criterion", [InnerProductTest(0.9), AugmentedInnerProductTest(0.9, 5.0)])
 def test_any_criterion_has_a_bar(criterion: Criterion) -> None:
     averages = Averages()
