@@ -17,6 +17,7 @@ from adabatch.batch.plan import Duration
 LOG_PARTS = 10
 """Lines that a run leaves in a log that is not a terminal."""
 
+LOG_WIDTH = 100
 REDRAW_SECONDS = 0.1
 
 
@@ -56,6 +57,12 @@ class Shown:
             self._console.print(f"{self._label}: {done:,.0f} of {self._total}  {text}", highlight=False, soft_wrap=True)
 
 
+def _console() -> Console:
+    """Standard output; a log has no width, and a table that is cut off there is of no use."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
+
+
 class Display:
     """Progress and tables for the first rank; nothing for the others.
 
@@ -65,7 +72,7 @@ class Display:
     """
 
     def __init__(self, rank: int, console: Console | None = None) -> None:
-        self._console = (console or Console()) if rank == 0 else None
+        self._console = (console or _console()) if rank == 0 else None
 
     @contextmanager
     def progress(self, label: str, total: Duration) -> Iterator[Shown]:
