@@ -47,8 +47,6 @@ from adabatch.runtime.probes.comm_hook import CommHookProbe
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 200
-
 
 def sharded(model: nn.Sequential | None = None, **options: Any) -> nn.Module:
     """The network in two units; its 7 rows are uneven over 2 ranks."""
@@ -83,10 +81,6 @@ def run(
     return taken, whole(model)
 
 
-def connect(place: str, rank: int, ranks: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{place}/ladder", rank=rank, world_size=ranks)
-
-
 # --- the same decisions ----------------------------------------------------------------------------------------------
 
 # Micro-batches that double, and are all that grows: then two ranks and two accumulation steps have the same parts.
@@ -99,42 +93,55 @@ BY_MICRO_BATCH: dict[str, Any] = {
 BY_ACCUMULATION: dict[str, Any] = {
     "micro_batch_size": 2,
     "limits": Limits(min=4, max=48),
-    "control": Control(growth=1.6, hold=30),
+    "control": Control(growth=1.6, hold=12),
     "criterion": NormTest(eta=0.5),
 }
 
 
-def climbs(rank: int, place: str) -> dict[str, dict[str, Any]]:
-    """Each ladder on each rung: what was decided, and the weights."""
-    micro = {"plain": run(network(), num_steps=STEPS, **BY_MICRO_BATCH)}
-    connect(place, rank, 2)
-    model: Any = replicated()
-    micro["DDP, tensor hooks"] = run(model, num_steps=STEPS, **BY_MICRO_BATCH)
+Rungs = dict[str, tuple[list[tuple[int, str]], Tensor]]
+
+
+def by_micro_batch(rank: int, place: str) -> dict[str, Rungs]:
+    """What was decided, and the weights, on each rung."""
+    rungs = {"plain": run(network(), num_steps=200, **BY_MICRO_BATCH)}
+    dist.init_process_group("gloo", init_method=f"file://{place}/ladder", rank=rank, world_size=2)
+    rungs["DDP, tensor hooks"] = run(replicated(), num_steps=200, **BY_MICRO_BATCH)
     model = replicated()
-    micro["DDP, communication hook"] = run(model, num_steps=STEPS, probe=CommHookProbe(model), **BY_MICRO_BATCH)
-    micro["FSDP2, each"] = run(sharded(), num_steps=STEPS, **BY_MICRO_BATCH)
-    micro["FSDP2, last"] = run(sharded(), num_steps=STEPS, gradient_sync="last", **BY_MICRO_BATCH)
+    rungs["DDP, communication hook"] = run(model, num_steps=200, probe=CommHookProbe(model), **BY_MICRO_BATCH)
+    rungs["FSDP2, each"] = run(sharded(), num_steps=200, **BY_MICRO_BATCH)
+    rungs["FSDP2, last"] = run(sharded(), num_steps=200, gradient_sync="last", **BY_MICRO_BATCH)
+    return {"micro-batch": rungs}
 
-    each = {"DDP, tensor hooks": run(replicated(), num_steps=STEPS, **BY_ACCUMULATION)}
-    each["FSDP2, each"] = run(sharded(), num_steps=STEPS, **BY_ACCUMULATION)
+
+def by_accumulation(rank: int) -> dict[str, Rungs]:
+    """The same where parts are micro-batches, and where they are ranks."""
+    each = {"DDP, tensor hooks": run(replicated(), num_steps=80, **BY_ACCUMULATION)}
+    each["FSDP2, each"] = run(fully_shard(network()), num_steps=80, **BY_ACCUMULATION)
     model = replicated()
-    last = {"DDP, communication hook": run(model, num_steps=STEPS, probe=CommHookProbe(model), **BY_ACCUMULATION)}
-    last["FSDP2, last"] = run(sharded(), num_steps=STEPS, gradient_sync="last", **BY_ACCUMULATION)
-    return {"micro-batch": micro, "accumulation, each": each, "accumulation, last": last}
+    last = {"DDP, communication hook": run(model, num_steps=80, probe=CommHookProbe(model), **BY_ACCUMULATION)}
+    last["FSDP2, last"] = run(fully_shard(network()), num_steps=80, gradient_sync="last", **BY_ACCUMULATION)
+    return {"parts of a micro-batch": each, "parts of a rank": last}
 
 
-def test_all_rungs_choose_the_same_batch_size_at_every_step(tmp_path: Path) -> None:
-    first, second = run_ranks(climbs, 2, tmp_path, str(tmp_path), connect=False, timeout=250)
+def check_rungs(first: dict[str, Rungs], second: dict[str, Rungs], *, num_steps: int) -> None:
     for ladder, rungs in first.items():
         reference, weights = next(iter(rungs.values()))
-        assert len(reference) == STEPS
-        sizes = [size for size, _ in reference]
-        assert sum(later > earlier for earlier, later in itertools.pairwise(sizes)) >= 5, ladder
+        assert len(reference) == num_steps
+        assert sum(later > earlier for (earlier, _), (later, _) in itertools.pairwise(reference)) >= 5, ladder
         for rung, (decisions, reached) in rungs.items():
             assert decisions == reference, (ladder, rung)
             assert decisions == second[ladder][rung][0], (ladder, rung)
             assert torch.equal(reached, second[ladder][rung][1]), (ladder, rung)
             torch.testing.assert_close(reached, weights, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_ddp_and_fsdp_choose_the_same_batch_size_at_every_step(tmp_path: Path) -> None:
+    results = run_ranks(by_micro_batch, 2, tmp_path, str(tmp_path), connect=False, timeout=200)
+    check_rungs(*results, num_steps=200)
+
+
+def test_growth_by_accumulation_is_the_same_where_the_parts_are(tmp_path: Path) -> None:
+    check_rungs(*run_ranks(by_accumulation, 2, tmp_path, timeout=200), num_steps=80)
 
 
 # --- what a person does around a step, on FSDP2 ----------------------------------------------------------------------
