@@ -499,8 +499,21 @@ def test_a_small_cap_does_not_stall(growth: float) -> None:
 def test_a_wish_near_the_present_size_agrees() -> None:
     grid = PlanGrid(dp_size=1, micro_sizes=(8,))
     plan = BatchPlan(micro_batch_size=8, accumulation_steps=8, dp_size=1)
-    for wanted, reason in ((66.0, Reason.AGREES), (67.9, Reason.AGREES), (68.1, Reason.GROW), (59.0, Reason.SHRINK)):
+    for wanted, reason in ((66.0, Reason.AGREES), (67.9, Reason.AGREES), (68.1, Reason.GROW)):
         assert one(measured(wanted, 1.0), grid=grid, plan=plan).reason is reason
+    for wanted, reason in ((63.9, Reason.AGREES), (60.1, Reason.AGREES), (59.0, Reason.SHRINK)):
+        assert one(measured(wanted, 1.0), grid=grid, plan=plan).reason is reason
+
+
+@pytest.mark.parametrize("hysteresis", [0.05, 0.1, 0.5])
+def test_the_hysteresis_is_the_ratio_below_which_nothing_moves(hysteresis: float) -> None:
+    control = replace(PLAIN, hysteresis=hysteresis)
+    grid = PlanGrid(dp_size=1, micro_sizes=(1,))
+    plan = BatchPlan(micro_batch_size=1, accumulation_steps=1000, dp_size=1)
+    for ratio, reason in ((1 + hysteresis, Reason.GROW), (1 / (1 + hysteresis), Reason.SHRINK)):
+        inside, outside = 1000 * (ratio + (1 - ratio) * 0.02), 1000 * (ratio - (1 - ratio) * 0.02)
+        assert one(measured(inside, 1.0), control=control, grid=grid, plan=plan).reason is Reason.HYSTERESIS
+        assert one(measured(outside, 1.0), control=control, grid=grid, plan=plan).reason is reason
 
 
 # --- hold, interval, growth: counted --------------------------------------------------------------------------------
@@ -754,6 +767,34 @@ def test_no_confidence_and_no_spread_need_no_bar() -> None:
     for found in (bar(known(300.0, 1.0, spread=0.3), NoiseScale(), 0.5), bar(known(300.0, 1.0), NoiseScale(), 0.9)):
         assert found.low == pytest.approx(found.wanted, rel=1e-6)
         assert found.high == pytest.approx(found.wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "probes", "quantile"), [(0.75, 6, 0.7267), (0.9, 6, 1.4759), (0.9, 10, 1.3830), (0.95, 10, 1.8331)]
+)
+def test_the_bar_is_a_quantile_of_students_t(confidence: float, probes: int, quantile: float) -> None:
+    """With noise alone uncertain, ``log(wanted)`` has its relative standard error; one freedom less than probes.
+
+    Quantiles from a table; the expansion in the degrees of freedom is good to 0.2 % from five of them on.
+    """
+    averages = Averages()
+    for k in range(probes):
+        averages = averages.after(measured(300.0 + 10 * (-1) ** k, 1.0)(PLAN), 1.0)
+    found = estimate(NoiseScale(), averages, PLAN, progress=Progress(), confidence=confidence)
+    error = math.sqrt(100 * probes / (probes - 1) / probes) / 300
+    assert math.log(found.high / found.wanted) == pytest.approx(quantile * error, rel=3e-3)
+    assert math.log(found.wanted / found.low) == pytest.approx(quantile * error, rel=3e-3)
+
+
+def test_the_noise_along_is_as_uncertain_as_the_noise() -> None:
+    """For the inner-product test in a batch where signal dominates, so that the bar is that of the numerator."""
+    averages = Averages()
+    for k in range(10):
+        moments = measured(3.0 + 0.1 * (-1) ** k, 1e6)(PLAN)
+        averages = averages.after(moments._replace(noise_along=0.1 * moments.noise), 1.0)
+    found = estimate(InnerProductTest(0.01), averages, PLAN, progress=Progress(), confidence=0.9)
+    error = math.sqrt(0.01 / 9) / 3
+    assert math.log(found.high / found.wanted) == pytest.approx(1.3830 * error, rel=3e-3)
 
 
 def test_what_rises_and_falls_together_leaves_the_ratio_certain() -> None:
