@@ -21,6 +21,9 @@ from adabatch.lr.bound import BoundTerms
 from adabatch.lr.refine import Kind, last_iterate_multipliers, median_filter, refined_weights
 from adabatch.lr.shapes import Shape, linear, tabulated
 
+LATE = 0.6
+"""A peak after this share of the run is called suspicious: the published refined schedules peak before it."""
+
 NextRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain"]
 
 SOURCE = "Defazio et al. 2023, arXiv:2310.07831"
@@ -190,6 +193,11 @@ def say_summary(recorded: Recorded, kind: Kind, made: Refined, *, rule: str, dis
         f"{SOURCE}, {'conversion theorem and Algorithm 1' if power == 2 else 'Algorithm 2'}"
     )
     display.say(rule)
+    if made.progress[peak] > LATE:
+        display.say(
+            f"the peak comes at {made.progress[peak]:.0%} of the run: gradients that vanish towards the end, as of a "
+            f"model that fits its data, draw the whole schedule there; smooth more, or keep another shape"
+        )
 
 
 def _about_the_batch(recorded: Recorded, lr_rule: NextRule | None, factor: FloatArray, reference: float) -> str:

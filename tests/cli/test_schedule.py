@@ -449,6 +449,12 @@ def test_a_batch_that_grew_without_a_factor_is_inside_the_shape(tmp_path: Path, 
     assert "must be none" in capsys.readouterr().out
 
 
+def test_a_peak_at_the_end_is_called_suspicious(tmp_path: Path, capsys: Any) -> None:
+    path = journal(tmp_path / "journal.jsonl", [3.0] * 30 + [0.1] * 10)
+    assert main(["schedule", "refine", str(path)]) == 0
+    assert "the peak comes at 7" in capsys.readouterr().out
+
+
 def test_the_suggested_base_lr_is_the_ratio_of_the_bounds(run: Path, capsys: Any) -> None:
     assert main(["schedule", "refine", str(run)]) == 0
     row = table_of(capsys.readouterr().out, "refined ")
@@ -584,16 +590,18 @@ def test_a_checkpoint_goes_on_under_either_extension_as_if_it_had_been_so_from_t
     config = write_config(
         tmp_path,
         loss={"class_path": f"{__name__}.InterruptedLoss"},
-        save_every={"count": 300, "unit": "examples"},
+        save_every={"count": 100, "unit": "examples"},
         max_micro_batch_size=None,
+        limits={"min": 16, "max": 64},
+        total={"count": 1000, "unit": "examples"},
     )
-    InterruptedLoss.calls_left = 150
+    InterruptedLoss.calls_left = 70
     with pytest.raises(Interrupted):
         main(["train", "--config", config])
     run = tmp_path / "run"
     done = read_checkpoint(run / "checkpoint.pt").progress.examples
-    assert 0 < done < 2200
-    assert main(["schedule", "extend", str(run), "--new_total=6000", f"--checkpoint={run / 'checkpoint.pt'}"]) == 0
+    assert 300 < done < 700
+    assert main(["schedule", "extend", str(run), "--new_total=2000", f"--checkpoint={run / 'checkpoint.pt'}"]) == 0
     assert "before both options leave" in capsys.readouterr().out
     for name in ("extend_two_stages", "extend_longer_cooldown"):
         snippet = ["--config", config, "--config", str(run / f"{name}.yaml")]
@@ -601,7 +609,7 @@ def test_a_checkpoint_goes_on_under_either_extension_as_if_it_had_been_so_from_t
         assert main(["train", *snippet, f"--out={tmp_path / name}"]) == 0
         resumed, whole = (torch.load(folder / name / "checkpoint.pt", weights_only=True) for folder in (run, tmp_path))
         assert resumed["batches"] == whole["batches"]
-        assert resumed["batches"]["consumed"]["examples"] >= 6000
+        assert resumed["batches"]["consumed"]["examples"] >= 2000
         for key, value in whole["model"].items():
             assert torch.equal(resumed["model"][key], value)
 
