@@ -446,7 +446,8 @@ def tables(study: Study, summary: Summary) -> list[Table]:
             final,
         ),
         Table(
-            f"{task.name}: final loss less that of {ANCHOR} with the same seed (*: differs from 0, t test at 95 %)",
+            f"{task.name}: final loss less that of {ANCHOR} with the same seed, mean ± standard deviation "
+            "(*: differs from 0, t test at 95 %)",
             ("schedule", *columns),
             [(name, *(apart(name, horizon) for horizon in HORIZONS)) for name in others],
         ),
@@ -502,6 +503,12 @@ def findings(study: Study, summary: Summary) -> list[str]:
         f"{task}: the refined schedule peaks at progress {progress[factors.argmax()]:.2f}, has a mean of "
         f"{factors.mean():.2f} ({ANCHOR}: 0.50), and {factors[100]:.2f} of its peak is left at half-way."
     )
+    fragile = [name for name, tuned in study.tuned.items() if tuned.tried.get(2 * tuned.lr, 0) > 3 * tuned.best.loss]
+    if fragile:
+        told.append(
+            f"{task}: twice the tuned base LR ends on more than three times the loss for {listed(fragile)}: one seed "
+            "tuned them next to where training fails, which may be what they pay for at longer horizons."
+        )
     edges = [name for name, tuned in study.tuned.items() if tuned.lr in (min(tuned.tried), max(tuned.tried))]
     if edges:
         told.append(f"{task}: tuning ended on an edge of its grid for {listed(edges)}.")
@@ -589,7 +596,10 @@ def setting(studies: Sequence[Study], seconds: float) -> list[str]:
         f"{ends('hyperbolic')} and {ends('exp-hyperbolic')} of the base LR.",
         "Clearly below or above means a single t test at 95 %, 30 of them in all, not corrected: one or two may be "
         "chance.",
-        f"All runs, tuning included, took {seconds / 60:.0f} minutes on one thread of a shared machine.",
+        "Where tuned base LRs differ, what happens at longer horizons belongs to schedule and base LR together. The "
+        "curves of wsd are the same at all horizons until the shorter one's cooldown: it is steady by construction.",
+        f"All runs, tuning included, took {seconds / 60:.0f} minutes on one thread, waiting for other work on the "
+        "machine included.",
     ]
     if any(len(study.seeds) < len(SEEDS) for study in studies):
         counts = ", ".join(f"{study.task.name} {len(study.seeds)}" for study in studies)

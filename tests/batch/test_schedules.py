@@ -140,6 +140,14 @@ def test_seesaw_on_a_halving_schedule() -> None:
         assert invariant == pytest.approx(plain, rel=1e-15)
 
 
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 3.0, 5.0, 10.0])
+def test_an_exact_cut_is_on_its_own_side_of_the_rounding(alpha: float) -> None:
+    """Quotients of logarithms of exact powers come out just below a whole number as often as on it."""
+    falls = piecewise(milestones=tuple(k / 10 for k in range(1, 9)), factors=(1 / alpha,) * 8)
+    schedule = Seesaw(32, falls, steps(1000), alpha=alpha)
+    assert [schedule.cuts(Progress(steps=100 * k + 50)) for k in range(9)] == list(range(9))
+
+
 @given(st.sampled_from([linear(), cosine(), polynomial(power=3.0)]), st.floats(1.01, 10), counts)
 def test_seesaw_stays_within_one_cut_of_the_schedule(shape: object, alpha: float, consumed: int) -> None:
     """Rate over the root of the batch is the schedule's own, rounded up to the last cut."""
