@@ -58,6 +58,7 @@ class Job:
         warmup: linear warm-up of the learning rate before the shape.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure the noise although nothing needs it.
+        record_l1: record the l1 norm of the gradient, which `adabatch schedule refine --kind adam` reads.
         seed: of the weights, the order of the data and everything random.
         num_workers: loading processes a rank.
         out: folder for journal, checkpoint and picture.
@@ -83,6 +84,7 @@ class Job:
     warmup: Duration | None = None
     tokens_per_example: int | None = None
     monitor: bool = False
+    record_l1: bool = False
     seed: int = 0
     num_workers: int = 0
     out: Path = Path("runs/latest")
@@ -148,6 +150,7 @@ def run(job: Job, world: World, *, display: Display, label: str) -> Result:
         reference_batch_size=job.reference_batch_size,
         tokens_per_example=job.tokens_per_example,
         monitor=job.monitor,
+        record_l1=job.record_l1,
         journal=journal_path,
     )
     schedule = ProgressLR(optimizer, job.shape or constant(), batches, total=job.total, warmup=job.warmup)

@@ -90,6 +90,14 @@ def test_flags_override_the_file(config: Any, tmp_path: Path) -> None:
     assert sum(line["plan"]["global_batch_size"] for line in journal) < 700
 
 
+def test_the_norms_for_a_refined_adam_schedule_are_one_flag_away(config: Any, tmp_path: Path) -> None:
+    assert main(["train", "--config", config(), "--record_l1=true", "--total.count=600"]) == 0
+    run = tmp_path / "run"
+    assert all(line["norms"]["l1"] > line["norms"]["l2"] for line in lines(run / "journal.jsonl"))
+    assert main(["schedule", "refine", str(run), "--kind=adam"]) == 0
+    assert main(["train", "--config", config(), "--config", str(run / "refined.yaml"), "--total.count=600"]) == 0
+
+
 def test_print_config_shows_every_field_and_reads_back(config: Any, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as done:
         main(["train", "--config", config(), "--print_config"])
