@@ -26,7 +26,8 @@ JOURNAL, CHECKPOINT = "journal.jsonl", "checkpoint.pt"
 
 _HOW_TO_RECORD = {
     "l2": "it measured no gradients; run it again with --monitor=true",
-    "l1": "run it again with record_l1=True (AdaptiveBatch) or --record_l1=true (train), or use the l2 norms, which every probe records",
+    "l1": "run it again with record_l1=True (AdaptiveBatch) or --record_l1=true (train), or use the l2 norms, "
+    "which every probe records",
 }
 
 
