@@ -135,9 +135,11 @@ class Loop:
 def work(rank: int, store: str, family: str, case: tuple[int, int], rounds: int, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    loops = {name: Loop(contender, *case) for name, contender in FAMILIES[family].items()}
-    steps = {name: loop.step for name, loop in loops.items()}
-    timings = interleave(steps, rounds=rounds, warmup=3, synchronize=dist.barrier)
+
+    def steps() -> dict[str, Callable[[], None]]:
+        return {name: Loop(contender, *case).step for name, contender in FAMILIES[family].items()}
+
+    timings = interleave(steps, trials=2, rounds=rounds // 2, synchronize=dist.barrier)
     if rank == 0:
         results.put(dict(timings.seconds))
     dist.barrier()
