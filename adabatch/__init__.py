@@ -1,7 +1,7 @@
 """Batch sizes that grow with the noise of the gradient, and learning rates that follow."""
 
 from adabatch import lr
-from adabatch.adaptive import AdaptiveBatch, Step
+from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.control import Control, Decision, Limits, Reason
 from adabatch.batch.criteria import (
     AugmentedInnerProductTest,
@@ -23,6 +23,7 @@ from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
 from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
 from adabatch.runtime.scheduler import ProgressLR
+from adabatch.step import Step
 
 __version__ = "0.1.0.dev0"
 

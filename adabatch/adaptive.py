@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from adabatch.batch.control import Control, ControlState, Decision, Limits, decide
+from adabatch.batch.control import Control, ControlState, Limits, decide
 from adabatch.batch.criteria import Criterion, Observation
-from adabatch.batch.moments import EXAMPLES, GRAD_L1, NOISE, GradientMoments
+from adabatch.batch.moments import EXAMPLES, GRAD_L1, NOISE
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.journal import Journal, line
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
-from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
+from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, advance_epoch, num_examples_in
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
 from adabatch.runtime.wrappers import GradientSync, wrapper_of
+from adabatch.step import Step
 from adabatch.validation import UNLIMITED, check_fits, check_followers, check_types, limits_and_grid, suited_probe
 
 STATE_FORMAT = 1
@@ -39,95 +39,6 @@ class _Update:
     gain: float | None
     finite: bool
     entry: dict[str, Any]
-
-
-class Step:
-    """One optimizer step: iterate over its micro-batches, and call ``backward`` once for each.
-
-    Attributes:
-        plan: micro-batch size, accumulation steps and data-parallel size, fixed before the step began.
-        global_batch_size: examples the step takes, over all ranks.
-        loss: mean training loss over all ranks, after the inner loop of a probed step; else None.
-        moments: what the probe measured, after the inner loop of a probed step; else None.
-        decision: the next plan and its reason, after the inner loop.
-    """
-
-    def __init__(self, owner: AdaptiveBatch, plan: BatchPlan, feed: Feed, portion: Portion, *, probed: bool) -> None:
-        self.plan = plan
-        self.global_batch_size = portion.num_examples
-        self.loss: float | None = None
-        self.moments: GradientMoments | None = None
-        self.decision: Decision | None = None
-        self.probed = probed
-        self._owner = owner
-        self._feed = feed
-        self._portion = portion
-        self._local_examples = sum(portion.sizes)
-        self._size = 0  # examples in the micro-batch that is being run, 0 outside the inner loop
-        self._num_backward = 0
-        self._begun = False
-        self._losses: Tensor | None = None
-
-    @property
-    def finite(self) -> bool:
-        """Whether loss and gradients were finite on every rank, as far as they were measured."""
-        measured = self.moments is None or self.moments.is_finite
-        return measured and (self.loss is None or math.isfinite(self.loss))
-
-    def __iter__(self) -> Iterator[Any]:
-        """The micro-batches. Gradients are synchronized in the last one only, or in each (``gradient_sync``).
-
-        Raises:
-            RuntimeError: ``backward`` was not called exactly once for a micro-batch, or a second iteration.
-        """
-        if self._begun:
-            raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
-        self._begun = True
-        if self.probed:
-            self._owner._probe_started()
-        num_parts = len(self._portion.sizes)
-        for index, batch in enumerate(self._portion.batches):
-            self._size = self._portion.sizes[index]
-            with nullcontext() if index == num_parts - 1 else self._owner._wrapper.no_sync():
-                yield batch
-            self._size = 0
-            if self._num_backward != index + 1:
-                raise RuntimeError(
-                    f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
-                    f"{num_parts} it had been called {self._num_backward} times"
-                )
-        self._feed.consumed(self._portion)
-        self._owner._finish(self, self._portion)
-
-    def backward(self, loss: Tensor) -> None:
-        """Backward of the mean loss of this micro-batch, weighted so that the step's gradient is the mean of all.
-
-        Args:
-            loss: mean loss over the micro-batch, shape ().
-
-        Raises:
-            ValueError: a loss that is not a scalar tensor.
-            RuntimeError: a call outside the inner loop.
-        """
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            got = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"step.backward takes the mean loss of the micro-batch, a scalar; got a {got}: average it over the "
-                f"examples first, as a tensor"
-            )
-        if self._size == 0:
-            raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
-        weight = self._size / self._local_examples
-        parts = self._local_examples / self._size
-        # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
-        share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
-        if self.probed:
-            self._owner._probe_part(share, self._size, weight)
-            value = loss.detach().double() * weight
-            self._losses = value if self._losses is None else self._losses + value
-        else:
-            share.backward()  # type: ignore[no-untyped-call]
-        self._num_backward += 1
 
 
 class AdaptiveBatch:
@@ -356,8 +267,8 @@ class AdaptiveBatch:
         portion = feed.take(self._plan)
         if portion is None:
             return
-        probed = self._probe is not None and self._state.until_probe == 0
-        step = Step(self, self._plan, feed, portion, probed=probed)
+        probe = self._probe if self._state.until_probe == 0 else None
+        step = Step(self._plan, portion, wrapper=self._wrapper, probe=probe, finish=partial(self._finish, feed=feed))
         yield step
         if step.decision is None:
             raise RuntimeError(
@@ -365,24 +276,15 @@ class AdaptiveBatch:
                 "not break out of it"
             )
 
-    def _probe_started(self) -> None:
-        assert self._probe is not None
-        self._probe.start(self._collectives.size)
-
-    def _probe_part(self, share: Tensor, num_examples: int, weight: float) -> None:
-        assert self._probe is not None
-        self._probe.begin_part()
-        share.backward()  # type: ignore[no-untyped-call]
-        self._probe.end_part(num_examples, weight)
-
-    def _finish(self, step: Step, portion: Portion) -> None:
+    def _finish(self, step: Step, *, feed: Feed) -> None:
         """The end of the inner loop: measure, decide, and keep what the update will need."""
-        before = self._consumed
+        portion, before = step.portion, self._consumed
+        feed.consumed(portion)
         if step.probed:
             assert self._probe is not None
-            assert step._losses is not None
+            assert step.losses is not None
             local = self._probe.collect()
-            loss = (step._losses / self._collectives.size).to(local.device)  # a loss may live elsewhere than the model
+            loss = (step.losses / self._collectives.size).to(local.device)  # a loss may live elsewhere than the model
             local = torch.cat([local, loss.view(1)])
             *totals, step.loss = self._collectives.sum(local).tolist()  # host sync
             step.moments = self._probe.moments(totals)

@@ -1,0 +1,121 @@
+"""``Step``: one optimizer step of a run, as the training loop sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from adabatch.batch.control import Decision
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.plan import BatchPlan
+from adabatch.runtime.data import Portion
+from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.wrappers import Wrapper
+
+
+class Step:
+    """One optimizer step: iterate over its micro-batches, and call ``backward`` once for each.
+
+    ``AdaptiveBatch.steps`` makes them.
+
+    Attributes:
+        plan: micro-batch size, accumulation steps and data-parallel size, fixed before the step began.
+        global_batch_size: examples the step takes, over all ranks.
+        loss: mean training loss over all ranks, after the inner loop of a probed step; else None.
+        moments: what the probe measured, after the inner loop of a probed step; else None.
+        decision: the next plan and its reason, after the inner loop.
+        probed: whether gradients are measured in this step.
+        portion: this rank's micro-batches and how many examples they hold.
+        losses: this rank's mean loss so far, shape (), float64; None where nothing is measured.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        portion: Portion,
+        *,
+        wrapper: Wrapper,
+        probe: Probe | None,
+        finish: Callable[[Step], None],
+    ) -> None:
+        self.plan = plan
+        self.global_batch_size = portion.num_examples
+        self.loss: float | None = None
+        self.moments: GradientMoments | None = None
+        self.decision: Decision | None = None
+        self.probed = probe is not None
+        self.portion = portion
+        self.losses: Tensor | None = None
+        self._wrapper = wrapper
+        self._probe = probe
+        self._finish = finish
+        self._local_examples = sum(portion.sizes)
+        self._size = 0  # examples in the micro-batch that is being run, 0 outside the inner loop
+        self._num_backward = 0
+        self._begun = False
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients were finite on every rank, as far as they were measured."""
+        measured = self.moments is None or self.moments.is_finite
+        return measured and (self.loss is None or math.isfinite(self.loss))
+
+    def __iter__(self) -> Iterator[Any]:
+        """The micro-batches. Gradients are synchronized in the last one only, or in each (``gradient_sync``).
+
+        Raises:
+            RuntimeError: ``backward`` was not called exactly once for a micro-batch, or a second iteration.
+        """
+        if self._begun:
+            raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
+        self._begun = True
+        if self._probe is not None:
+            self._probe.start(self._wrapper.collectives.size)
+        num_parts = len(self.portion.sizes)
+        for index, batch in enumerate(self.portion.batches):
+            self._size = self.portion.sizes[index]
+            with nullcontext() if index == num_parts - 1 else self._wrapper.no_sync():
+                yield batch
+            self._size = 0
+            if self._num_backward != index + 1:
+                raise RuntimeError(
+                    f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
+                    f"{num_parts} it had been called {self._num_backward} times"
+                )
+        self._finish(self)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of the mean loss of this micro-batch, weighted so that the step's gradient is the mean of all.
+
+        Args:
+            loss: mean loss over the micro-batch, shape ().
+
+        Raises:
+            ValueError: a loss that is not a scalar tensor.
+            RuntimeError: a call outside the inner loop.
+        """
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"step.backward takes the mean loss of the micro-batch, a scalar; got a {got}: average it over the "
+                f"examples first, as a tensor"
+            )
+        if self._size == 0:
+            raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
+        weight = self._size / self._local_examples
+        parts = self._local_examples / self._size
+        # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
+        share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
+        if self._probe is None:
+            share.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._probe.begin_part()
+            share.backward()  # type: ignore[no-untyped-call]
+            self._probe.end_part(self._size, weight)
+            value = loss.detach().double() * weight
+            self.losses = value if self.losses is None else self.losses + value
+        self._num_backward += 1
