@@ -39,7 +39,8 @@ def _environment() -> dict[str, str]:
 
 
 def _threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.is_alive()}
+    # torch's compiler shows a progress bar where tqdm is installed, whose monitor lives as long as the process.
+    return {thread for thread in threading.enumerate() if thread.is_alive() and thread.name != "tqdm_monitor"}
 
 
 def _grouped() -> bool:

@@ -240,7 +240,7 @@ def test_a_broken_weighting_is_caught(kind: str, monkeypatch: pytest.MonkeyPatch
 
     def wrong(self: Step, loss: Tensor) -> None:
         shares = self._local_examples / self._size
-        right(self, loss * (shares if kind == "not divided" else shares / len(self._portion.sizes)))
+        right(self, loss * (shares if kind == "not divided" else shares / len(self.portion.sizes)))
 
     monkeypatch.setattr(Step, "backward", wrong)
     for check in (constant_policy, probe_agrees):

@@ -252,7 +252,7 @@ def test_what_does_not_fit_a_saved_schedule() -> None:
         ({"warmup": tokens(10)}, ValueError, r"10 tokens cannot be counted without an AdaptiveBatch"),
         ({"total": tokens(10), "source": Run([1])}, ValueError, r"does not count tokens: pass tokens_per_example="),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_schedules(options: dict[str, Any], error: type[Exception], words: str) -> None:
     options = {"shape": lr.linear(), "total": steps(100), **options}
