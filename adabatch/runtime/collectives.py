@@ -37,6 +37,10 @@ class Collectives:
         """Sum over the ranks, the same bits on each; ``values`` is left as it is."""
         return values if self.size == 1 else self._reduced(values.clone(), dist.ReduceOp.SUM)
 
+    def sum_in_place(self, values: Tensor) -> Tensor:
+        """The same into ``values`` itself, for what is too large to be held twice."""
+        return values if self.size == 1 else self._reduced(values, dist.ReduceOp.SUM)
+
     def sum_of(self, *numbers: float) -> list[float]:
         """Sums over the ranks of a few host numbers."""
         if self.size == 1:
@@ -50,6 +54,37 @@ class Collectives:
             return [float(number) for number in numbers]
         local = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         return [float(number) for number in self._reduced(local, dist.ReduceOp.MIN).tolist()]  # host sync
+
+    def gather_of(self, *numbers: float) -> list[list[float]]:
+        """A few host numbers of every rank, by rank."""
+        local = torch.tensor(numbers, dtype=torch.float64, device=self._device)
+        rows: list[list[float]] = self.gather(local).tolist()  # host sync
+        return rows
+
+    def gather(self, row: Tensor) -> Tensor:
+        """The rows of all ranks, shape (size, n), where each gives one, shape (n,)."""
+        rows = torch.empty(self.size, row.numel(), dtype=row.dtype, device=row.device)
+        if self.size == 1:
+            return rows.copy_(row.view(1, -1))
+        _all_gather(rows.view(-1), row.contiguous(), group=self._one_group())
+        return rows
+
+    def exchange(self, rows: Tensor) -> Tensor:
+        """Row r of ``rows``, shape (size, n), goes to rank r; what comes back are the rows for this rank, by sender."""
+        if self.size == 1:
+            return rows
+        received = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, rows.contiguous(), group=self._one_group())
+        return received
+
+    def copy_from_first(self, values: Tensor) -> None:
+        """Overwrites ``values`` by those of rank 0."""
+        if self.size > 1:
+            dist.broadcast(values, group=self._one_group(), group_src=0)
+
+    def _one_group(self) -> dist.ProcessGroup:
+        assert len(self._groups) == 1, "only reductions go over a grid of groups"
+        return self._groups[0]
 
     def agree(self, value: object) -> bool:
         """Whether ``repr(value)`` is the same on all ranks; the answer is. Costs 16 bytes.
@@ -81,8 +116,9 @@ def reduce_scatter(output: Tensor, values: Tensor, *, op: Any, group: dist.Proce
     return _reduce_scatter(output, values, op=op, group=group, async_op=async_op)
 
 
-# torch 2.13 gave it this name, and warns at the old one.
+# torch 2.13 gave them these names, and warns at the old ones.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def collectives_of(model: torch.nn.Module) -> Collectives:
@@ -104,6 +140,26 @@ def collectives_of(model: torch.nn.Module) -> Collectives:
             f"gradients nobody reduces: wrap it in torch.nn.parallel.DistributedDataParallel, or apply "
             f"torch.distributed.fsdp.fully_shard to it, before AdaptiveBatch"
         )
+    return Collectives(device=device)
+
+
+def workers_of(place: dist.ProcessGroup | DeviceMesh | None, *, device: torch.device) -> Collectives:
+    """The ranks of a process group or of a mesh of one dimension; all ranks where neither is given.
+
+    Raises:
+        ValueError: a mesh of several dimensions.
+    """
+    if isinstance(place, DeviceMesh):
+        if place.ndim != 1:
+            raise ValueError(
+                f"workers must be a mesh of one dimension, got {place}: give the one over which workers average, such "
+                f'as mesh["node"]'
+            )
+        return Collectives(place.get_group(), device=torch.device(place.device_type))
+    if place is not None:
+        return Collectives(place, device=device)
+    if dist.is_available() and dist.is_initialized():
+        return Collectives(*([dist.group.WORLD] if dist.group.WORLD else []), device=device)
     return Collectives(device=device)
 
 

@@ -38,6 +38,21 @@ def reduced(rank: int) -> dict[str, Any]:
         "agree": world.agree(("the same", 1)),
         "disagree": [world.agree(rank == odd) for odd in range(3)],
         "own": (own.rank, own.size, own.sum_of(1.0 + rank)),
+        "moved": moved(world, rank),
+        "moved alone": moved(Collectives(), rank),
+    }
+
+
+def moved(ranks: Collectives, rank: int) -> dict[str, Any]:
+    first = torch.tensor([rank, rank + 0.5])
+    ranks.copy_from_first(first)
+    summed = torch.tensor([1.0, rank])
+    return {
+        "gather": ranks.gather(torch.tensor([rank, 7], dtype=torch.uint8)).tolist(),
+        "gather_of": ranks.gather_of(rank + 0.1, 2**40),
+        "exchange": ranks.exchange(10 * rank + torch.arange(ranks.size).view(-1, 1)).tolist(),
+        "first": first.tolist(),
+        "in place": ranks.sum_in_place(summed) is summed and summed.tolist(),
     }
 
 
@@ -53,6 +68,18 @@ def test_all_ranks_reduce_to_the_same_numbers(tmp_path):
         assert result["minimum_of"] == [-2.0, 5.0]
         assert result["agree"]
         assert result["disagree"] == [False] * 3
+    for rank, result in enumerate(results):
+        assert result["moved"] == {
+            "gather": [[0, 7], [1, 7], [2, 7]],
+            "gather_of": [[0.1, 2**40], [1.1, 2**40], [2.1, 2**40]],
+            "exchange": [[rank], [10 + rank], [20 + rank]],
+            "first": [0.0, 0.5],
+            "in place": [3.0, 3.0],
+        }
+        assert result["moved alone"] == {
+            "gather": [[rank, 7]], "gather_of": [[rank + 0.1, 2**40]], "exchange": [[10 * rank]],
+            "first": [rank, rank + 0.5], "in place": [1.0, rank],
+        }  # fmt: skip
     # The data-parallel ranks of a model are those of its process group.
     assert [result["own"] for result in results] == [(0, 2, [3.0]), (1, 2, [3.0]), (0, 1, [3.0])]
 
