@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -82,6 +83,10 @@ class AdaptiveBatch:
             micro-batch of each rank is a part. At the "last" a step sends one gradient instead of one a micro-batch, a
             rank holds the whole gradient meanwhile, and all micro-batches of a rank are one part: fewer parts, so a
             less certain estimate.
+        scaler: the ``torch.amp.GradScaler`` of a run in float16. ``step.backward`` then scales the loss, and you call
+            ``scaler.step(optimizer)`` and ``scaler.update()`` in the place of ``optimizer.step()``, and
+            ``scaler.unscale_(optimizer)`` before you clip. Moments, losses and the journal are unscaled. A step that
+            overflows consumes its data, and moves neither the progress of the learning rate nor the averages.
         journal: where the first rank writes one JSON line a step.
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. Seen on
             probed steps only.
@@ -90,7 +95,7 @@ class AdaptiveBatch:
         ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
             probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule, a
             size below 1.
-        TypeError: an optimizer or a criterion that is none.
+        TypeError: an optimizer, a criterion or a scaler that is none.
     """
 
     def __init__(
@@ -111,6 +116,7 @@ class AdaptiveBatch:
         record_l1: bool = False,
         probe: Probe | None = None,
         gradient_sync: GradientSync | None = None,
+        scaler: GradScaler | None = None,
         journal: str | Path | None = None,
         skip_nonfinite: bool = True,
     ) -> None:
@@ -125,7 +131,7 @@ class AdaptiveBatch:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
-        self._wrapper = wrapper_of(model, gradient_sync)
+        self._wrapper = wrapper_of(model, gradient_sync, scaler)
         self._collectives = self._wrapper.collectives
         self._criterion = criterion
         self._control = control or Control()
@@ -277,17 +283,9 @@ class AdaptiveBatch:
             )
 
     def _finish(self, step: Step, *, feed: Feed) -> None:
-        """The end of the inner loop: measure, decide, and keep what the update will need."""
+        """The end of the inner loop: decide, and keep what the update will need."""
         portion, before = step.portion, self._consumed
         feed.consumed(portion)
-        if step.probed:
-            assert self._probe is not None
-            assert step.losses is not None
-            local = self._probe.collect()
-            loss = (step.losses / self._collectives.size).to(local.device)  # a loss may live elsewhere than the model
-            local = torch.cat([local, loss.view(1)])
-            *totals, step.loss = self._collectives.sum(local).tolist()  # host sync
-            step.moments = self._probe.moments(totals)
         measured = step.moments
         if measured is not None and not step.finite:
             measured = measured._replace(part_sq=math.nan)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adabatch.batch.control import Decision
@@ -30,7 +31,6 @@ class Step:
         decision: the next plan and its reason, after the inner loop.
         probed: whether gradients are measured in this step.
         portion: this rank's micro-batches and how many examples they hold.
-        losses: this rank's mean loss so far, shape (), float64; None where nothing is measured.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Step:
         self.decision: Decision | None = None
         self.probed = probe is not None
         self.portion = portion
-        self.losses: Tensor | None = None
         self._wrapper = wrapper
         self._probe = probe
         self._finish = finish
         self._local_examples = sum(portion.sizes)
+        self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._size = 0  # examples in the micro-batch that is being run, 0 outside the inner loop
         self._num_backward = 0
         self._begun = False
@@ -86,10 +86,14 @@ class Step:
                     f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
                     f"{num_parts} it had been called {self._num_backward} times"
                 )
+        if self._probe is not None:
+            self._measure(self._probe)
         self._finish(self)
 
     def backward(self, loss: Tensor) -> None:
         """Backward of the mean loss of this micro-batch, weighted so that the step's gradient is the mean of all.
+
+        It scales the loss where ``AdaptiveBatch`` was given a ``scaler``: give it the loss as it is.
 
         Args:
             loss: mean loss over the micro-batch, shape ().
@@ -111,11 +115,27 @@ class Step:
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
         share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
         if self._probe is None:
-            share.backward()  # type: ignore[no-untyped-call]
+            self._wrapper.backward.run(share)
         else:
             self._probe.begin_part()
-            share.backward()  # type: ignore[no-untyped-call]
+            self._wrapper.backward.run(share)
             self._probe.end_part(self._size, weight)
             value = loss.detach().double() * weight
-            self.losses = value if self.losses is None else self.losses + value
+            self._losses = value if self._losses is None else self._losses + value
         self._num_backward += 1
+
+    def _measure(self, probe: Probe) -> None:
+        """Loss and moments of all ranks, in one reduction and one host sync; without the scale of the gradients."""
+        size, scale = self._wrapper.collectives.size, self._wrapper.backward.scale
+        local = probe.collect()
+        assert self._losses is not None
+        means = [self._losses.to(local.device)]  # a loss may live elsewhere than the model
+        if scale is not None:  # summed as well, so that all ranks divide by the same bits
+            means.append(scale(local.device).double())
+        numbers = torch.cat([local, torch.stack(means) / size])
+        totals = self._wrapper.collectives.sum(numbers).tolist()  # host sync
+        factor = 1.0 if scale is None else totals.pop()
+        self.loss = totals.pop()
+        self.moments = probe.moments(totals).scaled(
+            1 / factor if factor else math.inf
+        )  # not finite where backed off to 0

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from adabatch.batch.plan import Duration, Progress, Unit
 from adabatch.lr.clock import Anchor, Clock
 from adabatch.lr.shapes import Shape, warmup_factor
+from adabatch.runtime.backward import left_out
 
 STATE_FORMAT = 1
 
@@ -67,9 +68,9 @@ class CountedSteps:
     def _begin(self, *_: Any) -> None:
         self._stepping = True
 
-    def _count(self, *_: Any) -> None:
+    def _count(self, optimizer: Optimizer, *_: Any) -> None:
         # An optimizer whose step() calls its parent's runs the hooks of both, one inside the other.
-        if self._stepping:
+        if self._stepping and not left_out(optimizer):
             self.progress = self.progress.after(0)
         self._stepping = False
 
@@ -197,6 +198,13 @@ class ProgressLR(LRScheduler):
             self._passed = fraction
         self._clock = clock
         self._write()
+
+    def step(self, epoch: int | None = None) -> None:
+        """Writes the rates of the next update: after ``optimizer.step()``, or where a step was left without one."""
+        # torch warns of a first call without an update before it, which is what a gradient scaler makes on overflow,
+        # and loses a rate by counting calls. Progress is read here, not counted.
+        self._step_count += self._step_count == 1
+        super().step(epoch)
 
     def get_lr(self) -> list[float | Tensor]:
         """``base LR x warm-up x shape`` of each group."""
@@ -333,7 +341,7 @@ class StepHooks:
         skip: called before each update, says whether to leave it out: the gradients are dropped, so that the optimizer
             finds nothing to do.
         done: called after each update with the optimizer, the rates that were in force, one a group, and whether it was
-            applied.
+            applied, which it is not where ``skip`` said so, or a gradient scaler to a fused optimizer.
     """
 
     def __init__(
@@ -383,7 +391,7 @@ class StepHooks:
                 _put(state, "step", state["step"] * self._averaged)
         self._averaged = 1.0
         self.restore()
-        self._done(optimizer, rates, not self._skipped)
+        self._done(optimizer, rates, not self._skipped and not left_out(optimizer))
 
     def restore(self, *_: Any) -> None:
         """Puts back what the batch moved, where an update raised before it could be."""

@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from adabatch.runtime.backward import PLAIN, Backward, scaled_by
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe
@@ -34,24 +36,35 @@ class Wrapper(NamedTuple):
         collectives: the ranks that see different data.
         no_sync: a context in which a backward reduces nothing; for every micro-batch of a step but the last.
         make_probe: the probe that suits it.
+        backward: how the backward of a micro-batch runs, and what it multiplies gradients by.
     """
 
     collectives: Collectives
     no_sync: Callable[[], AbstractContextManager[Any]]
     make_probe: MakeProbe
+    backward: Backward = PLAIN
 
 
-def wrapper_of(model: nn.Module, gradient_sync: GradientSync | None = None) -> Wrapper:
+def wrapper_of(
+    model: nn.Module, gradient_sync: GradientSync | None = None, scaler: GradScaler | None = None
+) -> Wrapper:
     """How a model is wrapped: not at all, in ``DistributedDataParallel``, or by ``fully_shard`` (FSDP2).
 
     Args:
         model: as it is trained.
         gradient_sync: "each" or "last" micro-batch; None for what suits the wrapper.
+        scaler: of the losses, in float16; None for none.
 
     Raises:
         ValueError: an unknown ``gradient_sync`` or one that the wrapper does not go with; a plain model on several
             processes; a sharded model that is not sharded over one data-parallel mesh.
+        TypeError: a scaler that is none.
     """
+    wrapper = _wrapper_of(model, gradient_sync)
+    return wrapper if scaler is None else wrapper._replace(backward=scaled_by(scaler))
+
+
+def _wrapper_of(model: nn.Module, gradient_sync: GradientSync | None) -> Wrapper:
     if gradient_sync is not None and gradient_sync not in get_args(GradientSync):
         raise ValueError(f"gradient_sync must be one of {', '.join(get_args(GradientSync))}, got {gradient_sync!r}")
     if is_sharded(model):

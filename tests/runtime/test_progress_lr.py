@@ -7,7 +7,6 @@ import io
 import json
 import math
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -426,20 +425,15 @@ def test_a_resume_with_another_schedule_is_refused_and_changes_nothing(options: 
     assert schedule.get_lr() == [rate]
 
 
-@pytest.mark.filterwarnings("default")
 def test_a_schedule_stepped_without_an_update_stays_where_it_is() -> None:
-    """Progress has not moved, so the rate has not; torch warns of the first such call, as with all its schedulers."""
+    """Progress has not moved, so the rate has not; a gradient scaler may leave out the first update of a run."""
     optimizer = sgd()
     schedule = ProgressLR(optimizer, lr.linear(), total=steps(10))
-    with pytest.warns(UserWarning, match=r"`lr_scheduler.step\(\)` before `optimizer.step\(\)`"):
+    for _ in range(3):
         schedule.step()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(3):
-            schedule.step()
-        assert optimizer.param_groups[0]["lr"] == 0.1
-        optimizer.step()
-        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    optimizer.step()
+    schedule.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.09)
 
 

@@ -202,7 +202,8 @@ class ReduceScatterProbe:
             RuntimeError: a gradient that cannot be the mean of the parts that were measured.
         """
         moments = self._sums.moments(totals)
-        if moments.grad_sq > TOO_LONG * moments.part_sq:
+        # A reduction in float16 may overflow where its parts do not: then the update is left out.
+        if math.isfinite(moments.grad_sq) and moments.grad_sq > TOO_LONG * moments.part_sq:
             raise RuntimeError(
                 f"the gradient's squared norm, {moments.grad_sq:.6g}, is above the mean of its parts', "
                 f"{moments.part_sq:.6g}, so it is not their mean: if set_gradient_divide_factor was called, give the "
