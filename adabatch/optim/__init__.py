@@ -1,5 +1,6 @@
 """Torch optimizers that torch lacks; they know nothing of batches or ranks."""
 
+from adabatch.optim import mup
 from adabatch.optim.adagrad_norm import AdaGradNorm
 
-__all__ = ["AdaGradNorm"]
+__all__ = ["AdaGradNorm", "mup"]

@@ -1,0 +1,34 @@
+"""Width plans: settings tuned on a narrow model hold on a wide one (maximal update parameterization).
+
+with torch.device("meta"):
+    base = Model(width=64)
+plan = mup.plan(model, base)
+mup.init_(model, plan)
+optimizer = torch.optim.AdamW(plan.groups(model, "adamw", lr=3e-3))
+"""
+
+from adabatch.optim.mup.entry import Entry
+from adabatch.optim.mup.guard import check_ratios, guard
+from adabatch.optim.mup.init import attention_scale, init_
+from adabatch.optim.mup.laws import KFAC, SGD, Adam, Law, Muon, Shampoo
+from adabatch.optim.mup.names import named_modules, named_parameters
+from adabatch.optim.mup.planning import plan
+from adabatch.optim.mup.plans import Plan
+
+__all__ = [
+    "KFAC",
+    "SGD",
+    "Adam",
+    "Entry",
+    "Law",
+    "Muon",
+    "Plan",
+    "Shampoo",
+    "attention_scale",
+    "check_ratios",
+    "guard",
+    "init_",
+    "named_modules",
+    "named_parameters",
+    "plan",
+]

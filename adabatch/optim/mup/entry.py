@@ -1,0 +1,149 @@
+"""What a plan knows of one parameter: its shape, the base model's, which dimensions are fans, and its role."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+Dim = Literal["in", "out", "kernel", "stack"]
+"""What a dimension of a parameter is: summed over by the layer, one number an output, a place of a kernel, which counts
+as summed over but never as width, or a stack of matrices, which belongs to neither fan."""
+
+Kind = Literal["weight", "conv", "embedding", "bias", "norm", "other"]
+"""What a parameter does; "other" where its module is unknown."""
+
+Role = Literal["input", "hidden", "output", "fixed", "vector"]
+"""Which fans of a parameter grow with width: out, both, in, neither; "vector" for biases, gains and their like, which
+have no fan-in."""
+
+_FIXED: Mapping[Role, frozenset[Dim]] = MappingProxyType(
+    {
+        "input": frozenset({"in"}),
+        "hidden": frozenset(),
+        "output": frozenset({"out"}),
+        "fixed": frozenset({"in", "out"}),
+        "vector": frozenset({"in"}),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter of a plan; all that a width rule reads.
+
+    Args:
+        shape: in the model.
+        base_shape: in the base model; a dimension that the role says is no width is the model's own.
+        layout: what each dimension is.
+        kind: what the parameter does.
+        role: which fans grow with width.
+        tied: further names of the same parameter.
+    """
+
+    shape: tuple[int, ...]
+    base_shape: tuple[int, ...]
+    layout: tuple[Dim, ...]
+    kind: Kind
+    role: Role
+    tied: tuple[str, ...] = ()
+
+    @property
+    def fan_in(self) -> int:
+        """Numbers that one output sums over."""
+        return _product(self.shape, self.layout, "in", "kernel")
+
+    @property
+    def fan_out(self) -> int:
+        """Outputs."""
+        return _product(self.shape, self.layout, "out")
+
+    @property
+    def base_fan_in(self) -> int:
+        """``fan_in`` in the base model."""
+        return _product(self.base_shape, self.layout, "in", "kernel")
+
+    @property
+    def base_fan_out(self) -> int:
+        """``fan_out`` in the base model."""
+        return _product(self.base_shape, self.layout, "out")
+
+    @property
+    def r_in(self) -> float:
+        """Fan-in over that of the base model."""
+        return self.fan_in / self.base_fan_in
+
+    @property
+    def r_out(self) -> float:
+        """Fan-out over that of the base model."""
+        return self.fan_out / self.base_fan_out
+
+    @property
+    def init(self) -> float:
+        """Multiplier on the standard deviation at the start: 1/r_in for the readout, 1/sqrt(r_in) for the others."""
+        return 1 / self.r_in if self.role == "output" else 1 / math.sqrt(self.r_in)
+
+    def resized(self, shape: Sequence[int]) -> Entry:
+        """The same parameter in a model of another width."""
+        fixed = _FIXED[self.role] | {"kernel", "stack"}
+        base = tuple(
+            size if dim in fixed else before
+            for size, before, dim in zip(shape, self.base_shape, self.layout, strict=True)
+        )
+        return replace(self, shape=tuple(shape), base_shape=base)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "shape": list(self.shape),
+            "base_shape": list(self.base_shape),
+            "layout": list(self.layout),
+            "kind": self.kind,
+            "role": self.role,
+            "tied": list(self.tied),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Entry:
+        """What ``to_dict`` gave.
+
+        Raises:
+            ValueError: an unknown dimension, kind or role, shapes that do not match, or a field that is missing.
+        """
+        try:
+            entry = cls(
+                shape=tuple(map(int, data["shape"])),
+                base_shape=tuple(map(int, data["base_shape"])),
+                layout=tuple(data["layout"]),
+                kind=data["kind"],
+                role=data["role"],
+                tied=tuple(data["tied"]),
+            )
+        except KeyError as error:
+            raise ValueError(f"an entry of a plan needs a field {error}") from None
+        for what, value, known in (
+            *(("dimension", dim, get_args(Dim)) for dim in entry.layout),
+            ("kind", entry.kind, get_args(Kind)),
+            ("role", entry.role, get_args(Role)),
+        ):
+            if value not in known:
+                raise ValueError(f"a {what} of a plan is one of {', '.join(known)}; got {value!r}")
+        if not len(entry.shape) == len(entry.base_shape) == len(entry.layout):
+            raise ValueError(f"shape, base_shape and layout must be equally long, got {dict(data)}")
+        return entry
+
+
+def role_of(layout: Sequence[Dim], shape: Sequence[int], base_shape: Sequence[int]) -> Role:
+    """The role that shapes alone tell: which fans differ from the base model's."""
+    if not {"in", "kernel"} & set(layout):
+        return "vector"
+    grows = {dim for dim, size, before in zip(layout, shape, base_shape, strict=True) if size != before}
+    if "in" in grows:
+        return "hidden" if "out" in grows else "output"
+    return "input" if "out" in grows else "fixed"
+
+
+def _product(shape: Sequence[int], layout: Sequence[Dim], *dims: Dim) -> int:
+    return math.prod(size for size, dim in zip(shape, layout, strict=True) if dim in dims)

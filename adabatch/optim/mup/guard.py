@@ -1,0 +1,53 @@
+"""A watch over the ratios of a plan's learning rates, which a scheduler that sets absolute rates would undo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+TOLERANCE = 1e-5
+"""Relative; float32 rates that were multiplied many times stay well inside."""
+
+
+def guard(optimizer: Optimizer) -> RemovableHandle:
+    """From now on, every step checks the learning rates as ``check_ratios`` does, before it is taken.
+
+    Returns:
+        A handle; its ``remove()`` ends it.
+    """
+
+    def before(optimizer: Optimizer, *_: Any) -> None:
+        check_ratios(optimizer)
+
+    return optimizer.register_step_pre_hook(before)
+
+
+def check_ratios(optimizer: Optimizer) -> None:
+    """That the rates of groups tuned as one still have the plan's ratios to each other.
+
+    Schedules that multiply keep them: ``ProgressLR``, ``LambdaLR``, ``CosineAnnealingLR(eta_min=0)``, a warm-up. Those
+    that set a rate do not: ``OneCycleLR`` or ``CyclicLR`` with one number, a floor such as ``eta_min=1e-5`` or
+    ``min_lr``, a loop that writes ``group["lr"]``. Groups without a plan, and of other ``groups`` calls with another
+    ``lr``, are free. A rate that is a tensor on an accelerator is not read, which would wait for it.
+
+    Raises:
+        ValueError: names the rate, the one it should be, and the way out.
+    """
+    first: dict[float, float] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        rate = group["lr"]
+        if "mup_lr" not in group or (isinstance(rate, Tensor) and not rate.is_cpu):
+            continue
+        common = float(rate) / group["mup_lr"]
+        expected = first.setdefault(group["mup_base_lr"], common)
+        # Written so that NaN is refused too.
+        if not abs(common - expected) <= TOLERANCE * abs(expected):
+            raise ValueError(
+                f"parameter group {number} has the learning rate {float(rate):.6g}, but its width asks for "
+                f"{expected * group['mup_lr']:.6g}, {group['mup_lr']:.4g} times the common one: a scheduler that sets "
+                f"absolute rates has undone the plan's ratios. Use one that multiplies (adabatch.ProgressLR, LambdaLR, "
+                f"cosine with eta_min=0), or give it one rate a group, each times the group's mup_lr"
+            )

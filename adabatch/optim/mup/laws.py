@@ -1,0 +1,243 @@
+"""How learning rate and damping of each method follow the width: the fan ratios of a parameter to two multipliers.
+
+The laws demand that every layer's own update keep its size per coordinate while the width grows (maximal update
+parameterization), and that damping stay in proportion to the eigenvalues it damps. Weights are neither scaled in the
+forward pass nor edited: all is in init, learning rate and damping. At the base width every multiplier is one.
+
+Sources: Ishikawa and Karakida (2024), arXiv:2312.12226 (K-FAC, Shampoo); Yang et al. (2021), arXiv:2203.03466 (SGD,
+Adam); Everett et al. (2024), arXiv:2407.05872 (Adam's epsilon); Qiu et al. (2025), arXiv:2512.05620 (Muon, blocks).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from adabatch.optim.mup.entry import Entry
+
+KFacDamping = Literal["trace", "absolute", "kronecker", "split"]
+MuonAdjust = Literal["original", "match_rms_adamw"]
+
+
+class Law(ABC):
+    """The width law of one method. A law holds the settings of its method that change the law."""
+
+    name: str
+
+    @abstractmethod
+    def lr(self, entry: Entry) -> float:
+        """Multiplier on the learning rate."""
+
+    @abstractmethod
+    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
+        """The group's damping options, from the value tuned at the base width; None for the method's default.
+
+        Raises:
+            ValueError: a value where the method has no damping, or none where one is needed.
+        """
+
+    @abstractmethod
+    def takes(self, entry: Entry) -> bool:
+        """Whether the method can take this parameter."""
+
+
+@dataclass(frozen=True)
+class SGD(Law):
+    """Gradient descent: learning rate x r_out / r_in."""
+
+    name = "sgd"
+
+    def lr(self, entry: Entry) -> float:
+        """``r_out / r_in``."""
+        return entry.r_out / entry.r_in
+
+    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
+        """None: SGD divides by nothing."""
+        if value is not None:
+            raise ValueError(f"sgd has no damping, got damping={value}: leave it out")
+        return {}
+
+    def takes(self, entry: Entry) -> bool:
+        """Everything."""
+        return True
+
+
+@dataclass(frozen=True)
+class Adam(Law):
+    """Adam: learning rate / r_in, epsilon / r_out. ``AdamW`` differs in its decay only.
+
+    Args:
+        decoupled: whether the weight decay is AdamW's.
+    """
+
+    decoupled: bool = True
+    name = "adam"
+
+    def lr(self, entry: Entry) -> float:
+        """``1 / r_in``."""
+        return 1 / entry.r_in
+
+    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
+        """``eps / r_out``; torch's default is 1e-8."""
+        return {"eps": (1e-8 if value is None else value) / entry.r_out}
+
+    def takes(self, entry: Entry) -> bool:
+        """Everything."""
+        return True
+
+
+@dataclass(frozen=True)
+class Muon(Law):
+    """Muon: each update has spectral norm one, so the learning rate is x sqrt(r_out / r_in).
+
+    Torch's Muon multiplies the rate by a function of the shape; the law takes out how that differs from the base model.
+
+    Args:
+        adjust_lr_fn: the one that ``torch.optim.Muon`` is given; None is its default, "original".
+    """
+
+    adjust_lr_fn: MuonAdjust | None = None
+    name = "muon"
+
+    def __post_init__(self) -> None:
+        """Refuses an adjustment that torch does not have."""
+        if self.adjust_lr_fn not in (None, *get_args(MuonAdjust)):
+            raise ValueError(
+                f"adjust_lr_fn must be one of {', '.join(get_args(MuonAdjust))} or None, got {self.adjust_lr_fn!r}"
+            )
+
+    def lr(self, entry: Entry) -> float:
+        """``sqrt(r_out / r_in)``, over what torch's own adjustment adds to it."""
+        own = self._adjustment(entry.base_shape) / self._adjustment(entry.shape)
+        return math.sqrt(entry.r_out / entry.r_in) * own
+
+    def _adjustment(self, shape: tuple[int, ...]) -> float:
+        rows, columns = shape
+        if self.adjust_lr_fn == "match_rms_adamw":
+            return math.sqrt(max(rows, columns))
+        return math.sqrt(max(1.0, rows / columns))
+
+    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
+        """The floor of the normalization, ``eps x sqrt(r_in / r_out)``; torch's default is 1e-7."""
+        return {"eps": (1e-7 if value is None else value) * math.sqrt(entry.r_in / entry.r_out)}
+
+    def takes(self, entry: Entry) -> bool:
+        """Matrices."""
+        return len(entry.shape) == 2 and entry.role != "vector" and "stack" not in entry.layout
+
+
+@dataclass(frozen=True)
+class Shampoo(Law):
+    """Shampoo: learning rate x (r_out / r_in)^(1 - 2e); with e = 1/4 that is Muon's square root.
+
+    An update of the block form has as many blocks of norm one as the matrix; ratios of their numbers enter. Where the
+    block size is fixed, the law has a kink at the width that it begins to cut at.
+
+    Args:
+        exponent: of each side, 1/4 or 1/2. Vectors have one side, always with 1/2.
+        relative: whether epsilon is in units of the largest eigenvalue; such an epsilon does not move.
+        block_size: longest side of a block; None for no blocks.
+    """
+
+    exponent: float = 0.25
+    relative: bool = True
+    block_size: int | None = None
+    name = "shampoo"
+
+    def __post_init__(self) -> None:
+        """Refuses settings out of range."""
+        if not 0 < self.exponent <= 0.5:
+            raise ValueError(f"exponent must be in (0, 0.5], 0.25 for classical Shampoo, got {self.exponent}")
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size must be 1 or more, or None for no blocks, got {self.block_size}")
+
+    def lr(self, entry: Entry) -> float:
+        """``(r_out / r_in)^(1 - 2e) x blocks^(-2e)``, ``blocks`` being the ratio of the numbers of blocks."""
+        both = 0.5 if entry.role == "vector" else 2 * self.exponent
+        return float((entry.r_out / entry.r_in) ** (1 - both) * self._blocks(entry) ** -both)
+
+    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
+        """Relative: the value itself. Absolute: ``value x r_in / (r_out x blocks)``."""
+        if self.relative:
+            return {} if value is None else {"epsilon": value}
+        if value is None:
+            raise ValueError("an absolute epsilon has no default: give damping=, in squared units of the gradient")
+        return {"epsilon": value * entry.r_in / (entry.r_out * self._blocks(entry))}
+
+    def takes(self, entry: Entry) -> bool:
+        """Everything but stacks of matrices, which it would take for one."""
+        return "stack" not in entry.layout
+
+    def _blocks(self, entry: Entry) -> float:
+        """Number of blocks over that of the base model."""
+        size = self.block_size
+        if size is None:
+            return 1.0
+        now = math.ceil(entry.fan_in / size) * math.ceil(entry.fan_out / size)
+        return now / (math.ceil(entry.base_fan_in / size) * math.ceil(entry.base_fan_out / size))
+
+
+@dataclass(frozen=True)
+class KFAC(Law):
+    """K-FAC: the learning rate is the same at every width; damping follows the factor that it damps.
+
+    Args:
+        exponents: (e_B, e_A) of the output side and the input side; (1, 1) is K-FAC, (0, 1) the input side only,
+            (1, 0) the output side only.
+        damping_form: "trace", in units of each factor's trace; "absolute", one number a side; "kronecker", on the
+            product of the factors; "split", the textbook heuristic, which has no law and is there for comparison.
+    """
+
+    exponents: tuple[float, float] = (1.0, 1.0)
+    damping_form: KFacDamping = "trace"
+    name = "kfac"
+
+    def __post_init__(self) -> None:
+        """Refuses settings out of range."""
+        if any(not 0 <= e <= 1 for e in self.exponents):
+            raise ValueError(f"exponents (e_B, e_A) must be in [0, 1], (1, 1) for K-FAC, got {self.exponents}")
+        if self.damping_form not in get_args(KFacDamping):
+            raise ValueError(f"damping_form must be one of {', '.join(get_args(KFacDamping))}, got {self.damping_form}")
+
+    def lr(self, entry: Entry) -> float:
+        """``r_out^(1 - e_B) r_in^(e_A - 1)``, which is 1 for K-FAC itself."""
+        e_b, e_a = self.exponents
+        return float(entry.r_out ** (1 - e_b) * entry.r_in ** (e_a - 1))
+
+    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
+        """Trace: the value. Absolute: ``value x r_in`` and ``value / r_out``. Kronecker: ``value x r_in / r_out``."""
+        if value is None:
+            return {}
+        if self.damping_form == "absolute":
+            return {"damping_a": value * entry.r_in, "damping_b": value / entry.r_out}
+        if self.damping_form == "kronecker":
+            return {"damping": value * entry.r_in / entry.r_out}
+        return {"damping": value}
+
+    def takes(self, entry: Entry) -> bool:
+        """Weights of linear layers, convolutions and embeddings, and biases; norms and unknown ones are first-order."""
+        return entry.kind in ("weight", "conv", "embedding", "bias")
+
+
+Method = Literal["sgd", "adam", "adamw", "muon", "shampoo", "kfac"]
+
+LAWS: Mapping[str, Law] = MappingProxyType(
+    {"sgd": SGD(), "adam": Adam(decoupled=False), "adamw": Adam(), "muon": Muon(), "shampoo": Shampoo(), "kfac": KFAC()}
+)
+
+
+def law_of(method: Method | Law) -> Law:
+    """A law, by its name or as it is.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(method, Law):
+        return method
+    if method not in LAWS:
+        raise ValueError(f"method must be one of {', '.join(LAWS)}, or a law such as Shampoo(exponent=0.5); {method!r}")
+    return LAWS[method]

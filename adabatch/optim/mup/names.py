@@ -1,0 +1,66 @@
+"""Parameters by names that no wrapper changes: DDP, FSDP2, ``torch.compile`` and checkpoint wrappers leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from torch import nn
+
+INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What ``torch.compile``, activation checkpointing and FSDP1 call the module that they wrap, anywhere in a model."""
+
+AROUND = (*INSIDE, "module")
+"""The same for wrappers around a whole model: DDP, DataParallel, AveragedModel, DeepSpeed's engine."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers around the whole of it.
+
+    A wrapper is told by what it holds: no parameter of its own, and one child, under a wrapper's name. A model whose
+    one part is called ``module`` looks the same, and loses that part of its names with and without a wrapper alike.
+    """
+    while (inner := _inner(model, AROUND)) is not None:
+        model = inner
+    return model
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, those of two names twice."""
+    yield from _below("", unwrapped(model))
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by name, each once, under the first name it has."""
+    return {names[0]: parameter for names, parameter in all_names(model)}
+
+
+def all_names(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Parameter]]:
+    """Each parameter with all its names, more than one where weights are tied."""
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for prefix, module in named_modules(model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), ([], parameter))[0].append(joined(prefix, key))
+    return [(tuple(names), parameter) for names, parameter in found.values()]
+
+
+def joined(prefix: str, key: str) -> str:
+    """The name of what a module calls ``key``."""
+    return f"{prefix}.{key}" if prefix else key
+
+
+def _below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    while (inner := _inner(module, INSIDE)) is not None:
+        module = inner
+    yield name, module
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _below(joined(name, key), child)
+
+
+def _inner(module: nn.Module, names: Collection[str]) -> nn.Module | None:
+    """What a wrapper wraps; None for a module that is no wrapper."""
+    children = [(key, child) for key, child in module._modules.items() if child is not None]
+    if len(children) != 1 or module._parameters or children[0][0] not in names:
+        return None
+    return children[0][1]

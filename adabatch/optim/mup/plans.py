@@ -1,0 +1,227 @@
+"""A width plan: pure data that says, parameter by parameter, how settings of a base model move to a wider one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from adabatch.optim.mup.entry import Entry
+from adabatch.optim.mup.laws import KFAC, LAWS, Adam, Law, Method, law_of
+from adabatch.optim.mup.names import named_parameters
+
+FORMAT = 1
+SHOWN = 8
+"""Names in a message at most."""
+
+DecayScaling = Literal["constant", "1/width"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The width plan of a model; make one with ``plan``.
+
+    Nothing in it refers to a model, so it can be saved with the checkpoint: a resumed or wider run must use the same
+    base. ``print`` shows it as a table.
+
+    Args:
+        entries: parameter name, without the names of wrappers -> what the laws read.
+    """
+
+    entries: Mapping[str, Entry]
+
+    def at(self, model: nn.Module) -> Plan:
+        """The plan of the same architecture at another width, such as the base's own, where every multiplier is 1.
+
+        Raises:
+            ValueError: a model of another architecture.
+        """
+        named = named_parameters(model)
+        check_names(self.entries, named, "the plan's model")
+        resized = {}
+        for name, entry in self.entries.items():
+            if named[name].dim() != len(entry.shape):
+                raise ValueError(
+                    f"{name} has shape {tuple(named[name].shape)}, in the plan {entry.shape}: another architecture"
+                )
+            resized[name] = entry.resized(named[name].shape)
+        return Plan(resized)
+
+    def groups(
+        self,
+        model: nn.Module,
+        method: Method | Law,
+        *,
+        lr: float | Tensor,
+        damping: float | None = None,
+        weight_decay: float = 0.0,
+        decay_scaling: DecayScaling = "constant",
+        only: Collection[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for a torch optimizer, with the settings tuned at the base width moved to this one.
+
+        Each group has ``params``, ``lr``, ``weight_decay``, the damping options of its method, and two plain numbers
+        for the journal and for ``guard``: ``mup_base_lr`` and ``mup_lr``, the multiplier in its ``lr``. Parameters of
+        equal settings share a group; frozen ones are left out.
+
+        Args:
+            model: of the plan's architecture and width, wrapped or not.
+            method: "sgd", "adam", "adamw", "muon", "shampoo", "kfac", or a law with settings, such as
+                ``mup.Shampoo(exponent=0.5)``.
+            lr: learning rate tuned at the base width.
+            damping: Adam's and Muon's ``eps``, Shampoo's ``epsilon``, K-FAC's ``damping``, tuned at the base width;
+                None for the optimizer's default.
+            weight_decay: tuned at the base width, for decay by ``lr x weight_decay`` a step, as torch has it.
+            decay_scaling: "constant" keeps that product, the share that decays in a step, the same at every width;
+                "1/width" divides it by r_in, for language models trained longer the wider they are (Qiu et al. 2025).
+            only: names or patterns of the parameters to take; by default all.
+
+        Raises:
+            ValueError: a parameter that the plan does not know, of another shape, or that the method cannot take; a
+                pattern without a match; weight decay for "adam", whose coupled decay has no width law; a readout at
+                zero for K-FAC.
+        """
+        law = law_of(method)
+        if weight_decay and isinstance(law, Adam) and not law.decoupled:
+            raise ValueError(f"adam's coupled decay ({weight_decay}) has no width law: use adamw")
+        named = {name: p for name, p in self.parameters_of(model).items() if p.requires_grad}
+        names = list(named) if only is None else matching(named, only)
+        left = [name for name in names if not law.takes(self.entries[name])]
+        if left:
+            raise ValueError(
+                f"{law.name} cannot take {some(left)}: give it only=plan.taken_by({law.name!r}), and the rest, "
+                f"only=plan.left_by({law.name!r}), to a first-order optimizer"
+            )
+        if isinstance(law, KFAC):
+            self._refuse_zero_readout({name: named[name] for name in names})
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for name in names:
+            entry = self.entries[name]
+            multiplier = law.lr(entry)
+            spread = 1.0 if decay_scaling == "constant" else entry.r_in
+            options = {
+                "weight_decay": weight_decay / (multiplier * spread),
+                **law.damping(entry, damping),
+                "mup_base_lr": float(lr),
+                "mup_lr": multiplier,
+            }
+            group = groups.setdefault(tuple(options.items()), {"params": [], "lr": lr * multiplier, **options})
+            group["params"].append(named[name])
+        return list(groups.values())
+
+    def taken_by(self, method: Method | Law) -> list[str]:
+        """Names of the parameters that a method can take."""
+        law = law_of(method)
+        return [name for name, entry in self.entries.items() if law.takes(entry)]
+
+    def left_by(self, method: Method | Law) -> list[str]:
+        """Names of the others, for a first-order optimizer beside it."""
+        taken = set(self.taken_by(method))
+        return [name for name in self.entries if name not in taken]
+
+    def to_json(self) -> str:
+        """The plan as text, for the checkpoint."""
+        parameters = {name: entry.to_dict() for name, entry in self.entries.items()}
+        return json.dumps({"format": FORMAT, "parameters": parameters})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """What ``to_json`` gave.
+
+        Raises:
+            ValueError: other text, or a newer format.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict) or not isinstance(data.get("format"), int) or "parameters" not in data:
+            raise ValueError("no width plan: a plan's JSON has the fields format and parameters")
+        if data["format"] > FORMAT:
+            raise ValueError(f"the plan has format {data['format']}, this version reads up to {FORMAT}: upgrade")
+        return cls({name: Entry.from_dict(entry) for name, entry in data["parameters"].items()})
+
+    def __str__(self) -> str:
+        """A table: fan ratios, role, and the multipliers on init and on the learning rate of each method."""
+        header = ("parameter", "shape", "base", "role", "r_in", "r_out", "init", *(f"lr {name}" for name in SHOWN_LAWS))
+        rows = [header, *(tuple(_row(name, entry)) for name, entry in self.entries.items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+    def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a model by the plan's names.
+
+        Raises:
+            ValueError: a model of another architecture or width.
+        """
+        named = named_parameters(model)
+        check_names(self.entries, named, "the plan's model")
+        for name, parameter in named.items():
+            if tuple(parameter.shape) != self.entries[name].shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)}, in the plan {self.entries[name].shape}: for a model "
+                    f"of another width use plan.at(model)"
+                )
+        return named
+
+    def _refuse_zero_readout(self, named: Mapping[str, nn.Parameter]) -> None:
+        zero = [
+            name
+            for name, parameter in named.items()
+            if self.entries[name].role == "output" and not parameter.is_meta and not torch.any(parameter.detach())
+        ]
+        if zero:
+            raise ValueError(
+                f"the readout {some(zero)} is zero, so the first step of K-FAC moves nothing else and is kernel "
+                f"regression, near which training stays: use mup.init_(model, plan), or give the readout a small "
+                f"standard deviation, 1/fan_in"
+            )
+
+
+SHOWN_LAWS: Mapping[str, Law] = {name: LAWS[name] for name in ("sgd", "adamw", "muon", "shampoo", "kfac")}
+
+
+def _row(name: str, entry: Entry) -> Iterator[str]:
+    yield name
+    for shape in (entry.shape, entry.base_shape):
+        yield "x".join(map(str, shape)) or "-"
+    yield entry.role
+    for ratio in (entry.r_in, entry.r_out, entry.init):
+        yield f"{ratio:.4g}"
+    for law in SHOWN_LAWS.values():
+        yield f"{law.lr(entry):.4g}" if law.takes(entry) else "-"
+
+
+def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
+    """The names that a pattern matches, in their order.
+
+    Raises:
+        ValueError: a pattern that matches none.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"no parameter is called {pattern!r}: there are {some(list(names))}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def check_names(known: Collection[str], found: Collection[str], what: str) -> None:
+    """That a model has the parameters of another one.
+
+    Raises:
+        ValueError: names both differences.
+    """
+    more = [name for name in found if name not in known]
+    less = [name for name in known if name not in found]
+    if more or less:
+        both = (("it has also", more), ("it lacks", less))
+        differences = [f"{text} {some(names)}" for text, names in both if names]
+        raise ValueError(f"the model is of another architecture than {what}: {'; '.join(differences)}")
+
+
+def some(names: Sequence[str]) -> str:
+    """Names for a message, not all of very many."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
