@@ -24,6 +24,7 @@ from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, advance_epoch, num_examples_in
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
+from adabatch.runtime.weighing import WeighedFeed
 from adabatch.runtime.wrappers import GradientSync, wrapper_of
 from adabatch.step import Step
 from adabatch.validation import UNLIMITED, check_fits, check_followers, check_types, limits_and_grid, suited_probe
@@ -217,6 +218,7 @@ class AdaptiveBatch:
         *,
         until: Duration | None = None,
         count: Callable[[Any], int] = num_examples_in,
+        weigh: Callable[[Any], float] | None = None,
     ) -> Iterator[Step]:
         """The steps of one pass over the data, or of as many as ``until`` takes.
 
@@ -229,11 +231,15 @@ class AdaptiveBatch:
             loader: a ``GlobalOrder``, or any iterable of micro-batches.
             until: train until so much is consumed, counted from the beginning of the run.
             count: examples in a micro-batch of a loader that is not a ``GlobalOrder``.
+            weigh: the number of terms that the mean loss of a micro-batch is taken over, where that is not its
+                examples: tokens that are not padding, say. The gradient of a step is then the mean over the terms of
+                all its micro-batches, on all ranks. Batch sizes, noise and noise scale stay in examples, of the step's
+                average number of terms. The micro-batches of a step are fetched before it begins.
 
         Raises:
             ValueError: a data set smaller than the largest batch, an empty loader, a loader whose micro-batches are not
                 of ``micro_batch_size`` (the last may be smaller), a micro-batch that should grow with a loader that
-                cannot, or ranks that hold different orders, plans or settings.
+                cannot, weights that are not positive, or ranks that hold different orders, plans or settings.
             RuntimeError: a step whose micro-batches were not all run.
             TypeError: ``until`` without a unit.
         """
@@ -244,7 +250,7 @@ class AdaptiveBatch:
         self._check_ranks(loader)
         if isinstance(loader, GlobalOrder):
             check_fits(self._largest_known(), loader)
-            order = loader.feed(self._collectives.rank, self._collectives.size)
+            order = self._weighed(loader.feed(self._collectives.rank, self._collectives.size), weigh)
             epoch = loader.epoch
             while (loader.epoch == epoch) if until is None else not self._consumed.reached(until):
                 check_fits(self._plan.global_batch_size, loader)  # a schedule without limits gets there in time
@@ -257,7 +263,7 @@ class AdaptiveBatch:
         if count is num_examples_in:
             self._check_loader(loader)
         while until is None or not self._consumed.reached(until):
-            feed = LoaderFeed(loader, self._collectives, count=count)
+            feed = self._weighed(LoaderFeed(loader, self._collectives, count=count), weigh)
             while until is None or not self._consumed.reached(until):
                 before = self._consumed
                 yield from self._one_step(feed)
@@ -266,6 +272,9 @@ class AdaptiveBatch:
             advance_epoch(loader)
             if until is None:
                 return
+
+    def _weighed(self, feed: Feed, weigh: Callable[[Any], float] | None) -> Feed:
+        return feed if weigh is None else WeighedFeed(feed, weigh, self._collectives)
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing where it is at its end."""

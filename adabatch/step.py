@@ -13,7 +13,7 @@ from torch import Tensor
 from adabatch.batch.control import Decision
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan
-from adabatch.runtime.data import Portion
+from adabatch.runtime.data import Portion, Weights
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers import Wrapper
 
@@ -52,9 +52,9 @@ class Step:
         self._wrapper = wrapper
         self._probe = probe
         self._finish = finish
-        self._local_examples = sum(portion.sizes)
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
-        self._size = 0  # examples in the micro-batch that is being run, 0 outside the inner loop
+        self._weights = portion.weights or Weights(portion.sizes, portion.num_examples)
+        self._weight = 0.0  # of the micro-batch that is being run, 0 outside the inner loop
         self._num_backward = 0
         self._begun = False
 
@@ -77,10 +77,10 @@ class Step:
             self._probe.start(self._wrapper.collectives.size)
         num_parts = len(self.portion.sizes)
         for index, batch in enumerate(self.portion.batches):
-            self._size = self.portion.sizes[index]
+            self._weight = self._weights.of_each[index]
             with nullcontext() if index == num_parts - 1 else self._wrapper.no_sync():
                 yield batch
-            self._size = 0
+            self._weight = 0.0
             if self._num_backward != index + 1:
                 raise RuntimeError(
                     f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
@@ -93,7 +93,8 @@ class Step:
     def backward(self, loss: Tensor) -> None:
         """Backward of the mean loss of this micro-batch, weighted so that the step's gradient is the mean of all.
 
-        It scales the loss where ``AdaptiveBatch`` was given a ``scaler``: give it the loss as it is.
+        All are the micro-batches of all ranks: each counts for its examples, or for what ``steps(weigh=)`` says. It
+        scales the loss where ``AdaptiveBatch`` was given a ``scaler``: give it the loss as it is.
 
         Args:
             loss: mean loss over the micro-batch, shape ().
@@ -108,10 +109,12 @@ class Step:
                 f"step.backward takes the mean loss of the micro-batch, a scalar; got a {got}: average it over the "
                 f"examples first, as a tensor"
             )
-        if self._size == 0:
+        if self._weight == 0:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
-        weight = self._size / self._local_examples
-        parts = self._local_examples / self._size
+        # The ranks' gradients are averaged, so of a rank's own each micro-batch is its share of the whole, times them.
+        ranks, whole = self._wrapper.collectives.size, self._weights.total
+        weight = self._weight * ranks / whole
+        parts = whole / (self._weight * ranks)
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
         share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
         if self._probe is None:
@@ -119,7 +122,7 @@ class Step:
         else:
             self._probe.begin_part()
             self._wrapper.backward.run(share)
-            self._probe.end_part(self._size, weight)
+            self._probe.end_part(self._weight * self.portion.num_examples / whole, weight)
             value = loss.detach().double() * weight
             self._losses = value if self._losses is None else self._losses + value
         self._num_backward += 1

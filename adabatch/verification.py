@@ -64,6 +64,7 @@ class Training:
         micro_batch_size: examples in one forward and backward on one rank.
         probe: to be checked; by default the one that suits the model.
         count: examples in a micro-batch.
+        weigh: what a micro-batch counts for in the gradient, where not for its examples; see ``AdaptiveBatch.steps``.
     """
 
     model: nn.Module
@@ -73,6 +74,7 @@ class Training:
     micro_batch_size: int
     probe: Probe | None = None
     count: Callable[[Any], int] = num_examples_in
+    weigh: Callable[[Any], float] | None = None
 
 
 Make = Callable[[], Training]
@@ -242,14 +244,14 @@ def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
         _update(training)
     batches.remove()
     by_hand = _again(make, training, start, ranks)
-    _by_hand(by_hand, seen)
+    _by_hand(by_hand, seen, ranks)
     difference = _difference(_state(training), _state(by_hand), ranks)
     passed = difference == 0
     text = f"{num_steps} steps equal to a hand-written loop to the bit"
     if not passed:
         text = f"{num_steps} steps differ from a hand-written loop by {difference:.2g}"
         once_more = _again(make, training, start, ranks)
-        _by_hand(once_more, seen)
+        _by_hand(once_more, seen, ranks)
         spread = _difference(_state(once_more), _state(by_hand), ranks)
         if spread:
             text += f"; but two hand-written loops differ by {spread:.2g}: see torch.use_deterministic_algorithms"
@@ -381,10 +383,11 @@ class _Randomness(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A micro-batch of this rank, and the random numbers that its forward began with."""
+    """A micro-batch of this rank, its examples, its weight, and the random numbers that its forward began with."""
 
     batch: Any
     size: int
+    weight: float
     randomness: _Randomness
 
 
@@ -433,10 +436,12 @@ def _adaptive(training: Training, policy: Schedule, *, probed: bool) -> Adaptive
 def _steps(training: Training, batches: AdaptiveBatch, until: int) -> Iterator[tuple[Any, list[_Part]]]:
     """The steps of a run up to the ``until``-th, each with its parts, before its update."""
     device = next(training.model.parameters()).device
-    for step in batches.steps(training.loader, until=steps(until), count=training.count):
+    for step in batches.steps(training.loader, until=steps(until), count=training.count, weigh=training.weigh):
         parts = []
         for batch in step:
-            parts.append(_Part(batch, training.count(batch), _Randomness.now(device)))
+            size = training.count(batch)
+            weight = size if training.weigh is None else float(training.weigh(batch))
+            parts.append(_Part(batch, size, weight, _Randomness.now(device)))
             step.backward(training.loss(training.model, batch))
         yield step, parts
 
@@ -446,16 +451,17 @@ def _update(training: Training) -> None:
     training.optimizer.zero_grad()
 
 
-def _by_hand(training: Training, seen: Sequence[Sequence[_Part]]) -> None:
+def _by_hand(training: Training, seen: Sequence[Sequence[_Part]], ranks: Collectives) -> None:
     """Gradient accumulation as a person writes it, without this library."""
     for parts in seen:
-        total = sum(part.size for part in parts)
+        (total,) = ranks.sum_of(sum(part.weight for part in parts))
         for part in parts:
             part.randomness.restore()
             with nullcontext() if part is parts[-1] else _unreduced(training.model):
                 loss = training.loss(training.model, part.batch)
-                whole, rest = divmod(total, part.size)
-                (loss * (part.size / total) if rest else loss / whole).backward()  # type: ignore[no-untyped-call]
+                weight = part.weight * ranks.size  # DDP takes the mean over the ranks, and total is a sum
+                whole, rest = divmod(total, weight)
+                (loss * (weight / total) if rest else loss / whole).backward()  # type: ignore[no-untyped-call]
         _update(training)
 
 
@@ -468,7 +474,7 @@ def _seconds(training: Training, batches: AdaptiveBatch, until: int) -> Generato
     """The times of the steps of a run, each as it is made."""
     device = next(training.model.parameters()).device
     began = _now(device)
-    for step in batches.steps(training.loader, until=steps(until), count=training.count):
+    for step in batches.steps(training.loader, until=steps(until), count=training.count, weigh=training.weigh):
         for batch in step:
             step.backward(training.loss(training.model, batch))
         _update(training)
@@ -511,26 +517,18 @@ def _local_moments(
     training: Training, parts: Sequence[_Part], parameters: Sequence[Tensor], ranks: Collectives
 ) -> GradientMoments:
     """Each rank takes its own parts, and the ranks add up gradients; plain models and DDP."""
-    total = sum(part.size for part in parts)
+    total, num_examples = ranks.sum_of(sum(part.weight for part in parts), sum(part.size for part in parts))
     mean: Tensor | None = None
-    sums = [0.0, 0.0, 0.0]
+    part_sq = 0.0
     for part in parts:
         with _unreduced(training.model):
             grad = torch.cat(_gradient(training, part, parameters))
-        weight = part.size / total / ranks.size
+        weight = part.weight / total
         mean = weight * grad if mean is None else mean.add_(grad, alpha=weight)
-        sums[0] += weight * float(grad.square().sum())
-        sums[1] += weight / part.size
-        sums[2] += weight**2 / part.size
+        part_sq += weight * float(grad.square().sum())
     assert mean is not None
-    part_sq, inverse_part_size, inverse_num_examples = ranks.sum_of(*sums)
-    return GradientMoments(
-        part_sq=part_sq,
-        part_size=1 / inverse_part_size,
-        grad_sq=float(ranks.sum(mean).square().sum()),
-        num_examples=1 / inverse_num_examples,
-        num_parts=len(parts) * ranks.size,
-    )
+    (part_sq,) = ranks.sum_of(part_sq)
+    return _moments_of(part_sq, float(ranks.sum(mean).square().sum()), num_examples, len(parts) * ranks.size)
 
 
 def _sharded_moments(
@@ -538,30 +536,27 @@ def _sharded_moments(
 ) -> GradientMoments:
     """Every rank runs a pass for each part of each rank, weighted by zero on all but one; FSDP2."""
     holders = [own_piece(p.detach())[1] for p in parameters]
-    table = ranks.sum_of(*(p.size if rank == ranks.rank else 0 for rank in range(ranks.size) for p in parts))
+    (num_examples,) = ranks.sum_of(sum(part.size for part in parts))
+    table = ranks.sum_of(*(p.weight if rank == ranks.rank else 0 for rank in range(ranks.size) for p in parts))
     mean: list[Tensor] | None = None
-    part_sq = inverse_part_size = inverse_num_examples = 0.0
-    for owner in range(ranks.size):
-        sizes = table[owner * len(parts) : (owner + 1) * len(parts)]
-        for part, size in zip(parts, sizes, strict=True):
-            # The reduction takes the mean over the ranks; all but one give zero.
-            grads = _gradient(training, part, parameters, float(ranks.size) if owner == ranks.rank else 0.0)
-            weight = size / sum(sizes) / ranks.size
-            part_sq += weight * sum(float(g.square().sum()) / held for g, held in zip(grads, holders, strict=True))
-            inverse_part_size += weight / size
-            inverse_num_examples += weight**2 / size
-            weighted = [weight * grad for grad in grads]
-            mean = weighted if mean is None else [m.add_(g) for m, g in zip(mean, weighted, strict=True)]
+    part_sq = 0.0
+    for index, weight in enumerate(table):
+        owner, number = divmod(index, len(parts))
+        # The reduction takes the mean over the ranks; all but one give zero.
+        grads = _gradient(training, parts[number], parameters, float(ranks.size) if owner == ranks.rank else 0.0)
+        weight /= sum(table)
+        part_sq += weight * sum(float(g.square().sum()) / held for g, held in zip(grads, holders, strict=True))
+        weighted = [weight * grad for grad in grads]
+        mean = weighted if mean is None else [m.add_(g) for m, g in zip(mean, weighted, strict=True)]
     assert mean is not None
     own_sq = sum(float(m.square().sum()) / held for m, held in zip(mean, holders, strict=True))
     part_sq, grad_sq = ranks.sum_of(part_sq, own_sq)
-    return GradientMoments(
-        part_sq=part_sq,
-        part_size=1 / inverse_part_size,
-        grad_sq=grad_sq,
-        num_examples=1 / inverse_num_examples,
-        num_parts=len(parts) * ranks.size,
-    )
+    return _moments_of(part_sq, grad_sq, num_examples, len(table))
+
+
+def _moments_of(part_sq: float, grad_sq: float, num_examples: float, num_parts: int) -> GradientMoments:
+    """Each part counts for as many examples as it weighs, so their harmonic mean by weight is the plain mean."""
+    return GradientMoments(part_sq, num_examples / num_parts, grad_sq, num_examples, num_parts)
 
 
 def _relative_error(found: float, expected: float) -> float:

@@ -103,14 +103,29 @@ def test_loaders_of_ones_own_pass(loader: Any) -> None:
     assert drift(lambda: training(loader=loader, num_examples=200)).passed
 
 
-def every_check_on_ranks(rank: int, wrapper: str, model: str) -> list[Check]:
-    return list(all_checks(lambda: training(model, wrap=WRAPPERS[wrapper]), num_steps=4))
+def sum_of_inputs(batch: Any) -> float:
+    """Weights as unequal as the data."""
+    return float(batch[0].abs().sum())
+
+
+def every_check_on_ranks(rank: int, wrapper: str, model: str, weighed: bool) -> list[Check]:
+    weigh = sum_of_inputs if weighed else None
+    return list(all_checks(lambda: training(model, wrap=WRAPPERS[wrapper], weigh=weigh), num_steps=4))
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("wrapper", "model"), [("ddp", "dropout"), ("ddp", "batch norm"), ("fsdp2", "dropout")])
-def test_ranks_pass_together(wrapper: str, model: str, tmp_path: Path) -> None:
-    first, second = run_ranks(every_check_on_ranks, 2, tmp_path, wrapper, model)
+@pytest.mark.parametrize(
+    ("wrapper", "model", "weighed"),
+    [
+        ("ddp", "dropout", False),
+        ("ddp", "batch norm", False),
+        ("fsdp2", "dropout", False),
+        ("ddp", "plain", True),
+        ("fsdp2", "plain", True),
+    ],
+)
+def test_ranks_pass_together(wrapper: str, model: str, weighed: bool, tmp_path: Path) -> None:
+    first, second = run_ranks(every_check_on_ranks, 2, tmp_path, wrapper, model, weighed)
     assert all(check.passed for check in first), first
     assert first == second  # the times too: they are those of both
 
@@ -239,7 +254,7 @@ def test_a_broken_weighting_is_caught(kind: str, monkeypatch: pytest.MonkeyPatch
     right = Step.backward
 
     def wrong(self: Step, loss: Tensor) -> None:
-        shares = self._local_examples / self._size
+        shares = self._weights.total / self._weight
         right(self, loss * (shares if kind == "not divided" else shares / len(self.portion.sizes)))
 
     monkeypatch.setattr(Step, "backward", wrong)

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,18 @@ from adabatch.runtime.collectives import Collectives
 STATE_FORMAT = 1
 
 
+class Weights(NamedTuple):
+    """How much micro-batches count for in the step's gradient, in one unit.
+
+    Args:
+        of_each: micro-batch of this rank.
+        total: of all ranks and micro-batches.
+    """
+
+    of_each: Sequence[float]
+    total: float
+
+
 @dataclass(frozen=True)
 class Portion:
     """What one step takes on this rank.
@@ -33,11 +45,13 @@ class Portion:
         batches: the micro-batches, to be iterated once.
         sizes: examples in each, known before the first is run.
         num_examples: examples of the whole step, over all ranks.
+        weights: of the micro-batches in the step's gradient, where those are not their examples.
     """
 
     batches: Iterable[Any]
     sizes: Sequence[int]
     num_examples: int
+    weights: Weights | None = None
 
 
 class Feed(Protocol):

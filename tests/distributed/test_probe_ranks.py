@@ -37,7 +37,7 @@ def drawn(loss_of: Callable[..., Tensor], size: int, seed: int, dtype: torch.dty
 
 
 def part_by_part(model: nn.Module, losses: list[list[Any]], sizes: list[list[int]]) -> GradientMoments:
-    """The oracle: DDP takes the mean of the ranks' gradients, each the mean over the rank's own examples."""
+    """The oracle: the gradient of the mean over the examples of all ranks."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     parts, shares = [], []
     for of_rank, counts in zip(losses, sizes, strict=True):
@@ -45,7 +45,7 @@ def part_by_part(model: nn.Module, losses: list[list[Any]], sizes: list[list[int
             grads = torch.autograd.grad(loss(model), parameters, allow_unused=True)
             zipped = zip(grads, parameters, strict=True)
             parts.append(torch.cat([dense(torch.zeros_like(p) if g is None else g) for g, p in zipped]))
-            shares.append(count / sum(counts) / len(sizes))
+            shares.append(count / sum(map(sum, sizes)))
     stacked = torch.stack(parts).real  # (num_parts, d)
     mean = (torch.tensor(shares, dtype=torch.float64)[:, None] * stacked).sum(0)
     flat = [count for counts in sizes for count in counts]

@@ -121,7 +121,7 @@ class CommHookProbe:
         self._forget()
         self._listening = True
 
-    def end_part(self, num_examples: int, weight: float) -> None:
+    def end_part(self, num_examples: float, weight: float) -> None:
         """It has ended. ``weight`` is the micro-batch's share of this rank's gradient."""
         self._listening = False
         self._sums.join(num_examples, weight)

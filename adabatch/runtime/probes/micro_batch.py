@@ -102,7 +102,7 @@ class MicroBatchProbe:
         self._in_pieces = False
         self._listening = True
 
-    def end_part(self, num_examples: int, weight: float) -> None:
+    def end_part(self, num_examples: float, weight: float) -> None:
         """It has ended. ``weight`` is the micro-batch's share of this rank's gradient.
 
         Raises:

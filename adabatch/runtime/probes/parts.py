@@ -33,7 +33,7 @@ class PartSums:
         self._weight = 0.0
         self._spread = 0.0
 
-    def join(self, num_examples: int, weight: float) -> None:
+    def join(self, num_examples: float, weight: float) -> None:
         """A micro-batch enters the part that is open."""
         self._weight += weight
         self._spread += weight * weight / num_examples

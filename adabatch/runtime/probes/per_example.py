@@ -71,13 +71,14 @@ class PerExampleProbe:
     def begin_part(self) -> None:
         """Nothing: the measurement began before the forward, in ``start`` or when the part before ended."""
 
-    def end_part(self, num_examples: int, weight: float) -> None:
+    def end_part(self, num_examples: float, weight: float) -> None:
         """The backward of a micro-batch has ended; ``weight`` is its share of this rank's gradient."""
         examples = self._norms.finish(loss_scale=weight)
         self._norms.start()
-        each = weight / self._dp_size / num_examples
+        count = examples.examples_sq.shape[0]  # the parts are the examples themselves, whatever they count for
+        each = weight / self._dp_size / count
         self._examples_sq += each * examples.examples_sq.double().sum()
-        self._inverse_num_examples += each**2 * num_examples
+        self._inverse_num_examples += each**2 * count
         if self._products:
             self._held.append((each, examples))
 

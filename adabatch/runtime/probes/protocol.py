@@ -31,8 +31,12 @@ class Probe(Protocol):
         """The backward of a micro-batch begins."""
         ...
 
-    def end_part(self, num_examples: int, weight: float) -> None:
-        """It has ended; the micro-batch's mean loss entered this rank's gradient with ``weight``."""
+    def end_part(self, num_examples: float, weight: float) -> None:
+        """It has ended; the micro-batch's mean loss entered this rank's gradient with ``weight``.
+
+        ``num_examples`` it counts for; a fraction where micro-batches are weighed by their tokens. The weights of all
+        ranks and micro-batches add up to the number of ranks.
+        """
         ...
 
     def collect(self) -> Tensor:

@@ -163,7 +163,7 @@ class ReduceScatterProbe:
         for unit in self._measured.values():
             unit.listen(True)
 
-    def end_part(self, num_examples: int, weight: float) -> None:
+    def end_part(self, num_examples: float, weight: float) -> None:
         """It has ended. ``weight`` is the micro-batch's share of this rank's gradient.
 
         Raises:
