@@ -115,11 +115,18 @@ def followed(settings: Mapping[str, Any], names: Collection[str], *, ratio: floa
         settings: the group's values at the reference batch size.
         names: which of them follow.
         ratio: batch size over reference batch size, positive.
-        factor: what the rule makes of the batch in the same step, positive; without the decay of a ``Seesaw``.
+        factor: what the rule makes of the batch in the same step, positive; without the decay of a ``Seesaw``, which
+            the weight decay shares with the learning rate, down to zero.
 
     Returns:
         The settings that change, by name.
+
+    Raises:
+        ValueError: a ratio or a factor that is not positive.
     """
+    for name, value in (("ratio", ratio), ("factor", factor)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
     new: dict[str, Any] = {}
     if "betas" in names:
         new["betas"] = tuple(beta**ratio for beta in settings["betas"])

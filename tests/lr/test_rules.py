@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adabatch.lr.rules import LRRule, check_lr_rule, gain, lr_factor
+from adabatch.lr.rules import LRRule, check_lr_rule, followed, gain, lr_factor
 
 ratios = st.floats(1e-3, 1e4)
 positive = st.floats(1e-6, 1e6)
@@ -92,3 +92,12 @@ def test_bad_input_is_named() -> None:
     for size, reference in ((0, 64), (64, 0), (-1, 64), (64, math.nan), (math.nan, 64), (math.inf, 64), (64, math.inf)):
         with pytest.raises(ValueError, match=f"got {size} and the reference {reference}"):
             lr_factor("linear", size, reference=reference)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_settings_follow_no_step_of_no_size_and_no_factor_of_nothing(value: float) -> None:
+    group = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    with pytest.raises(ValueError, match=f"ratio must be positive and finite, got {value}"):
+        followed(group, ("eps",), ratio=value, factor=1.0)
+    with pytest.raises(ValueError, match=f"factor must be positive and finite, got {value}"):
+        followed(group, ("weight_decay",), ratio=2.0, factor=value)

@@ -533,6 +533,17 @@ def test_decay_that_follows_a_seesaw_is_that_of_the_schedule_it_replaces(limit: 
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
+def test_decay_that_follows_a_seesaw_to_zero_ends_with_it() -> None:
+    """Past the end of a decay to zero there is no rate left for the weight decay to be a share of."""
+    model = of_double()
+    optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    seesaw, limits = Seesaw(8, lr.linear(), examples(400)), Limits(min=8, max=16)
+    updates = run(optimizer, model, seesaw, 480, lr_rule="seesaw", follow=("weight_decay",), limits=limits)
+    assert updates[-1]["before"] >= 400
+    assert updates[-1]["lr"] == 0
+    assert math.isfinite(updates[-1]["weight_decay"])
+
+
 def test_the_rule_seesaw_needs_the_schedule() -> None:
     model = of_double()
     with pytest.raises(ValueError, match=r"lr_rule='seesaw' goes with the criterion Seesaw.*got Stages"):
