@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,14 +99,16 @@ class Journal:
     def cut(path: str | Path, num_examples: int) -> None:
         """Drops the lines of steps that began at ``num_examples`` or later: a resumed run writes them anew.
 
-        A last line that was not finished goes with them.
+        A last line that was not finished goes with them. A run that is cut off in here leaves the journal as it was.
         """
         kept = []
         for text in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
             if not text.endswith("\n") or json.loads(text)["examples"] >= num_examples:
                 break
             kept.append(text)
-        Path(path).write_text("".join(kept), encoding="utf-8")
+        unfinished = Path(path).with_suffix(".unfinished")
+        unfinished.write_text("".join(kept), encoding="utf-8")
+        os.replace(unfinished, path)
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Appends one line."""

@@ -134,6 +134,22 @@ def test_a_resumed_run_cuts_what_it_writes_anew(tmp_path: Path) -> None:
     assert read(path) == []
 
 
+def test_a_cut_that_is_cut_off_leaves_the_journal_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.jsonl"
+    for step in range(3):
+        Journal(path).write(an_entry(before=Progress(examples=32 * step, steps=step)))
+    before = path.read_bytes()
+
+    def full(self: Path, text: str, **_: Any) -> None:
+        self.write_bytes(text[:10].encode())
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        Journal.cut(path, 64)
+    assert path.read_bytes() == before
+
+
 def test_no_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Journal(None).write(an_entry())
