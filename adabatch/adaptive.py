@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from adabatch.batch.control import Control, ControlState, Limits, decide
+from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, decide
 from adabatch.batch.criteria import Criterion, Observation
 from adabatch.batch.moments import EXAMPLES, GRAD_L1, NOISE
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
@@ -27,7 +27,7 @@ from adabatch.runtime.scheduler import Moved, StepHooks, host_value
 from adabatch.runtime.weighing import WeighedFeed
 from adabatch.runtime.wrappers import GradientSync, wrapper_of
 from adabatch.step import Step
-from adabatch.validation import UNLIMITED, check_fits, check_followers, check_types, limits_and_grid, suited_probe
+from adabatch.validation import check_fits, check_followers, check_types, limits_and_grid, suited_probe
 
 STATE_FORMAT = 1
 
@@ -391,7 +391,7 @@ class AdaptiveBatch:
         self._state = ControlState.from_state_dict(state["control"])
         self._reference = state["reference_batch_size"]
         plan = BatchPlan(**state["plan"])
-        low, high = self._limits.at(self._consumed)
+        low, high = self._limits.runnable(self._consumed, self._grid)
         grid = self._grid
         runs = plan.dp_size == grid.dp_size and plan.micro_batch_size in grid.micro_sizes
         if not (runs and plan.accumulation_steps >= grid.min_accumulation and low <= plan.global_batch_size <= high):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim import AdamW, NAdam, Optimizer
 
-from adabatch.batch.control import Limits
+from adabatch.batch.control import UNLIMITED, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.moments import GRAD_L1
 from adabatch.batch.plan import PlanGrid
@@ -16,9 +16,6 @@ from adabatch.batch.schedules import Schedule
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers import MakeProbe
-
-UNLIMITED = 2**62
-"""The ceiling of a schedule without limits."""
 
 
 def check_fits(size: int, order: GlobalOrder) -> None:

@@ -141,6 +141,21 @@ def test_a_plan_of_one_part_is_not_loaded_into_a_run_that_measures() -> None:
     assert batches.plan.num_parts == 2
 
 
+def test_a_resume_under_a_floor_that_no_plan_reaches_takes_the_largest_plan_below_the_ceiling() -> None:
+    """As ``decide`` does in the run that goes on: at 95 to 100 examples no batch of 16s fits."""
+    limits = Limits(min=LinearRamp(16, 95, examples(64)), max=100)
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.0)
+    batches = AdaptiveBatch(model, optimizer, NormTest(eta=0.5), micro_batch_size=16, limits=limits)
+    train(batches, model, optimizer, GlobalOrder(regression(400), seed=0), until=examples(64))
+    assert batches.plan.global_batch_size == 96
+    resumed = adaptive(
+        NormTest(eta=0.5), micro_batch_size=64, limits=Limits(min=LinearRamp(128, 150, examples(64)), max=190)
+    )
+    resumed.load_state_dict(batches.state_dict())
+    assert resumed.plan.global_batch_size == 128
+
+
 def test_a_state_from_the_future_is_refused() -> None:
     batches = adaptive(Constant(8), micro_batch_size=4)
     with pytest.raises(ValueError, match=r"format 2.* upgrade adabatch"):

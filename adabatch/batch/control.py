@@ -25,7 +25,7 @@ accumulation step in four, far below the error bar of any estimate."""
 
 
 UNLIMITED = 2**62
-"""Examples beyond any batch: what an infinite size is cut to."""
+"""Examples beyond any batch: what an infinite size is cut to, and the ceiling of a schedule without limits."""
 
 
 class Reason(StrEnum):
