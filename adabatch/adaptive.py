@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader
 
 from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, decide
 from adabatch.batch.criteria import Criterion, Observation
-from adabatch.batch.moments import EXAMPLES, GRAD_L1, NOISE
+from adabatch.batch.moments import EXAMPLES, GRAD_L1, LAYERS, NOISE
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.journal import Journal, line
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, advance_epoch, num_examples_in
+from adabatch.runtime.layers import PerLayer
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
 from adabatch.runtime.weighing import WeighedFeed
@@ -78,6 +79,9 @@ class AdaptiveBatch:
         record_l1: write the l1 norm of each step's gradient to the journal, from which ``lr.refine`` makes a schedule
             for Adam, and the l2 norm, for SGD, which every run with a probe writes down. Of the gradient as the
             backward made it, reduced over the ranks and not clipped yet; one micro-batch a step is enough.
+        per_layer: also write the noise and signal of each layer to the journal: of each "module" that holds parameters,
+            or of each parameter "group" of the optimizer. For reading only; the criterion sees the whole gradient.
+            A probe of your own takes ``layers=`` for it.
         probe: how gradients are measured; by default chosen by the model's type.
         gradient_sync: at which micro-batches of a step the ranks reduce their gradients. DDP does it at the "last".
             FSDP2 by default at "each": between micro-batches a rank then holds its shard of the gradient only, and each
@@ -115,6 +119,7 @@ class AdaptiveBatch:
         tokens_per_example: int | None = None,
         monitor: bool = False,
         record_l1: bool = False,
+        per_layer: PerLayer | None = None,
         probe: Probe | None = None,
         gradient_sync: GradientSync | None = None,
         scaler: GradScaler | None = None,
@@ -147,6 +152,10 @@ class AdaptiveBatch:
             needs.add(NOISE)
         if record_l1:
             needs.add(GRAD_L1)
+        if per_layer is not None:
+            needs.add(LAYERS)
+        # For recorded norms alone a probe measures no noise, and needs no parts to do so.
+        in_noise = probe is not None or bool(needs - {GRAD_L1})
         self._limits, self._grid = limits_and_grid(
             limits,
             criterion,
@@ -154,11 +163,10 @@ class AdaptiveBatch:
             micro_sizes=micro_batch_sizes(
                 micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
             ),
-            # Parts are needed where noise is measured, and from micro-batches: not for recorded norms alone.
-            in_parts=EXAMPLES not in probe.gives if probe is not None else bool(needs - {GRAD_L1}),
+            in_parts=in_noise and (probe is None or EXAMPLES not in probe.gives),
         )
         tokens = None if tokens_per_example is None else 0
-        self._progress = Progress(tokens=tokens, gain_steps=0.0 if NOISE in needs or probe is not None else None)
+        self._progress = Progress(tokens=tokens, gain_steps=0.0 if in_noise else None)
         self._consumed = self._progress
         self._state = ControlState()
         self._plan = self._first_plan()
@@ -167,7 +175,9 @@ class AdaptiveBatch:
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
 
         # Last, so that a constructor that raises leaves no hook behind.
-        self._probe = suited_probe(model, optimizer, frozenset(needs), given=probe, make=self._wrapper.make_probe)
+        self._probe = suited_probe(
+            model, optimizer, frozenset(needs), given=probe, make=self._wrapper.make_probe, per_layer=per_layer
+        )
         try:
             self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
         except Exception:

@@ -1,5 +1,9 @@
 """The journal: one JSON line a step, with what was measured, what was asked for, and what was decided and why.
 
+Of a step that was probed, ``moments`` holds noise, signal, their ratio, and the squared norms and sizes that they come
+from; ``noise_along`` too where inner products were measured. ``layers`` holds the first three of each layer by its name
+where they were (``AdaptiveBatch(per_layer=)``): noises add up to that of the whole, and so do signals.
+
 Lines hold no wall time and no machine, so the journals of two equal runs are equal files. Numbers that are not finite
 are written as null.
 """
@@ -55,18 +59,7 @@ def line(
             "global_batch_size": num_examples,
         },
         "loss": loss,
-        "moments": None
-        if moments is None
-        else {
-            "noise": moments.noise,
-            "signal": moments.signal,
-            "noise_scale": moments.noise_scale,
-            "part_sq": moments.part_sq,
-            "part_size": moments.part_size,
-            "grad_sq": moments.grad_sq,
-            "num_examples": moments.num_examples,
-            "num_parts": moments.num_parts,
-        },
+        "moments": None if moments is None else _measured(moments),
         "norms": None if moments is None else {"l2": l2, "l1": moments.grad_l1},
         "averages": None
         if averages.weight == 0
@@ -76,7 +69,30 @@ def line(
         "high": None if asked is None else asked.high,
         "next": decision.plan.global_batch_size,
         "reason": str(decision.reason),
+        **({} if moments is None or moments.layers is None else {"layers": _layers(moments.layers)}),
     }
+
+
+def _measured(moments: GradientMoments) -> dict[str, Any]:
+    """The numbers of a probed step; those that only some probes give are there where they were measured."""
+    some = {"noise_along": moments.noise_along}
+    return {
+        **_ratio(moments),
+        "part_sq": moments.part_sq,
+        "part_size": moments.part_size,
+        "grad_sq": moments.grad_sq,
+        "num_examples": moments.num_examples,
+        "num_parts": moments.num_parts,
+        **{name: value for name, value in some.items() if value is not None},
+    }
+
+
+def _layers(layers: Mapping[str, GradientMoments]) -> dict[str, Any]:
+    return {name: _ratio(moments) for name, moments in layers.items()}
+
+
+def _ratio(moments: GradientMoments) -> dict[str, Any]:
+    return {"noise": moments.noise, "signal": moments.signal, "noise_scale": moments.noise_scale}
 
 
 class Journal:

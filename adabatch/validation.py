@@ -10,10 +10,11 @@ from torch.optim import AdamW, NAdam, Optimizer
 
 from adabatch.batch.control import UNLIMITED, Limits
 from adabatch.batch.criteria import Criterion
-from adabatch.batch.moments import GRAD_L1
+from adabatch.batch.moments import GRAD_L1, INNER_PRODUCTS, LAYERS
 from adabatch.batch.plan import PlanGrid
 from adabatch.batch.schedules import Schedule
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.layers import PerLayer, layers_of
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers import MakeProbe
 
@@ -55,8 +56,22 @@ def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
             )
 
 
+WAYS_OUT = {
+    INNER_PRODUCTS: "another probe, such as PerExampleProbe(model, products=True)",
+    GRAD_L1: "a probe made with record_l1=True",
+    LAYERS: "a probe made with layers=",
+}
+"""What to use where a probe does not give something."""
+
+
 def suited_probe(
-    model: torch.nn.Module, optimizer: Optimizer, needs: frozenset[str], *, given: Probe | None, make: MakeProbe
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    needs: frozenset[str],
+    *,
+    given: Probe | None,
+    make: MakeProbe,
+    per_layer: PerLayer | None = None,
 ) -> Probe | None:
     """The probe given, or the one that suits the model; None where nothing needs one."""
     if not needs:
@@ -69,15 +84,16 @@ def suited_probe(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
             f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
         )
-    probe = given or make(parameters, record_l1=GRAD_L1 in needs)
+    layers = layers_of(model, optimizer, per_layer) if per_layer is not None and given is None else None
+    probe = given or make(parameters, record_l1=GRAD_L1 in needs, layers=layers)
     missing = needs - probe.gives
     if missing:
         if given is None:
             probe.remove()
         raise ValueError(
             f"the run needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
-            f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or another probe, "
-            f"such as PerExampleProbe(model, products=True)"
+            f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or "
+            f"{' and '.join(WAYS_OUT.get(need, 'another probe') for need in sorted(missing))}"
         )
     return probe
 

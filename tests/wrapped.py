@@ -195,12 +195,28 @@ def part_by_part(
         counts, weights = [sum(sizes)] * ranks, torch.full((ranks,), 1 / ranks, dtype=torch.float64)
     flat = parts.flatten(0, 1)  # (num_parts, d)
     mean = (weights[:, None] * flat).sum(0)
-    moments = from_parts(flat.square().sum(1).numpy(), counts, float(mean.square().sum()), weights=weights.numpy())
-    return moments._replace(grad_l1=float(mean.abs().sum()))
+
+    def moments_of(columns: Tensor) -> GradientMoments:
+        squares, grad_sq = flat[:, columns].square().sum(1).numpy(), float(mean[columns].square().sum())
+        return from_parts(squares, counts, grad_sq, weights=weights.numpy())
+
+    every = torch.arange(flat.shape[1])
+    where = dict(zip(parameters, every.split([p.numel() for p in parameters]), strict=True))
+    layers = {}
+    for name, module in model.named_modules():
+        own = [where.pop(p) for p in module.parameters(recurse=False) if p in where]
+        if own:
+            layers[name] = moments_of(torch.cat(own))
+    return moments_of(every)._replace(grad_l1=float(mean.abs().sum()), layers=layers)
 
 
 def check(found: GradientMoments, oracle: GradientMoments, tolerance: float = EXACT) -> None:
-    """That moments agree, to a relative tolerance."""
+    """That moments agree, to a relative tolerance; those of layers too, where they were measured."""
+    if found.layers is not None:
+        assert oracle.layers is not None
+        assert found.layers.keys() == oracle.layers.keys()
+        for name, layer in found.layers.items():
+            check(layer, oracle.layers[name], tolerance)
     assert found.num_parts == oracle.num_parts
     for name in ("part_size", "num_examples"):
         assert getattr(found, name) == pytest.approx(getattr(oracle, name), rel=1e-12), name

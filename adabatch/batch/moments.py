@@ -14,7 +14,7 @@ so two squared norms at two sizes give unbiased estimates of both unknowns, what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +26,14 @@ NOISE = "noise"
 INNER_PRODUCTS = "inner_products"
 """The same from single examples, with the share of the noise along the gradient."""
 
-
 EXAMPLES = "examples"
 """What a probe gives whose parts are single examples: a spread within one micro-batch."""
 
 GRAD_L1 = "grad_l1"
 """The l1 norm of the step's gradient, for schedules refined from recorded norms."""
+
+LAYERS = "layers"
+"""Noise and signal of each layer as well, for the journal."""
 
 
 class GradientMoments(NamedTuple):
@@ -46,6 +48,7 @@ class GradientMoments(NamedTuple):
         noise_along: the share of ``noise`` that lies along the gradient (per example, same unit as ``noise``), where it
             was measured from single examples; else None.
         grad_l1: l1 norm of the step's gradient, where it was recorded; else None.
+        layers: the moments of each layer by its name, where they were measured (``LAYERS``); else None.
     """
 
     part_sq: float
@@ -55,6 +58,7 @@ class GradientMoments(NamedTuple):
     num_parts: int
     noise_along: float | None = None
     grad_l1: float | None = None
+    layers: Mapping[str, GradientMoments] | None = None
 
     @property
     def noise(self) -> float:
@@ -90,8 +94,13 @@ class GradientMoments(NamedTuple):
         square = factor * factor
         along = None if self.noise_along is None else self.noise_along * square
         l1 = None if self.grad_l1 is None else self.grad_l1 * abs(factor)
+        layers = None if self.layers is None else {name: each.scaled(factor) for name, each in self.layers.items()}
         return self._replace(
-            part_sq=self.part_sq * square, grad_sq=self.grad_sq * square, noise_along=along, grad_l1=l1
+            part_sq=self.part_sq * square,
+            grad_sq=self.grad_sq * square,
+            noise_along=along,
+            grad_l1=l1,
+            layers=layers,
         )
 
     @classmethod

@@ -28,6 +28,7 @@ from adabatch.lr.shapes import Shape, constant
 from adabatch.recipes.data import collate
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.layers import PerLayer
 from adabatch.runtime.scheduler import ProgressLR
 from adabatch.runtime.world import World
 
@@ -59,6 +60,7 @@ class Job:
         tokens_per_example: lets durations be given in tokens.
         monitor: measure the noise although nothing needs it.
         record_l1: record the l1 norm of the gradient, which `adabatch schedule refine --kind adam` reads.
+        per_layer: write the noise of each layer to the journal: of each module, or of each parameter group.
         seed: of the weights, the order of the data and everything random.
         num_workers: loading processes a rank.
         out: folder for journal, checkpoint and picture.
@@ -85,6 +87,7 @@ class Job:
     tokens_per_example: int | None = None
     monitor: bool = False
     record_l1: bool = False
+    per_layer: PerLayer | None = None
     seed: int = 0
     num_workers: int = 0
     out: Path = Path("runs/latest")
@@ -151,6 +154,7 @@ def run(job: Job, world: World, *, display: Display, label: str) -> Result:
         tokens_per_example=job.tokens_per_example,
         monitor=job.monitor,
         record_l1=job.record_l1,
+        per_layer=job.per_layer,
         journal=journal_path,
     )
     schedule = ProgressLR(optimizer, job.shape or constant(), batches, total=job.total, warmup=job.warmup)

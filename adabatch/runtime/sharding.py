@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -73,3 +75,12 @@ def shards_in(mesh: DeviceMesh, parameters: list[Tensor]) -> int:
     """Into how many pieces the parameters are cut."""
     cut = any(isinstance(p, DTensor) and p.placements[-1].is_shard() for p in parameters)
     return mesh.size(mesh.ndim - 1) if cut else 1
+
+
+def padded_length(parameter: Tensor, num_shards: int) -> int:
+    """How many elements each of so many ranks gets of a parameter's gradient, with the zeros that make shares equal."""
+    if isinstance(parameter, DTensor):
+        placement = parameter.placements[-1]
+        if placement.is_shard(0):
+            return -(-parameter.shape[0] // num_shards) * math.prod(parameter.shape[1:])
+    return parameter.numel() // num_shards

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, Unpack, get_args
 
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adabatch.runtime.backward import PLAIN, Backward, scaled_by
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
-from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.probes.protocol import Probe, ProbeOptions
 from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
 from adabatch.runtime.sharding import is_sharded, units_of
 
@@ -24,7 +24,7 @@ GradientSync = Literal["each", "last"]
 class MakeProbe(Protocol):
     """Makes a probe for the parameters that an optimizer trains."""
 
-    def __call__(self, parameters: Sequence[Tensor], *, record_l1: bool) -> Probe:
+    def __call__(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
         """The probe; its hooks are on the model from here on."""
         ...
 
@@ -97,7 +97,7 @@ def _sharded(model: nn.Module, gradient_sync: GradientSync) -> Wrapper:
             for unit in units:
                 unit.set_requires_gradient_sync(True, recurse=False)
 
-    def make_probe(parameters: Sequence[Tensor], *, record_l1: bool) -> Probe:
+    def make_probe(parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
         trained = {id(p) for p in parameters}
         strange = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
         if strange:
@@ -109,7 +109,7 @@ def _sharded(model: nn.Module, gradient_sync: GradientSync) -> Wrapper:
             raise ValueError(
                 "gradient_sync='last' on a single rank leaves one part, which has no spread to measure: use 'each'"
             )
-        return ReduceScatterProbe(model, record_l1=record_l1)
+        return ReduceScatterProbe(model, **options)
 
     return Wrapper(collectives, no_sync if gradient_sync == "last" else nullcontext, make_probe)
 

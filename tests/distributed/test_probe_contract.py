@@ -1,4 +1,5 @@
-"""One contract for all probes: their moments are those of the parts computed one by one, however the model is wrapped.
+"""One contract for all probes: their moments, and those of each layer, are those of the parts computed one by one,
+however the model is wrapped.
 
 A new probe, or a new way to wrap a model, joins with a line in ``CONTENDERS``.
 """
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 import pytest
 from ranks import run_ranks
 from torch import nn
+from torch.optim import SGD
 from wrapped import CASES, Case, check, ddp, fsdp, hsdp, made, measured, part_by_part, plain
 
 from adabatch.batch.moments import GradientMoments
+from adabatch.runtime.layers import layers_of
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe
@@ -72,7 +75,8 @@ def contract(rank: int, ranks: int) -> dict[str, tuple[Numbers, Numbers]]:
             if ranks not in contender.ranks or (ranks == 8 and case_name != "network"):
                 continue
             model = contender.wrap(made(case), case)
-            probe = contender.probe(model, record_l1=True)
+            layers = layers_of(model, SGD(model.parameters(), lr=0.1), "module")
+            probe = contender.probe(model, record_l1=True, layers=layers)
             assert isinstance(probe, Probe)
             for sizes in STEPS[ranks]:
                 found = measured(model, probe, case, sizes, sync=contender.sync)

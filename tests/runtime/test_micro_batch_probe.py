@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adabatch.batch.moments import GradientMoments, from_parts
-from adabatch.runtime.probes.micro_batch import MicroBatchProbe, norms, sum_of_squares
+from adabatch.runtime.probes.micro_batch import MicroBatchProbe
+from adabatch.runtime.probes.norms import norms, sum_of_squares
 from adabatch.runtime.probes.protocol import Probe
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}

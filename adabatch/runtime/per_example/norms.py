@@ -8,7 +8,7 @@ is stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -40,6 +40,11 @@ class ExampleGradients:
     _factor: float
     _held: Sequence[Held] | None
     _parameters: Mapping[str, nn.Parameter]
+
+    def by_parameter(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with its share of ``examples_sq``."""
+        for name, square in self.parameters_sq.items():
+            yield self._parameters[name], square
 
     @torch.no_grad()
     def products(self, direction: Mapping[str, Tensor] | None = None) -> Tensor:

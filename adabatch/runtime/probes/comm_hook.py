@@ -8,22 +8,38 @@ from a few long tensors instead of many short ones, overlapped with the backward
 # No `from __future__ import annotations`: DDP reads the annotations of its hook, and knows them as types only.
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from adabatch.batch.moments import GRAD_L1, NOISE, GradientMoments
+from adabatch.batch.moments import GRAD_L1, LAYERS, NOISE, GradientMoments
 from adabatch.runtime.collectives import mean_future
-from adabatch.runtime.probes.micro_batch import gathered, norms, sum_of_squares
+from adabatch.runtime.layers import Layers, LayerSums
+from adabatch.runtime.probes.norms import gathered, norms
 from adabatch.runtime.probes.parts import PartSums
 
 Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]  # type: ignore[name-defined]
 """How DDP reduces a bucket: the second argument of ``DistributedDataParallel.register_comm_hook``."""
+
+
+class Cut(NamedTuple):
+    """The gradient of a parameter in a flat bucket."""
+
+    number: int
+    offset: int
+    length: int
+
+
+def _norms_of(flat: Tensor, cuts: list[Cut] | None) -> list[tuple[int, Tensor]]:
+    """Norms of a bucket, or of the gradients in it, each with the number of its parameter."""
+    if cuts is None:
+        return [(0, norms(flat))]
+    return [(cut.number, norms(flat[cut.offset : cut.offset + cut.length])) for cut in cuts]
 
 
 class CommHookProbe:
@@ -45,9 +61,11 @@ class CommHookProbe:
             (PowerSGD), as the norm of their result says nothing about that of the mean. An error that such a hook
             feeds back waits for the next step that it reduces.
         record_l1: measure the l1 norm of the step's gradient too, in one more pass.
+        layers: measure each of them as well. Norms are then taken of each gradient in a bucket, not of the bucket.
 
     Raises:
-        ValueError: a model that is not in DDP, or has a hook already, or PowerSGD without ``plain_when_probed``.
+        ValueError: a model that is not in DDP, or has a hook already, or PowerSGD without ``plain_when_probed``, or a
+            trainable parameter in no layer.
     """
 
     def __init__(
@@ -58,6 +76,7 @@ class CommHookProbe:
         state: object = None,
         plain_when_probed: bool = False,
         record_l1: bool = False,
+        layers: Layers | None = None,
     ) -> None:
         if not isinstance(model, DistributedDataParallel):
             raise ValueError(
@@ -71,17 +90,20 @@ class CommHookProbe:
             )
         # The model itself is not kept: its reducer, which Python's garbage collector does not see, keeps this hook.
         self._group: dist.ProcessGroup = model.process_group
-        self._device = next(p.device for p in model.parameters() if p.requires_grad)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self._device = parameters[0].device
+        self._number = None if layers is None else {p: number for number, p in enumerate(parameters)}
+        self._layer_sums = LayerSums(parameters, layers, device=self._device)
         self._hook = hook
         self._state = self._group if state is None else state
         self._plain_when_probed = plain_when_probed
-        self.gives = frozenset({NOISE, GRAD_L1} if record_l1 else {NOISE})
+        self.gives = frozenset({NOISE, *([GRAD_L1] if record_l1 else []), *([LAYERS] if layers else [])})
         self._record_l1 = record_l1
         self._listening = False
         # Appended to from the threads of the backward and of the process group; a step's norms are all there once its
         # backward has returned, which waits for every bucket.
-        self._before: list[Tensor] = []
-        self._after: list[Tensor] = []
+        self._before: list[tuple[int, Tensor]] = []
+        self._after: list[tuple[int, Tensor]] = []
         self._after_l1: list[Tensor] = []
         self._sums = PartSums(dist.get_world_size(self._group), device=self._device)
         try:
@@ -98,23 +120,32 @@ class CommHookProbe:
         if listening:
             if bucket.buffer().is_sparse:
                 raise RuntimeError("CommHookProbe does not measure sparse gradients: use MicroBatchProbe")
-            self._before.append(norms(bucket.buffer()))
+            cuts = self._cuts_of(bucket)
+            self._before += _norms_of(bucket.buffer(), cuts)
         if self._hook is None or (listening and self._plain_when_probed):
             reduced = mean_future(bucket.buffer(), self._group)
         else:
             reduced = self._hook(self._state, bucket)
-        return reduced.then(self._note) if listening else reduced
+        return reduced.then(partial(self._note, cuts)) if listening else reduced
 
-    def _note(self, reduced: Future[Tensor]) -> Tensor:
+    def _cuts_of(self, bucket: dist.GradBucket) -> list[Cut] | None:  # type: ignore[name-defined]
+        """Where each parameter's gradient lies in the bucket; None where that does not matter."""
+        if self._number is None:
+            return None
+        start = bucket.buffer().storage_offset()
+        pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+        return [Cut(self._number[p], grad.storage_offset() - start, grad.numel()) for p, grad in pairs]
+
+    def _note(self, cuts: list[Cut] | None, reduced: Future[Tensor]) -> Tensor:
         grad: Tensor = reduced.value()
-        self._after.append(norms(grad))
+        self._after += _norms_of(grad, cuts)
         if self._record_l1:
             self._after_l1.append(norms(grad, 1))
         return grad
 
     def start(self, dp_size: int) -> None:
         """A probed step begins."""
-        self._sums = PartSums(dp_size, device=self._device)
+        self._sums = PartSums(dp_size, device=self._device, layers=self._layer_sums.names)
 
     def begin_part(self) -> None:
         """The backward of a micro-batch begins."""
@@ -126,22 +157,21 @@ class CommHookProbe:
         self._listening = False
         self._sums.join(num_examples, weight)
         if self._before:
-            self._sums.close(sum_of_squares(self._before, self._device))
+            self._sums.close(self._layer_sums.of(self._before))
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums, shape (4,), or (5,) with the l1 norm."""
+        """This rank's share of the sums."""
         dp_size = self._sums.dp_size
         # Every rank sees the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
-        grad_sq = sum_of_squares(self._after, self._device) / dp_size if self._after else torch.zeros(())
-        l1 = None
-        if self._record_l1:
-            l1 = gathered(self._after_l1, self._device).sum() / dp_size if self._after_l1 else torch.zeros(())
+        grad_sq = self._layer_sums.of(self._after) / dp_size
+        l1 = gathered(self._after_l1, self._device).sum() / dp_size if self._record_l1 else None
         self._forget()
-        return self._sums.numbers(grad_sq, l1)
+        return self._sums.numbers(grad_sq, grad_l1=l1)
 
     def _forget(self) -> None:
-        for norms_seen in (self._before, self._after, self._after_l1):
-            norms_seen.clear()
+        self._before.clear()
+        self._after.clear()
+        self._after_l1.clear()
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks."""

@@ -1,7 +1,7 @@
-"""Sums over the parts of one rank, for probes that see a gradient where it is reduced.
+"""A rank's share of what a step's parts add up to: what the probes collect, and the moments that come of it.
 
-What such a probe sees at a reduction is everything that the rank accumulated since the one before: one micro-batch, or
-all of a step. That is one part, whatever it was made of.
+A part is what a probe sees at once: a micro-batch, or, where it looks at a reduction, everything that the rank
+accumulated since the one before.
 """
 
 from __future__ import annotations
@@ -16,22 +16,29 @@ class PartSums:
     """This rank's share of a step's sums over parts.
 
     With ``g_m`` the mean gradient of a micro-batch of ``n_m`` examples and ``w_m`` its weight in this rank's gradient,
-    a reduction shows ``sum_m w_m g_m``. With ``W`` the sum of those weights, that is ``W g`` for a part with the mean
+    a part shows ``sum_m w_m g_m``. With ``W`` the sum of those weights, that is ``W g`` for a part with the mean
     gradient ``g`` of ``1 / sum_m (w_m / W)^2 / n_m`` examples, whose weight in the step is ``W / dp_size``.
 
     Args:
         dp_size: data-parallel ranks.
         device: of the gradients' norms.
+        layers: names of the layers whose sums are taken apart; none for those of all parameters together.
+        examples: parts are single examples, and what is shown of a micro-batch is ``W^2`` times their mean square.
     """
 
-    def __init__(self, dp_size: int, *, device: torch.device) -> None:
+    def __init__(
+        self, dp_size: int, *, device: torch.device, layers: tuple[str, ...] = (), examples: bool = False
+    ) -> None:
         self.dp_size = dp_size
         self.num_parts = 0
-        self._part_sq = torch.zeros((), dtype=torch.float64, device=device)
+        self._examples = examples
+        self._layers = layers
+        self._part_sq = torch.zeros(max(1, len(layers)), dtype=torch.float64, device=device)
         self._inverse_part_size = 0.0
         self._inverse_num_examples = 0.0
         self._weight = 0.0
         self._spread = 0.0
+        self._lengths: dict[str, int] = {}
 
     def join(self, num_examples: float, weight: float) -> None:
         """A micro-batch enters the part that is open."""
@@ -39,40 +46,61 @@ class PartSums:
         self._spread += weight * weight / num_examples
 
     def close(self, seen_sq: Tensor) -> None:
-        """The open part was reduced, and ``seen_sq``, shape (), was its squared norm as it went in."""
+        """The open part ends: ``seen_sq``, shape (num_layers,), were the squared norms of what it showed."""
         self._part_sq += seen_sq / (self._weight * self.dp_size)
         self._inverse_part_size += self._spread / (self._weight * self.dp_size)
         self._inverse_num_examples += self._spread / self.dp_size**2
         self.num_parts += 1
         self._weight = self._spread = 0.0
 
-    def numbers(self, grad_sq: Tensor, grad_l1: Tensor | None) -> Tensor:
-        """What the ranks add up, shape (4,), or (5,) with the l1 norm.
+    def numbers(self, grad_sq: Tensor, **others: Tensor | None) -> Tensor:
+        """What the ranks add up, shape (k,): few float64 numbers.
 
         Args:
-            grad_sq, grad_l1: this rank's share of the squared norm and of the l1 norm of the step's gradient, shape ().
+            grad_sq: this rank's share of the squared norms of the step's gradient, shape (num_layers,).
+            others: its share of other sums by their name, shape (); None where not measured.
 
         Raises:
-            RuntimeError: nothing was reduced.
+            RuntimeError: no part was seen.
         """
         if self.num_parts == 0:
             raise RuntimeError(
                 "no gradient was reduced in this step: is the loss computed from the model that the probe was made "
                 "for, not detached, and the gradient synchronized in the last micro-batch?"
             )
-        device = self._part_sq.device
-        sizes = torch.tensor([self._inverse_part_size, self._inverse_num_examples], dtype=torch.float64, device=device)
-        norms = [self._part_sq, grad_sq] if grad_l1 is None else [self._part_sq, grad_sq, grad_l1]
-        return torch.cat([torch.stack([norm.to(self._part_sq) for norm in norms]), sizes])
+        # new_full() fills on the device; a tensor of host numbers would be copied there, and the copy waited for.
+        named = {
+            "part_sq": self._part_sq,
+            "grad_sq": grad_sq,
+            "inverse_part_size": self._part_sq.new_full((1,), self._inverse_part_size),
+            "inverse_num_examples": self._part_sq.new_full((1,), self._inverse_num_examples),
+            **{name: value.view(1) for name, value in others.items() if value is not None},
+        }
+        self._lengths = {name: len(value) for name, value in named.items()}
+        return torch.cat([value.to(self._part_sq) for value in named.values()])
+
+    def named(self, totals: list[float]) -> dict[str, list[float]]:
+        """The numbers of all ranks, added up, by the names that they have in ``numbers``."""
+        rest = iter(totals)
+        return {name: [next(rest) for _ in range(length)] for name, length in self._lengths.items()}
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the numbers of all ranks, added up."""
-        part_sq, grad_sq, *l1, inverse_part_size, inverse_num_examples = totals
-        return GradientMoments(
-            part_sq=part_sq,
-            part_size=1 / inverse_part_size,
-            grad_sq=grad_sq,
-            num_examples=1 / inverse_num_examples,
-            num_parts=self.num_parts * self.dp_size,
-            grad_l1=l1[0] if l1 else None,
-        )
+        found = self.named(totals)
+        num_examples = 1 / found["inverse_num_examples"][0]
+
+        def moments_of(part_sq: float, grad_sq: float) -> GradientMoments:
+            return GradientMoments(
+                part_sq=part_sq,
+                part_size=1.0 if self._examples else 1 / found["inverse_part_size"][0],
+                grad_sq=grad_sq,
+                num_examples=num_examples,
+                num_parts=round(num_examples) if self._examples else self.num_parts * self.dp_size,
+            )
+
+        layers = None
+        if self._layers:
+            sums = zip(self._layers, found["part_sq"], found["grad_sq"], strict=True)
+            layers = {name: moments_of(part_sq, grad_sq) for name, part_sq, grad_sq in sums}
+        whole = moments_of(sum(found["part_sq"]), sum(found["grad_sq"]))
+        return whole._replace(grad_l1=found["grad_l1"][0] if "grad_l1" in found else None, layers=layers)

@@ -14,9 +14,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from adabatch.batch.moments import EXAMPLES, INNER_PRODUCTS, NOISE, GradientMoments
+from adabatch.batch.moments import EXAMPLES, INNER_PRODUCTS, LAYERS, NOISE, GradientMoments
+from adabatch.runtime.layers import Layers, LayerSums
 from adabatch.runtime.per_example import ExampleGradients, PerExampleNorms, Rule
-from adabatch.runtime.probes.micro_batch import norms, sum_of_squares
+from adabatch.runtime.probes.norms import norms
+from adabatch.runtime.probes.parts import PartSums
 
 
 class PerExampleProbe:
@@ -30,10 +32,11 @@ class PerExampleProbe:
         leave_one_out: compare each example with the mean of the others, ``p_i' = (b p_i - s_i) / (b - 1)``; matters for
             small batches. Needs ``products``.
         rules: rules for module classes of your own.
+        layers: measure each of them as well.
 
     Raises:
-        ValueError: a module that couples the examples of a micro-batch (batch normalization), or ``leave_one_out``
-            without ``products``.
+        ValueError: a module that couples the examples of a micro-batch (batch normalization), ``leave_one_out``
+            without ``products``, or a trainable parameter in no layer.
 
     The loss must be a mean over the examples of the micro-batch.
 
@@ -47,26 +50,28 @@ class PerExampleProbe:
         products: bool = False,
         leave_one_out: bool = False,
         rules: Mapping[type[nn.Module], Rule] = MappingProxyType({}),
+        layers: Layers | None = None,
     ) -> None:
         if leave_one_out and not products:
             raise ValueError("leave_one_out corrects inner products: pass products=True with it")
-        self.gives = frozenset({NOISE, EXAMPLES, INNER_PRODUCTS} if products else {NOISE, EXAMPLES})
+        gives = {NOISE, EXAMPLES, *([INNER_PRODUCTS] if products else []), *([LAYERS] if layers else [])}
+        self.gives = frozenset(gives)
         self._norms = PerExampleNorms(model, products=products, rules=rules)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._number = {p: number for number, p in enumerate(self._parameters)}
+        self._device = self._parameters[0].device
+        self._layer_sums = LayerSums(self._parameters, layers, device=self._device)
+        self._sums = PartSums(1, device=self._device)
         self._products = products
         self._leave_one_out = leave_one_out
-        self._dp_size = 1
         self._held: list[tuple[float, ExampleGradients]] = []
 
     def start(self, dp_size: int) -> None:
         """A probed step begins."""
-        self._dp_size = dp_size
+        self._sums = PartSums(dp_size, device=self._device, layers=self._layer_sums.names, examples=True)
         self._held.clear()
         self._norms.remove()  # a step that was broken off left it listening
         self._norms.start()
-        device = self._parameters[0].device
-        self._examples_sq = torch.zeros((), dtype=torch.float64, device=device)
-        self._inverse_num_examples = 0.0
 
     def begin_part(self) -> None:
         """Nothing: the measurement began before the forward, in ``start`` or when the part before ended."""
@@ -76,41 +81,34 @@ class PerExampleProbe:
         examples = self._norms.finish(loss_scale=weight)
         self._norms.start()
         count = examples.examples_sq.shape[0]  # the parts are the examples themselves, whatever they count for
-        each = weight / self._dp_size / count
-        self._examples_sq += each * examples.examples_sq.double().sum()
-        self._inverse_num_examples += each**2 * count
+        squares = [(self._number[p], square.double().sum().view(1)) for p, square in examples.by_parameter()]
+        self._sums.join(count, weight)
+        self._sums.close(self._layer_sums.of(squares, power=1) * (weight * weight / count))
         if self._products:
-            self._held.append((each, examples))
+            self._held.append((weight / self._sums.dp_size / count, examples))
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums, shape (3,), or (7,) with inner products."""
+        """This rank's share of the sums."""
         self._norms.remove()
-        device = self._examples_sq.device
-        pieces = [norms(p.grad) for p in self._parameters if p.grad is not None]
-        grad_sq = sum_of_squares(pieces, device) / self._dp_size
-        count = torch.tensor([self._inverse_num_examples], dtype=torch.float64, device=device)
-        numbers = [self._examples_sq.view(1), grad_sq.view(1), count]
+        pieces = [(self._number[p], norms(p.grad)) for p in self._parameters if p.grad is not None]
+        products: dict[str, Tensor] = {}
         if self._products:
-            sums = torch.zeros(4, dtype=torch.float64, device=device)
+            sums = torch.zeros(4, dtype=torch.float64, device=self._device)
             for each, examples in self._held:
                 p, s = examples.products().double(), examples.examples_sq.double()
                 sums += each * torch.stack([p.sum(), (p * p).sum(), (p * s).sum(), (s * s).sum()])
-            numbers.append(sums)
+            products = dict(zip(("p", "pp", "ps", "ss"), sums.unbind(), strict=True))
             self._held.clear()
-        return torch.cat(numbers)
+        return self._sums.numbers(self._layer_sums.of(pieces) / self._sums.dp_size, **products)
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks."""
-        examples_sq, grad_sq, inverse_num_examples, *sums = totals
-        num_examples = 1 / inverse_num_examples
-        return GradientMoments(
-            part_sq=examples_sq,
-            part_size=1.0,
-            grad_sq=grad_sq,
-            num_examples=num_examples,
-            num_parts=round(num_examples),
-            noise_along=self._noise_along(examples_sq, num_examples, *sums) if sums else None,
-        )
+        moments = self._sums.moments(totals)
+        if not self._products:
+            return moments
+        found = self._sums.named(totals)
+        p, pp, ps, ss = (found[name][0] for name in ("p", "pp", "ps", "ss"))
+        return moments._replace(noise_along=self._noise_along(moments.part_sq, moments.num_examples, p, pp, ps, ss))
 
     def _noise_along(self, s: float, b: float, p: float, pp: float, ps: float, ss: float) -> float:
         """Variance of the inner products over their mean, from weighted means of p, p^2, p s and s^2."""

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
 from adabatch.batch.moments import GradientMoments
+from adabatch.runtime.layers import Layers
+
+
+class ProbeOptions(TypedDict, total=False):
+    """What a probe can be asked to measure beside noise and signal; each is described where it is taken.
+
+    Args:
+        record_l1: the l1 norm of the step's gradient.
+        layers: noise and signal of each of them.
+    """
+
+    record_l1: bool
+    layers: Layers | None
 
 
 @runtime_checkable

@@ -9,18 +9,21 @@ does what the default does.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from adabatch.batch.moments import GRAD_L1, NOISE, GradientMoments
+from adabatch.batch.moments import GRAD_L1, LAYERS, NOISE, GradientMoments
 from adabatch.runtime.collectives import reduce_scatter
-from adabatch.runtime.probes.micro_batch import gathered, norms, sum_of_squares
+from adabatch.runtime.layers import Layers, LayerSums
+from adabatch.runtime.probes.norms import gathered, norms
 from adabatch.runtime.probes.parts import PartSums
-from adabatch.runtime.sharding import data_parallel_mesh, own_piece, shards_in, units_of
+from adabatch.runtime.sharding import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
 
 TOO_LONG = 1.05
 """A mean is never longer than its parts are on average. Rounding to a low precision may add a little."""
@@ -50,8 +53,22 @@ class PlainReduceScatter:
         return reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """What was seen of a gradient on its way into a reduction.
+
+    Args:
+        norms: its norms, shape (num_blocks,); those of its columns, one an element of a shard, where parameters are
+            told apart.
+        numbers: the parameters in it, in the order in which they lie there; empty where they are not told apart.
+    """
+
+    norms: Tensor
+    numbers: list[int]
+
+
 class _Measured:
-    """The reduce-scatter of one unit, which reads the norm of what goes in.
+    """The reduce-scatter of one unit, which shows what goes in.
 
     It is read when the buffer for the output is asked for: the gradient is copied in by then, padded with zeros, and
     not yet divided, as it is afterwards where the reduction runs in float16 or float64. The call itself would be too
@@ -59,12 +76,13 @@ class _Measured:
     the reduce-scatter, beside the backward, and the step's own stream waits for that before the backward returns.
     """
 
-    def __init__(self, inner: ReduceScatter, num_shards: int) -> None:
+    def __init__(self, inner: ReduceScatter, num_shards: int, see: Callable[[Tensor], Reduction]) -> None:
         self._inner = inner
         self._num_shards = num_shards
+        self._see = see
         self._filling: Tensor | None = None
         self.listening = False
-        self.reductions: list[Tensor] = []
+        self.reductions: list[Reduction] = []
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         if not self.listening:
@@ -79,7 +97,7 @@ class _Measured:
                 f"shards were expected: this way of sharding, or torch {torch.__version__}, is not known to the probe"
             )
         else:
-            self.reductions.append(norms(filled))
+            self.reductions.append(self._see(filled))
         return buffer
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
@@ -108,13 +126,16 @@ class ReduceScatterProbe:
     Args:
         model: what ``fully_shard`` was applied to, or the module that holds it.
         record_l1: measure the l1 norm of the step's gradient too, in one more pass over this rank's shard.
+        layers: measure each of them as well. Norms of the columns of each buffer are then held until the micro-batch is
+            over, 4 bytes for each element of this rank's shards.
         gradient_divide_factor: what ``FSDPModule.set_gradient_divide_factor`` was called with, the same on every unit.
         inner: the reduce-scatter that the model had, where it was set with ``set_custom_reduce_scatter``. Buffers from
             the process group's own allocator (``set_allocate_memory_from_process_group_for_comm``) are not supported.
 
     Raises:
         ValueError: a torch older than 2.9, a model that is not sharded, or not by data parallelism alone, a unit with
-            several parameter groups (``shard_placement_fn`` with meshes of its own), or a factor that is not positive.
+            several parameter groups (``shard_placement_fn`` with meshes of its own), a factor that is not positive, or
+            a trainable parameter in no layer.
     """
 
     def __init__(
@@ -122,6 +143,7 @@ class ReduceScatterProbe:
         model: nn.Module,
         *,
         record_l1: bool = False,
+        layers: Layers | None = None,
         gradient_divide_factor: float | None = None,
         inner: ReduceScatter | None = None,
     ) -> None:
@@ -137,13 +159,15 @@ class ReduceScatterProbe:
         self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self._device = torch.device(mesh.device_type)
         self._scale = 1.0 if gradient_divide_factor is None else mesh.size() / gradient_divide_factor
-        self.gives = frozenset({NOISE, GRAD_L1} if record_l1 else {NOISE})
+        self.gives = frozenset({NOISE, *([GRAD_L1] if record_l1 else []), *([LAYERS] if layers else [])})
         self._record_l1 = record_l1
+        self._layer_sums = LayerSums(self._parameters, layers, device=self._device)
         self._units = list(units.values())
         self._inner = PlainReduceScatter() if inner is None else inner
-        num_shards = shards_in(mesh, self._parameters)
-        self._measured = {name: _Measured(self._inner, num_shards) for name in units}
+        self._num_shards = shards_in(mesh, self._parameters)
+        self._measured = {name: _Measured(self._inner, self._num_shards, self._see) for name in units}
         self._sums = PartSums(mesh.size(), device=self._device)
+        self._open: Reduction | None = None
         set_so_far = []
         try:
             for name, unit in units.items():
@@ -153,10 +177,28 @@ class ReduceScatterProbe:
             for unit in set_so_far:
                 _set(unit, self._inner)
             raise
+        self._handles: list[Any] = []
+        if layers is not None:  # FSDP2 runs these hooks after each reduction, in the order of the parameters in it
+            self._handles = [
+                p.register_post_accumulate_grad_hook(partial(self._was_in, number))  # type: ignore[no-untyped-call]
+                for number, p in enumerate(self._parameters)
+            ]
+
+    def _see(self, filled: Tensor) -> Reduction:
+        if not self._handles:
+            return Reduction(norms(filled), [])
+        dtype = torch.float64 if filled.dtype is torch.float64 else torch.float32
+        columns = torch.linalg.vector_norm(filled.view(self._num_shards, -1), dim=0, dtype=dtype)
+        self._open = Reduction(columns, [])
+        return self._open
+
+    def _was_in(self, number: int, _: Tensor) -> None:
+        if self._open is not None:
+            self._open.numbers.append(number)
 
     def start(self, dp_size: int) -> None:
         """A probed step begins."""
-        self._sums = PartSums(dp_size, device=self._device)
+        self._sums = PartSums(dp_size, device=self._device, layers=self._layer_sums.names)
 
     def begin_part(self) -> None:
         """The backward of a micro-batch begins."""
@@ -169,7 +211,8 @@ class ReduceScatterProbe:
         Raises:
             RuntimeError: a unit reduced its gradient in several pieces.
         """
-        seen: list[Tensor] = []
+        self._open = None
+        seen: list[tuple[int, Tensor]] = []
         for name, unit in self._measured.items():
             unit.listen(False)
             if len(unit.reductions) > 1:
@@ -178,22 +221,34 @@ class ReduceScatterProbe:
                     f"micro-batch, whose norms do not add up: modules that are one unit must run together in one "
                     f"forward, so give a head that is called once a chunk a unit of its own"
                 )
-            seen += unit.reductions
+            for reduction in unit.reductions:
+                seen += self._by_parameter(reduction)
             unit.reductions.clear()
         self._sums.join(num_examples, weight)
         if seen:
-            self._sums.close(sum_of_squares(seen, self._device) * self._scale**2)
+            self._sums.close(self._layer_sums.of(seen) * self._scale**2)
+
+    def _by_parameter(self, reduction: Reduction) -> list[tuple[int, Tensor]]:
+        """Norms with the numbers of their parameters; all under 0 where they are not told apart."""
+        if not reduction.numbers:
+            return [(0, reduction.norms)]
+        lengths = [padded_length(self._parameters[number], self._num_shards) for number in reduction.numbers]
+        if sum(lengths) != len(reduction.norms):
+            raise RuntimeError(
+                f"FSDP2 reduced {len(reduction.norms)} elements a rank, where its {len(lengths)} parameters have "
+                f"{sum(lengths)}: this way of sharding, or torch {torch.__version__}, is not known to the probe"
+            )
+        pieces = torch.split(reduction.norms, lengths)
+        return [(number, norms(piece)) for number, piece in zip(reduction.numbers, pieces, strict=True)]
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums, shape (4,), or (5,) with the l1 norm."""
-        pieces = [own_piece(p.grad) for p in self._parameters if p.grad is not None]
-        grad_sq = self._sum([norms(piece) / math.sqrt(holders) for piece, holders in pieces], 2)
-        l1 = self._sum([norms(piece, 1) / holders for piece, holders in pieces], 1) if self._record_l1 else None
-        return self._sums.numbers(grad_sq, l1)
-
-    def _sum(self, pieces: list[Tensor], power: int) -> Tensor:
-        """Sum of a power of norms, shape (); zero where this rank has no gradient."""
-        return gathered(pieces, self._device).pow(power).sum() if pieces else torch.zeros((), dtype=torch.float64)
+        """This rank's share of the sums."""
+        pieces = [(number, *own_piece(p.grad)) for number, p in enumerate(self._parameters) if p.grad is not None]
+        shares = [(number, norms(piece) / math.sqrt(holders)) for number, piece, holders in pieces]
+        l1 = None
+        if self._record_l1:
+            l1 = gathered([norms(piece, 1) / holders for _, piece, holders in pieces], self._device).sum()
+        return self._sums.numbers(self._layer_sums.of(shares), grad_l1=l1)
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks.
@@ -216,6 +271,9 @@ class ReduceScatterProbe:
         """Gives every unit back the reduce-scatter it had."""
         for unit in self._units:
             _set(unit, self._inner)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         self._units.clear()
         self._measured.clear()
 
