@@ -81,7 +81,9 @@ class PerExampleProbe:
         examples = self._norms.finish(loss_scale=weight)
         self._norms.start()
         count = examples.examples_sq.shape[0]  # the parts are the examples themselves, whatever they count for
-        squares = [(self._number[p], square.double().sum().view(1)) for p, square in examples.by_parameter()]
+        squares = [(0, examples.examples_sq)]
+        if self._layer_sums.names:
+            squares = [(self._number[p], square) for p, square in examples.by_parameter()]
         self._sums.join(count, weight)
         self._sums.close(self._layer_sums.of(squares, power=1) * (weight * weight / count))
         if self._products:
