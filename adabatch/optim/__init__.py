@@ -2,5 +2,6 @@
 
 from adabatch.optim import mup
 from adabatch.optim.adagrad_norm import AdaGradNorm
+from adabatch.optim.shampoo import Shampoo
 
-__all__ = ["AdaGradNorm", "mup"]
+__all__ = ["AdaGradNorm", "Shampoo", "mup"]

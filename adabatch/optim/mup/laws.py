@@ -15,11 +15,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from adabatch.optim.mup.entry import Entry
 
-KFacDamping = Literal["trace", "absolute", "kronecker", "split"]
 MuonAdjust = Literal["original", "match_rms_adamw"]
 
 
@@ -33,11 +32,15 @@ class Law(ABC):
         """Multiplier on the learning rate."""
 
     @abstractmethod
-    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
-        """The group's damping options, from the value tuned at the base width; None for the method's default.
+    def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
+        """Further options of a parameter's group: the damping, and settings of the law that the method must share.
+
+        Args:
+            entry: the parameter.
+            damping: tuned at the base width; None for the method's default.
 
         Raises:
-            ValueError: a value where the method has no damping, or none where one is needed.
+            ValueError: a damping where the method has none, or none where one is needed.
         """
 
     @abstractmethod
@@ -55,10 +58,10 @@ class SGD(Law):
         """``r_out / r_in``."""
         return entry.r_out / entry.r_in
 
-    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
+    def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
         """None: SGD divides by nothing."""
-        if value is not None:
-            raise ValueError(f"sgd has no damping, got damping={value}: leave it out")
+        if damping is not None:
+            raise ValueError(f"sgd has no damping, got damping={damping}: leave it out")
         return {}
 
     def takes(self, entry: Entry) -> bool:
@@ -81,9 +84,9 @@ class Adam(Law):
         """``1 / r_in``."""
         return 1 / entry.r_in
 
-    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
+    def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
         """``eps / r_out``; torch's default is 1e-8."""
-        return {"eps": (1e-8 if value is None else value) / entry.r_out}
+        return {"eps": (1e-8 if damping is None else damping) / entry.r_out}
 
     def takes(self, entry: Entry) -> bool:
         """Everything."""
@@ -121,9 +124,10 @@ class Muon(Law):
             return math.sqrt(max(rows, columns))
         return math.sqrt(max(1.0, rows / columns))
 
-    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
+    def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
         """The floor of the normalization, ``eps x sqrt(r_in / r_out)``; torch's default is 1e-7."""
-        return {"eps": (1e-7 if value is None else value) * math.sqrt(entry.r_in / entry.r_out)}
+        floor = 1e-7 if damping is None else damping
+        return {"eps": floor * math.sqrt(entry.r_in / entry.r_out), "adjust_lr_fn": self.adjust_lr_fn}
 
     def takes(self, entry: Entry) -> bool:
         """Matrices."""
@@ -160,13 +164,15 @@ class Shampoo(Law):
         both = 0.5 if entry.role == "vector" else 2 * self.exponent
         return float((entry.r_out / entry.r_in) ** (1 - both) * self._blocks(entry) ** -both)
 
-    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
-        """Relative: the value itself. Absolute: ``value x r_in / (r_out x blocks)``."""
-        if self.relative:
-            return {} if value is None else {"epsilon": value}
-        if value is None:
-            raise ValueError("an absolute epsilon has no default: give damping=, in squared units of the gradient")
-        return {"epsilon": value * entry.r_in / (entry.r_out * self._blocks(entry))}
+    def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
+        """Epsilon: a relative one as it is, an absolute one ``x r_in / (r_out x blocks)``; and the law's settings."""
+        settings = {"exponent": self.exponent, "relative": self.relative, "block_size": self.block_size}
+        if damping is None:
+            if not self.relative:
+                raise ValueError("an absolute epsilon has no default: give damping=, in squared units of the gradient")
+            return settings
+        scale = 1.0 if self.relative else entry.r_in / (entry.r_out * self._blocks(entry))
+        return {"epsilon": damping * scale, **settings}
 
     def takes(self, entry: Entry) -> bool:
         """Everything but stacks of matrices, which it would take for one."""
@@ -183,40 +189,30 @@ class Shampoo(Law):
 
 @dataclass(frozen=True)
 class KFAC(Law):
-    """K-FAC: the learning rate is the same at every width; damping follows the factor that it damps.
+    """K-FAC: the learning rate is the same at every width, and so is a damping in units of each factor's trace.
 
     Args:
         exponents: (e_B, e_A) of the output side and the input side; (1, 1) is K-FAC, (0, 1) the input side only,
             (1, 0) the output side only.
-        damping_form: "trace", in units of each factor's trace; "absolute", one number a side; "kronecker", on the
-            product of the factors; "split", the textbook heuristic, which has no law and is there for comparison.
     """
 
     exponents: tuple[float, float] = (1.0, 1.0)
-    damping_form: KFacDamping = "trace"
     name = "kfac"
 
     def __post_init__(self) -> None:
-        """Refuses settings out of range."""
+        """Refuses exponents out of range."""
         if any(not 0 <= e <= 1 for e in self.exponents):
             raise ValueError(f"exponents (e_B, e_A) must be in [0, 1], (1, 1) for K-FAC, got {self.exponents}")
-        if self.damping_form not in get_args(KFacDamping):
-            raise ValueError(f"damping_form must be one of {', '.join(get_args(KFacDamping))}, got {self.damping_form}")
 
     def lr(self, entry: Entry) -> float:
         """``r_out^(1 - e_B) r_in^(e_A - 1)``, which is 1 for K-FAC itself."""
         e_b, e_a = self.exponents
         return float(entry.r_out ** (1 - e_b) * entry.r_in ** (e_a - 1))
 
-    def damping(self, entry: Entry, value: float | None) -> dict[str, float]:
-        """Trace: the value. Absolute: ``value x r_in`` and ``value / r_out``. Kronecker: ``value x r_in / r_out``."""
-        if value is None:
-            return {}
-        if self.damping_form == "absolute":
-            return {"damping_a": value * entry.r_in, "damping_b": value / entry.r_out}
-        if self.damping_form == "kronecker":
-            return {"damping": value * entry.r_in / entry.r_out}
-        return {"damping": value}
+    def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
+        """The damping as it is, and the ratios, by which the optimizer scales forms that are no share of a trace."""
+        given = {} if damping is None else {"damping": damping}
+        return {**given, "fan_in_ratio": entry.r_in, "fan_out_ratio": entry.r_out}
 
     def takes(self, entry: Entry) -> bool:
         """Weights of linear layers, convolutions and embeddings, and biases; norms and unknown ones are first-order."""

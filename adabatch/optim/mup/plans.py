@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from adabatch.optim.mup.entry import Entry
-from adabatch.optim.mup.laws import KFAC, LAWS, Adam, Law, Method, law_of
+from adabatch.optim.mup.laws import LAWS, Adam, Law, Method, law_of
 from adabatch.optim.mup.names import named_parameters
 
 FORMAT = 1
@@ -65,9 +64,10 @@ class Plan:
     ) -> list[dict[str, Any]]:
         """Parameter groups for a torch optimizer, with the settings tuned at the base width moved to this one.
 
-        Each group has ``params``, ``lr``, ``weight_decay``, the damping options of its method, and two plain numbers
-        for the journal and for ``guard``: ``mup_base_lr`` and ``mup_lr``, the multiplier in its ``lr``. Parameters of
-        equal settings share a group; frozen ones are left out.
+        Each group has ``params``, ``lr``, ``weight_decay``, the options that its law sets (damping, and for Shampoo and
+        Muon the settings that the law was told), and two plain numbers for the journal and for ``guard``:
+        ``mup_base_lr`` and ``mup_lr``, the multiplier in its ``lr``. Parameters of equal settings share a group; frozen
+        ones are left out.
 
         Args:
             model: of the plan's architecture and width, wrapped or not.
@@ -83,8 +83,7 @@ class Plan:
 
         Raises:
             ValueError: a parameter that the plan does not know, of another shape, or that the method cannot take; a
-                pattern without a match; weight decay for "adam", whose coupled decay has no width law; a readout at
-                zero for K-FAC.
+                pattern without a match; weight decay for "adam", whose coupled decay has no width law.
         """
         law = law_of(method)
         if weight_decay and isinstance(law, Adam) and not law.decoupled:
@@ -97,8 +96,6 @@ class Plan:
                 f"{law.name} cannot take {some(left)}: give it only=plan.taken_by({law.name!r}), and the rest, "
                 f"only=plan.left_by({law.name!r}), to a first-order optimizer"
             )
-        if isinstance(law, KFAC):
-            self._refuse_zero_readout({name: named[name] for name in names})
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for name in names:
             entry = self.entries[name]
@@ -106,7 +103,7 @@ class Plan:
             spread = 1.0 if decay_scaling == "constant" else entry.r_in
             options = {
                 "weight_decay": weight_decay / (multiplier * spread),
-                **law.damping(entry, damping),
+                **law.options(entry, damping),
                 "mup_base_lr": float(lr),
                 "mup_lr": multiplier,
             }
@@ -167,19 +164,6 @@ class Plan:
                     f"of another width use plan.at(model)"
                 )
         return named
-
-    def _refuse_zero_readout(self, named: Mapping[str, nn.Parameter]) -> None:
-        zero = [
-            name
-            for name, parameter in named.items()
-            if self.entries[name].role == "output" and not parameter.is_meta and not torch.any(parameter.detach())
-        ]
-        if zero:
-            raise ValueError(
-                f"the readout {some(zero)} is zero, so the first step of K-FAC moves nothing else and is kernel "
-                f"regression, near which training stays: use mup.init_(model, plan), or give the readout a small "
-                f"standard deviation, 1/fan_in"
-            )
 
 
 SHOWN_LAWS: Mapping[str, Law] = {name: LAWS[name] for name in ("sgd", "adamw", "muon", "shampoo", "kfac")}

@@ -1,0 +1,55 @@
+"""A tensor as a matrix, cut into equal blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Size, Tensor
+from torch.nn.functional import pad
+
+
+class Blocks(NamedTuple):
+    """How a tensor is cut: ``rows x columns`` is covered by blocks of one size, the last ones filled up with zeros.
+
+    The first dimension gives the rows, all others together the columns; a vector is a column. Zeros change no product
+    of what is not zero.
+
+    Args:
+        rows, columns: of the matrix.
+        height, width: of a block.
+    """
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, shape: Size, longest: int | None) -> Blocks:
+        """For a tensor of this shape; blocks are as large as it is, or ``longest`` at most."""
+        rows = shape[0] if shape else 1
+        columns = math.prod(shape[1:])
+        height, width = (max(1, min(side, longest or side)) for side in (rows, columns))
+        return cls(rows, columns, height, width)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of blocks down and across."""
+        return math.ceil(self.rows / self.height), math.ceil(self.columns / self.width)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The blocks, row by row, shape (num_blocks, height, width)."""
+        matrix = tensor.reshape(self.rows, self.columns)
+        down, across = self.grid
+        if down * across == 1:
+            return matrix[None]
+        whole = pad(matrix, (0, across * self.width - self.columns, 0, down * self.height - self.rows))
+        return whole.reshape(down, self.height, across, self.width).transpose(1, 2).flatten(0, 1)
+
+    def join(self, blocks: Tensor, shape: Size) -> Tensor:
+        """The tensor that was cut into these blocks."""
+        down, across = self.grid
+        grid = blocks.reshape(down, across, self.height, self.width)
+        whole = grid.transpose(1, 2).reshape(down * self.height, across * self.width)
+        return whole[: self.rows, : self.columns].reshape(shape)

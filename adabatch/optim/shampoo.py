@@ -1,0 +1,354 @@
+"""Shampoo: every matrix's gradient is multiplied by inverse roots of its own row and column statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from adabatch.optim.blocks import Blocks
+from adabatch.optim.mup.guard import check_ratios
+from adabatch.optim.roots import inverse_root, refreshed
+
+STALE_EPSILON = 1e-2
+FRESH_EPSILON = 1e-3
+LONGEST_SIDE = 16384
+"""Longest side of a statistic, which then has a gigabyte in float32."""
+
+
+class Shampoo(Optimizer):
+    r"""Shampoo without grafting, whose settings hold at every width.
+
+    For a matrix with the gradient ``G`` (rows x columns), each step computes ::
+
+        L <- average of G G^T          R <- average of G^T G
+        U  = (L + rho_L)^-e G (R + rho_R)^-e
+        v <- momentum * v + U
+        W <- (1 - lr * weight_decay) * W - lr * v
+
+    with ``rho = epsilon x largest eigenvalue`` of its side, or ``rho = epsilon``. Convolutions are matrices of outputs
+    x (inputs x kernel), and so are all tensors of three dimensions and more. Vectors and scalars have the left side
+    alone, with exponent 1/2. ``v`` averages preconditioned gradients: each keeps the roots of its own time.
+
+    *Width.* Give it ``plan.groups(model, "shampoo", lr=...)`` (``adabatch.optim.mup``): with e = 1/4 the learning rate
+    is multiplied by sqrt(fan-out ratio / fan-in ratio). A relative epsilon needs no rule, an absolute one does.
+
+    *Stale roots.* The statistics follow every step, the roots every ``refresh_every`` steps. A gradient has then parts
+    that the roots have not seen, which grow by up to ``epsilon^-2e`` more than the rest, and the more so the wider the
+    layer. With ``epsilon=1e-3`` and roots ten steps old the largest stable learning rate falls with width; with 1e-2,
+    or fresh roots, it does not. So the default is 1e-2, and 1e-3 where ``refresh_every=1``.
+
+    Args:
+        params: parameters, named parameters or groups of them. Groups may differ in all options.
+        lr: learning rate, a number or a tensor of one element; may be left out where every group has its own.
+        exponent: ``e`` of each side in (0, 0.5]: 1/4 is Shampoo; with 1/2 a step grows as the gradient falls.
+        epsilon: damping of the statistics; None for 1e-2 with stale roots and 1e-3 with fresh ones.
+        relative: whether epsilon is in units of the largest eigenvalue, or absolute, in squared units of the gradient.
+        beta: factor of the moving averages a step, in [0, 1); a running mean of the first steps, so that there is no
+            bias to zero. May be changed in mid-run.
+        refresh_every: steps from one computation of the roots to the next.
+        refresh_warmup: first steps of a parameter, in which its roots are computed every time.
+        block_size: longest side of a block. Larger matrices are cut into blocks with statistics of their own, edges
+            filled up with zeros. The width rule is then another one (``mup.Shampoo(block_size=...)``), with a kink at
+            the width where cutting begins: stay on one side of it. None cuts nothing.
+        momentum: heavy-ball factor in [0, 1) on the preconditioned gradients.
+        weight_decay: coefficient of the decoupled decay.
+        foreach: True for multi-tensor kernels in momentum, decay and update, False for a loop; None chooses. Both give
+            the same numbers.
+        maximize: ascend instead of descend.
+
+    Raises:
+        ValueError: an option out of its range, a complex parameter, or a side above 16,384 without ``block_size``.
+        RuntimeError: at ``step``, for a sparse gradient, or for statistics that are not finite, at the next refresh.
+
+    Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Under FSDP2 every
+    rank gathers each gradient whole, computes all roots and keeps all statistics; under DDP every rank does the same
+    work on the same gradients. Roots are computed in float64 (on the CPU for devices without it); the others in float32
+    at least.
+
+    ``fallbacks`` counts what did not go as planned, in this process: "jittered", roots for which the eigenvalues
+    converged only after a small number was added to the diagonal, and "kept", where they did not, and the block went on
+    with the roots it had (or, without any, did not move). A raw gradient is never taken in their place: its learning
+    rate has another unit.
+
+    Source: Gupta, Koren and Singer (2018), "Shampoo", ICML, algorithm 1 (sums there, averages here, as in Anil et al.
+    2020); the width rule is in Ishikawa and Karakida (2024), arXiv:2312.12226, and Qiu et al. (2025), arXiv:2512.05620.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor | None = None,
+        *,
+        exponent: float = 0.25,
+        epsilon: float | None = None,
+        relative: bool = True,
+        beta: float = 0.95,
+        refresh_every: int = 10,
+        refresh_warmup: int = 10,
+        block_size: int | None = None,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        self.fallbacks = {"jittered": 0, "kept": 0}
+        defaults = {
+            "lr": lr,
+            "exponent": exponent,
+            "epsilon": epsilon,
+            "relative": relative,
+            "beta": beta,
+            "refresh_every": refresh_every,
+            "refresh_warmup": refresh_warmup,
+            "block_size": block_size,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters.
+
+        Raises:
+            ValueError: an option out of its range, or a parameter that it cannot take.
+        """
+        _validate({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            if param.is_complex():
+                raise ValueError("Shampoo does not take complex parameters: give them to a first-order optimizer")
+            self.state[param] = _begin(param, group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "fallbacks": self.fallbacks}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: computes the loss and its gradients anew and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a sparse gradient, or statistics that are not finite.
+            ValueError: learning rates that a scheduler has taken out of the plan's ratios (``mup.check_ratios``).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        check_ratios(self)
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None and param.numel()]
+            updates = [self._precondition(param, group) for param in params]
+            if params:
+                self._apply(params, updates, group)
+        return loss
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what ``state_dict`` gave, to the last bit.
+
+        Raises:
+            ValueError: the state of another optimizer.
+        """
+        saved: StateDict = {}
+
+        # Read before torch casts it: Optimizer.load_state_dict turns all state to the dtype of its parameter.
+        def remember(_: Optimizer, loaded: StateDict) -> None:
+            saved.update(loaded)
+            if any("left" not in entry for entry in loaded["state"].values()):
+                raise ValueError("the state holds no statistics: load one that Shampoo saved")
+
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        ids = [number for group in saved["param_groups"] for number in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, param in zip(ids, params, strict=True):
+            for name, value in saved["state"].get(number, {}).items():
+                self.state[param][name] = value.to(self.state[param][name].device)
+
+    def _precondition(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+        """Follow the gradient of a parameter with its statistics; its update, of the parameter's shape and spread."""
+        grad, state = param.grad, self.state[param]
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                "Shampoo does not support sparse gradients: make the layer dense (nn.Embedding(sparse=False)), or give "
+                "its parameters to torch.optim.SGD"
+            )
+        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        if state["left"].device != whole.device:  # the model was moved after this optimizer was made
+            state.update({name: state[name].to(whole.device) for name in state if name not in ("step", "weight")})
+        form = Blocks.of(param.shape, group["block_size"])
+        blocks = form.cut(whole.to(state["left"].dtype))
+        if group["maximize"]:
+            blocks = -blocks
+        state["step"] += 1
+        state["weight"].mul_(group["beta"]).add_(1)
+        share = 1 / float(state["weight"])
+        for name, factor in _factors(blocks, state):
+            state[name].baddbmm_(factor, factor.mT, beta=1 - share, alpha=share)
+        count = int(state["step"])
+        if count <= group["refresh_warmup"] or count % group["refresh_every"] == 0:
+            self._refresh(param, group)
+        update = state["left_root"] @ blocks
+        if "right_root" in state:
+            update = update @ state["right_root"]
+        return _as(form.join(update, param.shape), param)
+
+    def _refresh(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Compute the roots of a parameter anew."""
+        state = self.state[param]
+        epsilon = group["epsilon"]
+        if epsilon is None:
+            epsilon = FRESH_EPSILON if group["refresh_every"] == 1 else STALE_EPSILON
+        root_of = partial(
+            inverse_root,
+            exponent=group["exponent"] if "right" in state else 0.5,
+            epsilon=epsilon,
+            relative=group["relative"],
+        )
+        for name in ("left", "right"):
+            if name not in state:
+                continue
+            if not torch.isfinite(state[name]).all():  # host sync, as the eigenvalues are
+                raise RuntimeError(
+                    f"the {name} statistic of a parameter of shape {tuple(param.shape)} is not finite: a gradient was "
+                    f"not, and averages do not recover. Leave such a step out (GradScaler, clip_grad_norm_ with "
+                    f"error_if_nonfinite=True) and resume from a checkpoint"
+                )
+            state[f"{name}_root"] = refreshed(state[name], state[f"{name}_root"], self.fallbacks, root_of)
+
+    def _apply(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
+        """Momentum, decay and the update of a group."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.is_cpu:
+            lr = lr.item()
+        together = group["foreach"]
+        if together is None:
+            together = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in params)
+        # No multi-tensor kernel adds float32 to half precision, and none takes tensors of two devices.
+        together = together and len({(p.device, p.dtype, u.dtype) for p, u in zip(params, updates, strict=True)}) == 1
+        together = together and params[0].dtype == updates[0].dtype
+        if group["momentum"] != 0:
+            buffers = [self._buffer(param) for param in params]
+            _multiply(buffers, group["momentum"], together)
+            _add(buffers, updates, 1.0, together)
+            updates = buffers
+        if group["weight_decay"] != 0:
+            _multiply(params, 1 - lr * group["weight_decay"], together)
+        _add(params, updates, -lr, together)
+
+    def _buffer(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "momentum_buffer" not in state:  # a scheduler turned momentum on
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=state["left"].dtype)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+
+def _begin(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """The state of a parameter before its first step: made now, because a checkpoint loads into what it finds."""
+    form = Blocks.of(param.shape, group["block_size"])
+    if max(form.height, form.width) > LONGEST_SIDE:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} would have statistics of {max(form.height, form.width)} "
+            f"squared: give block_size=1024 or so, with a width rule of its own (mup.Shampoo(block_size=...)), or give "
+            f"the parameter to a first-order optimizer"
+        )
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    down, across = form.grid
+    sides = {"left": form.height} if param.dim() < 2 else {"left": form.height, "right": form.width}
+    state = {"step": torch.zeros(()), "weight": torch.zeros((), dtype=torch.float64)}
+    for name, size in sides.items():
+        for key in (name, f"{name}_root"):
+            state[key] = torch.zeros(down * across, size, size, dtype=dtype, device=param.device)
+    if group["momentum"] != 0:
+        state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+    return state
+
+
+def _factors(blocks: Tensor, state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """What each statistic averages the square of."""
+    return [("left", blocks), ("right", blocks.mT)] if "right" in state else [("left", blocks)]
+
+
+def _as(update: Tensor, param: Tensor) -> Tensor:
+    """An update that every rank has whole, spread as its parameter is."""
+    if not isinstance(param, DTensor):
+        return update
+    mesh = param.device_mesh
+    return DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
+        mesh, param.placements
+    )
+
+
+def _multiply(targets: list[Tensor], factor: float | Tensor, together: bool) -> None:
+    """``target <- factor * target`` for each."""
+    if together:
+        torch._foreach_mul_(targets, factor)
+        return
+    for target in targets:
+        target.mul_(factor)
+
+
+def _add(targets: list[Tensor], vectors: list[Tensor], factor: float | Tensor, together: bool) -> None:
+    """``target <- target + factor * vector`` for each pair."""
+    if isinstance(factor, Tensor):
+        vectors, factor = [vector * factor for vector in vectors], 1.0
+    if together:
+        torch._foreach_add_(targets, vectors, alpha=factor)
+        return
+    for target, vector in zip(targets, vectors, strict=True):
+        target.add_(vector, alpha=factor)
+
+
+def _validate(options: dict[str, Any]) -> None:
+    lr = options["lr"]
+    if lr is None:
+        raise ValueError("a group has no learning rate: give lr to the optimizer or to every group")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+    for name in ("lr", "weight_decay"):
+        if not 0 <= options[name] < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {options[name]}")
+    if not 0 < options["exponent"] <= 0.5:
+        raise ValueError(f"exponent must be in (0, 0.5], 0.25 for classical Shampoo, got {options['exponent']}")
+    epsilon = options["epsilon"]
+    if epsilon is None and not options["relative"]:
+        raise ValueError("an absolute epsilon (relative=False) has no default: give epsilon=")
+    if epsilon is not None and not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be finite and not negative, got {epsilon}")
+    for name in ("beta", "momentum"):
+        if not 0 <= options[name] < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {options[name]}")
+    if options["refresh_every"] < 1 or options["refresh_warmup"] < 0:
+        raise ValueError(
+            f"refresh_every must be 1 or more and refresh_warmup 0 or more, got {options['refresh_every']} and "
+            f"{options['refresh_warmup']}"
+        )
+    if options["block_size"] is not None and options["block_size"] < 1:
+        raise ValueError(f"block_size must be 1 or more, or None for no blocks, got {options['block_size']}")
