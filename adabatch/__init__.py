@@ -17,7 +17,7 @@ from adabatch.batch.plan import BatchPlan, Duration, Progress, examples, gain_st
 from adabatch.batch.schedules import Constant, LinearRamp, Schedule, Seesaw, Stage, Stages
 from adabatch.optim import AdaGradNorm
 from adabatch.pairs import AdAdaGrad, AdAdaGradNorm, Pair
-from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.data import BlockShuffle, FullShuffle, GlobalOrder, ScatteredShuffle, WeightedShuffle
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
@@ -34,12 +34,14 @@ __all__ = [
     "AdaptiveBatch",
     "AugmentedInnerProductTest",
     "BatchPlan",
+    "BlockShuffle",
     "CommHookProbe",
     "Constant",
     "Control",
     "Criterion",
     "Decision",
     "Duration",
+    "FullShuffle",
     "GlobalOrder",
     "GradientMoments",
     "InnerProductTest",
@@ -56,11 +58,13 @@ __all__ = [
     "ProgressLR",
     "Reason",
     "ReduceScatterProbe",
+    "ScatteredShuffle",
     "Schedule",
     "Seesaw",
     "Stage",
     "Stages",
     "Step",
+    "WeightedShuffle",
     "examples",
     "gain_steps",
     "lr",

@@ -482,7 +482,7 @@ class AdaptiveBatch:
     def _check_ranks(self, loader: object) -> None:
         """Ranks that would go separate ways raise together, rather than wait for each other."""
         order = loader if isinstance(loader, GlobalOrder) else None
-        place = None if order is None else {**order.state_dict(), "shuffle": order.shuffle, "of": len(order)}
+        place = None if order is None else order.state_dict()
         gives = () if self._probe is None else sorted(self._probe.gives)
         settings = (self._lr_rule, self._reference, sorted(self._follow), gives, self._control)
         mine = (place, self._plan, self._progress, self._consumed, settings)

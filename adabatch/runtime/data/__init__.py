@@ -1,0 +1,23 @@
+"""Feeding steps: one global order of examples for all ranks and batch sizes, and loaders of the user's own."""
+
+from adabatch.runtime.data.loader_feed import LoaderFeed, advance_epoch
+from adabatch.runtime.data.order import GlobalOrder
+from adabatch.runtime.data.portions import Feed, Portion, Weights, num_examples_in
+from adabatch.runtime.data.shuffles import BlockShuffle, FullShuffle, InOrder, ScatteredShuffle, Shuffle
+from adabatch.runtime.data.weights import WeightedShuffle
+
+__all__ = [
+    "BlockShuffle",
+    "Feed",
+    "FullShuffle",
+    "GlobalOrder",
+    "InOrder",
+    "LoaderFeed",
+    "Portion",
+    "ScatteredShuffle",
+    "Shuffle",
+    "WeightedShuffle",
+    "Weights",
+    "advance_epoch",
+    "num_examples_in",
+]

@@ -1,0 +1,193 @@
+"""In which order the examples of an epoch come: all from a seed and the number of the epoch, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from adabatch.runtime.data.permutation import Integers, Permutation, key_of
+
+Epoch = Callable[[int, int], Integers]
+"""The examples at places ``begin`` to ``end - 1`` of one epoch, by their numbers, shape (end - begin,)."""
+
+
+@runtime_checkable
+class Shuffle(Protocol):
+    """A way to order the examples of an epoch. A function of seed and epoch: it holds nothing that moves.
+
+    Attributes:
+        name: what tells its orders from those of another; saved with the place in the data, and compared at loading.
+    """
+
+    @property
+    def name(self) -> str:
+        """See above."""
+        ...
+
+    def length(self, num_examples: int) -> int:
+        """Places in an epoch over ``num_examples`` examples."""
+        ...
+
+    def epoch(self, num_examples: int, *, seed: int, epoch: int) -> Epoch:
+        """The order of one epoch."""
+        ...
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """The order of the data set itself, in every epoch; what ``shuffle=False`` means."""
+
+    @property
+    def name(self) -> str:
+        """What tells its orders from others."""
+        return "in order"
+
+    def length(self, num_examples: int) -> int:
+        """Places in an epoch: one for each example."""
+        return num_examples
+
+    def epoch(self, num_examples: int, *, seed: int, epoch: int) -> Epoch:
+        """The order of one epoch."""
+        return lambda begin, end: np.arange(begin, end)
+
+
+@dataclass(frozen=True)
+class FullShuffle:
+    """A uniformly random permutation, drawn by ``torch.randperm``: 8 bytes an example on every rank.
+
+    What ``shuffle=True`` means up to 16,777,216 examples. torch promises the same draws on all machines for one of its
+    versions; a run that is to be resumed across versions is safer with a ``ScatteredShuffle``.
+    """
+
+    @property
+    def name(self) -> str:
+        """What tells its orders from others."""
+        return "full shuffle"
+
+    def length(self, num_examples: int) -> int:
+        """Places in an epoch: one for each example."""
+        return num_examples
+
+    def epoch(self, num_examples: int, *, seed: int, epoch: int) -> Epoch:
+        """The order of one epoch, drawn here."""
+        order = torch.randperm(num_examples, generator=generator(seed, epoch)).numpy()
+        return lambda begin, end: order[begin:end]
+
+
+@dataclass(frozen=True)
+class ScatteredShuffle:
+    """A pseudo-random permutation in constant memory; what ``shuffle=True`` means above 16,777,216 examples.
+
+    Each place is computed by itself (a Feistel network of 8 rounds), so neither the size of the data set nor a resume
+    costs anything. Neighbours in the order lie anywhere in the data set, which is what the noise of the gradient needs,
+    and what storage that reads in long stretches does not like: see ``BlockShuffle``.
+    """
+
+    @property
+    def name(self) -> str:
+        """What tells its orders from others."""
+        return "scattered shuffle"
+
+    def length(self, num_examples: int) -> int:
+        """Places in an epoch: one for each example."""
+        return num_examples
+
+    def epoch(self, num_examples: int, *, seed: int, epoch: int) -> Epoch:
+        """The order of one epoch."""
+        permutation = Permutation(num_examples, key=key_of(seed, epoch))
+        return lambda begin, end: permutation(np.arange(begin, end))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShuffle:
+    """Blocks of neighbouring examples in random order, a few of them shuffled into each other; constant memory.
+
+    For storage that reads in stretches (shards, memory maps, disks). The data set is cut into blocks of ``size``
+    examples, the last of which may be shorter. The blocks are permuted, and each ``mixed`` that follow each other are
+    shuffled together, example by example; so at any time reading moves inside ``mixed`` blocks.
+
+    It mixes less than the other shuffles. Where neighbours in the data set are alike (sorted by class, document or
+    day), so are the examples of a batch, and the noise that is measured in it is not that of the whole data set: choose
+    ``mixed`` so large that ``mixed`` random blocks represent the data set, and ``size * mixed`` several times the
+    largest batch.
+
+    Args:
+        size: examples in a block.
+        mixed: blocks that are shuffled together.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    size: int
+    mixed: int
+
+    def __post_init__(self) -> None:
+        for name in ("size", "mixed"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"BlockShuffle({name}=) must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def name(self) -> str:
+        """What tells its orders from others."""
+        return f"shuffle of blocks of {self.size}, {self.mixed} mixed"
+
+    def length(self, num_examples: int) -> int:
+        """Places in an epoch: one for each example."""
+        return num_examples
+
+    def epoch(self, num_examples: int, *, seed: int, epoch: int) -> Epoch:
+        """The order of one epoch."""
+        return _Blocks(num_examples, self.size, self.mixed, seed=seed, epoch=epoch)
+
+
+class _Blocks:
+    """One epoch of a ``BlockShuffle``: windows of ``mixed`` blocks, of which one holds the shorter block, and the last
+    may hold fewer."""
+
+    def __init__(self, num_examples: int, size: int, mixed: int, *, seed: int, epoch: int) -> None:
+        self._num_examples = num_examples
+        self._size = size
+        self._span = size * mixed
+        self._mixed = mixed
+        self._key = key_of(seed, epoch)
+        self._num_blocks = -(-num_examples // size)
+        self._blocks = Permutation(self._num_blocks, key=self._key)
+        self._lacking = self._num_blocks * size - num_examples  # examples that the last block is short of
+        self._short = int(self._blocks.inverse(np.array([self._num_blocks - 1]))[0])  # where it stands
+
+    def _begin(self, window: int) -> int:
+        """The first place of a window."""
+        return min(
+            window * self._span - (self._lacking if window * self._mixed > self._short else 0), self._num_examples
+        )
+
+    def __call__(self, begin: int, end: int) -> Integers:
+        pieces = [np.arange(0)]
+        while begin < end:
+            window = begin // self._span
+            if begin >= self._begin(window + 1):
+                window = (begin + self._lacking) // self._span
+            first, last = self._begin(window), self._begin(window + 1)
+            stop = min(end, last)
+            pieces.append(self._inside(window, last - first, np.arange(begin - first, stop - first)))
+            begin = stop
+        return np.concatenate(pieces)
+
+    def _inside(self, window: int, length: int, places: Integers) -> Integers:
+        """The examples at places of a window, counted from its begin."""
+        places = Permutation(length, key=key_of(self._key, window))(places)
+        short = self._short - window * self._mixed
+        if 0 <= short < self._mixed:  # what stands behind the shorter block moves up to where it would be full
+            places[places >= (short + 1) * self._size - self._lacking] += self._lacking
+        number, offset = np.divmod(places, self._size)
+        return self._blocks(window * self._mixed + number) * self._size + offset
+
+
+def generator(seed: int, stream: int) -> torch.Generator:
+    """torch's random numbers for a seed: one stream an epoch, and negative ones for loading processes."""
+    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + stream) % 2**63)

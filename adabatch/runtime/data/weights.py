@@ -1,0 +1,91 @@
+"""Examples that come more often, or sooner, than others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adabatch.runtime.data.permutation import Integers, key_of, uniforms
+from adabatch.runtime.data.shuffles import Epoch
+
+
+class WeightedShuffle:
+    """Draws examples with probabilities proportional to weights, with or without replacement.
+
+    With replacement, every place of the order is a draw of its own: example ``i`` comes with probability
+    ``w_i / sum(w)``, in an epoch of ``n`` places ``n w_i / sum(w)`` times on average; some come twice, some not at all.
+
+    Without replacement, no example comes twice in an epoch: each place is drawn with probabilities proportional to the
+    weights of those that are left. An epoch over all examples holds each once, the heavy ones early; one over fewer
+    (``length=``) is a weighted choice.
+
+    An example of weight 0 never comes. Both take 8 bytes an example on every rank, as the weights do.
+
+    Args:
+        weights: one for each example (of the subset, where there is one), shape (num_examples,).
+        replacement: see above.
+        length: places in an epoch; by default as many as there are examples (without replacement, of weight above 0).
+
+    Raises:
+        ValueError: weights that are negative or not finite, or all 0; an epoch longer than there are examples to draw.
+
+    Source: Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir" (keys without replacement).
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[float] | NDArray[np.float64] | Tensor,
+        *,
+        replacement: bool = True,
+        length: int | None = None,
+    ) -> None:
+        self._weights = torch.as_tensor(weights, dtype=torch.float64).flatten().numpy()
+        if not (np.isfinite(self._weights).all() and (self._weights >= 0).all() and self._weights.any()):
+            raise ValueError("weights must be finite, not negative, and not all 0")
+        drawn = int(np.count_nonzero(self._weights))
+        if length is None:
+            length = len(self._weights) if replacement else drawn
+        if length < 1 or (not replacement and length > drawn):
+            most = "" if replacement else f" and {drawn}, the examples of weight above 0, as none comes twice"
+            raise ValueError(f"length must be at least 1{most}, got {length}")
+        self._length = length
+        self._replacement = replacement
+        digest = hashlib.sha256(self._weights.tobytes()).hexdigest()[:12]
+        self.name = f"{length} draws with{'' if replacement else 'out'} replacement, weights {digest}"
+
+    def length(self, num_examples: int) -> int:
+        """Places in an epoch.
+
+        Raises:
+            ValueError: another number of examples than of weights.
+        """
+        if num_examples != len(self._weights):
+            raise ValueError(
+                f"{len(self._weights)} weights were given for {num_examples} examples: give each one weight"
+            )
+        return self._length
+
+    def epoch(self, num_examples: int, *, seed: int, epoch: int) -> Epoch:
+        """The draws of one epoch."""
+        key = key_of(seed, epoch)
+        if self._replacement:
+            bounds = np.cumsum(self._weights)
+            last = int(np.flatnonzero(self._weights)[-1])
+            # Rounding may lift the largest number to the sum itself, past the last example.
+            return lambda begin, end: np.minimum(
+                np.searchsorted(bounds, uniforms(key, np.arange(begin, end)) * bounds[-1], side="right"), last
+            )
+        order = self._race(key)
+        return lambda begin, end: order[begin:end]
+
+    def _race(self, key: int) -> Integers:
+        """Each example arrives after an exponential time of rate w_i; the first to arrive is i with w_i / sum(w)."""
+        with np.errstate(divide="ignore", invalid="ignore"):  # weights of 0
+            times = -np.log1p(-uniforms(key, np.arange(len(self._weights)))) / self._weights
+        times[self._weights == 0] = np.inf
+        return np.argsort(times, kind="stable")[: self._length]
