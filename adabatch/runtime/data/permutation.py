@@ -73,7 +73,7 @@ class Permutation:
         return cells.astype(np.int64)
 
     def _through(self, cells: NDArray[np.uint64], backwards: bool) -> NDArray[np.uint64]:
-        pair = list(np.divmod(cells, self._shape[1]))  # row, column
+        pair: list[NDArray[np.uint64]] = list(np.divmod(cells, self._shape[1]))  # row, column
         for number in reversed(range(ROUNDS)) if backwards else range(ROUNDS):
             moved, fixed = number % 2, 1 - number % 2
             size = self._shape[moved]
