@@ -31,6 +31,17 @@ def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert namespace["schedule"].factor() == 0
 
 
+def test_the_config_of_the_guide_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse", reason="configs need the extra cli")
+    from adabatch.cli.main import build_parser
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
+    (tmp_path / "lr.yaml").write_text(block)
+    quickstart = GUIDE.parent.parent / "configs" / "quickstart.yaml"
+    config = build_parser().parse_args(["train", f"--config={quickstart}", f"--config={tmp_path / 'lr.yaml'}"])
+    assert (config.train.clock, config.train.total.count) == ("gain", 6_000_000)
+
+
 def test_every_rule_clock_shape_and_follower_is_in_a_table() -> None:
     cells = " ".join(line for line in TEXT.splitlines() if line.startswith("|"))
     names = [f'"{name}"' for name in (*get_args(LRRule), *get_args(Setting))]

@@ -1,4 +1,4 @@
-"""``adabatch compare``: a job beside the same at constant smallest and largest batch size, at equal examples."""
+"""``adabatch compare``: a job beside the same at constant smallest and largest batch size, over the same total."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[
         if size is not None:
             job = replace(make(), criterion=Constant(size), monitor=True, out=out, resume=False)
         results.append(run(replace(job, reference_batch_size=reference), world, display=display, label=label))
-    display.table("At equal examples", HEADER, [row(result) for result in results])
+    display.table(f"At equal {job.total.unit.replace('_', '-')}", HEADER, [row(result) for result in results])
     out = variants[0][2]
     if world.rank == 0:
         _write(results, out)

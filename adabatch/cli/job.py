@@ -29,7 +29,7 @@ from adabatch.recipes.data import collate
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.layers import PerLayer
-from adabatch.runtime.scheduler import ProgressLR
+from adabatch.runtime.scheduler import ClockKind, ProgressLR
 from adabatch.runtime.world import World
 
 CONFIG_FORMAT = 1
@@ -57,6 +57,7 @@ class Job:
         reference_batch_size: global batch size that the learning rate is meant for; by default the first one.
         shape: learning-rate schedule over the run, from adabatch.lr.
         warmup: linear warm-up of the learning rate before the shape.
+        clock: what the shape's progress counts: "total" the unit of the total, "gain" gain-steps towards it.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure the noise although nothing needs it.
         record_l1: record the l1 norm of the gradient, which `adabatch schedule refine --kind adam` reads.
@@ -84,6 +85,7 @@ class Job:
     reference_batch_size: int | None = None
     shape: Shape | None = None
     warmup: Duration | None = None
+    clock: ClockKind = "total"
     tokens_per_example: int | None = None
     monitor: bool = False
     record_l1: bool = False
@@ -157,7 +159,9 @@ def run(job: Job, world: World, *, display: Display, label: str) -> Result:
         per_layer=job.per_layer,
         journal=journal_path,
     )
-    schedule = ProgressLR(optimizer, job.shape or constant(), batches, total=job.total, warmup=job.warmup)
+    schedule = ProgressLR(
+        optimizer, job.shape or constant(), batches, total=job.total, warmup=job.warmup, clock=job.clock
+    )
     order = GlobalOrder(job.train_data, seed=job.seed, collate_fn=collate, num_workers=job.num_workers)
     parts: dict[str, Any] = {
         "model": model, "optimizer": optimizer, "batches": batches, "schedule": schedule, "order": order

@@ -167,6 +167,8 @@ def refine(
     config: dict[str, Any] = {"shape": class_path(made.shape), "warmup": None}
     if lr_rule is not None:
         config |= {"lr_rule": lr_rule, "reference_batch_size": round(reference)}
+    if counted == "gain_steps":
+        config["clock"] = "gain"
     text = yaml.safe_dump(config, default_flow_style=None, sort_keys=False, width=110)
     snippet.write_text("".join(f"# {line}\n" for line in head) + text, encoding="utf-8")
     display.say(f"config: {snippet}")

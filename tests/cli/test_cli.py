@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from adabatch.cli.main import main
+from adabatch.cli.recorded import read_recorded
+from adabatch.lr.rules import gain
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 
@@ -96,6 +99,46 @@ def test_the_norms_for_a_refined_adam_schedule_are_one_flag_away(config: Any, tm
     assert all(line["norms"]["l1"] > line["norms"]["l2"] for line in lines(run / "journal.jsonl"))
     assert main(["schedule", "refine", str(run), "--kind=adam"]) == 0
     assert main(["train", "--config", config(), "--config", str(run / "refined.yaml"), "--total.count=600"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("total", "clock", "unit"),
+    [
+        ({"count": 96_000, "unit": "tokens"}, "total", "tokens"),
+        ({"count": 30, "unit": "steps"}, "total", "steps"),
+        ({"count": 60, "unit": "gain_steps"}, "total", "gain_steps"),
+        ({"count": 1500, "unit": "examples"}, "gain", "gain_steps"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_schedule_runs_on_the_clock_of_the_config(
+    total: dict[str, Any], clock: str, unit: str, config: Any, tmp_path: Path
+) -> None:
+    """The shape that the journal says was applied, against what its lines say was consumed before it."""
+    shape = {"class_path": "adabatch.lr.linear"}
+    flags = {"total": total, "clock": clock, "shape": shape, "tokens_per_example": 64}
+    assert main(["train", "--config", config(**flags)]) == 0
+    recorded = read_recorded(tmp_path / "run")
+    assert recorded.batch.max() > recorded.batch.min(), "only a batch that moves tells clocks apart"
+    examples, gains = recorded.edges("examples", 16), recorded.edges("gain_steps", 16)
+    consumed = {
+        "examples": examples,
+        "tokens": 64 * examples,
+        "steps": recorded.edges("steps", 16),
+        "gain_steps": gains,
+    }
+    expected = consumed[unit][:-1] / total["count"]
+    if clock == "gain":  # what is left is worth as much as the next step says, with all that was measured before it
+        averages = zip(recorded.batch[1:], recorded.noise, recorded.signal, strict=False)
+        worth = np.array([gain(b / 16, 16, noise=n, signal=s) / b for b, n, s in averages])
+        left = np.maximum(0, total["count"] - examples[1:-1]) * worth
+        expected = np.maximum.accumulate([0.0, *(gains[1:-1] / (gains[1:-1] + left))])
+    np.testing.assert_allclose(1 - recorded.shape, np.minimum(expected, 1), rtol=1e-9, atol=1e-9)
+    assert consumed[total["unit"]][-1] >= total["count"] > consumed[total["unit"]][-2], "the run ends with its total"
+    again = main(
+        ["train", "--config", config(**{**flags, "clock": {"total": "gain", "gain": "total"}[clock]}), "--resume=true"]
+    )
+    assert again == 2, "a resume with another clock is refused"
 
 
 def test_print_config_shows_every_field_and_reads_back(config: Any, tmp_path: Path, capsys: Any) -> None:

@@ -434,10 +434,11 @@ def test_the_refined_config_trains_and_its_schedule_is_what_is_applied(
         assert written["lr"]["shape"] == [pytest.approx(shape(min(1.0, written["examples"] / 3000)), rel=1e-12)]
 
 
-def test_another_rule_for_the_next_run_is_written_with_its_reference(run: Path, capsys: Any) -> None:
-    assert main(["schedule", "refine", str(run), "--lr_rule=none", "--length=50"]) == 0
+def test_another_rule_and_clock_for_the_next_run_are_written_with_the_reference(run: Path, capsys: Any) -> None:
+    assert main(["schedule", "refine", str(run), "--lr_rule=none", "--length=50", "--clock=gain_steps"]) == 0
     config = yaml.safe_load((run / "refined.yaml").read_text())
     assert config["lr_rule"] == "none"
+    assert config["clock"] == "gain"
     assert config["reference_batch_size"] == 16
     assert len(config["shape"]["init_args"]["values"]) == 50
     assert "lr_rule none" in capsys.readouterr().out
