@@ -1,15 +1,25 @@
-"""Rank and world size of this process: the only reader of the launcher's environment variables."""
+"""Rank, world size and rendezvous of this process: the only reader of the launcher's environment variables."""
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
+
+from adabatch.runtime.launchers import BY_HAND, MPI, Claim, mpi_claim, slurm_claim, torch_claim
+from adabatch.runtime.mpi import Communicator, abort_at_exit, world_communicator
+from adabatch.runtime.mpi_group import BACKEND as MPI_BACKEND
+from adabatch.runtime.mpi_group import connect
+
+Backend = Literal["nccl", "gloo", "mpi4py"]
+"""What carries the collectives: torch.distributed's own two, or MPI."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,36 +30,70 @@ class World:
         rank: number of this process, from 0.
         size: how many there are.
         local_rank: number of this process on its node, from 0.
+        launcher: who started them.
+        address: "host:port" where they meet; None where the environment says it to torch.
+        backend: what carries their collectives; None for what suits the device.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    launcher: str = field(default="nobody", compare=False)
+    address: str | None = field(default=None, compare=False)
+    backend: Backend | None = field(default=None, compare=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> World:
-        """What torchrun (or a launcher that sets the same variables) says; one process where it says nothing.
+        """What the launcher says: torchrun, deepspeed, mpiexec or srun; one process where none says anything.
+
+        Launchers may be nested: one torchrun or deepspeed a node inside mpiexec or srun, or mpiexec inside srun. Under
+        mpiexec the ranks ask mpi4py. ``ADABATCH_BACKEND`` picks the backend.
 
         Raises:
-            ValueError: variables that are incomplete, not numbers, or contradict each other.
+            ValueError: variables that are incomplete, not numbers, or contradict each other; mpiexec without mpi4py, or
+                with an mpi4py that runs another MPI; an unknown backend.
         """
         source = os.environ if environment is None else environment
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        found = {name: source[name] for name in names if name in source}
-        if "RANK" not in found and "WORLD_SIZE" not in found:
-            return cls()
-        try:
-            world = cls(
-                rank=int(found["RANK"]), size=int(found["WORLD_SIZE"]), local_rank=int(found.get("LOCAL_RANK", 0))
-            )
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"the launcher's variables are incomplete or not numbers: {found}; "
-                f"start the job with torchrun, or unset RANK and WORLD_SIZE to run one process"
-            ) from error
-        if not 0 <= world.rank < world.size:
-            raise ValueError(f"RANK={world.rank} is not below WORLD_SIZE={world.size}: check the launcher")
-        return world
+        backend = _backend(source)
+        torch_says, mpi_says, slurm_says = torch_claim(source), mpi_claim(source), slurm_claim(source)
+        if mpi_says is not None and mpi_says.place.size > 1 and (torch_says is None or torch_says.node is None):
+            if mpi_says.place == (slurm_says.place if slurm_says else None) and backend != MPI_BACKEND:
+                mpi_says = None  # srun speaks MPI's language too, to programs that may not be MPI's
+            else:
+                return cls._of_mpi(source, mpi_says, [claim for claim in (torch_says, slurm_says) if claim])
+        outer = [claim for claim in (mpi_says, slurm_says) if claim is not None]
+        inner = torch_says or slurm_says or mpi_says
+        if inner is None:
+            return cls(backend=backend)
+        for claim in outer:
+            if objection := _objection(inner, claim):
+                raise ValueError(objection)
+        return cls(
+            rank=inner.place.rank,
+            size=inner.place.size,
+            local_rank=inner.local_rank,
+            launcher=inner.launcher,
+            address=inner.address,
+            backend=backend,
+        )
+
+    @classmethod
+    def _of_mpi(cls, source: Mapping[str, str], said: Claim, others: list[Claim]) -> World:
+        """The ranks under mpiexec, as MPI itself counts them; all of them raise if one has a reason to."""
+        communicator = world_communicator(said)
+        found = said._replace(place=communicator.place, node=communicator.node)
+        objections = [_objection(found, other) for other in others]
+        for objection in communicator.gather(next(filter(None, objections), "")):
+            if objection:
+                raise ValueError(objection)
+        return cls(
+            rank=found.place.rank,
+            size=found.place.size,
+            local_rank=communicator.local_rank,
+            launcher=said.launcher,
+            address=_meeting_point(source, communicator),
+            backend=_backend(source),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -59,20 +103,72 @@ class World:
         return torch.device("cpu")
 
 
+def _objection(found: Claim, other: Claim) -> str:
+    """What is wrong with two claims about one process; nothing where they agree, or one runs inside the other."""
+    outer = other.place == found.node or (other.place.size == 1 and other.launcher != BY_HAND)
+    if outer or other.place == found.place:
+        return ""
+    return (
+        f"{found} contradict {other}: one process cannot be both, and each rank would go by its own idea of the job; "
+        f"unset the variables of the launcher that does not run this job, or start one launcher over all nodes"
+    )
+
+
+def _backend(source: Mapping[str, str]) -> Backend | None:
+    wanted = source.get("ADABATCH_BACKEND") or None
+    if wanted is not None and wanted not in get_args(Backend):
+        raise ValueError(f"ADABATCH_BACKEND must be one of {', '.join(get_args(Backend))}, got {wanted!r}")
+    return cast(Backend | None, wanted)
+
+
+def _meeting_point(source: Mapping[str, str], communicator: Communicator) -> str:
+    """A free port on the node of rank 0, the same for all; over the loopback where there is one node."""
+    host = source.get("MASTER_ADDR") or ("127.0.0.1" if communicator.node.size == 1 else socket.gethostname())
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = source.get("MASTER_PORT") or probe.getsockname()[1]
+    return communicator.first_of(f"{host}:{port}")
+
+
 @contextmanager
 def connected(world: World, *, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
     """The default process group for the time of the block; nothing for a single process.
 
-    NCCL on CUDA, gloo elsewhere. A rank that waits longer than ``timeout`` in a collective raises.
+    NCCL on CUDA, gloo elsewhere, and MPI (through mpi4py) where torch has neither or ``world.backend`` asks for it. A
+    rank that waits longer than ``timeout`` in a collective raises.
+
+    Raises:
+        ValueError: a backend that this torch or this launcher does not have.
     """
     if world.size == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+    backend = world.backend or _suited_backend(device, world.launcher)
+    if backend == MPI_BACKEND:
+        connect(rank=world.rank, size=world.size, timeout=timeout)
+    else:
+        where = None if world.address is None else f"tcp://{world.address}"
+        dist.init_process_group(backend, init_method=where, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
         yield
+    except BaseException:
+        if world.launcher == MPI:
+            abort_at_exit()
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _suited_backend(device: torch.device, launcher: str) -> str:
+    if device.type == "cuda" and dist.is_nccl_available():
+        return "nccl"
+    if dist.is_gloo_available():
+        return "gloo"
+    if launcher == MPI:
+        return MPI_BACKEND
+    raise ValueError(
+        f"torch {torch.__version__} has no backend for {device.type} (no NCCL, no gloo): start the job with mpiexec, "
+        f"whose MPI then carries the collectives, or install a torch that has one"
+    )

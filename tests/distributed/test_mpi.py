@@ -1,0 +1,171 @@
+"""Ranks that a real ``mpiexec`` starts, of MPICH and of Open MPI: who they are, and collectives over MPI."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from loops import network, regression, train, weights
+from mpi import Mpi, mpich, openmpi, run_mpi, start_mpi
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+import adabatch
+from adabatch import AdaptiveBatch, GlobalOrder, Limits, NormTest
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.world import World, connected
+
+pytestmark = pytest.mark.distributed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where Open MPI may be installed."""
+    return tmp_path_factory.mktemp("mpi")
+
+
+def numbers(rank: int) -> dict[str, Any]:
+    """Every collective that the library uses, by both ways to call it."""
+    world = Collectives(dist.group.WORLD)
+    pair = dist.new_group([0, 2])
+    rows = torch.arange(6.0).view(3, 2) + 10 * rank
+    copied = torch.tensor([1.5 * rank, 7.0], dtype=torch.bfloat16)
+    world.copy_from_first(copied)
+    found: dict[str, Any] = {
+        "sum": world.sum(torch.tensor([1.0 + rank, 0.1 * rank, 1 / 3], dtype=torch.float64)).tolist(),
+        "halves": world.sum(torch.tensor([1.0 + rank], dtype=torch.bfloat16)).tolist(),
+        "whole": world.sum(torch.tensor([2**40 + rank])).tolist(),
+        "minimum": world.minimum_of(-rank, 5 + rank),
+        "agree": [world.agree("the same"), world.agree(rank == 1)],
+        "gather": world.gather_of(rank, 2.5),
+        "exchange": world.exchange(rows).tolist(),
+        "copied": copied.tolist(),
+        "nan": [math.isnan(each) for each in world.sum_of(math.nan if rank == 1 else 0.0, 1.0)],
+    }
+    if rank != 1:
+        found["pair"] = Collectives(pair).sum_of(1.0 + rank)
+    for op in (dist.ReduceOp.AVG, dist.ReduceOp.MAX, dist.ReduceOp.PRODUCT):
+        values = torch.tensor([1.0 + rank])
+        dist.all_reduce(values, op=op)
+        found[str(op)] = values.tolist()
+    piece, whole = torch.empty(2), torch.arange(6.0) * (rank + 1)
+    dist.reduce_scatter_tensor(piece, whole.clone()) if not hasattr(dist, "reduce_scatter_single") else (
+        dist.reduce_scatter_single(piece, whole.clone())
+    )
+    found["piece"] = piece.tolist()
+    listed = [torch.empty(1) for _ in range(3)]
+    dist.all_gather(listed, torch.tensor([float(rank)]))
+    found["listed"] = [float(each) for each in listed]
+    dist.barrier()
+    return found
+
+
+def trained() -> dict[str, Any]:
+    """A run on DDP: its batch sizes, and its weights to the bit."""
+    model = DistributedDataParallel(network())
+    optimizer = SGD(model.parameters(), lr=0.02)
+    batches = AdaptiveBatch(model, optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=12, max=96))
+    sizes: list[int] = []
+    train(
+        batches, model, optimizer, GlobalOrder(regression(512)), until=adabatch.steps(40),
+        each=lambda step: sizes.append(step.global_batch_size),
+    )  # fmt: skip
+    return {"sizes": sizes, "weights": weights(model).tolist()}
+
+
+def both() -> dict[str, Any]:
+    """The same over gloo and over MPI, in one job."""
+    world = World.from_environment()
+    found: dict[str, Any] = {
+        "place": [world.rank, world.size, world.local_rank], "launcher": world.launcher, "address": world.address
+    }  # fmt: skip
+    for backend in ("gloo", "mpi4py"):
+        chosen = World(**{**vars(world), "backend": backend})
+        with connected(chosen, device=CPU, timeout=timedelta(seconds=60)):
+            found[backend] = {"carried by": dist.get_backend(), "trained": trained()}
+            if world.size == 3:
+                found[backend]["numbers"] = numbers(world.rank) if backend == "mpi4py" else None
+    return found
+
+
+@pytest.mark.parametrize("name", ["MPICH", "Open MPI"])
+def test_ranks_know_each_other_and_gloo_and_mpi_carry_the_same_run(name: str, scratch: Path) -> None:
+    size = 3 if name == "MPICH" else 2
+    results = run_mpi(mpich() if name == "MPICH" else openmpi(scratch), size, both)
+    assert [result["place"] for result in results] == [[rank, size, rank] for rank in range(size)]
+    assert {result["launcher"] for result in results} == {"mpiexec"}
+    assert len({result["address"] for result in results}) == 1
+    gloo, mpi = results[0]["gloo"], results[0]["mpi4py"]
+    assert (gloo["carried by"], mpi["carried by"]) == ("gloo", "mpi4py")
+    assert mpi["trained"]["sizes"] == gloo["trained"]["sizes"]
+    assert max(mpi["trained"]["sizes"]) > 12
+    assert mpi["trained"]["weights"] == pytest.approx(gloo["trained"]["weights"], rel=1e-4, abs=1e-6)
+    for result in results:  # to the bit, or ranks would drift apart
+        assert result["mpi4py"]["trained"] == mpi["trained"]
+        if size == 3:
+            check(result["mpi4py"]["numbers"], result["place"][0])
+
+
+def check(found: dict[str, Any], rank: int) -> None:
+    assert found["sum"] == pytest.approx([6.0, 0.3, 1.0], rel=1e-15)
+    assert found["halves"] == [6.0]
+    assert found["whole"] == [3 * 2**40 + 3]
+    assert found["minimum"] == [-2.0, 5.0]
+    assert found["agree"] == [True, False]
+    assert found["gather"] == [[0.0, 2.5], [1.0, 2.5], [2.0, 2.5]]
+    assert found["exchange"] == [[2.0 * rank + 10 * sender, 2.0 * rank + 1 + 10 * sender] for sender in range(3)]
+    assert found["copied"] == [0.0, 7.0]
+    assert found["nan"] == [True, False]
+    assert found.get("pair") == (None if rank == 1 else [4.0])
+    assert [found[f"RedOpType.{name}"] for name in ("AVG", "MAX", "PRODUCT")] == [[2.0], [3.0], [6.0]]
+    assert found["piece"] == [6 * (2.0 * rank), 6 * (2.0 * rank + 1)]
+    assert found["listed"] == [0.0, 1.0, 2.0]
+
+
+def place() -> list[int]:
+    world = World.from_environment()
+    return [world.rank, world.size]
+
+
+def test_variables_that_contradict_mpiexec_stop_every_rank() -> None:
+    # Rank 0 sees nothing wrong by itself.
+    result = start_mpi(mpich(), 2, place, variables={"RANK": "0", "WORLD_SIZE": "2"})
+    assert result.returncode != 0
+    assert result.stderr.count("PMI_RANK=1 and PMI_SIZE=2 of mpiexec contradict RANK=0 and WORLD_SIZE=2") == 2
+
+
+def test_ranks_that_mpi_would_leave_alone_are_told(scratch: Path) -> None:
+    """Each would be rank 0 of 1, and train the whole by itself. mpi4py itself only warns."""
+    mixed = Mpi(mpich().mpiexec, openmpi(scratch).variables)
+    result = start_mpi(mixed, 2, place, warnings="default")
+    assert result.returncode != 0
+    assert "PMI_SIZE=2 of mpiexec contradict mpi4py, which is rank 0 of 1: it runs Open MPI" in result.stderr
+    assert "RESULT" not in result.stdout
+
+
+def one_fails(how: str) -> None:
+    """Rank 1 raises, or comes too late."""
+    world = World.from_environment()
+    world = World(**{**vars(world), "backend": "mpi4py"})
+    with connected(world, device=CPU, timeout=timedelta(seconds=60 if how == "raises" else 2)):
+        Collectives(dist.group.WORLD).sum_of(1.0)
+        if world.rank == 1:
+            if how == "raises":
+                raise KeyError("rank 1 fails")
+            time.sleep(100)  # far longer than the test may take
+        Collectives(dist.group.WORLD).sum_of(1.0)
+
+
+@pytest.mark.parametrize(("how", "says"), [("raises", "rank 1 fails"), ("hangs", "rank 0 waited 2 s for the other")])
+def test_a_rank_that_fails_ends_the_job(how: str, says: str) -> None:
+    result = start_mpi(mpich(), 2, one_fails, how, timeout=50)
+    assert result.returncode != 0
+    assert says in result.stderr
