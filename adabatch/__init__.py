@@ -5,6 +5,7 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.control import Control, Decision, Limits, Reason
 from adabatch.batch.criteria import (
     AugmentedInnerProductTest,
+    CoordinateNormTest,
     Criterion,
     InnerProductTest,
     NoiseScale,
@@ -38,6 +39,7 @@ __all__ = [
     "CommHookProbe",
     "Constant",
     "Control",
+    "CoordinateNormTest",
     "Criterion",
     "Decision",
     "Duration",

@@ -1,7 +1,8 @@
 """The journal: one JSON line a step, with what was measured, what was asked for, and what was decided and why.
 
 Of a step that was probed, ``moments`` holds noise, signal, their ratio, and the squared norms and sizes that they come
-from; ``noise_along`` too where inner products were measured. ``layers`` holds the first three of each layer by its name
+from; beside them ``noise_along`` where inner products were measured, ``noise_at_quantile`` where coordinates were, and
+the ``norm`` where it is not the Euclidean one. ``layers`` holds the first three of each layer by its name
 where they were (``AdaptiveBatch(per_layer=)``): noises add up to that of the whole, and so do signals.
 
 Lines hold no wall time and no machine, so the journals of two equal runs are equal files. Numbers that are not finite
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adabatch.batch.control import Averages, Decision
-from adabatch.batch.moments import GradientMoments
+from adabatch.batch.moments import EUCLIDEAN, GradientMoments
 from adabatch.batch.plan import BatchPlan, Progress
 
 LINE_FORMAT = 1
@@ -46,8 +47,6 @@ def line(
         decision: the plan of the next step, and why.
     """
     asked = decision.estimate
-    # A mean of inner products with a gradient of nearly zero may fall below zero.
-    l2 = None if moments is None else math.sqrt(moments.grad_sq) if moments.grad_sq >= 0 else math.nan
     return {
         "format": LINE_FORMAT,
         "step": before.steps,
@@ -60,7 +59,7 @@ def line(
         },
         "loss": loss,
         "moments": None if moments is None else _measured(moments),
-        "norms": None if moments is None else {"l2": l2, "l1": moments.grad_l1},
+        "norms": None if moments is None else {"l2": _l2(moments), "l1": moments.grad_l1},
         "averages": None
         if averages.weight == 0
         else {"noise": averages.noise, "signal": averages.signal, "noise_scale": averages.noise_scale},
@@ -75,7 +74,8 @@ def line(
 
 def _measured(moments: GradientMoments) -> dict[str, Any]:
     """The numbers of a probed step; those that only some probes give are there where they were measured."""
-    some = {"noise_along": moments.noise_along}
+    norm = None if moments.norm == EUCLIDEAN else moments.norm
+    some = {"noise_along": moments.noise_along, "noise_at_quantile": moments.noise_at_quantile, "norm": norm}
     return {
         **_ratio(moments),
         "part_sq": moments.part_sq,
@@ -85,6 +85,14 @@ def _measured(moments: GradientMoments) -> dict[str, Any]:
         "num_parts": moments.num_parts,
         **{name: value for name, value in some.items() if value is not None},
     }
+
+
+def _l2(moments: GradientMoments) -> float | None:
+    """The Euclidean norm of the gradient, in whatever norm the noise was measured."""
+    if moments.norm != EUCLIDEAN:
+        return moments.grad_l2
+    # A mean of inner products with a gradient of nearly zero may fall below zero.
+    return math.sqrt(moments.grad_sq) if moments.grad_sq >= 0 else math.nan
 
 
 def _layers(layers: Mapping[str, GradientMoments]) -> dict[str, Any]:

@@ -34,6 +34,18 @@ def an_entry(**changes: Any) -> dict[str, Any]:
     return line(**{**arguments, **changes})
 
 
+def test_what_only_some_probes_measure_stands_where_it_was_measured() -> None:
+    assert {"noise_along", "noise_at_quantile", "norm"}.isdisjoint(an_entry()["moments"])
+    assert "layers" not in an_entry()
+    moments = MOMENTS._replace(noise_along=3.0, noise_at_quantile=90.0, layers={"head": MOMENTS})
+    entry = an_entry(moments=moments)
+    assert (entry["moments"]["noise_along"], entry["moments"]["noise_at_quantile"]) == (3.0, 90.0)
+    assert entry["layers"]["head"] == pytest.approx({"noise": 30.0, "signal": 2.0, "noise_scale": 15.0}, rel=1e-12)
+    assert entry["norms"]["l2"] == pytest.approx(math.sqrt(MOMENTS.grad_sq))
+    entry = an_entry(moments=MOMENTS._replace(norm="adam", grad_l2=0.25))
+    assert (entry["moments"]["norm"], entry["norms"]["l2"]) == ("adam", 0.25)
+
+
 def read(path: Path) -> list[Any]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")

@@ -15,7 +15,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from adabatch.batch.criteria import Criterion, Observation
-from adabatch.batch.moments import GradientMoments
+from adabatch.batch.moments import EUCLIDEAN, GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
 from adabatch.batch.schedules import Schedule
 
@@ -143,7 +143,8 @@ class Averages:
     """Exponentially weighted averages of noise and signal over probes, with their covariance.
 
     The recursion is West's (1979) for weighted means; ``weight`` and ``weight_sq`` are the sums of weights and of their
-    squares, so the averages need no bias correction and ``num_effective`` equal probes stand behind them.
+    squares, so the averages need no bias correction and ``num_effective`` equal probes stand behind them. They are of
+    one norm: a measurement in another begins new ones.
     """
 
     weight: float = 0.0
@@ -151,6 +152,8 @@ class Averages:
     noise: float = 0.0
     signal: float = 0.0
     noise_along: float | None = None
+    noise_at_quantile: float | None = None
+    norm: str = EUCLIDEAN
     spread_noise: float = 0.0
     spread_signal: float = 0.0
     spread_both: float = 0.0
@@ -167,19 +170,24 @@ class Averages:
 
     def after(self, moments: GradientMoments, decay: float) -> Averages:
         """The averages with one more probe in them, the past weighted by ``decay``."""
+        if moments.norm != self.norm:
+            return Averages(norm=moments.norm).after(moments, decay)
         noise, signal = moments.noise, moments.signal
         weight = decay * self.weight + 1
         d_noise, d_signal = noise - self.noise, signal - self.signal
         mean_noise, mean_signal = self.noise + d_noise / weight, self.signal + d_signal / weight
-        along = moments.noise_along
-        if along is not None and self.noise_along is not None:
-            along = self.noise_along + (along - self.noise_along) / weight
+
+        def mean(past: float | None, new: float | None) -> float | None:
+            return new if past is None or new is None else past + (new - past) / weight
+
         return Averages(
             weight=weight,
             weight_sq=decay**2 * self.weight_sq + 1,
             noise=mean_noise,
             signal=mean_signal,
-            noise_along=along,
+            noise_along=mean(self.noise_along, moments.noise_along),
+            noise_at_quantile=mean(self.noise_at_quantile, moments.noise_at_quantile),
+            norm=self.norm,
             spread_noise=decay * self.spread_noise + d_noise * (noise - mean_noise),
             spread_signal=decay * self.spread_signal + d_signal * (signal - mean_signal),
             spread_both=decay * self.spread_both + d_noise * (signal - mean_signal),
@@ -195,7 +203,7 @@ class Averages:
             part_size=min(1.0, plan.global_batch_size / 2),
             num_examples=plan.global_batch_size,
             noise_along=self.noise_along,
-        )
+        )._replace(noise_at_quantile=self.noise_at_quantile, norm=self.norm)
 
     def covariance(self) -> tuple[float, float, float]:
         """Variance of the average noise, of the average signal, and their covariance; infinite from one probe."""
@@ -236,10 +244,16 @@ def estimate(
     """
 
     def wanted(noise: float, signal: float) -> float:
-        # The noise along the gradient is taken to be as uncertain, relatively, as the noise it is a share of.
-        along = averages.noise_along
-        share = along * noise / averages.noise if along is not None and averages.noise else along
-        moved = replace(averages, noise=noise, signal=signal, noise_along=share)
+        # Other measures of the noise are taken to be as uncertain, relatively, as the noise.
+        times = noise / averages.noise if averages.noise else 1.0
+        along, quantile = averages.noise_along, averages.noise_at_quantile
+        moved = replace(
+            averages,
+            noise=noise,
+            signal=signal,
+            noise_along=None if along is None else along * times,
+            noise_at_quantile=None if quantile is None else quantile * times,
+        )
         return criterion.wanted(Observation(moved.moments(plan), progress))
 
     center = wanted(averages.noise, averages.signal)
@@ -352,7 +366,7 @@ def decide(
 
 def _usable(moments: GradientMoments) -> bool:
     """Whether averages can take it in: a number that is not finite, or whose square is not, would never leave them."""
-    measured = (moments.noise, moments.signal, moments.noise_along or 0.0)
+    measured = (moments.noise, moments.signal, moments.noise_along or 0.0, moments.noise_at_quantile or 0.0)
     return all(abs(number) < 1e150 for number in measured)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, get_args, runtime_checkable
 
-from adabatch.batch.moments import INNER_PRODUCTS, NOISE, GradientMoments
+from adabatch.batch.moments import INNER_PRODUCTS, NOISE, GradientMoments, Norm, coordinates_at, noise_in
 from adabatch.batch.plan import Progress
 
 
@@ -105,30 +105,114 @@ class NormTest:
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """A multiple of the simple noise scale, ``b = multiple * noise / signal``, with the unbiased signal.
+    """A multiple of the noise scale, ``b = multiple * noise / signal``, with the unbiased signal.
 
     At one times the noise scale a step makes about half the progress of a noiseless one, at about twice the fewest
     possible examples.
 
+    The Euclidean norm is that of gradient descent. Other methods move by other lengths, and noise that they divide away
+    does not slow them, so noise and signal may be measured as the optimizer sees them:
+
+    - "adam": of ``g_c / (sqrt(v_c) + eps)``, with Adam's bias-corrected second moments ``v`` from before the step: they
+      do not know its gradient, so noise and signal stay unbiased. Before the first update there are none, and the plan
+      is held; parameters that have none yet are left out. In plain models and DDP it costs an elementwise pass over the
+      gradient and ``v`` in each micro-batch, and no memory that stays.
+    - "sign": ``(sum_c sigma_c)^2 / |G|_1^2``, with ``sigma_c`` the standard deviation of coordinate c, for sign methods
+      (signSGD, Signum, Lion). It needs the squares of each coordinate, added up over the parts: on a probed step 4
+      bytes a parameter, 8 while a micro-batch runs, and with DDP a second reduction of the size of the gradient. The
+      tolerance theta of arXiv 2602.03001 is ``multiple = 1 / theta^2`` (0.6 there, so 2.8).
+
+    With FSDP2 both take a second reduce-scatter, of the gradient's squares in float32, and 4 bytes for each element of
+    a rank's shards. With single examples (``PerExampleProbe``) both add up squares as "sign" does, and only "sign"
+    reduces them.
+
+    It is contested how well any of these predicts the largest useful batch; the learning-rate rules "gain" and
+    "sqrt_gain" read noise and signal in the same norm.
+
     Args:
         multiple: batch size in units of the noise scale, positive.
+        norm: "euclidean", "adam" or "sign".
 
     Raises:
-        ValueError: ``multiple`` not positive.
+        ValueError: ``multiple`` not positive, or an unknown norm.
 
-    Source: McCandlish et al. 2018, section 2.2 and appendix A.1.
+    Source: McCandlish et al. 2018, section 2.2 and appendix A.1; "adam" as in AdaptDL (Qiao et al. 2021); "sign": arXiv
+    2602.03001, with the noise taken off the signal (`from_signs`).
     """
 
     multiple: float = 1.0
-    needs: ClassVar[frozenset[str]] = frozenset({NOISE})
+    norm: Norm = "euclidean"
 
     def __post_init__(self) -> None:
         _check_positive("multiple", self.multiple)
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Noise and signal in the norm."""
+        return frozenset({noise_in(self.norm)})
 
     def wanted(self, observation: Observation) -> float:
         """``multiple`` times the noise scale."""
         moments = observation.moments
         return math.nan if moments is None else _ratio(self.multiple * moments.noise, moments.signal)
+
+
+@dataclass(frozen=True)
+class CoordinateNormTest:
+    """The norm test of every coordinate c by itself, passed by a share ``quantile`` of them.
+
+        Var_c / b <= eta^2 g_c^2        wanted: b = quantile_c (Var_c / g_c^2) / eta^2
+
+    ``Var_c`` is the unbiased variance over examples and ``g`` the batch gradient itself, as in ``NormTest``.
+    Coordinates in which nothing moves (rows of an embedding that the batch did not look up) have no test and do not
+    count; one without gradient in which examples disagree passes at no batch.
+
+    The theory of AdaGrad and Adam asks for all coordinates, ``quantile=1.0``: the worst of millions is one whose
+    gradient happens to be near zero, so that the batch explodes, and where it is zero the plan is held ("not finite").
+    In pure noise a coordinate asks for ``b / eta^2`` over the square of a normal number: half of them for 2.2 times
+    what ``NormTest`` asks for, one in ten for 63 times. With few parts ``Var_c`` is uncertain too, and a high quantile
+    finds the coordinates where it came out large: measure many micro-batches, or single examples.
+
+    Averaged over probes is ``|g|^2`` times the quantile, which a change of the batch leaves as it is, like the noise;
+    its error bar is that of the noise.
+
+    Cost on a probed step: the squares of each coordinate are added up over the parts, 4 bytes a parameter, 8 while a
+    micro-batch runs; with DDP a second reduction of the size of the gradient, with FSDP2 a second reduce-scatter in
+    float32 at each reduction and 4 bytes for each element of a rank's shards. The quantile is found on the device in
+    three passes over them, without sorting. Single examples (``PerExampleProbe``) also form their gradients layer by
+    layer, some at a time.
+
+    Args:
+        eta: tolerated ratio, positive.
+        quantile: share of the coordinates that must pass, above 0 and up to 1.0, which is the papers' maximum.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: Lau, Liu, Kolar 2024 (AdAdaGrad), the coordinate-wise norm test; the quantile is ours.
+    """
+
+    eta: float
+    quantile: float
+
+    def __post_init__(self) -> None:
+        _check_positive("eta", self.eta)
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"quantile must lie above 0 and up to 1.0 (all coordinates), got {self.quantile}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The quantile over coordinates, beside noise and signal."""
+        return frozenset({NOISE, coordinates_at(self.quantile)})
+
+    def wanted(self, observation: Observation) -> float:
+        """The smallest batch at which so many coordinates would pass."""
+        moments = observation.moments
+        if moments is None or moments.noise_at_quantile is None:
+            return math.nan
+        return _ratio(moments.noise_at_quantile, self.eta * self.eta * moments.grad_sq)
 
 
 @dataclass(frozen=True)

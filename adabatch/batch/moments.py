@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,9 +35,37 @@ GRAD_L1 = "grad_l1"
 LAYERS = "layers"
 """Noise and signal of each layer as well, for the journal."""
 
+EUCLIDEAN = "euclidean"
+
+Norm = Literal["euclidean", "adam", "sign"]
+"""In what noise and signal are measured: the Euclidean norm; that of gradients divided by Adam's root mean squares; the
+l1 norm, for methods that step by signs."""
+
+
+def noise_in(norm: str) -> str:
+    """What a probe gives and a criterion needs: noise and signal in a norm."""
+    return NOISE if norm == EUCLIDEAN else f"noise in the norm {norm}"
+
+
+def norm_in(needs: Iterable[str]) -> str:
+    """The norm in which noise is needed; the Euclidean one where no other is named."""
+    start = noise_in("")
+    return next((need.removeprefix(start) for need in needs if need.startswith(start)), EUCLIDEAN)
+
+
+def coordinates_at(quantile: float) -> str:
+    """What a probe gives and a criterion needs: ``noise_at_quantile``."""
+    return f"coordinates at quantile {quantile}"
+
+
+def quantile_in(needs: Iterable[str]) -> float | None:
+    """The quantile over coordinates that is needed, or None."""
+    start = coordinates_at(0).removesuffix("0")
+    return next((float(need.removeprefix(start)) for need in needs if need.startswith(start)), None)
+
 
 class GradientMoments(NamedTuple):
-    """Squared norms of one step's gradient and of its parts.
+    """Squared norms of one step's gradient and of its parts, all in the same norm.
 
     Args:
         part_sq: weighted mean of the parts' squared norms, ``sum_j w_j |g_j|^2``.
@@ -48,6 +76,11 @@ class GradientMoments(NamedTuple):
         noise_along: the share of ``noise`` that lies along the gradient (per example, same unit as ``noise``), where it
             was measured from single examples; else None.
         grad_l1: l1 norm of the step's gradient, where it was recorded; else None.
+        grad_l2: Euclidean norm of the step's gradient, where ``norm`` is another; else None.
+        noise_at_quantile: ``grad_sq`` times the quantile, over coordinates c, of the noise of c over the square of the
+            gradient's c, where it was measured; else None. The noise at which the norm test asks for what the
+            coordinate-wise test asks for.
+        norm: the norm.
         layers: the moments of each layer by its name, where they were measured (``LAYERS``); else None.
     """
 
@@ -58,6 +91,9 @@ class GradientMoments(NamedTuple):
     num_parts: int
     noise_along: float | None = None
     grad_l1: float | None = None
+    grad_l2: float | None = None
+    noise_at_quantile: float | None = None
+    norm: str = EUCLIDEAN
     layers: Mapping[str, GradientMoments] | None = None
 
     @property
@@ -91,16 +127,19 @@ class GradientMoments(NamedTuple):
 
     def scaled(self, factor: float) -> GradientMoments:
         """The moments after every gradient was multiplied by ``factor`` (a loss scale, an accumulation divisor)."""
-        square = factor * factor
-        along = None if self.noise_along is None else self.noise_along * square
-        l1 = None if self.grad_l1 is None else self.grad_l1 * abs(factor)
-        layers = None if self.layers is None else {name: each.scaled(factor) for name, each in self.layers.items()}
+
+        def times(value: float | None, by: float) -> float | None:
+            return None if value is None else value * by
+
+        length, square = abs(factor), factor * factor
         return self._replace(
             part_sq=self.part_sq * square,
             grad_sq=self.grad_sq * square,
-            noise_along=along,
-            grad_l1=l1,
-            layers=layers,
+            noise_along=times(self.noise_along, square),
+            grad_l1=times(self.grad_l1, length),
+            grad_l2=times(self.grad_l2, length),
+            noise_at_quantile=times(self.noise_at_quantile, square),
+            layers=None if self.layers is None else {name: each.scaled(factor) for name, each in self.layers.items()},
         )
 
     @classmethod
@@ -189,6 +228,36 @@ def from_examples(examples_sq: ArrayLike, products: ArrayLike) -> GradientMoment
     grad_sq = float(inner.mean())
     along = float(inner.var(ddof=1)) / grad_sq if grad_sq > 0 else math.nan
     return from_parts(squares, 1.0, grad_sq)._replace(noise_along=along)
+
+
+def from_signs(
+    deviations: float, grad_l1: float, *, part_size: float, num_examples: float, num_parts: int
+) -> GradientMoments:
+    """Moments in the norm "sign": the noise is ``(sum_c sigma_c)^2``, the signal ``|G|_1^2``.
+
+    ``sigma_c`` is the standard deviation of coordinate c over single examples. A root of an unbiased variance is too
+    small for few parts; it is divided by what it is short by for normal parts, 0.80 for two, 0.97 for eight. ``|g|_1``
+    is too long by ``sqrt(2 / pi) sigma_c / sqrt(num_examples)`` in each coordinate without a true gradient, so that
+    ``2 / pi`` of ``noise / num_examples`` is taken off its square. What remains is zero in pure noise and right in a
+    large batch; between them it is at most ``1 - 2 / pi`` too small where all coordinates are equally noisy, and too
+    large where few hold most of the gradient.
+
+    Args:
+        deviations: ``sum_c sqrt(sum_j w_j (g_jc - g_c)^2)``, over coordinates c.
+        grad_l1: l1 norm of the step's gradient, ``sum_c |g_c|``.
+        part_size, num_examples, num_parts: as in ``GradientMoments``.
+
+    Source: arXiv 2602.03001 for the norm; it does not take the noise off ``|g|_1``.
+    """
+    plain = GradientMoments(deviations * deviations, part_size, 0.0, num_examples, num_parts).noise
+    if math.isnan(plain):
+        square = grad_l1 * grad_l1
+        return GradientMoments(square, part_size, square, num_examples, num_parts, grad_l1=grad_l1, norm="sign")
+    half = (num_parts - 1) / 2
+    noise = plain * half * math.exp(2 * math.lgamma(half) - 2 * math.lgamma(half + 0.5))
+    signal = grad_l1 * grad_l1 - 2 / math.pi * noise / num_examples
+    moments = GradientMoments.from_noise(noise, signal, part_size=part_size, num_examples=num_examples)
+    return moments._replace(num_parts=num_parts, grad_l1=grad_l1, norm="sign")
 
 
 def merge(groups: Iterable[GradientMoments], grad_sq: float) -> GradientMoments:

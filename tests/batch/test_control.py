@@ -32,6 +32,7 @@ from adabatch.batch.control import (
 )
 from adabatch.batch.criteria import (
     AugmentedInnerProductTest,
+    CoordinateNormTest,
     Criterion,
     InnerProductTest,
     NoiseScale,
@@ -705,6 +706,33 @@ def test_averages_by_direct_weights(probes: list[tuple[float, float, float]], de
     assert averages.spread_both == pytest.approx(
         weights @ (d_noise * d_signal), abs=tolerance * largest_noise * largest_signal
     )
+
+
+def test_another_norm_begins_new_averages() -> None:
+    first, other = measured(300.0, 1.0)(PLAN), measured(7.0, 2.0)(PLAN)._replace(norm="adam")
+    averages = Averages().after(first, 0.8).after(first, 0.8)
+    assert averages.after(other, 0.8) == Averages(norm="adam").after(other, 0.8)
+    assert averages.after(other, 0.8).moments(PLAN).norm == "adam"
+
+
+def test_the_noise_at_the_quantile_is_averaged_like_the_noise() -> None:
+    """It and the noise in one proportion: the coordinate-wise test then asks for so many times the norm test."""
+    averages = Averages()
+    for noise in (300.0, 330.0, 270.0, 310.0):
+        moments = measured(noise, 1.0)(PLAN)
+        averages = averages.after(moments._replace(noise_at_quantile=7 * noise), 9 / 11)
+    options: dict[str, Any] = {"progress": Progress(), "confidence": 0.9}
+    plain = estimate(NormTest(0.5), averages, PLAN, **options)
+    found = estimate(CoordinateNormTest(0.5, quantile=0.9), averages, PLAN, **options)
+    assert found == pytest.approx([7 * number for number in plain], rel=1e-9)
+
+
+def test_a_coordinate_that_passes_at_no_batch_holds_the_plan() -> None:
+    def endless(plan: BatchPlan) -> GradientMoments:
+        return measured(100.0, 1.0)(plan)._replace(noise_at_quantile=math.inf)
+
+    decision = one(endless, criterion=CoordinateNormTest(0.5, quantile=1.0))
+    assert (decision.reason, decision.plan) == (Reason.NOT_FINITE, PLAN)
 
 
 def test_the_memory_is_the_weight_of_so_many_probes() -> None:

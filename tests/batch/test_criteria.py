@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from adabatch.batch.criteria import (
     AugmentedInnerProductTest,
+    CoordinateNormTest,
     Criterion,
     InnerProductTest,
     NoiseScale,
@@ -20,7 +21,16 @@ from adabatch.batch.criteria import (
     Observation,
     OrthogonalityTest,
 )
-from adabatch.batch.moments import INNER_PRODUCTS, NOISE, GradientMoments, from_examples
+from adabatch.batch.moments import (
+    INNER_PRODUCTS,
+    NOISE,
+    GradientMoments,
+    coordinates_at,
+    from_examples,
+    noise_in,
+    norm_in,
+    quantile_in,
+)
 from adabatch.batch.plan import Progress
 
 POPULATION = 5000
@@ -32,7 +42,8 @@ class Contract:
 
     Args:
         make: tolerance -> criterion; a smaller tolerance asks for more.
-        in_noise: tolerance, batch size, share of the noise along the gradient -> size asked for without signal.
+        in_noise: tolerance, batch size, share of the noise along the gradient -> size asked for without signal; the
+            noise at the quantile is the inverse share of it.
         names: the arguments that must be positive.
     """
 
@@ -49,6 +60,12 @@ CONTRACTS = {
         (),
     ),
     "NoiseScale": Contract(lambda tolerance: NoiseScale(1 / tolerance), lambda *_: math.inf, ("multiple",)),
+    "NoiseScale in another norm": Contract(
+        lambda tolerance: NoiseScale(1 / tolerance, norm="adam"), lambda *_: math.inf, ()
+    ),
+    "CoordinateNormTest": Contract(
+        lambda eta: CoordinateNormTest(eta, quantile=0.9), lambda eta, b, share: b / max(share, 1e-3) / eta**2, ()
+    ),
     "InnerProductTest": Contract(InnerProductTest, lambda theta, b, share: share * b / theta**2, ("theta",)),
     "OrthogonalityTest": Contract(OrthogonalityTest, lambda nu, b, share: (1 - share) * b / nu**2, ("nu",)),
     "AugmentedInnerProductTest": Contract(
@@ -67,7 +84,13 @@ def seen(moments: GradientMoments | None) -> Observation:
 
 def expected(noise: float, signal: float, *, batch: float, share: float = 0.25) -> Observation:
     """What a batch would measure in expectation; ``share`` of the noise lies along the gradient."""
-    return seen(GradientMoments.from_noise(noise, signal, part_size=1.0, num_examples=batch, noise_along=share * noise))
+    return seen(shared(noise, signal, batch=batch, share=share))
+
+
+def shared(noise: float, signal: float, *, batch: float, share: float) -> GradientMoments:
+    """Moments with a share of the noise along the gradient, and its inverse at the quantile over coordinates."""
+    moments = GradientMoments.from_noise(noise, signal, part_size=1.0, num_examples=batch, noise_along=share * noise)
+    return moments._replace(noise_at_quantile=noise / max(share, 1e-3))
 
 
 tolerances = st.floats(0.01, 5)
@@ -87,7 +110,7 @@ def test_says_what_it_needs(contract: Contract) -> None:
     criterion = contract.make(0.5)
     assert isinstance(criterion, Criterion)
     assert criterion.needs
-    assert criterion.needs <= {NOISE, INNER_PRODUCTS}
+    assert criterion.needs <= {NOISE, noise_in("adam"), coordinates_at(0.9), INNER_PRODUCTS}
     assert criterion == contract.make(0.5)
 
 
@@ -128,7 +151,7 @@ def test_without_noise_there_is_no_growth(
 @every_criterion
 @given(tolerances, positive, batches, shares)
 def test_pure_noise(contract: Contract, tolerance: float, noise: float, batch: float, share: float) -> None:
-    moments = GradientMoments.from_noise(noise, 0.0, part_size=1.0, num_examples=batch, noise_along=share * noise)
+    moments = shared(noise, 0.0, batch=batch, share=share)
     # rounding leaves a signal of the order of 1e-16 noise, on either side of zero
     wanted = contract.make(tolerance).wanted(seen(moments))
     asked = contract.in_noise(tolerance, batch, share)
@@ -150,16 +173,16 @@ def test_no_measurement_raises(
     num_parts: int,
     tolerance: float,
 ) -> None:
-    moments = GradientMoments(part_sq, part_size, grad_sq, part_size * parts, num_parts, along)
+    moments = GradientMoments(part_sq, part_size, grad_sq, part_size * parts, num_parts, along, noise_at_quantile=along)
     wanted = contract.make(tolerance).wanted(seen(moments))
     assert isinstance(wanted, float)
     if math.isnan(part_sq) or math.isnan(grad_sq) or num_parts == 1:
-        assert math.isnan(wanted) or contract.make(tolerance).needs == {INNER_PRODUCTS}
+        assert math.isnan(wanted) or contract.make(tolerance).needs & {INNER_PRODUCTS, coordinates_at(0.9)}
 
 
 @every_criterion
 def test_zero_gradients_show_no_noise(contract: Contract) -> None:
-    zero = GradientMoments(0.0, 1.0, 0.0, 8.0, 8, noise_along=0.0)
+    zero = GradientMoments(0.0, 1.0, 0.0, 8.0, 8, noise_along=0.0, noise_at_quantile=0.0)
     assert contract.make(0.5).wanted(seen(zero)) == 0
 
 
@@ -167,7 +190,7 @@ def test_zero_gradients_show_no_noise(contract: Contract) -> None:
 def test_what_was_not_measured_is_not_a_number(contract: Contract) -> None:
     criterion = contract.make(0.5)
     assert math.isnan(criterion.wanted(seen(None)))
-    if INNER_PRODUCTS in criterion.needs:
+    if criterion.needs & {INNER_PRODUCTS, coordinates_at(0.9)}:
         assert math.isnan(criterion.wanted(seen(GradientMoments(2.0, 1.0, 1.0, 4.0, 4))))
 
 
@@ -195,6 +218,26 @@ def test_bad_tolerances_are_named(contract: Contract, bad: float) -> None:
 def test_bad_populations_are_named(bad: int) -> None:
     with pytest.raises(ValueError, match=f"population must be .*got {bad}"):
         NormTest(0.5, population=bad)
+
+
+def test_bad_norms_and_quantiles_are_named() -> None:
+    with pytest.raises(ValueError, match="norm must be one of euclidean, adam, sign, got 'l1'"):
+        NoiseScale(norm="l1")  # type: ignore[arg-type]
+    for bad in (0.0, -0.1, 1.01, math.nan):
+        with pytest.raises(ValueError, match=f"quantile must lie above 0 and up to 1.0 .*got {bad}"):
+            CoordinateNormTest(0.5, quantile=bad)
+    for bad in (0.0, math.nan):
+        with pytest.raises(ValueError, match=f"eta must be a positive number, got {bad}"):
+            CoordinateNormTest(bad, quantile=1.0)
+
+
+@given(st.floats(0, 1, exclude_min=True))
+def test_what_is_needed_is_read_from_its_name(quantile: float) -> None:
+    needs = CoordinateNormTest(0.5, quantile).needs | NoiseScale(norm="sign").needs | {INNER_PRODUCTS}
+    assert quantile_in(needs) == quantile
+    assert norm_in(needs) == "sign"
+    assert quantile_in(NormTest(0.5).needs) is None
+    assert norm_in(NoiseScale().needs) == "euclidean"
 
 
 # --- the closed forms -----------------------------------------------------------------------------------------------
@@ -245,6 +288,19 @@ def test_the_finite_population_is_never_exceeded(
 ) -> None:
     wanted = NormTest(eta, population=population).wanted(expected(noise, signal, batch=batch))
     assert wanted <= population or wanted == math.inf
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), tolerances, st.floats(0.01, 1))
+def test_the_coordinate_wise_test_by_trying_batches(seed: int, d: int, eta: float, quantile: float) -> None:
+    rng = np.random.default_rng(seed)
+    gradients = rng.standard_normal((6, d)) + rng.standard_normal(d)
+    mean, variance = gradients.mean(axis=0), gradients.var(axis=0, ddof=1)
+    moments = from_examples((gradients**2).sum(axis=1), gradients @ mean)
+    ratio = np.quantile(variance / mean**2, quantile, method="inverted_cdf")
+    wanted = CoordinateNormTest(eta, quantile).wanted(
+        seen(moments._replace(noise_at_quantile=float(ratio) * moments.grad_sq))
+    )
+    assert_smallest(wanted, lambda b: np.mean(variance / b <= eta**2 * mean**2) >= quantile * (1 - 1e-12))
 
 
 def test_a_large_population_is_the_papers_form() -> None:

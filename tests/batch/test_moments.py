@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adabatch.batch.criteria import InnerProductTest, NormTest, Observation, OrthogonalityTest
-from adabatch.batch.moments import GradientMoments, from_examples, from_parts, merge
+from adabatch.batch.moments import GradientMoments, from_examples, from_parts, from_signs, merge
 from adabatch.batch.plan import Progress
 
 Array = NDArray[np.float64]
@@ -288,6 +288,63 @@ def test_scaling_squares_every_number(seed: int, sizes: list[int], factor: float
     # the variance of the products cancels where they are nearly equal: the digits of the larger term are kept
     one, other = moments_of_examples(gradients).scaled(factor), moments_of_examples(factor * gradients)
     assert_equal(one, other, rel=1e-9)
+
+
+def test_scaling_reaches_what_is_measured_beside_the_squares() -> None:
+    moments = GradientMoments.from_noise(8.0, 2.0, part_size=1, num_examples=4)
+    every = moments._replace(grad_l1=3.0, grad_l2=2.0, noise_at_quantile=5.0, layers={"a": moments})
+    scaled = every.scaled(-2.0)
+    assert (scaled.grad_l1, scaled.grad_l2, scaled.noise_at_quantile) == (6.0, 4.0, 20.0)
+    assert scaled.layers == {"a": moments.scaled(2.0)}
+
+
+# --- the l1 norm ----------------------------------------------------------------------------------------------------
+
+
+def signs_of(parts: Array, part_size: float) -> GradientMoments:
+    """Moments in the norm "sign" of parts of one size, shape (num_parts, d)."""
+    mean, num_parts = parts.mean(axis=0), len(parts)
+    deviations = float(parts.std(axis=0).sum())
+    return from_signs(
+        deviations,
+        float(np.abs(mean).sum()),
+        part_size=part_size,
+        num_examples=part_size * num_parts,
+        num_parts=num_parts,
+    )
+
+
+@pytest.mark.parametrize("num_parts", [2, 4, 16])
+def test_the_noise_in_the_l1_norm_is_the_squared_sum_of_deviations(num_parts: int) -> None:
+    """From normal parts, whose unbiased variances have roots that are too small: at two parts by a fifth."""
+    rng = np.random.default_rng(5)
+    sigma, size, trials = rng.uniform(0.5, 2, 400), 8, 200
+    drawn = rng.standard_normal((trials, num_parts, 400)) * sigma / math.sqrt(size)
+    found = [math.sqrt(signs_of(parts, size).noise) for parts in drawn]
+    error = float(np.std(found)) / math.sqrt(trials)
+    assert np.mean(found) == pytest.approx(sigma.sum(), abs=5 * error)
+    roots = (np.sqrt(size) * drawn.std(axis=1, ddof=1)).sum(axis=1)
+    assert roots.mean() < sigma.sum() - 5 * error
+
+
+@pytest.mark.parametrize(
+    ("length", "low", "high"), [(0.0, 0.0, 0.0), (0.1, 0.60, 0.70), (1.0, 0.64, 0.80), (30.0, 0.99, 1.01)]
+)
+def test_the_signal_in_the_l1_norm_is_within_what_is_promised(length: float, low: float, high: float) -> None:
+    """``length`` of each coordinate is in units of the gradient's noise; the bounds are in units of the truth."""
+    rng = np.random.default_rng(6)
+    d, trials = 20_000, 40
+    drawn = rng.standard_normal((trials, 8, d)) * math.sqrt(8) + length
+    found = np.array([signs_of(parts, 1.0).signal for parts in drawn]) / d**2
+    error = 5 * float(found.std()) / math.sqrt(trials)
+    assert low * length**2 - error <= found.mean() <= high * length**2 + error
+
+
+def test_one_part_shows_no_noise_in_the_l1_norm() -> None:
+    moments = from_signs(0.0, 3.0, part_size=4, num_examples=4, num_parts=1)
+    assert math.isnan(moments.noise)
+    assert moments.is_finite
+    assert (moments.grad_sq, moments.grad_l1, moments.norm) == (9.0, 3.0, "sign")
 
 
 def test_noise_scale_is_not_a_number_without_signal() -> None:
