@@ -240,7 +240,9 @@ def estimate(
     """What ``criterion`` asks for on the averages, with a one-sided error bar either way.
 
     The bar is that of the logarithm of the wanted size to first order (delta method), so it does not change when all
-    gradients are scaled; the derivatives are taken numerically, so any criterion has one.
+    gradients are scaled; the derivatives are taken numerically, so any criterion has one. Upwards it reaches to what
+    the criterion asks for at the edge of the confidence region, if that is further, and has no end where no signal is
+    left there (Fieller 1954 for a quotient): to first order alone it would hold the true size too seldom.
     """
 
     def wanted(noise: float, signal: float) -> float:
@@ -277,10 +279,12 @@ def estimate(
     by_signal = slope(wanted(n, s + ds), wanted(n, s - ds), 2 * ds)
     if not (math.isfinite(by_noise) and math.isfinite(by_signal)):
         return Estimate(center, 0.0, math.inf)
-    variance = by_noise**2 * var_noise + by_signal**2 * var_signal + 2 * by_noise * by_signal * cov
+    to_noise, to_signal = var_noise * by_noise + cov * by_signal, cov * by_noise + var_signal * by_signal
+    error = math.sqrt(max(0.0, by_noise * to_noise + by_signal * to_signal))
     # Past e^50 the interval says nothing; the cap only keeps exp() finite.
-    reach = math.exp(min(50.0, t * math.sqrt(max(0.0, variance))))
-    return Estimate(center, center / reach, center * reach)
+    reach = math.exp(min(50.0, t * error))
+    far = wanted(n + t * to_noise / error, s + t * to_signal / error) if error > 0 else center
+    return Estimate(center, center / reach, math.inf if math.isnan(far) else max(far, center * reach))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -890,6 +890,20 @@ def test_the_bar_holds_the_true_size_as_often_as_it_says(probes: int, noise: flo
     assert above / trials == pytest.approx(confidence, abs=4 * error)
 
 
+@pytest.mark.parametrize("noise", [1000.0, 5000.0])
+@pytest.mark.parametrize("confidence", [0.75, 0.9])
+def test_the_bar_is_high_enough_where_the_signal_is_lost_in_noise(noise: float, confidence: float) -> None:
+    """The signal is a 15th and an 80th of the noise in the gradient. A size without end holds the true one, too."""
+    rng = np.random.default_rng(11)
+    trials, criterion, decay = 400, NoiseScale(), Control().decay
+    above = 0
+    for rows in probes_of(rng, trials=trials, probes=20, plan=PLAN, d=30, noise=noise, signal=1.0):
+        found = estimate(criterion, averages_of(rows, PLAN, decay), PLAN, progress=Progress(), confidence=confidence)
+        above += math.isinf(found.wanted) or noise <= found.high
+    error = math.sqrt(confidence * (1 - confidence) / trials)
+    assert above / trials == pytest.approx(confidence, abs=4 * error)
+
+
 @pytest.mark.parametrize(("confidence", "control"), [(0.9, Control(hysteresis=0.0)), (0.5, replace(PLAIN, memory=10))])
 def test_growth_without_cause_is_as_rare_as_confidence_says(confidence: float, control: Control) -> None:
     """Where the true wish is the present size, a decision grows the batch with probability 1 - confidence, about."""
