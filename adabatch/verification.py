@@ -28,6 +28,7 @@ from adabatch.batch.moments import EXAMPLES, GradientMoments
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Constant, Schedule, Stage, Stages
 from adabatch.runtime.collectives import Collectives, collectives_of
+from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import GlobalOrder, num_examples_in
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.sharding import is_sharded, own_piece
@@ -467,7 +468,8 @@ def _by_hand(training: Training, seen: Sequence[Sequence[_Part]], ranks: Collect
 
 def _unreduced(model: nn.Module) -> Any:
     """A context in which DDP reduces nothing."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    inner = uncompiled(model)
+    return inner.no_sync() if isinstance(inner, DistributedDataParallel) else nullcontext()
 
 
 def _seconds(training: Training, batches: AdaptiveBatch, until: int) -> Generator[float, None, None]:

@@ -1,4 +1,4 @@
-"""What the tests of probes on several ranks share: awkward models, ways to wrap them, and gradients part by part.
+"""What the tests of probes on several ranks share: ways to wrap a model, and gradients part by part.
 
 Every rank knows the data of all ranks, so each can compute all parts on a plain copy of the model: slow and obvious.
 """
@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from loops import network
+from hard_models import Case, Unused
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from adabatch.batch.moments import GradientMoments, from_parts
 from adabatch.runtime.probes.protocol import Probe
@@ -25,76 +23,6 @@ from adabatch.runtime.wrappers import GradientSync, wrapper_of
 
 EXACT = 1e-5
 """Relative tolerance of float32 sums."""
-
-
-class Tied(nn.Module):
-    """Embedding and output share a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 5)
-        self.hidden = nn.Linear(5, 5)
-        self.output = nn.Linear(5, 11, bias=False)
-        self.output.weight = self.embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(torch.tanh(self.hidden(self.embedding(x))))
-
-
-class Unused(nn.Module):
-    """One part is frozen, one is never called, one is called for long micro-batches only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen = nn.Linear(6, 6).requires_grad_(False)
-        self.body = nn.Linear(6, 1)
-        self.never = nn.Linear(3, 3)
-        self.sometimes = nn.Linear(6, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body(torch.tanh(self.frozen(x)))
-        return y + self.sometimes(x) if len(x) > 3 else y
-
-
-class Checkpointed(nn.Module):
-    """The same block twice, recomputed in the backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
-        self.head = nn.Linear(6, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(2):
-            x = checkpoint(self.block, x, use_reentrant=False)
-        return self.head(x)
-
-
-def regression_loss(model: nn.Module, size: int, dtype: torch.dtype) -> Tensor:
-    """Mean squared error of random examples."""
-    x, y = torch.randn(size, 6, dtype=dtype), torch.randn(size, 1, dtype=dtype)
-    return functional.mse_loss(model(x), y)
-
-
-def token_loss(model: nn.Module, size: int, dtype: torch.dtype) -> Tensor:
-    """Cross-entropy of random tokens."""
-    return functional.cross_entropy(model(torch.randint(11, (size,))), torch.randint(11, (size,)))
-
-
-class Case(NamedTuple):
-    """A model, its loss, and the parts of it that FSDP2 shards apart from the rest (7 rows on 2 ranks: uneven)."""
-
-    make: Callable[[], nn.Module]
-    loss_of: Callable[[nn.Module, int, torch.dtype], Tensor]
-    units: Sequence[str]
-
-
-CASES = {
-    "network": Case(network, regression_loss, ["0"]),
-    "tied": Case(Tied, token_loss, ["hidden"]),
-    "unused": Case(Unused, regression_loss, ["never", "sometimes"]),
-    "checkpointed": Case(Checkpointed, regression_loss, ["head"]),
-}
 
 
 def plain(model: nn.Module, case: Case) -> nn.Module:
@@ -130,7 +58,7 @@ def losses_of(case: Case, sizes: Sequence[int], rank: int, dtype: torch.dtype) -
 
     def drawn(seed: int, size: int, model: nn.Module) -> Tensor:
         torch.manual_seed(seed)
-        return case.loss_of(model, size, dtype)
+        return case.loss(model, size, dtype)
 
     return [partial(drawn, 100 * rank + index, size) for index, size in enumerate(sizes)]
 

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.sharding import data_parallel_mesh, is_sharded
 
 
@@ -129,8 +130,9 @@ def collectives_of(model: torch.nn.Module) -> Collectives:
             sharded model some of whose parameters are sharded otherwise.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if isinstance(model, DistributedDataParallel):
-        return Collectives(model.process_group, device=device)
+    inner = uncompiled(model)
+    if isinstance(inner, DistributedDataParallel):
+        return Collectives(inner.process_group, device=device)
     if is_sharded(model):
         mesh = data_parallel_mesh(model)
         return Collectives(*_groups_of(mesh), device=torch.device(mesh.device_type))

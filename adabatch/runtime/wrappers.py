@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.runtime.backward import PLAIN, Backward, scaled_by
 from adabatch.runtime.collectives import Collectives, collectives_of
+from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions
 from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
@@ -69,8 +70,9 @@ def _wrapper_of(model: nn.Module, gradient_sync: GradientSync | None) -> Wrapper
         raise ValueError(f"gradient_sync must be one of {', '.join(get_args(GradientSync))}, got {gradient_sync!r}")
     if is_sharded(model):
         return _sharded(model, gradient_sync or "each")
-    if isinstance(model, DistributedDataParallel):
-        return _replicated(model, gradient_sync or "last")
+    inner = uncompiled(model)
+    if isinstance(inner, DistributedDataParallel):
+        return _replicated(inner, gradient_sync or "last")
     return Wrapper(collectives_of(model), nullcontext, MicroBatchProbe)
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hard_models import CASES, Case
 from ranks import run_ranks
 from torch import nn
 from torch.optim import SGD
-from wrapped import CASES, Case, check, ddp, fsdp, hsdp, made, measured, part_by_part, plain
+from wrapped import check, ddp, fsdp, hsdp, made, measured, part_by_part, plain
 
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.layers import layers_of

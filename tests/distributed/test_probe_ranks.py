@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hard_models import CASES, dense
+from hard_models import CASES, SPARSE, dense
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -55,16 +55,16 @@ def part_by_part(model: nn.Module, losses: list[list[Any]], sizes: list[list[int
 def measured_and_expected(rank: int, cases: Sequence[str]) -> list[tuple[str, str, tuple[Any, ...], tuple[Any, ...]]]:
     found = []
     for case in cases:
-        make, loss_of = CASES[case]
+        tried = {**CASES, "sparse": SPARSE}[case]
         for dtype in (torch.float32, torch.float64):
             for name, sizes in SIZES.items():
                 torch.manual_seed(1)
-                oracle = make().to(dtype)
+                oracle = tried.make().to(dtype)
                 torch.manual_seed(1)
-                model = DistributedDataParallel(make().to(dtype), find_unused_parameters=case == "unused")
+                model = DistributedDataParallel(tried.make().to(dtype), find_unused_parameters=case == "unused")
                 losses = [
                     [
-                        functools.partial(drawn, loss_of, count, 100 * owner + index, dtype)
+                        functools.partial(drawn, tried.loss, count, 100 * owner + index, dtype)
                         for index, count in enumerate(counts)
                     ]
                     for owner, counts in enumerate(sizes)

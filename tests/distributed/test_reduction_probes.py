@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hard_models import CASES, Batch, Case
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
@@ -21,7 +22,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, Shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim import SGD
-from wrapped import CASES, Case, check, ddp, fsdp, made, measured, part_by_part
+from wrapped import check, ddp, fsdp, made, measured, part_by_part
 
 from adabatch import AdaptiveBatch, Constant, Limits, NormTest
 from adabatch.batch.moments import GradientMoments
@@ -137,7 +138,7 @@ def precisions(rank: int) -> dict[str, tuple[Numbers, Numbers, float]]:
 
 
 def made_loss(model: nn.Module) -> Tensor:
-    return NETWORK.loss_of(model, 4, next(model.parameters()).dtype)
+    return NETWORK.loss(model, 4, next(model.parameters()).dtype)
 
 
 def test_every_precision_factor_and_hook(tmp_path: Path) -> None:
@@ -230,9 +231,8 @@ class Chunked(nn.Module):
         return self.norm(x)
 
 
-def chunked_loss(model: nn.Module, size: int, dtype: torch.dtype) -> Tensor:
-    chunks = model(torch.randn(size, 6, dtype=dtype)).chunk(2)
-    return torch.stack([model.head(chunk).square().mean() for chunk in chunks]).mean()
+def chunked_losses(model: nn.Module, batch: Batch) -> Tensor:
+    return torch.cat([model.head(chunk).square().mean(1) for chunk in model(batch[0]).chunk(2)])
 
 
 class Holder(nn.Module):
@@ -249,12 +249,12 @@ class Holder(nn.Module):
 def refusals(rank: int) -> dict[str, str]:
     """The error of each misuse, on two ranks."""
     said = {}
-    twice = Case(Twice, NETWORK.loss_of, ["block"])
+    twice = Case(Twice, units=["block"])
     model = fsdp(made(twice), twice)
     said["a unit that runs twice"] = message(
         lambda: check(measured(model, ReduceScatterProbe(model), twice, SIZES), part_by_part(twice, SIZES, 2))
     )
-    chunked = Case(Chunked, chunked_loss, [])
+    chunked = Case(Chunked, losses=chunked_losses)
     model = made(chunked)
     fully_shard([model.norm, model.head])
     fully_shard(model)
@@ -290,7 +290,7 @@ def refusals(rank: int) -> dict[str, str]:
     said["PowerSGD"] = message(lambda: CommHookProbe(model, hook=powerSGD_hook, state=state))
     CommHookProbe(model)
     said["a second hook"] = message(lambda: CommHookProbe(model))
-    sparse = Case(lambda: nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 11)), CASES["tied"].loss_of, [])
+    sparse = CASES["tied"]._replace(make=lambda: nn.Sequential(nn.Embedding(11, 4, sparse=True), nn.Linear(4, 11)))
 
     def step_of(model: nn.Module, probe: Any) -> None:
         probe.start(2)
@@ -376,7 +376,7 @@ def single(rank: int) -> dict[str, Any]:
 
     # A part of a model that is sharded, and a holder that is not.
     model = Holder(fsdp(made(NETWORK), NETWORK))
-    held = Case(lambda: Holder(NETWORK.make()), NETWORK.loss_of, [])
+    held = Case(lambda: Holder(NETWORK.make()))
     for sync, sizes in (("each", SIZES), ("last", SIZES)):
         moments = measured(model, ReduceScatterProbe(model), held, sizes, sync=sync)
         found[f"held, {sync}"] = tuple(moments), tuple(part_by_part(held, sizes, 1, joined=sync == "last"))

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hard_models import CASES, Checkpointed, dense, regression_loss
+from hard_models import CASES, SPARSE, Case, CheckpointedByReentry, dense
 from loops import network
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from adabatch.batch.moments import GradientMoments, from_parts
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
@@ -101,19 +100,18 @@ def check(model: nn.Module, loss_of: Callable[..., Tensor], sizes: Sequence[int]
 
 @pytest.mark.parametrize("sizes", [[4], [4, 4], [3, 3, 3, 3], [2] * 8, [5, 1, 3], [1, 7]], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES.values(), SPARSE], ids=[*CASES, "sparse"])
 def test_moments_are_those_of_the_parts_computed_one_by_one(
-    case: str, dtype: torch.dtype, sizes: Sequence[int]
+    case: Case, dtype: torch.dtype, sizes: Sequence[int]
 ) -> None:
-    make, loss_of = CASES[case]
     torch.manual_seed(1)
-    check(make().to(dtype), loss_of, sizes, dtype)
+    check(case.make().to(dtype), case.loss, sizes, dtype)
 
 
 @pytest.mark.parametrize("make", [Mixed, Spectral])
 def test_parameters_of_two_precisions_or_complex_ones_are_measured(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(1)
-    check(make(), regression_loss, [2, 4, 2], torch.float32)
+    check(make(), CASES["network"].loss, [2, 4, 2], torch.float32)
 
 
 def test_half_precision_gradients_are_squared_in_float32() -> None:
@@ -140,14 +138,6 @@ def test_the_norm_of_a_large_gradient_keeps_its_digits(dtype: torch.dtype) -> No
     assert length(sparse) == pytest.approx(exact, rel=1e-6 if dtype is torch.float32 else 1e-5)
     across = grad[:-3].view(1000, -1).t()  # not contiguous
     assert length(across) == pytest.approx(exact, rel=1e-5)
-
-
-class CheckpointedByReentry(Checkpointed):
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.clone().requires_grad_()
-        for _ in range(2):
-            x = checkpoint(self.block, x, use_reentrant=True)
-        return self.head(x)
 
 
 def test_a_gradient_that_comes_in_pieces_is_refused() -> None:

@@ -12,13 +12,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.batch.moments import GRAD_L1, LAYERS, NOISE, GradientMoments
 from adabatch.runtime.collectives import mean_future
+from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.layers import Layers, LayerSums
 from adabatch.runtime.probes.norms import gathered, norms
 from adabatch.runtime.probes.parts import PartSums
@@ -70,7 +71,7 @@ class CommHookProbe:
 
     def __init__(
         self,
-        model: DistributedDataParallel,
+        model: nn.Module,
         *,
         hook: Hook | None = None,
         state: object = None,
@@ -78,6 +79,7 @@ class CommHookProbe:
         record_l1: bool = False,
         layers: Layers | None = None,
     ) -> None:
+        model = uncompiled(model)
         if not isinstance(model, DistributedDataParallel):
             raise ValueError(
                 f"CommHookProbe needs a model in DistributedDataParallel, got a {type(model).__name__}: wrap it first, "
