@@ -19,6 +19,7 @@ from adabatch.batch.schedules import Constant, LinearRamp, Schedule, Seesaw, Sta
 from adabatch.optim import AdaGradNorm
 from adabatch.pairs import AdAdaGrad, AdAdaGradNorm, Pair
 from adabatch.runtime.data import BlockShuffle, FullShuffle, GlobalOrder, ScatteredShuffle, WeightedShuffle
+from adabatch.runtime.matrix_owners import across_ranks
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
@@ -67,6 +68,7 @@ __all__ = [
     "Stages",
     "Step",
     "WeightedShuffle",
+    "across_ranks",
     "examples",
     "gain_steps",
     "lr",

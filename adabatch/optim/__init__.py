@@ -2,6 +2,7 @@
 
 from adabatch.optim import mup
 from adabatch.optim.adagrad_norm import AdaGradNorm
+from adabatch.optim.kfac import KFAC
 from adabatch.optim.shampoo import Shampoo
 
-__all__ = ["AdaGradNorm", "Shampoo", "mup"]
+__all__ = ["KFAC", "AdaGradNorm", "Shampoo", "mup"]

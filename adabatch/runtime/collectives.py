@@ -78,10 +78,32 @@ class Collectives:
         dist.all_to_all_single(received, rows.contiguous(), group=self._one_group())
         return received
 
+    def copy_from(self, rank: int, values: Tensor) -> None:
+        """Overwrites ``values`` by those of one rank."""
+        if self.size > 1:
+            dist.broadcast(values, group=self._one_group(), group_src=rank)
+
     def copy_from_first(self, values: Tensor) -> None:
         """Overwrites ``values`` by those of rank 0."""
-        if self.size > 1:
-            dist.broadcast(values, group=self._one_group(), group_src=0)
+        self.copy_from(0, values)
+
+    def gather_at(self, rank: int, values: Tensor) -> Tensor | None:
+        """The ``values`` of all ranks, stacked in their order, on one rank; None on the others."""
+        if self.size == 1:
+            return values.unsqueeze(0)
+        pieces = [torch.empty_like(values) for _ in range(self.size)] if self.rank == rank else None
+        dist.gather(values.contiguous(), pieces, group=self._one_group(), group_dst=rank)
+        return None if pieces is None else torch.stack(pieces)
+
+    def scatter_from(self, rank: int, values: Tensor | None, like: Tensor) -> Tensor:
+        """The row of ``values``, shape (size, ...), that one rank has for this one; ``like`` has its shape."""
+        if self.size == 1:
+            assert values is not None
+            return values[0]
+        piece = torch.empty_like(like)
+        rows = None if values is None else list(values.contiguous())
+        dist.scatter(piece, rows, group=self._one_group(), group_src=rank)
+        return piece
 
     def _one_group(self) -> dist.ProcessGroup:
         assert len(self._groups) == 1, "only reductions go over a grid of groups"

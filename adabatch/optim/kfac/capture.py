@@ -1,0 +1,136 @@
+"""Watches a model's forward, and turns what it saw into sums over per-example gradients.
+
+While the model given to K-FAC runs forward, each layer's input and output are noted. `Capture.observe` then sends
+cotangents from the model's output back to those outputs. The recomputed forward of activation checkpointing runs
+outside the model's own forward, and so is not noted twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from adabatch.optim.kfac.averages import LayerSums, Sums, WatchedLayer
+
+
+class Noted(NamedTuple):
+    """One call of a layer: its name, its input (detached), and where its output stands in the graph.
+
+    The place and not the tensor, which an in-place activation would overwrite.
+    """
+
+    name: str
+    input: Tensor
+    output: GradientEdge
+
+
+class Capture:
+    """Hooks on a model and its layers.
+
+    Args:
+        model: the module that is called with the inputs; nothing is noted outside its forward.
+        layers: those to watch, by module.
+        due: whether the forward that begins is to be noted.
+        in_rows: keep rows, not their moments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[nn.Module, WatchedLayer],
+        *,
+        due: Callable[[], bool],
+        in_rows: bool = False,
+    ) -> None:
+        self._layers = dict(layers)
+        self._kinds = {layer.name: layer.kind for layer in layers.values()}
+        self._due = due
+        self._in_rows = in_rows
+        self._watching = False
+        self._noted: list[Noted] = []
+        self._sums = Sums()
+        # The layers' hooks first: the model may be a layer itself, whose hooks run in this order.
+        self._handles = [
+            *(module.register_forward_hook(self._note) for module in layers),
+            model.register_forward_pre_hook(self._begin, prepend=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def _begin(self, module: nn.Module, args: object) -> None:
+        self._noted.clear()
+        self._watching = torch.is_grad_enabled() and self._due()
+
+    def _end(self, module: nn.Module, args: object, output: object) -> None:
+        self._watching = False
+
+    def _note(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._watching and output.requires_grad:
+            self._noted.append(Noted(self._layers[module].name, args[0].detach(), get_gradient_edge(output)))
+
+    @property
+    def observed(self) -> bool:
+        """Whether anything was observed since the last step."""
+        return self._sums.num_examples > 0
+
+    @property
+    def noted(self) -> bool:
+        """Whether a forward has been noted and not observed yet."""
+        return bool(self._noted)
+
+    def observe(self, outputs: Tensor, cotangents: Iterable[Tensor]) -> None:
+        """Adds what the last forward of the model gave to the sums of this step.
+
+        Args:
+            outputs: what the model returned, shape (examples, ...), still with its graph, which stays.
+            cotangents: of ``outputs``, of their shape each.
+        """
+        noted, self._noted = self._noted, []
+        where = [each.output for each in noted]
+        with torch.autocast(outputs.device.type, enabled=False), torch.no_grad():
+            for each in noted:
+                self._add_input(each)
+        for cotangent in cotangents:
+            deltas = torch.autograd.grad(
+                outputs, where, grad_outputs=cotangent.to(outputs.dtype), retain_graph=True, allow_unused=True
+            )
+            with torch.autocast(outputs.device.type, enabled=False), torch.no_grad():
+                for each, delta in zip(noted, deltas, strict=True):
+                    if delta is not None:
+                        self._add_output(each.name, delta)
+        self._sums.num_examples += outputs.shape[0]
+
+    def _add_input(self, each: Noted) -> None:
+        kind = self._kinds[each.name]
+        sums = self._sums.layers.setdefault(each.name, LayerSums())
+        sums.num_rows += kind.num_rows(each.input)
+        rows = kind.input_rows(each.input) if self._in_rows else None
+        if rows is not None:
+            sums.input_rows.append(rows)
+            return
+        moment = kind.input_moment(each.input)
+        sums.input_sum = moment if sums.input_sum is None else sums.input_sum.add_(moment)
+
+    def _add_output(self, name: str, delta: Tensor) -> None:
+        sums = self._sums.layers[name]
+        rows = self._kinds[name].output_rows(delta)
+        if self._in_rows:
+            sums.output_rows.append(rows)
+            return
+        moment = rows.T @ rows
+        sums.output_sum = moment if sums.output_sum is None else sums.output_sum.add_(moment)
+
+    def take(self) -> Sums:
+        """The sums since the last call, which begin anew."""
+        taken, self._sums = self._sums, Sums()
+        return taken
+
+    def remove(self) -> None:
+        """Takes every hook off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._noted.clear()

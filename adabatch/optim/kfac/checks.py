@@ -1,0 +1,66 @@
+"""What K-FAC refuses before it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from adabatch.optim.kfac.inversion import Exponents
+from adabatch.optim.kfac.survey import Survey
+
+
+def check_factors(exponents: Exponents, *, exact: bool, memory: float, refresh: float, observe_every: int) -> None:
+    """Raises ``ValueError`` for settings of the factors that are out of range or do not go together."""
+    if any(not 0 <= exponent <= 1 for exponent in exponents):
+        raise ValueError(f"exponents (e_B, e_A) must be in [0, 1], got {tuple(exponents)}")
+    if exact and exponents != Exponents():
+        raise ValueError(f"damping_form='kronecker' inverts the product: exponents must be (1, 1), not {exponents}")
+    if not (memory >= 0 and refresh >= 0):
+        raise ValueError(f"memory and refresh are in examples and cannot be negative, got {memory} and {refresh}")
+    if exact and memory == 0:
+        raise ValueError("damping_form='kronecker' needs whole factors: memory must be positive, got 0")
+    if observe_every < 1:
+        raise ValueError(f"observe_every must be at least 1 step, got {observe_every}")
+
+
+def check_step(*, momentum: float, kl_clip: float | None, others: str | None, **not_negative: float) -> None:
+    """Raises ``ValueError`` for settings of the step that are out of range."""
+    for name, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be zero or positive and finite, got {value}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    if kl_clip is not None and not kl_clip > 0:
+        raise ValueError(f"kl_clip must be positive, or None for no clipping, got {kl_clip}")
+    if others not in (None, "adamw", "sgd"):
+        raise ValueError(f"others must be 'adamw', 'sgd' or None, got {others!r}")
+
+
+def plain_groups(params: ParamsT) -> list[dict[str, Any]]:
+    """Groups, as torch's optimizers take them: tensors, named tensors, or dictionaries."""
+    given: list[Any] = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    result = []
+    for group in groups:
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        plain = [member[1] if isinstance(member, tuple) else member for member in members]
+        result.append({**group, "params": plain})
+    return result
+
+
+def refuse_zeros(found: Survey, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ``ValueError`` for a trained weight that is all zeros."""
+    trained = {id(p) for group in groups for p in group["params"]}
+    weights = [(each.name, each.module.get_parameter("weight")) for each in found.layers]
+    zeros = [name for name, weight in weights if id(weight) in trained and not bool(weight.detach().any())]
+    if zeros:
+        raise ValueError(
+            f"the weight of {', '.join(zeros)} is all zeros. Behind a zero readout no other layer has a gradient, so "
+            f"the first K-FAC steps are regression on frozen features, and training stays near it, the more so the "
+            f"larger the batch (Ishikawa and Karakida 2024): initialize it small instead (optim.mup.init_), or pass "
+            f"allow_zero_weights=True where it is no readout"
+        )

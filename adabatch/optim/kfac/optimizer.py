@@ -1,0 +1,441 @@
+"""K-FAC: natural-gradient steps with a Kronecker-factored curvature, from per-example gradients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from adabatch.optim.kfac import averages, curvature, inversion
+from adabatch.optim.kfac.averages import WatchedLayer
+from adabatch.optim.kfac.capture import Capture
+from adabatch.optim.kfac.checks import check_factors, check_step, plain_groups, refuse_zeros
+from adabatch.optim.kfac.clock import Clock
+from adabatch.optim.kfac.curvature import Fisher, Likelihood
+from adabatch.optim.kfac.damping import DampingForm, DampingName, Factor, FactorPair, form_of
+from adabatch.optim.kfac.first_order import Others, update_others
+from adabatch.optim.kfac.inversion import Block, Exponents, Inversion
+from adabatch.optim.kfac.placement import Alone, Owner, Reduce
+from adabatch.optim.kfac.survey import Survey, split_groups, survey
+
+BATCH_CHANGE = 0.1
+"""Relative change of the batch at which the inverses are computed anew."""
+
+
+class KFAC(Optimizer):
+    r"""K-FAC with factors from per-example gradients, and damping that holds at every width.
+
+    For the weight of a layer with inputs ``h``, per-example gradients ``delta`` at its output, and the gradient ``G``,
+    each step computes ::
+
+        A = mean of h h^T over examples and positions
+        B = mean over examples of the sum of delta delta^T over positions
+        D = (B + rho_B)^-e_B  G  (A + rho_A)^-e_A            rho_A = damping tr A,  rho_B = damping tr B
+        v <- momentum v + D
+        w <- (1 - lr weight_decay) w - lr v
+
+    A bias is a block of its own, with A = 1: ``(B + rho_B)^-e_B g``. (Appended to the weight as one more input, it
+    would stop learning as the width grows.)
+
+    The loop tells the optimizer what the model returned, before the loss is sent back::
+
+        outputs = model(x)
+        optimizer.observe(outputs)            # one more backward to the layers' outputs, where factors are due
+        loss_fn(outputs, y).backward()
+        optimizer.step()
+
+    *Per-example, whatever surrounds it.* Cotangents are sent from the outputs back to each layer, summed over the
+    examples: neither the mean of the loss, nor accumulation, nor a loss scale, nor the number of ranks enters B, so a
+    step does not change with how a batch is cut. (Taken from the gradient of a mean loss, B falls with the square of
+    the batch size, and the step grows with it.) Call ``observe`` in each micro-batch; the sums are pooled at ``step``.
+
+    *Width.* Neither the learning rate nor the damping, in the unit of the trace, scales with it. What needs care is the
+    readout: small at initialization, and not zero (``adabatch.optim.mup`` sets it).
+
+    Args:
+        params: parameters or groups of them; those of layers that K-FAC does not take need ``others``. Groups may have
+            their own ``lr``, ``damping``, ``momentum`` and ``weight_decay``; a width plan makes such groups.
+        model: the module that is called with the inputs, wrapped as it is called. Its layers are watched.
+        lr: step size. 0.06 was best on MNIST at widths 64 to 1,024 with the default damping.
+        damping: added to the factors, in the unit of ``damping_form``. The learning rate and it are one knob with two
+            handles: a direction far below it moves by lr / damping^2 of its gradient.
+        damping_form: "trace" (relative to each factor's trace), "absolute" (scaled by the groups' fan ratios),
+            "kronecker" (the same on the product of the factors, through their eigenvectors), "split" (the textbook's,
+            by mean eigenvalues; for comparison), or a function of a ``FactorPair`` and the group.
+        exponents: powers of the inverse output and input factor, (e_B, e_A); (0, 1) is input side only.
+        fisher: "monte-carlo" draws targets from the model's own likelihood (one extra backward to the layers' outputs);
+            "gauss-newton" is exact for as many as there are classes; "empirical" uses the true targets, and explodes
+            as the residual vanishes: its step grows with one over it.
+        likelihood: what the loss is the negative logarithm of: "categorical" (cross-entropy) or "gaussian" (half the
+            squared error). Another constant factor in the loss only changes the unit of the learning rate.
+        memory: examples after which an average of the factors has forgotten a share of 1 - 1/e. The default is the
+            customary 0.95 a step at a batch of 128 (Martens and Grosse 2015). At 0 only the last step's examples count;
+            where they are then fewer than a layer is wide, on one process, a matrix of their number is decomposed
+            instead of the factor.
+        refresh: examples between two computations of the inverses. In examples, so that they follow the batch: at the
+            default every 10 steps of 128, at each step from 1,280 on. A step whose batch differs by a tenth from the
+            one before refreshes too.
+        warmup_refreshes: steps at the start that each refresh.
+        observe_every: steps between two observations; more is cheaper and staler.
+        momentum: heavy-ball factor on the preconditioned direction, in [0, 1).
+        weight_decay: decoupled.
+        kl_clip: largest sum of ``lr^2 <D, G>`` of a step, beyond which the directions are scaled down. Under the width
+            plan it does not depend on width, as a Euclidean clip does.
+        others: "adamw" or "sgd" (with ``momentum``) for the parameters that K-FAC does not take; None refuses them.
+        others_lr: their learning rate.
+        exclude: name patterns (as of ``fnmatch``) of layers to leave to ``others``.
+        seed: of the drawn targets; each rank and each observation draws its own.
+        rank: number of this rank among those that see different data.
+        reduce: sums a tensor over those ranks, the same bits on each; None for one process. Called once at each step
+            that observes, by all.
+        owner: which rank inverts which layer; None where each inverts all.
+        allow_zero_weights: take layers whose weight is all zeros.
+
+    Raises:
+        ValueError: an option out of its range; a layer that K-FAC cannot take, by name, without ``others``; a parameter
+            that is not the model's; a weight that is all zeros; "kronecker" with other exponents or without memory.
+        RuntimeError: at ``step``, a layer with a gradient that no ``observe`` has seen, or parameters that were
+            replaced (DeepSpeed flattens them from ZeRO 1 on: use stage 0, DDP or FSDP2).
+
+    Attributes:
+        fallbacks: how often, by kind, something was replaced: "float64 inverse", "kept inverse" (float64 failed too),
+            "no curvature" (a factor of trace zero: its layer took no step), "not finite" (an observation that was left
+            out). Of the layers that this rank inverts.
+
+    Limits: Linear, Conv2d (one group) and Embedding (dense gradients), each weight in one layer. Factors are square in
+    a layer's fan-in and fan-out. Not capturable: an observing step waits for the device once where there is a
+    ``reduce``, a refreshing one twice. Under ``torch.compile`` run steps with ``due`` eagerly
+    (``torch.compiler.set_stance("force_eager")``). Reentrant activation checkpointing hides the layers; use
+    ``use_reentrant=False``.
+
+    State: factors and inverses stand in the state of the parameters, whole on every rank.
+
+    Source: Martens and Grosse 2015; Grosse and Martens 2016 (convolutions); Eschenhagen et al. 2023 (positions);
+    Ishikawa and Karakida 2024 (exponents and damping across widths); Benzing 2022 (input side only); kl-clip: Ba,
+    Grosse and Martens 2017.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        model: nn.Module,
+        *,
+        lr: float | Tensor = 0.06,
+        damping: float = 0.01,
+        damping_form: DampingName | DampingForm = "trace",
+        exponents: tuple[float, float] = (1.0, 1.0),
+        fisher: Fisher = "monte-carlo",
+        likelihood: Likelihood = "categorical",
+        memory: float = 2500,
+        refresh: float = 1280,
+        warmup_refreshes: int = 10,
+        observe_every: int = 1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        kl_clip: float | None = None,
+        others: Others | None = None,
+        others_lr: float = 1e-3,
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+        rank: int = 0,
+        reduce: Reduce | None = None,
+        owner: Owner | None = None,
+        allow_zero_weights: bool = False,
+    ) -> None:
+        form = form_of(damping_form)
+        self._exponents = Exponents(*exponents)
+        check_factors(self._exponents, exact=form is None, memory=memory, refresh=refresh, observe_every=observe_every)
+        check_step(
+            momentum=momentum,
+            kl_clip=kl_clip,
+            others=others,
+            lr=float(lr),
+            damping=damping,
+            weight_decay=weight_decay,
+            others_lr=others_lr,
+        )
+        curvature.check(fisher, likelihood)
+        self._fisher: Fisher = fisher
+        self._likelihood: Likelihood = likelihood
+        self._memory, self._refresh, self._warmup_refreshes = memory, refresh, warmup_refreshes
+        self._observe_every, self._kl_clip = observe_every, kl_clip
+        self._seed, self._rank, self._reduce = seed, rank, reduce
+        self._owner: Owner = owner or Alone()
+        self._clock = Clock()
+        self.fallbacks: Counter[str] = Counter()
+
+        found = survey(model, exclude)
+        super().__init__(
+            split_groups(plain_groups(params), found, others=others, others_lr=others_lr),
+            {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay},
+        )
+        if not allow_zero_weights:
+            refuse_zeros(found, self.param_groups)
+        self._layers: list[WatchedLayer] = []
+        self._blocks: dict[Tensor, Block] = {}
+        modules = dict(self._take_layers(found, exact=form is None))
+        self._owner.deal({layer.name: layer.cost for layer in self._layers})
+        self._inversion = Inversion(form, self._exponents, self.fallbacks)
+        # Rows save work where no other rank's have to be added to them.
+        self._in_rows = memory == 0 and reduce is None
+        self._capture = Capture(model, modules, due=lambda: self.due, in_rows=self._in_rows)
+
+    # --- what the loop calls ----------------------------------------------------------------------------------------
+
+    @property
+    def due(self) -> bool:
+        """Whether the coming step is to observe; at the others ``observe`` costs nothing."""
+        return int(self._clock.steps) % self._observe_every == 0
+
+    def observe(self, outputs: Tensor, targets: Tensor | None = None) -> None:
+        """Measures the curvature at what the model just returned; call it once a forward, before the backward.
+
+        Args:
+            outputs: what the model returned, shape (examples, ..., classes or coordinates), still in its graph. Its
+                first dimension is what the loss averages over: where a loss averages over tokens, flatten examples and
+                positions first, as for the loss.
+            targets: for ``fisher="empirical"``: class numbers, or values in the shape of ``outputs``.
+
+        Raises:
+            RuntimeError: the model has not run, with gradients, since the last call.
+            ValueError: outputs without a graph or examples, or targets that do not fit them.
+        """
+        if not self.due:
+            return
+        if outputs.dim() < 2 or not outputs.requires_grad or len(outputs) == 0:
+            raise ValueError(
+                f"observe takes the model's outputs in their graph, of shape (examples, ..., classes), got shape "
+                f"{tuple(outputs.shape)} with requires_grad={outputs.requires_grad}"
+            )
+        if not self._capture.noted:
+            raise RuntimeError(
+                "observe found no forward of the model to measure: call the module that was given to KFAC, with "
+                "gradients, then observe its outputs once"
+            )
+        sent = curvature.cotangents(
+            outputs,
+            targets,
+            fisher=self._fisher,
+            likelihood=self._likelihood,
+            generator=self._generator(outputs.device),
+        )
+        self._capture.observe(outputs, sent)
+        self._clock.observations += 1
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step. A closure is called first, with gradients; ``observe`` belongs into it then."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_parameters()
+        if self.due and self._average() and self._wants_refresh():
+            self.refresh()
+        self._clock.steps += 1
+        directions = dict(self._directions())
+        for group in self.param_groups:
+            if group["method"] == "kfac":
+                for p in group["params"]:
+                    if p in directions:
+                        self._move(p, directions[p], group)
+            else:
+                update_others(group, self.state)
+        return loss
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Computes the inverses from the factors as they stand; ``step`` does it when it is due."""
+        numbers = averages.traces(self._layers).tolist() if self._layers else []  # host sync
+        measured = dict(zip([layer.name for layer in self._layers], numbers, strict=True))
+        self._check_observed(measured)
+        self._inversion.run(
+            (block, self._pair(block, *measured[block.layer.name][:2]))
+            for block in self._blocks.values()
+            if self._owner.owns(block.layer.name)
+        )
+        self.fallbacks["not finite"] = sum(int(row[3]) for row in numbers)
+        for block in self._blocks.values():
+            self._owner.share(block.layer.name, inversion.roots_of(block))
+        self._clock.refreshes += 1
+        self._clock.since_refresh = 0.0
+
+    def precondition(self, param: Tensor, grad: Tensor) -> Tensor:
+        """The direction of a gradient under the inverses as they stand, of the shape of ``param``.
+
+        ``<grad, precondition(param, grad)>`` is the squared norm of a gradient in the metric of K-FAC. For a parameter
+        that K-FAC does not take it is the gradient itself.
+        """
+        block = self._blocks.get(param)
+        return grad if block is None else inversion.precondition(block, grad)
+
+    def remove(self) -> None:
+        """Takes every hook off the model; the optimizer is not usable afterwards."""
+        self._capture.remove()
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> StateDict:
+        """Torch's format; the counts stand beside the factors of each layer."""
+        for layer in self._layers:
+            layer.state["clock"] = self._clock.tensor()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Restores a run, bit for bit: factors, inverses and counts keep the precision that they were saved in."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        params = [p for group in self.param_groups for p in group["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for p, key in zip(params, keys, strict=True):
+            for name, value in saved.get(key, {}).items():
+                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
+                    self.state[p][name] = value.to(self.state[p][name].device, copy=True)
+        holders = {layer.name: p for p, block in self._blocks.items() if (layer := block.layer).holder is p}
+        for layer in self._layers:
+            layer.state = self.state[holders[layer.name]]
+            self._clock = Clock.from_tensor(layer.state["clock"])
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self._blocks:
+                    self._blocks[p].state, self._blocks[p].group = self.state[p], group
+
+    # --- private ----------------------------------------------------------------------------------------------------
+
+    def _take_layers(self, found: Survey, *, exact: bool) -> Iterator[tuple[nn.Module, WatchedLayer]]:
+        """Layers with a parameter in the groups, and blocks for those parameters."""
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        for each in found.layers:
+            own = [(key, p) for key, p in each.module.named_parameters(recurse=False) if id(p) in groups]
+            if not own:
+                continue
+            holder = own[0][1]
+            layer = WatchedLayer(each.name, each.kind, each.diagonal_input, each.dims, holder, self.state[holder])
+            dtype = holder.dtype if holder.dtype is torch.float64 else torch.float32
+            averages.allocate(layer, dtype=dtype, device=holder.device)
+            for key, p in own:
+                block = Block(layer, p, key == "bias", self.state[p], groups[id(p)])
+                inversion.allocate(block, self._exponents, exact=exact, dtype=dtype, device=holder.device)
+                self._blocks[p] = block
+            self._layers.append(layer)
+            yield each.module, layer
+
+    def _average(self) -> bool:
+        """Takes this step's sums, over all ranks, into the factors; whether there were any."""
+        sums = self._capture.take()
+        if self._reduce is not None and self._layers:
+            sums = averages.unpack(self._reduce(averages.pack(self._layers, sums)), self._layers)
+        if sums.num_examples == 0:
+            return False
+        share = averages.share_of(sums.num_examples, memory=self._memory)
+        for layer in self._layers:
+            seen = sums.layers.get(layer.name)
+            if seen is None or seen.num_rows == 0 or not (seen.output_rows or seen.output_sum is not None):
+                continue
+            if self._in_rows:
+                averages.keep_rows(layer, seen, num_examples=sums.num_examples)
+            else:
+                averages.average_in(layer, seen, num_examples=sums.num_examples, share=share)
+        self._clock.since_refresh += sums.num_examples
+        self._batch_before, self._clock.last_batch = self._clock.last_batch, sums.num_examples
+        return True
+
+    def _wants_refresh(self) -> bool:
+        before, now = self._batch_before, self._clock.last_batch
+        early = self._clock.refreshes < self._warmup_refreshes
+        changed = before > 0 and abs(now - before) > BATCH_CHANGE * before
+        return early or changed or self._clock.since_refresh >= self._refresh
+
+    def _pair(self, block: Block, input_trace: float, output_trace: float) -> FactorPair:
+        layer = block.layer
+        if block.is_bias:
+            one = Factor(layer.state["output_moment"].new_ones(1), 1.0)
+            return FactorPair(one, averages.factor(layer, "output", output_trace))
+        return FactorPair(averages.factor(layer, "input", input_trace), averages.factor(layer, "output", output_trace))
+
+    def _directions(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter's preconditioned gradient, clipped, laid out as the parameter is."""
+        found: list[tuple[Tensor, Tensor]] = []
+        product: Tensor | None = None
+        for p, block in self._blocks.items():
+            if p.grad is None:
+                continue
+            name = block.layer.name
+            whole = self._owner.gather(name, p.grad)
+            direction = None if whole is None else inversion.precondition(block, whole.to(_dtype(block)))
+            if self._kl_clip is not None and whole is not None and direction is not None and self._owner.owns(name):
+                inner = float(block.group["lr"]) ** 2 * (direction * whole).sum().double()
+                product = inner if product is None else product + inner
+            if direction is not None and whole is not None:
+                direction = direction.to(whole.dtype)
+            found.append((p, self._owner.scatter(name, direction, p.grad)))
+        if self._kl_clip is not None and self._blocks:
+            device = next(iter(self._blocks)).device
+            total = torch.zeros((), dtype=torch.float64, device=device) if product is None else product
+            if self._reduce is not None:
+                total = self._reduce(total)
+            factor = (self._kl_clip / total.clamp(min=torch.finfo(torch.float64).tiny)).sqrt().clamp(max=1)
+            found = [(p, direction * factor.to(direction.dtype)) for p, direction in found]
+        yield from found
+
+    def _move(self, p: Tensor, direction: Tensor, group: dict[str, Any]) -> None:
+        if group["momentum"]:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            direction = state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
+        lr = float(group["lr"])
+        if group["weight_decay"]:
+            p.mul_(1 - lr * group["weight_decay"])
+        p.add_(direction, alpha=-lr)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """Draws that differ by rank and observation, and need no state but a count."""
+        generator = torch.Generator(device)
+        mixed = hash((self._seed, self._rank, int(self._clock.observations)))  # of integers: the same in every run
+        return generator.manual_seed(mixed % 2**63)
+
+    def _check_observed(self, measured: Mapping[str, list[float]]) -> None:
+        blind = [
+            layer.name
+            for layer in self._layers
+            if measured[layer.name][2] == 0 and any(p.grad is not None for p in self._params_of(layer))
+        ]
+        if not blind:
+            return
+        wrong = {name: int(measured[name][3]) for name in blind if measured[name][3]}
+        if wrong:
+            raise RuntimeError(
+                f"every observation of these layers was not finite: {', '.join(sorted(wrong))}; the model's outputs or "
+                f"activations overflow: check the inputs, or lower the learning rate"
+            )
+        raise RuntimeError(
+            f"no curvature was observed in {', '.join(blind)}, which have gradients: observe the outputs that the loss "
+            f"is made of, in every forward (reentrant activation checkpointing hides layers: use_reentrant=False)"
+        )
+
+    def _params_of(self, layer: WatchedLayer) -> list[Tensor]:
+        return [p for p, block in self._blocks.items() if block.layer is layer]
+
+    def _check_parameters(self) -> None:
+        for group in self.param_groups:
+            if group.get("method") == "kfac" and any(p not in self._blocks for p in group["params"]):
+                raise RuntimeError(
+                    "the optimizer's parameters were replaced by others, in which no layer's matrix can be found. "
+                    "DeepSpeed flattens them from ZeRO 1 on: use K-FAC with ZeRO 0, DDP or FSDP2"
+                )
+        if self._clock.refreshes == 0 and self.due and not self._capture.observed and self._reduce is None:
+            raise RuntimeError(
+                "K-FAC has not observed anything yet: call optimizer.observe(outputs) after the model's forward and "
+                "before the backward"
+            )
+
+
+def _dtype(block: Block) -> torch.dtype:
+    dtype: torch.dtype = block.layer.state["output_moment"].dtype
+    return dtype

@@ -1,0 +1,170 @@
+"""Which rank inverts which layer's factors, and how gradients and inverses travel: what K-FAC needs of DDP and FSDP2.
+
+Inverses cost the cube of a layer's sides, so each is computed by one rank, its owner; the layers are dealt out so that
+the ranks' costs are as equal as they can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from adabatch.runtime.collectives import Collectives, collectives_of
+from adabatch.runtime.sharding import is_sharded
+
+
+class MatrixOwner(Protocol):
+    """How what an owner computed reaches the other ranks; what ``optim.KFAC`` takes as ``owner``."""
+
+    def deal(self, costs: Mapping[str, float]) -> None:
+        """Gives each layer an owner, by what its inverses cost."""
+        ...
+
+    def owns(self, layer: str) -> bool:
+        """Whether this rank inverts the factors of the layer."""
+        ...
+
+    def share(self, layer: str, roots: Sequence[Tensor]) -> None:
+        """Overwrites ``roots`` by the owner's."""
+        ...
+
+    def gather(self, layer: str, grad: Tensor) -> Tensor | None:
+        """The whole gradient where it is preconditioned, None elsewhere."""
+        ...
+
+    def scatter(self, layer: str, direction: Tensor | None, grad: Tensor) -> Tensor:
+        """This rank's part of the direction, laid out as ``grad`` is."""
+        ...
+
+
+class AcrossRanks(TypedDict):
+    """The arguments of a second-order optimizer that know of ranks."""
+
+    rank: int
+    reduce: Callable[[Tensor], Tensor] | None
+    owner: MatrixOwner | None
+
+
+def across_ranks(model: nn.Module) -> AcrossRanks:
+    """What a second-order optimizer needs to run on a model's ranks: ``KFAC(params, model, **across_ranks(model))``.
+
+    Under DDP the owner's inverses are sent to all ranks when they are computed. Under FSDP2 the gradient of a matrix is
+    gathered at its owner, and its direction scattered from there, in every step.
+
+    Args:
+        model: plain on one process, in ``DistributedDataParallel``, or sharded by ``fully_shard``.
+
+    Raises:
+        ValueError: a DeepSpeed engine that partitions gradients or optimizer state (ZeRO 1 to 3): they are cut flat,
+            and no matrix is left; a plain model on several processes.
+    """
+    stage = getattr(model, "zero_optimization_stage", None)
+    if callable(stage) and stage() > 0:
+        raise ValueError(
+            f"ZeRO {stage()} cuts gradients or optimizer state into flat pieces, in which no layer's matrix is left "
+            f"for a second-order optimizer: use ZeRO 0, DistributedDataParallel, or fully_shard (FSDP2)"
+        )
+    collectives = collectives_of(model)
+    if collectives.size == 1:
+        return {"rank": 0, "reduce": None, "owner": None}
+    kind = ShardedMatrices if is_sharded(model) else ReplicatedMatrices
+    return {"rank": collectives.rank, "reduce": collectives.sum, "owner": kind(collectives)}
+
+
+def dealt_out(costs: Mapping[str, float], num_ranks: int) -> dict[str, int]:
+    """A rank for each name: the dearest first, each to the rank that has the least so far."""
+    loads = [0.0] * num_ranks
+    owners = {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        rank = loads.index(min(loads))
+        owners[name], loads[rank] = rank, loads[rank] + costs[name]
+    return owners
+
+
+class _Owners:
+    """Ranks by the names of layers."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        self._collectives = collectives
+        self._owners: dict[str, int] = {}
+
+    def deal(self, costs: Mapping[str, float]) -> None:
+        """Gives each layer an owner."""
+        self._owners = dealt_out(costs, self._collectives.size)
+
+    def owns(self, layer: str) -> bool:
+        """Whether this rank is the owner."""
+        return self._owners[layer] == self._collectives.rank
+
+    def share(self, layer: str, roots: Sequence[Tensor]) -> None:
+        """One broadcast of all roots of the layer."""
+        flat = torch.cat([root.reshape(-1) for root in roots])
+        self._collectives.copy_from(self._owners[layer], flat)
+        for root, values in zip(roots, torch.split(flat, [root.numel() for root in roots]), strict=True):
+            root.copy_(values.view(root.shape))
+
+
+class ReplicatedMatrices(_Owners):
+    """Every rank holds the whole gradient (DDP), and preconditions it with the owner's inverses."""
+
+    def gather(self, layer: str, grad: Tensor) -> Tensor:
+        """The gradient itself."""
+        return grad
+
+    def scatter(self, layer: str, direction: Tensor | None, grad: Tensor) -> Tensor:
+        """The direction itself."""
+        assert direction is not None
+        return direction
+
+
+class ShardedMatrices(_Owners):
+    """Each rank holds rows of the gradient (FSDP2); the owner preconditions the whole."""
+
+    def gather(self, layer: str, grad: Tensor) -> Tensor | None:
+        """All rows at the owner. On a mesh of two dimensions (HSDP), on every rank."""
+        if not isinstance(grad, DTensor):
+            return grad
+        if not _in_rows(grad):
+            return grad.full_tensor()
+        rows = self._collectives.gather_at(self._owners[layer], _padded(grad, self._collectives.size))
+        return None if rows is None else rows.flatten(0, 1)[: grad.shape[0]]
+
+    def scatter(self, layer: str, direction: Tensor | None, grad: Tensor) -> Tensor:
+        """This rank's rows of the owner's direction."""
+        if not isinstance(grad, DTensor):
+            assert direction is not None
+            return direction
+        mesh, placements = grad.device_mesh, grad.placements
+        if not _in_rows(grad):
+            assert direction is not None
+            everywhere = DTensor.from_local(direction, mesh, [Replicate()] * mesh.ndim, run_check=False)
+            return everywhere.redistribute(mesh, placements)
+        size = self._collectives.size
+        rows = None
+        if direction is not None:
+            padded = direction.new_zeros(size * _rows_a_rank(grad, size), *direction.shape[1:])
+            padded[: len(direction)] = direction
+            rows = padded.view(size, -1, *direction.shape[1:])
+        piece = self._collectives.scatter_from(self._owners[layer], rows, _padded(grad, size))
+        local = piece[: len(grad.to_local())]
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=grad.shape, stride=grad.stride())
+
+
+def _in_rows(grad: DTensor) -> bool:
+    return grad.device_mesh.ndim == 1 and grad.placements == (Shard(0),)
+
+
+def _rows_a_rank(grad: DTensor, size: int) -> int:
+    return -(-grad.shape[0] // size)
+
+
+def _padded(grad: DTensor, size: int) -> Tensor:
+    """This rank's rows, with zeros below them where the last ranks hold fewer."""
+    local = grad.to_local()
+    padded = local.new_zeros(_rows_a_rank(grad, size), *local.shape[1:])
+    padded[: len(local)] = local
+    return padded
