@@ -7,6 +7,7 @@ mup.init_(model, plan)
 optimizer = torch.optim.AdamW(plan.groups(model, "adamw", lr=3e-3))
 """
 
+from adabatch.optim.mup.coordinates import Coordinate, CoordinateCheck, coordinate_check
 from adabatch.optim.mup.entry import Entry
 from adabatch.optim.mup.guard import check_ratios, guard
 from adabatch.optim.mup.init import attention_scale, init_
@@ -19,6 +20,8 @@ __all__ = [
     "KFAC",
     "SGD",
     "Adam",
+    "Coordinate",
+    "CoordinateCheck",
     "Entry",
     "Law",
     "Muon",
@@ -26,6 +29,7 @@ __all__ = [
     "Shampoo",
     "attention_scale",
     "check_ratios",
+    "coordinate_check",
     "guard",
     "init_",
     "named_modules",

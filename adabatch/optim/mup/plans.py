@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -50,6 +50,10 @@ class Plan:
                 )
             resized[name] = entry.resized(named[name].shape)
         return Plan(resized)
+
+    def standard(self) -> Plan:
+        """Every multiplier one, the standard parameterization of this width: the control of a coordinate check."""
+        return Plan({name: replace(entry, base_shape=entry.shape) for name, entry in self.entries.items()})
 
     def groups(
         self,

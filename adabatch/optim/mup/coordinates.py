@@ -1,0 +1,263 @@
+"""The coordinate check: does every layer's update keep its size while the width grows?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from adabatch.optim.mup.names import joined, named_modules
+from adabatch.optim.mup.plans import Plan
+from adabatch.optim.mup.trial import (
+    Batch,
+    Loss,
+    MakeModel,
+    MakeOptimizers,
+    Observe,
+    Parameterization,
+    Trial,
+    check_widths,
+    seeded,
+)
+
+TOLERANCE = 0.12
+"""Largest slope that passes: within what finite width and few seeds leave of a slope of zero; a wrong law gives 0.25 to
+1 in one layer at least."""
+
+
+class Coordinate(NamedTuple):
+    """One parameter over the widths.
+
+    Args:
+        name: of the parameter.
+        own: root mean square over the outputs of its layer of how much its own change moves them, the layer's inputs
+            held at their first values; one number a width.
+        total: the same of how much the layer's outputs have moved in all.
+    """
+
+    name: str
+    own: tuple[float, ...]
+    total: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CoordinateCheck:
+    """What a coordinate check measured; ``print`` shows it as a table.
+
+    Args:
+        widths: that were compared.
+        coordinates: one a parameter.
+        tolerance: largest own slope that passes.
+    """
+
+    widths: tuple[int, ...]
+    coordinates: tuple[Coordinate, ...]
+    tolerance: float = TOLERANCE
+
+    def own_slope(self, coordinate: Coordinate) -> float:
+        """Slope of log own update over log width: 0 where the law is right."""
+        return slope(self.widths, coordinate.own)
+
+    def total_slope(self, coordinate: Coordinate) -> float:
+        """The same of the total, which also holds what the layers before have learnt."""
+        return slope(self.widths, coordinate.total)
+
+    @property
+    def failures(self) -> list[Coordinate]:
+        """Parameters whose own update grows or shrinks with width, does not exist, or is not finite."""
+        # Written so that NaN fails.
+        return [each for each in self.coordinates if not abs(self.own_slope(each)) <= self.tolerance]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every own update keeps its size."""
+        return not self.failures
+
+    def require(self) -> None:
+        """Nothing where the check passed; for a test of one's own.
+
+        Raises:
+            ValueError: names the parameters that fail, and their slopes.
+        """
+        if self.failures:
+            named = ", ".join(f"{each.name} {self.own_slope(each):+.2f}" for each in self.failures)
+            raise ValueError(f"own updates change with width by more than width^{self.tolerance:g}: {named}")
+
+    def __str__(self) -> str:
+        """A table of updates and slopes."""
+        header = ["parameter", *(f"own {width}" for width in self.widths), "slope", "total slope", ""]
+        rows = [
+            [
+                each.name,
+                *(f"{value:.3g}" for value in each.own),
+                f"{self.own_slope(each):+.2f}",
+                f"{self.total_slope(each):+.2f}",
+                "FAILED" if each in self.failures else "",
+            ]
+            for each in self.coordinates
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = ("  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)) for row in (header, *rows))
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def coordinate_check(
+    make: MakeModel,
+    optimizer: MakeOptimizers,
+    data: Callable[[int], Batch],
+    *,
+    loss: Loss,
+    widths: Sequence[int],
+    base: int | Plan,
+    steps: int = 1,
+    seeds: Sequence[int] = (0, 1),
+    parameterization: Parameterization = "mup",
+    tolerance: float = TOLERANCE,
+    observe: Observe | None = None,
+    device: torch.device | str = "cpu",
+) -> CoordinateCheck:
+    """Trains models of several widths for a few steps and measures how far each parameter moves its layer's outputs.
+
+    Under a right law a parameter's *own* update, ``(W_new - W_old) h_old``, is as large in every coordinate at every
+    width. Models are initialized by ``make`` and then by ``init_``. A check that cannot fail shows nothing: run
+    ``parameterization="standard"`` too and see it fail. Turn dropout off.
+
+    Args:
+        make: width -> model, from torch's generator, which is seeded.
+        optimizer: a model and its plan -> an optimizer, or several.
+        data: seed -> inputs and targets, the same for every width. Inputs of zero mean tell most.
+        loss: of outputs and targets.
+        widths: to compare, 64 to 1,024 or more: slopes are laws of large widths only.
+        base: width at which the optimizer's settings are meant; or a plan of any width, where roles must be given.
+        steps: on the same batch.
+        seeds: of model and data; the root mean squares are averaged over them.
+        parameterization: "mup", or "standard" for the control.
+        tolerance: largest own slope that passes.
+        observe: called for each optimizer with outputs and targets between forward and backward.
+        device: where to train.
+
+    Raises:
+        ValueError: fewer than two widths, no seed or no step; whatever ``plan`` refuses.
+    """
+    check_widths(widths, seeds)
+    if steps < 1:
+        raise ValueError(f"steps must be 1 or more, got {steps}")
+    trial = Trial(make, optimizer, loss, base, parameterization, observe, device)
+    measured = [[_measure(trial, width, seed, data(seed), steps) for seed in seeds] for width in widths]
+    names = list(measured[0][0])
+    coordinates = [
+        Coordinate(
+            name,
+            tuple(sum(one[name].own for one in each) / len(seeds) for each in measured),
+            tuple(sum(one[name].total for one in each) / len(seeds) for each in measured),
+        )
+        for name in names
+    ]
+    return CoordinateCheck(tuple(widths), tuple(coordinates), tolerance)
+
+
+def slope(widths: Sequence[int], values: Sequence[float]) -> float:
+    """Least-squares slope of log value over log width; NaN where a value is zero or not finite."""
+    if not all(0 < value < math.inf for value in values):
+        return math.nan
+    x, y = ([math.log2(value) for value in sequence] for sequence in (widths, values))
+    middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((a - middle_x) ** 2 for a in x)
+    return sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True)) / spread
+
+
+class _Call(NamedTuple):
+    """One call of a layer."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    output: Tensor
+
+
+class _Moved(NamedTuple):
+    own: float
+    total: float
+
+
+@torch.no_grad()
+def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> dict[str, _Moved]:
+    """How far every parameter of one model moves its layer."""
+    model, _, optimizers = trial.start(width, seed)
+    layers = {name: module for name, module in named_modules(model) if module._parameters}
+    inputs = batch[0].to(trial.device)
+    old = {
+        name: {key: p.clone() for key, p in module._parameters.items() if p is not None}
+        for name, module in layers.items()
+    }
+    before = _calls(model, layers, inputs)
+    with seeded(seed), torch.enable_grad():
+        for _ in range(steps):
+            trial.step(model, optimizers, batch)
+    after = _calls(model, layers, inputs)
+    found = {}
+    for name, module in layers.items():
+        total = _rms([new.output - first.output for new, first in zip(after[name], before[name], strict=True)])
+        for key in old[name]:
+            parameter = module._parameters[key]
+            if parameter is not None and parameter.requires_grad:
+                found[joined(name, key)] = _Moved(_own(module, key, old[name], before[name]), total)
+    return found
+
+
+def _own(module: nn.Module, key: str, old: dict[str, Tensor], calls: Sequence[_Call]) -> float:
+    """How far the change of one parameter alone moves the layer on its old inputs."""
+    new = module._parameters[key]
+    assert new is not None
+    moved = [
+        _first(functional_call(module, values, call.arguments, call.keywords))
+        for call in calls
+        for values in ({**old, key: new}, old)
+    ]
+    return _rms([changed - first for changed, first in zip(moved[::2], moved[1::2], strict=True)])
+
+
+def _calls(model: nn.Module, layers: dict[str, nn.Module], inputs: Tensor) -> dict[str, list[_Call]]:
+    """What every layer was called with in a forward pass, and what it gave."""
+    calls: dict[str, list[_Call]] = {name: [] for name in layers}
+    with _hooks(layers, lambda name, call: calls[name].append(call)):
+        model(inputs)
+    return calls
+
+
+@contextmanager
+def _hooks(layers: dict[str, nn.Module], record: Callable[[str, _Call], None]) -> Iterator[None]:
+    def hook(name: str) -> Callable[..., None]:
+        def after(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            # Copies: an activation may work in place.
+            record(name, _Call(_copies(arguments), dict(keywords), _first(output).clone()))
+
+        return after
+
+    handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copies(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(each.clone() if isinstance(each, Tensor) else each for each in arguments)
+
+
+def _first(output: Any) -> Tensor:
+    """A layer's output; of several, as attention has, the first."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def _rms(changes: Sequence[Tensor]) -> float:
+    if not changes:
+        return math.nan
+    return torch.cat([change.flatten().double() for change in changes]).square().mean().sqrt().item()

@@ -1,0 +1,110 @@
+"""What the checks of a width plan share: models of several widths, prepared and trained alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adabatch.optim.mup.init import init_
+from adabatch.optim.mup.planning import plan
+from adabatch.optim.mup.plans import Plan
+
+Parameterization = Literal["mup", "standard"]
+"""A width plan, or every multiplier one: the control that ought to fail."""
+
+MakeModel = Callable[[int], nn.Module]
+"""Width -> model, initialized from torch's global generator."""
+
+MakeOptimizers = Callable[[nn.Module, Plan], Optimizer | Sequence[Optimizer]]
+"""A model and its plan -> what trains it."""
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs and targets."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Outputs and targets -> a scalar."""
+
+Observe = Callable[[Optimizer, Tensor, Tensor], object]
+"""Called for each optimizer with outputs and targets between forward and backward, for methods that look there."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How models of every width are made and trained.
+
+    Args:
+        make: width -> model.
+        optimizer: a model and its plan -> what trains it.
+        loss: of outputs and targets.
+        base: width at which the settings are those given; or a plan of any width, where roles must be given.
+        parameterization: "mup", or "standard", in which every width has the settings of the base.
+        observe: see ``Observe``.
+        device: where to train.
+    """
+
+    make: MakeModel
+    optimizer: MakeOptimizers
+    loss: Loss
+    base: int | Plan
+    parameterization: Parameterization = "mup"
+    observe: Observe | None = None
+    device: torch.device | str = "cpu"
+
+    def start(self, width: int, seed: int) -> tuple[nn.Module, Plan, list[Optimizer]]:
+        """A model of this width from a seed, prepared by ``init_``, with its plan and its optimizers."""
+        with seeded(seed):
+            model = self.make(width)
+            model_plan = self._plan(model)
+            init_(model, model_plan)
+            model.to(self.device).train()
+            made = self.optimizer(model, model_plan)
+        return model, model_plan, [made] if isinstance(made, Optimizer) else list(made)
+
+    def step(self, model: nn.Module, optimizers: Sequence[Optimizer], batch: Batch) -> Tensor:
+        """One step of all optimizers; the loss before it."""
+        inputs, targets = (tensor.to(self.device) for tensor in batch)
+        outputs = model(inputs)
+        value = self.loss(outputs, targets)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            if self.observe is not None:
+                self.observe(optimizer, outputs, targets)
+        value.backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            optimizer.step()
+        return value.detach()
+
+    def _plan(self, model: nn.Module) -> Plan:
+        """The plan of a model, which may be as wide as the base: another width tells the roles."""
+        if isinstance(self.base, Plan):
+            found = self.base.at(model)
+        else:
+            with torch.device("meta"):
+                found = plan(self.make(2 * self.base), self.make(self.base)).at(model)
+        return found if self.parameterization == "mup" else found.standard()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's generators from a seed, put back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def check_widths(widths: Sequence[int], seeds: Sequence[int]) -> None:
+    """That there is something to compare.
+
+    Raises:
+        ValueError: fewer than two different widths, or no seed.
+    """
+    if len(set(widths)) < 2 or len(set(widths)) != len(widths) or min(widths) < 1:
+        raise ValueError(f"widths must be two or more different positive numbers, got {list(widths)}")
+    if not seeds:
+        raise ValueError("seeds must hold one seed at least, got none")
