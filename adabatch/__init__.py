@@ -16,8 +16,12 @@ from adabatch.batch.criteria import (
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, Duration, Progress, examples, gain_steps, steps, tokens
 from adabatch.batch.schedules import Constant, LinearRamp, Schedule, Seesaw, Stage, Stages
+from adabatch.checkpoints import Checkpoints, Loaded, load, save
+from adabatch.description import Difference
 from adabatch.optim import AdaGradNorm
 from adabatch.pairs import AdAdaGrad, AdAdaGradNorm, Pair
+from adabatch.preemption import EXIT_PREEMPTED, Preemption
+from adabatch.runtime.checkpoint import CheckpointError
 from adabatch.runtime.data import BlockShuffle, FullShuffle, GlobalOrder, ScatteredShuffle, WeightedShuffle
 from adabatch.runtime.matrix_owners import across_ranks
 from adabatch.runtime.probes.comm_hook import CommHookProbe
@@ -30,6 +34,7 @@ from adabatch.step import Step
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "EXIT_PREEMPTED",
     "AdAdaGrad",
     "AdAdaGradNorm",
     "AdaGradNorm",
@@ -37,12 +42,15 @@ __all__ = [
     "AugmentedInnerProductTest",
     "BatchPlan",
     "BlockShuffle",
+    "CheckpointError",
+    "Checkpoints",
     "CommHookProbe",
     "Constant",
     "Control",
     "CoordinateNormTest",
     "Criterion",
     "Decision",
+    "Difference",
     "Duration",
     "FullShuffle",
     "GlobalOrder",
@@ -50,6 +58,7 @@ __all__ = [
     "InnerProductTest",
     "Limits",
     "LinearRamp",
+    "Loaded",
     "MicroBatchProbe",
     "NoiseScale",
     "NormTest",
@@ -57,6 +66,7 @@ __all__ = [
     "OrthogonalityTest",
     "Pair",
     "PerExampleProbe",
+    "Preemption",
     "Progress",
     "ProgressLR",
     "Reason",
@@ -71,7 +81,9 @@ __all__ = [
     "across_ranks",
     "examples",
     "gain_steps",
+    "load",
     "lr",
+    "save",
     "steps",
     "tokens",
 ]

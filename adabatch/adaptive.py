@@ -21,6 +21,7 @@ from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.journal import Journal, line
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
+from adabatch.runtime.agreement import Agreement
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, advance_epoch, num_examples_in
 from adabatch.runtime.layers import PerLayer
 from adabatch.runtime.probes.protocol import Probe
@@ -173,6 +174,8 @@ class AdaptiveBatch:
         self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
         self._update: _Update | None = None
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
+        self._agreement = Agreement(self._collectives)
+        self._in_step = False
 
         # Last, so that a constructor that raises leaves no hook behind.
         self._probe = suited_probe(
@@ -219,6 +222,16 @@ class AdaptiveBatch:
         if self._update is not None:
             return self._update.factor
         return self._factor_of(self._plan.global_batch_size)
+
+    @property
+    def journal(self) -> Journal:
+        """Where the steps are written down; ``path`` is None on all ranks but the first."""
+        return self._journal
+
+    @property
+    def agreement(self) -> Agreement:
+        """Whether the ranks stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
+        return self._agreement
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -293,7 +306,9 @@ class AdaptiveBatch:
         if portion is None:
             return
         probe = self._probe if self._state.until_probe == 0 else None
-        step = Step(self._plan, portion, wrapper=self._wrapper, probe=probe, finish=partial(self._finish, feed=feed))
+        finish = partial(self._finish, feed=feed)
+        step = Step(self._plan, portion, wrapper=self._wrapper, probe=probe, agreement=self._agreement, finish=finish)
+        self._in_step = True
         yield step
         if step.decision is None:
             raise RuntimeError(
@@ -305,6 +320,7 @@ class AdaptiveBatch:
         """The end of the inner loop: decide, and keep what the update will need."""
         portion, before = step.portion, self._consumed
         feed.consumed(portion)
+        self._in_step = False
         measured = step.moments
         if measured is not None and not step.finite:
             measured = measured._replace(part_sq=math.nan)
@@ -384,6 +400,23 @@ class AdaptiveBatch:
             "consumed": asdict(self._consumed),
             "reference_batch_size": self._reference,
         }
+
+    def settle(self, *, scaled: bool = False) -> None:
+        """Before the state is taken for a checkpoint: makes sure that nothing of a step is still to come.
+
+        Args:
+            scaled: a gradient scaler is in use, which may have left the update out.
+
+        Raises:
+            RuntimeError: a step's micro-batches, or its ``optimizer.step()``, are still to be run.
+        """
+        if self._in_step or (self._update is not None and not scaled):
+            left = "`for batch in step`" if self._in_step else "optimizer.step()"
+            raise RuntimeError(
+                f"a checkpoint belongs between two steps, and {left} has not been run to its end: save after "
+                f"optimizer.step(), and give save your GradScaler, if you have one"
+            )
+        self._flush()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a run, also one with other ranks, micro-batches or limits: the batch size stays as near as it can.
@@ -485,7 +518,7 @@ class AdaptiveBatch:
         place = None if order is None else order.state_dict()
         gives = () if self._probe is None else sorted(self._probe.gives)
         settings = (self._lr_rule, self._reference, sorted(self._follow), gives, self._control)
-        mine = (place, self._plan, self._progress, self._consumed, settings)
+        mine = (place, self._plan, self._progress, self._consumed, settings, self._agreement.listening)
         if not self._collectives.agree(mine):
             raise ValueError(
                 f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "

@@ -109,36 +109,61 @@ class Journal:
     Args:
         path: the file; its folder is made. None writes nothing, which is what all ranks but the first are given.
 
+    Attributes:
+        path: the same.
+
     Raises:
         OSError: the folder cannot be made or the file not be written.
     """
 
     def __init__(self, path: str | Path | None) -> None:
-        self._path = None if path is None else Path(path)
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.open("a", encoding="utf-8").close()  # what cannot be written fails here, not after a step
+        self.path = None if path is None else Path(path)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("a", encoding="utf-8").close()  # what cannot be written fails here, not after a step
 
-    @staticmethod
-    def cut(path: str | Path, num_examples: int) -> None:
+    def cut(self, num_examples: int) -> int:
         """Drops the lines of steps that began at ``num_examples`` or later: a resumed run writes them anew.
 
-        A last line that was not finished goes with them. A run that is cut off in here leaves the journal as it was.
+        A last line that was not finished goes with them. A kill at any moment leaves the whole journal or the cut one.
+
+        Returns:
+            The examples that the lines left account for: fewer than ``num_examples`` where some are lost, or where this
+            rank has no journal.
+
+        Raises:
+            ValueError: a line that is none of a journal, other than the last.
         """
-        kept = []
-        for text in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
-            if not text.endswith("\n") or json.loads(text)["examples"] >= num_examples:
-                break
-            kept.append(text)
-        unfinished = Path(path).with_suffix(".unfinished")
-        unfinished.write_text("".join(kept), encoding="utf-8")
-        os.replace(unfinished, path)
+        if self.path is None:
+            return 0
+        end, reached, damaged = 0, 0, ""
+        with self.path.open("rb+") as file:
+            for number, text in enumerate(file if num_examples > 0 else (), 1):
+                if damaged:
+                    raise ValueError(damaged)
+                try:
+                    entry = json.loads(text)
+                    begins, after = entry["examples"], entry["examples"] + entry["plan"]["global_batch_size"]
+                except (ValueError, LookupError, TypeError) as error:
+                    damaged = f"{self.path}, line {number}, is no line of a journal, and not the last ({error})"
+                    continue
+                if begins >= num_examples or not text.endswith(b"\n"):
+                    break
+                end, reached = end + len(text), after
+            file.truncate(end)
+        return reached
+
+    def sync(self) -> None:
+        """Makes what was written last through a loss of power."""
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                os.fsync(file.fileno())
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Appends one line."""
-        if self._path is not None:
+        if self.path is not None:
             text = json.dumps(_finite(entry), separators=(",", ":"), allow_nan=False)
-            with self._path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
 

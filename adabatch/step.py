@@ -13,6 +13,7 @@ from torch import Tensor
 from adabatch.batch.control import Decision
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan
+from adabatch.runtime.agreement import Agreement
 from adabatch.runtime.data import Portion, Weights
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers import Wrapper
@@ -40,6 +41,7 @@ class Step:
         *,
         wrapper: Wrapper,
         probe: Probe | None,
+        agreement: Agreement,
         finish: Callable[[Step], None],
     ) -> None:
         self.plan = plan
@@ -51,6 +53,7 @@ class Step:
         self.portion = portion
         self._wrapper = wrapper
         self._probe = probe
+        self._agreement = agreement
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._weights = portion.weights or Weights(portion.sizes, portion.num_examples)
@@ -88,6 +91,8 @@ class Step:
                 )
         if self._probe is not None:
             self._measure(self._probe)
+        else:
+            self._agreement.step_without_reduction()
         self._finish(self)
 
     def backward(self, loss: Tensor) -> None:
@@ -135,8 +140,8 @@ class Step:
         means = [self._losses.to(local.device)]  # a loss may live elsewhere than the model
         if scale is not None:  # summed as well, so that all ranks divide by the same bits
             means.append(scale(local.device).double())
-        numbers = torch.cat([local, torch.stack(means) / size])
-        totals = self._wrapper.collectives.sum(numbers).tolist()  # host sync
+        numbers = torch.cat([local, torch.stack(means) / size, *self._agreement.outgoing(local)])
+        totals = self._agreement.incoming(self._wrapper.collectives.sum(numbers).tolist())  # host sync
         factor = 1.0 if scale is None else totals.pop()
         self.loss = totals.pop()
         self.moments = probe.moments(totals).scaled(

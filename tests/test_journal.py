@@ -136,30 +136,28 @@ def test_a_resumed_run_cuts_what_it_writes_anew(tmp_path: Path) -> None:
         journal.write(an_entry(before=Progress(examples=32 * step, steps=step)))
     with path.open("a") as file:
         file.write('{"format":1,"step":5,"exa')  # the machine stopped here
-    Journal.cut(path, 1000)
+    assert Journal(path).cut(1000) == 4 * 32 + 30
     assert [each["step"] for each in read(path)] == [0, 1, 2, 3, 4]
-    Journal.cut(path, 96)
+    assert Journal(path).cut(96) == 2 * 32 + 30
     assert [each["step"] for each in read(path)] == [0, 1, 2]
     journal.write(an_entry(before=Progress(examples=96, steps=3)))
     assert [each["step"] for each in read(path)] == [0, 1, 2, 3]
-    Journal.cut(path, 0)
+    assert Journal(path).cut(0) == 0
     assert read(path) == []
 
 
-def test_a_cut_that_is_cut_off_leaves_the_journal_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_of_what_is_no_journal_says_so_and_leaves_it_whole(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     for step in range(3):
         Journal(path).write(an_entry(before=Progress(examples=32 * step, steps=step)))
-    before = path.read_bytes()
-
-    def full(self: Path, text: str, **_: Any) -> None:
-        self.write_bytes(text[:10].encode())
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="no space left"):
-        Journal.cut(path, 64)
-    assert path.read_bytes() == before
+    damaged = path.read_text().replace('"step":1', '"stepp:1')
+    path.write_text(damaged)
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 2, is no line of a journal, and not the last"):
+        Journal(path).cut(64)
+    assert path.read_text() == damaged
+    assert Journal(path).cut(0) == 0  # a run that begins anew needs none of it
+    assert path.read_text() == ""
+    assert Journal(None).cut(64) == 0
 
 
 def test_no_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

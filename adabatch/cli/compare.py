@@ -17,12 +17,16 @@ from adabatch.runtime.world import World
 HEADER = ("run", "steps", "mean batch", "examples", "test loss", "test accuracy", "wall time")
 
 
-def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[Result]:
+def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[Result] | None:
     """Runs the job as it is, then constant at either limit, each from the same weights and in the same order.
 
     The base LR belongs to the reference batch size of the job in all three, so the constant large batch gets the
     learning rate that the job's rule gives to its size. Journals and checkpoints of the baselines go into folders
-    inside the job's; ``comparison.json`` holds the table.
+    inside the job's; ``comparison.json`` holds the table. Each run begins anew, whatever is in its folder: times would
+    not compare otherwise.
+
+    Returns:
+        The three results, or None where a signal ended one of the runs.
 
     Raises:
         ValueError: limits that are schedules or left out, between which there is no constant to compare with.
@@ -39,15 +43,21 @@ def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[
     ]
     results = []
     for label, size, out in variants:
+        saving = replace(job.checkpoint, resume=False)
         if size is not None:
-            job = replace(make(), criterion=Constant(size), monitor=True, out=out, resume=False)
-        results.append(run(replace(job, reference_batch_size=reference), world, display=display, label=label))
+            saving = replace(saving, directory=None)
+            job = replace(make(), criterion=Constant(size), monitor=True, out=out)
+        job = replace(job, reference_batch_size=reference, checkpoint=saving)
+        results.append(run(job, world, display=display, label=label))
+        if results[-1].preempted:
+            display.say(f"{label} was stopped by a signal")
+            return None
     display.table(f"At equal {job.total.unit.replace('_', '-')}", HEADER, [row(result) for result in results])
     out = variants[0][2]
     if world.rank == 0:
         _write(results, out)
         picture({result.label: result.journal for result in results}, out / "picture.png", display=display)
-    display.say(f"journal, checkpoint and table: {out}")
+    display.say(f"journal, checkpoints and table: {out}")
     return results
 
 

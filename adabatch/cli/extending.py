@@ -15,10 +15,12 @@ from adabatch.cli.comparing import BOUND_SOURCE, Judged, bound_over_time, judge
 from adabatch.cli.display import Display
 from adabatch.cli.horizon import Horizon
 from adabatch.cli.panels import draw_panels
-from adabatch.cli.recorded import CHECKPOINT, JOURNAL, Recorded, Saved, read_checkpoint, read_recorded, read_saved
+from adabatch.cli.recorded import CHECKPOINTS, JOURNAL, Recorded, Saved, read_checkpoint, read_recorded, read_saved
 from adabatch.cli.shape_text import class_path
 from adabatch.lr.bound import longer_cooldown, two_stage
 from adabatch.lr.shapes import Decay, Shape, tabulated, wsd
+from adabatch.run_state import STATE, write_state
+from adabatch.runtime.checkpoint import begin, check, finish, place_of
 
 SOURCE = "Schaipp et al. 2025, arXiv:2501.18965"
 
@@ -164,7 +166,7 @@ def extend(
     """
     saved = read_saved(run)
     if saved is None:
-        raise ValueError(f"{run} holds no {CHECKPOINT}: give the folder of a run of `adabatch train`")
+        raise ValueError(f"{run} has no {CHECKPOINTS}: give the folder of a run of `adabatch train`")
     finished = finished_run(saved)
     total = _new_total(finished.total, factor, new_total)
     options = options_for(finished, total)
@@ -174,7 +176,7 @@ def extend(
     }
     own = judge(saved.shape, Horizon.of_equal_steps(finished.num_steps), warmup_steps=finished.warmup_steps)
     tuned = own.terms.best_base_lr
-    journal = saved.path.with_name(JOURNAL)
+    journal = run / JOURNAL
     recorded = read_recorded(journal) if journal.is_file() else None
 
     reference = judged["unchanged"].terms.at(tuned)
@@ -203,11 +205,11 @@ def extend(
         display.say("no cooldown is long enough to keep this base LR the best: lower it, or take the two stages")
     display.say(_where_it_stands(saved, finished, options))
 
-    folder = out or saved.path.parent
+    folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
     for label in EXTENSIONS:
         path = folder / f"{_file_name(label)}.yaml"
-        path.write_text(_config(saved, finished, total, label, options[label], path), encoding="utf-8")
+        path.write_text(_config(run, finished, total, label, options[label], path), encoding="utf-8")
         display.say(f"config: {path}")
     if checkpoint is not None:
         _write_checkpoints(checkpoint, saved, finished, total, options, folder, display=display)
@@ -250,7 +252,7 @@ def _whole(count: float) -> int:
 
 def _where_it_stands(saved: Saved, finished: Finished, options: dict[str, Option]) -> str:
     done = saved.progress.count(finished.total.unit)
-    stands = f"{CHECKPOINT} stands at {done:,} {finished.total.unit} ({saved.progress.steps:,} steps)"
+    stands = f"{saved.path.name} stands at {done:,} {finished.total.unit} ({saved.progress.steps:,} steps)"
     late = [label for label in EXTENSIONS if done > _whole(options[label].resume)]
     if not late:
         return f"{stands}, before both options leave its schedule: --checkpoint {saved.path} makes it theirs"
@@ -283,28 +285,31 @@ def _write_checkpoints(
             f"{checkpoint} stands at {done:,} {total.unit}, and an extension needs one from {last:,} {total.unit} or "
             f"before, while the learning rate was full"
         )
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     for label in early:
-        config = folder / f"{_file_name(label)}.yaml"
-        path = folder / _file_name(label) / CHECKPOINT
-        path.parent.mkdir(parents=True, exist_ok=True)
+        config, place = folder / f"{_file_name(label)}.yaml", folder / _file_name(label)
         schedule = {"shape": options[label].shape.to_dict(), "total": [total.count, str(total.unit)]}
-        torch.save({**state, "schedule": {**state["schedule"], **schedule}}, path)
-        display.say(
-            f"checkpoint: {path}; go on with adabatch train --config CONFIG --config {config} --out {path.parent} "
-            f"--resume=true"
-        )
+        changed = {**state, "schedule": {**state["schedule"], **schedule}}
+        path = _write_again(checkpoint, changed, place / CHECKPOINTS, steps=there.progress.steps)
+        display.say(f"checkpoint: {path}; go on with adabatch train --config CONFIG --config {config} --out {place}")
+
+
+def _write_again(checkpoint: Path, state: dict[str, Any], folder: Path, *, steps: int) -> Path:
+    """A checkpoint with another state in a folder of its own."""
+    contents = check(checkpoint).contents
+    place = place_of(folder, begin(folder, steps), steps)
+    return finish(place, contents, write_state(state, place), keep=3)
 
 
 def _file_name(label: str) -> str:
     return f"extend_{label.replace(' ', '_')}"
 
 
-def _config(saved: Saved, finished: Finished, total: Duration, label: str, option: Option, path: Path) -> str:
+def _config(run: Path, finished: Finished, total: Duration, label: str, option: Option, path: Path) -> str:
     """The longer run as a config, with how it was made at its head."""
     until = f"{_whole(option.resume):,} {total.unit}"
     lines = [
-        f"{saved.path.parent} extended from {finished.total} to {total}, {label} ({SOURCE}).",
+        f"{run} extended from {finished.total} to {total}, {label} ({SOURCE}).",
         f"  adabatch train --config CONFIG --config {path}",
         f"The base learning rate stays. Up to {until} this is the finished run's schedule:",
         "a checkpoint from before that point can go on under it (adabatch schedule extend --checkpoint).",

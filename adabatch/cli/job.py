@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,12 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
+from adabatch.checkpoints import Checkpoints, Loaded
 from adabatch.cli.display import Display
-from adabatch.journal import Journal
+from adabatch.cli.recorded import CHECKPOINTS, JOURNAL
 from adabatch.lr.rules import LRRule
 from adabatch.lr.shapes import Shape, constant
+from adabatch.preemption import Preemption
 from adabatch.recipes.data import collate
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.data import GlobalOrder
@@ -34,6 +35,27 @@ from adabatch.runtime.world import World
 
 CONFIG_FORMAT = 1
 EVALUATION_BATCH = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """Where and how often a job saves itself; `adabatch train` goes on from what is there.
+
+    Args:
+        directory: folder of the checkpoints; by default checkpoints in the folder of the job.
+        every: save after so much training, beside the end of the run.
+        every_seconds: save after so much time.
+        keep: how many checkpoints stay.
+        background: write beside the training, from a copy in memory.
+        resume: go on from the newest checkpoint in the folder, where there is one; false begins anew.
+    """
+
+    directory: Path | None = None
+    every: Duration | None = None
+    every_seconds: float | None = None
+    keep: int = 3
+    background: bool = True
+    resume: bool = True
 
 
 @dataclass(kw_only=True)
@@ -64,9 +86,8 @@ class Job:
         per_layer: write the noise of each layer to the journal: of each module, or of each parameter group.
         seed: of the weights, the order of the data and everything random.
         num_workers: loading processes a rank.
-        out: folder for journal, checkpoint and picture.
-        save_every: a checkpoint every so much training, beside the one at the end.
-        resume: go on from the checkpoint in the folder, where there is one.
+        out: folder for journal, checkpoints and picture.
+        checkpoint: where and how often to save, and whether to go on from there.
     """
 
     format: int = CONFIG_FORMAT
@@ -93,8 +114,7 @@ class Job:
     seed: int = 0
     num_workers: int = 0
     out: Path = Path("runs/latest")
-    save_every: Duration | None = None
-    resume: bool = False
+    checkpoint: Checkpointing = Checkpointing()
 
     def __post_init__(self) -> None:
         if self.format != CONFIG_FORMAT:
@@ -115,6 +135,7 @@ class Result(NamedTuple):
         test_loss: mean loss on the test set; NaN without one.
         accuracy: share of test targets predicted; NaN where targets are not classes.
         journal: its journal.
+        preempted: a signal ended it early, and it has saved itself.
     """
 
     label: str
@@ -124,6 +145,7 @@ class Result(NamedTuple):
     test_loss: float
     accuracy: float
     journal: Path
+    preempted: bool = False
 
     @property
     def mean_batch(self) -> float:
@@ -131,18 +153,25 @@ class Result(NamedTuple):
         return self.examples / self.steps if self.steps else math.nan
 
 
-def run(job: Job, world: World, *, display: Display, label: str) -> Result:
-    """Trains, tests and writes journal and checkpoint into ``job.out``.
+def run(job: Job, world: World, *, display: Display, label: str, config: Mapping[str, Any] | None = None) -> Result:
+    """Trains, tests and writes journal and checkpoints into ``job.out``; goes on from a checkpoint that is there.
+
+    Args:
+        job: what to train.
+        world: where this process stands.
+        display: what a person sees.
+        label: the run's name there.
+        config: the job as it was written down, to be compared with that of the checkpoint.
 
     Raises:
         ValueError: settings that do not fit together, before anything is trained or written.
+        CheckpointError: a checkpoint could not be written, or all that are there are damaged.
     """
     device = world.device
     model = job.model.to(device)
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
     optimizer = job.optimizer(wrapped.parameters())
-    journal_path, checkpoint = job.out / "journal.jsonl", job.out / "checkpoint.pt"
-    resuming = job.resume and checkpoint.exists()
+    journal = job.out / JOURNAL
     batches = AdaptiveBatch(
         wrapped,
         optimizer,
@@ -157,61 +186,65 @@ def run(job: Job, world: World, *, display: Display, label: str) -> Result:
         monitor=job.monitor,
         record_l1=job.record_l1,
         per_layer=job.per_layer,
-        journal=journal_path,
+        journal=journal,
     )
     schedule = ProgressLR(
         optimizer, job.shape or constant(), batches, total=job.total, warmup=job.warmup, clock=job.clock
     )
     order = GlobalOrder(job.train_data, seed=job.seed, collate_fn=collate, num_workers=job.num_workers)
-    parts: dict[str, Any] = {
-        "model": model, "optimizer": optimizer, "batches": batches, "schedule": schedule, "order": order
-    }  # fmt: skip
-    if resuming:
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    if world.rank == 0:
-        Journal.cut(journal_path, batches.consumed.examples)
-
-    saved = batches.consumed
-    began = time.perf_counter()
-    with display.progress(label, job.total) as shown:
-        for step in batches.steps(order, until=job.total):
-            for inputs, targets in step:
-                step.backward(job.loss(wrapped(inputs.to(device)), targets.to(device)))
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            now = batches.consumed
-            shown.update(
-                now.count(job.total.unit),
-                loss=step.loss,
-                global_batch_size=step.global_batch_size,
-                lr=float(schedule.get_last_lr()[0]),
-                noise_scale=batches.noise_scale,
-            )
-            if job.save_every is not None:
-                unit = job.save_every.unit
-                if now.count(unit) - saved.count(unit) >= job.save_every.count:
-                    saved = now
-                    _save(parts, checkpoint, world)
-    seconds = time.perf_counter() - began
-    _save(parts, checkpoint, world)
+    saving = job.checkpoint
+    checkpoints = Checkpoints(
+        saving.directory or job.out / CHECKPOINTS,
+        model=wrapped,
+        optimizer=optimizer,
+        batches=batches,
+        schedule=schedule,
+        order=order,
+        config=config,
+        every=saving.every,
+        every_seconds=saving.every_seconds,
+        keep=saving.keep,
+        background=saving.background,
+    )
+    with Preemption(batches) as preemption, checkpoints:
+        if not saving.resume:
+            batches.journal.cut(0)
+        elif (loaded := checkpoints.load()) is not None:
+            _say(loaded, batches, display)
+        began = time.perf_counter()
+        with display.progress(label, job.total) as shown:
+            for step in batches.steps(order, until=job.total):
+                for inputs, targets in step:
+                    step.backward(job.loss(wrapped(inputs.to(device)), targets.to(device)))
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                shown.update(
+                    batches.consumed.count(job.total.unit),
+                    loss=step.loss,
+                    global_batch_size=step.global_batch_size,
+                    lr=float(schedule.get_last_lr()[0]),
+                    noise_scale=batches.noise_scale,
+                )
+                checkpoints.step()
+                if preemption.agreed:
+                    break
+        seconds = time.perf_counter() - began
+        checkpoints.step(now=True)
+    preempted = not batches.consumed.reached(job.total)
     test_loss, accuracy = math.nan, math.nan
-    if job.test_data is not None:
+    if job.test_data is not None and not preempted:
         test_loss, accuracy = evaluate(model, job.loss, job.test_data, collectives_of(wrapped), device=device)
     batches.remove()
-    return Result(label, batches.progress.steps, batches.consumed.examples, seconds, test_loss, accuracy, journal_path)
+    num_steps, num_examples = batches.progress.steps, batches.consumed.examples
+    return Result(label, num_steps, num_examples, seconds, test_loss, accuracy, journal, preempted)
 
 
-def _save(parts: dict[str, Any], path: Path, world: World) -> None:
-    """Writes the state of all parts from the first rank, and puts the file in place only once it is whole."""
-    if world.rank != 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    torch.save({name: part.state_dict() for name, part in parts.items()}, unfinished)
-    os.replace(unfinished, path)
+def _say(loaded: Loaded, batches: AdaptiveBatch, display: Display) -> None:
+    """From where the run goes on, and what is not as it was."""
+    display.say(f"going on from {loaded.path} at {batches.consumed.examples:,} examples")
+    for difference in loaded.differences:
+        display.say(f"  {difference}")
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 try:
+    import yaml
     from jsonargparse import ArgumentParser, Namespace
 except ImportError as error:  # the library itself does without
     raise SystemExit(f"adabatch: error: the command line needs `pip install adabatch[cli]` ({error})") from None
@@ -20,8 +21,11 @@ from adabatch.cli.job import Job, run
 from adabatch.cli.picture import picture
 from adabatch.cli.schedule import DESCRIPTION, add_schedule_commands, run_schedule
 from adabatch.cli.verify import DEFAULT_STEPS, verify
+from adabatch.preemption import EXIT_PREEMPTED
+from adabatch.runtime.checkpoint import CheckpointError
 from adabatch.runtime.world import World, connected
 
+CHECKPOINT_FAILED = 1
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError)
 
 
@@ -77,7 +81,11 @@ def build_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status. A user's mistake is one line on standard error and status 2."""
+    """Runs the command; returns its exit status.
+
+    A user's mistake is one line on standard error and status 2, a checkpoint that could not be written or read one line
+    and status 1. A run that a signal ended has saved itself, and returns ``EXIT_PREEMPTED``.
+    """
     parser = build_parser()
     config = parser.parse_args(arguments)
     command = config.subcommand
@@ -90,11 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with connected(world, device=world.device):
             if command == "verify":
                 return _verify(_maker(parser, config, command), world, config.verify)
-            _COMMANDS[command](_maker(parser, config, command), world)
+            if command == "train":
+                return _train(_maker(parser, config, command), world, _settings(parser, config, command))
+            return _compare(_maker(parser, config, command), world)
+    except CheckpointError as error:
+        print(f"adabatch {command}: error: {error}", file=sys.stderr)
+        return CHECKPOINT_FAILED
     except USER_ERRORS as error:
         print(f"adabatch {command}: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _seed(seed: int) -> None:
@@ -113,25 +125,33 @@ def _maker(parser: ArgumentParser, config: Namespace, command: str) -> Callable[
     return make
 
 
-def _train(make: Callable[[], Job], world: World) -> None:
+def _settings(parser: ArgumentParser, config: Namespace, command: str) -> dict[str, Any]:
+    """The job as it was asked for, in plain values; where it writes is no part of it."""
+    asked: dict[str, Any] = yaml.safe_load(parser.dump(config))[command]
+    return {name: value for name, value in asked.items() if name not in ("config", "out", "checkpoint")}
+
+
+def _train(make: Callable[[], Job], world: World, settings: dict[str, Any]) -> int:
     display = Display(world.rank)
-    result = run(make(), world, display=display, label="train")
+    result = run(make(), world, display=display, label="train", config=settings)
+    if result.preempted:
+        display.say(f"stopped by a signal and saved at {result.examples:,} examples: the same command goes on")
+        return EXIT_PREEMPTED
     display.table("Result", HEADER, [row(result)])
     if world.rank == 0:
         picture({"": result.journal}, result.journal.with_name("picture.png"), display=display)
-    display.say(f"journal and checkpoint: {result.journal.parent}")
+    display.say(f"journal and checkpoints: {result.journal.parent}")
+    return 0
 
 
-def _compare(make: Callable[[], Job], world: World) -> None:
-    compare(make, world, display=Display(world.rank))
+def _compare(make: Callable[[], Job], world: World) -> int:
+    return EXIT_PREEMPTED if compare(make, world, display=Display(world.rank)) is None else 0
 
 
 def _verify(make: Callable[[], Job], world: World, config: Namespace) -> int:
     checks = verify(make, world, steps=config.steps, max_cost=config.max_cost, display=Display(world.rank))
     return 0 if all(check.passed for check in checks) else 1
 
-
-_COMMANDS = {"train": _train, "compare": _compare}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,12 +17,15 @@ from adabatch.batch.plan import Duration, Progress
 from adabatch.journal import LINE_FORMAT
 from adabatch.lr.rules import NOISE_RULES, LRRule, lr_factor
 from adabatch.lr.shapes import Shape
+from adabatch.run_state import STATE
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.intact import newest_intact
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Clock = Literal["examples", "steps", "gain_steps"]
 Norm = Literal["l2", "l1"]
 
-JOURNAL, CHECKPOINT = "journal.jsonl", "checkpoint.pt"
+JOURNAL, CHECKPOINTS = "journal.jsonl", "checkpoints"
 
 _HOW_TO_RECORD = {
     "l2": "it measured no gradients; run it again with --monitor=true",
@@ -202,9 +205,10 @@ def read_saved(run: Path) -> Saved | None:
 
     Raises:
         ValueError: as ``read_checkpoint`` does.
+        CheckpointError: all checkpoints are damaged.
     """
-    path = run / CHECKPOINT
-    return read_checkpoint(path) if path.is_file() else None
+    found = newest_intact(run / CHECKPOINTS, Collectives())
+    return None if found is None else read_checkpoint(found.path)
 
 
 def read_checkpoint(path: Path) -> Saved:
@@ -213,10 +217,12 @@ def read_checkpoint(path: Path) -> Saved:
     Raises:
         ValueError: a checkpoint that cannot be read, or that holds no schedule of ``ProgressLR``.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}")
+    if not (path / STATE).is_file():
+        raise ValueError(
+            f"there is no checkpoint {path}: give a folder such as runs/first/{CHECKPOINTS}/000012-step-3400"
+        )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         schedule, batches = state["schedule"], state["batches"]
         total = Duration(*schedule["total"])
         shape = Shape.from_dict(schedule["shape"])

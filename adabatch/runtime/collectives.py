@@ -34,6 +34,11 @@ class Collectives:
             size = dist.get_world_size(group)
             self.rank, self.size = self.rank * size + dist.get_rank(group), self.size * size
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live that are reduced."""
+        return self._device
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the ranks, the same bits on each; ``values`` is left as it is."""
         return values if self.size == 1 else self._reduced(values.clone(), dist.ReduceOp.SUM)
@@ -122,6 +127,36 @@ class Collectives:
         for group in reversed(self._groups):
             dist.all_reduce(values, op=op, group=group)
         return values
+
+
+class HostGroup:
+    """All ranks once more, over gloo: for what is said beside the training, in another thread.
+
+    Args:
+        collectives: the data-parallel ranks; all of the job's.
+
+    Raises:
+        ValueError: some ranks of the job are not among them.
+    """
+
+    def __init__(self, collectives: Collectives) -> None:
+        if collectives.size != dist.get_world_size():
+            raise ValueError(
+                f"{dist.get_world_size()} processes are running, and the model is sharded over {collectives.size} of "
+                f"them: sharded checkpoints need a model that is sharded over all"
+            )
+        self.group: dist.ProcessGroup = dist.new_group(backend="gloo")
+        self._size = collectives.size
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The picklable values of all ranks, by rank."""
+        values = [None] * self._size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def close(self) -> None:
+        """Ends the group."""
+        dist.destroy_process_group(self.group)
 
 
 def mean_future(values: Tensor, group: dist.ProcessGroup) -> Future[Tensor]:

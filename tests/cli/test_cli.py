@@ -16,6 +16,7 @@ import yaml
 from adabatch.cli.main import main
 from adabatch.cli.recorded import read_recorded
 from adabatch.lr.rules import gain
+from adabatch.runtime.checkpoint import checkpoints_in
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 
@@ -66,6 +67,13 @@ def config(tmp_path: Path) -> Any:
     return write
 
 
+def saved_state(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run holds."""
+    newest = next(iter(checkpoints_in(run / "checkpoints").values()))
+    state: dict[str, Any] = torch.load(newest / "state.pt", weights_only=True)
+    return state
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text().splitlines()]
 
@@ -79,7 +87,7 @@ def test_train_writes_journal_checkpoint_and_picture(config: Any, tmp_path: Path
     assert sum(line["plan"]["global_batch_size"] for line in journal) >= 3000
     assert all(line["applied"] for line in journal)
     assert (run / "picture.png").read_bytes().startswith(b"\x89PNG")
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state = saved_state(run)
     assert state["batches"]["consumed"]["examples"] >= 3000
     out = capsys.readouterr().out
     for word in ("examples", "loss", "batch", "lr", "noise scale", "test accuracy"):
@@ -98,7 +106,8 @@ def test_the_norms_for_a_refined_adam_schedule_are_one_flag_away(config: Any, tm
     run = tmp_path / "run"
     assert all(line["norms"]["l1"] > line["norms"]["l2"] for line in lines(run / "journal.jsonl"))
     assert main(["schedule", "refine", str(run), "--kind=adam"]) == 0
-    assert main(["train", "--config", config(), "--config", str(run / "refined.yaml"), "--total.count=600"]) == 0
+    other = ["--config", str(run / "refined.yaml"), "--total.count=600", f"--out={tmp_path / 'refined'}"]
+    assert main(["train", "--config", config(), *other]) == 0
 
 
 @pytest.mark.parametrize(
@@ -135,9 +144,7 @@ def test_the_schedule_runs_on_the_clock_of_the_config(
         expected = np.maximum.accumulate([0.0, *(gains[1:-1] / (gains[1:-1] + left))])
     np.testing.assert_allclose(1 - recorded.shape, np.minimum(expected, 1), rtol=1e-9, atol=1e-9)
     assert consumed[total["unit"]][-1] >= total["count"] > consumed[total["unit"]][-2], "the run ends with its total"
-    again = main(
-        ["train", "--config", config(**{**flags, "clock": {"total": "gain", "gain": "total"}[clock]}), "--resume=true"]
-    )
+    again = main(["train", "--config", config(**{**flags, "clock": {"total": "gain", "gain": "total"}[clock]})])
     assert again == 2, "a resume with another clock is refused"
 
 
@@ -153,17 +160,20 @@ def test_print_config_shows_every_field_and_reads_back(config: Any, tmp_path: Pa
     assert main(["train", "--config", str(again)]) == 0
 
 
-def test_a_run_that_was_cut_off_and_resumed_equals_one_that_was_not(config: Any, tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_and_resumed_equals_one_that_was_not(config: Any, tmp_path: Path, capsys: Any) -> None:
     loss = {"class_path": f"{__name__}.InterruptedLoss"}
-    whole = config(loss=loss, save_every={"count": 500, "unit": "examples"}, out=str(tmp_path / "whole"))
+    often = {"every": {"count": 500, "unit": "examples"}, "keep": 2}
+    whole = config(loss=loss, checkpoint=often, out=str(tmp_path / "whole"))
     assert main(["train", "--config", whole]) == 0
-    parts = config(loss=loss, save_every={"count": 500, "unit": "examples"}, out=str(tmp_path / "parts"))
+    assert len(checkpoints_in(tmp_path / "whole" / "checkpoints")) == 2
+    parts = config(loss=loss, checkpoint=often, out=str(tmp_path / "parts"))
     InterruptedLoss.calls_left = 60
     with pytest.raises(Interrupted):
         main(["train", "--config", parts])
-    assert main(["train", "--config", parts, "--resume=true"]) == 0
+    assert main(["train", "--config", parts]) == 0
+    assert "going on from" in capsys.readouterr().out
     assert (tmp_path / "whole/journal.jsonl").read_text() == (tmp_path / "parts/journal.jsonl").read_text()
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+    one, two = (saved_state(tmp_path / name) for name in ("whole", "parts"))
     assert one["batches"] == two["batches"]
     assert one["order"] == two["order"]
     for name, value in one["model"].items():
@@ -214,7 +224,7 @@ def test_mistakes_end_in_one_clear_line(config: Any, tmp_path: Path, capsys: Any
     assert "Traceback" not in error
     for word in words:
         assert word in error
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_missing_config_file_is_named(capsys: Any) -> None:
@@ -247,4 +257,4 @@ def test_a_mistake_ends_both_processes(config: Any, tmp_path: Path) -> None:
     done = torchrun("train", "--config", config(limits={"min": 17, "max": 256}))
     assert done.returncode != 0
     assert done.stderr.count("limits.min=17 cannot be shared equally by 2 ranks") >= 1
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()

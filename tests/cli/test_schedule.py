@@ -28,6 +28,8 @@ from adabatch.cli.recorded import read_checkpoint, read_recorded, read_saved
 from adabatch.cli.refining import refined
 from adabatch.cli.shape_text import NAMES, class_path, known_shapes, parse_shape
 from adabatch.lr.rules import gain
+from adabatch.run_state import write_state
+from adabatch.runtime.checkpoint import begin, checkpoints_in, finish, place_of
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 
@@ -425,7 +427,7 @@ def test_the_refined_config_trains_and_its_schedule_is_what_is_applied(
     (tmp_path / "again").mkdir()
     warm = write_config(tmp_path / "again", warmup={"count": 200, "unit": "examples"})
     assert main(["train", "--config", warm, "--config", str(run / "refined.yaml")]) == 0
-    state = torch.load(tmp_path / "again" / "run" / "checkpoint.pt", weights_only=True)["schedule"]
+    state = saved_state(tmp_path / "again" / "run")["schedule"]
     shape = refined_shape(run / "refined.yaml")
     assert lr.Shape.from_dict(state["shape"]) == shape
     assert state["warmup"] is None
@@ -568,7 +570,7 @@ def test_extend_shows_both_options_in_the_unit_of_the_total_and_in_steps(run: Pa
     saved = read_saved(run)
     assert saved is not None
     assert saved.total == Duration(3000, "examples")
-    assert saved.progress == Progress(**torch.load(run / "checkpoint.pt", weights_only=True)["batches"]["progress"])
+    assert saved.progress == Progress(**saved_state(run)["batches"]["progress"])
     for label in ("two stages", "longer cooldown"):
         cells = table_of(text, label)
         place, steps = int(cells[3].replace(",", "")), int(cells[4])
@@ -591,7 +593,7 @@ def test_a_checkpoint_goes_on_under_either_extension_as_if_it_had_been_so_from_t
     config = write_config(
         tmp_path,
         loss={"class_path": f"{__name__}.InterruptedLoss"},
-        save_every={"count": 100, "unit": "examples"},
+        checkpoint={"every": {"count": 100, "unit": "examples"}},
         max_micro_batch_size=None,
         limits={"min": 16, "max": 64},
         total={"count": 1000, "unit": "examples"},
@@ -600,15 +602,15 @@ def test_a_checkpoint_goes_on_under_either_extension_as_if_it_had_been_so_from_t
     with pytest.raises(Interrupted):
         main(["train", "--config", config])
     run = tmp_path / "run"
-    done = read_checkpoint(run / "checkpoint.pt").progress.examples
+    done = read_checkpoint(newest(run)).progress.examples
     assert 300 < done < 700
-    assert main(["schedule", "extend", str(run), "--new_total=2000", f"--checkpoint={run / 'checkpoint.pt'}"]) == 0
+    assert main(["schedule", "extend", str(run), "--new_total=2000", f"--checkpoint={newest(run)}"]) == 0
     assert "before both options leave" in capsys.readouterr().out
     for name in ("extend_two_stages", "extend_longer_cooldown"):
         snippet = ["--config", config, "--config", str(run / f"{name}.yaml")]
-        assert main(["train", *snippet, f"--out={run / name}", "--resume=true"]) == 0
+        assert main(["train", *snippet, f"--out={run / name}"]) == 0
         assert main(["train", *snippet, f"--out={tmp_path / name}"]) == 0
-        resumed, whole = (torch.load(folder / name / "checkpoint.pt", weights_only=True) for folder in (run, tmp_path))
+        resumed, whole = (saved_state(folder / name) for folder in (run, tmp_path))
         assert resumed["batches"] == whole["batches"]
         assert resumed["batches"]["consumed"]["examples"] >= 2000
         for key, value in whole["model"].items():
@@ -616,6 +618,23 @@ def test_a_checkpoint_goes_on_under_either_extension_as_if_it_had_been_so_from_t
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def newest(run: Path) -> Path:
+    return next(iter(checkpoints_in(run / "checkpoints").values()))
+
+
+def saved_state(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run holds."""
+    state: dict[str, Any] = torch.load(newest(run) / "state.pt", weights_only=True)
+    return state
+
+
+def save_again(run: Path, state: dict[str, Any]) -> Path:
+    """A newer checkpoint with this state."""
+    folder = run / "checkpoints"
+    place = place_of(folder, begin(folder, 9), 9)
+    return finish(place, {}, write_state(state, place), keep=9)
 
 
 def fails(arguments: list[str], words: list[str], capsys: Any) -> None:
@@ -638,7 +657,7 @@ def fails(arguments: list[str], words: list[str], capsys: Any) -> None:
         (["compare", "--clock=steps"], ["clock", "--norms"]),
         (["compare", "--norms=/no/such/run"], ["/no/such/run", "no journal", "adabatch train"]),
         (["refine", "/no/such/run"], ["/no/such/run", "no journal"]),
-        (["extend", "/no/such/run"], ["/no/such/run", "checkpoint.pt"]),
+        (["extend", "/no/such/run"], ["/no/such/run", "checkpoints"]),
         (["transfer", "--base_lr=0", "--source=linear", "--target=cosine"], ["base_lr", "positive", "0"]),
         (["transfer", "--base_lr=.nan", "--source=linear", "--target=cosine"], ["base_lr", "nan"]),
         (["transfer", "--base_lr=1", "--source=linear", "--target=cosin"], ["cosin"]),
@@ -725,9 +744,9 @@ def test_a_file_that_is_no_journal_is_refused(text: str, words: list[str], tmp_p
 def test_runs_that_cannot_be_extended_say_why(
     schedule: dict[str, Any], words: list[str], run: Path, capsys: Any
 ) -> None:
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state = saved_state(run)
     state["schedule"] |= schedule
-    torch.save(state, run / "checkpoint.pt")
+    save_again(run, state)
     fails(["extend", str(run)], words, capsys)
 
 
@@ -738,7 +757,7 @@ def test_runs_that_cannot_be_extended_say_why(
         (["--factor=.inf"], ["factor", "inf"]),
         (["--factor=2", "--new_total=5000"], ["not both"]),
         (["--new_total=3000"], ["longer than 3,000 examples"]),
-        (["--checkpoint=/no/such.pt"], ["/no/such.pt"]),
+        (["--checkpoint=/no/such"], ["/no/such"]),
     ],
 )
 def test_lengths_and_checkpoints_that_do_not_fit(flags: list[str], words: list[str], run: Path, capsys: Any) -> None:
@@ -746,23 +765,30 @@ def test_lengths_and_checkpoints_that_do_not_fit(flags: list[str], words: list[s
 
 
 def test_a_checkpoint_too_late_or_of_another_run_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
-    late = run / "checkpoint.pt"
+    late = newest(run)
     fails(["extend", str(run), f"--checkpoint={late}"], ["2,400 examples", "or before"], capsys)
-    state = torch.load(late, weights_only=True)
+    state = saved_state(run)
     state["schedule"]["base_lrs"] = [7.0]
-    torch.save(state, tmp_path / "other.pt")
-    fails(["extend", str(run), f"--checkpoint={tmp_path / 'other.pt'}"], ["another run", "7.0"], capsys)
+    other = save_again(tmp_path / "other", state)
+    fails(["extend", str(run), f"--checkpoint={other}"], ["another run", "7.0"], capsys)
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", None])
-def test_a_file_that_is_no_checkpoint_is_named(content: bytes | None, run: Path, capsys: Any) -> None:
-    if content is None:
-        torch.save({"model": {}}, run / "checkpoint.pt")
-    else:
-        (run / "checkpoint.pt").write_bytes(content)
+def test_a_checkpoint_of_something_else_is_named(run: Path, capsys: Any) -> None:
+    save_again(run, {"model": {}})
     for command in ("extend", "refine"):
-        fails([command, str(run)], ["checkpoint.pt", "no checkpoint of `adabatch train`"], capsys)
+        fails([command, str(run)], ["-step-", "no checkpoint of `adabatch train`"], capsys)
     assert main(["schedule", "refine", str(run / "journal.jsonl")]) == 0  # the journal alone does
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense"])
+def test_damaged_checkpoints_are_named(content: bytes, run: Path, capsys: Any) -> None:
+    for path in checkpoints_in(run / "checkpoints").values():
+        (path / "state.pt").write_bytes(content)
+    for command in ("extend", "refine"):
+        assert main(["schedule", command, str(run)]) == 1
+        error = capsys.readouterr().err
+        assert "-step-" in error
+        assert "state.pt has" in error
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, capsys: Any) -> None:

@@ -1,0 +1,73 @@
+"""``Preemption``: a signal to any rank ends the run on all of them, after the same step, in order."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from adabatch.adaptive import AdaptiveBatch
+
+EXIT_PREEMPTED = 75
+"""Exit status of a run that was stopped by a signal and has saved itself: the same command goes on from there.
+
+It is EX_TEMPFAIL of sysexits.h: nothing is wrong, try again. 143 would also be that of a process which SIGTERM killed.
+"""
+
+
+class Preemption:
+    """Listens for the signals that announce the end of an allocation: SIGTERM, and SIGUSR1 of Slurm's ``--signal``.
+
+    ::
+
+        with Preemption(batches) as preemption:
+            for step in batches.steps(order, until=total):
+                ...
+                if preemption.agreed:
+                    break
+        if preemption.agreed:
+            checkpoints.step(now=True)
+            sys.exit(adabatch.EXIT_PREEMPTED)
+
+    A signal may reach one rank or all, each at another moment. That it came rides on the reduction of the next probed
+    step (8 bytes, no host sync of its own; every 16th step without a probe makes one), so ``agreed`` turns True on all
+    ranks after the same step. A second signal changes nothing.
+
+    Args:
+        batches: of the run.
+        signals: to listen for, in place of what the process did with them; put back at the end of the block.
+
+    Raises:
+        ValueError: entered in another thread than the main one, where Python delivers no signals.
+    """
+
+    def __init__(
+        self, batches: AdaptiveBatch, *, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1)
+    ) -> None:
+        self._agreement = batches.agreement
+        self._signals = tuple(signals)
+        self._before: dict[signal.Signals, Any] = {}
+        self._agreement.listen()
+
+    @property
+    def agreed(self) -> bool:
+        """Whether all ranks stop after this step; the same on each."""
+        return self._agreement.stop
+
+    def request(self) -> None:
+        """What a signal does, for a run that ends itself early: after a time limit of your own."""
+        self._agreement.wish_stop()
+
+    def __enter__(self) -> Preemption:
+        for number in self._signals:
+            self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        self._agreement.wish_stop()

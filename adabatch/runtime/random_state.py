@@ -1,0 +1,64 @@
+"""The state of a process's random numbers as one row of bytes, so that the rows of all ranks make a tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_WORDS = 625  # of Python's and of numpy's Mersenne Twister, its position among them
+
+
+def random_state(device: torch.device) -> Tensor:
+    """What Python's ``random``, numpy's global generator, torch on the CPU and torch on ``device`` draw next.
+
+    Returns:
+        uint8, shape (num_bytes,), on the CPU; as many bytes on each rank with the same kind of device.
+    """
+    _, words, gauss = random.getstate()
+    # The global generator is numpy's old one, and user code draws from it.
+    _, keys, position, has_gauss, cached = cast("Any", np.random.get_state())  # noqa: NPY002
+    whole = torch.tensor([*words, *keys.tolist(), position, has_gauss], dtype=torch.int64)
+    real = torch.tensor([math.nan if gauss is None else gauss, cached], dtype=torch.float64)
+    pieces = [whole.view(torch.uint8), real.view(torch.uint8), torch.get_rng_state()]
+    if device.type == "cuda":
+        pieces.append(torch.cuda.get_rng_state(device))
+    return torch.cat(pieces)
+
+
+def restore_random_state(rows: Tensor, rank: int, device: torch.device) -> bool:
+    """Goes on with the random numbers that a rank drew; a rank that was not there begins with ones of its own.
+
+    Args:
+        rows: of all ranks that were saved, shape (num_ranks, num_bytes).
+        rank: of this process.
+        device: as in ``random_state``.
+
+    Returns:
+        Whether this rank's own numbers go on.
+    """
+    if rank >= len(rows) or rows.shape[1] != len(random_state(device)):
+        # Of the first rank's state and the rank: the same at each attempt, and no two ranks alike.
+        digest = hashlib.sha256(rows[0].numpy().tobytes() + rank.to_bytes(8)).digest()
+        seed = int.from_bytes(digest[:4])
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        return False
+    num_whole = 8 * (_WORDS + _WORDS + 1)
+    num_real = num_whole + 16
+    num_cpu = num_real + len(torch.get_rng_state())
+    whole = rows[rank, :num_whole].clone().view(torch.int64).tolist()
+    gauss, cached = rows[rank, num_whole:num_real].clone().view(torch.float64).tolist()
+    random.setstate((3, tuple(whole[:_WORDS]), None if math.isnan(gauss) else gauss))
+    keys, position, has_gauss = whole[_WORDS:-2], whole[-2], whole[-1]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(rows[rank, num_real:num_cpu].clone())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(rows[rank, num_cpu:].clone(), device)
+    return True
