@@ -1,0 +1,426 @@
+"""Do the settings of K-FAC and Shampoo survive a change of width and of batch, and what does a step cost?
+
+    ADABATCH_DATA=... python benchmarks/second_order.py [--part sweeps|batches|cost] [--cache FOLDER] [--minutes 60]
+
+MNIST, normalized; 784-M-M-10 with ReLU and without biases; cross-entropy. *Sweeps*: 200 steps of 128 examples, the
+learning rate falling linearly to 0, at widths 64 (the base), 256 and 1,024; mean training loss of the last 20 steps.
+*Batches*: width 256, constant learning rate, batches from 128 to 8,192; steps and seconds until the loss, averaged over
+the last 4,096 examples or the last step, is at most 0.1; the learning rate of each method is tuned at each batch on a
+grid of factor 2. *Cost*: the time of a training step against AdamW's, amortized over the refreshes.
+
+Finished runs are kept in the cache folder by their settings, and are not run again; past ``--minutes`` no run is
+started, and what is there is published. Seconds of runs that shared the machine with others are of little worth: for a
+fair column of seconds empty the cache and run ``--part batches`` alone."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from _harness import RESULTS, Machine, Table, interleave, publish
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from adabatch.optim import KFAC, Shampoo, mup
+from adabatch.recipes.data import Mnist
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+QUESTION = (
+    "Do the best learning rate and the best damping of K-FAC and Shampoo stay where they are from width 64 to 1,024, "
+    "does the range of stable learning rates shrink, at which batch do they stop gaining, and what does a step cost?"
+)
+BASE, WIDTHS, SEEDS = 64, (64, 256, 1024), (0, 1, 2)
+STEPS, BATCH, LAST = 200, 128, 20
+RATES = tuple(2.0**-k for k in (6, 5, 4, 3, 2))
+DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+DAMPING_RATE = 2.0**-5
+STABLE = 1.0  # a final loss below it
+BATCHES, TARGET, MOST_STEPS = (128, 512, 2048, 8192), 0.1, {128: 3000, 512: 1500, 2048: 800, 8192: 500}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The settings of one run.
+
+    Args:
+        method: "kfac", "shampoo", "adamw" or "sgd".
+        plan: whether the width plan sets init, learning rate and damping; else torch's standard parameterization.
+        damping: K-FAC's damping or Shampoo's epsilon.
+        form: of K-FAC's damping.
+        batch: constant; with ``target``, the run ends where that loss is reached.
+    """
+
+    method: str
+    width: int
+    lr: float
+    seed: int = 0
+    plan: bool = True
+    damping: float = 1e-2
+    form: str = "trace"
+    batch: int = BATCH
+    target: float | None = None
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def network(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(784, width, bias=False),
+        nn.ReLU(),
+        nn.Linear(width, width, bias=False),
+        nn.ReLU(),
+        nn.Linear(width, 10, bias=False),
+    )
+
+
+def prepared(cell: Cell) -> tuple[nn.Sequential, Optimizer]:
+    """A model, every weight with deviation 1/sqrt(fan_in) or as the plan has it, and its optimizer."""
+    torch.manual_seed(cell.seed)
+    model = network(cell.width)
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+    groups: Any = model.parameters()
+    damping = {"kfac": "damping", "shampoo": "epsilon"}.get(cell.method)
+    options: dict[str, Any] = {} if damping is None else {damping: cell.damping}
+    if cell.plan:
+        with torch.device("meta"):
+            plan = mup.plan(network(4 * BASE), network(BASE)).at(model)
+        mup.init_(model, plan)
+        groups = plan.groups(model, cell.method, lr=cell.lr, damping=cell.damping if damping else None)
+        options = {}
+    if cell.method == "kfac":
+        form: Any = cell.form
+        return model, KFAC(groups, model, lr=cell.lr, damping_form=form, seed=cell.seed, **options)
+    if cell.method == "shampoo":
+        return model, Shampoo(groups, lr=cell.lr, **options)
+    if cell.method == "adamw":
+        return model, AdamW(groups, lr=cell.lr, weight_decay=0.0)
+    return model, SGD(groups, lr=cell.lr, momentum=0.9)
+
+
+class Batches:
+    """Batches of normalized images in an order of the seed's, without end."""
+
+    def __init__(self, images: Tensor, labels: Tensor, batch: int, seed: int) -> None:
+        self._images, self._labels, self._batch = images, labels, batch
+        self._generator = torch.Generator().manual_seed(10_000 + seed)
+        self._left = torch.empty(0, dtype=torch.int64)
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        while len(self._left) < self._batch:
+            order = torch.randperm(len(self._labels), generator=self._generator)
+            self._left = torch.cat([self._left, order])
+        rows, self._left = self._left[: self._batch], self._left[self._batch :]
+        return self._images[rows], self._labels[rows]
+
+
+def train_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    outputs = model(x)
+    if isinstance(optimizer, KFAC):
+        optimizer.observe(outputs)
+    loss = F.cross_entropy(outputs, y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def run(cell: Cell, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Final loss, or steps and seconds to the target; infinite where it diverged or did not come there."""
+    model, optimizer = prepared(cell)
+    batches = Batches(images, labels, cell.batch, cell.seed)
+    base = [group["lr"] for group in optimizer.param_groups]
+    losses: list[float] = []
+    seconds = 0.0
+    for step in range(STEPS if cell.target is None else MOST_STEPS[cell.batch]):
+        if cell.target is None:
+            for group, rate in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = rate * (1 - step / STEPS)
+        x, y = batches.next()
+        start = time.perf_counter()
+        try:
+            losses.append(float(train_step(model, optimizer, x, y)))
+        except RuntimeError:  # statistics that are not finite
+            losses.append(math.nan)
+        seconds += time.perf_counter() - start
+        if not math.isfinite(losses[-1]):
+            return {"loss": math.inf, "steps": math.inf, "seconds": seconds}
+        window = max(1, 4096 // cell.batch)
+        if cell.target is not None and len(losses) >= window and statistics.fmean(losses[-window:]) <= cell.target:
+            return {"loss": losses[-1], "steps": step + 1, "seconds": seconds}
+    return {"loss": statistics.fmean(losses[-LAST:]), "steps": math.inf, "seconds": seconds}
+
+
+class Lab:
+    """Runs cells, keeps what they gave, and starts none after the deadline."""
+
+    def __init__(self, cache: Path, minutes: float) -> None:
+        self._cache = cache
+        self._deadline = time.monotonic() + 60 * minutes
+        self._data: tuple[Tensor, Tensor] | None = None
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def result(self, cell: Cell) -> dict[str, float] | None:
+        path = self._cache / f"{cell.key}.json"
+        if path.exists():
+            found: dict[str, float] = json.loads(path.read_text())
+            return found
+        if time.monotonic() > self._deadline:
+            return None
+        if self._data is None:
+            images, labels = Mnist("train").tensors
+            self._data = ((images.flatten(1) - 0.1307) / 0.3081, labels)
+        found = run(cell, *self._data)
+        print(f"{cell} -> {found}", flush=True)
+        path.write_text(json.dumps(found))
+        return found
+
+    def loss(self, cells: Iterable[Cell]) -> tuple[float, ...] | None:
+        """The losses of runs that belong together; None where one is missing."""
+        found = [self.result(cell) for cell in cells]
+        return None if any(each is None for each in found) else tuple(each["loss"] for each in found if each)
+
+
+SWEPT = {
+    "K-FAC, plan, trace": Cell("kfac", 0, 0.0),
+    "K-FAC, standard, split": Cell("kfac", 0, 0.0, plan=False, form="split"),
+    "Shampoo, plan": Cell("shampoo", 0, 0.0),
+    "Shampoo, standard": Cell("shampoo", 0, 0.0, plan=False),
+}
+
+
+def shown(losses: Sequence[float] | None) -> str:
+    if losses is None:
+        return "not run"
+    return " / ".join(f"{loss:.3f}" if loss < 100 else "div." for loss in losses)
+
+
+Curves = dict[str, dict[int, dict[float, tuple[float, ...] | None]]]
+
+
+def swept(lab: Lab, what: str, values: Sequence[float]) -> Curves:
+    """Losses by method, width and learning rate or damping; width by width, so that a deadline cuts the widest."""
+    found: Curves = {name: {} for name in SWEPT if what == "lr" or name.startswith("K-FAC")}
+    for width in WIDTHS:
+        for name in found:
+            template = replace(SWEPT[name], width=width, lr=DAMPING_RATE)
+            seeds = SEEDS if width < 1024 or name.startswith("K-FAC") else SEEDS[:1]
+            found[name][width] = {
+                value: lab.loss([replace(template, **{what: value, "seed": seed}) for seed in seeds])
+                for value in values
+            }
+    return found
+
+
+def sweep_table(title: str, curves: Curves, values: Sequence[float], show: Callable[[float], str]) -> Table:
+    rows = [
+        [name, str(width), *(shown(cells[value]) for value in values)]
+        for name, widths in curves.items()
+        for width, cells in widths.items()
+    ]
+    return Table(title, ["method", "width", *map(show, values)], rows)
+
+
+def middle(losses: tuple[float, ...] | None) -> float:
+    return math.nan if losses is None else statistics.median(losses)
+
+
+def best(cells: dict[float, tuple[float, ...] | None]) -> float:
+    known = {value: middle(losses) for value, losses in cells.items() if losses is not None}
+    return min(known, key=lambda value: known[value]) if known else math.nan
+
+
+def largest_stable(cells: dict[float, tuple[float, ...] | None]) -> float:
+    """The largest value at which, and below which, no seed diverged."""
+    stable = math.nan
+    for value, losses in sorted(cells.items()):
+        if losses is None or max(losses) > STABLE:
+            break
+        stable = value
+    return stable
+
+
+def collapse(widths: dict[int, dict[float, tuple[float, ...] | None]], upto: float) -> list[float]:
+    """Relative difference of the losses of widths 256 and 1,024, value by value, where both are stable."""
+    pairs = [(middle(widths[256][value]), middle(widths[1024][value])) for value in widths[256] if value <= upto]
+    return [abs(a - b) / ((a + b) / 2) for a, b in pairs if max(a, b) < STABLE]
+
+
+def sweep_findings(curves: Curves, what: str, show: Callable[[float], str]) -> list[str]:
+    findings = []
+    for name, widths in curves.items():
+        text = (
+            f"{name}: best {what} {', '.join(show(best(cells)) for cells in widths.values())} at widths 64, 256, 1,024"
+        )
+        if what == "learning rate":
+            text += f"; largest stable {', '.join(show(largest_stable(cells)) for cells in widths.values())}"
+        apart = collapse(widths, math.inf)
+        if apart:
+            text += f"; 256 and 1,024 apart by {100 * min(apart):.0f} to {100 * max(apart):.0f} % where both are stable"
+        findings.append(text + ".")
+    return findings
+
+
+def picture(rates: Curves, dampings: Curves, path: Path) -> None:
+    names = list(rates)
+    figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 6.5), sharey=True, squeeze=False)
+    for row, (curves, label) in enumerate(((rates, "learning rate"), (dampings, "damping"))):
+        for axis, name in zip(axes[row], names, strict=True):
+            axis.set(title=name, xscale="log", yscale="log", xlabel=label, ylim=(0.05, 3))
+            if name not in curves:
+                axis.set_axis_off()
+                continue
+            for shade, (width, cells) in zip((0.75, 0.45, 0.0), curves[name].items(), strict=False):
+                points = [(value, middle(losses)) for value, losses in cells.items() if losses is not None]
+                axis.plot(*zip(*points, strict=True), marker="o", color=str(shade), label=f"width {width}")
+            axis.legend()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("training loss, last 20 steps")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+GRIDS = {  # learning rates at batch 128; larger batches try them up to 8 times as large too
+    "sgd": (0.02, 0.04, 0.08),
+    "adamw": (1e-3, 2e-3, 4e-3),
+    "kfac": (2.0**-6, 2.0**-5, 2.0**-4),
+    "shampoo": (2.0**-5, 2.0**-4, 2.0**-3),
+}
+
+
+def grown(lab: Lab) -> tuple[list[Table], list[str], dict[str, Any]]:
+    """Steps and seconds to the target at each batch, at the best of the learning rates that were tried."""
+    rows, found = [], {}
+    for method, grid in GRIDS.items():
+        for batch in BATCHES:
+            rates = sorted({rate * 2**k for rate in grid for k in range(1 + int(math.log2(batch / 128)) // 2)})
+            runs = {}
+            for rate in rates:
+                result = lab.result(Cell(method, 256, rate, plan=method != "sgd", batch=batch, target=TARGET))
+                if result is not None:
+                    runs[rate] = result
+            if len(runs) < len(rates):
+                continue
+            rate = min(runs, key=lambda rate: runs[rate]["steps"])
+            steps, seconds = runs[rate]["steps"], runs[rate]["seconds"]
+            found[f"{method} {batch}"] = {"lr": rate, **runs[rate]}
+            reached = math.isfinite(steps)
+            rows.append(
+                [
+                    method,
+                    f"{batch:,}",
+                    f"{rate:.4g}",
+                    f"{steps:.0f}" if reached else f"not in {MOST_STEPS[batch]}",
+                    f"{steps * batch:,.0f}" if reached else "",
+                    f"{seconds:.1f}",
+                ]
+            )
+    findings = []
+    for method in GRIDS:
+        few, many = found.get(f"{method} 128"), found.get(f"{method} 8192")
+        if few and many and math.isfinite(few["steps"]) and math.isfinite(many["steps"]):
+            findings.append(
+                f"{method}: 64 times the batch takes {few['steps'] / many['steps']:.1f} times fewer steps to a loss of "
+                f"{TARGET}, from {few['steps']:.0f} to {many['steps']:.0f}."
+            )
+    columns = ["method", "batch", "best learning rate", "steps", "examples", "seconds"]
+    return [Table(f"Steps to a loss of {TARGET} at width 256, one seed", columns, rows)], findings, found
+
+
+def costs() -> tuple[list[Table], list[str], dict[str, Any]]:
+    """A training step of each method against AdamW's, on batches of 128 and 1,280; medians over rounds of ten steps."""
+    images, labels = Mnist("train").tensors
+    images = images.flatten(1)
+    rows, found = [], {}
+    for width in (256, 1024):
+        for batch in (128, 1280):
+
+            def make(width: int = width, batch: int = batch) -> dict[str, Callable[[], None]]:
+                return {method: ten_steps(method, width, batch, images, labels) for method in GRIDS}
+
+            timings = interleave(make, trials=2, rounds=5, warmup=2, clock=time.process_time)
+            ratios = {method: timings.ratio(method, to="adamw") for method in GRIDS}
+            found[f"{width} {batch}"] = {method: list(ratio) for method, ratio in ratios.items()}
+            rows.append([str(width), f"{batch:,}", *(ratios[method].show() for method in GRIDS)])
+    return (
+        [Table("Time of ten steps over AdamW's, refreshes included, one thread", ["width", "batch", *GRIDS], rows)],
+        [],
+        found,
+    )
+
+
+def ten_steps(method: str, width: int, batch: int, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    model, optimizer = prepared(Cell(method, width, GRIDS[method][0]))
+    batches = Batches(images, labels, batch, 0)
+    for _ in range(10):  # past the steps that each refresh
+        train_step(model, optimizer, *batches.next())
+
+    def steps() -> None:
+        for _ in range(10):
+            train_step(model, optimizer, *batches.next())
+
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("sweeps", "batches", "cost"), action="append", help="default: all three")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "adabatch-second-order")
+    parser.add_argument("--minutes", type=float, default=90)
+    parser.add_argument("--no-save", action="store_true", help="only print")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    machine = Machine.here()
+    parts = options.part or ["sweeps", "batches", "cost"]
+    lab = Lab(options.cache, options.minutes)
+    tables: list[Table] = []
+    findings: list[str] = []
+    data: dict[str, Any] = {}
+    if "sweeps" in parts:
+        power = lambda value: f"2^{math.log2(value):.0f}" if value == value else "none"  # noqa: E731
+        short = lambda value: f"{value:g}"  # noqa: E731
+        rates, dampings = swept(lab, "lr", RATES), swept(lab, "damping", DAMPINGS)
+        tables += [
+            sweep_table("Learning rates (seeds 0 / 1 / 2), damping or epsilon 0.01", rates, RATES, power),
+            sweep_table("Dampings at learning rate 2^-5", dampings, DAMPINGS, short),
+        ]
+        findings += sweep_findings(rates, "learning rate", power) + sweep_findings(dampings, "damping", short)
+        data |= {"rates": rates, "dampings": dampings}
+        if not options.no_save:
+            picture(rates, dampings, RESULTS / "second_order.png")
+    if "batches" in parts:
+        more, said, numbers = grown(lab)
+        tables, findings, data = [*tables, *more], [*findings, *said], {**data, "batches": numbers}
+    if "cost" in parts:
+        more, said, numbers = costs()
+        tables, findings, data = [*tables, *more], [*findings, *said], {**data, "cost": numbers}
+    publish(
+        "second_order",
+        question=QUESTION,
+        machine=machine,
+        tables=tables,
+        findings=findings,
+        data=data,
+        save=not options.no_save,
+    )
+
+
+if __name__ == "__main__":
+    main()
