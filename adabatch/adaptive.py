@@ -173,6 +173,7 @@ class AdaptiveBatch:
         self._plan = self._first_plan()
         self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
         self._update: _Update | None = None
+        self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
         self._agreement = Agreement(self._collectives)
         self._in_step = False
@@ -286,7 +287,10 @@ class AdaptiveBatch:
         if count is num_examples_in:
             self._check_loader(loader)
         while until is None or not self._consumed.reached(until):
-            feed = self._weighed(LoaderFeed(loader, self._collectives, count=count), weigh)
+            feed = self._weighed(
+                LoaderFeed(loader, self._collectives, count=count, may_be_empty=self._just_loaded), weigh
+            )
+            self._just_loaded = False
             while until is None or not self._consumed.reached(until):
                 before = self._consumed
                 yield from self._one_step(feed)
@@ -441,6 +445,7 @@ class AdaptiveBatch:
             plan = grid.nearest(plan.global_batch_size, min_size=low, max_size=high)
         self._plan = plan
         self._update = None
+        self._just_loaded = True
 
     def remove(self) -> None:
         """Takes every hook off model and optimizer; the object is not usable afterwards."""

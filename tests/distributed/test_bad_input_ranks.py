@@ -204,3 +204,22 @@ def test_what_is_not_finite_on_one_rank_is_left_out_on_all(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(mine["weights"], other["weights"], strict=True))
         assert mine["next"] == other["next"]
         assert mine["averages"] == other["averages"]
+
+
+def one_loader_raises(rank: int) -> str:
+    def broken() -> Any:
+        yield from DataLoader(regression(16), batch_size=4)
+        raise ValueError("the disk is gone")
+
+    model = DistributedDataParallel(network())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    batches = AdaptiveBatch(model, optimizer, Constant(16), micro_batch_size=4)
+    loader = broken() if rank == 1 else DataLoader(regression(64), batch_size=4)
+    return message(lambda: train(batches, model, optimizer, loader))
+
+
+def test_a_loader_that_raises_on_one_rank_ends_all(tmp_path):
+    assert run_ranks(one_loader_raises, 2, tmp_path) == [
+        "RuntimeError: the loader of rank 1 raised an error, which that rank shows",
+        "ValueError: the disk is gone",
+    ]

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.data import LoaderFeed, num_examples_in
+from adabatch.runtime.data import LoaderFeed, advance_epoch, num_examples_in
 
 
 def plan_of(micro: int, accumulation: int) -> BatchPlan:
@@ -74,3 +75,41 @@ def test_a_batch_without_a_tensor_asks_for_a_count(batch: Any) -> None:
 def test_count_is_the_users_own() -> None:
     feed = loader_feed([["a", "b"], ["c"]], count=len)
     assert feed.take(plan_of(2, 2)).sizes == [2, 1]
+
+
+def test_a_loader_that_raises_raises_through_the_step() -> None:
+    def broken() -> Any:
+        yield torch.zeros(2)
+        raise OSError("the disk is gone")
+
+    feed = loader_feed(broken())
+    assert feed.take(plan_of(2, 1)).sizes == [2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        feed.take(plan_of(2, 1))
+
+
+def test_a_loader_resumed_behind_its_last_batch_may_be_empty() -> None:
+    assert LoaderFeed([], Collectives(), count=len, may_be_empty=True).take(plan_of(2, 1)) is None
+
+
+def test_after_a_pass_what_counts_epochs_goes_to_the_next() -> None:
+    numbers = TensorDataset(torch.arange(8))
+    loader = DataLoader(numbers, sampler=DistributedSampler(numbers, num_replicas=2, rank=0))
+    loader.sampler.set_epoch(4)
+    advance_epoch(loader)
+    assert loader.sampler.epoch == 5
+
+    class Stream(IterableDataset[Any]):
+        epoch = 2
+
+        def __iter__(self) -> Any:
+            return iter(())
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    stream = Stream()
+    advance_epoch(DataLoader(stream))
+    assert stream.epoch == 3
+    advance_epoch(DataLoader(numbers))
+    advance_epoch([1, 2])
