@@ -53,12 +53,14 @@ def made(case: Case, dtype: torch.dtype = torch.float32) -> nn.Module:
     return case.make().to(dtype)
 
 
-def losses_of(case: Case, sizes: Sequence[int], rank: int, dtype: torch.dtype) -> list[Callable[[nn.Module], Tensor]]:
-    """The losses of a rank's micro-batches, each with data of its own, as functions of the model."""
+def losses_of(case: Case, sizes: Sequence[int], rank: int, dtype: torch.dtype) -> list[Callable[..., Tensor]]:
+    """The losses of a rank's micro-batches, each with data of its own, as functions of the model: of each example,
+    shape (num_examples,), or their mean, shape (1,)."""
 
-    def drawn(seed: int, size: int, model: nn.Module) -> Tensor:
+    def drawn(seed: int, size: int, model: nn.Module, *, mean: bool = True) -> Tensor:
         torch.manual_seed(seed)
-        return case.loss(model, size, dtype)
+        losses = case.losses(model, case.draw(size, dtype))
+        return losses.mean().view(1) if mean else losses
 
     return [partial(drawn, 100 * rank + index, size) for index, size in enumerate(sizes)]
 
@@ -80,7 +82,7 @@ def measured(
 
     def backward(index: int) -> None:
         weight = sizes[index] / sum(sizes)
-        share = losses[index](model) * weight
+        share = losses[index](model).mean() * weight
         probe.begin_part()
         share.backward()  # type: ignore[no-untyped-call]
         probe.end_part(sizes[index], weight)
@@ -96,7 +98,13 @@ def measured(
 
 
 def part_by_part(
-    case: Case, sizes: Sequence[int], ranks: int, *, joined: bool = False, dtype: torch.dtype = torch.float32
+    case: Case,
+    sizes: Sequence[int],
+    ranks: int,
+    *,
+    joined: bool = False,
+    examples: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> GradientMoments:
     """The oracle: the gradient of each part on its own, on a plain model; sums in float64.
 
@@ -105,22 +113,26 @@ def part_by_part(
         sizes: examples in the micro-batches of each rank.
         ranks: how many.
         joined: the micro-batches of a rank are one part.
+        examples: each example is one.
         dtype: of model and data.
     """
     model = made(case, dtype)
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = []
     for rank in range(ranks):
-        for loss in losses_of(case, sizes, rank, dtype):
-            grads = torch.autograd.grad(loss(model), parameters, allow_unused=True)
+        losses = [loss for each in losses_of(case, sizes, rank, dtype) for loss in each(model, mean=not examples)]
+        for loss in losses:
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
             pairs = zip(grads, parameters, strict=True)
             rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).double().flatten() for g, p in pairs]))
     shares = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
-    parts = torch.stack(rows).view(ranks, len(sizes), -1)
+    parts = torch.stack(rows).view(ranks, -1, len(rows[0]))
     counts, weights = list(sizes) * ranks, (shares / ranks).repeat(ranks)
     if joined:
         parts = (parts * shares[None, :, None]).sum(1, keepdim=True)
         counts, weights = [sum(sizes)] * ranks, torch.full((ranks,), 1 / ranks, dtype=torch.float64)
+    if examples:
+        counts, weights = [1] * len(rows), torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
     flat = parts.flatten(0, 1)  # (num_parts, d)
     mean = (weights[:, None] * flat).sum(0)
 

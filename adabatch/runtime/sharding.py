@@ -16,6 +16,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before ``fully_shard``, which puts one of its own over it."""
+    kind = type(module)
+    return kind.__bases__[1] if kind.__bases__[0] is FSDPModule else kind
+
+
 def units_of(model: nn.Module) -> dict[str, FSDPModule]:
     """The modules that were given to ``fully_shard``, by their names in the model ("" is the model itself)."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}

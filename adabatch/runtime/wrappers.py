@@ -58,7 +58,7 @@ def wrapper_of(
 
     Raises:
         ValueError: an unknown ``gradient_sync`` or one that the wrapper does not go with; a plain model on several
-            processes; a sharded model that is not sharded over one data-parallel mesh.
+            processes; a sharded model that is not sharded over one data-parallel mesh, or has sparse gradients.
         TypeError: a scaler that is none.
     """
     wrapper = _wrapper_of(model, gradient_sync)
@@ -86,6 +86,12 @@ def _replicated(model: DistributedDataParallel, gradient_sync: GradientSync) -> 
 
 
 def _sharded(model: nn.Module, gradient_sync: GradientSync) -> Wrapper:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ValueError(
+                f"FSDP2 cannot reduce the sparse gradient of {name}: build the {type(module).__name__} with "
+                f"sparse=False, or wrap the model in DistributedDataParallel"
+            )
     collectives = collectives_of(model)
     units = list(units_of(model).values())
 

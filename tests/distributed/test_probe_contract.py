@@ -19,9 +19,10 @@ from torch.optim import SGD
 from wrapped import check, ddp, fsdp, hsdp, made, measured, part_by_part, plain
 
 from adabatch.batch.moments import GradientMoments
-from adabatch.runtime.layers import layers_of
+from adabatch.runtime.layers import Layers, layers_of
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
+from adabatch.runtime.probes.per_example import PerExampleProbe
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
 from adabatch.runtime.wrappers import GradientSync
@@ -33,10 +34,14 @@ def micro_batch(model: nn.Module, **options: Any) -> Probe:
     return MicroBatchProbe(model.parameters(), **options)
 
 
+def single_examples(model: nn.Module, *, record_l1: bool, layers: Layers) -> Probe:
+    return PerExampleProbe(model, layers=layers)
+
+
 class Contender(NamedTuple):
     """A way to wrap a model and measure it.
 
-    ``joined``: the micro-batches of a rank are one part. ``ranks``: on how many it runs.
+    ``joined``: the micro-batches of a rank are one part. ``ranks``: on how many it runs. ``examples``: they are parts.
     """
 
     wrap: Callable[[nn.Module, Case], nn.Module]
@@ -44,6 +49,7 @@ class Contender(NamedTuple):
     sync: GradientSync | None = None
     joined: bool = False
     ranks: Sequence[int] = (1, 2, 4)
+    examples: bool = False
 
 
 CONTENDERS = {
@@ -55,6 +61,11 @@ CONTENDERS = {
     "HSDP, each": Contender(partial(hsdp, shape=(2, 2)), ReduceScatterProbe, ranks=[4]),
     "HSDP, last": Contender(partial(hsdp, shape=(2, 2)), ReduceScatterProbe, "last", joined=True, ranks=[4]),
     "HSDP, one shard": Contender(partial(hsdp, shape=(2, 1)), ReduceScatterProbe, ranks=[2]),
+    "plain, examples": Contender(plain, single_examples, ranks=[1], examples=True),
+    "DDP, examples": Contender(ddp, single_examples, ranks=[1, 2], examples=True),
+    "FSDP2, examples": Contender(fsdp, single_examples, "each", ranks=[1, 2], examples=True),
+    "FSDP2, last, examples": Contender(fsdp, single_examples, "last", ranks=[2], examples=True),
+    "HSDP, examples": Contender(partial(hsdp, shape=(2, 2)), single_examples, ranks=[4], examples=True),
 }
 
 # By the number of ranks, the steps: examples in the micro-batches of each rank. They make 1, 2, 4 and 8 parts where
@@ -81,7 +92,7 @@ def contract(rank: int, ranks: int) -> dict[str, tuple[Numbers, Numbers]]:
             assert isinstance(probe, Probe)
             for sizes in STEPS[ranks]:
                 found = measured(model, probe, case, sizes, sync=contender.sync)
-                oracle = part_by_part(case, sizes, ranks, joined=contender.joined)
+                oracle = part_by_part(case, sizes, ranks, joined=contender.joined, examples=contender.examples)
                 results[f"{name}: {case_name}, {ranks} x {sizes}"] = tuple(found), tuple(oracle)
             probe.remove()
     return results

@@ -197,3 +197,16 @@ def test_remove_leaves_nothing() -> None:
     del probe
     gc.collect()
     assert gone() is None
+
+
+def test_an_optimizer_that_steps_in_the_backward_is_refused() -> None:
+    model = network()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    probe = MicroBatchProbe(model.parameters())
+    probe.start(1)
+    probe.begin_part()
+    model(torch.ones(2, 6)).mean().backward()
+    probe.end_part(2, 1.0)
+    with pytest.raises(RuntimeError, match="no gradient is left .* let no optimizer step in the backward"):
+        probe.collect()

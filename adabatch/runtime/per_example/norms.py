@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.per_example.measurement import Held, Measurement
@@ -58,8 +59,7 @@ class ExampleGradients:
         Args:
             direction: a tensor for each trainable parameter, by its name in the model, of the parameter's
                 shape. By default the parameters' ``.grad``, which must then hold the step's mean gradient:
-                all micro-batches accumulated and reduced, unscaled, not yet clipped. Sharded gradients must
-                be given whole (``grad.full_tensor()``).
+                all micro-batches accumulated and reduced, unscaled, not yet clipped.
 
         Returns:
             Shape (num_examples,), in the type of ``examples_sq``.
@@ -73,13 +73,21 @@ class ExampleGradients:
                 "products=True), or run the losses again with products_by_jvp"
             )
         if direction is None:
-            grads = {name: parameter.grad for name, parameter in self._parameters.items()}
-            direction = {name: grad for name, grad in grads.items() if grad is not None}
+            direction = self.gradient()
         along = {name: grad.to_dense() if grad.is_sparse else grad for name, grad in direction.items()}
         total = torch.zeros_like(self.examples_sq)
         for held in self._held:
             total += held.products(along)
         return total * self._factor
+
+    def gradient(self) -> dict[str, Tensor]:
+        """The parameters' ``.grad`` by their names in the model; sharded ones are gathered, on all ranks at once."""
+        grads = {name: parameter.grad for name, parameter in self._parameters.items()}
+        return {
+            name: grad.full_tensor() if isinstance(grad, DTensor) else grad
+            for name, grad in grads.items()
+            if grad is not None
+        }
 
     def moments(self, direction: Mapping[str, Tensor] | None = None, *, leave_one_out: bool = False) -> GradientMoments:
         """`example_moments` of these norms and products, for a step of this one micro-batch on one rank."""

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
 from adabatch.runtime.per_example.rules import RULES, Rule
+from adabatch.runtime.sharding import class_of
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def _visit(module: nn.Module, name: str, rules: Mapping[type[nn.Module], Rule], 
         if isinstance(child, nn.ParameterList | nn.ParameterDict):
             names += [f"{own}.{inner}" for inner, _ in child.named_parameters()]
     if names:
-        known = RULES.get(type(module)) if set(names) <= {"weight", "bias"} else None
-        yield Site(name, module, tuple(names), rules.get(type(module), known))
+        known = RULES.get(class_of(module)) if set(names) <= {"weight", "bias"} else None
+        yield Site(name, module, tuple(names), rules.get(class_of(module), known))
     for own, child in children:
         if not isinstance(child, nn.ParameterList | nn.ParameterDict):
             yield from _visit(child, f"{name}.{own}" if name else own, rules, seen)
@@ -74,8 +76,16 @@ def refuse(model: nn.Module, sites: Sequence[Site]) -> None:
         if reason is not None:
             raise ValueError(f"no per-example gradients through {name or 'the model'}: {reason}")
     for site in sites:
-        source = None if site.rule is not None else _randomness(site.module)
-        if source is not None and any(site.module.get_parameter(own).requires_grad for own in site.names):
+        if site.rule is not None or not any(site.module.get_parameter(own).requires_grad for own in site.names):
+            continue
+        if isinstance(site.module, FSDPModule):
+            raise ValueError(
+                f"no per-example gradients through {site}: it has no rule, so it would run again, and fully_shard was "
+                f"applied to it, which a second run would disturb. Move the parameters {', '.join(site.names)} to a "
+                f"module of their own, or pass a rule for it"
+            )
+        source = _randomness(site.module)
+        if source is not None:
             raise ValueError(
                 f"no per-example gradients through {site}: it has no rule, so it would run again, and "
                 f"{source} in it would draw other random numbers than the step did. Set its probability to "

@@ -21,6 +21,7 @@ from adabatch.batch.moments import GRAD_L1, LAYERS, NOISE, GradientMoments
 from adabatch.runtime.collectives import mean_future
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.layers import Layers, LayerSums
+from adabatch.runtime.probes.micro_batch import IN_PIECES
 from adabatch.runtime.probes.norms import gathered, norms
 from adabatch.runtime.probes.parts import PartSums
 
@@ -116,6 +117,13 @@ class CommHookProbe:
                 "CommHookProbe(model, hook=..., state=...) instead of registering it, and a probe that exists to the "
                 "next AdaptiveBatch"
             ) from error
+        # DDP reduces the first piece of a gradient and forgets the rest. Counted in the first part only, as it costs a
+        # Python call a parameter.
+        self._pieces = [0] * len(parameters)
+        self._counting = [
+            p.register_hook(partial(self._count, number))  # type: ignore[no-untyped-call]
+            for number, p in enumerate(parameters)
+        ]
 
     def _reduce(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         listening = self._listening
@@ -129,6 +137,9 @@ class CommHookProbe:
         else:
             reduced = self._hook(self._state, bucket)
         return reduced.then(partial(self._note, cuts)) if listening else reduced
+
+    def _count(self, number: int, _: Tensor) -> None:
+        self._pieces[number] += self._listening
 
     def _cuts_of(self, bucket: dist.GradBucket) -> list[Cut] | None:  # type: ignore[name-defined]
         """Where each parameter's gradient lies in the bucket; None where that does not matter."""
@@ -155,8 +166,15 @@ class CommHookProbe:
         self._listening = True
 
     def end_part(self, num_examples: float, weight: float) -> None:
-        """It has ended. ``weight`` is the micro-batch's share of this rank's gradient."""
+        """It has ended. ``weight`` is the micro-batch's share of this rank's gradient.
+
+        Raises:
+            RuntimeError: a gradient came in several pieces.
+        """
         self._listening = False
+        self._count_no_more()
+        if max(self._pieces) > 1:
+            raise RuntimeError(IN_PIECES)
         self._sums.join(num_examples, weight)
         if self._before:
             self._sums.close(self._layer_sums.of(self._before))
@@ -170,6 +188,11 @@ class CommHookProbe:
         self._forget()
         return self._sums.numbers(grad_sq, grad_l1=l1)
 
+    def _count_no_more(self) -> None:
+        for handle in self._counting:
+            handle.remove()
+        self._counting.clear()
+
     def _forget(self) -> None:
         self._before.clear()
         self._after.clear()
@@ -182,4 +205,5 @@ class CommHookProbe:
     def remove(self) -> None:
         """Stops measuring; the hook stays on the model, which has no way to give it back."""
         self._listening = False
+        self._count_no_more()
         self._forget()

@@ -13,8 +13,13 @@ from torch import Tensor
 
 from adabatch.batch.moments import GRAD_L1, LAYERS, NOISE, GradientMoments
 from adabatch.runtime.layers import Layers, LayerSums
-from adabatch.runtime.probes.norms import gathered, norms
+from adabatch.runtime.probes.norms import gathered, gradients_of, norms
 from adabatch.runtime.probes.parts import PartSums
+
+IN_PIECES = (
+    "a parameter's gradient came in several pieces in one backward, whose norms do not add up: layers used twice under "
+    "torch.utils.checkpoint need use_reentrant=False"
+)
 
 
 class MicroBatchProbe:
@@ -79,17 +84,14 @@ class MicroBatchProbe:
                 "given to AdaptiveBatch, and not detached?"
             )
         if self._in_pieces:
-            raise RuntimeError(
-                "a parameter's gradient came in several pieces in one backward, whose norms do not add up: layers used "
-                "twice under torch.utils.checkpoint need use_reentrant=False"
-            )
+            raise RuntimeError(IN_PIECES)
         self._sums.join(num_examples, weight)
         self._sums.close(self._layer_sums.of(sorted(self._norms.items())))
         self._norms.clear()
 
     def collect(self) -> Tensor:
         """This rank's share of the sums."""
-        grads = [(index, p.grad) for index, p in enumerate(self._parameters) if p.grad is not None]
+        grads = gradients_of(self._parameters)
         # Every rank holds the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
         dp_size = self._sums.dp_size
         grad_sq = self._layer_sums.of([(index, norms(grad)) for index, grad in grads]) / dp_size

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 BLOCK = 65_536
 """Elements whose squares are added in float32; longer tensors are cut up and their blocks added in float64. Added in
 one go on the CPU, the squares of 10 million normal numbers come out 0.07 % too small."""
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> list[tuple[int, Tensor]]:
+    """The gradients that a step left, each with the number of its parameter.
+
+    Raises:
+        RuntimeError: none.
+    """
+    grads = [(number, p.grad) for number, p in enumerate(parameters) if p.grad is not None]
+    if not grads:
+        raise RuntimeError(
+            "no gradient is left after the step's last backward: call optimizer.step() and zero_grad() after the inner "
+            "loop, and let no optimizer step in the backward"
+        )
+    return grads
 
 
 def norms(grad: Tensor, order: int = 2) -> Tensor:

@@ -13,22 +13,24 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from adabatch.batch.moments import EXAMPLES, INNER_PRODUCTS, LAYERS, NOISE, GradientMoments
 from adabatch.runtime.layers import Layers, LayerSums
 from adabatch.runtime.per_example import ExampleGradients, PerExampleNorms, Rule
-from adabatch.runtime.probes.norms import norms
+from adabatch.runtime.probes.norms import gradients_of, norms
 from adabatch.runtime.probes.parts import PartSums
+from adabatch.runtime.sharding import own_piece
 
 
 class PerExampleProbe:
     """Noise and signal from single examples, in the step's own backward; optionally the noise along the gradient.
 
     Args:
-        model: as the loop calls it, plain or in ``DistributedDataParallel``.
+        model: as the loop calls it: plain, in ``DistributedDataParallel``, or sharded by ``fully_shard``.
         products: also measure inner products, for ``InnerProductTest``, ``OrthogonalityTest`` and
             ``AugmentedInnerProductTest``. The activations of all micro-batches of a step are then held until its
-            gradient is known, so accumulation saves no memory.
+            gradient is known, so accumulation saves no memory; and a sharded gradient is gathered on every rank.
         leave_one_out: compare each example with the mean of the others, ``p_i' = (b p_i - s_i) / (b - 1)``; matters for
             small batches. Needs ``products``.
         rules: rules for module classes of your own.
@@ -92,16 +94,22 @@ class PerExampleProbe:
     def collect(self) -> Tensor:
         """This rank's share of the sums."""
         self._norms.remove()
-        pieces = [(self._number[p], norms(p.grad)) for p in self._parameters if p.grad is not None]
+        shares = [(number, self._share(grad)) for number, grad in gradients_of(self._parameters)]
         products: dict[str, Tensor] = {}
         if self._products:
             sums = torch.zeros(4, dtype=torch.float64, device=self._device)
+            along = self._held[0][1].gradient()
             for each, examples in self._held:
-                p, s = examples.products().double(), examples.examples_sq.double()
+                p, s = examples.products(along).double(), examples.examples_sq.double()
                 sums += each * torch.stack([p.sum(), (p * p).sum(), (p * s).sum(), (s * s).sum()])
             products = dict(zip(("p", "pp", "ps", "ss"), sums.unbind(), strict=True))
             self._held.clear()
-        return self._sums.numbers(self._layer_sums.of(pieces) / self._sums.dp_size, **products)
+        return self._sums.numbers(self._layer_sums.of(shares), **products)
+
+    def _share(self, grad: Tensor) -> Tensor:
+        """Norms of this rank's share of a reduced gradient: its shard, or a dp-th of what all ranks hold."""
+        piece, holders = own_piece(grad)
+        return norms(piece) / math.sqrt(holders if isinstance(grad, DTensor) else self._sums.dp_size)
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks."""

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from adabatch.batch.moments import GRAD_L1, LAYERS, NOISE, GradientMoments
 from adabatch.runtime.collectives import reduce_scatter
 from adabatch.runtime.layers import Layers, LayerSums
-from adabatch.runtime.probes.norms import gathered, norms
+from adabatch.runtime.probes.norms import gathered, gradients_of, norms
 from adabatch.runtime.probes.parts import PartSums
 from adabatch.runtime.sharding import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
 
@@ -243,7 +243,7 @@ class ReduceScatterProbe:
 
     def collect(self) -> Tensor:
         """This rank's share of the sums."""
-        pieces = [(number, *own_piece(p.grad)) for number, p in enumerate(self._parameters) if p.grad is not None]
+        pieces = [(number, *own_piece(grad)) for number, grad in gradients_of(self._parameters)]
         shares = [(number, norms(piece) / math.sqrt(holders)) for number, piece, holders in pieces]
         l1 = None
         if self._record_l1:
