@@ -21,8 +21,10 @@ from adabatch.description import Difference
 from adabatch.optim import AdaGradNorm
 from adabatch.pairs import AdAdaGrad, AdAdaGradNorm, Pair
 from adabatch.preemption import EXIT_PREEMPTED, Preemption
+from adabatch.runtime import local_sgd
 from adabatch.runtime.checkpoint import CheckpointError
 from adabatch.runtime.data import BlockShuffle, FullShuffle, GlobalOrder, ScatteredShuffle, WeightedShuffle
+from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.matrix_owners import across_ranks
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
@@ -59,6 +61,7 @@ __all__ = [
     "Limits",
     "LinearRamp",
     "Loaded",
+    "LocalSGD",
     "MicroBatchProbe",
     "NoiseScale",
     "NormTest",
@@ -82,6 +85,7 @@ __all__ = [
     "examples",
     "gain_steps",
     "load",
+    "local_sgd",
     "lr",
     "save",
     "steps",

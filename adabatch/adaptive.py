@@ -24,6 +24,7 @@ from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_
 from adabatch.runtime.agreement import Agreement
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, advance_epoch, num_examples_in
 from adabatch.runtime.layers import PerLayer
+from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
 from adabatch.runtime.weighing import WeighedFeed
@@ -93,6 +94,8 @@ class AdaptiveBatch:
             ``scaler.step(optimizer)`` and ``scaler.update()`` in the place of ``optimizer.step()``, and
             ``scaler.unscale_(optimizer)`` before you clip. Moments, losses and the journal are unscaled. A step that
             overflows consumes its data, and moves neither the progress of the learning rate nor the averages.
+        local_sgd: the ``LocalSGD`` of this model and optimizer, which averages the workers now and then; a plain model
+            on several processes needs it. Gradients are measured once a round.
         journal: where the first rank writes one JSON line a step.
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. Seen on
             probed steps only.
@@ -124,6 +127,7 @@ class AdaptiveBatch:
         probe: Probe | None = None,
         gradient_sync: GradientSync | None = None,
         scaler: GradScaler | None = None,
+        local_sgd: LocalSGD | None = None,
         journal: str | Path | None = None,
         skip_nonfinite: bool = True,
     ) -> None:
@@ -138,7 +142,10 @@ class AdaptiveBatch:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
-        self._wrapper = wrapper_of(model, gradient_sync, scaler)
+        if local_sgd is None:
+            self._wrapper = wrapper_of(model, gradient_sync, scaler)
+        else:
+            self._wrapper = local_sgd.wrapper(model, optimizer, self, gradient_sync, scaler)
         self._collectives = self._wrapper.collectives
         self._criterion = criterion
         self._control = control or Control()
@@ -161,6 +168,7 @@ class AdaptiveBatch:
             limits,
             criterion,
             dp_size=self._collectives.size,
+            num_compared=self._wrapper.num_compared,
             micro_sizes=micro_batch_sizes(
                 micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
             ),
@@ -179,8 +187,9 @@ class AdaptiveBatch:
         self._in_step = False
 
         # Last, so that a constructor that raises leaves no hook behind.
+        given = None if probe is None else self._wrapper.fit_probe(probe)
         self._probe = suited_probe(
-            model, optimizer, frozenset(needs), given=probe, make=self._wrapper.make_probe, per_layer=per_layer
+            model, optimizer, frozenset(needs), given=given, make=self._wrapper.make_probe, per_layer=per_layer
         )
         try:
             self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
@@ -309,7 +318,7 @@ class AdaptiveBatch:
         portion = feed.take(self._plan)
         if portion is None:
             return
-        probe = self._probe if self._state.until_probe == 0 else None
+        probe = self._probe if self._state.until_probe == 0 and self._wrapper.measures_next() else None
         finish = partial(self._finish, feed=feed)
         step = Step(self._plan, portion, wrapper=self._wrapper, probe=probe, agreement=self._agreement, finish=finish)
         self._in_step = True
@@ -380,7 +389,7 @@ class AdaptiveBatch:
         base = [host_value(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
         shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
         lr = {"base": base, "shape": shape, "factor": update.factor, "applied": rates}
-        self._journal.write({**update.entry, "lr": lr, "applied": applied})
+        self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._wrapper.journal_entry()})
 
     def _flush(self) -> None:
         """Writes down a step whose update never came (a gradient scaler left it out, or it raised)."""

@@ -57,6 +57,10 @@ class Step:
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._weights = portion.weights or Weights(portion.sizes, portion.num_examples)
+        # The ranks' gradients are averaged, so of a rank's own each micro-batch is its share of the whole, times them;
+        # a rank that steps alone has a whole of its own.
+        alone = wrapper.steps_alone()
+        self._whole = sum(self._weights.of_each) if alone else self._weights.total / wrapper.collectives.size
         self._weight = 0.0  # of the micro-batch that is being run, 0 outside the inner loop
         self._num_backward = 0
         self._begun = False
@@ -89,6 +93,7 @@ class Step:
                     f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
                     f"{num_parts} it had been called {self._num_backward} times"
                 )
+        self._wrapper.gradient_ready(sum(self._weights.of_each))
         if self._probe is not None:
             self._measure(self._probe)
         else:
@@ -116,10 +121,7 @@ class Step:
             )
         if self._weight == 0:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
-        # The ranks' gradients are averaged, so of a rank's own each micro-batch is its share of the whole, times them.
-        ranks, whole = self._wrapper.collectives.size, self._weights.total
-        weight = self._weight * ranks / whole
-        parts = whole / (self._weight * ranks)
+        weight, parts = self._weight / self._whole, self._whole / self._weight
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
         share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
         if self._probe is None:
@@ -127,7 +129,7 @@ class Step:
         else:
             self._probe.begin_part()
             self._wrapper.backward.run(share)
-            self._probe.end_part(self._weight * self.portion.num_examples / whole, weight)
+            self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
             value = loss.detach().double() * weight
             self._losses = value if self._losses is None else self._losses + value
         self._num_backward += 1

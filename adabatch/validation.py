@@ -99,11 +99,18 @@ def suited_probe(
 
 
 def limits_and_grid(
-    limits: Limits | None, criterion: Criterion, *, dp_size: int, micro_sizes: tuple[int, ...], in_parts: bool
+    limits: Limits | None,
+    criterion: Criterion,
+    *,
+    dp_size: int,
+    num_compared: int | None,
+    micro_sizes: tuple[int, ...],
+    in_parts: bool,
 ) -> tuple[Limits, PlanGrid]:
     """The limits and the plans that a run can carry out, checked against each other."""
     micro = micro_sizes[0]
-    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if in_parts and dp_size == 1 else 1)
+    alone = (dp_size if num_compared is None else num_compared) == 1
+    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if in_parts and alone else 1)
     smallest = micro * dp_size * grid.min_accumulation
     if limits is None:
         if not isinstance(criterion, Schedule):

@@ -86,7 +86,9 @@ class Collectives:
     def copy_from(self, rank: int, values: Tensor) -> None:
         """Overwrites ``values`` by those of one rank."""
         if self.size > 1:
-            dist.broadcast(values, group=self._one_group(), group_src=rank)
+            sent = values.contiguous()
+            dist.broadcast(sent, group=self._one_group(), group_src=rank)
+            values.copy_(sent)
 
     def copy_from_first(self, values: Tensor) -> None:
         """Overwrites ``values`` by those of rank 0."""
@@ -109,6 +111,15 @@ class Collectives:
         rows = None if values is None else list(values.contiguous())
         dist.scatter(piece, rows, group=self._one_group(), group_src=rank)
         return piece
+
+    def over(self, inner: Collectives) -> Collectives:
+        """All ranks of a grid of which these are the outer dimension, and those of ``inner`` the inner one."""
+        return Collectives(*self._groups, *inner._groups, device=self._device)
+
+    @property
+    def members(self) -> frozenset[int]:
+        """The ranks' numbers in the whole job; empty without process groups."""
+        return frozenset(rank for group in self._groups for rank in dist.get_process_group_ranks(group))
 
     def _one_group(self) -> dist.ProcessGroup:
         assert len(self._groups) == 1, "only reductions go over a grid of groups"

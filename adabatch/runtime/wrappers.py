@@ -38,12 +38,25 @@ class Wrapper(NamedTuple):
         no_sync: a context in which a backward reduces nothing; for every micro-batch of a step but the last.
         make_probe: the probe that suits it.
         backward: how the backward of a micro-batch runs, and what it multiplies gradients by.
+        fit_probe: makes a probe of the user's own measure all ranks, where it would not by itself.
+        num_compared: ranks whose parts are compared with each other; None for all.
+        measures_next: whether the next step's gradient may be measured.
+        steps_alone: whether the next step is taken with this rank's gradient, and not with the mean of all.
+        gradient_ready: called with the weight of this rank's micro-batches (their examples, or what ``steps(weigh=)``
+            says) when a step's gradient is complete, before it is measured.
+        journal_entry: what a step's line in the journal says besides.
     """
 
     collectives: Collectives
     no_sync: Callable[[], AbstractContextManager[Any]]
     make_probe: MakeProbe
     backward: Backward = PLAIN
+    fit_probe: Callable[[Probe], Probe] = lambda probe: probe
+    num_compared: int | None = None
+    measures_next: Callable[[], bool] = lambda: True
+    steps_alone: Callable[[], bool] = lambda: False
+    gradient_ready: Callable[[float], None] = lambda weight: None
+    journal_entry: Callable[[], dict[str, Any]] = dict
 
 
 def wrapper_of(

@@ -1,0 +1,30 @@
+"""Local SGD: workers step on their own and average now and then.
+
+``LocalSGD`` goes around a training loop; the rest are its options: how often (``Fixed``, ``Table``, ``Quadratic``), and
+what becomes of the average (``Average``, ``Nesterov``, ``SlowMo``).
+"""
+
+from adabatch.runtime.local_sgd.averaging import LocalSGD
+from adabatch.runtime.local_sgd.compression import Compression
+from adabatch.runtime.local_sgd.outer import Average, Nesterov, Outer, SlowMo
+from adabatch.runtime.local_sgd.periods import Change, Fixed, Period, Quadratic, RoundStart, Table
+from adabatch.runtime.local_sgd.probe import Spread
+from adabatch.runtime.local_sgd.settings import Measure, Weights
+
+__all__ = [
+    "Average",
+    "Change",
+    "Compression",
+    "Fixed",
+    "LocalSGD",
+    "Measure",
+    "Nesterov",
+    "Outer",
+    "Period",
+    "Quadratic",
+    "RoundStart",
+    "SlowMo",
+    "Spread",
+    "Table",
+    "Weights",
+]

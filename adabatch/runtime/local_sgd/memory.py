@@ -1,0 +1,110 @@
+"""What a worker of local SGD remembers between steps, and how it is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from adabatch.runtime.local_sgd.exchange import Errors
+from adabatch.runtime.local_sgd.settings import Round, Settings
+
+STATE_FORMAT = 1
+
+
+@dataclass
+class Memory:
+    """Where a worker is.
+
+    Args:
+        steps: local steps so far.
+        rounds: averages so far.
+        step_in_round: local steps since the last.
+        examples: consumed by this rank since then.
+        states_agree: whether the optimizers of all workers remember the same.
+        bytes_synchronous: what averaging the gradient at every step would have sent so far.
+        round: the one under way; None before its first step.
+        anchors: where it began, one tensor a parameter, where its end needs them.
+        momenta: of the outer optimizer.
+        errors: of the compression.
+    """
+
+    steps: int = 0
+    rounds: int = 0
+    step_in_round: int = 0
+    examples: float = 0.0
+    states_agree: bool = True
+    bytes_synchronous: int = 0
+    round: Round | None = None
+    anchors: list[Tensor] = field(default_factory=list)
+    momenta: list[Tensor] = field(default_factory=list)
+    errors: Errors = field(default_factory=Errors)
+
+    def end_round(self) -> None:
+        """The next begins with the next step."""
+        self.rounds += 1
+        self.step_in_round, self.examples, self.round = 0, 0.0, None
+
+    def state_dict(self, num_workers: int) -> dict[str, Any]:
+        """Numbers and tensors."""
+        present = self.round if self.step_in_round else None
+        return {
+            "format": STATE_FORMAT,
+            "num_workers": num_workers,
+            **{name: getattr(self, name) for name in _NUMBERS},
+            "local_steps": None if present is None else present.local_steps,
+            "lr": None if present is None else present.lr,
+            "anchors": [] if present is None else list(self.anchors),
+            "momenta": list(self.momenta),
+            "errors": asdict(self.errors),
+        }
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Any], *, num_workers: int, pieces: Sequence[Tensor], settings: Settings
+    ) -> Memory:
+        """The inverse.
+
+        Args:
+            state: what was saved.
+            num_workers: how many there are now.
+            pieces: the parameters, as this rank holds them.
+            settings: of the run that goes on.
+
+        Raises:
+            ValueError: a state of a newer format, of another model, or of another number of workers, where it is of
+                the middle of a round or has compression errors in it.
+        """
+        if state["format"] > STATE_FORMAT:
+            raise ValueError(
+                f"the state of local SGD was saved in format {state['format']}, this version reads up to "
+                f"{STATE_FORMAT}: upgrade adabatch"
+            )
+        device = pieces[0].device
+        errors = Errors(**{name: value.to(device) for name, value in state["errors"].items()})
+        if state["num_workers"] != num_workers and (state["step_in_round"] or errors.sent.numel()):
+            raise ValueError(
+                f"the state was saved by {state['num_workers']} workers, and there are {num_workers}: in the middle of "
+                f"a round, or with compression, resume with as many; or save after synchronize(), uncompressed"
+            )
+        for name in ("anchors", "momenta"):
+            if state[name] and [tensor.shape for tensor in state[name]] != [piece.shape for piece in pieces]:
+                raise ValueError(
+                    f"the {name} in the state have other shapes than the parameters: resume with the model, and the "
+                    f"sharding, that the run began with"
+                )
+        under_way = state["local_steps"] is not None
+        return cls(
+            **{name: state[name] for name in _NUMBERS},
+            round=Round(state["local_steps"], state["lr"], settings.outer, settings.compression, False)
+            if under_way
+            else None,
+            anchors=[tensor.to(device) for tensor in state["anchors"]],
+            momenta=[tensor.to(device) for tensor in state["momenta"]],
+            errors=errors,
+        )
+
+
+_NUMBERS = ("steps", "rounds", "step_in_round", "examples", "states_agree", "bytes_synchronous")

@@ -1,0 +1,137 @@
+"""Outer optimizers: what becomes of the workers' average at the end of a round.
+
+A round takes the workers from the *anchor*, where they all began, to parameters of their own, whose mean is given. The
+way from one to the other is the outer gradient, ``anchor - mean``. All numbers are the same on every worker, so each
+takes the outer step by itself and nothing more is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Outer(Protocol):
+    """An outer optimizer: settings only; its momentum is held by ``LocalSGD``, one tensor a parameter."""
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether it looks at where the round began; if not, the mean is all there is to it."""
+        ...
+
+    def step(
+        self, parameters: Sequence[Tensor], anchors: Sequence[Tensor], momenta: list[Tensor], *, lr: float
+    ) -> None:
+        """Moves ``parameters``, which hold the mean, to where the next round begins, in place.
+
+        Args:
+            parameters, anchors: the mean, and where the round began.
+            momenta: updated in place; empty before the first step.
+            lr: the largest learning rate of the inner optimizer's groups in the round.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Average:
+    """The next round begins at the mean: local SGD itself (Stich 2019)."""
+
+    needs_anchor: bool = False
+
+    def step(
+        self, parameters: Sequence[Tensor], anchors: Sequence[Tensor], momenta: list[Tensor], *, lr: float
+    ) -> None:
+        """Nothing: the mean is there already."""
+
+
+@dataclass(frozen=True)
+class Nesterov:
+    """SGD with Nesterov momentum on the outer gradient, as in DiLoCo.
+
+        m = momentum m + (anchor - mean);  next = anchor - lr ((anchor - mean) + momentum m)
+
+    Args:
+        lr: outer learning rate; 0.7 in DiLoCo. ``lr=1, momentum=0`` is ``Average``.
+        momentum: in [0, 1); 0.9 in DiLoCo.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: Douillard et al. 2023 (DiLoCo), algorithm 1 and section 3.1.
+    """
+
+    lr: float = 0.7
+    momentum: float = 0.9
+    needs_anchor: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.lr, self.momentum)
+
+    @torch.no_grad()
+    def step(
+        self, parameters: Sequence[Tensor], anchors: Sequence[Tensor], momenta: list[Tensor], *, lr: float
+    ) -> None:
+        """The outer step."""
+        begin(momenta, parameters)
+        for parameter, anchor, momentum in zip(parameters, anchors, momenta, strict=True):
+            gradient = anchor - parameter
+            momentum.mul_(self.momentum).add_(gradient)
+            parameter.copy_(anchor.sub(gradient.add_(momentum, alpha=self.momentum), alpha=self.lr))
+
+
+@dataclass(frozen=True)
+class SlowMo:
+    """Slow momentum: heavy-ball momentum on the outer gradient in units of the inner learning rate.
+
+        m = momentum m + (anchor - mean) / inner lr;  next = anchor - lr (inner lr) m
+
+    The momentum keeps its meaning while the inner learning rate changes. ``lr=1, momentum=0`` is ``Average``.
+
+    Args:
+        momentum: in [0, 1); the source finds 0.4 to 0.8 best.
+        lr: outer learning rate; 1 in most of the source.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Source: Wang, Tantia, Ballas, Rabbat 2020 (SlowMo), algorithm 1. Of what it does with the inner optimizer's state,
+    "maintain" is the default of ``LocalSGD`` and "average" its ``average_state``.
+    """
+
+    momentum: float
+    lr: float = 1.0
+    needs_anchor: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.lr, self.momentum)
+
+    @torch.no_grad()
+    def step(
+        self, parameters: Sequence[Tensor], anchors: Sequence[Tensor], momenta: list[Tensor], *, lr: float
+    ) -> None:
+        """The outer step; with an inner rate of zero nobody has moved, and nothing does."""
+        if lr == 0:
+            return
+        begin(momenta, parameters)
+        for parameter, anchor, momentum in zip(parameters, anchors, momenta, strict=True):
+            momentum.mul_(self.momentum).add_(anchor - parameter, alpha=1 / lr)
+            parameter.copy_(anchor.sub(momentum, alpha=self.lr * lr))
+
+
+def begin(momenta: list[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Zeros for every parameter, where there is no momentum yet."""
+    if not momenta:
+        momenta.extend(torch.zeros_like(parameter) for parameter in parameters)
+
+
+def _check(lr: float, momentum: float) -> None:
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"the outer lr must be a positive number, got {lr}: DiLoCo has 0.7, SlowMo 1.0")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"the outer momentum must be in [0, 1), got {momentum}")

@@ -1,0 +1,175 @@
+"""How many local steps a round takes, the H of local SGD: pure functions of what is known when the round begins."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from adabatch.batch.plan import Duration, Progress
+
+NEVER = 2**62
+"""Local steps beyond any run: the round ends with the training."""
+
+
+class RoundStart(NamedTuple):
+    """What is known when a round begins.
+
+    Args:
+        progress: what the run's applied updates consumed so far.
+        lr: the largest learning rate of the optimizer's groups, as the first local step will apply it.
+        peak_lr: the same without its shape: the base LR times the batch factor.
+    """
+
+    progress: Progress
+    lr: float
+    peak_lr: float
+
+
+@runtime_checkable
+class Period(Protocol):
+    """Says how long a round is."""
+
+    @property
+    def durations(self) -> tuple[Duration, ...]:
+        """What it compares progress with."""
+        ...
+
+    def local_steps(self, start: RoundStart) -> int:
+        """Local steps of the round that begins, at least 1."""
+        ...
+
+
+def check_period(name: str, steps: int) -> None:
+    """That a number of local steps can be one.
+
+    Raises:
+        ValueError: anything but a whole number of at least 1.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(
+            f"{name} must be a whole number of at least 1 local step, got {steps!r}: 1 averages at every step, 8 at "
+            f"every eighth"
+        )
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Always the same number of local steps; what a plain number stands for.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    sync_every: int
+
+    def __post_init__(self) -> None:
+        check_period("sync_every", self.sync_every)
+
+    @property
+    def durations(self) -> tuple[Duration, ...]:
+        """None."""
+        return ()
+
+    def local_steps(self, start: RoundStart) -> int:
+        """The constant."""
+        return self.sync_every
+
+
+@dataclass(frozen=True)
+class Change:
+    """From ``after`` on, rounds of ``sync_every`` local steps."""
+
+    after: Duration
+    sync_every: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """A first number of local steps, then another from each milestone on.
+
+    A milestone inside a round counts from the next round on.
+
+    Args:
+        first: local steps of a round until the first milestone.
+        then: the milestones, ascending, all in one unit.
+
+    Raises:
+        ValueError: numbers below 1, milestones of mixed units or out of order.
+    """
+
+    first: int
+    then: Sequence[Change]
+
+    def __post_init__(self) -> None:
+        check_period("first", self.first)
+        for change in self.then:
+            check_period("sync_every", change.sync_every)
+        ends = [change.after for change in self.then]
+        if len({end.unit for end in ends}) > 1:
+            raise ValueError(f"the milestones of a table must share one unit, got {', '.join(map(str, ends))}")
+        if any(a.count >= b.count for a, b in itertools.pairwise(ends)):
+            raise ValueError(f"the milestones of a table must ascend, got {', '.join(map(str, ends))}")
+
+    @property
+    def durations(self) -> tuple[Duration, ...]:
+        """The milestones."""
+        return tuple(change.after for change in self.then)
+
+    def local_steps(self, start: RoundStart) -> int:
+        """The number of the last milestone passed."""
+        steps = self.first
+        for change in self.then:
+            if start.progress.reached(change.after):
+                steps = change.sync_every
+        return steps
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """Rounds that grow as the learning rate falls: ``H = max(base, floor((alpha / lr)^2))``.
+
+    While the learning rate warms up it is small too, for another reason; then the peak stands in its place, and H is
+    that of the first round after the warm-up. A rate of zero makes one round of the rest of the run.
+
+    Args:
+        alpha: growth coefficient, in units of the learning rate: at ``lr = alpha`` the rule asks for one step, at a
+            quarter of it for sixteen. To be tuned.
+        base: fewest local steps of a round.
+        warmup: how long the learning rate warms up.
+        longest: most local steps of a round; None for no limit.
+
+    Raises:
+        ValueError: an ``alpha`` that is not positive, ``base`` below 1 or above ``longest``.
+
+    Source: Gu, Lyu, Arora, Zhang, Huang 2024, "A Quadratic Synchronization Rule for Distributed Deep Learning".
+    """
+
+    alpha: float
+    base: int
+    warmup: Duration | None = None
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha must be a positive number, in units of the learning rate, got {self.alpha}")
+        check_period("base", self.base)
+        if self.longest is not None and self.longest < self.base:
+            raise ValueError(f"longest={self.longest} is below base={self.base}: no round could have its length")
+
+    @property
+    def durations(self) -> tuple[Duration, ...]:
+        """The warm-up, where there is one."""
+        return () if self.warmup is None else (self.warmup,)
+
+    def local_steps(self, start: RoundStart) -> int:
+        """The rule's number, inside ``base`` and ``longest``."""
+        warming_up = self.warmup is not None and not start.progress.reached(self.warmup)
+        lr = start.peak_lr if warming_up else start.lr
+        most = NEVER if self.longest is None else self.longest
+        # (alpha / lr)^2 >= most, without dividing by a rate of zero.
+        if self.alpha >= math.sqrt(most) * lr:
+            return most
+        return max(self.base, math.floor((self.alpha / lr) ** 2))

@@ -1,0 +1,101 @@
+"""The noise of the gradient under local SGD, where nobody forms the gradient of all workers.
+
+Any probe of one worker serves: it measures this worker's parts. What has to be added is the gradient that they are
+parts of. Across workers that is the mean of all workers' gradients, one reduction as large as the model. Within a
+worker it is the worker's own gradient, whose spread needs no vector of anybody else; then each worker estimates noise
+and signal by itself, without bias, and a few numbers are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from adabatch.batch.moments import GradientMoments
+from adabatch.runtime.local_sgd.exchange import Exchange
+from adabatch.runtime.local_sgd.replica import Replica
+from adabatch.runtime.probes.protocol import Probe
+
+Spread = Literal["across", "within"]
+"""Whose parts are compared: those of all workers, or those of each worker by itself."""
+
+
+class WorkerProbe:
+    """A probe of one worker, made to measure all of them.
+
+    Args:
+        inner: measures this worker; with the ranks of a sharded worker.
+        replica: whose gradients the inner probe reads.
+        exchange: carries them.
+        num_workers: how many there are.
+        worker_size: ranks that share one worker's model.
+        across: asked at every probed step: whether to compare the parts of all workers.
+        averaged: asked when a step's gradient is complete: whether it is the mean of all workers already.
+    """
+
+    def __init__(
+        self,
+        inner: Probe,
+        replica: Replica,
+        exchange: Exchange,
+        *,
+        num_workers: int,
+        worker_size: int,
+        across: Callable[[], bool],
+        averaged: Callable[[], bool],
+    ) -> None:
+        self.gives = inner.gives
+        self._inner = inner
+        self._replica = replica
+        self._exchange = exchange
+        self._num_workers = num_workers
+        self._worker_size = worker_size
+        self._across = across
+        self._averaged = averaged
+        self._whole = False
+        self._share = 1.0
+
+    def start(self, dp_size: int) -> None:
+        """A probed step begins."""
+        self._whole = self._across()
+        # A probe of plain models divides what all ranks hold alike by their number, so it may count all workers. One
+        # of sharded models adds up shards: it counts its own worker's, and the workers' numbers are averaged.
+        alike = self._whole and self._worker_size == 1
+        self._share = 1.0 if alike else 1 / self._num_workers
+        self._inner.start(dp_size if alike else self._worker_size)
+
+    def begin_part(self) -> None:
+        """The backward of a micro-batch begins."""
+        self._inner.begin_part()
+
+    def end_part(self, num_examples: float, weight: float) -> None:
+        """It has ended. ``weight`` is the micro-batch's share of this worker's gradient."""
+        self._inner.end_part(num_examples, weight)
+
+    def collect(self) -> Tensor:
+        """This rank's numbers; across workers, after one reduction of their gradients."""
+        if not self._whole or self._averaged():
+            return self._inner.collect() * self._share
+        mean = self._replica.mean_gradients(self._exchange, weight=1 / self._num_workers)
+        with self._replica.with_gradients(mean):
+            return self._inner.collect() * self._share
+
+    def moments(self, totals: list[float]) -> GradientMoments:
+        """The step's moments: of the global gradient, or of one worker's as an average of all."""
+        moments = self._inner.moments(totals)
+        return self._of_all(moments) if self._whole and self._worker_size > 1 else moments
+
+    def _of_all(self, moments: GradientMoments) -> GradientMoments:
+        """What is known of one sharded worker, of all."""
+        layers = moments.layers
+        return moments._replace(
+            num_examples=moments.num_examples * self._num_workers,
+            num_parts=moments.num_parts * self._num_workers,
+            layers=None if layers is None else {name: self._of_all(layer) for name, layer in layers.items()},
+        )
+
+    def remove(self) -> None:
+        """Takes every hook off the model."""
+        self._inner.remove()

@@ -1,0 +1,127 @@
+"""What a worker holds of a model under local SGD, and what of it is averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from adabatch.runtime.local_sgd.exchange import Exchange
+from adabatch.runtime.sharding import own_piece
+
+COUNT = "step"
+"""What optimizers call their count of steps, equal on all workers: not averaged."""
+
+
+class Replica:
+    """The model of one worker; of a sharded one, what this rank holds of it.
+
+    Args:
+        model: plain, or sharded by ``fully_shard`` over the ranks of the worker.
+        optimizer: whose parameters are averaged.
+
+    Raises:
+        ValueError: a model in ``DistributedDataParallel``, or an optimizer of another model.
+        TypeError: an optimizer that is none.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            raise ValueError(
+                "the model is in DistributedDataParallel, which averages the gradients of all workers at every step: "
+                "give LocalSGD the plain model (model.module), or shard it inside a node with fully_shard"
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) in held]
+        if not self.parameters:
+            raise ValueError(
+                f"the optimizer holds none of the model's parameters that require a gradient: build the "
+                f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
+            )
+        self.device = own_piece(self.parameters[0])[0].device
+        self._model = model
+        self._optimizer = optimizer
+
+    def pieces(self) -> list[Tensor]:
+        """The parameters, or this rank's shards of them; to be changed in place."""
+        return [own_piece(p.detach())[0] for p in self.parameters]
+
+    def buffers(self) -> list[Tensor]:
+        """The model's buffers of real numbers, such as running averages; others count alike on all workers."""
+        return [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
+
+    def everything(self) -> list[Tensor]:
+        """All that must be equal where training begins: parameters, those that do not train among them, and buffers."""
+        return [own_piece(each.detach())[0] for each in (*self._model.parameters(), *self._model.buffers())]
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The real numbers that the optimizer remembers (momentum, second moments), by place and name."""
+        return {
+            f"{index}.{name}": own_piece(value)[0]
+            for index, parameter in enumerate(self.parameters)
+            for name, value in sorted(self._optimizer.state.get(parameter, {}).items())
+            if isinstance(value, Tensor) and value.is_floating_point() and name != COUNT
+        }
+
+    @torch.no_grad()
+    def mean_gradients(self, exchange: Exchange, *, weight: float) -> list[Tensor | None]:
+        """The mean of the workers' gradients, one a parameter; None where no worker has any.
+
+        Raises:
+            ValueError: a sparse gradient.
+        """
+        grads = [p.grad for p in self.parameters]
+        if any(grad is not None and grad.is_sparse for grad in grads):
+            raise ValueError(
+                "a gradient is sparse, which local SGD does not average: use dense gradients (sparse=False of "
+                "nn.Embedding), or, where they are averaged for the noise only, spread='within'"
+            )
+        pieces = [
+            torch.zeros_like(own_piece(p)[0]) if grad is None else own_piece(grad)[0].clone()
+            for p, grad in zip(self.parameters, grads, strict=True)
+        ]
+        present = torch.tensor([grad is not None for grad in grads], dtype=torch.float32)
+        shares = present.to(pieces[0])
+        exchange.mean([*pieces, shares], weight=weight)
+        if not present.all():
+            present = shares.cpu()  # host sync: what this worker lacks, another may have
+        return [
+            _as_gradient(p, piece) if share > 0 else None
+            for p, piece, share in zip(self.parameters, pieces, present.tolist(), strict=True)
+        ]
+
+    @contextmanager
+    def with_gradients(self, gradients: Sequence[Tensor | None]) -> Iterator[None]:
+        """The parameters have these gradients for the time of the block."""
+        own = [p.grad for p in self.parameters]
+        self.put_gradients(gradients)
+        try:
+            yield
+        finally:
+            self.put_gradients(own)
+
+    def put_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """The parameters have these gradients from now on."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+def _as_gradient(parameter: Tensor, piece: Tensor) -> Tensor:
+    """This rank's piece of a gradient in the form that the parameter has."""
+    if not isinstance(parameter, DTensor):
+        return piece
+    return DTensor.from_local(
+        piece,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )

@@ -1,0 +1,115 @@
+"""The settings of local SGD, checked, and what they make of a round that begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+from adabatch.batch.plan import Duration
+from adabatch.runtime.local_sgd.compression import Compression
+from adabatch.runtime.local_sgd.outer import Average, Outer
+from adabatch.runtime.local_sgd.periods import Fixed, Period, RoundStart, check_period
+from adabatch.runtime.local_sgd.probe import Spread
+
+Weights = Literal["examples", "equal"]
+"""What the share of a worker in the average follows."""
+
+Measure = Literal["first", "last"]
+"""The local step of a round at which the gradient is measured."""
+
+
+class Round(NamedTuple):
+    """What is fixed when a round begins.
+
+    Args:
+        local_steps: steps of each worker until the average.
+        lr: largest learning rate of the optimizer's groups at its first step.
+        outer: the outer optimizer at its end.
+        compression: of what is exchanged at its end.
+        by_gradient: the workers average the gradient of its only step instead of what came of it.
+    """
+
+    local_steps: int
+    lr: float
+    outer: Outer
+    compression: Compression
+    by_gradient: bool
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether its end looks back at its beginning."""
+        return self.outer.needs_anchor or self.compression != "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What ``LocalSGD`` was given; see there.
+
+    Raises:
+        ValueError: an unknown word.
+        TypeError: a period, an outer optimizer or a duration that is none.
+    """
+
+    period: Period
+    outer: Outer
+    warmup: Duration | None
+    average_state: bool
+    compression: Compression
+    weights: Weights
+    measure: Measure
+    spread: Spread
+
+    def __post_init__(self) -> None:
+        words = {"compression": Compression, "weights": Weights, "measure": Measure, "spread": Spread}
+        for name, allowed in words.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        if isinstance(self.period, type) or not isinstance(self.period, Period):
+            raise TypeError(
+                f"sync_every must be a number of local steps, or Fixed, Table or Quadratic of adabatch.local_sgd, got "
+                f"{self.period!r}"
+            )
+        if isinstance(self.outer, type) or not isinstance(self.outer, Outer):
+            raise TypeError(
+                f"outer must be Average(), Nesterov() or SlowMo() of adabatch.local_sgd, got {self.outer!r}"
+            )
+        if self.warmup is not None and not isinstance(self.warmup, Duration):
+            raise TypeError(f"warmup must be a duration, such as adabatch.steps({self.warmup!r}), got {self.warmup!r}")
+
+    @property
+    def durations(self) -> tuple[Duration, ...]:
+        """What progress is compared with."""
+        return (*self.period.durations, *(() if self.warmup is None else (self.warmup,)))
+
+    def begin(self, start: RoundStart, *, states_agree: bool) -> Round:
+        """The round that begins.
+
+        Args:
+            start: what is known then.
+            states_agree: the optimizers of all workers remember the same, so that the same gradient takes them the same
+                way.
+
+        Raises:
+            ValueError: a period of the user's own that gives no number of steps.
+        """
+        if self.warmup is not None and not start.progress.reached(self.warmup):
+            return Round(1, start.lr, Average(), "none", states_agree)
+        local_steps = self.period.local_steps(start)
+        check_period("sync_every", local_steps)
+        plain = isinstance(self.outer, Average) and self.compression == "none"
+        return Round(local_steps, start.lr, self.outer, self.compression, local_steps == 1 and plain and states_agree)
+
+    def words(self) -> list[str]:
+        """The settings as all ranks write them."""
+        return [_words(getattr(self, name)) for name in self.__dataclass_fields__]
+
+
+def period_of(sync_every: int | Period | Any) -> Period:
+    """A number stands for rounds that are all alike."""
+    return Fixed(sync_every) if isinstance(sync_every, int | float) else sync_every  # type: ignore[arg-type]
+
+
+def _words(setting: object) -> str:
+    """Of a class of the user's own its name only, as the rest may be an address."""
+    plain = setting is None or is_dataclass(setting) or isinstance(setting, str | int)
+    return repr(setting) if plain else type(setting).__name__
