@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adabatch.runtime.per_example import (
     Dense,
+    ExampleGradients,
     Outer,
     PerExampleNorms,
     RandomState,
@@ -77,15 +78,29 @@ def assert_close(examples_sq: Tensor, products: Tensor, gradients: Tensor, toler
     assert torch.all((products.double() - gradients @ mean).abs() <= tolerance * lengths)
 
 
+def assert_coordinates(model: nn.Module, examples: ExampleGradients, gradients: Tensor, tolerance: float) -> None:
+    """Sums of squares of each coordinate, relative to the largest of the parameter."""
+    assert examples.coordinates_sq is not None
+    found = {examples.parameter(name): squares for name, squares in examples.coordinates_sq.items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    pieces = gradients.square().sum(0).split([p.numel() for p in trained])
+    for p, expected in zip(trained, pieces, strict=True):
+        squares = found.get(p, torch.zeros_like(p)).double().flatten()
+        assert torch.all((squares - expected).abs() <= 4 * tolerance * expected.max())
+
+
 def measure_and_compare(model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = mean_square, tolerance: float) -> None:
     norms = PerExampleNorms(model, products=True)
-    alone = PerExampleNorms(model)  # may take the norms another way where it need not hold anything
+    # May take the norms another way where it need not hold anything.
+    alone = PerExampleNorms(model, coordinates=True)
     for num_examples in (len(x), len(x) - 1):  # a changed batch on the same hooks
         batch, targets = x[:num_examples], y[:num_examples]
         gradients = looped_gradients(model, batch, targets, loss)
         alone.start()
         loss(model(batch), targets).backward()
-        squares = alone.finish().examples_sq
+        found = alone.finish()
+        squares = found.examples_sq
+        assert_coordinates(model, found, gradients, tolerance)
         model.zero_grad()
         norms.start()
         loss(model(batch), targets).backward()

@@ -78,6 +78,10 @@ class Contribution(ABC):
     def dense(self, part: slice) -> Tensor:
         """``g_i`` itself for the examples of ``part``, shape (length of part, *parameter.shape)."""
 
+    def coordinate_squares(self) -> Tensor | None:
+        """``sum_i g_i^2`` of each coordinate, shape (*parameter.shape), where it takes less than the gradients."""
+        return None
+
 
 @dataclass(frozen=True)
 class Dense(Contribution):
@@ -157,6 +161,11 @@ class Outer(Contribution):
     def dense(self, part: slice) -> Tensor:
         return torch.bmm(wide(self.rows[part]).mT, wide(self.cols[part]))
 
+    def coordinate_squares(self) -> Tensor | None:
+        if self.rows.shape[1] > 1:
+            return None
+        return wide(self.rows[:, 0]).square().mT @ wide(self.cols[:, 0]).square()
+
 
 @dataclass(frozen=True)
 class Lookup(Contribution):
@@ -182,10 +191,19 @@ class Lookup(Contribution):
         return self.num_rows <= self.index.shape[1]
 
     def squares(self) -> Tensor:
-        """Sums the positions of an example that looked up the same row, in a table as long as the sequence.
+        """Sums the positions of an example that looked up the same row, in a table as long as the sequence."""
+        return squared_sums(self._row_sums()[0])
+
+    def coordinate_squares(self) -> Tensor | None:
+        sums, rows = self._row_sums()
+        table = sums.new_zeros(self.num_rows, sums.shape[2])
+        return table.index_add_(0, rows.flatten(), sums.flatten(0, 1).square())
+
+    def _row_sums(self) -> tuple[Tensor, Tensor]:
+        """Sums over an example's positions of one row, and that row; zeros behind them, and row 0.
 
         Sorting gives the distinct rows of each example consecutive numbers without asking the device how many
-        there are.
+        there are. Shapes (num_examples, num_positions, width) and (num_examples, num_positions).
         """
         num_examples, num_positions = self.index.shape
         ordered, order = self.index.sort(dim=1)
@@ -196,7 +214,8 @@ class Lookup(Contribution):
         slot = torch.empty_like(order).scatter_(1, order, number)
         sums = wide(torch.zeros_like(self.values)).flatten(0, 1)
         sums.index_add_(0, slot.flatten(), wide(self.values).flatten(0, 1))
-        return squared_sums(sums.view(num_examples, num_positions, -1))
+        rows = torch.zeros_like(ordered).flatten().scatter_(0, number.flatten(), ordered.flatten())
+        return sums.view(num_examples, num_positions, -1), rows.view_as(ordered)
 
     def products(self, direction: Tensor) -> Tensor:
         along = F.embedding(self.index, wide(direction))
@@ -341,6 +360,27 @@ def combined_squares(contributions: Sequence[Contribution], parameter_size: int)
             for part in chunks(merged[0].num_examples, parameter_size)
         ]
     )
+
+
+def coordinate_squares(contributions: Sequence[Contribution], shape: torch.Size) -> Tensor:
+    """``sum_i g_i^2`` of each coordinate of a parameter that the calls share, from a run of examples at a time.
+
+    Args:
+        contributions: all of the micro-batch's contributions to one parameter, at least one.
+        shape: of the parameter.
+    """
+    first, *others = contributions
+    if not others:
+        directly = first.coordinate_squares()
+        if directly is not None:
+            return directly.view(shape)
+    total: Tensor | None = None
+    for part in chunks(first.num_examples, shape.numel()):
+        gradients = sum((one.dense(part) for one in others), start=first.dense(part))
+        squares = gradients.square().sum(0)
+        total = squares if total is None else total + squares
+    assert total is not None
+    return total.view(shape)
 
 
 def _inner(outer: Outer, lookup: Lookup) -> Tensor:

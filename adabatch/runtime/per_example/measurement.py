@@ -23,6 +23,7 @@ from adabatch.runtime.per_example.contributions import (
     Contribution,
     Dense,
     combined_squares,
+    coordinate_squares,
     squared_sums,
     wide,
 )
@@ -101,12 +102,21 @@ class Measurement:
         num_examples: examples in the micro-batch; None to read it off the model's first argument.
         hold: keep what inner products need.
         check: compare the sum of the examples' gradients with each parameter's own.
+        coordinates: add up the squares of each coordinate too.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], num_examples: int | None, *, hold: bool, check: bool
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        num_examples: int | None,
+        *,
+        hold: bool,
+        check: bool,
+        coordinates: bool = False,
     ) -> None:
         self.squares: dict[str, Tensor] = {}
+        self.coordinates: dict[str, Tensor] | None = {} if coordinates else None
         self.held: list[Held] | None = [] if hold else None
         self.parameters: dict[str, nn.Parameter] = {}
         self.num_examples = num_examples
@@ -279,6 +289,10 @@ class Measurement:
         runs: list[dict[str, Tensor]] = []
         for run in replay.gradients():
             runs.append({own: squared_sums(values) for own, values in run.items()})
+            if self.coordinates is not None:
+                for own, values in run.items():
+                    squares = wide(values).square().sum(0)
+                    self.coordinates[keys[own]] = squares + self.coordinates.get(keys[own], 0)
             if self._checks is not None:
                 for own, values in run.items():
                     self._sums[keys[own]] = values.sum(0) + self._sums.get(keys[own], 0)
@@ -311,7 +325,10 @@ class Measurement:
             if len(contributions) == 1 and contributions[0].dense_is_smaller:
                 contributions = [Dense(contributions[0].dense(slice(0, contributions[0].num_examples)))]
             self.held.extend(_HeldContribution(name, one) for one in contributions)
-        self._put(name, combined_squares(contributions, self.parameters[name].numel()))
+        shape = self.parameters[name].shape
+        self._put(name, combined_squares(contributions, shape.numel()))
+        if self.coordinates is not None:
+            self.coordinates[name] = coordinate_squares(contributions, shape)
 
     def _put(self, name: str, squares: Tensor) -> None:
         if name in self.squares:

@@ -8,7 +8,7 @@ is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -34,18 +34,20 @@ class ExampleGradients:
     Args:
         examples_sq: ``s_i = |g_i|^2``, shape (num_examples,), float32 or float64, on the model's device.
         parameters_sq: each parameter's share of ``examples_sq``, by its name in the model, same shape.
+        coordinates_sq: ``sum_i g_i^2`` of each coordinate, by the parameter's name and in its shape; None where not
+            measured.
     """
 
     examples_sq: Tensor
     parameters_sq: Mapping[str, Tensor]
+    coordinates_sq: Mapping[str, Tensor] | None
     _factor: float
     _held: Sequence[Held] | None
     _parameters: Mapping[str, nn.Parameter]
 
-    def by_parameter(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its share of ``examples_sq``."""
-        for name, square in self.parameters_sq.items():
-            yield self._parameters[name], square
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of that name."""
+        return self._parameters[name]
 
     @torch.no_grad()
     def products(self, direction: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -125,6 +127,9 @@ class PerExampleNorms:
             parameter's own gradient, which costs a third of a step and a host sync, once. It finds parameters
             that are used outside the module that owns them, and tables of positions that look like examples.
         rules: rules for the user's own classes of modules; they take precedence.
+        coordinates: also add up the squares of each coordinate over the examples, 4 bytes a parameter. Except
+            for linear maps of single positions and embeddings, the examples' gradients are formed for it, a few
+            at a time, each of them the work of a weight gradient's share.
 
     Raises:
         ValueError: a module that couples the examples (batch normalisation in training mode), has its
@@ -145,7 +150,9 @@ class PerExampleNorms:
         products: bool = False,
         check: bool = True,
         rules: Mapping[type[nn.Module], Rule] = MappingProxyType({}),
+        coordinates: bool = False,
     ) -> None:
+        self._coordinates = coordinates
         self._model = model
         self._sites = find_sites(model, rules)
         self._products = products
@@ -167,7 +174,14 @@ class PerExampleNorms:
         if self._measurement is not None:
             raise RuntimeError("a micro-batch is under way: call finish() after its backward, or remove()")
         refuse(self._model, self._sites)
-        self._measurement = Measurement(self._model, self._sites, num_examples, hold=self._products, check=self._check)
+        self._measurement = Measurement(
+            self._model,
+            self._sites,
+            num_examples,
+            hold=self._products,
+            check=self._check,
+            coordinates=self._coordinates,
+        )
 
     def finish(self, *, loss_scale: float = 1.0) -> ExampleGradients:
         """Takes the hooks off and gives what the backward left: call it after that backward.
@@ -189,9 +203,12 @@ class PerExampleNorms:
         assert measurement.num_examples is not None
         factor = measurement.num_examples / loss_scale
         squares = {name: square * factor**2 for name, square in measurement.squares.items()}
+        coordinates = measurement.coordinates
+        if coordinates is not None:
+            coordinates = {name: square * factor**2 for name, square in coordinates.items()}
         held = None if measurement.held is None else tuple(measurement.held)
         total = torch.stack(list(squares.values())).sum(0)
-        return ExampleGradients(total, squares, factor, held, measurement.parameters)
+        return ExampleGradients(total, squares, coordinates, factor, held, measurement.parameters)
 
     def remove(self) -> None:
         """Takes every hook off and forgets a measurement under way; nothing of it stays on the model."""
