@@ -208,5 +208,5 @@ def test_an_optimizer_that_steps_in_the_backward_is_refused() -> None:
     probe.begin_part()
     model(torch.ones(2, 6)).mean().backward()
     probe.end_part(2, 1.0)
-    with pytest.raises(RuntimeError, match="no gradient is left .* let no optimizer step in the backward"):
+    with pytest.raises(RuntimeError, match=r"no gradient is left .* let no optimizer step in the backward"):
         probe.collect()
