@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, decide
 from adabatch.batch.criteria import Criterion, Observation
-from adabatch.batch.moments import EXAMPLES, GRAD_L1, LAYERS, NOISE
+from adabatch.batch.moments import EUCLIDEAN, EXAMPLES, GRAD_L1, LAYERS, NOISE, norm_in
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.journal import Journal, line
@@ -156,7 +156,7 @@ class AdaptiveBatch:
 
         self._follow = frozenset(follow)
         needs = set(criterion.needs)
-        if lr_rule in NOISE_RULES or monitor:
+        if (lr_rule in NOISE_RULES or monitor) and norm_in(needs) == EUCLIDEAN:
             needs.add(NOISE)
         if record_l1:
             needs.add(GRAD_L1)

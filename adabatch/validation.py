@@ -10,11 +10,12 @@ from torch.optim import AdamW, NAdam, Optimizer
 
 from adabatch.batch.control import UNLIMITED, Limits
 from adabatch.batch.criteria import Criterion
-from adabatch.batch.moments import GRAD_L1, INNER_PRODUCTS, LAYERS
+from adabatch.batch.moments import EUCLIDEAN, GRAD_L1, INNER_PRODUCTS, LAYERS, norm_in, quantile_in
 from adabatch.batch.plan import PlanGrid
 from adabatch.batch.schedules import Schedule
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.layers import PerLayer, layers_of
+from adabatch.runtime.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers import MakeProbe
 
@@ -56,12 +57,19 @@ def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
             )
 
 
-WAYS_OUT = {
-    INNER_PRODUCTS: "another probe, such as PerExampleProbe(model, products=True)",
-    GRAD_L1: "a probe made with record_l1=True",
-    LAYERS: "a probe made with layers=",
-}
-"""What to use where a probe does not give something."""
+def _way_out(need: str) -> str:
+    """What to use where a probe does not give something."""
+    norm, quantile = norm_in([need]), quantile_in([need])
+    if norm != EUCLIDEAN:
+        return f"a probe made with norm= for {norm!r}, as the one is that is chosen where none is given"
+    if quantile is not None:
+        return f"a probe made with quantile={quantile}, as the one is that is chosen where none is given"
+    others = {
+        INNER_PRODUCTS: "another probe, such as PerExampleProbe(model, products=True)",
+        GRAD_L1: "a probe made with record_l1=True",
+        LAYERS: "a probe made with layers=",
+    }
+    return others.get(need, "another probe")
 
 
 def suited_probe(
@@ -84,8 +92,13 @@ def suited_probe(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
             f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
         )
-    layers = layers_of(model, optimizer, per_layer) if per_layer is not None and given is None else None
-    probe = given or make(parameters, record_l1=GRAD_L1 in needs, layers=layers)
+    probe = given or make(
+        parameters,
+        record_l1=GRAD_L1 in needs,
+        layers=None if per_layer is None else layers_of(model, optimizer, per_layer),
+        norm=norm_of(norm_in(needs), optimizer),
+        quantile=quantile_in(needs),
+    )
     missing = needs - probe.gives
     if missing:
         if given is None:
@@ -93,7 +106,7 @@ def suited_probe(
         raise ValueError(
             f"the run needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
             f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or "
-            f"{' and '.join(WAYS_OUT.get(need, 'another probe') for need in sorted(missing))}"
+            f"{' and '.join(_way_out(need) for need in sorted(missing))}"
         )
     return probe
 

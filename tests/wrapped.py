@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -97,7 +97,52 @@ def measured(
     return moments
 
 
-def part_by_part(
+class Parts(NamedTuple):
+    """The gradients of a step's parts, each computed on its own on a plain model; float64.
+
+    Args:
+        grads: shape (num_parts, d).
+        counts: examples in each.
+        weights: of each in the step's gradient, shape (num_parts,).
+        where: the coordinates of each parameter.
+        model: the plain model.
+    """
+
+    grads: Tensor
+    counts: list[int]
+    weights: Tensor
+    where: dict[Tensor, Tensor]
+    model: nn.Module
+
+    @property
+    def mean(self) -> Tensor:
+        """The step's gradient, shape (d,)."""
+        return (self.weights[:, None] * self.grads).sum(0)
+
+    @property
+    def squares(self) -> Tensor:
+        """``S_c``, shape (d,)."""
+        return (self.weights[:, None] * self.grads.square()).sum(0)
+
+    def moments(self, columns: Tensor | None = None, image: Tensor | None = None) -> GradientMoments:
+        """Of some coordinates, in the norm of the gradients multiplied by ``image``, shape (d,)."""
+        every = torch.arange(self.grads.shape[1]) if columns is None else columns
+        times = torch.ones(self.grads.shape[1]) if image is None else image
+        seen, mean = (self.grads * times)[:, every], (self.mean * times)[every]
+        squares, grad_sq = seen.square().sum(1).numpy(), float(mean.square().sum())
+        return from_parts(squares, self.counts, grad_sq, weights=self.weights.numpy())
+
+    def layers(self) -> dict[str, Tensor]:
+        """The coordinates of each module's own parameters; tied ones belong to the first."""
+        left, found = dict(self.where), {}
+        for name, module in self.model.named_modules():
+            own = [left.pop(p) for p in module.parameters(recurse=False) if p in left]
+            if own:
+                found[name] = torch.cat(own)
+        return found
+
+
+def parts_of(
     case: Case,
     sizes: Sequence[int],
     ranks: int,
@@ -105,8 +150,9 @@ def part_by_part(
     joined: bool = False,
     examples: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> GradientMoments:
-    """The oracle: the gradient of each part on its own, on a plain model; sums in float64.
+    model: nn.Module | None = None,
+) -> Parts:
+    """The parts of a step.
 
     Args:
         case: model and loss.
@@ -115,8 +161,9 @@ def part_by_part(
         joined: the micro-batches of a rank are one part.
         examples: each example is one.
         dtype: of model and data.
+        model: with other weights than the case has at first.
     """
-    model = made(case, dtype)
+    model = made(case, dtype) if model is None else model
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = []
     for rank in range(ranks):
@@ -133,21 +180,16 @@ def part_by_part(
         counts, weights = [sum(sizes)] * ranks, torch.full((ranks,), 1 / ranks, dtype=torch.float64)
     if examples:
         counts, weights = [1] * len(rows), torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-    flat = parts.flatten(0, 1)  # (num_parts, d)
-    mean = (weights[:, None] * flat).sum(0)
+    flat = parts.flatten(0, 1)
+    where = dict(zip(parameters, torch.arange(flat.shape[1]).split([p.numel() for p in parameters]), strict=True))
+    return Parts(flat, counts, weights, where, model)
 
-    def moments_of(columns: Tensor) -> GradientMoments:
-        squares, grad_sq = flat[:, columns].square().sum(1).numpy(), float(mean[columns].square().sum())
-        return from_parts(squares, counts, grad_sq, weights=weights.numpy())
 
-    every = torch.arange(flat.shape[1])
-    where = dict(zip(parameters, every.split([p.numel() for p in parameters]), strict=True))
-    layers = {}
-    for name, module in model.named_modules():
-        own = [where.pop(p) for p in module.parameters(recurse=False) if p in where]
-        if own:
-            layers[name] = moments_of(torch.cat(own))
-    return moments_of(every)._replace(grad_l1=float(mean.abs().sum()), layers=layers)
+def part_by_part(case: Case, sizes: Sequence[int], ranks: int, **options: Any) -> GradientMoments:
+    """The oracle: the moments of ``parts_of``, with those of the layers and the l1 norm."""
+    parts = parts_of(case, sizes, ranks, **options)
+    layers = {name: parts.moments(columns) for name, columns in parts.layers().items()}
+    return parts.moments()._replace(grad_l1=float(parts.mean.abs().sum()), layers=layers)
 
 
 def check(found: GradientMoments, oracle: GradientMoments, tolerance: float = EXACT) -> None:
@@ -160,7 +202,7 @@ def check(found: GradientMoments, oracle: GradientMoments, tolerance: float = EX
     assert found.num_parts == oracle.num_parts
     for name in ("part_size", "num_examples"):
         assert getattr(found, name) == pytest.approx(getattr(oracle, name), rel=1e-12), name
-    for name in ("part_sq", "grad_sq", "grad_l1"):
+    for name in ("part_sq", "grad_sq", "grad_l1", "grad_l2", "noise_at_quantile"):
         if getattr(found, name) is not None:
             assert getattr(found, name) == pytest.approx(getattr(oracle, name), rel=tolerance), name
     if oracle.num_parts > 1:

@@ -75,6 +75,14 @@ class Collectives:
         _all_gather(rows.view(-1), row.contiguous(), group=self._one_group())
         return rows
 
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        """Sum over the ranks of ``values``, shape (size * n,), of which this rank gets its piece, shape (n,)."""
+        if self.size == 1:
+            return values
+        output = values.new_empty(values.numel() // self.size)
+        _reduce_scatter(output, values, op=dist.ReduceOp.SUM, group=self._one_group())
+        return output
+
     def exchange(self, rows: Tensor) -> Tensor:
         """Row r of ``rows``, shape (size, n), goes to rank r; what comes back are the rows for this rank, by sender."""
         if self.size == 1:
@@ -231,6 +239,14 @@ def workers_of(place: dist.ProcessGroup | DeviceMesh | None, *, device: torch.de
     if dist.is_available() and dist.is_initialized():
         return Collectives(*([dist.group.WORLD] if dist.group.WORLD else []), device=device)
     return Collectives(device=device)
+
+
+def shards_and_replicas(mesh: DeviceMesh, num_shards: int) -> tuple[Collectives, Collectives]:
+    """Of a data-parallel mesh, the ranks between which parameters are cut, and those that hold the same pieces."""
+    groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    shards = groups[-1:] if num_shards > 1 else []
+    device = torch.device(mesh.device_type)
+    return Collectives(*shards, device=device), Collectives(*groups[: len(groups) - len(shards)], device=device)
 
 
 def _groups_of(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, ...]:

@@ -83,8 +83,8 @@ def layers_of(model: nn.Module, optimizer: Optimizer, per_layer: PerLayer) -> La
 
 
 def _inner_name(name: str) -> str:
-    words = name.removeprefix("module").removeprefix(".").split(".")  # what DDP puts first
-    return ".".join(word for word in words if word not in WRAPPERS)
+    words = [word for word in name.split(".") if word not in WRAPPERS]
+    return ".".join(words[1:] if words[:1] == ["module"] else words)  # what DDP puts first
 
 
 class LayerSums:

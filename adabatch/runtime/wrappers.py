@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, Unpack, get_args
 
 from torch import Tensor, nn
@@ -95,7 +96,8 @@ def _replicated(model: DistributedDataParallel, gradient_sync: GradientSync) -> 
             "gradient_sync='each' is for FSDP2: DistributedDataParallel would reduce the sum of a step again at every "
             "micro-batch, and save nothing; leave it out"
         )
-    return Wrapper(collectives_of(model), model.no_sync, MicroBatchProbe)
+    collectives = collectives_of(model)
+    return Wrapper(collectives, model.no_sync, partial(MicroBatchProbe, collectives=collectives))
 
 
 def _sharded(model: nn.Module, gradient_sync: GradientSync) -> Wrapper:

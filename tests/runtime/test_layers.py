@@ -44,7 +44,8 @@ def test_modules_are_named_as_inside_their_wrappers() -> None:
     expected = {"Scaled": 1, "first": 36, "extra": 6, "head": 7}
     assert sizes(layers_of(model, SGD(model.parameters()), "module"), model) == expected
     compiled = torch.compile(model, backend="aot_eager")
-    for wrapped in (compiled, nn.ModuleDict({"module": compiled})):
+    around = nn.ModuleDict({"module": compiled})  # as DDP names its inside
+    for wrapped in (compiled, around, torch.compile(nn.ModuleDict({"module": model}), backend="aot_eager")):
         found = sizes(layers_of(wrapped, SGD(wrapped.parameters()), "module"), wrapped)
         assert {**found, "Scaled": found.pop(type(wrapped).__name__, 1)} == expected
 

@@ -14,7 +14,19 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, LocalSGD, NormTest, Progress, examples, steps
+from adabatch import (
+    AdaptiveBatch,
+    Constant,
+    CoordinateNormTest,
+    GlobalOrder,
+    Limits,
+    LocalSGD,
+    NoiseScale,
+    NormTest,
+    Progress,
+    examples,
+    steps,
+)
 from adabatch.batch.plan import tokens
 from adabatch.runtime.local_sgd import (
     Average,
@@ -266,6 +278,11 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
             model, optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=4, max=64),
             local_sgd=LocalSGD(model, optimizer, sync_every=4, spread="within"),
         )  # fmt: skip
+    options: dict[str, Any] = {"micro_batch_size": 4, "limits": Limits(min=8, max=64), "local_sgd": local}
+    with pytest.raises(ValueError, match=r"does not measure noise in the norm sign.*such as NormTest"):
+        AdaptiveBatch(model, optimizer, NoiseScale(norm="sign"), **options)
+    with pytest.raises(ValueError, match=r"does not measure coordinates at quantile 0.5"):
+        AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.5), **options)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from adabatch.batch.moments import EUCLIDEAN, norm_in, quantile_in
 from adabatch.batch.plan import Duration, Progress
 from adabatch.runtime.collectives import Collectives, collectives_of, workers_of
 from adabatch.runtime.local_sgd.compression import Compression
@@ -25,7 +26,7 @@ from adabatch.runtime.local_sgd.probe import Spread, WorkerProbe
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.settings import Measure, Round, Settings, Weights, period_of
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
-from adabatch.runtime.probes.protocol import Probe, ProbeOptions
+from adabatch.runtime.probes.protocol import Probe, ProbeOptions, given_with
 from adabatch.runtime.scheduler import ProgressSource
 from adabatch.runtime.sharding import is_sharded
 from adabatch.runtime.wrappers import GradientSync, Wrapper, wrapper_of
@@ -341,6 +342,7 @@ class LocalSGD:
         self._source = source
 
         def make_probe(parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
+            _check_gives(given_with(**options))
             return self._measured(inner.make_probe(parameters, **options))
 
         return inner._replace(
@@ -355,6 +357,7 @@ class LocalSGD:
         )
 
     def _measured(self, probe: Probe) -> Probe:
+        _check_gives(probe.gives)
         return WorkerProbe(
             probe,
             self._replica,
@@ -402,6 +405,17 @@ class LocalSGD:
             state, num_workers=self._workers.size, pieces=self._replica.pieces(), settings=self._settings
         )
         self._exchange.bytes_sent = state["bytes_sent"]
+
+
+def _check_gives(gives: frozenset[str]) -> None:
+    """That what a probe gives of one worker adds up to what it gives of all."""
+    for need in gives:
+        if norm_in([need]) != EUCLIDEAN or quantile_in([need]) is not None:
+            raise ValueError(
+                f"local SGD does not measure {need}: the optimizers of the workers hold states of their own, and no "
+                f"gradient of all is formed coordinate by coordinate; use a criterion in the Euclidean norm, such as "
+                f"NormTest or NoiseScale()"
+            )
 
 
 def _who(

@@ -17,13 +17,14 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from adabatch.batch.moments import GRAD_L1, LAYERS, NOISE, GradientMoments
+from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import mean_future
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.layers import Layers, LayerSums
 from adabatch.runtime.probes.micro_batch import IN_PIECES
 from adabatch.runtime.probes.norms import gathered, norms
 from adabatch.runtime.probes.parts import PartSums
+from adabatch.runtime.probes.protocol import given_with
 
 Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]  # type: ignore[name-defined]
 """How DDP reduces a bucket: the second argument of ``DistributedDataParallel.register_comm_hook``."""
@@ -100,7 +101,7 @@ class CommHookProbe:
         self._hook = hook
         self._state = self._group if state is None else state
         self._plain_when_probed = plain_when_probed
-        self.gives = frozenset({NOISE, *([GRAD_L1] if record_l1 else []), *([LAYERS] if layers else [])})
+        self.gives = given_with(record_l1=record_l1, layers=layers)
         self._record_l1 = record_l1
         self._listening = False
         # Appended to from the threads of the backward and of the process group; a step's norms are all there once its

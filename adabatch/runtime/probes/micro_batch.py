@@ -11,10 +11,13 @@ from functools import partial
 
 from torch import Tensor
 
-from adabatch.batch.moments import GRAD_L1, LAYERS, NOISE, GradientMoments
-from adabatch.runtime.layers import Layers, LayerSums
-from adabatch.runtime.probes.norms import gathered, gradients_of, norms
-from adabatch.runtime.probes.parts import PartSums
+from adabatch.batch.moments import GradientMoments
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.layers import Layers
+from adabatch.runtime.metrics import ProbeNorm
+from adabatch.runtime.probes.coordinates import SINGLE
+from adabatch.runtime.probes.gauge import Gauge
+from adabatch.runtime.probes.norms import gradients_of
 
 IN_PIECES = (
     "a parameter's gradient came in several pieces in one backward, whose norms do not add up: layers used twice under "
@@ -32,22 +35,45 @@ class MicroBatchProbe:
         parameters: those whose gradients are measured; the ones that do not require a gradient are left out.
         record_l1: measure the l1 norm of the step's gradient too, in one more pass over it.
         layers: measure each of them as well; costs nothing but 16 bytes a layer in the reduction.
+        norm: of noise and signal, the Euclidean one by default: a ``Metric`` such as ``AdamMetric(optimizer)``, or
+            "sign". What they cost is told by ``NoiseScale``.
+        quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which tells what it costs.
+        collectives: of the data-parallel ranks, over which coordinates are added up for "sign" and for a quantile;
+            ``collectives_of(model)``. Not needed on one rank, or for anything else.
 
     Raises:
         ValueError: no parameter requires a gradient, or one that does is in no layer.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], *, record_l1: bool = False, layers: Layers | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        record_l1: bool = False,
+        layers: Layers | None = None,
+        norm: ProbeNorm | None = None,
+        quantile: float | None = None,
+        collectives: Collectives = SINGLE,
+    ) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         if not self._parameters:
             raise ValueError(
                 "the model has no parameter that requires a gradient: there is nothing to train or measure"
             )
-        self._device = self._parameters[0].device
-        self.gives = frozenset({NOISE, *([GRAD_L1] if record_l1 else []), *([LAYERS] if layers else [])})
-        self._record_l1 = record_l1
-        self._layer_sums = LayerSums(self._parameters, layers, device=self._device)
-        self._sums = PartSums(1, device=self._device)
+        self._gauge = Gauge(
+            self._parameters,
+            owner=self,
+            device=self._parameters[0].device,
+            whole_parts=True,
+            same=collectives,
+            record_l1=record_l1,
+            layers=layers,
+            norm=norm,
+            quantile=quantile,
+        )
+        self.gives = self._gauge.gives
+        self._ranks = collectives
+        self._squares: dict[int, Tensor] = {}
         self._norms: dict[int, Tensor] = {}
         self._in_pieces = False
         self._listening = False
@@ -59,15 +85,27 @@ class MicroBatchProbe:
     def _listen(self, index: int, grad: Tensor) -> None:
         if self._listening:
             self._in_pieces |= index in self._norms
-            self._norms[index] = norms(grad)
+            self._norms[index] = self._gauge.norms(index, grad)
+            if self._gauge.coordinates is not None:
+                self._squares[index] = self._gauge.coordinates.squared(grad)
 
     def start(self, dp_size: int) -> None:
-        """A probed step begins."""
-        self._sums = PartSums(dp_size, device=self._device, layers=self._layer_sums.names)
+        """A probed step begins.
+
+        Raises:
+            ValueError: coordinates are to be measured on several ranks, and no collectives over them were given.
+        """
+        if self._gauge.coordinates is not None and self._ranks.size != dp_size:
+            raise ValueError(
+                f"the squares of coordinates are to be added up over {dp_size} ranks, and the probe was given "
+                f"collectives over {self._ranks.size}: use MicroBatchProbe(..., collectives=collectives_of(model))"
+            )
+        self._gauge.start(dp_size)
 
     def begin_part(self) -> None:
         """The backward of a micro-batch begins."""
         self._norms.clear()
+        self._squares.clear()
         self._in_pieces = False
         self._listening = True
 
@@ -85,22 +123,20 @@ class MicroBatchProbe:
             )
         if self._in_pieces:
             raise RuntimeError(IN_PIECES)
-        self._sums.join(num_examples, weight)
-        self._sums.close(self._layer_sums.of(sorted(self._norms.items())))
+        sums, coordinates = self._gauge.sums, self._gauge.coordinates
+        sums.join(num_examples, weight)
+        while self._squares and coordinates is not None:
+            coordinates.add(*self._squares.popitem(), sums.share)
+        self._gauge.close(sorted(self._norms.items()))
         self._norms.clear()
 
     def collect(self) -> Tensor:
         """This rank's share of the sums."""
-        grads = gradients_of(self._parameters)
-        # Every rank holds the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
-        dp_size = self._sums.dp_size
-        grad_sq = self._layer_sums.of([(index, norms(grad)) for index, grad in grads]) / dp_size
-        l1 = gathered([norms(grad, 1) for _, grad in grads], self._device).sum() / dp_size if self._record_l1 else None
-        return self._sums.numbers(grad_sq, grad_l1=l1)
+        return self._gauge.collect(gradients_of(self._parameters), holders=self._gauge.sums.dp_size)
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks."""
-        return self._sums.moments(totals)
+        return self._gauge.moments(totals)
 
     def remove(self) -> None:
         """Takes every hook off the model."""

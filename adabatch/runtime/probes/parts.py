@@ -6,10 +6,13 @@ accumulated since the one before.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from adabatch.batch.moments import GradientMoments
+from adabatch.batch.moments import EUCLIDEAN, GradientMoments, from_signs
 
 
 class PartSums:
@@ -24,14 +27,25 @@ class PartSums:
         device: of the gradients' norms.
         layers: names of the layers whose sums are taken apart; none for those of all parameters together.
         examples: parts are single examples, and what is shown of a micro-batch is ``W^2`` times their mean square.
+        norm: of the sums. For "sign" those of the parts are of deviations, and those of the gradient l1 norms.
+        known: whether the norm is known in this step; where it is not, there are no parts in it, and no noise.
     """
 
     def __init__(
-        self, dp_size: int, *, device: torch.device, layers: tuple[str, ...] = (), examples: bool = False
+        self,
+        dp_size: int,
+        *,
+        device: torch.device,
+        layers: tuple[str, ...] = (),
+        examples: bool = False,
+        norm: str = EUCLIDEAN,
+        known: bool = True,
     ) -> None:
         self.dp_size = dp_size
         self.num_parts = 0
         self._examples = examples
+        self._norm = norm
+        self._known = known
         self._layers = layers
         self._part_sq = torch.zeros(max(1, len(layers)), dtype=torch.float64, device=device)
         self._inverse_part_size = 0.0
@@ -45,20 +59,32 @@ class PartSums:
         self._weight += weight
         self._spread += weight * weight / num_examples
 
-    def close(self, seen_sq: Tensor) -> None:
-        """The open part ends: ``seen_sq``, shape (num_layers,), were the squared norms of what it showed."""
-        self._part_sq += seen_sq / (self._weight * self.dp_size)
+    @property
+    def share(self) -> float:
+        """What squares that the open part shows are multiplied by in the sums."""
+        return 1 / (self._weight * self.dp_size)
+
+    def close(self, seen_sq: Tensor | None) -> None:
+        """The open part ends: ``seen_sq``, shape (num_layers,), were the squared norms of what it showed.
+
+        None where the sums over parts are given to ``numbers``.
+        """
+        if seen_sq is not None:
+            self._part_sq += seen_sq / (self._weight * self.dp_size)
         self._inverse_part_size += self._spread / (self._weight * self.dp_size)
         self._inverse_num_examples += self._spread / self.dp_size**2
         self.num_parts += 1
         self._weight = self._spread = 0.0
 
-    def numbers(self, grad_sq: Tensor, **others: Tensor | None) -> Tensor:
+    def numbers(self, grad: Tensor, *, parts: Tensor | None = None, **others: Tensor | None) -> Tensor:
         """What the ranks add up, shape (k,): few float64 numbers.
 
         Args:
-            grad_sq: this rank's share of the squared norms of the step's gradient, shape (num_layers,).
-            others: its share of other sums by their name, shape (); None where not measured.
+            grad: this rank's share of the squared norms of the step's gradient, or of its l1 norms, shape
+                (num_layers,).
+            parts: its share of the sums over parts, shape (num_layers,), where parts were closed without.
+            others: its share of other sums by their name, shape (); None where not measured. Of these ``moments`` reads
+                ``grad_l1``, ``grad_l2_sq``, and ``ratio``, the quantile over coordinates.
 
         Raises:
             RuntimeError: no part was seen.
@@ -70,8 +96,8 @@ class PartSums:
             )
         # new_full() fills on the device; a tensor of host numbers would be copied there, and the copy waited for.
         named = {
-            "part_sq": self._part_sq,
-            "grad_sq": grad_sq,
+            "parts": self._part_sq if parts is None else parts,
+            "grad": grad,
             "inverse_part_size": self._part_sq.new_full((1,), self._inverse_part_size),
             "inverse_num_examples": self._part_sq.new_full((1,), self._inverse_num_examples),
             **{name: value.view(1) for name, value in others.items() if value is not None},
@@ -88,19 +114,26 @@ class PartSums:
         """The step's moments from the numbers of all ranks, added up."""
         found = self.named(totals)
         num_examples = 1 / found["inverse_num_examples"][0]
+        part_size = 1.0 if self._examples else 1 / found["inverse_part_size"][0]
+        num_parts = round(num_examples) if self._examples else self.num_parts * self.dp_size
 
-        def moments_of(part_sq: float, grad_sq: float) -> GradientMoments:
-            return GradientMoments(
-                part_sq=part_sq,
-                part_size=1.0 if self._examples else 1 / found["inverse_part_size"][0],
-                grad_sq=grad_sq,
-                num_examples=num_examples,
-                num_parts=round(num_examples) if self._examples else self.num_parts * self.dp_size,
-            )
+        def moments_of(parts: float, grad: float) -> GradientMoments:
+            counted = num_parts if self._known else 0
+            if self._norm == "sign":
+                return from_signs(parts, grad, part_size=part_size, num_examples=num_examples, num_parts=counted)
+            return GradientMoments(parts, part_size, grad, num_examples, counted, norm=self._norm)
 
-        layers = None
+        whole = moments_of(sum(found["parts"]), sum(found["grad"]))
+        others: dict[str, Any] = {}
         if self._layers:
-            sums = zip(self._layers, found["part_sq"], found["grad_sq"], strict=True)
-            layers = {name: moments_of(part_sq, grad_sq) for name, part_sq, grad_sq in sums}
-        whole = moments_of(sum(found["part_sq"]), sum(found["grad_sq"]))
-        return whole._replace(grad_l1=found["grad_l1"][0] if "grad_l1" in found else None, layers=layers)
+            sums = zip(self._layers, found["parts"], found["grad"], strict=True)
+            others["layers"] = {name: moments_of(parts, grad) for name, parts, grad in sums}
+        if "grad_l1" in found:
+            others["grad_l1"] = found["grad_l1"][0]
+        if "grad_l2_sq" in found:
+            others["grad_l2"] = math.sqrt(found["grad_l2_sq"][0])
+        if "ratio" in found:
+            # Of a deviation of parts; what the noise of examples is to it does not depend on the coordinate.
+            times = GradientMoments(1.0, part_size, 0.0, num_examples, num_parts).noise
+            others["noise_at_quantile"] = found["ratio"][0] * times * whole.grad_sq
+        return whole._replace(**others)

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from adabatch.batch.moments import EXAMPLES, INNER_PRODUCTS, LAYERS, NOISE, GradientMoments
-from adabatch.runtime.layers import Layers, LayerSums
+from adabatch.batch.moments import EXAMPLES, INNER_PRODUCTS, GradientMoments
+from adabatch.runtime.collectives import collectives_of
+from adabatch.runtime.layers import Layers
+from adabatch.runtime.metrics import ProbeNorm, name_of
 from adabatch.runtime.per_example import ExampleGradients, PerExampleNorms, Rule
-from adabatch.runtime.probes.norms import gradients_of, norms
-from adabatch.runtime.probes.parts import PartSums
-from adabatch.runtime.sharding import own_piece
+from adabatch.runtime.probes.coordinates import SINGLE
+from adabatch.runtime.probes.gauge import Gauge
+from adabatch.runtime.probes.norms import gradients_of
+from adabatch.runtime.sharding import is_sharded, own_piece
 
 
 class PerExampleProbe:
@@ -35,10 +38,15 @@ class PerExampleProbe:
             small batches. Needs ``products``.
         rules: rules for module classes of your own.
         layers: measure each of them as well.
+        norm: of noise and signal, the Euclidean one by default: "sign", or a diagonal ``Metric`` such as
+            ``AdamMetric(optimizer)``. What they cost is told by ``NoiseScale``. Not beside ``products``, which are
+            Euclidean.
+        quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which tells what it costs.
 
     Raises:
         ValueError: a module that couples the examples of a micro-batch (batch normalization), ``leave_one_out``
-            without ``products``, or a trainable parameter in no layer.
+            without ``products``, ``products`` beside a norm, a trainable parameter in no layer, a metric that is not
+            diagonal, or a norm or quantile of a sharded model.
 
     The loss must be a mean over the examples of the micro-batch.
 
@@ -53,24 +61,44 @@ class PerExampleProbe:
         leave_one_out: bool = False,
         rules: Mapping[type[nn.Module], Rule] = MappingProxyType({}),
         layers: Layers | None = None,
+        norm: ProbeNorm | None = None,
+        quantile: float | None = None,
     ) -> None:
         if leave_one_out and not products:
             raise ValueError("leave_one_out corrects inner products: pass products=True with it")
-        gives = {NOISE, EXAMPLES, *([INNER_PRODUCTS] if products else []), *([LAYERS] if layers else [])}
-        self.gives = frozenset(gives)
-        self._norms = PerExampleNorms(model, products=products, rules=rules)
+        if products and norm is not None:
+            raise ValueError(
+                f"inner products are Euclidean, and noise in the norm {name_of(norm)!r} is not: pass one of norm= and "
+                f"products=True"
+            )
+        of_coordinates = norm is not None or quantile is not None
+        if of_coordinates and is_sharded(model):
+            raise ValueError(
+                "single examples of a sharded model do not give norm= or quantile=: every rank would hold the squares "
+                "of all its coordinates; use ReduceScatterProbe, or the model in DistributedDataParallel"
+            )
+        self._norms = PerExampleNorms(model, products=products, rules=rules, coordinates=of_coordinates)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._number = {p: number for number, p in enumerate(self._parameters)}
         self._device = self._parameters[0].device
-        self._layer_sums = LayerSums(self._parameters, layers, device=self._device)
-        self._sums = PartSums(1, device=self._device)
+        self._gauge = Gauge(
+            self._parameters,
+            owner=self,
+            device=self._device,
+            same=collectives_of(model) if of_coordinates else SINGLE,
+            examples=True,
+            layers=layers,
+            norm=norm,
+            quantile=quantile,
+        )
+        self.gives = self._gauge.gives | ({EXAMPLES, INNER_PRODUCTS} if products else {EXAMPLES})
         self._products = products
         self._leave_one_out = leave_one_out
         self._held: list[tuple[float, ExampleGradients]] = []
 
     def start(self, dp_size: int) -> None:
         """A probed step begins."""
-        self._sums = PartSums(dp_size, device=self._device, layers=self._layer_sums.names, examples=True)
+        self._gauge.start(dp_size)
         self._held.clear()
         self._norms.remove()  # a step that was broken off left it listening
         self._norms.start()
@@ -83,18 +111,23 @@ class PerExampleProbe:
         examples = self._norms.finish(loss_scale=weight)
         self._norms.start()
         count = examples.examples_sq.shape[0]  # the parts are the examples themselves, whatever they count for
+        sums, whole = self._gauge.sums, weight * weight / count
+        sums.join(count, weight)
+        if self._gauge.coordinates is not None:
+            assert examples.coordinates_sq is not None
+            for name, square in examples.coordinates_sq.items():
+                number = self._number[examples.parameter(name)]
+                self._gauge.coordinates.add(number, square.flatten(), sums.share * whole)
         squares = [(0, examples.examples_sq)]
-        if self._layer_sums.names:
-            squares = [(self._number[p], square) for p, square in examples.by_parameter()]
-        self._sums.join(count, weight)
-        self._sums.close(self._layer_sums.of(squares, power=1) * (weight * weight / count))
+        if self._gauge.layer_sums.names:
+            squares = [(self._number[examples.parameter(n)], each) for n, each in examples.parameters_sq.items()]
+        self._gauge.close(squares, power=1, factor=whole)
         if self._products:
-            self._held.append((weight / self._sums.dp_size / count, examples))
+            self._held.append((weight / sums.dp_size / count, examples))
 
     def collect(self) -> Tensor:
         """This rank's share of the sums."""
         self._norms.remove()
-        shares = [(number, self._share(grad)) for number, grad in gradients_of(self._parameters)]
         products: dict[str, Tensor] = {}
         if self._products:
             sums = torch.zeros(4, dtype=torch.float64, device=self._device)
@@ -104,19 +137,18 @@ class PerExampleProbe:
                 sums += each * torch.stack([p.sum(), (p * p).sum(), (p * s).sum(), (s * s).sum()])
             products = dict(zip(("p", "pp", "ps", "ss"), sums.unbind(), strict=True))
             self._held.clear()
-        return self._sums.numbers(self._layer_sums.of(shares), **products)
-
-    def _share(self, grad: Tensor) -> Tensor:
-        """Norms of this rank's share of a reduced gradient: its shard, or a dp-th of what all ranks hold."""
-        piece, holders = own_piece(grad)
-        return norms(piece) / math.sqrt(holders if isinstance(grad, DTensor) else self._sums.dp_size)
+        grads = gradients_of(self._parameters)
+        sharded = isinstance(grads[0][1], DTensor)
+        pieces = [(number, own_piece(grad)[0]) for number, grad in grads]
+        holders = own_piece(grads[0][1])[1] if sharded else self._gauge.sums.dp_size
+        return self._gauge.collect(pieces, holders=holders, **products)
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks."""
-        moments = self._sums.moments(totals)
+        moments = self._gauge.moments(totals)
         if not self._products:
             return moments
-        found = self._sums.named(totals)
+        found = self._gauge.sums.named(totals)
         p, pp, ps, ss = (found[name][0] for name in ("p", "pp", "ps", "ss"))
         return moments._replace(noise_along=self._noise_along(moments.part_sq, moments.num_examples, p, pp, ps, ss))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import Protocol, TypedDict, Unpack, runtime_checkable
 
 from torch import Tensor
 
-from adabatch.batch.moments import GradientMoments
+from adabatch.batch.moments import GRAD_L1, LAYERS, GradientMoments, coordinates_at, noise_in
 from adabatch.runtime.layers import Layers
+from adabatch.runtime.metrics import ProbeNorm, name_of
 
 
 class ProbeOptions(TypedDict, total=False):
@@ -16,10 +17,26 @@ class ProbeOptions(TypedDict, total=False):
     Args:
         record_l1: the l1 norm of the step's gradient.
         layers: noise and signal of each of them.
+        norm: of noise and signal; the Euclidean one by default.
+        quantile: over coordinates, of their noise over their squared gradient.
     """
 
     record_l1: bool
     layers: Layers | None
+    norm: ProbeNorm | None
+    quantile: float | None
+
+
+def given_with(**options: Unpack[ProbeOptions]) -> frozenset[str]:
+    """What a probe with these options gives, in the words of ``Criterion.needs``."""
+    norm, quantile = options.get("norm"), options.get("quantile")
+    l1 = options.get("record_l1") or norm == "sign"
+    return frozenset(
+        [noise_in(name_of(norm))]
+        + [GRAD_L1] * bool(l1)
+        + [LAYERS] * (options.get("layers") is not None)
+        + ([] if quantile is None else [coordinates_at(quantile)])
+    )
 
 
 @runtime_checkable

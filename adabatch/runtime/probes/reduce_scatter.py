@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from adabatch.batch.moments import GRAD_L1, LAYERS, NOISE, GradientMoments
-from adabatch.runtime.collectives import reduce_scatter
-from adabatch.runtime.layers import Layers, LayerSums
-from adabatch.runtime.probes.norms import gathered, gradients_of, norms
-from adabatch.runtime.probes.parts import PartSums
+from adabatch.batch.moments import GradientMoments
+from adabatch.runtime.collectives import reduce_scatter, shards_and_replicas
+from adabatch.runtime.layers import Layers
+from adabatch.runtime.metrics import ProbeNorm
+from adabatch.runtime.probes.gauge import Gauge
+from adabatch.runtime.probes.norms import gradients_of, norms
 from adabatch.runtime.sharding import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
 
 TOO_LONG = 1.05
@@ -55,15 +56,20 @@ class PlainReduceScatter:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What was seen of a gradient on its way into a reduction.
+    """What was seen of a gradient on its way into a reduction. A column of it is one element of each rank's shard.
 
     Args:
-        norms: its norms, shape (num_blocks,); those of its columns, one an element of a shard, where parameters are
-            told apart.
+        num_columns: elements of a shard.
+        norms: its norms, shape (num_blocks,); those of its columns, where parameters are told apart; None where no norm
+            of the parts is asked for.
+        squares: of its columns' elements for this rank's shard, added up over the shards' ranks, shape (num_columns,);
+            None where coordinates are not measured.
         numbers: the parameters in it, in the order in which they lie there; empty where they are not told apart.
     """
 
-    norms: Tensor
+    num_columns: int
+    norms: Tensor | None
+    squares: Tensor | None
     numbers: list[int]
 
 
@@ -128,14 +134,17 @@ class ReduceScatterProbe:
         record_l1: measure the l1 norm of the step's gradient too, in one more pass over this rank's shard.
         layers: measure each of them as well. Norms of the columns of each buffer are then held until the micro-batch is
             over, 4 bytes for each element of this rank's shards.
+        norm: of noise and signal, the Euclidean one by default: "sign", or a diagonal ``Metric`` such as
+            ``AdamMetric(optimizer)``. What they cost is told by ``NoiseScale``.
+        quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which tells what it costs.
         gradient_divide_factor: what ``FSDPModule.set_gradient_divide_factor`` was called with, the same on every unit.
         inner: the reduce-scatter that the model had, where it was set with ``set_custom_reduce_scatter``. Buffers from
             the process group's own allocator (``set_allocate_memory_from_process_group_for_comm``) are not supported.
 
     Raises:
         ValueError: a torch older than 2.9, a model that is not sharded, or not by data parallelism alone, a unit with
-            several parameter groups (``shard_placement_fn`` with meshes of its own), a factor that is not positive, or
-            a trainable parameter in no layer.
+            several parameter groups (``shard_placement_fn`` with meshes of its own), a factor that is not positive, a
+            trainable parameter in no layer, or a metric that is not diagonal.
     """
 
     def __init__(
@@ -144,6 +153,8 @@ class ReduceScatterProbe:
         *,
         record_l1: bool = False,
         layers: Layers | None = None,
+        norm: ProbeNorm | None = None,
+        quantile: float | None = None,
         gradient_divide_factor: float | None = None,
         inner: ReduceScatter | None = None,
     ) -> None:
@@ -157,16 +168,24 @@ class ReduceScatterProbe:
             raise ValueError(f"gradient_divide_factor must be positive, got {gradient_divide_factor}")
         mesh = data_parallel_mesh(model)
         self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-        self._device = torch.device(mesh.device_type)
         self._scale = 1.0 if gradient_divide_factor is None else mesh.size() / gradient_divide_factor
-        self.gives = frozenset({NOISE, *([GRAD_L1] if record_l1 else []), *([LAYERS] if layers else [])})
-        self._record_l1 = record_l1
-        self._layer_sums = LayerSums(self._parameters, layers, device=self._device)
+        self._num_shards = shards_in(mesh, self._parameters)
+        self._shards, self._replicas = shards_and_replicas(mesh, self._num_shards)
+        self._gauge = Gauge(
+            self._parameters,
+            owner=self,
+            device=torch.device(mesh.device_type),
+            same=self._replicas,
+            others=self._shards,
+            record_l1=record_l1,
+            layers=layers,
+            norm=norm,
+            quantile=quantile,
+        )
+        self.gives = self._gauge.gives
         self._units = list(units.values())
         self._inner = PlainReduceScatter() if inner is None else inner
-        self._num_shards = shards_in(mesh, self._parameters)
         self._measured = {name: _Measured(self._inner, self._num_shards, self._see) for name in units}
-        self._sums = PartSums(mesh.size(), device=self._device)
         self._open: Reduction | None = None
         set_so_far = []
         try:
@@ -178,18 +197,25 @@ class ReduceScatterProbe:
                 _set(unit, self._inner)
             raise
         self._handles: list[Any] = []
-        if layers is not None:  # FSDP2 runs these hooks after each reduction, in the order of the parameters in it
+        if layers is not None or self._gauge.coordinates is not None:
+            # FSDP2 runs these hooks after each reduction, in the order of the parameters in it.
             self._handles = [
                 p.register_post_accumulate_grad_hook(partial(self._was_in, number))  # type: ignore[no-untyped-call]
                 for number, p in enumerate(self._parameters)
             ]
 
     def _see(self, filled: Tensor) -> Reduction:
+        num_columns = filled.numel() // self._num_shards
         if not self._handles:
-            return Reduction(norms(filled), [])
+            return Reduction(num_columns, norms(filled), None, [])
         dtype = torch.float64 if filled.dtype is torch.float64 else torch.float32
-        columns = torch.linalg.vector_norm(filled.view(self._num_shards, -1), dim=0, dtype=dtype)
-        self._open = Reduction(columns, [])
+        columns = squares = None
+        if self._gauge.parts_are_norms:
+            columns = torch.linalg.vector_norm(filled.view(self._num_shards, -1), dim=0, dtype=dtype)
+        if self._gauge.coordinates is not None:
+            # Beside the gradient's own reduction, so in the same order on all ranks.
+            squares = self._shards.reduce_scatter(filled.to(dtype).square())
+        self._open = Reduction(num_columns, columns, squares, [])
         return self._open
 
     def _was_in(self, number: int, _: Tensor) -> None:
@@ -198,7 +224,7 @@ class ReduceScatterProbe:
 
     def start(self, dp_size: int) -> None:
         """A probed step begins."""
-        self._sums = PartSums(dp_size, device=self._device, layers=self._layer_sums.names)
+        self._gauge.start(dp_size)
 
     def begin_part(self) -> None:
         """The backward of a micro-batch begins."""
@@ -212,7 +238,7 @@ class ReduceScatterProbe:
             RuntimeError: a unit reduced its gradient in several pieces.
         """
         self._open = None
-        seen: list[tuple[int, Tensor]] = []
+        reductions: list[Reduction] = []
         for name, unit in self._measured.items():
             unit.listen(False)
             if len(unit.reductions) > 1:
@@ -221,34 +247,45 @@ class ReduceScatterProbe:
                     f"micro-batch, whose norms do not add up: modules that are one unit must run together in one "
                     f"forward, so give a head that is called once a chunk a unit of its own"
                 )
-            for reduction in unit.reductions:
-                seen += self._by_parameter(reduction)
+            reductions += unit.reductions
             unit.reductions.clear()
-        self._sums.join(num_examples, weight)
-        if seen:
-            self._sums.close(self._layer_sums.of(seen) * self._scale**2)
+        self._gauge.sums.join(num_examples, weight)
+        if not reductions:
+            return
+        seen: list[tuple[int, Tensor]] = []
+        for reduction in reductions:
+            lengths = self._lengths(reduction)
+            if reduction.squares is not None:
+                self._add(reduction.numbers, torch.split(reduction.squares, lengths))
+            if reduction.norms is not None and lengths:
+                pieces = torch.split(reduction.norms, lengths)
+                seen += [(number, norms(piece)) for number, piece in zip(reduction.numbers, pieces, strict=True)]
+            elif reduction.norms is not None:
+                seen.append((0, reduction.norms))
+        self._gauge.close(seen, factor=self._scale**2)
 
-    def _by_parameter(self, reduction: Reduction) -> list[tuple[int, Tensor]]:
-        """Norms with the numbers of their parameters; all under 0 where they are not told apart."""
-        if not reduction.numbers:
-            return [(0, reduction.norms)]
+    def _lengths(self, reduction: Reduction) -> list[int]:
+        """How many columns each parameter has in a reduction; none where they are not told apart."""
         lengths = [padded_length(self._parameters[number], self._num_shards) for number in reduction.numbers]
-        if sum(lengths) != len(reduction.norms):
+        if lengths and sum(lengths) != reduction.num_columns:
             raise RuntimeError(
-                f"FSDP2 reduced {len(reduction.norms)} elements a rank, where its {len(lengths)} parameters have "
+                f"FSDP2 reduced {reduction.num_columns} elements a rank, where its {len(lengths)} parameters have "
                 f"{sum(lengths)}: this way of sharding, or torch {torch.__version__}, is not known to the probe"
             )
-        pieces = torch.split(reduction.norms, lengths)
-        return [(number, norms(piece)) for number, piece in zip(reduction.numbers, pieces, strict=True)]
+        return lengths
+
+    def _add(self, numbers: Sequence[int], squares: Sequence[Tensor]) -> None:
+        """Adds the squares of parameters, without the zeros behind them, to those of the step."""
+        coordinates, share = self._gauge.coordinates, self._gauge.sums.share
+        assert coordinates is not None
+        for number, padded in zip(numbers, squares, strict=True):
+            length = own_piece(self._parameters[number])[0].numel()
+            coordinates.add(number, padded[:length], share * self._scale**2)
 
     def collect(self) -> Tensor:
         """This rank's share of the sums."""
-        pieces = [(number, *own_piece(grad)) for number, grad in gradients_of(self._parameters)]
-        shares = [(number, norms(piece) / math.sqrt(holders)) for number, piece, holders in pieces]
-        l1 = None
-        if self._record_l1:
-            l1 = gathered([norms(piece, 1) / holders for _, piece, holders in pieces], self._device).sum()
-        return self._sums.numbers(self._layer_sums.of(shares), grad_l1=l1)
+        grads = [(number, own_piece(grad)[0]) for number, grad in gradients_of(self._parameters)]
+        return self._gauge.collect(grads, holders=self._replicas.size)
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks.
@@ -256,7 +293,7 @@ class ReduceScatterProbe:
         Raises:
             RuntimeError: a gradient that cannot be the mean of the parts that were measured.
         """
-        moments = self._sums.moments(totals)
+        moments = self._gauge.moments(totals)
         # A reduction in float16 may overflow where its parts do not: then the update is left out.
         if math.isfinite(moments.grad_sq) and moments.grad_sq > TOO_LONG * moments.part_sq:
             raise RuntimeError(

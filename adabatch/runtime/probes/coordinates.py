@@ -1,0 +1,134 @@
+"""Squares of every coordinate of the gradient, added up over the parts of a step, and what follows from them.
+
+With ``S_c = sum_j w_j g_jc^2`` over the parts and ``g_c`` the step's gradient, ``D_c = S_c - g_c^2`` is the variance of
+the parts in coordinate c, up to a factor that is the same for all: what the coordinate-wise norm test and the l1 norm
+of sign methods need. The difference keeps the digits of ``S_c``, so it is good to 1e-7 of it in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.layers import LayerSums
+from adabatch.runtime.metrics import Image, ProbeNorm
+from adabatch.runtime.probes.norms import norms
+from adabatch.runtime.probes.quantile import LEFT_OUT, quantile_of
+from adabatch.runtime.sharding import own_piece
+
+SINGLE = Collectives()
+
+
+class CoordinateNumbers(NamedTuple):
+    """This rank's share of sums over coordinates; None where not asked for.
+
+    Args:
+        parts: of the parts, shape (num_layers,): squared norms of their images, or ``sum_c sqrt(D_c)`` for "sign".
+        ratio: the quantile over c of ``D_c / g_c^2``, shape ().
+    """
+
+    parts: Tensor | None
+    ratio: Tensor | None
+
+
+class CoordinateSquares:
+    """``S_c`` of this rank's coordinates, 4 bytes each (8 in float64) while a probed step runs.
+
+    Args:
+        parameters: those that are measured.
+        layer_sums: adds up by layer.
+        device: of the squares.
+        norm: what the ``parts`` are of, a diagonal metric or "sign"; None for no parts.
+        quantile: of ``ratio``; None for no ratio.
+        same: ranks that hold the same coordinates and see different parts. Where the sums are not linear in ``S``, it
+            is added up over them: a reduction of the size of the gradient.
+        others: ranks that hold the other coordinates.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        layer_sums: LayerSums,
+        *,
+        device: torch.device,
+        norm: ProbeNorm | None,
+        quantile: float | None,
+        same: Collectives = SINGLE,
+        others: Collectives = SINGLE,
+    ) -> None:
+        self._parameters = parameters
+        self._layer_sums = layer_sums
+        self._norm = norm
+        self._quantile = quantile
+        self._same = same
+        self._others = others
+        self._lengths = [_real(own_piece(p.detach())[0]).numel() for p in parameters]
+        self._dtype = torch.float64 if any(p.dtype in _WIDE for p in parameters) else torch.float32
+        self._device = device
+        self._squares: Sequence[Tensor] = ()
+        self._flat = torch.zeros(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that is held at present."""
+        return self._flat.numel() * self._flat.element_size()
+
+    def start(self) -> None:
+        """A step begins."""
+        self._flat = torch.zeros(sum(self._lengths), dtype=self._dtype, device=self._device)
+        self._squares = torch.split(self._flat, self._lengths)
+
+    def squared(self, grad: Tensor) -> Tensor:
+        """The squares of a gradient's coordinates, flat, in the type of the sums."""
+        dense = _real(grad.to_dense() if grad.is_sparse else grad)
+        return dense.reshape(-1).to(self._dtype).square()
+
+    def add(self, number: int, squares: Tensor, weight: float) -> None:
+        """Adds ``weight`` times the squares, flat, to those of a parameter."""
+        self._squares[number].add_(squares.to(self._flat), alpha=weight)
+
+    def numbers(self, grads: Sequence[tuple[int, Tensor]], image: Image) -> CoordinateNumbers:
+        """The sums, once a step; the squares are let go.
+
+        Args:
+            grads: the number of a parameter, and this rank's piece of the step's gradient.
+            image: of the metric.
+        """
+        parts = ratio = None
+        if self._norm is not None and self._norm != "sign":
+            images = ((n, image(self._parameters[n], self._squares[n].sqrt().to(grad.device))) for n, grad in grads)
+            parts = self._layer_sums.of([(n, norms(each)) for n, each in images])
+        if self._norm == "sign" or self._quantile is not None:
+            self._same.sum_in_place(self._flat)
+        if self._norm == "sign":
+            roots = ((n, norms(spread.sqrt(), 1)) for n, spread, _ in self._spreads(grads))
+            parts = self._layer_sums.of(list(roots), power=1) / self._same.size
+        if self._quantile is not None:
+            ranks = self._same.size * self._others.size
+            ratio = quantile_of(lambda: self._ratios(grads), self._quantile, collectives=self._others) / ranks
+        self._squares, self._flat = (), torch.zeros(0)
+        return CoordinateNumbers(parts, ratio)
+
+    def _spreads(self, grads: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """``D`` and ``g^2`` of each parameter with its number; what rounding makes negative is zero."""
+        for number, grad in grads:
+            grad_sq = self.squared(grad).to(self._flat.device)
+            yield number, (self._squares[number] - grad_sq).clamp_(min=0), grad_sq
+
+    def _ratios(self, grads: Sequence[tuple[int, Tensor]]) -> Iterator[Tensor]:
+        """``D / g^2``; infinite where only ``g`` is zero, left out where both are."""
+        yield self._flat[:0]  # a rank may hold no coordinate at all
+        for _, spread, grad_sq in self._spreads(grads):
+            nothing = (spread == 0) & (grad_sq == 0)
+            yield spread.div_(grad_sq).masked_fill_(nothing, LEFT_OUT)
+
+
+_WIDE = (torch.float64, torch.complex128)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

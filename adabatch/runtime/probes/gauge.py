@@ -1,0 +1,129 @@
+"""What a probe measures of the gradients that it sees: in which norm, by layer, coordinate by coordinate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from adabatch.batch.moments import GradientMoments
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.layers import LayerSums
+from adabatch.runtime.metrics import Image, as_it_is, begun, check_diagonal, name_of
+from adabatch.runtime.probes.coordinates import SINGLE, CoordinateSquares
+from adabatch.runtime.probes.norms import gathered, norms, sum_of_squares
+from adabatch.runtime.probes.parts import PartSums
+from adabatch.runtime.probes.protocol import ProbeOptions, given_with
+
+
+class Gauge:
+    """Measures a step's parts and its gradient.
+
+    Args:
+        parameters: those that are measured; numbers count them.
+        owner: the probe, for its errors.
+        device: of the sums.
+        whole_parts: the parts' gradients are seen whole, so that any metric can be taken of them; else only the squares
+            of their coordinates, added up.
+        same: ranks that hold the same coordinates and see different parts.
+        others: ranks that hold the other coordinates.
+        examples: parts are single examples.
+        options: what is asked for.
+
+    Raises:
+        ValueError: a parameter in no layer, or a metric that mixes coordinates where parts are not seen whole.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        owner: object,
+        device: torch.device,
+        whole_parts: bool = False,
+        same: Collectives = SINGLE,
+        others: Collectives = SINGLE,
+        examples: bool = False,
+        **options: Unpack[ProbeOptions],
+    ) -> None:
+        norm, quantile = options.get("norm"), options.get("quantile")
+        if not whole_parts:
+            check_diagonal(norm, type(owner).__name__)
+        self.gives = given_with(**options)
+        self.layer_sums = LayerSums(parameters, options.get("layers"), device=device)
+        self.sums = PartSums(1, device=device)
+        self.coordinates: CoordinateSquares | None = None
+        by_squares = norm == "sign" or (norm is not None and not whole_parts)
+        if by_squares or quantile is not None:
+            self.coordinates = CoordinateSquares(
+                parameters,
+                self.layer_sums,
+                device=device,
+                norm=norm if by_squares else None,
+                quantile=quantile,
+                same=same,
+                others=others,
+            )
+        self.parts_are_norms = not by_squares
+        self._parameters = parameters
+        self._device = device
+        self._examples = examples
+        self._norm = norm
+        self._image: Image = as_it_is
+        self._record_l1 = options.get("record_l1", False)
+
+    def start(self, dp_size: int) -> None:
+        """A probed step begins."""
+        self._image, known = begun(self._norm, self._parameters)
+        self.sums = PartSums(
+            dp_size,
+            device=self._device,
+            layers=self.layer_sums.names,
+            examples=self._examples,
+            norm=name_of(self._norm),
+            known=known,
+        )
+        if self.coordinates is not None:
+            self.coordinates.start()
+
+    def norms(self, number: int, grad: Tensor) -> Tensor:
+        """Norms of the blocks of a gradient, shape (num_blocks,): Euclidean ones of its image, or l1 norms."""
+        if self._norm == "sign":
+            return norms(grad, 1)
+        return norms(self._image(self._parameters[number], grad))
+
+    def close(self, seen: Sequence[tuple[int, Tensor]], power: int = 2, factor: float = 1.0) -> None:
+        """The open part ends.
+
+        Args:
+            seen: the number of a parameter, and norms of what the part showed; not read where the parts are known by
+                the squares of their coordinates.
+            power: what makes squares of the norms.
+            factor: on the squares.
+        """
+        self.sums.close(self.layer_sums.of(seen, power) * factor if self.parts_are_norms else None)
+
+    def collect(self, grads: Sequence[tuple[int, Tensor]], *, holders: int, **others: Tensor) -> Tensor:
+        """This rank's share of the sums.
+
+        Args:
+            grads: the number of a parameter, and this rank's piece of the step's gradient.
+            holders: ranks that hold the same piece. A share of its norm from each makes all ranks use the same bits.
+            others: shares of other sums, shape ().
+        """
+        parts = ratio = l1 = l2_sq = None
+        if self.coordinates is not None:
+            parts, ratio = self.coordinates.numbers(grads, self._image)
+        if self._record_l1:
+            l1 = gathered([norms(grad, 1) for _, grad in grads], self._device).sum() / holders
+        if self._norm is not None:
+            l2_sq = sum_of_squares([norms(grad) for _, grad in grads], self._device) / holders
+        lengths = [(number, self.norms(number, grad)) for number, grad in grads]
+        whole = self.layer_sums.of(lengths, 1 if self._norm == "sign" else 2) / holders
+        return self.sums.numbers(whole, parts=parts, ratio=ratio, grad_l1=l1, grad_l2_sq=l2_sq, **others)
+
+    def moments(self, totals: list[float]) -> GradientMoments:
+        """The step's moments from the sums over all ranks."""
+        return self.sums.moments(totals)
