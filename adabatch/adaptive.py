@@ -28,7 +28,7 @@ from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
 from adabatch.runtime.weighing import WeighedFeed
-from adabatch.runtime.wrappers import GradientSync, wrapper_of
+from adabatch.runtime.wrappers import GradientSync, Wrapper, wrapper_of
 from adabatch.step import Step
 from adabatch.validation import check_fits, check_followers, check_types, limits_and_grid, suited_probe
 
@@ -99,6 +99,7 @@ class AdaptiveBatch:
         journal: where the first rank writes one JSON line a step.
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. Seen on
             probed steps only.
+        wrapper: how the model runs on several ranks; by default what its type says. For ``integrations``.
 
     Raises:
         ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
@@ -130,6 +131,7 @@ class AdaptiveBatch:
         local_sgd: LocalSGD | None = None,
         journal: str | Path | None = None,
         skip_nonfinite: bool = True,
+        wrapper: Wrapper | None = None,
     ) -> None:
         check_lr_rule(lr_rule)
         check_follow(follow)
@@ -142,7 +144,9 @@ class AdaptiveBatch:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
-        if local_sgd is None:
+        if wrapper is not None:
+            self._wrapper = wrapper
+        elif local_sgd is None:
             self._wrapper = wrapper_of(model, gradient_sync, scaler)
         else:
             self._wrapper = local_sgd.wrapper(model, optimizer, self, gradient_sync, scaler)
@@ -180,16 +184,19 @@ class AdaptiveBatch:
         self._state = ControlState()
         self._plan = self._first_plan()
         self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
-        self._update: _Update | None = None
+        self._step: Step | None = None  # the one under way, until it is decided
+        self._update: _Update | None = None  # the one that its end prepared, until it is done
+        self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
+        self._optimizer = optimizer
+        self._groups = optimizer.param_groups
         self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
         self._agreement = Agreement(self._collectives)
-        self._in_step = False
 
         # Last, so that a constructor that raises leaves no hook behind.
         given = None if probe is None else self._wrapper.fit_probe(probe)
         self._probe = suited_probe(
-            model, optimizer, frozenset(needs), given=given, make=self._wrapper.make_probe, per_layer=per_layer
+            model, optimizer, frozenset(needs), given=given, wrapper=self._wrapper, per_layer=per_layer
         )
         try:
             self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
@@ -318,22 +325,31 @@ class AdaptiveBatch:
         portion = feed.take(self._plan)
         if portion is None:
             return
+        self._groups = self._optimizer.param_groups  # an engine may show only some of them while it steps
         probe = self._probe if self._state.until_probe == 0 and self._wrapper.measures_next() else None
         finish = partial(self._finish, feed=feed)
         step = Step(self._plan, portion, wrapper=self._wrapper, probe=probe, agreement=self._agreement, finish=finish)
-        self._in_step = True
+        self._step = step
         yield step
+        if step.waits:
+            self._settle_left_out(step)
         if step.decision is None:
             raise RuntimeError(
                 "the step's micro-batches were not all run: finish `for batch in step` before the next step, and do "
                 "not break out of it"
             )
 
+    def _settle_left_out(self, step: Step) -> None:
+        """The end of a step whose gradient an engine found not finite, so that it never stepped the optimizer."""
+        if not self._wrapper.left_out():
+            raise RuntimeError("the step's update never came: call engine.step() after `for batch in step`")
+        step.settle(reduced=False)
+
     def _finish(self, step: Step, *, feed: Feed) -> None:
         """The end of the inner loop: decide, and keep what the update will need."""
         portion, before = step.portion, self._consumed
+        self._step = None
         feed.consumed(portion)
-        self._in_step = False
         measured = step.moments
         if measured is not None and not step.finite:
             measured = measured._replace(part_sq=math.nan)
@@ -367,27 +383,34 @@ class AdaptiveBatch:
 
     def _moved(self) -> Moved:
         """What the batch changes about the update that is about to run."""
-        update = self._update
+        update = self._update or self._begun
         size = self._plan.global_batch_size if update is None else update.num_examples
         ratio, scale = size / self._reference, self._scale_of(size)
         return Moved(
-            self.lr_factor,
+            self.lr_factor if update is None else update.factor,
             lambda group: followed(group, self._follow, ratio=ratio, factor=scale) if self._follow else {},
             ratio if "betas" in self._follow else 1.0,
         )
 
     def _skips_update(self) -> bool:
-        return self._skip_nonfinite and self._update is not None and not self._update.finite
+        """Whether to leave out the update that is about to run."""
+        if self._step is not None and self._step.waits:  # for its gradient to be reduced
+            self._step.settle()
+        update = self._update or self._begun
+        return self._skip_nonfinite and update is not None and not update.finite
 
     def _update_done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
         update, self._update = self._update, None
         if update is None:
             return
+        self._begun = update
         if applied:
             self._progress = self._after(self._progress, update.num_examples, update.gain)
-        stored = [host_value(group["lr"]) for group in optimizer.param_groups]
-        base = [host_value(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        stored = [host_value(group["lr"]) for group in self._groups]
+        base = [host_value(group.get("initial_lr", group["lr"])) for group in self._groups]
         shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
+        if len(rates) < len(stored):
+            rates = [lr * update.factor for lr in stored]
         lr = {"base": base, "shape": shape, "factor": update.factor, "applied": rates}
         self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._wrapper.journal_entry()})
 
@@ -396,7 +419,7 @@ class AdaptiveBatch:
         self._hooks.restore()
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
-            self._update = None
+        self._update = self._begun = self._step = None
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -423,8 +446,11 @@ class AdaptiveBatch:
         Raises:
             RuntimeError: a step's micro-batches, or its ``optimizer.step()``, are still to be run.
         """
-        if self._in_step or (self._update is not None and not scaled):
-            left = "`for batch in step`" if self._in_step else "optimizer.step()"
+        if self._step is not None and self._step.waits and self._wrapper.left_out():
+            self._settle_left_out(self._step)
+            scaled = True
+        if self._step is not None or (self._update is not None and not scaled):
+            left = "`for batch in step`" if self._step is not None else "optimizer.step()"
             raise RuntimeError(
                 f"a checkpoint belongs between two steps, and {left} has not been run to its end: save after "
                 f"optimizer.step(), and give save your GradScaler, if you have one"

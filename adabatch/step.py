@@ -29,7 +29,8 @@ class Step:
         global_batch_size: examples the step takes, over all ranks.
         loss: mean training loss over all ranks, after the inner loop of a probed step; else None.
         moments: what the probe measured, after the inner loop of a probed step; else None.
-        decision: the next plan and its reason, after the inner loop.
+        decision: the next plan and its reason, after the inner loop. With an engine that reduces gradients when the
+            update begins (DeepSpeed), all three are there after the update.
         probed: whether gradients are measured in this step.
         portion: this rank's micro-batches and how many examples they hold.
     """
@@ -64,12 +65,18 @@ class Step:
         self._weight = 0.0  # of the micro-batch that is being run, 0 outside the inner loop
         self._num_backward = 0
         self._begun = False
+        self._ended = False
 
     @property
     def finite(self) -> bool:
         """Whether loss and gradients were finite on every rank, as far as they were measured."""
         measured = self.moments is None or self.moments.is_finite
         return measured and (self.loss is None or math.isfinite(self.loss))
+
+    @property
+    def waits(self) -> bool:
+        """Whether the micro-batches are all run, and nothing is measured and decided yet."""
+        return self._ended and self.decision is None
 
     def __iter__(self) -> Iterator[Any]:
         """The micro-batches. Gradients are synchronized in the last one only, or in each (``gradient_sync``).
@@ -80,6 +87,7 @@ class Step:
         if self._begun:
             raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
         self._begun = True
+        self._wrapper.begin(self.plan)
         if self._probe is not None:
             self._probe.start(self._wrapper.collectives.size)
         num_parts = len(self.portion.sizes)
@@ -94,10 +102,23 @@ class Step:
                     f"{num_parts} it had been called {self._num_backward} times"
                 )
         self._wrapper.gradient_ready(sum(self._weights.of_each))
-        if self._probe is not None:
+        self._ended = True
+        if self._wrapper.reduced == "backward":
+            self.settle()
+
+    def settle(self, *, reduced: bool = True) -> None:
+        """Measures and decides: the end of a step, once its gradient is reduced.
+
+        Args:
+            reduced: False where it never was, since the engine found it not finite and left the update out.
+        """
+        if self._probe is not None and reduced:
             self._measure(self._probe)
         else:
             self._agreement.step_without_reduction()
+        if self._probe is not None and not reduced:
+            plan, size = self.plan, float(self.global_batch_size)
+            self.moments = GradientMoments(math.nan, plan.micro_batch_size, math.nan, size, plan.num_parts)
         self._finish(self)
 
     def backward(self, loss: Tensor) -> None:

@@ -17,7 +17,7 @@ from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.layers import PerLayer, layers_of
 from adabatch.runtime.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.wrappers import MakeProbe
+from adabatch.runtime.wrappers import Wrapper
 
 
 def check_fits(size: int, order: GlobalOrder) -> None:
@@ -78,21 +78,22 @@ def suited_probe(
     needs: frozenset[str],
     *,
     given: Probe | None,
-    make: MakeProbe,
+    wrapper: Wrapper,
     per_layer: PerLayer | None = None,
 ) -> Probe | None:
     """The probe given, or the one that suits the model; None where nothing needs one."""
     if not needs:
         return given
     # Only what this optimizer trains: gradients that it does not zero add up over the steps.
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = {id(p) for p in (held if wrapper.parameters is None else wrapper.parameters)}
     parameters = [p for p in model.parameters() if id(p) in trained]
     if given is None and not any(p.requires_grad for p in parameters):
         raise ValueError(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
             f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
         )
-    probe = given or make(
+    probe = given or wrapper.make_probe(
         parameters,
         record_l1=GRAD_L1 in needs,
         layers=None if per_layer is None else layers_of(model, optimizer, per_layer),

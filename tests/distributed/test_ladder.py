@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
+from ladder import BY_ACCUMULATION, BY_MICRO_BATCH, JUMP, WINDOWS, check_same, climb_with, growths
 from loops import lines, loss_of, network, regression, train, train_by_hand
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -33,13 +34,10 @@ from adabatch import (
     AdaGradNorm,
     AdaptiveBatch,
     Constant,
-    Control,
     GlobalOrder,
     Limits,
     NormTest,
     ProgressLR,
-    Stage,
-    Stages,
     examples,
     lr,
 )
@@ -65,40 +63,16 @@ def whole(model: nn.Module) -> Tensor:
     return torch.cat([piece.flatten() for piece in pieces]).clone()
 
 
-def run(
-    model: nn.Module, *, num_steps: int, data: Any = None, criterion: Any = None, **options: Any
-) -> tuple[list[tuple[int, str]], Tensor]:
-    """Batch size and reason of every step, and the weights at the end."""
-    optimizer = SGD(model.parameters(), lr=0.02)
-    batches = AdaptiveBatch(model, optimizer, criterion or NormTest(eta=0.7), **options)
-    taken: list[tuple[int, str]] = []
-
-    def note(step: Any) -> None:
-        taken.append((step.global_batch_size, str(step.decision.reason)))
-
-    train(batches, model, optimizer, data or GlobalOrder(regression(1024)), each=note, until=adabatch.steps(num_steps))
-    batches.remove()
-    return taken, whole(model)
+def run(model: nn.Module, *, num_steps: int, **options: Any) -> dict[str, Any]:
+    """The ladder's run on a model of torch's own."""
+    return climb_with(
+        model, {"criterion": NormTest(eta=0.7), **options}, num_steps=num_steps, whole=lambda: whole(model)
+    )
 
 
 # --- the same decisions ----------------------------------------------------------------------------------------------
 
-# Micro-batches that double, and are all that grows: then two ranks and two accumulation steps have the same parts.
-BY_MICRO_BATCH: dict[str, Any] = {
-    "micro_batch_size": 4,
-    "max_micro_batch_size": 256,
-    "limits": Limits(min=8, max=512),
-    "control": Control(hysteresis=0.99, growth=2.0, memory=30),
-}
-BY_ACCUMULATION: dict[str, Any] = {
-    "micro_batch_size": 2,
-    "limits": Limits(min=4, max=48),
-    "control": Control(growth=1.6, hold=12),
-    "criterion": NormTest(eta=0.5),
-}
-
-
-Rungs = dict[str, tuple[list[tuple[int, str]], Tensor]]
+Rungs = dict[str, dict[str, Any]]
 
 
 def by_micro_batch(rank: int, place: str) -> dict[str, Rungs]:
@@ -125,14 +99,12 @@ def by_accumulation(rank: int) -> dict[str, Rungs]:
 
 def check_rungs(first: dict[str, Rungs], second: dict[str, Rungs], *, num_steps: int) -> None:
     for ladder, rungs in first.items():
-        reference, weights = next(iter(rungs.values()))
-        assert len(reference) == num_steps
-        assert sum(later > earlier for (earlier, _), (later, _) in itertools.pairwise(reference)) >= 5, ladder
-        for rung, (decisions, reached) in rungs.items():
-            assert decisions == reference, (ladder, rung)
-            assert decisions == second[ladder][rung][0], (ladder, rung)
-            assert torch.equal(reached, second[ladder][rung][1]), (ladder, rung)
-            torch.testing.assert_close(reached, weights, rtol=1e-4, atol=1e-5)
+        reference = next(iter(rungs.values()))
+        assert len(reference["decisions"]) == num_steps
+        assert growths(reference) >= 5, ladder
+        for rung, found in rungs.items():
+            check_same(f"{ladder}, {rung}", found, reference, windows="plain" not in rungs)
+            assert found == second[ladder][rung], (ladder, rung)  # to the bit, on all ranks
 
 
 def test_plain_ddp_and_fsdp_choose_the_same_batch_size_at_every_step(tmp_path: Path) -> None:
@@ -264,15 +236,12 @@ def around_a_step(rank: int, place: str) -> dict[str, Any]:
     dist.barrier()
     found["journals"] = {name: lines(folder / f"{name}.jsonl") for name in pair()}
 
-    # From 1 to 4 accumulation steps after 3 steps, which is no multiple of 4.
-    jump: dict[str, Any] = {
-        "criterion": Stages(8, [Stage(adabatch.steps(3), 32)]), "micro_batch_size": 4, "num_steps": 8,
-    }  # fmt: skip
+    jump: dict[str, Any] = {**JUMP, "num_steps": len(WINDOWS), "monitor": False}
     found["jump"] = {
         "DDP": run(replicated(), **jump),
         "FSDP2": run(sharded(), **jump),
         "FSDP2, last": run(sharded(), gradient_sync="last", **jump),
-        "FSDP2, probed": run(sharded(), monitor=True, **jump),
+        "FSDP2, probed": run(sharded(), **{**jump, "monitor": True}),
     }
     return found
 
@@ -299,11 +268,11 @@ def test_what_a_person_does_around_a_step(tmp_path: Path) -> None:
         for theirs, ours in zip(ddp, fsdp, strict=True):
             assert rounded(ours) == rounded(theirs)
 
-        weights = {name: reached for name, (_, reached) in found["jump"].items()}
-        for name, (decisions, reached) in found["jump"].items():
-            assert [size for size, _ in decisions] == [8] * 3 + [32] * 5, name
-            torch.testing.assert_close(reached, weights["DDP"], rtol=1e-5, atol=1e-6)
-        assert torch.equal(weights["FSDP2"], weights["FSDP2, probed"])
+        for name, jumped in found["jump"].items():
+            assert jumped["windows"] == WINDOWS, name
+            assert [size for size, _ in jumped["decisions"]] == [8] * 3 + [32] * 5, name
+            assert jumped["weights"] == pytest.approx(found["jump"]["DDP"]["weights"], rel=1e-5, abs=1e-6), name
+        assert found["jump"]["FSDP2"]["weights"] == found["jump"]["FSDP2, probed"]["weights"]
 
 
 def rounded(entry: Any) -> Any:
@@ -330,10 +299,7 @@ def grids(rank: int) -> dict[str, Any]:
 def test_replicas_are_counted_once(tmp_path: Path) -> None:
     results = run_ranks(grids, 4, tmp_path, timeout=150)
     for found in results:
-        reference, weights = found["DDP"]
         for name in ("FSDP2", "HSDP"):
-            assert found[name][0] == reference, name
-            torch.testing.assert_close(found[name][1], weights, rtol=1e-4, atol=1e-5)
+            check_same(name, found[name], found["DDP"])
         for name in found:
-            assert found[name][0] == results[0][name][0], name
-            assert torch.equal(found[name][1], results[0][name][1]), name
+            assert found[name] == results[0][name], name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loops import network, regression, train, weights
+from ladder import BY_MICRO_BATCH, JUMP, WINDOWS, check_same, climb_with, growths
+from loops import network
 from mpi import Mpi, mpich, openmpi, run_mpi, start_mpi
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
 
-import adabatch
-from adabatch import AdaptiveBatch, GlobalOrder, Limits, NormTest
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.world import World, connected
 
@@ -68,50 +67,49 @@ def numbers(rank: int) -> dict[str, Any]:
     return found
 
 
-def trained() -> dict[str, Any]:
-    """A run on DDP: its batch sizes, and its weights to the bit."""
-    model = DistributedDataParallel(network())
-    optimizer = SGD(model.parameters(), lr=0.02)
-    batches = AdaptiveBatch(model, optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=12, max=96))
-    sizes: list[int] = []
-    train(
-        batches, model, optimizer, GlobalOrder(regression(512)), until=adabatch.steps(40),
-        each=lambda step: sizes.append(step.global_batch_size),
-    )  # fmt: skip
-    return {"sizes": sizes, "weights": weights(model).tolist()}
-
-
-def both() -> dict[str, Any]:
+def ladder() -> dict[str, Any]:
     """The same over gloo and over MPI, in one job."""
     world = World.from_environment()
     found: dict[str, Any] = {
         "place": [world.rank, world.size, world.local_rank], "launcher": world.launcher, "address": world.address
     }  # fmt: skip
     for backend in ("gloo", "mpi4py"):
-        chosen = World(**{**vars(world), "backend": backend})
-        with connected(chosen, device=CPU, timeout=timedelta(seconds=60)):
-            found[backend] = {"carried by": dist.get_backend(), "trained": trained()}
-            if world.size == 3:
-                found[backend]["numbers"] = numbers(world.rank) if backend == "mpi4py" else None
+        with connected(replace(world, backend=backend), device=CPU, timeout=timedelta(seconds=60)):
+            jumped, climbed = (
+                climb_with(DistributedDataParallel(network()), run, num_steps=num_steps)
+                for run, num_steps in ((JUMP, len(WINDOWS)), (BY_MICRO_BATCH, 200))
+            )
+            found[backend] = {"carried by": dist.get_backend(), "jump": jumped, "climb": climbed}
     return found
 
 
 @pytest.mark.parametrize("name", ["MPICH", "Open MPI"])
-def test_ranks_know_each_other_and_gloo_and_mpi_carry_the_same_run(name: str, scratch: Path) -> None:
-    size = 3 if name == "MPICH" else 2
-    results = run_mpi(mpich() if name == "MPICH" else openmpi(scratch), size, both)
-    assert [result["place"] for result in results] == [[rank, size, rank] for rank in range(size)]
+def test_mpi_takes_the_run_that_gloo_and_one_process_take(name: str, scratch: Path) -> None:
+    results = run_mpi(mpich() if name == "MPICH" else openmpi(scratch), 2, ladder)
+    assert [result["place"] for result in results] == [[0, 2, 0], [1, 2, 1]]
     assert {result["launcher"] for result in results} == {"mpiexec"}
     assert len({result["address"] for result in results}) == 1
-    gloo, mpi = results[0]["gloo"], results[0]["mpi4py"]
+    first, second = results
+    assert first["mpi4py"] == second["mpi4py"]  # to the bit, or ranks would drift apart
+    gloo, mpi = first["gloo"], first["mpi4py"]
     assert (gloo["carried by"], mpi["carried by"]) == ("gloo", "mpi4py")
-    assert mpi["trained"]["sizes"] == gloo["trained"]["sizes"]
-    assert max(mpi["trained"]["sizes"]) > 12
-    assert mpi["trained"]["weights"] == pytest.approx(gloo["trained"]["weights"], rel=1e-4, abs=1e-6)
-    for result in results:  # to the bit, or ranks would drift apart
-        assert result["mpi4py"]["trained"] == mpi["trained"]
-        if size == 3:
-            check(result["mpi4py"]["numbers"], result["place"][0])
+    check_same("200 steps", mpi["climb"], gloo["climb"])
+    check_same("from 1 to 4", mpi["jump"], gloo["jump"])
+    assert mpi["jump"]["windows"] == WINDOWS
+    alone = climb_with(network(), BY_MICRO_BATCH, num_steps=200)
+    check_same("one process", mpi["climb"], alone, windows=False)
+    assert growths(alone) >= 5
+
+
+def collectives() -> dict[str, Any]:
+    world = World.from_environment()
+    with connected(replace(world, backend="mpi4py"), device=CPU, timeout=timedelta(seconds=60)):
+        return numbers(world.rank)
+
+
+def test_collectives_over_mpi() -> None:
+    for rank, found in enumerate(run_mpi(mpich(), 3, collectives)):
+        check(found, rank)
 
 
 def check(found: dict[str, Any], rank: int) -> None:
@@ -139,7 +137,7 @@ def test_variables_that_contradict_mpiexec_stop_every_rank() -> None:
     # Rank 0 sees nothing wrong by itself.
     result = start_mpi(mpich(), 2, place, variables={"RANK": "0", "WORLD_SIZE": "2"})
     assert result.returncode != 0
-    assert result.stderr.count("PMI_RANK=1 and PMI_SIZE=2 of mpiexec contradict RANK=0 and WORLD_SIZE=2") == 2
+    assert result.output.count("PMI_RANK=1 and PMI_SIZE=2 of mpiexec contradict RANK=0 and WORLD_SIZE=2") == 2
 
 
 def test_ranks_that_mpi_would_leave_alone_are_told(scratch: Path) -> None:
@@ -147,15 +145,16 @@ def test_ranks_that_mpi_would_leave_alone_are_told(scratch: Path) -> None:
     mixed = Mpi(mpich().mpiexec, openmpi(scratch).variables)
     result = start_mpi(mixed, 2, place, warnings="default")
     assert result.returncode != 0
-    assert "PMI_SIZE=2 of mpiexec contradict mpi4py, which is rank 0 of 1: it runs Open MPI" in result.stderr
-    assert "RESULT" not in result.stdout
+    assert "PMI_SIZE=2 of mpiexec contradict mpi4py, which is rank 0 of 1: it runs Open MPI" in result.output
+    assert not result.values
 
 
 def one_fails(how: str) -> None:
     """Rank 1 raises, or comes too late."""
     world = World.from_environment()
-    world = World(**{**vars(world), "backend": "mpi4py"})
-    with connected(world, device=CPU, timeout=timedelta(seconds=60 if how == "raises" else 2)):
+    with connected(
+        replace(world, backend="mpi4py"), device=CPU, timeout=timedelta(seconds=60 if how == "raises" else 2)
+    ):
         Collectives(dist.group.WORLD).sum_of(1.0)
         if world.rank == 1:
             if how == "raises":
@@ -168,4 +167,4 @@ def one_fails(how: str) -> None:
 def test_a_rank_that_fails_ends_the_job(how: str, says: str) -> None:
     result = start_mpi(mpich(), 2, one_fails, how, timeout=50)
     assert result.returncode != 0
-    assert says in result.stderr
+    assert says in result.output

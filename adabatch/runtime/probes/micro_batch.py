@@ -6,7 +6,7 @@ reduced over the ranks; for a tied weight it sees the sum of all its uses. So it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from torch import Tensor
@@ -40,9 +40,12 @@ class MicroBatchProbe:
         quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which tells what it costs.
         collectives: of the data-parallel ranks, over which coordinates are added up for "sign" and for a quantile;
             ``collectives_of(model)``. Not needed on one rank, or for anything else.
+        grad_sq: where the squared norm of the step's gradient comes from, the same on all ranks, shape (), when the
+            parameters do not hold it once it is reduced (ZeRO keeps shards of it). The norm is then all that is known.
 
     Raises:
-        ValueError: no parameter requires a gradient, or one that does is in no layer.
+        ValueError: no parameter requires a gradient, or one that does is in no layer; more asked for than ``grad_sq``
+            gives.
     """
 
     def __init__(
@@ -54,11 +57,18 @@ class MicroBatchProbe:
         norm: ProbeNorm | None = None,
         quantile: float | None = None,
         collectives: Collectives = SINGLE,
+        grad_sq: Callable[[], Tensor] | None = None,
     ) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         if not self._parameters:
             raise ValueError(
                 "the model has no parameter that requires a gradient: there is nothing to train or measure"
+            )
+        options = {"record_l1": record_l1, "layers": layers, "norm": norm, "quantile": quantile}
+        asked = [name for name, value in options.items() if value]
+        if grad_sq is not None and asked:
+            raise ValueError(
+                f"{', '.join(asked)} cannot be measured where the step's gradient is known by its norm only"
             )
         self._gauge = Gauge(
             self._parameters,
@@ -74,6 +84,7 @@ class MicroBatchProbe:
         self.gives = self._gauge.gives
         self._ranks = collectives
         self._squares: dict[int, Tensor] = {}
+        self._grad_sq = grad_sq
         self._norms: dict[int, Tensor] = {}
         self._in_pieces = False
         self._listening = False
@@ -132,6 +143,8 @@ class MicroBatchProbe:
 
     def collect(self) -> Tensor:
         """This rank's share of the sums."""
+        if self._grad_sq is not None:
+            return self._gauge.sums.numbers(self._grad_sq().view(1) / self._gauge.sums.dp_size)
         return self._gauge.collect(gradients_of(self._parameters), holders=self._gauge.sums.dp_size)
 
     def moments(self, totals: list[float]) -> GradientMoments:

@@ -1,0 +1,1 @@
+"""Thin layers between ``AdaptiveBatch`` and the engines and trainers of others; each needs its own package."""

@@ -1,0 +1,226 @@
+"""DeepSpeed: an ``AdaptiveBatch`` around an engine of ``deepspeed.initialize``, with ZeRO 0, 1, 2 or 3.
+
+The engine keeps its JSON config, its precision, its clipping, its schedulers and its checkpoints. Batch sizes, windows
+of accumulation and the batch factor on the learning rate are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-untyped]
+from torch import Tensor
+
+from adabatch.adaptive import AdaptiveBatch
+from adabatch.batch.criteria import Criterion
+from adabatch.batch.plan import BatchPlan
+from adabatch.runtime.backward import Backward
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.probes.micro_batch import MicroBatchProbe
+from adabatch.runtime.wrappers import Wrapper
+
+HELD = ("bit16_groups", "fp16_groups", "bf16_groups")
+"""Where DeepSpeed's optimizers list the model's parameters, of which the optimizer inside them holds copies."""
+
+
+def attach(
+    engine: DeepSpeedEngine, criterion: Criterion, *, micro_batch_size: int | None = None, **options: Any
+) -> AdaptiveBatch:
+    """An ``AdaptiveBatch`` around a DeepSpeed engine.
+
+    ::
+
+        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=AdamW(model.parameters()), config=...)
+        batches = attach(engine, NormTest(eta=0.5), limits=Limits(min=64, max=4096), lr_rule="sqrt")
+        for step in batches.steps(loader):
+            for x, y in step:
+                step.backward(loss_fn(engine(x), y))
+            engine.step()
+
+    Each ``engine.step()`` is an update, whatever the engine's own count of micro-batches; the config's batch size is
+    where the engine starts from, and follows the plan. A step's loss, moments and decision are there after
+    ``engine.step()``. An update that the engine leaves out, as gradients in float16 overflow, consumes its data and
+    moves neither the learning rate's progress nor the averages.
+
+    Save with the engine: ``engine.save_checkpoint(folder, client_state={"batches": batches.state_dict()})``, and load
+    with ``_, state = engine.load_checkpoint(folder)`` and ``batches.load_state_dict(state["batches"])``.
+
+    Args:
+        engine: as ``deepspeed.initialize`` returned it, with an optimizer.
+        criterion: which batch size to ask for.
+        micro_batch_size: examples in one forward and backward on one rank; by default the engine's.
+        options: everything else that ``AdaptiveBatch`` takes, but for ``probe``, ``gradient_sync`` and ``scaler``.
+            ``record_l1`` and ``per_layer`` only with ZeRO 0: with the others all that is known of a step's gradient is
+            its norm.
+
+    Raises:
+        ValueError: as ``AdaptiveBatch`` does; and an engine whose gradients cannot be measured: pipeline, tensor,
+            sequence or expert parallelism, DeepCompile, ZenFlow, optimizers that compress gradients or train by
+            orthogonal updates, ``compute_grad_norm: false``.
+        TypeError: no engine, or one without an optimizer.
+    """
+    _check_engine(engine)
+    _check_options(engine, options)
+    return AdaptiveBatch(
+        engine.module,
+        engine.basic_optimizer,
+        criterion,
+        micro_batch_size=engine.train_micro_batch_size_per_gpu() if micro_batch_size is None else micro_batch_size,
+        wrapper=_Attached(engine).wrapper(),
+        **options,
+    )
+
+
+class _Attached:
+    """What ``AdaptiveBatch`` has to know of an engine."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine = engine
+        self._scale = torch.ones(())
+        self._began = 0
+        self._manages = manages_accumulation(engine)
+        if self._manages:
+            engine.set_gradient_accumulation_boundary(True)
+
+    def wrapper(self) -> Wrapper:
+        """How the engine runs a model on several ranks."""
+        engine, stage = self._engine, self._engine.zero_optimization_stage()
+        early = stage == 0 and self._manages  # the gradient then lies in the parameters, and is not clipped yet
+        return Wrapper(
+            collectives=Collectives(*([dist.group.WORLD] if dist.group.WORLD else []), device=engine.device),
+            no_sync=self._within_window if self._manages else nullcontext,
+            make_probe=MicroBatchProbe if stage == 0 else partial(MicroBatchProbe, grad_sq=self._grad_sq),
+            backward=Backward(self._backward, self._scale_on),
+            begin=self._begin,
+            reduced="backward" if early else "update",
+            left_out=lambda: engine.global_steps > self._began,
+            parameters=trained_parameters(engine),
+        )
+
+    def _begin(self, plan: BatchPlan) -> None:
+        self._began = self._engine.global_steps
+        self._engine.set_train_micro_batch_size(plan.micro_batch_size)
+        self._engine.set_train_batch_size(plan.global_batch_size)
+
+    @contextmanager
+    def _within_window(self) -> Iterator[None]:
+        """A micro-batch after which the window of accumulation goes on, where the engine would count by itself."""
+        self._engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self._engine.set_gradient_accumulation_boundary(True)
+
+    def _backward(self, loss: Tensor) -> None:
+        # The gradient of the loss that we hand over is the factor by which the engine scaled it, whatever the engine's
+        # precision keeps it in. Read now, as it may be another one by the time the update begins.
+        hook = loss.register_hook(self._note_scale) if loss.requires_grad else None  # type: ignore[no-untyped-call]
+        try:
+            self._engine.backward(loss, scale_wrt_gas=False)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def _note_scale(self, grad: Tensor) -> None:
+        self._scale = grad.detach().double()
+
+    def _scale_on(self, device: torch.device) -> Tensor:
+        return self._scale.to(device)
+
+    def _grad_sq(self) -> Tensor:
+        """The squared norm that the engine is about to clip by, with the scale put back on; shape ()."""
+        norm = torch.as_tensor(self._engine.optimizer._global_grad_norm, dtype=torch.float64, device=self._scale.device)
+        return (norm * self._scale).square()
+
+
+def manages_accumulation(engine: DeepSpeedEngine) -> bool:
+    """Whether the engine counts micro-batches: the default, and all that releases before 0.19.6 can do."""
+    managed: Callable[[], bool] | None = getattr(engine, "managed_gradient_accumulation", None)
+    return managed is None or managed()
+
+
+def trained_parameters(engine: DeepSpeedEngine) -> list[Tensor]:
+    """The model's parameters that the engine trains."""
+    for name in HELD:
+        groups = getattr(engine.optimizer, name, None)
+        if groups:
+            return [parameter for group in groups for parameter in group]
+    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
+
+
+def _check_engine(engine: Any) -> None:
+    if not isinstance(engine, DeepSpeedEngine):
+        raise TypeError(f"attach takes the engine that deepspeed.initialize returns first, got {type(engine).__name__}")
+    if getattr(engine, "basic_optimizer", None) is None:
+        raise TypeError("the engine has no optimizer: give one to deepspeed.initialize, or to its config")
+    for name, refused in _refusals(engine).items():
+        if refused:
+            raise ValueError(f"adabatch cannot run on this DeepSpeed engine: {name}")
+
+
+def _refusals(engine: Any) -> dict[str, bool]:
+    """Reasons why an engine's gradients cannot be measured, and whether they hold."""
+    stage, half = engine.zero_optimization_stage(), engine.fp16_enabled() or engine.bfloat16_enabled()
+    late = stage == 0 and not manages_accumulation(engine)
+    return {
+        "PipelineEngine.train_batch runs the micro-batches, the reduction and the update of a batch in one call, so "
+        "that nothing can be measured between them; use data parallelism": engine.pipeline_parallelism,
+        "experts reduce their gradients over other ranks than the rest; use a model without MoE layers": bool(
+            engine.has_moe_layers
+        ),
+        "its data-parallel ranks are not all ranks; use data parallelism without tensor or sequence parallelism": (
+            engine.dp_world_size != dist.get_world_size()
+        ),
+        "DeepCompile reduces gradients inside compiled graphs; leave `compile` out of its config": _asked(
+            engine, "is_deepcompile_enabled"
+        ),
+        "ZenFlow updates some parameters at other steps than the rest; leave `zenflow` out of its config": bool(
+            getattr(engine, "zenflow", False)
+        ),
+        "its optimizer reduces compressed gradients itself; use one that leaves it to the engine": (
+            not engine.enable_backward_allreduce
+        ),
+        "Muon puts its orthogonal update in the place of the gradient before the norm is taken; use another "
+        "optimizer": type(engine.basic_optimizer).__name__.startswith("Muon"),
+        "it updates a part of the parameters by a second optimizer; leave `ratio` out of `offload_optimizer`": (
+            getattr(engine.optimizer, "backup_optimizer", None) is not None
+        ),
+        "it keeps no gradient norm; leave `compute_grad_norm` out of `zero_optimization`": (
+            stage > 0 and not getattr(engine, "zero_compute_grad_norm", lambda: True)()
+        ),
+        "ZeRO 0 without managed accumulation reduces and clips (or casts) the gradient in one go; use ZeRO 1, or "
+        "gradient_clipping 0 and float32, or leave managed_gradient_accumulation out": late
+        and (half or engine.gradient_clipping() > 0),
+        "ZeRO 0 with torch_autocast in float16 unscales gradients in place; use ZeRO 1": bool(
+            getattr(engine, "torch_autocast_z0_gradscaler", None)
+        ),
+    }
+
+
+def _asked(engine: Any, question: str) -> bool:
+    """A yes-or-no method that older releases lack."""
+    ask = getattr(engine, question, None)
+    return ask is not None and bool(ask())
+
+
+def _check_options(engine: Any, options: dict[str, Any]) -> None:
+    for name in ("probe", "gradient_sync", "scaler", "wrapper"):
+        if options.get(name) is not None:
+            raise ValueError(f"attach chooses {name}= from the engine: leave it out")
+    for name in ("record_l1", "per_layer"):
+        if options.get(name) and engine.zero_optimization_stage() > 0:
+            raise ValueError(
+                f"{name} needs the step's gradient itself, of which ZeRO {engine.zero_optimization_stage()} shows the "
+                f"norm only: leave it out, or use ZeRO 0"
+            )
+    kind = type(engine.basic_optimizer)
+    if "betas" in options.get("follow", ()) and not kind.__module__.startswith("torch."):
+        raise ValueError(
+            f"follow='betas' needs the step counts of torch's own Adam, which {kind.__name__} of {kind.__module__} "
+            f'keeps elsewhere: set "torch_adam": true in the config, give torch.optim.AdamW, or leave betas out'
+        )
