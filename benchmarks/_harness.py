@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import platform
 import random
@@ -25,6 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % of Student's t, by number of seeds
 
 
 class Quartiles(NamedTuple):
@@ -42,6 +44,27 @@ class Quartiles(NamedTuple):
         """``median (low to high)``, each times ``scale``."""
         low, median, high = (f"{value * scale:.{digits}f}" for value in self)
         return f"{median} ({low} to {high})"
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over seeds."""
+
+    mean: float
+    deviation: float
+    number: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.fmean(values), statistics.stdev(values), len(values))
+
+    def show(self, digits: int = 4, *, sign: str = "") -> str:
+        """``mean ± standard deviation``."""
+        return f"{self.mean:{sign}.{digits}f} ± {self.deviation:.{digits}f}"
+
+    @property
+    def clear(self) -> bool:
+        """Whether the mean differs from 0 at the 95 % level, by Student's t."""
+        return abs(self.mean) * math.sqrt(self.number) > T_95[self.number] * self.deviation
 
 
 @dataclass(frozen=True)

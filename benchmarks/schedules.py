@@ -27,7 +27,6 @@ import argparse
 import hashlib
 import json
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +37,7 @@ from typing import Any, Literal, NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from _harness import RESULTS, Machine, Table, publish
+from _harness import RESULTS, Machine, Spread, Table, publish
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,7 +70,6 @@ SCHEDULES: Mapping[str, Callable[[int], Shape]] = {
 }
 NAMES = (*SCHEDULES, REFINED)
 MOST_EXTENSIONS = 4
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % of Student's t, by number of seeds
 
 Pair = tuple[Tensor, Tensor]
 
@@ -339,26 +337,6 @@ def curve_difference(a: Sequence[float], b: Sequence[float], *, smooth: bool = T
     shared = min(len(a), len(b))
     first, second = (savitzky_golay(c[:shared]) if smooth else np.asarray(c[:shared]) for c in (a, b))
     return float(np.mean(np.abs(first - second) / (first + second)))
-
-
-class Spread(NamedTuple):
-    """Mean and standard deviation over seeds."""
-
-    mean: float
-    deviation: float
-    number: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.fmean(values), statistics.stdev(values), len(values))
-
-    def show(self, digits: int = 4, *, sign: str = "") -> str:
-        return f"{self.mean:{sign}.{digits}f} ± {self.deviation:.{digits}f}"
-
-    @property
-    def clear(self) -> bool:
-        """Whether the mean differs from 0 at the 95 % level, by Student's t."""
-        return abs(self.mean) * math.sqrt(self.number) > T_95[self.number] * self.deviation
 
 
 class Summary(NamedTuple):
