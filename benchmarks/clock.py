@@ -46,6 +46,9 @@ from adabatch.recipes.models import MLP, LogisticRegression
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+Pair = tuple[Unit, LRRule]
+FloatArray = NDArray[np.float64]
+
 QUESTION = (
     "The same model trained by SGD at a constant small, a constant large and a growing batch: under which clock (what "
     "progress counts) and which rule (how the learning rate follows the batch) do the three curves of the held-out "
@@ -60,15 +63,15 @@ BASE_LRS = tuple(0.05 * 2**k for k in range(6))
 CLOCKS: tuple[Unit, ...] = ("examples", "steps", "gain_steps")
 RULES: tuple[LRRule, ...] = tuple(rule for rule in get_args(LRRule) if rule != "seesaw")
 POLICIES = ("small", "large", "growing")
-MATCHED: tuple[tuple[Unit, LRRule], ...] = (("examples", "linear"), ("steps", "none"), ("gain_steps", "gain"))
+ALL_PAIRS = tuple(itertools.product(CLOCKS, RULES))
+MATCHED: tuple[Pair, ...] = (("examples", "linear"), ("steps", "none"), ("gain_steps", "gain"))
 OURS = MATCHED[-1]
-SLOWER = (1, 2, 4, 8)  # what the tuned base learning rate is divided by, for the matched pairs
+DIVISORS, IN_FULL = (1, 2, 4, 8), (1, 2)  # of the tuned base learning rate: for the matched pairs, and for all
 MODELS: Mapping[str, tuple[str, Callable[[], nn.Module]]] = {
     "logistic regression": ("convex, 7,850 parameters", LogisticRegression),
     "MLP": ("784-32-10 with ReLU, 25,450 parameters", lambda: MLP((784, 32, 10))),
 }
 
-FloatArray = NDArray[np.float64]
 PROGRESS = np.arange(1, GRID + 1) / GRID
 
 
@@ -92,9 +95,7 @@ class Bench:
         rows = torch.linspace(0, len(unseen) - 1, 2000).long()
         self.unseen = unseen.tensors[0][rows], unseen.tensors[1][rows]
 
-    def run(
-        self, model: str, policy: str, seed: int, base_lr: float, pair: tuple[Unit, LRRule] = OURS, order: int = 0
-    ) -> Run:
+    def run(self, model: str, policy: str, seed: int, base_lr: float, pair: Pair = OURS, order: int = 0) -> Run:
         """One run; ``order`` is added to the seed of the data's order."""
         clock, rule = pair
         total = Duration(NUM_STEPS * (SMALL if clock == "examples" else 1), clock)
@@ -154,75 +155,80 @@ class Study(NamedTuple):
     Args:
         base_lr: tuned for the small batch.
         tried: final loss of the tuning seed by base learning rate.
-        runs: by pair of clock and rule and by seed: small, large and growing.
-        slower: distances of the matched pairs at the tuned base learning rate divided by ``SLOWER``, by seed.
-        floor: distances of two small-batch runs, by seed.
+        runs: by what the base learning rate was divided by and by pair of clock and rule, then by seed: small, large
+            and growing.
+        floor: distances of two small-batch runs at the tuned base learning rate, by seed.
     """
 
     base_lr: float
     tried: dict[float, float]
-    runs: dict[tuple[Unit, LRRule], list[list[Run]]]
-    slower: dict[tuple[Unit, LRRule], dict[int, list[float]]]
+    runs: dict[tuple[int, Pair], list[list[Run]]]
     floor: list[float]
 
-    def distances(self, pair: tuple[Unit, LRRule]) -> list[float]:
-        return [distance(runs) for runs in self.runs[pair]]
+    def distances(self, pair: Pair, divisor: int = 1) -> list[float]:
+        """By seed."""
+        return [distance(runs) for runs in self.runs[divisor, pair]]
+
+    def of_means(self, pair: Pair, divisor: int = 1) -> float:
+        """The distance of the curves averaged over seeds, in which the noise of single runs cancels."""
+        seeds = self.runs[divisor, pair]
+        curves = [np.mean([runs[which].curve for runs in seeds], axis=0) for which in range(len(POLICIES))]
+        return distance([Run(curve, 0, 0) for curve in curves])
 
 
 def measure(bench: Bench, model: str, seeds: Sequence[int]) -> Study:
     tried = {lr: bench.run(model, "small", TUNING_SEED, lr).loss for lr in BASE_LRS}
     base_lr = min(tried, key=lambda lr: tried[lr])
-
-    def three(small: Run, seed: int, lr: float, pair: tuple[Unit, LRRule]) -> list[Run]:
-        return [small, *(bench.run(model, policy, seed, lr, pair) for policy in POLICIES[1:])]
-
-    study = Study(base_lr, tried, {}, {pair: {} for pair in MATCHED}, [])
+    study = Study(base_lr, tried, {}, [])
     for seed in seeds:
-        small = bench.run(model, "small", seed, base_lr)
-        study.floor.append(distance([small, bench.run(model, "small", seed, base_lr, order=REORDERED)]))
-        for pair in itertools.product(CLOCKS, RULES):
-            study.runs.setdefault(pair, []).append(three(small, seed, base_lr, pair))
-        for divisor in SLOWER:
-            slow = small if divisor == 1 else bench.run(model, "small", seed, base_lr / divisor)
-            for pair in MATCHED:
-                at_once = divisor == 1
-                runs = study.runs[pair][-1] if at_once else three(slow, seed, base_lr / divisor, pair)
-                study.slower[pair].setdefault(divisor, []).append(distance(runs))
-        print(f"{model}, seed {seed}: {distance(study.runs[OURS][-1]):.4f}", flush=True)
+        for divisor in DIVISORS:
+            lr = base_lr / divisor
+            small = bench.run(model, "small", seed, lr)
+            if divisor == 1:
+                study.floor.append(distance([small, bench.run(model, "small", seed, lr, order=REORDERED)]))
+            for pair in ALL_PAIRS if divisor in IN_FULL else MATCHED:
+                others = [bench.run(model, policy, seed, lr, pair) for policy in POLICIES[1:]]
+                study.runs.setdefault((divisor, pair), []).append([small, *others])
+        print(f"{model}, seed {seed}: {study.distances(OURS)[-1]:.4f}", flush=True)
     return study
 
 
-def words(pair: tuple[Unit, LRRule]) -> str:
+def words(pair: Pair) -> str:
     return f"{pair[0].replace('_', '-')} and {pair[1]}"
 
 
-def tables(model: str, study: Study) -> list[Table]:
-    found = {pair: Spread.of(study.distances(pair)) for pair in study.runs}
+def called(divisor: int) -> str:
+    return "tuned" if divisor == 1 else f"tuned / {divisor}"
 
-    def took(pair: tuple[Unit, LRRule], which: int) -> str:
-        runs = [runs[which] for runs in study.runs[pair]]
+
+def tables(model: str, study: Study) -> list[Table]:
+    def took(pair: Pair, which: int) -> str:
+        runs = [runs[which] for runs in study.runs[1, pair]]
         mean = [np.mean([getattr(run, name) for run in runs]) for name in ("steps", "examples", "loss")]
         return f"{mean[0]:,.0f} / {mean[1]:,.0f} / {mean[2]:.3f}"
 
-    def slow(pair: tuple[Unit, LRRule]) -> list[str]:
-        return [Spread.of(study.slower[pair][divisor]).show() for divisor in SLOWER]
+    def found(pair: Pair, divisor: int) -> str:
+        return Spread.of(study.distances(pair, divisor)).show()
 
-    about = f"{model} ({MODELS[model][0]}), base LR {study.base_lr:g}"
     return [
-        Table(
-            f"{about}: mean distance of the curves ± standard deviation over {len(study.floor)} seeds",
-            ["rule", *(f"clock of {clock.replace('_', '-')}" for clock in CLOCKS)],
-            [[rule, *(found[clock, rule].show() for clock in CLOCKS)] for rule in RULES],
+        *(
+            Table(
+                f"{model} ({MODELS[model][0]}), base LR {study.base_lr / divisor:g}, {called(divisor)}: mean distance "
+                f"of the curves ± standard deviation over {len(study.floor)} seeds",
+                ["rule", *(f"clock of {clock.replace('_', '-')}" for clock in CLOCKS)],
+                [[rule, *(found((clock, rule), divisor) for clock in CLOCKS)] for rule in RULES],
+            )
+            for divisor in IN_FULL
         ),
         Table(
-            f"{model}: steps / examples / final held-out loss",
+            f"{model}: the same for the pairs that match, by base LR",
+            ["clock and rule", *map(called, DIVISORS)],
+            [[words(pair), *(found(pair, divisor) for divisor in DIVISORS)] for pair in MATCHED],
+        ),
+        Table(
+            f"{model}, tuned: steps / examples / final held-out loss",
             ["clock and rule", *POLICIES],
             [[words(pair), *(took(pair, which) for which in range(3))] for pair in MATCHED],
-        ),
-        Table(
-            f"{model}: the same distance for the pairs that match, at lower base LRs",
-            ["clock and rule", "tuned", *(f"tuned / {divisor}" for divisor in SLOWER[1:])],
-            [[words(pair), *slow(pair)] for pair in MATCHED],
         ),
         Table(
             f"{model}: tuning of the small batch, final held-out loss by base LR",
@@ -233,26 +239,25 @@ def tables(model: str, study: Study) -> list[Table]:
 
 
 def findings(model: str, study: Study) -> list[str]:
-    ours = study.distances(OURS)
-    others = {pair: study.distances(pair) for pair in study.runs if pair != OURS}
-    apart = {pair: Spread.of([b - a for a, b in zip(ours, found, strict=True)]) for pair, found in others.items()}
-    clear = [pair for pair, found in apart.items() if found.clear and found.mean > 0]
-    near = min(others, key=lambda pair: apart[pair].mean)
-    won = sum(all(found[index] > own for found in others.values()) for index, own in enumerate(ours))
-    told = [
-        f"{model}: {words(OURS)} has {Spread.of(ours).show()}; the closest of the other pairs is {words(near)} with "
-        f"{Spread.of(others[near]).show()}. {len(clear)} of these {len(others)} are clearly farther apart (paired t "
-        f"test at 95 %, not corrected); {words(OURS)} is the closest of all on {won} of {len(ours)} seeds.",
-        f"{model}: two small-batch runs that differ in the order of the data alone are {Spread.of(study.floor).show()} "
-        f"apart.",
-    ]
-    slow = {
-        divisor: min(MATCHED, key=lambda pair: float(np.mean(study.slower[pair][divisor]))) for divisor in SLOWER[1:]
-    }
+    told = []
+    for divisor in IN_FULL:
+        ours = study.distances(OURS, divisor)
+        others = {pair: study.distances(pair, divisor) for pair in ALL_PAIRS if pair != OURS}
+        apart = {pair: Spread.of([b - a for a, b in zip(ours, found, strict=True)]) for pair, found in others.items()}
+        clear = [pair for pair, found in apart.items() if found.clear and found.mean > 0]
+        near = min(others, key=lambda pair: apart[pair].mean)
+        won = sum(all(found[index] > own for found in others.values()) for index, own in enumerate(ours))
+        met = "met" if apart[near].mean > 0 else "missed"
+        told.append(
+            f"{model}, {called(divisor)}: {met}. {words(OURS)} has {Spread.of(ours).show()}, the closest of the other "
+            f"pairs, {words(near)}, {Spread.of(others[near]).show()}. {len(clear)} of these {len(others)} are clearly "
+            f"farther apart (paired t test at 95 %, not corrected); {words(OURS)} is the closest of all on {won} of "
+            f"{len(ours)} seeds. Of curves averaged over seeds first: {study.of_means(OURS, divisor):.4f} and, at best "
+            f"of the others, {min(study.of_means(pair, divisor) for pair in others):.4f}."
+        )
     told.append(
-        f"{model}: of the pairs that match, the closest at the tuned base LR divided by "
-        + "; by ".join(f"{divisor}: {words(pair)}" for divisor, pair in slow.items())
-        + "."
+        f"{model}: two small-batch runs that differ in the order of the data alone are {Spread.of(study.floor).show()} "
+        f"apart at the tuned base LR."
     )
     return told
 
@@ -264,30 +269,28 @@ SETTING = (
     "steps, gain and gain-steps. As the base LR goes to zero all three follow the gradient flow, at equal progress by "
     "equal distances, and lie on each other whatever the noise is; what tells them apart are finite steps and noise.",
     "The clock of steps buys its agreement with examples: there the large batch takes as many steps as the small one.",
+    "The tuned base LR is next to where training fails: twice it is no better for the small batch. There the gain, "
+    "which is for steps that curvature does not limit, makes a larger batch overshoot. At half of it there is room.",
 )
 
 
 def record(study: Study) -> dict[str, Any]:
     """The numbers behind a model's tables."""
+
+    def of(run: Run) -> dict[str, Any]:
+        losses = " ".join(f"{value:.4g}" for value in run.curve)
+        return {"steps": run.steps, "examples": run.examples, "log_loss": losses}
+
     return {
         "base_lr": study.base_lr,
         "tuning": {f"{lr:g}": round(loss, 6) for lr, loss in study.tried.items()},
         "floor": study.floor,
-        "distances": {words(pair): study.distances(pair) for pair in study.runs},
-        "slower": {words(pair): {str(divisor): study.slower[pair][divisor] for divisor in SLOWER} for pair in MATCHED},
+        "distances": {f"{words(pair)}, {called(by)}": study.distances(pair, by) for by, pair in study.runs},
         "runs": {
-            words(pair): {
-                policy: [
-                    {
-                        "steps": runs[which].steps,
-                        "examples": runs[which].examples,
-                        "log_loss": " ".join(f"{value:.4g}" for value in runs[which].curve),
-                    }
-                    for runs in per_seed
-                ]
-                for which, policy in enumerate(POLICIES)
+            f"{words(pair)}, {called(by)}": {
+                policy: [of(runs[which]) for runs in seeds] for which, policy in enumerate(POLICIES)
             }
-            for pair, per_seed in study.runs.items()
+            for (by, pair), seeds in study.runs.items()
         },
     }
 
@@ -302,7 +305,7 @@ def draw(studies: Mapping[str, Study]) -> None:
     for row, rule in zip(axes, RULES, strict=True):
         for axis, (model, clock) in zip(row, columns, strict=True):
             for which, policy in enumerate(POLICIES):
-                for index, runs in enumerate(studies[model].runs[clock, rule]):
+                for index, runs in enumerate(studies[model].runs[1, (clock, rule)]):
                     label = policy if index == 0 else None
                     axis.plot(PROGRESS, np.exp(runs[which].curve), color=f"C{which}", lw=0.8, label=label)
             axis.set(yscale="log", ylim=(0.2, 3))
