@@ -30,7 +30,15 @@ from adabatch.runtime.scheduler import Moved, StepHooks, host_value
 from adabatch.runtime.weighing import WeighedFeed
 from adabatch.runtime.wrappers import GradientSync, Wrapper, wrapper_of
 from adabatch.step import Step
-from adabatch.validation import check_fits, check_followers, check_types, limits_and_grid, suited_probe
+from adabatch.validation import (
+    check_fits,
+    check_followers,
+    check_types,
+    default_lr_rule,
+    limits_and_grid,
+    measured_layers,
+    suited_probe,
+)
 
 STATE_FORMAT = 1
 
@@ -71,7 +79,8 @@ class AdaptiveBatch:
             accumulate; by default it stays as it is.
         control: how cautiously the criterion is followed.
         lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain", "sqrt_gain", or, with a
-            ``Seesaw`` schedule, "seesaw".
+            ``Seesaw`` schedule, "seesaw". By default "sqrt" for ``KFAC`` and ``Shampoo``, for which nobody has
+            derived a rule and this one is in use (arXiv 2602.03001), and "none" for all others.
         follow: what else follows the batch while an update runs: "betas", "eps", "weight_decay" (decoupled), so that
             the optimizer's memory and decay stay what they are in examples at the reference batch size. With "betas",
             the optimizer's step counts are in updates of that size, so that its bias correction stays right.
@@ -84,6 +93,9 @@ class AdaptiveBatch:
         per_layer: also write the noise and signal of each layer to the journal: of each "module" that holds parameters,
             or of each parameter "group" of the optimizer. For reading only; the criterion sees the whole gradient.
             A probe of your own takes ``layers=`` for it.
+        layer_weights: how often the squared norm of each parameter's gradient counts in noise and signal, by name;
+            ``plan.layer_weights()`` of a width plan, so that one ``eta`` means the same at every width. (The plain norm
+            of a wide model is that of its readout: 97 % at width 4,096.)
         probe: how gradients are measured; by default chosen by the model's type.
         gradient_sync: at which micro-batches of a step the ranks reduce their gradients. DDP does it at the "last".
             FSDP2 by default at "each": between micro-batches a rank then holds its shard of the gradient only, and each
@@ -118,13 +130,14 @@ class AdaptiveBatch:
         limits: Limits | None = None,
         max_micro_batch_size: int | None = None,
         control: Control | None = None,
-        lr_rule: LRRule = "none",
+        lr_rule: LRRule | None = None,
         follow: Collection[Setting] = (),
         reference_batch_size: int | None = None,
         tokens_per_example: int | None = None,
         monitor: bool = False,
         record_l1: bool = False,
         per_layer: PerLayer | None = None,
+        layer_weights: Mapping[str, float] | None = None,
         probe: Probe | None = None,
         gradient_sync: GradientSync | None = None,
         scaler: GradScaler | None = None,
@@ -133,6 +146,7 @@ class AdaptiveBatch:
         skip_nonfinite: bool = True,
         wrapper: Wrapper | None = None,
     ) -> None:
+        lr_rule = default_lr_rule(optimizer) if lr_rule is None else lr_rule
         check_lr_rule(lr_rule)
         check_follow(follow)
         check_types(optimizer, criterion)
@@ -164,8 +178,11 @@ class AdaptiveBatch:
             needs.add(NOISE)
         if record_l1:
             needs.add(GRAD_L1)
-        if per_layer is not None:
+        if per_layer is not None or layer_weights is not None:
             needs.add(LAYERS)
+        if layer_weights is not None and probe is not None:
+            raise ValueError("layer_weights sorts the parameters into layers, for which a given probe is made already")
+        layers, self._layer_weights = measured_layers(model, optimizer, needs, per_layer, layer_weights)
         # For recorded norms alone a probe measures no noise, and needs no parts to do so.
         in_noise = probe is not None or bool(needs - {GRAD_L1})
         self._limits, self._grid = limits_and_grid(
@@ -196,7 +213,7 @@ class AdaptiveBatch:
         # Last, so that a constructor that raises leaves no hook behind.
         given = None if probe is None else self._wrapper.fit_probe(probe)
         self._probe = suited_probe(
-            model, optimizer, frozenset(needs), given=given, wrapper=self._wrapper, per_layer=per_layer
+            model, optimizer, frozenset(needs), given=given, wrapper=self._wrapper, layers=layers
         )
         try:
             self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
@@ -351,6 +368,8 @@ class AdaptiveBatch:
         self._step = None
         feed.consumed(portion)
         measured = step.moments
+        if measured is not None and self._layer_weights is not None:
+            measured = measured.weighted(self._layer_weights)
         if measured is not None and not step.finite:
             measured = measured._replace(part_sq=math.nan)
         step.decision = decide(

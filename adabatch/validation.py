@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import AdamW, NAdam, Optimizer
@@ -13,11 +14,19 @@ from adabatch.batch.criteria import Criterion
 from adabatch.batch.moments import EUCLIDEAN, GRAD_L1, INNER_PRODUCTS, LAYERS, norm_in, quantile_in
 from adabatch.batch.plan import PlanGrid
 from adabatch.batch.schedules import Schedule
+from adabatch.lr.rules import LRRule
+from adabatch.optim import KFAC, Shampoo
+from adabatch.optim.mup import named_parameters
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.layers import PerLayer, layers_of
+from adabatch.runtime.layers import Layers, PerLayer, layers_of, layers_of_weight
 from adabatch.runtime.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers import Wrapper
+
+
+def default_lr_rule(optimizer: Optimizer) -> LRRule:
+    """How the learning rate of an optimizer follows the batch where its user does not say."""
+    return "sqrt" if isinstance(optimizer, KFAC | Shampoo) else "none"
 
 
 def check_fits(size: int, order: GlobalOrder) -> None:
@@ -79,7 +88,7 @@ def suited_probe(
     *,
     given: Probe | None,
     wrapper: Wrapper,
-    per_layer: PerLayer | None = None,
+    layers: Callable[[], Layers | None] = lambda: None,
 ) -> Probe | None:
     """The probe given, or the one that suits the model; None where nothing needs one."""
     if not needs:
@@ -96,7 +105,7 @@ def suited_probe(
     probe = given or wrapper.make_probe(
         parameters,
         record_l1=GRAD_L1 in needs,
-        layers=None if per_layer is None else layers_of(model, optimizer, per_layer),
+        layers=layers(),
         norm=norm_of(norm_in(needs), optimizer),
         quantile=quantile_in(needs),
     )
@@ -110,6 +119,58 @@ def suited_probe(
             f"{' and '.join(_way_out(need) for need in sorted(missing))}"
         )
     return probe
+
+
+class MeasuredLayers(NamedTuple):
+    """What a probe measures apart.
+
+    Args:
+        make: the layers, made where nothing can fail any more.
+        weights: how often each one's squared norm counts, by its name; None where the norm is the plain one.
+    """
+
+    make: Callable[[], Layers | None]
+    weights: dict[str, float] | None
+
+
+def measured_layers(
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    needs: Collection[str],
+    per_layer: PerLayer | None,
+    weights: Mapping[str, float] | None,
+) -> MeasuredLayers:
+    """The layers to measure: those for the journal, or the parameters sorted by their weight in the norm.
+
+    Args:
+        weights: of squared gradient norms, by the names of parameters.
+
+    Raises:
+        ValueError: both of them, a parameter without a weight, a name without a parameter, a weight that is not
+            positive, or a criterion that compares more than squared norms.
+    """
+    if weights is None:
+        return MeasuredLayers(lambda: None if per_layer is None else layers_of(model, optimizer, per_layer), None)
+    if per_layer is not None:
+        raise ValueError(f"layer_weights sorts parameters by weight, and per_layer={per_layer!r} otherwise: give one")
+    every = named_parameters(model)
+    named = {name: p for name, p in every.items() if p.requires_grad}
+    missing, unknown = sorted(set(named) - set(weights)), sorted(set(weights) - set(every))
+    if missing or unknown:
+        raise ValueError(
+            f"layer_weights must name every trained parameter, as plan.layer_weights() does: "
+            f"{', '.join(missing[:3]) or 'none'} missing, {', '.join(unknown[:3]) or 'none'} unknown"
+        )
+    wrong = [f"{name}={weights[name]}" for name in named if not 0 < weights[name] < math.inf]
+    if wrong:
+        raise ValueError(f"layer_weights must be positive and finite, got {', '.join(wrong[:3])}")
+    if INNER_PRODUCTS in needs or norm_in(needs) != EUCLIDEAN:
+        raise ValueError(
+            "layer_weights weigh squared Euclidean norms: use them with NormTest or NoiseScale(), not with a test of "
+            "inner products or in the norm of an optimizer, which weighs the layers itself"
+        )
+    layers, by_name = layers_of_weight({p: float(weights[name]) for name, p in named.items()})
+    return MeasuredLayers(lambda: layers, by_name)
 
 
 def limits_and_grid(

@@ -37,9 +37,9 @@ LAYERS = "layers"
 
 EUCLIDEAN = "euclidean"
 
-Norm = Literal["euclidean", "adam", "sign"]
+Norm = Literal["euclidean", "adam", "sign", "kfac"]
 """In what noise and signal are measured: the Euclidean norm; that of gradients divided by Adam's root mean squares; the
-l1 norm, for methods that step by signs."""
+l1 norm, for methods that step by signs; that of K-FAC's curvature."""
 
 
 def noise_in(norm: str) -> str:
@@ -140,6 +140,18 @@ class GradientMoments(NamedTuple):
             grad_l2=times(self.grad_l2, length),
             noise_at_quantile=times(self.noise_at_quantile, square),
             layers=None if self.layers is None else {name: each.scaled(factor) for name, each in self.layers.items()},
+        )
+
+    def weighted(self, weights: Mapping[str, float]) -> GradientMoments:
+        """The moments in the norm in which the square of layer l counts ``weights[l]`` times.
+
+        Args:
+            weights: one for each of ``layers``, which must have been measured.
+        """
+        assert self.layers is not None, "the layers were not measured"
+        return self._replace(
+            part_sq=sum(weights[name] * each.part_sq for name, each in self.layers.items()),
+            grad_sq=sum(weights[name] * each.grad_sq for name, each in self.layers.items()),
         )
 
     @classmethod

@@ -75,7 +75,7 @@ class Job:
         total: length of the run.
         max_micro_batch_size: how far the micro-batch may grow before steps accumulate.
         control: how cautiously the criterion is followed.
-        lr_rule: how the learning rate follows the batch.
+        lr_rule: how the learning rate follows the batch; by default "sqrt" for second-order optimizers, else "none".
         reference_batch_size: global batch size that the learning rate is meant for; by default the first one.
         shape: learning-rate schedule over the run, from adabatch.lr.
         warmup: linear warm-up of the learning rate before the shape.
@@ -102,7 +102,7 @@ class Job:
     total: Duration
     max_micro_batch_size: int | None = None
     control: Control | None = None
-    lr_rule: LRRule = "none"
+    lr_rule: LRRule | None = None
     reference_batch_size: int | None = None
     shape: Shape | None = None
     warmup: Duration | None = None

@@ -82,6 +82,21 @@ def layers_of(model: nn.Module, optimizer: Optimizer, per_layer: PerLayer) -> La
     return Layers(members)
 
 
+def layers_of_weight(weights: Mapping[Tensor, float]) -> tuple[Layers, dict[str, float]]:
+    """Parameters of equal weight as one layer each, and the layers' weights, by their names.
+
+    Args:
+        weights: how often the squared norm of each parameter's gradient counts.
+    """
+    members: dict[str, list[Tensor]] = {}
+    values: dict[str, float] = {}
+    for parameter, weight in weights.items():
+        name = f"weight {weight:g}"
+        values[name] = weight
+        members.setdefault(name, []).append(parameter)
+    return Layers(members), values
+
+
 def _inner_name(name: str) -> str:
     words = [word for word in name.split(".") if word not in WRAPPERS]
     return ".".join(words[1:] if words[:1] == ["module"] else words)  # what DDP puts first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -136,7 +136,53 @@ class AdamMetric:
         return wide / scale
 
 
-METRICS: dict[str, Callable[[Optimizer], Metric]] = {AdamMetric.name: AdamMetric}
+@runtime_checkable
+class Whitens(Protocol):
+    """An optimizer that preconditions gradients by a matrix, and can apply the square root of it (``optim.KFAC``)."""
+
+    @property
+    def whitens(self) -> bool:
+        """Whether it has the matrix yet; the same on all ranks."""
+        ...
+
+    def whiten(self, param: Tensor, grad: Tensor) -> Tensor:
+        """The square root on a gradient of the shape of ``param``; zero for a parameter that it does not take."""
+        ...
+
+
+class KFACMetric:
+    """Gradients in the metric of K-FAC, ``|g|^2 = <g, P g>`` with the inverse factors P as they were last computed.
+
+    They are from before the step, so noise and signal stay unbiased. It mixes coordinates, so it needs whole gradients.
+
+    Args:
+        optimizer: ``optim.KFAC``.
+
+    Raises:
+        ValueError: another optimizer.
+    """
+
+    name = "kfac"
+    diagonal = False
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Whitens):
+            raise ValueError(
+                f"norm='kfac' reads the curvature of adabatch.optim.KFAC, which {type(optimizer).__name__} does not "
+                f"have: use norm='euclidean', or 'adam' with Adam"
+            )
+        self._optimizer: Whitens = optimizer
+
+    def begin(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the inverses were computed yet."""
+        return self._optimizer.whitens
+
+    def __call__(self, parameter: Tensor, grad: Tensor) -> Tensor:
+        """``P^(1/2) grad``."""
+        return self._optimizer.whiten(parameter, _wide(grad).view(parameter.shape))
+
+
+METRICS: dict[str, Callable[[Optimizer], Metric]] = {AdamMetric.name: AdamMetric, KFACMetric.name: KFACMetric}
 """The metrics that criteria may name, and how each is made from the run's optimizer."""
 
 

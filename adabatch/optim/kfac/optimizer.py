@@ -22,6 +22,7 @@ from adabatch.optim.kfac.first_order import Others, update_others
 from adabatch.optim.kfac.inversion import Block, Exponents, Inversion
 from adabatch.optim.kfac.placement import Alone, Owner, Reduce
 from adabatch.optim.kfac.survey import Survey, split_groups, survey
+from adabatch.optim.kfac.whitening import Whitening
 
 BATCH_CHANGE = 0.1
 """Relative change of the batch at which the inverses are computed anew."""
@@ -181,6 +182,7 @@ class KFAC(Optimizer):
         modules = dict(self._take_layers(found, exact=form is None))
         self._owner.deal({layer.name: layer.cost for layer in self._layers})
         self._inversion = Inversion(form, self._exponents, self.fallbacks)
+        self._whitening = Whitening()
         # Rows save work where no other rank's have to be added to them.
         self._in_rows = memory == 0 and reduce is None
         self._capture = Capture(model, modules, due=lambda: self.due, in_rows=self._in_rows)
@@ -262,6 +264,7 @@ class KFAC(Optimizer):
         self.fallbacks["not finite"] = sum(int(row[3]) for row in numbers)
         for block in self._blocks.values():
             self._owner.share(block.layer.name, inversion.roots_of(block))
+        self._whitening = Whitening()
         self._clock.refreshes += 1
         self._clock.since_refresh = 0.0
 
@@ -273,6 +276,20 @@ class KFAC(Optimizer):
         """
         block = self._blocks.get(param)
         return grad if block is None else inversion.precondition(block, grad)
+
+    @property
+    def whitens(self) -> bool:
+        """Whether there are inverses yet, by which ``whiten`` can measure."""
+        return self._clock.refreshes > 0
+
+    def whiten(self, param: Tensor, grad: Tensor) -> Tensor:
+        """A gradient whose Euclidean norm is that of ``grad`` in the metric of K-FAC, ``<grad, precondition(grad)>``.
+
+        It is the square root of the preconditioner on ``grad``; for a parameter that K-FAC does not take, zero. The
+        roots of the inverses are kept until they are computed anew.
+        """
+        block = self._blocks.get(param)
+        return torch.zeros_like(grad) if block is None else self._whitening.of(block, grad)
 
     def remove(self) -> None:
         """Takes every hook off the model; the optimizer is not usable afterwards."""
@@ -289,6 +306,7 @@ class KFAC(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Restores a run, bit for bit: factors, inverses and counts keep the precision that they were saved in."""
         super().load_state_dict(state_dict)
+        self._whitening = Whitening()
         saved = state_dict["state"]
         params = [p for group in self.param_groups for p in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]

@@ -125,6 +125,15 @@ class Plan:
         taken = set(self.taken_by(method))
         return [name for name in self.entries if name not in taken]
 
+    def layer_weights(self) -> dict[str, float]:
+        """How often each parameter's squared gradient norm counts where widths are to be compared: its SGD multiplier.
+
+        For ``AdaptiveBatch(layer_weights=)``. Squared gradient norms go like 1/width in the input layer and like width
+        in the readout, so that of a wide model the plain norm is the readout's alone; weighted by ``r_out / r_in``,
+        every layer keeps its share at every width.
+        """
+        return {name: LAWS["sgd"].lr(entry) for name, entry in self.entries.items()}
+
     def to_json(self) -> str:
         """The plan as text, for the checkpoint."""
         parameters = {name: entry.to_dict() for name, entry in self.entries.items()}

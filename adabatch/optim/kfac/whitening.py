@@ -1,0 +1,55 @@
+"""The square root of a preconditioner, in which the noise of the gradient can be measured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adabatch.optim.kfac.inversion import Block
+from adabatch.optim.kfac.roots import Root
+
+
+class Whitening:
+    """Square roots of the inverses as they stand, each made when it is first asked for.
+
+    For an inverse ``P`` a factor ``C`` with ``C^T C = P``; which of them does not matter to a norm.
+    """
+
+    def __init__(self) -> None:
+        self._factors: dict[tuple[int, str], Tensor] = {}
+
+    def of(self, block: Block, grad: Tensor) -> Tensor:
+        """The square root of a block's preconditioner on a gradient of the shape of its parameter."""
+        state = block.state
+        dtype = state["output_root" if "output_root" in state else "inverse"].dtype
+        grad = grad.to(dtype)
+        if block.is_bias:
+            return self._times(block, "output", grad.unsqueeze(-1)).squeeze(-1)
+        matrix = block.layer.kind.matrix(grad)
+        if "inverse" in state:
+            turned = state["output_basis"].T @ matrix
+            turned = turned if state["input_basis"].dim() == 1 else turned @ state["input_basis"]
+            return block.layer.kind.shaped(turned * state["inverse"].sqrt(), grad)
+        turned = self._times(block, "output", matrix)
+        return block.layer.kind.shaped(self._times(block, "input", turned.T).T, grad)
+
+    def _times(self, block: Block, side: str, grad: Tensor) -> Tensor:
+        key = (id(block), side)
+        if key not in self._factors:
+            self._factors[key] = _factor(Root(block.state[f"{side}_root"], block.state.get(f"{side}_scale")))
+        factor = self._factors[key]
+        if factor.dim() == 2:
+            return factor @ grad
+        return factor.unsqueeze(-1) * grad if factor.dim() == 1 else factor * grad
+
+
+def _factor(root: Root) -> Tensor:
+    """C with ``C^T C`` the root; zero where the root is."""
+    core = root.core
+    if root.scale is not None:
+        core = root.scale * torch.eye(core.shape[1], dtype=core.dtype, device=core.device) - core.T @ core
+    if core.dim() < 2:
+        return core.sqrt()
+    factor, info = torch.linalg.cholesky_ex(core.double())
+    # An inverse that is not positive definite is a layer without curvature: all zeros.
+    return torch.where(info == 0, factor.T, 0.0).to(core.dtype)
