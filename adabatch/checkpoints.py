@@ -19,6 +19,7 @@ from adabatch.run_state import RunState, Stateful, Taken
 from adabatch.runtime.background import Background
 from adabatch.runtime.checkpoint import CheckpointError, abandon, begin, finish, place_of
 from adabatch.runtime.intact import newest_intact
+from adabatch.runtime.local_sgd import LocalSGD
 
 _log = logging.getLogger("adabatch")
 
@@ -63,6 +64,9 @@ class Checkpoints:
         schedule: of the learning rate.
         order: the place in the data: a ``GlobalOrder``, or a loader with a state of its own.
         scaler: a ``GradScaler``.
+        local_sgd: the workers that step on their own, with a plain model. Each then writes a file with all of its
+            parts, since they differ inside a round, and what optimizers remember mostly does always. Between rounds
+            another number of workers may go on, each from the file of one that was.
         others: more parts by name, such as an average of the weights; anything with ``state_dict``.
         config: the run's settings, to be compared when they are loaded: nested mappings of plain values.
         every: save after so much training; needs ``batches``.
@@ -86,6 +90,7 @@ class Checkpoints:
         schedule: Stateful | None = None,
         order: Stateful | None = None,
         scaler: Stateful | None = None,
+        local_sgd: LocalSGD | None = None,
         others: Mapping[str, Stateful] | None = None,
         config: Mapping[str, Any] | None = None,
         every: Duration | None = None,
@@ -100,7 +105,7 @@ class Checkpoints:
         # schedule's rates depend on the progress of the batches.
         named = {
             "order": order, "model": model, "optimizer": optimizer, "batches": batches, "schedule": schedule,
-            "scaler": scaler,
+            "scaler": scaler, "local_sgd": local_sgd,
         }  # fmt: skip
         taken = {*named, "random"} & (others or {}).keys()
         if taken:
@@ -267,7 +272,7 @@ def save(folder: str | Path, *, model: nn.Module, keep: int = 3, **parts: Any) -
         folder: of the run's checkpoints; the new one is added to those that are there.
         model: see ``Checkpoints``, as for all others.
         keep: how many checkpoints stay.
-        parts: ``optimizer``, ``batches``, ``schedule``, ``order``, ``scaler``, ``others``, ``config``.
+        parts: ``optimizer``, ``batches``, ``schedule``, ``order``, ``scaler``, ``local_sgd``, ``others``, ``config``.
 
     Raises:
         CheckpointError: it could not be written.

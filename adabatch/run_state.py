@@ -18,11 +18,13 @@ from adabatch.runtime.background import copied
 from adabatch.runtime.checkpoint import Files, sealed
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.compiled import uncompiled
+from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.random_state import random_state, restore_random_state
 from adabatch.runtime.sharding import is_sharded
 from adabatch.runtime.shards import Shards, put_back, shapes_in, taken_apart, write_shards
 
 STATE = "state.pt"
+STATE_OF = "state-{}.pt"
 SHARDS = "shards"
 
 _log = logging.getLogger("adabatch")
@@ -64,6 +66,7 @@ class RunState:
 
     Raises:
         TypeError: a part without state.
+        ValueError: local SGD of a sharded model.
     """
 
     def __init__(self, parts: Mapping[str, Any], *, config: Mapping[str, Any] | None) -> None:
@@ -78,9 +81,17 @@ class RunState:
         self._optimizer: Optimizer | None = parts.get("optimizer")
         self._batches: AdaptiveBatch | None = parts.get("batches")
         self._config = config
-        self.collectives = collectives_of(parts["model"])
+        workers: LocalSGD | None = parts.get("local_sgd")
         self.sharded = is_sharded(self._model)
-        self._host = HostGroup(self.collectives) if self.sharded else None
+        if workers is not None and self.sharded:
+            raise ValueError(
+                "the workers of local SGD are sharded, each over ranks of its own, and a checkpoint cannot hold them: "
+                "save the state_dict of every part on every rank yourself"
+            )
+        self.collectives = collectives_of(parts["model"]) if workers is None else workers.collectives
+        # Under local SGD every rank has parts of its own.
+        self._apart = workers is not None and self.collectives.size > 1
+        self._host = HostGroup(self.collectives) if self.sharded or self._apart else None
         self._device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
 
     def describe(self) -> dict[str, Any]:
@@ -97,7 +108,7 @@ class RunState:
         """
         own = random_state(self._device).to(self.collectives.device)
         state: dict[str, Any] = {"random": self.collectives.gather(own).cpu()}
-        if self.collectives.rank > 0 and not self.sharded:
+        if self.collectives.rank > 0 and not (self.sharded or self._apart):
             return None
         tensors: dict[str, Tensor] = {}
         if self.sharded:
@@ -120,6 +131,9 @@ class RunState:
         if self._host is None:
             return write_state(taken.state, place)
         # Nobody may wait for a rank that failed: before each exchange a failure is kept, and then said to all.
+        if self._apart:
+            written = self._heard(_tried(lambda: write_state(taken.state, place, rank=self.collectives.rank)))
+            return {name: entry for files in written for name, entry in files.items()}
         heard = self._heard(_tried(lambda: write_state(taken.state, place) if first else {}))
         write_shards(place / SHARDS, taken.tensors, self._host.group)
         # torch names the files of rank r __r_0.distcp and so on, and the first rank writes .metadata.
@@ -144,19 +158,25 @@ class RunState:
         Raises:
             ValueError: a model or an optimizer of another make than was saved, or what a part refuses.
         """
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(path / self._own_file(path), map_location="cpu", weights_only=True)
         self._check_model(path, state["model"])
         if self._optimizer is not None:
             _check_groups(state["optimizer"]["param_groups"], self._optimizer)
         for name, part in self._parts.items():
-            if name == "model" and self._host is not None:
+            if name == "model" and self.sharded:
+                assert self._host is not None
                 now = taken_apart(self._model, self._optimizer)
                 saved = Shards(now.tensors, state["model"], state["optimizer"])
                 put_back(self._model, self._optimizer, saved, path / SHARDS, self._host.group)
-            elif name != "optimizer" or self._host is None:
+            elif name != "optimizer" or not self.sharded:
                 _inner(part).load_state_dict(state[name])
         restore_random_state(state["random"], self.collectives.rank, self._device)
         self.cut_journal()
+
+    def _own_file(self, path: Path) -> str:
+        """What this rank reads; of other workers' states than there are now, one of them."""
+        saved = len(list(path.glob(STATE_OF.format("*")))) + 1
+        return _state_file(self.collectives.rank % saved if self._apart else 0)
 
     def cut_journal(self) -> None:
         """Leaves in the journal the steps that the run has behind it, and no others."""
@@ -192,19 +212,28 @@ class RunState:
             self._host = None
 
 
-def write_state(state: dict[str, Any], place: Path) -> Files:
+def _state_file(rank: int) -> str:
+    return STATE_OF.format(rank) if rank else STATE
+
+
+def write_state(state: dict[str, Any], place: Path, *, rank: int = 0) -> Files:
     """Writes what is not sharded of a run's state to the place of a checkpoint.
+
+    Args:
+        state: by the names of the parts.
+        place: of the checkpoint.
+        rank: whose it is; 0 where one is that of all.
 
     Raises:
         OSError: the disk is full or fails.
     """
     try:
-        with (place / STATE).open("wb") as file:
+        with (place / _state_file(rank)).open("wb") as file:
             torch.save(state, file)
     except RuntimeError as error:
         # torch closes its archive in vain after a failed write, and speaks of that.
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    return sealed(place)
+    return sealed(place, _state_file(rank))
 
 
 def _tried(action: Callable[[], Files]) -> Files | str:

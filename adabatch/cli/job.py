@@ -30,6 +30,7 @@ from adabatch.recipes.data import collate
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.layers import PerLayer
+from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.scheduler import ClockKind, ProgressLR
 from adabatch.runtime.world import World
 
@@ -83,6 +84,8 @@ class Job:
         tokens_per_example: lets durations be given in tokens.
         monitor: measure the noise although nothing needs it.
         record_l1: record the l1 norm of the gradient, which `adabatch schedule refine --kind adam` reads.
+        local_sgd: adabatch.LocalSGD with its arguments, without model and optimizer, for workers that step on their own
+            and average now and then; by default gradients are averaged at every step.
         per_layer: write the noise of each layer to the journal: of each module, or of each parameter group.
         seed: of the weights, the order of the data and everything random.
         num_workers: loading processes a rank.
@@ -111,6 +114,7 @@ class Job:
     monitor: bool = False
     record_l1: bool = False
     per_layer: PerLayer | None = None
+    local_sgd: Callable[[nn.Module, Optimizer], LocalSGD] | None = None
     seed: int = 0
     num_workers: int = 0
     out: Path = Path("runs/latest")
@@ -169,8 +173,9 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     """
     device = world.device
     model = job.model.to(device)
-    wrapped = DistributedDataParallel(model) if world.size > 1 else model
+    wrapped = DistributedDataParallel(model) if world.size > 1 and job.local_sgd is None else model
     optimizer = job.optimizer(wrapped.parameters())
+    local = None if job.local_sgd is None else job.local_sgd(model, optimizer)
     journal = job.out / JOURNAL
     batches = AdaptiveBatch(
         wrapped,
@@ -186,6 +191,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         monitor=job.monitor,
         record_l1=job.record_l1,
         per_layer=job.per_layer,
+        local_sgd=local,
         journal=journal,
     )
     schedule = ProgressLR(
@@ -200,6 +206,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         batches=batches,
         schedule=schedule,
         order=order,
+        local_sgd=local,
         config=config,
         every=saving.every,
         every_seconds=saving.every_seconds,
@@ -229,13 +236,18 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                 checkpoints.step()
                 if preemption.agreed:
                     break
+        preempted = not batches.consumed.reached(job.total)
+        if local is not None and not preempted:
+            local.synchronize()
         seconds = time.perf_counter() - began
         checkpoints.step(now=True)
-    preempted = not batches.consumed.reached(job.total)
     test_loss, accuracy = math.nan, math.nan
     if job.test_data is not None and not preempted:
-        test_loss, accuracy = evaluate(model, job.loss, job.test_data, collectives_of(wrapped), device=device)
+        ranks = collectives_of(wrapped) if local is None else local.collectives
+        test_loss, accuracy = evaluate(model, job.loss, job.test_data, ranks, device=device)
     batches.remove()
+    if local is not None:
+        local.remove()
     num_steps, num_examples = batches.progress.steps, batches.consumed.examples
     return Result(label, num_steps, num_examples, seconds, test_loss, accuracy, journal, preempted)
 

@@ -51,6 +51,11 @@ def verify(
         )
 
     job = make()
+    if job.local_sgd is not None:
+        raise ValueError(
+            "verify compares with a loop that averages gradients at every step, which local_sgd leaves out: leave "
+            "local_sgd out of the config to verify the rest of it"
+        )
     _check_settings(job, training_of(job))
     display.say(f"verify: {world.size} process(es) on {world.device.type}, micro-batches of {job.micro_batch_size}")
     results = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +32,9 @@ from adabatch import (
     PerExampleProbe,
     ProgressLR,
     examples,
+    load,
     lr,
+    save,
     steps,
 )
 from adabatch.batch.moments import GradientMoments, from_parts
@@ -326,7 +327,7 @@ class Run:
     def parts(self) -> dict[str, Any]:
         found = {
             "model": self.model, "optimizer": self.optimizer, "batches": self.batches, "schedule": self.schedule,
-            "order": self.order, "local": self.local,
+            "order": self.order, "local_sgd": self.local,
         }  # fmt: skip
         return {name: part for name, part in found.items() if part is not None}
 
@@ -534,19 +535,15 @@ SAVED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def resumed() -> dict[str, dict[str, bool]]:
+def resumed(place: Path) -> dict[str, dict[str, bool]]:
     """A run that is saved in the middle of a round, and one that is not."""
     found = {}
     for name, local in SAVED.items():
         through, before, after = (Run(OPTIMIZERS["AdamW"], local=local) for _ in range(3))
         through.go(24)
         before.go(11)
-        saved = io.BytesIO()
-        torch.save({each: part.state_dict() for each, part in before.parts().items()}, saved)
-        saved.seek(0)
-        state = torch.load(saved, weights_only=True)
-        for each, part in after.parts().items():
-            part.load_state_dict(state[each])
+        save(place / name, **before.parts())
+        assert load(place / name, **after.parts()) is not None
         after.go(13)
         assert before.local is not None
         assert after.local is not None
@@ -558,6 +555,25 @@ def resumed() -> dict[str, dict[str, bool]]:
             "counts": (after.local.rounds, after.local.bytes_sent, after.local.bytes_saved)
             == (through.local.rounds, through.local.bytes_sent, through.local.bytes_saved),
         }
+        after.go(4)
+        after.local.synchronize()
+        save(place / f"{name}, between", **after.parts())
+    return found
+
+
+def half_as_many(rank: int, place: str) -> dict[str, str]:
+    """Two workers go on where four were, and take what they can."""
+    found = {}
+    for name, local in SAVED.items():
+        for when in ("", ", between"):
+            run = Run(OPTIMIZERS["AdamW"], local=local)
+            found[name + when] = refusal(load, Path(place) / (name + when), **run.parts())
+            if found[name + when] == NOT_REFUSED:
+                assert same_on_all(weights(run.model))
+                run.go(8)
+                assert run.local is not None
+                run.local.synchronize()
+                assert same_on_all(weights(run.model))
     return found
 
 
@@ -629,12 +645,15 @@ def nodes(rank: int) -> dict[str, Any]:
     return found
 
 
+NOT_REFUSED = "nothing was refused"
+
+
 def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     try:
         function(*arguments, **options)
     except (ValueError, RuntimeError, TypeError) as error:
         return str(error)
-    return "nothing was refused"
+    return NOT_REFUSED
 
 
 def refused(rank: int) -> list[str]:
@@ -654,14 +673,14 @@ def refused(rank: int) -> list[str]:
     return found
 
 
-def in_turn(rank: int) -> dict[str, Any]:
+def in_turn(rank: int, place: str) -> dict[str, Any]:
     return {
-        "compressed": compressed(rank), "resumed": resumed(), "nodes": nodes(rank), "refused": refused(rank)
+        "compressed": compressed(rank), "resumed": resumed(Path(place)), "nodes": nodes(rank), "refused": refused(rank)
     }  # fmt: skip
 
 
 def test_compression_state_nodes_and_mistakes(tmp_path: Path) -> None:
-    for found in run_ranks(in_turn, WORKERS, tmp_path, timeout=150):
+    for found in run_ranks(in_turn, WORKERS, tmp_path, str(tmp_path), timeout=150):
         for name, (step, bits) in {"bf16": (1 / 256, 16), "int8": (1 / 254, 8)}.items():
             seen = found["compressed"][name]
             assert 1e-4 < seen["once"] < 4 * 2 * step  # normal numbers stay below 4; two encodings
@@ -692,6 +711,11 @@ def test_compression_state_nodes_and_mistakes(tmp_path: Path) -> None:
             strict=True,
         ):
             assert text in message
+
+    for found in run_ranks(half_as_many, 2, tmp_path, str(tmp_path)):
+        for name, message in found.items():
+            allowed = "between" in name and "int8" not in name
+            assert message == NOT_REFUSED if allowed else "saved by 4 workers, and there are 2" in message, name
 
 
 def deserted(rank: int) -> dict[str, str]:

@@ -130,6 +130,11 @@ class LocalSGD:
             optimizer.register_step_post_hook(self._after_step),
         ]
 
+    @property
+    def collectives(self) -> Collectives:
+        """All ranks of all workers."""
+        return self._everyone
+
     # --- what a log or a test reads ---------------------------------------------------------------------------------
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Outer(Protocol):
 class Average:
     """The next round begins at the mean: local SGD itself (Stich 2019)."""
 
-    needs_anchor: bool = False
+    needs_anchor: ClassVar[bool] = False
 
     def step(
         self, parameters: Sequence[Tensor], anchors: Sequence[Tensor], momenta: list[Tensor], *, lr: float
@@ -68,7 +68,7 @@ class Nesterov:
 
     lr: float = 0.7
     momentum: float = 0.9
-    needs_anchor: bool = True
+    needs_anchor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self.lr, self.momentum)
@@ -106,7 +106,7 @@ class SlowMo:
 
     momentum: float
     lr: float = 1.0
-    needs_anchor: bool = True
+    needs_anchor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check(self.lr, self.momentum)
