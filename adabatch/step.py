@@ -15,6 +15,7 @@ from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.agreement import Agreement
 from adabatch.runtime.data import Portion, Weights
+from adabatch.runtime.finite import FindNonfinite
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers import Wrapper
 
@@ -43,6 +44,7 @@ class Step:
         wrapper: Wrapper,
         probe: Probe | None,
         agreement: Agreement,
+        find_nonfinite: FindNonfinite | None,
         finish: Callable[[Step], None],
     ) -> None:
         self.plan = plan
@@ -55,12 +57,14 @@ class Step:
         self._wrapper = wrapper
         self._probe = probe
         self._agreement = agreement
+        self._all_finite = True
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._weights = portion.weights or Weights(portion.sizes, portion.num_examples)
         # The ranks' gradients are averaged, so of a rank's own each micro-batch is its share of the whole, times them;
         # a rank that steps alone has a whole of its own.
         alone = wrapper.steps_alone()
+        self._find_nonfinite = None if alone else find_nonfinite  # to agree on it would cost what such steps save
         self._whole = sum(self._weights.of_each) if alone else self._weights.total / wrapper.collectives.size
         self._weight = 0.0  # of the micro-batch that is being run, 0 outside the inner loop
         self._num_backward = 0
@@ -71,7 +75,7 @@ class Step:
     def finite(self) -> bool:
         """Whether loss and gradients were finite on every rank, as far as they were measured."""
         measured = self.moments is None or self.moments.is_finite
-        return measured and (self.loss is None or math.isfinite(self.loss))
+        return self._all_finite and measured and (self.loss is None or math.isfinite(self.loss))
 
     @property
     def waits(self) -> bool:
@@ -114,6 +118,8 @@ class Step:
         """
         if self._probe is not None and reduced:
             self._measure(self._probe)
+        elif self._find_nonfinite is not None and reduced:
+            self._look_through(self._find_nonfinite)
         else:
             self._agreement.step_without_reduction()
         if self._probe is not None and not reduced:
@@ -151,9 +157,18 @@ class Step:
             self._probe.begin_part()
             self._wrapper.backward.run(share)
             self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
+        if self._probe is not None or self._find_nonfinite is not None:
             value = loss.detach().double() * weight
             self._losses = value if self._losses is None else self._losses + value
         self._num_backward += 1
+
+    def _look_through(self, find_nonfinite: FindNonfinite) -> None:
+        """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
+        assert self._losses is not None
+        found = find_nonfinite(self._losses)
+        numbers = torch.cat([found, *self._agreement.outgoing(found)])
+        (total,) = self._agreement.incoming(self._wrapper.collectives.sum(numbers).tolist())  # host sync
+        self._all_finite = total == 0
 
     def _measure(self, probe: Probe) -> None:
         """Loss and moments of all ranks, in one reduction and one host sync; without the scale of the gradients."""
