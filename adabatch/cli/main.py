@@ -18,6 +18,8 @@ from adabatch import __version__
 from adabatch.cli.compare import HEADER, compare, row
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, run
+from adabatch.cli.mup import DESCRIPTION as MUP_DESCRIPTION
+from adabatch.cli.mup import add_mup_commands, run_mup
 from adabatch.cli.picture import picture
 from adabatch.cli.schedule import DESCRIPTION, add_schedule_commands, run_schedule
 from adabatch.cli.verify import DEFAULT_STEPS, verify
@@ -77,6 +79,9 @@ def build_parser() -> ArgumentParser:
     schedule = ArgumentParser(description=DESCRIPTION)
     commands.add_subcommand("schedule", schedule, help="compare, refine, transfer and extend learning-rate schedules")
     add_schedule_commands(schedule)
+    mup = ArgumentParser(description=MUP_DESCRIPTION)
+    commands.add_subcommand("mup", mup, help="plan and check settings that survive a change of width")
+    add_mup_commands(mup)
     return parser
 
 
@@ -93,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command == "schedule":
             run_schedule(config.schedule)
             return 0
+        if command == "mup":
+            return run_mup(config.mup)
         world = World.from_environment()
         _seed(config[command].seed)
         with connected(world, device=world.device):

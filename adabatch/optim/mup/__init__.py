@@ -15,6 +15,7 @@ from adabatch.optim.mup.laws import KFAC, SGD, Adam, Law, Muon, Shampoo
 from adabatch.optim.mup.names import named_modules, named_parameters
 from adabatch.optim.mup.planning import plan
 from adabatch.optim.mup.plans import Plan
+from adabatch.optim.mup.sweep import Run, Sweep, transfer_sweep
 
 __all__ = [
     "KFAC",
@@ -26,7 +27,9 @@ __all__ = [
     "Law",
     "Muon",
     "Plan",
+    "Run",
     "Shampoo",
+    "Sweep",
     "attention_scale",
     "check_ratios",
     "coordinate_check",
@@ -35,4 +38,5 @@ __all__ = [
     "named_modules",
     "named_parameters",
     "plan",
+    "transfer_sweep",
 ]

@@ -67,10 +67,12 @@ class Trial:
         return model, model_plan, [made] if isinstance(made, Optimizer) else list(made)
 
     def step(self, model: nn.Module, optimizers: Sequence[Optimizer], batch: Batch) -> Tensor:
-        """One step of all optimizers; the loss before it."""
+        """One step of all optimizers, none where the loss is not finite; the loss before it."""
         inputs, targets = (tensor.to(self.device) for tensor in batch)
         outputs = model(inputs)
         value = self.loss(outputs, targets)
+        if not torch.isfinite(value):  # host sync
+            return value.detach()
         for optimizer in optimizers:
             optimizer.zero_grad()
             if self.observe is not None:
