@@ -323,7 +323,7 @@ def test_a_state_of_the_first_format_is_read() -> None:
         ({"subset": [1, 2]}, r"now 'full shuffle of subset [0-9a-f]{12}'"),
         ({"dataset": Numbers(9), "shuffle": False}, "length 10, now 9 and order 'full shuffle', now 'in order'"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_place_in_another_order_is_refused_by_name_with_a_way_out(other: dict[str, Any], words: str) -> None:
     saved = GlobalOrder(Numbers(10), seed=3)
