@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 try:
@@ -117,7 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _seed(seed: int) -> None:
+    """The generators that models and data sets draw from, numpy's old global one among them."""
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 def _maker(parser: ArgumentParser, config: Namespace, command: str) -> Callable[[], Job]:

@@ -1,0 +1,367 @@
+"""`adabatch train` on several processes, started as a launcher does but from one that has torch already; and ended.
+
+The job is tiny, and says on the side which examples each step of each rank was given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.distributed.launcher.api import LaunchConfig, launch_agent
+from torch.utils.data import Dataset
+
+from adabatch import NormTest, Observation
+from adabatch.cli.main import main
+from adabatch.runtime.checkpoint import UNFINISHED, checkpoints_in
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PRELOADED = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main"]
+
+NUM_EXAMPLES = 200
+SEED = 6
+_given: list[int] = []
+"""Examples that this process was given since the last step ended."""
+
+
+class Places(Dataset[Any]):
+    """Regression data that notes who asks for what."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.x = torch.randn(NUM_EXAMPLES, 6, generator=generator)
+        self.y = self.x.sin().sum(1, keepdim=True) + torch.randn(NUM_EXAMPLES, 1, generator=generator)
+
+    def __len__(self) -> int:
+        return NUM_EXAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        _given.append(index)
+        return self.x[index], self.y[index]
+
+
+class Net(nn.Module):
+    """Two layers and dropout, whose masks come from the rank's random numbers.
+
+    Args:
+        pause: seconds that a forward takes at least, so that others have time to interfere.
+    """
+
+    def __init__(self, pause: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 1))
+        self.pause = pause
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.pause)
+        return self.layers(x)
+
+
+class Watched(NormTest):
+    """The norm test; at the end of each step it writes down what this rank was given for it."""
+
+    needs: ClassVar[frozenset[str]] = NormTest.needs
+
+    def wanted(self, observation: Observation) -> float:
+        if _given:  # it is asked again for the error bar
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            told = {"end": observation.progress.examples, "rank": rank, "size": size, "given": _given}
+            with open(f"{os.environ['GIVEN']}.{rank}", "ab", buffering=0) as file:
+                file.write(json.dumps(told).encode() + b"\n")  # one call, so all of it or nothing
+            _given.clear()
+        return super().wanted(observation)
+
+
+def command(folder: Path, **changes: Any) -> list[str]:
+    """The arguments of `adabatch train`, its config written down in ``folder``; the run goes to ``folder / "run"``."""
+    config = {
+        "format": 1,
+        "model": {"class_path": "jobs.Net"},
+        "loss": {"class_path": "torch.nn.MSELoss"},
+        "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}},
+        "train_data": {"class_path": "jobs.Places"},
+        "criterion": {"class_path": "jobs.Watched", "init_args": {"eta": 0.4}},
+        "micro_batch_size": 2,
+        "limits": {"min": 12, "max": 48},
+        "lr_rule": "gain",
+        "shape": {"class_path": "adabatch.lr.cosine"},
+        "total": {"count": 6000, "unit": "examples"},
+        "checkpoint": {"every": {"count": 5, "unit": "steps"}},
+        "seed": SEED,
+        "out": str(folder / "run"),
+        **changes,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["train", "--config", str(path)]
+
+
+class Attempt:
+    """One start of a command on several processes; what they print goes to ``folder / "output"``."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str], size: int) -> None:
+        # What the tests' own starter of ranks preloads is a part of this, and whoever comes first decides.
+        _PROCESSES.set_forkserver_preload(_PRELOADED)
+        port = free_port()
+        self.processes = [
+            _PROCESSES.Process(
+                target=_run,
+                args=(
+                    list(arguments),
+                    {
+                        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GIVEN": str(folder / "given"),
+                    },
+                    folder / "output",
+                ),
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+        for process in self.processes:
+            process.start()
+
+    def running(self) -> bool:
+        return any(process.exitcode is None for process in self.processes)
+
+    def join(self, timeout: float = 120) -> list[int]:
+        """The exit codes of all, once they have ended; those that do not end in time are killed."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        self.kill(range(len(self.processes)))
+        return [process.exitcode or 0 for process in self.processes]
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        if self.processes[rank].exitcode is None:
+            os.kill(pid, number)
+
+    def kill(self, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            self.processes[rank].kill()
+        for rank in ranks:
+            self.processes[rank].join()
+
+
+class Agent:
+    """torchrun's own agent for one node of one process, under elastic launch of one to three nodes.
+
+    Args:
+        folder: of the job.
+        arguments: of the command.
+        port: of the meeting point on this machine; the first agent holds it.
+    """
+
+    def __init__(self, folder: Path, arguments: Sequence[str], port: int) -> None:
+        _PROCESSES.set_forkserver_preload(_PRELOADED)
+        # torch 2.13 tells an agent that joins a later round nothing of the first one's shared store: it waits in vain.
+        environment = {"GIVEN": str(folder / "given"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        self.process = _PROCESSES.Process(target=_agent, args=(list(arguments), environment, folder / "output", port))
+        self.process.start()
+
+    def leave(self, number: signal.Signals) -> None:
+        """SIGTERM: as a node that is drained; SIGKILL: as one that loses its power."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+        self.process.join()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _agent(arguments: list[str], environment: dict[str, str], output: Path, port: int) -> None:
+    _prepare(environment, output)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=3,
+        nproc_per_node=1,
+        run_id="elastic",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_configs={"last_call_timeout": 2, "keep_alive_interval": 1, "keep_alive_max_attempt": 5},
+        local_addr="127.0.0.1",
+        max_restarts=9,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    launch_agent(config, _work, [arguments])
+
+
+def _work(arguments: list[str]) -> None:
+    code = main(arguments)
+    if code:
+        sys.exit(code)
+
+
+def _run(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+    _prepare(environment, output)
+    sys.exit(main(arguments))
+
+
+def _prepare(environment: dict[str, str], output: Path) -> None:
+    os.environ |= environment
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    torch.set_num_threads(1)
+
+
+class Ended(NamedTuple):
+    """What a finished run left, in forms that can be compared.
+
+    Args:
+        state: of its last checkpoint: weights, optimizer, batches, schedule, place in the data, random numbers.
+        journal: the bytes.
+        given: what each rank was given for the step that ended at a number of examples.
+    """
+
+    state: dict[str, Any]
+    journal: bytes
+    given: dict[tuple[int, int], list[int]]
+
+
+def ended(folder: Path) -> Ended:
+    """The result of the run in ``folder``.
+
+    Raises:
+        AssertionError: a step was run twice, after a kill, with other examples.
+    """
+    newest = next(iter(checkpoints_in(folder / "run" / "checkpoints").values()))
+    given: dict[tuple[int, int], list[int]] = {}
+    for path in sorted(folder.glob("given.*")):
+        for told in map(json.loads, path.read_text().splitlines()):
+            key = (told["end"], told["rank"])
+            assert given.setdefault(key, told["given"]) == told["given"], f"step to {key[0]}, rank {key[1]}"
+    state = torch.load(newest / "state.pt", weights_only=True)
+    return Ended(state, (folder / "run" / "journal.jsonl").read_bytes(), given)
+
+
+def same(one: Any, two: Any) -> bool:
+    """Whether two states are equal to the bit."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same, one, two))
+    return bool(one == two)
+
+
+class Killed(NamedTuple):
+    """How an attempt was ended.
+
+    Args:
+        seconds: after its start.
+        ranks: which were killed; the others ended by themselves.
+        writing: a checkpoint was being written.
+        checkpoints: number of the newest finished one.
+    """
+
+    seconds: float
+    ranks: tuple[int, ...]
+    writing: bool
+    checkpoints: int
+
+
+def killed_runs(
+    folder: Path, count: int, *, seconds: float, chance: random.Random, check: Callable[[Path], None], each: int = 100
+) -> Iterator[Killed]:
+    """Runs the job again and again, each time by the same command until it is through, and kills it ``count`` times.
+
+    Args:
+        folder: for a folder a run.
+        count: kills, or a few more until one of them was in a write.
+        seconds: that an attempt takes which is left alone.
+        chance: decides when, and which rank is killed, or all.
+        check: given the folder of a run that is through.
+        each: kills in a run at most.
+    """
+    killed, hit = 0, False
+    for number in itertools.count():
+        run = folder / str(number)
+        arguments = command(run)
+        through = False
+        for _ in range(each):
+            if killed >= count and hit:
+                break
+            kill = kill_once(run, arguments, chance, within=0.7 * seconds, in_a_write=killed % 2 == 1)
+            through = kill is None
+            if kill is None:
+                break
+            killed, hit = killed + 1, hit or kill.writing
+            yield kill
+        if not through:
+            assert Attempt(run, arguments, 2).join() == [0, 0], (run / "output").read_text()
+        check(run)
+        if killed >= count and hit:
+            return
+
+
+def kill_once(
+    folder: Path, arguments: Sequence[str], chance: random.Random, *, within: float, in_a_write: bool
+) -> Killed | None:
+    """Starts the command on two processes and kills it at a random instant; None where it was through before that.
+
+    Args:
+        folder: of the job.
+        arguments: of the command.
+        chance: decides when, and which rank is killed, or both.
+        within: seconds from the start in which the instant lies.
+        in_a_write: after it, wait until there is a place for the next checkpoint, and a moment longer.
+    """
+    checkpoints = folder / "run" / "checkpoints"
+
+    def unfinished() -> set[tuple[str, int]]:
+        return {(path.name, path.stat().st_ctime_ns) for path in checkpoints.glob(f"*-step-*{UNFINISHED}")}
+
+    left = unfinished()  # by attempts before this one
+    attempt = Attempt(folder, arguments, 2)
+    began = time.monotonic()
+    instant, pause = began + chance.uniform(0, within), chance.uniform(0, 0.004)
+    ranks = chance.choice([(0, 1), (0,), (1,)])
+    sentinels = [process.sentinel for process in attempt.processes]
+    while attempt.running() and time.monotonic() < instant:
+        wait(sentinels, timeout=max(0.0, instant - time.monotonic()))
+    while attempt.running() and in_a_write and not _beyond(unfinished, left):
+        time.sleep(0.0005)
+    if in_a_write:
+        time.sleep(pause)
+    if not attempt.running():
+        codes = attempt.join()
+        assert codes == [0, 0], (folder / "output").read_text()
+        return None
+    attempt.kill(ranks)
+    killed = Killed(
+        time.monotonic() - began, ranks, _beyond(unfinished, left), max(checkpoints_in(checkpoints), default=0)
+    )
+    attempt.join(timeout=3)  # a launcher ends the others; those that wait for the dead one while they start wait long
+    return killed
+
+
+def _beyond(unfinished: Callable[[], set[tuple[str, int]]], left: set[tuple[str, int]]) -> bool:
+    """Whether there is a place for a checkpoint that was not there before."""
+    with suppress(FileNotFoundError):  # finished between the listing and the look
+        return bool(unfinished() - left)
+    return False
