@@ -91,10 +91,12 @@ class _Attached:
         """How the engine runs a model on several ranks."""
         engine, stage = self._engine, self._engine.zero_optimization_stage()
         early = stage == 0 and self._manages  # the gradient then lies in the parameters, and is not clipped yet
+        collectives = Collectives(*([dist.group.WORLD] if dist.group.WORLD else []), device=engine.device)
+        known: dict[str, Any] = {"collectives": collectives} if stage == 0 else {"grad_sq": self._grad_sq}
         return Wrapper(
-            collectives=Collectives(*([dist.group.WORLD] if dist.group.WORLD else []), device=engine.device),
+            collectives=collectives,
             no_sync=self._within_window if self._manages else nullcontext,
-            make_probe=MicroBatchProbe if stage == 0 else partial(MicroBatchProbe, grad_sq=self._grad_sq),
+            make_probe=partial(MicroBatchProbe, **known),
             backward=Backward(self._backward, self._scale_on),
             begin=self._begin,
             reduced="backward" if early else "update",

@@ -119,8 +119,17 @@ class AdamMetric:
         self._group: dict[Tensor, dict[str, Any]] = {}
 
     def begin(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether any of the parameters was updated yet."""
+        """Whether any of the parameters was updated yet.
+
+        Raises:
+            ValueError: the optimizer holds none of them, but copies or shards that an engine made.
+        """
         self._group = {p: group for group in self._optimizer.param_groups for p in group["params"]}
+        if not any(p in self._group for p in parameters):
+            raise ValueError(
+                f"norm='adam' finds none of the measured parameters in the {type(self._optimizer).__name__}, which "
+                f"steps copies or shards of them: use norm='euclidean', or an engine that leaves parameters to it"
+            )
         return any("exp_avg_sq" in self._optimizer.state.get(p, {}) for p in parameters)
 
     def __call__(self, parameter: Tensor, grad: Tensor) -> Tensor:
