@@ -13,6 +13,7 @@ from adabatch.batch.criteria import (
     Observation,
     OrthogonalityTest,
 )
+from adabatch.batch.goodput import Goodput
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, Duration, Progress, examples, gain_steps, steps, tokens
 from adabatch.batch.schedules import Constant, LinearRamp, Schedule, Seesaw, Stage, Stages
@@ -56,6 +57,7 @@ __all__ = [
     "Duration",
     "FullShuffle",
     "GlobalOrder",
+    "Goodput",
     "GradientMoments",
     "InnerProductTest",
     "Limits",

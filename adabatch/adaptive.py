@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, Reason, decide
-from adabatch.batch.criteria import Criterion, Observation
+from adabatch.batch.criteria import SECONDS, Criterion, Observation
 from adabatch.batch.moments import EUCLIDEAN, EXAMPLES, GRAD_L1, LAYERS, NOISE, norm_in
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
@@ -28,6 +28,7 @@ from adabatch.runtime.layers import PerLayer
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
+from adabatch.runtime.stopwatch import Stopwatch
 from adabatch.runtime.weighing import WeighedFeed
 from adabatch.runtime.wrappers import GradientSync, Wrapper, wrapper_of
 from adabatch.step import Step
@@ -177,6 +178,8 @@ class AdaptiveBatch:
 
         self._follow = frozenset(follow)
         needs = set(criterion.needs)
+        if timed := SECONDS in needs:  # on the reduction of a measured step
+            needs = (needs - {SECONDS}) or {NOISE}
         if (lr_rule in NOISE_RULES or monitor) and norm_in(needs) == EUCLIDEAN:
             needs.add(NOISE)
         if record_l1:
@@ -212,6 +215,7 @@ class AdaptiveBatch:
         self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
         self._agreement = Agreement(self._collectives)
+        self._stopwatch = Stopwatch(self._collectives.size) if timed else None
 
         # Last, so that a constructor that raises leaves no hook behind.
         given = None if probe is None else self._wrapper.fit_probe(probe)
@@ -355,6 +359,7 @@ class AdaptiveBatch:
             probe=probe,
             agreement=self._agreement,
             find_nonfinite=self._find_nonfinite,
+            stopwatch=self._stopwatch,
             finish=finish,
         )
         self._step = step
@@ -392,6 +397,8 @@ class AdaptiveBatch:
             plan=self._plan,
             progress=self._after(before, portion.num_examples, self._gain_of(portion.num_examples)),
             state=self._state,
+            loss=step.loss,
+            timed=step.timed,
         )
         if step.decision.reason is Reason.NOT_PROBED and not step.finite:
             step.decision = step.decision._replace(reason=Reason.NOT_FINITE)
@@ -406,6 +413,7 @@ class AdaptiveBatch:
             moments=step.moments,
             averages=self._state.averages,
             decision=step.decision,
+            seconds=None if step.timed is None else step.timed[1],
         )
         factor = self._factor_of(portion.num_examples)
         self._update = _Update(portion.num_examples, factor, step_gain, step.finite, entry)

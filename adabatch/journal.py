@@ -5,8 +5,8 @@ from; beside them ``noise_along`` where inner products were measured, ``noise_at
 the ``norm`` where it is not the Euclidean one. ``layers`` holds the first three of each layer by its name
 where they were (``AdaptiveBatch(per_layer=)``): noises add up to that of the whole, and so do signals.
 
-Lines hold no wall time and no machine, so the journals of two equal runs are equal files. Numbers that are not finite
-are written as null.
+Lines hold no wall time and no machine, so the journals of two equal runs are equal files; but for a criterion that
+reads step times (`Goodput`): then ``seconds`` is how long a step lately took. Numbers that are not finite are null.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def line(
     moments: GradientMoments | None,
     averages: Averages,
     decision: Decision,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """What a step's end says, as the journal writes it; the learning rate joins it when the update is applied.
 
@@ -45,6 +46,7 @@ def line(
         moments: what it measured, None where it was not probed.
         averages: the control's averages with it in them.
         decision: the plan of the next step, and why.
+        seconds: how long a step lately took, where that was timed.
     """
     asked = decision.estimate
     return {
@@ -69,6 +71,7 @@ def line(
         "next": decision.plan.global_batch_size,
         "reason": str(decision.reason),
         **({} if moments is None or moments.layers is None else {"layers": _layers(moments.layers)}),
+        **({} if seconds is None else {"seconds": seconds}),
     }
 
 

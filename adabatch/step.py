@@ -17,6 +17,7 @@ from adabatch.runtime.agreement import Agreement
 from adabatch.runtime.data import Portion, Weights
 from adabatch.runtime.finite import FindNonfinite
 from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.stopwatch import Stopwatch
 from adabatch.runtime.wrappers import Wrapper
 
 
@@ -32,6 +33,8 @@ class Step:
         moments: what the probe measured, after the inner loop of a probed step; else None.
         decision: the next plan and its reason, after the inner loop. With an engine that reduces gradients when the
             update begins (DeepSpeed), all three are there after the update.
+        timed: a plan and how many seconds a step of it lately took, for a criterion that needs it, after the inner loop
+            of a probed step; else None.
         probed: whether gradients are measured in this step.
         portion: this rank's micro-batches and how many examples they hold.
     """
@@ -45,6 +48,7 @@ class Step:
         probe: Probe | None,
         agreement: Agreement,
         find_nonfinite: FindNonfinite | None,
+        stopwatch: Stopwatch | None,
         finish: Callable[[Step], None],
     ) -> None:
         self.plan = plan
@@ -52,12 +56,14 @@ class Step:
         self.loss: float | None = None
         self.moments: GradientMoments | None = None
         self.decision: Decision | None = None
+        self.timed: tuple[BatchPlan, float] | None = None
         self.probed = probe is not None
         self.portion = portion
         self._wrapper = wrapper
         self._probe = probe
         self._agreement = agreement
         self._all_finite = True
+        self._stopwatch = stopwatch
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._weights = portion.weights or Weights(portion.sizes, portion.num_examples)
@@ -116,6 +122,8 @@ class Step:
         Args:
             reduced: False where it never was, since the engine found it not finite and left the update out.
         """
+        if self._stopwatch is not None:
+            self._stopwatch.ran(self.plan, whole=self.global_batch_size == self.plan.global_batch_size)
         if self._probe is not None and reduced:
             self._measure(self._probe)
         elif self._find_nonfinite is not None and reduced:
@@ -178,8 +186,15 @@ class Step:
         means = [self._losses.to(local.device)]  # a loss may live elsewhere than the model
         if scale is not None:  # summed as well, so that all ranks divide by the same bits
             means.append(scale(local.device).double())
-        numbers = torch.cat([local, torch.stack(means) / size, *self._agreement.outgoing(local)])
-        totals = self._agreement.incoming(self._wrapper.collectives.sum(numbers).tolist())  # host sync
+        riders: list[Agreement | Stopwatch] = [self._agreement]
+        if self._stopwatch is not None:
+            riders.append(self._stopwatch)
+        carried = [number for rider in riders for number in rider.outgoing(local)]
+        numbers = torch.cat([local, torch.stack(means) / size, *carried])
+        totals = self._wrapper.collectives.sum(numbers).tolist()  # host sync
+        for rider in reversed(riders):
+            totals = rider.incoming(totals)
+        self.timed = None if self._stopwatch is None else self._stopwatch.timed
         factor = 1.0 if scale is None else totals.pop()
         self.loss = totals.pop()
         self.moments = probe.moments(totals).scaled(

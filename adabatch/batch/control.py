@@ -18,6 +18,7 @@ from adabatch.batch.criteria import Criterion, Observation
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
 from adabatch.batch.schedules import Schedule
+from adabatch.batch.step_times import StepTimes
 
 ROUNDING_TOLERANCE = 1 / 8
 """Relative error of the batch size that a criterion (not a schedule) accepts for a larger micro-batch: at most half an
@@ -235,7 +236,7 @@ def _quantile(confidence: float, freedom: float) -> float:
 
 
 def estimate(
-    criterion: Criterion, averages: Averages, plan: BatchPlan, *, progress: Progress, confidence: float
+    criterion: Criterion, averages: Averages, plan: BatchPlan, *, seen: Observation, confidence: float
 ) -> Estimate:
     """What ``criterion`` asks for on the averages, with a one-sided error bar either way.
 
@@ -243,6 +244,13 @@ def estimate(
     gradients are scaled; the derivatives are taken numerically, so any criterion has one. Upwards it reaches to what
     the criterion asks for at the edge of the confidence region, if that is further, and has no end where no signal is
     left there (Fieller 1954 for a quotient): to first order alone it would hold the true size too seldom.
+
+    Args:
+        criterion: says what the gradient asks for.
+        averages: noise and signal, which stand in the place of the moments ``seen``.
+        plan: of the step that ends.
+        seen: what is known beside them.
+        confidence: one-sided probability of the bar.
     """
 
     def wanted(noise: float, signal: float) -> float:
@@ -256,7 +264,7 @@ def estimate(
             noise_along=None if along is None else along * times,
             noise_at_quantile=None if quantile is None else quantile * times,
         )
-        return criterion.wanted(Observation(moved.moments(plan), progress))
+        return criterion.wanted(seen._replace(moments=moved.moments(plan)))
 
     center = wanted(averages.noise, averages.signal)
     if not (math.isfinite(center) and center > 0):
@@ -294,15 +302,21 @@ class ControlState:
     averages: Averages = field(default_factory=Averages)
     hold: int = 0
     until_probe: int = 0
+    times: StepTimes = field(default_factory=StepTimes)
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers as a nested dict."""
-        return asdict(self)
+        return {**asdict(self), "times": self.times.state_dict()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> ControlState:
         """The inverse of ``state_dict``."""
-        return cls(averages=Averages(**state["averages"]), hold=state["hold"], until_probe=state["until_probe"])
+        return cls(
+            averages=Averages(**state["averages"]),
+            hold=state["hold"],
+            until_probe=state["until_probe"],
+            times=StepTimes.from_state_dict(state.get("times", ())),
+        )
 
 
 class Decision(NamedTuple):
@@ -331,6 +345,8 @@ def decide(
     plan: BatchPlan,
     progress: Progress,
     state: ControlState,
+    loss: float | None = None,
+    timed: tuple[BatchPlan, float] | None = None,
 ) -> Decision:
     """The plan of the next step.
 
@@ -342,6 +358,8 @@ def decide(
         plan: the plan of the step that ends.
         progress: what is consumed when the next step begins.
         state: what the control remembers from the steps before.
+        loss: mean loss of the step; None where it was not measured.
+        timed: a plan and how long a step of it took, in seconds; None where nothing was timed.
     """
     low, high = limits.runnable(progress, grid)
     held = state.hold > 0
@@ -350,15 +368,18 @@ def decide(
     if moments is not None:
         averages = state.averages.after(moments, control.decay) if usable else state.averages
         state = replace(state, until_probe=control.interval - 1, averages=averages)
+    if timed is not None:
+        state = replace(state, times=state.times.after(*timed))
+    seen = Observation(moments, progress, loss, None if timed is None else timed[1], state.times, grid)
     asked: Estimate | None = None
     reason = Reason.NOT_PROBED
     if not criterion.needs:
-        size = criterion.wanted(Observation(moments, progress))
+        size = criterion.wanted(seen)
         asked, reason = Estimate(size, size, size), Reason.NOT_FINITE
         if not math.isnan(size):
             return Decision(grid.nearest(size, min_size=low, max_size=high), Reason.SCHEDULED, asked, state)
     elif usable:
-        asked, reason = _follow(criterion, control, plan, progress, state.averages, held=held)
+        asked, reason = _follow(criterion, control, plan, seen, state.averages, held=held)
     elif moments is not None and not (moments.is_finite and moments.num_parts < 2):
         reason = Reason.NOT_FINITE
     wanted = math.ceil(asked.wanted) if asked and reason in (Reason.GROW, Reason.SHRINK) else plan.global_batch_size
@@ -378,14 +399,14 @@ def _follow(
     criterion: Criterion,
     control: Control,
     plan: BatchPlan,
-    progress: Progress,
+    seen: Observation,
     averages: Averages,
     *,
     held: bool,
 ) -> tuple[Estimate, Reason]:
     """What the criterion asks for, and whether to follow it, before limits and rounding."""
     present = plan.global_batch_size
-    asked = estimate(criterion, averages, plan, progress=progress, confidence=control.confidence)
+    asked = estimate(criterion, averages, plan, seen=seen, confidence=control.confidence)
     wanted = asked.wanted
     band = 1 + control.hysteresis
     if math.isnan(wanted):

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, get_args, runtime_checkable
 
 from adabatch.batch.moments import INNER_PRODUCTS, NOISE, GradientMoments, Norm, coordinates_at, noise_in
-from adabatch.batch.plan import Progress
+from adabatch.batch.plan import PlanGrid, Progress
+from adabatch.batch.step_times import StepTimes
+
+SECONDS = "seconds"
+"""What a criterion needs that reads how long steps take. No probe gives it: ``AdaptiveBatch`` times the steps."""
 
 
 class Observation(NamedTuple):
@@ -22,13 +26,17 @@ class Observation(NamedTuple):
         moments: squared norms of the gradient and its parts, averaged over steps by the control.
         progress: what the run's applied updates consumed so far.
         loss: mean training loss of the step.
-        seconds: duration of the step.
+        seconds: how long a step lately took, the mean over the ranks; for criteria that need it.
+        times: the same of all plans that were timed.
+        grid: the plans that the run can carry out.
     """
 
     moments: GradientMoments | None
     progress: Progress
     loss: float | None = None
     seconds: float | None = None
+    times: StepTimes | None = None
+    grid: PlanGrid | None = None
 
 
 @runtime_checkable
@@ -45,7 +53,7 @@ class Criterion(Protocol):
         ...
 
 
-def _ratio(noise: float, allowed: float) -> float:
+def ratio(noise: float, allowed: float) -> float:
     """``noise / allowed``: the batch at which the noise of the mean gradient falls to what is allowed."""
     if math.isnan(noise) or math.isnan(allowed):
         return math.nan
@@ -98,9 +106,9 @@ class NormTest:
             return math.nan
         noise, allowed = moments.noise, self.eta * self.eta * moments.grad_sq
         if self.population is None or allowed <= 0:
-            return _ratio(noise, allowed)
+            return ratio(noise, allowed)
         n = self.population
-        return float(min(_ratio(n * noise, noise + (n - 1) * allowed), n))  # min: rounding; NaN stays
+        return float(min(ratio(n * noise, noise + (n - 1) * allowed), n))  # min: rounding; NaN stays
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class NoiseScale:
     def wanted(self, observation: Observation) -> float:
         """``multiple`` times the noise scale."""
         moments = observation.moments
-        return math.nan if moments is None else _ratio(self.multiple * moments.noise, moments.signal)
+        return math.nan if moments is None else ratio(self.multiple * moments.noise, moments.signal)
 
 
 @dataclass(frozen=True)
@@ -218,7 +226,7 @@ class CoordinateNormTest:
         moments = observation.moments
         if moments is None or moments.noise_at_quantile is None:
             return math.nan
-        return _ratio(moments.noise_at_quantile, self.eta * self.eta * moments.grad_sq)
+        return ratio(moments.noise_at_quantile, self.eta * self.eta * moments.grad_sq)
 
 
 @dataclass(frozen=True)
@@ -249,7 +257,7 @@ class InnerProductTest:
         moments = observation.moments
         if moments is None or moments.noise_along is None:
             return math.nan
-        return _ratio(moments.noise_along, self.theta * self.theta * moments.grad_sq)
+        return ratio(moments.noise_along, self.theta * self.theta * moments.grad_sq)
 
 
 @dataclass(frozen=True)
@@ -278,7 +286,7 @@ class OrthogonalityTest:
         moments = observation.moments
         if moments is None or moments.noise_along is None:
             return math.nan
-        return _ratio(moments.noise_across, self.nu * self.nu * moments.grad_sq)
+        return ratio(moments.noise_across, self.nu * self.nu * moments.grad_sq)
 
 
 @dataclass(frozen=True)

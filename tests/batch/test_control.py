@@ -721,7 +721,7 @@ def test_the_noise_at_the_quantile_is_averaged_like_the_noise() -> None:
     for noise in (300.0, 330.0, 270.0, 310.0):
         moments = measured(noise, 1.0)(PLAN)
         averages = averages.after(moments._replace(noise_at_quantile=7 * noise), 9 / 11)
-    options: dict[str, Any] = {"progress": Progress(), "confidence": 0.9}
+    options: dict[str, Any] = {"seen": Observation(None, Progress()), "confidence": 0.9}
     plain = estimate(NormTest(0.5), averages, PLAN, **options)
     found = estimate(CoordinateNormTest(0.5, quantile=0.9), averages, PLAN, **options)
     assert found == pytest.approx([7 * number for number in plain], rel=1e-9)
@@ -770,7 +770,7 @@ def test_the_covariance_is_that_of_the_means() -> None:
 
 
 def bar(state: ControlState, criterion: Criterion, confidence: float) -> Estimate:
-    return estimate(criterion, state.averages, PLAN, progress=Progress(), confidence=confidence)
+    return estimate(criterion, state.averages, PLAN, seen=Observation(None, Progress()), confidence=confidence)
 
 
 @pytest.mark.parametrize("criterion", [NormTest(0.5), NoiseScale(), NormTest(0.5, population=10**6)])
@@ -808,7 +808,7 @@ def test_the_bar_is_a_quantile_of_students_t(confidence: float, probes: int, qua
     averages = Averages()
     for k in range(probes):
         averages = averages.after(measured(300.0 + 10 * (-1) ** k, 1.0)(PLAN), 1.0)
-    found = estimate(NoiseScale(), averages, PLAN, progress=Progress(), confidence=confidence)
+    found = estimate(NoiseScale(), averages, PLAN, seen=Observation(None, Progress()), confidence=confidence)
     error = math.sqrt(100 * probes / (probes - 1) / probes) / 300
     assert math.log(found.high / found.wanted) == pytest.approx(quantile * error, rel=3e-3)
     assert math.log(found.wanted / found.low) == pytest.approx(quantile * error, rel=3e-3)
@@ -820,7 +820,7 @@ def test_the_noise_along_is_as_uncertain_as_the_noise() -> None:
     for k in range(10):
         moments = measured(3.0 + 0.1 * (-1) ** k, 1e6)(PLAN)
         averages = averages.after(moments._replace(noise_along=0.1 * moments.noise), 1.0)
-    found = estimate(InnerProductTest(0.01), averages, PLAN, progress=Progress(), confidence=0.9)
+    found = estimate(InnerProductTest(0.01), averages, PLAN, seen=Observation(None, Progress()), confidence=0.9)
     error = math.sqrt(0.01 / 9) / 3
     assert math.log(found.high / found.wanted) == pytest.approx(1.3830 * error, rel=3e-3)
 
@@ -830,10 +830,10 @@ def test_what_rises_and_falls_together_leaves_the_ratio_certain() -> None:
     averages = Averages()
     for factor in (0.5, 1.5, 0.7, 1.3, 1.0, 2.0):
         averages = averages.after(measured(300.0 * factor, factor)(PLAN), 9 / 11)
-    together = estimate(NoiseScale(), averages, PLAN, progress=Progress(), confidence=0.9)
+    together = estimate(NoiseScale(), averages, PLAN, seen=Observation(None, Progress()), confidence=0.9)
     assert (together.low, together.high) == pytest.approx((300, 300), rel=1e-3)
     apart = replace(averages, spread_both=0.0)
-    assert estimate(NoiseScale(), apart, PLAN, progress=Progress(), confidence=0.9).high > 400
+    assert estimate(NoiseScale(), apart, PLAN, seen=Observation(None, Progress()), confidence=0.9).high > 400
 
 
 @pytest.mark.parametrize("criterion", [InnerProductTest(0.9), AugmentedInnerProductTest(0.9, 5.0)])
@@ -842,7 +842,7 @@ def test_any_criterion_has_a_bar(criterion: Criterion) -> None:
     for k in range(20):
         moments = measured(300.0 * (1 + 0.2 * (-1) ** k), 1.0)(PLAN)
         averages = averages.after(moments._replace(noise_along=0.1 * moments.noise), 9 / 11)
-    found = estimate(criterion, averages, PLAN, progress=Progress(), confidence=0.9)
+    found = estimate(criterion, averages, PLAN, seen=Observation(None, Progress()), confidence=0.9)
     assert 0 < found.low < found.wanted < found.high < math.inf
 
 
@@ -882,7 +882,9 @@ def test_the_bar_holds_the_true_size_as_often_as_it_says(probes: int, noise: flo
     truth = criterion.wanted(Observation(measured(noise, 1.0)(PLAN), Progress()))
     below = above = 0
     for rows in probes_of(rng, trials=trials, probes=probes, plan=PLAN, d=d, noise=noise, signal=1.0):
-        found = estimate(criterion, averages_of(rows, PLAN, decay), PLAN, progress=Progress(), confidence=confidence)
+        found = estimate(
+            criterion, averages_of(rows, PLAN, decay), PLAN, seen=Observation(None, Progress()), confidence=confidence
+        )
         below += found.low <= truth
         above += truth <= found.high
     error = math.sqrt(confidence * (1 - confidence) / trials)
@@ -898,7 +900,9 @@ def test_the_bar_is_high_enough_where_the_signal_is_lost_in_noise(noise: float, 
     trials, criterion, decay = 400, NoiseScale(), Control().decay
     above = 0
     for rows in probes_of(rng, trials=trials, probes=20, plan=PLAN, d=30, noise=noise, signal=1.0):
-        found = estimate(criterion, averages_of(rows, PLAN, decay), PLAN, progress=Progress(), confidence=confidence)
+        found = estimate(
+            criterion, averages_of(rows, PLAN, decay), PLAN, seen=Observation(None, Progress()), confidence=confidence
+        )
         above += math.isinf(found.wanted) or noise <= found.high
     error = math.sqrt(confidence * (1 - confidence) / trials)
     assert above / trials == pytest.approx(confidence, abs=4 * error)

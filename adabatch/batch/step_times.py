@@ -1,0 +1,131 @@
+"""How long a step takes: a model of compute and all-reduce, fitted to steps that were timed.
+
+With accumulation steps ``k``, micro-batch size ``m`` and data-parallel size ``p``,
+
+    seconds = overhead + k (micro_batch + example m) + 2 (p - 1) message + 2 (p - 1) / p gradient
+
+that is: what every step costs (the optimizer, the loop, a reduction's start); what a micro-batch and an example cost;
+and a ring all-reduce in the alpha-beta model, of ``2 (p - 1)`` messages that each cost alpha, and of ``2 (p - 1) / p``
+of the gradient's bytes, whose sending takes beta. All five are times and never negative.
+
+It is linear in what a batch costs beside and per example, which is what the choice of a batch size needs. It leaves out
+that a reduction may run beside the backward: what is hidden shows as a smaller message. A run of one world size cannot
+tell its three constants apart, and need not.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adabatch.batch.plan import BatchPlan
+
+SAMPLES = 5
+"""Timed steps kept of a plan. Their median is its time: a pause (a checkpoint, an evaluation) moves it by no more than
+its neighbour."""
+
+PLANS = 16
+"""Plans kept, the latest: more than the model has unknowns, and few enough to be saved as plain numbers."""
+
+RESOLUTION = 1e-2
+"""Relative difference below which times of different plans count as equal: no timing is exact to a percent."""
+
+
+class StepTimeModel(NamedTuple):
+    """What a step costs, in seconds; the head of this module has the formula.
+
+    Args:
+        overhead: of a step.
+        micro_batch: of a micro-batch.
+        example: of an example in it.
+        message: of a message of the all-reduce (alpha).
+        gradient: of sending the gradient once (beta).
+    """
+
+    overhead: float
+    micro_batch: float
+    example: float
+    message: float
+    gradient: float
+
+    def step(self, dp_size: int) -> float:
+        """What a step costs whatever its micro-batches are."""
+        sent = 2 * (dp_size - 1)
+        return self.overhead + sent * self.message + sent / dp_size * self.gradient
+
+    def seconds(self, micro_batch_size: float, accumulation_steps: float, dp_size: int) -> float:
+        """The time of a step; sizes between those that can be run are meant too."""
+        return self.step(dp_size) + accumulation_steps * (self.micro_batch + self.example * micro_batch_size)
+
+
+class PlanTimes(NamedTuple):
+    """The last timed steps of a plan, in seconds."""
+
+    micro_batch_size: int
+    accumulation_steps: int
+    dp_size: int
+    seconds: tuple[float, ...]
+
+    @property
+    def plan(self) -> tuple[int, int, int]:
+        """What the plan is."""
+        return self[:3]
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What was timed so far: plain numbers, the plan timed last at the end."""
+
+    of: tuple[PlanTimes, ...] = ()
+
+    def after(self, plan: BatchPlan, seconds: float) -> StepTimes:
+        """With one more step of ``plan``, of positive ``seconds``."""
+        key = (plan.micro_batch_size, plan.accumulation_steps, plan.dp_size)
+        past = next((times.seconds for times in self.of if times.plan == key), ())
+        others = [times for times in self.of if times.plan != key]
+        return StepTimes((*others, PlanTimes(*key, (*past, seconds)[-SAMPLES:]))[-PLANS:])
+
+    @property
+    def sizes(self) -> frozenset[int]:
+        """The global batch sizes that were timed, in examples."""
+        return frozenset(m * k * p for m, k, p, _ in self.of)
+
+    @cached_property
+    def model(self) -> StepTimeModel:
+        """The model with the least squares of relative errors; of several, that of the least norm.
+
+        What no two timed plans tell apart is shared out equally between its causes. So one plan alone says that a part
+        of its time would be saved by a larger batch, which is then tried, and timed.
+
+        Raises:
+            ValueError: nothing was timed.
+        """
+        if not self.of:
+            raise ValueError("a model of step times needs a timed step")
+        rows = [(1.0, k, k * m, 2.0 * (p - 1), 2.0 * (p - 1) / p) for m, k, p, _ in self.of]
+        times = np.array([statistics.median(seconds) for *_, seconds in self.of])
+        shares = np.array(rows) / times[:, None]
+        scale = shares.max(axis=0)
+        used = np.flatnonzero(scale > 0)  # a single process sends nothing
+        found = np.zeros(len(scale))
+        while used.size:
+            solved = np.linalg.lstsq(shares[:, used] / scale[used], np.ones(len(times)), rcond=RESOLUTION)[0]
+            if solved.min() >= 0:
+                found[used] = solved / scale[used]
+                break
+            used = np.delete(used, np.argmin(solved))  # a time is not negative: the nearest allowed is zero
+        return StepTimeModel(*found.tolist())
+
+    def state_dict(self) -> list[list[Any]]:
+        """A row a plan, of numbers and lists."""
+        return [[m, k, p, list(seconds)] for m, k, p, seconds in self.of]
+
+    @classmethod
+    def from_state_dict(cls, rows: Sequence[Sequence[Any]]) -> StepTimes:
+        """The inverse of ``state_dict``."""
+        return cls(tuple(PlanTimes(m, k, p, tuple(seconds)) for m, k, p, seconds in rows))
