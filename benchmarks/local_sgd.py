@@ -1,0 +1,520 @@
+"""How many rounds of communication do adaptive batches save local SGD, and at what quality?
+
+    ADABATCH_DATA=... python benchmarks/local_sgd.py [--cache FOLDER] [--minutes 60]
+
+Four gloo processes of one thread each average every H local steps, through the library as anybody uses it. Two small
+tasks: MnistCNN under SGD with momentum, and a character transformer on tinyshakespeare under AdamW. Three policies at
+equal examples: the smallest batch, the largest, and the norm test between them, measured once a round at the first
+local step. The base learning rate is tuned for the smallest batch at H = 1 (a grid of factor 2, a seed that serves no
+other purpose) and follows the batch by a rule in all runs, so the constant large batch has the rate that the rule gives
+it. The eta of the test, one for both tasks, was chosen on that seed too. The rate falls linearly to zero over the run.
+
+A second question: what the drift of workers apart adds to the noise that the test sees. At a constant batch, noise is
+measured at the first and at the last local step of each round, across workers and within each.
+
+Bytes are those that one worker sends when reductions run as a ring, for averages and measured gradients together.
+Finished runs are kept in the cache folder by the settings that made them, and are not run again. Past ``--minutes`` no
+run is started, and what is published are the seeds that a task has for every policy and H."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import matplotlib
+import torch
+import torch.distributed as dist
+from _harness import RESULTS, Machine, Table, publish
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import Dataset
+
+from adabatch import AdaptiveBatch, Constant, Control, GlobalOrder, Limits, LocalSGD, NormTest, ProgressLR, examples
+from adabatch.lr import constant, linear
+from adabatch.lr.rules import LRRule
+from adabatch.recipes.data import Mnist, Text, collate
+from adabatch.recipes.models import MnistCNN, Transformer
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+
+QUESTION = (
+    "Four workers, H in {1, 4, 16, 32}, equal examples: does the adaptive batch reach the quality of the constant "
+    "small batch with at least 4 times fewer rounds? And how much of the noise seen at the end of a round is drift?"
+)
+WORKERS = 4
+H = (1, 4, 16, 32)
+SEEDS, TUNING_SEED = (0, 1, 2, 3, 4), 1000
+SMALL, LARGE, MICRO = 4, 256, 1  # examples of all workers; the smallest micro-batch of one
+ETA = 0.9
+CONTROL = Control(memory=6, confidence=0.8)
+AIM = 4.0
+DRIFT_H, DRIFT_BATCH, DRIFT_MICRO, DRIFT_ROUNDS = (4, 16, 32), 64, 8, 8
+MOST_EXTENSIONS = 3
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % of Student's t, by number of seeds
+
+Policy = Literal["small", "large", "adaptive"]
+POLICIES: tuple[Policy, ...] = ("small", "large", "adaptive")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, its data and its optimizer.
+
+    Args:
+        about: the task in words, for the table's title.
+        total: examples of a run.
+        score: what its quality is read from beside the loss; "" for the loss alone.
+        inputs, targets: to test on.
+    """
+
+    name: str
+    about: str
+    model: Callable[[], nn.Module]
+    optimizer: Callable[[Any, float], Optimizer]
+    rule: LRRule
+    grid: tuple[float, ...]
+    total: int
+    score: str
+    data: Dataset[Any]
+    inputs: Tensor
+    targets: Tensor
+
+
+@cache
+def tasks() -> dict[str, Task]:
+    images, unseen = Mnist("train"), Mnist("test")
+    text, rest = Text("train", 32), Text("test", 32)
+    some = torch.linspace(0, len(rest) - 1, 1280).long()
+    found = [
+        Task(
+            name="MNIST CNN",
+            about="MnistCNN (28,938 parameters), SGD with momentum 0.9, rule gain, 6,144 images",
+            model=lambda: MnistCNN().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+            optimizer=lambda parameters, lr: SGD(parameters, lr, momentum=0.9),
+            rule="gain",
+            grid=(0.005, 0.01, 0.02),
+            total=6_144,
+            score="accuracy",
+            data=images,
+            inputs=unseen.tensors[0][::2],
+            targets=unseen.tensors[1][::2],
+        ),
+        Task(
+            name="character transformer",
+            about="2 layers of width 32, 2 heads (30,656 parameters), AdamW (0.9, 0.95, decay 0.1), rule sqrt, 6,144 "
+            "x 32 characters of tinyshakespeare",
+            model=lambda: Transformer(len(text.vocabulary), 32, width=32, depth=2, num_heads=2),
+            optimizer=lambda parameters, lr: AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+            rule="sqrt",
+            grid=(0.002, 0.004, 0.008),
+            total=6_144,
+            score="",
+            data=text,
+            inputs=rest.tensors[0][some],
+            targets=rest.tensors[1][some],
+        ),
+    ]
+    return {task.name: task for task in found}
+
+
+class Job(NamedTuple):
+    """One run; ``measure`` and ``spread`` differ from what is usual only where drift is measured."""
+
+    task: str
+    policy: Policy | Literal["drift"]
+    sync_every: int
+    seed: int
+    lr: float
+    measure: Literal["first", "last"] = "first"
+    spread: Literal["across", "within"] = "across"
+
+    def key(self) -> str:
+        """Of everything that the run's result depends on."""
+        drift = (DRIFT_BATCH, DRIFT_MICRO, DRIFT_ROUNDS)
+        setting = (tasks()[self.task].about, SMALL, LARGE, MICRO, ETA, repr(CONTROL), drift, self)
+        return hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:24]
+
+
+class Outcome(NamedTuple):
+    """What one run came to; ``noise`` of each measurement, ``sizes`` of each step; CPU seconds of all workers."""
+
+    loss: float
+    accuracy: float
+    steps: int
+    rounds: int
+    bytes_sent: int
+    sizes: list[int]
+    noise: list[float]
+    seconds: float
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+
+def train(job: Job) -> Outcome:
+    """The run on one of the workers."""
+    task, begin = tasks()[job.task], time.process_time()
+    torch.manual_seed(job.seed)
+    model = task.model()
+    optimizer = task.optimizer(model.parameters(), job.lr)
+    micro, limits, criterion = MICRO, Limits(SMALL, LARGE), NormTest(ETA)
+    constants = {"small": SMALL, "large": LARGE, "drift": DRIFT_BATCH}
+    options: dict[str, Any] = {"criterion": criterion, "limits": limits, "max_micro_batch_size": LARGE // WORKERS}
+    if job.policy in constants:
+        # As the adaptive run measures, a constant one does where its rule needs it.
+        options |= {"criterion": Constant(constants[job.policy]), "monitor": True}
+    if job.policy == "drift":
+        micro = DRIFT_MICRO
+        options |= {"limits": Limits(DRIFT_BATCH, DRIFT_BATCH), "max_micro_batch_size": None}
+    sizes: list[int] = []
+    noise: list[float] = []
+    with LocalSGD(model, optimizer, sync_every=job.sync_every, measure=job.measure, spread=job.spread) as local:
+        batches = AdaptiveBatch(
+            model, optimizer, local_sgd=local, micro_batch_size=micro, control=CONTROL, lr_rule=task.rule,
+            reference_batch_size=SMALL, **options,
+        )  # fmt: skip
+        until, shape = examples(task.total), linear()
+        if job.policy == "drift":
+            until, shape = examples(DRIFT_ROUNDS * job.sync_every * DRIFT_BATCH), constant()
+        schedule = ProgressLR(optimizer, shape, batches, total=until)
+        order = GlobalOrder(task.data, seed=job.seed, collate_fn=collate)
+        for step in batches.steps(order, until=until):
+            for inputs, targets in step:
+                step.backward(cross_entropy(model(inputs), targets))
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            sizes.append(step.global_batch_size)
+            if step.moments is not None:
+                noise.append(step.moments.noise)
+    loss, accuracy = evaluate(model, task)
+    seconds = torch.tensor(time.process_time() - begin)
+    dist.all_reduce(seconds)
+    return Outcome(loss, accuracy, local.steps, local.rounds, local.bytes_sent, sizes, noise, float(seconds))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task) -> tuple[float, float]:
+    """Mean loss and share of right answers over the test set, each worker on its share; infinite where no number."""
+    mine = slice(dist.get_rank(), None, WORKERS)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for inputs, targets in zip(task.inputs[mine].split(64), task.targets[mine].split(64), strict=True):
+        logits = model(inputs)
+        right = (logits.argmax(-1) == targets).double().mean()
+        sums += len(inputs) * torch.stack([cross_entropy(logits, targets).double(), right, torch.ones_like(right)])
+    dist.all_reduce(sums)
+    loss, right, count = sums.tolist()
+    return loss / count if math.isfinite(loss) else math.inf, right / count
+
+
+def work(rank: int, meeting: str, jobs: Queue[Job | None], outcomes: Queue[Outcome]) -> None:
+    """One worker: runs what it is told, and the first one tells what came of it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORKERS, timeout=timedelta(minutes=10))
+    while (job := jobs.get()) is not None:
+        outcome = train(job)
+        if rank == 0:
+            outcomes.put(outcome)
+    dist.destroy_process_group()
+
+
+class OutOfTimeError(Exception):
+    """No further run may start."""
+
+
+class Runner:
+    """Four workers that run jobs, unless the cache folder has their outcomes; ``seconds`` of CPU is what all took."""
+
+    def __init__(self, folder: Path, deadline: float) -> None:
+        self.folder = folder
+        self.deadline = deadline
+        self.seconds = 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("spawn")
+        meeting = f"file://{tempfile.mkdtemp()}/meeting"
+        self.outcomes: Queue[Outcome] = context.Queue()
+        self.jobs: list[Queue[Job | None]] = [context.Queue() for _ in range(WORKERS)]
+        self.workers = [
+            context.Process(target=work, args=(rank, meeting, queue, self.outcomes), daemon=True)
+            for rank, queue in enumerate(self.jobs)
+        ]
+        for worker in self.workers:
+            worker.start()
+
+    def __call__(self, job: Job) -> Outcome:
+        file = self.folder / f"{job.key()}.json"
+        if file.exists():
+            outcome = Outcome(**json.loads(file.read_text()))
+        elif time.monotonic() > self.deadline:
+            raise OutOfTimeError
+        else:
+            for queue in self.jobs:
+                queue.put(job)
+            outcome = self.outcomes.get(timeout=900)
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(outcome._asdict()))
+            part.replace(file)
+        self.seconds += outcome.seconds
+        return outcome
+
+    def close(self) -> None:
+        for queue in self.jobs:
+            queue.put(None)
+        for worker in self.workers:
+            worker.join(30)
+
+
+def tune(run: Runner, task: Task) -> dict[float, float]:
+    """Losses of the constant small batch at H = 1 by learning rate; the grid grows while an end of it is the best."""
+    tried = {lr: run(Job(task.name, "small", 1, TUNING_SEED, lr)).loss for lr in task.grid}
+    for _ in range(MOST_EXTENSIONS):
+        best = min(tried, key=lambda lr: tried[lr])
+        if min(tried) < best < max(tried):
+            break
+        new = best / 2 if best == min(tried) else best * 2
+        tried[new] = run(Job(task.name, "small", 1, TUNING_SEED, new)).loss
+    return dict(sorted(tried.items()))
+
+
+@dataclass
+class Study:
+    """All that is known of a task: rates tried, and outcomes by policy, H and seed."""
+
+    task: Task
+    tried: dict[float, float]
+    runs: dict[tuple[Policy, int, int], Outcome]
+
+    @property
+    def lr(self) -> float:
+        return min(self.tried, key=lambda lr: self.tried[lr])
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those that every policy has at every H."""
+        return [seed for seed in SEEDS if all((policy, h, seed) in self.runs for policy in POLICIES for h in H)]
+
+    def of(self, policy: Policy, h: int, field: str) -> list[float]:
+        """One number a complete seed."""
+        return [float(getattr(self.runs[policy, h, seed], field)) for seed in self.seeds]
+
+
+class Verdict(NamedTuple):
+    """The adaptive batch against the constant small one at the same H, seed by seed.
+
+    Args:
+        loss: mean of its loss minus the other's, and half the width of the 95 % interval.
+        rounds: how many times fewer rounds.
+    """
+
+    loss: float
+    half_width: float
+    rounds: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether the quality is reached: the loss is not clearly higher."""
+        return self.loss <= self.half_width
+
+
+def judge(study: Study, h: int) -> Verdict:
+    pairs = zip(study.of("adaptive", h, "loss"), study.of("small", h, "loss"), strict=True)
+    differences = [mine - theirs for mine, theirs in pairs]
+    number = len(differences)
+    half = T_95[number] * statistics.stdev(differences) / math.sqrt(number)
+    ratio = statistics.fmean(study.of("small", h, "rounds")) / statistics.fmean(study.of("adaptive", h, "rounds"))
+    return Verdict(statistics.fmean(differences), half, ratio)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table_of(study: Study) -> Table:
+    rows = []
+    for h in H:
+        for policy in POLICIES:
+            cells = [str(h), policy, spread(study.of(policy, h, "loss"), 4)]
+            if study.task.score:
+                cells.append(spread([100 * each for each in study.of(policy, h, study.task.score)], 2))
+            counts = [statistics.fmean(study.of(policy, h, field)) for field in ("steps", "rounds", "bytes_sent")]
+            cells += [f"{counts[0]:,.0f}", f"{counts[1]:,.0f}", f"{counts[2] / 1e6:,.1f}"]
+            cells.append(f"{study.task.total / counts[0]:.0f}")
+            rows.append(cells)
+    score = ["test accuracy, %"] if study.task.score else []
+    columns = ["H", "batch", "test loss", *score, "steps", "rounds", "MB sent", "mean batch"]
+    title = f"{study.task.name}: {study.task.about}; base rate {study.lr:g}, {len(study.seeds)} seeds"
+    return Table(title, columns, rows)
+
+
+def verdicts_of(studies: Sequence[Study]) -> Table:
+    rows = []
+    for study in studies:
+        for h in H:
+            verdict = judge(study, h)
+            rows.append(
+                [
+                    study.task.name, str(h), f"{verdict.loss:+.4f} ± {verdict.half_width:.4f}",
+                    "yes" if verdict.reached else "no", f"{verdict.rounds:.1f}",
+                    "met" if verdict.reached and verdict.rounds >= AIM else "missed",
+                ]
+            )  # fmt: skip
+    columns = ["task", "H", "loss above small (95 %)", "quality reached", "times fewer rounds", "aim of 4"]
+    return Table("Adaptive beside constant small, at equal H", columns, rows)
+
+
+Drift = dict[tuple[str, int, str, str], float]
+
+
+def drift(run: Runner, studies: Sequence[Study]) -> Drift:
+    """Mean noise of a run by task, H, measured step and spread."""
+    found = {}
+    for study in studies:
+        for h in DRIFT_H:
+            for measure in ("first", "last"):
+                for spread_of in ("across", "within"):
+                    job = Job(study.task.name, "drift", h, TUNING_SEED, study.lr, measure, spread_of)  # type: ignore[arg-type]
+                    found[study.task.name, h, measure, spread_of] = statistics.fmean(run(job).noise)
+    return found
+
+
+def drift_table(found: Drift) -> Table:
+    rows = []
+    for task, h in dict.fromkeys((task, h) for task, h, _, _ in found):
+        of = {(m, s): found[task, h, m, s] for m in ("first", "last") for s in ("across", "within")}
+        rows.append(
+            [
+                task, str(h),
+                *(f"{of[m, s]:.3g}" for m in ("first", "last") for s in ("across", "within")),
+                f"{of['last', 'across'] / of['last', 'within']:.2f}",
+            ]
+        )  # fmt: skip
+    columns = ["task", "H", "first, across", "first, within", "last, across", "last, within", "drift at the last"]
+    about = f"constant batch of {DRIFT_BATCH} in micro-batches of {DRIFT_MICRO}, constant rate, {DRIFT_ROUNDS} rounds"
+    return Table(f"Mean noise (trace of the covariance of an example's gradient) measured: {about}", columns, rows)
+
+
+def findings_of(studies: Sequence[Study], found: Drift, seconds: float) -> list[str]:
+    lines = []
+    for study in studies:
+        verdicts = {h: judge(study, h) for h in H}
+        met = [h for h, verdict in verdicts.items() if verdict.reached and verdict.rounds >= AIM]
+        short = "; ".join(
+            f"H = {h}: {verdict.rounds:.1f} times fewer rounds, loss {verdict.loss:+.4f} ± {verdict.half_width:.4f}"
+            for h, verdict in verdicts.items()
+        )
+        lines.append(f"{study.task.name}: the aim is met at H in {met or 'none'}. {short}.")
+        wide = judge_wide(study)
+        lines.append(
+            f"{study.task.name}: adaptive at H = {wide[0]} needs {wide[1]:.0f} times fewer rounds than constant small "
+            f"at H = 1, at a loss {wide[2]:+.4f} above it."
+        )
+    ratios = [
+        found[task, h, "last", "across"] / found[task, h, "last", "within"]
+        for task, h, measure, spread_of in found
+        if (measure, spread_of) == ("last", "across")
+    ]
+    if ratios:
+        lines.append(
+            f"At the last local step noise across workers is {min(ratios):.2f} to {max(ratios):.2f} times that within "
+            f"them, at the same parameters: that share is drift. At the first the two agree up to their spread."
+        )
+    lines.append(f"All runs together took {seconds / 60:.0f} minutes of CPU.")
+    return lines
+
+
+def judge_wide(study: Study) -> tuple[int, float, float]:
+    """The largest H, its rounds and loss against the small batch at H = 1."""
+    h = max(H)
+    ratio = statistics.fmean(study.of("small", 1, "rounds")) / statistics.fmean(study.of("adaptive", h, "rounds"))
+    loss = statistics.fmean(study.of("adaptive", h, "loss")) - statistics.fmean(study.of("small", 1, "loss"))
+    return h, ratio, loss
+
+
+def draw(studies: Sequence[Study], path: Path) -> None:
+    """Test loss over rounds, a line a policy and a point an H; and batch sizes of the adaptive runs."""
+    figure, axes = plt.subplots(len(studies), 2, figsize=(9, 3.4 * len(studies)), squeeze=False)
+    for (left, right), study in zip(axes, studies, strict=True):
+        for policy in POLICIES:
+            rounds = [statistics.fmean(study.of(policy, h, "rounds")) for h in H]
+            losses = [study.of(policy, h, "loss") for h in H]
+            left.errorbar(
+                rounds, [statistics.fmean(each) for each in losses], [statistics.stdev(each) for each in losses],
+                marker="o", capsize=3, label=policy,
+            )  # fmt: skip
+        left.set(xscale="log", xlabel="rounds of communication", ylabel="test loss", title=study.task.name)
+        left.legend()
+        for h in H:
+            sizes = study.runs["adaptive", h, study.seeds[0]].sizes
+            right.step(torch.tensor([0, *sizes]).cumsum(0)[:-1], sizes, where="post", label=f"H = {h}")
+        right.set(yscale="log", xlabel="examples", ylabel="adaptive global batch", title=f"seed {study.seeds[0]}")
+        right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "adabatch_local_sgd")
+    parser.add_argument("--minutes", type=float, default=60)
+    options = parser.parse_args()
+    machine = Machine.here()
+    run = Runner(options.cache, time.monotonic() + 60 * options.minutes)
+    studies = []
+    for task in tasks().values():
+        tried = tune(run, task)
+        studies.append(Study(task, tried, {}))
+        print(f"{task.name}: {tried}", flush=True)
+    found = drift(run, studies)
+    try:
+        for seed in SEEDS:
+            for study in studies:
+                for policy in POLICIES:
+                    for h in H:
+                        study.runs[policy, h, seed] = run(Job(study.task.name, policy, h, seed, study.lr))
+            print(f"seed {seed}: {run.seconds:.0f} s of CPU so far", flush=True)
+    except OutOfTimeError:
+        print("out of time", flush=True)
+    run.close()
+    studies = [study for study in studies if len(study.seeds) > 1]
+    draw(studies, RESULTS / "local_sgd.png")
+    publish(
+        "local_sgd",
+        question=QUESTION,
+        machine=machine,
+        tables=[*(table_of(study) for study in studies), verdicts_of(studies), drift_table(found)],
+        findings=[
+            *findings_of(studies, found, run.seconds),
+            "![test loss over rounds, and batch sizes](local_sgd.png)",
+        ],
+        data={
+            "tuned": {study.task.name: study.tried for study in studies},
+            "runs": [
+                {"task": study.task.name, "policy": policy, "h": h, "seed": seed}
+                | {name: value for name, value in outcome._asdict().items() if name not in ("sizes", "noise")}
+                for study in studies
+                for (policy, h, seed), outcome in study.runs.items()
+            ],
+            "drift": [[*key, value] for key, value in found.items()],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
