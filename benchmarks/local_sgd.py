@@ -103,12 +103,12 @@ def tasks() -> dict[str, Task]:
     found = [
         Task(
             name="MNIST CNN",
-            about="MnistCNN (28,938 parameters), SGD with momentum 0.9, rule gain, 6,144 images",
+            about="MnistCNN (28,938 parameters), SGD with momentum 0.9, rule gain, 4,096 images",
             model=lambda: MnistCNN().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
             optimizer=lambda parameters, lr: SGD(parameters, lr, momentum=0.9),
             rule="gain",
             grid=(0.005, 0.01, 0.02),
-            total=6_144,
+            total=4_096,
             score="accuracy",
             data=images,
             inputs=unseen.tensors[0][::2],
@@ -116,13 +116,13 @@ def tasks() -> dict[str, Task]:
         ),
         Task(
             name="character transformer",
-            about="2 layers of width 32, 2 heads (30,656 parameters), AdamW (0.9, 0.95, decay 0.1), rule sqrt, 6,144 "
+            about="2 layers of width 32, 2 heads (30,656 parameters), AdamW (0.9, 0.95, decay 0.1), rule sqrt, 4,096 "
             "x 32 characters of tinyshakespeare",
             model=lambda: Transformer(len(text.vocabulary), 32, width=32, depth=2, num_heads=2),
             optimizer=lambda parameters, lr: AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
             rule="sqrt",
             grid=(0.002, 0.004, 0.008),
-            total=6_144,
+            total=4_096,
             score="",
             data=text,
             inputs=rest.tensors[0][some],
@@ -280,15 +280,33 @@ class Runner:
             worker.join(30)
 
 
-def tune(run: Runner, task: Task) -> dict[float, float]:
-    """Losses of the constant small batch at H = 1 by learning rate; the grid grows while an end of it is the best."""
-    tried = {lr: run(Job(task.name, "small", 1, TUNING_SEED, lr)).loss for lr in task.grid}
+def alone(task: Task, lr: float) -> float:
+    """Loss of the constant small batch on one process: what four workers at H = 1 come to, up to rounding."""
+    torch.manual_seed(TUNING_SEED)
+    model = task.model()
+    optimizer = task.optimizer(model.parameters(), lr)
+    batches = AdaptiveBatch(model, optimizer, Constant(SMALL), micro_batch_size=SMALL)
+    schedule = ProgressLR(optimizer, linear(), batches, total=examples(task.total))
+    order = GlobalOrder(task.data, seed=TUNING_SEED, collate_fn=collate)
+    for step in batches.steps(order, until=examples(task.total)):
+        for inputs, targets in step:
+            step.backward(cross_entropy(model(inputs), targets))
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    with torch.no_grad():
+        return cross_entropy(model(task.inputs), task.targets).item()
+
+
+def tune(task: Task) -> dict[float, float]:
+    """Losses of the constant small batch by learning rate; the grid grows while an end of it is the best."""
+    tried = {lr: alone(task, lr) for lr in task.grid}
     for _ in range(MOST_EXTENSIONS):
         best = min(tried, key=lambda lr: tried[lr])
         if min(tried) < best < max(tried):
             break
         new = best / 2 if best == min(tried) else best * 2
-        tried[new] = run(Job(task.name, "small", 1, TUNING_SEED, new)).loss
+        tried[new] = alone(task, new)
     return dict(sorted(tried.items()))
 
 
@@ -475,10 +493,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     options = parser.parse_args()
     machine = Machine.here()
+    torch.set_num_threads(1)
     run = Runner(options.cache, time.monotonic() + 60 * options.minutes)
     studies = []
     for task in tasks().values():
-        tried = tune(run, task)
+        tried = tune(task)
         studies.append(Study(task, tried, {}))
         print(f"{task.name}: {tried}", flush=True)
     found = drift(run, studies)
