@@ -1,6 +1,7 @@
 """What the exact per-example tests cost: squared norms, and inner products with the mean gradient.
 
-    python benchmarks/exact_tests.py
+    python benchmarks/exact_tests.py            # the figures
+    python benchmarks/exact_tests.py --tiny     # seconds: whether it runs from start to end
 
 Goal, as ratios to a plain training step (forward, backward, SGD) on one thread: norms at most 2.0, norms and
 inner products at most 3.0, peak memory at most 1.3. Every contender does a whole training step and leaves
@@ -18,9 +19,11 @@ import argparse
 import importlib.util
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -73,20 +76,23 @@ class Task:
         F.cross_entropy(model(self.x).flatten(0, -2), self.y.flatten()).backward()
 
 
-def mnist_cnn() -> Task:
-    return Task(MnistCNN(), torch.randn(256, 1, 28, 28), torch.randint(0, 10, (256,)))
+def mnist_cnn(batch: int) -> Task:
+    return Task(MnistCNN(), torch.randn(batch, 1, 28, 28), torch.randint(0, 10, (batch,)))
 
 
-def transformer() -> Task:
-    model = Transformer(vocab_size=512, block_size=128, width=256, depth=6, num_heads=8)
-    text = torch.randint(0, 512, (16, 129))
+def transformer(batch: int, length: int, width: int, depth: int) -> Task:
+    model = Transformer(vocab_size=512, block_size=length, width=width, depth=depth, num_heads=8)
+    text = torch.randint(0, 512, (batch, length + 1))
     return Task(model, text[:, :-1].contiguous(), text[:, 1:].contiguous())
 
 
 TASKS: Mapping[str, tuple[str, Callable[[], Task], int]] = {
-    "cnn": ("MNIST CNN, batch 256", mnist_cnn, 32),
-    "transformer": ("Transformer, 16 x 128 tokens", transformer, 4),
+    "cnn": ("MNIST CNN, batch 256", partial(mnist_cnn, 256), 32),
+    "transformer": ("Transformer, 16 x 128 tokens", partial(transformer, 16, 128, 256, 6), 4),
+    "tiny-cnn": ("MNIST CNN, batch 4", partial(mnist_cnn, 4), 2),
+    "tiny-transformer": ("Transformer, 4 x 8 tokens", partial(transformer, 4, 8, 32, 1), 2),
 }
+TINY = ("tiny-cnn", "tiny-transformer")
 
 
 def with_step(model: nn.Module, gradients: Callable[[], Statistics | None]) -> Callable[[], Statistics | None]:
@@ -223,6 +229,17 @@ def agree(contenders: Mapping[str, Callable[[], Statistics | None]]) -> None:
             torch.testing.assert_close(found.products, reference.products, rtol=1e-3, atol=1e-3 * size, msg=name)
 
 
+def steps_of(key: str) -> dict[str, Callable[[], Statistics | None]]:
+    """The contenders of a task, which agree on what they measure."""
+    _, make, chunk_size = TASKS[key]
+    steps = {}
+    for name, maker in makers(chunk_size).items():
+        torch.manual_seed(0)  # a model of its own for each, as some leave hooks on it
+        steps[name] = maker(make())
+    agree(steps)
+    return steps
+
+
 def peak_of(key: str, name: str) -> int:
     """Peak bytes of the tensors alive during one step of a contender, in this process."""
     _, make, chunk_size = TASKS[key]
@@ -264,8 +281,10 @@ def findings(title: str, timings: Timings, peaks: Mapping[str, int]) -> list[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="samples of each contender")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--rounds", type=int, default=6, help="samples of each contender in a trial")
+    parser.add_argument("--trials", type=int, default=2, help="times that all is made anew")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[key for key in TASKS if key not in TINY])
+    parser.add_argument("--tiny", action="store_true", help="tiny tasks, which show that it runs, and are not saved")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-save", action="store_true", help="print only")
     parser.add_argument("--peak", nargs=2, metavar=("TASK", "CONTENDER"), help=argparse.SUPPRESS)
@@ -277,15 +296,14 @@ def main() -> None:
         return
     machine = Machine.here()
     tables, told, raw = [], [], {}
-    for key in options.tasks:
-        title, make, chunk_size = TASKS[key]
-        steps = {}
-        for name, maker in makers(chunk_size).items():
-            torch.manual_seed(0)  # a model of its own for each, as some leave hooks on it
-            steps[name] = maker(make())
-        agree(steps)
-        timings = interleave(steps, rounds=options.rounds, warmup=1)
-        peaks = {name: measure_peak(key, name, options.threads) for name in steps}
+    for key in TINY if options.tiny else options.tasks:
+        title, make, _ = TASKS[key]
+        # The processor's time leaves out what other programs took of it, as long as there is one thread to count.
+        clock = time.process_time if options.threads == 1 else time.perf_counter
+        timings = interleave(
+            partial(steps_of, key), trials=options.trials, rounds=options.rounds, warmup=1, clock=clock
+        )
+        peaks = {name: measure_peak(key, name, options.threads) for name in timings.seconds}
         count = sum(parameter.numel() for parameter in make().model.parameters())
         heading = f"{title}, {count:,} parameters, {options.threads} thread(s)"
         rows = [
@@ -296,7 +314,7 @@ def main() -> None:
                 f"{peaks[name] / 2**20:.0f}",
                 f"{peaks[name] / peaks[PLAIN]:.2f}",
             )
-            for name in steps
+            for name in timings.seconds
         ]
         tables.append(Table(heading, ("step", "ms", "of plain", "peak MB", "of plain"), rows))
         told += findings(title, timings, peaks)
@@ -307,8 +325,8 @@ def main() -> None:
         machine=machine,
         tables=tables,
         findings=told,
-        data={"rounds": options.rounds, "results": raw},
-        save=not options.no_save,
+        data={"trials": options.trials, "rounds": options.rounds, "results": raw},
+        save=not (options.no_save or options.tiny),
     )
 
 

@@ -1,6 +1,7 @@
 """What do the probes of DDP and FSDP2 cost? A step with each, against the same step without adabatch.
 
     python benchmarks/probes.py
+    python benchmarks/probes.py --tiny --rounds 4    # whether it runs from start to end
 
 Two gloo processes of one thread each train the same 4.8 M-parameter transformer side by side, once in a hand-written
 loop and once around ``AdaptiveBatch`` for each probe, which then measures every step. Limits hold the batch constant,
@@ -33,6 +34,8 @@ from adabatch.runtime.probes.comm_hook import CommHookProbe
 
 RANKS = 2
 LENGTH = 128
+SIZE = {"width": 256, "depth": 6, "num_heads": 8}
+TINY = {"width": 32, "depth": 1, "num_heads": 4}
 CASES = ((16, 1), (4, 4))  # micro-batch size, accumulation steps
 
 
@@ -105,9 +108,11 @@ def batches_of(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 class Loop:
     """A model, its optimizer and one step of it."""
 
-    def __init__(self, contender: Contender, micro_batch_size: int, accumulation_steps: int) -> None:
+    def __init__(
+        self, contender: Contender, micro_batch_size: int, accumulation_steps: int, size: dict[str, int]
+    ) -> None:
         torch.manual_seed(0)
-        self.model = contender.wrap(Transformer(width=256, depth=6, num_heads=8))
+        self.model = contender.wrap(Transformer(**size))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.loss = NextTokenLoss()
         self.data = batches_of(micro_batch_size)
@@ -115,13 +120,13 @@ class Loop:
         self.last = contender.last
         self.step: Callable[[], None] = self.by_hand
         if contender.options is not None:
-            size = micro_batch_size * accumulation_steps * RANKS
-            plain = adabatch.NormTest(eta=0.5) if contender.measures else adabatch.Constant(size)
+            examples = micro_batch_size * accumulation_steps * RANKS
+            plain = adabatch.NormTest(eta=0.5) if contender.measures else adabatch.Constant(examples)
             batches = adabatch.AdaptiveBatch(
                 self.model,
                 self.optimizer,
                 micro_batch_size=micro_batch_size,
-                limits=adabatch.Limits(min=size, max=size),
+                limits=adabatch.Limits(min=examples, max=examples),
                 **{"criterion": plain, **contender.options(self.model)},
             )
             self.steps = batches.steps(self.data)
@@ -149,12 +154,14 @@ class Loop:
         self.optimizer.zero_grad()
 
 
-def work(rank: int, store: str, family: str, case: tuple[int, int], rounds: int, results: Any) -> None:
+def work(
+    rank: int, store: str, family: str, case: tuple[int, int], size: dict[str, int], rounds: int, results: Any
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
 
     def steps() -> dict[str, Callable[[], None]]:
-        return {name: Loop(contender, *case).step for name, contender in FAMILIES[family].items()}
+        return {name: Loop(contender, *case, size).step for name, contender in FAMILIES[family].items()}
 
     timings = interleave(steps, trials=2, rounds=rounds // 2, synchronize=dist.barrier)
     if rank == 0:
@@ -163,11 +170,11 @@ def work(rank: int, store: str, family: str, case: tuple[int, int], rounds: int,
     dist.destroy_process_group()
 
 
-def measure(family: str, case: tuple[int, int], rounds: int) -> Timings:
+def measure(family: str, case: tuple[int, int], size: dict[str, int], rounds: int) -> Timings:
     results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        mp.spawn(work, args=(store, family, case, rounds, results), nprocs=RANKS)
+        mp.spawn(work, args=(store, family, case, size, rounds, results), nprocs=RANKS)
     return Timings(results.get())
 
 
@@ -175,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40, help="steps of each loop in each case")
     parser.add_argument("--only", choices=FAMILIES, help="one way to wrap the model")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, which shows that it runs, and is not saved")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     machine = Machine.here()
@@ -186,7 +194,9 @@ def main() -> None:
             skipped = accumulation_steps == 1 and family == "FSDP2, reducing the last micro-batch"
             if skipped or options.only not in (None, family):
                 continue
-            timings = measure(family, (micro_batch_size, accumulation_steps), options.rounds)
+            timings = measure(
+                family, (micro_batch_size, accumulation_steps), TINY if options.tiny else SIZE, options.rounds
+            )
             raw[f"{case}, {family}"] = timings.seconds
             for name in list(FAMILIES[family])[1:]:
                 ratio = timings.ratio(name, "by hand")
@@ -207,7 +217,7 @@ def main() -> None:
         ],
         findings=told,
         data={"rounds": options.rounds, "seconds": raw},
-        save=not options.no_save,
+        save=not (options.no_save or options.tiny),
     )
 
 
