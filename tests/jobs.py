@@ -23,15 +23,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.distributed.launcher.api import LaunchConfig, launch_agent
 from torch.utils.data import Dataset
 
 from adabatch import NormTest, Observation
 from adabatch.cli.main import main
 from adabatch.runtime.checkpoint import UNFINISHED, checkpoints_in
 
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PRELOADED = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main"]
+PROCESSES = multiprocessing.get_context("forkserver")
+PRELOADED = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main"]
 
 NUM_EXAMPLES = 200
 SEED = 6
@@ -117,10 +116,10 @@ class Attempt:
 
     def __init__(self, folder: Path, arguments: Sequence[str], size: int) -> None:
         # What the tests' own starter of ranks preloads is a part of this, and whoever comes first decides.
-        _PROCESSES.set_forkserver_preload(_PRELOADED)
+        PROCESSES.set_forkserver_preload(PRELOADED)
         port = free_port()
         self.processes = [
-            _PROCESSES.Process(
+            PROCESSES.Process(
                 target=_run,
                 args=(
                     list(arguments),
@@ -160,29 +159,6 @@ class Attempt:
             self.processes[rank].join()
 
 
-class Agent:
-    """torchrun's own agent for one node of one process, under elastic launch of one to three nodes.
-
-    Args:
-        folder: of the job.
-        arguments: of the command.
-        port: of the meeting point on this machine; the first agent holds it.
-    """
-
-    def __init__(self, folder: Path, arguments: Sequence[str], port: int) -> None:
-        _PROCESSES.set_forkserver_preload(_PRELOADED)
-        # torch 2.13 tells an agent that joins a later round nothing of the first one's shared store: it waits in vain.
-        environment = {"GIVEN": str(folder / "given"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        self.process = _PROCESSES.Process(target=_agent, args=(list(arguments), environment, folder / "output", port))
-        self.process.start()
-
-    def leave(self, number: signal.Signals) -> None:
-        """SIGTERM: as a node that is drained; SIGKILL: as one that loses its power."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
-        self.process.join()
-
-
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as free:
@@ -191,36 +167,13 @@ def free_port() -> int:
         return port
 
 
-def _agent(arguments: list[str], environment: dict[str, str], output: Path, port: int) -> None:
-    _prepare(environment, output)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=3,
-        nproc_per_node=1,
-        run_id="elastic",
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"127.0.0.1:{port}",
-        rdzv_configs={"last_call_timeout": 2, "keep_alive_interval": 1, "keep_alive_max_attempt": 5},
-        local_addr="127.0.0.1",
-        max_restarts=9,
-        monitor_interval=0.1,
-        start_method="fork",
-    )
-    launch_agent(config, _work, [arguments])
-
-
-def _work(arguments: list[str]) -> None:
-    code = main(arguments)
-    if code:
-        sys.exit(code)
-
-
 def _run(arguments: list[str], environment: dict[str, str], output: Path) -> None:
-    _prepare(environment, output)
+    prepare(environment, output)
     sys.exit(main(arguments))
 
 
-def _prepare(environment: dict[str, str], output: Path) -> None:
+def prepare(environment: dict[str, str], output: Path) -> None:
+    """Makes a fresh process one of a launcher's."""
     os.environ |= environment
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
@@ -267,6 +220,21 @@ def same(one: Any, two: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(same, one, two))
     return bool(one == two)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What the journal of the run in ``folder`` says so far; a last line may be under way."""
+    path = folder / "run" / "journal.jsonl"
+    texts = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(text) for text in texts]
+
+
+def await_lines(folder: Path, count: int, *, size: int) -> None:
+    """Until the last ``count`` steps were of ``size`` ranks."""
+    deadline = time.monotonic() + 120
+    while [line["plan"]["dp_size"] for line in lines(folder)][-count:] != [size] * count:
+        assert time.monotonic() < deadline, (folder / "output").read_text()
+        time.sleep(0.05)
 
 
 class Killed(NamedTuple):

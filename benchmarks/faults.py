@@ -1,0 +1,240 @@
+"""Is anything lost when a run is killed, its workers change, or its checkpoints are damaged?
+
+    python benchmarks/faults.py [--kills 100] [--only kills|workers|damage] [--no-save]
+
+*Kills*: `adabatch train` on two processes is killed with SIGKILL at random instants, one process or both; every second
+kill waits for the next moment at which a checkpoint is being written. Each time the same command goes on. A run that is
+through is compared with one that nobody disturbed: weights, optimizer, batch sizes, schedule, place in the data and
+random numbers of the last checkpoint, the journal, and which examples each rank was given in each step; to the bit.
+*Workers*: the same under torchrun's agents, on 2, 1, 3 and 2 processes. *Damage*: checkpoints are cut, changed and
+taken apart, and loaded.
+
+The job is that of tests/jobs.py: a network of 129 parameters with dropout, 200 examples, 127 steps, a checkpoint every
+five of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from _harness import ROOT, Machine, Table, publish
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from elastic import check_order, two_one_three_two
+from jobs import Attempt, Ended, Killed, Net, command, ended, killed_runs, same
+
+import adabatch
+from adabatch.runtime.checkpoint import MANIFEST, NewerFormat, checkpoints_in
+
+FLIPS = 200
+Outcome = tuple[str, int, int]
+"""What was done, how often, and how often it ended as it should."""
+
+
+def kills(folder: Path, count: int) -> tuple[list[tuple[str, ...]], list[str], dict[str, Any]]:
+    """The kills in a table, by what was killed."""
+    whole = folder / "whole"
+    arguments = command(whole)
+    Attempt(whole, ["train", "--help"], 2).join()  # the first one waits for torch to be imported
+    began = time.monotonic()
+    assert Attempt(whole, arguments, 2).join() == [0, 0]
+    seconds = time.monotonic() - began
+    expected, equal = ended(whole), []
+
+    def check(run: Path) -> None:
+        found = ended(run)
+        equal.append([name for name in Ended._fields if same(getattr(found, name), getattr(expected, name))])
+
+    done: list[Killed] = []
+    # Ten kills a run: a run that is killed too often proves its end only once.
+    for kill in killed_runs(folder, count, seconds=seconds, chance=random.Random(1), check=check, each=10):
+        done.append(kill)
+    names = {(0, 1): "both processes", (0,): "the one that writes", (1,): "the other one"}
+    rows = [
+        (
+            name,
+            str(sum(kill.ranks == ranks for kill in done)),
+            str(sum(kill.ranks == ranks and kill.writing for kill in done)),
+            str(sum(kill.ranks == ranks and kill.checkpoints == 0 for kill in done)),
+        )
+        for ranks, name in names.items()
+    ]
+    rows.append(
+        (
+            "all",
+            str(len(done)),
+            str(sum(kill.writing for kill in done)),
+            str(sum(kill.checkpoints == 0 for kill in done)),
+        )
+    )
+    through = len(equal)
+    told = [
+        f"{sum(name in each for each in equal)} of {through} runs that were killed {len(done)} times in all ended with "
+        f"{what} of the uninterrupted run, to the bit."
+        for name, what in (
+            ("state", "the state"),
+            ("journal", "the journal"),
+            ("given", "the order of examples"),
+        )
+    ]
+    return rows, told, {"kills": [kill._asdict() for kill in done], "equal": equal, "uninterrupted_seconds": seconds}
+
+
+def workers(folder: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The steps of each stretch between changes of the world size."""
+    journal = two_one_three_two(folder)
+    check_order(folder, journal)
+    rows = []
+    for size, stretch in itertools.groupby(journal, lambda line: line["plan"]["dp_size"]):
+        steps = list(stretch)
+        batches = sorted(line["plan"]["global_batch_size"] for line in steps)
+        rows.append((str(size), str(len(steps)), f"{batches[0]} to {batches[-1]}", str(steps[-1]["examples"])))
+    return rows, ["On 2, 1, 3 and 2 processes each step took the next examples of the one order, within its limits."]
+
+
+@contextmanager
+def damaged(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """A copy of two good checkpoints, the older one first."""
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy)
+    newest, before = list(checkpoints_in(copy).values())[:2]
+    yield before, newest
+    shutil.rmtree(copy)
+
+
+def damage(folder: Path) -> list[Outcome]:
+    """Every kind of damage to a checkpoint, and how often the one before was used and the damage named."""
+    logging.getLogger("adabatch").setLevel(logging.ERROR)  # each is a warning there
+    network = Net()
+    for seed in range(2):
+        adabatch.save(folder, model=network, others={"second": Net()}, config={"seed": seed})
+
+    def passed_over(spoil: Callable[[Path], None], name: str) -> bool:
+        with damaged(folder) as (before, newest):
+            spoil(newest)
+            loaded = adabatch.load(before.parent, model=network)
+            return (
+                loaded is not None and loaded.path == before and len(loaded.damaged) == 1 and name in loaded.damaged[0]
+            )
+
+    newest = next(iter(checkpoints_in(folder).values()))
+    files = {path.name: path.read_bytes() for path in newest.iterdir()}
+    cuts = [
+        passed_over(lambda path, name=name, tenth=tenth: _cut(path / name, tenth), name)
+        for name in files
+        for tenth in range(10)
+    ]
+    places = [(name, place) for name, content in files.items() for place in range(len(content))]
+    flips = []
+    for index in range(FLIPS):
+        name, place = places[index * len(places) // FLIPS]
+        flips.append(passed_over(lambda path, n=name, p=place, b=index % 8: _flip(path / n, p, b), name))
+    missing = [passed_over(lambda path, name=name: (path / name).unlink(), name) for name in files]
+    return [
+        ("cut at each tenth of each file: the one before is used", len(cuts), sum(cuts)),
+        ("a bit flipped: the one before is used", len(flips), sum(flips)),
+        ("a file missing: the one before is used", len(missing), sum(missing)),
+        ("a newer format: a clear error", 1, int(_newer_is_refused(folder, network))),
+    ]
+
+
+def _cut(path: Path, tenth: int) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * tenth // 10])
+
+
+def _flip(path: Path, place: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def _newer_is_refused(folder: Path, network: Net) -> bool:
+    with damaged(folder) as (before, newest):
+        line = (newest / MANIFEST).read_text().splitlines()[0].replace('"format": 1', '"format": 2', 1)
+        (newest / MANIFEST).write_text(f"{line}\n{sha256(line.encode()).hexdigest()}\n")
+        try:
+            adabatch.load(before.parent, model=network)
+        except NewerFormat:
+            return True
+        return False
+
+
+def full_disk(folder: Path) -> list[Outcome]:
+    """Saves to a file system of 64 KiB until it is full; nothing where it cannot be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        return []
+    try:
+        saved = 0
+        try:
+            for _ in range(9):
+                adabatch.save(folder / "checkpoints", model=Net(), keep=9)
+                saved += 1
+        except adabatch.CheckpointError as error:
+            loaded = adabatch.load(folder / "checkpoints", model=Net())
+            clear = "No space left" in str(error) and loaded is not None and loaded.path.name.startswith(f"{saved:06d}")
+            return [("a full disk: a clear error, and the one before is used", 1, int(clear))]
+        return [("a full disk: a clear error, and the one before is used", 1, 0)]
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="how often a run is killed")
+    parser.add_argument("--only", choices=("kills", "workers", "damage"), help="one part")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    options = parser.parse_args()
+    machine = Machine.here()
+    tables, told, raw = [], [], {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if options.only in (None, "kills"):
+            rows, said, raw = kills(folder / "kills", options.kills)
+            columns = ("killed", "times", "while a checkpoint was written", "before there was any")
+            tables.append(Table("SIGKILL at random instants", columns, rows))
+            told += said
+        if options.only in (None, "workers"):
+            rows, said = workers(folder / "workers")
+            columns = ("processes", "steps", "batch sizes", "examples before its last step")
+            tables.append(Table("Processes come and go under torchrun (limits 12 to 48)", columns, rows))
+            told += said
+        if options.only in (None, "damage"):
+            outcomes = damage(folder / "damage") + full_disk(folder / "disk")
+            table = [(what, str(tries), str(good)) for what, tries, good in outcomes]
+            tables.append(Table("Damaged checkpoints", ("damage, and what should happen", "tries", "happened"), table))
+            bad = sum(tries - good for _, tries, good in outcomes)
+            told.append(
+                f"{bad} of {sum(tries for _, tries, _ in outcomes)} damages were accepted in silence or crashed."
+            )
+            raw = {**raw, "damage": outcomes}
+    publish(
+        "faults",
+        question="Is anything lost when a run is killed, its workers change, or its checkpoints are damaged?",
+        machine=machine,
+        tables=tables,
+        findings=told,
+        data=raw,
+        save=not options.no_save,
+    )
+
+
+if __name__ == "__main__":
+    main()
