@@ -25,6 +25,7 @@ from adabatch.lr.refine import (
 )
 from adabatch.lr.shapes import (
     Shape,
+    adjusted_infimum,
     constant,
     cosine,
     exp_hyperbolic,
@@ -43,6 +44,7 @@ __all__ = [
     "CooldownLimits",
     "Extension",
     "Shape",
+    "adjusted_infimum",
     "averaged_bound_terms",
     "best_base_lr",
     "bound",

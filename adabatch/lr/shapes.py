@@ -33,7 +33,7 @@ from typing import Any, Literal, TypeAlias, get_args, overload
 import numpy as np
 from numpy.typing import NDArray
 
-Decay = Literal["linear", "1-sqrt", "exponential"]
+Decay = Literal["linear", "1-sqrt", "exponential", "cosine"]
 Setting: TypeAlias = float | str | tuple[float, ...]
 FloatArray: TypeAlias = NDArray[np.float64]
 Curve: TypeAlias = Callable[[FloatArray], FloatArray]
@@ -184,6 +184,7 @@ def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shap
         linear        1 - q
         1-sqrt        1 - sqrt(q)
         exponential   2 * 0.5^q - 1        (the form of Megatron-LM, which ends on zero)
+        cosine        (1 + cos(pi q)) / 2
 
     Sources: Hu et al. 2024, arXiv:2404.06395 (wsd); Haegele et al. 2024, arXiv:2405.18392 (1-sqrt).
 
@@ -314,6 +315,35 @@ def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0)
     )
 
 
+def adjusted_infimum(
+    infimum: float, last: float, *, upper_bound: float, max_iter: float = 1.0, weight: float = 0.5
+) -> float:
+    """A new infimum from where a run with ``exp_hyperbolic`` should have ended: the paper's ``adjust_infimum``.
+
+    In logarithms, the mean of the old infimum, of weight ``1 - weight``, and of what a straight line from the base
+    learning rate through ``last`` at ``max_iter`` comes to at ``upper_bound``.
+
+    Args:
+        infimum: the present one, as for ``exp_hyperbolic``.
+        last: wanted last factor, in (0, 1), a ratio of the base learning rate.
+        upper_bound, max_iter: as for ``hyperbolic``.
+        weight: of the line, in [0, 1]: m / (m + n) in the published code.
+
+    Raises:
+        ValueError: a number out of its range.
+
+    Source: the official code of Kim 2024, arXiv:2407.15200.
+    """
+    ratio = _upper_bound(upper_bound, max_iter)
+    share = _between("weight", weight, 0, 1)
+    low, end = _number("infimum", infimum), _number("last", last)
+    if not 0 < low < 1:
+        raise ValueError(_BAD_INFIMUM.format(range="(0, 1)", value=low))
+    if not 0 < end < 1:
+        raise ValueError(f"last must lie in (0, 1), a ratio of the base learning rate, got {end}")
+    return float(low ** (1 - share) * end ** (ratio * share))
+
+
 def tabulated(*, values: Sequence[float]) -> Shape:
     """A table, such as a refined schedule: linear interpolation of ``values`` at ``p * (len(values) - 1)``.
 
@@ -380,6 +410,7 @@ _DECAYS: Mapping[str, Curve] = MappingProxyType(
         "linear": lambda r: r,
         "1-sqrt": lambda r: r / (1 + np.sqrt(1 - r)),
         "exponential": lambda r: np.expm1(np.log(2) * r),
+        "cosine": lambda r: np.sin(np.pi / 2 * r) ** 2,
     }
 )
 

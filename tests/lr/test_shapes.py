@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from adabatch.lr import shapes
 from adabatch.lr.shapes import (
     Shape,
+    adjusted_infimum,
     constant,
     cosine,
     exp_hyperbolic,
@@ -34,7 +35,7 @@ from adabatch.lr.shapes import (
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "lr_cases.json").read_text())["cases"]
 
 ratio = st.floats(0, 1)
-DECAYS = st.sampled_from(["linear", "1-sqrt", "exponential"])
+DECAYS = st.sampled_from(["linear", "1-sqrt", "exponential", "cosine"])
 steps = st.lists(st.tuples(st.floats(1e-3, 1), st.floats(0.01, 10)), max_size=5, unique_by=lambda pair: pair[0])
 # a new shape joins all the tests of this file in one line
 SHAPES = {
@@ -192,7 +193,7 @@ def test_from_dict_is_strict(state: dict[str, Any], complaint: str) -> None:
         (cosine, {"floor": "low"}, "floor must be a number"),
         (cosine, {"floor": True}, "floor must be a number"),
         (wsd, {"cooldown": -0.1}, "cooldown"),
-        (wsd, {"cooldown": 0.2, "decay": "sqrt"}, "decay must be one of linear, 1-sqrt, exponential"),
+        (wsd, {"cooldown": 0.2, "decay": "sqrt"}, "decay must be one of linear, 1-sqrt, exponential, cosine"),
         (inverse_sqrt, {"timescale": 0}, "timescale"),
         (inverse_sqrt, {"timescale": math.inf}, "timescale"),
         (polynomial, {"power": 0}, "power"),
@@ -250,6 +251,7 @@ def test_the_last_of_a_decay_keeps_its_digits(left: float) -> None:
         exact = {
             cosine(): (1 + mpmath.cos(mpmath.pi * mpmath.mpf(p))) / 2,
             wsd(cooldown=1, decay="1-sqrt"): 1 - mpmath.sqrt(1 - r),
+            wsd(cooldown=1, decay="cosine"): mpmath.sin(mpmath.pi * r / 2) ** 2,
             wsd(cooldown=1, decay="exponential"): 2 * mpmath.mpf("0.5") ** (1 - r) - 1,
             polynomial(power=2): r**2,
             hyperbolic(upper_bound=1, infimum=0): r,
@@ -304,6 +306,24 @@ def test_hyperbolic_beyond_the_end_stays_there_where_the_published_class_crashes
     assert shape(51 / 50) == shape(1.0)
     assert GOLDEN["H19"]["expected"]["U==N ok"] == "ok, last lr 1.000000e-06"
     assert 1e-2 * hyperbolic(upper_bound=1, infimum=1e-4)(1.0) == pytest.approx(1e-6, rel=1e-12, abs=0)
+
+
+@given(st.floats(1e-6, 0.5), st.floats(1e-4, 0.9), st.floats(1, 10), ratio)
+def test_an_adjusted_infimum_is_that_of_the_published_helper(low: float, end: float, u: float, weight: float) -> None:
+    """Its own terms: logarithms to base 10 at a base learning rate of 0.01, and weights m and n."""
+    log_start, m, n = -2.0, weight, 1 - weight
+    new = (m * log_start + n * (math.log10(low) + log_start)) / (m + n) + m / (m + n) * u * math.log10(end)
+    found = adjusted_infimum(low, end, upper_bound=50 * u, max_iter=50, weight=weight)
+    assert math.log10(found) == pytest.approx(new - log_start, rel=1e-9, abs=1e-9)
+    assert adjusted_infimum(low, end, upper_bound=u, weight=0) == pytest.approx(low, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [0.0, 1.0, -0.1, math.nan])
+def test_an_infimum_cannot_be_adjusted_to_nothing(bad: float) -> None:
+    with pytest.raises(ValueError, match="last must lie in"):
+        adjusted_infimum(1e-4, bad, upper_bound=5)
+    with pytest.raises(ValueError, match="infimum must lie in"):
+        adjusted_infimum(bad, 0.1, upper_bound=5)
 
 
 MEGATRON = {
