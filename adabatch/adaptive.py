@@ -21,6 +21,7 @@ from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.journal import Journal, line
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
+from adabatch.optim.mup import check_ratios
 from adabatch.runtime.agreement import Agreement
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, advance_epoch, num_examples_in
 from adabatch.runtime.finite import SkipNonfinite, nonfinite_in
@@ -422,7 +423,8 @@ class AdaptiveBatch:
     # --- around optimizer.step() ------------------------------------------------------------------------------------
 
     def _moved(self) -> Moved:
-        """What the batch changes about the update that is about to run."""
+        """What the batch changes about the update that is about to run, whose rates must be those of its width plan."""
+        check_ratios(self._optimizer)
         update = self._update or self._begun
         size = self._plan.global_batch_size if update is None else update.num_examples
         ratio, scale = size / self._reference, self._scale_of(size)

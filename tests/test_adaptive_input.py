@@ -28,6 +28,7 @@ from adabatch import (
     examples,
     tokens,
 )
+from adabatch.optim import mup
 
 
 def adaptive(model: nn.Module | None = None, criterion: Any = None, **options: Any) -> AdaptiveBatch:
@@ -188,6 +189,23 @@ def test_an_optimizer_of_another_model() -> None:
             network(), SGD(network().parameters(), lr=0.1), NormTest(eta=0.5), micro_batch_size=4,
             limits=Limits(min=8, max=64),
         )  # fmt: skip
+
+
+def test_rates_that_a_scheduler_took_out_of_the_ratios_of_their_width_plan() -> None:
+    def made(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, width), nn.Linear(width, 1))
+
+    model = made(16)
+    optimizer = SGD(mup.plan(model, made(4)).groups(model, "sgd", lr=0.1))
+    batches = AdaptiveBatch(
+        model, optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=8, max=8), lr_rule="sqrt"
+    )
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9, cycle_momentum=False)
+    step = next(batches.steps(DataLoader(torch.ones(8, 4), batch_size=4), until=examples(8)))
+    for x in step:
+        step.backward(model(x).mean())
+    with pytest.raises(ValueError, match="undone the plan's ratios"):
+        optimizer.step()
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from adabatch.optim.kfac.inversion import Block, Exponents, Inversion
 from adabatch.optim.kfac.placement import Alone, Owner, Reduce
 from adabatch.optim.kfac.survey import Survey, split_groups, survey
 from adabatch.optim.kfac.whitening import Whitening
+from adabatch.optim.mup.guard import check_ratios
 
 BATCH_CHANGE = 0.1
 """Relative change of the batch at which the inverses are computed anew."""
@@ -237,6 +238,7 @@ class KFAC(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_parameters()
+        check_ratios(self)
         if self.due and self._average() and self._wants_refresh():
             self.refresh()
         self._clock.steps += 1

@@ -113,5 +113,7 @@ def split_groups(
         if mine:
             result.append({**group, "params": mine, "method": "kfac"})
         if apart:
-            result.append({**group, "params": apart, "method": others, "lr": others_lr})
+            # Their rate is none of the width plan's.
+            rest = {name: value for name, value in group.items() if name not in ("mup_lr", "mup_base_lr")}
+            result.append({**rest, "params": apart, "method": others, "lr": others_lr})
     return result

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from adabatch.optim import Shampoo, mup
+from adabatch.optim import KFAC, Shampoo, mup
 from adabatch.optim.mup.coordinates import slope
 from adabatch.recipes.models import NextTokenLoss, Transformer
 
@@ -42,7 +42,7 @@ def data(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def check(optimizer: Any, *, make: Any = Net, **options: Any) -> mup.CoordinateCheck:
-    options = {"loss": F.cross_entropy, "widths": (128, 256, 512), "base": 64, **options}
+    options = {"observe": observe, "loss": F.cross_entropy, "widths": (128, 256, 512), "base": 64, **options}
     return mup.coordinate_check(make, optimizer, options.pop("data", data), **options)
 
 
@@ -66,6 +66,23 @@ def shampoo(law: mup.Shampoo, damping: float, **mistake: Any) -> Callable[[nn.Mo
     return make
 
 
+def kfac(form: Any, *, exponents: tuple[float, float] = (1.0, 1.0), **mistake: Any) -> Any:
+    def make(model: nn.Module, plan: mup.Plan) -> Optimizer:
+        groups = plan.groups(model, mup.KFAC(exponents), lr=0.05, damping=0.01)
+        groups = [{**group, **mistake} for group in groups]
+        # Without memory, matrices of the 64 examples stand for the factors: wide nets cost little.
+        options: dict[str, Any] = {"fisher": "empirical", "memory": 1.0 if form == "kronecker" else 0.0}
+        return KFAC(groups, model, damping_form=form, exponents=exponents, **options)
+
+    return make
+
+
+def observe(optimizer: Optimizer, outputs: Tensor, targets: Tensor) -> None:
+    if isinstance(optimizer, KFAC):
+        optimizer.observe(outputs, targets)
+
+
+UNSCALED = {"fan_in_ratio": 1.0, "fan_out_ratio": 1.0}  # the mistake: one constant at every width
 ABSOLUTE = mup.Shampoo(relative=False)
 HALF = mup.Shampoo(exponent=0.5)
 LARGE = (512, 1024, 2048)  # what first-order methods do in no time, and where their slopes are nearer to the limit
@@ -90,6 +107,13 @@ ROWS: dict[str, tuple[Any, dict[str, Any], tuple[float, ...]]] = {
     "shampoo, one epsilon": (shampoo(ABSOLUTE, 1e-3, epsilon=1e-3), {}, (-0.25, 0, 0, 0)),
     "shampoo 1/2": (shampoo(HALF, 1e-3), {}, ()),
     "shampoo 1/2, standard": (shampoo(HALF, 1e-3), {"parameterization": "standard"}, (-0.55, -0.5, -0.45, 0)),
+    "kfac": (kfac("trace"), {}, ()),
+    "kfac, absolute with ratios": (kfac("absolute"), {}, ()),
+    "kfac, input side only": (kfac("absolute", exponents=(0.0, 1.0)), {}, ()),
+    "kfac, product with ratios": (kfac("kronecker"), {"widths": SMALL}, ()),
+    "kfac, constant": (kfac("absolute", **UNSCALED), {}, (-0.85, -0.6, -0.5, 0)),
+    "kfac, split": (kfac("split"), {}, (-0.85, 0, 0, 0.2)),
+    "kfac, split, standard": (kfac("split"), {"parameterization": "standard"}, (-0.55, 0, 0, 0.2)),
     "shampoo in blocks of 32": (shampoo(mup.Shampoo(block_size=32), 1e-3), {}, ()),
     "shampoo in blocks, the rule of none": (
         shampoo(mup.Shampoo(), 1e-3, block_size=32),

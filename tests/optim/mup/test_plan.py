@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from adabatch.optim import mup
+from adabatch.optim import KFAC, mup
 from adabatch.recipes.models import Transformer
 
 
@@ -386,6 +386,26 @@ def test_groups_of_another_rate_are_free_and_nan_is_refused() -> None:
     optimizer.param_groups[0]["lr"] = float("nan")
     with pytest.raises(ValueError, match="parameter group"):
         mup.check_ratios(optimizer)
+
+
+def test_kfac_refuses_such_schedulers_but_not_the_rates_of_what_it_leaves_to_adamw() -> None:
+    def made(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, 3))
+
+    def step(optimizer: KFAC) -> None:
+        outputs = model(torch.ones(8, 4))
+        optimizer.observe(outputs)
+        outputs.logsumexp(1).mean().backward()
+        optimizer.step()
+
+    model = made(16)
+    groups = mup.plan(model, made(4)).groups(model, mup.KFAC(exponents=(0.0, 1.0)), lr=0.1)
+    optimizer = KFAC(groups, model, exponents=(0.0, 1.0), others="adamw", exclude=["1"])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 1e-3, 1e-3, 0.1, 0.1])
+    step(optimizer)
+    SCHEDULERS.OneCycleLR(optimizer, 0.1, total_steps=9, cycle_momentum=False)
+    with pytest.raises(ValueError, match="undone the plan's ratios"):
+        step(optimizer)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
