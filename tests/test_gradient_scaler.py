@@ -19,8 +19,10 @@ from adabatch import (
     AugmentedInnerProductTest,
     Constant,
     Control,
+    CoordinateNormTest,
     GlobalOrder,
     Limits,
+    NoiseScale,
     NormTest,
     PerExampleProbe,
     ProgressLR,
@@ -76,24 +78,35 @@ def test_a_constant_policy_is_the_scaled_loop_by_hand_to_the_bit(fused: bool, mo
     assert (batches.progress.steps, batches.consumed.steps) == (8 - skipped, 8)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_moments_losses_and_journal_are_in_unscaled_units(exact: bool, tmp_path: Path) -> None:
+CRITERIA = {
+    "norm test": NormTest(eta=0.5),
+    "Adam's norm": NoiseScale(multiple=2.0, norm="adam"),
+    "l1 norm": NoiseScale(multiple=2.0, norm="sign"),
+    "coordinates": CoordinateNormTest(eta=1.0, quantile=0.5),
+    "examples": AugmentedInnerProductTest(theta=0.3, nu=1.0),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_moments_losses_and_journal_are_in_unscaled_units(name: str, tmp_path: Path) -> None:
     """A scale that is a power of two rounds nothing, so the journals are equal files."""
-    for name, scaler in (("plain", None), ("scaled", GradScaler("cpu", init_scale=2.0**14, growth_interval=3))):
+    exact = name == "examples"
+    for run, scaler in (("plain", None), ("scaled", GradScaler("cpu", init_scale=2.0**14, growth_interval=3))):
         model = network(dtype=torch.float64)
-        optimizer = SGD(model.parameters(), lr=0.05)
+        optimizer = Adam(model.parameters(), lr=0.01)
         batches = AdaptiveBatch(
             model,
             optimizer,
-            AugmentedInnerProductTest(theta=0.3, nu=1.0) if exact else NormTest(eta=0.5),
+            CRITERIA[name],
             micro_batch_size=4,
             limits=Limits(min=8, max=32),
             control=Control.direct(),
             lr_rule="sqrt",
             probe=PerExampleProbe(model, products=True, leave_one_out=True) if exact else None,
             record_l1=not exact,
+            per_layer=None if exact or name != "norm test" else "module",
             scaler=scaler,
-            journal=tmp_path / name,
+            journal=tmp_path / run,
         )
         for step in batches.steps(GlobalOrder(regression(128, dtype=torch.float64)), until=steps(8)):
             for batch in step:
@@ -105,8 +118,9 @@ def test_moments_losses_and_journal_are_in_unscaled_units(exact: bool, tmp_path:
                 scaler.update()
             optimizer.zero_grad()
         batches.remove()
-    plain, scaled = (lines(tmp_path / name) for name in ("plain", "scaled"))
+    plain, scaled = (lines(tmp_path / run) for run in ("plain", "scaled"))
     assert len({line["next"] for line in plain}) > 1
+    assert all(line["moments"]["grad_sq"] is not None for line in plain)
     assert scaled == plain
 
 
