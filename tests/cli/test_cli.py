@@ -102,9 +102,13 @@ def test_flags_override_the_file(config: Any, tmp_path: Path) -> None:
 
 
 def test_the_norms_for_a_refined_adam_schedule_are_one_flag_away(config: Any, tmp_path: Path) -> None:
-    assert main(["train", "--config", config(), "--record_l1=true", "--total.count=600"]) == 0
+    """As are the noises of layers, and another criterion."""
+    flags = ["--record_l1=true", "--per_layer=module", "--criterion=adabatch.NoiseScale", "--criterion.norm=sign"]
+    assert main(["train", "--config", config(), *flags, "--total.count=600"]) == 0
     run = tmp_path / "run"
-    assert all(line["norms"]["l1"] > line["norms"]["l2"] for line in lines(run / "journal.jsonl"))
+    for line in lines(run / "journal.jsonl"):
+        assert line["norms"]["l1"] > line["norms"]["l2"]
+        assert (line["moments"]["norm"], len(line["layers"])) == ("sign", 2)
     assert main(["schedule", "refine", str(run), "--kind=adam"]) == 0
     other = ["--config", str(run / "refined.yaml"), "--total.count=600", f"--out={tmp_path / 'refined'}"]
     assert main(["train", "--config", config(), *other]) == 0
