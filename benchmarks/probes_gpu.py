@@ -6,6 +6,7 @@
 
 Each contender trains the same model in a hand-written loop or around ``AdaptiveBatch``, at a constant batch of two
 micro-batches a rank. A sample is ten steps: with the probe at every step, or at every tenth (``Control(interval=10)``).
+Steps between two probes are not looked through for what is not finite (``skip_nonfinite="probed"``), which would wait.
 Aim: at most 1.01 times the loop by hand.
 
 Then a profile counts the calls in which the host waits for the device, in one step of each kind; and on a GPU the steps
@@ -133,6 +134,7 @@ class Loop:
             micro_batch_size=size.micro_batch_size,
             limits=adabatch.Limits(min=total, max=total),
             control=adabatch.Control(interval=contender.interval),
+            skip_nonfinite="probed",
             probe=None if contender.probe is None else contender.probe(self.model),
         )
         self.steps = batches.steps(order, until=adabatch.steps(2**31))

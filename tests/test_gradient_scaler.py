@@ -141,6 +141,7 @@ def test_a_step_that_overflows_consumes_data_and_moves_nothing_else(fused: bool,
         follow=("betas",),
         lr_rule="sqrt",
         scaler=scaler,
+        skip_nonfinite="probed",  # in the other steps the scaler alone sees it
         journal=tmp_path / "journal",
     )
     schedule = ProgressLR(optimizer, lr.linear(), batches, total=examples(1000))
