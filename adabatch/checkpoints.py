@@ -62,7 +62,8 @@ class Checkpoints:
         optimizer: its state.
         batches: the batch sizes; also says at which step the run is, and has the journal.
         schedule: of the learning rate.
-        order: the place in the data: a ``GlobalOrder``, or a loader with a state of its own.
+        order: the place in the data: a ``GlobalOrder``, or a loader with a state of its own, which is saved for each
+            rank and wants as many ranks again.
         scaler: a ``GradScaler``.
         local_sgd: the workers that step on their own, with a plain model. Each then writes a file with all of its
             parts, since they differ inside a round, and what optimizers remember mostly does always. Between rounds

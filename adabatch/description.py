@@ -64,7 +64,8 @@ def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         saved, now: descriptions of the run that saved and of the one that loads.
 
     Raises:
-        ValueError: a part that was not saved, an optimizer of another kind, or a sharded model for a whole one.
+        ValueError: a part that was not saved, an optimizer or an order of another kind, or a sharded model for a whole
+            one.
     """
     for name, kind in now["parts"].items():
         if name not in saved["parts"]:
@@ -72,11 +73,11 @@ def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 f"the checkpoint holds no {name} (it has {', '.join(saved['parts'])}): leave it out of load, to begin "
                 f"with it as it is"
             )
-        # The others refuse what is not theirs; an optimizer would take a stranger's state in silence.
-        if name == "optimizer" and kind != saved["parts"][name]:
+        # The others refuse what is not theirs; these would take a stranger's state in silence.
+        if name in ("optimizer", "order") and kind != saved["parts"][name]:
             raise ValueError(
-                f"the checkpoint was saved with the optimizer {saved['parts'][name]}, this run has {kind}, which can "
-                f"make no use of its state: use the same, or leave the optimizer out of load"
+                f"the checkpoint was saved with the {name} {saved['parts'][name]}, this run has {kind}, which can make "
+                f"no use of its state: use the same, or leave the {name} out of load"
             )
     if saved["sharded"] != now["sharded"]:
         was, goes = ("sharded", "whole") if saved["sharded"] else ("whole", "sharded")

@@ -18,8 +18,10 @@ from adabatch.runtime.background import copied
 from adabatch.runtime.checkpoint import Files, sealed
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.compiled import uncompiled
+from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.random_state import random_state, restore_random_state
+from adabatch.runtime.rank_states import state_of_rank, states_of_all
 from adabatch.runtime.sharding import is_sharded
 from adabatch.runtime.shards import Shards, put_back, shapes_in, taken_apart, write_shards
 
@@ -93,6 +95,9 @@ class RunState:
         self._apart = workers is not None and self.collectives.size > 1
         self._host = HostGroup(self.collectives) if self.sharded or self._apart else None
         self._device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        # A loader stands at a place of its own on each rank; a GlobalOrder has one for all.
+        order: Stateful | None = parts.get("order")
+        self._loader = None if isinstance(order, GlobalOrder) else order
 
     def describe(self) -> dict[str, Any]:
         """The run as the manifest says it."""
@@ -108,6 +113,8 @@ class RunState:
         """
         own = random_state(self._device).to(self.collectives.device)
         state: dict[str, Any] = {"random": self.collectives.gather(own).cpu()}
+        if self._loader is not None:
+            state["order"] = states_of_all(self._loader.state_dict(), self.collectives, name="order")
         if self.collectives.rank > 0 and not (self.sharded or self._apart):
             return None
         tensors: dict[str, Tensor] = {}
@@ -168,6 +175,8 @@ class RunState:
                 now = taken_apart(self._model, self._optimizer)
                 saved = Shards(now.tensors, state["model"], state["optimizer"])
                 put_back(self._model, self._optimizer, saved, path / SHARDS, self._host.group)
+            elif name == "order" and self._loader is not None:
+                self._loader.load_state_dict(state_of_rank(state[name], self.collectives, name=name))
             elif name != "optimizer" or not self.sharded:
                 _inner(part).load_state_dict(state[name])
         restore_random_state(state["random"], self.collectives.rank, self._device)

@@ -347,6 +347,32 @@ def test_what_would_be_wrong_is_refused_before_anything_is_changed(tmp_path: Pat
         adabatch.load(folder, model=run.model, optimizer=groups)
 
 
+class Loader:
+    """Has a state that is whatever it is given."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return {"state": self.state}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state["state"]
+
+
+def test_a_loaders_state_is_saved_if_it_can_be_read_back(tmp_path: Path) -> None:
+    run = {**made(tmp_path).parts(), "order": Loader([1, "two", torch.ones(3)])}
+    adabatch.save(tmp_path / "saved", **run)
+    run["order"] = Loader(None)
+    adabatch.load(tmp_path / "saved", **run)
+    assert run["order"].state[:2] == [1, "two"]
+    run["order"] = Loader(Path("anything"))
+    with pytest.raises(TypeError, match="state of order holds more than plain data"):
+        adabatch.save(tmp_path / "saved", **run)
+    with pytest.raises(ValueError, match="the order Loader, this run has GlobalOrder"):
+        adabatch.load(tmp_path / "saved", **made(tmp_path).parts())
+
+
 def test_damaged_checkpoints_are_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = saved(tmp_path)
     (good,) = checkpoints_in(folder).values()

@@ -151,6 +151,50 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_goes_on_with_more_and_fewer_
         assert all(12 <= line["plan"]["global_batch_size"] <= 96 for line in journal)
 
 
+# --- loaders of others ------------------------------------------------------------------------------------------------
+
+
+class Deal:
+    """An endless loader of this rank, with a place of its own."""
+
+    def __init__(self, rank: int, place: int = 0) -> None:
+        self.rank, self.place = rank, place
+
+    def __iter__(self) -> Any:
+        while True:
+            self.place += 1 + self.rank
+            generator = torch.Generator().manual_seed(self.place)
+            yield torch.randn(2, 6, generator=generator), torch.randn(2, 1, generator=generator)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+def by_loader(rank: int, folder: Path, until: int) -> tuple[int, str]:
+    run = {**parts(folder / "run", "ddp"), "order": Deal(rank)}
+    try:
+        adabatch.load(folder / "saved", **run)
+    except ValueError as error:
+        return 0, str(error)
+    train(run, adabatch.steps(until))
+    adabatch.save(folder / "saved", **run)
+    return run["order"].place, ""
+
+
+def test_a_loader_of_ones_own_is_saved_for_each_rank_and_wants_as_many_again(tmp_path: Path) -> None:
+    whole = run_ranks(by_loader, 2, tmp_path, tmp_path / "whole", 9)
+    run_ranks(by_loader, 2, tmp_path, tmp_path / "parts", 4)
+    assert run_ranks(by_loader, 2, tmp_path, tmp_path / "parts", 9) == whole
+    assert whole[1][0] == 2 * whole[0][0] > 0
+    journals = [(tmp_path / name / "run/journal.jsonl").read_bytes() for name in ("whole", "parts")]
+    assert journals[0] == journals[1]
+    for _, said in run_ranks(by_loader, 3, tmp_path, tmp_path / "parts", 9):
+        assert "order was saved with a state for each of 2 rank(s), and there are 3" in said
+
+
 # --- one rank's trouble -----------------------------------------------------------------------------------------------
 
 
