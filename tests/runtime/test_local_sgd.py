@@ -311,6 +311,10 @@ def test_states_of_another_time_model_or_number_of_workers() -> None:
         local.load_state_dict({**state, "num_workers": 4})
     with pytest.raises(ValueError, match="other shapes"):
         local.load_state_dict({**state, "momenta": [torch.zeros(2)]})
+    with pytest.raises(ValueError, match="saved with outer=SlowMo, this run has Nesterov"):
+        local.load_state_dict({**state, "outer": "SlowMo"})
+    with pytest.raises(ValueError, match="saved with compression=int8, this run has none"):
+        local.load_state_dict({**state, "compression": "int8"})
     local.synchronize()
     local.load_state_dict({**local.state_dict(), "num_workers": 4})  # where all agree, their number may change
     assert (local.rounds, local.steps) == (2, 5)

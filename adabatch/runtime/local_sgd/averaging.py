@@ -397,14 +397,14 @@ class LocalSGD:
         then the model's and the optimizer's; every rank saves its own. Without ``average_state`` the optimizer's always
         is.
         """
-        return {**self._memory.state_dict(self._workers.size), "bytes_sent": self.bytes_sent}
+        return {**self._memory.state_dict(self._workers.size, self._settings), "bytes_sent": self.bytes_sent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the state was taken; load the model's and the optimizer's after the construction too.
 
         Raises:
-            ValueError: a state of a newer format, of another model, or of another number of workers, where it is of
-                the middle of a round or has compression errors in it.
+            ValueError: a state of a newer format, of another model or outer optimizer, or of another number of workers,
+                where it is of the middle of a round or has compression errors in it.
         """
         self._memory = Memory.from_state_dict(
             state, num_workers=self._workers.size, pieces=self._replica.pieces(), settings=self._settings

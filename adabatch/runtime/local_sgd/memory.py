@@ -47,12 +47,14 @@ class Memory:
         self.rounds += 1
         self.step_in_round, self.examples, self.round = 0, 0.0, None
 
-    def state_dict(self, num_workers: int) -> dict[str, Any]:
+    def state_dict(self, num_workers: int, settings: Settings) -> dict[str, Any]:
         """Numbers and tensors."""
         present = self.round if self.step_in_round else None
         return {
             "format": STATE_FORMAT,
             "num_workers": num_workers,
+            "outer": type(settings.outer).__name__,
+            "compression": settings.compression,
             **{name: getattr(self, name) for name in _NUMBERS},
             "local_steps": None if present is None else present.local_steps,
             "lr": None if present is None else present.lr,
@@ -74,8 +76,8 @@ class Memory:
             settings: of the run that goes on.
 
         Raises:
-            ValueError: a state of a newer format, of another model, or of another number of workers, where it is of
-                the middle of a round or has compression errors in it.
+            ValueError: a state of a newer format, of another model or outer optimizer, or of another number of workers,
+                where it is of the middle of a round or has compression errors in it.
         """
         if state["format"] > STATE_FORMAT:
             raise ValueError(
@@ -89,20 +91,27 @@ class Memory:
                 f"the state was saved by {state['num_workers']} workers, and there are {num_workers}: in the middle of "
                 f"a round, or with compression, resume with as many; or save after synchronize(), uncompressed"
             )
+        kept = state["step_in_round"] or state["momenta"] or errors.sent.numel()
+        for name, now in (("outer", type(settings.outer).__name__), ("compression", settings.compression)):
+            if kept and state[name] != now:
+                raise ValueError(
+                    f"the state was saved with {name}={state[name]}, this run has {now}, which can make no use of it: "
+                    f"use the same, or begin local SGD anew from the averaged model"
+                )
         for name in ("anchors", "momenta"):
             if state[name] and [tensor.shape for tensor in state[name]] != [piece.shape for piece in pieces]:
                 raise ValueError(
                     f"the {name} in the state have other shapes than the parameters: resume with the model, and the "
                     f"sharding, that the run began with"
                 )
-        under_way = state["local_steps"] is not None
+        under_way = None
+        if state["step_in_round"]:
+            under_way = Round(state["local_steps"], state["lr"], settings.outer, settings.compression, False)
         return cls(
             **{name: state[name] for name in _NUMBERS},
-            round=Round(state["local_steps"], state["lr"], settings.outer, settings.compression, False)
-            if under_way
-            else None,
-            anchors=[tensor.to(device) for tensor in state["anchors"]],
-            momenta=[tensor.to(device) for tensor in state["momenta"]],
+            round=under_way,
+            anchors=[tensor.to(device, copy=True) for tensor in state["anchors"]],
+            momenta=[tensor.to(device, copy=True) for tensor in state["momenta"]],
             errors=errors,
         )
 
