@@ -30,9 +30,10 @@ class Preemption:
             checkpoints.step(now=True)
             sys.exit(adabatch.EXIT_PREEMPTED)
 
-    A signal may reach one rank or all, each at another moment. That it came rides on the reduction of the next probed
-    step (8 bytes, no host sync of its own; every 16th step without a probe makes one), so ``agreed`` turns True on all
-    ranks after the same step. A second signal changes nothing.
+    A signal may reach one rank or all, each at another moment. That it came rides on the reduction that the next step
+    makes anyway (8 bytes, no host sync of its own), so ``agreed`` turns True on all ranks after the same step. Of steps
+    that reduce nothing (without a probe and with ``skip_nonfinite=False``, or between the averages of local SGD) every
+    16th makes one. A second signal changes nothing.
 
     Args:
         batches: of the run.

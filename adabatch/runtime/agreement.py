@@ -1,8 +1,8 @@
 """Wishes of single ranks that become decisions of all, at the end of the same step: to stop, and to save.
 
 A signal reaches ranks at different moments, and clocks differ. So what a rank wishes is one number that rides on the
-reduction which a probed step makes anyway: 8 bytes more, and no wait more. Of steps without a probe every
-``INTERVAL``-th makes a reduction of its own.
+reduction which a step makes anyway: 8 bytes more, and no wait more. Of steps that reduce nothing every ``INTERVAL``-th
+makes a reduction of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from adabatch.runtime.collectives import Collectives
 
 INTERVAL = 16
-"""Steps without a probe from one reduction of wishes to the next: one host sync in so many steps."""
+"""Steps that reduce nothing from one reduction of wishes to the next: one host sync in so many steps."""
 
 _SAVE = 2.0**20
 """A wish to save, in wishes to stop: more than there are ranks, so that one sum counts both."""

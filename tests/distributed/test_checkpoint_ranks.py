@@ -297,11 +297,13 @@ def wrong_kind(rank: int, folder: Path) -> str:
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-def signalled(rank: int, probed: bool) -> list[int]:
+def signalled(rank: int, probed: bool, reduces: bool) -> list[int]:
     """The second rank gets a SIGTERM in the middle of step 5; at which steps each rank hears of it."""
     model = DistributedDataParallel(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    batches = AdaptiveBatch(model, optimizer, adabatch.Constant(8), micro_batch_size=4, monitor=probed)
+    batches = AdaptiveBatch(
+        model, optimizer, adabatch.Constant(8), micro_batch_size=4, monitor=probed, skip_nonfinite=reduces
+    )
     heard = []
     with adabatch.Preemption(batches) as preemption:
         for step in batches.steps(GlobalOrder(regression(64)), until=adabatch.steps(40)):
@@ -315,10 +317,12 @@ def signalled(rank: int, probed: bool) -> list[int]:
     return heard
 
 
-@pytest.mark.parametrize(("probed", "first"), [(True, 6), (False, 16)])
-def test_a_signal_to_one_rank_is_agreed_on_by_all_after_the_same_step(tmp_path: Path, probed: bool, first: int) -> None:
+@pytest.mark.parametrize(("probed", "reduces", "first"), [(True, True, 6), (False, True, 6), (False, False, 16)])
+def test_a_signal_to_one_rank_is_agreed_on_by_all_after_the_same_step(
+    tmp_path: Path, probed: bool, reduces: bool, first: int
+) -> None:
     """At once where a step reduces anyway; else at the next exchange, of which there is one in 16 steps."""
-    for heard in run_ranks(signalled, 2, tmp_path, probed):
+    for heard in run_ranks(signalled, 2, tmp_path, probed, reduces):
         assert heard == list(range(first, 41))
 
 
