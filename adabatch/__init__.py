@@ -25,6 +25,7 @@ from adabatch.preemption import EXIT_PREEMPTED, Preemption
 from adabatch.runtime import local_sgd
 from adabatch.runtime.checkpoint import CheckpointError
 from adabatch.runtime.data import BlockShuffle, FullShuffle, GlobalOrder, ScatteredShuffle, WeightedShuffle
+from adabatch.runtime.drift import RanksDrifted
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.matrix_owners import across_ranks
 from adabatch.runtime.probes.comm_hook import CommHookProbe
@@ -33,11 +34,13 @@ from adabatch.runtime.probes.per_example import PerExampleProbe
 from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
 from adabatch.runtime.scheduler import ProgressLR
 from adabatch.step import Step
+from adabatch.watchdog import EXIT_RANK_LOST, RankLost, Watchdog
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "EXIT_PREEMPTED",
+    "EXIT_RANK_LOST",
     "AdAdaGrad",
     "AdAdaGradNorm",
     "AdaGradNorm",
@@ -74,6 +77,8 @@ __all__ = [
     "Preemption",
     "Progress",
     "ProgressLR",
+    "RankLost",
+    "RanksDrifted",
     "Reason",
     "ReduceScatterProbe",
     "ScatteredShuffle",
@@ -82,6 +87,7 @@ __all__ = [
     "Stage",
     "Stages",
     "Step",
+    "Watchdog",
     "WeightedShuffle",
     "across_ranks",
     "examples",

@@ -23,13 +23,16 @@ from adabatch.journal import Journal, line
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
 from adabatch.optim.mup import check_ratios
 from adabatch.runtime.agreement import Agreement
+from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, advance_epoch, num_examples_in
+from adabatch.runtime.drift import check_same
 from adabatch.runtime.finite import SkipNonfinite, nonfinite_in
 from adabatch.runtime.layers import PerLayer
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
 from adabatch.runtime.stopwatch import Stopwatch
+from adabatch.runtime.watch.whereabouts import Whereabouts
 from adabatch.runtime.weighing import WeighedFeed
 from adabatch.runtime.wrappers import GradientSync, Wrapper, wrapper_of
 from adabatch.step import Step
@@ -115,6 +118,8 @@ class AdaptiveBatch:
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. A step
             without a probe pays for it with one pass over the gradient, 8 bytes and a host sync; "probed" looks at the
             other steps only, which pay nothing. Local steps of ``local_sgd`` without a probe are not looked at.
+        check_every: steps from one check to the next that all ranks hold the same plan, and copies of weights the same
+            bits: one pass over the weights, 24 bytes a rank and a host sync. None checks nothing.
         wrapper: how the model runs on several ranks; by default what its type says. For ``integrations``.
 
     Raises:
@@ -148,6 +153,7 @@ class AdaptiveBatch:
         local_sgd: LocalSGD | None = None,
         journal: str | Path | None = None,
         skip_nonfinite: SkipNonfinite = True,
+        check_every: int | None = None,
         wrapper: Wrapper | None = None,
     ) -> None:
         lr_rule = default_lr_rule(optimizer) if lr_rule is None else lr_rule
@@ -157,7 +163,11 @@ class AdaptiveBatch:
         check_followers(optimizer, follow)
         if lr_rule == "seesaw" and not isinstance(criterion, Seesaw):
             raise ValueError(f"lr_rule='seesaw' goes with the criterion Seesaw(...), got {type(criterion).__name__}")
-        for name, value in (("reference_batch_size", reference_batch_size), ("tokens_per_example", tokens_per_example)):
+        for name, value in (
+            ("reference_batch_size", reference_batch_size),
+            ("tokens_per_example", tokens_per_example),
+            ("check_every", check_every),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not any(p.requires_grad for p in model.parameters()):
@@ -174,6 +184,9 @@ class AdaptiveBatch:
         self._lr_rule: LRRule = lr_rule
         self._tokens_per_example = tokens_per_example
         self._grows_micro_batch = max_micro_batch_size is not None
+        if check_every is not None and local_sgd is not None:
+            raise ValueError("check_every compares weights, and local_sgd lets those of workers differ: leave one out")
+        self._check_every = check_every
         self._skip_nonfinite = bool(skip_nonfinite)
         self._find_nonfinite = nonfinite_in(optimizer) if skip_nonfinite is True else None
 
@@ -211,12 +224,14 @@ class AdaptiveBatch:
         self._step: Step | None = None  # the one under way, until it is decided
         self._update: _Update | None = None  # the one that its end prepared, until it is done
         self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
+        self._model = model
         self._optimizer = optimizer
         self._groups = optimizer.param_groups
         self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
         self._agreement = Agreement(self._collectives)
         self._stopwatch = Stopwatch(self._collectives.size) if timed else None
+        self._whereabouts = Whereabouts()
 
         # Last, so that a constructor that raises leaves no hook behind.
         given = None if probe is None else self._wrapper.fit_probe(probe)
@@ -269,6 +284,16 @@ class AdaptiveBatch:
     def journal(self) -> Journal:
         """Where the steps are written down; ``path`` is None on all ranks but the first."""
         return self._journal
+
+    @property
+    def collectives(self) -> Collectives:
+        """The ranks of the run."""
+        return self._collectives
+
+    @property
+    def whereabouts(self) -> Whereabouts:
+        """Where this rank is in the run; for a ``Watchdog``."""
+        return self._whereabouts
 
     @property
     def agreement(self) -> Agreement:
@@ -347,6 +372,18 @@ class AdaptiveBatch:
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing where it is at its end."""
         self._flush()
+        number = self._consumed.steps
+        if self._check_every is not None and number % self._check_every == 0:
+            self._whereabouts.mark("the check for drift", number)
+            held = (
+                self._plan,
+                self._progress,
+                self._consumed,
+                self._state,
+                [host_value(group["lr"]) for group in self._groups],
+            )
+            check_same(self._collectives, self._model, plan=held, when=f"before step {number}")
+        self._whereabouts.mark("the loading", number)
         portion = feed.take(self._plan)
         if portion is None:
             return
@@ -361,6 +398,7 @@ class AdaptiveBatch:
             agreement=self._agreement,
             find_nonfinite=self._find_nonfinite,
             stopwatch=self._stopwatch,
+            mark=partial(self._whereabouts.mark, step=number),
             finish=finish,
         )
         self._step = step
@@ -419,6 +457,7 @@ class AdaptiveBatch:
         factor = self._factor_of(portion.num_examples)
         self._update = _Update(portion.num_examples, factor, step_gain, step.finite, entry)
         self._plan = step.decision.plan
+        self._whereabouts.mark("what follows the micro-batches", before.steps, between=True)
 
     # --- around optimizer.step() ------------------------------------------------------------------------------------
 

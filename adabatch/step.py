@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ from adabatch.runtime.finite import FindNonfinite
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.stopwatch import Stopwatch
 from adabatch.runtime.wrappers import Wrapper
+
+
+class Mark(Protocol):
+    """Says where the rank is: what it is doing, and in which micro-batch."""
+
+    def __call__(self, doing: str, *, micro_batch: int | None = None) -> None:
+        """From here on."""
+        ...
 
 
 class Step:
@@ -49,6 +57,7 @@ class Step:
         agreement: Agreement,
         find_nonfinite: FindNonfinite | None,
         stopwatch: Stopwatch | None,
+        mark: Mark,
         finish: Callable[[Step], None],
     ) -> None:
         self.plan = plan
@@ -64,6 +73,7 @@ class Step:
         self._agreement = agreement
         self._all_finite = True
         self._stopwatch = stopwatch
+        self._mark = mark
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._weights = portion.weights or Weights(portion.sizes, portion.num_examples)
@@ -103,6 +113,7 @@ class Step:
         num_parts = len(self.portion.sizes)
         for index, batch in enumerate(self.portion.batches):
             self._weight = self._weights.of_each[index]
+            self._mark("the forward", micro_batch=index)
             with nullcontext() if index == num_parts - 1 else self._wrapper.no_sync():
                 yield batch
             self._weight = 0.0
@@ -111,6 +122,8 @@ class Step:
                     f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
                     f"{num_parts} it had been called {self._num_backward} times"
                 )
+            if index < num_parts - 1:
+                self._mark("the loading", micro_batch=index + 1)
         self._wrapper.gradient_ready(sum(self._weights.of_each))
         self._ended = True
         if self._wrapper.reduced == "backward":
@@ -124,6 +137,7 @@ class Step:
         """
         if self._stopwatch is not None:
             self._stopwatch.ran(self.plan, whole=self.global_batch_size == self.plan.global_batch_size)
+        self._mark("the measuring")
         if self._probe is not None and reduced:
             self._measure(self._probe)
         elif self._find_nonfinite is not None and reduced:
@@ -156,6 +170,7 @@ class Step:
             )
         if self._weight == 0:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
+        self._mark("the backward", micro_batch=self._num_backward)
         weight, parts = self._weight / self._whole, self._whole / self._weight
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
         share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
@@ -168,6 +183,7 @@ class Step:
         if self._probe is not None or self._find_nonfinite is not None:
             value = loss.detach().double() * weight
             self._losses = value if self._losses is None else self._losses + value
+        self._mark("what follows the backward", micro_batch=self._num_backward)
         self._num_backward += 1
 
     def _look_through(self, find_nonfinite: FindNonfinite) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from adabatch.runtime.layers import PerLayer
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.scheduler import ClockKind, ProgressLR
 from adabatch.runtime.world import World
+from adabatch.watchdog import Watchdog
 
 CONFIG_FORMAT = 1
 EVALUATION_BATCH = 1024
@@ -91,6 +92,8 @@ class Job:
         num_workers: loading processes a rank.
         out: folder for journal, checkpoints and picture.
         checkpoint: where and how often to save, and whether to go on from there.
+        hang_timeout: seconds without a move after which a rank counts as hanging, and all end; null for no watchdog.
+        check_every: steps from one check for drifted ranks to the next; null for none.
     """
 
     format: int = CONFIG_FORMAT
@@ -119,6 +122,8 @@ class Job:
     num_workers: int = 0
     out: Path = Path("runs/latest")
     checkpoint: Checkpointing = Checkpointing()
+    hang_timeout: float | None = 300.0
+    check_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.format != CONFIG_FORMAT:
@@ -191,6 +196,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         monitor=job.monitor,
         record_l1=job.record_l1,
         per_layer=job.per_layer,
+        check_every=job.check_every,
         local_sgd=local,
         journal=journal,
     )
@@ -219,7 +225,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         elif (loaded := checkpoints.load()) is not None:
             _say(loaded, batches, display)
         began = time.perf_counter()
-        with display.progress(label, job.total) as shown:
+        watch = nullcontext() if job.hang_timeout is None else Watchdog(batches, timeout=job.hang_timeout)
+        with display.progress(label, job.total) as shown, watch:
             for step in batches.steps(order, until=job.total):
                 for inputs, targets in step:
                     step.backward(job.loss(wrapped(inputs.to(device)), targets.to(device)))

@@ -27,7 +27,9 @@ from adabatch.cli.schedule import DESCRIPTION, add_schedule_commands, run_schedu
 from adabatch.cli.verify import DEFAULT_STEPS, verify
 from adabatch.preemption import EXIT_PREEMPTED
 from adabatch.runtime.checkpoint import CheckpointError
+from adabatch.runtime.drift import RanksDrifted
 from adabatch.runtime.world import World, connected
+from adabatch.watchdog import EXIT_RANK_LOST, RankLost
 
 CHECKPOINT_FAILED = 1
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError)
@@ -91,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status.
 
     A user's mistake is one line on standard error and status 2, a checkpoint that could not be written or read one line
-    and status 1. A run that a signal ended has saved itself, and returns ``EXIT_PREEMPTED``.
+    and status 1. A run that a signal ended has saved itself, and returns ``EXIT_PREEMPTED``; one that lost a rank, or
+    whose ranks drifted apart, returns ``EXIT_RANK_LOST``.
     """
     parser = build_parser()
     config = parser.parse_args(arguments)
@@ -113,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"adabatch {command}: error: {error}", file=sys.stderr)
         return CHECKPOINT_FAILED
+    except (RankLost, RanksDrifted) as error:
+        print(f"adabatch {command}: error: {error}", file=sys.stderr)
+        return EXIT_RANK_LOST
     except USER_ERRORS as error:
         print(f"adabatch {command}: error: {error}", file=sys.stderr)
         return 2

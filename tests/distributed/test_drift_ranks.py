@@ -1,0 +1,102 @@
+"""Ranks that drifted apart are named at the next check, on all ranks at once, however the model is wrapped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from loops import loss_of, network, regression
+from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+from adabatch import AdaptiveBatch, Constant, GlobalOrder, LocalSGD, RanksDrifted, steps
+
+pytestmark = pytest.mark.distributed
+
+
+def wrapped(wrapper: str) -> torch.nn.Module:
+    model = network()
+    if wrapper == "DDP":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if wrapper == "HSDP" else None
+    return fully_shard(model, mesh=mesh)
+
+
+def flip(model: torch.nn.Module) -> None:
+    """The least bit of one weight."""
+    parameter = next(iter(model.parameters()))
+    piece = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    with torch.no_grad():
+        piece.view(torch.int32).view(-1)[0] ^= 1
+
+
+def drifted(rank: int, wrapper: str, what: str, which: int) -> str:
+    """Steps 0 to 3; after step 2 something is different on one rank. Checked before steps 0, 2 and 4."""
+    model = wrapped(wrapper)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    batches = AdaptiveBatch(model, optimizer, Constant(24), micro_batch_size=2, check_every=2)
+    try:
+        for index, step in enumerate(batches.steps(GlobalOrder(regression(96)), until=steps(6))):
+            for batch in step:
+                step.backward(loss_of(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+            if index == 2 and rank == which:
+                if what == "weights":
+                    flip(model)
+                elif what == "rate":
+                    optimizer.param_groups[0]["lr"] *= 1.5
+    except RanksDrifted as error:
+        return str(error)
+    return f"{batches.progress.steps} steps"
+
+
+def cases(rank: int, size: int) -> dict[str, str]:
+    found = {f"{wrapper}, nothing": drifted(rank, wrapper, "nothing", 1) for wrapper in ("DDP", "FSDP2")}
+    found["DDP, weights"] = drifted(rank, "DDP", "weights", 1)
+    found["DDP, rate"] = drifted(rank, "DDP", "rate", size - 1)
+    found["FSDP2, weights"] = drifted(rank, "FSDP2", "weights", 1)  # each exists once: there is nothing to compare
+    found["FSDP2, rate"] = drifted(rank, "FSDP2", "rate", 1)
+    if size == 4:
+        found["HSDP, nothing"] = drifted(rank, "HSDP", "nothing", 1)
+        found["HSDP, weights"] = drifted(rank, "HSDP", "weights", 3)
+    return found
+
+
+def test_the_rank_that_drifted_is_named(tmp_path):
+    for found in run_ranks(cases, 3, tmp_path, 3):
+        assert found["DDP, nothing"] == found["FSDP2, nothing"] == found["FSDP2, weights"] == "6 steps"
+        assert (
+            "before step 4, rank 1 holds other weights than ranks 0, 2: go back to a checkpoint"
+            in found["DDP, weights"]
+        )
+        # Another rate makes other weights in the step after it.
+        assert (
+            "rank 2 holds other plans than ranks 0, 1; rank 2 holds other weights than ranks 0, 1" in found["DDP, rate"]
+        )
+        assert "before step 4, rank 1 holds other plans than ranks 0, 2: go back" in found["FSDP2, rate"]
+
+
+def test_copies_of_shards_are_compared(tmp_path):
+    for found in run_ranks(cases, 4, tmp_path, 4):
+        assert found["HSDP, nothing"] == "6 steps"
+        assert "before step 4, ranks 1 and 3 hold different weights, and there is no majority" in found["HSDP, weights"]
+
+
+def test_workers_that_step_alone_are_not_checked() -> None:
+    model: Any = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="check_every compares weights, and local_sgd lets those of workers differ"):
+        AdaptiveBatch(
+            model,
+            optimizer,
+            Constant(4),
+            micro_batch_size=4,
+            check_every=10,
+            local_sgd=LocalSGD(model, optimizer, sync_every=2),
+        )
