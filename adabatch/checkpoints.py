@@ -232,6 +232,7 @@ class Checkpoints:
             return
         # The other ranks may be anywhere: what is under way is finished, but nothing can be agreed on.
         failure = self._waited()
+        self._run.release()
         if failure is not None:
             error.add_note(f"a checkpoint could not be written to {self._folder}: {failure}")
 

@@ -60,7 +60,7 @@ def newest_intact(folder: Path, ranks: Collectives) -> Intact | None:
             assert manifest is not None
             return Intact(path, manifest, damaged)
         if worst == _NEWER:
-            raise NewerFormat(problem)
+            raise NewerFormat(problem or f"{path} has a newer format where another rank read it: upgrade adabatch")
         damaged[path] = problem or f"{path} is damaged where another rank read it"
     if damaged:
         raise CheckpointError(
