@@ -106,8 +106,9 @@ def check(
     display.say(f"width plan: {'passed' if ours.passed else 'FAILED'}: own slopes within {tolerance:g}")
     if control.passed:
         display.say("the control passed as well, so this check could not have failed: try larger widths or more steps")
-    panels = {SHOWN[name]: result for name, result in results.items()}
-    draw_panels(lambda draw: [_check_panel(draw, *panel) for panel in panels.items()], out, display=display)
+    panels = {SHOWN[name]: result for name, result in results.items() if _steepest(result)}
+    if panels:
+        draw_panels(lambda draw: [_check_panel(draw, *panel) for panel in panels.items()], out, display=display)
     return 0 if ours.passed else 1
 
 
@@ -188,9 +189,14 @@ def _check_table(result: mup.CoordinateCheck) -> tuple[list[str], list[list[str]
     return header, rows
 
 
-def _check_panel(draw: Any, title: str, result: mup.CoordinateCheck) -> Any:
+def _steepest(result: mup.CoordinateCheck) -> list[mup.Coordinate]:
+    """Some of what can be drawn on a log axis, the most telling first."""
     drawable = [each for each in result.coordinates if math.isfinite(result.own_slope(each))]
-    steepest = sorted(drawable, key=lambda each: -abs(result.own_slope(each)))[:MOST_LINES]
+    return sorted(drawable, key=lambda each: -abs(result.own_slope(each)))[:MOST_LINES]
+
+
+def _check_panel(draw: Any, title: str, result: mup.CoordinateCheck) -> Any:
+    steepest = _steepest(result)
     lines = [draw.Line(each.name, result.widths, each.own) for each in result.coordinates if each in steepest]
     note = f"steepest {len(steepest)} of {len(result.coordinates)}" if len(result.coordinates) > MOST_LINES else ""
     return draw.Panel(f"own update (RMS), {title}", lines, x_title="width", note=note, log="xy", own_x=True)

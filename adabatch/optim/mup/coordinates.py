@@ -188,7 +188,7 @@ class _Moved(NamedTuple):
 @torch.no_grad()
 def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> dict[str, _Moved]:
     """How far every parameter of one model moves its layer."""
-    model, _, optimizers = trial.start(width, seed)
+    model, optimizers = trial.start(width, seed)
     layers = {name: module for name, module in named_modules(model) if module._parameters}
     inputs = batch[0].to(trial.device)
     old = {

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -87,13 +87,17 @@ class Plan:
 
         Raises:
             ValueError: a parameter that the plan does not know, of another shape, or that the method cannot take; a
-                pattern without a match; weight decay for "adam", whose coupled decay has no width law.
+                pattern without a match; weight decay for "adam", whose coupled decay has no width law; an unknown
+                method or ``decay_scaling``.
         """
         law = law_of(method)
         if weight_decay and isinstance(law, Adam) and not law.decoupled:
             raise ValueError(f"adam's coupled decay ({weight_decay}) has no width law: use adamw")
-        named = {name: p for name, p in self.parameters_of(model).items() if p.requires_grad}
-        names = list(named) if only is None else matching(named, only)
+        if decay_scaling not in get_args(DecayScaling):
+            raise ValueError(f"decay_scaling must be one of {', '.join(get_args(DecayScaling))}, got {decay_scaling!r}")
+        named = self.parameters_of(model)
+        chosen = list(named) if only is None else matching(named, [only] if isinstance(only, str) else only)
+        names = [name for name in chosen if named[name].requires_grad]
         left = [name for name in names if not law.takes(self.entries[name])]
         if left:
             raise ValueError(

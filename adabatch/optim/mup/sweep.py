@@ -135,7 +135,7 @@ def transfer_sweep(
 
 
 def _final_loss(trial: Trial, width: int, seed: int, batches: Iterable[Batch], steps: int) -> float:
-    model, _, optimizers = trial.start(width, seed)
+    model, optimizers = trial.start(width, seed)
     schedules = [LambdaLR(optimizer, lambda step: 1 - step / steps) for optimizer in optimizers]
     losses: list[float] = []
     with seeded(seed):

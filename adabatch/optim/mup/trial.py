@@ -56,15 +56,15 @@ class Trial:
     observe: Observe | None = None
     device: torch.device | str = "cpu"
 
-    def start(self, width: int, seed: int) -> tuple[nn.Module, Plan, list[Optimizer]]:
-        """A model of this width from a seed, prepared by ``init_``, with its plan and its optimizers."""
+    def start(self, width: int, seed: int) -> tuple[nn.Module, list[Optimizer]]:
+        """A model of this width from a seed, prepared by ``init_``, with its optimizers."""
         with seeded(seed):
             model = self.make(width)
             model_plan = self._plan(model)
             init_(model, model_plan)
             model.to(self.device).train()
             made = self.optimizer(model, model_plan)
-        return model, model_plan, [made] if isinstance(made, Optimizer) else list(made)
+        return model, [made] if isinstance(made, Optimizer) else list(made)
 
     def step(self, model: nn.Module, optimizers: Sequence[Optimizer], batch: Batch) -> Tensor:
         """One step of all optimizers, none where the loss is not finite; the loss before it."""

@@ -221,6 +221,12 @@ def test_a_tensor_rate_and_frozen_parameters() -> None:
     assert all(isinstance(group["lr"], Tensor) for group in groups)
     assert len({id(group["lr"]) for group in groups}) == len(groups)  # a scheduler fills them in place
     assert not any(p is model.hidden.weight for group in groups for p in group["params"])
+    model.norm.weight.requires_grad_(False)
+    left = plan_of().groups(model, "adamw", lr=0.1, only=plan_of().left_by("muon"))
+    assert not any(p is model.norm.weight for group in left for p in group["params"])
+    assert [group["params"] for group in plan_of().groups(model, "sgd", lr=0.1, only="head.bias")] == [
+        [model.head.bias]
+    ]
 
 
 def test_muon_and_adamw_share_a_model() -> None:
@@ -446,6 +452,7 @@ class Positions(nn.Module):
         (lambda: plan_of().groups(Net(256), "sdg", lr=0.1), "method must be one of"),
         (lambda: plan_of().groups(Net(256), "muon", lr=0.1), "muon cannot take .*left_by"),
         (lambda: plan_of().groups(Net(256), "adam", lr=0.1, weight_decay=0.1), "use adamw"),
+        (lambda: plan_of().groups(Net(256), "sgd", lr=0.1, decay_scaling="width"), "decay_scaling must be one of"),
         (lambda: plan_of().groups(Net(256), "sgd", lr=0.1, damping=0.1), "sgd has no damping"),
         (lambda: plan_of().groups(Net(256), "sgd", lr=0.1, only=["tail"]), "no parameter is called 'tail'"),
         (lambda: plan_of().groups(Net(256), mup.Shampoo(relative=False), lr=0.1), "absolute epsilon has no default"),
