@@ -102,9 +102,9 @@ def plain_muon(model: nn.Module, plan: mup.Plan) -> Optimizer:
     return torch.optim.Muon(groups, momentum=0.0, nesterov=False)
 
 
-def shampoo(law: mup.Shampoo, epsilon: float = 1e-3, **mistake: Any) -> Make:
+def shampoo(law: mup.Shampoo, **mistake: Any) -> Make:
     def make(model: nn.Module, plan: mup.Plan) -> Optimizer:
-        groups = plan.groups(model, law, lr=LR, damping=epsilon)
+        groups = plan.groups(model, law, lr=LR, damping=1e-3)
         return Shampoo([{**group, **mistake} for group in groups], refresh_every=1)
 
     return make
@@ -143,7 +143,7 @@ def by_largest_eigenvalue(pair: FactorPair, group: Mapping[str, Any]) -> Damping
 ABSOLUTE, HALF = mup.Shampoo(relative=False), mup.Shampoo(exponent=0.5)
 HALF_ABSOLUTE = mup.Shampoo(exponent=0.5, relative=False)
 UNSCALED = {"fan_in_ratio": 1.0, "fan_out_ratio": 1.0}
-FEW = {"widths": NARROW}
+"""The mistake: one constant at every width."""
 
 ROWS: dict[str, Row] = {
     "SGD, standard": Row(sgd, False, standard=True),
