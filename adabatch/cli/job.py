@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -20,14 +19,15 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
-from adabatch.checkpoints import Checkpoints, Loaded
+from adabatch.checkpoints import Loaded
 from adabatch.cli.display import Display
+from adabatch.cli.engines import EngineName, engine_of
 from adabatch.cli.recorded import CHECKPOINTS, JOURNAL
 from adabatch.lr.rules import LRRule
 from adabatch.lr.shapes import Shape, constant
 from adabatch.preemption import Preemption
 from adabatch.recipes.data import collate
-from adabatch.runtime.collectives import Collectives, collectives_of
+from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.layers import PerLayer
 from adabatch.runtime.local_sgd import LocalSGD
@@ -88,6 +88,8 @@ class Job:
         local_sgd: adabatch.LocalSGD with its arguments, without model and optimizer, for workers that step on their own
             and average now and then; by default gradients are averaged at every step.
         per_layer: write the noise of each layer to the journal: of each module, or of each parameter group.
+        engine: what averages gradients over the processes: "ddp", "fsdp2" or "deepspeed".
+        engine_config: the JSON file of DeepSpeed.
         seed: of the weights, the order of the data and everything random.
         num_workers: loading processes a rank.
         out: folder for journal, checkpoints and picture.
@@ -118,6 +120,8 @@ class Job:
     record_l1: bool = False
     per_layer: PerLayer | None = None
     local_sgd: Callable[[nn.Module, Optimizer], LocalSGD] | None = None
+    engine: EngineName = "ddp"
+    engine_config: Path | None = None
     seed: int = 0
     num_workers: int = 0
     out: Path = Path("runs/latest")
@@ -178,13 +182,18 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     """
     device = world.device
     model = job.model.to(device)
-    wrapped = DistributedDataParallel(model) if world.size > 1 and job.local_sgd is None else model
-    optimizer = job.optimizer(wrapped.parameters())
-    local = None if job.local_sgd is None else job.local_sgd(model, optimizer)
+    engine = engine_of(
+        job.engine,
+        model,
+        job.optimizer,
+        world,
+        config=job.engine_config,
+        micro_batch_size=job.micro_batch_size,
+        averages=job.local_sgd is None,
+    )
+    local = None if job.local_sgd is None else job.local_sgd(model, engine.optimizer)
     journal = job.out / JOURNAL
-    batches = AdaptiveBatch(
-        wrapped,
-        optimizer,
+    batches = engine.batches(
         job.criterion,
         micro_batch_size=job.micro_batch_size,
         limits=job.limits,
@@ -201,14 +210,12 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         journal=journal,
     )
     schedule = ProgressLR(
-        optimizer, job.shape or constant(), batches, total=job.total, warmup=job.warmup, clock=job.clock
+        engine.optimizer, job.shape or constant(), batches, total=job.total, warmup=job.warmup, clock=job.clock
     )
     order = GlobalOrder(job.train_data, seed=job.seed, collate_fn=collate, num_workers=job.num_workers)
     saving = job.checkpoint
-    checkpoints = Checkpoints(
+    checkpoints = engine.checkpoints(
         saving.directory or job.out / CHECKPOINTS,
-        model=wrapped,
-        optimizer=optimizer,
         batches=batches,
         schedule=schedule,
         order=order,
@@ -229,9 +236,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         with display.progress(label, job.total) as shown, watch:
             for step in batches.steps(order, until=job.total):
                 for inputs, targets in step:
-                    step.backward(job.loss(wrapped(inputs.to(device)), targets.to(device)))
-                optimizer.step()
-                optimizer.zero_grad()
+                    step.backward(job.loss(engine.forward(inputs.to(device)), targets.to(device)))
+                engine.update()
                 schedule.step()
                 shown.update(
                     batches.consumed.count(job.total.unit),
@@ -250,8 +256,10 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         checkpoints.step(now=True)
     test_loss, accuracy = math.nan, math.nan
     if job.test_data is not None and not preempted:
-        ranks = collectives_of(wrapped) if local is None else local.collectives
-        test_loss, accuracy = evaluate(model, job.loss, job.test_data, ranks, device=device)
+        ranks = batches.collectives
+        test_loss, accuracy = evaluate(
+            engine.model, job.loss, job.test_data, ranks, device=device, forward=engine.forward
+        )
     batches.remove()
     if local is not None:
         local.remove()
@@ -268,27 +276,40 @@ def _say(loaded: Loaded, batches: AdaptiveBatch, display: Display) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loss: nn.Module, data: Dataset[Any], collectives: Collectives, *, device: torch.device
+    model: nn.Module,
+    loss: nn.Module,
+    data: Dataset[Any],
+    collectives: Collectives,
+    *,
+    device: torch.device,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, float]:
     """Mean loss and accuracy over a data set, each rank on its share; the model in eval mode.
 
-    Accuracy is NaN where the targets are not whole numbers, one a prediction.
+    Accuracy is NaN where the targets are not whole numbers, one a prediction. All ranks run the model equally often, as
+    a sharded one gathers its weights meanwhile.
     """
+    run = model if forward is None else forward
     share: Subset[Any] = Subset(data, range(collectives.rank, len(data), collectives.size))  # type: ignore[arg-type]
     total_loss = correct = predictions = 0.0
     num_examples = 0
     classes = True
     training = model.training
     model.eval()
-    for inputs, targets in DataLoader(share, batch_size=EVALUATION_BATCH, collate_fn=collate):
-        inputs, targets = inputs.to(device), targets.to(device)
-        outputs = model(inputs)
-        total_loss += float(loss(outputs, targets)) * len(inputs)
-        num_examples += len(inputs)
-        classes = not targets.is_floating_point() and outputs.dim() == targets.dim() + 1
-        if classes:
-            correct += int((outputs.argmax(-1) == targets).sum())
-            predictions += targets.numel()
+    loader = DataLoader(share, batch_size=EVALUATION_BATCH, collate_fn=collate)
+    batches = iter(loader)
+    for _ in range(-int(collectives.minimum_of(-len(loader))[0])):
+        batch = next(batches, None)
+        counts = batch is not None
+        inputs, targets = (part.to(device) for part in batch or collate([data[0]]))
+        outputs = run(inputs)
+        if counts:
+            total_loss += float(loss(outputs, targets)) * len(inputs)
+            num_examples += len(inputs)
+            classes = not targets.is_floating_point() and outputs.dim() == targets.dim() + 1
+            if classes:
+                correct += int((outputs.argmax(-1) == targets).sum())
+                predictions += targets.numel()
     model.train(training)
     sums = collectives.sum_of(total_loss, num_examples, correct, predictions)
     accuracy = math.nan

@@ -56,6 +56,8 @@ def verify(
             "verify compares with a loop that averages gradients at every step, which local_sgd leaves out: leave "
             "local_sgd out of the config to verify the rest of it"
         )
+    if job.engine != "ddp":
+        raise ValueError(f"verify runs on DDP, got engine: {job.engine}: leave it out to verify the rest of the config")
     _check_settings(job, training_of(job))
     display.say(f"verify: {world.size} process(es) on {world.device.type}, micro-batches of {job.micro_batch_size}")
     results = []

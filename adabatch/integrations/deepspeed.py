@@ -54,7 +54,8 @@ def attach(
         engine: as ``deepspeed.initialize`` returned it, with an optimizer.
         criterion: which batch size to ask for.
         micro_batch_size: examples in one forward and backward on one rank; by default the engine's.
-        options: everything else that ``AdaptiveBatch`` takes, but for ``probe``, ``gradient_sync`` and ``scaler``.
+        options: everything else that ``AdaptiveBatch`` takes, but for ``probe``, ``gradient_sync``, ``scaler``
+            and ``local_sgd``.
             ``record_l1`` and ``per_layer`` only with ZeRO 0: with the others all that is known of a step's gradient is
             its norm.
 
@@ -189,6 +190,8 @@ def _refusals(engine: Any) -> dict[str, bool]:
         ),
         "Muon puts its orthogonal update in the place of the gradient before the norm is taken; use another "
         "optimizer": type(engine.basic_optimizer).__name__.startswith("Muon"),
+        "its optimizer looks at whole gradients or layers, of which ZeRO 1 to 3 hand it flat pieces; use ZeRO 0, DDP "
+        "or FSDP2": stage > 0 and type(engine.basic_optimizer).__module__.startswith("adabatch.optim"),
         "it updates a part of the parameters by a second optimizer; leave `ratio` out of `offload_optimizer`": (
             getattr(engine.optimizer, "backup_optimizer", None) is not None
         ),
@@ -211,7 +214,7 @@ def _asked(engine: Any, question: str) -> bool:
 
 
 def _check_options(engine: Any, options: dict[str, Any]) -> None:
-    for name in ("probe", "gradient_sync", "scaler", "wrapper"):
+    for name in ("probe", "gradient_sync", "scaler", "local_sgd", "wrapper"):
         if options.get(name) is not None:
             raise ValueError(f"attach chooses {name}= from the engine: leave it out")
     for name in ("record_l1", "per_layer"):

@@ -85,8 +85,9 @@ def mpi_claim(environment: Environment) -> Claim | None:
 def slurm_claim(environment: Environment) -> Claim | None:
     """What ``srun`` says. The batch script of ``sbatch`` is no task of a step, and is one process.
 
-    The ranks meet on the first node of the step, where ``srun`` puts rank 0 unless told otherwise, at a port that
-    follows from the job's number; ``MASTER_ADDR`` and ``MASTER_PORT`` overrule either.
+    The ranks meet on the first node of the step, where ``srun`` puts rank 0 unless told otherwise (over the loopback
+    where there is one node), at a port that follows from the job's number; ``MASTER_ADDR`` and ``MASTER_PORT`` overrule
+    either.
 
     Raises:
         ValueError: variables that are incomplete or not numbers.
@@ -95,7 +96,9 @@ def slurm_claim(environment: Environment) -> Claim | None:
         return None
     names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     claim = _claim(environment, "srun", names, "start the job with srun, or unset them")
-    host = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    alone = environment.get("SLURM_STEP_NUM_NODES") == "1"
+    nodes = "127.0.0.1" if alone else environment.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    host = environment.get("MASTER_ADDR") or first_host(nodes)
     port = environment.get("MASTER_PORT") or str(_slurm_port(environment))
     return claim._replace(address=f"{host}:{port}")
 

@@ -65,6 +65,8 @@ def test_srun_says_rank_size_and_where_to_meet() -> None:
     assert 1024 <= int(port) < 32_768
     other = World.from_environment(SRUN | tasked(0, 8) | {"SLURM_JOB_ID": "813"})
     assert other.address != address
+    alone = World.from_environment(SRUN | tasked(0, 8) | {"SLURM_STEP_NUM_NODES": "1"})
+    assert alone.address == f"127.0.0.1:{port}"
     given = World.from_environment(SRUN | tasked(0, 8) | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"})
     assert given.address == "10.0.0.1:7"
 

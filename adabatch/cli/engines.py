@@ -1,0 +1,155 @@
+"""The engines that can run a job: how they hold model and optimizer, make an update, and save themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, Self
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from adabatch.adaptive import AdaptiveBatch
+from adabatch.checkpoints import Checkpoints, Loaded
+from adabatch.runtime.world import World
+
+EngineName = Literal["ddp", "fsdp2", "deepspeed"]
+"""What averages gradients over the processes of a job."""
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+class Saving(Protocol):
+    """What a job needs of checkpoints."""
+
+    def load(self) -> Loaded | None:
+        """Goes on from what is there."""
+        ...
+
+    def step(self, *, now: bool = False) -> bool:
+        """Saves where a checkpoint is due."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+class Engine(NamedTuple):
+    """A model and its optimizer on an engine.
+
+    Args:
+        model: as the engine holds it.
+        forward: inputs -> outputs.
+        optimizer: whose learning rates a schedule writes.
+        batches: criterion and options -> the ``AdaptiveBatch`` around it.
+        update: what comes after a step's micro-batches.
+        checkpoints: folder and parts -> what saves them.
+    """
+
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    optimizer: Optimizer
+    batches: Callable[..., AdaptiveBatch]
+    update: Callable[[], None]
+    checkpoints: Callable[..., Saving]
+
+
+def engine_of(
+    name: EngineName,
+    model: nn.Module,
+    make_optimizer: Callable[[Iterable[Tensor]], Optimizer],
+    world: World,
+    *,
+    config: Path | None,
+    micro_batch_size: int,
+    averages: bool = True,
+) -> Engine:
+    """A model on the engine that a job names.
+
+    Args:
+        name: the engine.
+        model: on its device.
+        make_optimizer: parameters -> optimizer.
+        world: the processes.
+        config: the JSON file of DeepSpeed.
+        micro_batch_size: where DeepSpeed begins if its config says nothing.
+        averages: False where local SGD averages, and the engine leaves the model as it is.
+
+    Raises:
+        ValueError: a config for an engine that has none, or none for DeepSpeed, or what DeepSpeed refuses.
+        ImportError: DeepSpeed is not installed.
+        FileNotFoundError: the config is not there.
+    """
+    if name != "ddp" and not averages:
+        raise ValueError(f"local_sgd trains a plain model on each process, got engine: {name}: leave one of them out")
+    if name == "deepspeed":
+        return _deepspeed(model, make_optimizer, world, config, micro_batch_size)
+    if config is not None:
+        raise ValueError(f"engine_config={config} is for engine: deepspeed; {name} has none: leave it out")
+    if world.size > 1 and averages:
+        wrapped = DistributedDataParallel(model) if name == "ddp" else fully_shard(model)
+        assert isinstance(wrapped, nn.Module)
+        model = wrapped
+    optimizer = make_optimizer(model.parameters())
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Engine(
+        model=model,
+        forward=model,
+        optimizer=optimizer,
+        batches=lambda criterion, **options: AdaptiveBatch(model, optimizer, criterion, **options),
+        update=update,
+        checkpoints=lambda folder, **parts: Checkpoints(folder, model=model, optimizer=optimizer, **parts),
+    )
+
+
+def _deepspeed(
+    model: nn.Module,
+    make_optimizer: Callable[[Iterable[Tensor]], Optimizer],
+    world: World,
+    config: Path | None,
+    micro_batch_size: int,
+) -> Engine:
+    if config is None:
+        raise ValueError("engine: deepspeed needs engine_config, DeepSpeed's JSON file, such as launch/deepspeed.json")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"engine_config={config} is no JSON: {error}") from error
+    if world.launcher == "nobody" and not dist.is_initialized():
+        raise ValueError("engine: deepspeed runs under a launcher: launch/deepspeed.sh, or deepspeed --num_gpus 1")
+    import deepspeed  # type: ignore[import-untyped]
+
+    from adabatch.integrations.deepspeed import attach
+    from adabatch.integrations.deepspeed_checkpoints import DeepSpeedCheckpoints
+
+    if not any(key in settings for key in BATCH_KEYS):
+        settings["train_micro_batch_size_per_gpu"] = micro_batch_size
+    engine = deepspeed.initialize(model=model, optimizer=make_optimizer(model.parameters()), config=settings)[0]
+    precision = next(engine.module.parameters()).dtype
+
+    def forward(inputs: Tensor) -> Tensor:
+        # The loss is taken in float32, as it is wherever autocast decides.
+        outputs: Tensor = engine(inputs.to(precision) if inputs.is_floating_point() else inputs).float()
+        return outputs
+
+    def checkpoints(folder: Path, *, local_sgd: None, config: object, background: bool, **parts: Any) -> Saving:
+        # DeepSpeed writes at once, unless its own config says otherwise, and compares no configs.
+        return DeepSpeedCheckpoints(folder, engine=engine, **parts)
+
+    return Engine(
+        model=engine,
+        forward=forward,
+        optimizer=engine.basic_optimizer,
+        batches=lambda criterion, **options: attach(engine, criterion, **options),
+        update=engine.step,
+        checkpoints=checkpoints,
+    )

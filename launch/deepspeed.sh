@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Trains a config under the deepspeed launcher, on DeepSpeed's engine.
+#
+#   launch/deepspeed.sh [CONFIG [OPTION ...]]        launch/deepspeed.sh configs/digits_adamw.yaml --total.count=5000
+#
+# The options are those of `adabatch train`. From the environment:
+#   NPROC          processes on this node (one a GPU; 2 where there is none)
+#   HOSTFILE       DeepSpeed's list of nodes and slots, for several nodes
+#   ENGINE_CONFIG  DeepSpeed's JSON (launch/deepspeed.json)
+#   MASTER_PORT    a free port of the first node (29500)
+#   PYTHON         the interpreter (python)
+# Without a GPU it runs on the CPU and builds none of DeepSpeed's own kernels.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+config=${1:-configs/digits_adamw.yaml}
+[ $# -eq 0 ] || shift
+python=${PYTHON:-python}
+engine_config=${ENGINE_CONFIG:-launch/deepspeed.json}
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
+nproc=${NPROC:-$((gpus > 0 ? gpus : 2))}
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+if [ "$gpus" -eq 0 ]; then
+  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} DS_BUILD_OPS=${DS_BUILD_OPS:-0}
+fi
+
+where=(--master_port "${MASTER_PORT:-29500}")
+if [ -n "${HOSTFILE:-}" ]; then
+  where+=(--hostfile "$HOSTFILE")
+else
+  where+=(--num_gpus "$nproc")
+fi
+echo "deepspeed: $config with $engine_config, ${DS_ACCELERATOR:-cuda}, $OMP_NUM_THREADS thread(s) each; ${where[*]}" >&2
+exec "$python" -m deepspeed.launcher.runner "${where[@]}" --no_local_rank --module \
+  adabatch train --config "$config" --engine deepspeed --engine_config "$engine_config" "$@"

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Trains a config on the processes of any MPI, with DDP. Needs mpi4py, and mpiexec of the MPI that it runs.
+#
+#   launch/mpirun.sh [CONFIG [OPTION ...]]           launch/mpirun.sh configs/quickstart.yaml --total.count=20000
+#
+# The options are those of `adabatch train`. From the environment:
+#   NPROC             processes in all (one a GPU; 2 where there is none)
+#   HOSTFILE          hosts, in the form of your MPI
+#   MPIEXEC           its launcher, with options of yours (mpiexec)
+#   ADABATCH_BACKEND  what carries the collectives: nccl, gloo, or mpi4py where there is no network for those
+#   PYTHON            the interpreter (python)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+config=${1:-configs/digits_adamw.yaml}
+[ $# -eq 0 ] || shift
+python=${PYTHON:-python}
+read -r -a mpiexec <<<"${MPIEXEC:-mpiexec}"
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
+nproc=${NPROC:-$((gpus > 0 ? gpus : 2))}
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+[ -z "${HOSTFILE:-}" ] || mpiexec+=(--hostfile "$HOSTFILE")
+
+echo "mpirun: $config on $nproc process(es), $OMP_NUM_THREADS thread(s) each;" \
+  "${mpiexec[*]}, collectives over ${ADABATCH_BACKEND:-NCCL or gloo}" >&2
+exec "${mpiexec[@]}" -n "$nproc" "$python" -m adabatch train --config "$config" "$@"
