@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -254,14 +253,13 @@ class Killed(NamedTuple):
 
 
 def killed_runs(
-    folder: Path, count: int, *, seconds: float, chance: random.Random, check: Callable[[Path], None], each: int = 100
+    folder: Path, count: int, *, chance: random.Random, check: Callable[[Path], None], each: int = 100
 ) -> Iterator[Killed]:
     """Runs the job again and again, each time by the same command until it is through, and kills it ``count`` times.
 
     Args:
         folder: for a folder a run.
         count: kills, or a few more until one of them was in a write.
-        seconds: that an attempt takes which is left alone.
         chance: decides when, and which rank is killed, or all.
         check: given the folder of a run that is through.
         each: kills in a run at most.
@@ -274,7 +272,7 @@ def killed_runs(
         for _ in range(each):
             if killed >= count and hit:
                 break
-            kill = kill_once(run, arguments, chance, within=0.7 * seconds, in_a_write=killed % 2 == 1)
+            kill = kill_once(run, arguments, chance, in_a_write=killed % 2 == 1)
             through = kill is None
             if kill is None:
                 break
@@ -287,17 +285,17 @@ def killed_runs(
             return
 
 
-def kill_once(
-    folder: Path, arguments: Sequence[str], chance: random.Random, *, within: float, in_a_write: bool
-) -> Killed | None:
+def kill_once(folder: Path, arguments: Sequence[str], chance: random.Random, *, in_a_write: bool) -> Killed | None:
     """Starts the command on two processes and kills it at a random instant; None where it was through before that.
+
+    One kill in five comes in the first second, before or while the run is set up. The others come some milliseconds
+    after so many steps; a fixed time would be over before the first, or after the last, on another machine.
 
     Args:
         folder: of the job.
         arguments: of the command.
         chance: decides when, and which rank is killed, or both.
-        within: seconds from the start in which the instant lies.
-        in_a_write: after it, wait until there is a place for the next checkpoint, and a moment longer.
+        in_a_write: after the steps, wait until there is a place for the next checkpoint, and a moment longer.
     """
     checkpoints = folder / "run" / "checkpoints"
 
@@ -307,15 +305,18 @@ def kill_once(
     left = unfinished()  # by attempts before this one
     attempt = Attempt(folder, arguments, 2)
     began = time.monotonic()
-    instant, pause = began + chance.uniform(0, within), chance.uniform(0, 0.004)
+    early, steps, pause = chance.random() < 0.2, chance.randrange(40), chance.uniform(0, 0.01)
     ranks = chance.choice([(0, 1), (0,), (1,)])
-    sentinels = [process.sentinel for process in attempt.processes]
-    while attempt.running() and time.monotonic() < instant:
-        wait(sentinels, timeout=max(0.0, instant - time.monotonic()))
+    in_a_write = in_a_write and not early
+    if early:
+        pause *= 100
+    else:
+        goal = steps_run(folder) + steps
+        while attempt.running() and steps_run(folder) < goal:
+            time.sleep(0.002)
     while attempt.running() and in_a_write and not _beyond(unfinished, left):
         time.sleep(0.0005)
-    if in_a_write:
-        time.sleep(pause)
+    time.sleep(pause)
     if not attempt.running():
         codes = attempt.join()
         assert codes == [0, 0], (folder / "output").read_text()
@@ -326,6 +327,12 @@ def kill_once(
     )
     attempt.join(timeout=3)  # a launcher ends the others; those that wait for the dead one while they start wait long
     return killed
+
+
+def steps_run(folder: Path) -> int:
+    """Steps that the first rank has run in all attempts, some of them again."""
+    given = folder / "given.0"
+    return given.read_bytes().count(b"\n") if given.exists() else 0
 
 
 def _beyond(unfinished: Callable[[], set[tuple[str, int]]], left: set[tuple[str, int]]) -> bool:
