@@ -40,6 +40,17 @@ class Ended(NamedTuple):
         return self.values
 
 
+def command_of(function: Callable[..., Any], *arguments: str) -> list[str]:
+    """A Python script and its arguments, which run ``function(*arguments)`` and leave what it returns."""
+    return [str(Path(__file__)), str(Path(function.__code__.co_filename)), function.__name__, *arguments]
+
+
+def surroundings(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a rank: the tests can be imported, and one thread is used."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+
+
 def start(
     launcher: Sequence[str],
     function: Callable[..., Any],
@@ -48,14 +59,15 @@ def start(
     timeout: float = 120,
 ) -> Ended:
     """Runs ``function(*arguments)`` on the ranks of ``launcher``, a command that takes a script."""
-    command = [*launcher, str(Path(__file__)), str(Path(function.__code__.co_filename)), function.__name__, *arguments]
     with tempfile.TemporaryDirectory() as folder:
-        environment = {
-            **os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1",
-            **(variables or {}), RESULTS: folder,
-        }  # fmt: skip
+        environment = surroundings({**(variables or {}), RESULTS: folder})
         ended = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+            [*launcher, *command_of(function, *arguments)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
         )
         paths = sorted(Path(folder).iterdir(), key=lambda path: int(path.stem))
         return Ended(ended.returncode, ended.stdout, [json.loads(path.read_text()) for path in paths])

@@ -84,6 +84,15 @@ def test_deepspeed(by_torchrun: list[dict[str, Any]], tmp_path: Path) -> None:
     assert f"deepspeed: {CONFIG} with launch/deepspeed.json, cpu, 1 thread(s) each" in said
 
 
+def test_local_sgd(by_torchrun: list[dict[str, Any]], tmp_path: Path) -> None:
+    journal, said = launch("local_sgd.sh", tmp_path, NPROC="2", SYNC_EVERY="4")
+    assert f"local_sgd: {CONFIG}, averages every 4 steps" in said
+    assert f"torchrun: {CONFIG} on 1 node(s) x 2 process(es)" in said
+    rounds = [line["local_sgd"]["rounds"] for line in journal]
+    assert rounds[0] < rounds[-1] <= len(journal) // 4 + 1
+    assert "local_sgd" not in by_torchrun[0]
+
+
 def await_that(condition: Any, seconds: float, failed: Any) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
