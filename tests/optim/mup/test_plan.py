@@ -307,6 +307,9 @@ def test_names_survive_every_wrapper() -> None:
         model = wrap(Wrapped(32))
         assert list(mup.named_parameters(model)) == names
         assert sum(len(group["params"]) for group in plan.groups(model, "adamw", lr=0.1)) == 4
+        mup.init_(model, plan)
+        readout = mup.named_parameters(model)["head.weight"].detach()
+        assert float(torch.linalg.vector_norm(readout)) == pytest.approx((4 * 32) ** 0.5 * 4 / 32, rel=1e-5)
 
 
 # --- init and guard ---------------------------------------------------------------------------------------------------
