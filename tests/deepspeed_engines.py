@@ -35,6 +35,14 @@ def run_deepspeed(size: int, function: Callable[..., Any], *arguments: str, time
     return start(command, function, *arguments, variables=variables, timeout=timeout).results()
 
 
+def connect() -> None:
+    """The process group, without the operator for inference that DeepSpeed would compile first."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+
+
 def engine_of(
     stage: int,
     optimizer_of: OPTIMIZERS,

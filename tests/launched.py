@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +53,28 @@ def surroundings(variables: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
 
 
+def run_whole(
+    command: Sequence[str], *, environment: Mapping[str, str], timeout: float, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A launcher, to its end; both streams in ``stdout``.
+
+    Raises:
+        AssertionError: it did not end in time. It and all that it started are killed, which would go on otherwise.
+    """
+    running = subprocess.Popen(
+        command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = running.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        output, _ = running.communicate()
+        raise AssertionError(f"no end after {timeout:.0f} s: {command}\n{output[-12_000:]}") from None
+    return subprocess.CompletedProcess(command, running.returncode, output)
+
+
 def start(
     launcher: Sequence[str],
     function: Callable[..., Any],
@@ -61,14 +85,7 @@ def start(
     """Runs ``function(*arguments)`` on the ranks of ``launcher``, a command that takes a script."""
     with tempfile.TemporaryDirectory() as folder:
         environment = surroundings({**(variables or {}), RESULTS: folder})
-        ended = subprocess.run(
-            [*launcher, *command_of(function, *arguments)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
+        ended = run_whole([*launcher, *command_of(function, *arguments)], environment=environment, timeout=timeout)
         paths = sorted(Path(folder).iterdir(), key=lambda path: int(path.stem))
         return Ended(ended.returncode, ended.stdout, [json.loads(path.read_text()) for path in paths])
 

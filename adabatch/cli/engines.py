@@ -131,6 +131,9 @@ def _deepspeed(
     from adabatch.integrations.deepspeed import attach
     from adabatch.integrations.deepspeed_checkpoints import DeepSpeedCheckpoints
 
+    # On a CPU DeepSpeed starts by compiling an operator that only inference uses: a minute and a half, under a lock for
+    # which all others wait for good if this process is killed meanwhile.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not any(key in settings for key in BATCH_KEYS):
         settings["train_micro_batch_size_per_gpu"] = micro_batch_size
     engine = deepspeed.initialize(model=model, optimizer=make_optimizer(model.parameters()), config=settings)[0]

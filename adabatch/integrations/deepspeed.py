@@ -201,6 +201,8 @@ def _refusals(engine: Any) -> dict[str, bool]:
         "ZeRO 0 without managed accumulation reduces and clips (or casts) the gradient in one go; use ZeRO 1, or "
         "gradient_clipping 0 and float32, or leave managed_gradient_accumulation out": late
         and (half or engine.gradient_clipping() > 0),
+        "ZeRO 0 in float16 divides its gradients by a loss scale that no loss was multiplied by (DeepSpeed 0.19.8); "
+        "use ZeRO 1": stage == 0 and engine.fp16_enabled(),
         "ZeRO 0 with torch_autocast in float16 unscales gradients in place; use ZeRO 1": bool(
             getattr(engine, "torch_autocast_z0_gradscaler", None)
         ),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launched import run_whole
 from loops import lines
 from mpi import mpich
 from slurm import cluster
@@ -37,14 +38,9 @@ def environment(**variables: str) -> dict[str, str]:
 def launch(script: str, out: Path, **variables: str) -> tuple[list[dict[str, Any]], str]:
     """The journal of a run, and what its script said."""
     command = [str(ROOT / "launch" / script), *options(out)]
-    try:
-        ended = subprocess.run(
-            command, env=environment(**variables), cwd="/", capture_output=True, text=True, timeout=60
-        )
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"{script} did not end within 60 s on this machine")
-    assert ended.returncode == 0, f"{ended.stdout[-3000:]}\n{ended.stderr[-6000:]}"
-    return lines(out / "journal.jsonl"), ended.stderr
+    ended = run_whole(command, environment=environment(**variables), cwd=Path("/"), timeout=200)
+    assert ended.returncode == 0, ended.stdout[-9000:]
+    return lines(out / "journal.jsonl"), ended.stdout
 
 
 def free_port() -> str:
