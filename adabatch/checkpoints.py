@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,13 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.batch.plan import Duration, Progress
+from adabatch.batch.plan import Duration
 from adabatch.description import Difference, differences, refuse
 from adabatch.run_state import RunState, Stateful, Taken
 from adabatch.runtime.background import Background
 from adabatch.runtime.checkpoint import CheckpointError, abandon, begin, finish, place_of
 from adabatch.runtime.intact import newest_intact
 from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.save_times import SaveTimes
 
 _log = logging.getLogger("adabatch")
 
@@ -99,7 +99,7 @@ class Checkpoints:
         keep: int = 3,
         background: bool = True,
     ) -> None:
-        _check_intervals(every, every_seconds, batches)
+        self._times = SaveTimes(batches, every=every, every_seconds=every_seconds)
         if keep < 1:
             raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
         # They are loaded in this order: the place in the data refuses other data before anything is changed, and the
@@ -117,16 +117,10 @@ class Checkpoints:
         self._folder = Path(folder)
         self._batches = batches
         self._scaled = scaler is not None
-        self._every = every
         self._keep = keep
         self._background = Background() if background else None
         self._damaged: set[Path] = set()
-        self._saved: Progress | None = None  # what was consumed when the run was last saved or loaded
-        self._counted_from = Progress() if batches is None else batches.consumed
-        self._every_seconds = every_seconds
-        self._saved_at = time.monotonic()
-        if batches is not None and every_seconds is not None:
-            batches.agreement.listen(self._overdue if self._ranks.rank == 0 else None)
+        self._times.listen(first=self._ranks.rank == 0)
 
     def step(self, *, now: bool = False) -> bool:
         """Saves where a checkpoint is due; call it at the end of a step, after ``optimizer.step()``.
@@ -141,13 +135,7 @@ class Checkpoints:
             ValueError: without ``batches``, which say what was consumed.
             CheckpointError: as ``save`` does.
         """
-        if self._batches is None:
-            raise ValueError("step() counts by the AdaptiveBatch: pass batches=, or call save() where it suits you")
-        consumed, due = self._batches.consumed, self._batches.agreement.save
-        if self._every is not None:
-            unit = self._every.unit
-            due = due or consumed.count(unit) - self._counted_from.count(unit) >= self._every.count
-        if consumed == self._saved or not (due or now):
+        if not self._times.due(now=now):
             return False
         self.save()
         return True
@@ -175,9 +163,7 @@ class Checkpoints:
             self._raise_together(_failure_of(self._write, taken, place))
         elif taken is not None:
             self._background.run(lambda: self._write(taken, place), name="adabatch checkpoint")
-        self._saved_at = time.monotonic()
-        if self._batches is not None:
-            self._saved = self._counted_from = self._batches.consumed
+        self._times.saved()
 
     def load(self) -> Loaded | None:
         """Goes on from the newest intact checkpoint, the same on all ranks; None where there is none at all.
@@ -203,8 +189,7 @@ class Checkpoints:
             failure = CheckpointError(f"the checkpoint {found.path} could not be loaded by another rank")
         if failure is not None:
             raise failure
-        if self._batches is not None:
-            self._saved = self._counted_from = self._batches.consumed
+        self._times.loaded()
         # The order takes over the saved seed: what this run was given is said before.
         now = {**self._run.describe(), **({"data": now["data"]} if "data" in now else {})}
         return Loaded(found.path, differences(saved, now), tuple(found.damaged.values()))
@@ -237,9 +222,6 @@ class Checkpoints:
             error.add_note(f"a checkpoint could not be written to {self._folder}: {failure}")
 
     # --- private ----------------------------------------------------------------------------------------------------
-
-    def _overdue(self) -> bool:
-        return self._every_seconds is not None and time.monotonic() - self._saved_at >= self._every_seconds
 
     def _waited(self) -> Exception | None:
         return None if self._background is None else self._background.wait()
@@ -306,17 +288,3 @@ def _failure_of(action: Any, *arguments: Any) -> Exception | None:
     except Exception as error:
         return error
     return None
-
-
-def _check_intervals(every: Duration | None, every_seconds: float | None, batches: AdaptiveBatch | None) -> None:
-    if every is not None:
-        if not isinstance(every, Duration):
-            raise TypeError(f"every must be a duration, such as adabatch.examples({every!r}), got {every!r}")
-        if every.count < 1:
-            raise ValueError(f"every must be 1 at least, got {every}")
-        if batches is not None:
-            batches.consumed.count(every.unit)  # a unit that is not counted fails here
-    if every_seconds is not None and not every_seconds > 0:
-        raise ValueError(f"every_seconds must be positive, got {every_seconds}")
-    if batches is None and (every is not None or every_seconds is not None):
-        raise ValueError("every= and every_seconds= are counted by the AdaptiveBatch: pass batches= too")

@@ -201,7 +201,7 @@ def test_checkpoints_come_at_their_interval_and_a_step_is_saved_once(tmp_path: P
 
 def test_time_between_checkpoints_counts_from_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("adabatch.checkpoints.time.monotonic", lambda: now)
+    monkeypatch.setattr("adabatch.save_times.time.monotonic", lambda: now)
     run = made(tmp_path)
     saved = []
     with Checkpoints(tmp_path / "saved", **run.parts(), every_seconds=10, background=False) as checkpoints:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,11 +10,12 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-untyped]
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.batch.plan import Duration, Progress
+from adabatch.batch.plan import Duration
 from adabatch.checkpoints import Loaded
 from adabatch.run_state import Stateful
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.random_state import random_state, restore_random_state
+from adabatch.save_times import SaveTimes
 
 KEY = "adabatch"
 """Where in ``client_state`` our parts are."""
@@ -42,7 +42,8 @@ class DeepSpeedCheckpoints:
         keep: how many checkpoints stay.
 
     Raises:
-        ValueError: ``keep`` below 1.
+        ValueError: ``keep`` below 1, or an interval of no length.
+        TypeError: an interval without a unit.
     """
 
     def __init__(
@@ -65,14 +66,9 @@ class DeepSpeedCheckpoints:
         self._engine = engine
         self._batches = batches
         self._ranks = workers_of(None, device=engine.device)
-        self._every = every
-        self._every_seconds = every_seconds
         self._keep = keep
-        self._saved: Progress | None = None
-        self._counted_from = batches.consumed
-        self._saved_at = time.monotonic()
-        if every_seconds is not None:
-            batches.agreement.listen(self._overdue if self._ranks.rank == 0 else None)
+        self._times = SaveTimes(batches, every=every, every_seconds=every_seconds)
+        self._times.listen(first=self._ranks.rank == 0)
 
     def step(self, *, now: bool = False) -> bool:
         """Saves where a checkpoint is due; call it on all ranks at the end of a step, after ``engine.step()``.
@@ -83,11 +79,7 @@ class DeepSpeedCheckpoints:
         Returns:
             Whether it saved.
         """
-        consumed, due = self._batches.consumed, self._batches.agreement.save
-        if self._every is not None:
-            unit = self._every.unit
-            due = due or consumed.count(unit) - self._counted_from.count(unit) >= self._every.count
-        if consumed == self._saved or not (due or now):
+        if not self._times.due(now=now):
             return False
         self.save()
         return True
@@ -104,8 +96,7 @@ class DeepSpeedCheckpoints:
         if self._ranks.rank == 0:
             for old in sorted(self._folder.glob("step*"))[: -self._keep]:
                 shutil.rmtree(old)
-        self._saved = self._counted_from = self._batches.consumed
-        self._saved_at = time.monotonic()
+        self._times.saved()
 
     def load(self) -> Loaded | None:
         """Goes on from the checkpoint that DeepSpeed calls its latest; None where there is none.
@@ -128,7 +119,7 @@ class DeepSpeedCheckpoints:
         restore_random_state(state["random"], self._ranks.rank, self._engine.device)
         if self._ranks.rank == 0:
             self._batches.journal.cut(self._batches.consumed.examples)
-        self._saved = self._counted_from = self._batches.consumed
+        self._times.loaded()
         return Loaded(Path(path).parent, (), ())
 
     def __enter__(self) -> Self:
@@ -139,6 +130,3 @@ class DeepSpeedCheckpoints:
         """All ranks have what they saved."""
         if error[0] is None and dist.is_initialized():
             dist.barrier()
-
-    def _overdue(self) -> bool:
-        return self._every_seconds is not None and time.monotonic() - self._saved_at >= self._every_seconds
