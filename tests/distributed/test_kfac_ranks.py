@@ -94,6 +94,20 @@ def test_two_ranks_equal_one_process(tmp_path: Path, wrap: str) -> None:
         assert any(second for _, second in owners)
 
 
+def unobserved(rank: int) -> str:
+    wrapped = DistributedDataParallel(made({}))
+    optimizer = KFAC(wrapped.parameters(), wrapped, **across_ranks(wrapped))
+    wrapped(torch.zeros(4, 2, dtype=torch.int64)).sum().backward()
+    with pytest.raises(RuntimeError, match="K-FAC has not observed anything yet") as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_ranks_that_observed_nothing_say_so_together(tmp_path: Path) -> None:
+    first, second = run_ranks(unobserved, 2, tmp_path)
+    assert first == second
+
+
 def test_layers_are_dealt_out_by_cost() -> None:
     owners = dealt_out({"a": 10, "b": 9, "c": 8, "d": 1, "e": 1}, 3)
     assert owners == {"a": 0, "b": 1, "c": 2, "d": 2, "e": 1}

@@ -109,8 +109,8 @@ def average_in(layer: WatchedLayer, seen: LayerSums, *, num_examples: float, sha
     """Takes one observation into a layer's averages; one that is not finite is left out and counted.
 
     The averages begin at the first observation, and are not corrected for that: curvature falls fast at first, and what
-    is remembered of its beginning keeps the early steps short. With corrected averages training on MNIST diverged at
-    half the learning rate.
+    is remembered of its beginning keeps the early steps short. On MNIST at width 256 corrected averages diverged at a
+    learning rate of 1/8, three seeds of three, where these train.
     """
     assert seen.input_sum is not None
     assert seen.output_sum is not None

@@ -72,11 +72,6 @@ class Capture:
             self._noted.append(Noted(self._layers[module].name, args[0].detach(), get_gradient_edge(output)))
 
     @property
-    def observed(self) -> bool:
-        """Whether anything was observed since the last step."""
-        return self._sums.num_examples > 0
-
-    @property
     def noted(self) -> bool:
         """Whether a forward has been noted and not observed yet."""
         return bool(self._noted)

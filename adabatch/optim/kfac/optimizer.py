@@ -239,7 +239,8 @@ class KFAC(Optimizer):
                 loss = closure()
         self._check_parameters()
         check_ratios(self)
-        if self.due and self._average() and self._wants_refresh():
+        before = self._clock.last_batch
+        if self.due and self._average() and self._wants_refresh(before):
             self.refresh()
         self._clock.steps += 1
         directions = dict(self._directions())
@@ -351,6 +352,11 @@ class KFAC(Optimizer):
         if self._reduce is not None and self._layers:
             sums = averages.unpack(self._reduce(averages.pack(self._layers, sums)), self._layers)
         if sums.num_examples == 0:
+            if self._clock.refreshes == 0:  # on all ranks: their sums were added up
+                raise RuntimeError(
+                    "K-FAC has not observed anything yet: call optimizer.observe(outputs) after the model's forward "
+                    "and before the backward"
+                )
             return False
         share = averages.share_of(sums.num_examples, memory=self._memory)
         for layer in self._layers:
@@ -362,11 +368,12 @@ class KFAC(Optimizer):
             else:
                 averages.average_in(layer, seen, num_examples=sums.num_examples, share=share)
         self._clock.since_refresh += sums.num_examples
-        self._batch_before, self._clock.last_batch = self._clock.last_batch, sums.num_examples
+        self._clock.last_batch = sums.num_examples
         return True
 
-    def _wants_refresh(self) -> bool:
-        before, now = self._batch_before, self._clock.last_batch
+    def _wants_refresh(self, before: float) -> bool:
+        """Whether the inverses are due, after a batch of so many examples ``before`` this one."""
+        now = self._clock.last_batch
         early = self._clock.refreshes < self._warmup_refreshes
         changed = before > 0 and abs(now - before) > BATCH_CHANGE * before
         return early or changed or self._clock.since_refresh >= self._refresh
@@ -449,11 +456,6 @@ class KFAC(Optimizer):
                     "the optimizer's parameters were replaced by others, in which no layer's matrix can be found. "
                     "DeepSpeed flattens them from ZeRO 1 on: use K-FAC with ZeRO 0, DDP or FSDP2"
                 )
-        if self._clock.refreshes == 0 and self.due and not self._capture.observed and self._reduce is None:
-            raise RuntimeError(
-                "K-FAC has not observed anything yet: call optimizer.observe(outputs) after the model's forward and "
-                "before the backward"
-            )
 
 
 def _dtype(block: Block) -> torch.dtype:
