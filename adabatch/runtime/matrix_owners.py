@@ -7,7 +7,7 @@ the ranks' costs are as equal as they can be.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +17,12 @@ from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.sharding import is_sharded
 
 
-class MatrixOwner(Protocol):
-    """How what an owner computed reaches the other ranks; what ``optim.KFAC`` takes as ``owner``."""
-
-    def deal(self, costs: Mapping[str, float]) -> None:
-        """Gives each layer an owner, by what its inverses cost."""
-        ...
-
-    def owns(self, layer: str) -> bool:
-        """Whether this rank inverts the factors of the layer."""
-        ...
-
-    def share(self, layer: str, roots: Sequence[Tensor]) -> None:
-        """Overwrites ``roots`` by the owner's."""
-        ...
-
-    def gather(self, layer: str, grad: Tensor) -> Tensor | None:
-        """The whole gradient where it is preconditioned, None elsewhere."""
-        ...
-
-    def scatter(self, layer: str, direction: Tensor | None, grad: Tensor) -> Tensor:
-        """This rank's part of the direction, laid out as ``grad`` is."""
-        ...
-
-
 class AcrossRanks(TypedDict):
     """The arguments of a second-order optimizer that know of ranks."""
 
     rank: int
     reduce: Callable[[Tensor], Tensor] | None
-    owner: MatrixOwner | None
+    owner: ReplicatedMatrices | ShardedMatrices | None
 
 
 def across_ranks(model: nn.Module) -> AcrossRanks:
