@@ -40,7 +40,7 @@ JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
-SchedulerParameters=bf_interval=1
+SchedulerParameters=bf_interval=1,sched_interval=2
 KillWait=5
 MinJobAge=600
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -159,6 +160,17 @@ def connected(world: World, *, device: torch.device, timeout: timedelta = timede
         raise
     finally:
         dist.destroy_process_group()
+    _end_threads_of_the_group()
+
+
+def _end_threads_of_the_group() -> None:
+    """Joins the threads of a destroyed gloo group, whose models and loops are garbage by now.
+
+    Such a thread frees the tensors of the last collective, for which it needs the interpreter: if it comes to that
+    while the interpreter ends, it aborts the process (status -6) after all its work was done. The group ends its
+    threads when nothing refers to it any more, and what it was given to does so in cycles.
+    """
+    gc.collect()
 
 
 def _suited_backend(device: torch.device, launcher: str) -> str:

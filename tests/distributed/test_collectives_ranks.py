@@ -6,6 +6,7 @@ import math
 import os
 import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,22 @@ def interrupted(rank: int, port: int) -> bool:
         return dist.is_initialized()
 
 
+def threads_of_gloo() -> int:
+    """How many this process has (on Linux)."""
+    return sum("gloo" in name.read_text() for name in Path("/proc/self/task").glob("*/comm"))
+
+
+def referred_to(rank: int, port: int) -> tuple[int, int]:
+    """Threads of a group within its block and after it, where a cycle of garbage still refers to the group."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    with connected(World.from_environment(), device=torch.device("cpu")):
+        cycle: list[Any] = [dist.group.WORLD, DistributedDataParallel(network())]
+        cycle.append(cycle)
+        del cycle
+        within = threads_of_gloo()
+    return within, threads_of_gloo()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -114,3 +131,11 @@ def test_processes_connect_for_a_block(tmp_path):
     results = run_ranks(launched, 2, tmp_path, free_port(), connect=False)
     assert results == [(0, 2, 3.0, False), (1, 2, 3.0, False)]
     assert run_ranks(interrupted, 2, tmp_path, free_port(), connect=False) == [False, False]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_a_group_ends_its_threads_with_its_block(tmp_path: Path):
+    """A thread that is left when the interpreter ends may abort the process."""
+    for within, after in run_ranks(referred_to, 2, tmp_path, free_port(), connect=False):
+        assert within > 0
+        assert after == 0

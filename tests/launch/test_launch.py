@@ -132,7 +132,8 @@ def test_a_slurm_job_is_told_saves_and_goes_on(mode: str, by_torchrun: list[dict
         await_that(lambda: is_in("PENDING", "COMPLETED", "FAILED"), 90, account)
         assert is_in("PENDING"), account()
         assert not reached(len(by_torchrun)), "the job was over before it was told"
-        run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm lets a requeued job wait for two minutes
+        # Slurm lets a requeued job wait for two minutes; a node refuses one that comes back within a second as killed.
+        run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
         await_that(lambda: is_in("COMPLETED", "FAILED"), 200, account)
         said = log.read_text()
     assert f"(restart 0), {CONFIG}" in said
