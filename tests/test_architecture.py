@@ -27,6 +27,7 @@ LAYERS = {
     "adabatch.runtime": 2,
     "adabatch.optim": 2,
     # the modules beside adaptive.py: SHELL; then the package's own face, adabatch/__init__.py
+    "adabatch.verification": SHELL,
     "adabatch": 4,
     "adabatch.integrations": 5,
     "adabatch.report": 5,

@@ -368,7 +368,7 @@ def test_settings_are_checked(options: dict[str, Any], match: str) -> None:
 
 
 def test_the_page_runs_as_it_stands(capsys: Any) -> None:
-    page = (Path(__file__).parent.parent / "docs" / "verify.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "verify.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(compile(block, "verify.md", "exec"), {})
     said = capsys.readouterr().out.splitlines()
