@@ -1,0 +1,37 @@
+"""All checks, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from adabatch.verification.constant import constant_policy
+from adabatch.verification.drifting import drift
+from adabatch.verification.probing import probe_agrees
+from adabatch.verification.resuming import resume
+from adabatch.verification.timing import cost
+from adabatch.verification.training import Check, Make
+
+
+def all_checks(make: Make, *, num_steps: int = 20, max_cost: float | None = None) -> Iterator[Check]:
+    """The checks of this package one after the other, the cheapest first.
+
+    Args:
+        make: builds a training anew.
+        num_steps: steps beside the hand-written loop, and pairs of steps whose time is compared.
+        max_cost: largest time of a probed step over one without; None reports it only.
+
+    Raises:
+        ValueError: something that cannot be checked, see each check; or fewer than 4 steps.
+    """
+    if num_steps < 4:
+        raise ValueError(f"the checks need at least 4 steps, got {num_steps}")
+    if max_cost is not None and not max_cost > 0:
+        raise ValueError(f"max_cost must be positive (1.05 allows 5 % more time), got {max_cost}")
+    yield drift(make)
+    yield probe_agrees(make)
+    yield constant_policy(make, num_steps=num_steps)
+    yield resume(make)
+    yield cost(make, num_pairs=num_steps, max_cost=max_cost)
+
+
+# --- the checks -----------------------------------------------------------------------------------------------------

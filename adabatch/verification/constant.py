@@ -1,0 +1,61 @@
+"""Whether a constant policy changes anything about a loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from adabatch.batch.schedules import Constant
+from adabatch.runtime.collectives import Collectives
+from adabatch.verification.comparing import digest_of, largest_difference, state_of
+from adabatch.verification.running import Part, adaptive, again, begin, size_of, steps_of, unreduced, update
+from adabatch.verification.training import Check, Make, Training
+
+UNEVEN_ACCUMULATION = 3
+"""Micro-batches a rank where the bits of the weighting count: a third is not a number of float32, a quarter is."""
+
+
+def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
+    """Whether training around ``AdaptiveBatch`` with a constant batch is a hand-written loop, to the bit.
+
+    It measures the largest difference in weights, buffers or optimizer state on any rank. The loop is plain gradient
+    accumulation over the same micro-batches with the same random numbers. The probe is on: it changes nothing either.
+
+    Raises:
+        ValueError: a data set smaller than the step, or a ``make`` that does not give the same weights again.
+    """
+    training, ranks = begin(make)
+    start = digest_of(training.model)
+    batches = adaptive(training, Constant(size_of(training, ranks, UNEVEN_ACCUMULATION)), probed=True)
+    seen: list[list[Part]] = []
+    for _, parts in steps_of(training, batches, num_steps):
+        seen.append(parts)
+        update(training)
+    batches.remove()
+    by_hand = again(make, training, start, ranks)
+    _by_hand(by_hand, seen, ranks)
+    difference = largest_difference(state_of(training), state_of(by_hand), ranks)
+    passed = difference == 0
+    text = f"{num_steps} steps equal to a hand-written loop to the bit"
+    if not passed:
+        text = f"{num_steps} steps differ from a hand-written loop by {difference:.2g}"
+        once_more = again(make, training, start, ranks)
+        _by_hand(once_more, seen, ranks)
+        spread = largest_difference(state_of(once_more), state_of(by_hand), ranks)
+        if spread:
+            text += f"; but two hand-written loops differ by {spread:.2g}: see torch.use_deterministic_algorithms"
+    return Check("constant policy", passed, difference, 0.0, text)
+
+
+def _by_hand(training: Training, seen: Sequence[Sequence[Part]], ranks: Collectives) -> None:
+    """Gradient accumulation as a person writes it, without this library."""
+    for parts in seen:
+        (total,) = ranks.sum_of(sum(part.weight for part in parts))
+        for part in parts:
+            part.randomness.restore()
+            with nullcontext() if part is parts[-1] else unreduced(training.model):
+                loss = training.loss(training.model, part.batch)
+                weight = part.weight * ranks.size  # DDP takes the mean over the ranks, and total is a sum
+                whole, rest = divmod(total, weight)
+                (loss * (weight / total) if rest else loss / whole).backward()  # type: ignore[no-untyped-call]
+        update(training)

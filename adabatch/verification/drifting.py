@@ -1,0 +1,83 @@
+"""Whether the ranks stay together while the batch changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+
+from adabatch.batch.plan import steps
+from adabatch.batch.schedules import Stage, Stages
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.sharding import is_sharded
+from adabatch.verification.comparing import digest_of
+from adabatch.verification.running import ACCUMULATION, adaptive, begin, size_of, steps_of, update
+from adabatch.verification.training import Check, Make
+
+STEPS_BEFORE_CHANGE = 3
+STEPS_AFTER_CHANGE = 4
+
+
+def drift(make: Make) -> Check:
+    """Whether all ranks hold the same parameters, to the bit, after the accumulation went from 1 to 4 at step 4.
+
+    It measures the ranks that differ from the others. Also checked: that every rank made the steps that were planned.
+    Sharded parameters are held once, so of those only the steps are compared.
+
+    Raises:
+        ValueError: a data set smaller than the largest step, or a loader whose pass ends within the check.
+    """
+    training, ranks = begin(make)
+    small, large = size_of(training, ranks, 1), size_of(training, ranks, ACCUMULATION)
+    schedule = Stages(small, [Stage(steps(STEPS_BEFORE_CHANGE), large)])
+    differed_before = _odd_ranks(training.model, ranks)
+    # One micro-batch on one rank has no spread to measure.
+    batches = adaptive(training, schedule, probed=ranks.size > 1)
+    total = STEPS_BEFORE_CHANGE + STEPS_AFTER_CHANGE
+    made: list[int] = []
+    for step, parts in steps_of(training, batches, total):
+        if len(parts) < step.plan.accumulation_steps:
+            raise ValueError(
+                f"the loader's pass ended in step {len(made) + 1} of {total}, so its size was not the planned one: "
+                f"give a loader of at least "
+                f"{STEPS_BEFORE_CHANGE + STEPS_AFTER_CHANGE * ACCUMULATION} micro-batches a rank, or a GlobalOrder"
+            )
+        made.append(len(parts))
+        update(training)
+    applied = batches.progress.steps
+    batches.remove()
+    odd = _odd_ranks(training.model, ranks)
+    planned = [1] * STEPS_BEFORE_CHANGE + [ACCUMULATION] * STEPS_AFTER_CHANGE
+    together = ranks.agree((made, applied, batches.state_dict()))
+    (as_planned,) = ranks.minimum_of(made == planned and applied == total)
+    measured = float(len(odd))
+    if differed_before:
+        text = f"{_named(differed_before)} differed from the others before the first step"
+    elif odd:
+        text = f"{_named(odd)} drifted from the others in {total} steps, over a change from 1 to {ACCUMULATION}"
+    elif not together:
+        text = "the ranks made different steps or hold different plans"
+    elif not as_planned:
+        text = f"micro-batches {made} in {applied} updates, but {planned} in {total} were planned"
+    elif ranks.size == 1:
+        text = f"{total} steps as planned; one rank has none to drift from"
+    elif is_sharded(training.model):
+        text = f"{total} steps as planned on {ranks.size} ranks; each holds its own shard of the parameters"
+    else:
+        text = f"{ranks.size} ranks equal to the bit after {total} steps, over a change from 1 to {ACCUMULATION}"
+    return Check("drift", not odd and not differed_before and together and bool(as_planned), measured, 0.0, text)
+
+
+def _odd_ranks(model: nn.Module, ranks: Collectives) -> list[int]:
+    """The ranks whose parameters are not those of most; of two, the second."""
+    if is_sharded(model):
+        return []
+    mine = [digest_of(model) if rank == ranks.rank else 0 for rank in range(ranks.size)]
+    digests = ranks.sum_of(*mine)  # exact: 48 bits, and zeros
+    (usual, _), *_ = Counter(digests).most_common()  # of equally many, the first
+    return [rank for rank, digest in enumerate(digests) if digest != usual]
+
+
+def _named(odd: Sequence[int]) -> str:
+    return f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}"

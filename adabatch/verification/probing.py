@@ -1,0 +1,163 @@
+"""Whether the probe measures what gradients computed part by part give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adabatch.batch.moments import EXAMPLES, GradientMoments
+from adabatch.batch.schedules import Constant
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.sharding import is_sharded, own_piece
+from adabatch.verification.comparing import largest_of
+from adabatch.verification.running import (
+    ACCUMULATION,
+    Part,
+    Randomness,
+    adaptive,
+    begin,
+    size_of,
+    steps_of,
+    unreduced,
+    update,
+)
+from adabatch.verification.training import Check, Make, Training
+
+PROBED_STEPS = 3
+
+PROBE_TOLERANCE = 1e-4
+"""Relative, for float32: sums of a million float32 squares in another order differ by 1e-6 to 1e-5."""
+
+ROUNDINGS = 4
+"""Roundings of the coarsest parameter type that a probe may be off by, where those are more than the tolerance."""
+
+
+def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
+    """Whether the probe's moments are those of gradients computed part by part, in backward passes of their own.
+
+    It measures the largest relative error of any of the moments in three steps, each with the weights and the random
+    numbers (dropout) of the step itself. The gradients are added up in float64: twice to four times the memory of the
+    gradient. With FSDP2 every rank runs every part, weighted by zero but for one rank.
+
+    Args:
+        make: builds a training anew.
+        allowed: largest relative error; by default 1e-4, or 4 roundings of the coarsest type among the parameters.
+
+    Raises:
+        ValueError: a data set smaller than the step, or a probe whose parts are single examples.
+    """
+    training, ranks = begin(make)
+    if training.probe is not None and EXAMPLES in training.probe.gives:
+        raise ValueError(
+            f"the parts of {type(training.probe).__name__} are single examples, and this check takes micro-batches "
+            f"apart: check with another probe, or with none for the one that suits the model"
+        )
+    parameters = _trained(training)
+    if allowed is None:
+        allowed = max(PROBE_TOLERANCE, ROUNDINGS * max(torch.finfo(p.dtype).eps for p in parameters))
+    batches = adaptive(training, Constant(size_of(training, ranks, ACCUMULATION)), probed=True)
+    by_parts = _sharded_moments if is_sharded(training.model) else _local_moments
+    worst, worst_name = 0.0, "grad_sq"
+    num_parts = 0
+    for step, parts in steps_of(training, batches, PROBED_STEPS):
+        assert step.moments is not None
+        after = Randomness.now(parameters[0].device)
+        gradient = [p.grad for p in parameters]
+        expected = by_parts(training, parts, parameters, ranks)
+        for parameter, grad in zip(parameters, gradient, strict=True):
+            parameter.grad = grad
+        after.restore()
+        for name in ("part_sq", "grad_sq", "part_size", "num_examples", "num_parts"):
+            error = _relative_error(getattr(step.moments, name), getattr(expected, name))
+            if not error <= worst:
+                worst, worst_name = error, name
+        num_parts = expected.num_parts
+        update(training)
+    batches.remove()
+    worst = largest_of(worst, ranks)
+    passed = worst <= allowed
+    text = (
+        f"moments of {PROBED_STEPS} steps of {num_parts} parts as computed part by part"
+        if passed
+        else f"{worst_name} is off by {worst:.2g} of what gradients computed part by part give"
+    )
+    return Check("probe", passed, worst, allowed, text)
+
+
+def _trained(training: Training) -> list[Tensor]:
+    """The model's parameters that the optimizer trains."""
+    held = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+    return [p for p in training.model.parameters() if p.requires_grad and id(p) in held]
+
+
+def _gradient(training: Training, part: Part, parameters: Sequence[Tensor], factor: float = 1.0) -> list[Tensor]:
+    """What one backward leaves in each parameter, this rank's piece in float64, shape (n,)."""
+    for parameter in training.model.parameters():
+        parameter.grad = None
+    part.randomness.restore()
+    (training.loss(training.model, part.batch) * factor).backward()  # type: ignore[no-untyped-call]
+    return [_flat(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
+
+
+def _flat(grad: Tensor) -> Tensor:
+    piece = own_piece(grad.detach())[0]
+    dense = piece.to_dense() if piece.is_sparse else piece
+    real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+    return real.double().reshape(-1)
+
+
+def _local_moments(
+    training: Training, parts: Sequence[Part], parameters: Sequence[Tensor], ranks: Collectives
+) -> GradientMoments:
+    """Each rank takes its own parts, and the ranks add up gradients; plain models and DDP."""
+    total, num_examples = ranks.sum_of(sum(part.weight for part in parts), sum(part.size for part in parts))
+    mean: Tensor | None = None
+    part_sq = 0.0
+    for part in parts:
+        with unreduced(training.model):
+            grad = torch.cat(_gradient(training, part, parameters))
+        weight = part.weight / total
+        mean = weight * grad if mean is None else mean.add_(grad, alpha=weight)
+        part_sq += weight * float(grad.square().sum())
+    assert mean is not None
+    (part_sq,) = ranks.sum_of(part_sq)
+    return _moments_of(part_sq, float(ranks.sum(mean).square().sum()), num_examples, len(parts) * ranks.size)
+
+
+def _sharded_moments(
+    training: Training, parts: Sequence[Part], parameters: Sequence[Tensor], ranks: Collectives
+) -> GradientMoments:
+    """Every rank runs a pass for each part of each rank, weighted by zero on all but one; FSDP2."""
+    holders = [own_piece(p.detach())[1] for p in parameters]
+    (num_examples,) = ranks.sum_of(sum(part.size for part in parts))
+    table = ranks.sum_of(*(p.weight if rank == ranks.rank else 0 for rank in range(ranks.size) for p in parts))
+    mean: list[Tensor] | None = None
+    part_sq = 0.0
+    for index, weight in enumerate(table):
+        owner, number = divmod(index, len(parts))
+        # The reduction takes the mean over the ranks; all but one give zero.
+        grads = _gradient(training, parts[number], parameters, float(ranks.size) if owner == ranks.rank else 0.0)
+        weight /= sum(table)
+        part_sq += weight * sum(float(g.square().sum()) / held for g, held in zip(grads, holders, strict=True))
+        weighted = [weight * grad for grad in grads]
+        mean = weighted if mean is None else [m.add_(g) for m, g in zip(mean, weighted, strict=True)]
+    assert mean is not None
+    own_sq = sum(float(m.square().sum()) / held for m, held in zip(mean, holders, strict=True))
+    part_sq, grad_sq = ranks.sum_of(part_sq, own_sq)
+    return _moments_of(part_sq, grad_sq, num_examples, len(table))
+
+
+def _moments_of(part_sq: float, grad_sq: float, num_examples: float, num_parts: int) -> GradientMoments:
+    """Each part counts for as many examples as it weighs, so their harmonic mean by weight is the plain mean."""
+    return GradientMoments(part_sq, num_examples / num_parts, grad_sq, num_examples, num_parts)
+
+
+def _relative_error(found: float, expected: float) -> float:
+    """Infinite where either is not a number."""
+    error = abs(found - expected)
+    if error == 0:
+        return 0.0
+    return error / max(abs(found), abs(expected)) if math.isfinite(error) else math.inf

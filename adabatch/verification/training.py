@@ -1,0 +1,60 @@
+"""What is checked, and what a check says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adabatch.runtime.data import GlobalOrder, num_examples_in
+from adabatch.runtime.probes.protocol import Probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a run consists of, before ``AdaptiveBatch`` is put around it.
+
+    Args:
+        model: as it is trained: plain, in ``DistributedDataParallel`` or sharded by ``fully_shard``.
+        optimizer: over its parameters.
+        loader: a ``GlobalOrder``, or any iterable of micro-batches that can be passed over again.
+        loss: (model, micro-batch) -> mean loss over its examples, shape ().
+        micro_batch_size: examples in one forward and backward on one rank.
+        probe: to be checked; by default the one that suits the model.
+        count: examples in a micro-batch.
+        weigh: what a micro-batch counts for in the gradient, where not for its examples; see ``AdaptiveBatch.steps``.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    loader: GlobalOrder | Iterable[Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+    micro_batch_size: int
+    probe: Probe | None = None
+    count: Callable[[Any], int] = num_examples_in
+    weigh: Callable[[Any], float] | None = None
+
+
+Make = Callable[[], Training]
+"""Builds a training anew: another model and optimizer, the same weights, the same data from its beginning."""
+
+
+class Check(NamedTuple):
+    """What a check found; the same on all ranks.
+
+    Args:
+        name: of the check.
+        passed: whether what was measured is allowed.
+        measured: the number that decides; its meaning is in the explanation.
+        allowed: the largest that passes; None where the number is only reported.
+        explanation: a sentence.
+    """
+
+    name: str
+    passed: bool
+    measured: float
+    allowed: float | None
+    explanation: str
