@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 import adabatch
-from adabatch import AdaptiveBatch, Control, GlobalOrder, Limits, NormTest
+from adabatch import AdaptiveBatch, Control, CoordinateNormTest, GlobalOrder, Limits, NoiseScale, NormTest
+from adabatch.batch.criteria import Criterion
 
 pytestmark = pytest.mark.distributed
 
@@ -33,6 +34,10 @@ if find_spec("deepspeed") is None:  # an import would change the environment of 
     pytest.skip("needs DeepSpeed", allow_module_level=True)
 
 STAGES = (0, 1, 2, 3)
+COORDINATE_CRITERIA: dict[str, Criterion] = {
+    "sign": NoiseScale(norm="sign"),
+    "coordinates": CoordinateNormTest(eta=0.7, quantile=0.5),
+}
 SGD_OF = partial(SGD, lr=LR)
 ADAM_OF = partial(AdamW, lr=0.01)
 
@@ -63,6 +68,11 @@ def ladder() -> dict[str, Any]:
             jumped = rung(stage, JUMP, len(WINDOWS), managed=managed)
             found["jump"][f"ZeRO {stage}, {'managed' if managed else 'ours'}"] = jumped
     return found
+
+
+def by_coordinates() -> dict[str, Any]:
+    """ZeRO 0 has the step's gradient itself, so criteria can look at its coordinates."""
+    return {name: rung(0, BY_MICRO_BATCH | {"criterion": each}, 60) for name, each in COORDINATE_CRITERIA.items()}
 
 
 def run(engine: Any, batches: AdaptiveBatch, num_steps: int, *, spoil: int | None = None, order: Any = None) -> None:
@@ -230,6 +240,8 @@ def refused() -> dict[str, str]:
     note("probe", lambda: sgd(1), probe=object())
     note("l1", lambda: sgd(2), record_l1=True)
     note("layers", lambda: sgd(2), per_layer="module")
+    for name, criterion in COORDINATE_CRITERIA.items():
+        note(name, lambda: sgd(1), criterion=criterion)
     note("betas", lambda: engine_of(0, Custom), follow=("betas",))
     note("float16", lambda: sgd(0, fp16={"enabled": True}))  # after precision(), which lets a CPU have it
     note("whole gradients", lambda: engine_of(1, adabatch.AdaGradNorm))
@@ -267,6 +279,7 @@ def everything(folder: str) -> dict[str, Any]:
     connect()
     found = {
         "ladder": ladder(),
+        "by coordinates": by_coordinates(),
         "groups": groups(place),
         "precision": precision(place),
         "not finite": not_finite(place),
@@ -293,7 +306,8 @@ def references(rank: int) -> dict[str, Any]:
     return {
         name: climb_with(DistributedDataParallel(network()), run, num_steps=num_steps)
         for name, run, num_steps in (
-            ("micro-batch", BY_MICRO_BATCH, 200), ("accumulation", BY_ACCUMULATION, 80), ("jump", JUMP, len(WINDOWS))
+            ("micro-batch", BY_MICRO_BATCH, 200), ("accumulation", BY_ACCUMULATION, 80), ("jump", JUMP, len(WINDOWS)),
+            *((name, BY_MICRO_BATCH | {"criterion": each}, 60) for name, each in COORDINATE_CRITERIA.items()),
         )
     }  # fmt: skip
 
@@ -312,6 +326,12 @@ def test_every_stage_takes_the_run_that_ddp_takes(name: str, found: dict[str, An
         check_same(f"{name}, {stage}", taken, reference)
         assert taken["counted"], stage  # the engine knows how many examples it saw
         assert taken["steps"] == len(reference["decisions"]), stage
+
+
+@pytest.mark.parametrize("name", COORDINATE_CRITERIA)
+def test_zero_0_is_measured_by_coordinates_as_ddp_is(name: str, found: dict[str, Any], on_ddp: dict[str, Any]) -> None:
+    assert growths(on_ddp[name]) >= 2
+    check_same(name, found["by coordinates"][name], on_ddp[name])
 
 
 def test_no_window_is_short_after_a_change(found: dict[str, Any]) -> None:
@@ -383,6 +403,8 @@ def test_what_cannot_be_measured_is_refused(found: dict[str, Any]) -> None:
         "probe": "ValueError: attach chooses probe= from the engine",
         "l1": "ValueError: record_l1 needs the step's gradient .* use ZeRO 0",
         "layers": "ValueError: per_layer needs the step's gradient .* use ZeRO 0",
+        "sign": "ValueError: norm cannot be measured .* use ZeRO 0, DDP or FSDP2, or a criterion in the Euclidean norm",
+        "coordinates": "ValueError: quantile cannot be measured .* use ZeRO 0, DDP or FSDP2",
         "betas": "ValueError: follow='betas' needs the step counts of torch's own Adam",
         "float16": "ValueError: .*ZeRO 0 in float16 .*use ZeRO 1",
         "whole gradients": "ValueError: .*looks at whole gradients or layers, .*use ZeRO 0",
