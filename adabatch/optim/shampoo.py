@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, overload
 
@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from adabatch.optim.blocks import Blocks
 from adabatch.optim.mup.guard import check_ratios
+from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
 from adabatch.optim.roots import inverse_root, refreshed
 
 STALE_EPSILON = 1e-2
@@ -45,6 +46,11 @@ class Shampoo(Optimizer):
     layer. With ``epsilon=1e-3`` and roots ten steps old the largest stable learning rate falls with width; with 1e-2,
     or fresh roots, it does not. So the default is 1e-2, and 1e-3 where ``refresh_every=1``.
 
+    *Ranks.* ``Shampoo(params, **adabatch.across_ranks(model))`` has the roots of each parameter computed by one rank,
+    its owner, dealt out so that the costs are even. Under DDP they are sent to the others. Under FSDP2 each gradient is
+    gathered at its owner, which alone follows it, and the update scattered from there; the other ranks catch up with
+    its statistics in ``state_dict``, which all ranks call together.
+
     Args:
         params: parameters, named parameters or groups of them. Groups may differ in all options.
         lr: learning rate, a number or a tensor of one element; may be left out where every group has its own.
@@ -63,15 +69,19 @@ class Shampoo(Optimizer):
         foreach: True for multi-tensor kernels in momentum, decay and update, False for a loop; None chooses. Both give
             the same numbers.
         maximize: ascend instead of descend.
+        reduce: sums a tensor over the ranks that see different data; None for one process. Called by all at each step
+            that computes roots, so that statistics that are not finite end all ranks together.
+        owner: which rank computes the roots of which parameter; None where each computes all.
 
     Raises:
         ValueError: an option out of its range, a complex parameter, or a side above 16,384 without ``block_size``.
-        RuntimeError: at ``step``, for a sparse gradient, or for statistics that are not finite, at the next refresh.
+        RuntimeError: at ``step``, for a sparse gradient, for statistics that are not finite, at the next refresh, or
+            for parameters that were replaced (DeepSpeed flattens them from ZeRO 1 on: use stage 0, DDP or FSDP2).
 
-    Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Under FSDP2 every
-    rank gathers each gradient whole, computes all roots and keeps all statistics; under DDP every rank does the same
-    work on the same gradients. Roots are computed in float64 (on the CPU for devices without it); the others in float32
-    at least.
+    Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Every rank has room
+    for all statistics and roots, and all blocks of a parameter have one owner. Without an ``owner`` every rank computes
+    all roots, under FSDP2 from gradients that it gathers whole. Roots are computed in float64 (on the CPU for devices
+    without it); the others in float32 at least.
 
     ``fallbacks`` counts what did not go as planned, in this process: "jittered", roots for which the eigenvalues
     converged only after a small number was added to the diagonal, and "kept", where they did not, and the block went on
@@ -98,7 +108,11 @@ class Shampoo(Optimizer):
         weight_decay: float = 0.0,
         foreach: bool | None = None,
         maximize: bool = False,
+        reduce: Reduce | None = None,
+        owner: Owner | None = None,
     ) -> None:
+        self._reduce = reduce
+        self._owner: Owner = owner or Alone()
         self.fallbacks = {"jittered": 0, "kept": 0}
         defaults = {
             "lr": lr,
@@ -129,9 +143,16 @@ class Shampoo(Optimizer):
             if param.is_complex():
                 raise ValueError("Shampoo does not take complex parameters: give them to a first-order optimizer")
             self.state[param] = _begin(param, group)
+        self._catch_up()  # a parameter of before may get another owner
+        self._owner.deal({name: _cost(self.state[param]) for param, name in self._names().items()})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "fallbacks": self.fallbacks}
+        return {
+            **super().__getstate__(),
+            "fallbacks": self.fallbacks,
+            "_reduce": self._reduce,
+            "_owner": self._owner,
+        }
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -158,12 +179,23 @@ class Shampoo(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_ratios(self)
+        names = self._names()
+        check_in_place(names, self.state, "Shampoo")
+        unfit: dict[Tensor, bool] = {}
+        updates: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None and param.numel()]
-            updates = [self._precondition(param, group) for param in params]
             if params:
-                self._apply(params, updates, group)
+                updates.append((group, params, [self._precondition(p, names[p], group, unfit) for p in params]))
+        self._check_finite(unfit)
+        for group, params, directions in updates:
+            self._apply(params, directions, group)
         return loss
+
+    def state_dict(self) -> StateDict:
+        """Torch's format, the same on every rank; under FSDP2, where owners know more, all ranks call it together."""
+        self._catch_up()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what ``state_dict`` gave, to the last bit.
@@ -190,8 +222,23 @@ class Shampoo(Optimizer):
             for name, value in saved["state"].get(number, {}).items():
                 self.state[param][name] = value.to(self.state[param][name].device)
 
-    def _precondition(self, param: Tensor, group: dict[str, Any]) -> Tensor:
-        """Follow the gradient of a parameter with its statistics; its update, of the parameter's shape and spread."""
+    def _names(self) -> dict[Tensor, str]:
+        """What owners call the parameters: their numbers, which wrappers do not change."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        return {param: str(number) for number, param in enumerate(params)}
+
+    def _catch_up(self) -> None:
+        """Have the statistics of every parameter that has moved on this rank too."""
+        for param, name in self._names().items():
+            state = self.state[param]
+            if int(state["step"]):
+                self._owner.catch_up(name, [state[side] for side in _sides(state)])
+
+    def _precondition(self, param: Tensor, name: str, group: dict[str, Any], unfit: dict[Tensor, bool]) -> Tensor:
+        """Follow the gradient of a parameter with its statistics; its update, of the parameter's shape and spread.
+
+        Where its roots are due, ``unfit`` gets whether this rank found the statistics unfit for any.
+        """
         grad, state = param.grad, self.state[param]
         assert grad is not None
         if grad.layout != torch.strided:
@@ -199,28 +246,32 @@ class Shampoo(Optimizer):
                 "Shampoo does not support sparse gradients: make the layer dense (nn.Embedding(sparse=False)), or give "
                 "its parameters to torch.optim.SGD"
             )
-        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-        if state["left"].device != whole.device:  # the model was moved after this optimizer was made
-            state.update({name: state[name].to(whole.device) for name in state if name not in ("step", "weight")})
+        if state["left"].device != grad.device:  # the model was moved after this optimizer was made
+            state.update({key: state[key].to(grad.device) for key in state if key not in ("step", "weight")})
+        whole = self._owner.gather(name, grad)
         form = Blocks.of(param.shape, group["block_size"])
-        blocks = form.cut(whole.to(state["left"].dtype))
-        if group["maximize"]:
-            blocks = -blocks
+        blocks = None if whole is None else _blocks(whole, form, state["left"].dtype, negative=group["maximize"])
         state["step"] += 1
         state["weight"].mul_(group["beta"]).add_(1)
-        share = 1 / float(state["weight"])
-        for name, factor in _factors(blocks, state):
-            state[name].baddbmm_(factor, factor.mT, beta=1 - share, alpha=share)
+        if blocks is not None:
+            share = 1 / float(state["weight"])
+            for side in _sides(state):
+                factor = blocks if side == "left" else blocks.mT
+                state[side].baddbmm_(factor, factor.mT, beta=1 - share, alpha=share)
         count = int(state["step"])
         if count <= group["refresh_warmup"] or count % group["refresh_every"] == 0:
-            self._refresh(param, group)
-        update = state["left_root"] @ blocks
-        if "right_root" in state:
-            update = update @ state["right_root"]
-        return _as(form.join(update, param.shape), param)
+            unfit[param] = self._owner.owns(name) and not self._refresh(param, group)
+            self._owner.share(name, [state[f"{side}_root"] for side in _sides(state)])
+        update = None
+        if blocks is not None:
+            update = state["left_root"] @ blocks
+            if "right_root" in state:
+                update = update @ state["right_root"]
+            update = form.join(update, param.shape)
+        return _as(self._owner.scatter(name, update, grad.to(state["left"].dtype)), param)
 
-    def _refresh(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Compute the roots of a parameter anew."""
+    def _refresh(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Compute the roots of a parameter anew, if its statistics are finite; whether they are."""
         state = self.state[param]
         epsilon = group["epsilon"]
         if epsilon is None:
@@ -231,16 +282,26 @@ class Shampoo(Optimizer):
             epsilon=epsilon,
             relative=group["relative"],
         )
-        for name in ("left", "right"):
-            if name not in state:
-                continue
-            if not torch.isfinite(state[name]).all():  # host sync, as the eigenvalues are
+        for side in _sides(state):
+            if not torch.isfinite(state[side]).all():  # host sync, as the eigenvalues are
+                return False
+            state[f"{side}_root"] = refreshed(state[side], state[f"{side}_root"], self.fallbacks, root_of)
+        return True
+
+    def _check_finite(self, unfit: dict[Tensor, bool]) -> None:
+        """Raise on all ranks where one rank found statistics that are not finite, before any parameter has moved."""
+        found = list(unfit.values())
+        if self._reduce is not None and unfit:
+            device = next(iter(unfit)).device
+            counts = torch.tensor(found, dtype=torch.float32, device=device)
+            found = [count > 0 for count in self._reduce(counts).tolist()]  # host sync
+        for param, is_unfit in zip(unfit, found, strict=True):
+            if is_unfit:
                 raise RuntimeError(
-                    f"the {name} statistic of a parameter of shape {tuple(param.shape)} is not finite: a gradient was "
-                    f"not, and averages do not recover. Leave such a step out (GradScaler, clip_grad_norm_ with "
+                    f"the statistic of a parameter of shape {tuple(param.shape)} is not finite: a gradient was not, "
+                    f"and averages do not recover. Leave such a step out (GradScaler, clip_grad_norm_ with "
                     f"error_if_nonfinite=True) and resume from a checkpoint"
                 )
-            state[f"{name}_root"] = refreshed(state[name], state[f"{name}_root"], self.fallbacks, root_of)
 
     def _apply(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
         """Momentum, decay and the update of a group."""
@@ -291,14 +352,26 @@ def _begin(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def _factors(blocks: Tensor, state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """What each statistic averages the square of."""
-    return [("left", blocks), ("right", blocks.mT)] if "right" in state else [("left", blocks)]
+def _sides(state: dict[str, Tensor]) -> Iterator[str]:
+    """The sides on which a parameter has statistics."""
+    return (side for side in ("left", "right") if side in state)
+
+
+def _cost(state: dict[str, Tensor]) -> float:
+    """Of the roots of a parameter, in units of a multiplication or so: the cubes of the sides of its blocks."""
+    return float(sum(len(state[side]) * state[side].shape[-1] ** 3 for side in _sides(state)))
+
+
+def _blocks(grad: Tensor, form: Blocks, dtype: torch.dtype, *, negative: bool) -> Tensor:
+    """A gradient, or its opposite, in blocks."""
+    whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    blocks = form.cut(whole.to(dtype))
+    return -blocks if negative else blocks
 
 
 def _as(update: Tensor, param: Tensor) -> Tensor:
-    """An update that every rank has whole, spread as its parameter is."""
-    if not isinstance(param, DTensor):
+    """An update spread as its parameter is: it is already, or every rank has it whole."""
+    if not isinstance(param, DTensor) or isinstance(update, DTensor):
         return update
     mesh = param.device_mesh
     return DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(

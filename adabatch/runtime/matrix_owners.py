@@ -1,7 +1,7 @@
-"""Which rank inverts which layer's factors, and how gradients and inverses travel: what K-FAC needs of DDP and FSDP2.
+"""Which rank inverts which layer's statistics, and how gradients and roots travel: K-FAC and Shampoo on DDP and FSDP2.
 
-Inverses cost the cube of a layer's sides, so each is computed by one rank, its owner; the layers are dealt out so that
-the ranks' costs are as equal as they can be.
+Inverses and roots cost the cube of a layer's sides, so each is computed by one rank, its owner; the layers (of Shampoo,
+the parameters) are dealt out so that the ranks' costs are as equal as they can be.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from adabatch.runtime.sharding import is_sharded
 class AcrossRanks(TypedDict):
     """The arguments of a second-order optimizer that know of ranks."""
 
-    rank: int
     reduce: Callable[[Tensor], Tensor] | None
     owner: ReplicatedMatrices | ShardedMatrices | None
 
 
 def across_ranks(model: nn.Module) -> AcrossRanks:
-    """What a second-order optimizer needs to run on a model's ranks: ``KFAC(params, model, **across_ranks(model))``.
+    """What a second-order optimizer needs to run on a model's ranks.
 
-    Under DDP the owner's inverses are sent to all ranks when they are computed. Under FSDP2 the gradient of a matrix is
-    gathered at its owner, and its direction scattered from there, in every step.
+    ``KFAC(params, model, **across_ranks(model))``, or ``Shampoo(params, **across_ranks(model))``. Under DDP the owner's
+    inverses or roots are sent to all ranks when they are computed. Under FSDP2 the gradient of a matrix is gathered at
+    its owner, and its direction scattered from there, in every step.
 
     Args:
         model: plain on one process, in ``DistributedDataParallel``, or sharded by ``fully_shard``.
@@ -46,9 +46,9 @@ def across_ranks(model: nn.Module) -> AcrossRanks:
         )
     collectives = collectives_of(model)
     if collectives.size == 1:
-        return {"rank": 0, "reduce": None, "owner": None}
+        return {"reduce": None, "owner": None}
     kind = ShardedMatrices if is_sharded(model) else ReplicatedMatrices
-    return {"rank": collectives.rank, "reduce": collectives.sum, "owner": kind(collectives)}
+    return {"reduce": collectives.sum, "owner": kind(collectives)}
 
 
 def dealt_out(costs: Mapping[str, float], num_ranks: int) -> dict[str, int]:
@@ -67,6 +67,11 @@ class _Owners:
     def __init__(self, collectives: Collectives) -> None:
         self._collectives = collectives
         self._owners: dict[str, int] = {}
+
+    @property
+    def rank(self) -> int:
+        """Among those that see different data."""
+        return self._collectives.rank
 
     def deal(self, costs: Mapping[str, float]) -> None:
         """Gives each layer an owner."""
@@ -87,6 +92,9 @@ class _Owners:
 class ReplicatedMatrices(_Owners):
     """Every rank holds the whole gradient (DDP), and preconditions it with the owner's inverses."""
 
+    def catch_up(self, layer: str, statistics: Sequence[Tensor]) -> None:
+        """Nothing to do: every rank has followed the same gradients."""
+
     def gather(self, layer: str, grad: Tensor) -> Tensor:
         """The gradient itself."""
         return grad
@@ -99,6 +107,10 @@ class ReplicatedMatrices(_Owners):
 
 class ShardedMatrices(_Owners):
     """Each rank holds rows of the gradient (FSDP2); the owner preconditions the whole."""
+
+    def catch_up(self, layer: str, statistics: Sequence[Tensor]) -> None:
+        """One broadcast from the owner, which alone has seen whole gradients."""
+        self.share(layer, statistics)
 
     def gather(self, layer: str, grad: Tensor) -> Tensor | None:
         """All rows at the owner. On a mesh of two dimensions (HSDP), on every rank."""

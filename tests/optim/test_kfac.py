@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from adabatch.optim import KFAC, mup
 from adabatch.optim.kfac import Damping, FactorPair
 from adabatch.optim.kfac.roots import inverse, power, power_of_rows
+from adabatch.optim.placement import Alone
 
 CLASSES = 3
 
@@ -443,6 +444,12 @@ def test_state_is_restored_bit_for_bit() -> None:
         assert torch.equal(left, right)
 
 
+class Second(Alone):
+    """Of two ranks, the one with number 1."""
+
+    rank = 1
+
+
 def test_drawn_targets_repeat_with_the_seed_and_differ_between_ranks() -> None:
     x, _ = digits(32)
 
@@ -455,7 +462,7 @@ def test_drawn_targets_repeat_with_the_seed_and_differ_between_ranks() -> None:
         return found
 
     assert torch.equal(drawn(), drawn())
-    assert not torch.equal(drawn(), drawn(rank=1))
+    assert not torch.equal(drawn(), drawn(owner=Second()))
     assert not torch.equal(drawn(), drawn(seed=1))
 
 

@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from adabatch.optim import Shampoo, mup, roots
 
@@ -434,47 +428,3 @@ def test_a_scheduler_that_sets_rates_is_refused() -> None:
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5, cycle_momentum=False)
     with pytest.raises(ValueError, match="undone the plan's ratios"):
         optimizer.step()
-
-
-# --- FSDP2 ------------------------------------------------------------------------------------------------------------
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).double()
-
-
-def train(model: nn.Module, optimizer: Shampoo, steps: Iterable[int], rows: slice = slice(None)) -> None:
-    for step in steps:
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        optimizer.zero_grad()
-        model(x[rows]).square().mean().backward()
-        optimizer.step()
-
-
-def sharded_worker(rank: int) -> None:
-    rows = slice(4 * rank, 4 * rank + 4)
-    options: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "block_size": 4}
-    alone, model, resumed = network(), network(), network()
-    single = Shampoo(alone.parameters(), **options)
-    train(alone, single, range(6))
-    mesh = init_device_mesh("cpu", (2,))
-    for net in (model, resumed):
-        fully_shard(net[0], mesh=mesh)
-        fully_shard(net, mesh=mesh)
-    optimizer, other = (Shampoo(net.parameters(), **options) for net in (model, resumed))
-    train(model, optimizer, range(3), rows)
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
-    resumed.load_state_dict(model.state_dict())
-    set_optimizer_state_dict(resumed, other, saved)
-    train(model, optimizer, range(3, 6), rows)
-    train(resumed, other, range(3, 6), rows)
-    for sharded, again, whole in zip(model.parameters(), resumed.parameters(), alone.parameters(), strict=True):
-        assert isinstance(sharded, DTensor)
-        torch.testing.assert_close(sharded.full_tensor(), whole.detach(), rtol=1e-9, atol=1e-12)
-        assert torch.equal(again.full_tensor(), sharded.full_tensor())
-
-
-@pytest.mark.distributed
-def test_fully_sharded_equals_one_process_and_resumes(tmp_path: Path) -> None:
-    run_ranks(sharded_worker, 2, tmp_path)

@@ -3,6 +3,6 @@
 from adabatch.optim.kfac.damping import Damping, DampingForm, DampingName, Factor, FactorPair
 from adabatch.optim.kfac.inversion import Exponents
 from adabatch.optim.kfac.optimizer import KFAC
-from adabatch.optim.kfac.placement import Owner
+from adabatch.optim.placement import Owner
 
 __all__ = ["KFAC", "Damping", "DampingForm", "DampingName", "Exponents", "Factor", "FactorPair", "Owner"]

@@ -20,10 +20,10 @@ from adabatch.optim.kfac.curvature import Fisher, Likelihood
 from adabatch.optim.kfac.damping import DampingForm, DampingName, Factor, FactorPair, form_of
 from adabatch.optim.kfac.first_order import Others, update_others
 from adabatch.optim.kfac.inversion import Block, Exponents, Inversion
-from adabatch.optim.kfac.placement import Alone, Owner, Reduce
 from adabatch.optim.kfac.survey import Survey, split_groups, survey
 from adabatch.optim.kfac.whitening import Whitening
 from adabatch.optim.mup.guard import check_ratios
+from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
 
 BATCH_CHANGE = 0.1
 """Relative change of the batch at which the inverses are computed anew."""
@@ -92,9 +92,8 @@ class KFAC(Optimizer):
         others_lr: their learning rate.
         exclude: name patterns (as of ``fnmatch``) of layers to leave to ``others``.
         seed: of the drawn targets; each rank and each observation draws its own.
-        rank: number of this rank among those that see different data.
-        reduce: sums a tensor over those ranks, the same bits on each; None for one process. Called once at each step
-            that observes, by all.
+        reduce: sums a tensor over the ranks that see different data, the same bits on each; None for one process.
+            Called once at each step that observes, by all.
         owner: which rank inverts which layer; None where each inverts all.
         allow_zero_weights: take layers whose weight is all zeros.
 
@@ -144,7 +143,6 @@ class KFAC(Optimizer):
         others_lr: float = 1e-3,
         exclude: Sequence[str] = (),
         seed: int = 0,
-        rank: int = 0,
         reduce: Reduce | None = None,
         owner: Owner | None = None,
         allow_zero_weights: bool = False,
@@ -166,7 +164,7 @@ class KFAC(Optimizer):
         self._likelihood: Likelihood = likelihood
         self._memory, self._refresh, self._warmup_refreshes = memory, refresh, warmup_refreshes
         self._observe_every, self._kl_clip = observe_every, kl_clip
-        self._seed, self._rank, self._reduce = seed, rank, reduce
+        self._seed, self._reduce = seed, reduce
         self._owner: Owner = owner or Alone()
         self._clock = Clock()
         self.fallbacks: Counter[str] = Counter()
@@ -237,7 +235,8 @@ class KFAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_parameters()
+        watched = (p for group in self.param_groups if group.get("method") == "kfac" for p in group["params"])
+        check_in_place(watched, self._blocks, "K-FAC")
         check_ratios(self)
         before = self._clock.last_batch
         if self.due and self._average() and self._wants_refresh(before):
@@ -424,7 +423,9 @@ class KFAC(Optimizer):
     def _generator(self, device: torch.device) -> torch.Generator:
         """Draws that differ by rank and observation, and need no state but a count."""
         generator = torch.Generator(device)
-        mixed = hash((self._seed, self._rank, int(self._clock.observations)))  # of integers: the same in every run
+        mixed = hash(
+            (self._seed, self._owner.rank, int(self._clock.observations))
+        )  # of integers: the same in every run
         return generator.manual_seed(mixed % 2**63)
 
     def _check_observed(self, measured: Mapping[str, list[float]]) -> None:
@@ -448,14 +449,6 @@ class KFAC(Optimizer):
 
     def _params_of(self, layer: WatchedLayer) -> list[Tensor]:
         return [p for p, block in self._blocks.items() if block.layer is layer]
-
-    def _check_parameters(self) -> None:
-        for group in self.param_groups:
-            if group.get("method") == "kfac" and any(p not in self._blocks for p in group["params"]):
-                raise RuntimeError(
-                    "the optimizer's parameters were replaced by others, in which no layer's matrix can be found. "
-                    "DeepSpeed flattens them from ZeRO 1 on: use K-FAC with ZeRO 0, DDP or FSDP2"
-                )
 
 
 def _dtype(block: Block) -> torch.dtype:

@@ -1,8 +1,8 @@
-"""What K-FAC asks of the ranks it runs on: nothing, on one process."""
+"""What second-order optimizers ask of the ranks they run on: nothing, on one process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -12,18 +12,27 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class Owner(Protocol):
-    """Which rank inverts the factors of a layer, and how what it computed reaches the others."""
+    """Which rank decomposes the statistics of a layer or matrix, and how what it computed reaches the others."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank among those that see different data."""
+        ...
 
     def deal(self, costs: Mapping[str, float]) -> None:
-        """Gives each layer, by its name, one owner; called once, with what the inverses of each cost."""
+        """Gives each layer, by its name, one owner, in the place of those before; ``costs`` is what each costs it."""
         ...
 
     def owns(self, layer: str) -> bool:
-        """Whether this rank inverts the factors of the layer."""
+        """Whether this rank decomposes the statistics of the layer."""
         ...
 
     def share(self, layer: str, roots: Sequence[Tensor]) -> None:
         """Overwrites ``roots`` by those of the layer's owner, on the ranks that precondition the layer too."""
+        ...
+
+    def catch_up(self, layer: str, statistics: Sequence[Tensor]) -> None:
+        """Overwrites ``statistics`` of whole gradients by the owner's, where this rank has not seen those whole."""
         ...
 
     def gather(self, layer: str, grad: Tensor) -> Tensor | None:
@@ -38,6 +47,8 @@ class Owner(Protocol):
 class Alone:
     """One process owns every layer."""
 
+    rank = 0
+
     def deal(self, costs: Mapping[str, float]) -> None:
         """Nothing to do."""
 
@@ -48,6 +59,9 @@ class Alone:
     def share(self, layer: str, roots: Sequence[Tensor]) -> None:
         """Nothing to do."""
 
+    def catch_up(self, layer: str, statistics: Sequence[Tensor]) -> None:
+        """Nothing to do."""
+
     def gather(self, layer: str, grad: Tensor) -> Tensor | None:
         """The gradient itself."""
         return grad
@@ -56,3 +70,12 @@ class Alone:
         """The direction itself."""
         assert direction is not None
         return direction
+
+
+def check_in_place(params: Iterable[Tensor], known: Container[Tensor], method: str) -> None:
+    """Raises ``RuntimeError`` where others stand in the place of the parameters that an optimizer was made for."""
+    if any(param not in known for param in params):
+        raise RuntimeError(
+            f"the optimizer's parameters were replaced by others, in which no layer's matrix can be found. "
+            f"DeepSpeed flattens them from ZeRO 1 on: use {method} with ZeRO 0, DDP or FSDP2"
+        )

@@ -1,0 +1,179 @@
+"""Shampoo on two ranks, under DDP and FSDP2, against one process with the whole batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from adabatch.optim import Shampoo, shampoo
+from adabatch.runtime.matrix_owners import across_ranks
+
+pytestmark = pytest.mark.distributed
+
+OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "block_size": 4, "refresh_warmup": 2}
+OFTEN: dict[str, Any] = {**OPTIONS, "refresh_every": 2}
+
+
+def network() -> nn.Sequential:
+    """An odd number of rows, so that the shards are uneven."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+
+
+def wrapped(wrap: str) -> nn.Module:
+    model = network()
+    if wrap == "ddp":
+        return DistributedDataParallel(model)
+    fully_shard(model[0])
+    fully_shard(model)
+    return model
+
+
+def train(model: nn.Module, optimizer: Shampoo, steps: Iterable[int], rows: slice = slice(None)) -> None:
+    for step in steps:
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x[rows]).square().mean().backward()
+        optimizer.step()
+
+
+def whole(value: Tensor) -> Tensor:
+    value = value.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many parameters' roots of one side are computed inside, in this process."""
+    calls, inverse_root = [0], shampoo.inverse_root
+
+    def counting(*arguments: Any, **options: Any) -> Tensor:
+        calls[0] += 1
+        return inverse_root(*arguments, **options)
+
+    shampoo.inverse_root = counting
+    try:
+        yield calls
+    finally:
+        shampoo.inverse_root = inverse_root
+
+
+def saved_state(model: nn.Module, optimizer: Shampoo, rank: int) -> Any:
+    """As checkpoints of either wrapper do: the first rank alone under DDP; all under FSDP2, plain tensors from one."""
+    if not isinstance(model, DistributedDataParallel):
+        saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+        for entry in saved["state"].values():
+            for value in entry.values():
+                if not isinstance(value, DTensor):
+                    dist.broadcast(value, src=0)
+        return saved
+    held = [optimizer.state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(held, src=0)
+    return copy.deepcopy(held[0])
+
+
+def on_rank(rank: int, wrap: str, owned: bool) -> tuple[list[Tensor], list[Tensor], int]:
+    rows = slice(4 * rank, 4 * rank + 4)
+    model, again = wrapped(wrap), wrapped(wrap)
+    optimizer, other = (
+        Shampoo(net.parameters(), **OFTEN, **(across_ranks(net) if owned else {})) for net in (model, again)
+    )
+    with counted() as calls:
+        train(model, optimizer, range(3), rows)
+        saved = saved_state(model, optimizer, rank)
+        again.load_state_dict(model.state_dict())
+        if wrap == "ddp":
+            other.load_state_dict(saved)
+        else:
+            set_optimizer_state_dict(again, other, saved)
+        train(model, optimizer, range(3, 6), rows)
+    train(again, other, range(3, 6), rows)
+    return [whole(p).clone() for p in model.parameters()], [whole(p).clone() for p in again.parameters()], calls[0]
+
+
+@pytest.mark.parametrize(("wrap", "owned"), [("ddp", True), ("fsdp2", True), ("fsdp2", False)])
+def test_two_ranks_equal_one_process_and_resume(tmp_path: Path, wrap: str, owned: bool) -> None:
+    ranks = run_ranks(on_rank, 2, tmp_path, wrap, owned)
+    model = network()
+    with counted() as calls:
+        train(model, Shampoo(model.parameters(), **OFTEN), range(6))
+    for through, resumed, _ in ranks:
+        for mine, theirs, again in zip(model.parameters(), through, resumed, strict=True):
+            torch.testing.assert_close(theirs, mine.detach(), rtol=1e-9, atol=1e-12)
+            assert torch.equal(theirs, again)
+    counts = [count for *_, count in ranks]
+    if owned:
+        assert sum(counts) == calls[0], "each root is computed once"
+        assert min(counts) > 0
+    else:
+        assert counts == [calls[0]] * 2
+
+
+def with_a_group_added(model: nn.Module, layers: nn.Sequential, rows: slice, **ranks: Any) -> None:
+    optimizer = Shampoo(layers[2].parameters(), **OFTEN, **ranks)
+    before = [optimizer._owner.owns(str(number)) for number in range(2)]
+    train(model, optimizer, range(3), rows)
+    optimizer.add_param_group({"params": list(layers[0].parameters())})
+    if ranks:
+        assert before != [optimizer._owner.owns(str(number)) for number in range(2)]
+    train(model, optimizer, range(3, 6), rows)
+
+
+def added_on_rank(rank: int) -> list[Tensor]:
+    model = wrapped("fsdp2")
+    assert isinstance(model, nn.Sequential)
+    with_a_group_added(model, model, slice(4 * rank, 4 * rank + 4), **across_ranks(model))
+    return [whole(p).clone() for p in model.parameters()]
+
+
+def test_a_parameter_that_gets_another_owner_takes_its_statistics_along(tmp_path: Path) -> None:
+    model = network()
+    with_a_group_added(model, model, slice(None))
+    for theirs in run_ranks(added_on_rank, 2, tmp_path):
+        for mine, sharded in zip(model.parameters(), theirs, strict=True):
+            torch.testing.assert_close(sharded, mine.detach(), rtol=1e-9, atol=1e-12)
+
+
+def unfit(rank: int, wrap: str) -> str:
+    model = wrapped(wrap)
+    optimizer = Shampoo(model.parameters(), **OPTIONS, **across_ranks(model))
+    train(model, optimizer, range(1))
+    before = [whole(p).clone() for p in model.parameters()]
+    model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    *_, bias = model.parameters()
+    assert bias.grad is not None
+    bias.grad.fill_(float("nan"))
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    assert all(torch.equal(whole(p), old) for p, old in zip(model.parameters(), before, strict=True))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_statistics_that_are_not_finite_end_all_ranks_before_any_has_moved(tmp_path: Path, wrap: str) -> None:
+    first, second = run_ranks(unfit, 2, tmp_path, wrap)
+    assert first == second
+    assert "shape (3,) is not finite" in first
+
+
+def test_flattened_parameters_are_refused() -> None:
+    model = network()
+    optimizer = Shampoo(model.parameters(), lr=0.1)
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).requires_grad_()
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match=r"replaced by others.*use Shampoo with ZeRO 0, DDP or FSDP2"):
+        optimizer.step()
