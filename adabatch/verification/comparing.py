@@ -20,6 +20,8 @@ from adabatch.verification.training import Training
 def state_of(training: Training, batches: AdaptiveBatch | None = None) -> dict[str, Any]:
     """What a checkpoint would hold."""
     state: dict[str, Any] = {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
+    if training.scaler is not None:
+        state["scaler"] = training.scaler.state_dict()
     if batches is not None:
         state["batches"] = batches.state_dict()
         if isinstance(training.loader, GlobalOrder):

@@ -8,7 +8,19 @@ from contextlib import nullcontext
 from adabatch.batch.schedules import Constant
 from adabatch.runtime.collectives import Collectives
 from adabatch.verification.comparing import digest_of, largest_difference, state_of
-from adabatch.verification.running import Part, adaptive, again, begin, size_of, steps_of, unreduced, update
+from adabatch.verification.running import (
+    Part,
+    adaptive,
+    again,
+    and_left_out,
+    backward,
+    begin,
+    check_updated,
+    size_of,
+    steps_of,
+    unreduced,
+    update,
+)
 from adabatch.verification.training import Check, Make, Training
 
 UNEVEN_ACCUMULATION = 3
@@ -20,23 +32,27 @@ def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
 
     It measures the largest difference in weights, buffers or optimizer state on any rank. The loop is plain gradient
     accumulation over the same micro-batches with the same random numbers. The probe is on: it changes nothing either.
+    With a scaler the loop scales, and its scale is compared as well; both leave out the same updates.
 
     Raises:
-        ValueError: a data set smaller than the step, or a ``make`` that does not give the same weights again.
+        ValueError: a data set smaller than the step, a scaler so large that every step overflows, or a ``make`` that
+            does not give the same weights again.
     """
     training, ranks = begin(make)
     start = digest_of(training.model)
     batches = adaptive(training, Constant(size_of(training, ranks, UNEVEN_ACCUMULATION)), probed=True)
     seen: list[list[Part]] = []
+    left_out = 0
     for _, parts in steps_of(training, batches, num_steps):
         seen.append(parts)
-        update(training)
+        left_out += update(training)
     batches.remove()
+    check_updated(training, batches)
     by_hand = again(make, training, start, ranks)
     _by_hand(by_hand, seen, ranks)
     difference = largest_difference(state_of(training), state_of(by_hand), ranks)
     passed = difference == 0
-    text = f"{num_steps} steps equal to a hand-written loop to the bit"
+    text = f"{num_steps} steps{and_left_out(left_out)} equal to a hand-written loop to the bit"
     if not passed:
         text = f"{num_steps} steps differ from a hand-written loop by {difference:.2g}"
         once_more = again(make, training, start, ranks)
@@ -54,8 +70,8 @@ def _by_hand(training: Training, seen: Sequence[Sequence[Part]], ranks: Collecti
         for part in parts:
             part.randomness.restore()
             with nullcontext() if part is parts[-1] else unreduced(training.model):
-                loss = training.loss(training.model, part.batch)
+                loss = part.loss(training)
                 weight = part.weight * ranks.size  # DDP takes the mean over the ranks, and total is a sum
                 whole, rest = divmod(total, weight)
-                (loss * (weight / total) if rest else loss / whole).backward()  # type: ignore[no-untyped-call]
+                backward(training, loss * (weight / total) if rest else loss / whole)
         update(training)

@@ -12,7 +12,16 @@ from adabatch.batch.schedules import Stage, Stages
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.sharding import is_sharded
 from adabatch.verification.comparing import digest_of
-from adabatch.verification.running import ACCUMULATION, adaptive, begin, size_of, steps_of, update
+from adabatch.verification.running import (
+    ACCUMULATION,
+    adaptive,
+    and_left_out,
+    begin,
+    check_updated,
+    size_of,
+    steps_of,
+    update,
+)
 from adabatch.verification.training import Check, Make
 
 STEPS_BEFORE_CHANGE = 3
@@ -23,10 +32,12 @@ def drift(make: Make) -> Check:
     """Whether all ranks hold the same parameters, to the bit, after the accumulation went from 1 to 4 at step 4.
 
     It measures the ranks that differ from the others. Also checked: that every rank made the steps that were planned.
-    Sharded parameters are held once, so of those only the steps are compared.
+    Sharded parameters are held once, so of those only the steps are compared. With a scaler, step 2 is made to overflow
+    on the last rank, and must be left out on all; as must those that overflow because the first scale is too large.
 
     Raises:
-        ValueError: a data set smaller than the largest step, or a loader whose pass ends within the check.
+        ValueError: a data set smaller than the largest step, a loader whose pass ends within the check, or a scaler so
+            large that every step overflows.
     """
     training, ranks = begin(make)
     small, large = size_of(training, ranks, 1), size_of(training, ranks, ACCUMULATION)
@@ -36,6 +47,7 @@ def drift(make: Make) -> Check:
     batches = adaptive(training, schedule, probed=ranks.size > 1)
     total = STEPS_BEFORE_CHANGE + STEPS_AFTER_CHANGE
     made: list[int] = []
+    left_out = 0
     for step, parts in steps_of(training, batches, total):
         if len(parts) < step.plan.accumulation_steps:
             raise ValueError(
@@ -44,28 +56,32 @@ def drift(make: Make) -> Check:
                 f"{STEPS_BEFORE_CHANGE + STEPS_AFTER_CHANGE * ACCUMULATION} micro-batches a rank, or a GlobalOrder"
             )
         made.append(len(parts))
-        update(training)
+        left_out += update(training)
     applied = batches.progress.steps
     batches.remove()
+    check_updated(training, batches)
     odd = _odd_ranks(training.model, ranks)
     planned = [1] * STEPS_BEFORE_CHANGE + [ACCUMULATION] * STEPS_AFTER_CHANGE
-    together = ranks.agree((made, applied, batches.state_dict()))
-    (as_planned,) = ranks.minimum_of(made == planned and applied == total)
+    scaler = None if training.scaler is None else training.scaler.state_dict()
+    together = ranks.agree((made, applied, left_out, batches.state_dict(), scaler))
+    (as_planned,) = ranks.minimum_of(made == planned and applied == total - left_out)
     measured = float(len(odd))
+    skips = and_left_out(left_out)
     if differed_before:
         text = f"{_named(differed_before)} differed from the others before the first step"
     elif odd:
         text = f"{_named(odd)} drifted from the others in {total} steps, over a change from 1 to {ACCUMULATION}"
     elif not together:
-        text = "the ranks made different steps or hold different plans"
+        text = "the ranks made different steps, or hold different plans or scales"
     elif not as_planned:
-        text = f"micro-batches {made} in {applied} updates, but {planned} in {total} were planned"
+        text = f"micro-batches {made} in {applied} updates, but {planned} in {total - left_out} were planned"
     elif ranks.size == 1:
-        text = f"{total} steps as planned; one rank has none to drift from"
+        text = f"{total} steps{skips} as planned; one rank has none to drift from"
     elif is_sharded(training.model):
-        text = f"{total} steps as planned on {ranks.size} ranks; each holds its own shard of the parameters"
+        text = f"{total} steps{skips} as planned on {ranks.size} ranks; each holds its own shard of the parameters"
     else:
-        text = f"{ranks.size} ranks equal to the bit after {total} steps, over a change from 1 to {ACCUMULATION}"
+        steps_made = f"{total} steps{skips or ','} over a change from 1 to {ACCUMULATION}"
+        text = f"{ranks.size} ranks equal to the bit after {steps_made}"
     return Check("drift", not odd and not differed_before and together and bool(as_planned), measured, 0.0, text)
 
 

@@ -18,7 +18,9 @@ from adabatch.verification.running import (
     Part,
     Randomness,
     adaptive,
+    backward,
     begin,
+    nothing_fits,
     size_of,
     steps_of,
     unreduced,
@@ -27,6 +29,9 @@ from adabatch.verification.running import (
 from adabatch.verification.training import Check, Make, Training
 
 PROBED_STEPS = 3
+
+MOST_OVERFLOWS = 20
+"""From the first scale of a ``GradScaler``, 2 ** 16, halvings as many lead below any that helps."""
 
 PROBE_TOLERANCE = 1e-4
 """Relative, for float32: sums of a million float32 squares in another order differ by 1e-6 to 1e-5."""
@@ -40,14 +45,16 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
 
     It measures the largest relative error of any of the moments in three steps, each with the weights and the random
     numbers (dropout) of the step itself. The gradients are added up in float64: twice to four times the memory of the
-    gradient. With FSDP2 every rank runs every part, weighted by zero but for one rank.
+    gradient. With FSDP2 every rank runs every part, weighted by zero but for one rank. With a scaler they are computed
+    as it scales them and then unscaled; a step that overflows must be not finite to the probe, and is made up for.
 
     Args:
         make: builds a training anew.
         allowed: largest relative error; by default 1e-4, or 4 roundings of the coarsest type among the parameters.
 
     Raises:
-        ValueError: a data set smaller than the step, or a probe whose parts are single examples.
+        ValueError: a data set smaller than the step, a probe whose parts are single examples, or a scaler so large that
+            more than 20 steps overflow.
     """
     training, ranks = begin(make)
     if training.probe is not None and EXAMPLES in training.probe.gives:
@@ -61,9 +68,14 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
     batches = adaptive(training, Constant(size_of(training, ranks, ACCUMULATION)), probed=True)
     by_parts = _sharded_moments if is_sharded(training.model) else _local_moments
     worst, worst_name = 0.0, "grad_sq"
-    num_parts = 0
-    for step, parts in steps_of(training, batches, PROBED_STEPS):
+    num_parts = compared = overflowed = 0
+    for step, parts in steps_of(training, batches, PROBED_STEPS + (MOST_OVERFLOWS if training.scales else 0)):
         assert step.moments is not None
+        if training.scales and not step.finite:
+            overflowed += 1
+            if not update(training):  # the scaler found it finite
+                worst = math.inf
+            continue
         after = Randomness.now(parameters[0].device)
         gradient = [p.grad for p in parameters]
         expected = by_parts(training, parts, parameters, ranks)
@@ -76,11 +88,17 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
                 worst, worst_name = error, name
         num_parts = expected.num_parts
         update(training)
+        compared += 1
+        if compared == PROBED_STEPS:
+            break
     batches.remove()
     worst = largest_of(worst, ranks)
+    if compared < PROBED_STEPS and math.isfinite(worst):
+        raise nothing_fits(overflowed)
     passed = worst <= allowed
     text = (
         f"moments of {PROBED_STEPS} steps of {num_parts} parts as computed part by part"
+        + (f"; {overflowed} more overflowed" if overflowed else "")
         if passed
         else f"{worst_name} is off by {worst:.2g} of what gradients computed part by part give"
     )
@@ -93,13 +111,17 @@ def _trained(training: Training) -> list[Tensor]:
     return [p for p in training.model.parameters() if p.requires_grad and id(p) in held]
 
 
-def _gradient(training: Training, part: Part, parameters: Sequence[Tensor], factor: float = 1.0) -> list[Tensor]:
-    """What one backward leaves in each parameter, this rank's piece in float64, shape (n,)."""
+def _gradient(training: Training, part: Part, parameters: Sequence[Tensor], share: float) -> list[Tensor]:
+    """What one backward of a share of the loss leaves in each parameter, this rank's piece in float64, shape (n,).
+
+    Of the step's own share, not of the whole loss: in float16 that might overflow, where the step does not.
+    """
     for parameter in training.model.parameters():
         parameter.grad = None
     part.randomness.restore()
-    (training.loss(training.model, part.batch) * factor).backward()  # type: ignore[no-untyped-call]
-    return [_flat(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
+    backward(training, part.loss(training) * share)
+    scale = 1.0 if training.scaler is None else training.scaler.get_scale()
+    return [_flat(torch.zeros_like(p) if p.grad is None else p.grad) / scale for p in parameters]
 
 
 def _flat(grad: Tensor) -> Tensor:
@@ -117,9 +139,10 @@ def _local_moments(
     mean: Tensor | None = None
     part_sq = 0.0
     for part in parts:
-        with unreduced(training.model):
-            grad = torch.cat(_gradient(training, part, parameters))
         weight = part.weight / total
+        share = weight * ranks.size
+        with unreduced(training.model):
+            grad = torch.cat(_gradient(training, part, parameters, share)) / share
         mean = weight * grad if mean is None else mean.add_(grad, alpha=weight)
         part_sq += weight * float(grad.square().sum())
     assert mean is not None
@@ -138,9 +161,10 @@ def _sharded_moments(
     part_sq = 0.0
     for index, weight in enumerate(table):
         owner, number = divmod(index, len(parts))
-        # The reduction takes the mean over the ranks; all but one give zero.
-        grads = _gradient(training, parts[number], parameters, float(ranks.size) if owner == ranks.rank else 0.0)
         weight /= sum(table)
+        # The reduction takes the mean over the ranks; all but one give zero.
+        share = weight * ranks.size if owner == ranks.rank else 0.0
+        grads = [grad / weight for grad in _gradient(training, parts[number], parameters, share)]
         part_sq += weight * sum(float(g.square().sum()) / held for g, held in zip(grads, holders, strict=True))
         weighted = [weight * grad for grad in grads]
         mean = weighted if mean is None else [m.add_(g) for m, g in zip(mean, weighted, strict=True)]

@@ -12,7 +12,17 @@ from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
 from adabatch.runtime.data import GlobalOrder
 from adabatch.verification.comparing import digest_of, largest_difference, state_of
-from adabatch.verification.running import ACCUMULATION, Randomness, adaptive, again, begin, size_of, steps_of, update
+from adabatch.verification.running import (
+    ACCUMULATION,
+    Randomness,
+    adaptive,
+    again,
+    begin,
+    check_updated,
+    size_of,
+    steps_of,
+    update,
+)
 from adabatch.verification.training import Check, Make, Training
 
 STEPS_BEFORE_SAVE = 3
@@ -22,13 +32,14 @@ STEPS_AFTER_SAVE = 3
 def resume(make: Make) -> Check:
     """Whether 3 steps, a checkpoint, and 3 steps of a fresh copy that loaded it are 6 steps without one, to the bit.
 
-    It measures the largest difference in weights, buffers, optimizer state, batch state or place in the data. The batch
-    grows one step after the checkpoint. The random numbers of torch are put back to those of the checkpoint, as your
-    script has to do; augmentation in loading processes draws others after a resume.
+    It measures the largest difference in weights, buffers, the states of optimizer, batch and scaler, or the place in
+    the data. The batch grows one step after the checkpoint. The random numbers of torch are put back to those of the
+    checkpoint, as your script has to do; augmentation in loading processes draws others after a resume.
 
     Raises:
         ValueError: a loader that is not a ``GlobalOrder``, whose place in the data cannot be saved; a data set smaller
-            than the largest step; or a ``make`` that does not give the same weights again.
+            than the largest step; a scaler so large that every step overflows; or a ``make`` that does not give the
+            same weights again.
     """
     whole, ranks = begin(make)
     if not isinstance(whole.loader, GlobalOrder):
@@ -48,6 +59,7 @@ def resume(make: Make) -> Check:
         batches = adaptive(training, schedule, probed=True)
         run_on(training, batches, total)
         batches.remove()
+        check_updated(training, batches)
         return state_of(training, batches)
 
     start = digest_of(whole.model)
@@ -67,6 +79,8 @@ def resume(make: Make) -> Check:
     saved = torch.load(file, map_location=device, weights_only=True)
     resumed.model.load_state_dict(saved["model"])
     resumed.optimizer.load_state_dict(saved["optimizer"])
+    if resumed.scaler is not None:
+        resumed.scaler.load_state_dict(saved["scaler"])
     batches.load_state_dict(saved["batches"])
     assert isinstance(resumed.loader, GlobalOrder)
     resumed.loader.load_state_dict(saved["order"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ from adabatch.verification.training import Make, Training
 
 ACCUMULATION = 4
 """Micro-batches a rank in the largest step of any check."""
+
+OVERFLOWING_STEP = 2
+"""The step of a run with a scaler whose loss is made infinite. Whether one overflows by itself hangs on the scale."""
 
 
 class Randomness(NamedTuple):
@@ -46,12 +50,26 @@ class Randomness(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A micro-batch of this rank, its examples, its weight, and the random numbers that its forward began with."""
+    """A micro-batch of this rank, as it was run.
+
+    Args:
+        batch: what the loader gave.
+        size: its examples.
+        weight: what it counts for.
+        randomness: where its forward began.
+        overflows: whether its loss is made infinite.
+    """
 
     batch: Any
     size: int
     weight: float
     randomness: Randomness
+    overflows: bool
+
+    def loss(self, training: Training) -> Tensor:
+        """Its mean loss, not scaled, shape ()."""
+        loss = training.loss(training.model, self.batch)
+        return loss * math.inf if self.overflows else loss
 
 
 def begin(make: Make) -> tuple[Training, Collectives]:
@@ -64,10 +82,11 @@ def again(make: Make, first: Training, start: int, ranks: Collectives) -> Traini
     """A copy of a training as it began, with the weights of digest ``start``."""
     training = make()
     anew = training.model is not first.model and training.optimizer is not first.optimizer
+    anew &= training.scaler is None or training.scaler is not first.scaler
     if ranks.minimum_of(anew, digest_of(training.model) == start) != [1.0, 1.0]:
         raise ValueError(
-            "make() must build another model and optimizer each time, and the same weights: seed torch in it, before "
-            "the model is built"
+            "make() must build another model, optimizer and scaler each time, and the same weights: seed torch in it, "
+            "before the model is built"
         )
     return training
 
@@ -95,26 +114,62 @@ def adaptive(training: Training, policy: Schedule, *, probed: bool) -> AdaptiveB
         limits=Limits(min=min(policy.fixed_sizes), max=max(policy.fixed_sizes)),
         monitor=probed,
         probe=training.probe if probed else None,
+        scaler=training.scaler,
     )
 
 
 def steps_of(training: Training, batches: AdaptiveBatch, until: int) -> Iterator[tuple[Step, list[Part]]]:
     """The steps of a run up to the ``until``-th, each with its parts, before its update."""
     device = next(training.model.parameters()).device
+    last = batches.collectives.rank == batches.collectives.size - 1
     for step in batches.steps(training.loader, until=steps(until), count=training.count, weigh=training.weigh):
-        parts = []
+        overflows = training.scales and last and batches.consumed.steps == OVERFLOWING_STEP - 1
+        parts: list[Part] = []
         for batch in step:
             size = training.count(batch)
             weight = size if training.weigh is None else float(training.weigh(batch))
-            parts.append(Part(batch, size, weight, Randomness.now(device)))
-            step.backward(training.loss(training.model, batch))
+            parts.append(Part(batch, size, weight, Randomness.now(device), overflows and not parts))
+            step.backward(parts[-1].loss(training))
         yield step, parts
 
 
-def update(training: Training) -> None:
-    """As a person writes it."""
-    training.optimizer.step()
+def update(training: Training) -> bool:
+    """As a person writes it; whether a scaler left it out."""
+    scaler = training.scaler
+    if scaler is None:
+        training.optimizer.step()
+        training.optimizer.zero_grad()
+        return False
+    scale = scaler.get_scale()
+    scaler.step(training.optimizer)
+    scaler.update()
     training.optimizer.zero_grad()
+    return scaler.get_scale() < scale
+
+
+def backward(training: Training, loss: Tensor) -> None:
+    """The same; of a loss that is not scaled yet."""
+    scaled = loss if training.scaler is None else training.scaler.scale(loss)
+    scaled.backward()  # type: ignore[no-untyped-call]
+
+
+def check_updated(training: Training, batches: AdaptiveBatch) -> None:
+    """Raises a ``ValueError`` where a scaler left out every update, so that there is nothing to compare."""
+    if training.scales and batches.progress.steps == 0:
+        raise nothing_fits(batches.consumed.steps)
+
+
+def nothing_fits(num_steps: int) -> ValueError:
+    """What to do about gradients that are too large for float16 in every step."""
+    return ValueError(
+        f"the gradients of {num_steps} steps overflowed, so there is nothing to compare: start the GradScaler at a "
+        f"smaller init_scale"
+    )
+
+
+def and_left_out(left_out: int) -> str:
+    """What to add to the number of steps made."""
+    return f", {left_out} of them left out for overflow," if left_out else ""
 
 
 def unreduced(model: nn.Module) -> Any:

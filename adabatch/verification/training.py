@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from adabatch.runtime.data import GlobalOrder, num_examples_in
@@ -21,11 +22,12 @@ class Training:
         model: as it is trained: plain, in ``DistributedDataParallel`` or sharded by ``fully_shard``.
         optimizer: over its parameters.
         loader: a ``GlobalOrder``, or any iterable of micro-batches that can be passed over again.
-        loss: (model, micro-batch) -> mean loss over its examples, shape ().
+        loss: (model, micro-batch) -> mean loss over its examples, shape (). Not scaled; autocast belongs in here.
         micro_batch_size: examples in one forward and backward on one rank.
         probe: to be checked; by default the one that suits the model.
         count: examples in a micro-batch.
         weigh: what a micro-batch counts for in the gradient, where not for its examples; see ``AdaptiveBatch.steps``.
+        scaler: of a run in float16. The second step of a check is then made to overflow, on the last rank alone.
     """
 
     model: nn.Module
@@ -36,10 +38,16 @@ class Training:
     probe: Probe | None = None
     count: Callable[[Any], int] = num_examples_in
     weigh: Callable[[Any], float] | None = None
+    scaler: GradScaler | None = None
+
+    @property
+    def scales(self) -> bool:
+        """Whether losses are scaled, so that an update may be left out."""
+        return self.scaler is not None and self.scaler.is_enabled()
 
 
 Make = Callable[[], Training]
-"""Builds a training anew: another model and optimizer, the same weights, the same data from its beginning."""
+"""Builds a training anew: another model, optimizer and scaler, the same weights, the same data from its beginning."""
 
 
 class Check(NamedTuple):
