@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_
 from adabatch.optim.mup import check_ratios
 from adabatch.runtime.agreement import Agreement
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, advance_epoch, num_examples_in
+from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
 from adabatch.runtime.drift import check_same
 from adabatch.runtime.finite import SkipNonfinite, nonfinite_in
 from adabatch.runtime.layers import PerLayer
@@ -32,6 +32,7 @@ from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.scheduler import Moved, StepHooks, host_value
 from adabatch.runtime.stopwatch import Stopwatch
+from adabatch.runtime.trials import TrialLoss, Trials
 from adabatch.runtime.watch.whereabouts import Whereabouts
 from adabatch.runtime.weighing import WeighedFeed
 from adabatch.runtime.wrappers import GradientSync, Wrapper, wrapper_of
@@ -118,6 +119,11 @@ class AdaptiveBatch:
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. A step
             without a probe pays for it with one pass over the gradient, 8 bytes and a host sync; "probed" looks at the
             other steps only, which pay nothing. Local steps of ``local_sgd`` without a probe are not looked at.
+        trial: micro-batch -> its mean loss, as your loop computes it, autocast included; for a micro-batch that grows
+            (``max_micro_batch_size``). The first one of each larger size is run for nothing before its step, once or,
+            where steps accumulate, twice. Where a rank has no memory for it, all ranks stay with smaller ones and
+            accumulate; the journal names it (``out_of_memory``). Not for models whose ranks gather shards from each
+            other (FSDP2, DeepSpeed).
         check_every: steps from one check to the next that all ranks hold the same plan, and copies of weights the same
             bits: one pass over the weights, 24 bytes a rank and a host sync. None checks nothing.
         wrapper: how the model runs on several ranks; by default what its type says. For ``integrations``.
@@ -125,7 +131,7 @@ class AdaptiveBatch:
     Raises:
         ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
             probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule, a
-            size below 1.
+            size below 1, a trial of what no rank can try alone or of a micro-batch that does not grow.
         TypeError: an optimizer, a criterion or a scaler that is none.
     """
 
@@ -153,6 +159,7 @@ class AdaptiveBatch:
         local_sgd: LocalSGD | None = None,
         journal: str | Path | None = None,
         skip_nonfinite: SkipNonfinite = True,
+        trial: TrialLoss | None = None,
         check_every: int | None = None,
         wrapper: Wrapper | None = None,
     ) -> None:
@@ -239,6 +246,8 @@ class AdaptiveBatch:
             model, optimizer, frozenset(needs), given=given, wrapper=self._wrapper, layers=layers
         )
         try:
+            sizes = self._grid.micro_sizes
+            self._trials = None if trial is None else Trials(trial, model, self._wrapper, self._probe, sizes)
             self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
         except Exception:
             if probe is None and self._probe is not None:
@@ -289,6 +298,11 @@ class AdaptiveBatch:
     def collectives(self) -> Collectives:
         """The ranks of the run."""
         return self._collectives
+
+    @property
+    def too_large(self) -> int | None:
+        """The smallest micro-batch size that ran out of memory in its trial; None where none did."""
+        return None if self._trials is None else self._trials.too_large
 
     @property
     def whereabouts(self) -> Whereabouts:
@@ -384,7 +398,7 @@ class AdaptiveBatch:
             )
             check_same(self._collectives, self._model, plan=held, when=f"before step {number}")
         self._whereabouts.mark("the loading", number)
-        portion = feed.take(self._plan)
+        portion = self._take(feed, number)
         if portion is None:
             return
         self._groups = self._optimizer.param_groups  # an engine may show only some of them while it steps
@@ -410,6 +424,20 @@ class AdaptiveBatch:
                 "the step's micro-batches were not all run: finish `for batch in step` before the next step, and do "
                 "not break out of it"
             )
+
+    def _take(self, feed: Feed, number: int) -> Portion | None:
+        """The next step's portion, whose micro-batch every rank has the memory for, as far as that is tried."""
+        portion = feed.take(self._plan)
+        while self._trials is not None and portion is not None and self._trials.is_due(self._plan):
+            self._whereabouts.mark("the trial of a larger micro-batch", number)
+            if self._stopwatch is not None:
+                self._stopwatch.interrupt()
+            portion, fits = self._trials.run(self._plan, portion)
+            if not fits:
+                self._grid = replace(self._grid, micro_sizes=self._trials.sizes)
+                self._plan = self._runnable(self._plan.global_batch_size)
+                portion = feed.take(self._plan)
+        return portion
 
     def _settle_left_out(self, step: Step) -> None:
         """The end of a step whose gradient an engine found not finite, so that it never stepped the optimizer."""
@@ -454,6 +482,8 @@ class AdaptiveBatch:
             decision=step.decision,
             seconds=None if step.timed is None else step.timed[1],
         )
+        if self._trials is not None:
+            entry |= self._trials.journal_entry()
         factor = self._factor_of(portion.num_examples)
         self._update = _Update(portion.num_examples, factor, step_gain, step.finite, entry)
         self._plan = step.decision.plan
@@ -516,6 +546,7 @@ class AdaptiveBatch:
             "progress": asdict(self._progress),
             "consumed": asdict(self._consumed),
             "reference_batch_size": self._reference,
+            "trials": None if self._trials is None else self._trials.state_dict(),
         }
 
     def settle(self, *, scaled: bool = False) -> None:
@@ -553,12 +584,15 @@ class AdaptiveBatch:
         self._consumed = self._resumed(Progress(**state["consumed"]))
         self._state = ControlState.from_state_dict(state["control"])
         self._reference = state["reference_batch_size"]
+        if self._trials is not None:
+            self._trials.load_state_dict(state.get("trials"))
+            self._grid = replace(self._grid, micro_sizes=self._trials.sizes)
         plan = BatchPlan(**state["plan"])
         low, high = self._limits.runnable(self._consumed, self._grid)
         grid = self._grid
         runs = plan.dp_size == grid.dp_size and plan.micro_batch_size in grid.micro_sizes
         if not (runs and plan.accumulation_steps >= grid.min_accumulation and low <= plan.global_batch_size <= high):
-            plan = grid.nearest(plan.global_batch_size, min_size=low, max_size=high)
+            plan = self._runnable(plan.global_batch_size)
         self._plan = plan
         self._update = None
         self._just_loaded = True
@@ -577,6 +611,11 @@ class AdaptiveBatch:
         wanted = float(low)
         if isinstance(self._criterion, Schedule):
             wanted = min(max(self._criterion.wanted(Observation(None, self._consumed)), low), high)
+        return self._grid.nearest(wanted, min_size=low, max_size=high)
+
+    def _runnable(self, wanted: float) -> BatchPlan:
+        """The plan nearest to a global batch size that limits and grid allow now."""
+        low, high = self._limits.runnable(self._consumed, self._grid)
         return self._grid.nearest(wanted, min_size=low, max_size=high)
 
     def _factor_of(self, global_batch_size: int) -> float:
@@ -639,7 +678,8 @@ class AdaptiveBatch:
         place = None if order is None else order.state_dict()
         gives = () if self._probe is None else sorted(self._probe.gives)
         settings = (self._lr_rule, self._reference, sorted(self._follow), gives, self._control)
-        mine = (place, self._plan, self._progress, self._consumed, settings, self._agreement.listening)
+        tried = None if self._trials is None else self._trials.state_dict()
+        mine = (place, self._plan, self._progress, self._consumed, settings, self._agreement.listening, tried)
         if not self._collectives.agree(mine):
             raise ValueError(
                 f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "

@@ -152,6 +152,7 @@ class NoiseOnly:
     def moments(self, totals: list[float]) -> GradientMoments:
         return GradientMoments(1.0, 1.0, 1.0, 2.0, 2)
 
+    def stop(self) -> None: ...
     def remove(self) -> None: ...
 
 

@@ -103,6 +103,7 @@ class _Attached:
             reduced="backward" if early else "update",
             left_out=lambda: engine.global_steps > self._began,
             parameters=trained_parameters(engine),
+            runs_alone=False,
         )
 
     def _begin(self, plan: BatchPlan) -> None:

@@ -45,6 +45,10 @@ class Stopwatch:
         self._steady = self._steady and whole and plan == self._plan
         self._plan = plan
 
+    def interrupt(self) -> None:
+        """Something took time that no step of the plan takes: the present span is not timed."""
+        self._steady = False
+
     def outgoing(self, like: Tensor) -> list[Tensor]:
         """What rides on a reduction: shape (1,), of the type and place of ``like``."""
         seconds = math.nan if self._pending is None else self._pending[1]

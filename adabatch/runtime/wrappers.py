@@ -60,6 +60,7 @@ class Wrapper(NamedTuple):
             or not until its "update" begins.
         left_out: in the second case, whether the update has come and gone without a step of the optimizer.
         parameters: what is trained, where the optimizer holds other tensors in the place of the model's parameters.
+        runs_alone: whether a rank can run a micro-batch without the others.
     """
 
     collectives: Collectives
@@ -76,6 +77,7 @@ class Wrapper(NamedTuple):
     reduced: Literal["backward", "update"] = "backward"
     left_out: Callable[[], bool] = _never
     parameters: Sequence[Tensor] | None = None
+    runs_alone: bool = True
 
 
 def wrapper_of(
@@ -152,7 +154,7 @@ def _sharded(model: nn.Module, gradient_sync: GradientSync) -> Wrapper:
             )
         return ReduceScatterProbe(model, **options)
 
-    return Wrapper(collectives, no_sync if gradient_sync == "last" else nullcontext, make_probe)
+    return Wrapper(collectives, no_sync if gradient_sync == "last" else nullcontext, make_probe, runs_alone=False)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -195,6 +195,8 @@ class Silent:
     def moments(self, totals: list[float]) -> GradientMoments:
         return GradientMoments(1.0, 1.0, 1.0, 1.0, 1)
 
+    def stop(self) -> None: ...
+
     def remove(self) -> None: ...
 
 

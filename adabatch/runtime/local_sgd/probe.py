@@ -96,6 +96,10 @@ class WorkerProbe:
             layers=None if layers is None else {name: self._of_all(layer) for name, layer in layers.items()},
         )
 
+    def stop(self) -> None:
+        """Forgets a step that is broken off."""
+        self._inner.stop()
+
     def remove(self) -> None:
         """Takes every hook off the model."""
         self._inner.remove()

@@ -203,6 +203,12 @@ class CommHookProbe:
         """The step's moments from the sums over all ranks."""
         return self._sums.moments(totals)
 
+    def stop(self) -> None:
+        """Forgets a step that is broken off."""
+        self._listening = False
+        self._pieces = [0] * len(self._pieces)
+        self._forget()
+
     def remove(self) -> None:
         """Stops measuring; the hook stays on the model, which has no way to give it back."""
         self._listening = False

@@ -153,6 +153,12 @@ class MicroBatchProbe:
         """The step's moments from the sums over all ranks."""
         return self._gauge.moments(totals)
 
+    def stop(self) -> None:
+        """Forgets a step that is broken off."""
+        self._listening = False
+        self._norms.clear()
+        self._squares.clear()
+
     def remove(self) -> None:
         """Takes every hook off the model."""
         for handle in self._handles:

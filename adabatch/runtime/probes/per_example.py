@@ -159,7 +159,11 @@ class PerExampleProbe:
         variance = (pp - p * p) * b / (b - 1)
         return variance / p if p > 0 else math.nan
 
-    def remove(self) -> None:
-        """Takes every hook off the model."""
+    def stop(self) -> None:
+        """Forgets a step that is broken off."""
         self._norms.remove()
         self._held.clear()
+
+    def remove(self) -> None:
+        """Takes every hook off the model."""
+        self.stop()

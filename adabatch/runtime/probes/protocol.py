@@ -77,6 +77,10 @@ class Probe(Protocol):
         """The step's moments from the numbers of all ranks, summed."""
         ...
 
+    def stop(self) -> None:
+        """What began with ``start`` is broken off, at whatever point: nothing is measured until the next ``start``."""
+        ...
+
     def remove(self) -> None:
         """Takes every hook off the model."""
         ...

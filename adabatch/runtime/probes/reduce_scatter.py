@@ -304,6 +304,13 @@ class ReduceScatterProbe:
             )
         return moments
 
+    def stop(self) -> None:
+        """Forgets a step that is broken off."""
+        self._open = None
+        for unit in self._measured.values():
+            unit.listen(False)
+            unit.reductions.clear()
+
     def remove(self) -> None:
         """Gives every unit back the reduce-scatter it had."""
         for unit in self._units:
