@@ -49,6 +49,7 @@ class Engine(NamedTuple):
         batches: criterion and options -> the ``AdaptiveBatch`` around it.
         update: what comes after a step's micro-batches.
         checkpoints: folder and parts -> what saves them.
+        runs_alone: whether a rank can run a micro-batch without the others.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Engine(NamedTuple):
     batches: Callable[..., AdaptiveBatch]
     update: Callable[[], None]
     checkpoints: Callable[..., Saving]
+    runs_alone: bool = False
 
 
 def engine_of(
@@ -108,6 +110,7 @@ def engine_of(
         batches=lambda criterion, **options: AdaptiveBatch(model, optimizer, criterion, **options),
         update=update,
         checkpoints=lambda folder, **parts: Checkpoints(folder, model=model, optimizer=optimizer, **parts),
+        runs_alone=name == "ddp" or world.size == 1,
     )
 
 

@@ -75,7 +75,8 @@ class Job:
         micro_batch_size: examples in one forward and backward on one rank.
         limits: smallest and largest global batch size.
         total: length of the run.
-        max_micro_batch_size: how far the micro-batch may grow before steps accumulate.
+        max_micro_batch_size: how far the micro-batch may grow before steps accumulate; where a larger one runs out of
+            memory, it stays as it is (not under fsdp2 and deepspeed).
         control: how cautiously the criterion is followed.
         lr_rule: how the learning rate follows the batch; by default "sqrt" for second-order optimizers, else "none".
         reference_batch_size: global batch size that the learning rate is meant for; by default the first one.
@@ -192,6 +193,13 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         averages=job.local_sgd is None,
     )
     local = None if job.local_sgd is None else job.local_sgd(model, engine.optimizer)
+
+    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, targets = batch
+        loss: Tensor = job.loss(engine.forward(inputs.to(device)), targets.to(device))
+        return loss
+
+    grows = (job.max_micro_batch_size or 0) > job.micro_batch_size
     journal = job.out / JOURNAL
     batches = engine.batches(
         job.criterion,
@@ -205,6 +213,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         monitor=job.monitor,
         record_l1=job.record_l1,
         per_layer=job.per_layer,
+        trial=loss_of if grows and engine.runs_alone else None,
         check_every=job.check_every,
         local_sgd=local,
         journal=journal,
@@ -235,8 +244,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         watch = nullcontext() if job.hang_timeout is None else Watchdog(batches, timeout=job.hang_timeout)
         with display.progress(label, job.total) as shown, watch:
             for step in batches.steps(order, until=job.total):
-                for inputs, targets in step:
-                    step.backward(job.loss(engine.forward(inputs.to(device)), targets.to(device)))
+                for batch in step:
+                    step.backward(loss_of(batch))
                 engine.update()
                 schedule.step()
                 shown.update(

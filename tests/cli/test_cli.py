@@ -55,6 +55,15 @@ class InterruptedLoss(torch.nn.CrossEntropyLoss):
         return super().forward(inputs, targets)
 
 
+class HungryLoss(torch.nn.CrossEntropyLoss):
+    """Asks for more memory than there is, above 16 examples."""
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 16 and inputs.requires_grad:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return super().forward(inputs, targets)
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Any:
     """Writes a config with changes; returns its path."""
@@ -262,3 +271,11 @@ def test_a_mistake_ends_both_processes(config: Any, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("limits.min=17 cannot be shared equally by 2 ranks") >= 1
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_micro_batch_that_runs_out_of_memory_stays_as_it_was(config: Any, tmp_path: Path) -> None:
+    assert main(["train", "--config", config(loss={"class_path": f"{__name__}.HungryLoss"})]) == 0
+    written = lines(tmp_path / "run" / "journal.jsonl")
+    assert [line["out_of_memory"] for line in written if "out_of_memory" in line] == [[32]]
+    assert max(line["plan"]["micro_batch_size"] for line in written) == 16
+    assert max(line["plan"]["global_batch_size"] for line in written) > 64

@@ -99,3 +99,16 @@ def test_a_rank_that_found_nothing_leaves_all_without_a_time(time: Time) -> None
     measured(old, new)
     assert old.timed is None
     assert new.timed is None
+
+
+def test_a_span_with_something_else_in_it_is_not_timed(time: Time) -> None:
+    watch = Stopwatch(1)
+    seconds = []
+    for interrupted in (False, False, True, False):
+        time.now += 2.0
+        if interrupted:
+            watch.interrupt()
+        watch.ran(SMALL, whole=True)
+        measured(watch)
+        seconds.append(None if watch.timed is None else watch.timed[1])
+    assert seconds == [None, None, 2.0, None]
