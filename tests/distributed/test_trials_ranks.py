@@ -135,7 +135,7 @@ def test_an_error_of_one_rank_ends_all(tmp_path: Path) -> None:
     assert second == ("RuntimeError: the trial of a micro-batch of 8 examples failed on another rank, which says why")
 
 
-def refused(rank: int) -> tuple[str, str]:
+def refused(rank: int, journal: Path) -> tuple[str, str]:
     model = fully_shard(nn.Linear(6, 1))
     optimizer = SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError) as sharded:
@@ -147,13 +147,13 @@ def refused(rank: int) -> tuple[str, str]:
             max_micro_batch_size=16,
             trial=lambda batch: model(batch).sum(),
         )
-    job = Job(rank, Path("unused"), largest=16, tried=rank == 0)
+    job = Job(rank, journal, largest=16, tried=rank == 0)
     with pytest.raises(ValueError) as different:
         next(job.batches.steps(job.order))
     return str(sharded.value), str(different.value)
 
 
 def test_what_cannot_be_tried_alone_is_refused(tmp_path: Path) -> None:
-    for sharded, different in run_ranks(refused, 2, tmp_path):
+    for sharded, different in run_ranks(refused, 2, tmp_path, tmp_path / "journal"):
         assert "one without memory would leave the others waiting: leave trial= out" in sharded
         assert "the ranks hold different data orders, batch plans or settings" in different
