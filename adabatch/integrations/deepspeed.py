@@ -19,6 +19,7 @@ from torch import Tensor
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan
+from adabatch.optim import KFAC
 from adabatch.runtime.backward import Backward
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
@@ -193,6 +194,8 @@ def _refusals(engine: Any) -> dict[str, bool]:
         "optimizer": type(engine.basic_optimizer).__name__.startswith("Muon"),
         "its optimizer looks at whole gradients or layers, of which ZeRO 1 to 3 hand it flat pieces; use ZeRO 0, DDP "
         "or FSDP2": stage > 0 and type(engine.basic_optimizer).__module__.startswith("adabatch.optim"),
+        "K-FAC cannot be told of the ranks of an engine, and would take its factors from each one's own examples; use "
+        "DDP or FSDP2": isinstance(engine.basic_optimizer, KFAC) and engine.dp_world_size > 1,
         "it updates a part of the parameters by a second optimizer; leave `ratio` out of `offload_optimizer`": (
             getattr(engine.optimizer, "backup_optimizer", None) is not None
         ),

@@ -42,7 +42,7 @@ def across_ranks(model: nn.Module) -> AcrossRanks:
     if callable(stage) and stage() > 0:
         raise ValueError(
             f"ZeRO {stage()} cuts gradients or optimizer state into flat pieces, in which no layer's matrix is left "
-            f"for a second-order optimizer: use ZeRO 0, DistributedDataParallel, or fully_shard (FSDP2)"
+            f"for a second-order optimizer: use DistributedDataParallel or fully_shard (FSDP2)"
         )
     collectives = collectives_of(model)
     if collectives.size == 1:

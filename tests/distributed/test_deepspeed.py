@@ -27,6 +27,7 @@ from torch.optim import SGD, AdamW, Optimizer
 import adabatch
 from adabatch import AdaptiveBatch, Control, CoordinateNormTest, GlobalOrder, Limits, NoiseScale, NormTest
 from adabatch.batch.criteria import Criterion
+from adabatch.optim import KFAC
 
 pytestmark = pytest.mark.distributed
 
@@ -245,9 +246,15 @@ def refused() -> dict[str, str]:
     note("betas", lambda: engine_of(0, Custom), follow=("betas",))
     note("float16", lambda: sgd(0, fp16={"enabled": True}))  # after precision(), which lets a CPU have it
     note("whole gradients", lambda: engine_of(1, adabatch.AdaGradNorm))
+    note("K-FAC", k_fac)
     note("limits", lambda: sgd(1), limits=Limits(min=7, max=64))
     note("pipeline", pipeline)  # last: DeepSpeed makes no other kind of engine after it
     return found
+
+
+def k_fac() -> Any:
+    model = network()
+    return engine_of(0, lambda _: KFAC(model.parameters(), model, likelihood="gaussian"), model=model)
 
 
 def pipeline() -> Any:
@@ -408,6 +415,7 @@ def test_what_cannot_be_measured_is_refused(found: dict[str, Any]) -> None:
         "betas": "ValueError: follow='betas' needs the step counts of torch's own Adam",
         "float16": "ValueError: .*ZeRO 0 in float16 .*use ZeRO 1",
         "whole gradients": "ValueError: .*looks at whole gradients or layers, .*use ZeRO 0",
+        "K-FAC": "ValueError: .*K-FAC cannot be told of the ranks of an engine, .*use DDP or FSDP2",
         "limits": "ValueError: limits.min=7 cannot be shared equally by 2 ranks",
     }
     assert set(found["refused"]) == set(expected)

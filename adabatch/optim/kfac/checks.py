@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from adabatch.optim.kfac.inversion import Exponents
 from adabatch.optim.kfac.survey import Survey
+from adabatch.optim.placement import Reduce
 
 
 def check_factors(exponents: Exponents, *, exact: bool, memory: float, refresh: float, observe_every: int) -> None:
@@ -52,11 +54,17 @@ def plain_groups(params: ParamsT) -> list[dict[str, Any]]:
     return result
 
 
-def refuse_zeros(found: Survey, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ``ValueError`` for a trained weight that is all zeros."""
+def refuse_zeros(found: Survey, groups: Sequence[Mapping[str, Any]], reduce: Reduce | None) -> None:
+    """Raises ``ValueError`` for a trained weight that is all zeros, on all ranks: one alone may hold no row of it."""
     trained = {id(p) for group in groups for p in group["params"]}
-    weights = [(each.name, each.module.get_parameter("weight")) for each in found.layers]
-    zeros = [name for name, weight in weights if id(weight) in trained and not bool(weight.detach().any())]
+    every = [(each.name, each.module.get_parameter("weight")) for each in found.layers]
+    weights = {name: weight.detach() for name, weight in every if id(weight) in trained}
+    if not weights:
+        return
+    flags = [float(weight.any()) for weight in weights.values()]  # of a shard, in a sharded model
+    some = torch.tensor(flags, device=next(iter(weights.values())).device)
+    some = some if reduce is None else reduce(some)
+    zeros = [name for name, count in zip(weights, some.tolist(), strict=True) if not count]
     if zeros:
         raise ValueError(
             f"the weight of {', '.join(zeros)} is all zeros. Behind a zero readout no other layer has a gradient, so "

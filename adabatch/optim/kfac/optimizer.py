@@ -175,7 +175,7 @@ class KFAC(Optimizer):
             {"lr": lr, "damping": damping, "momentum": momentum, "weight_decay": weight_decay},
         )
         if not allow_zero_weights:
-            refuse_zeros(found, self.param_groups)
+            refuse_zeros(found, self.param_groups, reduce)
         self._layers: list[WatchedLayer] = []
         self._blocks: dict[Tensor, Block] = {}
         modules = dict(self._take_layers(found, exact=form is None))
