@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +72,29 @@ class Job:
         x, _ = batch
         return functional.mse_loss(self.model(x), x[:, :1])
 
-    def train(self) -> dict[str, Any]:
+    def train(self, *, after_first: Callable[[], None] = lambda: None) -> dict[str, Any]:
         for step in self.batches.steps(self.order, until=examples(NUM_EXAMPLES)):
             for batch in step:
                 self.given += batch[1].tolist()
                 step.backward(self.loss_of(batch))
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if step.plan.micro_batch_size == 4:
+                after_first()
         state = torch.cat([weights(self.model), *(buffer.flatten() for buffer in self.model.buffers())])
         return {"too large": self.batches.too_large, "given": self.given, "state": state.tolist()}
 
 
 def short_of_memory(rank: int, journal: Path, local: bool) -> dict[str, Any]:
     """Rank 1 may take 400 MiB more than it has: micro-batches of 8 fit, and one of 32 takes 512 MiB and more."""
-    job = Job(rank, journal, largest=32, local=local, width=WIDE)
-    if rank == 1:
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + (400 << 20), resource.RLIM_INFINITY))
-    return job.train()
+
+    def limit() -> None:
+        """Once all threads run, which take memory of their own."""
+        if rank == 1:
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (taken + (400 << 20), resource.RLIM_INFINITY))
+
+    return Job(rank, journal, largest=32, local=local, width=WIDE).train(after_first=limit)
 
 
 def told(rank: int, journal: Path, largest: int, local: bool) -> dict[str, Any]:
