@@ -136,6 +136,15 @@ class Job:
                 f"the config has format {self.format}, this release of adabatch reads format {CONFIG_FORMAT}: "
                 f"write the config for this release, or use the release that it was written for"
             )
+        # The parser makes an object of the base class where a field has arguments, or nothing, but no class.
+        bases = {"model": nn.Module, "loss": nn.Module, "train_data": Dataset, "test_data": Dataset}
+        for name, base in bases.items():
+            if type(getattr(self, name)) is base:
+                raise ValueError(f"{name} needs a class_path, such as my_package.my_module.MyClass, and got none")
+        if self.hang_timeout is not None and not 0 < self.hang_timeout < math.inf:
+            raise ValueError(
+                f"hang_timeout must be a positive number of seconds, or null for no watchdog, got {self.hang_timeout}"
+            )
 
 
 class Result(NamedTuple):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import is_dataclass
+from functools import cache
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -57,6 +60,7 @@ def _verify_parser() -> ArgumentParser:
     return parser
 
 
+@cache  # it takes longer to make than to use
 def build_parser() -> ArgumentParser:
     """The parser of the whole command."""
     parser = ArgumentParser(
@@ -105,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if command == "mup":
             return run_mup(config.mup)
+        _check_given(config[command])
         world = World.from_environment()
         _seed(config[command].seed)
         with connected(world, device=world.device):
@@ -124,8 +129,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _check_given(fields: Namespace) -> None:
+    """What the parser lets pass: null for any field, and anything for one whose fields all have defaults.
+
+    Raises:
+        ValueError: a field of a job is null that has to be something, or has no fields where it should.
+    """
+    for name, kind in get_type_hints(Job).items():
+        value = fields[name]
+        if value is None and NoneType not in get_args(kind):
+            raise ValueError(f"{name} must not be null: give it a value, or leave it out where it has a default")
+        if is_dataclass(kind) and not isinstance(value, Namespace):
+            raise ValueError(f"{name} has fields of its own, as --help lists them, got {value!r}")
+
+
 def _seed(seed: int) -> None:
-    """The generators that models and data sets draw from, numpy's old global one among them."""
+    """The generators that models and data sets draw from, numpy's old global one among them.
+
+    Raises:
+        ValueError: a seed that torch does not take.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {seed}")
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -136,11 +161,23 @@ def _maker(parser: ArgumentParser, config: Namespace, command: str) -> Callable[
 
     def make() -> Job:
         _seed(config[command].seed)
-        fields: dict[str, Any] = vars(parser.instantiate(config)[command])
+        fields: dict[str, Any] = vars(parser.instantiate(config, instantiators=[(_made, object, True)])[command])
         names = Job.__dataclass_fields__
         return Job(**{name: value for name, value in fields.items() if name in names})
 
     return make
+
+
+def _made(kind: type[Any], *arguments: Any, **named: Any) -> Any:
+    """An object of the config.
+
+    Raises:
+        ValueError: its class refuses the arguments; in front of its reason, which may name none of them, the class.
+    """
+    try:
+        return kind(*arguments, **named)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{kind.__name__}: {error}") from error
 
 
 def _settings(parser: ArgumentParser, config: Namespace, command: str) -> dict[str, Any]:

@@ -98,8 +98,8 @@ class ProgressLR(LRScheduler):
             each step advances the shape by what it is worth, and no number of steps need be known.
 
     Raises:
-        ValueError: a total of no length, a warm-up not shorter than the total, or a total in examples or tokens where
-            nobody counts those.
+        ValueError: a total of no length, a warm-up not shorter than the total, a total in examples or tokens where
+            nobody counts those, or a learning rate that is not finite.
         TypeError: a shape that is not a ``Shape``, or a length without a unit.
     """
 
@@ -123,6 +123,9 @@ class ProgressLR(LRScheduler):
             raise ValueError(f"warmup_start must be in [0, 1], got {warmup_start}")
         if clock not in get_args(ClockKind):
             raise ValueError(f"clock must be one of {', '.join(get_args(ClockKind))}, got {clock!r}")
+        for group in optimizer.param_groups if isinstance(optimizer, Optimizer) else ():  # torch names what is none
+            if not math.isfinite(group["lr"]):  # its optimizers take NaN
+                raise ValueError(f"the learning rate of {type(optimizer).__name__} must be finite, got {group['lr']}")
         self.shape = shape
         self._clock = Clock(total, warmup)
         self._warmup_start = warmup_start
