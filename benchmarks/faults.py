@@ -1,16 +1,18 @@
-"""Is anything lost when a run is killed, its workers change, or its checkpoints are damaged?
+"""Is anything lost when a run is killed, ranks come, go or fail, numbers go wrong, or checkpoints and configs do?
 
-    python benchmarks/faults.py [--kills 100] [--only kills|workers|damage] [--no-save]
+    python benchmarks/faults.py [--kills 100] [--configs 10000] [--only PART] [--no-save]
 
 *Kills*: `adabatch train` on two processes is killed with SIGKILL at random instants, one process or both; every second
 kill waits for the next moment at which a checkpoint is being written. Each time the same command goes on. A run that is
 through is compared with one that nobody disturbed: weights, optimizer, batch sizes, schedule, place in the data and
 random numbers of the last checkpoint, the journal, and which examples each rank was given in each step; to the bit.
 *Workers*: the same under torchrun's agents, on 2, 1, 3 and 2 processes. *Damage*: checkpoints are cut, changed and
-taken apart, and loaded.
+taken apart, and loaded. *Ranks*: of three gloo ranks one is killed, hangs, freezes or raises in each part of a step,
+under a watchdog. *Numbers*: one that is not finite comes up on one of two ranks, in each micro-batch of a step.
+*Configs*: random ones, most of them spoilt, go through `adabatch train` to their first plan or an error.
 
-The job is that of tests/jobs.py: a network of 129 parameters with dropout, 200 examples, 127 steps, a checkpoint every
-five of them.
+The job of the first two is that of tests/jobs.py: a network of 129 parameters with dropout, 200 examples, 127 steps, a
+checkpoint every five of them.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -36,11 +39,24 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from elastic import check_order, two_one_three_two
 from jobs import Attempt, Ended, Killed, Net, command, ended, killed_runs, same
+from lost_ranks import BOUND, PLACES, TIMEOUT, ends_of
+from nonfinite import POISONS, POLICIES, all_cases, outcomes
+from random_configs import outcome, random_config
+from ranks import run_ranks
 
 import adabatch
 from adabatch.runtime.checkpoint import MANIFEST, NewerFormat, checkpoints_in
 
 FLIPS = 200
+PARTS = ("kills", "workers", "damage", "ranks", "numbers", "configs")
+FAULTS = {"kill": "killed", "hang": "hangs", "freeze": "frozen", "raise": "raises an error"}
+KINDS = {
+    "planned": "a plan that can be run, in a run that begins",
+    "refused": "an error that names what is wrong",
+    "unclear": "another error",
+    "crashed": "a traceback",
+    "no plan": "a run without a plan, outside its limits or with a rate that is no number",
+}
 Outcome = tuple[str, int, int]
 """What was done, how often, and how often it ended as it should."""
 
@@ -192,10 +208,68 @@ def full_disk(folder: Path) -> list[Outcome]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+def ranks(folder: Path) -> tuple[list[tuple[str, ...]], list[str], list[tuple[str, str, int, float, bool]]]:
+    """How runs end in which one of three ranks comes to harm: by fault and part of a step."""
+    done = []
+    for fault, part, victim in itertools.product(FAULTS, PLACES, (0, 1)):
+        place = folder / f"{fault}-{part}-{victim}"
+        place.mkdir(parents=True)
+        ends = ends_of(place, fault, part, size=3, victim=victim)
+        told = [account for rank, account in enumerate(ends.accounts) if rank != victim]
+        named = all(_names(victim, part, account) for account in told)
+        done.append((fault, part, victim, ends.seconds, named))
+    rows = []
+    for fault, words in FAULTS.items():
+        mine = [run for run in done if run[0] == fault]
+        longest = max(seconds for *_, seconds, _ in mine)
+        missed = sorted({part for _, part, _, _, named in mine if not named})
+        named = sum(named for *_, named in mine)
+        rows.append((words, str(len(mine)), str(named), ", ".join(missed) or "none", f"{longest:.0f}"))
+    bounded = sum(seconds < BOUND for *_, seconds, _ in done)
+    told = [f"{bounded} of {len(done)} runs ended within {BOUND:.0f} s, the start of the processes in it."]
+    return rows, told, done
+
+
+def _names(victim: int, part: str, account: str) -> bool:
+    """Whether a rank that ended names the one that was lost; or the place, where all stand there and none can tell."""
+    lost = (f"rank {victim} has died", f"rank {victim} has not", f"rank {victim} raised", f"all in {PLACES[part]}")
+    return any(words in account for words in lost)
+
+
+def numbers(folder: Path) -> list[Outcome]:
+    """Updates left out on both ranks, by what was not finite."""
+    folder.mkdir()
+    results = run_ranks(all_cases, 2, folder, str(folder), timeout=300)
+    found = outcomes(results, folder)
+    return [
+        (
+            f"{poison}, {policy}",
+            sum(case[1:3] == (policy, poison) for case in found),
+            sum(left_out for case, left_out in found.items() if case[1:3] == (policy, poison)),
+        )
+        for poison, policy in itertools.product(POISONS, POLICIES)
+    ]
+
+
+def configs(count: int) -> tuple[list[tuple[str, ...]], list[str], list[tuple[int, str, str]]]:
+    """What becomes of random configs."""
+    chance = random.Random(1)
+    kinds: Counter[str] = Counter()
+    bad = []
+    for number in range(count):
+        kind, message = outcome(random_config(chance))
+        kinds[kind] += 1
+        if kind not in ("planned", "refused"):
+            bad.append((number, kind, message))
+    rows = [(words, str(kinds[kind])) for kind, words in KINDS.items()]
+    return rows, [f"{len(bad)} of {count:,} random configs made neither a plan nor a clear error."], bad
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="how often a run is killed")
-    parser.add_argument("--only", choices=("kills", "workers", "damage"), help="one part")
+    parser.add_argument("--configs", type=int, default=10_000, help="random configs")
+    parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     machine = Machine.here()
@@ -213,17 +287,37 @@ def main() -> None:
             tables.append(Table("Processes come and go under torchrun (limits 12 to 48)", columns, rows))
             told += said
         if options.only in (None, "damage"):
-            outcomes = damage(folder / "damage") + full_disk(folder / "disk")
-            table = [(what, str(tries), str(good)) for what, tries, good in outcomes]
+            damages = damage(folder / "damage") + full_disk(folder / "disk")
+            table = [(what, str(tries), str(good)) for what, tries, good in damages]
             tables.append(Table("Damaged checkpoints", ("damage, and what should happen", "tries", "happened"), table))
-            bad = sum(tries - good for _, tries, good in outcomes)
+            bad = sum(tries - good for _, tries, good in damages)
             told.append(
-                f"{bad} of {sum(tries for _, tries, _ in outcomes)} damages were accepted in silence or crashed."
+                f"{bad} of {sum(tries for _, tries, _ in damages)} damages were accepted in silence or crashed."
             )
-            raw = {**raw, "damage": outcomes}
+            raw = {**raw, "damage": damages}
+        if options.only in (None, "ranks"):
+            rows, said, runs = ranks(folder / "ranks")
+            columns = ("one of three ranks", "runs", "named by both others", "parts where not", "longest, in seconds")
+            tables.append(
+                Table(f"A rank is lost, under a watchdog of {TIMEOUT:g} s, in: {', '.join(PLACES)}", columns, rows)
+            )
+            told += said
+            raw = {**raw, "ranks": runs}
+        if options.only in (None, "numbers"):
+            found = numbers(folder / "numbers")
+            rows = [(what, str(tries), str(good)) for what, tries, good in found]
+            columns = ("on one of two ranks, in each micro-batch of a step", "steps", "left out on both")
+            tables.append(Table("Numbers that are not finite, under DDP and FSDP2", columns, rows))
+            told.append(f"{sum(good for *_, good in found)} of {sum(tries for _, tries, _ in found)} were left out.")
+            raw = {**raw, "numbers": found}
+        if options.only in (None, "configs"):
+            rows, said, bad = configs(options.configs)
+            tables.append(Table("Random configs through adabatch train", ("what comes of one", "configs"), rows))
+            told += said
+            raw = {**raw, "configs": bad}
     publish(
         "faults",
-        question="Is anything lost when a run is killed, its workers change, or its checkpoints are damaged?",
+        question=(__doc__ or "").splitlines()[0],
         machine=machine,
         tables=tables,
         findings=told,

@@ -6,101 +6,31 @@ step that are left out here are in benchmarks/faults.py.
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
-from typing import Any
 
+import lost_ranks
 import pytest
-from loops import loss_of, network, regression
-from ranks import RanksFailed, run_ranks
-from torch.nn.parallel import DistributedDataParallel
+from loops import network
+from lost_ranks import BOUND, PLACES, VICTIM, watched
+from ranks import run_ranks
 from torch.optim import SGD
-from torch.utils.data import Dataset
 
-from adabatch import EXIT_RANK_LOST, AdaptiveBatch, Constant, GlobalOrder, RankLost, Watchdog, steps
+from adabatch import EXIT_RANK_LOST, AdaptiveBatch, Constant, RankLost, Watchdog
 
 pytestmark = pytest.mark.distributed
 
-TIMEOUT, GRACE = 2.0, 0.5
-VICTIM = 1
 
-PLACES = {
-    "loading": "the loading of micro-batch 1 of step 2",
-    "forward": "the forward of micro-batch 1 of step 2",
-    "backward": "the backward of micro-batch 1 of step 2",
-    "between": "what follows the micro-batches of step 2",
-}
+def ends_of(tmp_path: Path, fault: str, part: str, **ranks: int) -> list[str]:
+    """What is known of each rank's end."""
+    ends = lost_ranks.ends_of(tmp_path, fault, part, **ranks)
+    assert ends.seconds < BOUND
+    return ends.accounts
 
 
-def sleeping() -> None:
-    time.sleep(1000)
-
-
-def harm(fault: str) -> None:
-    if fault in ("kill", "freeze"):
-        os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
-    elif fault == "hang":
-        sleeping()
-    elif fault == "raise":
-        raise ZeroDivisionError("the sky over rank one")
-
-
-class Hurting(Dataset[Any]):
-    """Data whose reading may do harm."""
-
-    def __init__(self) -> None:
-        self.inner = regression(512)
-        self.hurt: Any = lambda: None
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> Any:
-        self.hurt()
-        return self.inner[index]
-
-
-def watched(rank: int, size: int, folder: str, fault: str, part: str, victim: int) -> str:
-    """A run in which one rank comes to harm at a place; what ends a rank from outside is in its file."""
-    os.dup2(os.open(f"{folder}/{rank}.stderr", os.O_WRONLY | os.O_CREAT), 2)
-    model = DistributedDataParallel(network())
-    optimizer = SGD(model.parameters(), lr=0.05)
-    batches = AdaptiveBatch(model, optimizer, Constant(6 * size), micro_batch_size=3, monitor=True)
-    data = Hurting()
-
-    def here(place: str, index: int, number: int) -> None:
-        if (place, index, number, rank) == (part, 2, 1, victim):
-            harm(fault)
-
-    with Watchdog(batches, timeout=TIMEOUT, grace=GRACE):
-        for index, step in enumerate(batches.steps(GlobalOrder(data), until=steps(5))):
-            for number, batch in enumerate(step):
-                here("forward", index, number)
-                loss = loss_of(model, batch)
-                loss.register_hook(lambda grad, at=(index, number): here("backward", *at))
-                step.backward(loss)
-                data.hurt = lambda at=(index, number + 1): here("loading", *at)
-            here("between", index, 1)
-            optimizer.step()
-            optimizer.zero_grad()
-    return "in order"
-
-
-def ends_of(tmp_path: Path, fault: str, part: str, *, size: int = 2, victim: int = VICTIM) -> list[str]:
-    """How each rank ended: its traceback or exit status, and what it wrote to standard error."""
-    begin = time.monotonic()
-    with pytest.raises(RanksFailed) as failure:
-        run_ranks(watched, size, tmp_path, size, str(tmp_path), fault, part, victim, timeout=60)
-    assert time.monotonic() - begin < 55  # before the collectives gave up, on a busy machine too
-    accounts = re.split(r"^--- rank \d", str(failure.value), flags=re.MULTILINE)[1:]
-    return [account + (tmp_path / f"{rank}.stderr").read_text() for rank, account in enumerate(accounts)]
-
-
-@pytest.mark.parametrize("part", PLACES)
+@pytest.mark.parametrize("part", ["loading", "forward", "backward", "measuring", "between"])
 def test_a_killed_rank_ends_the_others_by_name(tmp_path: Path, part: str) -> None:
     first, killed, third = ends_of(tmp_path, "kill", part, size=3)
     assert f"ended with code {-signal.SIGKILL}" in killed
@@ -113,7 +43,7 @@ def test_the_first_rank_may_be_the_one_that_dies(tmp_path: Path) -> None:
     assert "rank 0 has died, last seen in " in other
 
 
-@pytest.mark.parametrize("part", ["loading", "backward"])
+@pytest.mark.parametrize("part", ["loading", "backward", "measuring"])
 def test_a_rank_that_hangs_is_named_with_its_place(tmp_path: Path, part: str) -> None:
     waiting, hanging = ends_of(tmp_path, "hang", part)
     words = f"rank 1 has not moved for 2 s, in {PLACES[part]}, and the other ranks wait"
