@@ -6,7 +6,7 @@ import gc
 import json
 import multiprocessing
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.data import BlockShuffle, GlobalOrder, ScatteredShuffle, WeightedShuffle
+
+RUNS_WITH_PROCESSES = 40
+"""As many as fit into half a minute of one core."""
 
 
 class Numbers(Dataset[int]):
@@ -102,6 +105,47 @@ def interleaved(micro_batches: list[list[list[int]]]) -> list[int]:
     return [example for together in zip(*micro_batches, strict=True) for batch in together for example in batch]
 
 
+def check_run(
+    ordered: Callable[[], GlobalOrder],
+    taking_part: list[int],
+    run: list[tuple[int, list[tuple[int, int]]]],
+    rng: random.Random,
+    *,
+    join_epochs: bool,
+) -> None:
+    """That each epoch of a run holds each example once, in the order that one process without a break would take.
+
+    Args:
+        ordered: makes the order of a rank, each time with loading processes or another loader as it likes.
+        taking_part: the examples, ascending.
+        run: stretches of a number of ranks and their steps, each a micro-batch size and accumulation steps. Between the
+            stretches the run is saved, and loaded on the ranks of the next.
+        rng: says which steps are broken off, and taken again.
+        join_epochs: as the order has it.
+    """
+    dealt: list[int] = []
+    saved = None
+    for dp_size, steps in run:
+        orders = [ordered() for _ in range(dp_size)]
+        if saved is not None:
+            for order in orders:
+                order.load_state_dict(json.loads(saved))
+        feeds = [order.feed(rank, dp_size) for rank, order in enumerate(orders)]
+        for micro, accumulation in steps:
+            if rng.random() < 0.2:
+                break_off(feeds, plan_of(rng.randint(1, 9), rng.randint(1, 4), dp_size), rng)
+            step = interleaved(deal(orders, feeds, plan_of(micro, accumulation, dp_size)))
+            left = len(taking_part) - len(dealt) % len(taking_part)
+            whole = micro * accumulation * dp_size
+            assert len(step) == (whole if join_epochs else min(whole, -(-left // dp_size) * dp_size))
+            dealt += step
+        (saved,) = {json.dumps(order.state_dict()) for order in orders}
+        assert orders[0].epoch * len(taking_part) + orders[0].examples_seen == len(dealt)
+    assert dealt == expected(ordered(), 0, len(dealt))
+    for begin in range(0, len(dealt) - len(taking_part) + 1, len(taking_part)):
+        assert sorted(dealt[begin : begin + len(taking_part)]) == taking_part
+
+
 # --- GlobalOrder ----------------------------------------------------------------------------------------------------
 
 steps_of_a_run = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3)), min_size=1, max_size=5)
@@ -137,27 +181,36 @@ def test_every_example_comes_once_an_epoch_in_one_order_whatever_happens(
         options = {"shuffle": shuffle, "subset": chosen, "join_epochs": join_epochs}
         return ahead(GlobalOrder(Numbers(num_examples), seed=seed, **options), rng)
 
-    dealt: list[int] = []
-    saved = None
-    for dp_size, steps in run:  # between the stretches: a save, and a load on another number of ranks
-        orders = [ordered() for _ in range(dp_size)]
-        if saved is not None:
-            for order in orders:
-                order.load_state_dict(json.loads(saved))
-        feeds = [order.feed(rank, dp_size) for rank, order in enumerate(orders)]
-        for micro, accumulation in steps:
-            if rng.random() < 0.2:
-                break_off(feeds, plan_of(rng.randint(1, 9), rng.randint(1, 4), dp_size), rng)
-            step = interleaved(deal(orders, feeds, plan_of(micro, accumulation, dp_size)))
-            left = len(taking_part) - len(dealt) % len(taking_part)
-            whole = micro * accumulation * dp_size
-            assert len(step) == (whole if join_epochs else min(whole, -(-left // dp_size) * dp_size))
-            dealt += step
-        (saved,) = {json.dumps(order.state_dict()) for order in orders}
-        assert orders[0].epoch * len(taking_part) + orders[0].examples_seen == len(dealt)
-    assert dealt == expected(ordered(), 0, len(dealt))
-    for begin in range(0, len(dealt) - len(taking_part) + 1, len(taking_part)):
-        assert sorted(dealt[begin : begin + len(taking_part)]) == list(taking_part)
+    check_run(ordered, list(taking_part), run, rng, join_epochs=join_epochs)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than this machine has cores
+@pytest.mark.parametrize("seed", range(RUNS_WITH_PROCESSES))
+def test_with_real_loading_processes_too(seed: int) -> None:
+    """The same as above with 0 to 3 of them a rank, another number after each load, and runs of several epochs."""
+    rng = random.Random(seed)
+    num_examples, join_epochs = rng.randint(1, 40), rng.random() < 0.6
+    shuffle = rng.choice([True, False, ScatteredShuffle(), BlockShuffle(size=3, mixed=2)])
+
+    def ordered() -> GlobalOrder:
+        num_workers = rng.randint(0, 3)
+        running = {"prefetch_factor": rng.randint(1, 4), "persistent_workers": rng.random() < 0.5}
+        return GlobalOrder(
+            Numbers(num_examples),
+            seed=seed,
+            shuffle=shuffle,
+            join_epochs=join_epochs,
+            num_workers=num_workers,
+            **(running if num_workers else {}),
+        )
+
+    run = [
+        (rng.randint(1, 3), [(rng.randint(1, 6), rng.randint(1, 3)) for _ in range(rng.randint(1, 6))])
+        for _ in range(rng.randint(2, 3))
+    ]
+    check_run(ordered, list(range(num_examples)), run, rng, join_epochs=join_epochs)
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 @given(num_examples=st.integers(1, 300), seed=st.integers(0, 2**62), epoch=st.integers(0, 2**31))
