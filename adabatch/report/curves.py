@@ -29,6 +29,9 @@ class Curves(NamedTuple):
         noise_scale_average: averaged noise divided by averaged signal, in examples, shape (num_steps,);
             infinite where that signal is not positive.
         loss: mean training loss of the step, shape (num_steps,).
+        layers: names of the layers whose noise was measured apart, in the order of the journal; most runs have none.
+        layer_noise: of this step's gradient, in each of them, shape (num_steps, num_layers).
+        layer_signal: the same.
     """
 
     examples: NDArray[np.float64]
@@ -37,6 +40,14 @@ class Curves(NamedTuple):
     noise_scale: NDArray[np.float64]
     noise_scale_average: NDArray[np.float64]
     loss: NDArray[np.float64]
+    layers: tuple[str, ...]
+    layer_noise: NDArray[np.float64]
+    layer_signal: NDArray[np.float64]
+
+    @property
+    def end(self) -> float:
+        """Examples consumed after the last step."""
+        return float(self.examples[-1] + self.batch[-1])
 
 
 def read_curves(journal: Journal) -> Curves:
@@ -53,9 +64,13 @@ def read_curves(journal: Journal) -> Curves:
         raise ValueError(f"{_name(journal)} holds no complete step: nothing to draw")
     num_groups = max(len(row.lr) for row in rows)
     padded = [(*row.lr, *[math.nan] * (num_groups - len(row.lr))) for row in rows]
-    examples, batch, noise_scale, average, loss = np.array([row[:-1] for row in rows], dtype=np.float64).T
+    examples, batch, noise_scale, average, loss = np.array([row[:5] for row in rows], dtype=np.float64).T
     lr = np.array(padded, dtype=np.float64).reshape(len(rows), num_groups)
-    return Curves(examples, batch, lr, noise_scale, average, loss)
+    names = tuple(dict.fromkeys(name for row in rows for name in row.layers))
+    unknown = (math.nan, math.nan)
+    by_layer = np.array([[row.layers.get(name, unknown) for name in names] for row in rows], dtype=np.float64)
+    noise, signal = np.moveaxis(by_layer.reshape(len(rows), len(names), 2), -1, 0)
+    return Curves(examples, batch, lr, noise_scale, average, loss, names, noise, signal)
 
 
 def moving_mean(curves: Curves, values: NDArray[np.float64], *, window: float) -> NDArray[np.float64]:
@@ -85,6 +100,8 @@ class _Row(NamedTuple):
     noise_scale_average: float
     loss: float
     lr: tuple[float, ...]
+    layers: dict[str, tuple[float, float]]
+    """Noise and signal by name."""
 
 
 def _row(record: Mapping[str, Any]) -> _Row | None:
@@ -100,6 +117,11 @@ def _row(record: Mapping[str, Any]) -> _Row | None:
         noise_scale_average=_average(_mapping(record, "averages")),
         loss=_number(record, "loss"),
         lr=tuple(_finite(value) for value in applied) if isinstance(applied, list) else (),
+        layers={
+            name: (_number(layer, "noise"), _number(layer, "signal"))
+            for name, layer in _mapping(record, "layers").items()
+            if isinstance(layer, Mapping)
+        },
     )
 
 

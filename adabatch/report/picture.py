@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,27 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from adabatch.report.curves import Curves, Journal, moving_mean, read_curves
-from adabatch.report.style import COLORS, FAINT_INK, INK, heading, log_axis, prepare, short_number
+from adabatch.report.layers import layer_panel
+from adabatch.report.style import COLORS, INK, any_finite, heading, log_axis, positive, prepare, short_number
 
 LOSS_WINDOW = 0.02
 
+Fill = Callable[[Axes, Sequence[Curves], Sequence[str]], None]
+"""Draws all runs, each in its colour, into a panel."""
+
 
 def draw(runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, title: str | None = None) -> Path:
-    """Write a PNG with four panels over the examples consumed: batch size, learning rate, noise scale, loss.
+    """Write a PNG with panels over the examples consumed: batch size, learning rate, noise scale, loss.
 
     The batch size is a step line on a base-2 axis; the learning rate is the applied one, a line for each
     parameter group; the noise scale shows each step's own estimate as a dot and the quotient of the averages
     as a line, on a log axis, without estimates that are not positive or lie far off; the loss shows each
-    step's faintly, and its mean over 2 % of the longest run.
+    step's faintly, and its mean over 2 % of the longest run. Where a journal has noise by layer (``per_layer=``), a
+    fifth panel below the noise scale shows the layers of the first run that has.
 
     Args:
         runs: the journal of a run (a path, or its lines), or several by label; the first is drawn on top.
@@ -54,17 +59,22 @@ def draw(runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, 
 def compose(runs: Mapping[str, Curves], *, title: str | None = None) -> Figure:
     """The picture as a matplotlib figure with an Agg canvas of its own; pyplot's state is not touched."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    figure = Figure(figsize=(8, 10), dpi=150, facecolor="white", layout=layout)
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(4, 1, sharex=True, height_ratios=(1, 0.8, 1, 1))
     curves = list(runs.values())
     colors = [COLORS[i % len(COLORS)] for i in range(len(curves))]
-    for panel, fill in zip(panels, (_batch, _learning_rate, _noise_scale, _loss), strict=True):
+    fills: list[tuple[Fill, float]] = [(_batch, 1.0), (_learning_rate, 0.8), (_noise_scale, 1.0), (_loss, 1.0)]
+    layered = next((label for label, run in runs.items() if run.layers), None)
+    if layered is not None:
+        fills.insert(3, (lambda panel, *_: layer_panel(panel, runs[layered], label=layered), 1.4))
+    heights = [height for _, height in fills]
+    figure = Figure(figsize=(8, 10 * sum(heights) / 3.8), dpi=150, facecolor="white", layout=layout)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(fills), 1, sharex=True, height_ratios=heights)
+    for panel, (fill, _) in zip(panels, fills, strict=True):
         prepare(panel)
         fill(panel, curves, colors)
     bottom = panels[-1]
     bottom.set_xlabel("examples", fontsize=11, color=INK)
-    end = max(_end(run) for run in curves)
+    end = max(run.end for run in curves)
     bottom.set_xlim(0, end)
     bottom.xaxis.set_major_locator(MaxNLocator(8, steps=(1, 2, 5, 10)))
     bottom.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, like=end)))
@@ -95,7 +105,7 @@ def _batch(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None
 def _learning_rate(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
     heading(panel, "learning rate (applied)")
     rates = np.concatenate([run.lr.ravel() for run in curves])
-    if not _any_finite(panel, rates, "no learning rate in the journal"):
+    if not any_finite(panel, rates, "no learning rate in the journal"):
         return
     for run, style in _styled(curves, colors):
         for group in np.unique(run.lr, axis=1).T:
@@ -109,10 +119,10 @@ def _noise_scale(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -
     lost = any(np.isinf(run.noise_scale_average).any() for run in curves)
     note = "dots: each step    line: averaged" + ("    gaps: averaged signal not positive" if lost else "")
     heading(panel, "noise scale (examples)", note)
-    raw = _positive(np.concatenate([run.noise_scale for run in curves]))
-    averages = _positive(np.concatenate([run.noise_scale_average for run in curves]))
+    raw = positive(np.concatenate([run.noise_scale for run in curves]))
+    averages = positive(np.concatenate([run.noise_scale_average for run in curves]))
     otherwise = "no positive estimate" if lost else "not measured"
-    if not _any_finite(panel, np.concatenate([raw, averages]), otherwise):
+    if not any_finite(panel, np.concatenate([raw, averages]), otherwise):
         return
     # A quotient of two estimates has outliers without bound; they shall not set the axis.
     usual = [np.nanpercentile(part, (2, 98)) for part in (raw, averages) if np.isfinite(part).any()]
@@ -122,19 +132,19 @@ def _noise_scale(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -
         fine = min(1.0, (1000 / len(run.examples)) ** 0.5)
         dots = {"markersize": 3 + 3 * fine, "alpha": max(0.35 * fine, 0.03), "zorder": style["zorder"] - 1}
         line = {**style, "linewidth": max(style["linewidth"] * fine, 0.8)}
-        panel.plot(run.examples, _positive(run.noise_scale), ".", color=style["color"], markeredgewidth=0, **dots)
+        panel.plot(run.examples, positive(run.noise_scale), ".", color=style["color"], markeredgewidth=0, **dots)
         # The line joins the steps that were measured; its gaps are averaged signals that are not positive.
         measured = ~np.isnan(run.noise_scale_average)
-        panel.plot(run.examples[measured], _positive(run.noise_scale_average[measured]), **line)
+        panel.plot(run.examples[measured], positive(run.noise_scale_average[measured]), **line)
 
 
 def _loss(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
     note = f"faint: each step    line: mean over {100 * LOSS_WINDOW:g} % of the run"
     heading(panel, "training loss", note)
     losses = np.concatenate([run.loss for run in curves])
-    if not _any_finite(panel, losses, "no loss in the journal"):
+    if not any_finite(panel, losses, "no loss in the journal"):
         return
-    window = LOSS_WINDOW * max(_end(run) for run in curves)
+    window = LOSS_WINDOW * max(run.end for run in curves)
     means = [moving_mean(run, run.loss, window=window) for run in curves]
     everything = np.concatenate(means)
     # A loss that falls by more than a decade is unreadable on a linear axis, one with zeros on any other.
@@ -147,15 +157,6 @@ def _loss(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
         faint = {"color": style["color"], "linewidth": 0.8, "alpha": 0.3, "zorder": style["zorder"] - 1}
         panel.plot(run.examples[known], run.loss[known], **faint)
         panel.plot(run.examples[np.isfinite(mean)], mean[np.isfinite(mean)], **style)
-
-
-def _any_finite(panel: Axes, values: NDArray[np.float64], otherwise: str) -> bool:
-    """Whether there is something to draw; if not, the panel says so."""
-    if np.isfinite(values).any():
-        return True
-    panel.text(0.5, 0.5, otherwise, transform=panel.transAxes, ha="center", va="center", color=FAINT_INK)
-    panel.yaxis.set_major_locator(NullLocator())
-    return False
 
 
 def _styled(curves: Sequence[Curves], colors: Sequence[str]) -> list[tuple[Curves, dict[str, Any]]]:
@@ -175,11 +176,3 @@ def _stairs(panel: Axes, run: Curves, values: NDArray[np.float64], **style: Any)
         where="post",
         **style,
     )
-
-
-def _positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.where((values > 0) & np.isfinite(values), values, np.nan)
-
-
-def _end(run: Curves) -> float:
-    return float(run.examples[-1] + run.batch[-1])

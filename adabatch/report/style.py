@@ -39,11 +39,25 @@ def prepare(panel: Axes) -> None:
     panel.margins(x=0)
 
 
-def heading(panel: Axes, text: str, note: str = "") -> None:
-    """What the panel shows, at its top left, and how to read it, at its top right."""
-    panel.set_title(text, loc="left", fontsize=11, color=INK, pad=6)
+def heading(panel: Axes, text: str, note: str = "", *, pad: float = 6) -> None:
+    """What the panel shows, at its top left, and how to read it, at its top right; ``pad`` points above the axes."""
+    panel.set_title(text, loc="left", fontsize=11, color=INK, pad=pad)
     if note:
-        panel.set_title(note, loc="right", fontsize=9, color=FAINT_INK, pad=6)
+        panel.set_title(note, loc="right", fontsize=9, color=FAINT_INK, pad=pad)
+
+
+def any_finite(panel: Axes, values: NDArray[np.float64], otherwise: str) -> bool:
+    """Whether there is something to draw; if not, the panel says so."""
+    if np.isfinite(values).any():
+        return True
+    panel.text(0.5, 0.5, otherwise, transform=panel.transAxes, ha="center", va="center", color=FAINT_INK)
+    panel.yaxis.set_major_locator(NullLocator())
+    return False
+
+
+def positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """NaN in the place of what a log axis cannot show."""
+    return np.where((values > 0) & np.isfinite(values), values, np.nan)
 
 
 def log_axis(panel: Axes, values: NDArray[np.float64], *, base: int) -> None:

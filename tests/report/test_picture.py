@@ -145,7 +145,8 @@ def test_the_moving_mean_is_the_weighted_mean_over_its_window(steps, window):
     values = np.array([value for _, value in steps])
     starts = np.cumsum(batch) - batch
     nothing = np.full(len(steps), math.nan)
-    curves = Curves(starts, batch, nothing[:, None], nothing, nothing, values)
+    none = np.empty((len(steps), 0))
+    curves = Curves(starts, batch, nothing[:, None], nothing, nothing, values, (), none, none)
     means = moving_mean(curves, values, window=window)
     for start, mean in zip(starts, means, strict=True):
         near = (abs(starts - start) <= window / 2) & np.isfinite(values)
