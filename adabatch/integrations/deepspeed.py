@@ -222,7 +222,8 @@ def _asked(engine: Any, question: str) -> bool:
 def _check_options(engine: Any, options: dict[str, Any]) -> None:
     for name in ("probe", "gradient_sync", "scaler", "local_sgd", "wrapper"):
         if options.get(name) is not None:
-            raise ValueError(f"attach chooses {name}= from the engine: leave it out")
+            way_out = ", or use DDP or FSDP2 for one of your own" if name == "probe" else ""
+            raise ValueError(f"attach chooses {name}= from the engine: leave it out{way_out}")
     for name in ("record_l1", "per_layer"):
         if options.get(name) and engine.zero_optimization_stage() > 0:
             raise ValueError(
