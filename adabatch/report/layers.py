@@ -47,10 +47,10 @@ def layer_panel(panel: Axes, run: Curves, *, label: str) -> None:
     # Where a mean signal nears zero a quotient has no bound, which is all on one side.
     log_axis(panel, np.nanpercentile(visible, (1, 95)), base=10)
     for place, layer in enumerate(named):
-        text = f"{_shortened(run.layers[layer], LONGEST_NAME)}: {100 * shares[layer]:.0f} %"
+        text = f"{100 * shares[layer]:.0f} %  {_shortened(run.layers[layer], LONGEST_NAME)}"
         _line(panel, run, scales[:, layer], color=COLORS[place], linewidth=1.6, zorder=4.0 - place / 10, label=text)
     for place, layer in enumerate(others):
-        rest = f"{len(others)} others: {100 * shares[others].sum():.0f} %" if place == 0 else None
+        rest = f"{100 * shares[others].sum():.0f} %  {len(others)} others" if place == 0 else None
         _line(panel, run, scales[:, layer], color=OTHERS, linewidth=0.8, zorder=2.0, label=rest)
     panel.legend(
         loc="lower left",

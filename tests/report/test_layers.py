@@ -95,7 +95,7 @@ def test_the_panel_names_each_of_a_few_layers_the_noisiest_first() -> None:
     figure = picture(run=run_of())
     panel = figure.axes[3]
     assert panel.get_title(loc="left") == "noise scale by layer (examples)"
-    assert names(figure) == ["head: 60 %", "embed: 30 %", "norm: 10 %"]
+    assert names(figure) == ["60 %  head", "30 %  embed", "10 %  norm"]
     assert [drawn.get_ydata()[0] for drawn in panel.lines] == pytest.approx([60.0, 15.0, 2.5])
     assert panel.get_yscale() == "log"
     assert [axes.get_xlim() for axes in figure.axes] == [(0, 640)] * 5
@@ -109,8 +109,8 @@ def test_of_many_layers_the_noisiest_are_named_and_the_others_grey() -> None:
     figure = picture(run=run_of(layers=many(100)))
     *named, others = names(figure)
     noisiest = [name for i, name in enumerate(many(100)) if i % 7 == 6][:5]
-    assert named == [f"\N{HORIZONTAL ELLIPSIS}{name[-31:]}: 2 %" for name in noisiest]
-    assert others == "95 others: 91 %"
+    assert named == [f"2 %  \N{HORIZONTAL ELLIPSIS}{name[-31:]}" for name in noisiest]
+    assert others == "91 %  95 others"
     grey = [drawn for drawn in figure.axes[3].lines if drawn.get_color() == OTHERS]
     assert len(grey) == 95
     assert len(figure.axes[3].lines) == 100
@@ -140,7 +140,8 @@ def test_nothing_lies_on_anything_else(count: int) -> None:
 def test_of_several_runs_the_first_with_layers_is_shown_and_named() -> None:
     figure = picture(first=[line(i, None) for i in range(9)], second=run_of(9), third=run_of(9, {"other": (1.0, 1.0)}))
     assert figure.axes[3].get_title(loc="left") == "noise scale by layer, second"
-    assert names(figure)[0] == "head: 60 %"
+    assert names(figure)[0] == "60 %  head"
+    assert names(picture(run=run_of(9, {"_private": (1.0, 1.0)}))) == ["100 %  _private"]
 
 
 def test_signals_that_are_never_positive_are_said() -> None:
