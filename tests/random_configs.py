@@ -265,7 +265,7 @@ def outcome(config: dict[str, Any]) -> Outcome:
 def _refusal(config: dict[str, Any], message: str, status: Any) -> Outcome:
     """A refusal is clear if it names a field, a class or a value of the config, or the field that it lacks."""
     words = {str(part) for container, key in _places(config) for part in (key, container[key])} | FIELDS
-    words |= {word.rpartition(".")[2] for word in words}
+    words |= {word.rpartition(".")[2] for word in words} | ({"null"} if "\0" in "".join(words) else set())
     error = message.rpartition("error: ")[2]  # what comes before says how to use the command, and names every field
     said = {part for word in re.findall(r"[^\s'\"`,:;=()\[\]{}]+", error) for part in (word, *word.split("."))}
     named = {word for word in words & said if len(word) > 1}

@@ -101,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whose ranks drifted apart, returns ``EXIT_RANK_LOST``.
     """
     parser = build_parser()
-    config = parser.parse_args(arguments)
+    try:
+        config = parser.parse_args(arguments)
+    except ValueError as error:  # its own it tells itself; this is of a text that was tried as a path
+        parser.error(f"a text of the config or the command line is no path, nor what should stand there: {error}")
     command = config.subcommand
     try:
         if command == "schedule":

@@ -45,6 +45,7 @@ def test_random_configs_make_a_plan_or_a_clear_error() -> None:
         ({"seed": None}, "seed must not be null"),
         ({"seed": -1}, "seed must be a whole number from 0 to 2**64 - 1, got -1"),
         ({"seed": 2**64}, "seed must be a whole number"),
+        ({"total": "a\0b"}, "no path, nor what should stand there: embedded null byte"),
         ({"checkpoint": 5}, "checkpoint has fields of its own, as --help lists them, got 5"),
         ({"hang_timeout": 0}, "hang_timeout must be a positive number of seconds"),
     ],
