@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.checkpoints import Checkpoints, Loaded
+from adabatch.cli.optimizers import MakeOptimizer, is_second_order, optimizer_of
 from adabatch.runtime.world import World
 
 EngineName = Literal["ddp", "fsdp2", "deepspeed"]
@@ -64,7 +65,7 @@ class Engine(NamedTuple):
 def engine_of(
     name: EngineName,
     model: nn.Module,
-    make_optimizer: Callable[[Iterable[Tensor]], Optimizer],
+    make_optimizer: MakeOptimizer,
     world: World,
     *,
     config: Path | None,
@@ -76,7 +77,7 @@ def engine_of(
     Args:
         name: the engine.
         model: on its device.
-        make_optimizer: parameters -> optimizer.
+        make_optimizer: parameters, and for K-FAC the model, -> optimizer.
         world: the processes.
         config: the JSON file of DeepSpeed.
         micro_batch_size: where DeepSpeed begins if its config says nothing.
@@ -97,7 +98,7 @@ def engine_of(
         wrapped = DistributedDataParallel(model) if name == "ddp" else fully_shard(model)
         assert isinstance(wrapped, nn.Module)
         model = wrapped
-    optimizer = make_optimizer(model.parameters())
+    optimizer = optimizer_of(make_optimizer, model, averages=averages)
 
     def update() -> None:
         optimizer.step()
@@ -116,7 +117,7 @@ def engine_of(
 
 def _deepspeed(
     model: nn.Module,
-    make_optimizer: Callable[[Iterable[Tensor]], Optimizer],
+    make_optimizer: MakeOptimizer,
     world: World,
     config: Path | None,
     micro_batch_size: int,
@@ -127,6 +128,11 @@ def _deepspeed(
         settings = json.loads(config.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"engine_config={config} is no JSON: {error}") from error
+    if is_second_order(make_optimizer):
+        raise ValueError(
+            "engine: deepspeed runs no second-order optimizer of a config, since ZeRO 1 to 3 leave it no layer's "
+            "matrix: use engine: ddp or fsdp2 for K-FAC and Shampoo"
+        )
     if world.launcher == "nobody" and not dist.is_initialized():
         raise ValueError("engine: deepspeed runs under a launcher: launch/deepspeed.sh, or deepspeed --num_gpus 1")
     import deepspeed  # type: ignore[import-untyped]
@@ -139,7 +145,7 @@ def _deepspeed(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not any(key in settings for key in BATCH_KEYS):
         settings["train_micro_batch_size_per_gpu"] = micro_batch_size
-    engine = deepspeed.initialize(model=model, optimizer=make_optimizer(model.parameters()), config=settings)[0]
+    engine = deepspeed.initialize(model=model, optimizer=optimizer_of(make_optimizer, model), config=settings)[0]
     precision = next(engine.module.parameters()).dtype
 
     def forward(inputs: Tensor) -> Tensor:

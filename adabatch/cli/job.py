@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from adabatch.batch.plan import Duration
 from adabatch.checkpoints import Loaded
 from adabatch.cli.display import Display
 from adabatch.cli.engines import EngineName, engine_of
+from adabatch.cli.optimizers import MakeOptimizer, observe
 from adabatch.cli.recorded import CHECKPOINTS, JOURNAL
 from adabatch.lr.rules import LRRule
 from adabatch.lr.shapes import Shape, constant
@@ -68,7 +70,8 @@ class Job:
         format: version of the config file; this release reads version 1.
         model: the network, a class path with its arguments.
         loss: a module (outputs, targets) -> mean loss over the examples.
-        optimizer: an optimizer class path with its arguments, without the parameters.
+        optimizer: an optimizer class path with its arguments, without the parameters (for adabatch.optim.KFAC, without
+            the model; it observes the outputs of each micro-batch).
         train_data: map-style data set of (input, target).
         test_data: the same for the test at the end of the run; may be left out.
         criterion: which global batch size to ask for.
@@ -102,7 +105,7 @@ class Job:
     format: int = CONFIG_FORMAT
     model: nn.Module
     loss: nn.Module
-    optimizer: Callable[[Iterable[Tensor]], Optimizer]
+    optimizer: MakeOptimizer
     train_data: Dataset  # type: ignore[type-arg]  # the parser does not take Dataset[Any] for a class
     test_data: Dataset | None = None  # type: ignore[type-arg]
     criterion: Criterion
@@ -203,9 +206,12 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     )
     local = None if job.local_sgd is None else job.local_sgd(model, engine.optimizer)
 
-    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
-        inputs, targets = batch
-        loss: Tensor = job.loss(engine.forward(inputs.to(device)), targets.to(device))
+    def loss_of(batch: tuple[Tensor, Tensor], *, counts: bool = True) -> Tensor:
+        inputs, targets = (part.to(device) for part in batch)
+        outputs = engine.forward(inputs)
+        if counts:
+            observe(engine.optimizer, outputs, targets)
+        loss: Tensor = job.loss(outputs, targets)
         return loss
 
     grows = (job.max_micro_batch_size or 0) > job.micro_batch_size
@@ -222,7 +228,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         monitor=job.monitor,
         record_l1=job.record_l1,
         per_layer=job.per_layer,
-        trial=loss_of if grows and engine.runs_alone else None,
+        trial=partial(loss_of, counts=False) if grows and engine.runs_alone else None,
         check_every=job.check_every,
         local_sgd=local,
         journal=journal,

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from adabatch.optim import KFAC, Shampoo, mup
@@ -43,12 +43,6 @@ def _muon(model: nn.Module, plan: mup.Plan, lr: float, damping: float | None) ->
 def _kfac(model: nn.Module, plan: mup.Plan, lr: float, damping: float | None) -> Made:
     taken = plan.groups(model, "kfac", lr=lr, damping=damping, only=plan.taken_by("kfac"))
     return [KFAC(taken, model), *_others(model, plan, "kfac")]
-
-
-def observe(optimizer: Optimizer, outputs: Tensor, _: Tensor) -> None:
-    """Shows K-FAC what the model returned; the loss is a cross-entropy over the first dimension."""
-    if isinstance(optimizer, KFAC):
-        optimizer.observe(outputs)
 
 
 def _others(model: nn.Module, plan: mup.Plan, method: Any) -> list[Optimizer]:

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job
+from adabatch.cli.optimizers import observe, optimizer_of
 from adabatch.recipes.data import collate
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.world import World
@@ -36,15 +37,18 @@ def verify(
         device = world.device
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
-            inputs, targets = batch
-            value: Tensor = job.loss(model(inputs.to(device)), targets.to(device))
+            inputs, targets = (part.to(device) for part in batch)
+            outputs = model(inputs)
+            observe(optimizer, outputs, targets)
+            value: Tensor = job.loss(outputs, targets)
             return value
 
         model = job.model.to(device)
         wrapped = DistributedDataParallel(model) if world.size > 1 else model
+        optimizer = optimizer_of(job.optimizer, wrapped)
         return Training(
             model=wrapped,
-            optimizer=job.optimizer(wrapped.parameters()),
+            optimizer=optimizer,
             loader=GlobalOrder(job.train_data, seed=job.seed, collate_fn=collate, num_workers=job.num_workers),
             loss=loss,
             micro_batch_size=job.micro_batch_size,

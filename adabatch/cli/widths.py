@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from adabatch.cli.display import Display
-from adabatch.cli.methods import LRS, imported, method_of, observe
+from adabatch.cli.methods import LRS, imported, method_of
+from adabatch.cli.optimizers import observe
 from adabatch.cli.panels import draw_panels
 from adabatch.optim import mup
 

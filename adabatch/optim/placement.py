@@ -77,5 +77,5 @@ def check_in_place(params: Iterable[Tensor], known: Container[Tensor], method: s
     if any(param not in known for param in params):
         raise RuntimeError(
             f"the optimizer's parameters were replaced by others, in which no layer's matrix can be found. "
-            f"DeepSpeed flattens them from ZeRO 1 on: use {method} with ZeRO 0, DDP or FSDP2"
+            f"DeepSpeed flattens them from ZeRO 1 on: use {method} with DDP or FSDP2"
         )
