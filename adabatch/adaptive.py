@@ -40,6 +40,7 @@ from adabatch.step import Step
 from adabatch.validation import (
     check_fits,
     check_followers,
+    check_reduces,
     check_types,
     default_lr_rule,
     limits_and_grid,
@@ -186,6 +187,8 @@ class AdaptiveBatch:
         else:
             self._wrapper = local_sgd.wrapper(model, optimizer, self, gradient_sync, scaler)
         self._collectives = self._wrapper.collectives
+        if local_sgd is None:
+            check_reduces(optimizer, self._collectives.size)
         self._criterion = criterion
         self._control = control or Control()
         self._lr_rule: LRRule = lr_rule

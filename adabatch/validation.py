@@ -29,6 +29,15 @@ def default_lr_rule(optimizer: Optimizer) -> LRRule:
     return "sqrt" if isinstance(optimizer, KFAC | Shampoo) else "none"
 
 
+def check_reduces(optimizer: Optimizer, size: int) -> None:
+    """That ranks which share a model share the statistics that precondition its gradient."""
+    if size > 1 and isinstance(optimizer, KFAC) and not optimizer.reduces:
+        raise ValueError(
+            f"each of the {size} ranks would precondition by the curvature of its own examples, and their weights would"
+            f" drift apart: KFAC(model.parameters(), model, **adabatch.across_ranks(model))"
+        )
+
+
 def check_fits(size: int, order: GlobalOrder) -> None:
     """That a batch holds no example of the data set twice."""
     if size > len(order):

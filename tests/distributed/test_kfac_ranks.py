@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from adabatch import AdaptiveBatch, Constant
 from adabatch.optim import KFAC
 from adabatch.runtime.matrix_owners import across_ranks, dealt_out
 
@@ -123,6 +124,22 @@ def unobserved(rank: int) -> str:
 def test_ranks_that_observed_nothing_say_so_together(tmp_path: Path) -> None:
     first, second = run_ranks(unobserved, 2, tmp_path)
     assert first == second
+
+
+def by_itself(rank: int) -> str:
+    model = DistributedDataParallel(made(OPTIONS[0]))
+    optimizer = KFAC(model.parameters(), model)
+    with pytest.raises(ValueError) as refused:
+        AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4)
+    AdaptiveBatch(model, KFAC(model.parameters(), model, **across_ranks(model)), Constant(8), micro_batch_size=4)
+    return str(refused.value)
+
+
+def test_ranks_of_one_model_share_its_curvature(tmp_path: Path) -> None:
+    for said in run_ranks(by_itself, 2, tmp_path):
+        assert (
+            "their weights would drift apart: KFAC(model.parameters(), model, **adabatch.across_ranks(model))" in said
+        )
 
 
 def test_layers_are_dealt_out_by_cost() -> None:

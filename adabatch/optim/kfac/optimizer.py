@@ -193,6 +193,11 @@ class KFAC(Optimizer):
         """Whether the coming step is to observe; at the others ``observe`` costs nothing."""
         return int(self._clock.steps) % self._observe_every == 0
 
+    @property
+    def reduces(self) -> bool:
+        """Whether factors are those of all ranks, by ``reduce``; else of this process."""
+        return self._reduce is not None
+
     def observe(self, outputs: Tensor, targets: Tensor | None = None) -> None:
         """Measures the curvature at what the model just returned; call it once a forward, before the backward.
 
