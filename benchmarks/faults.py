@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import multiprocessing
 import os
 import random
 import shutil
@@ -252,15 +253,16 @@ def numbers(folder: Path) -> list[Outcome]:
 
 
 def configs(count: int) -> tuple[list[tuple[str, ...]], list[str], list[tuple[int, str, str]]]:
-    """What becomes of random configs."""
+    """What becomes of random configs, one process a core."""
     chance = random.Random(1)
+    made = (random_config(chance) for _ in range(count))
     kinds: Counter[str] = Counter()
     bad = []
-    for number in range(count):
-        kind, message = outcome(random_config(chance))
-        kinds[kind] += 1
-        if kind not in ("planned", "refused"):
-            bad.append((number, kind, message))
+    with multiprocessing.get_context("forkserver").Pool() as processes:
+        for number, (kind, message) in enumerate(processes.imap(outcome, made, chunksize=50)):
+            kinds[kind] += 1
+            if kind not in ("planned", "refused"):
+                bad.append((number, kind, message))
     rows = [(words, str(kinds[kind])) for kind, words in KINDS.items()]
     return rows, [f"{len(bad)} of {count:,} random configs made neither a plan nor a clear error."], bad
 
