@@ -28,14 +28,18 @@ class Agent:
     Args:
         folder: of the job.
         arguments: of the command.
-        port: of the meeting point on this machine; the first agent holds it.
+        port: of the meeting point on this machine.
+        holds_it: whether the meeting point is this agent's. (Left to themselves, the first to come takes it, and it is
+            gone when that one leaves.)
     """
 
-    def __init__(self, folder: Path, arguments: Sequence[str], port: int) -> None:
+    def __init__(self, folder: Path, arguments: Sequence[str], port: int, *, holds_it: bool = False) -> None:
         PROCESSES.set_forkserver_preload(PRELOADED)
         # torch 2.13 tells an agent that joins a later round nothing of the first one's shared store: it waits in vain.
         environment = {"GIVEN": str(folder / "given"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        self.process = PROCESSES.Process(target=_agent, args=(list(arguments), environment, folder / "output", port))
+        self.process = PROCESSES.Process(
+            target=_agent, args=(list(arguments), environment, folder / "output", port, holds_it)
+        )
         self.process.start()
 
     def leave(self, number: signal.Signals) -> None:
@@ -45,7 +49,7 @@ class Agent:
         self.process.join()
 
 
-def _agent(arguments: list[str], environment: dict[str, str], output: Path, port: int) -> None:
+def _agent(arguments: list[str], environment: dict[str, str], output: Path, port: int, holds_it: bool) -> None:
     prepare(environment, output)
     config = LaunchConfig(
         min_nodes=1,
@@ -54,7 +58,12 @@ def _agent(arguments: list[str], environment: dict[str, str], output: Path, port
         run_id="elastic",
         rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{port}",
-        rdzv_configs={"last_call_timeout": 2, "keep_alive_interval": 1, "keep_alive_max_attempt": 5},
+        rdzv_configs={
+            "last_call_timeout": 2,
+            "keep_alive_interval": 1,
+            "keep_alive_max_attempt": 5,
+            "is_host": holds_it,
+        },
         local_addr="127.0.0.1",
         max_restarts=9,
         monitor_interval=0.1,
@@ -74,7 +83,7 @@ def two_one_three_two(folder: Path) -> list[dict[str, Any]]:
     slow = {"class_path": "jobs.Net", "init_args": {"pause": 0.005}}
     arguments = command(folder, model=slow, total={"count": TOTAL, "unit": "examples"})
     port = free_port()
-    agents = [Agent(folder, arguments, port), Agent(folder, arguments, port)]
+    agents = [Agent(folder, arguments, port, holds_it=True), Agent(folder, arguments, port)]
     try:
         await_lines(folder, 8, size=2)
         agents[1].leave(signal.SIGTERM)
