@@ -270,8 +270,8 @@ def configs(count: int) -> tuple[list[tuple[str, ...]], list[str], list[tuple[in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="how often a run is killed")
-    parser.add_argument("--configs", type=int, default=10_000, help="random configs")
-    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--configs", type=int, default=10_000, help="random configs; 0 leaves them out")
+    parser.add_argument("--only", choices=PARTS, help="one part, into a file of its own")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     machine = Machine.here()
@@ -312,13 +312,13 @@ def main() -> None:
             tables.append(Table("Numbers that are not finite, under DDP and FSDP2", columns, rows))
             told.append(f"{sum(good for *_, good in found)} of {sum(tries for _, tries, _ in found)} were left out.")
             raw = {**raw, "numbers": found}
-        if options.only in (None, "configs"):
+        if options.only in (None, "configs") and options.configs:
             rows, said, bad = configs(options.configs)
             tables.append(Table("Random configs through adabatch train", ("what comes of one", "configs"), rows))
             told += said
             raw = {**raw, "configs": bad}
     publish(
-        "faults",
+        f"faults_{options.only}" if options.only else "faults",
         question=(__doc__ or "").splitlines()[0],
         machine=machine,
         tables=tables,
