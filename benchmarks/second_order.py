@@ -243,13 +243,17 @@ def middle(losses: tuple[float, ...] | None) -> float:
 
 
 def best(cells: dict[float, tuple[float, ...] | None]) -> float:
-    known = {value: middle(losses) for value, losses in cells.items() if losses is not None}
-    return min(known, key=lambda value: known[value]) if known else math.nan
+    """The value of the lowest loss; not a number where some were not run."""
+    if None in cells.values():
+        return math.nan
+    return min(cells, key=lambda value: middle(cells[value]))
 
 
 def largest_stable(cells: dict[float, tuple[float, ...] | None]) -> float:
-    """The largest value at which, and below which, no seed diverged."""
+    """The largest value at which, and below which, no seed diverged; not a number where some were not run."""
     stable = math.nan
+    if None in cells.values():
+        return stable
     for value, losses in sorted(cells.items()):
         if losses is None or max(losses) > STABLE:
             break
@@ -395,7 +399,7 @@ def main() -> None:
     findings: list[str] = []
     data: dict[str, Any] = {}
     if "sweeps" in parts:
-        power = lambda value: f"2^{math.log2(value):.0f}" if value == value else "none"  # noqa: E731
+        power = lambda value: f"2^{math.log2(value):.0f}" if value == value else "unknown"  # noqa: E731
         short = lambda value: f"{value:g}"  # noqa: E731
         dampings = swept(lab, "damping", DAMPINGS)  # first: a deadline is to cut the widest Shampoo, the slowest runs
         rates = swept(lab, "lr", RATES)
