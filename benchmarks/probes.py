@@ -181,7 +181,7 @@ def measure(family: str, case: tuple[int, int], size: dict[str, int], rounds: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40, help="steps of each loop in each case")
-    parser.add_argument("--only", choices=FAMILIES, help="one way to wrap the model")
+    parser.add_argument("--only", choices=FAMILIES, nargs="+", default=list(FAMILIES), help="ways to wrap the model")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, which shows that it runs, and is not saved")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
@@ -189,10 +189,10 @@ def main() -> None:
     rows, told, raw = [], [], {}
     for micro_batch_size, accumulation_steps in CASES:
         case = f"{RANKS} ranks x {accumulation_steps} x {micro_batch_size} x {LENGTH} tokens"
-        for family in FAMILIES:
+        for family in options.only:
             # With one micro-batch the first is the last.
             skipped = accumulation_steps == 1 and family == "FSDP2, reducing the last micro-batch"
-            if skipped or options.only not in (None, family):
+            if skipped:
                 continue
             timings = measure(
                 family, (micro_batch_size, accumulation_steps), TINY if options.tiny else SIZE, options.rounds
