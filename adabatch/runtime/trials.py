@@ -128,13 +128,16 @@ class Trials:
         return replace(portion, batches=itertools.chain([first], rest)), worst == _FITS
 
     def _outcome(self, batch: Any, plan: BatchPlan) -> tuple[int, Exception | None]:
-        """How it goes on this rank. An error that has to do with memory is dropped here, and all it holds with it."""
+        """How it goes on this rank, which raises nothing: the others wait to hear of it.
+
+        An error that has to do with memory is dropped here, and all it holds with it.
+        """
         found: tuple[int, Exception | None] = (_FITS, None)
-        with self._without_a_trace():
-            try:
+        try:
+            with self._without_a_trace():
                 self._run(batch, plan)
-            except Exception as error:
-                found = (_TOO_LARGE, None) if is_out_of_memory(error) else (_RAISED, error)
+        except Exception as error:
+            found = (_TOO_LARGE, None) if is_out_of_memory(error) else (_RAISED, error)
         if found[0] == _TOO_LARGE:
             gc.collect()
             if torch.cuda.is_available():
@@ -189,9 +192,9 @@ class Trials:
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Goes on from what a run found that had the same sizes; with others, or None, everything is tried anew."""
-        same = state is not None and tuple(state["sizes"]) == self._declared
-        self._fits = state["fits"] if same and state is not None else self._declared[0]
-        self._too_large = state["too_large"] if same and state is not None else None
+        if state is None or tuple(state["sizes"]) != self._declared:
+            state = {"fits": self._declared[0], "too_large": None}
+        self._fits, self._too_large = state["fits"], state["too_large"]
 
 
 @contextmanager

@@ -428,10 +428,8 @@ class KFAC(Optimizer):
     def _generator(self, device: torch.device) -> torch.Generator:
         """Draws that differ by rank and observation, and need no state but a count."""
         generator = torch.Generator(device)
-        mixed = hash(
-            (self._seed, self._owner.rank, int(self._clock.observations))
-        )  # of integers: the same in every run
-        return generator.manual_seed(mixed % 2**63)
+        counted = (self._seed, self._owner.rank, int(self._clock.observations))
+        return generator.manual_seed(hash(counted) % 2**63)  # of integers: the same in every run
 
     def _check_observed(self, measured: Mapping[str, list[float]]) -> None:
         blind = [
