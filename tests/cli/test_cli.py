@@ -64,18 +64,6 @@ class HungryLoss(torch.nn.CrossEntropyLoss):
         return super().forward(inputs, targets)
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Any:
-    """Writes a config with changes; returns its path."""
-
-    def write(**changes: Any) -> str:
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump({**CONFIG, "out": str(tmp_path / "run"), **changes}))
-        return str(path)
-
-    return write
-
-
 def saved_state(run: Path) -> dict[str, Any]:
     """What the newest checkpoint of a run holds."""
     newest = next(iter(checkpoints_in(run / "checkpoints").values()))

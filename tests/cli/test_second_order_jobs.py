@@ -65,18 +65,6 @@ CONFIG: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Any:
-    """Writes a config with changes; returns its path."""
-
-    def write(**changes: Any) -> str:
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump({**CONFIG, "out": str(tmp_path / "run"), **changes}))
-        return str(path)
-
-    return write
-
-
 def weights_of(run: Path) -> dict[str, Tensor]:
     newest = next(iter(checkpoints_in(run / "checkpoints").values()))
     state: dict[str, Tensor] = torch.load(newest / "state.pt", weights_only=True)["model"]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from adabatch.cli.main import main
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
@@ -46,18 +45,6 @@ class Drifting(MLP):
                 next(self.parameters()).view(-1)[0] += 1e-4
         return super().forward(x)
 '''
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Any:
-    """Writes a config with changes; returns its path."""
-
-    def write(**changes: Any) -> str:
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump({**CONFIG, "out": str(tmp_path / "run"), **changes}))
-        return str(path)
-
-    return write
 
 
 def files(folder: Path) -> dict[str, bytes]:
