@@ -6,7 +6,9 @@ MNIST, normalized; 784-M-M-10 with ReLU and without biases; cross-entropy. *Swee
 learning rate falling linearly to 0, at widths 64 (the base), 256 and 1,024; mean training loss of the last 20 steps.
 *Batches*: width 256, constant learning rate, batches from 128 to 8,192; steps and seconds until the loss, averaged over
 the last 4,096 examples or the last step, is at most 0.1; the learning rate of each method is tuned at each batch on a
-grid of factor 2. *Cost*: the time of a training step against AdamW's, amortized over the refreshes.
+grid of factor 2, which is made longer until the best is not at its end. Shampoo's roots are ten steps old as a rule,
+K-FAC's inverses 1,280 examples; so large batches try Shampoo with new roots at each step too. *Cost*: the time of a
+training step against AdamW's, amortized over the refreshes.
 
 Finished runs are kept in the cache folder by their settings, and are not run again; past ``--minutes`` no run is
 started, and what is there is published. Seconds of runs that shared the machine with others are of little worth: for a
@@ -49,6 +51,7 @@ RATES = tuple(2.0**-k for k in (6, 5, 4, 3, 2))
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DAMPING_RATE = 2.0**-5
 STABLE = 1.0  # a final loss below it
+FRESH = "shampoo, fresh roots"
 BATCHES, TARGET, MOST_STEPS = (128, 512, 2048, 8192), 0.1, {128: 3000, 512: 1500, 2048: 800, 8192: 500}
 
 
@@ -57,7 +60,7 @@ class Cell:
     """The settings of one run.
 
     Args:
-        method: "kfac", "shampoo", "adamw" or "sgd".
+        method: "kfac", "shampoo", ``FRESH``, "adamw" or "sgd".
         plan: whether the width plan sets init, learning rate and damping; else torch's standard parameterization.
         damping: K-FAC's damping or Shampoo's epsilon.
         form: of K-FAC's damping.
@@ -96,20 +99,21 @@ def prepared(cell: Cell) -> tuple[nn.Sequential, Optimizer]:
     for layer in model[::2]:
         nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
     groups: Any = model.parameters()
-    damping = {"kfac": "damping", "shampoo": "epsilon"}.get(cell.method)
+    method = "shampoo" if cell.method == FRESH else cell.method
+    damping = {"kfac": "damping", "shampoo": "epsilon"}.get(method)
     options: dict[str, Any] = {} if damping is None else {damping: cell.damping}
     if cell.plan:
         with torch.device("meta"):
             plan = mup.plan(network(4 * BASE), network(BASE)).at(model)
         mup.init_(model, plan)
-        groups = plan.groups(model, cell.method, lr=cell.lr, damping=cell.damping if damping else None)
+        groups = plan.groups(model, method, lr=cell.lr, damping=cell.damping if damping else None)
         options = {}
-    if cell.method == "kfac":
+    if method == "kfac":
         form: Any = cell.form
         return model, KFAC(groups, model, lr=cell.lr, damping_form=form, seed=cell.seed, **options)
-    if cell.method == "shampoo":
-        return model, Shampoo(groups, lr=cell.lr, **options)
-    if cell.method == "adamw":
+    if method == "shampoo":
+        return model, Shampoo(groups, lr=cell.lr, refresh_every=1 if cell.method == FRESH else 10, **options)
+    if method == "adamw":
         return model, AdamW(groups, lr=cell.lr, weight_decay=0.0)
     return model, SGD(groups, lr=cell.lr, momentum=0.9)
 
@@ -192,9 +196,9 @@ class Lab:
         return found
 
     def loss(self, cells: Iterable[Cell]) -> tuple[float, ...] | None:
-        """The losses of runs that belong together; None where one is missing."""
+        """The losses of runs that belong together, as far as there was time for them; None where there was for none."""
         found = [self.result(cell) for cell in cells]
-        return None if any(each is None for each in found) else tuple(each["loss"] for each in found if each)
+        return tuple(each["loss"] for each in found if each) or None
 
 
 SWEPT = {
@@ -220,10 +224,8 @@ def swept(lab: Lab, what: str, values: Sequence[float]) -> Curves:
     for width in WIDTHS:
         for name in found:
             template = replace(SWEPT[name], width=width, lr=DAMPING_RATE)
-            whole = width < 1024 or (what == "lr" and name.startswith("K-FAC"))  # a run at 1,024 takes a minute
-            seeds = SEEDS if whole else SEEDS[:1]
             found[name][width] = {
-                value: lab.loss([replace(template, **{what: value, "seed": seed}) for seed in seeds])
+                value: lab.loss([replace(template, **{what: value, "seed": seed}) for seed in SEEDS])
                 for value in values
             }
     return found
@@ -308,24 +310,39 @@ GRIDS = {  # learning rates at batch 128; larger batches try them up to 8 times 
     "kfac": (2.0**-6, 2.0**-5, 2.0**-4),
     "shampoo": (2.0**-5, 2.0**-4, 2.0**-3),
 }
+GROWN = {method: BATCHES for method in GRIDS} | {FRESH: tuple(batch for batch in BATCHES if batch > 1280)}
+FARTHEST = 4  # powers of two beyond an end of the grid
+
+
+def tuned(lab: Lab, method: str, batch: int) -> tuple[float, dict[str, float]] | None:
+    """The learning rate with the fewest steps to the target, and its run; None where time ran out."""
+    grid = GRIDS["shampoo" if method == FRESH else method]
+    rates = sorted({rate * 2**k for rate in grid for k in range(1 + int(math.log2(batch / 128)) // 2)})
+    low, high = rates[0] / 2**FARTHEST, rates[-1] * 2**FARTHEST
+    runs: dict[float, dict[str, float]] = {}
+    while rates:
+        for rate in rates:
+            result = lab.result(Cell(method, 256, rate, plan=method != "sgd", batch=batch, target=TARGET))
+            if result is None:
+                return None
+            runs[rate] = result
+        chosen = min(runs, key=lambda rate: runs[rate]["steps"])
+        beyond = {min(runs): chosen / 2, max(runs): chosen * 2}.get(chosen, math.nan)
+        rates = [beyond] if low <= beyond <= high else []
+    return chosen, runs[chosen]
 
 
 def grown(lab: Lab) -> tuple[list[Table], list[str], dict[str, Any]]:
     """Steps and seconds to the target at each batch, at the best of the learning rates that were tried."""
     rows, found = [], {}
-    for method, grid in GRIDS.items():
-        for batch in BATCHES:
-            rates = sorted({rate * 2**k for rate in grid for k in range(1 + int(math.log2(batch / 128)) // 2)})
-            runs = {}
-            for rate in rates:
-                result = lab.result(Cell(method, 256, rate, plan=method != "sgd", batch=batch, target=TARGET))
-                if result is not None:
-                    runs[rate] = result
-            if len(runs) < len(rates):
+    for method, batches in GROWN.items():
+        for batch in batches:
+            chosen = tuned(lab, method, batch)
+            if chosen is None:
                 continue
-            rate = min(runs, key=lambda rate: runs[rate]["steps"])
-            steps, seconds = runs[rate]["steps"], runs[rate]["seconds"]
-            found[f"{method} {batch}"] = {"lr": rate, **runs[rate]}
+            rate, run_of_it = chosen
+            steps, seconds = run_of_it["steps"], run_of_it["seconds"]
+            found[f"{method} {batch}"] = {"lr": rate, **run_of_it}
             reached = math.isfinite(steps)
             rows.append(
                 [

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
+from adabatch.optim import multi_tensor
+
 # On the CPU torch adds up the squares of a tensor in a few float32 lanes and in one thread, whatever its
 # size: for standard normal numbers |x|^2 came out 0.07 % too small at 10 million elements and 0.8 % at 50
 # million. So large tensors are cut into blocks, which threads share and whose norms are added in float64. At
@@ -365,7 +367,7 @@ def _norms(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
                 wholes.append(tensor)
         # One call for all short vectors: they are most of a model's tensors and the least of its elements.
         tensors = [*wholes, *torch.split(torch.cat(short), limit)] if short else wholes
-    if _are_plain(tensors):
+    if multi_tensor.are_plain(tensors):
         norms.append(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
     else:
         norms.append(torch.stack([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors]))
@@ -376,7 +378,7 @@ def _update(batch: _Batch, b: float | Tensor) -> None:
     """Apply the formula to a batch."""
     group, _, params, grads, buffers = batch
     first = params[0]
-    foreach = _are_plain(params) if group["foreach"] is None else group["foreach"]
+    foreach = multi_tensor.are_plain(params) if group["foreach"] is None else group["foreach"]
     if first.dtype != _real_dtype(first.dtype):
         foreach = False  # no multi-tensor kernel takes a float32 factor for half precision
     lr = group["lr"]
@@ -385,13 +387,13 @@ def _update(batch: _Batch, b: float | Tensor) -> None:
     rate = lr if group["maximize"] else -lr
     inverse = 1 / (b + group["eps"])
     if group["weight_decay"] != 0:
-        _multiply(params, _factor(1 - inverse * lr * group["weight_decay"], first), foreach)
+        multi_tensor.multiply(params, _factor(1 - inverse * lr * group["weight_decay"], first), foreach=foreach)
     if buffers:
-        _multiply(buffers, _factor(group["momentum"], first), foreach)
-        _add(buffers, grads, _factor(inverse, first), foreach)
-        _add(params, buffers, _factor(rate, first), foreach)
+        multi_tensor.multiply(buffers, _factor(group["momentum"], first), foreach=foreach)
+        multi_tensor.add(buffers, grads, _factor(inverse, first), foreach=foreach)
+        multi_tensor.add(params, buffers, _factor(rate, first), foreach=foreach)
     else:
-        _add(params, grads, _factor(inverse * rate, first), foreach)
+        multi_tensor.add(params, grads, _factor(inverse * rate, first), foreach=foreach)
 
 
 def _factor(value: float | Tensor, like: Tensor) -> float | Tensor:
@@ -406,39 +408,6 @@ def _factor(value: float | Tensor, like: Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
         return value.item() if like.is_cpu else value.to(like.device, dtype).squeeze()
     return value
-
-
-def _multiply(targets: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
-    """``target <- factor * target`` for each."""
-    if foreach:
-        torch._foreach_mul_(targets, factor)
-    else:
-        for target in targets:
-            target.mul_(_fit(factor, target))
-
-
-def _add(targets: list[Tensor], vectors: list[Tensor], factor: float | Tensor, foreach: bool) -> None:
-    """``target <- target + factor * vector`` for each pair."""
-    if isinstance(factor, Tensor):
-        if foreach:
-            torch._foreach_add_(targets, torch._foreach_mul(vectors, factor))
-        else:
-            for target, vector in zip(targets, vectors, strict=True):
-                target.addcmul_(vector, _fit(factor, target))
-    elif foreach:
-        torch._foreach_add_(targets, vectors, alpha=factor)
-    else:
-        for target, vector in zip(targets, vectors, strict=True):
-            target.add_(vector, alpha=factor)
-
-
-def _fit(factor: Any, target: Tensor) -> Any:
-    """A factor that does not give ``target`` a dimension."""
-    return factor.squeeze() if isinstance(factor, Tensor) and target.dim() == 0 else factor
-
-
-def _are_plain(tensors: list[Tensor]) -> bool:
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def _validate(options: dict[str, Any], start: float) -> None:

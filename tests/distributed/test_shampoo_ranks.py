@@ -18,7 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from adabatch.optim import Shampoo, shampoo
+from adabatch.optim import Shampoo
+from adabatch.optim.shampoo import statistics
 from adabatch.runtime.matrix_owners import across_ranks
 
 pytestmark = pytest.mark.distributed
@@ -58,17 +59,17 @@ def whole(value: Tensor) -> Tensor:
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """How many parameters' roots of one side are computed inside, in this process."""
-    calls, inverse_root = [0], shampoo.inverse_root
+    calls, inverse_root = [0], statistics.inverse_root
 
     def counting(*arguments: Any, **options: Any) -> Tensor:
         calls[0] += 1
         return inverse_root(*arguments, **options)
 
-    shampoo.inverse_root = counting
+    statistics.inverse_root = counting
     try:
         yield calls
     finally:
-        shampoo.inverse_root = inverse_root
+        statistics.inverse_root = inverse_root
 
 
 def saved_state(model: nn.Module, optimizer: Shampoo, rank: int) -> Any:

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from adabatch.optim import Shampoo, mup, roots
+from adabatch.optim import Shampoo, mup
+from adabatch.optim.shampoo import roots
 
 SHAPES = ((5, 3), (4,), (), (2, 3, 2, 2), (1, 1), (0, 4), (7, 9))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -13,15 +11,12 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from adabatch.optim.blocks import Blocks
+from adabatch.optim import multi_tensor
 from adabatch.optim.mup.guard import check_ratios
 from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
-from adabatch.optim.roots import inverse_root, refreshed
-
-STALE_EPSILON = 1e-2
-FRESH_EPSILON = 1e-3
-LONGEST_SIDE = 16384
-"""Longest side of a statistic, which then has a gigabyte in float32."""
+from adabatch.optim.shampoo import statistics
+from adabatch.optim.shampoo.blocks import Blocks
+from adabatch.optim.shampoo.checks import check_group
 
 
 class Shampoo(Optimizer):
@@ -136,15 +131,15 @@ class Shampoo(Optimizer):
         Raises:
             ValueError: an option out of its range, or a parameter that it cannot take.
         """
-        _validate({**self.defaults, **param_group})
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for param in group["params"]:
             if param.is_complex():
                 raise ValueError("Shampoo does not take complex parameters: give them to a first-order optimizer")
-            self.state[param] = _begin(param, group)
+            self.state[param] = statistics.begin(param, group)
         self._catch_up()  # a parameter of before may get another owner
-        self._owner.deal({name: _cost(self.state[param]) for param, name in self._names().items()})
+        self._owner.deal({name: statistics.cost(self.state[param]) for param, name in self._names().items()})
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -232,7 +227,7 @@ class Shampoo(Optimizer):
         for param, name in self._names().items():
             state = self.state[param]
             if int(state["step"]):
-                self._owner.catch_up(name, [state[side] for side in _sides(state)])
+                self._owner.catch_up(name, statistics.of_sides(state))
 
     def _precondition(self, param: Tensor, name: str, group: dict[str, Any], unfit: dict[Tensor, bool]) -> Tensor:
         """Follow the gradient of a parameter with its statistics; its update, of the parameter's shape and spread.
@@ -247,46 +242,20 @@ class Shampoo(Optimizer):
                 "its parameters to torch.optim.SGD"
             )
         if state["left"].device != grad.device:  # the model was moved after this optimizer was made
-            state.update({key: state[key].to(grad.device) for key in state if key not in ("step", "weight")})
+            statistics.move(state, grad.device)
         whole = self._owner.gather(name, grad)
         form = Blocks.of(param.shape, group["block_size"])
         blocks = None if whole is None else _blocks(whole, form, state["left"].dtype, negative=group["maximize"])
-        state["step"] += 1
-        state["weight"].mul_(group["beta"]).add_(1)
+        is_due = statistics.count(state, group)
         if blocks is not None:
-            share = 1 / float(state["weight"])
-            for side in _sides(state):
-                factor = blocks if side == "left" else blocks.mT
-                state[side].baddbmm_(factor, factor.mT, beta=1 - share, alpha=share)
-        count = int(state["step"])
-        if count <= group["refresh_warmup"] or count % group["refresh_every"] == 0:
-            unfit[param] = self._owner.owns(name) and not self._refresh(param, group)
-            self._owner.share(name, [state[f"{side}_root"] for side in _sides(state)])
+            statistics.follow(state, blocks)
+        if is_due:
+            unfit[param] = self._owner.owns(name) and not statistics.refresh(state, group, self.fallbacks)
+            self._owner.share(name, statistics.roots_of(state))
         update = None
         if blocks is not None:
-            update = state["left_root"] @ blocks
-            if "right_root" in state:
-                update = update @ state["right_root"]
-            update = form.join(update, param.shape)
+            update = form.join(statistics.precondition(state, blocks), param.shape)
         return _as(self._owner.scatter(name, update, grad.to(state["left"].dtype)), param)
-
-    def _refresh(self, param: Tensor, group: dict[str, Any]) -> bool:
-        """Compute the roots of a parameter anew, if its statistics are finite; whether they are."""
-        state = self.state[param]
-        epsilon = group["epsilon"]
-        if epsilon is None:
-            epsilon = FRESH_EPSILON if group["refresh_every"] == 1 else STALE_EPSILON
-        root_of = partial(
-            inverse_root,
-            exponent=group["exponent"] if "right" in state else 0.5,
-            epsilon=epsilon,
-            relative=group["relative"],
-        )
-        for side in _sides(state):
-            if not torch.isfinite(state[side]).all():  # host sync, as the eigenvalues are
-                return False
-            state[f"{side}_root"] = refreshed(state[side], state[f"{side}_root"], self.fallbacks, root_of)
-        return True
 
     def _check_finite(self, unfit: dict[Tensor, bool]) -> None:
         """Raise on all ranks where one rank found statistics that are not finite, before any parameter has moved."""
@@ -308,20 +277,18 @@ class Shampoo(Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.is_cpu:
             lr = lr.item()
-        together = group["foreach"]
-        if together is None:
-            together = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in params)
+        foreach = multi_tensor.are_plain(params) if group["foreach"] is None else group["foreach"]
         # No multi-tensor kernel adds float32 to half precision, and none takes tensors of two devices.
-        together = together and len({(p.device, p.dtype, u.dtype) for p, u in zip(params, updates, strict=True)}) == 1
-        together = together and params[0].dtype == updates[0].dtype
+        foreach = foreach and len({(p.device, p.dtype, u.dtype) for p, u in zip(params, updates, strict=True)}) == 1
+        foreach = foreach and params[0].dtype == updates[0].dtype
         if group["momentum"] != 0:
             buffers = [self._buffer(param) for param in params]
-            _multiply(buffers, group["momentum"], together)
-            _add(buffers, updates, 1.0, together)
+            multi_tensor.multiply(buffers, group["momentum"], foreach=foreach)
+            multi_tensor.add(buffers, updates, 1.0, foreach=foreach)
             updates = buffers
         if group["weight_decay"] != 0:
-            _multiply(params, 1 - lr * group["weight_decay"], together)
-        _add(params, updates, -lr, together)
+            multi_tensor.multiply(params, 1 - lr * group["weight_decay"], foreach=foreach)
+        multi_tensor.add(params, updates, -lr, foreach=foreach)
 
     def _buffer(self, param: Tensor) -> Tensor:
         state = self.state[param]
@@ -329,37 +296,6 @@ class Shampoo(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(param, dtype=state["left"].dtype)
         buffer: Tensor = state["momentum_buffer"]
         return buffer
-
-
-def _begin(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """The state of a parameter before its first step: made now, because a checkpoint loads into what it finds."""
-    form = Blocks.of(param.shape, group["block_size"])
-    if max(form.height, form.width) > LONGEST_SIDE:
-        raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} would have statistics of {max(form.height, form.width)} "
-            f"squared: give block_size=1024 or so, with a width rule of its own (mup.Shampoo(block_size=...)), or give "
-            f"the parameter to a first-order optimizer"
-        )
-    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    down, across = form.grid
-    sides = {"left": form.height} if param.dim() < 2 else {"left": form.height, "right": form.width}
-    state = {"step": torch.zeros(()), "weight": torch.zeros((), dtype=torch.float64)}
-    for name, size in sides.items():
-        for key in (name, f"{name}_root"):
-            state[key] = torch.zeros(down * across, size, size, dtype=dtype, device=param.device)
-    if group["momentum"] != 0:
-        state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
-    return state
-
-
-def _sides(state: dict[str, Tensor]) -> Iterator[str]:
-    """The sides on which a parameter has statistics."""
-    return (side for side in ("left", "right") if side in state)
-
-
-def _cost(state: dict[str, Tensor]) -> float:
-    """Of the roots of a parameter, in units of a multiplication or so: the cubes of the sides of its blocks."""
-    return float(sum(len(state[side]) * state[side].shape[-1] ** 3 for side in _sides(state)))
 
 
 def _blocks(grad: Tensor, form: Blocks, dtype: torch.dtype, *, negative: bool) -> Tensor:
@@ -377,51 +313,3 @@ def _as(update: Tensor, param: Tensor) -> Tensor:
     return DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
         mesh, param.placements
     )
-
-
-def _multiply(targets: list[Tensor], factor: float | Tensor, together: bool) -> None:
-    """``target <- factor * target`` for each."""
-    if together:
-        torch._foreach_mul_(targets, factor)
-        return
-    for target in targets:
-        target.mul_(factor)
-
-
-def _add(targets: list[Tensor], vectors: list[Tensor], factor: float | Tensor, together: bool) -> None:
-    """``target <- target + factor * vector`` for each pair."""
-    if isinstance(factor, Tensor):
-        vectors, factor = [vector * factor for vector in vectors], 1.0
-    if together:
-        torch._foreach_add_(targets, vectors, alpha=factor)
-        return
-    for target, vector in zip(targets, vectors, strict=True):
-        target.add_(vector, alpha=factor)
-
-
-def _validate(options: dict[str, Any]) -> None:
-    lr = options["lr"]
-    if lr is None:
-        raise ValueError("a group has no learning rate: give lr to the optimizer or to every group")
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
-    for name in ("lr", "weight_decay"):
-        if not 0 <= options[name] < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {options[name]}")
-    if not 0 < options["exponent"] <= 0.5:
-        raise ValueError(f"exponent must be in (0, 0.5], 0.25 for classical Shampoo, got {options['exponent']}")
-    epsilon = options["epsilon"]
-    if epsilon is None and not options["relative"]:
-        raise ValueError("an absolute epsilon (relative=False) has no default: give epsilon=")
-    if epsilon is not None and not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon must be finite and not negative, got {epsilon}")
-    for name in ("beta", "momentum"):
-        if not 0 <= options[name] < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {options[name]}")
-    if options["refresh_every"] < 1 or options["refresh_warmup"] < 0:
-        raise ValueError(
-            f"refresh_every must be 1 or more and refresh_warmup 0 or more, got {options['refresh_every']} and "
-            f"{options['refresh_warmup']}"
-        )
-    if options["block_size"] is not None and options["block_size"] < 1:
-        raise ValueError(f"block_size must be 1 or more, or None for no blocks, got {options['block_size']}")

@@ -1,0 +1,38 @@
+"""What Shampoo refuses before it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def check_group(options: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for an option of a parameter group that is out of its range."""
+    lr = options["lr"]
+    if lr is None:
+        raise ValueError("a group has no learning rate: give lr to the optimizer or to every group")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
+    for name in ("lr", "weight_decay"):
+        if not 0 <= options[name] < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {options[name]}")
+    if not 0 < options["exponent"] <= 0.5:
+        raise ValueError(f"exponent must be in (0, 0.5], 0.25 for classical Shampoo, got {options['exponent']}")
+    epsilon = options["epsilon"]
+    if epsilon is None and not options["relative"]:
+        raise ValueError("an absolute epsilon (relative=False) has no default: give epsilon=")
+    if epsilon is not None and not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be finite and not negative, got {epsilon}")
+    for name in ("beta", "momentum"):
+        if not 0 <= options[name] < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {options[name]}")
+    if options["refresh_every"] < 1 or options["refresh_warmup"] < 0:
+        raise ValueError(
+            f"refresh_every must be 1 or more and refresh_warmup 0 or more, got {options['refresh_every']} and "
+            f"{options['refresh_warmup']}"
+        )
+    if options["block_size"] is not None and options["block_size"] < 1:
+        raise ValueError(f"block_size must be 1 or more, or None for no blocks, got {options['block_size']}")

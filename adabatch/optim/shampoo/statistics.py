@@ -1,0 +1,117 @@
+"""What Shampoo knows of one parameter: the statistics of its blocks, a side or two, and their inverse roots.
+
+They stand in the optimizer's state of the parameter: "left" and "right" of shape (num_blocks, side, side), "left_root"
+and "right_root" alike, "step", and "weight", the sum of the weights of the averages so far. Vectors have no "right".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adabatch.optim.shampoo.blocks import Blocks
+from adabatch.optim.shampoo.roots import inverse_root, refreshed
+
+State = MutableMapping[str, Tensor]
+Group = Mapping[str, Any]
+
+STALE_EPSILON = 1e-2
+FRESH_EPSILON = 1e-3
+LONGEST_SIDE = 16384
+"""Longest side of a statistic, which then has a gigabyte in float32."""
+
+
+def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
+    """The state of a parameter before its first step: made now, because a checkpoint loads into what it finds.
+
+    Raises:
+        ValueError: a side that is too long.
+    """
+    form = Blocks.of(param.shape, group["block_size"])
+    if max(form.height, form.width) > LONGEST_SIDE:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} would have statistics of {max(form.height, form.width)} "
+            f"squared: give block_size=1024 or so, with a width rule of its own (mup.Shampoo(block_size=...)), or give "
+            f"the parameter to a first-order optimizer"
+        )
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    down, across = form.grid
+    lengths = {"left": form.height} if param.dim() < 2 else {"left": form.height, "right": form.width}
+    state = {"step": torch.zeros(()), "weight": torch.zeros((), dtype=torch.float64)}
+    for name, length in lengths.items():
+        for key in (name, f"{name}_root"):
+            state[key] = torch.zeros(down * across, length, length, dtype=dtype, device=param.device)
+    if group["momentum"] != 0:
+        state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+    return state
+
+
+def move(state: State, device: torch.device) -> None:
+    """Brings statistics and roots to a device; the counts stay on the CPU."""
+    for key in state.keys() - {"step", "weight"}:
+        state[key] = state[key].to(device)
+
+
+def of_sides(state: State) -> list[Tensor]:
+    """The statistics of each side."""
+    return [state[side] for side in _sides(state)]
+
+
+def roots_of(state: State) -> list[Tensor]:
+    """Their roots."""
+    return [state[f"{side}_root"] for side in _sides(state)]
+
+
+def cost(state: State) -> float:
+    """Of the roots, in units of a multiplication or so: the cubes of the sides of all blocks."""
+    return float(sum(len(each) * each.shape[-1] ** 3 for each in of_sides(state)))
+
+
+def count(state: State, group: Group) -> bool:
+    """One more step; whether its roots are to be computed anew."""
+    state["step"] += 1
+    state["weight"].mul_(group["beta"]).add_(1)
+    steps = int(state["step"])
+    warmup, every = int(group["refresh_warmup"]), int(group["refresh_every"])
+    return steps <= warmup or steps % every == 0
+
+
+def follow(state: State, blocks: Tensor) -> None:
+    """Takes the gradient of the step that was counted last, in blocks, into the averages."""
+    share = 1 / float(state["weight"])
+    for side in _sides(state):
+        factor = blocks if side == "left" else blocks.mT
+        state[side].baddbmm_(factor, factor.mT, beta=1 - share, alpha=share)
+
+
+def refresh(state: State, group: Group, fallbacks: MutableMapping[str, int]) -> bool:
+    """Computes the roots anew, if the statistics are finite; whether they are."""
+    epsilon = group["epsilon"]
+    if epsilon is None:
+        epsilon = FRESH_EPSILON if group["refresh_every"] == 1 else STALE_EPSILON
+    root_of = partial(
+        inverse_root,
+        exponent=group["exponent"] if "right" in state else 0.5,
+        epsilon=epsilon,
+        relative=group["relative"],
+    )
+    for side in _sides(state):
+        if not torch.isfinite(state[side]).all():  # host sync, as the eigenvalues are
+            return False
+        state[f"{side}_root"] = refreshed(state[side], state[f"{side}_root"], fallbacks, root_of)
+    return True
+
+
+def precondition(state: State, blocks: Tensor) -> Tensor:
+    """The update for a gradient, both in blocks."""
+    update = state["left_root"] @ blocks
+    return update @ state["right_root"] if "right_root" in state else update
+
+
+def _sides(state: State) -> Iterator[str]:
+    """The sides on which the parameter has statistics."""
+    return (side for side in ("left", "right") if side in state)
