@@ -88,8 +88,8 @@ class KFAC(Optimizer):
         momentum: heavy-ball factor on the preconditioned direction, in [0, 1).
         weight_decay: decoupled.
         kl_clip: largest sum of ``lr^2 <D, G>`` of a step, beyond which the directions are scaled down; 1e-3 is
-            customary, and wanted where batches are small and the model comes to fit its data (``docs/kfac.md``). Under
-            the width plan it does not depend on width, as a Euclidean clip does. Momentum is added after it.
+            customary, and wanted where batches are small (``docs/kfac.md``). Under the width plan it does not depend on
+            width, as a Euclidean clip does. Momentum is added after it.
         others: "adamw" or "sgd" (with ``momentum``) for the parameters that K-FAC does not take; None refuses them.
         others_lr: their learning rate.
         exclude: name patterns (as of ``fnmatch``) of layers to leave to ``others``.
