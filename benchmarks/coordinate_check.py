@@ -157,7 +157,8 @@ ROWS: dict[str, Row] = {
     "K-FAC, plan, trace/dim .1": Row(kfac(by_mean_eigenvalue, 0.1), False),
     "K-FAC, plan, trace .01": Row(kfac("trace"), True),
     "K-FAC, plan, absolute with ratios": Row(kfac("absolute"), True),
-    "K-FAC, plan, largest eigenvalue": Row(kfac(by_largest_eigenvalue), True),
+    "K-FAC, plan, largest eigenvalue .01": Row(kfac(by_largest_eigenvalue), True),
+    "K-FAC, plan, largest eigenvalue .1": Row(kfac(by_largest_eigenvalue, 0.1), True),
     "K-FAC, plan, Kronecker constant": Row(kfac("kronecker", **UNSCALED), False, widths=NARROW),
     "K-FAC, plan, Kronecker with ratios": Row(kfac("kronecker"), True, widths=NARROW),
     "K-FAC, plan, input side only": Row(kfac("absolute", exponents=(0.0, 1.0)), True),
@@ -178,8 +179,8 @@ ROWS: dict[str, Row] = {
     "SGD, plan, 5 steps": Row(sgd, True, steps=5),
     "K-FAC, plan, trace .01, 5 steps": Row(kfac("trace"), True, steps=5),
     "K-FAC, plan, split .01, 5 steps": Row(kfac("split"), False, steps=5),
-    "Shampoo 1/4, plan, 5 steps": Row(shampoo(mup.Shampoo()), True, widths=NARROW[:-1], steps=5),
-    "Shampoo 1/4, standard, 5 steps": Row(shampoo(mup.Shampoo()), False, standard=True, widths=NARROW[:-1], steps=5),
+    "Shampoo 1/4, plan, 5 steps": Row(shampoo(mup.Shampoo()), True, widths=NARROW, steps=5),
+    "Shampoo 1/4, standard, 5 steps": Row(shampoo(mup.Shampoo()), False, standard=True, widths=NARROW, steps=5),
 }
 
 
