@@ -51,6 +51,7 @@ RATES = tuple(2.0**-k for k in (6, 5, 4, 3, 2))
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DAMPING_RATE = 2.0**-5
 STABLE = 1.0  # a final loss below it
+HOPELESS = 1e6  # a loss from which no run came back
 FRESH = "shampoo, fresh roots"
 BATCHES, TARGET, MOST_STEPS = (128, 512, 2048, 8192), 0.1, {128: 3000, 512: 1500, 2048: 800, 8192: 500}
 
@@ -163,7 +164,7 @@ def run(cell: Cell, images: Tensor, labels: Tensor) -> dict[str, float]:
         except RuntimeError:  # statistics that are not finite
             losses.append(math.nan)
         seconds += time.perf_counter() - start
-        if not math.isfinite(losses[-1]):
+        if not losses[-1] < HOPELESS:
             return {"loss": math.inf, "steps": math.inf, "seconds": seconds}
         window = max(1, 4096 // cell.batch)
         if cell.target is not None and len(losses) >= window and statistics.fmean(losses[-window:]) <= cell.target:
