@@ -11,7 +11,8 @@ K-FAC's inverses 1,280 examples; so large batches try Shampoo with new roots at 
 training step against AdamW's, amortized over the refreshes.
 
 Finished runs are kept in the cache folder by their settings, and are not run again; past ``--minutes`` no run is
-started, and what is there is published. Seconds of runs that shared the machine with others are of little worth: for a
+started, and what is there is published: a result of ``--minutes 0`` comes from the cache alone, and with an empty one
+the same takes some two hours. Seconds of runs that shared the machine with others are of little worth: for a
 fair column of seconds empty the cache and run ``--part batches`` alone."""
 
 from __future__ import annotations
