@@ -19,23 +19,23 @@ from adabatch.batch.criteria import SECONDS, Criterion, Observation
 from adabatch.batch.moments import EUCLIDEAN, EXAMPLES, GRAD_L1, LAYERS, NOISE, norm_in
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
+from adabatch.guards.drift import check_same
+from adabatch.guards.finite import SkipNonfinite, nonfinite_in
+from adabatch.guards.heartbeat import Heartbeat
+from adabatch.guards.memory_trials import TrialLoss, Trials
+from adabatch.guards.votes import Votes
 from adabatch.journal import Journal, line
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
 from adabatch.optim.mup import check_ratios
-from adabatch.runtime.agreement import Agreement
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
-from adabatch.runtime.drift import check_same
-from adabatch.runtime.finite import SkipNonfinite, nonfinite_in
-from adabatch.runtime.layers import PerLayer
+from adabatch.runtime.data.loss_weights import LossWeightedFeed
+from adabatch.runtime.engines.engine import GradientSync, Wrapper, wrapper_of
 from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.probes.layers import PerLayer
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.scheduler import Moved, StepHooks, host_value
+from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
 from adabatch.runtime.stopwatch import Stopwatch
-from adabatch.runtime.trials import TrialLoss, Trials
-from adabatch.runtime.watch.whereabouts import Whereabouts
-from adabatch.runtime.weighing import WeighedFeed
-from adabatch.runtime.wrappers import GradientSync, Wrapper, wrapper_of
 from adabatch.step import Step
 from adabatch.validation import (
     check_fits,
@@ -239,9 +239,9 @@ class AdaptiveBatch:
         self._groups = optimizer.param_groups
         self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
-        self._agreement = Agreement(self._collectives)
+        self._votes = Votes(self._collectives)
         self._stopwatch = Stopwatch(self._collectives.size) if timed else None
-        self._whereabouts = Whereabouts()
+        self._heartbeat = Heartbeat()
 
         # Last, so that a constructor that raises leaves no hook behind.
         given = None if probe is None else self._wrapper.fit_probe(probe)
@@ -308,14 +308,14 @@ class AdaptiveBatch:
         return None if self._trials is None else self._trials.too_large
 
     @property
-    def whereabouts(self) -> Whereabouts:
+    def heartbeat(self) -> Heartbeat:
         """Where this rank is in the run; for a ``Watchdog``."""
-        return self._whereabouts
+        return self._heartbeat
 
     @property
-    def agreement(self) -> Agreement:
+    def votes(self) -> Votes:
         """Whether the ranks stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
-        return self._agreement
+        return self._votes
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -384,14 +384,14 @@ class AdaptiveBatch:
                 return
 
     def _weighed(self, feed: Feed, weigh: Callable[[Any], float] | None) -> Feed:
-        return feed if weigh is None else WeighedFeed(feed, weigh, self._collectives)
+        return feed if weigh is None else LossWeightedFeed(feed, weigh, self._collectives)
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing where it is at its end."""
         self._flush()
         number = self._consumed.steps
         if self._check_every is not None and number % self._check_every == 0:
-            self._whereabouts.mark("the check for drift", number)
+            self._heartbeat.mark("the check for drift", number)
             held = (
                 self._plan,
                 self._progress,
@@ -400,7 +400,7 @@ class AdaptiveBatch:
                 [host_value(group["lr"]) for group in self._groups],
             )
             check_same(self._collectives, self._model, plan=held, when=f"before step {number}")
-        self._whereabouts.mark("the loading", number)
+        self._heartbeat.mark("the loading", number)
         portion = self._take(feed, number)
         if portion is None:
             return
@@ -412,10 +412,10 @@ class AdaptiveBatch:
             portion,
             wrapper=self._wrapper,
             probe=probe,
-            agreement=self._agreement,
+            votes=self._votes,
             find_nonfinite=self._find_nonfinite,
             stopwatch=self._stopwatch,
-            mark=partial(self._whereabouts.mark, step=number),
+            mark=partial(self._heartbeat.mark, step=number),
             finish=finish,
         )
         self._step = step
@@ -432,7 +432,7 @@ class AdaptiveBatch:
         """The next step's portion, whose micro-batch every rank has the memory for, as far as that is tried."""
         portion = feed.take(self._plan)
         while self._trials is not None and portion is not None and self._trials.is_due(self._plan):
-            self._whereabouts.mark("the trial of a larger micro-batch", number)
+            self._heartbeat.mark("the trial of a larger micro-batch", number)
             if self._stopwatch is not None:
                 self._stopwatch.interrupt()
             portion, fits = self._trials.run(self._plan, portion)
@@ -490,17 +490,17 @@ class AdaptiveBatch:
         factor = self._factor_of(portion.num_examples)
         self._update = _Update(portion.num_examples, factor, step_gain, step.finite, entry)
         self._plan = step.decision.plan
-        self._whereabouts.mark("what follows the micro-batches", before.steps, between=True)
+        self._heartbeat.mark("what follows the micro-batches", before.steps, between=True)
 
     # --- around optimizer.step() ------------------------------------------------------------------------------------
 
-    def _moved(self) -> Moved:
+    def _moved(self) -> StepOverrides:
         """What the batch changes about the update that is about to run, whose rates must be those of its width plan."""
         check_ratios(self._optimizer)
         update = self._update or self._begun
         size = self._plan.global_batch_size if update is None else update.num_examples
         ratio, scale = size / self._reference, self._scale_of(size)
-        return Moved(
+        return StepOverrides(
             self.lr_factor if update is None else update.factor,
             lambda group: followed(group, self._follow, ratio=ratio, factor=scale) if self._follow else {},
             ratio if "betas" in self._follow else 1.0,
@@ -682,7 +682,7 @@ class AdaptiveBatch:
         gives = () if self._probe is None else sorted(self._probe.gives)
         settings = (self._lr_rule, self._reference, sorted(self._follow), gives, self._control)
         tried = None if self._trials is None else self._trials.state_dict()
-        mine = (place, self._plan, self._progress, self._consumed, settings, self._agreement.listening, tried)
+        mine = (place, self._plan, self._progress, self._consumed, settings, self._votes.listening, tried)
         if not self._collectives.agree(mine):
             raise ValueError(
                 f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "

@@ -13,12 +13,12 @@ from torch import Tensor
 from adabatch.batch.control import Decision
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan
-from adabatch.runtime.agreement import Agreement
-from adabatch.runtime.data import Portion, Weights
-from adabatch.runtime.finite import FindNonfinite
+from adabatch.guards.finite import FindNonfinite
+from adabatch.guards.votes import Votes
+from adabatch.runtime.data import LossWeights, Portion
+from adabatch.runtime.engines.engine import Wrapper
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.stopwatch import Stopwatch
-from adabatch.runtime.wrappers import Wrapper
 
 
 class Mark(Protocol):
@@ -54,7 +54,7 @@ class Step:
         *,
         wrapper: Wrapper,
         probe: Probe | None,
-        agreement: Agreement,
+        votes: Votes,
         find_nonfinite: FindNonfinite | None,
         stopwatch: Stopwatch | None,
         mark: Mark,
@@ -70,13 +70,13 @@ class Step:
         self.portion = portion
         self._wrapper = wrapper
         self._probe = probe
-        self._agreement = agreement
+        self._votes = votes
         self._all_finite = True
         self._stopwatch = stopwatch
         self._mark = mark
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
-        self._weights = portion.weights or Weights(portion.sizes, portion.num_examples)
+        self._weights = portion.weights or LossWeights(portion.sizes, portion.num_examples)
         # The ranks' gradients are averaged, so of a rank's own each micro-batch is its share of the whole, times them;
         # a rank that steps alone has a whole of its own.
         alone = wrapper.steps_alone()
@@ -143,7 +143,7 @@ class Step:
         elif self._find_nonfinite is not None and reduced:
             self._look_through(self._find_nonfinite)
         else:
-            self._agreement.step_without_reduction()
+            self._votes.step_without_reduction()
         if self._probe is not None and not reduced:
             plan, size = self.plan, float(self.global_batch_size)
             self.moments = GradientMoments(math.nan, plan.micro_batch_size, math.nan, size, plan.num_parts)
@@ -190,8 +190,8 @@ class Step:
         """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
         assert self._losses is not None
         found = find_nonfinite(self._losses)
-        numbers = torch.cat([found, *self._agreement.outgoing(found)])
-        (total,) = self._agreement.incoming(self._wrapper.collectives.sum(numbers).tolist())  # host sync
+        numbers = torch.cat([found, *self._votes.outgoing(found)])
+        (total,) = self._votes.incoming(self._wrapper.collectives.sum(numbers).tolist())  # host sync
         self._all_finite = total == 0
 
     def _measure(self, probe: Probe) -> None:
@@ -202,7 +202,7 @@ class Step:
         means = [self._losses.to(local.device)]  # a loss may live elsewhere than the model
         if scale is not None:  # summed as well, so that all ranks divide by the same bits
             means.append(scale(local.device).double())
-        riders: list[Agreement | Stopwatch] = [self._agreement]
+        riders: list[Votes | Stopwatch] = [self._votes]
         if self._stopwatch is not None:
             riders.append(self._stopwatch)
         carried = [number for rider in riders for number in rider.outgoing(local)]

@@ -18,10 +18,10 @@ from adabatch.lr.rules import LRRule
 from adabatch.optim import KFAC, Shampoo
 from adabatch.optim.mup import named_parameters
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.layers import Layers, PerLayer, layers_of, layers_of_weight
-from adabatch.runtime.metrics import norm_of
+from adabatch.runtime.engines.engine import Wrapper
+from adabatch.runtime.probes.layers import Layers, PerLayer, layers_of, layers_of_weight
+from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.wrappers import Wrapper
 
 
 def default_lr_rule(optimizer: Optimizer) -> LRRule:

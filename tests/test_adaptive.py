@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import lines, loss_of, network, regression, train, weights
+from support.loops import lines, loss_of, network, regression, train, weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import lines, network, regression, train, train_by_hand, weights
+from support.loops import lines, network, regression, train, train_by_hand, weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader

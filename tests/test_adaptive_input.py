@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import loss_of, network, regression, train
+from support.loops import loss_of, network, regression, train
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader

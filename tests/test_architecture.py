@@ -20,20 +20,24 @@ ROOT = Path(__file__).parent.parent / "adabatch"
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 VOCABULARY = ("adabatch.batch.plan", "adabatch.batch.moments")
-SHELL = 3
+GUARDS = 3
+SHELL = 4
+CHECKPOINTING = 5
 LAYERS = {
     "adabatch.batch": 1,
     "adabatch.lr": 1,
     "adabatch.runtime": 2,
     "adabatch.optim": 2,
+    "adabatch.guards": GUARDS,
     # the modules beside adaptive.py: SHELL; then the package's own face, adabatch/__init__.py
-    "adabatch.verification": SHELL,
-    "adabatch": 4,
-    "adabatch.integrations": 5,
-    "adabatch.report": 5,
-    "adabatch.recipes": 5,
-    "adabatch.cli": 6,
-    "adabatch.__main__": 7,
+    "adabatch.checkpointing": CHECKPOINTING,
+    "adabatch": 6,
+    "adabatch.verification": 7,
+    "adabatch.integrations": 7,
+    "adabatch.report": 7,
+    "adabatch.recipes": 7,
+    "adabatch.cli": 8,
+    "adabatch.__main__": 9,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loops import lines, loss_of, network, regression, train
+from support.loops import lines, loss_of, network, regression, train
 from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader

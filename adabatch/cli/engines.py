@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.checkpoints import Checkpoints, Loaded
+from adabatch.checkpointing.checkpoints import Checkpoints, Loaded
 from adabatch.cli.optimizers import MakeOptimizer, is_second_order, optimizer_of
-from adabatch.runtime.world import World
+from adabatch.runtime.launch.world import World
 
 EngineName = Literal["ddp", "fsdp2", "deepspeed"]
 """What averages gradients over the processes of a job."""

@@ -20,22 +20,22 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
-from adabatch.checkpoints import Loaded
+from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.cli.display import Display
 from adabatch.cli.engines import EngineName, engine_of
 from adabatch.cli.optimizers import MakeOptimizer, observe
-from adabatch.cli.recorded import CHECKPOINTS, JOURNAL
+from adabatch.cli.schedule.recorded import CHECKPOINTS, JOURNAL
+from adabatch.guards.preemption import Preemption
+from adabatch.guards.watchdog import Watchdog
 from adabatch.lr.rules import LRRule
 from adabatch.lr.shapes import Shape, constant
-from adabatch.preemption import Preemption
 from adabatch.recipes.data import collate
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.layers import PerLayer
+from adabatch.runtime.launch.world import World
 from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.probes.layers import PerLayer
 from adabatch.runtime.scheduler import ClockKind, ProgressLR
-from adabatch.runtime.world import World
-from adabatch.watchdog import Watchdog
 
 CONFIG_FORMAT = 1
 EVALUATION_BATCH = 1024

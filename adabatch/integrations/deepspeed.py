@@ -20,10 +20,10 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan
 from adabatch.optim import KFAC
-from adabatch.runtime.backward import Backward
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.engines.backward import Backward
+from adabatch.runtime.engines.engine import Wrapper
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
-from adabatch.runtime.wrappers import Wrapper
 
 HELD = ("bit16_groups", "fp16_groups", "bf16_groups")
 """Where DeepSpeed's optimizers list the model's parameters, of which the optimizer inside them holds copies."""

@@ -11,11 +11,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-unty
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.plan import Duration
-from adabatch.checkpoints import Loaded
-from adabatch.run_state import Stateful
+from adabatch.checkpointing.checkpoints import Loaded
+from adabatch.checkpointing.run_state import Stateful
+from adabatch.checkpointing.save_times import SaveTimes
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.random_state import random_state, restore_random_state
-from adabatch.save_times import SaveTimes
 
 KEY = "adabatch"
 """Where in ``client_state`` our parts are."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from adabatch.batch.moments import EXAMPLES, GradientMoments
 from adabatch.batch.schedules import Constant
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.sharding import is_sharded, own_piece
-from adabatch.verification.comparing import largest_of
+from adabatch.runtime.fsdp2 import is_sharded, own_piece
+from adabatch.verification.equality import largest_of
 from adabatch.verification.running import (
     ACCUMULATION,
     Part,

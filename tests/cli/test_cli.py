@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
+from adabatch.checkpointing.files import checkpoints_in
 from adabatch.cli.main import main
-from adabatch.cli.recorded import read_recorded
+from adabatch.cli.schedule.recorded import read_recorded
 from adabatch.lr.rules import gain
-from adabatch.runtime.checkpoint import checkpoints_in
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from random_configs import outcome, random_config, sound_fields
+from support.random_configs import outcome, random_config, sound_fields
 
 CONFIGS = 200
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from loops import lines, network, regression, train, train_by_hand, weights
-from ranks import run_ranks
+from support.loops import lines, network, regression, train, train_by_hand, weights
+from support.ranks import run_ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer

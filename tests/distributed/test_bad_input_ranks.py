@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from loops import lines, network, regression, train, weights
-from ranks import run_ranks
+from support.loops import lines, network, regression, train, weights
+from support.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, Subset

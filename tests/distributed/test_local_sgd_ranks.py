@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loops import lines, loss_of, network, regression, train, weights
-from ranks import run_ranks
+from support.loops import lines, loss_of, network, regression, train, weights
+from support.ranks import run_ranks
+from support.wrapped import check
 from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,7 +20,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
-from wrapped import check
 
 from adabatch import (
     AdaptiveBatch,

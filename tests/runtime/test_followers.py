@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loops import loss_of, network, regression, train, weights
+from support.loops import loss_of, network, regression, train, weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, SparseAdam
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, Seesaw, Stage, Stages, examples, lr
 from adabatch.lr.rules import followed
-from adabatch.runtime.scheduler import Moved, StepHooks
+from adabatch.runtime.step_hooks import StepHooks, StepOverrides
 
 GROWING = Stages(8, [Stage(examples(24), 16), Stage(examples(56), 48), Stage(examples(152), 24)])
 ALL = ("betas", "eps", "weight_decay")
@@ -221,7 +221,7 @@ def test_a_step_count_that_is_a_plain_number() -> None:
     ratio = 1.0
     hooks = StepHooks(
         optimizer,
-        moved=lambda: Moved(1.0, lambda group: {"betas": with_betas(ratio, group["betas"])}, ratio),
+        moved=lambda: StepOverrides(1.0, lambda group: {"betas": with_betas(ratio, group["betas"])}, ratio),
         skip=lambda: False,
         done=lambda *_: None,
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loops import lines, loss_of, network, regression, train
+from support.loops import lines, loss_of, network, regression, train
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 

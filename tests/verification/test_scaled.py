@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from loops import loss_of, network, regression
-from ranks import run_ranks
+from support.loops import loss_of, network, regression
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -20,7 +20,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from adabatch import GlobalOrder, GradientMoments, MicroBatchProbe
 from adabatch.runtime import wrappers
-from adabatch.runtime.backward import Backward, scaled_by
+from adabatch.runtime.engines.backward import Backward, scaled_by
 from adabatch.verification import Check, Training, all_checks, constant_policy, drift, probe_agrees, resume
 
 FITS, OVERFLOWS = 2.0**10, 2.0**20

@@ -2,9 +2,9 @@
 
 from adabatch.runtime.data.loader_feed import LoaderFeed, advance_epoch
 from adabatch.runtime.data.order import GlobalOrder
-from adabatch.runtime.data.portions import Feed, Portion, Weights, num_examples_in
+from adabatch.runtime.data.portions import Feed, LossWeights, Portion, num_examples_in
 from adabatch.runtime.data.shuffles import BlockShuffle, FullShuffle, InOrder, ScatteredShuffle, Shuffle
-from adabatch.runtime.data.weights import WeightedShuffle
+from adabatch.runtime.data.weighted_shuffle import WeightedShuffle
 
 __all__ = [
     "BlockShuffle",
@@ -13,11 +13,11 @@ __all__ = [
     "GlobalOrder",
     "InOrder",
     "LoaderFeed",
+    "LossWeights",
     "Portion",
     "ScatteredShuffle",
     "Shuffle",
     "WeightedShuffle",
-    "Weights",
     "advance_epoch",
     "num_examples_in",
 ]

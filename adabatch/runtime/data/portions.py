@@ -11,7 +11,7 @@ from torch import Tensor
 from adabatch.batch.plan import BatchPlan
 
 
-class Weights(NamedTuple):
+class LossWeights(NamedTuple):
     """How much micro-batches count for in the step's gradient, in one unit.
 
     Args:
@@ -37,7 +37,7 @@ class Portion:
     batches: Iterable[Any]
     sizes: Sequence[int]
     num_examples: int
-    weights: Weights | None = None
+    weights: LossWeights | None = None
 
 
 class Feed(Protocol):

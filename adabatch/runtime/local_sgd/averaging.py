@@ -17,19 +17,19 @@ from torch.optim import Optimizer
 from adabatch.batch.moments import EUCLIDEAN, norm_in, quantile_in
 from adabatch.batch.plan import Duration, Progress
 from adabatch.runtime.collectives import Collectives, collectives_of, workers_of
+from adabatch.runtime.engines.engine import GradientSync, Wrapper, wrapper_of
+from adabatch.runtime.fsdp2 import is_sharded
 from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.exchange import Exchange
 from adabatch.runtime.local_sgd.memory import Memory
-from adabatch.runtime.local_sgd.outer import Average, Outer
+from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
 from adabatch.runtime.local_sgd.periods import Fixed, Period, RoundStart
 from adabatch.runtime.local_sgd.probe import Spread, WorkerProbe
 from adabatch.runtime.local_sgd.replica import Replica
-from adabatch.runtime.local_sgd.settings import Measure, Round, Settings, Weights, period_of
+from adabatch.runtime.local_sgd.settings import AverageWeights, Measure, Round, Settings, period_of
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions, given_with
 from adabatch.runtime.scheduler import ProgressSource
-from adabatch.runtime.sharding import is_sharded
-from adabatch.runtime.wrappers import GradientSync, Wrapper, wrapper_of
 
 
 class LocalSGD:
@@ -91,10 +91,10 @@ class LocalSGD:
         *,
         sync_every: int | Period,
         warmup: Duration | None = None,
-        outer: Outer | None = None,
+        outer: OuterOptimizer | None = None,
         average_state: bool = False,
         compression: Compression = "none",
-        weights: Weights = "examples",
+        weights: AverageWeights = "examples",
         measure: Measure = "first",
         spread: Spread = "across",
         workers: ProcessGroup | DeviceMesh | None = None,

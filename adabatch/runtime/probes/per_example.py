@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from adabatch.batch.moments import EXAMPLES, INNER_PRODUCTS, GradientMoments
 from adabatch.runtime.collectives import collectives_of
-from adabatch.runtime.layers import Layers
-from adabatch.runtime.metrics import ProbeNorm, name_of
+from adabatch.runtime.fsdp2 import is_sharded, own_piece
 from adabatch.runtime.per_example import ExampleGradients, PerExampleNorms, Rule
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.gauge import Gauge
+from adabatch.runtime.probes.layers import Layers
+from adabatch.runtime.probes.metrics import ProbeNorm, name_of
 from adabatch.runtime.probes.norms import gradients_of
-from adabatch.runtime.sharding import is_sharded, own_piece
 
 
 class PerExampleProbe:

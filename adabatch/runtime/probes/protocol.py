@@ -7,8 +7,8 @@ from typing import Protocol, TypedDict, Unpack, runtime_checkable
 from torch import Tensor
 
 from adabatch.batch.moments import GRAD_L1, LAYERS, GradientMoments, coordinates_at, noise_in
-from adabatch.runtime.layers import Layers
-from adabatch.runtime.metrics import ProbeNorm, name_of
+from adabatch.runtime.probes.layers import Layers
+from adabatch.runtime.probes.metrics import ProbeNorm, name_of
 
 
 class ProbeOptions(TypedDict, total=False):
