@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, Reason, decide
-from adabatch.batch.criteria import SECONDS, Criterion, Observation
-from adabatch.batch.moments import EUCLIDEAN, EXAMPLES, GRAD_L1, LAYERS, NOISE, norm_in
+from adabatch.batch.criteria import Criterion, Observation
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.guards.drift import check_same
@@ -201,20 +201,17 @@ class AdaptiveBatch:
         self._find_nonfinite = nonfinite_in(optimizer) if skip_nonfinite is True else None
 
         self._follow = frozenset(follow)
-        needs = set(criterion.needs)
-        if timed := SECONDS in needs:  # on the reduction of a measured step
-            needs = (needs - {SECONDS}) or {NOISE}
-        if (lr_rule in NOISE_RULES or monitor) and norm_in(needs) == EUCLIDEAN:
-            needs.add(NOISE)
-        if record_l1:
-            needs.add(GRAD_L1)
-        if per_layer is not None or layer_weights is not None:
-            needs.add(LAYERS)
+        needs = replace(criterion.needs, seconds=False) | Needs(
+            l1=record_l1, layers=per_layer is not None or layer_weights is not None
+        )
+        timed = criterion.needs.seconds  # on the reduction of a measured step
+        if timed or lr_rule in NOISE_RULES or monitor:
+            needs = needs.with_noise()
         if layer_weights is not None and probe is not None:
             raise ValueError("layer_weights sorts the parameters into layers, for which a given probe is made already")
         layers, self._layer_weights = measured_layers(model, optimizer, needs, per_layer, layer_weights)
         # For recorded norms alone a probe measures no noise, and needs no parts to do so.
-        in_noise = probe is not None or bool(needs - {GRAD_L1})
+        in_noise = probe is not None or bool(replace(needs, l1=False))
         self._limits, self._grid = limits_and_grid(
             limits,
             criterion,
@@ -223,7 +220,7 @@ class AdaptiveBatch:
             micro_sizes=micro_batch_sizes(
                 micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
             ),
-            in_parts=in_noise and (probe is None or EXAMPLES not in probe.gives),
+            in_parts=in_noise and not (probe is not None and probe.gives.examples),
         )
         tokens = None if tokens_per_example is None else 0
         self._progress = Progress(tokens=tokens, gain_steps=0.0 if in_noise else None)
@@ -245,9 +242,7 @@ class AdaptiveBatch:
 
         # Last, so that a constructor that raises leaves no hook behind.
         given = None if probe is None else self._wrapper.fit_probe(probe)
-        self._probe = suited_probe(
-            model, optimizer, frozenset(needs), given=given, wrapper=self._wrapper, layers=layers
-        )
+        self._probe = suited_probe(model, optimizer, needs, given=given, wrapper=self._wrapper, layers=layers)
         try:
             sizes = self._grid.micro_sizes
             self._trials = None if trial is None else Trials(trial, model, self._wrapper, self._probe, sizes)
@@ -679,7 +674,7 @@ class AdaptiveBatch:
         """Ranks that would go separate ways raise together, rather than wait for each other."""
         order = loader if isinstance(loader, GlobalOrder) else None
         place = None if order is None else order.state_dict()
-        gives = () if self._probe is None else sorted(self._probe.gives)
+        gives = None if self._probe is None else self._probe.gives
         settings = (self._lr_rule, self._reference, sorted(self._follow), gives, self._control)
         tried = None if self._trials is None else self._trials.state_dict()
         mine = (place, self._plan, self._progress, self._consumed, settings, self._votes.listening, tried)

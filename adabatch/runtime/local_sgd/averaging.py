@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from adabatch.batch.moments import EUCLIDEAN, norm_in, quantile_in
+from adabatch.batch.moments import EUCLIDEAN
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import Duration, Progress
 from adabatch.runtime.collectives import Collectives, collectives_of, workers_of
 from adabatch.runtime.engines.engine import GradientSync, Wrapper, wrapper_of
@@ -412,15 +413,15 @@ class LocalSGD:
         self._exchange.bytes_sent = state["bytes_sent"]
 
 
-def _check_gives(gives: frozenset[str]) -> None:
+def _check_gives(gives: Needs) -> None:
     """That what a probe gives of one worker adds up to what it gives of all."""
-    for need in gives:
-        if norm_in([need]) != EUCLIDEAN or quantile_in([need]) is not None:
-            raise ValueError(
-                f"local SGD does not measure {need}: the optimizers of the workers hold states of their own, and no "
-                f"gradient of all is formed coordinate by coordinate; use a criterion in the Euclidean norm, such as "
-                f"NormTest or NoiseScale()"
-            )
+    if gives.noise != EUCLIDEAN or gives.quantile is not None:
+        said = Needs(quantile=gives.quantile) or Needs(noise=gives.noise)
+        raise ValueError(
+            f"local SGD does not measure {', '.join(said.words())}: the optimizers of the workers hold states of their "
+            f"own, and no gradient of all is formed coordinate by coordinate; use a criterion in the Euclidean norm, "
+            f"such as NormTest or NoiseScale()"
+        )
 
 
 def _who(
