@@ -19,7 +19,7 @@ from adabatch.lr.rules import LRRule
 from adabatch.optim import KFAC, Shampoo
 from adabatch.optim.mup import named_parameters
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.engines.engine import Wrapper
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.probes.layers import Layers, PerLayer, layers_of, layers_of_weight
 from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
@@ -87,22 +87,20 @@ def suited_probe(
     needs: Needs,
     *,
     given: Probe | None,
-    wrapper: Wrapper,
+    engine: Engine,
     layers: Callable[[], Layers | None] = lambda: None,
 ) -> Probe | None:
     """The probe given, or the one that suits the model; None where nothing needs one."""
     if not needs:
         return given
     # Only what this optimizer trains: gradients that it does not zero add up over the steps.
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    trained = {id(p) for p in (held if wrapper.parameters is None else wrapper.parameters)}
-    parameters = [p for p in model.parameters() if id(p) in trained]
+    parameters = engine.trained(optimizer)
     if given is None and not any(p.requires_grad for p in parameters):
         raise ValueError(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
             f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
         )
-    probe = given or wrapper.make_probe(
+    probe = given or engine.make_probe(
         parameters,
         record_l1=needs.l1,
         layers=layers(),
@@ -178,14 +176,14 @@ def limits_and_grid(
     criterion: Criterion,
     *,
     dp_size: int,
-    num_compared: int | None,
+    num_compared: int,
     micro_sizes: tuple[int, ...],
     in_parts: bool,
 ) -> tuple[Limits, PlanGrid]:
     """The limits and the plans that a run can carry out, checked against each other."""
     micro = micro_sizes[0]
-    alone = (dp_size if num_compared is None else num_compared) == 1
-    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if in_parts and alone else 1)
+    least = 2 if in_parts and num_compared == 1 else 1
+    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=least)
     smallest = micro * dp_size * grid.min_accumulation
     if limits is None:
         if not isinstance(criterion, Schedule):
