@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, Reason, decide
-from adabatch.batch.criteria import SECONDS, Criterion, Observation
-from adabatch.batch.moments import EUCLIDEAN, EXAMPLES, GRAD_L1, LAYERS, NOISE, norm_in
+from adabatch.batch.criteria import Criterion, Observation
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule, Seesaw
 from adabatch.guards.drift import check_same
@@ -30,7 +30,8 @@ from adabatch.optim.mup import check_ratios
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
 from adabatch.runtime.data.loss_weights import LossWeightedFeed
-from adabatch.runtime.engines.engine import GradientSync, Wrapper, wrapper_of
+from adabatch.runtime.engines.choice import engine_for
+from adabatch.runtime.engines.engine import Engine, GradientSync
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.probes.layers import PerLayer
 from adabatch.runtime.probes.protocol import Probe
@@ -127,7 +128,7 @@ class AdaptiveBatch:
             other (FSDP2, DeepSpeed).
         check_every: steps from one check to the next that all ranks hold the same plan, and copies of weights the same
             bits: one pass over the weights, 24 bytes a rank and a host sync. None checks nothing.
-        wrapper: how the model runs on several ranks; by default what its type says. For ``integrations``.
+        engine: how the model runs on several ranks; by default what its type says. For ``integrations``.
 
     Raises:
         ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
@@ -162,7 +163,7 @@ class AdaptiveBatch:
         skip_nonfinite: SkipNonfinite = True,
         trial: TrialLoss | None = None,
         check_every: int | None = None,
-        wrapper: Wrapper | None = None,
+        engine: Engine | None = None,
     ) -> None:
         lr_rule = default_lr_rule(optimizer) if lr_rule is None else lr_rule
         check_lr_rule(lr_rule)
@@ -180,13 +181,13 @@ class AdaptiveBatch:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
-        if wrapper is not None:
-            self._wrapper = wrapper
+        if engine is not None:
+            self._engine = engine
         elif local_sgd is None:
-            self._wrapper = wrapper_of(model, gradient_sync, scaler)
+            self._engine = engine_for(model, gradient_sync, scaler)
         else:
-            self._wrapper = local_sgd.wrapper(model, optimizer, self, gradient_sync, scaler)
-        self._collectives = self._wrapper.collectives
+            self._engine = local_sgd.engine(model, optimizer, gradient_sync, scaler)
+        self._collectives = self._engine.collectives
         if local_sgd is None:
             check_reduces(optimizer, self._collectives.size)
         self._criterion = criterion
@@ -194,36 +195,33 @@ class AdaptiveBatch:
         self._lr_rule: LRRule = lr_rule
         self._tokens_per_example = tokens_per_example
         self._grows_micro_batch = max_micro_batch_size is not None
-        if check_every is not None and local_sgd is not None:
+        if check_every is not None and not self._engine.copies:
             raise ValueError("check_every compares weights, and local_sgd lets those of workers differ: leave one out")
         self._check_every = check_every
         self._skip_nonfinite = bool(skip_nonfinite)
         self._find_nonfinite = nonfinite_in(optimizer) if skip_nonfinite is True else None
 
         self._follow = frozenset(follow)
-        needs = set(criterion.needs)
-        if timed := SECONDS in needs:  # on the reduction of a measured step
-            needs = (needs - {SECONDS}) or {NOISE}
-        if (lr_rule in NOISE_RULES or monitor) and norm_in(needs) == EUCLIDEAN:
-            needs.add(NOISE)
-        if record_l1:
-            needs.add(GRAD_L1)
-        if per_layer is not None or layer_weights is not None:
-            needs.add(LAYERS)
+        needs = replace(criterion.needs, seconds=False) | Needs(
+            l1=record_l1, layers=per_layer is not None or layer_weights is not None
+        )
+        timed = criterion.needs.seconds  # on the reduction of a measured step
+        if timed or lr_rule in NOISE_RULES or monitor:
+            needs = needs.with_noise()
         if layer_weights is not None and probe is not None:
             raise ValueError("layer_weights sorts the parameters into layers, for which a given probe is made already")
         layers, self._layer_weights = measured_layers(model, optimizer, needs, per_layer, layer_weights)
         # For recorded norms alone a probe measures no noise, and needs no parts to do so.
-        in_noise = probe is not None or bool(needs - {GRAD_L1})
+        in_noise = probe is not None or bool(replace(needs, l1=False))
         self._limits, self._grid = limits_and_grid(
             limits,
             criterion,
             dp_size=self._collectives.size,
-            num_compared=self._wrapper.num_compared,
+            num_compared=self._engine.num_compared,
             micro_sizes=micro_batch_sizes(
                 micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
             ),
-            in_parts=in_noise and (probe is None or EXAMPLES not in probe.gives),
+            in_parts=in_noise and not (probe is not None and probe.gives.examples),
         )
         tokens = None if tokens_per_example is None else 0
         self._progress = Progress(tokens=tokens, gain_steps=0.0 if in_noise else None)
@@ -242,15 +240,14 @@ class AdaptiveBatch:
         self._votes = Votes(self._collectives)
         self._stopwatch = Stopwatch(self._collectives.size) if timed else None
         self._heartbeat = Heartbeat()
+        self._tell_engine()
 
         # Last, so that a constructor that raises leaves no hook behind.
-        given = None if probe is None else self._wrapper.fit_probe(probe)
-        self._probe = suited_probe(
-            model, optimizer, frozenset(needs), given=given, wrapper=self._wrapper, layers=layers
-        )
+        given = None if probe is None else self._engine.fit_probe(probe)
+        self._probe = suited_probe(model, optimizer, needs, given=given, engine=self._engine, layers=layers)
         try:
             sizes = self._grid.micro_sizes
-            self._trials = None if trial is None else Trials(trial, model, self._wrapper, self._probe, sizes)
+            self._trials = None if trial is None else Trials(trial, self._engine, self._probe, sizes)
             self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
         except Exception:
             if probe is None and self._probe is not None:
@@ -404,13 +401,14 @@ class AdaptiveBatch:
         portion = self._take(feed, number)
         if portion is None:
             return
+        self._tell_engine()
         self._groups = self._optimizer.param_groups  # an engine may show only some of them while it steps
-        probe = self._probe if self._state.until_probe == 0 and self._wrapper.measures_next() else None
+        probe = self._probe if self._state.until_probe == 0 and self._engine.measures_next() else None
         finish = partial(self._finish, feed=feed)
         step = Step(
             self._plan,
             portion,
-            wrapper=self._wrapper,
+            engine=self._engine,
             probe=probe,
             votes=self._votes,
             find_nonfinite=self._find_nonfinite,
@@ -444,7 +442,7 @@ class AdaptiveBatch:
 
     def _settle_left_out(self, step: Step) -> None:
         """The end of a step whose gradient an engine found not finite, so that it never stepped the optimizer."""
-        if not self._wrapper.left_out():
+        if not self._engine.left_out():
             raise RuntimeError("the step's update never came: call engine.step() after `for batch in step`")
         step.settle(reduced=False)
 
@@ -520,13 +518,14 @@ class AdaptiveBatch:
         self._begun = update
         if applied:
             self._progress = self._after(self._progress, update.num_examples, update.gain)
+        self._tell_engine()
         stored = [host_value(group["lr"]) for group in self._groups]
         base = [host_value(group.get("initial_lr", group["lr"])) for group in self._groups]
         shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
         if len(rates) < len(stored):
             rates = [lr * update.factor for lr in stored]
         lr = {"base": base, "shape": shape, "factor": update.factor, "applied": rates}
-        self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._wrapper.journal_entry()})
+        self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
 
     def _flush(self) -> None:
         """Writes down a step whose update never came (a gradient scaler left it out, or it raised)."""
@@ -561,7 +560,7 @@ class AdaptiveBatch:
         Raises:
             RuntimeError: a step's micro-batches, or its ``optimizer.step()``, are still to be run.
         """
-        if self._step is not None and self._step.waits and self._wrapper.left_out():
+        if self._step is not None and self._step.waits and self._engine.left_out():
             self._settle_left_out(self._step)
             scaled = True
         if self._step is not None or (self._update is not None and not scaled):
@@ -599,6 +598,7 @@ class AdaptiveBatch:
         self._plan = plan
         self._update = None
         self._just_loaded = True
+        self._tell_engine()
 
     def remove(self) -> None:
         """Takes every hook off model and optimizer; the object is not usable afterwards."""
@@ -638,6 +638,9 @@ class AdaptiveBatch:
             return None
         noise, signal = self._known()
         return gain(global_batch_size / self._reference, self._reference, noise=noise, signal=signal)
+
+    def _tell_engine(self) -> None:
+        self._engine.stands_at(self._progress, self.lr_factor)
 
     def _known(self) -> tuple[float, float]:
         averages = self._state.averages
@@ -679,7 +682,7 @@ class AdaptiveBatch:
         """Ranks that would go separate ways raise together, rather than wait for each other."""
         order = loader if isinstance(loader, GlobalOrder) else None
         place = None if order is None else order.state_dict()
-        gives = () if self._probe is None else sorted(self._probe.gives)
+        gives = None if self._probe is None else self._probe.gives
         settings = (self._lr_rule, self._reference, sorted(self._follow), gives, self._control)
         tried = None if self._trials is None else self._trials.state_dict()
         mine = (place, self._plan, self._progress, self._consumed, settings, self._votes.listening, tried)

@@ -16,7 +16,7 @@ from adabatch.batch.plan import BatchPlan
 from adabatch.guards.finite import FindNonfinite
 from adabatch.guards.votes import Votes
 from adabatch.runtime.data import LossWeights, Portion
-from adabatch.runtime.engines.engine import Wrapper
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.stopwatch import Stopwatch
 
@@ -52,7 +52,7 @@ class Step:
         plan: BatchPlan,
         portion: Portion,
         *,
-        wrapper: Wrapper,
+        engine: Engine,
         probe: Probe | None,
         votes: Votes,
         find_nonfinite: FindNonfinite | None,
@@ -68,7 +68,7 @@ class Step:
         self.timed: tuple[BatchPlan, float] | None = None
         self.probed = probe is not None
         self.portion = portion
-        self._wrapper = wrapper
+        self._engine = engine
         self._probe = probe
         self._votes = votes
         self._all_finite = True
@@ -79,9 +79,9 @@ class Step:
         self._weights = portion.weights or LossWeights(portion.sizes, portion.num_examples)
         # The ranks' gradients are averaged, so of a rank's own each micro-batch is its share of the whole, times them;
         # a rank that steps alone has a whole of its own.
-        alone = wrapper.steps_alone()
+        alone = engine.steps_alone()
         self._find_nonfinite = None if alone else find_nonfinite  # to agree on it would cost what such steps save
-        self._whole = sum(self._weights.of_each) if alone else self._weights.total / wrapper.collectives.size
+        self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
         self._weight = 0.0  # of the micro-batch that is being run, 0 outside the inner loop
         self._num_backward = 0
         self._begun = False
@@ -107,14 +107,14 @@ class Step:
         if self._begun:
             raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
         self._begun = True
-        self._wrapper.begin(self.plan)
+        self._engine.begin(self.plan)
         if self._probe is not None:
-            self._probe.start(self._wrapper.collectives.size)
+            self._probe.start(self._engine.collectives.size)
         num_parts = len(self.portion.sizes)
         for index, batch in enumerate(self.portion.batches):
             self._weight = self._weights.of_each[index]
             self._mark("the forward", micro_batch=index)
-            with nullcontext() if index == num_parts - 1 else self._wrapper.no_sync():
+            with nullcontext() if index == num_parts - 1 else self._engine.no_sync():
                 yield batch
             self._weight = 0.0
             if self._num_backward != index + 1:
@@ -124,9 +124,9 @@ class Step:
                 )
             if index < num_parts - 1:
                 self._mark("the loading", micro_batch=index + 1)
-        self._wrapper.gradient_ready(sum(self._weights.of_each))
+        self._engine.gradient_ready(sum(self._weights.of_each))
         self._ended = True
-        if self._wrapper.reduced == "backward":
+        if self._engine.reduced == "backward":
             self.settle()
 
     def settle(self, *, reduced: bool = True) -> None:
@@ -175,10 +175,10 @@ class Step:
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
         share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
         if self._probe is None:
-            self._wrapper.backward.run(share)
+            self._engine.backward.run(share)
         else:
             self._probe.begin_part()
-            self._wrapper.backward.run(share)
+            self._engine.backward.run(share)
             self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
         if self._probe is not None or self._find_nonfinite is not None:
             value = loss.detach().double() * weight
@@ -191,12 +191,12 @@ class Step:
         assert self._losses is not None
         found = find_nonfinite(self._losses)
         numbers = torch.cat([found, *self._votes.outgoing(found)])
-        (total,) = self._votes.incoming(self._wrapper.collectives.sum(numbers).tolist())  # host sync
+        (total,) = self._votes.incoming(self._engine.collectives.sum(numbers).tolist())  # host sync
         self._all_finite = total == 0
 
     def _measure(self, probe: Probe) -> None:
         """Loss and moments of all ranks, in one reduction and one host sync; without the scale of the gradients."""
-        size, scale = self._wrapper.collectives.size, self._wrapper.backward.scale
+        size, scale = self._engine.collectives.size, self._engine.backward.scale
         local = probe.collect()
         assert self._losses is not None
         means = [self._losses.to(local.device)]  # a loss may live elsewhere than the model
@@ -207,7 +207,7 @@ class Step:
             riders.append(self._stopwatch)
         carried = [number for rider in riders for number in rider.outgoing(local)]
         numbers = torch.cat([local, torch.stack(means) / size, *carried])
-        totals = self._wrapper.collectives.sum(numbers).tolist()  # host sync
+        totals = self._engine.collectives.sum(numbers).tolist()  # host sync
         for rider in reversed(riders):
             totals = rider.incoming(totals)
         self.timed = None if self._stopwatch is None else self._stopwatch.timed

@@ -11,14 +11,15 @@ from torch.optim import AdamW, NAdam, Optimizer
 
 from adabatch.batch.control import UNLIMITED, Limits
 from adabatch.batch.criteria import Criterion
-from adabatch.batch.moments import EUCLIDEAN, GRAD_L1, INNER_PRODUCTS, LAYERS, norm_in, quantile_in
+from adabatch.batch.moments import EUCLIDEAN
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import PlanGrid
 from adabatch.batch.schedules import Schedule
 from adabatch.lr.rules import LRRule
 from adabatch.optim import KFAC, Shampoo
 from adabatch.optim.mup import named_parameters
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.engines.engine import Wrapper
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.probes.layers import Layers, PerLayer, layers_of, layers_of_weight
 from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
@@ -53,6 +54,11 @@ def check_types(optimizer: Any, criterion: Any) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(criterion, type) or not isinstance(criterion, Criterion):
         raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.5), got {criterion!r}")
+    if not isinstance(criterion.needs, Needs):
+        raise TypeError(
+            f"the needs of a {type(criterion).__name__} must be a Needs of adabatch.batch.needs, such as "
+            f"Needs(noise='euclidean'), or Needs() if nothing is to be measured, got {criterion.needs!r}"
+        )
 
 
 def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
@@ -75,57 +81,40 @@ def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
             )
 
 
-def _way_out(need: str) -> str:
-    """What to use where a probe does not give something."""
-    norm, quantile = norm_in([need]), quantile_in([need])
-    if norm != EUCLIDEAN:
-        return f"a probe made with norm= for {norm!r}, as the one is that is chosen where none is given"
-    if quantile is not None:
-        return f"a probe made with quantile={quantile}, as the one is that is chosen where none is given"
-    others = {
-        INNER_PRODUCTS: "another probe, such as PerExampleProbe(model, products=True)",
-        GRAD_L1: "a probe made with record_l1=True",
-        LAYERS: "a probe made with layers=",
-    }
-    return others.get(need, "another probe")
-
-
 def suited_probe(
     model: torch.nn.Module,
     optimizer: Optimizer,
-    needs: frozenset[str],
+    needs: Needs,
     *,
     given: Probe | None,
-    wrapper: Wrapper,
+    engine: Engine,
     layers: Callable[[], Layers | None] = lambda: None,
 ) -> Probe | None:
     """The probe given, or the one that suits the model; None where nothing needs one."""
     if not needs:
         return given
     # Only what this optimizer trains: gradients that it does not zero add up over the steps.
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    trained = {id(p) for p in (held if wrapper.parameters is None else wrapper.parameters)}
-    parameters = [p for p in model.parameters() if id(p) in trained]
+    parameters = engine.trained(optimizer)
     if given is None and not any(p.requires_grad for p in parameters):
         raise ValueError(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
             f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
         )
-    probe = given or wrapper.make_probe(
+    probe = given or engine.make_probe(
         parameters,
-        record_l1=GRAD_L1 in needs,
+        record_l1=needs.l1,
         layers=layers(),
-        norm=norm_of(norm_in(needs), optimizer),
-        quantile=quantile_in(needs),
+        norm=norm_of(needs.noise or EUCLIDEAN, optimizer),
+        quantile=needs.quantile,
     )
-    missing = needs - probe.gives
+    missing = needs.lacking(probe.gives)
     if missing:
         if given is None:
             probe.remove()
         raise ValueError(
-            f"the run needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
-            f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or "
-            f"{' and '.join(_way_out(need) for need in sorted(missing))}"
+            f"the run needs {', '.join(missing.words())}, which {type(probe).__name__} does not give (it gives "
+            f"{', '.join(probe.gives.words())}): use another criterion, such as NormTest, or "
+            f"{' and '.join(missing.ways_out())}"
         )
     return probe
 
@@ -145,7 +134,7 @@ class MeasuredLayers(NamedTuple):
 def measured_layers(
     model: torch.nn.Module,
     optimizer: Optimizer,
-    needs: Collection[str],
+    needs: Needs,
     per_layer: PerLayer | None,
     weights: Mapping[str, float] | None,
 ) -> MeasuredLayers:
@@ -173,7 +162,7 @@ def measured_layers(
     wrong = [f"{name}={weights[name]}" for name in named if not 0 < weights[name] < math.inf]
     if wrong:
         raise ValueError(f"layer_weights must be positive and finite, got {', '.join(wrong[:3])}")
-    if INNER_PRODUCTS in needs or norm_in(needs) != EUCLIDEAN:
+    if needs.products or needs.noise not in (None, EUCLIDEAN):
         raise ValueError(
             "layer_weights weigh squared Euclidean norms: use them with NormTest or NoiseScale(), not with a test of "
             "inner products or in the norm of an optimizer, which weighs the layers itself"
@@ -187,14 +176,14 @@ def limits_and_grid(
     criterion: Criterion,
     *,
     dp_size: int,
-    num_compared: int | None,
+    num_compared: int,
     micro_sizes: tuple[int, ...],
     in_parts: bool,
 ) -> tuple[Limits, PlanGrid]:
     """The limits and the plans that a run can carry out, checked against each other."""
     micro = micro_sizes[0]
-    alone = (dp_size if num_compared is None else num_compared) == 1
-    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if in_parts and alone else 1)
+    least = 2 if in_parts and num_compared == 1 else 1
+    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=least)
     smallest = micro * dp_size * grid.min_accumulation
     if limits is None:
         if not isinstance(criterion, Schedule):

@@ -85,8 +85,19 @@ def test_a_model_that_cannot_train() -> None:
     ids=lambda c: type(c).__name__,
 )
 def test_a_criterion_that_needs_more_than_the_probe_gives(criterion: Any) -> None:
-    with pytest.raises(ValueError, match=r"needs inner_products, which MicroBatchProbe does not give.*NormTest"):
+    with pytest.raises(ValueError, match=r"needs inner products, which MicroBatchProbe does not give.*NormTest"):
         adaptive(criterion=criterion)
+
+
+def test_a_criterion_whose_needs_are_words() -> None:
+    class Mine:
+        needs = frozenset({"noise"})
+
+        def wanted(self, observation: Any) -> float:
+            return 8.0
+
+    with pytest.raises(TypeError, match=r"needs of a Mine must be a Needs .*Needs\(noise='euclidean'\), .*frozenset"):
+        adaptive(criterion=Mine())
 
 
 def test_an_unknown_rule() -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent / "adabatch"
 
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
-VOCABULARY = ("adabatch.batch.plan", "adabatch.batch.moments")
+VOCABULARY = ("adabatch.batch.plan", "adabatch.batch.moments", "adabatch.batch.needs")
 GUARDS = 3
 SHELL = 4
 CHECKPOINTING = 5
@@ -230,7 +230,7 @@ def test_runtime_knows_the_vocabulary_and_itself() -> None:
         and not inside(each.target, "adabatch.runtime")
         and each.target not in (*VOCABULARY, *maths.get(module, ()))
     ]
-    assert not wrong, f"runtime/ imports only batch.plan, batch.moments and itself\n{places(wrong)}"
+    assert not wrong, f"runtime/ imports only batch.plan, batch.moments, batch.needs and itself\n{places(wrong)}"
 
 
 def test_optimizers_know_nothing_of_the_package() -> None:

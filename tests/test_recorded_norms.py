@@ -32,7 +32,8 @@ from adabatch import (
     lr,
     steps,
 )
-from adabatch.batch.moments import NOISE, GradientMoments
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.needs import Needs
 from adabatch.lr.rules import check_follow, legw_warmup
 
 
@@ -141,7 +142,7 @@ def test_a_step_that_is_left_out_has_no_norm_that_could_be_refined(tmp_path: Pat
 class NoiseOnly:
     """A probe of one's own that measures no l1 norm."""
 
-    gives = frozenset({NOISE})
+    gives = Needs(noise="euclidean")
 
     def start(self, dp_size: int) -> None: ...
     def begin_part(self) -> None: ...
@@ -158,7 +159,7 @@ class NoiseOnly:
 
 def test_a_probe_that_cannot_record_is_refused() -> None:
     model = network()
-    with pytest.raises(ValueError, match="needs grad_l1, which NoiseOnly does not give"):
+    with pytest.raises(ValueError, match="needs the l1 norm of the gradient, which NoiseOnly does not give"):
         AdaptiveBatch(
             model, SGD(model.parameters(), lr=0.1), Constant(8), micro_batch_size=4, record_l1=True, probe=NoiseOnly()
         )

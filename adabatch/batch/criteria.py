@@ -11,12 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, get_args, runtime_checkable
 
-from adabatch.batch.moments import INNER_PRODUCTS, NOISE, GradientMoments, Norm, coordinates_at, noise_in
+from adabatch.batch.moments import EUCLIDEAN, GradientMoments, Norm
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import PlanGrid, Progress
 from adabatch.batch.step_times import StepTimes
-
-SECONDS = "seconds"
-"""What a criterion needs that reads how long steps take. No probe gives it: ``AdaptiveBatch`` times the steps."""
 
 
 class Observation(NamedTuple):
@@ -44,8 +42,8 @@ class Criterion(Protocol):
     """Says which global batch size the observation asks for."""
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What the probe must give; empty for a schedule, which reads only progress."""
+    def needs(self) -> Needs:
+        """What must be measured; ``Needs()`` for a schedule, which reads only progress."""
         ...
 
     def wanted(self, observation: Observation) -> float:
@@ -92,7 +90,7 @@ class NormTest:
 
     eta: float
     population: int | None = None
-    needs: ClassVar[frozenset[str]] = frozenset({NOISE})
+    needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN)
 
     def __post_init__(self) -> None:
         _check_positive("eta", self.eta)
@@ -163,9 +161,9 @@ class NoiseScale:
             raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """Noise and signal in the norm."""
-        return frozenset({noise_in(self.norm)})
+        return Needs(noise=self.norm)
 
     def wanted(self, observation: Observation) -> float:
         """``multiple`` times the noise scale."""
@@ -217,9 +215,9 @@ class CoordinateNormTest:
             raise ValueError(f"quantile must lie above 0 and up to 1.0 (all coordinates), got {self.quantile}")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The quantile over coordinates, beside noise and signal."""
-        return frozenset({NOISE, coordinates_at(self.quantile)})
+        return Needs(noise=EUCLIDEAN, quantile=self.quantile)
 
     def wanted(self, observation: Observation) -> float:
         """The smallest batch at which so many coordinates would pass."""
@@ -247,7 +245,7 @@ class InnerProductTest:
     """
 
     theta: float
-    needs: ClassVar[frozenset[str]] = frozenset({INNER_PRODUCTS})
+    needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
         _check_positive("theta", self.theta)
@@ -276,7 +274,7 @@ class OrthogonalityTest:
     """
 
     nu: float
-    needs: ClassVar[frozenset[str]] = frozenset({INNER_PRODUCTS})
+    needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
         _check_positive("nu", self.nu)
@@ -305,7 +303,7 @@ class AugmentedInnerProductTest:
 
     theta: float
     nu: float
-    needs: ClassVar[frozenset[str]] = frozenset({INNER_PRODUCTS})
+    needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
         _check_positive("theta", self.theta)

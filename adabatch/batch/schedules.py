@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from adabatch.batch.criteria import Observation
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import Duration, Progress
 
 
 class Schedule(ABC):
     """A global batch size as a function of progress."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[Needs] = Needs()
 
     @property
     def fixed_sizes(self) -> tuple[int, ...]:

@@ -17,13 +17,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from adabatch.batch.plan import BatchPlan
-from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import Portion
-from adabatch.runtime.engines.engine import Wrapper
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.random_state import random_state, restore_random_state
 
@@ -43,8 +41,7 @@ class Trials:
 
     Args:
         loss_of: the loss of a micro-batch.
-        model: as it is trained.
-        wrapper: of the model.
+        engine: of the model.
         probe: measures it, and needs memory of its own; None for none.
         sizes: micro-batch sizes that a plan may use, ascending; the smallest is never tried.
 
@@ -52,14 +49,13 @@ class Trials:
         ValueError: a model whose forward waits for other ranks, so that one rank cannot fail by itself; a single size.
     """
 
-    def __init__(
-        self, loss_of: TrialLoss, model: nn.Module, wrapper: Wrapper, probe: Probe | None, sizes: Sequence[int]
-    ) -> None:
-        if not wrapper.runs_alone:
+    def __init__(self, loss_of: TrialLoss, engine: Engine, probe: Probe | None, sizes: Sequence[int]) -> None:
+        if not engine.runs_alone:
             raise ValueError(
                 f"trial= lets each rank run a micro-batch by itself, and in the forward of this "
-                f"{type(model).__name__} the ranks gather shards from each other, so that one without memory would "
-                f"leave the others waiting: leave trial= out, and give a max_micro_batch_size that is known to fit"
+                f"{type(engine.model).__name__} the ranks gather shards from each other, so that one without memory "
+                f"would leave the others waiting: leave trial= out, and give a max_micro_batch_size that is known to "
+                f"fit"
             )
         if len(sizes) == 1:
             raise ValueError(
@@ -67,8 +63,7 @@ class Trials:
                 f"max_micro_batch_size above it, or leave trial= out"
             )
         self._loss_of = loss_of
-        self._model = model
-        self._wrapper = wrapper
+        self._engine = engine
         self._probe = probe
         self._declared = tuple(sizes)
         self._fits = sizes[0]
@@ -107,7 +102,7 @@ class Trials:
         rest = iter(portion.batches)
         first = next(rest)
         outcome, error = self._outcome(first, plan)
-        (worst,) = self._wrapper.collectives.minimum_of(-outcome)
+        (worst,) = self._engine.collectives.minimum_of(-outcome)
         if error is not None:
             raise error
         size = plan.micro_batch_size
@@ -116,7 +111,7 @@ class Trials:
         if worst == -_TOO_LARGE:
             self._too_large = size
             self._found.append(size)
-            if self._wrapper.collectives.rank == 0:
+            if self._engine.collectives.rank == 0:
                 _log.warning(
                     "a micro-batch of %d examples ran out of memory: micro-batches stay at %d at most, and steps "
                     "accumulate",
@@ -147,19 +142,19 @@ class Trials:
     def _run(self, batch: Any, plan: BatchPlan) -> None:
         """One micro-batch, or, where steps accumulate, a second one beside the gradient of the first."""
         if self._probe is not None:
-            self._probe.start(self._wrapper.collectives.size)
+            self._probe.start(self._engine.collectives.size)
         for _ in range(min(2, plan.accumulation_steps)):
             share = self._loss_of(batch) / plan.accumulation_steps
             if self._probe is not None:
                 self._probe.begin_part()
-            self._wrapper.backward.run(share)
+            self._engine.backward.run(share)
             if self._probe is not None:
                 self._probe.end_part(plan.micro_batch_size, 1 / plan.accumulation_steps)
 
     @contextmanager
     def _without_a_trace(self) -> Iterator[None]:
-        """Puts back gradients, buffers and random numbers; DistributedDataParallel learns nothing of it."""
-        inner = uncompiled(self._model)
+        """Puts back gradients, buffers and random numbers; the other ranks learn nothing of it."""
+        inner = self._engine.inner_model()
         device = next(inner.parameters()).device
         grads = [(p, p.grad) for p in inner.parameters()]
         buffers = [(buffer, buffer.clone()) for buffer in inner.buffers()]
@@ -167,7 +162,7 @@ class Trials:
         for p, _ in grads:
             p.grad = None
         try:
-            with _past_ddp(inner):
+            with self._engine.alone():
                 yield
         finally:
             if self._probe is not None:
@@ -195,19 +190,6 @@ class Trials:
         if state is None or tuple(state["sizes"]) != self._declared:
             state = {"fits": self._declared[0], "too_large": None}
         self._fits, self._too_large = state["fits"], state["too_large"]
-
-
-@contextmanager
-def _past_ddp(model: nn.Module) -> Iterator[None]:
-    """Lets a model in DistributedDataParallel run as it is, without the broadcast of buffers that others wait for."""
-    if not isinstance(model, DistributedDataParallel):
-        yield
-        return
-    vars(model)["forward"] = lambda *inputs, **options: model.module(*inputs, **options)
-    try:
-        yield
-    finally:
-        del vars(model)["forward"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -35,6 +35,7 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.batch.needs import Needs
 
 pytestmark = pytest.mark.distributed
 
@@ -104,7 +105,7 @@ def test_a_constant_policy_is_a_ddp_loop_by_hand_to_the_bit(tmp_path):
 class Even(NormTest):
     """The norm test, rounded up to what both one process and two can make up of the same parts."""
 
-    needs: ClassVar[frozenset[str]] = NormTest.needs
+    needs: ClassVar[Needs] = NormTest.needs
 
     def wanted(self, observation: Observation) -> float:
         wanted = super().wanted(observation)

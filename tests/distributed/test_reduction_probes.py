@@ -26,6 +26,7 @@ from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Constant, Limits, NormTest
 from adabatch.batch.moments import GradientMoments
+from adabatch.batch.needs import Needs
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.reduce_scatter import PlainReduceScatter, ReduceScatterProbe
 
@@ -181,7 +182,7 @@ def same_gradients(rank: int) -> dict[str, bool]:
 class Silent:
     """A probe that measures nothing."""
 
-    gives = frozenset[str]()
+    gives = Needs()
 
     def start(self, dp_size: int) -> None: ...
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from adabatch import NormTest, Observation
+from adabatch.batch.needs import Needs
 from adabatch.checkpointing.files import UNFINISHED, checkpoints_in
 from adabatch.cli.main import main
 
@@ -73,7 +74,7 @@ class Net(nn.Module):
 class Watched(NormTest):
     """The norm test; at the end of each step it writes down what this rank was given for it."""
 
-    needs: ClassVar[frozenset[str]] = NormTest.needs
+    needs: ClassVar[Needs] = NormTest.needs
 
     def wanted(self, observation: Observation) -> float:
         if _given:  # it is asked again for the error bar

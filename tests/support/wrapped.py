@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.batch.moments import GradientMoments, from_parts
-from adabatch.runtime.engines.engine import GradientSync, wrapper_of
+from adabatch.runtime.engines.choice import engine_for
+from adabatch.runtime.engines.engine import GradientSync
 from adabatch.runtime.probes.protocol import Probe
 from support.hard_models import Case, Unused
 
@@ -76,9 +77,9 @@ def measured(
     keep: bool = False,
 ) -> GradientMoments:
     """The probe's moments of one step, by the calls that a step makes; ``keep`` leaves the gradient."""
-    wrapper = wrapper_of(model, sync)
-    probe.start(wrapper.collectives.size)
-    losses = losses_of(case, sizes, wrapper.collectives.rank, dtype)
+    engine = engine_for(model, sync)
+    probe.start(engine.collectives.size)
+    losses = losses_of(case, sizes, engine.collectives.rank, dtype)
 
     def backward(index: int) -> None:
         weight = sizes[index] / sum(sizes)
@@ -88,10 +89,10 @@ def measured(
         probe.end_part(sizes[index], weight)
 
     for index in range(len(sizes) - 1):
-        with wrapper.no_sync():
+        with engine.no_sync():
             backward(index)
     backward(len(sizes) - 1)
-    moments = probe.moments(wrapper.collectives.sum(probe.collect()).tolist())
+    moments = probe.moments(engine.collectives.sum(probe.collect()).tolist())
     if not keep:
         model.zero_grad()
     return moments

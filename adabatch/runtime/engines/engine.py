@@ -1,161 +1,117 @@
-"""What depends on how a model is wrapped: which ranks share it, when they reduce, and the probe that suits it."""
+"""``Engine``: how a model runs on several ranks; one class per way, in the modules beside this one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, Unpack, get_args
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from adabatch.batch.plan import BatchPlan
-from adabatch.runtime.collectives import Collectives, collectives_of
+from adabatch.batch.plan import BatchPlan, Progress
+from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.compiled import uncompiled
-from adabatch.runtime.engines.backward import PLAIN, Backward, scaled_by
-from adabatch.runtime.fsdp2 import is_sharded, units_of
-from adabatch.runtime.probes.micro_batch import MicroBatchProbe
+from adabatch.runtime.engines.backward import PLAIN, Backward
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions
-from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
 
 GradientSync = Literal["each", "last"]
 """At which micro-batches of a step the ranks reduce their gradients."""
 
 
-class MakeProbe(Protocol):
-    """Makes a probe for the parameters that an optimizer trains."""
+class Engine(ABC):
+    """How a model runs on several ranks: who shares it, what is reduced and when, and which probe measures it.
 
-    def __call__(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
-        """The probe; its hooks are on the model from here on."""
-        ...
+    A new engine says what is ``abstract`` here; what has a body holds for an engine that gives every rank the mean
+    gradient of all in the backward of a step's last micro-batch.
 
-
-def _nothing(plan: BatchPlan) -> None:
-    pass
-
-
-def _never() -> bool:
-    return False
-
-
-class Wrapper(NamedTuple):
-    """A way to run a model on several ranks.
-
-    Args:
+    Attributes:
+        model: as the loop calls it.
         collectives: the ranks that see different data.
-        no_sync: a context in which a backward reduces nothing; for every micro-batch of a step but the last.
-        make_probe: the probe that suits it.
         backward: how the backward of a micro-batch runs, and what it multiplies gradients by.
-        fit_probe: makes a probe of the user's own measure all ranks, where it would not by itself.
-        num_compared: ranks whose parts are compared with each other; None for all.
-        measures_next: whether the next step's gradient may be measured.
-        steps_alone: whether the next step is taken with this rank's gradient, and not with the mean of all.
-        gradient_ready: called with the weight of this rank's micro-batches (their examples, or what ``steps(weigh=)``
-            says) when a step's gradient is complete, before it is measured.
-        journal_entry: what a step's line in the journal says besides.
-        begin: called with the plan of a step before its first micro-batch.
+        shards: whether each rank holds a part of each weight only.
+        copies: whether ranks that hold the same weight hold the same bits of it between any two steps.
+        runs_alone: whether a rank can run a micro-batch without the others.
         reduced: when the mean gradient of a step is there to be measured: after the "backward" of its last micro-batch,
             or not until its "update" begins.
-        left_out: in the second case, whether the update has come and gone without a step of the optimizer.
-        parameters: what is trained, where the optimizer holds other tensors in the place of the model's parameters.
-        runs_alone: whether a rank can run a micro-batch without the others.
     """
 
-    collectives: Collectives
-    no_sync: Callable[[], AbstractContextManager[Any]]
-    make_probe: MakeProbe
-    backward: Backward = PLAIN
-    fit_probe: Callable[[Probe], Probe] = lambda probe: probe
-    num_compared: int | None = None
-    measures_next: Callable[[], bool] = lambda: True
-    steps_alone: Callable[[], bool] = lambda: False
-    gradient_ready: Callable[[float], None] = lambda weight: None
-    journal_entry: Callable[[], dict[str, Any]] = dict
-    begin: Callable[[BatchPlan], None] = _nothing
-    reduced: Literal["backward", "update"] = "backward"
-    left_out: Callable[[], bool] = _never
-    parameters: Sequence[Tensor] | None = None
+    shards: bool = False
+    copies: bool = True
     runs_alone: bool = True
+    reduced: Literal["backward", "update"] = "backward"
 
+    def __init__(self, model: nn.Module, collectives: Collectives, backward: Backward = PLAIN) -> None:
+        self.model = model
+        self.collectives = collectives
+        self.backward = backward
 
-def wrapper_of(
-    model: nn.Module, gradient_sync: GradientSync | None = None, scaler: GradScaler | None = None
-) -> Wrapper:
-    """How a model is wrapped: not at all, in ``DistributedDataParallel``, or by ``fully_shard`` (FSDP2).
+    # --- the model --------------------------------------------------------------------------------------------------
 
-    Args:
-        model: as it is trained.
-        gradient_sync: "each" or "last" micro-batch; None for what suits the wrapper.
-        scaler: of the losses, in float16; None for none.
+    def inner_model(self) -> nn.Module:
+        """The user's own module, inside what was put around it."""
+        return uncompiled(self.model)
 
-    Raises:
-        ValueError: an unknown ``gradient_sync`` or one that the wrapper does not go with; a plain model on several
-            processes; a sharded model that is not sharded over one data-parallel mesh, or has sparse gradients.
-        TypeError: a scaler that is none.
-    """
-    wrapper = _wrapper_of(model, gradient_sync)
-    return wrapper if scaler is None else wrapper._replace(backward=scaled_by(scaler))
+    def trained(self, optimizer: Optimizer) -> list[Tensor]:
+        """The model's parameters that the optimizer trains, those among them that require no gradient."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [p for p in self.model.parameters() if id(p) in held]
 
+    # --- a step -----------------------------------------------------------------------------------------------------
 
-def _wrapper_of(model: nn.Module, gradient_sync: GradientSync | None) -> Wrapper:
-    if gradient_sync is not None and gradient_sync not in get_args(GradientSync):
-        raise ValueError(f"gradient_sync must be one of {', '.join(get_args(GradientSync))}, got {gradient_sync!r}")
-    if is_sharded(model):
-        return _sharded(model, gradient_sync or "each")
-    inner = uncompiled(model)
-    if isinstance(inner, DistributedDataParallel):
-        return _replicated(inner, gradient_sync or "last")
-    return Wrapper(collectives_of(model), nullcontext, MicroBatchProbe)
+    def begin(self, plan: BatchPlan) -> None:  # noqa: B027  (most engines do nothing then)
+        """A step of this plan is about to run its first micro-batch."""
 
+    @abstractmethod
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """A context for every micro-batch of a step but the last."""
 
-def _replicated(model: DistributedDataParallel, gradient_sync: GradientSync) -> Wrapper:
-    if gradient_sync == "each":
-        raise ValueError(
-            "gradient_sync='each' is for FSDP2: DistributedDataParallel would reduce the sum of a step again at every "
-            "micro-batch, and save nothing; leave it out"
-        )
-    collectives = collectives_of(model)
-    return Wrapper(collectives, model.no_sync, partial(MicroBatchProbe, collectives=collectives))
+    def unreduced(self) -> AbstractContextManager[Any]:
+        """A context in which a backward leaves this rank's own gradient."""
+        return self.no_sync()
 
+    def alone(self) -> AbstractContextManager[Any]:
+        """A context in which this rank runs the model while the others may do something else (``runs_alone``)."""
+        return nullcontext()
 
-def _sharded(model: nn.Module, gradient_sync: GradientSync) -> Wrapper:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise ValueError(
-                f"FSDP2 cannot reduce the sparse gradient of {name}: build the {type(module).__name__} with "
-                f"sparse=False, or wrap the model in DistributedDataParallel"
-            )
-    collectives = collectives_of(model)
-    units = list(units_of(model).values())
+    def gradient_ready(self, weight: float) -> None:  # noqa: B027  (most engines do nothing then)
+        """A step's gradient is complete, and about to be measured.
 
-    @contextmanager
-    def no_sync() -> Iterator[None]:
-        for unit in units:
-            unit.set_requires_gradient_sync(False, recurse=False)
-        try:
-            yield
-        finally:
-            for unit in units:
-                unit.set_requires_gradient_sync(True, recurse=False)
+        Args:
+            weight: of this rank's micro-batches: their examples, or what ``steps(weigh=)`` says.
+        """
 
-    def make_probe(parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
-        trained = {id(p) for p in parameters}
-        strange = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
-        if strange:
-            raise ValueError(
-                f"the optimizer does not hold {_some(strange)}, whose gradients FSDP2 reduces together with those it "
-                f"holds, so they are measured together: freeze them with requires_grad_(False), or let it hold them"
-            )
-        if gradient_sync == "last" and collectives.size == 1:
-            raise ValueError(
-                "gradient_sync='last' on a single rank leaves one part, which has no spread to measure: use 'each'"
-            )
-        return ReduceScatterProbe(model, **options)
+    def steps_alone(self) -> bool:
+        """Whether the next step is taken with this rank's gradient, and not with the mean of all."""
+        return False
 
-    return Wrapper(collectives, no_sync if gradient_sync == "last" else nullcontext, make_probe, runs_alone=False)
+    def left_out(self) -> bool:
+        """Where gradients are ``reduced`` in the update: whether it has come and gone without a step."""
+        return False
 
+    def stands_at(self, progress: Progress, lr_factor: float) -> None:  # noqa: B027  (most engines do nothing then)
+        """Where the run stands, said before each step and after each update."""
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more parameters" if len(names) > 3 else "")
+    def journal_entry(self) -> dict[str, Any]:
+        """What a step's line in the journal says besides."""
+        return {}
+
+    # --- probes -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
+        """The probe that suits the engine, for these parameters; its hooks are on the model from here on."""
+
+    def fit_probe(self, probe: Probe) -> Probe:
+        """A probe of the user's own, made to measure all ranks."""
+        return probe
+
+    def measures_next(self) -> bool:
+        """Whether the next step's gradient may be measured."""
+        return True
+
+    @property
+    def num_compared(self) -> int:
+        """Ranks whose parts are compared with each other."""
+        return self.collectives.size

@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adabatch import MicroBatchProbe, PerExampleProbe
+from adabatch.batch.needs import Needs
 from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import layers_of
 from adabatch.runtime.probes.metrics import AdamMetric, norm_of
@@ -113,7 +114,7 @@ class Mixing:
 def test_a_metric_of_ones_own_is_measured_where_parts_are_seen_whole() -> None:
     model = nn.Linear(3, 1)
     probe = MicroBatchProbe(model.parameters(), norm=Mixing())
-    assert probe.gives == {"noise in the norm mixing"}
+    assert probe.gives == Needs(noise="mixing")
     probe.start(1)
     rows = torch.tensor([[1.0, 2.0, 3.0], [2.0, 0.0, -1.0]])
     for row in rows:

@@ -99,7 +99,7 @@ def test_one_rank_without_accumulation_has_a_spread() -> None:
 def test_inner_products_are_asked_for_by_name() -> None:
     network = model()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"inner_products.*PerExampleProbe\(model, products=True\)"):
+    with pytest.raises(ValueError, match=r"inner products.*PerExampleProbe\(model, products=True\)"):
         adabatch.AdaptiveBatch(
             network,
             optimizer,
