@@ -555,7 +555,7 @@ def test_a_tensor_rate_in_a_run_is_the_rate_as_a_number(options: dict[str, Any],
             optimizer,
             Seesaw(8, lr.linear(floor=0.1), examples(400)),
             micro_batch_size=4,
-            lr_rule="seesaw",
+            lr_rule="sqrt",
             follow=("betas", "eps", "weight_decay"),
         )
         schedule = ProgressLR(optimizer, lr.constant(), batches, total=examples(400), warmup=steps(4))
