@@ -91,8 +91,8 @@ def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio:
             warnings.warn(
                 f"follow='betas' leaves {names} of parameter group {number} as it is: no room is above its floor "
                 f"of {' and '.join(str(followers.floors(betas)[k]) for k in stuck)}. Start from a larger value (0.999 "
-                f"for beta2 at a small batch), or give follow=adabatch.lr.Followers(('betas',), beta2_floor=...) a lower "
-                f"floor",
+                f"for beta2 at a small batch), or give follow=adabatch.lr.Followers(('betas',), beta2_floor=...) a "
+                f"lower floor",
                 stacklevel=3,
             )
 

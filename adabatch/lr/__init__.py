@@ -15,6 +15,7 @@ from adabatch.lr.bound import (
     two_stage,
 )
 from adabatch.lr.follow import Followers, UpdateRules, UpdateScaling
+from adabatch.lr.function_shape import FunctionShape
 from adabatch.lr.refine import (
     last_iterate_guarantee,
     last_iterate_multipliers,
@@ -45,6 +46,7 @@ __all__ = [
     "CooldownLimits",
     "Extension",
     "Followers",
+    "FunctionShape",
     "Shape",
     "UpdateRules",
     "UpdateScaling",

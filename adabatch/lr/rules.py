@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 from adabatch.batch.plan import Duration
 
@@ -152,22 +152,34 @@ def followed(
     return new
 
 
-def legw_warmup(warmup: Duration, ratio: float) -> Duration:
+@overload
+def legw_warmup(warmup: Duration, ratio: float) -> Duration: ...
+@overload
+def legw_warmup(warmup: float, ratio: float) -> float: ...
+def legw_warmup(warmup: Duration | float, ratio: float) -> Duration | float:
     """The warm-up for a batch ``ratio`` times as large: as many steps, so ``ratio`` times the examples.
 
     It goes with the sqrt rule. A warm-up that is given in steps stays as it is.
 
     Args:
-        warmup: tuned for the reference batch size.
+        warmup: tuned for the reference batch size; a number is a share of a total in examples or tokens.
         ratio: batch size over reference batch size, positive.
 
     Raises:
-        ValueError: a ratio out of its range, or a warm-up in gain-steps, whose worth in steps depends on the noise.
+        ValueError: a ratio out of its range, a share that is not below 1 before and after, or a warm-up in gain-steps,
+            whose worth in steps depends on the noise.
 
     Source: You et al. 2019, "Large-batch training for LSTM and beyond" (LEGW), section 3.
     """
     if not 0 < ratio < math.inf:
         raise ValueError(f"ratio must be positive and finite, got {ratio}")
+    if isinstance(warmup, int | float):
+        if not (0 <= warmup < 1 and warmup * ratio < 1):
+            raise ValueError(
+                f"a warm-up of the share {warmup} of the total is {warmup * ratio} of it at {ratio} times the batch: "
+                f"both must lie in [0, 1); give a smaller share, or a duration"
+            )
+        return warmup * ratio
     if warmup.unit == "steps":
         return warmup
     if warmup.unit == "gain_steps":
