@@ -15,17 +15,18 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, Reason, decide
-from adabatch.batch.criteria import Criterion, Observation
+from adabatch.batch.criteria import Criterion, DecaysLR, Observation
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
-from adabatch.batch.schedules import Schedule, Seesaw
+from adabatch.batch.schedules import Schedule
 from adabatch.guards.drift import check_same
 from adabatch.guards.finite import SkipNonfinite, nonfinite_in
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.memory_trials import TrialLoss, Trials
 from adabatch.guards.votes import Votes
 from adabatch.journal import Journal, line
-from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
+from adabatch.lr.follow import Followers, UpdateRules, UpdateScaling
+from adabatch.lr.rules import NOISE_RULES, LRRule, Setting
 from adabatch.optim.mup import check_ratios
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
@@ -47,6 +48,7 @@ from adabatch.validation import (
     limits_and_grid,
     measured_layers,
     suited_probe,
+    warn_without_room,
 )
 
 STATE_FORMAT = 1
@@ -57,7 +59,7 @@ class _Update:
     """What waits between the end of a step's inner loop and its ``optimizer.step()``."""
 
     num_examples: int
-    factor: float
+    scaling: UpdateScaling
     gain: float | None
     finite: bool
     entry: dict[str, Any]
@@ -87,12 +89,14 @@ class AdaptiveBatch:
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
             accumulate; by default it stays as it is.
         control: how cautiously the criterion is followed.
-        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain", "sqrt_gain", or, with a
-            ``Seesaw`` schedule, "seesaw". By default "sqrt" for ``KFAC`` and ``Shampoo``, for which nobody has
-            derived a rule and this one is in use (arXiv 2602.03001), and "none" for all others.
+        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain" or "sqrt_gain". By default
+            "sqrt" for ``KFAC`` and ``Shampoo``, for which nobody has derived a rule and this one is in use (arXiv
+            2602.03001), "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule, whose decay of the learning rate
+            comes on top of it, and "none" for all others.
         follow: what else follows the batch while an update runs: "betas", "eps", "weight_decay" (decoupled), so that
             the optimizer's memory and decay stay what they are in examples at the reference batch size. With "betas",
-            the optimizer's step counts are in updates of that size, so that its bias correction stays right.
+            the optimizer's step counts are in updates of that size, so that its bias correction stays right; the betas
+            stop at floors (0.5 and 0.95), which ``lr.Followers`` moves.
         reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure noise and signal although neither criterion nor rule needs them.
@@ -148,7 +152,7 @@ class AdaptiveBatch:
         max_micro_batch_size: int | None = None,
         control: Control | None = None,
         lr_rule: LRRule | None = None,
-        follow: Collection[Setting] = (),
+        follow: Followers | Collection[Setting] = (),
         reference_batch_size: int | None = None,
         tokens_per_example: int | None = None,
         monitor: bool = False,
@@ -165,13 +169,12 @@ class AdaptiveBatch:
         check_every: int | None = None,
         engine: Engine | None = None,
     ) -> None:
-        lr_rule = default_lr_rule(optimizer) if lr_rule is None else lr_rule
-        check_lr_rule(lr_rule)
-        check_follow(follow)
         check_types(optimizer, criterion)
-        check_followers(optimizer, follow)
-        if lr_rule == "seesaw" and not isinstance(criterion, Seesaw):
-            raise ValueError(f"lr_rule='seesaw' goes with the criterion Seesaw(...), got {type(criterion).__name__}")
+        lr_rule = default_lr_rule(optimizer, criterion) if lr_rule is None else lr_rule
+        followers = Followers.of(follow)
+        decay = {"lr_decay": criterion.lr_decay} if isinstance(criterion, DecaysLR) else {}
+        self._rules = UpdateRules(lr_rule, followers, **decay)
+        check_followers(optimizer, followers.settings)
         for name, value in (
             ("reference_batch_size", reference_batch_size),
             ("tokens_per_example", tokens_per_example),
@@ -192,7 +195,6 @@ class AdaptiveBatch:
             check_reduces(optimizer, self._collectives.size)
         self._criterion = criterion
         self._control = control or Control()
-        self._lr_rule: LRRule = lr_rule
         self._tokens_per_example = tokens_per_example
         self._grows_micro_batch = max_micro_batch_size is not None
         if check_every is not None and not self._engine.copies:
@@ -201,7 +203,6 @@ class AdaptiveBatch:
         self._skip_nonfinite = bool(skip_nonfinite)
         self._find_nonfinite = nonfinite_in(optimizer) if skip_nonfinite is True else None
 
-        self._follow = frozenset(follow)
         needs = replace(criterion.needs, seconds=False) | Needs(
             l1=record_l1, layers=per_layer is not None or layer_weights is not None
         )
@@ -229,6 +230,7 @@ class AdaptiveBatch:
         self._state = ControlState()
         self._plan = self._first_plan()
         self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
+        warn_without_room(optimizer, followers, self._limits.at(self._consumed)[1] / self._reference)
         self._step: Step | None = None  # the one under way, until it is decided
         self._update: _Update | None = None  # the one that its end prepared, until it is done
         self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
@@ -286,8 +288,8 @@ class AdaptiveBatch:
     def lr_factor(self) -> float:
         """The batch factor that ``optimizer.step()`` applies next."""
         if self._update is not None:
-            return self._update.factor
-        return self._factor_of(self._plan.global_batch_size)
+            return self._update.scaling.factor
+        return self._scaling(self._plan.global_batch_size, self._consumed).factor
 
     @property
     def journal(self) -> Journal:
@@ -485,8 +487,10 @@ class AdaptiveBatch:
         )
         if self._trials is not None:
             entry |= self._trials.journal_entry()
-        factor = self._factor_of(portion.num_examples)
-        self._update = _Update(portion.num_examples, factor, step_gain, step.finite, entry)
+        scaling = self._scaling(portion.num_examples, before)
+        if floors := scaling.binding_floors(self._groups):
+            entry["beta_floors"] = floors
+        self._update = _Update(portion.num_examples, scaling, step_gain, step.finite, entry)
         self._plan = step.decision.plan
         self._heartbeat.mark("what follows the micro-batches", before.steps, between=True)
 
@@ -496,13 +500,8 @@ class AdaptiveBatch:
         """What the batch changes about the update that is about to run, whose rates must be those of its width plan."""
         check_ratios(self._optimizer)
         update = self._update or self._begun
-        size = self._plan.global_batch_size if update is None else update.num_examples
-        ratio, scale = size / self._reference, self._scale_of(size)
-        return StepOverrides(
-            self.lr_factor if update is None else update.factor,
-            lambda group: followed(group, self._follow, ratio=ratio, factor=scale) if self._follow else {},
-            ratio if "betas" in self._follow else 1.0,
-        )
+        scaling = self._scaling(self._plan.global_batch_size, self._consumed) if update is None else update.scaling
+        return StepOverrides(scaling.factor, scaling.settings, scaling.averaged)
 
     def _skips_update(self) -> bool:
         """Whether to leave out the update that is about to run."""
@@ -523,8 +522,8 @@ class AdaptiveBatch:
         base = [host_value(group.get("initial_lr", group["lr"])) for group in self._groups]
         shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
         if len(rates) < len(stored):
-            rates = [lr * update.factor for lr in stored]
-        lr = {"base": base, "shape": shape, "factor": update.factor, "applied": rates}
+            rates = [lr * update.scaling.factor for lr in stored]
+        lr = {"base": base, "shape": shape, "factor": update.scaling.factor, "applied": rates}
         self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
 
     def _flush(self) -> None:
@@ -621,23 +620,14 @@ class AdaptiveBatch:
         low, high = self._limits.runnable(self._consumed, self._grid)
         return self._grid.nearest(wanted, min_size=low, max_size=high)
 
-    def _factor_of(self, global_batch_size: int) -> float:
-        """The batch factor: what the rule makes of the size, and the decay that a ``Seesaw`` stands for."""
-        if self._lr_rule == "seesaw" and isinstance(self._criterion, Seesaw):
-            return self._scale_of(global_batch_size) * self._criterion.decay(self._progress)
-        return self._scale_of(global_batch_size)
-
-    def _scale_of(self, global_batch_size: int) -> float:
-        rule: LRRule = "sqrt" if self._lr_rule == "seesaw" else self._lr_rule
+    def _scaling(self, global_batch_size: int, progress: Progress) -> UpdateScaling:
+        """What the batch makes of an update of so many examples, whose size was chosen at this progress."""
         noise, signal = self._known()
-        return lr_factor(rule, global_batch_size, reference=self._reference, noise=noise, signal=signal)
+        return self._rules.at(global_batch_size, progress, reference=self._reference, noise=noise, signal=signal)
 
     def _gain_of(self, global_batch_size: int) -> float | None:
         """Gain-steps that a step of so many examples is worth; None where nobody measures the noise."""
-        if self._progress.gain_steps is None:
-            return None
-        noise, signal = self._known()
-        return gain(global_batch_size / self._reference, self._reference, noise=noise, signal=signal)
+        return None if self._progress.gain_steps is None else self._scaling(global_batch_size, self._consumed).gain
 
     def _tell_engine(self) -> None:
         self._engine.stands_at(self._progress, self.lr_factor)
@@ -683,7 +673,7 @@ class AdaptiveBatch:
         order = loader if isinstance(loader, GlobalOrder) else None
         place = None if order is None else order.state_dict()
         gives = None if self._probe is None else self._probe.gives
-        settings = (self._lr_rule, self._reference, sorted(self._follow), gives, self._control)
+        settings = (self._rules.rule, self._reference, self._rules.followers, gives, self._control)
         tried = None if self._trials is None else self._trials.state_dict()
         mine = (place, self._plan, self._progress, self._consumed, settings, self._votes.listening, tried)
         if not self._collectives.agree(mine):

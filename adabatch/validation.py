@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim import AdamW, NAdam, Optimizer
+from torch.optim import SGD, AdamW, NAdam, Optimizer
 
 from adabatch.batch.control import UNLIMITED, Limits
-from adabatch.batch.criteria import Criterion
+from adabatch.batch.criteria import Criterion, DecaysLR
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import PlanGrid
 from adabatch.batch.schedules import Schedule
+from adabatch.lr.follow import Followers
 from adabatch.lr.rules import LRRule
 from adabatch.optim import KFAC, Shampoo
 from adabatch.optim.mup import named_parameters
@@ -25,8 +27,10 @@ from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
 
 
-def default_lr_rule(optimizer: Optimizer) -> LRRule:
+def default_lr_rule(optimizer: Optimizer, criterion: Criterion) -> LRRule:
     """How the learning rate of an optimizer follows the batch where its user does not say."""
+    if isinstance(criterion, DecaysLR):  # the decay is shared with the batch: by lr / b, and with Adam lr / sqrt(b)
+        return "linear" if isinstance(optimizer, SGD) else "sqrt"
     return "sqrt" if isinstance(optimizer, KFAC | Shampoo) else "none"
 
 
@@ -78,6 +82,24 @@ def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
             raise ValueError(
                 f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
                 f"gradient and needs nothing: leave it out, or use AdamW"
+            )
+
+
+def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio: float) -> None:
+    """Says that betas which should follow a growing batch stand at their floor already."""
+    if "betas" not in followers.settings or largest_ratio <= 1:
+        return
+    for number, group in enumerate(optimizer.param_groups):
+        betas, rooms = group["betas"], followers.room(group["betas"])
+        stuck = [k for k, room in enumerate(rooms) if room == 1.0]
+        if stuck:
+            names = " and ".join(f"beta{k + 1}={float(betas[k])}" for k in stuck)
+            warnings.warn(
+                f"follow='betas' leaves {names} of parameter group {number} as it is: no room is above its floor "
+                f"of {' and '.join(str(followers.floors(betas)[k]) for k in stuck)}. Start from a larger value (0.999 "
+                f"for beta2 at a small batch), or give follow=adabatch.lr.Followers(('betas',), beta2_floor=...) a "
+                f"lower floor",
+                stacklevel=3,
             )
 
 

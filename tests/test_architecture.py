@@ -220,7 +220,8 @@ def test_pure_packages_import_the_standard_library_and_numpy_only() -> None:
 
 def test_runtime_knows_the_vocabulary_and_itself() -> None:
     # ProgressLR is a torch object around pure schedule maths, so that module alone reads shapes and clock.
-    maths = {"adabatch.runtime.scheduler": ("adabatch.lr.shapes", "adabatch.lr.clock")}
+    shapes = ("adabatch.lr.shapes", "adabatch.lr.function_shape")
+    maths = {"adabatch.runtime.scheduler": (*shapes, "adabatch.lr.clock")}
     wrong = [
         each
         for module in modules()

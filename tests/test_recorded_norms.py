@@ -293,6 +293,10 @@ def test_legw_keeps_the_steps_of_the_warmup() -> None:
     for ratio in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"ratio must be positive and finite, got {ratio}"):
             legw_warmup(steps(100), ratio)
+    assert legw_warmup(0.02, 8.0) == 0.16
+    for share, ratio in ((0.2, 8.0), (1.0, 0.5), (-0.1, 2.0), (math.nan, 2.0)):
+        with pytest.raises(ValueError, match="both must lie in"):
+            legw_warmup(share, ratio)
     with pytest.raises(ValueError, match="a warm-up of 10 gain_steps has the batch in it already"):
         legw_warmup(gain_steps(10), 2.0)
 

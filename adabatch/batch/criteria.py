@@ -51,6 +51,15 @@ class Criterion(Protocol):
         ...
 
 
+@runtime_checkable
+class DecaysLR(Protocol):
+    """A criterion whose batch sizes stand for a decay of the learning rate too (``Seesaw``)."""
+
+    def lr_decay(self, progress: Progress) -> float:
+        """A factor on the learning rate at this progress, beside what the rule makes of the batch; not negative."""
+        ...
+
+
 def ratio(noise: float, allowed: float) -> float:
     """``noise / allowed``: the batch at which the noise of the mean gradient falls to what is allowed."""
     if math.isnan(noise) or math.isnan(allowed):

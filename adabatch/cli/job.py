@@ -84,7 +84,7 @@ class Job:
         lr_rule: how the learning rate follows the batch; by default "sqrt" for second-order optimizers, else "none".
         reference_batch_size: global batch size that the learning rate is meant for; by default the first one.
         shape: learning-rate schedule over the run, from adabatch.lr.
-        warmup: linear warm-up of the learning rate before the shape.
+        warmup: linear warm-up of the learning rate before the shape, a duration or a share of the total (0.1).
         clock: what the shape's progress counts: "total" the unit of the total, "gain" gain-steps towards it.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure the noise although nothing needs it.
@@ -117,7 +117,7 @@ class Job:
     lr_rule: LRRule | None = None
     reference_batch_size: int | None = None
     shape: Shape | None = None
-    warmup: Duration | None = None
+    warmup: Duration | float | None = None
     clock: ClockKind = "total"
     tokens_per_example: int | None = None
     monitor: bool = False

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adabatch.lr.function_shape import AnyShape
 from adabatch.lr.refine import stretch
 from adabatch.lr.shapes import Decay, Shape, warmup_factor, wsd
 
@@ -107,7 +108,7 @@ class Extension(NamedTuple):
 
 
 def discretize(
-    shape: Shape, num_steps: int, *, warmup_steps: int = 0, warmup_start: float = 0.0
+    shape: AnyShape, num_steps: int, *, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> NDArray[np.float64]:
     """The factors of a run of equal steps, shape (num_steps,): each step reads the progress made before it.
 
@@ -213,8 +214,8 @@ def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
 
 def transfer(
     base_lr: float,
-    source: Shape,
-    target: Shape,
+    source: AnyShape,
+    target: AnyShape,
     *,
     num_steps: int,
     target_steps: int | None = None,
@@ -247,7 +248,7 @@ def transfer(
     there = num_steps if target_steps is None else target_steps
     warmup_there = warmup_steps if target_warmup_steps is None else target_warmup_steps
 
-    def best(shape: Shape, steps: int, warmup: int) -> float:
+    def best(shape: AnyShape, steps: int, warmup: int) -> float:
         profile = norms if np.ndim(norms) == 0 else stretch(norms, steps)
         return best_base_lr(discretize(shape, steps, warmup_steps=warmup), profile)
 

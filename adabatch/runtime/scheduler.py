@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from typing import Any, Literal, Protocol, get_args
 
@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from adabatch.batch.plan import Duration, Progress, Unit
-from adabatch.lr.clock import Anchor, Clock
-from adabatch.lr.shapes import Shape, warmup_factor
+from adabatch.lr.clock import Anchor, Clock, share_of
+from adabatch.lr.function_shape import AnyShape, check_same_shape, shape_from
+from adabatch.lr.shapes import warmup_factor
 from adabatch.runtime.engines.backward import left_out
 from adabatch.runtime.step_hooks import hook_step, put_setting
 
@@ -78,36 +79,38 @@ class ProgressLR(LRScheduler):
 
     Args:
         optimizer: its groups keep their own base LRs.
-        shape: progress in [0, 1] -> factor, from ``adabatch.lr``.
+        shape: progress in [0, 1] -> factor, from ``adabatch.lr`` or a function of your own, finite and not negative.
+            Of a function its name and some of its values are saved, and compared on resume (``lr.FunctionShape``).
         source: where progress comes from, an ``AdaptiveBatch``; None counts optimizer steps.
         total: length of the run.
-        warmup: length of a linear warm-up before the shape, in any unit; the shape runs over the rest.
+        warmup: length of a linear warm-up before the shape, in any unit, or as a share of the total, such as 0.1; the
+            shape runs over the rest. Where the batch grows, a number of steps is a small part of the examples.
         warmup_start: factor that the warm-up starts from, in [0, 1]. The first update is already one step past it.
         clock: "total" counts progress in the unit of the total. "gain" counts gain-steps towards a total in any unit:
             each step advances the shape by what it is worth, and no number of steps need be known.
 
     Raises:
         ValueError: a total of no length, a warm-up not shorter than the total, a total in examples or tokens where
-            nobody counts those, or a learning rate that is not finite.
-        TypeError: a shape that is not a ``Shape``, or a length without a unit.
+            nobody counts those, a learning rate that is not finite, or a function whose values are no factors.
+        TypeError: a shape that is neither a ``Shape`` nor a function, or a length without a unit.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        shape: Shape,
+        shape: AnyShape | Callable[[float], float],
         source: ProgressSource | None = None,
         *,
         total: Duration,
-        warmup: Duration | None = None,
+        warmup: Duration | float | None = None,
         warmup_start: float = 0.0,
         clock: ClockKind = "total",
     ) -> None:
-        if not isinstance(shape, Shape):
-            raise TypeError(f"shape must come from adabatch.lr, such as adabatch.lr.cosine(), got {shape!r}")
         for name, length in (("total", total), ("warmup", warmup)):
-            if not isinstance(length, Duration) and (length is not None or name == "total"):
-                raise TypeError(f"{name} must be a duration, such as adabatch.steps({length}), got {length!r}")
+            share = isinstance(length, float) and name == "warmup"
+            if not isinstance(length, Duration) and not share and (length is not None or name == "total"):
+                way_out = " (a share of the total is a float, such as 0.1)" if name == "warmup" else ""
+                raise TypeError(f"{name} must be a duration, such as adabatch.steps({length}), got {length!r}{way_out}")
         if not 0 <= warmup_start <= 1:
             raise ValueError(f"warmup_start must be in [0, 1], got {warmup_start}")
         if clock not in get_args(ClockKind):
@@ -115,7 +118,10 @@ class ProgressLR(LRScheduler):
         for group in optimizer.param_groups if isinstance(optimizer, Optimizer) else ():  # torch names what is none
             if not math.isfinite(group["lr"]):  # its optimizers take NaN
                 raise ValueError(f"the learning rate of {type(optimizer).__name__} must be finite, got {group['lr']}")
-        self.shape = shape
+        self.shape = shape_from(shape)
+        self._warmup_share = warmup if isinstance(warmup, float) else None
+        if isinstance(warmup, float):
+            warmup = share_of(total, warmup)
         self._clock = Clock(total, warmup)
         self._warmup_start = warmup_start
         self._kind: ClockKind = clock
@@ -131,6 +137,11 @@ class ProgressLR(LRScheduler):
         if source is None:
             counted.listen(optimizer)
         super().__init__(optimizer)
+
+    @property
+    def warmup(self) -> Duration | None:
+        """Length of the warm-up, also where it was given as a share; None for none."""
+        return self._clock.warmup
 
     def _check_unit(self, unit: Unit, refused: str) -> None:
         if unit != "steps" and isinstance(self._source, CountedSteps):
@@ -218,6 +229,7 @@ class ProgressLR(LRScheduler):
             "shape": self.shape.to_dict(),
             "total": [total.count, str(total.unit)],
             "warmup": None if warmup is None else [warmup.count, warmup.unit],
+            "warmup_share": self._warmup_share,
             "warmup_start": self._warmup_start,
             "clock": self._kind,
             "anchor": None if self._anchor is None else [*astuple(self._anchor)],
@@ -245,17 +257,17 @@ class ProgressLR(LRScheduler):
                 f"the optimizer has {len(self.base_lrs)}: build it as the saved run did"
             )
         mine = self.state_dict()
-        saved = Shape.from_dict(state_dict["shape"])
-        if saved != self.shape:
-            raise ValueError(
-                f"the schedule was saved with the shape {saved}, this run has {self.shape}: use one of them"
-            )
+        check_same_shape(self.shape, state_dict["shape"])
+        if self._warmup_share is not None and state_dict.get("warmup_share") == self._warmup_share:
+            mine["warmup"] = state_dict["warmup"]  # of the total that it was a share of, before set_total
         for name in ("total", "warmup", "warmup_start", "clock"):
             if state_dict[name] != mine[name]:
                 raise ValueError(
                     f"the schedule was saved with {name}={state_dict[name]}, this run has {mine[name]}: its learning "
                     f"rate would jump; resume with the saved value (and change the total afterwards with set_total)"
                 )
+        if mine["warmup"] is not None:
+            self._clock = Clock(self._clock.total, Duration(*mine["warmup"]))
         for group, base in zip(self.optimizer.param_groups, state_dict["base_lrs"], strict=True):
             group["initial_lr"] = base
         self.base_lrs = list(state_dict["base_lrs"])

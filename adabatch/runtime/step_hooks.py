@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,19 +40,23 @@ def _nothing(group: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _once(group: Mapping[str, Any]) -> float:
+    return 1.0
+
+
 class StepOverrides(NamedTuple):
     """What the batch changes about an update.
 
     Args:
         factor: the batch factor on the learning rate.
         settings: other settings of a parameter group -> those of them that change, with their values.
-        averaged: updates of the reference batch size that this one counts as in the memory of Adam's averages, where
-            the betas follow the batch; 1 where they do not.
+        averaged: a parameter group -> updates of the reference batch size that this one counts as in the memory of
+            Adam's averages, where the betas follow the batch; 1 where they do not.
     """
 
     factor: float
     settings: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
-    averaged: float = 1.0
+    averaged: Callable[[Mapping[str, Any]], float] = _once
 
 
 def host_value(lr: float | Tensor) -> float:
@@ -60,10 +64,19 @@ def host_value(lr: float | Tensor) -> float:
     return float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else math.nan
 
 
-def _counting(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The states that the optimizer is about to step, of those that count their steps."""
-    stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return [optimizer.state[p] for p in stepped if "step" in optimizer.state.get(p, ())]
+def _counting(optimizer: Optimizer, averaged: Sequence[float]) -> list[tuple[dict[str, Any], float]]:
+    """The states that the optimizer is about to step, of those that count their steps, with the number of their group.
+
+    Args:
+        averaged: as how many updates this one counts, one number a group; states of a group with 1 are left out.
+    """
+    return [
+        (optimizer.state[p], count)
+        for group, count in zip(optimizer.param_groups, averaged, strict=True)
+        if count != 1.0
+        for p in group["params"]
+        if p.grad is not None and "step" in optimizer.state.get(p, ())
+    ]
 
 
 class StepHooks:
@@ -100,7 +113,7 @@ class StepHooks:
         self._skip = skip
         self._done = done
         self._stored: list[tuple[dict[str, Any], str, Any]] = []
-        self._averaged = 1.0
+        self._averaged: list[float] = []
         self._counts: list[tuple[dict[str, Any], Any]] = []
         self._skipped = False
         self._handles = [
@@ -114,6 +127,7 @@ class StepHooks:
         if self._skipped:
             optimizer.zero_grad(set_to_none=True)
         moved = self._moved()
+        self._averaged = [moved.averaged(group) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             changes = moved.settings(group)
             if moved.factor != 1.0:
@@ -121,19 +135,18 @@ class StepHooks:
             for name, value in changes.items():
                 self._stored.append((group, name, _copy(group[name])))
                 put_setting(group, name, value)
-        self._averaged = moved.averaged
-        if moved.averaged != 1.0 and not self._skipped:
-            for state in _counting(optimizer):
+        if not self._skipped:
+            for state, count in _counting(optimizer, self._averaged):
                 self._counts.append((state, _copy(state["step"])))
-                put_setting(state, "step", state["step"] / moved.averaged)  # the optimizer adds one before it reads
+                put_setting(state, "step", state["step"] / count)  # the optimizer adds one before it reads
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         rates = [host_value(group["lr"]) for group in optimizer.param_groups]
-        if self._averaged != 1.0 and not self._skipped:
+        if self._averaged and not self._skipped:
             self._counts.clear()
-            for state in _counting(optimizer):  # among them those that this update began
-                put_setting(state, "step", state["step"] * self._averaged)
-        self._averaged = 1.0
+            for state, count in _counting(optimizer, self._averaged):  # among them those that this update began
+                put_setting(state, "step", state["step"] * count)
+        self._averaged = []
         self.restore()
         self._done(optimizer, rates, not self._skipped and not left_out(optimizer))
 

@@ -169,7 +169,7 @@ def sound_fields(rng: random.Random) -> dict[str, Any]:
             "growth": rng.choice([1.5, math.inf]),
             "monotone": rng.random() < 0.5,
         },
-        "lr_rule": rng.choice(["none", "linear", "sqrt", "gain", "sqrt_gain", "seesaw"]),
+        "lr_rule": rng.choice(["none", "linear", "sqrt", "gain", "sqrt_gain"]),
         "reference_batch_size": _size(rng),
         "shape": _shape(rng),
         "warmup": _length(rng, most=10**4),
