@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,14 +36,18 @@ from adabatch.runtime.data.loss_weights import LossWeightedFeed
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine, GradientSync
 from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.optimizers import each_of, joined, kind_of
+from adabatch.runtime.ownership import take_over
 from adabatch.runtime.probes.layers import PerLayer
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
 from adabatch.runtime.stopwatch import Stopwatch
+from adabatch.runtime.trained_parameters import TrainedParameters
 from adabatch.step import Step
 from adabatch.validation import (
     check_fits,
     check_followers,
+    check_rates,
     check_reduces,
     check_types,
     default_lr_rule,
@@ -53,6 +59,9 @@ from adabatch.validation import (
 
 STATE_FORMAT = 1
 
+STRANGE_UPDATES = 3
+"""Updates of a run whose ``steps()`` was never called, after which it says so."""
+
 
 @dataclass
 class _Update:
@@ -62,7 +71,9 @@ class _Update:
     scaling: UpdateScaling
     gain: float | None
     finite: bool
+    looked_at: bool  # whether loss and gradient were, so that `finite` is known
     entry: dict[str, Any]
+    left_out: bool = False  # the loop said so
 
 
 class AdaptiveBatch:
@@ -81,7 +92,11 @@ class AdaptiveBatch:
         model: plain, wrapped in ``DistributedDataParallel``, or sharded by ``fully_shard`` (FSDP2; torch 2.9 for a
             criterion that needs a probe).
         optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates. Of the
-            model's gradients those of the parameters that it holds are measured.
+            model's gradients those of the parameters that it holds are measured. A list of several optimizers, each
+            with parameters of its own, makes one update: it is done when all have stepped, in any order, and all run
+            with the same factor, or leave a step out together. An optimizer has one ``AdaptiveBatch``: a new one on it,
+            or on another optimizer of the same parameters, takes the older one off, whose ``steps()`` raises from then
+            on.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
         micro_batch_size: examples in one forward and backward on one rank; what your loader yields (at most, where its
             micro-batches vary).
@@ -137,14 +152,15 @@ class AdaptiveBatch:
     Raises:
         ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
             probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule, a
-            size below 1, a trial of what no rank can try alone or of a micro-batch that does not grow.
+            size below 1, a trial of what no rank can try alone or of a micro-batch that does not grow, or a rule for
+            the learning rate of an optimizer that sets it itself.
         TypeError: an optimizer, a criterion or a scaler that is none.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         criterion: Criterion,
         *,
         micro_batch_size: int,
@@ -169,12 +185,14 @@ class AdaptiveBatch:
         check_every: int | None = None,
         engine: Engine | None = None,
     ) -> None:
+        optimizer = joined(optimizer)
         check_types(optimizer, criterion)
         lr_rule = default_lr_rule(optimizer, criterion) if lr_rule is None else lr_rule
         followers = Followers.of(follow)
         decay = {"lr_decay": criterion.lr_decay} if isinstance(criterion, DecaysLR) else {}
         self._rules = UpdateRules(lr_rule, followers, **decay)
         check_followers(optimizer, followers.settings)
+        check_rates(optimizer, lr_rule)
         for name, value in (
             ("reference_batch_size", reference_batch_size),
             ("tokens_per_example", tokens_per_example),
@@ -201,7 +219,10 @@ class AdaptiveBatch:
             raise ValueError("check_every compares weights, and local_sgd lets those of workers differ: leave one out")
         self._check_every = check_every
         self._skip_nonfinite = bool(skip_nonfinite)
-        self._find_nonfinite = nonfinite_in(optimizer) if skip_nonfinite is True else None
+        # A scaler judges each of several optimizers alone, and would leave out a part of an update.
+        self._scaled = scaler is not None and scaler.is_enabled()
+        looks = skip_nonfinite is True or (self._scaled and len(each_of(optimizer)) > 1)
+        self._find_nonfinite = nonfinite_in(optimizer) if looks else None
 
         needs = replace(criterion.needs, seconds=False) | Needs(
             l1=record_l1, layers=per_layer is not None or layer_weights is not None
@@ -237,6 +258,12 @@ class AdaptiveBatch:
         self._model = model
         self._optimizer = optimizer
         self._groups = optimizer.param_groups
+        self._running = False  # the loop stands inside a step
+        self._begun_loops = False  # steps() has been called
+        self._strange_updates = 0  # while it had not
+        self._missed = 0  # steps in a row whose update never came
+        self._gone: str | None = None  # why this object is not to be used any more
+        self._owns_probe = probe is None
         self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
         self._votes = Votes(self._collectives)
@@ -244,12 +271,18 @@ class AdaptiveBatch:
         self._heartbeat = Heartbeat()
         self._tell_engine()
 
-        # Last, so that a constructor that raises leaves no hook behind.
+        # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be set
+        # once only, and its removal would take off those of the new probe.
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        take_over(self, [*each_of(optimizer), *held], kind="AdaptiveBatch")
         given = None if probe is None else self._engine.fit_probe(probe)
         self._probe = suited_probe(model, optimizer, needs, given=given, engine=self._engine, layers=layers)
         try:
             sizes = self._grid.micro_sizes
             self._trials = None if trial is None else Trials(trial, self._engine, self._probe, sizes)
+            everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
+            measured = self._probe is not None or self._collectives.size > 1
+            self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
             self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
         except Exception:
             if probe is None and self._probe is not None:
@@ -346,9 +379,12 @@ class AdaptiveBatch:
             ValueError: a data set smaller than the largest batch, an empty loader, a loader whose micro-batches are not
                 of ``micro_batch_size`` (the last may be smaller), a micro-batch that should grow with a loader that
                 cannot, weights that are not positive, or ranks that hold different orders, plans or settings.
-            RuntimeError: a step whose micro-batches were not all run.
+            RuntimeError: a step whose micro-batches were not all run; two steps in a row whose update never came;
+                parameters that joined or left those that train; or an object that a newer one has replaced.
             TypeError: ``until`` without a unit.
         """
+        self._check_in_place()
+        self._begun_loops = True
         if until is not None:
             if not isinstance(until, Duration):
                 raise TypeError(f"until must be a duration, such as adabatch.examples({until!r}), got {until!r}")
@@ -387,6 +423,7 @@ class AdaptiveBatch:
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing where it is at its end."""
+        self._check_in_place()
         self._flush()
         number = self._consumed.steps
         if self._check_every is not None and number % self._check_every == 0:
@@ -396,7 +433,7 @@ class AdaptiveBatch:
                 self._progress,
                 self._consumed,
                 self._state,
-                [host_value(group["lr"]) for group in self._groups],
+                [host_value(group.get("lr")) for group in self._groups],
             )
             check_same(self._collectives, self._model, plan=held, when=f"before step {number}")
         self._heartbeat.mark("the loading", number)
@@ -416,17 +453,31 @@ class AdaptiveBatch:
             find_nonfinite=self._find_nonfinite,
             stopwatch=self._stopwatch,
             mark=partial(self._heartbeat.mark, step=number),
+            check_trained=self._check_trained,
             finish=finish,
         )
         self._step = step
-        yield step
-        if step.waits:
+        self._running = True
+        try:
+            yield step
+        except BaseException:  # the loop was broken off, by `break` among others, and this generator dropped
+            if probe is not None and step.decision is None and not step.waits:
+                probe.stop()
+            self._begun = None
+            raise
+        finally:
+            self._hooks.restore()
+            self._running = False
+        left_out = step.waits
+        if left_out:
             self._settle_left_out(step)
         if step.decision is None:
             raise RuntimeError(
                 "the step's micro-batches were not all run: finish `for batch in step` before the next step, and do "
                 "not break out of it"
             )
+        if not left_out and not self._engine.left_out():
+            self._count_missing()
 
     def _take(self, feed: Feed, number: int) -> Portion | None:
         """The next step's portion, whose micro-batch every rank has the memory for, as far as that is tried."""
@@ -441,6 +492,38 @@ class AdaptiveBatch:
                 self._plan = self._runnable(self._plan.global_batch_size)
                 portion = feed.take(self._plan)
         return portion
+
+    def _check_in_place(self) -> None:
+        if self._gone is not None:
+            raise RuntimeError(
+                f"this AdaptiveBatch was {self._gone}, and cannot run any more steps; its state_dict() can be loaded into "
+                f"a new one"
+            )
+
+    def _check_trained(self) -> None:
+        """Before the first backward of a step, where all is frozen and thawed that will be."""
+        if self._trained is not None:
+            self._trained.check("AdaptiveBatch")
+
+    def _count_missing(self) -> None:
+        """After a step: whether its update came, or was left out by somebody who may."""
+        update = self._update
+        if update is None:
+            self._missed = 0
+            return
+        if update.left_out or not update.finite or (self._scaled and not update.looked_at):
+            return
+        self._missed += 1
+        if self._missed < 2:
+            return
+        kind, missing = kind_of(self._optimizer), " and ".join(self._hooks.missing)
+        raise RuntimeError(
+            f"the update never came for {self._missed} steps in a row: optimizer.step() of the {missing} was not called"
+            f"{'' if missing == kind else f' (the optimizers are {kind})'}, so that the learning rate's progress stands "
+            f"still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was given, and not another "
+            f"or one that was built later; with a GradScaler, also give it as AdaptiveBatch(scaler=...); where you leave "
+            f"an update out yourself, call leave_out() of the AdaptiveBatch"
+        )
 
     def _settle_left_out(self, step: Step) -> None:
         """The end of a step whose gradient an engine found not finite, so that it never stepped the optimizer."""
@@ -490,7 +573,8 @@ class AdaptiveBatch:
         scaling = self._scaling(portion.num_examples, before)
         if floors := scaling.binding_floors(self._groups):
             entry["beta_floors"] = floors
-        self._update = _Update(portion.num_examples, scaling, step_gain, step.finite, entry)
+        looked_at = step.probed or self._find_nonfinite is not None
+        self._update = _Update(portion.num_examples, scaling, step_gain, step.finite, looked_at, entry)
         self._plan = step.decision.plan
         self._heartbeat.mark("what follows the micro-batches", before.steps, between=True)
 
@@ -500,35 +584,65 @@ class AdaptiveBatch:
         """What the batch changes about the update that is about to run, whose rates must be those of its width plan."""
         check_ratios(self._optimizer)
         update = self._update or self._begun
-        scaling = self._scaling(self._plan.global_batch_size, self._consumed) if update is None else update.scaling
-        return StepOverrides(scaling.factor, scaling.settings, scaling.averaged)
+        if update is None:  # of a loop without us, whose batch is none of ours
+            return StepOverrides(1.0)
+        return StepOverrides(update.scaling.factor, update.scaling.settings, update.scaling.averaged)
 
     def _skips_update(self) -> bool:
         """Whether to leave out the update that is about to run."""
         if self._step is not None and self._step.waits:  # for its gradient to be reduced
             self._step.settle()
         update = self._update or self._begun
-        return self._skip_nonfinite and update is not None and not update.finite
+        return update is not None and (update.left_out or (self._skip_nonfinite and not update.finite))
 
     def _update_done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
         update, self._update = self._update, None
         if update is None:
+            self._count_strange()
             return
-        self._begun = update
+        self._begun = update if self._running else None
         if applied:
             self._progress = self._after(self._progress, update.num_examples, update.gain)
         self._tell_engine()
-        stored = [host_value(group["lr"]) for group in self._groups]
-        base = [host_value(group.get("initial_lr", group["lr"])) for group in self._groups]
+        stored = [host_value(group.get("lr")) for group in self._groups]
+        base = [host_value(group.get("initial_lr", group.get("lr"))) for group in self._groups]
         shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
         if len(rates) < len(stored):
             rates = [lr * update.scaling.factor for lr in stored]
         lr = {"base": base, "shape": shape, "factor": update.scaling.factor, "applied": rates}
         self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
 
+    def _count_strange(self) -> None:
+        """An update outside of ``steps()``: the loop's own, or a sign that the loop is somebody else's."""
+        if self._begun_loops:
+            return
+        self._strange_updates += 1
+        if self._strange_updates == STRANGE_UPDATES:
+            warnings.warn(
+                f"an AdaptiveBatch was made for this {kind_of(self._optimizer)}, which has stepped {STRANGE_UPDATES} "
+                f"times, and steps() of the AdaptiveBatch was never called: it changes neither batch nor learning rate. "
+                f"Write the loop as `for step in batches.steps(loader)`; a Trainer or another framework that has the "
+                f"loop itself needs an integration for it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def leave_out(self) -> None:
+        """Leaves out the update of the step whose micro-batches have just been run; call it on all ranks.
+
+        As with gradients that are not finite, the step consumes its data and moves nothing else. A call of
+        ``optimizer.step()`` for it has no effect, and may be left out as well.
+
+        Raises:
+            RuntimeError: the micro-batches are not all run, or the update has come already.
+        """
+        if self._update is None:
+            raise RuntimeError("leave_out belongs after `for batch in step`, and before optimizer.step()")
+        self._update.left_out = True
+
     def _flush(self) -> None:
         """Writes down a step whose update never came (a gradient scaler left it out, or it raised)."""
-        self._hooks.restore()
+        self._hooks.forget()
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
         self._update = self._begun = self._step = None
@@ -562,6 +676,7 @@ class AdaptiveBatch:
         if self._step is not None and self._step.waits and self._engine.left_out():
             self._settle_left_out(self._step)
             scaled = True
+        scaled = scaled or (self._update is not None and self._update.left_out)
         if self._step is not None or (self._update is not None and not scaled):
             left = "`for batch in step`" if self._step is not None else "optimizer.step()"
             raise RuntimeError(
@@ -605,6 +720,21 @@ class AdaptiveBatch:
         self._hooks.remove()
         if self._probe is not None:
             self._probe.remove()
+        self._gone = self._gone or "removed by remove()"
+
+    def give_way(self) -> None:
+        """A newer one is made on this optimizer, or for its parameters: takes every hook off.
+
+        A probe that was given stays as it is, as the newer one may have been given it too.
+        """
+        with suppress(OSError):  # of a journal whose folder is gone; nobody waits for its last line
+            self._flush()
+        self._hooks.remove()
+        if self._probe is not None and self._owns_probe:
+            self._probe.remove()
+        elif self._probe is not None:
+            self._probe.stop()
+        self._gone = f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters"
 
     # --- private ----------------------------------------------------------------------------------------------------
 

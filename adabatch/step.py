@@ -58,6 +58,7 @@ class Step:
         find_nonfinite: FindNonfinite | None,
         stopwatch: Stopwatch | None,
         mark: Mark,
+        check_trained: Callable[[], None],
         finish: Callable[[Step], None],
     ) -> None:
         self.plan = plan
@@ -74,6 +75,7 @@ class Step:
         self._all_finite = True
         self._stopwatch = stopwatch
         self._mark = mark
+        self._check_trained = check_trained
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._weights = portion.weights or LossWeights(portion.sizes, portion.num_examples)
@@ -170,6 +172,8 @@ class Step:
             )
         if self._weight == 0:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
+        if self._num_backward == 0:
+            self._check_trained()
         self._mark("the backward", micro_batch=self._num_backward)
         weight, parts = self._weight / self._whole, self._whole / self._weight
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.

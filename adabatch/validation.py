@@ -22,21 +22,25 @@ from adabatch.optim import KFAC, Shampoo
 from adabatch.optim.mup import named_parameters
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.optimizers import each_of, kind_of, without_rate
 from adabatch.runtime.probes.layers import Layers, PerLayer, layers_of, layers_of_weight
 from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
+
+# Those whose decay is taken from the weights; Muon came with torch 2.9.
+DECOUPLED: tuple[type[Optimizer], ...] = (AdamW, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
 
 
 def default_lr_rule(optimizer: Optimizer, criterion: Criterion) -> LRRule:
     """How the learning rate of an optimizer follows the batch where its user does not say."""
     if isinstance(criterion, DecaysLR):  # the decay is shared with the batch: by lr / b, and with Adam lr / sqrt(b)
-        return "linear" if isinstance(optimizer, SGD) else "sqrt"
-    return "sqrt" if isinstance(optimizer, KFAC | Shampoo) else "none"
+        return "linear" if all(isinstance(one, SGD) for one in each_of(optimizer)) else "sqrt"
+    return "sqrt" if any(isinstance(one, KFAC | Shampoo) for one in each_of(optimizer)) else "none"
 
 
 def check_reduces(optimizer: Optimizer, size: int) -> None:
     """That ranks which share a model share the statistics that precondition its gradient."""
-    if size > 1 and isinstance(optimizer, KFAC) and not optimizer.reduces:
+    if size > 1 and any(isinstance(one, KFAC) and not one.reduces for one in each_of(optimizer)):
         raise ValueError(
             f"each of the {size} ranks would precondition by the curvature of its own examples, and their weights would"
             f" drift apart: KFAC(model.parameters(), model, **adabatch.across_ranks(model))"
@@ -66,23 +70,41 @@ def check_types(optimizer: Any, criterion: Any) -> None:
 
 
 def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
-    """That the optimizer has what is to follow, and in the form whose rule is known."""
+    """That the optimizer, or one of several, has what is to follow, and in the form whose rule is known."""
+    for name in follow:
+        having = [one for one in each_of(optimizer) if any(name in group for group in one.param_groups)]
+        if not having or not all(name in group for one in having for group in one.param_groups):
+            raise ValueError(f"follow={name!r}, but {kind_of(optimizer)} has no {name}: leave it out")
+        for one in having:
+            _check_follower(one, name)
+
+
+def _check_follower(optimizer: Optimizer, name: str) -> None:
     kind = type(optimizer).__name__
-    for group in optimizer.param_groups:
-        for name in follow:
-            if name not in group:
-                raise ValueError(f"follow={name!r}, but {kind} has no {name}: leave it out")
-        if "betas" in follow and isinstance(optimizer, NAdam):
-            raise ValueError(
-                f"follow='betas' has no rule for {kind}, whose momentum follows a schedule in steps: leave it out, or "
-                f"use Adam or AdamW"
-            )
-        decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
-        if "weight_decay" in follow and not decoupled:
-            raise ValueError(
-                f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
-                f"gradient and needs nothing: leave it out, or use AdamW"
-            )
+    if name == "betas" and isinstance(optimizer, NAdam):
+        raise ValueError(
+            f"follow='betas' has no rule for {kind}, whose momentum follows a schedule in steps: leave it out, or use "
+            f"Adam or AdamW"
+        )
+    decoupled = all(
+        isinstance(optimizer, DECOUPLED) or group.get("decoupled_weight_decay", False)
+        for group in optimizer.param_groups
+    )
+    if name == "weight_decay" and not decoupled:
+        raise ValueError(
+            f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
+            f"gradient and needs nothing: leave it out, or use AdamW"
+        )
+
+
+def check_rates(optimizer: Optimizer, rule: LRRule) -> None:
+    """That there is a learning rate for the rule to change."""
+    kind = without_rate(optimizer)
+    if kind is not None and rule != "none":
+        raise ValueError(
+            f"lr_rule={rule!r} multiplies the learning rate, and {kind} sets its own (lr=None): use lr_rule='none', or "
+            f"give the optimizer a learning rate (Adafactor: relative_step=False)"
+        )
 
 
 def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio: float) -> None:
@@ -90,6 +112,8 @@ def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio:
     if "betas" not in followers.settings or largest_ratio <= 1:
         return
     for number, group in enumerate(optimizer.param_groups):
+        if "betas" not in group:
+            continue
         betas, rooms = group["betas"], followers.room(group["betas"])
         stuck = [k for k, room in enumerate(rooms) if room == 1.0]
         if stuck:

@@ -121,7 +121,7 @@ class UpdateScaling:
         Args:
             group: the group's settings at the reference batch size.
         """
-        names = self.followers.settings
+        names = [name for name in self.followers.settings if name in group]  # of several optimizers one may lack some
         if not names:
             return {}
         exponents = self.exponents(group["betas"]) if "betas" in names else None
@@ -130,12 +130,13 @@ class UpdateScaling:
 
     def averaged(self, group: Mapping[str, Any]) -> float:
         """As how many updates of the reference batch size this one counts in the memory of the group's averages."""
-        return self.exponents(group["betas"])[-1] if "betas" in self.followers.settings else 1.0
+        return self.exponents(group["betas"])[-1] if "betas" in self.followers.settings and "betas" in group else 1.0
 
     def binding_floors(self, groups: Collection[Mapping[str, Any]]) -> dict[str, float]:
         """The floors that hold a beta back in this update: "beta1", "beta2" -> the floor; the highest of the groups."""
         binding: dict[str, float] = {}
-        for group in groups if "betas" in self.followers.settings else ():
+        averaging = [group for group in groups if "betas" in group] if "betas" in self.followers.settings else []
+        for group in averaging:
             betas = group["betas"]
             pairs = zip(self.followers.floors(betas), self.followers.room(betas), strict=True)
             for number, (floor, room) in enumerate(pairs, 1):

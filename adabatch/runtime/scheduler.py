@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from adabatch.batch.plan import Duration, Progress, Unit
 from adabatch.lr.clock import Anchor, Clock, share_of
 from adabatch.lr.function_shape import AnyShape, check_same_shape, shape_from
 from adabatch.lr.shapes import warmup_factor
 from adabatch.runtime.engines.backward import left_out
-from adabatch.runtime.step_hooks import hook_step, put_setting
+from adabatch.runtime.optimizers import each_of, joined, without_rate
+from adabatch.runtime.ownership import take_over
+from adabatch.runtime.step_hooks import hook_step, put_setting, remove_all
 
 STATE_FORMAT = 1
 
@@ -47,22 +50,36 @@ class CountedSteps:
 
     lr_factor = 1.0
 
-    def __init__(self) -> None:
-        self.progress = Progress()
-        self._stepping = False
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress = Progress() if progress is None else progress
+        self._handles: list[RemovableHandle] = []
+        self._num_optimizers = 1
+        self._applied: dict[int, bool] = {}  # of several optimizers those that made their part of the update
+
+    def __getstate__(self) -> Progress:
+        return self.progress
+
+    def __setstate__(self, progress: Progress) -> None:
+        CountedSteps.__init__(self, progress)
 
     def listen(self, optimizer: Optimizer) -> None:
-        """Counts the steps of ``optimizer`` from now on; a copy of it has no hooks, and must be listened to anew."""
-        hook_step(optimizer, self._begin, self._count)
+        """Counts the steps of ``optimizer`` from now on; a copy of it has no hooks, and must be listened to again."""
+        self._num_optimizers = len(each_of(optimizer))
+        self._handles = hook_step(optimizer, self._begin, self._count)
 
-    def _begin(self, *_: Any) -> None:
-        self._stepping = True
+    def _begin(self, optimizer: Optimizer) -> None:
+        pass
 
-    def _count(self, optimizer: Optimizer, *_: Any) -> None:
-        # An optimizer whose step() calls its parent's runs the hooks of both, one inside the other.
-        if self._stepping and not left_out(optimizer):
-            self.progress = self.progress.after(0)
-        self._stepping = False
+    def _count(self, optimizer: Optimizer) -> None:
+        self._applied[id(optimizer)] = not left_out(optimizer)
+        if len(self._applied) == self._num_optimizers:
+            if all(self._applied.values()):
+                self.progress = self.progress.after(0)
+            self._applied.clear()
+
+    def stop(self) -> None:
+        """Takes the hooks off the optimizer."""
+        remove_all(self._handles)
 
     @property
     def progress_after_next(self) -> Progress:
@@ -77,8 +94,13 @@ class ProgressLR(LRScheduler):
     calling it twice, or after an update that was skipped, changes nothing. The batch factor is not in
     ``group["lr"]``; ``get_last_lr`` includes it.
 
+    A group that is added to the optimizer in mid-run follows the shape from the next ``step()`` on, with the LR that it
+    was added with as its base LR. Call ``step()`` once after ``add_param_group``, and its first update does too.
+
+    A second schedule on the same optimizer takes the place of the first, whose ``step()`` raises from then on.
+
     Args:
-        optimizer: its groups keep their own base LRs.
+        optimizer: its groups keep their own base LRs; of several optimizers a list, or one schedule for each.
         shape: progress in [0, 1] -> factor, from ``adabatch.lr`` or a function of your own, finite and not negative.
             Of a function its name and some of its values are saved, and compared on resume (``lr.FunctionShape``).
         source: where progress comes from, an ``AdaptiveBatch``; None counts optimizer steps.
@@ -91,13 +113,14 @@ class ProgressLR(LRScheduler):
 
     Raises:
         ValueError: a total of no length, a warm-up not shorter than the total, a total in examples or tokens where
-            nobody counts those, a learning rate that is not finite, or a function whose values are no factors.
+            nobody counts those, a learning rate that is not finite, or that the optimizer sets itself (``lr=None``), or
+            a function whose values are no factors.
         TypeError: a shape that is neither a ``Shape`` nor a function, or a length without a unit.
     """
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         shape: AnyShape | Callable[[float], float],
         source: ProgressSource | None = None,
         *,
@@ -115,6 +138,12 @@ class ProgressLR(LRScheduler):
             raise ValueError(f"warmup_start must be in [0, 1], got {warmup_start}")
         if clock not in get_args(ClockKind):
             raise ValueError(f"clock must be one of {', '.join(get_args(ClockKind))}, got {clock!r}")
+        optimizer = joined(optimizer)
+        if isinstance(optimizer, Optimizer) and (kind := without_rate(optimizer)) is not None:
+            raise ValueError(
+                f"{kind} sets its learning rate itself (lr=None), which a schedule would undo: leave ProgressLR out, or "
+                f"give the optimizer a learning rate (Adafactor: relative_step=False)"
+            )
         for group in optimizer.param_groups if isinstance(optimizer, Optimizer) else ():  # torch names what is none
             if not math.isfinite(group["lr"]):  # its optimizers take NaN
                 raise ValueError(f"the learning rate of {type(optimizer).__name__} must be finite, got {group['lr']}")
@@ -134,14 +163,47 @@ class ProgressLR(LRScheduler):
                 self._check_unit(length.unit, f"{length} cannot be counted")
         if clock == "gain":
             self._check_unit("gain_steps", "clock='gain' cannot be read")
+        self._replaced = False
         if source is None:
             counted.listen(optimizer)
+        if isinstance(optimizer, Optimizer):
+            self._num_groups = [len(one.param_groups) for one in each_of(optimizer)]
+            take_over(self, each_of(optimizer), kind="ProgressLR")
         super().__init__(optimizer)
 
     @property
     def warmup(self) -> Duration | None:
         """Length of the warm-up, also where it was given as a share; None for none."""
         return self._clock.warmup
+
+    def give_way(self) -> None:
+        """A newer schedule sets the rates of this optimizer."""
+        self._replaced = True
+        if isinstance(self._source, CountedSteps):
+            self._source.stop()
+
+    def _check_in_place(self) -> None:
+        if self._replaced:
+            raise RuntimeError(
+                f"this ProgressLR was replaced by a newer one on the same {type(self.optimizer).__name__}: step that one"
+            )
+
+    def _take_in_groups(self) -> None:
+        """Groups that were added to an optimizer get their own rate as their base rate."""
+        start = 0
+        for number, one in enumerate(each_of(self.optimizer)):
+            known = self._num_groups[number]
+            if len(one.param_groups) < known:
+                raise RuntimeError(
+                    f"{type(one).__name__} had {known} parameter groups and has {len(one.param_groups)} now, and which "
+                    f"one left cannot be told: make a new ProgressLR after a group is removed"
+                )
+            for place, group in enumerate(one.param_groups[known:], start + known):
+                rate = group["lr"]
+                group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
+                self.base_lrs.insert(place, group["initial_lr"])
+            self._num_groups[number] = len(one.param_groups)
+            start += len(one.param_groups)
 
     def _check_unit(self, unit: Unit, refused: str) -> None:
         if unit != "steps" and isinstance(self._source, CountedSteps):
@@ -193,6 +255,7 @@ class ProgressLR(LRScheduler):
         self._check_unit(total.unit, f"{total} cannot be counted")
         if self._source.progress.reached(total):
             raise ValueError(f"the run is already past {total}: give a total that lies ahead")
+        self._check_in_place()
         clock = Clock(total, self._clock.warmup)
         progress = self._source.progress
         if not self._clock.warming_up(progress):
@@ -204,6 +267,8 @@ class ProgressLR(LRScheduler):
 
     def step(self, epoch: int | None = None) -> None:
         """Writes the rates of the next update: after ``optimizer.step()``, or where a step was left without one."""
+        self._check_in_place()
+        self._take_in_groups()
         # torch warns of a first call without an update before it, which is what a gradient scaler makes on overflow,
         # and loses a rate by counting calls. Progress is read here, not counted.
         self._step_count += self._step_count == 1
@@ -251,11 +316,13 @@ class ProgressLR(LRScheduler):
                 f"the schedule was saved in format {state_dict['format']}, this version reads up to {STATE_FORMAT}: "
                 f"upgrade adabatch"
             )
+        self._take_in_groups()
         if len(state_dict["base_lrs"]) != len(self.base_lrs):
             raise ValueError(
                 f"the schedule was saved with {len(state_dict['base_lrs'])} parameter groups, "
                 f"the optimizer has {len(self.base_lrs)}: build it as the saved run did"
             )
+        self._check_in_place()
         mine = self.state_dict()
         check_same_shape(self.shape, state_dict["shape"])
         if self._warmup_share is not None and state_dict.get("warmup_share") == self._warmup_share:
@@ -279,6 +346,7 @@ class ProgressLR(LRScheduler):
         self._write()
 
     def _write(self) -> None:
+        self._take_in_groups()
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             put_setting(group, "lr", lr)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

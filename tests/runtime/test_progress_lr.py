@@ -461,7 +461,7 @@ def test_a_wrapper_without_hooks_is_refused_at_once() -> None:
     with pytest.raises(TypeError, match="Wrapper is no optimizer with step hooks"):
         AdaptiveBatch(model, Wrapper(inner), NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=8, max=64))
     assert hooks_of(inner) == sum(len(p._backward_hooks or {}) for p in model.parameters()) == 0
-    with pytest.raises(TypeError, match="list is no"):
+    with pytest.raises(TypeError, match="or a list of several, got a list with int in it"):
         ProgressLR([1, 2], lr.linear(), total=steps(10))  # type: ignore[arg-type]
 
 
