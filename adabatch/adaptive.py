@@ -31,7 +31,7 @@ from adabatch.lr.follow import Followers, UpdateRules, UpdateScaling
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting
 from adabatch.optim.mup import check_ratios
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.data import Feed, GlobalOrder, LoaderFeed, Portion, advance_epoch, num_examples_in
+from adabatch.runtime.data import EpochCounters, Feed, GlobalOrder, LoaderFeed, Portion, num_examples_in
 from adabatch.runtime.data.loss_weights import LossWeightedFeed
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine, GradientSync
@@ -358,6 +358,7 @@ class AdaptiveBatch:
         until: Duration | None = None,
         count: Callable[[Any], int] = num_examples_in,
         weigh: Callable[[Any], float] | None = None,
+        allow_same_data: bool = False,
     ) -> Iterator[Step]:
         """The steps of one pass over the data, or of as many as ``until`` takes.
 
@@ -369,19 +370,23 @@ class AdaptiveBatch:
         Args:
             loader: a ``GlobalOrder``, or any iterable of micro-batches.
             until: train until so much is consumed, counted from the beginning of the run.
-            count: examples in a micro-batch of a loader that is not a ``GlobalOrder``.
+            count: examples in a micro-batch of a loader that is not a ``GlobalOrder``. By default what all entries of
+                the micro-batch agree on; every one but the last of a pass must then hold ``micro_batch_size``.
             weigh: the number of terms that the mean loss of a micro-batch is taken over, where that is not its
                 examples: tokens that are not padding, say. The gradient of a step is then the mean over the terms of
                 all its micro-batches, on all ranks. Batch sizes, noise and noise scale stay in examples, of the step's
                 average number of terms. The micro-batches of a step are fetched before it begins.
+            allow_same_data: ranks may be given the same examples, to the bit, by a loader that is not a
+                ``GlobalOrder``; without it that is an error at the first step of a pass.
 
         Raises:
             ValueError: a data set smaller than the largest batch, an empty loader, a loader whose micro-batches are not
-                of ``micro_batch_size`` (the last may be smaller), a micro-batch that should grow with a loader that
-                cannot, weights that are not positive, or ranks that hold different orders, plans or settings.
+                of ``micro_batch_size`` (the last may be smaller) or do not say how many examples they hold, a
+                micro-batch that should grow with a loader that cannot, negative weights, ranks that hold different
+                orders, plans or settings, or ranks that hold the same examples.
             RuntimeError: a step whose micro-batches were not all run; two steps in a row whose update never came;
                 parameters that joined or left those that train; or an object that a newer one has replaced.
-            TypeError: ``until`` without a unit.
+            TypeError: ``until`` without a unit, or a loader that is none.
         """
         self._check_in_place()
         self._begun_loops = True
@@ -405,16 +410,22 @@ class AdaptiveBatch:
         if count is num_examples_in:
             self._check_loader(loader)
         while until is None or not self._consumed.reached(until):
-            feed = self._weighed(
-                LoaderFeed(loader, self._collectives, count=count, may_be_empty=self._just_loaded), weigh
+            epochs = EpochCounters(loader)
+            micro_batches = LoaderFeed(
+                loader,
+                self._collectives,
+                count=count,
+                may_be_empty=self._just_loaded,
+                allow_same_data=allow_same_data,
             )
+            feed = self._weighed(micro_batches, weigh)
             self._just_loaded = False
             while until is None or not self._consumed.reached(until):
                 before = self._consumed
                 yield from self._one_step(feed)
                 if self._consumed == before:
                     break
-            advance_epoch(loader)
+            epochs.advance()
             if until is None:
                 return
 

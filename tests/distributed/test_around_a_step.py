@@ -230,7 +230,7 @@ def adaptive(rank: int, habit: Habit, engine: str) -> tuple[list[GradientMoments
     )
     loader = [batch for step in range(STEPS) for batch in drawn(habit, step, rank)]
     found = []
-    for step in batches.steps(loader):
+    for step in batches.steps(loader, count=lambda batch: len(batch[0])):  # the last of each step may be smaller
         for batch in step:
             with habit.context():
                 losses = habit.losses(model, batch)

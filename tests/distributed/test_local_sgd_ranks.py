@@ -244,7 +244,7 @@ def unequal_with_a_loader(rank: int) -> float:
     with LocalSGD(model, optimizer, sync_every=3) as local:
         batches = AdaptiveBatch(model, optimizer, Constant(32), micro_batch_size=4, monitor=True, local_sgd=local)
         loader = [batch for step in range(6) for batch in mine(rank, step)]
-        train(batches, model, optimizer, loader)
+        train(batches, model, optimizer, loader, count=lambda batch: len(batch[0]))
     simulation = Simulation(OPTIMIZERS["local SGD"])
     for which in (range(3), range(3, 6)):
         simulation.steps(mine, which)

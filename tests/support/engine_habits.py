@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional
@@ -60,6 +61,11 @@ def kfac(model: nn.Module) -> Optimizer:
     return KFAC(model.parameters(), model, likelihood="gaussian", **spread)
 
 
+def own_loader() -> DataLoader[Any]:
+    """Of examples that no other rank has."""
+    return DataLoader(regression(256, seed=dist.get_rank() if dist.is_initialized() else 0), batch_size=4)
+
+
 HABITS = {
     "`NormTest`, `NoiseScale()`": Habit(),
     "`Goodput`": Habit(criterion=adabatch.Goodput),
@@ -72,7 +78,7 @@ HABITS = {
     ),
     "`CommHookProbe`": Habit(probe=adabatch.CommHookProbe),
     "a micro-batch that grows": Habit(options={"max_micro_batch_size": 32}),
-    "a loader of your own": Habit(loader=lambda: DataLoader(regression(256), batch_size=4)),
+    "a loader of your own": Habit(loader=own_loader),
     "`steps(weigh=)`": Habit(steps={"weigh": lambda batch: len(batch[0]) + 1}),
     '`lr_rule="gain"`, a shape of `ProgressLR`': Habit(options={"lr_rule": "gain"}),
     "`follow=`": Habit(optimizer=adamw, options={"lr_rule": "sqrt", "follow": ("betas", "eps", "weight_decay")}),
