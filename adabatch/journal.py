@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adabatch.batch.control import Averages, Decision
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments
 from adabatch.batch.plan import BatchPlan, Progress
@@ -171,6 +173,8 @@ class Journal:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, np.generic):  # of a user's learning rate or size
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

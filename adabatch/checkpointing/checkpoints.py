@@ -17,6 +17,7 @@ from adabatch.checkpointing.background import Background
 from adabatch.checkpointing.differences import Difference, differences, refuse
 from adabatch.checkpointing.files import CheckpointError, abandon, begin, finish, place_of
 from adabatch.checkpointing.newest import newest_checkpoint
+from adabatch.checkpointing.plain import NotPlain
 from adabatch.checkpointing.run_state import RunState, Snapshot, Stateful
 from adabatch.checkpointing.save_times import SaveTimes
 from adabatch.runtime.local_sgd import LocalSGD
@@ -152,13 +153,17 @@ class Checkpoints:
             self._batches.settle(scaled=self._scaled)
             steps = self._batches.consumed.steps
         failure, number = self._waited(), 0
+        taken: Snapshot | None = None
+        try:
+            taken = self._run.take(copy=self._background is not None)
+        except (NotPlain, CheckpointError) as error:
+            failure = failure or error
         if failure is None and self._ranks.rank == 0:
             try:
                 number = begin(self._folder, steps)
             except OSError as error:
                 failure = error
         place = place_of(self._folder, int(self._raise_together(failure, number)), steps)
-        taken = self._run.take(copy=self._background is not None)
         if self._background is None:
             self._raise_together(_failure_of(self._write, taken, place))
         elif taken is not None:

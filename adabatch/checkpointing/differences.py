@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.checkpointing.plain import plain
 from adabatch.runtime.data import GlobalOrder
 
 
@@ -46,7 +48,7 @@ def describe(
         "parts": {name: type(part).__name__ for name, part in parts.items()},
         "sharded": sharded,
         "world_size": world_size,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     if isinstance(batches, AdaptiveBatch):
         said |= {"batch": {**asdict(batches.plan), "global_batch_size": batches.plan.global_batch_size}}
@@ -54,7 +56,8 @@ def describe(
     if isinstance(order, GlobalOrder):
         place = order.state_dict()
         said["data"] = {name: place[name] for name in ("length", "order", "seed")}
-    return said | ({} if config is None else {"config": _flat(config)})
+    numbers: dict[str, Any] = plain(said, "manifest")
+    return numbers | ({} if config is None else {"config": _flat(config)})
 
 
 def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -104,7 +107,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif isinstance(value, list | tuple):
             flat[f"{prefix}{key}"] = str(list(value))
         else:
-            plain = value is None or isinstance(value, bool | int | str)
+            value = value.item() if isinstance(value, np.generic) else value
+            simple = value is None or isinstance(value, bool | int | str)
             finite = isinstance(value, float) and math.isfinite(value)
-            flat[f"{prefix}{key}"] = value if plain or finite else str(value)
+            flat[f"{prefix}{key}"] = value if simple or finite else str(value)
     return flat
