@@ -231,6 +231,7 @@ class AdaptiveBatch:
         self._state = ControlState()
         self._plan = self._first_plan()
         self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
+        self._reference_given = reference_batch_size is not None
         self._step: Step | None = None  # the one under way, until it is decided
         self._update: _Update | None = None  # the one that its end prepared, until it is done
         self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
@@ -576,13 +577,14 @@ class AdaptiveBatch:
         """Restores a run, also one with other ranks, micro-batches or limits: the batch size stays as near as it can.
 
         Raises:
-            ValueError: a state of a newer format.
+            ValueError: a state of a newer format, or of another reference batch size than this run was given.
         """
         if state["format"] > STATE_FORMAT:
             raise ValueError(
                 f"the batch state was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: "
                 f"upgrade adabatch"
             )
+        self.check_reference(state["reference_batch_size"])
         self._progress = self._resumed(Progress(**state["progress"]))
         self._consumed = self._resumed(Progress(**state["consumed"]))
         self._state = ControlState.from_state_dict(state["control"])
@@ -599,6 +601,18 @@ class AdaptiveBatch:
         self._plan = plan
         self._update = None
         self._just_loaded = True
+
+    def check_reference(self, saved: int) -> None:
+        """That a run which was given a reference batch size goes on from one with the same.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        if self._reference_given and self._reference != saved:
+            raise ValueError(
+                f"the run was saved with reference_batch_size={saved}, this one was built with {self._reference}: its "
+                f"learning rate would jump; resume with {saved} or leave it out, and change the learning rate instead"
+            )
 
     def remove(self) -> None:
         """Takes every hook off model and optimizer; the object is not usable afterwards."""

@@ -5,8 +5,12 @@ from; beside them ``noise_along`` where inner products were measured, ``noise_at
 the ``norm`` where it is not the Euclidean one. ``layers`` holds the first three of each layer by its name
 where they were (``AdaptiveBatch(per_layer=)``): noises add up to that of the whole, and so do signals.
 
-Lines hold no wall time and no machine, so the journals of two equal runs are equal files; but for a criterion that
-reads step times (`Goodput`): then ``seconds`` is how long a step lately took. Numbers that are not finite are null.
+``run`` says whose line it is: a token that is made when a run begins, and goes with it through its checkpoints. By it a
+reader tells two runs in one file apart.
+
+Lines hold no wall time and no machine, so the journals of two equal runs are equal but for that token. A criterion that
+reads step times (`Goodput`) is the exception: ``seconds`` is how long a step lately took. Numbers that are not finite
+are null.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,6 +121,7 @@ class Journal:
 
     Attributes:
         path: the same.
+        run: the run whose lines are written; a new one, until a checkpoint says which goes on.
 
     Raises:
         OSError: the folder cannot be made or the file not be written.
@@ -123,6 +129,9 @@ class Journal:
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
+        self.run = secrets.token_hex(
+            6
+        )  # from the system: the seeds of a run move nothing here, nor does this move them
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("a", encoding="utf-8").close()  # what cannot be written fails here, not after a step
@@ -167,7 +176,7 @@ class Journal:
     def write(self, entry: Mapping[str, Any]) -> None:
         """Appends one line."""
         if self.path is not None:
-            text = json.dumps(_finite(entry), separators=(",", ":"), allow_nan=False)
+            text = json.dumps(_finite({**entry, "run": self.run}), separators=(",", ":"), allow_nan=False)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 

@@ -18,8 +18,9 @@ from adabatch.checkpointing.differences import Difference, differences, refuse
 from adabatch.checkpointing.files import CheckpointError, abandon, begin, finish, place_of
 from adabatch.checkpointing.newest import newest_checkpoint
 from adabatch.checkpointing.plain import NotPlain
-from adabatch.checkpointing.run_state import RunState, Snapshot, Stateful
+from adabatch.checkpointing.run_state import Restored, RunState, Snapshot, Stateful
 from adabatch.checkpointing.save_times import SaveTimes
+from adabatch.checkpointing.settings import KeptSetting
 from adabatch.runtime.local_sgd import LocalSGD
 
 _log = logging.getLogger("adabatch")
@@ -30,13 +31,16 @@ class Loaded(NamedTuple):
 
     Args:
         path: the checkpoint that was loaded.
-        differences: what was otherwise when it was saved (batch, world size, config), and does no harm.
+        differences: what was otherwise when it was saved (batch, world size, config, settings that are taken over),
+            and is now as this run has it.
         damaged: why newer checkpoints could not be used.
+        kept: settings of this run that are not used, since those that were saved stand; also said in the log.
     """
 
     path: Path
     differences: tuple[Difference, ...]
     damaged: tuple[str, ...]
+    kept: tuple[KeptSetting, ...] = ()
 
 
 class Checkpoints:
@@ -189,15 +193,23 @@ class Checkpoints:
             _log.warning("%s; going on from %s", problem, found.path.name)
         saved, now = found.manifest.contents, self._run.describe()
         refuse(saved, now)
-        failure = _failure_of(self._run.restore, found.path)
+        restored: Restored | None = None
+        failure: Exception | None = None
+        try:
+            restored = self._run.restore(found.path, saved)
+        except Exception as error:  # the other ranks must hear of any, before one of them leaves
+            failure = error
         if self._ranks.sum_of(failure is not None)[0] and failure is None:
             failure = CheckpointError(f"the checkpoint {found.path} could not be loaded by another rank")
         if failure is not None:
             raise failure
+        assert restored is not None
         self._times.loaded()
-        # The order takes over the saved seed: what this run was given is said before.
-        now = {**self._run.describe(), **({"data": now["data"]} if "data" in now else {})}
-        return Loaded(found.path, differences(saved, now), tuple(found.damaged.values()))
+        if self._ranks.rank == 0:
+            for setting in restored.kept:
+                _log.warning("%s", setting)
+        differing = (*restored.taken_over, *differences(saved, self._run.describe()))
+        return Loaded(found.path, differing, tuple(found.damaged.values()), restored.kept)
 
     def close(self) -> None:
         """Waits until the last checkpoint is written; nothing can be saved afterwards.

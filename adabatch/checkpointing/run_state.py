@@ -16,10 +16,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.checkpointing.differences import describe
+from adabatch.checkpointing.differences import Difference, Parameter, describe, refuse_order
 from adabatch.checkpointing.files import CheckpointError, Files, sealed
 from adabatch.checkpointing.plain import NotPlain, plain
 from adabatch.checkpointing.rank_states import state_of_rank, states_of_all
+from adabatch.checkpointing.settings import KeptSetting, Settings
 from adabatch.checkpointing.sharded_state import Shards, put_back, shapes_in, taken_apart, write_shards
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.compiled import uncompiled
@@ -60,6 +61,18 @@ class Snapshot(NamedTuple):
     contents: dict[str, Any]
     state: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+class Restored(NamedTuple):
+    """What a run that goes on from a checkpoint makes of settings other than those that were saved.
+
+    Args:
+        taken_over: those of this run, which hold from now on.
+        kept: those of the checkpoint.
+    """
+
+    taken_over: tuple[Difference, ...]
+    kept: tuple[KeptSetting, ...]
 
 
 class RunState:
@@ -105,7 +118,19 @@ class RunState:
 
     def describe(self) -> dict[str, Any]:
         """The run as the manifest says it."""
-        return describe(self._parts, world_size=self.collectives.size, sharded=self.sharded, config=self._config)
+        return describe(
+            self._parts,
+            world_size=self.collectives.size,
+            sharded=self.sharded,
+            parameters=self._parameters(),
+            config=self._config,
+        )
+
+    def _parameters(self) -> list[Parameter]:
+        """Those of the optimizer, in the order in which its state counts them."""
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        return [Parameter(names.get(id(p)), tuple(p.shape)) for group in groups for p in group["params"]]
 
     # --- taking and writing -----------------------------------------------------------------------------------------
 
@@ -216,16 +241,27 @@ class RunState:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, contents: Mapping[str, Any]) -> Restored:
         """Puts everything back as a checkpoint has it, the random numbers last, and cuts the journal to its place.
+
+        Settings that this run was built with are then put in force, where they are taken over.
+
+        Args:
+            path: the checkpoint.
+            contents: what its manifest says.
 
         Raises:
             ValueError: a model or an optimizer of another make than was saved, or what a part refuses.
         """
         state = torch.load(path / self._own_file(path), map_location="cpu", weights_only=True)
         self._check_model(path, state["model"])
+        settings = Settings(self._parts)
         if self._optimizer is not None:
             _check_groups(state["optimizer"]["param_groups"], self._optimizer)
+            refuse_order(contents, self._parameters())
+            settings.refuse(state)
+        if self._batches is not None:
+            self._batches.check_reference(state["batches"]["reference_batch_size"])
         for name, part in self._parts.items():
             if name == "model" and self.sharded:
                 assert self._host is not None
@@ -237,7 +273,11 @@ class RunState:
             elif name != "optimizer" or not self.sharded:
                 _inner(part).load_state_dict(state[name])
         restore_random_state(state["random"], self.collectives.rank, self._device)
+        restored = Restored(*settings.enforce(state))
+        if self._batches is not None:
+            self._batches.journal.run = contents.get("run", self._batches.journal.run)
         self.cut_journal()
+        return restored
 
     def _own_file(self, path: Path) -> str:
         """What this rank reads; of other workers' states than there are now, one of them."""

@@ -295,7 +295,9 @@ def _say(loaded: Loaded, batches: AdaptiveBatch, display: Display) -> None:
     """From where the run goes on, and what is not as it was."""
     display.say(f"going on from {loaded.path} at {batches.consumed.examples:,} examples")
     for difference in loaded.differences:
-        display.say(f"  {difference}")
+        # What became of these is told by the settings themselves: taken over, or, in the log, kept.
+        if not difference.name.startswith(("config.optimizer.", "config.seed")):
+            display.say(f"  {difference}")
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from support.loops import lines, loss_of, network, regression, weights
+from support.loops import journal_text, lines, loss_of, network, regression, weights
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import TensorDataset
@@ -142,7 +142,7 @@ def test_a_run_that_is_saved_and_loaded_equals_one_that_was_not(tmp_path: Path, 
     train(second)
     same(whole, second)
     assert torch.equal(torch.rand(3), after)
-    assert (tmp_path / "whole/journal.jsonl").read_bytes() == (tmp_path / "parts/journal.jsonl").read_bytes()
+    assert journal_text(tmp_path / "whole/journal.jsonl") == journal_text(tmp_path / "parts/journal.jsonl")
     assert not lines(tmp_path / "parts/journal.jsonl")[4]["applied"]
 
 
