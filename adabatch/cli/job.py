@@ -252,8 +252,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     )
     with Preemption(batches) as preemption, checkpoints:
         if not saving.resume:
-            batches.journal.cut(0)
-        elif (loaded := checkpoints.load()) is not None:
+            checkpoints.start_over()
+        elif (loaded := checkpoints.load(missing_ok=True)) is not None:
             _say(loaded, batches, display)
         began = time.perf_counter()
         watch = nullcontext() if job.hang_timeout is None else Watchdog(batches, timeout=job.hang_timeout)

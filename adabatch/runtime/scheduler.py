@@ -212,7 +212,7 @@ class ProgressLR(LRScheduler):
             )
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["initial_lr"] = rate
-        self.base_lrs = rates
+        self.base_lrs = [*rates]
         self._write()
 
     def step(self, epoch: int | None = None) -> None:
