@@ -20,6 +20,7 @@ from adabatch.batch.schedules import Constant, LinearRamp, Schedule, Seesaw, Sta
 from adabatch.checkpointing.checkpoints import Checkpoints, Loaded, load, save
 from adabatch.checkpointing.differences import Difference
 from adabatch.checkpointing.files import CheckpointError
+from adabatch.checkpointing.settings import KeptSetting
 from adabatch.guards.drift import RanksDrifted
 from adabatch.guards.preemption import EXIT_PREEMPTED, Preemption
 from adabatch.guards.watchdog import EXIT_RANK_LOST, RankLost, Watchdog
@@ -63,6 +64,7 @@ __all__ = [
     "Goodput",
     "GradientMoments",
     "InnerProductTest",
+    "KeptSetting",
     "Limits",
     "LinearRamp",
     "Loaded",

@@ -251,6 +251,7 @@ class AdaptiveBatch:
         self._state = ControlState()
         self._plan = self._first_plan()
         self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
+        self._reference_given = reference_batch_size is not None
         warn_without_room(optimizer, followers, self._limits.at(self._consumed)[1] / self._reference)
         self._step: Step | None = None  # the one under way, until it is decided
         self._update: _Update | None = None  # the one that its end prepared, until it is done
@@ -700,13 +701,14 @@ class AdaptiveBatch:
         """Restores a run, also one with other ranks, micro-batches or limits: the batch size stays as near as it can.
 
         Raises:
-            ValueError: a state of a newer format.
+            ValueError: a state of a newer format, or of another reference batch size than this run was given.
         """
         if state["format"] > STATE_FORMAT:
             raise ValueError(
                 f"the batch state was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: "
                 f"upgrade adabatch"
             )
+        self.check_reference(state["reference_batch_size"])
         self._progress = self._resumed(Progress(**state["progress"]))
         self._consumed = self._resumed(Progress(**state["consumed"]))
         self._state = ControlState.from_state_dict(state["control"])
@@ -724,6 +726,18 @@ class AdaptiveBatch:
         self._update = None
         self._just_loaded = True
         self._tell_engine()
+
+    def check_reference(self, saved: int) -> None:
+        """That a run which was given a reference batch size goes on from one with the same.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        if self._reference_given and self._reference != saved:
+            raise ValueError(
+                f"the run was saved with reference_batch_size={saved}, this one was built with {self._reference}: its "
+                f"learning rate would jump; resume with {saved} or leave it out, and change the learning rate instead"
+            )
 
     def remove(self) -> None:
         """Takes every hook off model and optimizer; the object is not usable afterwards."""

@@ -1,26 +1,9 @@
-"""Writing beside the training: a copy of a state on the CPU, and one thread at a time that works on it."""
+"""Writing beside the training: one thread at a time, and what went wrong in it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from torch import Tensor
-
-
-def copied(state: Any) -> Any:
-    """A state dict whose tensors are copies on the CPU, so that training may go on and change the originals.
-
-    DTensors stay DTensors, of the same shards. What is neither a tensor nor a container of some is taken as it is.
-    """
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, Mapping):
-        return {key: copied(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [copied(value) for value in state] if isinstance(state, list) else tuple(copied(v) for v in state)
-    return state
+from collections.abc import Callable
 
 
 class Background:

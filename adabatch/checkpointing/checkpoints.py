@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,13 +17,26 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.plan import Duration
 from adabatch.checkpointing.background import Background
 from adabatch.checkpointing.differences import Difference, differences, refuse
-from adabatch.checkpointing.files import CheckpointError, abandon, begin, finish, place_of
+from adabatch.checkpointing.files import (
+    CheckpointError,
+    abandon,
+    begin,
+    checkpoints_in,
+    finish,
+    is_checkpoint,
+    place_of,
+)
+from adabatch.checkpointing.lock import LOCK, FolderInUse, FolderLock, read_lock
 from adabatch.checkpointing.newest import newest_checkpoint
-from adabatch.checkpointing.run_state import RunState, Snapshot, Stateful
+from adabatch.checkpointing.plain import NotPlain
+from adabatch.checkpointing.run_state import Restored, RunState, Snapshot, Stateful
 from adabatch.checkpointing.save_times import SaveTimes
+from adabatch.checkpointing.settings import KeptSetting
 from adabatch.runtime.local_sgd import LocalSGD
 
 _log = logging.getLogger("adabatch")
+
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Loaded(NamedTuple):
@@ -29,13 +44,16 @@ class Loaded(NamedTuple):
 
     Args:
         path: the checkpoint that was loaded.
-        differences: what was otherwise when it was saved (batch, world size, config), and does no harm.
+        differences: what was otherwise when it was saved (batch, world size, config, settings that are taken over),
+            and is now as this run has it.
         damaged: why newer checkpoints could not be used.
+        kept: settings of this run that are not used, since those that were saved stand; also said in the log.
     """
 
     path: Path
     differences: tuple[Difference, ...]
     damaged: tuple[str, ...]
+    kept: tuple[KeptSetting, ...] = ()
 
 
 class Checkpoints:
@@ -53,8 +71,8 @@ class Checkpoints:
             checkpoints.step(now=True)
 
     Every rank makes the object and calls its methods. The first rank writes, or, of a model sharded by ``fully_shard``,
-    each rank its shards (``torch.distributed.checkpoint``). All ranks must see the same folder, and no other run may
-    write into it.
+    each rank its shards (``torch.distributed.checkpoint``). All ranks must see the same folder. One process at a time
+    writes into it: ``lock.json`` names that and the run, from the first ``load`` or ``save`` until ``close``.
 
     Args:
         folder: of the run's checkpoints.
@@ -120,6 +138,8 @@ class Checkpoints:
         self._keep = keep
         self._background = Background() if background else None
         self._damaged: set[Path] = set()
+        self._lock = FolderLock(self._folder)
+        self._trains = batches is not None or optimizer is not None
         self._times.listen(first=self._ranks.rank == 0)
 
     def step(self, *, now: bool = False) -> bool:
@@ -144,39 +164,83 @@ class Checkpoints:
         """Saves the run as it is between two steps.
 
         Raises:
-            CheckpointError: it could not be written, or the one before it, in the background; on all ranks.
+            CheckpointError: it could not be written, or the one before it, in the background; a part holds what could
+                not be read back, or the weights numbers that are not finite; the folder is another process's or another
+                run's. On all ranks.
             RuntimeError: a step is not at its end.
         """
-        steps = 0
+        steps, nonce = 0, 0
         if self._batches is not None:
             self._batches.settle(scaled=self._scaled)
             steps = self._batches.consumed.steps
         failure, number = self._waited(), 0
+        taken: Snapshot | None = None
+        try:
+            taken = self._run.take(copy=self._background is not None)
+        except (NotPlain, CheckpointError) as error:
+            failure = failure or error
         if failure is None and self._ranks.rank == 0:
             try:
-                number = begin(self._folder, steps)
-            except OSError as error:
+                self._begin_folder()
+                nonce = secrets.randbits(40)
+                number = begin(self._folder, steps, nonce)
+            except (OSError, CheckpointError) as error:
                 failure = error
-        place = place_of(self._folder, int(self._raise_together(failure, number)), steps)
-        taken = self._run.take(copy=self._background is not None)
+        number, nonce = map(int, self._raise_together(failure, number, nonce))
+        place = place_of(self._folder, number, steps, nonce)
         if self._background is None:
             self._raise_together(_failure_of(self._write, taken, place))
         elif taken is not None:
             self._background.run(lambda: self._write(taken, place), name="adabatch checkpoint")
         self._times.saved()
 
-    def load(self) -> Loaded | None:
-        """Goes on from the newest intact checkpoint, the same on all ranks; None where there is none at all.
+    def start_over(self) -> None:
+        """Begins a new run in the folder: the journal's lines go to its side file; the checkpoints that are there stay
+        until newer ones take their place.
+
+        Raises:
+            CheckpointError: the folder is another process's.
+        """
+        failure: Exception | None = None
+        try:
+            if self._ranks.rank == 0:
+                self._claim(self._own_run())
+            if self._batches is not None:
+                self._batches.journal.cut(0)
+        except (OSError, CheckpointError) as error:
+            failure = error
+        self._raise_together(failure)
+
+    def load(self, *, missing_ok: bool | None = None) -> Loaded | None:
+        """Goes on from the newest intact checkpoint, the same on all ranks.
 
         Damaged ones are passed over, and named in the log and in what is returned. The journal of the batches is cut to
         where the run stands, so that it grows into that of a run which was never interrupted.
 
+        Args:
+            missing_ok: return None where there is no checkpoint at all, rather than raise. By default that is so for a
+                run with ``batches``, whose first start finds none, and not for an evaluation.
+
         Raises:
-            ValueError: a checkpoint from which these parts and this data cannot go on, or of a later release.
-            CheckpointError: checkpoints are there, and all are damaged.
+            FileNotFoundError: no checkpoint at all, where that is an error.
+            ValueError: a checkpoint from which these parts and this data cannot go on, of another run than the folder's
+                or the journal's, or of a later release.
+            CheckpointError: checkpoints are there, and all are damaged; or the folder is another process's.
         """
+        failure: Exception | None = None
+        if self._ranks.rank == 0 and self._trains and self._folder.is_dir():
+            try:
+                self._claim(None)
+            except (OSError, CheckpointError) as error:
+                failure = error
+        self._raise_together(failure, doing="loaded from")
         found = newest_checkpoint(self._folder, self._ranks)
         if found is None:
+            if not (self._batches is not None if missing_ok is None else missing_ok):
+                raise FileNotFoundError(
+                    f"there is no checkpoint in {self._folder.absolute()}: check the path, or pass missing_ok=True to "
+                    f"go on with the parts as they are"
+                )
             self._run.cut_journal()
             return None
         self._damaged |= found.damaged.keys()
@@ -184,15 +248,26 @@ class Checkpoints:
             _log.warning("%s; going on from %s", problem, found.path.name)
         saved, now = found.manifest.contents, self._run.describe()
         refuse(saved, now)
-        failure = _failure_of(self._run.restore, found.path)
+        restored: Restored | None = None
+        try:
+            if self._ranks.rank == 0:
+                self._refuse_other_run(found.path, saved.get("run"))
+            restored = self._run.restore(found.path, saved)
+        except Exception as error:  # the other ranks must hear of any, before one of them leaves
+            failure = error
         if self._ranks.sum_of(failure is not None)[0] and failure is None:
             failure = CheckpointError(f"the checkpoint {found.path} could not be loaded by another rank")
         if failure is not None:
             raise failure
+        assert restored is not None
         self._times.loaded()
-        # The order takes over the saved seed: what this run was given is said before.
-        now = {**self._run.describe(), **({"data": now["data"]} if "data" in now else {})}
-        return Loaded(found.path, differences(saved, now), tuple(found.damaged.values()))
+        if self._lock.held:
+            self._claim(self._own_run())
+        if self._ranks.rank == 0:
+            for setting in restored.kept:
+                _log.warning("%s", setting)
+        differing = (*restored.taken_over, *differences(saved, self._run.describe()))
+        return Loaded(found.path, differing, tuple(found.damaged.values()), restored.kept)
 
     def close(self) -> None:
         """Waits until the last checkpoint is written; nothing can be saved afterwards.
@@ -204,7 +279,7 @@ class Checkpoints:
         try:
             self._raise_together(failure)
         finally:
-            self._run.release()
+            self._release()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -217,11 +292,77 @@ class Checkpoints:
             return
         # The other ranks may be anywhere: what is under way is finished, but nothing can be agreed on.
         failure = self._waited()
-        self._run.release()
+        self._release()
         if failure is not None:
             error.add_note(f"a checkpoint could not be written to {self._folder}: {failure}")
 
     # --- private ----------------------------------------------------------------------------------------------------
+
+    def _own_run(self) -> str | None:
+        """The token of this run; None where no batches say which it is."""
+        return None if self._batches is None else self._batches.journal.run
+
+    def _claim(self, run: str | None) -> None:
+        """Takes the folder for this process; on the first rank.
+
+        Raises:
+            FolderInUse, OSError: it cannot be had.
+        """
+        if is_checkpoint(self._folder):
+            return  # one checkpoint, to be read
+        try:
+            self._lock.claim(run)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:  # what can only be read nobody else writes beside us
+                raise
+            return
+        if self._batches is not None and self._batches.journal.guard is None:
+            self._batches.journal.guard = self._lock.check
+
+    def _begin_folder(self) -> None:
+        """Before the first checkpoint of an object is written, on the first rank.
+
+        Raises:
+            CheckpointError: the folder holds checkpoints of another run, or is another process's.
+        """
+        if self._lock.held:
+            return
+        mine, theirs = self._own_run(), read_lock(self._folder).run
+        if mine is not None and theirs not in (None, mine) and checkpoints_in(self._folder):
+            raise CheckpointError(
+                f"{self._folder} holds the checkpoints of run {theirs}, and this is run {mine}, which has loaded none "
+                f"of them: load() to go on with that run, start_over() to take its folder, or use another folder"
+            )
+        self._lock.claim(mine)
+        if self._batches is not None and self._batches.journal.guard is None:
+            self._batches.journal.guard = self._lock.check
+
+    def _refuse_other_run(self, path: Path, run: str | None) -> None:
+        """That a checkpoint is of the run whose folder and journal these are, as far as they say whose they are.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        if run is None or self._batches is None:
+            return
+        folder = None if is_checkpoint(self._folder) else read_lock(self._folder).run
+        if folder not in (None, run):
+            raise ValueError(
+                f"the checkpoint {path} is of run {run}, and its folder belongs to run {folder}: move it away, begin "
+                f"again with start_over(), or, to go on with run {run}, remove {self._folder / LOCK}"
+            )
+        written = self._batches.journal.last_run()
+        if written not in (None, run):
+            raise ValueError(
+                f"the checkpoint {path} is of run {run}, and the journal {self._batches.journal.path} was last written "
+                f"by run {written}: move the journal away, or give this run another one"
+            )
+
+    def _release(self) -> None:
+        self._run.release()
+        if self._batches is not None and self._batches.journal.guard == self._lock.check:
+            self._batches.journal.guard = None
+        self._lock.release()
 
     def _waited(self) -> Exception | None:
         return None if self._background is None else self._background.wait()
@@ -233,20 +374,22 @@ class Checkpoints:
         try:
             files = self._run.write(taken, place)
             if first:
-                finish(place, taken.contents, files, keep=self._keep, damaged=self._damaged)
+                finish(place, taken.contents, files, keep=self._keep, damaged=self._damaged, fence=self._lock.check)
         except Exception:
             if first:
                 abandon(place)
             raise
 
-    def _raise_together(self, failure: Exception | None, number: float = 0) -> float:
-        """Raises on all ranks what failed on one; returns the sum of the ranks' numbers."""
-        failed, number = self._ranks.sum_of(failure is not None, number)
+    def _raise_together(self, failure: Exception | None, *numbers: float, doing: str = "written to") -> list[float]:
+        """Raises on all ranks what failed on one; returns the sums of the ranks' numbers."""
+        failed, *sums = self._ranks.sum_of(failure is not None, *numbers)
+        if isinstance(failure, FolderInUse):
+            raise failure
         if failure is not None:
-            raise CheckpointError(f"a checkpoint could not be written to {self._folder}: {failure}") from failure
+            raise CheckpointError(f"a checkpoint could not be {doing} {self._folder}: {failure}") from failure
         if failed:
-            raise CheckpointError(f"a checkpoint could not be written to {self._folder} by another rank")
-        return number
+            raise CheckpointError(f"a checkpoint could not be {doing} {self._folder} by another rank")
+        return sums
 
 
 def save(folder: str | Path, *, model: nn.Module, keep: int = 3, **parts: Any) -> None:
@@ -266,19 +409,20 @@ def save(folder: str | Path, *, model: nn.Module, keep: int = 3, **parts: Any) -
         checkpoints.save()
 
 
-def load(folder: str | Path, *, model: nn.Module, **parts: Any) -> Loaded | None:
-    """Puts a run back to its newest intact checkpoint, the same on all ranks; None where there is none at all.
+def load(folder: str | Path, *, model: nn.Module, missing_ok: bool | None = None, **parts: Any) -> Loaded | None:
+    """Puts a run back to its newest intact checkpoint, the same on all ranks.
 
     Args:
         folder: of the run's checkpoints, or one of them.
         model: see ``Checkpoints``, as for all others.
+        missing_ok: return None where there is no checkpoint at all, as a run with ``batches`` does by default.
         parts: as for ``save``; those that are left out stay as they are.
 
     Raises:
-        ValueError, CheckpointError: as ``Checkpoints.load`` does.
+        FileNotFoundError, ValueError, CheckpointError: as ``Checkpoints.load`` does.
     """
     with Checkpoints(folder, model=model, **parts) as checkpoints:
-        return checkpoints.load()
+        return checkpoints.load(missing_ok=missing_ok)
 
 
 def _failure_of(action: Any, *arguments: Any) -> Exception | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.checkpointing.plain import plain
 from adabatch.runtime.data import GlobalOrder
 
 
@@ -30,8 +32,28 @@ class Difference(NamedTuple):
         return f"{self.name} was {self.saved!r} when the checkpoint was saved, and is {self.now!r} now"
 
 
+class Parameter(NamedTuple):
+    """A parameter of an optimizer.
+
+    Args:
+        name: in the model; None of one that is not in it.
+        shape: of the whole of it.
+    """
+
+    name: str | None
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name or 'one outside the model'} of shape {self.shape}"
+
+
 def describe(
-    parts: Mapping[str, Any], *, world_size: int, sharded: bool, config: Mapping[str, Any] | None
+    parts: Mapping[str, Any],
+    *,
+    world_size: int,
+    sharded: bool,
+    parameters: Sequence[Parameter],
+    config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """A run, as the manifest of a checkpoint says it: ready for JSON.
 
@@ -39,6 +61,7 @@ def describe(
         parts: what is saved, by name.
         world_size: ranks that see different data.
         sharded: whether model and optimizer are.
+        parameters: of the optimizer, in its order.
         config: whatever the run calls its settings.
     """
     batches, order = parts.get("batches"), parts.get("order")
@@ -46,15 +69,18 @@ def describe(
         "parts": {name: type(part).__name__ for name, part in parts.items()},
         "sharded": sharded,
         "world_size": world_size,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
+        "parameters": [list(parameter) for parameter in parameters],
     }
     if isinstance(batches, AdaptiveBatch):
         said |= {"batch": {**asdict(batches.plan), "global_batch_size": batches.plan.global_batch_size}}
         said |= {"steps": batches.consumed.steps, "examples": batches.consumed.examples}
+        said |= {"run": batches.journal.run}
     if isinstance(order, GlobalOrder):
         place = order.state_dict()
         said["data"] = {name: place[name] for name in ("length", "order", "seed")}
-    return said | ({} if config is None else {"config": _flat(config)})
+    numbers: dict[str, Any] = plain(said, "manifest")
+    return numbers | ({} if config is None else {"config": _flat(config)})
 
 
 def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -87,10 +113,32 @@ def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_order(saved: Mapping[str, Any], parameters: Sequence[Parameter]) -> None:
+    """Raises where an optimizer's state belongs to other parameters than its place among them says.
+
+    Args:
+        saved: description of the run that saved; older ones do not name the parameters, and are let pass.
+        parameters: of the optimizer that loads, in its order.
+
+    Raises:
+        ValueError: names the first parameter that is another one.
+    """
+    before = [Parameter(name, tuple(shape)) for name, shape in saved.get("parameters", ())]
+    if len(before) != len(parameters):
+        return  # also where one of them has no optimizer; groups of other sizes are refused by their number
+    for index, (was, now) in enumerate(zip(before, parameters, strict=True)):
+        named = was.name is not None and now.name is not None
+        if was.shape != now.shape or (named and was.name != now.name):
+            raise ValueError(
+                f"the optimizer's parameter {index} was {was} when the checkpoint was saved, and is {now} now, and its "
+                f"state goes by that place: give the optimizer the parameters in the order in which the saving run did"
+            )
+
+
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Difference, ...]:
     """What else is not as it was: allowed, and worth knowing."""
     before, after = _flat(saved), _flat(now)
-    ignored = ("steps", "examples")
+    ignored = ("steps", "examples", "run", "parameters", "data.seed")  # the seed is one of the settings
     names = [name for name in {**before, **after} if name not in ignored and before.get(name) != after.get(name)]
     return tuple(Difference(name, before.get(name), after.get(name)) for name in names)
 
@@ -104,7 +152,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif isinstance(value, list | tuple):
             flat[f"{prefix}{key}"] = str(list(value))
         else:
-            plain = value is None or isinstance(value, bool | int | str)
+            value = value.item() if isinstance(value, np.generic) else value
+            simple = value is None or isinstance(value, bool | int | str)
             finite = isinstance(value, float) and math.isfinite(value)
-            flat[f"{prefix}{key}"] = value if plain or finite else str(value)
+            flat[f"{prefix}{key}"] = value if simple or finite else str(value)
     return flat

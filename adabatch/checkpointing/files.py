@@ -12,18 +12,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
 CHECKPOINT_FORMAT = 1
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
 
+_log = logging.getLogger("adabatch")
+
 _NAME = re.compile(r"(\d{6,})-step-\d+")
+_BEING_WRITTEN = re.compile(rf"\d{{6,}}-step-\d+(\.[0-9a-f]+)?{re.escape(UNFINISHED)}")
 
 
 Files: TypeAlias = Mapping[str, tuple[int, str]]
@@ -58,35 +63,59 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
     """The finished checkpoints of a folder by their number, the newest first; whether they are intact is not said.
 
     A folder that is a checkpoint itself holds that one.
+
+    Raises:
+        CheckpointError: two of one number, of which nobody knows the right one.
     """
     if not folder.is_dir():
         return {}
-    places = [folder] if _NAME.fullmatch(folder.name) else folder.iterdir()
-    found = {int(match[1]): path for path in places if (match := _NAME.fullmatch(path.name)) and path.is_dir()}
+    found: dict[int, Path] = {}
+    for path in [folder] if is_checkpoint(folder) else sorted(folder.iterdir()):
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
+            other = found.setdefault(int(match[1]), path)
+            if other != path:
+                raise CheckpointError(
+                    f"{folder} holds two checkpoints of number {int(match[1])}, {other.name} and {path.name}, of which "
+                    f"one is no checkpoint of this run: move it away"
+                )
     return dict(sorted(found.items(), reverse=True))
 
 
-def begin(folder: Path, steps: int) -> int:
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path has the name of a checkpoint, and is no folder of such."""
+    return _NAME.fullmatch(path.name) is not None
+
+
+def begin(folder: Path, steps: int, nonce: int = 0) -> int:
     """Makes an empty ``place_of`` the next checkpoint, and returns its number; what others left unfinished is removed.
 
     Args:
         folder: of the run's checkpoints; made where it is missing.
         steps: of the run so far.
+        nonce: as for ``place_of``.
 
     Raises:
         OSError: the folder cannot be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(f"*{UNFINISHED}"):
-        shutil.rmtree(path)
-    number = max(checkpoints_in(folder), default=0) + 1
-    place_of(folder, number, steps).mkdir()
+    number = 1
+    for path in folder.iterdir():
+        if _BEING_WRITTEN.fullmatch(path.name):
+            _remove(path)
+        elif match := _NAME.fullmatch(path.name):  # a file of that name too is in the way
+            number = max(number, int(match[1]) + 1)
+    place_of(folder, number, steps, nonce).mkdir()
     return number
 
 
-def place_of(folder: Path, number: int, steps: int) -> Path:
-    """Where a checkpoint is written before it is finished."""
-    return folder / f"{number:06d}-step-{steps}{UNFINISHED}"
+def place_of(folder: Path, number: int, steps: int, nonce: int = 0) -> Path:
+    """Where a checkpoint is written before it is finished.
+
+    Args:
+        nonce: a number that no other writer has, so that two never write into one place; 0 where there is one writer.
+    """
+    mark = f".{nonce:x}" if nonce else ""
+    return folder / f"{number:06d}-step-{steps}{mark}{UNFINISHED}"
 
 
 def sealed(unfinished: Path, pattern: str = "**/*") -> Files:
@@ -104,8 +133,26 @@ def sealed(unfinished: Path, pattern: str = "**/*") -> Files:
     return files
 
 
+def _remove(path: Path) -> None:
+    """Removes what is at a path; of a link the link, and not what it points to.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
 def finish(
-    unfinished: Path, contents: Mapping[str, Any], files: Files, *, keep: int, damaged: Collection[Path] = ()
+    unfinished: Path,
+    contents: Mapping[str, Any],
+    files: Files,
+    *,
+    keep: int,
+    damaged: Collection[Path] = (),
+    fence: Callable[[], None] = lambda: None,
 ) -> Path:
     """Makes a checkpoint of what was written to its place; returns where it is now.
 
@@ -115,6 +162,7 @@ def finish(
         files: all of them, as ``sealed`` gave them.
         keep: how many checkpoints stay, this one among them.
         damaged: checkpoints that are known to be of no use, and do not count.
+        fence: called before the checkpoint is put in place; raises where this process may not write any more.
 
     Raises:
         OSError: the disk is full or fails.
@@ -126,10 +174,14 @@ def finish(
         os.fsync(file.fileno())
     for path in [*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished]:
         _sync_folder(path)
-    finished = unfinished.with_name(unfinished.name.removesuffix(UNFINISHED))
+    finished = unfinished.with_name(unfinished.name.partition(".")[0])
+    fence()
     unfinished.rename(finished)
     _sync_folder(finished.parent)
-    _prune(finished.parent, keep, damaged)
+    try:
+        _prune(finished.parent, keep, damaged)
+    except (OSError, CheckpointError) as error:  # the new one is in place, and that is what was asked for
+        _log.warning("checkpoints older than %s could not be removed: %s", finished, error)
     return finished
 
 
@@ -174,14 +226,29 @@ def _read_manifest(path: Path) -> Manifest:
         raise Damaged(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from error
     if rest != hashlib.sha256(line).hexdigest().encode() + b"\n":
         raise Damaged(f"{path}: {MANIFEST} does not match its own checksum")
-    manifest = json.loads(line)
-    if manifest["format"] > CHECKPOINT_FORMAT:
-        raise NewerFormat(
-            f"the checkpoint {path} has format {manifest['format']}, this version reads up to {CHECKPOINT_FORMAT}: "
-            f"upgrade adabatch"
-        )
-    files = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
-    return Manifest(manifest["contents"], files)
+    try:
+        manifest = json.loads(line)
+        number = manifest["format"]
+        if not isinstance(number, int) or number < 1:
+            raise TypeError(f"its format is {number!r}")
+        if number > CHECKPOINT_FORMAT:
+            raise NewerFormat(
+                f"the checkpoint {path} has format {number}, this version reads up to {CHECKPOINT_FORMAT}: upgrade "
+                f"adabatch"
+            )
+        files = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
+        contents = manifest["contents"]
+        if not isinstance(contents, dict):
+            raise TypeError("its contents are no object")
+        for name, (size, digest) in files.items():
+            inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+            if not (inside and isinstance(size, int) and isinstance(digest, str)):
+                raise TypeError(f"its entry for {name!r} is no file of a checkpoint with a size and a checksum")
+    except NewerFormat:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path}: {MANIFEST} matches its checksum, and is no manifest of a checkpoint: {error}") from None
+    return Manifest(contents, files)
 
 
 def _prune(folder: Path, keep: int, damaged: Collection[Path]) -> None:
@@ -192,7 +259,8 @@ def _prune(folder: Path, keep: int, damaged: Collection[Path]) -> None:
             # Renamed first: a kill in the middle must not leave what looks like a damaged checkpoint.
             doomed = path.with_name(path.name + UNFINISHED)
             path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            with suppress(OSError):
+                _remove(doomed)
         good += path not in damaged
 
 

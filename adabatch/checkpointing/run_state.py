@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,18 +12,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.checkpointing.background import copied
-from adabatch.checkpointing.differences import describe
-from adabatch.checkpointing.files import Files, sealed
+from adabatch.checkpointing.differences import Difference, Parameter, describe, refuse_order
+from adabatch.checkpointing.files import CheckpointError, Files, sealed
+from adabatch.checkpointing.plain import NotPlain, plain
 from adabatch.checkpointing.rank_states import state_of_rank, states_of_all
+from adabatch.checkpointing.settings import KeptSetting, Settings
 from adabatch.checkpointing.sharded_state import Shards, put_back, shapes_in, taken_apart, write_shards
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.fsdp2 import is_sharded
+from adabatch.runtime.fsdp2 import is_sharded, own_piece
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.random_state import random_state, restore_random_state
 
@@ -59,6 +63,18 @@ class Snapshot(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+class Restored(NamedTuple):
+    """What a run that goes on from a checkpoint makes of settings other than those that were saved.
+
+    Args:
+        taken_over: those of this run, which hold from now on.
+        kept: those of the checkpoint.
+    """
+
+    taken_over: tuple[Difference, ...]
+    kept: tuple[KeptSetting, ...]
+
+
 class RunState:
     """The parts of a run that are saved together.
 
@@ -93,6 +109,7 @@ class RunState:
         self.collectives = collectives_of(parts["model"]) if workers is None else workers.collectives
         # Under local SGD every rank has parts of its own.
         self._apart = workers is not None and self.collectives.size > 1
+        self._was_read = False  # the first of a run's checkpoints is read back
         self._host = HostGroup(self.collectives) if self.sharded or self._apart else None
         self._device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
         # A loader stands at a place of its own on each rank; a GlobalOrder has one for all.
@@ -101,7 +118,19 @@ class RunState:
 
     def describe(self) -> dict[str, Any]:
         """The run as the manifest says it."""
-        return describe(self._parts, world_size=self.collectives.size, sharded=self.sharded, config=self._config)
+        return describe(
+            self._parts,
+            world_size=self.collectives.size,
+            sharded=self.sharded,
+            parameters=self._parameters(),
+            config=self._config,
+        )
+
+    def _parameters(self) -> list[Parameter]:
+        """Those of the optimizer, in the order in which its state counts them."""
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        return [Parameter(names.get(id(p)), tuple(p.shape)) for group in groups for p in group["params"]]
 
     # --- taking and writing -----------------------------------------------------------------------------------------
 
@@ -110,11 +139,24 @@ class RunState:
 
         Args:
             copy: on the CPU, so that the training may go on; else it shares the run's tensors.
+
+        Raises:
+            NotPlain: on some rank, after all exchanges; a part whose state could not be read back.
+            CheckpointError: so too; weights that are not finite.
         """
         own = random_state(self._device).to(self.collectives.device)
         state: dict[str, Any] = {"random": self.collectives.gather(own).cpu()}
+        failure: NotPlain | None = None
         if self._loader is not None:
-            state["order"] = states_of_all(self._loader.state_dict(), self.collectives, name="order")
+            mine = None
+            try:
+                mine = plain(self._loader.state_dict(), "order")
+            except NotPlain as error:  # after the exchange, for which the other ranks wait
+                failure = error
+            state["order"] = states_of_all(mine, self.collectives, name="order")
+        if failure is not None:
+            raise failure
+        self._check_finite()
         if self.collectives.rank > 0 and not (self.sharded or self._apart):
             return None
         tensors: dict[str, Tensor] = {}
@@ -124,7 +166,27 @@ class RunState:
         for name, part in self._parts.items():
             if name not in state:
                 state[name] = _inner(part).state_dict()
-        return Snapshot(self.describe(), copied(state) if copy else state, copied(tensors) if copy else tensors)
+        state = {name: plain(value, name, copy=copy) for name, value in state.items()}
+        return Snapshot(self.describe(), state, plain(tensors, copy=copy))
+
+    def _check_finite(self) -> None:
+        """That this rank's trained weights are finite: a checkpoint of others takes the place of one that is of use.
+
+        Raises:
+            CheckpointError: names one that is not.
+        """
+        pieces: dict[str, Tensor] = {}
+        for name, parameter in self._model.named_parameters():
+            piece = own_piece(parameter.detach())[0]
+            if parameter.requires_grad and piece.numel() and (piece.is_floating_point() or piece.is_complex()):
+                pieces[name] = piece
+        if not pieces or torch.isfinite(get_total_norm(list(pieces.values()), norm_type=math.inf)):
+            return
+        bad = next((name for name, piece in pieces.items() if not torch.isfinite(piece).all()), "a parameter")
+        raise CheckpointError(
+            f"{bad} holds numbers that are not finite, and going on from them would be of no use: the checkpoints that "
+            f"are there stay; resume from the newest with a smaller learning rate"
+        )
 
     def write(self, taken: Snapshot, place: Path) -> Files:
         """Writes this rank's files, and on the first rank returns those of all; may run beside the training.
@@ -136,17 +198,37 @@ class RunState:
         if first and self._batches is not None:
             self._batches.journal.sync()  # no checkpoint may know of steps that the journal can still lose
         if self._host is None:
-            return write_state(taken.state, place)
+            return self._written_and_read(taken.state, place)
         # Nobody may wait for a rank that failed: before each exchange a failure is kept, and then said to all.
         if self._apart:
-            written = self._heard(_tried(lambda: write_state(taken.state, place, rank=self.collectives.rank)))
+            rank = self.collectives.rank
+            written = self._heard(_tried(lambda: self._written_and_read(taken.state, place, rank)))
             return {name: entry for files in written for name, entry in files.items()}
-        heard = self._heard(_tried(lambda: write_state(taken.state, place) if first else {}))
+        heard = self._heard(_tried(lambda: self._written_and_read(taken.state, place) if first else {}))
         write_shards(place / SHARDS, taken.tensors, self._host.group)
         # torch names the files of rank r __r_0.distcp and so on, and the first rank writes .metadata.
         patterns = [f"{SHARDS}/__{self.collectives.rank}_*", *([f"{SHARDS}/.*"] if first else [])]
-        own = _tried(lambda: {name: entry for pattern in patterns for name, entry in sealed(place, pattern).items()})
-        return {name: entry for files in [*heard, *self._heard(own)] for name, entry in files.items()}
+
+        def own() -> Files:
+            if first and not self._was_read:
+                shapes_in(place / SHARDS)
+            return {name: entry for pattern in patterns for name, entry in sealed(place, pattern).items()}
+
+        files = {name: entry for files in [*heard, *self._heard(_tried(own))] for name, entry in files.items()}
+        self._was_read = True
+        return files
+
+    def _written_and_read(self, state: dict[str, Any], place: Path, rank: int = 0) -> Files:
+        """Writes this rank's file, and once per run reads it as a resumed run will."""
+        files = write_state(state, place, rank=rank)
+        if not self._was_read:
+            # Mapped: the tensors, whose bytes are checked by their digest, are not read.
+            try:
+                torch.load(place / _state_file(rank), map_location="cpu", weights_only=True, mmap=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                raise CheckpointError(f"what was written cannot be read back: {str(error).splitlines()[0]}") from error
+            self._was_read = not self.sharded
+        return files
 
     def _heard(self, own: Files | str) -> list[Files]:
         """The files of all ranks; raises on all where one could not write."""
@@ -159,16 +241,27 @@ class RunState:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, contents: Mapping[str, Any]) -> Restored:
         """Puts everything back as a checkpoint has it, the random numbers last, and cuts the journal to its place.
+
+        Settings that this run was built with are then put in force, where they are taken over.
+
+        Args:
+            path: the checkpoint.
+            contents: what its manifest says.
 
         Raises:
             ValueError: a model or an optimizer of another make than was saved, or what a part refuses.
         """
         state = torch.load(path / self._own_file(path), map_location="cpu", weights_only=True)
         self._check_model(path, state["model"])
+        settings = Settings(self._parts)
         if self._optimizer is not None:
             _check_groups(state["optimizer"]["param_groups"], self._optimizer)
+            refuse_order(contents, self._parameters())
+            settings.refuse(state)
+        if self._batches is not None:
+            self._batches.check_reference(state["batches"]["reference_batch_size"])
         for name, part in self._parts.items():
             if name == "model" and self.sharded:
                 assert self._host is not None
@@ -180,7 +273,11 @@ class RunState:
             elif name != "optimizer" or not self.sharded:
                 _inner(part).load_state_dict(state[name])
         restore_random_state(state["random"], self.collectives.rank, self._device)
+        restored = Restored(*settings.enforce(state))
+        if self._batches is not None:
+            self._batches.journal.run = contents.get("run", self._batches.journal.run)
         self.cut_journal()
+        return restored
 
     def _own_file(self, path: Path) -> str:
         """What this rank reads; of other workers' states than there are now, one of them."""

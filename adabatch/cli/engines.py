@@ -27,8 +27,12 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 class Saving(Protocol):
     """What a job needs of checkpoints."""
 
-    def load(self) -> Loaded | None:
+    def load(self, *, missing_ok: bool | None = None) -> Loaded | None:
         """Goes on from what is there."""
+        ...
+
+    def start_over(self) -> None:
+        """Begins a new run, whatever is there."""
         ...
 
     def step(self, *, now: bool = False) -> bool:

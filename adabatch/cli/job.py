@@ -252,8 +252,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     )
     with Preemption(batches) as preemption, checkpoints:
         if not saving.resume:
-            batches.journal.cut(0)
-        elif (loaded := checkpoints.load()) is not None:
+            checkpoints.start_over()
+        elif (loaded := checkpoints.load(missing_ok=True)) is not None:
             _say(loaded, batches, display)
         began = time.perf_counter()
         watch = nullcontext() if job.hang_timeout is None else Watchdog(batches, timeout=job.hang_timeout)
@@ -295,7 +295,9 @@ def _say(loaded: Loaded, batches: AdaptiveBatch, display: Display) -> None:
     """From where the run goes on, and what is not as it was."""
     display.say(f"going on from {loaded.path} at {batches.consumed.examples:,} examples")
     for difference in loaded.differences:
-        display.say(f"  {difference}")
+        # What became of these is told by the settings themselves: taken over, or, in the log, kept.
+        if not difference.name.startswith(("config.optimizer.", "config.seed")):
+            display.say(f"  {difference}")
 
 
 @torch.no_grad()

@@ -111,6 +111,10 @@ class ProgressLR(LRScheduler):
         clock: "total" counts progress in the unit of the total. "gain" counts gain-steps towards a total in any unit:
             each step advances the shape by what it is worth, and no number of steps need be known.
 
+    Attributes:
+        built_lrs: the base LRs that the optimizer was built with, one a group; by them a resumed run knows whether its
+            user has changed them.
+
     Raises:
         ValueError: a total of no length, a warm-up not shorter than the total, a total in examples or tokens where
             nobody counts those, a learning rate that is not finite, or that the optimizer sets itself (``lr=None``), or
@@ -170,6 +174,7 @@ class ProgressLR(LRScheduler):
             self._num_groups = [len(one.param_groups) for one in each_of(optimizer)]
             take_over(self, each_of(optimizer), kind="ProgressLR")
         super().__init__(optimizer)
+        self.built_lrs = [float(base) for base in self.base_lrs]
 
     @property
     def warmup(self) -> Duration | None:
@@ -265,6 +270,25 @@ class ProgressLR(LRScheduler):
         self._clock = clock
         self._write()
 
+    def set_base_lrs(self, base_lrs: Sequence[float]) -> None:
+        """Changes the base LRs of a run under way, and writes the rates of the next update.
+
+        Args:
+            base_lrs: one for each parameter group.
+
+        Raises:
+            ValueError: another number of rates than of groups, or one that is not finite.
+        """
+        rates = [float(rate) for rate in base_lrs]
+        if len(rates) != len(self.optimizer.param_groups) or not all(map(math.isfinite, rates)):
+            raise ValueError(
+                f"base_lrs must be {len(self.optimizer.param_groups)} finite rate(s), one for each group, got {rates}"
+            )
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate
+        self.base_lrs = [*rates]
+        self._write()
+
     def step(self, epoch: int | None = None) -> None:
         """Writes the rates of the next update: after ``optimizer.step()``, or where a step was left without one."""
         self._check_in_place()
@@ -291,6 +315,7 @@ class ProgressLR(LRScheduler):
         return {
             "format": STATE_FORMAT,
             "base_lrs": [float(base) for base in self.base_lrs],
+            "built_lrs": self.built_lrs,
             "shape": self.shape.to_dict(),
             "total": [total.count, str(total.unit)],
             "warmup": None if warmup is None else [warmup.count, warmup.unit],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.loops import lines, loss_of, network, regression
+from support.loops import journal_text, lines, loss_of, network, regression
 from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -131,7 +131,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_goes_on_with_more_and_fewer_
         equal(at_save, at_load)
         equal(end, again)
         assert not differences
-    assert (tmp_path / "whole/journal.jsonl").read_bytes() == (tmp_path / "same/journal.jsonl").read_bytes()
+    assert journal_text(tmp_path / "whole/journal.jsonl") == journal_text(tmp_path / "same/journal.jsonl")
     for size in (1, 3):
         other = f"{size}"
         shutil.copytree(tmp_path / "whole", tmp_path / other)
@@ -189,7 +189,7 @@ def test_a_loader_of_ones_own_is_saved_for_each_rank_and_wants_as_many_again(tmp
     run_ranks(by_loader, 2, tmp_path, tmp_path / "parts", 4)
     assert run_ranks(by_loader, 2, tmp_path, tmp_path / "parts", 9) == whole
     assert whole[1][0] == 2 * whole[0][0] > 0
-    journals = [(tmp_path / name / "run/journal.jsonl").read_bytes() for name in ("whole", "parts")]
+    journals = [journal_text(tmp_path / name / "run/journal.jsonl") for name in ("whole", "parts")]
     assert journals[0] == journals[1]
     for _, said in run_ranks(by_loader, 3, tmp_path, tmp_path / "parts", 9):
         assert "order was saved with a state for each of 2 rank(s), and there are 3" in said

@@ -28,6 +28,7 @@ from adabatch import NormTest, Observation
 from adabatch.batch.needs import Needs
 from adabatch.checkpointing.files import UNFINISHED, checkpoints_in
 from adabatch.cli.main import main
+from support.loops import journal_text
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PRELOADED = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main"]
@@ -191,7 +192,7 @@ class Ended(NamedTuple):
     """
 
     state: dict[str, Any]
-    journal: bytes
+    journal: str
     given: dict[tuple[int, int], list[int]]
 
 
@@ -208,7 +209,7 @@ def ended(folder: Path) -> Ended:
             key = (told["end"], told["rank"])
             assert given.setdefault(key, told["given"]) == told["given"], f"step to {key[0]}, rank {key[1]}"
     state = torch.load(newest / "state.pt", weights_only=True)
-    return Ended(state, (folder / "run" / "journal.jsonl").read_bytes(), given)
+    return Ended(state, journal_text(folder / "run" / "journal.jsonl"), given)
 
 
 def same(one: Any, two: Any) -> bool:

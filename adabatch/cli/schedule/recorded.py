@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from adabatch.batch.plan import Duration, Progress
 from adabatch.checkpointing.newest import newest_checkpoint
 from adabatch.checkpointing.run_state import STATE
-from adabatch.journal import LINE_FORMAT
+from adabatch.journal import LINE_FORMAT, OneRun
 from adabatch.lr.rules import NOISE_RULES, LRRule, lr_factor
 from adabatch.lr.shapes import Shape
 from adabatch.runtime.collectives import Collectives
@@ -175,7 +175,8 @@ def read_recorded(run: Path) -> Recorded:
     """The applied steps of a run, given its folder or its journal.
 
     Raises:
-        ValueError: no journal, one that is damaged before its last line, of another format, or without applied steps.
+        ValueError: no journal, one that is damaged before its last line, of another format, of two runs, with a step
+            that is there twice, or without applied steps.
     """
     path = journal_of(run)
     rows: list[tuple[float, ...]] = []
@@ -250,7 +251,7 @@ def reference_of(recorded: Recorded, saved: Saved | None) -> float:
 
 def _entries(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The lines with their numbers; the last may be unfinished, and is left out then."""
-    damaged = ""
+    damaged, run = "", OneRun(str(path))
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, 1):
             if not text.strip():
@@ -269,6 +270,7 @@ def _entries(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     f"{path}, line {number}, has format {entry.get('format')!r}, this version of adabatch reads "
                     f"format {LINE_FORMAT}: use the version that wrote it"
                 )
+            run.see(number, entry)
             yield number, entry
 
 

@@ -103,6 +103,16 @@ def slurm_claim(environment: Environment) -> Claim | None:
     return claim._replace(address=f"{host}:{port}")
 
 
+def job_named(environment: Environment) -> str | None:
+    """The launcher's name for a job that it starts again, the same after a restart; None where it has none.
+
+    torchrun's is ``--rdzv-id``, and "none" unless that is given; Slurm's is the job's number, also after a requeue.
+    """
+    names = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
+    found = [f"{name}={environment[name]}" for name in names if environment.get(name, "none") not in ("", "none")]
+    return " ".join(found) or None
+
+
 def first_host(nodes: str) -> str:
     """First host of a node list as Slurm writes it: "gpu[07-09,12],cpu1" -> "gpu07"."""
     found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)

@@ -14,13 +14,18 @@ from typing import Literal, cast, get_args
 import torch
 import torch.distributed as dist
 
-from adabatch.runtime.launch.launchers import BY_HAND, MPI, Claim, mpi_claim, slurm_claim, torch_claim
+from adabatch.runtime.launch.launchers import BY_HAND, MPI, Claim, job_named, mpi_claim, slurm_claim, torch_claim
 from adabatch.runtime.launch.mpi import Communicator, abort_at_exit, world_communicator
 from adabatch.runtime.launch.mpi_group import BACKEND as MPI_BACKEND
 from adabatch.runtime.launch.mpi_group import connect
 
 Backend = Literal["nccl", "gloo", "mpi4py"]
 """What carries the collectives: torch.distributed's own two, or MPI."""
+
+
+def launcher_job(environment: Mapping[str, str] | None = None) -> str | None:
+    """What the launcher calls the job of this process, the same after a restart; None where it has no name for it."""
+    return job_named(os.environ if environment is None else environment)
 
 
 @dataclass(frozen=True, kw_only=True)
