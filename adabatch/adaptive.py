@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, Reason, decide
+from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, decide
 from adabatch.batch.criteria import Criterion, DecaysLR, Observation
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
@@ -57,7 +57,8 @@ from adabatch.validation import (
     warn_without_room,
 )
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
+"""Format 1 held averages of all probes; 2 holds the last probes one by one. Both are read."""
 
 STRANGE_UPDATES = 3
 """Updates of a run whose ``steps()`` was never called, after which it says so."""
@@ -103,7 +104,8 @@ class AdaptiveBatch:
         limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
             accumulate; by default it stays as it is.
-        control: how cautiously the criterion is followed.
+        control: how cautiously the criterion is followed; by default the batch grows and shrinks, and waits for the
+            end of the schedule's warm-up before it grows.
         lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain" or "sqrt_gain". By default
             "sqrt" for ``KFAC`` and ``Shampoo``, for which nobody has derived a rule and this one is in use (arXiv
             2602.03001), "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule, whose decay of the learning rate
@@ -249,6 +251,7 @@ class AdaptiveBatch:
         self._progress = Progress(tokens=tokens, gain_steps=0.0 if in_noise else None)
         self._consumed = self._progress
         self._state = ControlState()
+        self._hold_until: Duration | None = None
         self._plan = self._first_plan()
         self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
         self._reference_given = reference_batch_size is not None
@@ -349,6 +352,19 @@ class AdaptiveBatch:
     def votes(self) -> Votes:
         """Whether the ranks stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
         return self._votes
+
+    def hold_growth_until(self, duration: Duration | None) -> None:
+        """Lets the batch not grow before so much of the run is over, where its ``Control`` names no length itself.
+
+        A ``ProgressLR`` with a warm-up says so by itself: noise and signal of the first steps are seldom those of the
+        run, and a batch that grows while the learning rate does takes from the warm-up the steps that it needs.
+
+        Raises:
+            ValueError: a unit that this run does not count.
+        """
+        if duration is not None:
+            self._progress.count(duration.unit)
+        self._hold_until = duration
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -551,8 +567,6 @@ class AdaptiveBatch:
         measured = step.moments
         if measured is not None and self._layer_weights is not None:
             measured = measured.weighted(self._layer_weights)
-        if measured is not None and not step.finite:
-            measured = measured._replace(part_sq=math.nan)
         step.decision = decide(
             self._criterion,
             measured,
@@ -564,9 +578,9 @@ class AdaptiveBatch:
             state=self._state,
             loss=step.loss,
             timed=step.timed,
+            finite=step.finite,
+            hold_until=self._hold_until,
         )
-        if step.decision.reason is Reason.NOT_PROBED and not step.finite:
-            step.decision = step.decision._replace(reason=Reason.NOT_FINITE)
         self._state = step.decision.state
         step_gain = self._gain_of(portion.num_examples)  # with this step's own measurement in it
         self._consumed = self._after(before, portion.num_examples, step_gain)

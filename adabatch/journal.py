@@ -8,6 +8,9 @@ where they were (``AdaptiveBatch(per_layer=)``): noises add up to that of the wh
 ``run`` says whose line it is: a token that is made when a run begins, and goes with it through its checkpoints. By it a
 reader tells two runs in one file apart.
 
+``wanted`` is the batch at which the criterion comes to rest, ``low`` and ``high`` its one-sided bounds, and ``freedom``
+the degrees of freedom behind them: parts compared with each other, pooled over the probes in the average.
+
 Lines hold no wall time and no machine, so the journals of two equal runs are equal but for that token. A criterion that
 reads step times (`Goodput`) is the exception: ``seconds`` is how long a step lately took. Numbers that are not finite
 are null.
@@ -26,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from adabatch.batch.control import Averages, Decision
+from adabatch.batch.averages import Averages
+from adabatch.batch.control import Decision
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments
 from adabatch.batch.plan import BatchPlan, Progress
 
@@ -79,6 +83,7 @@ def line(
         "wanted": None if asked is None else asked.wanted,
         "low": None if asked is None else asked.low,
         "high": None if asked is None else asked.high,
+        **({} if asked is None or asked.freedom is None else {"freedom": asked.freedom}),
         "next": decision.plan.global_batch_size,
         "reason": str(decision.reason),
         **({} if moments is None or moments.layers is None else {"layers": _layers(moments.layers)}),

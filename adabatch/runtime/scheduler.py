@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -42,6 +42,15 @@ class ProgressSource(Protocol):
     @property
     def lr_factor(self) -> float:
         """The batch factor of the next update."""
+        ...
+
+
+@runtime_checkable
+class GrowthHold(ProgressSource, Protocol):
+    """A source whose batch may wait for the warm-up; ``AdaptiveBatch`` is one."""
+
+    def hold_growth_until(self, duration: Duration | None) -> None:
+        """Lets the batch not grow before so much of the run is over."""
         ...
 
 
@@ -173,6 +182,8 @@ class ProgressLR(LRScheduler):
         if isinstance(optimizer, Optimizer):
             self._num_groups = [len(one.param_groups) for one in each_of(optimizer)]
             take_over(self, each_of(optimizer), kind="ProgressLR")
+        if self._clock.warmup is not None and isinstance(source, GrowthHold):
+            source.hold_growth_until(self._clock.warmup)
         super().__init__(optimizer)
         self.built_lrs = [float(base) for base in self.base_lrs]
 
