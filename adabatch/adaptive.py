@@ -47,6 +47,7 @@ from adabatch.validation import (
     limits_and_grid,
     measured_layers,
     suited_probe,
+    warn_of_linear,
     warn_without_room,
 )
 
@@ -174,6 +175,7 @@ class AdaptiveBatch:
         decay = {"lr_decay": criterion.lr_decay} if isinstance(criterion, DecaysLR) else {}
         self._rules = UpdateRules(lr_rule, followers, **decay)
         check_followers(optimizer, followers.settings)
+        warn_of_linear(lr_rule, criterion)
         for name, value in (
             ("reference_batch_size", reference_batch_size),
             ("tokens_per_example", tokens_per_example),
