@@ -54,6 +54,7 @@ from adabatch.validation import (
     limits_and_grid,
     measured_layers,
     suited_probe,
+    warn_of_linear,
     warn_without_room,
 )
 
@@ -195,6 +196,7 @@ class AdaptiveBatch:
         self._rules = UpdateRules(lr_rule, followers, **decay)
         check_followers(optimizer, followers.settings)
         check_rates(optimizer, lr_rule)
+        warn_of_linear(lr_rule, criterion)
         for name, value in (
             ("reference_batch_size", reference_batch_size),
             ("tokens_per_example", tokens_per_example),

@@ -11,7 +11,7 @@ import torch
 from torch.optim import SGD, AdamW, NAdam, Optimizer
 
 from adabatch.batch.control import UNLIMITED, Limits
-from adabatch.batch.criteria import Criterion, DecaysLR
+from adabatch.batch.criteria import CoordinateNormTest, Criterion, DecaysLR, NormTest
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import PlanGrid
@@ -104,6 +104,19 @@ def check_rates(optimizer: Optimizer, rule: LRRule) -> None:
         raise ValueError(
             f"lr_rule={rule!r} multiplies the learning rate, and {kind} sets its own (lr=None): use lr_rule='none', or "
             f"give the optimizer a learning rate (Adafactor: relative_step=False)"
+        )
+
+
+def warn_of_linear(rule: LRRule, criterion: Criterion) -> None:
+    """Says that the linear rule goes too far where a norm test lets the batch settle."""
+    if rule == "linear" and isinstance(criterion, NormTest | CoordinateNormTest):
+        eta = criterion.eta
+        rest = f" (about {(1 - eta * eta) / (eta * eta):.2g} times the noise scale at eta={eta})" if eta < 1 else ""
+        warnings.warn(
+            f"lr_rule='linear' multiplies the learning rate by the batch, which holds only well below the noise scale, "
+            f"and {type(criterion).__name__} lets the batch grow to where noise no longer dominates{rest}: runs of SGD "
+            f"fell to chance with it. Use lr_rule='gain', which is linear as long as noise dominates",
+            stacklevel=3,
         )
 
 

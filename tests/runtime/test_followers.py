@@ -17,7 +17,20 @@ from support.loops import loss_of, network, regression, train, weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, SparseAdam
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, Seesaw, Stage, Stages, examples, lr
+from adabatch import (
+    AdaptiveBatch,
+    Constant,
+    CoordinateNormTest,
+    GlobalOrder,
+    Limits,
+    NoiseScale,
+    NormTest,
+    Seesaw,
+    Stage,
+    Stages,
+    examples,
+    lr,
+)
 from adabatch.lr.rules import Setting, followed
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides
 
@@ -687,3 +700,24 @@ def test_betas_without_room_are_warned_of_where_the_batch_may_grow() -> None:
     batches.remove()
     followers = lr.Followers(("betas",), beta2_floor=0.5)
     adaptive(model, optimizer, Constant(16), limits=limits, follow=followers).remove()
+
+
+# --- a rule that goes too far ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("criterion", "rest"),
+    [
+        (NormTest(eta=0.5), r"\(about 3 times the noise scale at eta=0.5\)"),
+        (CoordinateNormTest(eta=0.1, quantile=0.5), r"\(about 99 times"),
+        (NormTest(eta=2.0), "no longer dominates: runs"),
+    ],
+)
+def test_the_linear_rule_with_a_norm_test_warns(criterion: Any, rest: str) -> None:
+    model, limits = of_double(), Limits(min=8, max=64)
+    with pytest.warns(UserWarning, match=f"lr_rule='linear' multiplies.*{rest}.*Use lr_rule='gain'"):
+        adaptive(model, SGD(model.parameters(), lr=0.1), criterion, limits=limits, lr_rule="linear").remove()
+    for quiet in ("gain", "sqrt", "none"):
+        adaptive(model, SGD(model.parameters(), lr=0.1), criterion, limits=limits, lr_rule=quiet).remove()
+    noise_scale = NoiseScale(0.25)
+    adaptive(model, SGD(model.parameters(), lr=0.1), noise_scale, limits=limits, lr_rule="linear").remove()
