@@ -29,6 +29,7 @@ from adabatch.runtime import local_sgd
 from adabatch.runtime.data import BlockShuffle, FullShuffle, GlobalOrder, ScatteredShuffle, WeightedShuffle
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.matrix_owners import across_ranks
+from adabatch.runtime.optimizers import JoinedOptimizers
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
@@ -63,6 +64,7 @@ __all__ = [
     "Goodput",
     "GradientMoments",
     "InnerProductTest",
+    "JoinedOptimizers",
     "Limits",
     "LinearRamp",
     "Loaded",

@@ -24,7 +24,6 @@ from adabatch.runtime.probes.layers import Layers, PerLayer, layers_of, layers_o
 from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
 
-
 # Those whose decay is taken from the weights; Muon came with torch 2.9.
 DECOUPLED: tuple[type[Optimizer], ...] = (AdamW, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
 

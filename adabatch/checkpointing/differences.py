@@ -11,6 +11,7 @@ import torch
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.optimizers import JoinedOptimizers, kind_of
 
 
 class Difference(NamedTuple):
@@ -43,7 +44,7 @@ def describe(
     """
     batches, order = parts.get("batches"), parts.get("order")
     said: dict[str, Any] = {
-        "parts": {name: type(part).__name__ for name, part in parts.items()},
+        "parts": {name: _kind(part) for name, part in parts.items()},
         "sharded": sharded,
         "world_size": world_size,
         "torch": torch.__version__,
@@ -55,6 +56,10 @@ def describe(
         place = order.state_dict()
         said["data"] = {name: place[name] for name in ("length", "order", "seed")}
     return said | ({} if config is None else {"config": _flat(config)})
+
+
+def _kind(part: Any) -> str:
+    return kind_of(part) if isinstance(part, JoinedOptimizers) else type(part).__name__
 
 
 def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -27,9 +27,13 @@ from adabatch.runtime.local_sgd.periods import Fixed, Period, RoundStart
 from adabatch.runtime.local_sgd.probe import Spread, WorkerProbe
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.settings import AverageWeights, Measure, Round, Settings, period_of
+from adabatch.runtime.optimizers import each_of, joined, without_rate
+from adabatch.runtime.ownership import remove_all, take_over
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions, given_with
 from adabatch.runtime.scheduler import ProgressSource
+from adabatch.runtime.step_hooks import hook_step
+from adabatch.runtime.trained_parameters import TrainedParameters
 
 
 class LocalSGD:
@@ -44,10 +48,10 @@ class LocalSGD:
                     step.backward(loss_fn(model(x), y))
                 optimizer.step(); optimizer.zero_grad()
 
-    It works from its construction on, when all workers are given the first one's weights, and with any loop that calls
-    ``optimizer.step()``. A round is ``sync_every`` calls; in the last of them parameters and real-valued buffers are
-    averaged. Leaving the block averages once more where a round is under way. After an exception nothing is sent,
-    for others may be gone.
+    It works from its construction on, when all workers are given the first one's weights, as long as you hold on to
+    it, and with any loop that calls ``optimizer.step()``. A second one on the same optimizer takes the place of the
+    first. A round is ``sync_every`` calls; in the last of them parameters and real-valued buffers are averaged. Leaving
+    the block averages once more where a round is under way. After an exception nothing is sent, for others may be gone.
 
     A round of one step with nothing but the average at its end (``sync_every=1``, and the warm-up) averages the
     gradient before the step instead: for any optimizer that is ``DistributedDataParallel`` itself. With
@@ -57,7 +61,8 @@ class LocalSGD:
     Args:
         model: plain, a copy on each worker; or sharded by ``fully_shard`` over the ranks of a worker (a node), with
             ``workers`` the other dimension of the mesh.
-        optimizer: its ``step()`` is a local step; its parameters are averaged.
+        optimizer: its ``step()`` is a local step; its parameters are averaged. Of several a list: once each has
+            stepped, that is one local step.
         sync_every: local steps of a round: a number, or ``Fixed``, ``Table`` or ``Quadratic``.
         warmup: how long every step is averaged first (post-local SGD). Outer optimizer and compression rest meanwhile.
         outer: what becomes of the average: ``Average``, ``Nesterov`` (DiLoCo) or ``SlowMo``.
@@ -87,7 +92,7 @@ class LocalSGD:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         sync_every: int | Period,
         warmup: Duration | None = None,
@@ -109,6 +114,7 @@ class LocalSGD:
             measure=measure,
             spread=spread,
         )
+        optimizer = joined(optimizer)
         self._model, self._optimizer = model, optimizer
         self._replica = Replica(model, optimizer)
         self._workers, self._node = _who(model, workers, self._replica.device)
@@ -119,16 +125,23 @@ class LocalSGD:
                 f"the ranks were given different settings of local SGD (this one: {words}), and would average at "
                 f"different steps: give all the same"
             )
+        kind = without_rate(optimizer)
+        if kind is not None and not self._settings.without_rate:
+            raise ValueError(
+                f"{kind} sets its learning rate itself (lr=None), which the period or the outer optimizer reads: use a "
+                f"number of steps as sync_every and outer=Average(), or give the optimizer a learning rate"
+            )
         self._exchange = Exchange(self._workers)
         self._memory = Memory()
         self._source: ProgressSource | None = None
-        self._gradient_averaged = self._stepping = False
+        self._gradient_averaged = False
+        self._stepped: set[Optimizer] = set()  # of several, since the last local step
+        self._trained = TrainedParameters(model, optimizer)
+        self._replaced = False
+        take_over(self, [*each_of(optimizer), *self._replica.parameters], kind="LocalSGD")
         for tensor in self._replica.everything():
             self._workers.copy_from_first(tensor)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._handles = hook_step(optimizer, self._before_step, self._after_step)
 
     @property
     def collectives(self) -> Collectives:
@@ -184,15 +197,27 @@ class LocalSGD:
         self._memory.examples += num_examples
 
     def synchronize(self) -> None:
-        """Ends the round under way now, on all workers; nothing where they have just averaged."""
+        """Ends the round under way now, on all workers; nothing where they have just averaged.
+
+        Raises:
+            RuntimeError: a newer ``LocalSGD`` averages these workers.
+        """
+        self._check_in_place()
         if self._memory.step_in_round:
             self._end_round()
 
     def remove(self) -> None:
         """Takes the hooks off the optimizer: no more averages."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove_all(self._handles)
+
+    def give_way(self) -> None:
+        """A newer one averages these workers."""
+        self._replaced = True
+        self.remove()
+
+    def _check_in_place(self) -> None:
+        if self._replaced:
+            raise RuntimeError("this LocalSGD was replaced by a newer one on the same optimizer or model: use that one")
 
     def _present(self) -> Round:
         """The round under way; it begins when it is first asked for."""
@@ -207,8 +232,9 @@ class LocalSGD:
         progress = Progress(steps=self._memory.steps) if source is None else source.progress
         factor = 1.0 if source is None else source.lr_factor
         # Host sync where a rate lies on an accelerator, once a round.
-        lr = factor * max(float(group["lr"]) for group in self._optimizer.param_groups)
-        peak = factor * max(float(group.get("initial_lr", group["lr"])) for group in self._optimizer.param_groups)
+        rates = [group for group in self._optimizer.param_groups if group.get("lr") is not None]
+        lr = factor * max((float(group["lr"]) for group in rates), default=0.0)
+        peak = factor * max((float(group.get("initial_lr", group["lr"])) for group in rates), default=0.0)
         begun = self._settings.begin(RoundStart(progress, lr, peak), states_agree=self._memory.states_agree)
         # Rounds of different lengths would send different things at the same time, and wait for each other for ever.
         told = (begun.local_steps, begun.by_gradient, lr if begun.needs_anchor else None)
@@ -241,16 +267,18 @@ class LocalSGD:
             self._replica.put_gradients(mean)
             self._gradient_averaged = True
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if not self._stepped:
+            self._trained.check("LocalSGD")
         if not self._gradient_averaged:
             self._average_gradient()
-        self._stepping = True
 
-    def _after_step(self, *_: Any) -> None:
-        # An optimizer whose step() calls its parent's runs the hooks of both, one inside the other.
-        if not self._stepping:
+    def _after_step(self, optimizer: Optimizer) -> None:
+        self._stepped.add(optimizer)
+        if len(self._stepped) < len(each_of(self._optimizer)):
             return
-        self._stepping = self._gradient_averaged = False
+        self._stepped.clear()
+        self._gradient_averaged = False
         self._memory.steps += 1
         self._memory.step_in_round += 1
         self._memory.bytes_synchronous += self._exchange.ring_bytes(self._replica.pieces())
@@ -336,7 +364,8 @@ class LocalSGD:
                 "local SGD does not go with a GradScaler: every worker would leave out updates of its own, and come to "
                 "the average at another step; use bfloat16, which needs none"
             )
-        if model is not self._model or optimizer is not self._optimizer:
+        self._check_in_place()
+        if model is not self._model or {*each_of(optimizer)} != {*each_of(self._optimizer)}:
             raise ValueError(
                 "local_sgd belongs to another model or optimizer: give AdaptiveBatch and LocalSGD the same"
             )
