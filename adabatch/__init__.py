@@ -32,6 +32,7 @@ from adabatch.runtime import local_sgd
 from adabatch.runtime.data import BlockShuffle, FullShuffle, GlobalOrder, ScatteredShuffle, WeightedShuffle
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.matrix_owners import across_ranks
+from adabatch.runtime.optimizers import JoinedOptimizers
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
@@ -66,6 +67,7 @@ __all__ = [
     "Goodput",
     "GradientMoments",
     "InnerProductTest",
+    "JoinedOptimizers",
     "KeptSetting",
     "Limits",
     "LinearRamp",

@@ -526,8 +526,8 @@ class AdaptiveBatch:
     def _check_in_place(self) -> None:
         if self._gone is not None:
             raise RuntimeError(
-                f"this AdaptiveBatch was {self._gone}, and cannot run any more steps; its state_dict() can be loaded into "
-                f"a new one"
+                f"this AdaptiveBatch was {self._gone}, and cannot run any more steps; its state_dict() can be loaded "
+                f"into a new one"
             )
 
     def _check_trained(self) -> None:
@@ -549,10 +549,10 @@ class AdaptiveBatch:
         kind, missing = kind_of(self._optimizer), " and ".join(self._hooks.missing)
         raise RuntimeError(
             f"the update never came for {self._missed} steps in a row: optimizer.step() of the {missing} was not called"
-            f"{'' if missing == kind else f' (the optimizers are {kind})'}, so that the learning rate's progress stands "
-            f"still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was given, and not another "
-            f"or one that was built later; with a GradScaler, also give it as AdaptiveBatch(scaler=...); where you leave "
-            f"an update out yourself, call leave_out() of the AdaptiveBatch"
+            f"{'' if missing == kind else f' (the optimizers are {kind})'}, so the learning rate's progress stands "
+            f"still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was given, not another or "
+            f"one that was built later; a GradScaler must be given as AdaptiveBatch(scaler=...); where you leave an "
+            f"update out yourself, call leave_out() of the AdaptiveBatch"
         )
 
     def _settle_left_out(self, step: Step) -> None:
@@ -648,7 +648,7 @@ class AdaptiveBatch:
         if self._strange_updates == STRANGE_UPDATES:
             warnings.warn(
                 f"an AdaptiveBatch was made for this {kind_of(self._optimizer)}, which has stepped {STRANGE_UPDATES} "
-                f"times, and steps() of the AdaptiveBatch was never called: it changes neither batch nor learning rate. "
+                f"times, and steps() of the AdaptiveBatch was never called: neither batch nor learning rate changes. "
                 f"Write the loop as `for step in batches.steps(loader)`; a Trainer or another framework that has the "
                 f"loop itself needs an integration for it",
                 RuntimeWarning,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from adabatch.checkpointing.run_state import Restored, RunState, Snapshot, State
 from adabatch.checkpointing.save_times import SaveTimes
 from adabatch.checkpointing.settings import KeptSetting
 from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.optimizers import joined
 
 _log = logging.getLogger("adabatch")
 
@@ -77,7 +78,7 @@ class Checkpoints:
     Args:
         folder: of the run's checkpoints.
         model: plain, in ``DistributedDataParallel``, or sharded.
-        optimizer: its state.
+        optimizer: its state; of several a list, in the same order whenever it is loaded.
         batches: the batch sizes; also says at which step the run is, and has the journal.
         schedule: of the learning rate.
         order: the place in the data: a ``GlobalOrder``, or a loader with a state of its own, which is saved for each
@@ -104,7 +105,7 @@ class Checkpoints:
         folder: str | Path,
         *,
         model: nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         batches: AdaptiveBatch | None = None,
         schedule: Stateful | None = None,
         order: Stateful | None = None,
@@ -122,6 +123,7 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
         # They are loaded in this order: the place in the data refuses other data before anything is changed, and the
         # schedule's rates depend on the progress of the batches.
+        optimizer = None if optimizer is None else joined(optimizer)
         named = {
             "order": order, "model": model, "optimizer": optimizer, "batches": batches, "schedule": schedule,
             "scaler": scaler, "local_sgd": local_sgd,

@@ -80,6 +80,7 @@ def measured_and_expected(rank: int, cases: Sequence[str]) -> list[tuple[str, st
                 for step in batches.steps(loader, count=lambda batch: batch[1]):
                     for loss, _ in step:
                         step.backward(loss(model))
+                    batches.leave_out()
                     found.append((f"{case}, {name}", str(dtype), step.moments, part_by_part(oracle, losses, sizes)))
                 batches.remove()
     return [(case, dtype, tuple(moments), tuple(expected)) for case, dtype, moments, expected in found]

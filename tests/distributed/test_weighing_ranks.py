@@ -110,6 +110,7 @@ def steps_of(model: nn.Module, loader: Any, size: int, **options: Any) -> list[t
         assert step.loss is not None
         found.append((gradient(model), tuple(step.moments), step.loss))
         model.zero_grad()
+        batches.leave_out()
     batches.remove()
     return found
 

@@ -278,6 +278,7 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
             model, optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=4, max=64),
             local_sgd=LocalSGD(model, optimizer, sync_every=4, spread="within"),
         )  # fmt: skip
+    local = LocalSGD(model, optimizer, sync_every=4)  # the one above has taken the place of the first
     options: dict[str, Any] = {"micro_batch_size": 4, "limits": Limits(min=8, max=64), "local_sgd": local}
     with pytest.raises(ValueError, match=r"does not measure noise in the norm sign.*such as NormTest"):
         AdaptiveBatch(model, optimizer, NoiseScale(norm="sign"), **options)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from adabatch.batch.plan import Duration
 from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
-from adabatch.runtime.local_sgd.periods import Fixed, Period, RoundStart, check_period
+from adabatch.runtime.local_sgd.periods import Fixed, Period, RoundStart, Table, check_period
 from adabatch.runtime.local_sgd.probe import Spread
 
 AverageWeights = Literal["examples", "equal"]
@@ -80,6 +80,11 @@ class Settings:
     def durations(self) -> tuple[Duration, ...]:
         """What progress is compared with."""
         return (*self.period.durations, *(() if self.warmup is None else (self.warmup,)))
+
+    @property
+    def without_rate(self) -> bool:
+        """Whether nothing reads the learning rate."""
+        return isinstance(self.period, Fixed | Table) and isinstance(self.outer, Average)
 
     def begin(self, start: RoundStart, *, states_agree: bool) -> Round:
         """The round that begins.

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from weakref import finalize
 
 from torch import Tensor
 
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.ownership import called_weakly, remove_all
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers
@@ -90,10 +92,12 @@ class MicroBatchProbe:
         self._norms: dict[int, Tensor] = {}
         self._in_pieces = False
         self._listening = False
+        listen = called_weakly(self._listen)
         self._handles = [
-            p.register_hook(partial(self._listen, index))  # type: ignore[no-untyped-call]
+            p.register_hook(partial(listen, index))  # type: ignore[no-untyped-call]
             for index, p in enumerate(self._parameters)
         ]
+        finalize(self, remove_all, self._handles).atexit = False  # a probe that is dropped leaves nothing behind
 
     def _listen(self, index: int, grad: Tensor) -> None:
         if self._listening:
@@ -161,6 +165,4 @@ class MicroBatchProbe:
 
     def remove(self) -> None:
         """Takes every hook off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove_all(self._handles)
