@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from adabatch.optim.mup import check_ratios
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import EpochCounters, Feed, GlobalOrder, LoaderFeed, Portion, num_examples_in
 from adabatch.runtime.data.loss_weights import LossWeightedFeed
+from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import GradientSync, Wrapper, wrapper_of
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.probes.layers import PerLayer
@@ -50,6 +52,8 @@ from adabatch.validation import (
 
 STATE_FORMAT = 1
 
+_log = logging.getLogger("adabatch")
+
 
 @dataclass
 class _Update:
@@ -59,6 +63,7 @@ class _Update:
     factor: float
     gain: float | None
     finite: bool
+    empty: bool
     entry: dict[str, Any]
 
 
@@ -235,6 +240,7 @@ class AdaptiveBatch:
         self._update: _Update | None = None  # the one that its end prepared, until it is done
         self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
         self._model = model
+        self._empty_parts = EmptyParts(model)
         self._optimizer = optimizer
         self._groups = optimizer.param_groups
         self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
@@ -342,8 +348,10 @@ class AdaptiveBatch:
                 the micro-batch agree on; every one but the last of a pass must then hold ``micro_batch_size``.
             weigh: the number of terms that the mean loss of a micro-batch is taken over, where that is not its
                 examples: tokens that are not padding, say. The gradient of a step is then the mean over the terms of
-                all its micro-batches, on all ranks. Batch sizes, noise and noise scale stay in examples, of the step's
-                average number of terms. The micro-batches of a step are fetched before it begins.
+                all its micro-batches, on all ranks. One of weight 0 counts for nothing, its loss is not read, and where
+                nobody waits for it the loop may pass it over; a step of nothing else is left out. Batch sizes, noise
+                and noise scale stay in examples, of the step's average number of terms. The micro-batches of a step are
+                fetched before it begins.
             allow_same_data: ranks may be given the same examples, to the bit, by a loader that is not a
                 ``GlobalOrder``; without it that is an error at the first step of a pass.
 
@@ -422,6 +430,7 @@ class AdaptiveBatch:
             self._plan,
             portion,
             wrapper=self._wrapper,
+            empty_parts=self._empty_parts,
             probe=probe,
             votes=self._votes,
             find_nonfinite=self._find_nonfinite,
@@ -481,7 +490,10 @@ class AdaptiveBatch:
             loss=step.loss,
             timed=step.timed,
         )
-        if step.decision.reason is Reason.NOT_PROBED and not step.finite:
+        if step.empty:
+            _log.warning("step %d is left out: none of its micro-batches weighs anything", before.steps)
+            step.decision = step.decision._replace(reason=Reason.WEIGHS_NOTHING)
+        elif step.decision.reason is Reason.NOT_PROBED and not step.finite:
             step.decision = step.decision._replace(reason=Reason.NOT_FINITE)
         self._state = step.decision.state
         step_gain = self._gain_of(portion.num_examples)  # with this step's own measurement in it
@@ -499,7 +511,7 @@ class AdaptiveBatch:
         if self._trials is not None:
             entry |= self._trials.journal_entry()
         factor = self._factor_of(portion.num_examples)
-        self._update = _Update(portion.num_examples, factor, step_gain, step.finite, entry)
+        self._update = _Update(portion.num_examples, factor, step_gain, step.finite, step.empty, entry)
         self._plan = step.decision.plan
         self._heartbeat.mark("what follows the micro-batches", before.steps, between=True)
 
@@ -522,7 +534,7 @@ class AdaptiveBatch:
         if self._step is not None and self._step.waits:  # for its gradient to be reduced
             self._step.settle()
         update = self._update or self._begun
-        return self._skip_nonfinite and update is not None and not update.finite
+        return update is not None and (update.empty or (self._skip_nonfinite and not update.finite))
 
     def _update_done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
         update, self._update = self._update, None

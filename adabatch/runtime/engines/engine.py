@@ -117,7 +117,24 @@ def _replicated(model: DistributedDataParallel, gradient_sync: GradientSync) -> 
             "micro-batch, and save nothing; leave it out"
         )
     collectives = collectives_of(model)
-    return Wrapper(collectives, model.no_sync, partial(MicroBatchProbe, collectives=collectives))
+    return Wrapper(collectives, _NoSync(model), partial(MicroBatchProbe, collectives=collectives))
+
+
+class _NoSync:
+    """``no_sync`` of a ``DistributedDataParallel``, but for the first backward of one with a static graph.
+
+    That backward is where it learns the graph, and it must reduce what it sees. The gradient stays what it is: a sum of
+    means, to which the other micro-batches are added before the last of them has the whole reduced, as the mean of
+    equal numbers is that number.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._model = model
+        self._learns = True
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        learns, self._learns = self._learns and self._model.static_graph, False
+        return nullcontext() if learns else self._model.no_sync()
 
 
 def _sharded(model: nn.Module, gradient_sync: GradientSync) -> Wrapper:
