@@ -237,9 +237,9 @@ class Measurement:
         for site, seen in rows.items():
             if self._is_sure and num_examples in seen:
                 raise ValueError(
-                    f"{site} gets {num_examples} rows for {num_examples - 1} examples too, so they are not examples but "
-                    f"positions, times or the like: give it the examples along the first dimension, and positions that "
-                    f"all examples share the shape (1, num_positions), or use the norm test from micro-batches"
+                    f"{site} gets {num_examples} rows for {num_examples - 1} examples too, so they are not examples "
+                    f"but positions, times or the like: give it the examples along the first dimension, and positions "
+                    f"that all examples share the shape (1, num_positions), or use the norm test from micro-batches"
                 )
 
     def _note_rows(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
