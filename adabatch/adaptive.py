@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, decide
+from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, Reason, decide
 from adabatch.batch.criteria import Criterion, DecaysLR, Observation
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
@@ -33,6 +34,7 @@ from adabatch.optim.mup import check_ratios
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import EpochCounters, Feed, GlobalOrder, LoaderFeed, Portion, num_examples_in
 from adabatch.runtime.data.loss_weights import LossWeightedFeed
+from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine, GradientSync
 from adabatch.runtime.local_sgd import LocalSGD
@@ -64,6 +66,8 @@ STATE_FORMAT = 2
 STRANGE_UPDATES = 3
 """Updates of a run whose ``steps()`` was never called, after which it says so."""
 
+_log = logging.getLogger("adabatch")
+
 
 @dataclass
 class _Update:
@@ -74,6 +78,7 @@ class _Update:
     gain: float | None
     finite: bool
     looked_at: bool  # whether loss and gradient were, so that `finite` is known
+    empty: bool  # none of its micro-batches weighs anything
     entry: dict[str, Any]
     left_out: bool = False  # the loop said so
 
@@ -262,6 +267,7 @@ class AdaptiveBatch:
         self._update: _Update | None = None  # the one that its end prepared, until it is done
         self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
         self._model = model
+        self._empty_parts = EmptyParts(model)
         self._optimizer = optimizer
         self._groups = optimizer.param_groups
         self._running = False  # the loop stands inside a step
@@ -393,8 +399,10 @@ class AdaptiveBatch:
                 the micro-batch agree on; every one but the last of a pass must then hold ``micro_batch_size``.
             weigh: the number of terms that the mean loss of a micro-batch is taken over, where that is not its
                 examples: tokens that are not padding, say. The gradient of a step is then the mean over the terms of
-                all its micro-batches, on all ranks. Batch sizes, noise and noise scale stay in examples, of the step's
-                average number of terms. The micro-batches of a step are fetched before it begins.
+                all its micro-batches, on all ranks. One of weight 0 counts for nothing, its loss is not read, and where
+                nobody waits for it the loop may pass it over; a step of nothing else is left out. Batch sizes, noise
+                and noise scale stay in examples, of the step's average number of terms. The micro-batches of a step are
+                fetched before it begins.
             allow_same_data: ranks may be given the same examples, to the bit, by a loader that is not a
                 ``GlobalOrder``; without it that is an error at the first step of a pass.
 
@@ -478,6 +486,7 @@ class AdaptiveBatch:
             self._plan,
             portion,
             engine=self._engine,
+            empty_parts=self._empty_parts,
             probe=probe,
             votes=self._votes,
             find_nonfinite=self._find_nonfinite,
@@ -541,7 +550,7 @@ class AdaptiveBatch:
         if update is None:
             self._missed = 0
             return
-        if update.left_out or not update.finite or (self._scaled and not update.looked_at):
+        if update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at):
             return
         self._missed += 1
         if self._missed < 2:
@@ -583,6 +592,9 @@ class AdaptiveBatch:
             finite=step.finite,
             hold_until=self._hold_until,
         )
+        if step.empty:
+            _log.warning("step %d is left out: none of its micro-batches weighs anything", before.steps)
+            step.decision = step.decision._replace(reason=Reason.WEIGHS_NOTHING)
         self._state = step.decision.state
         step_gain = self._gain_of(portion.num_examples)  # with this step's own measurement in it
         self._consumed = self._after(before, portion.num_examples, step_gain)
@@ -602,7 +614,7 @@ class AdaptiveBatch:
         if floors := scaling.binding_floors(self._groups):
             entry["beta_floors"] = floors
         looked_at = step.probed or self._find_nonfinite is not None
-        self._update = _Update(portion.num_examples, scaling, step_gain, step.finite, looked_at, entry)
+        self._update = _Update(portion.num_examples, scaling, step_gain, step.finite, looked_at, step.empty, entry)
         self._plan = step.decision.plan
         self._heartbeat.mark("what follows the micro-batches", before.steps, between=True)
 
@@ -621,7 +633,9 @@ class AdaptiveBatch:
         if self._step is not None and self._step.waits:  # for its gradient to be reduced
             self._step.settle()
         update = self._update or self._begun
-        return update is not None and (update.left_out or (self._skip_nonfinite and not update.finite))
+        if update is None:
+            return False
+        return update.left_out or update.empty or (self._skip_nonfinite and not update.finite)
 
     def _update_done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
         update, self._update = self._update, None

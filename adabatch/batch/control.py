@@ -43,6 +43,7 @@ class Reason(StrEnum):
     AGREES = "agrees"
     NOT_PROBED = "not probed"
     NOT_FINITE = "not finite"
+    WEIGHS_NOTHING = "weighs nothing"
     NO_NOISE = "no noise"
     NO_SIGNAL = "no signal"
     MONOTONE = "monotone"

@@ -66,9 +66,9 @@ class WorkerProbe:
         self._share = 1.0 if alike else 1 / self._num_workers
         self._inner.start(dp_size if alike else self._worker_size)
 
-    def begin_part(self) -> None:
+    def begin_part(self, num_examples: int | None = None) -> None:
         """The backward of a micro-batch begins."""
-        self._inner.begin_part()
+        self._inner.begin_part(num_examples)
 
     def end_part(self, num_examples: float, weight: float) -> None:
         """It has ended. ``weight`` is the micro-batch's share of this worker's gradient."""

@@ -161,7 +161,7 @@ class CommHookProbe:
         """A probed step begins."""
         self._sums = PartSums(dp_size, device=self._device, layers=self._layer_sums.names)
 
-    def begin_part(self) -> None:
+    def begin_part(self, num_examples: int | None = None) -> None:
         """The backward of a micro-batch begins."""
         self._forget()
         self._listening = True

@@ -119,7 +119,7 @@ class MicroBatchProbe:
             )
         self._gauge.start(dp_size)
 
-    def begin_part(self) -> None:
+    def begin_part(self, num_examples: int | None = None) -> None:
         """The backward of a micro-batch begins."""
         self._norms.clear()
         self._squares.clear()
@@ -133,7 +133,7 @@ class MicroBatchProbe:
             RuntimeError: the backward reached no parameter, or one in several pieces.
         """
         self._listening = False
-        if not self._norms:
+        if not self._norms and weight:
             raise RuntimeError(
                 "the backward of this micro-batch reached no parameter: is the loss computed from the model that was "
                 "given to AdaptiveBatch, and not detached?"

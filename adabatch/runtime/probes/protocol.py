@@ -57,15 +57,16 @@ class Probe(Protocol):
         """A probed step begins."""
         ...
 
-    def begin_part(self) -> None:
-        """The backward of a micro-batch begins."""
+    def begin_part(self, num_examples: int | None = None) -> None:
+        """The backward of a micro-batch begins, which holds so many examples, whatever they count for."""
         ...
 
     def end_part(self, num_examples: float, weight: float) -> None:
         """It has ended; the micro-batch's mean loss entered this rank's gradient with ``weight``.
 
         ``num_examples`` it counts for; a fraction where micro-batches are weighed by their tokens. The weights of all
-        ranks and micro-batches add up to the number of ranks.
+        ranks and micro-batches add up to the number of ranks. A micro-batch of weight 0 counts for nothing, and is no
+        part; its backward may have been left out, and ``begin_part`` with it.
         """
         ...
 

@@ -235,7 +235,7 @@ class ReduceScatterProbe:
         """A probed step begins."""
         self._gauge.start(dp_size)
 
-    def begin_part(self) -> None:
+    def begin_part(self, num_examples: int | None = None) -> None:
         """The backward of a micro-batch begins."""
         for unit in self._measured.values():
             unit.listen(True)
