@@ -140,7 +140,6 @@ class Checkpoints:
         self._background = Background() if background else None
         self._damaged: set[Path] = set()
         self._lock = FolderLock(self._folder)
-        self._trains = batches is not None or optimizer is not None
         self._times.listen(first=self._ranks.rank == 0)
 
     def step(self, *, now: bool = False) -> bool:
@@ -229,7 +228,7 @@ class Checkpoints:
             CheckpointError: checkpoints are there, and all are damaged; or the folder is another process's.
         """
         failure: Exception | None = None
-        if self._ranks.rank == 0 and self._trains and self._folder.is_dir():
+        if self._ranks.rank == 0 and self._batches is not None and self._folder.is_dir():
             try:
                 self._claim(None)
             except (OSError, CheckpointError) as error:

@@ -293,7 +293,7 @@ class RunState:
         missing = [part for part in (*self._parts, "random") if not isinstance(state, dict) or part not in state]
         if missing:
             raise CheckpointError(f"{path}: {name} holds no state of {', '.join(missing)}, and is no file of this run")
-        return state
+        return dict(state)
 
     def _own_file(self, path: Path) -> str:
         """What this rank reads; of other workers' states than there are now, one of them."""
