@@ -24,6 +24,7 @@ from adabatch.checkpointing.differences import Difference
 from adabatch.checkpointing.files import CheckpointError
 from adabatch.checkpointing.settings import KeptSetting
 from adabatch.guards.drift import RanksDrifted
+from adabatch.guards.left_out import EXIT_NO_UPDATES, UpdatesLeftOut
 from adabatch.guards.preemption import EXIT_PREEMPTED, Preemption
 from adabatch.guards.watchdog import EXIT_RANK_LOST, RankLost, Watchdog
 from adabatch.optim import AdaGradNorm
@@ -43,6 +44,7 @@ from adabatch.step import Step
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "EXIT_NO_UPDATES",
     "EXIT_PREEMPTED",
     "EXIT_RANK_LOST",
     "AdAdaGrad",
@@ -94,6 +96,7 @@ __all__ = [
     "Stages",
     "Step",
     "StepPrice",
+    "UpdatesLeftOut",
     "Watchdog",
     "WeightedShuffle",
     "across_ranks",

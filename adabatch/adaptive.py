@@ -23,8 +23,9 @@ from adabatch.batch.needs import Needs
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule
 from adabatch.guards.drift import check_same
-from adabatch.guards.finite import SkipNonfinite, nonfinite_in
+from adabatch.guards.finite import SkipNonfinite, check_skip_nonfinite, nonfinite_in
 from adabatch.guards.heartbeat import Heartbeat
+from adabatch.guards.left_out import UpdatesInARow
 from adabatch.guards.memory_trials import TrialLoss, Trials
 from adabatch.guards.votes import Votes
 from adabatch.journal import Journal, line
@@ -148,6 +149,8 @@ class AdaptiveBatch:
         skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. A step
             without a probe pays for it with one pass over the gradient, 8 bytes and a host sync; "probed" looks at the
             other steps only, which pay nothing. Local steps of ``local_sgd`` without a probe are not looked at.
+        max_left_out: how many updates in a row may be left out before the run stops with ``UpdatesLeftOut``; None for
+            any number.
         trial: micro-batch -> its mean loss, as your loop computes it, autocast included; for a micro-batch that grows
             (``max_micro_batch_size``). The first one of each larger size is run for nothing before its step, once or,
             where steps accumulate, twice. Where a rank has no memory for it, all ranks stay with smaller ones and
@@ -189,6 +192,7 @@ class AdaptiveBatch:
         local_sgd: LocalSGD | None = None,
         journal: str | Path | None = None,
         skip_nonfinite: SkipNonfinite = True,
+        max_left_out: int | None = 50,
         trial: TrialLoss | None = None,
         check_every: int | None = None,
         engine: Engine | None = None,
@@ -227,7 +231,9 @@ class AdaptiveBatch:
         if check_every is not None and not self._engine.copies:
             raise ValueError("check_every compares weights, and local_sgd lets those of workers differ: leave one out")
         self._check_every = check_every
+        check_skip_nonfinite(skip_nonfinite)
         self._skip_nonfinite = bool(skip_nonfinite)
+        self._updates_in_a_row = UpdatesInARow(max_left_out)
         # A scaler judges each of several optimizers alone, and would leave out a part of an update.
         self._scaled = scaler is not None and scaler.is_enabled()
         looks = skip_nonfinite is True or (self._scaled and len(each_of(optimizer)) > 1)
@@ -413,6 +419,7 @@ class AdaptiveBatch:
                 orders, plans or settings, or ranks that hold the same examples.
             RuntimeError: a step whose micro-batches were not all run; two steps in a row whose update never came;
                 parameters that joined or left those that train; or an object that a newer one has replaced.
+            UpdatesLeftOut: ``max_left_out`` updates in a row were left out.
             TypeError: ``until`` without a unit, or a loader that is none.
         """
         self._check_in_place()
@@ -464,6 +471,7 @@ class AdaptiveBatch:
         self._check_in_place()
         self._flush()
         number = self._consumed.steps
+        self._updates_in_a_row.check(number, self._progress.steps)
         if self._check_every is not None and number % self._check_every == 0:
             self._heartbeat.mark("the check for drift", number)
             held = (

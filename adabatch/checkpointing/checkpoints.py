@@ -18,6 +18,7 @@ from adabatch.batch.plan import Duration
 from adabatch.checkpointing.background import Background
 from adabatch.checkpointing.differences import Difference, differences, refuse
 from adabatch.checkpointing.files import (
+    MANIFEST,
     CheckpointError,
     abandon,
     begin,
@@ -141,7 +142,6 @@ class Checkpoints:
         self._background = Background() if background else None
         self._damaged: set[Path] = set()
         self._lock = FolderLock(self._folder)
-        self._trains = batches is not None or optimizer is not None
         self._times.listen(first=self._ranks.rank == 0)
 
     def step(self, *, now: bool = False) -> bool:
@@ -230,7 +230,7 @@ class Checkpoints:
             CheckpointError: checkpoints are there, and all are damaged; or the folder is another process's.
         """
         failure: Exception | None = None
-        if self._ranks.rank == 0 and self._trains and self._folder.is_dir():
+        if self._ranks.rank == 0 and self._batches is not None and self._folder.is_dir():
             try:
                 self._claim(None)
             except (OSError, CheckpointError) as error:
@@ -249,12 +249,19 @@ class Checkpoints:
         for problem in found.damaged.values():
             _log.warning("%s; going on from %s", problem, found.path.name)
         saved, now = found.manifest.contents, self._run.describe()
+        if not (isinstance(saved.get("parts"), dict) and isinstance(saved.get("sharded"), bool)):
+            raise CheckpointError(f"{found.path}: {MANIFEST} matches its checksum, and says nothing of a run")
         refuse(saved, now)
         restored: Restored | None = None
         try:
             if self._ranks.rank == 0:
                 self._refuse_other_run(found.path, saved.get("run"))
             restored = self._run.restore(found.path, saved)
+        except (LookupError, AttributeError) as error:
+            failure = CheckpointError(
+                f"{found.path} is what was written, and no part can make use of it ({type(error).__name__}: {error}): "
+                f"restore one from a copy, or move it away"
+            )
         except Exception as error:  # the other ranks must hear of any, before one of them leaves
             failure = error
         if self._ranks.sum_of(failure is not None)[0] and failure is None:

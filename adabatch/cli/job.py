@@ -24,13 +24,14 @@ from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.cli.display import Display
 from adabatch.cli.engines import EngineName, engine_of
 from adabatch.cli.optimizers import MakeOptimizer, observe
+from adabatch.cli.run_folder import mark_finished, run_folder
 from adabatch.cli.schedule.recorded import CHECKPOINTS, JOURNAL
 from adabatch.guards.preemption import Preemption
 from adabatch.guards.watchdog import Watchdog
 from adabatch.lr.rules import LRRule
 from adabatch.lr.shapes import Shape, constant
 from adabatch.recipes.data import collate
-from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.collectives import Collectives, workers_of
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.launch.world import World
 from adabatch.runtime.local_sgd import LocalSGD
@@ -96,7 +97,8 @@ class Job:
         engine_config: the JSON file of DeepSpeed.
         seed: of the weights, the order of the data and everything random.
         num_workers: loading processes a rank.
-        out: folder for journal, checkpoints and picture.
+        out: folder for journal, checkpoints and picture. By default that of the same job's unfinished run, if it is the
+            newest in runs, or a new folder runs/<date>-<n>; runs/latest is a link to it.
         checkpoint: where and how often to save, and whether to go on from there.
         hang_timeout: seconds without a move after which a rank counts as hanging, and all end; null for no watchdog.
         check_every: steps from one check for drifted ranks to the next; null for none.
@@ -128,7 +130,7 @@ class Job:
     engine_config: Path | None = None
     seed: int = 0
     num_workers: int = 0
-    out: Path = Path("runs/latest")
+    out: Path | None = None
     checkpoint: Checkpointing = Checkpointing()
     hang_timeout: float | None = 300.0
     check_every: int | None = None
@@ -180,7 +182,7 @@ class Result(NamedTuple):
 
 
 def run(job: Job, world: World, *, display: Display, label: str, config: Mapping[str, Any] | None = None) -> Result:
-    """Trains, tests and writes journal and checkpoints into ``job.out``; goes on from a checkpoint that is there.
+    """Trains, tests and writes journal and checkpoints into the job's folder; goes on from a checkpoint that is there.
 
     Args:
         job: what to train.
@@ -194,6 +196,10 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         CheckpointError: a checkpoint could not be written, or all that are there are damaged.
     """
     device = world.device
+    out = job.out
+    if out is None:
+        ranks = workers_of(None, device=device)
+        out = run_folder(config, ranks, resume=job.checkpoint.resume, display=display)
     model = job.model.to(device)
     engine = engine_of(
         job.engine,
@@ -215,7 +221,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         return loss
 
     grows = (job.max_micro_batch_size or 0) > job.micro_batch_size
-    journal = job.out / JOURNAL
+    journal = out / JOURNAL
     batches = engine.batches(
         job.criterion,
         micro_batch_size=job.micro_batch_size,
@@ -239,7 +245,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     order = GlobalOrder(job.train_data, seed=job.seed, collate_fn=collate, num_workers=job.num_workers)
     saving = job.checkpoint
     checkpoints = engine.checkpoints(
-        saving.directory or job.out / CHECKPOINTS,
+        saving.directory or out / CHECKPOINTS,
         batches=batches,
         schedule=schedule,
         order=order,
@@ -287,6 +293,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     batches.remove()
     if local is not None:
         local.remove()
+    if world.rank == 0 and not preempted and job.out is None:
+        mark_finished(out)
     num_steps, num_examples = batches.progress.steps, batches.consumed.examples
     return Result(label, num_steps, num_examples, seconds, test_loss, accuracy, journal, preempted)
 

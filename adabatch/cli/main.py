@@ -30,6 +30,7 @@ from adabatch.cli.picture import picture
 from adabatch.cli.schedule.commands import DESCRIPTION, add_schedule_commands, run_schedule
 from adabatch.cli.verify import DEFAULT_STEPS, verify
 from adabatch.guards.drift import RanksDrifted
+from adabatch.guards.left_out import EXIT_NO_UPDATES, UpdatesLeftOut
 from adabatch.guards.preemption import EXIT_PREEMPTED
 from adabatch.guards.watchdog import EXIT_RANK_LOST, RankLost
 from adabatch.runtime.launch.world import World, connected
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A user's mistake is one line on standard error and status 2, a checkpoint that could not be written or read one line
     and status 1. A run that a signal ended has saved itself, and returns ``EXIT_PREEMPTED``; one that lost a rank, or
-    whose ranks drifted apart, returns ``EXIT_RANK_LOST``.
+    whose ranks drifted apart, returns ``EXIT_RANK_LOST``; one that trains nothing any more, ``EXIT_NO_UPDATES``.
     """
     parser = build_parser()
     try:
@@ -127,6 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RankLost, RanksDrifted) as error:
         print(f"adabatch {command}: error: {error}", file=sys.stderr)
         return EXIT_RANK_LOST
+    except UpdatesLeftOut as error:
+        print(f"adabatch {command}: error: {error}", file=sys.stderr)
+        return EXIT_NO_UPDATES
     except USER_ERRORS as error:
         print(f"adabatch {command}: error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 import adabatch
 from adabatch import AdaptiveBatch, CheckpointError, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
-from adabatch.checkpointing.files import checkpoints_in
+from adabatch.checkpointing.files import checkpoints_in, finish, sealed
 
 TOTAL = adabatch.examples(2000)
 
@@ -245,6 +246,31 @@ def test_the_first_checkpoint_is_read_back_and_only_that(tmp_path: Path, monkeyp
     with pytest.raises(CheckpointError, match="what was written cannot be read back: Weights only load failed"):
         adabatch.save(tmp_path / "other", **other)
     assert checkpoints_in(tmp_path / "other") == {}
+
+
+def test_a_checkpoint_with_right_checksums_and_wrong_contents_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    (path,) = checkpoints_in(folder).values()
+    state = torch.load(path / "state.pt", weights_only=True)
+    for wrong, words in (
+        ([1, 2], "holds no state of order, model"),
+        ({"model": state["model"]}, "holds no state of order, optimizer"),
+        ({**state, "optimizer": {}}, "no part can make use of it .KeyError: 'param_groups'"),
+        ({**state, "model": 7}, "no part can make use of it .AttributeError"),
+    ):
+        shutil.rmtree(path)
+        path.mkdir()
+        torch.save(wrong, path / "state.pt")
+        contents = {"parts": {name: type(part).__name__ for name, part in made(tmp_path).parts().items()}}
+        unfinished = path.rename(path.with_name(path.name + ".unfinished"))
+        path = finish(unfinished, {**contents, "sharded": False}, sealed(unfinished), keep=1)
+        with pytest.raises(CheckpointError, match=words):
+            adabatch.load(folder, **made(tmp_path).parts())
+    unfinished = path.rename(path.with_name(path.name + ".unfinished"))
+    (unfinished / "manifest.json").unlink()
+    finish(unfinished, {"anything": "else"}, sealed(unfinished), keep=1)
+    with pytest.raises(CheckpointError, match=r"manifest\.json matches its checksum, and says nothing of a run"):
+        adabatch.load(folder, **made(tmp_path).parts())
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:

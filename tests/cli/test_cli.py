@@ -268,3 +268,53 @@ def test_a_micro_batch_that_runs_out_of_memory_stays_as_it_was(config: Any, tmp_
     assert [line["out_of_memory"] for line in written if "out_of_memory" in line] == [[32]]
     assert max(line["plan"]["micro_batch_size"] for line in written) == 16
     assert max(line["plan"]["global_batch_size"] for line in written) > 64
+
+
+def test_a_run_without_a_folder_goes_on_in_its_own(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loss = {"class_path": f"{__name__}.InterruptedLoss"}
+    job = config(loss=loss, checkpoint={"every": {"count": 500, "unit": "examples"}}, out=None)
+    InterruptedLoss.calls_left = 60
+    with pytest.raises(Interrupted):
+        main(["train", "--config", job])
+    first = (tmp_path / "runs" / "latest").resolve()
+    assert main(["train", "--config", job]) == 0
+    assert "going on from" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "latest").resolve() == first
+    assert read_recorded(tmp_path / "runs" / "latest").num_steps > 0
+    assert main(["train", "--config", job]) == 0
+    assert (tmp_path / "runs" / "latest").resolve() != first
+
+
+def test_a_learning_rate_given_on_resume_is_the_one_that_trains(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = config(total={"count": 400, "unit": "examples"})
+    assert main(["train", "--config", job]) == 0
+    half = ["train", "--config", job, "--seed=3", "--optimizer.init_args.lr=3e-5", "--optimizer.init_args.momentum=0.5"]
+    assert main(half) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "optimizer.lr was 0.1 when the checkpoint was saved, and is 3e-05 now" in said
+    assert "config.optimizer" not in said
+    assert "config.seed" not in said
+    assert "optimizer.momentum stays 0.9, as it was saved" in caplog.text
+    assert "data.seed stays 0, as it was saved" in caplog.text
+    state = saved_state(tmp_path / "run")
+    assert state["optimizer"]["param_groups"][0]["momentum"] == 0.9
+
+
+def test_a_run_whose_updates_are_all_left_out_ends_with_a_status_of_its_own(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = config(loss={"class_path": f"{__name__}.NoNumber"}, total={"count": 100_000, "unit": "examples"})
+    assert main(["train", "--config", job]) == 77
+    assert "the last 50 updates in a row were left out" in capsys.readouterr().err
+
+
+class NoNumber(torch.nn.CrossEntropyLoss):
+    """A run that has diverged."""
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return super().forward(outputs, targets) * torch.nan

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from adabatch import EXIT_PREEMPTED, Checkpoints
+from adabatch import EXIT_NO_UPDATES, EXIT_PREEMPTED, EXIT_RANK_LOST, Checkpoints
 from adabatch.cli.job import Checkpointing
 
 GUIDE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
@@ -47,4 +47,4 @@ def test_every_part_flag_and_status_is_in_a_table() -> None:
     assert all(f"`{name}=" in TEXT for name in settings - {"folder", "config"})
     flags = [field.name for field in dataclasses.fields(Checkpointing)]
     assert not [name for name in flags if f"`--checkpoint.{name}`" not in CELLS]
-    assert f"| {EXIT_PREEMPTED} |" in CELLS
+    assert all(f"| {status} |" in CELLS for status in (EXIT_PREEMPTED, EXIT_RANK_LOST, EXIT_NO_UPDATES))
