@@ -30,6 +30,5 @@ for epoch in range(3):
         optimizer.step()
         optimizer.zero_grad()
     loss = loss_fn(model(inputs), targets).item()
-    print(
-        f"epoch {epoch}: global batch {batches.plan.global_batch_size}, noise scale {batches.noise_scale:.0f}, {loss=:.3f}"
-    )
+    size = batches.plan.global_batch_size
+    print(f"epoch {epoch}: global batch {size}, noise scale {batches.noise_scale:.0f}, {loss=:.3f}")
