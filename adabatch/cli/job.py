@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,21 @@ from adabatch.runtime.scheduler import ClockKind, ProgressLR
 
 CONFIG_FORMAT = 1
 EVALUATION_BATCH = 1024
+STOPPED_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Ctrl-C too: launchers hand it on, so that a process may get it twice. Ctrl-\\ (SIGQUIT) ends a run at once."""
+MOST = 2**31 - 1
+COUNTS = MappingProxyType(
+    {
+        "micro_batch_size": MOST,
+        "max_micro_batch_size": MOST,
+        "reference_batch_size": MOST,
+        "tokens_per_example": MOST,
+        "num_workers": 1024,
+        "check_every": MOST,
+    }
+)
+"""Largest values of the counts of a job. Whatever lies above is a slip of the hand, and some of them, such as a million
+loading processes, would take the machine down before anything else could refuse them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +163,12 @@ class Job:
         for name, base in bases.items():
             if type(getattr(self, name)) is base:
                 raise ValueError(f"{name} needs a class_path, such as my_package.my_module.MyClass, and got none")
+        for name, most in COUNTS.items():
+            count = getattr(self, name)
+            if count is not None and count > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
+        if self.checkpoint.keep > MOST:
+            raise ValueError(f"checkpoint.keep must be at most {MOST:,}, got {self.checkpoint.keep:,}")
         if self.hang_timeout is not None and not 0 < self.hang_timeout < math.inf:
             raise ValueError(
                 f"hang_timeout must be a positive number of seconds, or null for no watchdog, got {self.hang_timeout}"
@@ -256,7 +279,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         keep=saving.keep,
         background=saving.background,
     )
-    with Preemption(batches) as preemption, checkpoints:
+    with Preemption(batches, signals=STOPPED_BY) as preemption, checkpoints:
         if not saving.resume:
             checkpoints.start_over()
         elif (loaded := checkpoints.load(missing_ok=True)) is not None:
@@ -277,6 +300,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                     noise_scale=batches.noise_scale,
                 )
                 checkpoints.step()
+                if display.unread:
+                    preemption.request()
                 if preemption.agreed:
                     break
         preempted = not batches.consumed.reached(job.total)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.jobs import Attempt
 from support.loops import journal_text
 
 from adabatch.checkpointing.files import checkpoints_in
@@ -236,16 +235,11 @@ def test_a_missing_config_file_is_named(capsys: Any) -> None:
     assert "/no/such/config.yaml" in capsys.readouterr().err
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "adabatch"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
-
-
 @pytest.mark.distributed
 def test_two_processes_choose_the_batch_sizes_of_one(config: Any, tmp_path: Path) -> None:
     """Parts of 8 examples either way, so the same measurement, the same decisions and the same journal."""
     path = config(max_micro_batch_size=None)
-    assert torchrun("train", "--config", path, f"--out={tmp_path}/two").returncode == 0
+    assert Attempt(tmp_path, ["train", "--config", path, f"--out={tmp_path}/two"], 2).join() == [0, 0]
     assert main(["train", "--config", path, f"--out={tmp_path}/one"]) == 0
     one, two = (lines(tmp_path / name / "journal.jsonl") for name in ("one", "two"))
     assert [line["next"] for line in one] == [line["next"] for line in two]
@@ -256,9 +250,10 @@ def test_two_processes_choose_the_batch_sizes_of_one(config: Any, tmp_path: Path
 
 @pytest.mark.distributed
 def test_a_mistake_ends_both_processes(config: Any, tmp_path: Path) -> None:
-    done = torchrun("train", "--config", config(limits={"min": 17, "max": 256}))
-    assert done.returncode != 0
-    assert done.stderr.count("limits.min=17 cannot be shared equally by 2 ranks") >= 1
+    attempt = Attempt(tmp_path, ["train", "--config", config(limits={"min": 17, "max": 256})], 2)
+    assert attempt.join() == [2, 2]
+    said = (tmp_path / "output").read_text()
+    assert said.count("limits.min=17 cannot be shared equally by 2 ranks") == 2
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -36,7 +36,7 @@ def add_mup_commands(parser: ArgumentParser) -> None:
     """Adds the sub-commands to the parser of ``adabatch mup``, which must stand in its own parent already."""
     commands = parser.add_subcommands()
     for name, command in COMMANDS.items():
-        own = ArgumentParser(description=command.description)
+        own = type(parser)(description=command.description)
         command.add_arguments(own)
         commands.add_subcommand(name, own, help=command.help)
 

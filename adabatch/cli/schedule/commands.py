@@ -43,7 +43,7 @@ def add_schedule_commands(parser: ArgumentParser) -> None:
     """Adds the sub-commands to the parser of ``adabatch schedule``, which must stand in its own parent already."""
     commands = parser.add_subcommands()
     for name, command in COMMANDS.items():
-        own = ArgumentParser(description=command.description)
+        own = type(parser)(description=command.description)
         command.add_arguments(own)
         commands.add_subcommand(name, own, help=command.help)
 

@@ -156,7 +156,7 @@ shuffles = st.sampled_from(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(
     num_examples=st.integers(1, 40),
     seed=st.integers(0, 2**40),

@@ -27,7 +27,7 @@ def epoch_of(shuffle: Any, num_examples: int, *, seed: int = 0, epoch: int = 0) 
     return shuffle.epoch(num_examples, seed=seed, epoch=epoch)(0, shuffle.length(num_examples)).tolist()
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(num_examples=st.integers(1, 500), seed=st.integers(0, 2**70), epoch=st.integers(0, 2**40), shuffle=permuting)
 def test_each_shuffle_permutes(num_examples: int, seed: int, epoch: int, shuffle: Any) -> None:
     assert sorted(epoch_of(shuffle, num_examples, seed=seed, epoch=epoch)) == list(range(num_examples))
