@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_of_the_guide_runs() -> None:
     namespace: dict[str, Any] = {}
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
     for block in blocks("python"):
         exec(compile(block, str(GUIDE), "exec"), namespace)
 

@@ -11,9 +11,9 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from adabatch.cli.display import Display
-from adabatch.cli.mup.methods import METHODS
 from adabatch.cli.mup.widths import Subject, check, show_plan, sweep
 from adabatch.optim.mup.coordinates import TOLERANCE
+from adabatch.optim.mup.methods import METHODS
 
 DESCRIPTION = (
     "Settings that survive a change of width: the plan of a model, whether its updates keep their size, and whether "

@@ -13,9 +13,9 @@ from rich.console import Console
 from adabatch.cli.display import Display
 from adabatch.cli.schedule.compare import compare, transfer
 from adabatch.cli.schedule.extend import extend
-from adabatch.cli.schedule.recorded import Clock
 from adabatch.cli.schedule.refine import NextRule, refine
 from adabatch.cli.schedule.shape_text import known_shapes
+from adabatch.lr.recorded import Clock
 from adabatch.lr.refine import Kind
 
 DESCRIPTION = (
