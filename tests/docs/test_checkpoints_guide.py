@@ -21,6 +21,7 @@ TEXT = GUIDE.read_text(encoding="utf-8")
 CELLS = " ".join(line for line in TEXT.splitlines() if line.startswith("|"))
 
 
+@pytest.mark.slow
 def test_the_python_of_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "learning_rate.md"
 TEXT = GUIDE.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)

@@ -165,6 +165,7 @@ shuffles = st.sampled_from(
     join_epochs=st.booleans(),
     run=stretches,
 )
+@pytest.mark.slow
 def test_every_example_comes_once_an_epoch_in_one_order_whatever_happens(
     num_examples: int,
     seed: int,
@@ -187,6 +188,7 @@ def test_every_example_comes_once_an_epoch_in_one_order_whatever_happens(
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than this machine has cores
 @pytest.mark.parametrize("seed", range(RUNS_WITH_PROCESSES))
+@pytest.mark.slow
 def test_with_real_loading_processes_too(seed: int) -> None:
     """The same as above with 0 to 3 of them a rank, another number after each load, and runs of several epochs."""
     rng = random.Random(seed)
