@@ -24,6 +24,7 @@ from adabatch.guards.drift import RanksDrifted
 from adabatch.guards.preemption import EXIT_PREEMPTED, Preemption
 from adabatch.guards.watchdog import EXIT_RANK_LOST, RankLost, Watchdog
 from adabatch.optim import AdaGradNorm
+from adabatch.options import EngineOptions, Guard, Measure
 from adabatch.pairs import AdAdaGrad, AdAdaGradNorm, Pair
 from adabatch.runtime import local_sgd
 from adabatch.runtime.data import BlockShuffle, FullShuffle, GlobalOrder, ScatteredShuffle, WeightedShuffle
@@ -58,15 +59,18 @@ __all__ = [
     "Decision",
     "Difference",
     "Duration",
+    "EngineOptions",
     "FullShuffle",
     "GlobalOrder",
     "Goodput",
     "GradientMoments",
+    "Guard",
     "InnerProductTest",
     "Limits",
     "LinearRamp",
     "Loaded",
     "LocalSGD",
+    "Measure",
     "MicroBatchProbe",
     "NoiseScale",
     "NormTest",

@@ -3,7 +3,7 @@
 Of a step that was probed, ``moments`` holds noise, signal, their ratio, and the squared norms and sizes that they come
 from; beside them ``noise_along`` where inner products were measured, ``noise_at_quantile`` where coordinates were, and
 the ``norm`` where it is not the Euclidean one. ``layers`` holds the first three of each layer by its name
-where they were (``AdaptiveBatch(per_layer=)``): noises add up to that of the whole, and so do signals.
+where they were (``Measure(layers=)``): noises add up to that of the whole, and so do signals.
 
 Lines hold no wall time and no machine, so the journals of two equal runs are equal files; but for a criterion that
 reads step times (`Goodput`): then ``seconds`` is how long a step lately took. Numbers that are not finite are null.

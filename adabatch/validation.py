@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.optim import AdamW, NAdam, Optimizer
@@ -13,39 +14,86 @@ from adabatch.batch.control import UNLIMITED, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.batch.needs import Needs
-from adabatch.batch.plan import PlanGrid
-from adabatch.batch.schedules import Schedule
-from adabatch.lr.rules import LRRule
-from adabatch.optim import KFAC, Shampoo
-from adabatch.optim.mup import named_parameters
-from adabatch.runtime.data import GlobalOrder
+from adabatch.batch.plan import Duration, PlanGrid, Progress
+from adabatch.batch.schedules import Schedule, Seesaw
+from adabatch.lr.rules import NOISE_RULES, LRRule, Setting, check_follow, check_lr_rule
+from adabatch.optim.mup import check_ratios, named_parameters
+from adabatch.options import EngineOptions, Measure
+from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.probes.layers import Layers, PerLayer, layers_of, layers_of_weight
+from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.optimizer_traits import ChecksRanks, ChecksStep, PrefersLRRule
+from adabatch.runtime.probes.layers import Layers, layers_of, layers_of_weight
 from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
 
 
-def default_lr_rule(optimizer: Optimizer) -> LRRule:
-    """How the learning rate of an optimizer follows the batch where its user does not say."""
-    return "sqrt" if isinstance(optimizer, KFAC | Shampoo) else "none"
+def engine_of(
+    model: torch.nn.Module, optimizer: Optimizer, given: EngineOptions | Engine, local_sgd: LocalSGD | None
+) -> Engine:
+    """The engine given, or the one that the model's type and ``local_sgd`` name, with its options."""
+    if isinstance(given, Engine):
+        return given
+    if not isinstance(given, EngineOptions):
+        raise TypeError(f"engine must be EngineOptions(...), or an Engine of a host, got {given!r}")
+    if local_sgd is not None:
+        return local_sgd.engine(model, optimizer, given.gradient_sync, given.scaler)
+    engine = engine_for(model, given.gradient_sync, given.scaler)
+    if isinstance(optimizer, ChecksRanks):
+        optimizer.check_ranks(engine.collectives.size)
+    return engine
 
 
-def check_reduces(optimizer: Optimizer, size: int) -> None:
-    """That ranks which share a model share the statistics that precondition its gradient."""
-    if size > 1 and isinstance(optimizer, KFAC) and not optimizer.reduces:
-        raise ValueError(
-            f"each of the {size} ranks would precondition by the curvature of its own examples, and their weights would"
-            f" drift apart: KFAC(model.parameters(), model, **adabatch.across_ranks(model))"
-        )
+def check_before_step(optimizer: Optimizer) -> None:
+    """That the settings of an update are in order: the rates those of a width plan, and what the optimizer checks.
+
+    Raises:
+        ValueError: they are not.
+    """
+    check_ratios(optimizer)
+    if isinstance(optimizer, ChecksStep):
+        optimizer.check_before_step()
 
 
-def check_fits(size: int, order: GlobalOrder) -> None:
-    """That a batch holds no example of the data set twice."""
-    if size > len(order):
-        raise ValueError(
-            f"a batch of {size} is above the {len(order)} examples of the data set, and may not hold an example twice: "
-            f"limit the batch to use at most {len(order)}"
-        )
+def check_until(until: Any, consumed: Progress) -> None:
+    """That a run can be trained until then: a duration, in a unit that is counted."""
+    if not isinstance(until, Duration):
+        raise TypeError(f"until must be a duration, such as adabatch.examples({until!r}), got {until!r}")
+    consumed.count(until.unit)
+
+
+def checked_rule(
+    model: torch.nn.Module,
+    optimizer: Any,
+    criterion: Any,
+    *,
+    lr_rule: LRRule | None,
+    follow: Collection[Setting],
+    **at_least_one: int | None,
+) -> LRRule:
+    """That what a user gave is of its kind; returns the rule that holds, which the optimizer may prefer."""
+    check_types(optimizer, criterion)
+    preferred = optimizer.preferred_lr_rule if isinstance(optimizer, PrefersLRRule) else "none"
+    rule = cast("LRRule", preferred) if lr_rule is None else lr_rule
+    check_lr_rule(rule)
+    check_follow(follow)
+    check_followers(optimizer, follow)
+    if rule == "seesaw" and not isinstance(criterion, Seesaw):
+        raise ValueError(f"lr_rule='seesaw' goes with the criterion Seesaw(...), got {type(criterion).__name__}")
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
+    return rule
+
+
+def needs_of(criterion: Criterion, rule: LRRule, measure: Measure) -> Needs:
+    """What a probe must measure: for the criterion, for the rule, and for the journal."""
+    layers = measure.layers is not None or measure.layer_weights is not None
+    needs = replace(criterion.needs, seconds=False) | Needs(l1=measure.l1, layers=layers)
+    noise = criterion.needs.seconds or rule in NOISE_RULES or measure.monitor  # steps are timed as they are measured
+    return needs.with_noise() if noise else needs
 
 
 def check_types(optimizer: Any, criterion: Any) -> None:
@@ -82,7 +130,6 @@ def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
 
 
 def suited_probe(
-    model: torch.nn.Module,
     optimizer: Optimizer,
     needs: Needs,
     *,
@@ -90,7 +137,8 @@ def suited_probe(
     engine: Engine,
     layers: Callable[[], Layers | None] = lambda: None,
 ) -> Probe | None:
-    """The probe given, or the one that suits the model; None where nothing needs one."""
+    """The probe given, or the one that suits the engine; None where nothing needs one."""
+    given = None if given is None else engine.fit_probe(given)
     if not needs:
         return given
     # Only what this optimizer trains: gradients that it does not zero add up over the steps.
@@ -98,7 +146,7 @@ def suited_probe(
     if given is None and not any(p.requires_grad for p in parameters):
         raise ValueError(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
-            f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
+            f"{type(optimizer).__name__} from the parameters() of this {type(engine.model).__name__}"
         )
     probe = given or engine.make_probe(
         parameters,
@@ -135,22 +183,21 @@ def measured_layers(
     model: torch.nn.Module,
     optimizer: Optimizer,
     needs: Needs,
-    per_layer: PerLayer | None,
-    weights: Mapping[str, float] | None,
+    measure: Measure,
+    probe: Probe | None,
 ) -> MeasuredLayers:
     """The layers to measure: those for the journal, or the parameters sorted by their weight in the norm.
 
-    Args:
-        weights: of squared gradient norms, by the names of parameters.
-
     Raises:
-        ValueError: both of them, a parameter without a weight, a name without a parameter, a weight that is not
-            positive, or a criterion that compares more than squared norms.
+        ValueError: weights beside a given probe, a parameter without a weight, a name without a parameter, a weight
+            that is not positive, or a criterion that compares more than squared norms.
     """
+    weights = measure.layer_weights
     if weights is None:
-        return MeasuredLayers(lambda: None if per_layer is None else layers_of(model, optimizer, per_layer), None)
-    if per_layer is not None:
-        raise ValueError(f"layer_weights sorts parameters by weight, and per_layer={per_layer!r} otherwise: give one")
+        kind = measure.layers
+        return MeasuredLayers(lambda: None if kind is None else layers_of(model, optimizer, kind), None)
+    if probe is not None:
+        raise ValueError("layer_weights sorts the parameters into layers, for which a given probe is made already")
     every = named_parameters(model)
     named = {name: p for name, p in every.items() if p.requires_grad}
     missing, unknown = sorted(set(named) - set(weights)), sorted(set(weights) - set(every))

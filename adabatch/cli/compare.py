@@ -12,6 +12,7 @@ from adabatch.batch.schedules import Constant
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, Result, run
 from adabatch.cli.picture import picture
+from adabatch.options import Measure
 from adabatch.runtime.launch.world import World
 
 HEADER = ("run", "steps", "mean batch", "examples", "test loss", "test accuracy", "wall time")
@@ -46,7 +47,7 @@ def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[
         saving = replace(job.checkpoint, resume=False)
         if size is not None:
             saving = replace(saving, directory=None)
-            job = replace(make(), criterion=Constant(size), monitor=True, out=out)
+            job = replace(make(), criterion=Constant(size), measure=Measure(monitor=True), out=out)
         job = replace(job, reference_batch_size=reference, checkpoint=saving)
         results.append(run(job, world, display=display, label=label))
         if results[-1].preempted:

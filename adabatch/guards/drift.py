@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.permutation import mixed
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.fsdp2 import own_piece, units_of
+from adabatch.runtime.observers import Moment, Phase, StepObserver
+from adabatch.runtime.step_hooks import host_value
 
 _BLOCK = 1 << 18
 """Elements that are hashed at a time: 6 MiB of memory."""
@@ -23,6 +29,57 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 class RanksDrifted(RuntimeError):
     """Ranks hold different weights or plans, though they should hold the same; the message names them."""
+
+
+class ComparedRun(Protocol):
+    """What a drift check reads of a run."""
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan of the next step."""
+        ...
+
+    def held(self) -> object:
+        """What all ranks must hold alike beside the weights, told apart by its ``repr``."""
+        ...
+
+
+class DriftCheck(StepObserver):
+    """Checks before every so many steps that no rank drifted.
+
+    Args:
+        engine: whose copies are compared.
+        optimizer: whose learning rates are compared.
+        run: whose plans are compared.
+        every: steps from one check to the next.
+        observers: hear that a check begins.
+
+    Raises:
+        ValueError: an engine that lets copies differ, as local SGD does.
+    """
+
+    def __init__(
+        self, engine: Engine, optimizer: Optimizer, run: ComparedRun, *, every: int, observers: StepObserver
+    ) -> None:
+        if not engine.copies:
+            raise ValueError("check_every compares weights, and local_sgd lets those of workers differ: leave one out")
+        self._engine = engine
+        self._optimizer = optimizer
+        self._run = run
+        self._every = every
+        self._observers = observers
+
+    def before(self, step: int) -> None:
+        """The check, where it is due.
+
+        Raises:
+            RanksDrifted: on all ranks.
+        """
+        if step % self._every == 0:
+            self._observers.at(Phase.DRIFT_CHECK, Moment(step, self._run.plan))
+            rates = [host_value(group["lr"]) for group in self._optimizer.param_groups]
+            held = (self._run.held(), rates)
+            check_same(self._engine.collectives, self._engine.model, plan=held, when=f"before step {step}")
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.control import Limits
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Schedule
+from adabatch.options import EngineOptions, Measure
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import GlobalOrder
@@ -112,9 +113,9 @@ def adaptive(training: Training, policy: Schedule, *, probed: bool) -> AdaptiveB
         policy,
         micro_batch_size=training.micro_batch_size,
         limits=Limits(min=min(policy.fixed_sizes), max=max(policy.fixed_sizes)),
-        monitor=probed,
         probe=training.probe if probed else None,
-        scaler=training.scaler,
+        measure=Measure(monitor=probed),
+        engine=EngineOptions(scaler=training.scaler),
     )
 
 

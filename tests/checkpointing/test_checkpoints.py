@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 import adabatch
 from adabatch import AdaptiveBatch, CheckpointError, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
 from adabatch.checkpointing.files import checkpoints_in
+from adabatch.options import Measure
 
 TOTAL = adabatch.examples(2000)
 
@@ -431,7 +432,7 @@ def test_step_needs_the_batches(tmp_path: Path) -> None:
 def test_a_signal_is_agreed_on_at_the_end_of_the_step(tmp_path: Path, number: signal.Signals, probed: bool) -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.01)
-    batches = AdaptiveBatch(model, optimizer, adabatch.Constant(8), micro_batch_size=4, monitor=probed)
+    batches = AdaptiveBatch(model, optimizer, adabatch.Constant(8), micro_batch_size=4, measure=Measure(monitor=probed))
     order = GlobalOrder(regression(64))
     before = signal.getsignal(number)
     stopped = []

@@ -23,6 +23,7 @@ from torch.optim import AdamW
 import adabatch
 from adabatch import AdaptiveBatch, CheckpointError, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
 from adabatch.checkpointing.files import checkpoints_in
+from adabatch.options import Guard, Measure
 
 pytestmark = pytest.mark.distributed
 
@@ -302,7 +303,12 @@ def signalled(rank: int, probed: bool, reduces: bool) -> list[int]:
     model = DistributedDataParallel(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     batches = AdaptiveBatch(
-        model, optimizer, adabatch.Constant(8), micro_batch_size=4, monitor=probed, skip_nonfinite=reduces
+        model,
+        optimizer,
+        adabatch.Constant(8),
+        micro_batch_size=4,
+        measure=Measure(monitor=probed),
+        guard=Guard(skip_nonfinite=reduces),
     )
     heard = []
     with adabatch.Preemption(batches) as preemption:
@@ -350,7 +356,9 @@ def test_the_time_of_the_first_rank_says_when_all_save(tmp_path: Path) -> None:
 
 def uneven(rank: int) -> str:
     model = DistributedDataParallel(network())
-    batches = AdaptiveBatch(model, AdamW(model.parameters()), adabatch.Constant(8), micro_batch_size=4, monitor=True)
+    batches = AdaptiveBatch(
+        model, AdamW(model.parameters()), adabatch.Constant(8), micro_batch_size=4, measure=Measure(monitor=True)
+    )
     if rank == 1:
         adabatch.Preemption(batches)
     try:

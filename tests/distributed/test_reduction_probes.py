@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.hard_models import CASES, Batch, Case
+from support.options import grouped
 from support.ranks import run_ranks
 from support.wrapped import check, ddp, fsdp, made, measured, part_by_part
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def message(call: Callable[[], Any]) -> str:
 def adaptive(model: nn.Module, **options: Any) -> AdaptiveBatch:
     optimizer = SGD(options.pop("parameters", model.parameters()), lr=0.1)
     options = {"criterion": NormTest(eta=0.5), "limits": Limits(min=16, max=64), "micro_batch_size": 4, **options}
-    return AdaptiveBatch(model, optimizer, options.pop("criterion"), **options)
+    return AdaptiveBatch(model, optimizer, options.pop("criterion"), **grouped(options))
 
 
 # --- precisions, factors and hooks -----------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ Norm = Literal["l2", "l1"]
 JOURNAL, CHECKPOINTS = "journal.jsonl", "checkpoints"
 
 _HOW_TO_RECORD = {
-    "l2": "it measured no gradients; run it again with --monitor=true",
-    "l1": "run it again with record_l1=True (AdaptiveBatch) or --record_l1=true (train), or use the l2 norms, "
+    "l2": "it measured no gradients; run it again with --measure.monitor=true",
+    "l1": "run it again with Measure(l1=True) (AdaptiveBatch) or --measure.l1=true (train), or use the l2 norms, "
     "which every probe records",
 }
 

@@ -27,7 +27,7 @@ from adabatch.runtime.local_sgd.periods import Period
 from adabatch.runtime.local_sgd.probe import Spread
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.rounds import Rounds
-from adabatch.runtime.local_sgd.settings import AverageWeights, Measure, Settings, period_of
+from adabatch.runtime.local_sgd.settings import AverageWeights, MeasuredStep, Settings, period_of
 
 
 class LocalSGD:
@@ -93,7 +93,7 @@ class LocalSGD:
         average_state: bool = False,
         compression: Compression = "none",
         weights: AverageWeights = "examples",
-        measure: Measure = "first",
+        measure: MeasuredStep = "first",
         spread: Spread = "across",
         workers: ProcessGroup | DeviceMesh | None = None,
     ) -> None:

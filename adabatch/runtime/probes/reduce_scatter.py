@@ -121,7 +121,7 @@ class ReduceScatterProbe:
     """Noise and signal under FSDP2 (``torch.distributed.fsdp.fully_shard``), HSDP among it.
 
     A part is what this rank reduces at once: each micro-batch where gradients are synchronized in each of them, all of
-    the step's where only in the last (``AdaptiveBatch(gradient_sync=)``). It costs one pass over each buffer that is
+    the step's where only in the last (``EngineOptions(gradient_sync=)``). It costs one pass over each buffer that is
     reduced and one over this rank's shard of the step's gradient. All trainable parameters are measured, before
     clipping, in the precision in which they are reduced (``MixedPrecisionPolicy.reduce_dtype``); the norms themselves
     are taken in float32 at least.
