@@ -33,7 +33,7 @@ def test_values_that_do_not_fit_are_named() -> None:
         Guard(skip_nonfinite="always")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layers='module' otherwise: give one"):
         Measure(layers="module", layer_weights={"weight": 1.0})
-    with pytest.raises(TypeError, match="engine must be EngineOptions.*got 'ddp'"):
+    with pytest.raises(TypeError, match=r"engine must be EngineOptions.*got 'ddp'"):
         adaptive(engine="ddp")
     with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler"):
         adaptive(engine=EngineOptions(scaler="fp16"))  # type: ignore[arg-type]
