@@ -25,12 +25,12 @@ from adabatch import (
     OrthogonalityTest,
     Stage,
     Stages,
-    Step,
     examples,
     tokens,
 )
 from adabatch.optim import mup
 from adabatch.options import Measure
+from adabatch.step import Step
 
 
 def adaptive(model: nn.Module | None = None, criterion: Any = None, **options: Any) -> AdaptiveBatch:

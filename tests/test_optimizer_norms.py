@@ -20,7 +20,6 @@ from adabatch import (
     AdaptiveBatch,
     Control,
     CoordinateNormTest,
-    Criterion,
     GlobalOrder,
     Limits,
     MicroBatchProbe,
@@ -28,6 +27,7 @@ from adabatch import (
     NormTest,
     PerExampleProbe,
 )
+from adabatch.batch import Criterion
 from adabatch.options import Measure
 
 STEPS = 5

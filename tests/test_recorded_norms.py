@@ -24,7 +24,6 @@ from adabatch import (
     GlobalOrder,
     Limits,
     NormTest,
-    Progress,
     ProgressLR,
     Stage,
     Stages,
@@ -33,10 +32,12 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.batch import Progress
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.needs import Needs
 from adabatch.lr.rules import check_follow, legw_warmup
 from adabatch.options import Measure
+from adabatch.runtime.probes.protocol import Probe
 
 
 def of_grads(model: nn.Module) -> tuple[float, float]:
@@ -152,7 +153,7 @@ def test_a_step_that_is_left_out_has_no_norm_that_could_be_refined(tmp_path: Pat
     assert len(lr.refine(kept, "adam", smoothing=0.0).settings["values"]) == 7  # type: ignore[arg-type]
 
 
-class NoiseOnly:
+class NoiseOnly(Probe):
     """A probe of one's own that measures no l1 norm."""
 
     gives = Needs(noise="euclidean")

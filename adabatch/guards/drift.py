@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Protocol
@@ -14,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from adabatch.batch.plan import BatchPlan
-from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.collectives import Collectives, digest_of
 from adabatch.runtime.data.permutation import mixed
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.fsdp2 import own_piece, units_of
@@ -95,18 +94,13 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
         bits = _bits_of(own_piece(tensor)[0])
         odd = odd.to(bits.device)
         sums += [(block.to(torch.int64) * odd[: len(block)]).sum() for block in torch.split(bits, _BLOCK)]
-    return hash_of(torch.stack([each.to(odd.device) for each in sums]).tolist() if sums else [])  # host sync
+    return digest_of(torch.stack([each.to(odd.device) for each in sums]).tolist() if sums else [])  # host sync
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
     """The elements as integers of the same width, shape (num_elements,)."""
     values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return values.detach().contiguous().view(-1).view(_INTEGERS[values.element_size()])
-
-
-def hash_of(value: object) -> int:
-    """48 bits of what ``repr`` says, which a float64 holds exactly."""
-    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6])
 
 
 def shard_of(tensors: Iterable[Tensor]) -> int:
@@ -117,7 +111,7 @@ def shard_of(tensors: Iterable[Tensor]) -> int:
             place: list[int] = list(tensor.device_mesh.get_coordinate() or ())
             cut = [not placement.is_replicate() for placement in tensor.placements]
             pieces.append(tuple(at for at, is_cut in zip(place, cut, strict=True) if is_cut))
-    return hash_of(sorted(set(pieces)))
+    return digest_of(sorted(set(pieces)))
 
 
 def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when: str) -> None:
@@ -135,19 +129,10 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
     Raises:
         RanksDrifted: on all ranks.
     """
-    for unit in units_of(model).values():
-        unit.reshard()  # after a forward without a backward its root holds whole parameters
-    tensors = list(model.parameters())
-    mine = (hash_of(plan), shard_of(tensors), fingerprint(tensors))
-    table = torch.zeros(collectives.size, len(mine), dtype=torch.float64, device=collectives.device)
-    table[collectives.rank] = torch.tensor(mine, dtype=torch.float64)
-    rows = collectives.sum(table).tolist()  # host sync
-    copies: dict[float, dict[int, float]] = defaultdict(dict)
-    for rank, (_, shard, digest) in enumerate(rows):
-        copies[shard][rank] = digest
+    rows, copies = _held(collectives, model, plan)
     compared = [
         ({rank: row[0] for rank, row in enumerate(rows)}, "plans"),
-        *((held, "weights") for held in copies.values()),
+        *((held, "weights") for held in copies),
     ]
     found = [_apart(held, what) for held, what in compared if len(set(held.values())) > 1]
     if found:
@@ -157,15 +142,38 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
         )
 
 
-def _apart(held: dict[int, float], what: str) -> str:
-    """Who differs from most; all, where there is no majority."""
+def odd_ranks(collectives: Collectives, model: nn.Module) -> list[int]:
+    """The ranks whose weights are not those of most that hold copies of the same; of two, the second."""
+    _, copies = _held(collectives, model, None)
+    return sorted(rank for held in copies for group in _groups(held)[1:] for rank in group)
+
+
+def _held(collectives: Collectives, model: nn.Module, plan: object) -> tuple[list[list[float]], list[dict[int, float]]]:
+    """What each rank holds (plan, shard, weights), and, for each shard, the weights of the ranks that hold it."""
+    for unit in units_of(model).values():
+        unit.reshard()  # after a forward without a backward its root holds whole parameters
+    tensors = list(model.parameters())
+    rows = collectives.gather_of(digest_of(plan), shard_of(tensors), fingerprint(tensors))
+    copies: dict[float, dict[int, float]] = defaultdict(dict)
+    for rank, (_, shard, digest) in enumerate(rows):
+        copies[shard][rank] = digest
+    return rows, list(copies.values())
+
+
+def _groups(held: dict[int, float]) -> list[list[int]]:
+    """Ranks that hold the same, the most first; of equally many, the first."""
     groups: dict[float, list[int]] = defaultdict(list)
     for rank, digest in held.items():
         groups[digest].append(rank)
-    largest = max(groups.values(), key=len)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def _apart(held: dict[int, float], what: str) -> str:
+    """Who differs from most; all, where there is no majority."""
+    largest, *others = _groups(held)
     if 2 * len(largest) <= len(held):
-        names = " and ".join(str(ranks)[1:-1] for ranks in groups.values())
+        names = " and ".join(str(ranks)[1:-1] for ranks in (largest, *others))
         return f"ranks {names} hold different {what}, and there is no majority to say which are right"
-    drifted = sorted(rank for ranks in groups.values() if ranks is not largest for rank in ranks)
+    drifted = sorted(rank for ranks in others for rank in ranks)
     name = f"rank {drifted[0]} holds" if len(drifted) == 1 else f"ranks {str(drifted)[1:-1]} hold"
     return f"{name} other {what} than ranks {str(largest)[1:-1]}"

@@ -19,7 +19,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import TensorDataset
 
 import adabatch
-from adabatch import AdaptiveBatch, CheckpointError, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch.checkpointing import CheckpointError
 from adabatch.checkpointing.files import checkpoints_in
 from adabatch.options import Measure
 
@@ -77,7 +78,7 @@ def made(
     return Run(model, stepped, batches, schedule, order, scaler)
 
 
-def train(run: Run, *, until: adabatch.Duration = TOTAL, each: Callable[[int], None] = lambda step: None) -> None:
+def train(run: Run, *, until: adabatch.batch.Duration = TOTAL, each: Callable[[int], None] = lambda step: None) -> None:
     """With a scaler whose unscaled gradients overflow at step 5, so that it leaves that update out."""
     for step in run.batches.steps(run.order, until=until):
         for batch in step:

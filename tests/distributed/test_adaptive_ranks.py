@@ -27,7 +27,6 @@ from adabatch import (
     GlobalOrder,
     Limits,
     NormTest,
-    Observation,
     ProgressLR,
     Stage,
     Stages,
@@ -35,6 +34,7 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.batch import Observation
 from adabatch.batch.needs import Needs
 from adabatch.options import Measure
 

@@ -40,7 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 from torch.utils.checkpoint import checkpoint
 
-from adabatch import AdaptiveBatch, Constant, GradientMoments
+from adabatch import AdaptiveBatch, Constant
+from adabatch.batch import GradientMoments
 from adabatch.batch.moments import from_parts
 from adabatch.options import EngineOptions, Measure
 from adabatch.runtime.probes.comm_hook import CommHookProbe

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 import adabatch
-from adabatch import AdaptiveBatch, CheckpointError, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch.checkpointing import CheckpointError
 from adabatch.checkpointing.files import checkpoints_in
 from adabatch.options import Guard, Measure
 
@@ -55,7 +56,7 @@ def parts(folder: Path, kind: str, *, seed: int = 0) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "batches": batches, "schedule": schedule, "order": order}
 
 
-def train(run: dict[str, Any], until: adabatch.Duration) -> None:
+def train(run: dict[str, Any], until: adabatch.batch.Duration) -> None:
     for step in run["batches"].steps(run["order"], until=until):
         for batch in step:
             step.backward(loss_of(run["model"], batch))

@@ -246,7 +246,7 @@ def refused() -> dict[str, str]:
         note(name, lambda: sgd(1), criterion=criterion)
     note("betas", lambda: engine_of(0, Custom), follow=("betas",))
     note("float16", lambda: sgd(0, fp16={"enabled": True}))  # after precision(), which lets a CPU have it
-    note("whole gradients", lambda: engine_of(1, adabatch.AdaGradNorm))
+    note("whole gradients", lambda: engine_of(1, adabatch.optim.AdaGradNorm))
     note("K-FAC", k_fac)
     note("limits", lambda: sgd(1), limits=Limits(min=7, max=64))
     note("pipeline", pipeline)  # last: DeepSpeed makes no other kind of engine after it

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, LocalSGD, RanksDrifted, steps
+from adabatch import AdaptiveBatch, Constant, GlobalOrder, LocalSGD, steps
+from adabatch.guards import RanksDrifted
 from adabatch.options import Guard
 
 pytestmark = pytest.mark.distributed

@@ -30,17 +30,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
 import adabatch
-from adabatch import (
-    AdaGradNorm,
-    AdaptiveBatch,
-    Constant,
-    GlobalOrder,
-    Limits,
-    NormTest,
-    ProgressLR,
-    examples,
-    lr,
-)
+from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, NormTest, ProgressLR, examples, lr
+from adabatch.optim import AdaGradNorm
 from adabatch.options import EngineOptions, Measure
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 

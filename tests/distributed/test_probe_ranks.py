@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from adabatch import AdaptiveBatch, Constant, GradientMoments
+from adabatch import AdaptiveBatch, Constant
+from adabatch.batch import GradientMoments
 from adabatch.batch.moments import from_parts
 from adabatch.options import Measure
 

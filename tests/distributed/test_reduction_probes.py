@@ -29,6 +29,7 @@ from adabatch import AdaptiveBatch, Constant, Limits, NormTest
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.needs import Needs
 from adabatch.runtime.probes.comm_hook import CommHookProbe
+from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.probes.reduce_scatter import PlainReduceScatter, ReduceScatterProbe
 
 pytestmark = pytest.mark.distributed
@@ -180,7 +181,7 @@ def same_gradients(rank: int) -> dict[str, bool]:
     return same
 
 
-class Silent:
+class Silent(Probe):
     """A probe that measures nothing."""
 
     gives = Needs()

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, GradientMoments
+from adabatch import AdaptiveBatch, Constant, GlobalOrder
+from adabatch.batch import GradientMoments
 from adabatch.batch.moments import from_parts
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe

@@ -20,8 +20,9 @@ from support.loops import lines
 from support.mpi import mpich
 from torch.optim import AdamW
 
-from adabatch import EXIT_PREEMPTED, EXIT_RANK_LOST
+from adabatch import EXIT_PREEMPTED
 from adabatch.cli.engines import EngineName
+from adabatch.guards import EXIT_RANK_LOST
 from adabatch.runtime.launch.launchers import MPI_VARIABLES
 from adabatch.runtime.launch.world import World, connected
 

@@ -24,10 +24,10 @@ from adabatch import (
     LocalSGD,
     NoiseScale,
     NormTest,
-    Progress,
     examples,
     steps,
 )
+from adabatch.batch import Progress
 from adabatch.batch.plan import tokens
 from adabatch.options import EngineOptions
 from adabatch.runtime.local_sgd import (

@@ -21,11 +21,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from adabatch import (
     AdaptiveBatch,
     Constant,
-    Duration,
     GlobalOrder,
     Limits,
     NormTest,
-    Progress,
     ProgressLR,
     Seesaw,
     Stage,
@@ -35,6 +33,7 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.batch import Duration, Progress
 from adabatch.lr.rules import gain
 from adabatch.options import Measure
 

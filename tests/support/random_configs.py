@@ -130,7 +130,7 @@ def _optimizer(rng: random.Random) -> dict[str, Any]:
             _class("torch.optim.SGD", lr=lr, momentum=rng.choice([0, 0.9])),
             _class("torch.optim.AdamW", lr=lr, weight_decay=0.1),
             _class("torch.optim.Adam", lr=lr, betas=[0.9, 0.95]),
-            _class("adabatch.AdaGradNorm", lr=lr),
+            _class("adabatch.optim.AdaGradNorm", lr=lr),
             _class("adabatch.optim.Shampoo", lr=lr),
         ]
     )
