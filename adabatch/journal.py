@@ -3,7 +3,7 @@
 Of a step that was probed, ``moments`` holds noise, signal, their ratio, and the squared norms and sizes that they come
 from; beside them ``noise_along`` where inner products were measured, ``noise_at_quantile`` where coordinates were, and
 the ``norm`` where it is not the Euclidean one. ``layers`` holds the first three of each layer by its name
-where they were (``AdaptiveBatch(per_layer=)``): noises add up to that of the whole, and so do signals.
+where they were (``Measure(layers=)``): noises add up to that of the whole, and so do signals.
 
 ``run`` says whose line it is: a token that is made when a run begins, and goes with it through its checkpoints. By it a
 reader tells two runs in one file apart.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +18,8 @@ from adabatch.guards.votes import Votes
 from adabatch.runtime.data import LossWeights, Portion
 from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.observers import Moment, Phase, RankMean, Rider, StepObserver, summed
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.stopwatch import Stopwatch
-
-
-class Mark(Protocol):
-    """Says where the rank is: what it is doing, and in which micro-batch."""
-
-    def __call__(self, doing: str, *, micro_batch: int | None = None) -> None:
-        """From here on."""
-        ...
 
 
 class Step:
@@ -42,9 +34,8 @@ class Step:
         moments: what the probe measured, after the inner loop of a probed step; else None.
         decision: the next plan and its reason, after the inner loop. With an engine that reduces gradients when the
             update begins (DeepSpeed), all three are there after the update.
-        timed: a plan and how many seconds a step of it lately took, for a criterion that needs it, after the inner loop
-            of a probed step; else None.
         probed: whether gradients are measured in this step.
+        measured: whether they were, and the loss: not where an engine left out the update before that.
         portion: this rank's micro-batches and how many examples they hold.
     """
 
@@ -53,13 +44,14 @@ class Step:
         plan: BatchPlan,
         portion: Portion,
         *,
+        number: int,
         engine: Engine,
         empty_parts: EmptyParts,
         probe: Probe | None,
         votes: Votes,
         find_nonfinite: FindNonfinite | None,
-        stopwatch: Stopwatch | None,
-        mark: Mark,
+        riders: Sequence[Rider],
+        observers: StepObserver,
         check_trained: Callable[[], None],
         finish: Callable[[Step], None],
     ) -> None:
@@ -68,17 +60,18 @@ class Step:
         self.loss: float | None = None
         self.moments: GradientMoments | None = None
         self.decision: Decision | None = None
-        self.timed: tuple[BatchPlan, float] | None = None
         self.probed = probe is not None
+        self.measured = False
         self.portion = portion
         self._engine = engine
         self._empty_parts = empty_parts
+        self._check_trained = check_trained
         self._probe = probe
         self._votes = votes
         self._all_finite = True
-        self._stopwatch = stopwatch
-        self._mark = mark
-        self._check_trained = check_trained
+        self._riders = riders
+        self._observers = observers
+        self._number = number
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._weights = portion.weights or LossWeights(portion.sizes, portion.num_examples)
@@ -124,7 +117,7 @@ class Step:
         num_parts = len(self.portion.sizes)
         for index, batch in enumerate(self.portion.batches):
             weight = self._weight = self._weights.of_each[index]
-            self._mark("the forward", micro_batch=index)
+            self._enter(Phase.FORWARD, index)
             listening = nullcontext() if weight else self._empty_parts.listening()
             with listening, nullcontext() if index == num_parts - 1 else self._engine.no_sync():
                 yield batch
@@ -137,7 +130,7 @@ class Step:
                     f"{num_parts} it had been called {self._num_backward} times"
                 )
             if index < num_parts - 1:
-                self._mark("the loading", micro_batch=index + 1)
+                self._enter(Phase.LOADING, index + 1)
         self._engine.gradient_ready(sum(self._weights.of_each))
         self._ended = True
         if self._engine.reduced == "backward":
@@ -150,9 +143,7 @@ class Step:
             reduced: False where it never was, since the engine found it not finite and left the update out.
         """
         reduced = reduced and not self.empty
-        if self._stopwatch is not None:
-            self._stopwatch.ran(self.plan, whole=self.global_batch_size == self.plan.global_batch_size)
-        self._mark("the measuring")
+        self._enter(Phase.MEASURING)
         if self._probe is not None and reduced:
             self._measure(self._probe)
         elif self._find_nonfinite is not None and reduced:
@@ -189,7 +180,7 @@ class Step:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
         if self._num_backward == 0:
             self._check_trained()
-        self._mark("the backward", micro_batch=self._num_backward)
+        self._enter(Phase.BACKWARD, self._num_backward)
         if self._weight == 0:
             self._backward_of_nothing()
             self._num_backward += 1
@@ -206,7 +197,7 @@ class Step:
         if self._probe is not None or self._find_nonfinite is not None:
             value = loss.detach().double() * weight
             self._losses = value if self._losses is None else self._losses + value
-        self._mark("what follows the backward", micro_batch=self._num_backward)
+        self._enter(Phase.AFTER_BACKWARD, self._num_backward)
         self._num_backward += 1
 
     def _backward_of_nothing(self) -> None:
@@ -241,11 +232,13 @@ class Step:
         alone = self._engine.collectives.size == 1 or self._engine.steps_alone()
         return self._engine.runs_alone and (alone or not last)
 
+    def _enter(self, phase: Phase, micro_batch: int | None = None) -> None:
+        self._observers.at(phase, Moment(self._number, self.plan, micro_batch, self.global_batch_size))
+
     def _look_through(self, find_nonfinite: FindNonfinite) -> None:
         """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
         found = find_nonfinite(self._own_loss(self._engine.collectives.device))
-        numbers = torch.cat([found, *self._votes.outgoing(found)])
-        (total,) = self._votes.incoming(self._engine.collectives.sum(numbers).tolist())  # host sync
+        (total,) = summed(self._engine.collectives, found, [self._votes])
         self._all_finite = total == 0
 
     def _own_loss(self, device: torch.device) -> Tensor:
@@ -256,22 +249,13 @@ class Step:
 
     def _measure(self, probe: Probe) -> None:
         """Loss and moments of all ranks, in one reduction and one host sync; without the scale of the gradients."""
-        size, scale = self._engine.collectives.size, self._engine.backward.scale
-        local = probe.collect()
-        means = [self._own_loss(local.device)]
-        if scale is not None:  # summed as well, so that all ranks divide by the same bits
-            means.append(scale(local.device).double())
-        riders: list[Votes | Stopwatch] = [self._votes]
-        if self._stopwatch is not None:
-            riders.append(self._stopwatch)
-        carried = [number for rider in riders for number in rider.outgoing(local)]
-        numbers = torch.cat([local, torch.stack(means) / size, *carried])
-        totals = self._engine.collectives.sum(numbers).tolist()  # host sync
-        for rider in reversed(riders):
-            totals = rider.incoming(totals)
-        self.timed = None if self._stopwatch is None else self._stopwatch.timed
-        factor = 1.0 if scale is None else totals.pop()
-        self.loss = totals.pop()
-        self.moments = probe.moments(totals).scaled(
-            1 / factor if factor else math.inf
-        )  # not finite where backed off to 0
+        ranks, local = self._engine.collectives, probe.collect()
+        loss = RankMean(self._own_loss(local.device), ranks.size)
+        scale = self._engine.backward.scale
+        # Averaged as well, so that all ranks divide by the same bits.
+        scales = [] if scale is None else [RankMean(scale(local.device), ranks.size)]
+        totals = summed(ranks, local, [loss, *scales, self._votes, *self._riders])
+        self.loss, self.measured = loss.value, True
+        self.moments = probe.moments(totals)
+        for factor in scales:  # not finite where backed off to 0
+            self.moments = self.moments.scaled(1 / factor.value if factor.value else math.inf)

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 from _harness import Machine, Table, publish
 
-from adabatch import Control, Limits, NoiseScale, NormTest, Observation, Progress
+from adabatch import Control, Limits, NoiseScale, NormTest
+from adabatch.batch import Observation, Progress
 from adabatch.batch.averages import Averages, ProbeWindow
 from adabatch.batch.control import ControlState, decide, estimate
 from adabatch.batch.criteria import Criterion

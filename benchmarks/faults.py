@@ -206,7 +206,7 @@ def full_disk(folder: Path) -> list[Outcome]:
             for _ in range(9):
                 adabatch.save(folder / "checkpoints", model=Net(), keep=9)
                 saved += 1
-        except adabatch.CheckpointError as error:
+        except adabatch.checkpointing.CheckpointError as error:
             loaded = adabatch.load(folder / "checkpoints", model=Net())
             clear = "No space left" in str(error) and loaded is not None and loaded.path.name.startswith(f"{saved:06d}")
             return [("a full disk: a clear error, and the one before is used", 1, int(clear))]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.loops import lines, loss_of, network, regression, train, weights
+from support.options import grouped
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
@@ -31,6 +32,7 @@ from adabatch import (
     steps,
     tokens,
 )
+from adabatch.options import Guard
 
 # --- passes over a loader -------------------------------------------------------------------------------------------
 
@@ -112,7 +114,7 @@ def test_a_rate_on_an_accelerator_is_not_read(tmp_path) -> None:
 
 def adaptive(criterion: Any, **options: Any) -> AdaptiveBatch:
     model = network()
-    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion, **options)
+    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion, **grouped(options))
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_a_loss_that_is_not_a_number_is_left_out_unless_that_is_not_wanted(tmp_p
         NormTest(eta=0.5),
         micro_batch_size=4,
         limits=Limits(min=8, max=32),
-        skip_nonfinite=skip,
+        guard=Guard(skip_nonfinite=skip),
         journal=tmp_path / "journal.jsonl",
     )
     for index, step in enumerate(batches.steps(GlobalOrder(regression(64)), until=steps(3))):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.loops import loss_of, network, regression, train
+from support.options import grouped
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -24,17 +25,18 @@ from adabatch import (
     OrthogonalityTest,
     Stage,
     Stages,
-    Step,
     examples,
     tokens,
 )
 from adabatch.optim import mup
+from adabatch.options import Measure
+from adabatch.step import Step
 
 
 def adaptive(model: nn.Module | None = None, criterion: Any = None, **options: Any) -> AdaptiveBatch:
     model = model or network()
     options = {"micro_batch_size": 4, "limits": Limits(min=8, max=64), **options}
-    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion or NormTest(eta=0.5), **options)
+    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion or NormTest(eta=0.5), **grouped(options))
 
 
 def hooks_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -122,7 +124,7 @@ def test_a_failed_construction_leaves_no_hook_behind() -> None:
     ):
         criterion = options.pop("criterion", NoiseScale())
         with pytest.raises(ValueError):
-            AdaptiveBatch(model, optimizer, criterion, micro_batch_size=4, **options)
+            AdaptiveBatch(model, optimizer, criterion, micro_batch_size=4, **grouped(options))
         assert hooks_of(model, optimizer) == 0
 
 
@@ -181,14 +183,14 @@ def test_only_what_the_optimizer_trains_is_measured() -> None:
     model = network()
     data = DataLoader(regression(32), batch_size=4)
     optimizer = SGD(model[2].parameters(), lr=0.0)  # a body that was left out, as when fine-tuning a head
-    batches = AdaptiveBatch(model, optimizer, Constant(16), micro_batch_size=4, monitor=True)
+    batches = AdaptiveBatch(model, optimizer, Constant(16), micro_batch_size=4, measure=Measure(monitor=True))
     moments = []
     train(batches, model, optimizer, data, each=lambda step: moments.append(step.moments))
 
     frozen = network()
     frozen[0].requires_grad_(False)
     optimizer = SGD(frozen.parameters(), lr=0.0)
-    batches = AdaptiveBatch(frozen, optimizer, Constant(16), micro_batch_size=4, monitor=True)
+    batches = AdaptiveBatch(frozen, optimizer, Constant(16), micro_batch_size=4, measure=Measure(monitor=True))
     expected = []
     train(batches, frozen, optimizer, data, each=lambda step: expected.append(step.moments))
     assert moments == expected

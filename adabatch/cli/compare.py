@@ -13,6 +13,7 @@ from adabatch.cli.display import Display
 from adabatch.cli.job import Job, Result, run
 from adabatch.cli.picture import picture
 from adabatch.cli.run_folder import run_folder
+from adabatch.options import Measure
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.launch.world import World
 
@@ -50,7 +51,7 @@ def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[
         saving = replace(job.checkpoint, resume=False)
         if size is not None:
             saving = replace(saving, directory=None)
-            job = replace(make(), criterion=Constant(size), monitor=True)
+            job = replace(make(), criterion=Constant(size), measure=Measure(monitor=True))
         job = replace(job, out=out, reference_batch_size=reference, checkpoint=saving)
         results.append(run(job, world, display=display, label=label))
         if results[-1].preempted:

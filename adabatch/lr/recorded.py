@@ -20,8 +20,8 @@ JOURNAL_FORMAT = 1
 """The format of journal lines that is read here, which ``adabatch.journal`` writes."""
 
 _HOW_TO_RECORD = {
-    "l2": "it measured no gradients; run it again with --monitor=true",
-    "l1": "run it again with record_l1=True (AdaptiveBatch) or --record_l1=true (train), or use the l2 norms, "
+    "l2": "it measured no gradients; run it again with --measure.monitor=true",
+    "l1": "run it again with Measure(l1=True) (AdaptiveBatch) or --measure.l1=true (train), or use the l2 norms, "
     "which every probe records",
 }
 

@@ -20,8 +20,10 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import TensorDataset
 
 import adabatch
-from adabatch import AdaptiveBatch, CheckpointError, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch.checkpointing import CheckpointError
 from adabatch.checkpointing.files import checkpoints_in, finish, sealed
+from adabatch.options import Measure
 
 TOTAL = adabatch.examples(2000)
 
@@ -77,7 +79,7 @@ def made(
     return Run(model, stepped, batches, schedule, order, scaler)
 
 
-def train(run: Run, *, until: adabatch.Duration = TOTAL, each: Callable[[int], None] = lambda step: None) -> None:
+def train(run: Run, *, until: adabatch.batch.Duration = TOTAL, each: Callable[[int], None] = lambda step: None) -> None:
     """With a scaler whose unscaled gradients overflow at step 5, so that it leaves that update out."""
     for step in run.batches.steps(run.order, until=until):
         for batch in step:
@@ -543,7 +545,7 @@ def test_step_needs_the_batches(tmp_path: Path) -> None:
 def test_a_signal_is_agreed_on_at_the_end_of_the_step(tmp_path: Path, number: signal.Signals, probed: bool) -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.01)
-    batches = AdaptiveBatch(model, optimizer, adabatch.Constant(8), micro_batch_size=4, monitor=probed)
+    batches = AdaptiveBatch(model, optimizer, adabatch.Constant(8), micro_batch_size=4, measure=Measure(monitor=probed))
     order = GlobalOrder(regression(64))
     before = signal.getsignal(number)
     stopped = []

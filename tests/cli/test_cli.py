@@ -100,7 +100,7 @@ def test_flags_override_the_file(config: Any, tmp_path: Path) -> None:
 
 def test_the_norms_for_a_refined_adam_schedule_are_one_flag_away(config: Any, tmp_path: Path) -> None:
     """As are the noises of layers, and another criterion."""
-    flags = ["--record_l1=true", "--per_layer=module", "--criterion=adabatch.NoiseScale", "--criterion.norm=sign"]
+    flags = ["--measure.l1=true", "--measure.layers=module", "--criterion=adabatch.NoiseScale", "--criterion.norm=sign"]
     assert main(["train", "--config", config(), *flags, "--total.count=600"]) == 0
     run = tmp_path / "run"
     for line in lines(run / "journal.jsonl"):

@@ -241,8 +241,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(config: Any, tmp_path: Path, c
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "/root/x: Permission denied"),
         (OSError("the ranks cannot reach each other"), 1, "cannot reach"),
-        (adabatch.CheckpointError("two\nlines"), 1, "two lines"),
-        (adabatch.RankLost("rank 1 has died"), 76, "rank 1 has died"),
+        (adabatch.checkpointing.CheckpointError("two\nlines"), 1, "two lines"),
+        (adabatch.guards.RankLost("rank 1 has died"), 76, "rank 1 has died"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (RecursionError(), 2, "too deeply"),
     ],
@@ -349,7 +349,7 @@ def test_the_statuses_are_in_the_guide() -> None:
     guide = (ROOT / "docs" / "checkpoints.md").read_text()
     found = {int(each) for each in re.findall(r"^\| (\d+) \|", guide, flags=re.MULTILINE)}
     known = (command.FILE_FAILED, command.MISTAKE, command.INTERRUPTED, command.OUTPUT_CLOSED)
-    assert {0, adabatch.EXIT_PREEMPTED, adabatch.EXIT_RANK_LOST, *known} <= found
+    assert {0, adabatch.EXIT_PREEMPTED, adabatch.guards.EXIT_RANK_LOST, *known} <= found
 
 
 # --- several ranks --------------------------------------------------------------------------------------------------
@@ -391,6 +391,6 @@ def test_the_error_of_one_rank_shows_on_the_others_by_name(config: Any, tmp_path
     (_, other), (_, failed) = (rank.communicate(timeout=100) for rank in ranks)
     assert ranks[1].returncode == 2, failed
     assert "no weights on this machine" in failed
-    assert ranks[0].returncode == adabatch.EXIT_RANK_LOST, other
+    assert ranks[0].returncode == adabatch.guards.EXIT_RANK_LOST, other
     assert re.search(r"rank 1 raised ValueError: .*no weights on this machine", other), other
     assert "Traceback" not in other

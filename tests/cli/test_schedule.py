@@ -682,7 +682,7 @@ def test_mistakes_end_in_one_clear_line(
         ([1.0, 2.0, math.nan], ["line 3", "inf", "positive, finite"]),
         ([1.0], ["one l2 norm", "two"]),
         ([None, None, 3.0], ["one l2 norm", "two"]),
-        ([None, None], ["no l2 norms", "--monitor=true"]),
+        ([None, None], ["no l2 norms", "--measure.monitor=true"]),
         ([], ["no applied step"]),
     ],
 )
@@ -700,7 +700,7 @@ def test_norms_that_cannot_be_used_say_why(
 
 def test_adam_needs_l1_norms_and_says_how_they_are_recorded(tmp_path: Path, capsys: Any) -> None:
     path = journal(tmp_path / "journal.jsonl", [1.0, 2.0, 3.0])
-    fails(["refine", str(path), "--kind=adam"], ["no l1 norms", "record_l1=True"], capsys)
+    fails(["refine", str(path), "--kind=adam"], ["no l1 norms", "measure.l1=true"], capsys)
 
 
 def test_a_rule_that_reads_the_noise_needs_it_in_the_journal(tmp_path: Path, capsys: Any) -> None:

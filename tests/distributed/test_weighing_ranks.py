@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.options import grouped
 from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, GradientMoments
+from adabatch import AdaptiveBatch, Constant, GlobalOrder
+from adabatch.batch import GradientMoments
 from adabatch.batch.moments import from_parts
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
@@ -101,7 +103,7 @@ def check(found: list[tuple[Tensor, Numbers, float]], parts: list[list[Any]], jo
 
 def steps_of(model: nn.Module, loader: Any, size: int, **options: Any) -> list[tuple[Tensor, Numbers, float]]:
     batches = AdaptiveBatch(
-        model, SGD(model.parameters(), lr=0.0), Constant(size), micro_batch_size=MICRO, monitor=True, **options
+        model, SGD(model.parameters(), lr=0.0), Constant(size), micro_batch_size=MICRO, **grouped(options, monitor=True)
     )
     found = []
     for step in batches.steps(loader, weigh=tokens_in):

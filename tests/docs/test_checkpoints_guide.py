@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from adabatch import EXIT_NO_UPDATES, EXIT_PREEMPTED, EXIT_RANK_LOST, Checkpoints
+from adabatch import EXIT_PREEMPTED, Checkpoints
 from adabatch.cli.job import Checkpointing
+from adabatch.guards import EXIT_NO_UPDATES, EXIT_RANK_LOST
 
 GUIDE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 TEXT = GUIDE.read_text(encoding="utf-8")

@@ -11,8 +11,9 @@ from support.loops import loss_of, network, regression, weights
 from torch.optim import SGD
 
 import adabatch
-from adabatch import EXIT_NO_UPDATES, AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest, UpdatesLeftOut
+from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest
 from adabatch.checkpointing.files import checkpoints_in
+from adabatch.guards import EXIT_NO_UPDATES, UpdatesLeftOut
 from adabatch.guards.left_out import UpdatesInARow
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.loops import loss_of, network, regression, train, weights
+from support.options import grouped
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
@@ -23,11 +24,12 @@ from adabatch import (
     LocalSGD,
     NoiseScale,
     NormTest,
-    Progress,
     examples,
     steps,
 )
+from adabatch.batch import Progress
 from adabatch.batch.plan import tokens
+from adabatch.options import EngineOptions
 from adabatch.runtime.local_sgd import (
     Average,
     Change,
@@ -271,7 +273,12 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
         AdaptiveBatch(other, optimizer, Constant(8), micro_batch_size=4, local_sgd=local)
     with pytest.raises(ValueError, match="does not go with a GradScaler"):
         AdaptiveBatch(
-            model, optimizer, Constant(8), micro_batch_size=4, local_sgd=local, scaler=GradScaler("cpu", init_scale=8)
+            model,
+            optimizer,
+            Constant(8),
+            micro_batch_size=4,
+            local_sgd=local,
+            engine=EngineOptions(scaler=GradScaler("cpu", init_scale=8)),
         )
     with pytest.raises(ValueError, match="two micro-batches at least"):
         AdaptiveBatch(
@@ -281,9 +288,9 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
     local = LocalSGD(model, optimizer, sync_every=4)  # the one above has taken the place of the first
     options: dict[str, Any] = {"micro_batch_size": 4, "limits": Limits(min=8, max=64), "local_sgd": local}
     with pytest.raises(ValueError, match=r"does not measure noise in the norm sign.*such as NormTest"):
-        AdaptiveBatch(model, optimizer, NoiseScale(norm="sign"), **options)
+        AdaptiveBatch(model, optimizer, NoiseScale(norm="sign"), **grouped(options))
     with pytest.raises(ValueError, match=r"does not measure coordinates at quantile 0.5"):
-        AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.5), **options)
+        AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.5), **grouped(options))
 
 
 @pytest.mark.parametrize(

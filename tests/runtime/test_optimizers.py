@@ -17,8 +17,9 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 import adabatch
-from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, JoinedOptimizers, Limits, NormTest, ProgressLR, lr, steps
+from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr, steps
 from adabatch.optim import Shampoo
+from adabatch.runtime.optimizers import JoinedOptimizers
 
 Muon: Any = getattr(torch.optim, "Muon", SGD)  # torch 2.9
 

@@ -89,7 +89,7 @@ def _refine_arguments(parser: ArgumentParser) -> None:
         "--kind",
         type=Kind,
         default="sgd",
-        help="optimizer: sgd reads l2 norms (with momentum or not), adam and adagrad l1 norms (record_l1)",
+        help="optimizer: sgd reads l2 norms (with momentum or not), adam and adagrad l1 norms (measure.l1)",
     )
     parser.add_argument(
         "--lr_rule",

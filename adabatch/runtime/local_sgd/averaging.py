@@ -27,7 +27,7 @@ from adabatch.runtime.local_sgd.periods import Period
 from adabatch.runtime.local_sgd.probe import Spread
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.rounds import Rounds
-from adabatch.runtime.local_sgd.settings import AverageWeights, Measure, Settings, period_of
+from adabatch.runtime.local_sgd.settings import AverageWeights, MeasuredStep, Settings, period_of
 from adabatch.runtime.optimizers import each_of, joined, without_rate
 from adabatch.runtime.ownership import remove_all, take_over
 from adabatch.runtime.step_hooks import hook_step
@@ -98,7 +98,7 @@ class LocalSGD:
         average_state: bool = False,
         compression: Compression = "none",
         weights: AverageWeights = "examples",
-        measure: Measure = "first",
+        measure: MeasuredStep = "first",
         spread: Spread = "across",
         workers: ProcessGroup | DeviceMesh | None = None,
     ) -> None:

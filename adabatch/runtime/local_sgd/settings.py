@@ -14,7 +14,7 @@ from adabatch.runtime.local_sgd.probe import Spread
 AverageWeights = Literal["examples", "equal"]
 """What the share of a worker in the average follows."""
 
-Measure = Literal["first", "last"]
+MeasuredStep = Literal["first", "last"]
 """The local step of a round at which the gradient is measured."""
 
 
@@ -56,11 +56,11 @@ class Settings:
     average_state: bool
     compression: Compression
     weights: AverageWeights
-    measure: Measure
+    measure: MeasuredStep
     spread: Spread
 
     def __post_init__(self) -> None:
-        words = {"compression": Compression, "weights": AverageWeights, "measure": Measure, "spread": Spread}
+        words = {"compression": Compression, "weights": AverageWeights, "measure": MeasuredStep, "spread": Spread}
         for name, allowed in words.items():
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")

@@ -20,6 +20,7 @@ from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers
 from adabatch.runtime.probes.metrics import ProbeNorm
 from adabatch.runtime.probes.norms import gradients_of
+from adabatch.runtime.probes.protocol import Probe
 
 IN_PIECES = (
     "a parameter's gradient came in several pieces in one backward, whose norms do not add up: layers used twice under "
@@ -27,7 +28,7 @@ IN_PIECES = (
 )
 
 
-class MicroBatchProbe:
+class MicroBatchProbe(Probe):
     """Noise and signal from micro-batches: each is a part, on each rank and in each accumulation step.
 
     It costs one pass over the gradients of each micro-batch and one over the step's gradient, a Python call a parameter
@@ -120,7 +121,6 @@ class MicroBatchProbe:
         self._gauge.start(dp_size)
 
     def begin_part(self, num_examples: int | None = None) -> None:
-        """The backward of a micro-batch begins."""
         self._norms.clear()
         self._squares.clear()
         self._in_pieces = False
@@ -148,21 +148,17 @@ class MicroBatchProbe:
         self._norms.clear()
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums."""
         if self._grad_sq is not None:
             return self._gauge.sums.numbers(self._grad_sq().view(1) / self._gauge.sums.dp_size)
         return self._gauge.collect(gradients_of(self._parameters), holders=self._gauge.sums.dp_size)
 
     def moments(self, totals: list[float]) -> GradientMoments:
-        """The step's moments from the sums over all ranks."""
         return self._gauge.moments(totals)
 
     def stop(self) -> None:
-        """Forgets a step that is broken off."""
         self._listening = False
         self._norms.clear()
         self._squares.clear()
 
     def remove(self) -> None:
-        """Takes every hook off the model."""
         remove_all(self._handles)

@@ -25,9 +25,10 @@ from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers
 from adabatch.runtime.probes.metrics import ProbeNorm, name_of
 from adabatch.runtime.probes.norms import gradients_of
+from adabatch.runtime.probes.protocol import Probe
 
 
-class PerExampleProbe:
+class PerExampleProbe(Probe):
     """Noise and signal from single examples, in the step's own backward; optionally the noise along the gradient.
 
     Args:
@@ -102,7 +103,6 @@ class PerExampleProbe:
         self._held: list[tuple[float, ExampleGradients]] = []
 
     def start(self, dp_size: int) -> None:
-        """A probed step begins."""
         self._gauge.start(dp_size)
         self._held.clear()
         self._norms.remove()  # a step that was broken off left it listening
@@ -118,7 +118,6 @@ class PerExampleProbe:
             self._norms.expect(num_examples)
 
     def end_part(self, num_examples: float, weight: float) -> None:
-        """The backward of a micro-batch has ended; ``weight`` is its share of this rank's gradient."""
         if weight == 0:  # no example of it counts, whatever its gradients are
             self._gauge.sums.join(num_examples, weight)
             self._norms.remove()
@@ -142,7 +141,6 @@ class PerExampleProbe:
             self._held.append((weight / sums.dp_size / count, examples))
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums."""
         self._norms.remove()
         products: dict[str, Tensor] = {}
         if self._products:
@@ -160,7 +158,6 @@ class PerExampleProbe:
         return self._gauge.collect(pieces, holders=holders, **products)
 
     def moments(self, totals: list[float]) -> GradientMoments:
-        """The step's moments from the sums over all ranks."""
         moments = self._gauge.moments(totals)
         if not self._products:
             return moments
@@ -176,10 +173,8 @@ class PerExampleProbe:
         return variance / p if p > 0 else math.nan
 
     def stop(self) -> None:
-        """Forgets a step that is broken off."""
         self._norms.remove()
         self._held.clear()
 
     def remove(self) -> None:
-        """Takes every hook off the model."""
         self.stop()

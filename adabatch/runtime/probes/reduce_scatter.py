@@ -27,6 +27,7 @@ from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers
 from adabatch.runtime.probes.metrics import ProbeNorm
 from adabatch.runtime.probes.norms import gradients_of, norms
+from adabatch.runtime.probes.protocol import Probe
 
 TOO_LONG = 1.05
 """A mean is never longer than its parts are on average. Rounding to a low precision may add a little."""
@@ -119,11 +120,11 @@ class _Measured:
             self.reductions.clear()
 
 
-class ReduceScatterProbe:
+class ReduceScatterProbe(Probe):
     """Noise and signal under FSDP2 (``torch.distributed.fsdp.fully_shard``), HSDP among it.
 
     A part is what this rank reduces at once: each micro-batch where gradients are synchronized in each of them, all of
-    the step's where only in the last (``AdaptiveBatch(gradient_sync=)``). It costs one pass over each buffer that is
+    the step's where only in the last (``EngineOptions(gradient_sync=)``). It costs one pass over each buffer that is
     reduced and one over this rank's shard of the step's gradient. All trainable parameters are measured, before
     clipping, in the precision in which they are reduced (``MixedPrecisionPolicy.reduce_dtype``); the norms themselves
     are taken in float32 at least.
@@ -232,11 +233,9 @@ class ReduceScatterProbe:
             self._open.numbers.append(number)
 
     def start(self, dp_size: int) -> None:
-        """A probed step begins."""
         self._gauge.start(dp_size)
 
     def begin_part(self, num_examples: int | None = None) -> None:
-        """The backward of a micro-batch begins."""
         for unit in self._measured.values():
             unit.listen(True)
 
@@ -292,7 +291,6 @@ class ReduceScatterProbe:
             coordinates.add(number, padded[:length], share * self._scale**2)
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums."""
         grads = [(number, own_piece(grad)[0]) for number, grad in gradients_of(self._parameters)]
         return self._gauge.collect(grads, holders=self._replicas.size)
 
@@ -314,7 +312,6 @@ class ReduceScatterProbe:
         return moments
 
     def stop(self) -> None:
-        """Forgets a step that is broken off."""
         self._open = None
         for unit in self._measured.values():
             unit.listen(False)
