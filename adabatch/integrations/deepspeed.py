@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan
+from adabatch.lr.follow import Followers
 from adabatch.options import Measure
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.engines.backward import Backward
@@ -244,7 +245,7 @@ def _check_options(engine: Any, options: dict[str, Any]) -> None:
                 f"norm only: leave it out, or use ZeRO 0"
             )
     kind = type(engine.basic_optimizer)
-    if "betas" in options.get("follow", ()) and not kind.__module__.startswith("torch."):
+    if "betas" in Followers.of(options.get("follow", ())).settings and not kind.__module__.startswith("torch."):
         raise ValueError(
             f"follow='betas' needs the step counts of torch's own Adam, which {kind.__name__} of {kind.__module__} "
             f'keeps elsewhere: set "torch_adam": true in the config, give torch.optim.AdamW, or leave betas out'
