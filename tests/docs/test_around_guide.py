@@ -18,7 +18,7 @@ def test_the_python_of_the_guide_runs(capsys: Any) -> None:
     with torch.random.fork_rng(devices=[]):
         for block in blocks:
             exec(compile(block, str(GUIDE), "exec"), namespace)
-    assert namespace["batches"].consumed.examples == 512
+    assert namespace["batches"].consumed.examples >= 512
     assert namespace["thawed"].progress.examples >= 1024
     assert [group["initial_lr"] for group in namespace["head"].param_groups] == [0.1, 0.01]
     assert namespace["joint"].progress.examples >= 512

@@ -299,10 +299,11 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
 def test_only_adaptive_batch_counts_examples(options: dict[str, Any]) -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
-    LocalSGD(model, optimizer, **options)
+    local = LocalSGD(model, optimizer, **options)
     loss_of(model, regression(8).tensors).backward()
     with pytest.raises(ValueError, match=r"cannot count .* by itself"):
         optimizer.step()
+    local.remove()
 
 
 def test_states_of_another_time_model_or_number_of_workers() -> None:

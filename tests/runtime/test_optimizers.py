@@ -54,7 +54,7 @@ def weights(model: nn.Module) -> Tensor:
 def test_they_are_the_loop_by_hand_with_one_factor(order: tuple[int, int], tmp_path: Path) -> None:
     model, by_hand = network(), network()
     optimizers, theirs = pair(model), pair(by_hand)
-    batches = adaptive(model, optimizers, lr_rule="linear", reference_batch_size=4, journal=tmp_path / "journal.jsonl")
+    batches = adaptive(model, optimizers, lr_rule="sqrt", reference_batch_size=1, journal=tmp_path / "journal.jsonl")
     schedule = ProgressLR(optimizers, lr.linear(), batches, total=steps(8))
     for number, step in enumerate(batches.steps(loader(4))):
         for batch in step:

@@ -40,7 +40,7 @@ def adaptive(model: nn.Module, optimizer: Any, criterion: Any = None, **options:
 
 def linear(model: nn.Module, optimizer: Any, **options: Any) -> AdaptiveBatch:
     """A run whose factor is 4 in every step."""
-    return adaptive(model, optimizer, lr_rule="linear", reference_batch_size=4, **options)
+    return adaptive(model, optimizer, lr_rule="sqrt", reference_batch_size=1, **options)
 
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:
