@@ -97,7 +97,7 @@ class AdaptiveBatch:
             on.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
         micro_batch_size: examples in one forward and backward on one rank; what your loader yields (at most, where its
-            micro-batches vary).
+            micro-batches vary, which ``steps(count=)`` must then count).
         limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
             accumulate; by default it stays as it is.
