@@ -217,35 +217,35 @@ def full_disk(folder: Path) -> list[Outcome]:
 
 def folders(folder: Path, count: int) -> list[Outcome]:
     """A second start beside a run; and a run that is frozen, loses its folder to a successor, and wakes up."""
-    whole = folder / "whole"
-    assert Attempt(whole, command(whole), 1).join() == [0], (whole / "output").read_text()
+    whole, short, patience = folder / "whole", {"count": 1500, "unit": "examples"}, 300
+    assert Attempt(whole, command(whole, total=short), 1).join(patience) == [0], (whole / "output").read_text()
     expected = ended(whole)
     refused = fenced = equal = 0
     for number in range(count):
         run = folder / str(number)
         lock = run / "run" / "checkpoints" / LOCK
-        slow = {"class_path": "support.jobs.Net", "init_args": {"pause": 0.02}}
-        arguments = command(run, model=slow, hang_timeout=None)
+        slow = {"class_path": "support.jobs.Net", "init_args": {"pause": 0.003}}
+        arguments = command(run, model=slow, total=short, hang_timeout=None)
         orphan = Attempt(run, arguments, 1)
         while steps_run(run) < 12 + number:
             assert orphan.running(), (run / "output").read_text()
             time.sleep(0.01)
-        second = Attempt(run, arguments, 1).join()
-        said = f"is in use by process {orphan.processes[0].pid} on "
-        refused += second == [1] and said in (run / "output").read_text() and orphan.running()
         orphan.signal(0, signal.SIGSTOP)
+        second = Attempt(run, arguments, 1).join(patience)
+        said = f"is in use by process {orphan.processes[0].pid} on "
+        refused += second == [1] and said in (run / "output").read_text()
         lock.unlink()  # by its operator, who thinks it dead
         successor = Attempt(run, arguments, 1)
         while f'"pid": {successor.processes[0].pid}' not in (lock.read_text() if lock.exists() else ""):
             assert successor.running(), (run / "output").read_text()
             time.sleep(0.01)
         orphan.signal(0, signal.SIGCONT)
-        fenced += orphan.join() == [1] and "was taken from this process" in (run / "output").read_text()
-        assert successor.join() == [0], (run / "output").read_text()
+        fenced += orphan.join(patience) == [1] and "was taken from this process" in (run / "output").read_text()
+        assert successor.join(patience) == [0], (run / "output").read_text()
         found = ended(run)
         equal += same(found.state, expected.state) and found.journal == expected.journal
     return [
-        ("a second start in the folder of a run: an error that names the holder, and the run goes on", count, refused),
+        ("a second start in the folder of a run: an error that names the holder", count, refused),
         ("an orphan that wakes up beside its successor: it writes nothing more, and ends", count, fenced),
         ("the successor of an orphan: its end is that of an undisturbed run, to the bit", count, equal),
     ]
