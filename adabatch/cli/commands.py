@@ -56,9 +56,13 @@ def run_command(arguments: Sequence[str]) -> int:
     with connected(world, device=world.device), _watched(world, config[command].hang_timeout):
         if command == "verify":
             checks = verify(make, world, steps=config.verify.steps, max_cost=config.verify.max_cost, display=display)
+            display.check_read()
             return 0 if all(check.passed for check in checks) else 1
         if command == "compare":
-            return EXIT_PREEMPTED if compare(make, world, display=display) is None else 0
+            if compare(make, world, display=display) is not None:
+                return 0
+            display.note(f"{_why_stopped(display)}: no comparison; the same command begins again")
+            return EXIT_PREEMPTED
         return _train(make, world, _settings(parser, config, command), display)
 
 
@@ -142,11 +146,14 @@ def _settings(parser: ArgumentParser, config: Namespace, command: str) -> dict[s
 def _train(make: Callable[[], Job], world: World, settings: dict[str, Any], display: Display) -> int:
     result = run(make(), world, display=display, label="train", config=settings)
     if result.preempted:
-        why = "the reader of its output is gone" if display.unread else "stopped by a signal"
-        display.note(f"{why}: saved at {result.examples:,} examples; the same command goes on")
+        display.note(f"{_why_stopped(display)}: saved at {result.examples:,} examples; the same command goes on")
         return EXIT_PREEMPTED
     display.table("Result", HEADER, [row(result)])
     if world.rank == 0:
         picture({"": result.journal}, result.journal.with_name("picture.png"), display=display)
     display.say(f"journal and checkpoints: {result.journal.parent}")
     return 0
+
+
+def _why_stopped(display: Display) -> str:
+    return "the reader of its output is gone" if display.unread else "stopped by a signal"

@@ -104,6 +104,15 @@ class Display:
         """Whether the reader of standard output is gone, on the first rank."""
         return isinstance(self._console, PlainConsole) and self._console.unread
 
+    def check_read(self) -> None:
+        """At the end of a command that has nothing to save.
+
+        Raises:
+            BrokenPipeError: the reader of standard output is gone.
+        """
+        if self.unread:
+            raise BrokenPipeError
+
     @contextmanager
     def progress(self, label: str, total: Duration) -> Iterator[Shown]:
         """A line for one run, for the time of the block."""

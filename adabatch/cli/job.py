@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -53,6 +54,9 @@ COUNTS = MappingProxyType(
         "tokens_per_example": MOST,
         "num_workers": 1024,
         "check_every": MOST,
+        "control.interval": MOST,
+        "control.hold": MOST,
+        "checkpoint.keep": MOST,
     }
 )
 """Largest values of the counts of a job. Whatever lies above is a slip of the hand, and some of them, such as a million
@@ -167,11 +171,9 @@ class Job:
             if type(getattr(self, name)) is base:
                 raise ValueError(f"{name} needs a class_path, such as my_package.my_module.MyClass, and got none")
         for name, most in COUNTS.items():
-            count = getattr(self, name)
+            count = attrgetter(name)(self) if self.control or "control" not in name else None
             if count is not None and count > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
-        if self.checkpoint.keep > MOST:
-            raise ValueError(f"checkpoint.keep must be at most {MOST:,}, got {self.checkpoint.keep:,}")
         if self.hang_timeout is not None and not 0 < self.hang_timeout < math.inf:
             raise ValueError(
                 f"hang_timeout must be a positive number of seconds, or null for no watchdog, got {self.hang_timeout}"

@@ -167,7 +167,6 @@ def test_the_path_is_left_as_it_was(config: Any, monkeypatch: pytest.MonkeyPatch
         ("--seed=-1", ["seed must be a whole number from 0", "-1"]),
         ("--config=/no/such/file", ["config", "/no/such/file"]),
         *((f"--{name}={most + 1}", [name, f"at most {most:,}", f"{most + 1:,}"]) for name, most in COUNTS.items()),
-        (f"--checkpoint.keep={10**30}", ["checkpoint.keep must be at most"]),
     ],
 )
 def test_a_mistake_is_one_line_with_field_value_and_way_out(
@@ -336,13 +335,21 @@ def test_a_reader_that_leaves_ends_the_run_after_it_is_saved(config: Any, tmp_pa
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_other_commands_end_with_the_status_of_a_broken_pipe() -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["schedule", "compare", "--steps=50"]], ids=lambda value: value[0])
+def test_other_commands_end_with_the_status_of_a_broken_pipe(arguments: list[str], tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    ended = subprocess.run(script("--help"), env=environment(), stdout=writing, stderr=subprocess.PIPE, text=True)
+    start = script(*arguments)
+    ended = subprocess.run(start, env=environment(), cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
-    assert ended.returncode == command.OUTPUT_CLOSED
-    assert ended.stderr == "adabatch: the reader of its output is gone\n"
+    assert ended.returncode == command.OUTPUT_CLOSED, ended.stderr
+    assert re.fullmatch(r"adabatch( schedule)?: the reader of its output is gone\n", ended.stderr)
+
+
+def test_a_file_that_cannot_be_written_is_one_line_of_every_command(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("")
+    assert status_of(["schedule", "compare", "--steps=50", f"--out={tmp_path}/file/x.png"]) == 2
+    assert f"{tmp_path}/file" in said_in_one_line(capsys)
 
 
 def test_the_statuses_are_in_the_guide() -> None:
@@ -394,3 +401,15 @@ def test_the_error_of_one_rank_shows_on_the_others_by_name(config: Any, tmp_path
     assert ranks[0].returncode == adabatch.guards.EXIT_RANK_LOST, other
     assert re.search(r"rank 1 raised ValueError: .*no weights on this machine", other), other
     assert "Traceback" not in other
+
+
+def test_the_version_stands_in_one_place_and_its_release_in_the_changelog() -> None:
+    assert "attr: adabatch.__version__" in (ROOT / "setup.cfg").read_text()
+    assert adabatch.__version__ not in (ROOT / "pyproject.toml").read_text()
+    headings = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert headings[:2] == ["Unreleased", adabatch.__version__.partition(".dev")[0]]
+
+
+def test_every_config_is_in_the_table_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"| `configs/{path.name}` |" in readme for path in (ROOT / "configs").glob("*.yaml"))

@@ -8,9 +8,8 @@ from types import MappingProxyType
 from typing import NamedTuple, get_args
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
-from adabatch.cli.display import Display
+from adabatch.cli.display import Display, PlainConsole
 from adabatch.cli.schedule.compare import compare, transfer
 from adabatch.cli.schedule.extend import extend
 from adabatch.cli.schedule.refine import NextRule, refine
@@ -52,14 +51,13 @@ def run_schedule(config: Namespace) -> None:
     """Runs the sub-command that was asked for.
 
     Raises:
-        ValueError: whatever is wrong with its arguments, or a file that cannot be read or written.
+        ValueError: whatever is wrong with its arguments.
+        OSError: a file cannot be read or written, or nobody reads what is printed.
     """
-    console = Console(markup=False)
-    display = Display(0, console if console.is_terminal else Console(width=PLAIN_WIDTH, markup=False))
-    try:
-        COMMANDS[config.subcommand].run(**vars(config[config.subcommand]), display=display)
-    except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror}") from None
+    console = PlainConsole()
+    display = Display(0, console if console.is_terminal else PlainConsole(width=PLAIN_WIDTH))
+    COMMANDS[config.subcommand].run(**vars(config[config.subcommand]), display=display)
+    display.check_read()
 
 
 def _compare_arguments(parser: ArgumentParser) -> None:
