@@ -185,7 +185,7 @@ def test_equal_runs_write_equal_files(tmp_path: Path) -> None:
             decision = decide(
                 NormTest(0.5),
                 moments,
-                control=Control(),
+                control=Control(pace=math.inf),
                 limits=Limits(32, 1024),
                 grid=PlanGrid(dp_size=2, micro_sizes=(8,)),
                 plan=plan,
@@ -206,3 +206,5 @@ def test_equal_runs_write_equal_files(tmp_path: Path) -> None:
         texts.append((tmp_path / name).read_bytes())
     assert texts[0] == texts[1]
     assert {each["reason"] for each in read(tmp_path / "one")} >= {"grow"}
+    *_, last = read(tmp_path / "one")
+    assert last["freedom"] > 8 * 3, "eight probes of four parts and more"
