@@ -303,6 +303,8 @@ def limits_and_grid(
         if not isinstance(criterion, Schedule):
             raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
         limits = Limits(min=smallest, max=UNLIMITED)
+    if not isinstance(limits, Limits):
+        raise TypeError(f"limits must be Limits(min=..., max=...), got {limits!r}")
     for name, limit in (("min", limits.min), ("max", limits.max)):
         if isinstance(limit, int) and limit < UNLIMITED and limit % dp_size:
             raise ValueError(

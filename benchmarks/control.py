@@ -352,7 +352,7 @@ def main() -> None:
     machine = Machine.here()
     worlds = {"2 parts, 3 directions": (2, 3), "2 parts, 30": (2, 30), "8 parts, 30": (8, 30)}
     alone = {
-        (name, world): compared(make, num_parts=parts, d=d, trials=10 * options.seeds)
+        (name, world): compared(make, num_parts=parts, d=d, trials=4 * options.seeds)
         for (name, make), (world, (parts, d)) in itertools.product(AVERAGES.items(), worlds.items())
     }
     etas = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)

@@ -160,8 +160,8 @@ def test_a_resume_under_a_floor_that_no_plan_reaches_takes_the_largest_plan_belo
 
 def test_a_state_from_the_future_is_refused() -> None:
     batches = adaptive(Constant(8), micro_batch_size=4)
-    with pytest.raises(ValueError, match=r"format 2.* upgrade adabatch"):
-        batches.load_state_dict({**batches.state_dict(), "format": 2})
+    with pytest.raises(ValueError, match=r"format 3.* upgrade adabatch"):
+        batches.load_state_dict({**batches.state_dict(), "format": 3})
 
 
 # --- passes over a GlobalOrder --------------------------------------------------------------------------------------

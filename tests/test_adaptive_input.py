@@ -53,6 +53,11 @@ def test_eta_must_be_positive(eta: float) -> None:
         adaptive(criterion=NormTest(eta=eta))
 
 
+def test_limits_that_are_none() -> None:
+    with pytest.raises(TypeError, match=r"limits must be Limits\(min=\.\.\., max=\.\.\.\), got 5"):
+        adaptive(limits=5)
+
+
 def test_crossed_limits() -> None:
     with pytest.raises(ValueError, match="limits are crossed: min=64 is above max=8"):
         adaptive(limits=Limits(min=64, max=8))

@@ -11,10 +11,9 @@ the last probes no longer agree with it, it is dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from statistics import median
 from typing import Any, NamedTuple
 
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments
@@ -307,6 +306,13 @@ class ProbeWindow:
         return cls(
             **{**state, "past": Averages(**state["past"]), "recent": tuple(Probed(*row) for row in state["recent"])}
         )
+
+
+def median(values: Iterable[float]) -> float:
+    """The median, without the checks of ``statistics.median``: it is taken several times a probe."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _weight(deviation: float, spread: float) -> float:
