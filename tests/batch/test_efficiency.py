@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from adabatch import NoiseScale, NormTest, Observation, Progress, StepPrice, adaptive_limit, efficiency
+from adabatch import NoiseScale, NormTest, StepPrice
+from adabatch.batch import Observation, Progress, adaptive_limit, efficiency
 from adabatch.batch.moments import GradientMoments
 
 scales = arrays(np.float64, st.integers(1, 30), elements=st.floats(1e-3, 1e6))
