@@ -147,10 +147,10 @@ def sound_fields(rng: random.Random) -> dict[str, Any]:
     low, high = sorted((_size(rng), _size(rng)))
     needed = {
         "format": 1,
-        "model": _class("random_configs.Tiny", width=rng.choice([1, 5])),
+        "model": _class("support.random_configs.Tiny", width=rng.choice([1, 5])),
         "loss": _class("torch.nn.MSELoss"),
         "optimizer": _optimizer(rng),
-        "train_data": _class("random_configs.Few"),
+        "train_data": _class("support.random_configs.Few"),
         "criterion": _criterion(rng),
         "micro_batch_size": rng.choice([1, 2, 2, 4, 8]),
         "limits": {"min": low, "max": high},
@@ -159,7 +159,7 @@ def sound_fields(rng: random.Random) -> dict[str, Any]:
     if "tokens" in str(needed):
         needed["tokens_per_example"] = 512
     some = {
-        "test_data": _class("random_configs.Few", num_examples=5),
+        "test_data": _class("support.random_configs.Few", num_examples=5),
         "limits": {"min": _schedule(rng), "max": high},
         "max_micro_batch_size": _size(rng),
         "control": {
