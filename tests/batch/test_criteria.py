@@ -20,6 +20,7 @@ from adabatch.batch.criteria import (
     NormTest,
     Observation,
     OrthogonalityTest,
+    StepPrice,
 )
 from adabatch.batch.moments import (
     INNER_PRODUCTS,
@@ -63,6 +64,7 @@ CONTRACTS = {
     "NoiseScale in another norm": Contract(
         lambda tolerance: NoiseScale(1 / tolerance, norm="adam"), lambda *_: math.inf, ()
     ),
+    "StepPrice": Contract(lambda tolerance: StepPrice(1 / tolerance), lambda *_: math.inf, ("examples",)),
     "CoordinateNormTest": Contract(
         lambda eta: CoordinateNormTest(eta, quantile=0.9), lambda eta, b, share: b / max(share, 1e-3) / eta**2, ()
     ),
