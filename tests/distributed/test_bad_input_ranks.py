@@ -176,7 +176,7 @@ def poisoned(rank: int, folder: str, poison: str) -> dict[str, Any]:
         found["weights"].append(weights(model))
         found["progress"].append(batches.progress.examples)
         found["consumed"].append(batches.state_dict()["consumed"]["examples"])
-        found["averages"].append(batches.state_dict()["control"]["averages"])
+        found["averages"].append(batches.state_dict()["control"]["window"])
         found["next"].append(batches.plan.global_batch_size)
         found["lr"].append(schedule.base_lrs[0] and optimizer.param_groups[0]["lr"])
         found["counted"] = [float(state["step"]) for state in optimizer.state.values()]
