@@ -408,7 +408,7 @@ def test_what_cannot_be_measured_is_refused(found: dict[str, Any]) -> None:
         "pipeline": "ValueError: .*PipelineEngine.train_batch runs .* in one call",
         "no norm": "ValueError: .*leave `compute_grad_norm` out",
         "late and clipped": "ValueError: .*ZeRO 0 without managed accumulation .*use ZeRO 1",
-        "probe": "ValueError: attach chooses probe= from the engine",
+        "probe": "ValueError: attach chooses probe= from the DeepSpeed engine",
         "l1": "ValueError: record_l1 needs the step's gradient .* use ZeRO 0",
         "layers": "ValueError: per_layer needs the step's gradient .* use ZeRO 0",
         "sign": "ValueError: norm cannot be measured .* use ZeRO 0, DDP or FSDP2, or a criterion in the Euclidean norm",
