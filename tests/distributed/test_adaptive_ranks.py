@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,9 +107,9 @@ class Even(NormTest):
 
     needs: ClassVar[frozenset[str]] = NormTest.needs
 
-    def wanted(self, observation: Observation) -> float:
-        wanted = super().wanted(observation)
-        return 4.0 * -(-wanted // 4)
+    def rest(self, observation: Observation) -> float:
+        rest = super().rest(observation)
+        return 4.0 * -(-rest // 4) if math.isfinite(rest) else rest
 
 
 def growing(model: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -120,7 +121,7 @@ def growing(model: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
         Even(eta=0.9),
         micro_batch_size=2,
         limits=Limits(min=4, max=40),
-        control=Control(memory=5, confidence=0.5, hysteresis=0.1, growth=2.0),
+        control=Control(memory=5, confidence=0.5, hysteresis=0.1, growth=2.0, pace=math.inf),
         lr_rule="sqrt",
     )
     schedule = ProgressLR(optimizer, lr.cosine(), batches, total=examples(3000), warmup=steps(5))
