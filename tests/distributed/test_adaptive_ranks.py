@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
-import math
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -121,7 +121,8 @@ def growing(model: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
         Even(eta=0.9),
         micro_batch_size=2,
         limits=Limits(min=4, max=40),
-        control=Control(memory=5, confidence=0.5, hysteresis=0.1, growth=2.0, pace=math.inf),
+        # Half of a batch is not always what two processes can make up: only growth.
+        control=Control(memory=5, confidence=0.5, hysteresis=0.1, growth=2.0, pace=math.inf, monotone=True),
         lr_rule="sqrt",
     )
     schedule = ProgressLR(optimizer, lr.cosine(), batches, total=examples(3000), warmup=steps(5))
