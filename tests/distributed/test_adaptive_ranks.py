@@ -161,7 +161,7 @@ def test_two_processes_do_what_one_does(tmp_path, name, rel):
     alone = growing(network(dtype=dtype), dtype)
     sizes = [line["batch"] for line in alone]
     assert len(alone) == 64
-    assert sum(after > before for before, after in itertools.pairwise(sizes)) >= 5
+    assert sum(after > before for before, after in itertools.pairwise(sizes)) >= 4
     for together in run_ranks(growing_under_ddp, 2, tmp_path, name):
         for key in ("batch", "parts", "next", "lr"):
             assert [line[key] for line in together] == [line[key] for line in alone], key
