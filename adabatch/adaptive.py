@@ -37,7 +37,7 @@ from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.observers import Moment, Observers, Phase
-from adabatch.runtime.optimizers import each_of, joined, kind_of
+from adabatch.runtime.optimizers import each_of, joined, kind_of, versions
 from adabatch.runtime.ownership import take_over
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
@@ -203,6 +203,7 @@ class AdaptiveBatch:
         self._find_nonfinite = nonfinite_in(optimizer) if looks else None
         self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
         self._missing = MissingUpdates(kind_of(optimizer))
+        self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
         self._empty_parts = EmptyParts(model)
         self._journal = Journal(journal if self.collectives.rank == 0 else None)
         self._votes = Votes(self.collectives)
@@ -341,8 +342,9 @@ class AdaptiveBatch:
                 of ``micro_batch_size`` (the last may be smaller) or do not say how many examples they hold, a
                 micro-batch that should grow with a loader that cannot, negative weights, ranks that hold different
                 orders, plans or settings, or ranks that hold the same examples.
-            RuntimeError: a step whose micro-batches were not all run; parameters that joined or left those that train;
-                or an object that a newer one has replaced.
+            RuntimeError: a step whose micro-batches were not all run; two steps in a row whose update was made by
+                another optimizer, or by some of several; parameters that joined or left those that train; or an object
+                that a newer one has replaced.
             UpdatesLeftOut: ``max_left_out`` updates in a row were left out.
             TypeError: ``until`` without a unit, or a loader that is none.
         """
@@ -456,7 +458,7 @@ class AdaptiveBatch:
         if update is None:
             self._missing.came()
         elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
-            self._missing.missed(self._hooks.missing)
+            self._missing.missed(self._hooks.missing, moved=versions(self._optimizer) != self._versions)
 
     def _settle_left_out(self, step: Step) -> None:
         """The end of a step whose gradient an engine found not finite, so that it never stepped the optimizer."""
@@ -468,6 +470,7 @@ class AdaptiveBatch:
         """The end of the inner loop: decide, and keep what the update will need."""
         portion, before = step.portion, self.consumed
         self._step = None
+        self._versions = versions(self._optimizer)
         feed.consumed(portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)

@@ -44,25 +44,31 @@ class MissingUpdates:
         """The update of a step came."""
         self._missed = 0
 
-    def missed(self, parts: list[str]) -> None:
-        """A step is over, and its update neither came nor was left out by somebody who may: warns at the second in a row.
+    def missed(self, parts: list[str], *, moved: bool) -> None:
+        """A step is over whose update neither came nor was left out rightly: the second in a row is said.
 
-        A warning and not an error, as a loop that only measures needs no update.
+        By a warning where nothing moved, as a loop that only measures needs no update.
 
         Args:
             parts: the classes of the optimizers that did not step.
+            moved: whether the weights changed all the same.
+
+        Raises:
+            RuntimeError: they did, by an optimizer that this run does not know, or by some of several.
         """
         self._missed += 1
-        if self._missed != 2:
+        if self._missed < 2:
             return
         missing = " and ".join(parts)
-        warnings.warn(
+        message = (
             f"the update never came for {self._missed} steps in a row: optimizer.step() of the {missing} was not called"
             f"{'' if missing == self._kind else f' (the optimizers are {self._kind})'}, so the learning rate's "
             f"progress stands still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was "
             f"given, not another or one that was built later; a GradScaler must be given to it too, as "
             f"engine=EngineOptions(scaler=...); where you leave an update out yourself, call leave_out() of the "
-            f"AdaptiveBatch",
-            RuntimeWarning,
-            stacklevel=4,
+            f"AdaptiveBatch"
         )
+        if moved or missing != self._kind:
+            raise RuntimeError(message)
+        if self._missed == 2:
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
