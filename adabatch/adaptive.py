@@ -21,6 +21,7 @@ from adabatch.guards.drift import DriftCheck
 from adabatch.guards.finite import nonfinite_in
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.left_out import UpdatesInARow
+from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.memory_trials import Trials
 from adabatch.guards.missing_updates import MissingUpdates
 from adabatch.guards.votes import Votes
@@ -203,6 +204,7 @@ class AdaptiveBatch:
         self._find_nonfinite = nonfinite_in(optimizer) if looks else None
         self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
         self._missing = MissingUpdates(kind_of(optimizer))
+        self._mistakes = LoopMistakes(self._engine, optimizer)
         self._empty_parts = EmptyParts(model)
         self._journal = Journal(journal if self.collectives.rank == 0 else None)
         self._votes = Votes(self.collectives)
@@ -413,6 +415,7 @@ class AdaptiveBatch:
             riders=self._stopwatches,
             observers=self._observers,
             check_trained=self._check_trained,
+            mistakes=self._mistakes,
             finish=partial(self._finish, feed=feed),
         )
         self._step = step
@@ -422,6 +425,7 @@ class AdaptiveBatch:
         except BaseException:  # the loop was broken off, by `break` among others, and this generator dropped
             if probe is not None and step.decision is None and not step.waits:
                 probe.stop()
+            self._mistakes.forget()
             self._begun = None
             raise
         finally:
@@ -513,12 +517,24 @@ class AdaptiveBatch:
         return StepOverrides(update.scaling.factor, update.scaling.settings, update.scaling.averaged)
 
     def _skips_update(self) -> bool:
-        """Whether to leave out the update that is about to run."""
+        """Whether to leave out the update that is about to run.
+
+        Raises:
+            RuntimeError: the step's micro-batches are still to be run.
+        """
         if self._step is not None and self._step.waits:  # for its gradient to be reduced
             self._step.settle()
+        elif self._step is not None and self._running:
+            raise RuntimeError(
+                f"optimizer.step() of the {kind_of(self._optimizer)} was called while the step's micro-batches were "
+                f"being run: it belongs after `for batch in step`, once for each step, and so do zero_grad(), clipping "
+                f"and the scheduler's step(). (If the loop over steps() is over, broken off by an error, call "
+                f"remove() of the AdaptiveBatch first)"
+            )
         update = self._update or self._begun
-        if update is None:
-            return False
+        return update is not None and self._leaves_out(update)
+
+    def _leaves_out(self, update: _Update) -> bool:
         return update.left_out or update.empty or (self._skip_nonfinite and not update.finite)
 
     def _update_done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
@@ -543,7 +559,7 @@ class AdaptiveBatch:
         """Leaves out the update of the step whose micro-batches have just been run; call it on all ranks.
 
         As with gradients that are not finite, the step consumes its data and moves nothing else. A call of
-        ``optimizer.step()`` for it has no effect, and may be left out as well.
+        ``optimizer.step()`` for it has no effect, and may be left out as well; its gradients are dropped.
 
         Raises:
             RuntimeError: the micro-batches are not all run, or the update has come already.
@@ -558,6 +574,8 @@ class AdaptiveBatch:
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
             self._observers.after(self._update.number)
+            if self._engine.holds_gradients and self._leaves_out(self._update):  # the loop need not call step() then
+                self._optimizer.zero_grad(set_to_none=True)
         self._update = self._begun = self._step = None
 
     def _tell_engine(self) -> None:
