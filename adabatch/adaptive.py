@@ -343,8 +343,8 @@ class AdaptiveBatch:
                 of ``micro_batch_size`` (the last may be smaller) or do not say how many examples they hold, a
                 micro-batch that should grow with a loader that cannot, negative weights, ranks that hold different
                 orders, plans or settings, or ranks that hold the same examples.
-            RuntimeError: a step whose micro-batches were not all run; two steps in a row whose update never came;
-                parameters that joined or left those that train; or an object that a newer one has replaced.
+            RuntimeError: a step whose micro-batches were not all run; parameters that joined or left those that train;
+                or an object that a newer one has replaced.
             UpdatesLeftOut: ``max_left_out`` updates in a row were left out.
             TypeError: ``until`` without a unit, or a loader that is none.
         """

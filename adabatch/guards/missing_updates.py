@@ -45,23 +45,24 @@ class MissingUpdates:
         self._missed = 0
 
     def missed(self, parts: list[str]) -> None:
-        """A step is over, and its update neither came nor was left out by somebody who may.
+        """A step is over, and its update neither came nor was left out by somebody who may: warns at the second in a row.
+
+        A warning and not an error, as a loop that only measures needs no update.
 
         Args:
             parts: the classes of the optimizers that did not step.
-
-        Raises:
-            RuntimeError: for the second such step in a row.
         """
         self._missed += 1
-        if self._missed < 2:
+        if self._missed != 2:
             return
         missing = " and ".join(parts)
-        raise RuntimeError(
+        warnings.warn(
             f"the update never came for {self._missed} steps in a row: optimizer.step() of the {missing} was not called"
             f"{'' if missing == self._kind else f' (the optimizers are {self._kind})'}, so the learning rate's "
             f"progress stands still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was "
             f"given, not another or one that was built later; a GradScaler must be given to it too, as "
             f"engine=EngineOptions(scaler=...); where you leave an update out yourself, call leave_out() of the "
-            f"AdaptiveBatch"
+            f"AdaptiveBatch",
+            RuntimeWarning,
+            stacklevel=4,
         )
