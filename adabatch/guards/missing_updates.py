@@ -45,7 +45,7 @@ class MissingUpdates:
         self._missed = 0
 
     def missed(self, parts: list[str]) -> None:
-        """A step is over, and its update neither came nor was left out by somebody who may: warns at the second in a row.
+        """A step is over, and its update neither came nor was left out by somebody who may: warns at the second.
 
         A warning and not an error, as a loop that only measures needs no update.
 
