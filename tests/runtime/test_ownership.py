@@ -265,6 +265,7 @@ def test_an_update_that_raises_leaves_no_factor_once_its_loop_is_left() -> None:
         run(batches, model, optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.01
     optimizer.fails = False
+    optimizer.zero_grad()
     assert run(batches, model, optimizer) == pytest.approx([0.04] * 3, rel=1e-4)
 
 
@@ -280,6 +281,7 @@ def test_an_update_that_raised_and_is_tried_again_counts_and_has_the_factor_once
             optimizer.step()
         optimizer.fails = False
         optimizer.step()
+        optimizer.zero_grad()
         assert optimizer.param_groups[0]["lr"] == 0.01
     assert batches.progress.steps == 2
 
@@ -305,6 +307,7 @@ def test_a_loop_that_is_broken_off_touches_no_later_update_of_the_user() -> None
         for batch in step:
             step.backward(loss_of(model, batch))
         optimizer.step()
+        optimizer.zero_grad()
         break
     del step
     with pytest.raises(ZeroDivisionError):
@@ -672,6 +675,7 @@ def test_an_object_whose_steps_are_never_taken_says_so_once() -> None:
         for number in range(6):
             loss_of(model, regression(4).tensors).backward()
             optimizer.step()
+            optimizer.zero_grad()
             assert len(told) == (number >= 2)
     (warning,) = told
     assert "steps() of the AdaptiveBatch was never called" in str(warning.message)
