@@ -13,6 +13,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "train": "train a model as a config file says",
         "compare": "train beside the constant smallest and largest batch size",
         "verify": "check on a job's model, data and processes that adaptive batches do what they should",
+        "report": "tell of runs what happened and why, as one HTML page",
         "schedule": "compare, refine, transfer and extend learning-rate schedules",
         "mup": "plan and check settings that survive a change of width",
     }
