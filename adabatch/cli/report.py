@@ -101,10 +101,17 @@ def _parser() -> PlainParser:
         help="compare with another choice: eta, multiple (of the noise scale), step_price or constant; may be repeated",
     )
     parser.add_argument(
-        "--step_price", type=_not_negative, default=0.0, metavar="N", help="what a step costs beside its examples, in examples"
+        "--step_price",
+        type=_not_negative,
+        default=0.0,
+        metavar="N",
+        help="what a step costs beside its examples, in examples",
     )
     parser.add_argument(
-        "--tokens_per_example", type=_positive, metavar="N", help="lets curves run over tokens, where the config is silent"
+        "--tokens_per_example",
+        type=_positive,
+        metavar="N",
+        help="lets curves run over tokens, where the config is silent",
     )
     parser.add_argument(
         "--weight_decay", type=_not_negative, metavar="X", help="of the optimizer, for tau, where the config is silent"

@@ -47,9 +47,7 @@ def find_runs(asked: list[str]) -> list[FoundRun]:
         given = name if equals and not Path(text).exists() else ""
         found += _compared(path, given) or [_run(path, given or _name_of(path))]
     counts = [run.name for run in found]
-    return [
-        run if counts.count(run.name) == 1 else run._replace(name=str(run.journal.parent)) for run in found
-    ]
+    return [run if counts.count(run.name) == 1 else run._replace(name=str(run.journal.parent)) for run in found]
 
 
 def journal_in(path: Path) -> Path:
@@ -105,13 +103,15 @@ def _compared(folder: Path, name: str) -> list[FoundRun]:
         if len(rows) != len(places) or not all((place / JOURNAL).is_file() for place in places):
             return []
         prefix = f"{name} " if name else ""
-        return [
-            _run(place, f"{prefix}{row['label']}", _results(row)) for row, place in zip(rows, places, strict=True)
-        ]
+        return [_run(place, f"{prefix}{row['label']}", _results(row)) for row, place in zip(rows, places, strict=True)]
     except (OSError, ValueError, LookupError, TypeError):
         return []
 
 
 def _results(row: Mapping[str, Any]) -> dict[str, float]:
-    named = {"test loss": row.get("test_loss"), "test accuracy": row.get("accuracy"), "wall time (s)": row.get("seconds")}
+    named = {
+        "test loss": row.get("test_loss"),
+        "test accuracy": row.get("accuracy"),
+        "wall time (s)": row.get("seconds"),
+    }
     return {name: float(value) for name, value in named.items() if isinstance(value, int | float) and value == value}

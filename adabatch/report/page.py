@@ -156,7 +156,7 @@ def _outcomes(run: RunSteps, settings: RunSettings, choices: Sequence[Choice], p
 
 def numbers(reports: Sequence[Reported]) -> dict[str, Any]:
     """All that the reports say, ready for JSON; what is not finite is None."""
-    return plain(
+    said: dict[str, Any] = plain(
         {
             "runs": [
                 {
@@ -175,6 +175,7 @@ def numbers(reports: Sequence[Reported]) -> dict[str, Any]:
             "assumptions": list(ASSUMPTIONS),
         }
     )
+    return said
 
 
 def reason_shares(run: RunSteps) -> dict[str, float]:
@@ -202,7 +203,7 @@ def page(reports: Sequence[Reported], *, title: str = "") -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<title>{html.escape(name)} - adabatch report</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f'<noscript>This page draws its charts by a script: allow it, or read `adabatch report --json`.</noscript>\n'
+        f"<noscript>This page draws its charts by a script: allow it, or read `adabatch report --json`.</noscript>\n"
         f'<main id="page"></main>\n<script type="application/json" id="numbers">{data}</script>\n'
         f"<script>\n{script}</script>\n</body>\n</html>\n"
     )

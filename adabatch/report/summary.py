@@ -56,7 +56,11 @@ def settings_of(config: Mapping[str, Any]) -> RunSettings:
         value = config.get(name)
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
-    kind, rule, betas = config.get("criterion.class_path"), config.get("lr_rule"), config.get("optimizer.init_args.betas")
+    kind, rule, betas = (
+        config.get("criterion.class_path"),
+        config.get("lr_rule"),
+        config.get("optimizer.init_args.betas"),
+    )
     follow = config.get("follow.settings", config.get("follow"))
     floors = number("follow.beta1_floor"), number("follow.beta2_floor")
     return RunSettings(
@@ -322,7 +326,7 @@ class Flag(NamedTuple):
     share: float = math.nan
 
 
-def flags(run: RunSteps, settings: RunSettings = RunSettings()) -> list[Flag]:
+def flags(run: RunSteps, settings: RunSettings) -> list[Flag]:
     """What a reader should know of a run, warnings first."""
     found = [
         *_left_out(run),
@@ -471,5 +475,7 @@ def _memory(run: RunSteps) -> list[Flag]:
     if not run.out_of_memory:
         return []
     step = min(run.out_of_memory)
-    text = f"A trial of a larger micro-batch ran out of memory at step {step:,}; from there on steps accumulate instead."
+    text = (
+        f"A trial of a larger micro-batch ran out of memory at step {step:,}; from there on steps accumulate instead."
+    )
     return [Flag("out_of_memory", "note", text)]

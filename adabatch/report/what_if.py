@@ -27,10 +27,10 @@ Kind = Literal["eta", "multiple", "step_price", "constant"]
 
 NAMES: Mapping[str, str] = MappingProxyType(
     {
-        "eta": "norm test, eta {:g}",
-        "multiple": "{:g} x noise scale",
-        "step_price": "step price {:,.6g}",
-        "constant": "constant {:,.6g}",
+        "eta": "norm test, eta {}",
+        "multiple": "{} x noise scale",
+        "step_price": "step price {}",
+        "constant": "constant {}",
     }
 )
 
@@ -58,7 +58,7 @@ class Choice(NamedTuple):
     @property
     def name(self) -> str:
         """The choice in words."""
-        return NAMES[self.kind].format(self.value)
+        return NAMES[self.kind].format(f"{self.value:,.0f}" if self.value >= 100 else f"{self.value:.3g}")
 
     @classmethod
     def parse(cls, text: str) -> Choice:
@@ -69,7 +69,9 @@ class Choice(NamedTuple):
         """
         kind, equals, value = text.partition("=")
         if not equals or kind not in get_args(Kind):
-            raise ValueError(f"a choice is one of {', '.join(f'{each}=NUMBER' for each in get_args(Kind))}, got {text!r}")
+            raise ValueError(
+                f"a choice is one of {', '.join(f'{each}=NUMBER' for each in get_args(Kind))}, got {text!r}"
+            )
         try:
             number = float(value)
         except ValueError:
@@ -222,7 +224,8 @@ def batches(choice: Choice, noise_scale: Floats, limits: tuple[float | None, flo
         for scale in noise_scale.tolist()
     ]
     low, high = limits
-    return np.clip(np.array(wanted), max(1.0, low or 1.0), math.inf if high is None else high)
+    taken: Floats = np.clip(np.array(wanted), max(1.0, low or 1.0), math.inf if high is None else high)
+    return taken
 
 
 def constant_at_equal_examples(run: RunSteps) -> Choice | None:

@@ -116,7 +116,7 @@
     if (spec.log) {
       const margin = Math.max((high / low) ** 0.08, 1.25);
       low /= margin;
-      high *= margin;
+      high *= spec.headroom || margin;
     } else {
       if (spec.from != null) low = Math.min(spec.from, low);
       const margin = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
@@ -125,7 +125,8 @@
     }
     const inner = height - top;
     const scaled = spec.log ? (value) => Math.log(value / low) / Math.log(high / low) : (value) => (value - low) / (high - low);
-    const toY = (value) => top + inner * (1 - Math.min(1.0, Math.max(0, scaled(value))));
+    // What lies far outside is cut off by the clip path; SVG need not be given huge numbers.
+    const toY = (value) => top + inner * (1 - Math.min(4, Math.max(-4, scaled(value))));
     const yTicks = spec.log ? logTicks(low, high, spec.log, 6) : ticks(low, high, 5);
     for (const value of yTicks) {
       const y = toY(value);
@@ -134,12 +135,17 @@
     }
     svg.append(shape("line", { class: "axis", x1: left, x2: width - right, y1: height, y2: height }));
     const baseline = height + strips.length * 13;
-    for (const value of ticks(0, x1, Math.max(2, Math.floor(width / 130)))) {
+    for (const value of ticks(0, x1, Math.max(2, Math.floor(width / 110)))) {
       svg.append(shape("line", { class: "axis", x1: toX(value), x2: toX(value), y1: baseline, y2: baseline + 4 }));
       svg.append(shape("text", { x: toX(value), y: baseline + 17, "text-anchor": value > x1 * 0.97 ? "end" : "middle" }, short(value)));
     }
     svg.append(shape("text", { x: width - right, y: baseline + 31, "text-anchor": "end" }, AXES[axis]));
-    for (const each of series) svg.append(...marks(each, { toX, toY, usable, top, height, end: x1 }));
+    const clip = `clip-${spec.id}`;
+    const inside = shape("clipPath", { id: clip });
+    inside.append(shape("rect", { x: left - 1, y: top - 1, width: width - left - right + 2, height: inner + 2 }));
+    const curves = shape("g", { "clip-path": `url(#${clip})` });
+    for (const each of series) curves.append(...marks(each, { toX, toY, usable, top, height, end: x1 }));
+    svg.append(inside, curves);
     strips.forEach((index, row) => stripe(svg, runs[index], index, { toX, y: height + 4 + row * 13, left }));
     const cursor = shape("line", { class: "cursor", y1: top, y2: height, visibility: "hidden" });
     svg.append(cursor);
@@ -258,7 +264,7 @@
     const found = [];
     const limits = has((run) => run.limits.some((limit) => limit != null));
     found.push(chart({
-      id: "batch", wide: true, log: 2, height: 280, strips: true, title: "Global batch size (examples)",
+      id: "batch", wide: true, log: 2, headroom: 3, height: 280, strips: true, title: "Global batch size (examples)",
       note: "The strip below tells why the next batch was what it was.",
       key: [
         ["taken", swatch(of())], ["wanted", `background:${of()};opacity:.45`], ["its bounds", `background:${of()};opacity:.2;height:9px`],
@@ -295,20 +301,20 @@
       series: each((run, index, x, name) => [{ run: index, kind: "line", x, y: run.efficiency, color: color(index), label: `${name}efficiency`, tell: (at) => percent(run.efficiency[at]) }]),
     }));
     found.push(chart({
-      id: "lr", title: "Learning rate applied", note: "Base LR x shape x batch factor; one line per parameter group.", log: has((run) => run.applied_lr.some((group) => group.some((value) => value > 0))) ? 10 : 0, trim: 0.002,
+      id: "lr", title: "Learning rate applied", note: "Base LR x shape x batch factor; one line per parameter group.", log: has((run) => run.applied_lr.some((group) => group.some((value) => value > 0))) ? 10 : 0, trim: 0.01,
       series: each((run, index, x, name) => run.applied_lr.map((group, number) => ({ run: index, kind: "line", bridge: true, x, y: group, color: color(index), opacity: number ? 0.5 : 1, label: `${name}${run.applied_lr.length > 1 ? `group ${number} ` : ""}LR` }))),
     }));
     found.push(chart({
-      id: "lr_parts", title: "Its parts: shape and batch factor", note: `Base LR: ${runs.map((run) => short((run.base_lr || []).findLast((value) => value != null))).join(", ")}.`, from: 0,
-      key: [["shape, with warm-up", swatch(of())], ["batch factor", `background:repeating-linear-gradient(90deg,${of()} 0 6px,transparent 6px 9px);height:2px`]],
-      series: each((run, index, x, name) => [
-        { run: index, kind: "line", bridge: true, x, y: run.shape, color: color(index), label: `${name}shape` },
-        { run: index, kind: "line", bridge: true, x, y: run.factor, color: color(index), dash: "6 3", label: `${name}factor` },
-      ]),
+      id: "shape", title: "Shape, with warm-up", from: 0, note: `Times the base LR: ${runs.map((run) => short((run.base_lr || []).findLast((value) => value != null))).join(", ")}.`,
+      series: each((run, index, x, name) => [{ run: index, kind: "line", bridge: true, x, y: run.shape, color: color(index), label: `${name}shape` }]),
+    }));
+    found.push(chart({
+      id: "factor", title: "Batch factor", from: 0, note: `What the rule makes of the batch: ${runs.map((run) => run.rule || "unknown").join(", ")}.`,
+      series: each((run, index, x, name) => [{ run: index, kind: "line", bridge: true, x, y: run.factor, color: color(index), label: `${name}factor` }]),
     }));
     if (has((run) => any(run.tau)))
       found.push(chart({
-        id: "tau", log: 10, trim: 0.01, title: "tau: memory of weight decay, as a share of the run", note: "batch / (learning rate x decay x examples).",
+        id: "tau", log: 10, trim: 0.02, title: "tau: memory of weight decay, as a share of the run", note: "batch / (learning rate x decay x examples).",
         series: each((run, index, x, name) => (run.tau ? [{ run: index, kind: "line", bridge: true, x, y: run.tau, color: color(index), label: `${name}tau` }] : [])),
       }));
     if (has((run) => run.betas))
@@ -394,7 +400,7 @@
   }
 
   function flagCards() {
-    const cards = runs.flatMap((run) => run.flags.map((flag) => element("div", { class: `flag ${flag.level}`, "data-kind": flag.kind }, many ? element("span", { class: "of" }, run.name) : null, flag.text)));
+    const cards = runs.flatMap((run) => run.flags.map((flag) => element("div", { class: `flag level-${flag.level}`, "data-kind": flag.kind }, many ? element("span", { class: "of" }, run.name) : null, flag.text)));
     return cards.length ? element("div", { class: "flags" }, ...cards) : element("p", { class: "soft" }, "Nothing stands out.");
   }
 
