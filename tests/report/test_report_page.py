@@ -160,7 +160,7 @@ def test_a_browser_draws_it_and_its_switches_work(browser, tmp_path):
     before = tab.get_attribute(curve, "d")
     for name, unit in (("steps", "steps"), ("tokens", "tokens"), ("time", "seconds"), ("examples", "examples")):
         tab.click(f'#axis label:has-text("{name}")')
-        assert tab.locator('[data-chart="batch"] svg text').last.inner_text() == unit
+        assert tab.locator('[data-chart="batch"] svg text').last.text_content() == unit
     tab.click('#axis label:has-text("steps")')
     assert tab.get_attribute(curve, "d") != before
 

@@ -33,10 +33,10 @@
     return made;
   }
 
-  function short(value) {
+  function short(value, like = value) {
     if (value == null || !isFinite(value)) return "–";
-    const size = Math.abs(value);
-    if (size === 0) return "0";
+    const size = Math.abs(like);
+    if (value === 0) return "0";
     for (const [unit, least, name] of [[1e9, 1e9, "G"], [1e6, 1e6, "M"], [1e3, 1e4, "k"]])
       if (size >= least) return `${parseFloat((value / unit).toPrecision(4))} ${name}`;
     if (size < 1e-3) return value.toExponential(1).replace(".0e", "e");
@@ -105,7 +105,7 @@
     const usable = (value) => value != null && isFinite(value) && (!spec.log || value > 0);
     // Bands and single estimates have no bound, and would squeeze what is looked at; they are cut off at the edge.
     const steers = series.filter((each) => !each.loose).flatMap((each) => each.y).filter(usable);
-    const ranged = (steers.length ? steers : series.flatMap((each) => each.y).filter(usable)).sort((a, b) => a - b);
+    const ranged = steers.sort((a, b) => a - b);
     if (!ranged.length) {
       svg.append(shape("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, spec.empty || "not measured"));
       plot.append(svg);
@@ -137,7 +137,7 @@
     const baseline = height + strips.length * 13;
     for (const value of ticks(0, x1, Math.max(2, Math.floor(width / 110)))) {
       svg.append(shape("line", { class: "axis", x1: toX(value), x2: toX(value), y1: baseline, y2: baseline + 4 }));
-      svg.append(shape("text", { x: toX(value), y: baseline + 17, "text-anchor": value > x1 * 0.97 ? "end" : "middle" }, short(value)));
+      svg.append(shape("text", { x: toX(value), y: baseline + 17, "text-anchor": value > x1 * 0.97 ? "end" : "middle" }, short(value, x1)));
     }
     svg.append(shape("text", { x: width - right, y: baseline + 31, "text-anchor": "end" }, AXES[axis]));
     const clip = `clip-${spec.id}`;
@@ -371,7 +371,7 @@
           svg.append(rect);
         });
       });
-      for (const value of ticks(0, x1, Math.max(2, Math.floor(width / 160)))) svg.append(shape("text", { x: toX(value), y: height + 16, "text-anchor": value > x1 * 0.97 ? "end" : "middle" }, short(value)));
+      for (const value of ticks(0, x1, Math.max(2, Math.floor(width / 160)))) svg.append(shape("text", { x: toX(value), y: height + 16, "text-anchor": value > x1 * 0.97 ? "end" : "middle" }, short(value, x1)));
       svg.append(shape("text", { x: width - 10, y: height + 30, "text-anchor": "end" }, AXES[axis]));
       plot.append(svg);
     };
