@@ -26,6 +26,8 @@ OUTPUT_CLOSED = 141
 WITHOUT_EXTRAS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "report": ("adabatch.cli.report", "run_report"),
+        "tail": ("adabatch.cli.tail", "run_tail"),
+        "doctor": ("adabatch.cli.doctor", "run_doctor"),
     }
 )
 """Commands that need none of the extras: module and function, which is given the arguments after the command."""
