@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from adabatch.guards.same_settings import (
     versions,
 )
 from adabatch.guards.votes import Votes
-from adabatch.journal import Journal, line
+from adabatch.journal import Journal, JournalTarget, line
 from adabatch.lr.follow import Followers, UpdateScaling
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.options import EngineOptions, Guard, Measure
@@ -125,7 +124,8 @@ class AdaptiveBatch:
         probe: how gradients are measured; by default chosen by the engine.
         local_sgd: the ``LocalSGD`` of this model and optimizer, which averages the workers now and then; a plain model
             on several processes needs it. Gradients are measured once per round.
-        journal: where the first rank writes one JSON line per step.
+        journal: where the first rank writes one JSON line per step: a path, or a tracker
+            (``adabatch.integrations.trackers``), or a list of trackers with one path at most.
         measure: what is measured beside what the criterion needs: noise, norms, layers.
         guard: what is checked and tried: updates that are not finite, larger micro-batches, ranks that drift.
         engine: options of the engine that the model's type names, such as a gradient scaler; or, for hosts, an engine.
@@ -153,7 +153,7 @@ class AdaptiveBatch:
         tokens_per_example: int | None = None,
         probe: Probe | None = None,
         local_sgd: LocalSGD | None = None,
-        journal: str | Path | None = None,
+        journal: JournalTarget | Sequence[JournalTarget] | None = None,
         measure: Measure = Measure(),
         guard: Guard = Guard(),
         engine: EngineOptions | Engine = EngineOptions(),
@@ -653,6 +653,7 @@ class AdaptiveBatch:
     def remove(self) -> None:
         """Takes every hook off model and optimizer; the object is not usable afterwards."""
         self._flush()
+        self._journal.close()
         self._hooks.remove()
         if self._probe is not None:
             self._probe.remove()
