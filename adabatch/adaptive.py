@@ -44,7 +44,7 @@ from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.observers import Moment, Observers, Phase
-from adabatch.runtime.optimizers import each_of, joined, kind_of, versions
+from adabatch.runtime.optimizers import each_of, joined, kind_of, weight_versions
 from adabatch.runtime.ownership import take_over
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
@@ -484,7 +484,7 @@ class AdaptiveBatch:
         if update is None:
             self._missing.came()
         elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
-            self._missing.missed(self._hooks.missing, moved=versions(self._optimizer) != self._versions)
+            self._missing.missed(self._hooks.missing, moved=weight_versions(self._optimizer) != self._versions)
 
     def _settle_left_out(self, step: Step) -> None:
         """The end of a step whose gradient an engine found not finite, so that it never stepped the optimizer."""
@@ -496,7 +496,7 @@ class AdaptiveBatch:
         """The end of the inner loop: decide, and keep what the update will need."""
         portion, before = step.portion, self.consumed
         self._step = None
-        self._versions = versions(self._optimizer)
+        self._versions = weight_versions(self._optimizer)
         feed.consumed(portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
