@@ -60,8 +60,8 @@ class MissingUpdates:
         raise RuntimeError(
             f"the update never came for {self._missed} steps in a row: optimizer.step() of the {missing} was not called"
             f"{'' if missing == self._kind else f' (the optimizers are {self._kind})'}, so the learning rate's "
-            f"progress stands still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was given, not "
-            f"another or one that was built later; a GradScaler must be given to it too, as "
+            f"progress stands still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was "
+            f"given, not another or one that was built later; a GradScaler must be given to it too, as "
             f"engine=EngineOptions(scaler=...); where you leave an update out yourself, call leave_out() of the "
             f"AdaptiveBatch"
         )

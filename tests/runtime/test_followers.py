@@ -32,6 +32,7 @@ from adabatch import (
     examples,
     lr,
 )
+from adabatch.batch.needs import Needs
 from adabatch.lr.rules import Setting, followed
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides
 
@@ -611,7 +612,7 @@ def test_a_seesaw_for_sgd_decays_by_the_rate_what_the_batch_cannot(limit: int) -
 class Halving:
     """A criterion of a user's own that brings a decay of the learning rate."""
 
-    needs: frozenset[str] = frozenset()
+    needs = Needs()
     least = 0.5
 
     def wanted(self, observation: Any) -> float:

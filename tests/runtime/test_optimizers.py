@@ -103,7 +103,11 @@ def test_a_scaler_leaves_a_step_out_for_all_of_them(interval: int) -> None:
     optimizers = pair(model)
     scaler = GradScaler("cpu", init_scale=8.0)
     batches = adaptive(
-        model, optimizers, scaler=scaler, skip_nonfinite="probed", control=adabatch.Control(interval=interval)
+        model,
+        optimizers,
+        engine=adabatch.EngineOptions(scaler=scaler),
+        guard=adabatch.Guard(skip_nonfinite="probed"),
+        control=adabatch.Control(interval=interval),
     )
     for number, step in enumerate(batches.steps(loader(4))):
         for batch in step:

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 from adabatch import (
     AdaptiveBatch,
     Constant,
+    EngineOptions,
+    Guard,
     Limits,
     LocalSGD,
     MicroBatchProbe,
@@ -452,7 +454,7 @@ class OwnRate(SGD):
 def test_an_optimizer_without_a_rate_works_where_nothing_reads_it(tmp_path: Any) -> None:
     model = network()
     optimizer = OwnRate(model.parameters())
-    batches = adaptive(model, optimizer, journal=tmp_path / "journal.jsonl", check_every=1)
+    batches = adaptive(model, optimizer, journal=tmp_path / "journal.jsonl", guard=Guard(check_every=1))
     assert run(batches, model, optimizer) == pytest.approx([0.01] * 3, rel=1e-4)
     assert batches.progress.steps == 3
     local = LocalSGD(model, optimizer, sync_every=2)
@@ -627,7 +629,7 @@ def test_a_scaler_that_is_given_may_skip() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.01)
     scaler = GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
-    batches = adaptive(model, optimizer, Constant(16), limits=None, scaler=scaler)
+    batches = adaptive(model, optimizer, Constant(16), limits=None, engine=EngineOptions(scaler=scaler))
     for step in batches.steps(DataLoader(regression(128), batch_size=4)):
         for batch in step:
             step.backward(loss_of(model, batch) * 10)
@@ -641,8 +643,10 @@ def test_a_scaler_that_is_given_may_skip() -> None:
 def test_a_scaler_that_has_no_reason_to_skip_is_no_excuse() -> None:
     model = network()
     optimizer, other = SGD(model.parameters(), lr=0.01), SGD(model.parameters(), lr=0.01)
-    batches = adaptive(model, optimizer, scaler=GradScaler("cpu", init_scale=8.0))
-    with pytest.raises(RuntimeError, match=r"a GradScaler must be given as AdaptiveBatch\(scaler=\.\.\.\)"):
+    batches = adaptive(model, optimizer, engine=EngineOptions(scaler=GradScaler("cpu", init_scale=8.0)))
+    with pytest.raises(
+        RuntimeError, match=r"a GradScaler must be given to it too, as engine=EngineOptions\(scaler=\.\.\.\)"
+    ):
         run(batches, model, other)
 
 
