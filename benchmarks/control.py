@@ -376,8 +376,8 @@ def main() -> None:
     stood, kept = withstood(options.seeds), kept_up(options.seeds)
     tables = [
         Table(
-            "Averages of a noise of 1: bias (over the mean of the same probes), deviation; level after a spike (over that "
-            "before), and five probes after a first probe x 10,000; probes until 0.8 of a rise by 4",
+            "Averages of a noise of 1: bias (over the mean of the same probes), deviation; level after a spike (over "
+            "that before), and five probes after a first probe x 10,000; probes until 0.8 of a rise by 4",
             ["average", "noise from", "bias", "deviation", "spike", "first", "rise"],
             [
                 [

@@ -241,8 +241,8 @@ def _check_options(engine: Any, options: dict[str, Any]) -> None:
     for name in ("l1", "layers"):
         if getattr(measure, name) and engine.zero_optimization_stage() > 0:
             raise ValueError(
-                f"{name} needs the step's gradient itself, of which ZeRO {engine.zero_optimization_stage()} shows the "
-                f"norm only: leave it out, or use ZeRO 0"
+                f"Measure({name}=) needs the step's gradient itself, of which ZeRO "
+                f"{engine.zero_optimization_stage()} shows the norm only: leave it out, or use ZeRO 0"
             )
     kind = type(engine.basic_optimizer)
     if "betas" in Followers.of(options.get("follow", ())).settings and not kind.__module__.startswith("torch."):

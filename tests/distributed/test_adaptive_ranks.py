@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -110,9 +111,9 @@ class Even(NormTest):
 
     needs: ClassVar[Needs] = NormTest.needs
 
-    def wanted(self, observation: Observation) -> float:
-        wanted = super().wanted(observation)
-        return 4.0 * -(-wanted // 4)
+    def rest(self, observation: Observation) -> float:
+        rest = super().rest(observation)
+        return 4.0 * -(-rest // 4) if math.isfinite(rest) else rest
 
 
 def growing(model: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -124,7 +125,8 @@ def growing(model: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
         Even(eta=0.9),
         micro_batch_size=2,
         limits=Limits(min=4, max=40),
-        control=Control(memory=5, confidence=0.5, hysteresis=0.1, growth=2.0),
+        # Half of a batch is not always what two processes can make up: only growth.
+        control=Control(memory=5, confidence=0.5, hysteresis=0.1, growth=2.0, pace=math.inf, monotone=True),
         lr_rule="sqrt",
     )
     schedule = ProgressLR(optimizer, lr.cosine(), batches, total=examples(3000), warmup=steps(5))
@@ -163,7 +165,7 @@ def test_two_processes_do_what_one_does(tmp_path, name, rel):
     alone = growing(network(dtype=dtype), dtype)
     sizes = [line["batch"] for line in alone]
     assert len(alone) == 64
-    assert sum(after > before for before, after in itertools.pairwise(sizes)) >= 5
+    assert sum(after > before for before, after in itertools.pairwise(sizes)) >= 4
     for together in run_ranks(growing_under_ddp, 2, tmp_path, name):
         for key in ("batch", "parts", "next", "lr"):
             assert [line[key] for line in together] == [line[key] for line in alone], key

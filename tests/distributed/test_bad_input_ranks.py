@@ -152,7 +152,7 @@ def poisoned(rank: int, folder: str, poison: str) -> dict[str, Any]:
         NormTest(eta=0.4),
         micro_batch_size=2,
         limits=Limits(min=8, max=64),
-        control=Control(memory=4, confidence=0.5, growth=1.5),
+        control=Control(memory=4, confidence=0.5, growth=1.5, pace=math.inf),
         lr_rule="sqrt",
         journal=f"{folder}/{poison}.jsonl",
     )

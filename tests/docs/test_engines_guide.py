@@ -37,7 +37,7 @@ FLAT = "hand it flat pieces; use ZeRO 0, DDP or FSDP2"
 BY_NORM = "known by its norm only, .*use ZeRO 0, DDP or FSDP2, or a criterion in the Euclidean norm"
 NOT_FORMED = "local SGD does not measure .* use a criterion in the Euclidean norm"
 UNWRAPPED = "CommHookProbe needs a model in DistributedDataParallel"
-CHOSEN = "attach chooses probe= from the engine: leave it out, or use DDP or FSDP2"
+CHOSEN = "attach chooses probe= from the DeepSpeed engine: leave it out, or use DDP or FSDP2"
 
 # Why a cell is "no": habit -> column -> what it is refused with; every other is "yes".
 REFUSED: dict[str, dict[str, str]] = {
