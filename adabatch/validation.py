@@ -310,7 +310,7 @@ def limits_and_grid(
     for name, limit in (("min", limits.min), ("max", limits.max)):
         if isinstance(limit, int) and limit < UNLIMITED and limit % dp_size:
             raise ValueError(
-                f"limits.{name}={limit} cannot be divided equally among {dp_size} ranks: use a multiple of {dp_size}"
+                f"limits.{name}={limit} cannot be shared equally by {dp_size} ranks: use a multiple of {dp_size}"
             )
     if isinstance(limits.min, int) and limits.min < smallest:
         two_parts = " (at least two micro-batches, so that their spread can be measured)" if in_parts else ""

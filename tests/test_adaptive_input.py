@@ -103,7 +103,9 @@ def test_a_criterion_whose_needs_are_words() -> None:
         def wanted(self, observation: Any) -> float:
             return 8.0
 
-    with pytest.raises(TypeError, match=r"needs of Mine must be an adabatch.batch.Needs.*Needs\(noise='euclidean'\), .*frozenset"):
+    with pytest.raises(
+        TypeError, match=r"needs of Mine must be an adabatch.batch.Needs.*Needs\(noise='euclidean'\), .*frozenset"
+    ):
         adaptive(criterion=Mine())
 
 

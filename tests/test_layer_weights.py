@@ -119,7 +119,11 @@ def test_the_weighted_norm_keeps_its_balance_at_every_width(tmp_path: Path) -> N
         ({"0.weight": 1.0}, {}, r"0.bias, 2.bias, 2.weight missing, none unknown"),
         ({"nothing": 1.0}, {}, r"nothing unknown"),
         (dict.fromkeys(dict(net(4).named_parameters()), 0.0), {}, r"positive and finite, got 0.weight=0.0"),
-        (dict.fromkeys(dict(net(4).named_parameters()), 1.0), {"per_layer": "module"}, r"layers='module' groups them otherwise"),
+        (
+            dict.fromkeys(dict(net(4).named_parameters()), 1.0),
+            {"per_layer": "module"},
+            r"layers='module' groups them otherwise",
+        ),
         (
             dict.fromkeys(dict(net(4).named_parameters()), 1.0),
             {"criterion": AugmentedInnerProductTest(theta=0.9, nu=1.0)},

@@ -461,7 +461,7 @@ def test_an_optimizer_without_a_rate_works_where_nothing_reads_it(tmp_path: Any)
     loss_of(model, regression(4).tensors).backward()
     optimizer.step()
     assert local.steps == 1
-    with pytest.raises(ValueError, match=r"lr_rule='sqrt' multiplies the learning rate, and OwnRate sets its own"):
+    with pytest.raises(ValueError, match=r"lr_rule='sqrt' multiplies the learning rate, but OwnRate sets its own"):
         adaptive(model, optimizer, lr_rule="sqrt")
     with pytest.raises(ValueError, match=r"OwnRate sets its learning rate itself \(lr=None\)"):
         ProgressLR(optimizer, lr.constant(), total=steps(10))

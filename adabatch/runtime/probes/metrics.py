@@ -16,7 +16,8 @@ from adabatch.runtime.fsdp2 import own_piece
 class Metric(Protocol):
     """A norm that an optimizer's state defines: the Euclidean norm of a linear image of the gradient.
 
-    Hand your own metric to a probe (``norm=``). A criterion with ``needs = Needs(noise=metric.name)`` reads what it gives.
+    Hand your own metric to a probe (``norm=``). A criterion with ``needs = Needs(noise=metric.name)`` reads the
+    noise in it.
     """
 
     @property
