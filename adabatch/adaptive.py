@@ -344,8 +344,8 @@ class AdaptiveBatch:
                 do not hold ``micro_batch_size`` examples (the last may hold fewer) or do not tell how many they hold,
                 if the micro-batch should grow but the loader cannot let it, if a weight is negative, or if ranks hold
                 different orders, plans or settings, or the same examples.
-            RuntimeError: if not all micro-batches of a step were run, if the updates of two steps in a row never came,
-                if parameters joined or left those that train, or if a newer object has replaced this one.
+            RuntimeError: if not all micro-batches of a step were run, if parameters joined or left those that train, or
+                if a newer object has replaced this one.
             UpdatesLeftOut: if ``max_left_out`` updates in a row were left out.
             TypeError: if ``until`` has no unit, or ``loader`` is not an iterable of micro-batches.
         """

@@ -45,23 +45,24 @@ class MissingUpdates:
         self._missed = 0
 
     def missed(self, parts: list[str]) -> None:
-        """A step is over, but its update neither came nor was rightly left out.
+        """A step is over, but its update neither came nor was rightly left out. Warns at the second in a row.
+
+        This is a warning and not an error, since a loop that only measures needs no update.
 
         Args:
             parts: the classes of the optimizers that did not step.
-
-        Raises:
-            RuntimeError: for the second such step in a row.
         """
         self._missed += 1
-        if self._missed < 2:
+        if self._missed != 2:
             return
         missing = " and ".join(parts)
-        raise RuntimeError(
+        warnings.warn(
             f"the update never came for {self._missed} steps in a row: optimizer.step() of the {missing} was not called"
             f"{'' if missing == self._kind else f' (the optimizers are {self._kind})'}, so the learning rate's "
             f"progress stands still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was "
             f"given, and not another one or one that was built later. If you use a GradScaler, give it to "
             f"AdaptiveBatch as engine=EngineOptions(scaler=...). If you leave an update out yourself, call leave_out() "
-            f"of the AdaptiveBatch"
+            f"of the AdaptiveBatch",
+            RuntimeWarning,
+            stacklevel=4,
         )
