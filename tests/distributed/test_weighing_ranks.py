@@ -398,9 +398,9 @@ def test_micro_batches_of_weight_0_count_for_nothing_on_any_rank(tmp_path: Path)
 def test_what_another_rank_waits_for_may_not_be_passed_over(tmp_path: Path) -> None:
     first, second = run_ranks(passed_over, 2, tmp_path)
     assert first == ("", "", "", "")
-    assert "the other ranks wait for this one in it: run its forward all the same" in second[0]
+    assert "the other ranks wait for its backward: run its forward all the same" in second[0]
     for said in second[1:3]:
-        assert "no gradient of zero can be sent through it" in said
+        assert "no gradient of zero could be sent through its forward" in said
     assert second[3] == ""
 
 

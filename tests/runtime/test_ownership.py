@@ -464,11 +464,11 @@ def test_an_optimizer_without_a_rate_works_where_nothing_reads_it(tmp_path: Any)
     loss_of(model, regression(4).tensors).backward()
     optimizer.step()
     assert local.steps == 1
-    with pytest.raises(ValueError, match=r"lr_rule='sqrt' multiplies the learning rate, and OwnRate sets its own"):
+    with pytest.raises(ValueError, match=r"lr_rule='sqrt' multiplies the learning rate, but OwnRate sets its own"):
         adaptive(model, optimizer, lr_rule="sqrt")
     with pytest.raises(ValueError, match=r"OwnRate sets its learning rate itself \(lr=None\)"):
         ProgressLR(optimizer, lr.constant(), total=steps(10))
-    with pytest.raises(ValueError, match=r"OwnRate sets its learning rate itself \(lr=None\), which the period"):
+    with pytest.raises(ValueError, match=r"OwnRate sets its learning rate itself \(lr=None\), but the period"):
         LocalSGD(model, optimizer, sync_every=Quadratic(alpha=0.1, base=1))
 
 
@@ -661,7 +661,7 @@ def test_a_scaler_that_has_no_reason_to_skip_is_no_excuse() -> None:
     optimizer, other = SGD(model.parameters(), lr=0.01), SGD(model.parameters(), lr=0.01)
     batches = adaptive(model, optimizer, engine=EngineOptions(scaler=GradScaler("cpu", init_scale=8.0)))
     with pytest.raises(
-        RuntimeError, match=r"a GradScaler must be given to it too, as engine=EngineOptions\(scaler=\.\.\.\)"
+        RuntimeError, match=r"a GradScaler, give it to AdaptiveBatch as engine=EngineOptions\(scaler=\.\.\.\)"
     ):
         run(batches, model, other)
 
