@@ -70,7 +70,6 @@ def twice(value: float) -> float:
         (torch.zeros(100), torch.zeros(100), torch.zeros(101)),
         (torch.float32, torch.float32, torch.float64),
     ],
-    ids=repr,
 )
 def test_equal_values_say_the_same_and_others_do_not(one: Any, same: Any, other: Any) -> None:
     assert text_of(one) == text_of(same)
