@@ -1,8 +1,8 @@
-"""How the backward of a micro-batch runs, and by what factor it makes the gradients too large.
+"""How the backward of a micro-batch runs, and by which factor it scales the gradients.
 
-float16 loses small gradients, so mixed precision multiplies the loss by a large factor before its backward and divides
-the gradients by it before the update. All that a probe sees lies between the two. ``Backward`` is the one place that
-knows the factor; the moments are divided by it where the numbers of all ranks arrive.
+float16 loses small gradients, so mixed precision multiplies the loss by a large factor before its backward, and divides
+the gradients by it before the update. A probe sees the scaled gradients between the two. Only ``Backward`` knows the
+factor; the moments are divided by it once the numbers of all ranks have been summed.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Backward(NamedTuple):
     """A way to run backwards.
 
     Args:
-        run: the backward of a micro-batch's share of the loss.
-        scale: device -> the factor on every gradient of the step that is under way, the same on all ranks, shape (), on
-            that device and without a host sync. Called after the step's last backward and before its update. None where
-            nothing scales.
+        run: runs the backward of a micro-batch's share of the loss.
+        scale: device -> the factor on all gradients of the present step, equal on all ranks, shape (), on that device
+            and without a host sync. Called after the step's last backward and before its update. None if the gradients
+            are not scaled.
     """
 
     run: Callable[[Tensor], None] = _plain
@@ -39,10 +39,10 @@ PLAIN = Backward()
 
 
 def scaled_by(scaler: GradScaler) -> Backward:
-    """Backwards of losses that ``torch.amp.GradScaler`` scales; plain ones where it is not enabled.
+    """A backward whose loss ``torch.amp.GradScaler`` scales; a plain one if the scaler is not enabled.
 
     Raises:
-        TypeError: something else, such as the string that names a precision.
+        TypeError: if ``scaler`` is not a ``GradScaler``.
     """
     if not isinstance(scaler, GradScaler):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {scaler!r}")
@@ -53,16 +53,16 @@ def scaled_by(scaler: GradScaler) -> Backward:
         _plain(scaler.scale(loss))
 
     def scale(device: torch.device) -> Tensor:
-        # Scaling a one reads the factor where it lies; get_scale() would copy it to the host, and wait.
+        # Scaling a one keeps the factor on the device; get_scale() would copy it to the host, and wait.
         return scaler.scale(torch.ones((), device=device))
 
     return Backward(run, scale)
 
 
 def left_out(optimizer: Optimizer) -> bool:
-    """Whether a ``GradScaler`` found gradients that are not finite, in the ``step()`` of ``optimizer`` under way.
+    """Whether a ``GradScaler`` found gradients that are not finite, during a ``step()`` of ``optimizer``.
 
-    Fused optimizers are told by attributes, and run without an effect; ``step()`` of any other is not called at all.
+    Fused optimizers read this from an attribute, and their step has no effect; of others, ``step()`` is not called.
     """
     found: Tensor | None = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)  # host sync, which a GradScaler makes for every other optimizer

@@ -1,4 +1,4 @@
-"""Which engine a model runs on, told by its type."""
+"""Chooses the engine by the type of the model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def engine_for(model: nn.Module, gradient_sync: GradientSync | None = None, scal
 
     Args:
         model: as it is trained.
-        gradient_sync: "each" or "last" micro-batch; None for what suits the engine.
-        scaler: of the losses, in float16; None for none.
+        gradient_sync: reduce gradients at "each" or at the "last" micro-batch; None for the engine's default.
+        scaler: the ``GradScaler`` of a run in float16; None for none.
 
     Raises:
-        ValueError: an unknown ``gradient_sync`` or one that the engine does not go with; a plain model on several
-            processes; a sharded model that is not sharded over one data-parallel mesh, or has sparse gradients.
-        TypeError: a scaler that is not a ``GradScaler``.
+        ValueError: if ``gradient_sync`` is unknown or does not go with the engine, if a plain model runs on several
+            processes, or if a sharded model is not sharded over one data-parallel mesh, or has sparse gradients.
+        TypeError: if ``scaler`` is not a ``GradScaler``.
     """
     if gradient_sync is not None and gradient_sync not in get_args(GradientSync):
         raise ValueError(f"gradient_sync must be one of {', '.join(get_args(GradientSync))}, got {gradient_sync!r}")

@@ -22,14 +22,14 @@ class DDPEngine(Engine):
     """A model in ``DistributedDataParallel``, compiled or not.
 
     Raises:
-        ValueError: ``gradient_sync="each"``.
+        ValueError: if ``gradient_sync`` is "each".
     """
 
     def __init__(self, model: nn.Module, *, gradient_sync: GradientSync = "last", backward: Backward = PLAIN) -> None:
         if gradient_sync == "each":
             raise ValueError(
-                "gradient_sync='each' is for FSDP2: DistributedDataParallel would reduce the sum of a step again at "
-                "every micro-batch, and save nothing; leave it out"
+                "gradient_sync='each' is for FSDP2: DistributedDataParallel would reduce the whole sum again at every "
+                "micro-batch, and save no memory: leave it out"
             )
         super().__init__(model, collectives_of(model), backward)
         inner = uncompiled(model)
@@ -38,17 +38,16 @@ class DDPEngine(Engine):
         self._learns = bool(inner.static_graph)
 
     def inner_model(self) -> nn.Module:
-        """The module in DDP."""
+        """The module inside DDP."""
         inner = self._ddp.module
         assert isinstance(inner, nn.Module)
         return uncompiled(inner)
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """DDP's own, but for the first backward of a model with a static graph.
+        """DDP's own ``no_sync``, except in the first backward of a model with a static graph.
 
-        That backward is where DDP learns the graph, and it must reduce what it sees. The gradient stays what it is: a
-        sum of means, to which the other micro-batches are added before the last of them has the whole reduced, as the
-        mean of equal numbers is that number.
+        DDP learns the graph in that backward, and must reduce in it. The gradient is still right: the mean that this
+        leaves is equal on all ranks, so that the reduction of the last micro-batch does not change it.
         """
         learns, self._learns = self._learns, False
         return nullcontext() if learns else self._ddp.no_sync()
@@ -60,7 +59,7 @@ class DDPEngine(Engine):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Past DDP's own forward, which broadcasts buffers that the other ranks wait for."""
+        """Bypasses DDP's own forward, which broadcasts buffers, for which all ranks are needed."""
         module = self._ddp.module
         vars(self._ddp)["forward"] = lambda *inputs, **options: module(*inputs, **options)
         try:

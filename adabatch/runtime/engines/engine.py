@@ -23,20 +23,20 @@ GradientSync = Literal["each", "last"]
 class Engine(ABC):
     """How a model runs on several ranks: who shares it, what is reduced and when, and which probe measures it.
 
-    A new engine says what is ``abstract`` here; what has a body holds for an engine that gives every rank the mean
-    gradient of all in the backward of a step's last micro-batch.
+    A new engine implements the abstract methods. The others have the behaviour of an engine that gives every rank the
+    mean gradient in the backward of a step's last micro-batch.
 
     Attributes:
         model: as the loop calls it.
         collectives: the ranks that see different data.
-        backward: how the backward of a micro-batch runs, and what it multiplies gradients by.
-        shards: whether each rank holds a part of each weight only.
-        copies: whether ranks that hold the same weight hold the same bits of it between any two steps.
-        runs_alone: whether a rank can run a micro-batch without the others.
-        holds_gradients: whether what the backwards of a step left so far lies in the optimizer's parameters, if
-            anywhere that a loop can reach.
-        reduced: when the mean gradient of a step is there to be measured: after the "backward" of its last micro-batch,
-            or not until its "update" begins.
+        backward: how the backward of a micro-batch runs, and by which factor it scales the gradients.
+        shards: whether each rank holds only a part of each weight.
+        copies: whether all copies of a weight have the same bits between any two steps.
+        runs_alone: whether a rank can run a micro-batch without the other ranks.
+        holds_gradients: whether the gradients that a step has accumulated so far are in the optimizer's parameters, if
+            they are anywhere that a loop can reach.
+        reduced: when the mean gradient of a step is available: after the "backward" of its last micro-batch, or only
+            when its "update" begins.
     """
 
     shards: bool = False
@@ -53,25 +53,25 @@ class Engine(ABC):
     # --- the model --------------------------------------------------------------------------------------------------
 
     def inner_model(self) -> nn.Module:
-        """The user's own module, inside what was put around it."""
+        """The user's module, without wrappers."""
         return uncompiled(self.model)
 
     def trained(self, optimizer: Optimizer) -> list[Tensor]:
-        """The model's parameters that the optimizer trains, those among them that require no gradient."""
+        """The model's parameters that the optimizer holds, including those that require no gradient."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [p for p in self.model.parameters() if id(p) in held]
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def begin(self, plan: BatchPlan) -> None:  # noqa: B027  (most engines do nothing then)
-        """A step of this plan is about to run its first micro-batch."""
+        """Called before the first micro-batch of a step with this plan."""
 
     @abstractmethod
     def no_sync(self) -> AbstractContextManager[Any]:
-        """A context for every micro-batch of a step but the last."""
+        """A context for all micro-batches of a step but the last."""
 
     def unreduced(self) -> AbstractContextManager[Any]:
-        """A context in which a backward leaves this rank's own gradient."""
+        """A context in which a backward leaves this rank's own gradient, not reduced."""
         return self.no_sync()
 
     def switched_off(self, *, last: bool) -> str | None:
@@ -83,39 +83,39 @@ class Engine(ABC):
         return None
 
     def alone(self) -> AbstractContextManager[Any]:
-        """A context in which this rank runs the model while the others may do something else (``runs_alone``)."""
+        """A context in which this rank can run the model without the others (``runs_alone``)."""
         return nullcontext()
 
     def gradient_ready(self, weight: float) -> None:  # noqa: B027  (most engines do nothing then)
-        """A step's gradient is complete, and about to be measured.
+        """Called when a step's gradient is complete, before it is measured.
 
         Args:
-            weight: of this rank's micro-batches: their examples, or what ``steps(weigh=)`` says.
+            weight: of this rank's micro-batches: their number of examples, or what ``steps(weigh=)`` returned.
         """
 
     def steps_alone(self) -> bool:
-        """Whether the next step is taken with this rank's gradient, and not with the mean of all."""
+        """Whether the next step uses this rank's own gradient instead of the mean over the ranks."""
         return False
 
     def left_out(self) -> bool:
-        """Where gradients are ``reduced`` in the update: whether it has come and gone without a step."""
+        """Whether the update was called but did not step the optimizer (if gradients are ``reduced`` in the update)."""
         return False
 
     def stands_at(self, progress: Progress, lr_factor: float) -> None:  # noqa: B027  (most engines do nothing then)
-        """Where the run stands, said before each step and after each update."""
+        """Called before each step and after each update, with the progress of the run."""
 
     def journal_entry(self) -> dict[str, Any]:
-        """What a step's line in the journal says besides."""
+        """What the engine adds to a step's line in the journal."""
         return {}
 
     # --- probes -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
-        """The probe that suits the engine, for these parameters; its hooks are on the model from here on."""
+        """Makes the engine's probe for these parameters. Its hooks are on the model from then on."""
 
     def fit_probe(self, probe: Probe) -> Probe:
-        """A probe of the user's own, made to measure all ranks."""
+        """Adapts a probe that the user gave, so that it measures all ranks."""
         return probe
 
     def measures_next(self) -> bool:

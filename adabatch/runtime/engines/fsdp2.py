@@ -21,7 +21,7 @@ class FSDP2Engine(Engine):
     """A model that ``fully_shard`` was applied to, over one data-parallel mesh (FSDP2, HSDP).
 
     Raises:
-        ValueError: a model that is not sharded over one data-parallel mesh, or has sparse gradients.
+        ValueError: if the model is not sharded over one data-parallel mesh, or has sparse gradients.
     """
 
     shards = True
@@ -39,7 +39,7 @@ class FSDP2Engine(Engine):
         self._units = list(units_of(model).values())
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """Reduces all the same, unless only the "last" micro-batch does."""
+        """Reduces in every micro-batch, unless ``gradient_sync`` is "last"."""
         return self._whole_gradients() if self._sync == "last" else nullcontext()
 
     def unreduced(self) -> AbstractContextManager[Any]:
@@ -63,17 +63,18 @@ class FSDP2Engine(Engine):
                 unit.set_requires_gradient_sync(True, recurse=False)
 
     def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
-        """``ReduceScatterProbe``, which measures all that FSDP2 reduces.
+        """``ReduceScatterProbe``, which measures everything that FSDP2 reduces.
 
         Raises:
-            ValueError: trainable parameters that are not among ``parameters``, or a single part.
+            ValueError: if trainable parameters are not among ``parameters``, or if there is a single part only.
         """
         trained = {id(p) for p in parameters}
         strange = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in trained]
         if strange:
             raise ValueError(
-                f"the optimizer does not hold {_some(strange)}, whose gradients FSDP2 reduces together with those it "
-                f"holds, so they are measured together: freeze them with requires_grad_(False), or let it hold them"
+                f"the optimizer does not hold {_some(strange)}, but FSDP2 reduces their gradients together with those "
+                f"of its parameters, so that they cannot be measured apart: freeze them with requires_grad_(False), or "
+                f"give them to the optimizer"
             )
         if self._sync == "last" and self.collectives.size == 1:
             raise ValueError(
