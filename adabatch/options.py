@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch.amp.grad_scaler import GradScaler
 
@@ -61,20 +62,23 @@ class Guard:
             accumulate; the journal names it (``out_of_memory``). Not for models whose ranks gather shards from each
             other (FSDP2, DeepSpeed).
         check_every: steps from one check to the next that all ranks hold the same plan, and copies of weights the same
-            bits: one pass over the weights, 24 bytes per rank and a host sync. None checks nothing.
+            bits: one pass over the weights, 24 bytes per rank and a host sync. "auto" is every 1,000 steps, the first
+            among them, on several ranks that hold copies; not under local SGD. None checks nothing.
 
     Raises:
-        ValueError: ``check_every`` or ``max_left_out`` below 1, or another word than "probed".
+        ValueError: ``check_every`` or ``max_left_out`` below 1, or another word than "probed" or "auto".
     """
 
     skip_nonfinite: SkipNonfinite = True
     max_left_out: int | None = 50
     trial: TrialLoss | None = None
-    check_every: int | None = None
+    check_every: int | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
-        if self.check_every is not None and self.check_every < 1:
+        if isinstance(self.check_every, int) and self.check_every < 1:
             raise ValueError(f"check_every must be at least 1, got {self.check_every}")
+        if not isinstance(self.check_every, int | None) and self.check_every != "auto":
+            raise ValueError(f"check_every must be a number of steps, 'auto' or None, got {self.check_every!r}")
         if self.max_left_out is not None and self.max_left_out < 1:
             raise ValueError(
                 f"max_left_out must be at least 1 update in a row, or None for any number, got {self.max_left_out}"
