@@ -63,7 +63,7 @@ class Guard:
             accumulate, and the journal says so (``out_of_memory``). Not available if ranks gather shards from each
             other (FSDP2, DeepSpeed).
         check_every: number of steps between checks that all ranks have the same plan, and that copies of the weights
-            have the same bits. A check costs one pass over the weights, 24 bytes per rank and a host sync. "auto" checks
+            have the same bits. A check costs one pass over the weights, 24 bytes per rank and a host sync. "auto" means
             before the first step and every 1,000 steps if several ranks hold copies, which those of local SGD do not.
             None for no checks.
 
