@@ -1,0 +1,376 @@
+"""One run: what it depends on, how it is trained, and the store that keeps what came out.
+
+A ``Job`` holds everything that a result depends on, so a finished job is never run again, and a study may be
+interrupted at any time. Constant batches, tables and ramps are trained by a plain loop with nothing of adabatch in it;
+only what needs the noise of the gradient goes through ``AdaptiveBatch``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adagrad, AdamW, Optimizer
+
+import adabatch
+from _frontier.workloads import WORKLOADS, Pair, splits_of
+from adabatch.recipes.data import InMemory, collate
+
+OptimizerName = Literal["adamw", "sgd", "adagrad", "adagrad-norm"]
+OPTIMIZERS: Mapping[OptimizerName, Callable[..., Optimizer]] = {
+    "adamw": lambda parameters, lr: AdamW(parameters, lr, weight_decay=0.01, fused=True),
+    "sgd": lambda parameters, lr: SGD(parameters, lr, momentum=0.9),
+    "adagrad": lambda parameters, lr: Adagrad(parameters, lr),
+    "adagrad-norm": lambda parameters, lr: adabatch.AdaGradNorm(parameters, lr),
+}
+TUNING_SEED = 100  # chosen by this one and those after it, whose test loss is never computed; reported are 0, 1, 2, ...
+LARGEST = 1024  # batch of any run
+MAX_MICRO_BATCH = 256
+HOPELESS = 10.0  # a training loss of so many times the first one ends the run
+
+
+class Planned(NamedTuple):
+    """Batch sizes that are fixed beforehand: ``sizes[i]`` from ``shares[i]`` of the examples on.
+
+    Where ``glide`` is true the size moves in straight lines between them instead.
+    """
+
+    sizes: tuple[int, ...]
+    shares: tuple[float, ...] = (0.0,)
+    glide: bool = False
+
+    def at(self, share: float) -> int:
+        """The batch size after this share of the examples."""
+        if self.glide:
+            return round(float(np.interp(share, self.shares, self.sizes)))
+        return self.sizes[max(i for i, start in enumerate(self.shares) if share >= start)]
+
+
+class Measured(NamedTuple):
+    """A batch that follows the noise: a criterion with its number, from ``first`` examples on.
+
+    Args:
+        criterion: "norm test" (eta), "price" (a step costs as much as so many examples), or "constant" (a batch of so
+            many examples; only the learning rate follows what is measured).
+        hold: the batch stays at its first size until the warm-up of the learning rate is over.
+        memory: of the control; None leaves what is default.
+        monotone: whether the batch may only grow.
+    """
+
+    criterion: Literal["norm test", "price", "constant"]
+    number: float
+    first: int
+    hold: bool = True
+    memory: float | None = None
+    monotone: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, by all that its result depends on.
+
+    Args:
+        lr: base learning rate, for a batch of ``reference`` examples.
+        warmup: share of the examples.
+        rule: how the learning rate follows the batch; a "seesaw" is a cosine traded for growth by a ``Planned``.
+        follow: what of the optimizer follows the batch: "", "betas".
+    """
+
+    workload: str
+    optimizer: OptimizerName
+    examples: int
+    seed: int
+    batch: Planned | Measured
+    lr: float
+    warmup: float
+    rule: str = "none"
+    reference: int = 0
+    follow: str = ""
+
+    def key(self) -> str:
+        """Of everything that the result depends on; where adabatch decides, its code is part of that."""
+        kind = type(self.batch).__name__
+        code = _code() if isinstance(self.batch, Measured) else ""
+        about = WORKLOADS[self.workload].about
+        text = json.dumps([about, kind, {**asdict(self), "batch": self.batch._asdict()}, code])
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+class Outcome(NamedTuple):
+    """What came out; a loss is infinite where training failed, and the test loss too where nobody may look at it.
+
+    Args:
+        sizes: steps by batch size.
+        path: batch size at each tenth of the examples, for runs that measure.
+        limit: the most that any batch which follows the noise could gain over the best constant one at equal
+            progress, ``<B> / <sqrt B>^2`` over the noise scales B of this run (Cauchy-Schwarz).
+    """
+
+    validation: float
+    test: float
+    steps: int
+    sizes: dict[int, int]
+    seconds: float
+    path: tuple[int, ...] = ()
+    limit: float = math.nan
+
+    def time(self, fixed: float, devices: int) -> float:
+        """Modelled time in units of an example's: each step costs ``fixed + ceil(batch / devices)``."""
+        return sum(count * (fixed + math.ceil(size / devices)) for size, count in self.sizes.items())
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A digest of the parts of adabatch that decide."""
+    root = Path(adabatch.__file__).parent
+    files = [*sorted((root / "batch").glob("*.py")), root / "lr" / "rules.py", root / "adaptive.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, pair: Pair) -> float:
+    """Mean loss; infinite where it is not a number."""
+    parts = zip(pair[0].split(500), pair[1].split(500), strict=True)
+    mean = sum(loss_of(model, x, y).item() * len(x) for x, y in parts) / len(pair[0])
+    return mean if math.isfinite(mean) else math.inf
+
+
+def shape(share: float, after: float, warmup: float) -> float:
+    """Linear warm-up, then a cosine to zero: the factor of a step from one share of the examples to another."""
+    if share < warmup:
+        return min(1.0, after / warmup)
+    return 0.5 + 0.5 * math.cos(math.pi * (share - warmup) / (1 - warmup))
+
+
+def decay(rule: str, share: float, after: float, warmup: float) -> float:
+    """The shape; of a Seesaw its halvings only, as the batch stands for half of each."""
+    factor = shape(share, after, warmup)
+    if rule != "seesaw" or share < warmup:
+        return factor
+    return 2.0 ** -math.floor(-math.log2(max(factor, 1e-9)) + 1e-9)
+
+
+def train(job: Job) -> Outcome:
+    """Runs the job."""
+    begin, data = time.process_time(), splits_of(job.workload)
+    torch.manual_seed(job.seed)
+    model = WORKLOADS[job.workload].model()
+    optimizer = OPTIMIZERS[job.optimizer](model.parameters(), lr=job.lr)
+    loop = _planned if isinstance(job.batch, Planned) else _measured
+    sizes: Counter[int] = Counter()
+    noise_scales: list[tuple[int, float]] = []
+    first = math.nan
+    path: list[int] = []
+    seen = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for size, loss, noise_scale in loop(job, model, optimizer, data.train):
+            first = loss if not sizes else first
+            sizes[size] += 1
+            if seen * 10 >= len(path) * job.examples:
+                path.append(size)
+            seen += size
+            if noise_scale > 0:
+                noise_scales.append((size, noise_scale))
+            if not loss <= HOPELESS * first:
+                break
+        else:
+            test = evaluate(model, data.test) if job.seed < TUNING_SEED else math.inf
+            return Outcome(
+                evaluate(model, data.validation),
+                test,
+                sizes.total(),
+                dict(sizes),
+                time.process_time() - begin,
+                tuple(path) if isinstance(job.batch, Measured) else (),
+                _limit(noise_scales),
+            )
+    return Outcome(math.inf, math.inf, sizes.total(), dict(sizes), time.process_time() - begin)
+
+
+def _limit(noise_scales: list[tuple[int, float]]) -> float:
+    if not noise_scales:
+        return math.nan
+    weights, scales = np.array(noise_scales).T
+    return float(np.average(scales, weights=weights) / np.average(np.sqrt(scales), weights=weights) ** 2)
+
+
+Steps = Iterator[tuple[int, float, float]]  # examples of a step, its training loss, the noise scale where it is known
+
+
+def _planned(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> Steps:
+    assert isinstance(job.batch, Planned)
+    power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0, "seesaw": 0.5}[job.rule]
+    generator = torch.Generator().manual_seed(job.seed)
+    order = torch.cat(
+        [torch.randperm(len(data[0]), generator=generator) for _ in range(job.examples // len(data[0]) + 1)]
+    )
+    seen = 0
+    while seen < job.examples:
+        size = min(job.batch.at(seen / job.examples), job.examples - seen)
+        rows = order[seen : seen + size]
+        after = seen + size
+        factor = (size / job.reference) ** power if power else 1.0
+        factor *= decay(job.rule, seen / job.examples, after / job.examples, job.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = job.lr * factor
+        optimizer.zero_grad()
+        loss = loss_of(model, data[0][rows], data[1][rows])
+        loss.backward()
+        optimizer.step()
+        yield size, loss.item(), math.nan
+        seen = after
+
+
+def _measured(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> Steps:
+    assert isinstance(job.batch, Measured)
+    batch = job.batch
+    batches = adabatch.AdaptiveBatch(
+        model,
+        optimizer,
+        _criterion(batch),
+        micro_batch_size=batch.first // 2,  # two parts at least, so that their spread can be measured
+        max_micro_batch_size=MAX_MICRO_BATCH,
+        limits=_limits(job, batch),
+        control=_control(batch),
+        lr_rule=job.rule,  # type: ignore[arg-type]
+        follow=(job.follow,) if job.follow else (),  # type: ignore[arg-type]
+        reference_batch_size=job.reference,
+    )
+    total = adabatch.examples(job.examples)
+    warmup = adabatch.examples(round(job.warmup * job.examples))
+    schedule = adabatch.ProgressLR(optimizer, adabatch.lr.cosine(), batches, total=total, warmup=warmup)
+    order = adabatch.GlobalOrder(InMemory(*data), seed=job.seed, collate_fn=collate)
+    for step in batches.steps(order, until=total):
+        size, losses = 0, 0.0
+        for x, y in step:
+            loss = loss_of(model, x, y)
+            step.backward(loss)
+            size += len(x)
+            losses += loss.item() * len(x)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        yield size, losses / size, batches.noise_scale
+
+
+class _StepPrice(NamedTuple):
+    """``sqrt(noise scale x price)``."""
+
+    price: float
+    needs: frozenset[str] = frozenset({"noise"})
+
+    def wanted(self, observation: adabatch.Observation) -> float:
+        return math.sqrt(self.price * adabatch.NoiseScale(1.0).wanted(observation))
+
+
+def _criterion(batch: Measured) -> Any:
+    if batch.criterion == "norm test":
+        return adabatch.NormTest(eta=batch.number)
+    return _StepPrice(batch.number) if batch.criterion == "price" else adabatch.Constant(int(batch.number))
+
+
+def _limits(job: Job, batch: Measured) -> adabatch.Limits:
+    if batch.criterion == "constant":
+        return adabatch.Limits(min=int(batch.number), max=int(batch.number))
+    if not batch.hold:
+        return adabatch.Limits(min=batch.first, max=LARGEST)
+    end = adabatch.examples(round(job.warmup * job.examples))
+    return adabatch.Limits(min=batch.first, max=adabatch.Stages(batch.first, [adabatch.Stage(end, LARGEST)]))
+
+
+def _control(batch: Measured) -> adabatch.Control:
+    given = {} if batch.memory is None else {"memory": batch.memory}
+    return adabatch.Control(monotone=batch.monotone, **given)  # type: ignore[arg-type]
+
+
+class NotRunError(LookupError):
+    """The store has no outcome of a job, and nothing is to be run."""
+
+
+class Store:
+    """Outcomes by job in a file of JSON lines, one written as soon as a run ends.
+
+    Args:
+        path: the file; several processes may append to it.
+        run: False only looks up.
+        say: told of each run.
+    """
+
+    def __init__(self, path: Path, *, run: bool = True, say: Callable[[Job, Outcome], None] = lambda *_: None) -> None:
+        self.path = path
+        self.run = run
+        self.say = say
+        self._read = 0
+        self._outcomes: dict[str, Outcome] = {}
+
+    def __call__(self, job: Job) -> Outcome:
+        """The outcome of a job, run now if it was not run before.
+
+        Raises:
+            NotRunError: it was not, and this store only looks up.
+        """
+        key = job.key()
+        if key not in self._outcomes:
+            self._catch_up()
+        if key in self._outcomes:
+            return self._outcomes[key]
+        if not self.run:
+            raise NotRunError(f"{job} was not run")
+        outcome = train(job)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"key": key, "job": {**asdict(job), "batch": job.batch._asdict()}, "outcome": _plain(outcome)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self._outcomes[key] = outcome
+        self.say(job, outcome)
+        return outcome
+
+    def _catch_up(self) -> None:
+        """Reads what this or another process wrote since; a line that was cut short is left for its process to end."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # the process was killed while it wrote
+                    continue
+                self._outcomes[record["key"]] = _outcome(record["outcome"])
+
+
+def _plain(outcome: Outcome) -> dict[str, Any]:
+    """Ready for JSON, which has no infinities."""
+
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    values = outcome._asdict()
+    return {name: number(value) if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _outcome(plain: dict[str, Any]) -> Outcome:
+    lost = {"validation": math.inf, "test": math.inf, "limit": math.nan}
+    values = {name: lost[name] if value is None else value for name, value in plain.items()}
+    sizes = {int(size): count for size, count in values["sizes"].items()}
+    return Outcome(**{**values, "sizes": sizes, "path": tuple(values["path"])})

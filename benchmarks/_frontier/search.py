@@ -1,0 +1,56 @@
+"""The search for a learning rate and a warm-up, by validation loss on the tuning seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+WARMUPS = (0.02, 0.1, 0.25, 0.5)  # shares of the examples
+MOST_EXTENSIONS = 12
+
+
+class Setting(NamedTuple):
+    """A base learning rate, and a warm-up as a share of the examples."""
+
+    lr: float
+    warmup: float
+
+
+def tune(loss: Callable[[Setting], float], start: Setting) -> Setting:
+    """The best setting by a search along one coordinate at a time: rate, warm-up, rate, warm-up.
+
+    Rates lie on a grid of factor 2 that grows until its best is not at an edge. Warm-ups are climbed from the present
+    one to its neighbours. What a search asks for twice costs nothing, as the store remembers it.
+    """
+    best = start
+    for _ in range(2):
+        before = best
+        best = _best_rate(loss, best)
+        best = _best_warmup(loss, best)
+        if best.warmup == before.warmup:
+            return best
+    return _best_rate(loss, best)
+
+
+def _best_rate(loss: Callable[[Setting], float], start: Setting) -> Setting:
+    tried = {lr: loss(start._replace(lr=lr)) for lr in (start.lr / 2, start.lr, start.lr * 2)}
+    for _ in range(MOST_EXTENSIONS):
+        best = min(tried, key=lambda lr: (tried[lr], lr))
+        if min(tried) < best < max(tried):
+            break
+        # Where all fail, the way is down.
+        new = best / 2 if best == min(tried) or math.isinf(tried[best]) else best * 2
+        tried[new] = loss(start._replace(lr=new))
+    return start._replace(lr=min(tried, key=lambda lr: (tried[lr], lr)))
+
+
+def _best_warmup(loss: Callable[[Setting], float], start: Setting) -> Setting:
+    place, lowest = WARMUPS.index(start.warmup), loss(start)
+    for direction in (1, -1):
+        while 0 <= place + direction < len(WARMUPS):
+            other = loss(start._replace(warmup=WARMUPS[place + direction]))
+            if other >= lowest:
+                break
+            place, lowest = place + direction, other
+    return start._replace(warmup=WARMUPS[place])

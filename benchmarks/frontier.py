@@ -1,0 +1,323 @@
+"""Does a batch that follows the noise beat constant batches that were tuned, and by how many steps?
+
+    ADABATCH_DATA=... python benchmarks/frontier.py [--workers 1] [--only mnist14,python] [--report]
+
+A cell is a workload, an optimizer and a budget of examples. In each, constant batches from 8 to 1,024 get their own
+learning rate and their own warm-up: their losses against their steps are the frontier. Beside it stand tables, ramps
+and Seesaw, the constants of a person who tunes the smallest batch only, and the batch that follows the noise, which
+gets nothing but the learning rate and the warm-up of the constant batch of 16. Everything is chosen by validation loss
+on the tuning seed, and reported as test loss on other seeds.
+
+Finished runs are kept in ``runs/frontier/runs.jsonl`` (or in the folder that ADABATCH_STUDY names), so the study may
+be interrupted at any time and goes on where it stopped. At the end, or with ``--report`` at once, all that is there is
+read, and written to ``results/frontier.md``, ``.json`` and ``.png``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from _frontier.report import (
+    Page,
+    Row,
+    choice_table,
+    constants_table,
+    draw,
+    findings,
+    headline_table,
+    methods_table,
+    record,
+    times_tables,
+)
+from _frontier.runs import TUNING_SEED, Job, Measured, NotRunError, OptimizerName, Outcome, Planned, Store
+from _frontier.search import Setting, tune
+from _frontier.workloads import WORKLOADS
+from _harness import RESULTS, ROOT, Machine, publish
+
+QUESTION = (
+    "How many steps, and how much modelled time, does the best constant batch that was tuned need for the loss of a "
+    "batch that follows the noise, over that batch's own?\n\n![test loss against steps](frontier.png)"
+)
+
+COARSE, FINE, DEAREST = (16, 64, 256, 1024), (32, 128, 512), (8,)  # constant batches in the order of the search
+SIZES = (*COARSE, *FINE, *DEAREST)
+FIRST = 16  # the batch that a person tunes, and that ours begins with
+SEEDS = (0, 1, 2)
+START: Mapping[OptimizerName, float] = {"adamw": 2**-8, "sgd": 2**-6, "adagrad": 2**-5, "adagrad-norm": 2**-1}
+RULES: Mapping[OptimizerName, str] = {"adamw": "sqrt", "sgd": "linear", "adagrad": "sqrt", "adagrad-norm": "linear"}
+
+
+class Cell(NamedTuple):
+    """A workload, an optimizer and a budget of examples."""
+
+    workload: str
+    optimizer: OptimizerName
+    examples: int
+
+    def job(self, batch: Planned | Measured, setting: Setting, seed: int, **others: object) -> Job:
+        return Job(*self[:3], seed, batch, *setting, **others)  # type: ignore[arg-type]
+
+    @property
+    def shorter(self) -> Cell | None:
+        """The cell whose settings this one's search starts from."""
+        short, _ = WORKLOADS[self.workload].budgets
+        return None if self.examples == short else self._replace(examples=short)
+
+
+Run = Callable[[Job], Outcome]
+
+
+def cells() -> list[Cell]:
+    """In the order of their importance."""
+
+    def cell(workload: str, budget: int, optimizer: OptimizerName = "adamw") -> Cell:
+        return Cell(workload, optimizer, WORKLOADS[workload].budgets[budget])
+
+    pairs = (("mnist14", "shakespeare"), ("python", "cifar"))
+    others: tuple[OptimizerName, ...] = ("sgd", "adagrad", "adagrad-norm")
+    return [
+        *(cell(name, budget) for names in pairs for budget in (0, 1) for name in names),
+        *(cell("mnist14", 0, optimizer) for optimizer in others),
+        *(cell("mnist28", budget) for budget in (0, 1)),
+    ]
+
+
+def tuned(cell: Cell, run: Run, batch: Planned, start: Setting, **others: object) -> Setting:
+    """The best learning rate and warm-up of a batch that is planned beforehand."""
+    return tune(lambda setting: run(cell.job(batch, setting, TUNING_SEED, **others)).validation, start)
+
+
+def tuned_constant(cell: Cell, run: Run, size: int) -> Setting:
+    """The best setting of a constant batch, searched from that of the shorter budget, or of a batch near it."""
+    if cell.shorter is not None:
+        start = tuned_constant(cell.shorter, run, size)
+    elif size == FIRST:
+        start = Setting(START[cell.optimizer], 0.1)
+    else:
+        near = FIRST if size < FIRST else size // 2 if size in FINE else size // 4
+        start = tuned_constant(cell, run, near)
+    return tuned(cell, run, Planned((size,)), start)
+
+
+def outcomes(
+    cell: Cell,
+    run: Run,
+    batch: Planned | Measured,
+    setting: Setting,
+    *,
+    seeds: Sequence[int] = SEEDS,
+    **others: object,
+) -> list[Outcome]:
+    """A method on all seeds."""
+    return [run(cell.job(batch, setting, seed, **others)) for seed in seeds]
+
+
+def constants(cell: Cell, run: Run, *, sizes: Sequence[int] = SIZES, seeds: Sequence[int] = SEEDS) -> Iterable[Row]:
+    """The frontier: each size with its own settings."""
+    for size in sizes:
+        setting = tuned_constant(cell, run, size)
+        found = outcomes(cell, run, Planned((size,)), setting, seeds=seeds)
+        yield Row("constant", str(size), setting, found, tuned=True)
+
+
+def rules(cell: Cell, run: Run) -> Iterable[Row]:
+    """What a person has who tuned the smallest batch only: a larger constant, its learning rate by a rule."""
+    base, rule = tuned_constant(cell, run, FIRST), RULES[cell.optimizer]
+    for size in (32, 128, 512):
+        by_rule = outcomes(cell, run, Planned((size,)), base, rule=rule, reference=FIRST)
+        yield Row("rule", f"{size}, {rule}", base, by_rule)
+        batch = Measured("constant", size, FIRST, hold=False)
+        by_gain = outcomes(cell, run, batch, base, rule="gain", reference=FIRST)
+        yield Row("rule", f"{size}, gain (AdaScale)", base, by_gain)
+
+
+def planned(warmup: float) -> dict[str, tuple[Planned, str]]:
+    """Tables, ramps and Seesaw: batch sizes, and their rule where it is not the optimizer's."""
+    quarters = (0.0, 0.25, 0.5, 0.75)
+    cuts = range(7)  # the cosine fell by 2^k at acos(2^(1-k) - 1) / pi of what the warm-up leaves
+    shares = tuple(warmup * (k > 0) + (1 - warmup) * math.acos(2 ** (1 - k) - 1) / math.pi for k in cuts)
+    return {
+        "quarters 16 to 128": (Planned((16, 32, 64, 128), quarters), ""),
+        "quarters 32 to 256": (Planned((32, 64, 128, 256), quarters), ""),
+        "64, 128, 256 by 2.5, 2.5, 95 %": (Planned((64, 128, 256), (0.0, 0.025, 0.05)), ""),
+        "ramp 16 to 256 over a half": (Planned((16, 256), (0.0, 0.5), glide=True), ""),
+        "Seesaw from 16": (Planned(tuple(16 * 2**k for k in cuts), shares), "seesaw"),
+    }
+
+
+TUNED_TABLES = ("quarters 16 to 128", "quarters 32 to 256", "ramp 16 to 256 over a half")
+
+
+def tables(cell: Cell, run: Run) -> Iterable[Row]:
+    """With the smallest batch's settings and, some of them, with their own."""
+    base = tuned_constant(cell, run, FIRST)
+    known = planned(base.warmup)
+    for name, (batch, rule) in known.items():
+        others = {"rule": rule or RULES[cell.optimizer], "reference": FIRST}
+        yield Row("table", name, base, outcomes(cell, run, batch, base, **others))
+        if name in TUNED_TABLES:
+            setting = tuned(cell, run, batch, base, **others)
+            yield Row("table", name, setting, outcomes(cell, run, batch, setting, **others), tuned=True)
+
+
+class Method(NamedTuple):
+    """A batch that follows the noise, the rule of the learning rate, and what follows the batch beside it."""
+
+    batch: Measured
+    rule: str = "gain"
+    follow: str = ""
+
+    @property
+    def name(self) -> str:
+        words = [f"{self.batch.criterion} {self.batch.number:g}", self.rule]
+        words += ["betas follow"] if self.follow else []
+        words += [] if self.batch.hold else ["not held"]
+        return ", ".join(words)
+
+
+def methods() -> list[Method]:
+    """All that were tried, on the tuning seed."""
+    price, norm_test = Measured("price", 32, FIRST), Measured("norm test", 0.7, FIRST)
+    return [
+        *(Method(norm_test._replace(number=eta)) for eta in (0.5, 0.7, 0.9)),
+        *(Method(price._replace(number=number)) for number in (8, 16, 32, 64, 128, 512)),
+        *(Method(batch, rule) for batch in (price, norm_test) for rule in ("none", "sqrt", "sqrt_gain", "linear")),
+        *(Method(batch, follow="betas") for batch in (price, norm_test)),
+        *(Method(batch._replace(hold=False)) for batch in (price, norm_test)),
+    ]
+
+
+def ours(cell: Cell, run: Run, *, chosen: Sequence[Method], seeds: Sequence[int] = SEEDS) -> Iterable[Row]:
+    """The batch that follows the noise, with the settings of the smallest constant batch."""
+    base = tuned_constant(cell, run, FIRST)
+    for batch, rule, follow in chosen:
+        name = Method(batch, rule, follow).name
+        found = outcomes(cell, run, batch, base, seeds=seeds, rule=rule, follow=follow, reference=FIRST)
+        yield Row("ours", name, base, found, price=batch.number if batch.criterion == "price" else 0.0)
+
+
+DEFAULT = Method(Measured("price", 32, FIRST))
+REPORTED = [DEFAULT, *(Method(Measured("price", number, FIRST)) for number in (8, 64, 512))]
+
+
+PARTS: Mapping[str, Callable[[Cell, Run], Iterable[Row]]] = {
+    "coarse": partial(constants, sizes=COARSE),
+    "fine": partial(constants, sizes=FINE),
+    "dearest": partial(constants, sizes=DEAREST),
+    "explored": partial(ours, chosen=methods(), seeds=(TUNING_SEED,)),
+    "ours": partial(ours, chosen=REPORTED),
+    "rules": rules,
+    "tables": tables,
+}
+
+
+def study(part: str, cell: Cell, path: Path) -> None:
+    """All runs of a part in a cell, with a line each."""
+    torch.set_num_threads(1)
+    begin, done = time.monotonic(), 0
+
+    def say(job: Job, outcome: Outcome) -> None:
+        nonlocal done
+        done += 1
+        each = (time.monotonic() - begin) / done
+        batch = "-".join(map(str, job.batch.sizes)) if isinstance(job.batch, Planned) else " ".join(map(str, job.batch))
+        print(
+            f"{time.strftime('%H:%M:%S')} {' '.join(map(str, cell))} seed {job.seed} batch {batch} {job.rule} "
+            f"lr {job.lr:.4g} warm-up {job.warmup:g}: {outcome.steps} steps, validation {outcome.validation:.4f}, "
+            f"test {outcome.test:.4f}, {outcome.seconds:.1f} s; {done} runs here, {each:.1f} s each",
+            flush=True,
+        )
+
+    run = Store(path, say=say)
+    for _ in PARTS[part](cell, run):
+        pass
+
+
+def kept(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows up to the first that was not run to its end."""
+    with suppress(NotRunError):
+        yield from rows
+
+
+def page(cell: Cell, run: Run) -> Page:
+    """All methods that ran on all seeds."""
+    parts = (
+        *(constants(cell, run, sizes=(size,)) for size in SIZES),
+        *(ours(cell, run, chosen=(method,)) for method in REPORTED),
+        tables(cell, run),
+        rules(cell, run),
+    )
+    return Page(", ".join(map(str, cell)), [row for part in parts for row in kept(part)], DEFAULT.name)
+
+
+def choice(cell: Cell, run: Run) -> Page:
+    """The settings that were tried, on the tuning seed, by the loss that a choice may look at: that of validation."""
+    parts = (
+        *(constants(cell, run, sizes=(size,), seeds=(TUNING_SEED,)) for size in SIZES),
+        *(ours(cell, run, chosen=(method,), seeds=(TUNING_SEED,)) for method in methods()),
+    )
+    seen = [row for part in parts for row in kept(part)]
+    judged = [
+        row._replace(outcomes=[outcome._replace(test=outcome.validation) for outcome in row.outcomes]) for row in seen
+    ]
+    return Page(", ".join(map(str, cell)), judged, DEFAULT.name)
+
+
+def report(store: Store, cells: Iterable[Cell], *, save: bool) -> None:
+    """Everything that the store knows of these cells."""
+    known = [cell for cell in cells if len(list(kept(constants(cell, store, sizes=COARSE)))) > 1]
+    pages = {cell: page(cell, store) for cell in known}
+    choices = [choice(cell, store) for cell in known]
+    pairs = [(pages[cell.shorter], pages[cell]) for cell in known if cell.shorter in pages]
+    every = list(pages.values())
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        draw(every, RESULTS / "frontier.png")
+    publish(
+        "frontier",
+        question=QUESTION,
+        machine=Machine.here(),
+        tables=[
+            headline_table(every),
+            *times_tables(pairs),
+            choice_table([each for each in choices if each.of("ours")]),
+            *(table for each in every for table in (constants_table(each), methods_table(each))),
+        ],
+        findings=findings(every),
+        data={each.title: record(each) for each in every},
+        save=save,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--only", default="", help="names of workloads, separated by commas")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to run, separated by commas")
+    parser.add_argument("--report", action="store_true", help="run nothing, report what the store has")
+    parser.add_argument("--no-save", action="store_true", help="only print the report")
+    options = parser.parse_args()
+    path = Path(os.environ.get("ADABATCH_STUDY", ROOT / "runs" / "frontier")) / "runs.jsonl"
+    chosen = [cell for cell in cells() if not options.only or cell.workload in options.only.split(",")]
+    if not options.report:
+        work = [(part, cell, path) for part in options.parts.split(",") for cell in chosen]
+        if options.workers == 1:
+            for task in work:
+                study(*task)
+        else:
+            with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+                pool.starmap(study, work, chunksize=1)
+    report(Store(path, run=False), chosen, save=not options.no_save)
+
+
+if __name__ == "__main__":
+    main()
