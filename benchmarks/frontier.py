@@ -1,6 +1,6 @@
 """Does a batch that follows the noise beat constant batches that were tuned, and by how many steps?
 
-    ADABATCH_DATA=... python benchmarks/frontier.py [--workers 1] [--only mnist14,python] [--report]
+    ADABATCH_DATA=... python benchmarks/frontier.py [--workers 1] [--only mnist14,python-adamw-12288] [--report]
 
 A cell is a workload, an optimizer and a budget of examples. In each, constant batches from 8 to 1,024 get their own
 learning rate and their own warm-up: their losses against their steps are the frontier. Beside it stand tables, ramps
@@ -301,13 +301,13 @@ def report(store: Store, cells: Iterable[Cell], *, save: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--only", default="", help="names of workloads, separated by commas")
+    parser.add_argument("--only", default="", help="how the names of cells may begin, separated by commas")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to run, separated by commas")
     parser.add_argument("--report", action="store_true", help="run nothing, report what the store has")
     parser.add_argument("--no-save", action="store_true", help="only print the report")
     options = parser.parse_args()
     path = Path(os.environ.get("ADABATCH_STUDY", ROOT / "runs" / "frontier")) / "runs.jsonl"
-    chosen = [cell for cell in cells() if not options.only or cell.workload in options.only.split(",")]
+    chosen = [cell for cell in cells() if "-".join(map(str, cell)).startswith(tuple(options.only.split(",")))]
     if not options.report:
         work = [(part, cell, path) for part in options.parts.split(",") for cell in chosen]
         if options.workers == 1:

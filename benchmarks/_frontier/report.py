@@ -161,7 +161,7 @@ def headline_table(pages: Sequence[Page]) -> Table:
         if row is None:
             continue
         ratio, each = page.ratio(row), sorted(page.ratios(row), key=lambda cost: cost.value)
-        limit = statistics.fmean(outcome.limit for outcome in row.outcomes)
+        noises = [outcome.noise for outcome in row.outcomes if outcome.noise is not None]
         cells.append(
             (
                 page.title,
@@ -170,7 +170,9 @@ def headline_table(pages: Sequence[Page]) -> Table:
                 percent(row.loss, page.best.loss),
                 percent(row.loss, loss_at(page.frontier, row.steps)),
                 f"{ratio.show()} ({each[0].show()} to {each[-1].show()})",
-                f"{limit:.2f}",
+                f"{statistics.fmean(noise.scale for noise in noises):.0f}",
+                f"{statistics.fmean(noise.efficiency for noise in noises):.2f}",
+                f"{statistics.fmean(noise.limit for noise in noises):.2f}",
             )
         )
     return Table(
@@ -182,6 +184,8 @@ def headline_table(pages: Sequence[Page]) -> Table:
             "loss over the best constant",
             "over constants at its steps",
             "steps ratio (range over seeds)",
+            "noise scale B",
+            "efficiency",
             "<B> / <sqrt B>^2",
         ),
         cells,

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -108,14 +108,29 @@ class Job:
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
+class Noise(NamedTuple):
+    """Means over the examples of a run, of what it knew of its noise scale B at each step of b examples.
+
+    Args:
+        scale: of B.
+        efficiency: of ``1 / (1 + b / B)``, what an example is worth of one at a small batch (McCandlish et al. 2018).
+        limit: the most that any batch which follows the noise could gain over the best constant one at equal
+            progress: ``<B> / <sqrt B>^2`` (Cauchy-Schwarz).
+    """
+
+    scale: float
+    efficiency: float
+    limit: float
+
+
 class Outcome(NamedTuple):
     """What came out; a loss is infinite where training failed, and the test loss too where nobody may look at it.
 
     Args:
         sizes: steps by batch size.
+        seconds: of the processor.
         path: batch size at each tenth of the examples, for runs that measure.
-        limit: the most that any batch which follows the noise could gain over the best constant one at equal
-            progress, ``<B> / <sqrt B>^2`` over the noise scales B of this run (Cauchy-Schwarz).
+        noise: what the noise scales of this run say, for runs that measure.
     """
 
     validation: float
@@ -124,7 +139,7 @@ class Outcome(NamedTuple):
     sizes: dict[int, int]
     seconds: float
     path: tuple[int, ...] = ()
-    limit: float = math.nan
+    noise: Noise | None = None
 
     def time(self, fixed: float, devices: int) -> float:
         """Modelled time in units of an example's: each step costs ``fixed + ceil(batch / devices)``."""
@@ -199,16 +214,21 @@ def train(job: Job) -> Outcome:
                 dict(sizes),
                 time.process_time() - begin,
                 tuple(path) if isinstance(job.batch, Measured) else (),
-                _limit(noise_scales),
+                _noise(noise_scales),
             )
     return Outcome(math.inf, math.inf, sizes.total(), dict(sizes), time.process_time() - begin)
 
 
-def _limit(noise_scales: list[tuple[int, float]]) -> float:
-    if not noise_scales:
-        return math.nan
-    weights, scales = np.array(noise_scales).T
-    return float(np.average(scales, weights=weights) / np.average(np.sqrt(scales), weights=weights) ** 2)
+def _noise(known: Sequence[tuple[int, float]]) -> Noise | None:
+    """Of pairs of batch size and noise scale."""
+    if not known:
+        return None
+    sizes, scales = np.array(known).T
+
+    def mean(values: np.ndarray) -> float:
+        return float(np.average(values, weights=sizes))
+
+    return Noise(mean(scales), mean(1 / (1 + sizes / scales)), mean(scales) / mean(np.sqrt(scales)) ** 2)
 
 
 Steps = Iterator[tuple[int, float, float]]  # examples of a step, its training loss, the noise scale where it is known
@@ -365,12 +385,19 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
     def number(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
-    values = outcome._asdict()
+    values = {**outcome._asdict(), "noise": None if outcome.noise is None else outcome.noise._asdict()}
     return {name: number(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def _outcome(plain: dict[str, Any]) -> Outcome:
-    lost = {"validation": math.inf, "test": math.inf, "limit": math.nan}
-    values = {name: lost[name] if value is None else value for name, value in plain.items()}
-    sizes = {int(size): count for size, count in values["sizes"].items()}
-    return Outcome(**{**values, "sizes": sizes, "path": tuple(values["path"])})
+    sizes = {int(size): count for size, count in plain["sizes"].items()}
+    losses = {name: math.inf if plain[name] is None else plain[name] for name in ("validation", "test")}
+    noise = None if plain.get("noise") is None else Noise(**plain["noise"])
+    return Outcome(
+        **losses,
+        steps=plain["steps"],
+        sizes=sizes,
+        seconds=plain["seconds"],
+        path=tuple(plain["path"]),
+        noise=noise,
+    )
