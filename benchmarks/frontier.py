@@ -52,6 +52,7 @@ COARSE, FINE, DEAREST = (16, 64, 256, 1024), (32, 128, 512), (8,)  # constant ba
 SIZES = (*COARSE, *FINE, *DEAREST)
 FIRST = 16  # the batch that a person tunes, and that ours begins with
 SEEDS = (0, 1, 2)
+STORE = Path(os.environ.get("ADABATCH_STUDY", ROOT / "runs" / "frontier")) / "runs.jsonl"
 START: Mapping[OptimizerName, float] = {"adamw": 2**-8, "sgd": 2**-6, "adagrad": 2**-5, "adagrad-norm": 2**-1}
 RULES: Mapping[OptimizerName, str] = {"adamw": "sqrt", "sgd": "linear", "adagrad": "sqrt", "adagrad-norm": "linear"}
 
@@ -76,19 +77,20 @@ class Cell(NamedTuple):
 Run = Callable[[Job], Outcome]
 
 
-def cells() -> list[Cell]:
-    """In the order of their importance."""
+def cells(only: str = "") -> list[Cell]:
+    """In the order of their importance; those whose names begin with one of ``only``, separated by commas."""
 
     def cell(workload: str, budget: int, optimizer: OptimizerName = "adamw") -> Cell:
         return Cell(workload, optimizer, WORKLOADS[workload].budgets[budget])
 
     pairs = (("mnist14", "shakespeare"), ("python", "cifar"))
     others: tuple[OptimizerName, ...] = ("sgd", "adagrad", "adagrad-norm")
-    return [
+    every = [
         *(cell(name, budget) for names in pairs for budget in (0, 1) for name in names),
         *(cell("mnist14", 0, optimizer) for optimizer in others),
         *(cell("mnist28", budget) for budget in (0, 1)),
     ]
+    return [one for one in every if "-".join(map(str, one)).startswith(tuple(only.split(",")))]
 
 
 def tuned(cell: Cell, run: Run, batch: Planned, start: Setting, **others: object) -> Setting:
@@ -220,25 +222,34 @@ PARTS: Mapping[str, Callable[[Cell, Run], Iterable[Row]]] = {
 }
 
 
-def study(part: str, cell: Cell, path: Path) -> None:
-    """All runs of a part in a cell, with a line each."""
-    torch.set_num_threads(1)
+def progress() -> Callable[[Job, Outcome], None]:
+    """Prints a line per run, with the mean time of those before it."""
     begin, done = time.monotonic(), 0
 
     def say(job: Job, outcome: Outcome) -> None:
         nonlocal done
         done += 1
-        each = (time.monotonic() - begin) / done
-        batch = "-".join(map(str, job.batch.sizes)) if isinstance(job.batch, Planned) else " ".join(map(str, job.batch))
         print(
-            f"{time.strftime('%H:%M:%S')} {' '.join(map(str, cell))} seed {job.seed} batch {batch} {job.rule} "
-            f"lr {job.lr:.4g} warm-up {job.warmup:g}: {outcome.steps} steps, validation {outcome.validation:.4f}, "
-            f"test {outcome.test:.4f}, {outcome.seconds:.1f} s; {done} runs here, {each:.1f} s each",
+            f"{time.strftime('%H:%M:%S')} {job.workload} {job.optimizer} {job.examples} seed {job.seed} "
+            f"batch {batch_in_words(job.batch)}, {job.rule} {job.follow} lr {job.lr:.4g} warm-up {job.warmup:g}: "
+            f"{outcome.steps} steps, validation {outcome.validation:.4f}, test {outcome.test:.4f}, "
+            f"{outcome.seconds:.1f} s; {done} runs, {(time.monotonic() - begin) / done:.1f} s each",
             flush=True,
         )
 
-    run = Store(path, say=say)
-    for _ in PARTS[part](cell, run):
+    return say
+
+
+def batch_in_words(batch: Planned | Measured) -> str:
+    if isinstance(batch, Planned):
+        return "-".join(map(str, batch.sizes))
+    return f"{batch.criterion} {batch.number:g}{' held' if batch.hold else ''}"
+
+
+def study(part: str, cell: Cell) -> None:
+    """All runs of a part in a cell."""
+    torch.set_num_threads(1)
+    for _ in PARTS[part](cell, Store(STORE, say=progress())):
         pass
 
 
@@ -306,17 +317,16 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing, report what the store has")
     parser.add_argument("--no-save", action="store_true", help="only print the report")
     options = parser.parse_args()
-    path = Path(os.environ.get("ADABATCH_STUDY", ROOT / "runs" / "frontier")) / "runs.jsonl"
-    chosen = [cell for cell in cells() if "-".join(map(str, cell)).startswith(tuple(options.only.split(",")))]
+    chosen = cells(options.only)
     if not options.report:
-        work = [(part, cell, path) for part in options.parts.split(",") for cell in chosen]
+        work = [(part, cell) for part in options.parts.split(",") for cell in chosen]
         if options.workers == 1:
             for task in work:
                 study(*task)
         else:
             with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
                 pool.starmap(study, work, chunksize=1)
-    report(Store(path, run=False), chosen, save=not options.no_save)
+    report(Store(STORE, run=False), chosen, save=not options.no_save)
 
 
 if __name__ == "__main__":

@@ -104,3 +104,11 @@ def test_the_plain_loop_has_the_rates_of_a_schedule(frontier: ModuleType, warmup
         assert optimizer.param_groups[0]["lr"] == pytest.approx(of.shape(step / 40, (step + 1) / 40, warmup), abs=1e-12)
         optimizer.step()
         schedule.step()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.25])
+def test_early_and_late_growth_take_equal_steps(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    claims = importlib.import_module("claims")
+    first, later = claims.FIRST, claims.growth(1 / 48, share)
+    assert share / first + (1 - share) / later == pytest.approx(1 / 48, rel=0.01)

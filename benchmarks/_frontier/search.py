@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,26 +25,26 @@ def tune(loss: Callable[[Setting], float], start: Setting) -> Setting:
     best = start
     for _ in range(2):
         before = best
-        best = _best_rate(loss, best)
-        best = _best_warmup(loss, best)
+        best = best_rate(loss, best)
+        best = best_warmup(loss, best)
         if best.warmup == before.warmup:
             return best
-    return _best_rate(loss, best)
+    return best_rate(loss, best)
 
 
-def _best_rate(loss: Callable[[Setting], float], start: Setting) -> Setting:
+def best_rate(loss: Callable[[Setting], float], start: Setting) -> Setting:
+    """The best rate at the warm-up of ``start``."""
     tried = {lr: loss(start._replace(lr=lr)) for lr in (start.lr / 2, start.lr, start.lr * 2)}
     for _ in range(MOST_EXTENSIONS):
         best = min(tried, key=lambda lr: (tried[lr], lr))
         if min(tried) < best < max(tried):
             break
-        # Where all fail, the way is down.
-        new = best / 2 if best == min(tried) or math.isinf(tried[best]) else best * 2
+        new = best / 2 if best == min(tried) else best * 2  # where all failed, the lowest counts as the best
         tried[new] = loss(start._replace(lr=new))
     return start._replace(lr=min(tried, key=lambda lr: (tried[lr], lr)))
 
 
-def _best_warmup(loss: Callable[[Setting], float], start: Setting) -> Setting:
+def best_warmup(loss: Callable[[Setting], float], start: Setting) -> Setting:
     place, lowest = WARMUPS.index(start.warmup), loss(start)
     for direction in (1, -1):
         while 0 <= place + direction < len(WARMUPS):
