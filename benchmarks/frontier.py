@@ -17,12 +17,10 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -40,8 +38,8 @@ from _frontier.report import (
 )
 from _frontier.runs import TUNING_SEED, Job, Measured, NotRunError, OptimizerName, Outcome, Planned, Store
 from _frontier.search import Setting, tune
-from _frontier.workloads import WORKLOADS
-from _harness import RESULTS, ROOT, Machine, publish
+from _frontier.workloads import STUDY, WORKLOADS
+from _harness import RESULTS, Machine, publish
 
 QUESTION = (
     "How many steps, and how much modelled time, does the best constant batch that was tuned need for the loss of a "
@@ -52,7 +50,7 @@ COARSE, FINE, DEAREST = (16, 64, 256, 1024), (32, 128, 512), (8,)  # constant ba
 SIZES = (*COARSE, *FINE, *DEAREST)
 FIRST = 16  # the batch that a person tunes, and that ours begins with
 SEEDS = (0, 1, 2)
-STORE = Path(os.environ.get("ADABATCH_STUDY", ROOT / "runs" / "frontier")) / "runs.jsonl"
+STORE = STUDY / "runs.jsonl"
 START: Mapping[OptimizerName, float] = {"adamw": 2**-8, "sgd": 2**-6, "adagrad": 2**-5, "adagrad-norm": 2**-1}
 RULES: Mapping[OptimizerName, str] = {"adamw": "sqrt", "sgd": "linear", "adagrad": "sqrt", "adagrad-norm": "linear"}
 

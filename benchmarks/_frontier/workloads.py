@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import sys
 import sysconfig
 import tarfile
 from collections.abc import Callable, Mapping
@@ -19,12 +20,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from _harness import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adabatch.recipes.data import Mnist
 from adabatch.recipes.models import MLP, MnistCNN, Transformer
 
+STUDY = Path(
+    os.environ.get("ADABATCH_STUDY", ROOT / "runs" / "frontier")
+)  # where runs, and data once decoded, are kept
 CONTEXT = 32  # bytes of a language model's example
 VOCABULARY = 128  # ASCII; any other byte is read as the last one
 
@@ -125,6 +130,25 @@ def _python() -> Splits:
 
 def _cifar() -> Splits:
     """CIFAR-10 from a copy that was stored as JPEG of quality 75, not from the original pixels."""
+    decoded = STUDY / "cifar10_jpeg.npz"  # opening 60,000 files takes longer than a run
+    if not decoded.exists():
+        STUDY.mkdir(parents=True, exist_ok=True)
+        part = decoded.with_suffix(".part.npz")
+        np.savez(part, **_decode_cifar())
+        part.replace(decoded)
+    with np.load(decoded) as arrays:
+
+        def pair(split: str) -> Pair:
+            x = torch.from_numpy(arrays[f"{split}_images"]).permute(0, 3, 1, 2).float().div_(255)
+            y = torch.from_numpy(arrays[f"{split}_labels"]).long()
+            order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))  # the files go class by class
+            return x.sub_(0.47).div_(0.25)[order].contiguous(), y[order]
+
+        train = pair("train")
+        return Splits(_rows(train, 0, 46_000), _rows(train, 46_000, 50_000), _rows(pair("test"), 0, 10_000))
+
+
+def _decode_cifar() -> dict[str, np.ndarray]:
     from PIL import Image
 
     images: dict[str, list[np.ndarray]] = {"train": [], "test": []}
@@ -136,16 +160,9 @@ def _cifar() -> Splits:
                 split, label, _ = member.name.split("/")
                 images[split].append(np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB")))
                 labels[split].append(label)
-    names = sorted(set(labels["train"]))
-
-    def pair(split: str) -> Pair:
-        x = torch.from_numpy(np.stack(images[split])).permute(0, 3, 1, 2).float().div_(255).sub_(0.47).div_(0.25)
-        y = torch.tensor([names.index(label) for label in labels[split]])
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))  # the archive goes class by class
-        return x[order].contiguous(), y[order]
-
-    train = pair("train")
-    return Splits(_rows(train, 0, 46_000), _rows(train, 46_000, 50_000), _rows(pair("test"), 0, 10_000))
+    arrays = {f"{split}_images": np.stack(images[split]) for split in images}
+    # numpy's unique sorts the names of classes, so that both splits number them alike.
+    return arrays | {f"{split}_labels": np.unique(labels[split], return_inverse=True)[1] for split in labels}
 
 
 def _digits() -> Splits:
@@ -183,7 +200,8 @@ WORKLOADS: Mapping[str, Workload] = {
         (12_288, 36_864),
     ),
     "python": Workload(
-        f"source of Python's standard library by bytes, {CONTEXT} an example, the same transformer",
+        f"source of the standard library of Python {sys.version_info[0]}.{sys.version_info[1]} by bytes, {CONTEXT} an "
+        "example, the same transformer",
         byte_transformer,
         _python,
         (12_288, 36_864),
