@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from _frontier.report import (
@@ -135,7 +135,7 @@ def rules(cell: Cell, run: Run) -> Iterable[Row]:
     for size in (32, 128, 512):
         by_rule = outcomes(cell, run, Planned((size,)), base, rule=rule, reference=FIRST)
         yield Row("rule", f"{size}, {rule}", base, by_rule)
-        batch = Measured("constant", size, FIRST, hold=False)
+        batch = Measured("constant", size, FIRST)
         by_gain = outcomes(cell, run, batch, base, rule="gain", reference=FIRST)
         yield Row("rule", f"{size}, gain (AdaScale)", base, by_gain)
 
@@ -170,50 +170,72 @@ def tables(cell: Cell, run: Run) -> Iterable[Row]:
 
 
 class Method(NamedTuple):
-    """A batch that follows the noise, the rule of the learning rate, and what follows the batch beside it."""
+    """A batch that follows the noise, the rule of the learning rate, and what follows the batch beside it.
 
-    batch: Measured
+    Args:
+        criterion, number: as in ``Measured``.
+        warmup: the warm-up is at least so long, as a share of the examples, however long the smallest batch's is.
+        hold: share of the examples in which the batch stays at its first size; None is until the warm-up is over.
+    """
+
+    criterion: Literal["norm test", "price"]
+    number: float
     rule: str = "gain"
     follow: str = ""
+    warmup: float = 0.0
+    hold: float | None = None
 
     @property
     def name(self) -> str:
-        words = [f"{self.batch.criterion} {self.batch.number:g}", self.rule]
+        words = [f"{self.criterion} {self.number:g}", self.rule]
         words += ["betas follow"] if self.follow else []
-        words += [] if self.batch.hold else ["not held"]
+        words += [f"warm-up >= {100 * self.warmup:g} %"] if self.warmup else []
+        words += [] if self.hold is None else [f"held for {100 * self.hold:g} %"]
         return ", ".join(words)
 
+    def outcomes(self, cell: Cell, run: Run, base: Setting, seeds: Sequence[int]) -> list[Outcome]:
+        """Its runs, with the settings of the smallest batch."""
+        setting = base._replace(warmup=max(base.warmup, self.warmup))
+        hold = setting.warmup if self.hold is None else self.hold
+        batch = Measured(self.criterion, self.number, FIRST, hold)
+        return outcomes(cell, run, batch, setting, seeds=seeds, rule=self.rule, follow=self.follow, reference=FIRST)
 
-def methods() -> list[Method]:
+
+DEFAULT = Method("price", 32)
+REPORTED = [DEFAULT, *(DEFAULT._replace(number=number) for number in (8, 64, 512))]
+
+
+def explored() -> list[Method]:
     """All that were tried, on the tuning seed."""
-    price, norm_test = Measured("price", 32, FIRST), Measured("norm test", 0.7, FIRST)
+    price, norm_test = Method("price", 32), Method("norm test", 0.7)
     return [
-        *(Method(norm_test._replace(number=eta)) for eta in (0.5, 0.7, 0.9)),
-        *(Method(price._replace(number=number)) for number in (8, 16, 32, 64, 128, 512)),
-        *(Method(batch, rule) for batch in (price, norm_test) for rule in ("none", "sqrt", "sqrt_gain", "linear")),
-        *(Method(batch, follow="betas") for batch in (price, norm_test)),
-        *(Method(batch._replace(hold=False)) for batch in (price, norm_test)),
+        *(price._replace(warmup=0.25, rule=rule) for rule in ("gain", "linear", "sqrt")),
+        price._replace(warmup=0.25, follow="betas"),
+        price._replace(hold=0.25),
+        price._replace(hold=0.5, rule="linear"),
+        price._replace(warmup=0.25, number=8),
+        norm_test._replace(warmup=0.25),
+        *(price._replace(number=number) for number in (8, 32, 128)),
+        *(norm_test._replace(number=eta) for eta in (0.5, 0.7, 0.9)),
+        *(price._replace(rule=rule) for rule in ("none", "sqrt", "linear")),
+        price._replace(follow="betas"),
+        *(method._replace(hold=0.0) for method in (price, norm_test)),
     ]
 
 
 def ours(cell: Cell, run: Run, *, chosen: Sequence[Method], seeds: Sequence[int] = SEEDS) -> Iterable[Row]:
     """The batch that follows the noise, with the settings of the smallest constant batch."""
     base = tuned_constant(cell, run, FIRST)
-    for batch, rule, follow in chosen:
-        name = Method(batch, rule, follow).name
-        found = outcomes(cell, run, batch, base, seeds=seeds, rule=rule, follow=follow, reference=FIRST)
-        yield Row("ours", name, base, found, price=batch.number if batch.criterion == "price" else 0.0)
-
-
-DEFAULT = Method(Measured("price", 32, FIRST))
-REPORTED = [DEFAULT, *(Method(Measured("price", number, FIRST)) for number in (8, 64, 512))]
+    for method in chosen:
+        price = method.number if method.criterion == "price" else 0.0
+        yield Row("ours", method.name, base, method.outcomes(cell, run, base, seeds), price=price)
 
 
 PARTS: Mapping[str, Callable[[Cell, Run], Iterable[Row]]] = {
     "coarse": partial(constants, sizes=COARSE),
     "fine": partial(constants, sizes=FINE),
     "dearest": partial(constants, sizes=DEAREST),
-    "explored": partial(ours, chosen=methods(), seeds=(TUNING_SEED,)),
+    "explored": partial(ours, chosen=explored(), seeds=(TUNING_SEED,)),
     "ours": partial(ours, chosen=REPORTED),
     "rules": rules,
     "tables": tables,
@@ -241,7 +263,7 @@ def progress() -> Callable[[Job, Outcome], None]:
 def batch_in_words(batch: Planned | Measured) -> str:
     if isinstance(batch, Planned):
         return "-".join(map(str, batch.sizes))
-    return f"{batch.criterion} {batch.number:g}{' held' if batch.hold else ''}"
+    return f"{batch.criterion} {batch.number:g}"
 
 
 def study(part: str, cell: Cell) -> None:
@@ -272,7 +294,7 @@ def choice(cell: Cell, run: Run) -> Page:
     """The settings that were tried, on the tuning seed, by the loss that a choice may look at: that of validation."""
     parts = (
         *(constants(cell, run, sizes=(size,), seeds=(TUNING_SEED,)) for size in SIZES),
-        *(ours(cell, run, chosen=(method,), seeds=(TUNING_SEED,)) for method in methods()),
+        *(ours(cell, run, chosen=(method,), seeds=(TUNING_SEED,)) for method in explored()),
     )
     seen = [row for part in parts for row in kept(part)]
     judged = [

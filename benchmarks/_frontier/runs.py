@@ -64,7 +64,7 @@ class Measured(NamedTuple):
     Args:
         criterion: "norm test" (eta), "price" (a step costs as much as so many examples), or "constant" (a batch of so
             many examples; only the learning rate follows what is measured).
-        hold: the batch stays at its first size until the warm-up of the learning rate is over.
+        hold: share of the examples in which the batch stays at its first size.
         memory: of the control; None leaves what is default.
         monotone: whether the batch may only grow.
     """
@@ -72,7 +72,7 @@ class Measured(NamedTuple):
     criterion: Literal["norm test", "price", "constant"]
     number: float
     first: int
-    hold: bool = True
+    hold: float = 0.0
     memory: float | None = None
     monotone: bool = False
 
@@ -311,7 +311,7 @@ def _limits(job: Job, batch: Measured) -> adabatch.Limits:
         return adabatch.Limits(min=int(batch.number), max=int(batch.number))
     if not batch.hold:
         return adabatch.Limits(min=batch.first, max=LARGEST)
-    end = adabatch.examples(round(job.warmup * job.examples))
+    end = adabatch.examples(round(batch.hold * job.examples))
     return adabatch.Limits(min=batch.first, max=adabatch.Stages(batch.first, [adabatch.Stage(end, LARGEST)]))
 
 
