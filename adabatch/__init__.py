@@ -12,7 +12,9 @@ from adabatch.batch.criteria import (
     NormTest,
     Observation,
     OrthogonalityTest,
+    StepPrice,
 )
+from adabatch.batch.efficiency import adaptive_limit, efficiency
 from adabatch.batch.goodput import Goodput
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, Duration, Progress, examples, gain_steps, steps, tokens
@@ -87,9 +89,12 @@ __all__ = [
     "Stage",
     "Stages",
     "Step",
+    "StepPrice",
     "Watchdog",
     "WeightedShuffle",
     "across_ranks",
+    "adaptive_limit",
+    "efficiency",
     "examples",
     "gain_steps",
     "load",

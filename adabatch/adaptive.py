@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, Reason, decide
+from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, decide
 from adabatch.batch.criteria import SECONDS, Criterion, Observation
 from adabatch.batch.moments import EUCLIDEAN, EXAMPLES, GRAD_L1, LAYERS, NOISE, norm_in
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
@@ -48,7 +48,8 @@ from adabatch.validation import (
     suited_probe,
 )
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
+"""Format 1 held averages of all probes; 2 holds the last probes one by one. Both are read."""
 
 
 @dataclass
@@ -85,7 +86,8 @@ class AdaptiveBatch:
         limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
             accumulate; by default it stays as it is.
-        control: how cautiously the criterion is followed.
+        control: how cautiously the criterion is followed; by default the batch grows and shrinks, and waits for the
+            end of the schedule's warm-up before it grows.
         lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain", "sqrt_gain", or, with a
             ``Seesaw`` schedule, "seesaw". By default "sqrt" for ``KFAC`` and ``Shampoo``, for which nobody has
             derived a rule and this one is in use (arXiv 2602.03001), and "none" for all others.
@@ -229,6 +231,7 @@ class AdaptiveBatch:
         self._progress = Progress(tokens=tokens, gain_steps=0.0 if in_noise else None)
         self._consumed = self._progress
         self._state = ControlState()
+        self._hold_until: Duration | None = None
         self._plan = self._first_plan()
         self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
         self._step: Step | None = None  # the one under way, until it is decided
@@ -316,6 +319,19 @@ class AdaptiveBatch:
     def agreement(self) -> Agreement:
         """Whether the ranks stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
         return self._agreement
+
+    def hold_growth_until(self, duration: Duration | None) -> None:
+        """Lets the batch not grow before so much of the run is over, where its ``Control`` names no length itself.
+
+        A ``ProgressLR`` with a warm-up says so by itself: noise and signal of the first steps are seldom those of the
+        run, and a batch that grows while the learning rate does takes from the warm-up the steps that it needs.
+
+        Raises:
+            ValueError: a unit that this run does not count.
+        """
+        if duration is not None:
+            self._progress.count(duration.unit)
+        self._hold_until = duration
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -456,8 +472,6 @@ class AdaptiveBatch:
         measured = step.moments
         if measured is not None and self._layer_weights is not None:
             measured = measured.weighted(self._layer_weights)
-        if measured is not None and not step.finite:
-            measured = measured._replace(part_sq=math.nan)
         step.decision = decide(
             self._criterion,
             measured,
@@ -469,9 +483,9 @@ class AdaptiveBatch:
             state=self._state,
             loss=step.loss,
             timed=step.timed,
+            finite=step.finite,
+            hold_until=self._hold_until,
         )
-        if step.decision.reason is Reason.NOT_PROBED and not step.finite:
-            step.decision = step.decision._replace(reason=Reason.NOT_FINITE)
         self._state = step.decision.state
         step_gain = self._gain_of(portion.num_examples)  # with this step's own measurement in it
         self._consumed = self._after(before, portion.num_examples, step_gain)

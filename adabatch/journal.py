@@ -5,6 +5,9 @@ from; beside them ``noise_along`` where inner products were measured, ``noise_at
 the ``norm`` where it is not the Euclidean one. ``layers`` holds the first three of each layer by its name
 where they were (``AdaptiveBatch(per_layer=)``): noises add up to that of the whole, and so do signals.
 
+``wanted`` is the batch at which the criterion comes to rest, ``low`` and ``high`` its one-sided bounds, and ``freedom``
+the degrees of freedom behind them: parts compared with each other, pooled over the probes in the average.
+
 Lines hold no wall time and no machine, so the journals of two equal runs are equal files; but for a criterion that
 reads step times (`Goodput`): then ``seconds`` is how long a step lately took. Numbers that are not finite are null.
 """
@@ -18,7 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adabatch.batch.control import Averages, Decision
+from adabatch.batch.averages import Averages
+from adabatch.batch.control import Decision
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments
 from adabatch.batch.plan import BatchPlan, Progress
 
@@ -68,6 +72,7 @@ def line(
         "wanted": None if asked is None else asked.wanted,
         "low": None if asked is None else asked.low,
         "high": None if asked is None else asked.high,
+        **({} if asked is None or asked.freedom is None else {"freedom": asked.freedom}),
         "next": decision.plan.global_batch_size,
         "reason": str(decision.reason),
         **({} if moments is None or moments.layers is None else {"layers": _layers(moments.layers)}),

@@ -8,20 +8,13 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from adabatch.batch.criteria import SECONDS, Observation, ratio
+from adabatch.batch.efficiency import efficiency
 from adabatch.batch.moments import Norm, noise_in
 from adabatch.batch.plan import PlanGrid
 from adabatch.batch.step_times import StepTimeModel
 
 REACH = 4
 """How far beyond the largest batch that was timed the model of step times is believed."""
-
-
-def efficiency(global_batch_size: float, noise_scale: float, *, reference: float) -> float:
-    """Progress an example, over that at the reference batch size: ``(noise_scale + b_ref) / (noise_scale + b)``.
-
-    Source: McCandlish et al. 2018, equation 2.11; Pollux (Qiao et al. 2021), section 3.1.
-    """
-    return (noise_scale + reference) / (noise_scale + global_batch_size)
 
 
 @dataclass(frozen=True)
@@ -38,14 +31,17 @@ class Goodput:
     Around that size goodput is flat: a batch twice or half as large loses a ninth at most. The present batch stands
     unless ``min_speedup`` is to be gained.
 
-    A batch stands until a step of it was timed. The first one teaches one number only, so the first growth is a trial:
-    with ``Control(monotone=False)`` a batch that turns out to be no faster is left again; by default it stands, and is
-    the last.
+    A batch stands until a step of it was timed. The first one teaches one number only, so the first growth is a trial: a
+    batch that turns out to be no faster is left again (with ``Control(monotone=True)`` it stands, and is the last).
+
+    Where the price of a step is known, ``StepPrice`` asks for the same batch from a given number, and is deterministic.
 
     Steps are timed from one measured step to the next, evaluation and waiting for data in between included (the median
     of the last few counts). The ranks agree on the mean of their times, one measured step late, in the reduction that
     is made anyway: 8 bytes more, and no wait more. Steps that are not of the plan, and the first after each change, are
-    not timed. Times are of one machine: two equal runs need not choose equal batches, and their journals differ.
+    not timed. A plan's time is the median of its last five steps, so a pause moves nothing. The times are saved with
+    the run, and a resumed one decides on the same ones until it has measured its own. Times are of one machine: two
+    equal runs need not choose equal batches, and their journals differ.
 
     Args:
         min_speedup: gain of goodput for which the batch changes, as a share, zero or positive.
@@ -76,11 +72,12 @@ class Goodput:
         moments, times, grid = observation.moments, observation.times, observation.grid
         if moments is None or times is None or grid is None:
             return math.nan
-        present = moments.num_examples
+        present, noise_scale = moments.num_examples, ratio(moments.noise, moments.signal)
+        if not noise_scale > 0:
+            return noise_scale
         if present not in times.sizes:
             return present
-        noise_scale = ratio(moments.noise, moments.signal)
-        if not 0 < noise_scale < math.inf:
+        if noise_scale == math.inf:
             return noise_scale
         seconds = _seconds_of(times.model, grid)
 

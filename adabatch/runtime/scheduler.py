@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -38,6 +38,15 @@ class ProgressSource(Protocol):
     @property
     def lr_factor(self) -> float:
         """The batch factor of the next update."""
+        ...
+
+
+@runtime_checkable
+class GrowthHold(ProgressSource, Protocol):
+    """A source whose batch may wait for the warm-up; ``AdaptiveBatch`` is one."""
+
+    def hold_growth_until(self, duration: Duration | None) -> None:
+        """Lets the batch not grow before so much of the run is over."""
         ...
 
 
@@ -141,6 +150,8 @@ class ProgressLR(LRScheduler):
             self._check_unit("gain_steps", "clock='gain' cannot be read")
         if source is None:
             counted.listen(optimizer)
+        if warmup is not None and isinstance(source, GrowthHold):
+            source.hold_growth_until(warmup)
         super().__init__(optimizer)
 
     def _check_unit(self, unit: Unit, refused: str) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from adabatch import Goodput
 from adabatch.batch.control import Control, ControlState, Limits, Reason, decide
 from adabatch.batch.criteria import SECONDS, Criterion, Observation
-from adabatch.batch.goodput import REACH, efficiency
+from adabatch.batch.efficiency import efficiency
+from adabatch.batch.goodput import REACH
 from adabatch.batch.moments import NOISE, GradientMoments, noise_in
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress, micro_batch_sizes
 from adabatch.batch.step_times import StepTimeModel, StepTimes
