@@ -196,8 +196,7 @@ class Method(NamedTuple):
     def outcomes(self, cell: Cell, run: Run, base: Setting, seeds: Sequence[int]) -> list[Outcome]:
         """Its runs, with the settings of the smallest batch."""
         setting = base._replace(warmup=max(base.warmup, self.warmup))
-        hold = setting.warmup if self.hold is None else self.hold
-        batch = Measured(self.criterion, self.number, FIRST, hold)
+        batch = Measured(self.criterion, self.number, FIRST, self.hold)
         return outcomes(cell, run, batch, setting, seeds=seeds, rule=self.rule, follow=self.follow, reference=FIRST)
 
 

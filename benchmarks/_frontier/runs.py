@@ -14,18 +14,19 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from _harness import Machine
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 import adabatch
 from _frontier.workloads import WORKLOADS, Pair, splits_of
+from adabatch.batch.efficiency import adaptive_limit, efficiency
 from adabatch.recipes.data import InMemory, collate
 
 OptimizerName = Literal["adamw", "sgd", "adagrad", "adagrad-norm"]
@@ -38,6 +39,7 @@ OPTIMIZERS: Mapping[OptimizerName, Callable[..., Optimizer]] = {
 TUNING_SEED = 100  # chosen by this one and those after it, whose test loss is never computed; reported are 0, 1, 2, ...
 LARGEST = 1024  # batch of any run
 MAX_MICRO_BATCH = 256
+DECIDES = 1  # to be raised where a change of adabatch changes its decisions, so that what it decided is run again
 HOPELESS = 10.0  # a training loss of so many times the first one ends the run
 
 
@@ -64,17 +66,13 @@ class Measured(NamedTuple):
     Args:
         criterion: "norm test" (eta), "price" (a step costs as much as so many examples), or "constant" (a batch of so
             many examples; only the learning rate follows what is measured).
-        hold: share of the examples in which the batch stays at its first size.
-        memory: of the control; None leaves what is default.
-        monotone: whether the batch may only grow.
+        hold: share of the examples in which the batch stays at its first size; None until the warm-up is over.
     """
 
     criterion: Literal["norm test", "price", "constant"]
     number: float
     first: int
-    hold: float = 0.0
-    memory: float | None = None
-    monotone: bool = False
+    hold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,11 @@ class Job:
     follow: str = ""
 
     def key(self) -> str:
-        """Of everything that the result depends on; where adabatch decides, its code is part of that."""
+        """Of everything that the result depends on."""
         kind = type(self.batch).__name__
-        code = _code() if isinstance(self.batch, Measured) else ""
         about = WORKLOADS[self.workload].about
-        text = json.dumps([about, kind, {**asdict(self), "batch": self.batch._asdict()}, code])
+        decides = DECIDES if isinstance(self.batch, Measured) else ""
+        text = json.dumps([about, kind, {**asdict(self), "batch": self.batch._asdict()}, decides])
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
@@ -113,9 +111,9 @@ class Noise(NamedTuple):
 
     Args:
         scale: of B.
-        efficiency: of ``1 / (1 + b / B)``, what an example is worth of one at a small batch (McCandlish et al. 2018).
-        limit: the most that any batch which follows the noise could gain over the best constant one at equal
-            progress: ``<B> / <sqrt B>^2`` (Cauchy-Schwarz).
+        efficiency: of what an example was worth of one at a small batch, ``1 / (1 + b / B)``.
+        limit: no mean, but the most that any batch which follows the noise can win over a constant one
+            (``adaptive_limit``).
     """
 
     scale: float
@@ -131,6 +129,7 @@ class Outcome(NamedTuple):
         seconds: of the processor.
         path: batch size at each tenth of the examples, for runs that measure.
         noise: what the noise scales of this run say, for runs that measure.
+        commit: that it ran at.
     """
 
     validation: float
@@ -140,18 +139,11 @@ class Outcome(NamedTuple):
     seconds: float
     path: tuple[int, ...] = ()
     noise: Noise | None = None
+    commit: str = ""
 
     def time(self, fixed: float, devices: int) -> float:
         """Modelled time in units of an example's: each step costs ``fixed + ceil(batch / devices)``."""
         return sum(count * (fixed + math.ceil(size / devices)) for size, count in self.sizes.items())
-
-
-@lru_cache(maxsize=1)
-def _code() -> str:
-    """A digest of the parts of adabatch that decide."""
-    root = Path(adabatch.__file__).parent
-    files = [*sorted((root / "batch").glob("*.py")), root / "lr" / "rules.py", root / "adaptive.py"]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -224,11 +216,12 @@ def _noise(known: Sequence[tuple[int, float]]) -> Noise | None:
     if not known:
         return None
     sizes, scales = np.array(known).T
-
-    def mean(values: np.ndarray) -> float:
-        return float(np.average(values, weights=sizes))
-
-    return Noise(mean(scales), mean(1 / (1 + sizes / scales)), mean(scales) / mean(np.sqrt(scales)) ** 2)
+    worth = [efficiency(size, scale) for size, scale in known]
+    return Noise(
+        float(np.average(scales, weights=sizes)),
+        float(np.average(worth, weights=sizes)),
+        adaptive_limit(scales, sizes),
+    )
 
 
 Steps = Iterator[tuple[int, float, float]]  # examples of a step, its training loss, the noise scale where it is known
@@ -261,14 +254,15 @@ def _planned(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> St
 def _measured(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> Steps:
     assert isinstance(job.batch, Measured)
     batch = job.batch
+    hold = None if batch.hold is None else adabatch.examples(round(batch.hold * job.examples))
     batches = adabatch.AdaptiveBatch(
         model,
         optimizer,
         _criterion(batch),
         micro_batch_size=batch.first // 2,  # two parts at least, so that their spread can be measured
         max_micro_batch_size=MAX_MICRO_BATCH,
-        limits=_limits(job, batch),
-        control=_control(batch),
+        limits=_limits(batch),
+        control=adabatch.Control(hold_until=hold),
         lr_rule=job.rule,  # type: ignore[arg-type]
         follow=(job.follow,) if job.follow else (),  # type: ignore[arg-type]
         reference_batch_size=job.reference,
@@ -290,34 +284,16 @@ def _measured(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> S
         yield size, losses / size, batches.noise_scale
 
 
-class _StepPrice(NamedTuple):
-    """``sqrt(noise scale x price)``."""
-
-    price: float
-    needs: frozenset[str] = frozenset({"noise"})
-
-    def wanted(self, observation: adabatch.Observation) -> float:
-        return math.sqrt(self.price * adabatch.NoiseScale(1.0).wanted(observation))
-
-
-def _criterion(batch: Measured) -> Any:
+def _criterion(batch: Measured) -> adabatch.Criterion:
     if batch.criterion == "norm test":
         return adabatch.NormTest(eta=batch.number)
-    return _StepPrice(batch.number) if batch.criterion == "price" else adabatch.Constant(int(batch.number))
+    return adabatch.StepPrice(batch.number) if batch.criterion == "price" else adabatch.Constant(int(batch.number))
 
 
-def _limits(job: Job, batch: Measured) -> adabatch.Limits:
+def _limits(batch: Measured) -> adabatch.Limits:
     if batch.criterion == "constant":
         return adabatch.Limits(min=int(batch.number), max=int(batch.number))
-    if not batch.hold:
-        return adabatch.Limits(min=batch.first, max=LARGEST)
-    end = adabatch.examples(round(batch.hold * job.examples))
-    return adabatch.Limits(min=batch.first, max=adabatch.Stages(batch.first, [adabatch.Stage(end, LARGEST)]))
-
-
-def _control(batch: Measured) -> adabatch.Control:
-    given = {} if batch.memory is None else {"memory": batch.memory}
-    return adabatch.Control(monotone=batch.monotone, **given)  # type: ignore[arg-type]
+    return adabatch.Limits(min=batch.first, max=LARGEST)
 
 
 class NotRunError(LookupError):
@@ -336,6 +312,7 @@ class Store:
     def __init__(self, path: Path, *, run: bool = True, say: Callable[[Job, Outcome], None] = lambda *_: None) -> None:
         self.path = path
         self.run = run
+        self.commit = Machine.here().commit if run else ""
         self.say = say
         self._read = 0
         self._outcomes: dict[str, Outcome] = {}
@@ -353,7 +330,7 @@ class Store:
             return self._outcomes[key]
         if not self.run:
             raise NotRunError(f"{job} was not run")
-        outcome = train(job)
+        outcome = train(job)._replace(commit=self.commit)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         record = {"key": key, "job": {**asdict(job), "batch": job.batch._asdict()}, "outcome": _plain(outcome)}
         with self.path.open("a") as file:
@@ -400,4 +377,5 @@ def _outcome(plain: dict[str, Any]) -> Outcome:
         seconds=plain["seconds"],
         path=tuple(plain["path"]),
         noise=noise,
+        commit=plain.get("commit", ""),
     )
