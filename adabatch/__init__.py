@@ -19,15 +19,17 @@ from adabatch.batch.goodput import Goodput
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, Duration, Progress, examples, gain_steps, steps, tokens
 from adabatch.batch.schedules import Constant, LinearRamp, Schedule, Seesaw, Stage, Stages
-from adabatch.checkpoints import Checkpoints, Loaded, load, save
-from adabatch.description import Difference
+from adabatch.checkpointing.checkpoints import Checkpoints, Loaded, load, save
+from adabatch.checkpointing.differences import Difference
+from adabatch.checkpointing.files import CheckpointError
+from adabatch.checkpointing.settings import KeptSetting
+from adabatch.guards.drift import RanksDrifted
+from adabatch.guards.preemption import EXIT_PREEMPTED, Preemption
+from adabatch.guards.watchdog import EXIT_RANK_LOST, RankLost, Watchdog
 from adabatch.optim import AdaGradNorm
 from adabatch.pairs import AdAdaGrad, AdAdaGradNorm, Pair
-from adabatch.preemption import EXIT_PREEMPTED, Preemption
 from adabatch.runtime import local_sgd
-from adabatch.runtime.checkpoint import CheckpointError
 from adabatch.runtime.data import BlockShuffle, FullShuffle, GlobalOrder, ScatteredShuffle, WeightedShuffle
-from adabatch.runtime.drift import RanksDrifted
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.matrix_owners import across_ranks
 from adabatch.runtime.probes.comm_hook import CommHookProbe
@@ -36,7 +38,6 @@ from adabatch.runtime.probes.per_example import PerExampleProbe
 from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
 from adabatch.runtime.scheduler import ProgressLR
 from adabatch.step import Step
-from adabatch.watchdog import EXIT_RANK_LOST, RankLost, Watchdog
 
 __version__ = "0.1.0.dev0"
 
@@ -65,6 +66,7 @@ __all__ = [
     "Goodput",
     "GradientMoments",
     "InnerProductTest",
+    "KeptSetting",
     "Limits",
     "LinearRamp",
     "Loaded",

@@ -5,11 +5,15 @@ from; beside them ``noise_along`` where inner products were measured, ``noise_at
 the ``norm`` where it is not the Euclidean one. ``layers`` holds the first three of each layer by its name
 where they were (``AdaptiveBatch(per_layer=)``): noises add up to that of the whole, and so do signals.
 
+``run`` says whose line it is: a token that is made when a run begins, and goes with it through its checkpoints. By it a
+reader tells two runs in one file apart.
+
 ``wanted`` is the batch at which the criterion comes to rest, ``low`` and ``high`` its one-sided bounds, and ``freedom``
 the degrees of freedom behind them: parts compared with each other, pooled over the probes in the average.
 
-Lines hold no wall time and no machine, so the journals of two equal runs are equal files; but for a criterion that
-reads step times (`Goodput`): then ``seconds`` is how long a step lately took. Numbers that are not finite are null.
+Lines hold no wall time and no machine, so the journals of two equal runs are equal but for that token. A criterion that
+reads step times (`Goodput`) is the exception: ``seconds`` is how long a step lately took. Numbers that are not finite
+are null.
 """
 
 from __future__ import annotations
@@ -17,9 +21,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from adabatch.batch.averages import Averages
 from adabatch.batch.control import Decision
@@ -27,6 +35,9 @@ from adabatch.batch.moments import EUCLIDEAN, GradientMoments
 from adabatch.batch.plan import BatchPlan, Progress
 
 LINE_FORMAT = 1
+CUT = ".cut"
+
+_TAIL = 1 << 20
 
 
 def line(
@@ -119,6 +130,8 @@ class Journal:
 
     Attributes:
         path: the same.
+        run: the run whose lines are written; a new one, until a checkpoint says which goes on.
+        guard: called before a line is written; raises where this process may not write any more.
 
     Raises:
         OSError: the folder cannot be made or the file not be written.
@@ -126,14 +139,20 @@ class Journal:
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
+        self.run = secrets.token_hex(
+            6
+        )  # from the system: the seeds of a run move nothing here, nor does this move them
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("a", encoding="utf-8").close()  # what cannot be written fails here, not after a step
 
-    def cut(self, num_examples: int) -> int:
-        """Drops the lines of steps that began at ``num_examples`` or later: a resumed run writes them anew.
+        self.guard: Callable[[], None] | None = None
 
-        A last line that was not finished goes with them. A kill at any moment leaves the whole journal or the cut one.
+    def cut(self, num_examples: int) -> int:
+        """Takes out the lines of steps that began at ``num_examples`` or later: a resumed run writes them again.
+
+        A last line that was not finished goes with them. They are appended to a file beside the journal, whose name
+        ends in ``.cut``. A kill at any moment leaves the whole journal or the cut one.
 
         Returns:
             The examples that the lines left account for: fewer than ``num_examples`` where some are lost, or where this
@@ -158,8 +177,29 @@ class Journal:
                 if begins >= num_examples or not text.endswith(b"\n"):
                     break
                 end, reached = end + len(text), after
-            file.truncate(end)
+            file.seek(end)
+            if rest := file.read():
+                with self.path.with_name(self.path.name + CUT).open("ab") as aside:
+                    aside.write(rest if rest.endswith(b"\n") else rest + b"\n")
+                    aside.flush()
+                    os.fsync(aside.fileno())
+                file.truncate(end)
         return reached
+
+    def last_run(self) -> str | None:
+        """Whose the last whole line of the journal is; None where it has none, or one without the token of a run."""
+        if self.path is None:
+            return None
+        with self.path.open("rb") as file:
+            # A line is a few kilobytes; with many layers more.
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            for text in reversed(file.read().split(b"\n")):
+                try:
+                    run = json.loads(text)["run"]
+                except (ValueError, LookupError, TypeError):
+                    continue
+                return run if isinstance(run, str) else None
+        return None
 
     def sync(self) -> None:
         """Makes what was written last through a loss of power."""
@@ -168,14 +208,78 @@ class Journal:
                 os.fsync(file.fileno())
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Appends one line."""
-        if self.path is not None:
-            text = json.dumps(_finite(entry), separators=(",", ":"), allow_nan=False)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+        """Appends one line.
+
+        Raises:
+            OSError: a full disk, or another failure; the journal is then as it was before.
+            Exception: what ``guard`` raises.
+        """
+        if self.path is None:
+            return
+        if self.guard is not None:
+            self.guard()
+        text = json.dumps(_finite({**entry, "run": self.run}), separators=(",", ":"), allow_nan=False)
+        size = None
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                left = memoryview(f"{text}\n".encode())
+                while left:
+                    left = left[file.write(left) :]
+        except OSError as error:
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self.path, size)  # of a line that was cut short no reader could make anything
+            raise OSError(error.errno, f"the journal could not be written: {error.strerror}", str(self.path)) from error
+
+
+class OneRun:
+    """Sees to it that the lines which a reader takes for one run are of one, and that no step is among them twice.
+
+    A run that goes on without its checkpoint's token, its state having been saved by hand, goes on where the lines end.
+
+    Args:
+        name: of the journal, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._run: str | None = None
+        self._begins = -math.inf
+        self._end: float | None = None
+
+    def see(self, number: int, entry: Mapping[str, Any]) -> None:
+        """The next line of a step.
+
+        Args:
+            number: of the line, from 1.
+            entry: the line; where it does not say which examples it took, it is let pass.
+
+        Raises:
+            ValueError: it is of another run than those before, or of a step that they hold.
+        """
+        plan = entry.get("plan")
+        begins, size = entry.get("examples"), plan.get("global_batch_size") if isinstance(plan, Mapping) else None
+        if not (isinstance(begins, int | float) and isinstance(size, int | float)):
+            return
+        run = entry.get("run")
+        if run is None:  # of a release that wrote none
+            wrong = begins <= self._begins
+        else:
+            wrong = self._end is not None and begins != self._end and (begins < self._end or run != self._run)
+        if wrong:
+            other = run is not None and self._run is not None and run != self._run
+            what = f"begins another run ({run} after {self._run})" if other else "begins again"
+            raise ValueError(
+                f"{self._name}, line {number}, {what} at {begins:,} examples, where the lines before end at "
+                f"{self._end or 0:,}: give one run at a time, in a copy of the journal that holds its lines only"
+            )
+        self._run, self._begins, self._end = run, begins, begins + size
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, np.generic):  # of a user's learning rate or size
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

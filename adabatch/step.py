@@ -13,12 +13,12 @@ from torch import Tensor
 from adabatch.batch.control import Decision
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan
-from adabatch.runtime.agreement import Agreement
-from adabatch.runtime.data import Portion, Weights
-from adabatch.runtime.finite import FindNonfinite
+from adabatch.guards.finite import FindNonfinite
+from adabatch.guards.votes import Votes
+from adabatch.runtime.data import LossWeights, Portion
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.stopwatch import Stopwatch
-from adabatch.runtime.wrappers import Wrapper
 
 
 class Mark(Protocol):
@@ -52,12 +52,13 @@ class Step:
         plan: BatchPlan,
         portion: Portion,
         *,
-        wrapper: Wrapper,
+        engine: Engine,
         probe: Probe | None,
-        agreement: Agreement,
+        votes: Votes,
         find_nonfinite: FindNonfinite | None,
         stopwatch: Stopwatch | None,
         mark: Mark,
+        check_trained: Callable[[], None],
         finish: Callable[[Step], None],
     ) -> None:
         self.plan = plan
@@ -68,20 +69,21 @@ class Step:
         self.timed: tuple[BatchPlan, float] | None = None
         self.probed = probe is not None
         self.portion = portion
-        self._wrapper = wrapper
+        self._engine = engine
         self._probe = probe
-        self._agreement = agreement
+        self._votes = votes
         self._all_finite = True
         self._stopwatch = stopwatch
         self._mark = mark
+        self._check_trained = check_trained
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
-        self._weights = portion.weights or Weights(portion.sizes, portion.num_examples)
+        self._weights = portion.weights or LossWeights(portion.sizes, portion.num_examples)
         # The ranks' gradients are averaged, so of a rank's own each micro-batch is its share of the whole, times them;
         # a rank that steps alone has a whole of its own.
-        alone = wrapper.steps_alone()
+        alone = engine.steps_alone()
         self._find_nonfinite = None if alone else find_nonfinite  # to agree on it would cost what such steps save
-        self._whole = sum(self._weights.of_each) if alone else self._weights.total / wrapper.collectives.size
+        self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
         self._weight = 0.0  # of the micro-batch that is being run, 0 outside the inner loop
         self._num_backward = 0
         self._begun = False
@@ -107,14 +109,14 @@ class Step:
         if self._begun:
             raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
         self._begun = True
-        self._wrapper.begin(self.plan)
+        self._engine.begin(self.plan)
         if self._probe is not None:
-            self._probe.start(self._wrapper.collectives.size)
+            self._probe.start(self._engine.collectives.size)
         num_parts = len(self.portion.sizes)
         for index, batch in enumerate(self.portion.batches):
             self._weight = self._weights.of_each[index]
             self._mark("the forward", micro_batch=index)
-            with nullcontext() if index == num_parts - 1 else self._wrapper.no_sync():
+            with nullcontext() if index == num_parts - 1 else self._engine.no_sync():
                 yield batch
             self._weight = 0.0
             if self._num_backward != index + 1:
@@ -124,9 +126,9 @@ class Step:
                 )
             if index < num_parts - 1:
                 self._mark("the loading", micro_batch=index + 1)
-        self._wrapper.gradient_ready(sum(self._weights.of_each))
+        self._engine.gradient_ready(sum(self._weights.of_each))
         self._ended = True
-        if self._wrapper.reduced == "backward":
+        if self._engine.reduced == "backward":
             self.settle()
 
     def settle(self, *, reduced: bool = True) -> None:
@@ -143,7 +145,7 @@ class Step:
         elif self._find_nonfinite is not None and reduced:
             self._look_through(self._find_nonfinite)
         else:
-            self._agreement.step_without_reduction()
+            self._votes.step_without_reduction()
         if self._probe is not None and not reduced:
             plan, size = self.plan, float(self.global_batch_size)
             self.moments = GradientMoments(math.nan, plan.micro_batch_size, math.nan, size, plan.num_parts)
@@ -170,15 +172,17 @@ class Step:
             )
         if self._weight == 0:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
+        if self._num_backward == 0:
+            self._check_trained()
         self._mark("the backward", micro_batch=self._num_backward)
         weight, parts = self._weight / self._whole, self._whole / self._weight
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
         share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
         if self._probe is None:
-            self._wrapper.backward.run(share)
+            self._engine.backward.run(share)
         else:
             self._probe.begin_part()
-            self._wrapper.backward.run(share)
+            self._engine.backward.run(share)
             self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
         if self._probe is not None or self._find_nonfinite is not None:
             value = loss.detach().double() * weight
@@ -190,24 +194,24 @@ class Step:
         """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
         assert self._losses is not None
         found = find_nonfinite(self._losses)
-        numbers = torch.cat([found, *self._agreement.outgoing(found)])
-        (total,) = self._agreement.incoming(self._wrapper.collectives.sum(numbers).tolist())  # host sync
+        numbers = torch.cat([found, *self._votes.outgoing(found)])
+        (total,) = self._votes.incoming(self._engine.collectives.sum(numbers).tolist())  # host sync
         self._all_finite = total == 0
 
     def _measure(self, probe: Probe) -> None:
         """Loss and moments of all ranks, in one reduction and one host sync; without the scale of the gradients."""
-        size, scale = self._wrapper.collectives.size, self._wrapper.backward.scale
+        size, scale = self._engine.collectives.size, self._engine.backward.scale
         local = probe.collect()
         assert self._losses is not None
         means = [self._losses.to(local.device)]  # a loss may live elsewhere than the model
         if scale is not None:  # summed as well, so that all ranks divide by the same bits
             means.append(scale(local.device).double())
-        riders: list[Agreement | Stopwatch] = [self._agreement]
+        riders: list[Votes | Stopwatch] = [self._votes]
         if self._stopwatch is not None:
             riders.append(self._stopwatch)
         carried = [number for rider in riders for number in rider.outgoing(local)]
         numbers = torch.cat([local, torch.stack(means) / size, *carried])
-        totals = self._wrapper.collectives.sum(numbers).tolist()  # host sync
+        totals = self._engine.collectives.sum(numbers).tolist()  # host sync
         for rider in reversed(riders):
             totals = rider.incoming(totals)
         self.timed = None if self._stopwatch is None else self._stopwatch.timed

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim import AdamW, NAdam, Optimizer
+from torch.optim import SGD, AdamW, NAdam, Optimizer
 
 from adabatch.batch.control import UNLIMITED, Limits
-from adabatch.batch.criteria import Criterion
-from adabatch.batch.moments import EUCLIDEAN, GRAD_L1, INNER_PRODUCTS, LAYERS, norm_in, quantile_in
+from adabatch.batch.criteria import CoordinateNormTest, Criterion, DecaysLR, NormTest
+from adabatch.batch.moments import EUCLIDEAN
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import PlanGrid
 from adabatch.batch.schedules import Schedule
+from adabatch.lr.follow import Followers
 from adabatch.lr.rules import LRRule
 from adabatch.optim import KFAC, Shampoo
 from adabatch.optim.mup import named_parameters
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.layers import Layers, PerLayer, layers_of, layers_of_weight
-from adabatch.runtime.metrics import norm_of
+from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.optimizers import each_of, kind_of, without_rate
+from adabatch.runtime.probes.layers import Layers, PerLayer, layers_of, layers_of_weight
+from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.wrappers import Wrapper
+
+# Those whose decay is taken from the weights; Muon came with torch 2.9.
+DECOUPLED: tuple[type[Optimizer], ...] = (AdamW, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
 
 
-def default_lr_rule(optimizer: Optimizer) -> LRRule:
+def default_lr_rule(optimizer: Optimizer, criterion: Criterion) -> LRRule:
     """How the learning rate of an optimizer follows the batch where its user does not say."""
-    return "sqrt" if isinstance(optimizer, KFAC | Shampoo) else "none"
+    if isinstance(criterion, DecaysLR):  # the decay is shared with the batch: by lr / b, and with Adam lr / sqrt(b)
+        return "linear" if all(isinstance(one, SGD) for one in each_of(optimizer)) else "sqrt"
+    return "sqrt" if any(isinstance(one, KFAC | Shampoo) for one in each_of(optimizer)) else "none"
 
 
 def check_reduces(optimizer: Optimizer, size: int) -> None:
     """That ranks which share a model share the statistics that precondition its gradient."""
-    if size > 1 and isinstance(optimizer, KFAC) and not optimizer.reduces:
+    if size > 1 and any(isinstance(one, KFAC) and not one.reduces for one in each_of(optimizer)):
         raise ValueError(
             f"each of the {size} ranks would precondition by the curvature of its own examples, and their weights would"
             f" drift apart: KFAC(model.parameters(), model, **adabatch.across_ranks(model))"
@@ -53,79 +62,118 @@ def check_types(optimizer: Any, criterion: Any) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(criterion, type) or not isinstance(criterion, Criterion):
         raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.5), got {criterion!r}")
+    if not isinstance(criterion.needs, Needs):
+        raise TypeError(
+            f"the needs of a {type(criterion).__name__} must be a Needs of adabatch.batch.needs, such as "
+            f"Needs(noise='euclidean'), or Needs() if nothing is to be measured, got {criterion.needs!r}"
+        )
 
 
 def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
-    """That the optimizer has what is to follow, and in the form whose rule is known."""
+    """That the optimizer, or one of several, has what is to follow, and in the form whose rule is known."""
+    for name in follow:
+        having = [one for one in each_of(optimizer) if any(name in group for group in one.param_groups)]
+        if not having or not all(name in group for one in having for group in one.param_groups):
+            raise ValueError(f"follow={name!r}, but {kind_of(optimizer)} has no {name}: leave it out")
+        for one in having:
+            _check_follower(one, name)
+
+
+def _check_follower(optimizer: Optimizer, name: str) -> None:
     kind = type(optimizer).__name__
-    for group in optimizer.param_groups:
-        for name in follow:
-            if name not in group:
-                raise ValueError(f"follow={name!r}, but {kind} has no {name}: leave it out")
-        if "betas" in follow and isinstance(optimizer, NAdam):
-            raise ValueError(
-                f"follow='betas' has no rule for {kind}, whose momentum follows a schedule in steps: leave it out, or "
-                f"use Adam or AdamW"
-            )
-        decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
-        if "weight_decay" in follow and not decoupled:
-            raise ValueError(
-                f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
-                f"gradient and needs nothing: leave it out, or use AdamW"
-            )
+    if name == "betas" and isinstance(optimizer, NAdam):
+        raise ValueError(
+            f"follow='betas' has no rule for {kind}, whose momentum follows a schedule in steps: leave it out, or use "
+            f"Adam or AdamW"
+        )
+    decoupled = all(
+        isinstance(optimizer, DECOUPLED) or group.get("decoupled_weight_decay", False)
+        for group in optimizer.param_groups
+    )
+    if name == "weight_decay" and not decoupled:
+        raise ValueError(
+            f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
+            f"gradient and needs nothing: leave it out, or use AdamW"
+        )
 
 
-def _way_out(need: str) -> str:
-    """What to use where a probe does not give something."""
-    norm, quantile = norm_in([need]), quantile_in([need])
-    if norm != EUCLIDEAN:
-        return f"a probe made with norm= for {norm!r}, as the one is that is chosen where none is given"
-    if quantile is not None:
-        return f"a probe made with quantile={quantile}, as the one is that is chosen where none is given"
-    others = {
-        INNER_PRODUCTS: "another probe, such as PerExampleProbe(model, products=True)",
-        GRAD_L1: "a probe made with record_l1=True",
-        LAYERS: "a probe made with layers=",
-    }
-    return others.get(need, "another probe")
+def check_rates(optimizer: Optimizer, rule: LRRule) -> None:
+    """That there is a learning rate for the rule to change."""
+    kind = without_rate(optimizer)
+    if kind is not None and rule != "none":
+        raise ValueError(
+            f"lr_rule={rule!r} multiplies the learning rate, and {kind} sets its own (lr=None): use lr_rule='none', or "
+            f"give the optimizer a learning rate (Adafactor: relative_step=False)"
+        )
+
+
+def warn_of_linear(rule: LRRule, criterion: Criterion) -> None:
+    """Says that the linear rule goes too far where a norm test lets the batch settle."""
+    if rule == "linear" and isinstance(criterion, NormTest | CoordinateNormTest):
+        eta = criterion.eta
+        rest = f" (about {(1 - eta * eta) / (eta * eta):.2g} times the noise scale at eta={eta})" if eta < 1 else ""
+        warnings.warn(
+            f"lr_rule='linear' multiplies the learning rate by the batch, which holds only well below the noise scale, "
+            f"and {type(criterion).__name__} lets the batch grow to where noise no longer dominates{rest}: runs of SGD "
+            f"fell to chance with it. Use lr_rule='gain', which is linear as long as noise dominates",
+            stacklevel=3,
+        )
+
+
+def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio: float) -> None:
+    """Says that betas which should follow a growing batch stand at their floor already."""
+    if "betas" not in followers.settings or largest_ratio <= 1:
+        return
+    for number, group in enumerate(optimizer.param_groups):
+        if "betas" not in group:
+            continue
+        betas, rooms = group["betas"], followers.room(group["betas"])
+        stuck = [k for k, room in enumerate(rooms) if room == 1.0]
+        if stuck:
+            names = " and ".join(f"beta{k + 1}={float(betas[k])}" for k in stuck)
+            warnings.warn(
+                f"follow='betas' leaves {names} of parameter group {number} as it is: no room is above its floor "
+                f"of {' and '.join(str(followers.floors(betas)[k]) for k in stuck)}. Start from a larger value (0.999 "
+                f"for beta2 at a small batch), or give follow=adabatch.lr.Followers(('betas',), beta2_floor=...) a "
+                f"lower floor",
+                stacklevel=3,
+            )
 
 
 def suited_probe(
     model: torch.nn.Module,
     optimizer: Optimizer,
-    needs: frozenset[str],
+    needs: Needs,
     *,
     given: Probe | None,
-    wrapper: Wrapper,
+    engine: Engine,
     layers: Callable[[], Layers | None] = lambda: None,
 ) -> Probe | None:
     """The probe given, or the one that suits the model; None where nothing needs one."""
     if not needs:
         return given
     # Only what this optimizer trains: gradients that it does not zero add up over the steps.
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    trained = {id(p) for p in (held if wrapper.parameters is None else wrapper.parameters)}
-    parameters = [p for p in model.parameters() if id(p) in trained]
+    parameters = engine.trained(optimizer)
     if given is None and not any(p.requires_grad for p in parameters):
         raise ValueError(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
             f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
         )
-    probe = given or wrapper.make_probe(
+    probe = given or engine.make_probe(
         parameters,
-        record_l1=GRAD_L1 in needs,
+        record_l1=needs.l1,
         layers=layers(),
-        norm=norm_of(norm_in(needs), optimizer),
-        quantile=quantile_in(needs),
+        norm=norm_of(needs.noise or EUCLIDEAN, optimizer),
+        quantile=needs.quantile,
     )
-    missing = needs - probe.gives
+    missing = needs.lacking(probe.gives)
     if missing:
         if given is None:
             probe.remove()
         raise ValueError(
-            f"the run needs {', '.join(sorted(missing))}, which {type(probe).__name__} does not give "
-            f"(it gives {', '.join(sorted(probe.gives))}): use another criterion, such as NormTest, or "
-            f"{' and '.join(_way_out(need) for need in sorted(missing))}"
+            f"the run needs {', '.join(missing.words())}, which {type(probe).__name__} does not give (it gives "
+            f"{', '.join(probe.gives.words())}): use another criterion, such as NormTest, or "
+            f"{' and '.join(missing.ways_out())}"
         )
     return probe
 
@@ -145,7 +193,7 @@ class MeasuredLayers(NamedTuple):
 def measured_layers(
     model: torch.nn.Module,
     optimizer: Optimizer,
-    needs: Collection[str],
+    needs: Needs,
     per_layer: PerLayer | None,
     weights: Mapping[str, float] | None,
 ) -> MeasuredLayers:
@@ -173,7 +221,7 @@ def measured_layers(
     wrong = [f"{name}={weights[name]}" for name in named if not 0 < weights[name] < math.inf]
     if wrong:
         raise ValueError(f"layer_weights must be positive and finite, got {', '.join(wrong[:3])}")
-    if INNER_PRODUCTS in needs or norm_in(needs) != EUCLIDEAN:
+    if needs.products or needs.noise not in (None, EUCLIDEAN):
         raise ValueError(
             "layer_weights weigh squared Euclidean norms: use them with NormTest or NoiseScale(), not with a test of "
             "inner products or in the norm of an optimizer, which weighs the layers itself"
@@ -187,14 +235,14 @@ def limits_and_grid(
     criterion: Criterion,
     *,
     dp_size: int,
-    num_compared: int | None,
+    num_compared: int,
     micro_sizes: tuple[int, ...],
     in_parts: bool,
 ) -> tuple[Limits, PlanGrid]:
     """The limits and the plans that a run can carry out, checked against each other."""
     micro = micro_sizes[0]
-    alone = (dp_size if num_compared is None else num_compared) == 1
-    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=2 if in_parts and alone else 1)
+    least = 2 if in_parts and num_compared == 1 else 1
+    grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=least)
     smallest = micro * dp_size * grid.min_accumulation
     if limits is None:
         if not isinstance(criterion, Schedule):

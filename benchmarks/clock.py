@@ -61,7 +61,7 @@ CAP = 10.0
 SEEDS, TUNING_SEED, REORDERED = (0, 1, 2, 3, 4), 1000, 100
 BASE_LRS = tuple(0.05 * 2**k for k in range(6))
 CLOCKS: tuple[Unit, ...] = ("examples", "steps", "gain_steps")
-RULES: tuple[LRRule, ...] = tuple(rule for rule in get_args(LRRule) if rule != "seesaw")
+RULES: tuple[LRRule, ...] = get_args(LRRule)
 POLICIES = ("small", "large", "growing")
 ALL_PAIRS = tuple(itertools.product(CLOCKS, RULES))
 MATCHED: tuple[Pair, ...] = (("examples", "linear"), ("steps", "none"), ("gain_steps", "gain"))

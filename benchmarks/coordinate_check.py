@@ -102,7 +102,7 @@ def plain_muon(model: nn.Module, plan: mup.Plan) -> Optimizer:
     return torch.optim.Muon(groups, momentum=0.0, nesterov=False)
 
 
-def shampoo(law: mup.Shampoo, **mistake: Any) -> Make:
+def shampoo(law: mup.ShampooLaw, **mistake: Any) -> Make:
     def make(model: nn.Module, plan: mup.Plan) -> Optimizer:
         groups = plan.groups(model, law, lr=LR, damping=1e-3)
         return Shampoo([{**group, **mistake} for group in groups], refresh_every=1)
@@ -112,7 +112,7 @@ def shampoo(law: mup.Shampoo, **mistake: Any) -> Make:
 
 def kfac(form: Any, damping: float = 0.01, *, exponents: tuple[float, float] = (1.0, 1.0), **mistake: Any) -> Make:
     def make(model: nn.Module, plan: mup.Plan) -> Optimizer:
-        groups = plan.groups(model, mup.KFAC(exponents), lr=LR, damping=damping)
+        groups = plan.groups(model, mup.KFACLaw(exponents), lr=LR, damping=damping)
         return KFAC(
             [{**group, **mistake} for group in groups],
             model,
@@ -140,8 +140,8 @@ def by_largest_eigenvalue(pair: FactorPair, group: Mapping[str, Any]) -> Damping
     return Damping(*(group["damping"] * value for value in largest))
 
 
-ABSOLUTE, HALF = mup.Shampoo(relative=False), mup.Shampoo(exponent=0.5)
-HALF_ABSOLUTE = mup.Shampoo(exponent=0.5, relative=False)
+ABSOLUTE, HALF = mup.ShampooLaw(relative=False), mup.ShampooLaw(exponent=0.5)
+HALF_ABSOLUTE = mup.ShampooLaw(exponent=0.5, relative=False)
 UNSCALED = {"fan_in_ratio": 1.0, "fan_out_ratio": 1.0}
 """The mistake: one constant at every width."""
 
@@ -163,24 +163,24 @@ ROWS: dict[str, Row] = {
     "K-FAC, plan, Kronecker with ratios": Row(kfac("kronecker"), True, widths=NARROW),
     "K-FAC, plan, input side only": Row(kfac("absolute", exponents=(0.0, 1.0)), True),
     "K-FAC, plan, half powers": Row(kfac("absolute", exponents=(0.5, 0.5)), True),
-    "Shampoo 1/4, standard": Row(shampoo(mup.Shampoo()), False, standard=True, widths=NARROW),
-    "Shampoo 1/4, plan": Row(shampoo(mup.Shampoo()), True, widths=NARROW),
+    "Shampoo 1/4, standard": Row(shampoo(mup.ShampooLaw()), False, standard=True, widths=NARROW),
+    "Shampoo 1/4, plan": Row(shampoo(mup.ShampooLaw()), True, widths=NARROW),
     "Shampoo 1/4, plan, constant epsilon": Row(shampoo(ABSOLUTE, epsilon=1e-3), False, widths=NARROW),
     "Shampoo 1/4, plan, absolute with ratios": Row(shampoo(ABSOLUTE), True, widths=NARROW),
     "Shampoo 1/2, standard": Row(shampoo(HALF), False, standard=True, widths=NARROW),
     "Shampoo 1/2, plan": Row(shampoo(HALF), True, widths=NARROW),
     "Shampoo 1/2, plan, constant epsilon": Row(shampoo(HALF_ABSOLUTE, epsilon=1e-3), False, widths=NARROW),
     "Shampoo 1/2, plan, absolute with ratios": Row(shampoo(HALF_ABSOLUTE), True, widths=NARROW),
-    "Shampoo 1/4 in blocks of 32, plan": Row(shampoo(mup.Shampoo(block_size=32)), True, widths=NARROW),
-    "Shampoo 1/4 in blocks of 32, rule of none": Row(shampoo(mup.Shampoo(), block_size=32), False, widths=NARROW),
+    "Shampoo 1/4 in blocks of 32, plan": Row(shampoo(mup.ShampooLaw(block_size=32)), True, widths=NARROW),
+    "Shampoo 1/4 in blocks of 32, rule of none": Row(shampoo(mup.ShampooLaw(), block_size=32), False, widths=NARROW),
     "Muon, standard": Row(plain_muon, False, standard=True, widths=NARROW),
     "Muon, standard, torch's adjustment": Row(muon, False, standard=True, widths=NARROW),
     "Muon, plan": Row(muon, True, widths=NARROW),
     "SGD, plan, 5 steps": Row(sgd, True, steps=5),
     "K-FAC, plan, trace .01, 5 steps": Row(kfac("trace"), True, steps=5),
     "K-FAC, plan, split .01, 5 steps": Row(kfac("split"), False, steps=5),
-    "Shampoo 1/4, plan, 5 steps": Row(shampoo(mup.Shampoo()), True, widths=NARROW, steps=5),
-    "Shampoo 1/4, standard, 5 steps": Row(shampoo(mup.Shampoo()), False, standard=True, widths=NARROW, steps=5),
+    "Shampoo 1/4, plan, 5 steps": Row(shampoo(mup.ShampooLaw()), True, widths=NARROW, steps=5),
+    "Shampoo 1/4, standard, 5 steps": Row(shampoo(mup.ShampooLaw()), False, standard=True, widths=NARROW, steps=5),
 }
 
 

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import adabatch
 from adabatch.recipes import NextTokenLoss, Transformer
-from adabatch.runtime.world import World, connected
+from adabatch.runtime.launch.world import World, connected
 
 LENGTH = 128
 CASES = ((16, 1), (4, 4))  # micro-batch size, accumulation steps

@@ -11,8 +11,8 @@ taken apart, and loaded. *Ranks*: of three gloo ranks one is killed, hangs, free
 under a watchdog. *Numbers*: one that is not finite comes up on one of two ranks, in each micro-batch of a step.
 *Configs*: random ones, most of them spoilt, go through `adabatch train` to their first plan or an error.
 
-The job of the first two is that of tests/jobs.py: a network of 129 parameters with dropout, 200 examples, 127 steps, a
-checkpoint every five of them.
+The job of the first two is that of tests/support/jobs.py: a network of 129 parameters with dropout, 200 examples, 127
+steps, a checkpoint every five of them.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from _harness import ROOT, Machine, Table, publish
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from elastic import check_order, two_one_three_two
-from jobs import Attempt, Ended, Killed, Net, command, ended, killed_runs, same
-from lost_ranks import BOUND, PLACES, TIMEOUT, ends_of
-from nonfinite import POISONS, POLICIES, all_cases, outcomes
-from random_configs import outcome, random_config
-from ranks import run_ranks
+from support.elastic import check_order, two_one_three_two
+from support.jobs import Attempt, Ended, Killed, Net, command, ended, killed_runs, same
+from support.lost_ranks import BOUND, PLACES, TIMEOUT, ends_of
+from support.nonfinite import POISONS, POLICIES, all_cases, outcomes
+from support.random_configs import outcome, random_config
+from support.ranks import run_ranks
 
 import adabatch
-from adabatch.runtime.checkpoint import MANIFEST, NewerFormat, checkpoints_in
+from adabatch.checkpointing.files import MANIFEST, NewerFormat, checkpoints_in
 
 FLIPS = 200
 PARTS = ("kills", "workers", "damage", "ranks", "numbers", "configs")

@@ -32,7 +32,7 @@ from adabatch import (
 )
 from adabatch.recipes import DigitsCNN
 from adabatch.recipes.digits import Digits
-from adabatch.runtime.metrics import AdamMetric
+from adabatch.runtime.probes.metrics import AdamMetric
 from adabatch.runtime.probes.protocol import Probe
 
 UPDATES = (5, 50, 300)

@@ -33,8 +33,8 @@ from torch.utils.data import Dataset
 import adabatch
 from adabatch.batch.plan import BatchPlan
 from adabatch.recipes import NextTokenLoss, Transformer
+from adabatch.runtime.launch.world import World
 from adabatch.runtime.probes.comm_hook import CommHookProbe
-from adabatch.runtime.world import World
 
 QUESTION = (
     "What do the probes cost a bfloat16 GPT on a GPU, and in which steps does the host wait? Aims: 1.01 times a loop "

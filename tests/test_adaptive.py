@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import lines, loss_of, network, regression, train, weights
+from support.loops import lines, loss_of, network, regression, train, weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
@@ -165,23 +165,23 @@ def test_a_state_from_the_future_is_refused() -> None:
 # --- passes over a GlobalOrder --------------------------------------------------------------------------------------
 
 
-def sizes_of(batches: AdaptiveBatch, model: nn.Module, loader: Any, **options: Any) -> list[int]:
+def sizes_of(batches: AdaptiveBatch, model: nn.Module, optimizer: SGD, loader: Any, **options: Any) -> list[int]:
     """Examples of each step of a pass."""
     sizes: list[int] = []
-    optimizer = SGD(model.parameters(), lr=0.0)
     train(batches, model, optimizer, loader, each=lambda step: sizes.append(step.global_batch_size), **options)
     return sizes
 
 
 def test_a_pass_ends_with_the_step_that_crosses_the_epoch_and_the_next_goes_on_there() -> None:
     model, order = network(), GlobalOrder(regression(30))
-    batches = AdaptiveBatch(model, SGD(model.parameters(), lr=0.0), Constant(8), micro_batch_size=4)
-    assert sizes_of(batches, model, order) == [8] * 4  # 32 of 30
+    optimizer = SGD(model.parameters(), lr=0.0)
+    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4)
+    assert sizes_of(batches, model, optimizer, order) == [8] * 4  # 32 of 30
     assert (order.epoch, order.examples_seen) == (1, 2)
-    assert sizes_of(batches, model, order) == [8] * 4  # to 64
+    assert sizes_of(batches, model, optimizer, order) == [8] * 4  # to 64
     assert (order.epoch, order.examples_seen) == (2, 4)
-    assert sizes_of(batches, model, order) == [8] * 4  # to 96
-    assert sizes_of(batches, model, order) == [8] * 3  # to 120, exactly
+    assert sizes_of(batches, model, optimizer, order) == [8] * 4  # to 96
+    assert sizes_of(batches, model, optimizer, order) == [8] * 3  # to 120, exactly
     assert (order.epoch, order.examples_seen) == (4, 0)
 
 
@@ -193,12 +193,11 @@ def test_a_pass_ends_with_the_step_that_crosses_the_epoch_and_the_next_goes_on_t
 @pytest.mark.parametrize("source", ["order", "loader"])
 def test_until_is_reached_across_epochs_and_counts_from_the_beginning(until: Any, count: int, source: str) -> None:
     model = network()
-    batches = AdaptiveBatch(
-        model, SGD(model.parameters(), lr=0.0), Constant(8), micro_batch_size=4, tokens_per_example=10
-    )
+    optimizer = SGD(model.parameters(), lr=0.0)
+    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4, tokens_per_example=10)
     loader = GlobalOrder(regression(24)) if source == "order" else DataLoader(regression(24), batch_size=4)
-    assert sizes_of(batches, model, loader, until=until) == [8] * count
-    assert sizes_of(batches, model, loader, until=until) == []  # it is over
+    assert sizes_of(batches, model, optimizer, loader, until=until) == [8] * count
+    assert sizes_of(batches, model, optimizer, loader, until=until) == []  # it is over
     assert batches.state_dict()["consumed"] == {
         "examples": 8 * count,
         "steps": count,

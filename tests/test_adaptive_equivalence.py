@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import lines, network, regression, train, train_by_hand, weights
+from support.loops import journal_text, lines, network, regression, train, train_by_hand, weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
@@ -218,7 +218,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, grows
 def test_two_runs_leave_equal_journals(tmp_path: Path) -> None:
     for name in ("a", "b"):
         Everything(tmp_path / name, grows_micro_batch=True).run(until=examples(200))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert journal_text(tmp_path / "a") == journal_text(tmp_path / "b")
 
 
 # --- the learning rate follows the plan that made the gradient ------------------------------------------------------

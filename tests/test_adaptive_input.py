@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import loss_of, network, regression, train
+from support.loops import loss_of, network, regression, train
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -85,8 +85,19 @@ def test_a_model_that_cannot_train() -> None:
     ids=lambda c: type(c).__name__,
 )
 def test_a_criterion_that_needs_more_than_the_probe_gives(criterion: Any) -> None:
-    with pytest.raises(ValueError, match=r"needs inner_products, which MicroBatchProbe does not give.*NormTest"):
+    with pytest.raises(ValueError, match=r"needs inner products, which MicroBatchProbe does not give.*NormTest"):
         adaptive(criterion=criterion)
+
+
+def test_a_criterion_whose_needs_are_words() -> None:
+    class Mine:
+        needs = frozenset({"noise"})
+
+        def wanted(self, observation: Any) -> float:
+            return 8.0
+
+    with pytest.raises(TypeError, match=r"needs of a Mine must be a Needs .*Needs\(noise='euclidean'\), .*frozenset"):
+        adaptive(criterion=Mine())
 
 
 def test_an_unknown_rule() -> None:
@@ -158,7 +169,9 @@ def test_a_criterion_that_is_none(criterion: Any) -> None:
 
 def test_an_optimizer_that_is_none() -> None:
     model = network()
-    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got list"):
+    with pytest.raises(
+        TypeError, match=r"optimizer must be a torch.optim.Optimizer, .* got a list with Parameter in it"
+    ):
         AdaptiveBatch(model, list(model.parameters()), Constant(8), micro_batch_size=4)  # type: ignore[arg-type]
 
 
@@ -319,7 +332,7 @@ def test_a_loader_that_counts_in_another_unit_may_have_another_batch_size() -> N
 
 
 def test_a_batch_larger_than_planned() -> None:
-    with pytest.raises(ValueError, match=r"a step of 16 examples came where 8 were planned: .* at most"):
+    with pytest.raises(ValueError, match=r"a micro-batch of 8 examples came .* micro_batch_size=4: .*pass count="):
         next(adaptive().steps([tuple(regression(8).tensors)] * 4))
 
 
@@ -345,7 +358,8 @@ def test_an_iterator_cannot_be_passed_over_twice() -> None:
     steps = batches.steps(loader, until=examples(100))
     for _ in range(2):
         run(next(steps), model)
-    with pytest.raises(ValueError, match=r"no micro-batch .* or is it an iterator"):
+        batches.leave_out()
+    with pytest.raises(ValueError, match=r"no micro-batch .* is an iterator, which can be passed over only once"):
         next(steps)
 
 
@@ -368,9 +382,10 @@ def test_a_data_set_smaller_than_the_largest_batch(criterion: Any, limits: Limit
 def test_a_schedule_that_glides_past_the_data_set() -> None:
     """No limit says how far the ramp goes, so it shows when it gets there, before an example comes twice."""
     model = network()
-    batches = adaptive(model, LinearRamp(8, 128, examples(200)), limits=None)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    batches = AdaptiveBatch(model, optimizer, LinearRamp(8, 128, examples(200)), micro_batch_size=4)
     with pytest.raises(ValueError, match=r"is above the 100 examples of the data set"):
-        train(batches, model, SGD(model.parameters(), lr=0.1), GlobalOrder(regression(100)), until=examples(1000))
+        train(batches, model, optimizer, GlobalOrder(regression(100)), until=examples(1000))
     assert batches.plan.global_batch_size > 100
 
 

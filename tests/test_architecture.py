@@ -19,21 +19,25 @@ ROOT = Path(__file__).parent.parent / "adabatch"
 
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
-VOCABULARY = ("adabatch.batch.plan", "adabatch.batch.moments")
-SHELL = 3
+VOCABULARY = ("adabatch.batch.plan", "adabatch.batch.moments", "adabatch.batch.needs")
+GUARDS = 3
+SHELL = 4
+CHECKPOINTING = 5
 LAYERS = {
     "adabatch.batch": 1,
     "adabatch.lr": 1,
     "adabatch.runtime": 2,
     "adabatch.optim": 2,
+    "adabatch.guards": GUARDS,
     # the modules beside adaptive.py: SHELL; then the package's own face, adabatch/__init__.py
-    "adabatch.verification": SHELL,
-    "adabatch": 4,
-    "adabatch.integrations": 5,
-    "adabatch.report": 5,
-    "adabatch.recipes": 5,
-    "adabatch.cli": 6,
-    "adabatch.__main__": 7,
+    "adabatch.checkpointing": CHECKPOINTING,
+    "adabatch": 6,
+    "adabatch.verification": 7,
+    "adabatch.integrations": 7,
+    "adabatch.report": 7,
+    "adabatch.recipes": 7,
+    "adabatch.cli": 8,
+    "adabatch.__main__": 9,
 }
 
 
@@ -216,7 +220,8 @@ def test_pure_packages_import_the_standard_library_and_numpy_only() -> None:
 
 def test_runtime_knows_the_vocabulary_and_itself() -> None:
     # ProgressLR is a torch object around pure schedule maths, so that module alone reads shapes and clock.
-    maths = {"adabatch.runtime.scheduler": ("adabatch.lr.shapes", "adabatch.lr.clock")}
+    shapes = ("adabatch.lr.shapes", "adabatch.lr.function_shape")
+    maths = {"adabatch.runtime.scheduler": (*shapes, "adabatch.lr.clock")}
     wrong = [
         each
         for module in modules()
@@ -226,7 +231,7 @@ def test_runtime_knows_the_vocabulary_and_itself() -> None:
         and not inside(each.target, "adabatch.runtime")
         and each.target not in (*VOCABULARY, *maths.get(module, ()))
     ]
-    assert not wrong, f"runtime/ imports only batch.plan, batch.moments and itself\n{places(wrong)}"
+    assert not wrong, f"runtime/ imports only batch.plan, batch.moments, batch.needs and itself\n{places(wrong)}"
 
 
 def test_optimizers_know_nothing_of_the_package() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import lines, loss_of, network, regression, weights
+from support.loops import lines, loss_of, network, regression, weights
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.loops import journal_text
 
 from adabatch.batch.control import Averages, Control, ControlState, Decision, Estimate, Limits, Reason, decide
 from adabatch.batch.criteria import NormTest
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
+from adabatch.cli.schedule.recorded import read_recorded
 from adabatch.journal import LINE_FORMAT, Journal, line
+from adabatch.report.curves import read_curves
 
 PLAN = BatchPlan(micro_batch_size=8, accumulation_steps=2, dp_size=2)
 NEXT = BatchPlan(micro_batch_size=8, accumulation_steps=4, dp_size=2)
@@ -115,7 +119,7 @@ def test_numbers_come_back_to_the_last_bit(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "run.jsonl")
     journal.write(an_entry(loss=0.1 + 0.2))
     (found,) = read(tmp_path / "run.jsonl")
-    assert found == an_entry(loss=0.1 + 0.2)
+    assert found == {**an_entry(loss=0.1 + 0.2), "run": journal.run}
 
 
 def test_lines_are_appended_and_complete_when_write_returns(tmp_path: Path) -> None:
@@ -144,6 +148,74 @@ def test_a_resumed_run_cuts_what_it_writes_anew(tmp_path: Path) -> None:
     assert [each["step"] for each in read(path)] == [0, 1, 2, 3]
     assert Journal(path).cut(0) == 0
     assert read(path) == []
+    # Nothing is lost: what was cut stands beside it, in the order of the cuts.
+    aside = path.with_name("run.jsonl.cut").read_text().splitlines()
+    assert aside[0] == '{"format":1,"step":5,"exa'
+    assert [json.loads(text)["step"] for text in aside[1:]] == [3, 4, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("token", [True, False])
+def test_readers_refuse_two_runs_in_one_journal_and_steps_that_are_there_twice(tmp_path: Path, token: bool) -> None:
+    def entries(*steps: int, run: str) -> list[dict[str, Any]]:
+        made = [an_entry(before=Progress(examples=30 * step, steps=step)) for step in steps]
+        return [{**entry, **({"run": run} if token else {})} for entry in made]
+
+    def reads(*entries: dict[str, Any]) -> None:
+        path = tmp_path / "run.jsonl"
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        for read in (read_curves, read_recorded):
+            read(path)
+
+    first = entries(0, 1, 2, run="aaaa")
+    reads(*first)
+    reads(*first, *entries(3, 4, run="bbbb"))  # goes on where the other ended: its state was saved by hand
+    reads(*first, *entries(7, run="aaaa"))  # lines were lost
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 4, begins again at 60 examples, .* end at 90"):
+        reads(*first, *entries(2, 3, run="aaaa"))
+    for begin in (0, 1):
+        with pytest.raises(ValueError, match=r"run\.jsonl, line 4, begins .*: give one run at a time"):
+            reads(*first, *entries(begin, run="bbbb"))
+    if token:
+        with pytest.raises(ValueError, match=r"line 4, begins another run \(bbbb after aaaa\) at 300 examples"):
+            reads(*first, *entries(10, run="bbbb"))
+
+
+def test_a_disk_that_is_full_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal(path)
+    journal.write(an_entry())
+    before = path.read_bytes()
+    opened = Path.open
+
+    class Full:
+        """Takes ten bytes, and is full."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def fileno(self) -> int:
+            return int(self.file.fileno())
+
+        def write(self, data: Any) -> int:
+            if os.fstat(self.fileno()).st_size > len(before):
+                raise OSError(28, "No space left on device")
+            return int(self.file.write(data[:10]))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "open", lambda self, *args, **options: Full(opened(self, *args, **options)))
+        with pytest.raises(OSError, match=r"the journal could not be written: No space left on device.*run\.jsonl"):
+            journal.write(an_entry())
+    assert path.read_bytes() == before
+    journal.write(an_entry())
+    assert len(read(path)) == 2
+    with pytest.raises(OSError, match="the journal could not be written: No space left on device"):
+        Journal("/dev/full").write(an_entry())
 
 
 def test_a_cut_of_what_is_no_journal_says_so_and_leaves_it_whole(tmp_path: Path) -> None:
@@ -203,6 +275,6 @@ def test_equal_runs_write_equal_files(tmp_path: Path) -> None:
             )
             journal.write(entry)
             plan, state = decision.plan, decision.state
-        texts.append((tmp_path / name).read_bytes())
+        texts.append(journal_text(tmp_path / name))
     assert texts[0] == texts[1]
     assert {each["reason"] for each in read(tmp_path / "one")} >= {"grow"}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loops import lines, loss_of, network, regression, train
+from support.loops import lines, loss_of, network, regression, train
 from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
@@ -142,7 +142,7 @@ def test_what_a_probe_does_not_give_is_named_with_a_way_out() -> None:
     said = r"needs coordinates at quantile 0.9, which MicroBatchProbe does not give \(it gives noise\)"
     with pytest.raises(ValueError, match=said + r".*NormTest, or a probe made with quantile=0.9"):
         AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.9), probe=plain, **options)
-    with pytest.raises(ValueError, match=r"quantile 0.9.*it gives coordinates at quantile 0.5, noise"):
+    with pytest.raises(ValueError, match=r"quantile 0.9.*it gives noise, coordinates at quantile 0.5"):
         AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.9), probe=median, **options)
     with pytest.raises(ValueError, match=r"needs noise in the norm adam.*a probe made with norm= for 'adam'"):
         AdaptiveBatch(model, optimizer, NoiseScale(norm="adam"), probe=plain, **options)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loops import lines, loss_of, network, regression, train
+from support.loops import lines, loss_of, network, regression, train
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam
@@ -32,7 +32,8 @@ from adabatch import (
     lr,
     steps,
 )
-from adabatch.batch.moments import NOISE, GradientMoments
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.needs import Needs
 from adabatch.lr.rules import check_follow, legw_warmup
 
 
@@ -141,7 +142,7 @@ def test_a_step_that_is_left_out_has_no_norm_that_could_be_refined(tmp_path: Pat
 class NoiseOnly:
     """A probe of one's own that measures no l1 norm."""
 
-    gives = frozenset({NOISE})
+    gives = Needs(noise="euclidean")
 
     def start(self, dp_size: int) -> None: ...
     def begin_part(self) -> None: ...
@@ -158,7 +159,7 @@ class NoiseOnly:
 
 def test_a_probe_that_cannot_record_is_refused() -> None:
     model = network()
-    with pytest.raises(ValueError, match="needs grad_l1, which NoiseOnly does not give"):
+    with pytest.raises(ValueError, match="needs the l1 norm of the gradient, which NoiseOnly does not give"):
         AdaptiveBatch(
             model, SGD(model.parameters(), lr=0.1), Constant(8), micro_batch_size=4, record_l1=True, probe=NoiseOnly()
         )
@@ -292,6 +293,10 @@ def test_legw_keeps_the_steps_of_the_warmup() -> None:
     for ratio in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"ratio must be positive and finite, got {ratio}"):
             legw_warmup(steps(100), ratio)
+    assert legw_warmup(0.02, 8.0) == 0.16
+    for share, ratio in ((0.2, 8.0), (1.0, 0.5), (-0.1, 2.0), (math.nan, 2.0)):
+        with pytest.raises(ValueError, match="both must lie in"):
+            legw_warmup(share, ratio)
     with pytest.raises(ValueError, match="a warm-up of 10 gain_steps has the batch in it already"):
         legw_warmup(gain_steps(10), 2.0)
 

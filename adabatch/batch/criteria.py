@@ -11,12 +11,10 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, get_args, runtime_checkable
 
-from adabatch.batch.moments import INNER_PRODUCTS, NOISE, GradientMoments, Norm, coordinates_at, noise_in
+from adabatch.batch.moments import EUCLIDEAN, GradientMoments, Norm
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import PlanGrid, Progress
 from adabatch.batch.step_times import StepTimes
-
-SECONDS = "seconds"
-"""What a criterion needs that reads how long steps take. No probe gives it: ``AdaptiveBatch`` times the steps."""
 
 
 class Observation(NamedTuple):
@@ -44,12 +42,21 @@ class Criterion(Protocol):
     """Says which global batch size the observation asks for."""
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What the probe must give; empty for a schedule, which reads only progress."""
+    def needs(self) -> Needs:
+        """What must be measured; ``Needs()`` for a schedule, which reads only progress."""
         ...
 
     def wanted(self, observation: Observation) -> float:
         """The global batch size asked for, in examples, before rounding and limits."""
+        ...
+
+
+@runtime_checkable
+class DecaysLR(Protocol):
+    """A criterion whose batch sizes stand for a decay of the learning rate too (``Seesaw``)."""
+
+    def lr_decay(self, progress: Progress) -> float:
+        """A factor on the learning rate at this progress, beside what the rule makes of the batch; not negative."""
         ...
 
 
@@ -120,7 +127,7 @@ class NormTest:
 
     eta: float
     population: int | None = None
-    needs: ClassVar[frozenset[str]] = frozenset({NOISE})
+    needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN)
 
     def __post_init__(self) -> None:
         _check_positive("eta", self.eta)
@@ -188,9 +195,9 @@ class StepPrice:
         _check_norm(self.norm)
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """Noise and signal in the norm."""
-        return frozenset({noise_in(self.norm)})
+        return Needs(noise=self.norm)
 
     def wanted(self, observation: Observation) -> float:
         """The geometric mean of noise scale and price; zero or less where no noise was seen."""
@@ -254,9 +261,9 @@ class NoiseScale:
         _check_norm(self.norm)
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """Noise and signal in the norm."""
-        return frozenset({noise_in(self.norm)})
+        return Needs(noise=self.norm)
 
     def wanted(self, observation: Observation) -> float:
         """``multiple`` times the noise scale."""
@@ -310,9 +317,9 @@ class CoordinateNormTest:
             raise ValueError(f"quantile must lie above 0 and up to 1.0 (all coordinates), got {self.quantile}")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The quantile over coordinates, beside noise and signal."""
-        return frozenset({NOISE, coordinates_at(self.quantile)})
+        return Needs(noise=EUCLIDEAN, quantile=self.quantile)
 
     def wanted(self, observation: Observation) -> float:
         """The smallest batch at which so many coordinates would pass."""
@@ -340,7 +347,7 @@ class InnerProductTest:
     """
 
     theta: float
-    needs: ClassVar[frozenset[str]] = frozenset({INNER_PRODUCTS})
+    needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
         _check_positive("theta", self.theta)
@@ -369,7 +376,7 @@ class OrthogonalityTest:
     """
 
     nu: float
-    needs: ClassVar[frozenset[str]] = frozenset({INNER_PRODUCTS})
+    needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
         _check_positive("nu", self.nu)
@@ -398,7 +405,7 @@ class AugmentedInnerProductTest:
 
     theta: float
     nu: float
-    needs: ClassVar[frozenset[str]] = frozenset({INNER_PRODUCTS})
+    needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
         _check_positive("theta", self.theta)

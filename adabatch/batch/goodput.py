@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import get_args
 
-from adabatch.batch.criteria import SECONDS, Observation, ratio
+from adabatch.batch.criteria import Observation, ratio
 from adabatch.batch.efficiency import efficiency
-from adabatch.batch.moments import Norm, noise_in
+from adabatch.batch.moments import Norm
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import PlanGrid
 from adabatch.batch.step_times import StepTimeModel
 
@@ -63,9 +64,9 @@ class Goodput:
             raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """Noise and signal in the norm, and how long steps take."""
-        return frozenset({noise_in(self.norm), SECONDS})
+        return Needs(noise=self.norm, seconds=True)
 
     def wanted(self, observation: Observation) -> float:
         """The batch with the most goodput, or the present one where that is hardly slower."""

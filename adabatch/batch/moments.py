@@ -14,54 +14,17 @@ so two squared norms at two sizes give unbiased estimates of both unknowns, what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-
-NOISE = "noise"
-"""What a probe gives and a criterion needs: the noise and signal of the gradient."""
-
-INNER_PRODUCTS = "inner_products"
-"""The same from single examples, with the share of the noise along the gradient."""
-
-EXAMPLES = "examples"
-"""What a probe gives whose parts are single examples: a spread within one micro-batch."""
-
-GRAD_L1 = "grad_l1"
-"""The l1 norm of the step's gradient, for schedules refined from recorded norms."""
-
-LAYERS = "layers"
-"""Noise and signal of each layer as well, for the journal."""
 
 EUCLIDEAN = "euclidean"
 
 Norm = Literal["euclidean", "adam", "sign", "kfac"]
 """In what noise and signal are measured: the Euclidean norm; that of gradients divided by Adam's root mean squares; the
 l1 norm, for methods that step by signs; that of K-FAC's curvature."""
-
-
-def noise_in(norm: str) -> str:
-    """What a probe gives and a criterion needs: noise and signal in a norm."""
-    return NOISE if norm == EUCLIDEAN else f"noise in the norm {norm}"
-
-
-def norm_in(needs: Iterable[str]) -> str:
-    """The norm in which noise is needed; the Euclidean one where no other is named."""
-    start = noise_in("")
-    return next((need.removeprefix(start) for need in needs if need.startswith(start)), EUCLIDEAN)
-
-
-def coordinates_at(quantile: float) -> str:
-    """What a probe gives and a criterion needs: ``noise_at_quantile``."""
-    return f"coordinates at quantile {quantile}"
-
-
-def quantile_in(needs: Iterable[str]) -> float | None:
-    """The quantile over coordinates that is needed, or None."""
-    start = coordinates_at(0).removesuffix("0")
-    return next((float(need.removeprefix(start)) for need in needs if need.startswith(start)), None)
 
 
 class GradientMoments(NamedTuple):
@@ -81,7 +44,7 @@ class GradientMoments(NamedTuple):
             gradient's c, where it was measured; else None. The noise at which the norm test asks for what the
             coordinate-wise test asks for.
         norm: the norm.
-        layers: the moments of each layer by its name, where they were measured (``LAYERS``); else None.
+        layers: the moments of each layer by its name, where they were measured; else None.
     """
 
     part_sq: float
@@ -270,27 +233,3 @@ def from_signs(
     signal = grad_l1 * grad_l1 - 2 / math.pi * noise / num_examples
     moments = GradientMoments.from_noise(noise, signal, part_size=part_size, num_examples=num_examples)
     return moments._replace(num_parts=num_parts, grad_l1=grad_l1, norm="sign")
-
-
-def merge(groups: Iterable[GradientMoments], grad_sq: float) -> GradientMoments:
-    """The moments of several groups of parts taken together, each weighted by its ``num_examples``.
-
-    Args:
-        groups: moments of the groups; they may differ in size. Their ``noise_along`` is left out: it was measured along
-            gradients that differ.
-        grad_sq: squared norm of the gradient of all groups together (the groups' own do not determine it).
-
-    Raises:
-        ValueError: no groups.
-    """
-    members: Sequence[GradientMoments] = list(groups)
-    if not members:
-        raise ValueError("merge needs at least one group, got none")
-    num_examples = sum(group.num_examples for group in members)
-    return GradientMoments(
-        part_sq=sum(group.part_sq * group.num_examples for group in members) / num_examples,
-        part_size=num_examples / sum(group.num_examples / group.part_size for group in members),
-        grad_sq=float(grad_sq),
-        num_examples=num_examples,
-        num_parts=sum(group.num_parts for group in members),
-    )

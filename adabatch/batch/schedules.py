@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from adabatch.batch.criteria import Observation
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import Duration, Progress
 
 
 class Schedule(ABC):
     """A global batch size as a function of progress."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[Needs] = Needs()
 
     @property
     def fixed_sizes(self) -> tuple[int, ...]:
@@ -150,8 +151,10 @@ class Seesaw(Schedule):
 
     Wherever ``shape`` would have fallen by another factor ``alpha``, the batch grows by ``alpha`` instead, and the
     learning rate falls only by ``sqrt(alpha)``: Adam's invariant ``lr / sqrt(b)`` falls as it would have by ``shape``
-    alone. Meant below the critical batch size, where noise dominates. The run then has ``lr_rule="seesaw"`` and no
-    other decay; for SGD, whose invariant is ``lr / b``, it has ``lr_rule="none"``, and all of the decay is the batch's.
+    alone. Meant below the critical batch size, where noise dominates. The run has no other decay; its rule is "sqrt"
+    (the default with this schedule), or for SGD, whose invariant is ``lr / b``, "linear": then all of the decay is the
+    batch's, as far as its limits let it grow. What the batch cannot give, the learning rate does: its factor is what
+    the rule makes of the batch, times ``lr_decay``.
 
     Args:
         first: global batch size at the start, in examples.
@@ -189,13 +192,13 @@ class Seesaw(Schedule):
         """``first * alpha ** cuts``; infinite, so up to the limit, where the shape is zero."""
         return float(self.first * self.alpha ** self.cuts(progress))
 
-    def decay(self, progress: Progress) -> float:
-        """The part of ``shape`` that was traded so far: ``alpha ** -cuts``."""
+    def lr_decay(self, progress: Progress) -> float:
+        """The decay of ``shape`` so far, in steps of ``alpha``, that batch and rate share: ``alpha ** -cuts``."""
         return float(self.alpha ** -self.cuts(progress))
 
     def lr_factor(self, progress: Progress) -> float:
         """What is left of the decay for the learning rate where the batch follows: ``alpha ** (-cuts / 2)``.
 
-        A batch that cannot follow, as it is at its limit, leaves more of it: ``decay * sqrt(b / first)``.
+        A batch that cannot follow, as it is at its limit, leaves more of it: ``lr_decay * sqrt(b / first)``.
         """
         return float(self.alpha ** (-self.cuts(progress) / 2))

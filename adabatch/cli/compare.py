@@ -12,7 +12,7 @@ from adabatch.batch.schedules import Constant
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, Result, run
 from adabatch.cli.picture import picture
-from adabatch.runtime.world import World
+from adabatch.runtime.launch.world import World
 
 HEADER = ("run", "steps", "mean batch", "examples", "test loss", "test accuracy", "wall time")
 

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.checkpoints import Checkpoints, Loaded
+from adabatch.checkpointing.checkpoints import Checkpoints, Loaded
 from adabatch.cli.optimizers import MakeOptimizer, is_second_order, optimizer_of
-from adabatch.runtime.world import World
+from adabatch.runtime.launch.world import World
 
 EngineName = Literal["ddp", "fsdp2", "deepspeed"]
 """What averages gradients over the processes of a job."""
@@ -27,8 +27,12 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 class Saving(Protocol):
     """What a job needs of checkpoints."""
 
-    def load(self) -> Loaded | None:
+    def load(self, *, missing_ok: bool | None = None) -> Loaded | None:
         """Goes on from what is there."""
+        ...
+
+    def start_over(self) -> None:
+        """Begins a new run, whatever is there."""
         ...
 
     def step(self, *, now: bool = False) -> bool:

@@ -20,22 +20,22 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
-from adabatch.checkpoints import Loaded
+from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.cli.display import Display
 from adabatch.cli.engines import EngineName, engine_of
 from adabatch.cli.optimizers import MakeOptimizer, observe
-from adabatch.cli.recorded import CHECKPOINTS, JOURNAL
+from adabatch.cli.schedule.recorded import CHECKPOINTS, JOURNAL
+from adabatch.guards.preemption import Preemption
+from adabatch.guards.watchdog import Watchdog
 from adabatch.lr.rules import LRRule
 from adabatch.lr.shapes import Shape, constant
-from adabatch.preemption import Preemption
 from adabatch.recipes.data import collate
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.layers import PerLayer
+from adabatch.runtime.launch.world import World
 from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.probes.layers import PerLayer
 from adabatch.runtime.scheduler import ClockKind, ProgressLR
-from adabatch.runtime.world import World
-from adabatch.watchdog import Watchdog
 
 CONFIG_FORMAT = 1
 EVALUATION_BATCH = 1024
@@ -84,7 +84,7 @@ class Job:
         lr_rule: how the learning rate follows the batch; by default "sqrt" for second-order optimizers, else "none".
         reference_batch_size: global batch size that the learning rate is meant for; by default the first one.
         shape: learning-rate schedule over the run, from adabatch.lr.
-        warmup: linear warm-up of the learning rate before the shape.
+        warmup: linear warm-up of the learning rate before the shape, a duration or a share of the total (0.1).
         clock: what the shape's progress counts: "total" the unit of the total, "gain" gain-steps towards it.
         tokens_per_example: lets durations be given in tokens.
         monitor: measure the noise although nothing needs it.
@@ -117,7 +117,7 @@ class Job:
     lr_rule: LRRule | None = None
     reference_batch_size: int | None = None
     shape: Shape | None = None
-    warmup: Duration | None = None
+    warmup: Duration | float | None = None
     clock: ClockKind = "total"
     tokens_per_example: int | None = None
     monitor: bool = False
@@ -252,8 +252,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     )
     with Preemption(batches) as preemption, checkpoints:
         if not saving.resume:
-            batches.journal.cut(0)
-        elif (loaded := checkpoints.load()) is not None:
+            checkpoints.start_over()
+        elif (loaded := checkpoints.load(missing_ok=True)) is not None:
             _say(loaded, batches, display)
         began = time.perf_counter()
         watch = nullcontext() if job.hang_timeout is None else Watchdog(batches, timeout=job.hang_timeout)
@@ -295,7 +295,9 @@ def _say(loaded: Loaded, batches: AdaptiveBatch, display: Display) -> None:
     """From where the run goes on, and what is not as it was."""
     display.say(f"going on from {loaded.path} at {batches.consumed.examples:,} examples")
     for difference in loaded.differences:
-        display.say(f"  {difference}")
+        # What became of these is told by the settings themselves: taken over, or, in the log, kept.
+        if not difference.name.startswith(("config.optimizer.", "config.seed")):
+            display.say(f"  {difference}")
 
 
 @torch.no_grad()

@@ -20,19 +20,19 @@ except ImportError as error:  # the library itself does without
     raise SystemExit(f"adabatch: error: the command line needs `pip install adabatch[cli]` ({error})") from None
 
 from adabatch import __version__
+from adabatch.checkpointing.files import CheckpointError
 from adabatch.cli.compare import HEADER, compare, row
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, run
-from adabatch.cli.mup import DESCRIPTION as MUP_DESCRIPTION
-from adabatch.cli.mup import add_mup_commands, run_mup
+from adabatch.cli.mup.commands import DESCRIPTION as MUP_DESCRIPTION
+from adabatch.cli.mup.commands import add_mup_commands, run_mup
 from adabatch.cli.picture import picture
-from adabatch.cli.schedule import DESCRIPTION, add_schedule_commands, run_schedule
+from adabatch.cli.schedule.commands import DESCRIPTION, add_schedule_commands, run_schedule
 from adabatch.cli.verify import DEFAULT_STEPS, verify
-from adabatch.preemption import EXIT_PREEMPTED
-from adabatch.runtime.checkpoint import CheckpointError
-from adabatch.runtime.drift import RanksDrifted
-from adabatch.runtime.world import World, connected
-from adabatch.watchdog import EXIT_RANK_LOST, RankLost
+from adabatch.guards.drift import RanksDrifted
+from adabatch.guards.preemption import EXIT_PREEMPTED
+from adabatch.guards.watchdog import EXIT_RANK_LOST, RankLost
+from adabatch.runtime.launch.world import World, connected
 
 CHECKPOINT_FAILED = 1
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError)

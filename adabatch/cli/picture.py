@@ -1,9 +1,10 @@
-"""The picture at the end of a run, where the ``report`` extra is installed."""
+"""Pictures of runs and of schedules, where the ``report`` extra is installed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from adabatch.cli.display import Display
 
@@ -17,3 +18,22 @@ def picture(journals: Mapping[str, Path], path: Path, *, display: Display, title
         return
     draw(journals, path, title=title)
     display.say(f"picture: {path}")
+
+
+def draw_panels(build: Callable[[Any], list[Any]], out: Path, *, title: str | None = None, display: Display) -> None:
+    """Draws what ``build`` makes into ``out``; says what to install where it cannot.
+
+    Args:
+        build: module ``adabatch.report.shapes`` -> its panels.
+        out: the PNG file; its folder is made.
+        title: a heading.
+        display: where to say so.
+    """
+    try:
+        from adabatch.report import shapes
+    except ImportError as error:
+        display.say(f"no picture: {error}")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shapes.draw_panels(build(shapes), out, title=title)
+    display.say(f"picture: {out}")

@@ -14,7 +14,7 @@ from adabatch.cli.job import Job
 from adabatch.cli.optimizers import observe, optimizer_of
 from adabatch.recipes.data import collate
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.world import World
+from adabatch.runtime.launch.world import World
 from adabatch.verification import Check, Training, all_checks
 
 HEADER = ("check", "result", "measured", "allowed")

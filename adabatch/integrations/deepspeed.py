@@ -6,24 +6,25 @@ of accumulation and the batch factor on the learning rate are ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Unpack, final
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan
 from adabatch.optim import KFAC
-from adabatch.runtime.backward import Backward
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.engines.backward import Backward
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
-from adabatch.runtime.wrappers import Wrapper
+from adabatch.runtime.probes.protocol import Probe, ProbeOptions
 
 HELD = ("bit16_groups", "fp16_groups", "bf16_groups")
 """Where DeepSpeed's optimizers list the model's parameters, of which the optimizer inside them holds copies."""
@@ -73,44 +74,55 @@ def attach(
         engine.basic_optimizer,
         criterion,
         micro_batch_size=engine.train_micro_batch_size_per_gpu() if micro_batch_size is None else micro_batch_size,
-        wrapper=_Attached(engine).wrapper(),
+        engine=AttachedEngine(engine),
         **options,
     )
 
 
-class _Attached:
-    """What ``AdaptiveBatch`` has to know of an engine."""
+@final
+class AttachedEngine(Engine):
+    """What ``AdaptiveBatch`` has to know of a DeepSpeed engine."""
+
+    runs_alone = False
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
+        ranks = Collectives(*([dist.group.WORLD] if dist.group.WORLD else []), device=engine.device)
+        super().__init__(engine.module, ranks, Backward(self._backward, self._scale_on))
         self._engine = engine
         self._scale = torch.ones(())
         self._began = 0
         self._manages = manages_accumulation(engine)
         if self._manages:
             engine.set_gradient_accumulation_boundary(True)
+        self._whole = engine.zero_optimization_stage() == 0
+        # Early: the gradient lies in the parameters after the backward, and is not clipped yet.
+        self.reduced = "backward" if self._whole and self._manages else "update"
+        self.shards = engine.zero_optimization_stage() == 3
 
-    def wrapper(self) -> Wrapper:
-        """How the engine runs a model on several ranks."""
-        engine, stage = self._engine, self._engine.zero_optimization_stage()
-        early = stage == 0 and self._manages  # the gradient then lies in the parameters, and is not clipped yet
-        collectives = Collectives(*([dist.group.WORLD] if dist.group.WORLD else []), device=engine.device)
-        known: dict[str, Any] = {"collectives": collectives} if stage == 0 else {"grad_sq": self._grad_sq}
-        return Wrapper(
-            collectives=collectives,
-            no_sync=self._within_window if self._manages else nullcontext,
-            make_probe=partial(MicroBatchProbe, **known),
-            backward=Backward(self._backward, self._scale_on),
-            begin=self._begin,
-            reduced="backward" if early else "update",
-            left_out=lambda: engine.global_steps > self._began,
-            parameters=trained_parameters(engine),
-            runs_alone=False,
-        )
+    def trained(self, optimizer: Optimizer) -> list[Tensor]:
+        """The model's parameters, of which the optimizer may hold copies or shards."""
+        held = {id(p) for p in trained_parameters(self._engine)}
+        return [p for p in self.model.parameters() if id(p) in held]
 
-    def _begin(self, plan: BatchPlan) -> None:
+    def begin(self, plan: BatchPlan) -> None:
+        """Tells the engine how large the batch is."""
         self._began = self._engine.global_steps
         self._engine.set_train_micro_batch_size(plan.micro_batch_size)
         self._engine.set_train_batch_size(plan.global_batch_size)
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """The window of accumulation goes on."""
+        return self._within_window() if self._manages else nullcontext()
+
+    def left_out(self) -> bool:
+        """Whether ``engine.step()`` has come and gone without a step of the optimizer."""
+        return bool(self._engine.global_steps > self._began)
+
+    def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
+        """``MicroBatchProbe``, which with ZeRO 1 to 3 takes the norm of the step's gradient from the engine."""
+        if self._whole:
+            return MicroBatchProbe(parameters, collectives=self.collectives, **options)
+        return MicroBatchProbe(parameters, grad_sq=self._grad_sq, **options)
 
     @contextmanager
     def _within_window(self) -> Iterator[None]:
@@ -220,7 +232,7 @@ def _asked(engine: Any, question: str) -> bool:
 
 
 def _check_options(engine: Any, options: dict[str, Any]) -> None:
-    for name in ("probe", "gradient_sync", "scaler", "local_sgd", "wrapper"):
+    for name in ("probe", "gradient_sync", "scaler", "engine", "local_sgd"):
         if options.get(name) is not None:
             way_out = ", or use DDP or FSDP2 for one of your own" if name == "probe" else ""
             raise ValueError(f"attach chooses {name}= from the engine: leave it out{way_out}")

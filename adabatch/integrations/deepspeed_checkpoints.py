@@ -11,11 +11,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-unty
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.plan import Duration
-from adabatch.checkpoints import Loaded
-from adabatch.run_state import Stateful
+from adabatch.checkpointing.checkpoints import Loaded
+from adabatch.checkpointing.files import CheckpointError
+from adabatch.checkpointing.lock import FolderLock, read_lock
+from adabatch.checkpointing.plain import NotPlain, plain
+from adabatch.checkpointing.run_state import Stateful
+from adabatch.checkpointing.save_times import SaveTimes
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.random_state import random_state, restore_random_state
-from adabatch.save_times import SaveTimes
 
 KEY = "adabatch"
 """Where in ``client_state`` our parts are."""
@@ -67,6 +70,7 @@ class DeepSpeedCheckpoints:
         self._batches = batches
         self._ranks = workers_of(None, device=engine.device)
         self._keep = keep
+        self._lock = FolderLock(self._folder)
         self._times = SaveTimes(batches, every=every, every_seconds=every_seconds)
         self._times.listen(first=self._ranks.rank == 0)
 
@@ -85,10 +89,27 @@ class DeepSpeedCheckpoints:
         return True
 
     def save(self) -> None:
-        """Saves the run as it is between two steps; on all ranks."""
+        """Saves the run as it is between two steps; on all ranks.
+
+        Raises:
+            CheckpointError: a part holds what could not be read back, or the folder is another process's or another
+                run's; on all ranks.
+        """
         self._batches.settle()
         rows = self._ranks.gather(random_state(self._engine.device).to(self._ranks.device)).cpu()
-        state = {"random": rows, **{name: part.state_dict() for name, part in self._parts.items()}}
+        failure: Exception | None = None
+        state: dict[str, Any] = {}
+        try:
+            state = {name: plain(part.state_dict(), name) for name, part in self._parts.items()}
+            state |= {"random": rows, "run": self._batches.journal.run}
+            if self._ranks.rank == 0:
+                if not self._lock.held:
+                    self._refuse_other_run()
+                    self._claim()
+                self._lock.check()
+        except (NotPlain, CheckpointError, OSError) as error:
+            failure = error
+        self._raise_together(failure)
         tag = f"step{self._batches.consumed.steps:08d}"
         if self._ranks.rank == 0:
             self._batches.journal.sync()  # no checkpoint may know of steps that the journal can still lose
@@ -98,13 +119,42 @@ class DeepSpeedCheckpoints:
                 shutil.rmtree(old)
         self._times.saved()
 
-    def load(self) -> Loaded | None:
-        """Goes on from the checkpoint that DeepSpeed calls its latest; None where there is none.
+    def start_over(self) -> None:
+        """Begins a new run in the folder; the journal's lines go to its side file.
 
         Raises:
-            ValueError: one that DeepSpeed cannot load, or that was saved without ``DeepSpeedCheckpoints``.
+            CheckpointError: the folder is another process's.
         """
+        failure: Exception | None = None
+        try:
+            if self._ranks.rank == 0:
+                self._claim()
+            self._batches.journal.cut(0)
+        except (CheckpointError, OSError) as error:
+            failure = error
+        self._raise_together(failure)
+
+    def load(self, *, missing_ok: bool | None = None) -> Loaded | None:
+        """Goes on from the checkpoint that DeepSpeed calls its latest.
+
+        Args:
+            missing_ok: return None where there is none, as by default, rather than raise.
+
+        Raises:
+            FileNotFoundError: there is none, where that is an error.
+            ValueError: one that DeepSpeed cannot load, or that was saved without ``DeepSpeedCheckpoints``.
+            CheckpointError: the folder is another process's.
+        """
+        failure: Exception | None = None
+        try:
+            if self._ranks.rank == 0 and self._folder.is_dir():
+                self._lock.claim(None)
+        except (CheckpointError, OSError) as error:
+            failure = error
+        self._raise_together(failure)
         if not self._ranks.minimum_of((self._folder / LATEST).exists())[0]:
+            if missing_ok is False:
+                raise FileNotFoundError(f"there is no checkpoint in {self._folder.absolute()}: check the path")
             self._batches.journal.cut(0)
             return None
         path, client = self._engine.load_checkpoint(str(self._folder))
@@ -117,7 +167,9 @@ class DeepSpeedCheckpoints:
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         restore_random_state(state["random"], self._ranks.rank, self._engine.device)
+        self._batches.journal.run = state.get("run", self._batches.journal.run)
         if self._ranks.rank == 0:
+            self._claim()
             self._batches.journal.cut(self._batches.consumed.examples)
         self._times.loaded()
         return Loaded(Path(path).parent, (), ())
@@ -128,5 +180,29 @@ class DeepSpeedCheckpoints:
 
     def __exit__(self, *error: Any) -> None:
         """All ranks have what they saved."""
+        if self._batches.journal.guard == self._lock.check:
+            self._batches.journal.guard = None
+        self._lock.release()
         if error[0] is None and dist.is_initialized():
             dist.barrier()
+
+    def _claim(self) -> None:
+        self._lock.claim(self._batches.journal.run)
+        if self._batches.journal.guard is None:
+            self._batches.journal.guard = self._lock.check
+
+    def _refuse_other_run(self) -> None:
+        mine, theirs = self._batches.journal.run, read_lock(self._folder).run
+        if theirs not in (None, mine) and (self._folder / LATEST).exists():
+            raise CheckpointError(
+                f"{self._folder} holds the checkpoints of run {theirs}, and this is run {mine}, which has loaded none "
+                f"of them: load() to go on with that run, start_over() to take its folder, or use another folder"
+            )
+
+    def _raise_together(self, failure: Exception | None) -> None:
+        """Raises on all ranks what failed on one."""
+        failed = self._ranks.sum_of(failure is not None)[0]
+        if failure is not None:
+            raise CheckpointError(f"a checkpoint in {self._folder}: {failure}") from failure
+        if failed:
+            raise CheckpointError(f"another rank could not use the checkpoints in {self._folder}")

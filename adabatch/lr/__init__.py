@@ -14,6 +14,8 @@ from adabatch.lr.bound import (
     transfer,
     two_stage,
 )
+from adabatch.lr.follow import Followers, UpdateRules, UpdateScaling
+from adabatch.lr.function_shape import FunctionShape
 from adabatch.lr.refine import (
     last_iterate_guarantee,
     last_iterate_multipliers,
@@ -43,7 +45,11 @@ __all__ = [
     "BoundTerms",
     "CooldownLimits",
     "Extension",
+    "Followers",
+    "FunctionShape",
     "Shape",
+    "UpdateRules",
+    "UpdateScaling",
     "adjusted_infimum",
     "averaged_bound_terms",
     "best_base_lr",

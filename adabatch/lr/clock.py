@@ -17,6 +17,20 @@ from dataclasses import dataclass
 from adabatch.batch.plan import Duration, Progress
 
 
+def share_of(total: Duration, share: float) -> Duration:
+    """A part of a duration, in its unit, rounded to a whole number: 0.1 of 6,000,000 examples is 600,000 examples.
+
+    Raises:
+        ValueError: a share outside [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ValueError(
+            f"a share of the total must lie in [0, 1), got {share}: give a length as a duration, such as "
+            f"adabatch.steps(100)"
+        )
+    return Duration(round(share * total.count), total.unit)
+
+
 @dataclass(frozen=True)
 class Anchor:
     """A point that the shape's progress is counted from.

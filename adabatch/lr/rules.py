@@ -10,8 +10,8 @@ With ``k = b / b_ref``:
     sqrt_gain  the square root of that                            Adam-like methods in any regime (AdaptDL)
 
 Under a schedule that runs on examples, "none" is not neutral: each doubling of the batch then acts as a further decay
-of the learning rate, by 2 for SGD and sqrt 2 for Adam. "seesaw" is "sqrt" times the decay that the ``Seesaw`` schedule
-of the batch stands for, and goes only with one.
+of the learning rate, by 2 for SGD and sqrt 2 for Adam. A criterion may bring a decay of its own (``Seesaw``), which
+multiplies the factor of any rule but "none"; see ``lr.follow``.
 
 Other settings of Adam-like methods may follow too (``followed``), so that their memory and decay stay what they were in
 examples: betas, eps and decoupled weight decay.
@@ -20,12 +20,12 @@ examples: betas, eps and decoupled weight decay.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, get_args, overload
 
 from adabatch.batch.plan import Duration
 
-LRRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain", "seesaw"]
+LRRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain"]
 NOISE_RULES: frozenset[str] = frozenset({"gain", "sqrt_gain"})
 """Rules that read the noise, so that a probe must measure it."""
 
@@ -34,6 +34,11 @@ Setting = Literal["betas", "eps", "weight_decay"]
 
 def check_lr_rule(rule: str) -> None:
     """Raises ValueError for a rule that does not exist."""
+    if rule == "seesaw":
+        raise ValueError(
+            "lr_rule='seesaw' is now lr_rule='sqrt' (or 'linear' with SGD), with the criterion Seesaw(...), which "
+            "brings its decay of the learning rate itself: leave lr_rule out, or give one of those"
+        )
     if rule not in get_args(LRRule):
         raise ValueError(f"lr_rule must be one of {', '.join(get_args(LRRule))}, got {rule!r}")
 
@@ -79,7 +84,7 @@ def lr_factor(
     """The batch factor of a step of ``global_batch_size`` examples.
 
     Args:
-        rule: one of "none", "linear", "sqrt", "gain", "sqrt_gain" ("seesaw" belongs to the schedule and is 1 here).
+        rule: one of "none", "linear", "sqrt", "gain", "sqrt_gain".
         global_batch_size: examples of the step, positive.
         reference: the batch size for which the base LR was chosen; there the factor is 1.
         noise, signal: averages in per-example units, read by "gain" only.
@@ -104,7 +109,14 @@ def lr_factor(
     return 1.0
 
 
-def followed(settings: Mapping[str, Any], names: Collection[str], *, ratio: float, factor: float) -> dict[str, Any]:
+def followed(
+    settings: Mapping[str, Any],
+    names: Collection[str],
+    *,
+    ratio: float,
+    factor: float,
+    exponents: Sequence[float] | None = None,
+) -> dict[str, Any]:
     """Settings of an optimizer's parameter group for a step of ``ratio`` reference batches.
 
         betas          beta ** ratio              the averages forget as much per example (Marek et al. 2025)
@@ -117,6 +129,7 @@ def followed(settings: Mapping[str, Any], names: Collection[str], *, ratio: floa
         ratio: batch size over reference batch size, positive.
         factor: what the rule makes of the batch in the same step, positive; without the decay of a ``Seesaw``, which
             the weight decay shares with the learning rate, down to zero.
+        exponents: those of the betas, where floors hold some of them back; by default ``ratio`` for each.
 
     Returns:
         The settings that change, by name.
@@ -129,7 +142,9 @@ def followed(settings: Mapping[str, Any], names: Collection[str], *, ratio: floa
             raise ValueError(f"{name} must be positive and finite, got {value}")
     new: dict[str, Any] = {}
     if "betas" in names:
-        new["betas"] = tuple(beta**ratio for beta in settings["betas"])
+        betas = settings["betas"]
+        powers = [ratio] * len(betas) if exponents is None else exponents
+        new["betas"] = tuple(beta**power for beta, power in zip(betas, powers, strict=True))
     if "eps" in names:
         new["eps"] = settings["eps"] / math.sqrt(ratio)
     if "weight_decay" in names:
@@ -137,22 +152,34 @@ def followed(settings: Mapping[str, Any], names: Collection[str], *, ratio: floa
     return new
 
 
-def legw_warmup(warmup: Duration, ratio: float) -> Duration:
+@overload
+def legw_warmup(warmup: Duration, ratio: float) -> Duration: ...
+@overload
+def legw_warmup(warmup: float, ratio: float) -> float: ...
+def legw_warmup(warmup: Duration | float, ratio: float) -> Duration | float:
     """The warm-up for a batch ``ratio`` times as large: as many steps, so ``ratio`` times the examples.
 
     It goes with the sqrt rule. A warm-up that is given in steps stays as it is.
 
     Args:
-        warmup: tuned for the reference batch size.
+        warmup: tuned for the reference batch size; a number is a share of a total in examples or tokens.
         ratio: batch size over reference batch size, positive.
 
     Raises:
-        ValueError: a ratio out of its range, or a warm-up in gain-steps, whose worth in steps depends on the noise.
+        ValueError: a ratio out of its range, a share that is not below 1 before and after, or a warm-up in gain-steps,
+            whose worth in steps depends on the noise.
 
     Source: You et al. 2019, "Large-batch training for LSTM and beyond" (LEGW), section 3.
     """
     if not 0 < ratio < math.inf:
         raise ValueError(f"ratio must be positive and finite, got {ratio}")
+    if isinstance(warmup, int | float):
+        if not (0 <= warmup < 1 and warmup * ratio < 1):
+            raise ValueError(
+                f"a warm-up of the share {warmup} of the total is {warmup * ratio} of it at {ratio} times the batch: "
+                f"both must lie in [0, 1); give a smaller share, or a duration"
+            )
+        return warmup * ratio
     if warmup.unit == "steps":
         return warmup
     if warmup.unit == "gain_steps":

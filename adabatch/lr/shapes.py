@@ -102,7 +102,10 @@ class Shape:
         Raises:
             ValueError: a progress that is not a number (NaN).
         """
-        factors = np.asarray(self._curve(_clamped("progress", progress)))
+        numbers = _clamped("progress", progress)
+        # A number goes through numpy as an array of one. A scalar's power or sine would come from another library than
+        # an array's, whose vectorized loops depend on the processor, and differ in the last digit.
+        factors = np.asarray(self._curve(numbers.ravel())).reshape(numbers.shape)
         return float(factors) if np.isscalar(progress) else factors
 
     def to_dict(self) -> dict[str, Any]:
@@ -400,7 +403,11 @@ def _left(p: FloatArray, cooldown: float) -> FloatArray:
     """The share of the cooldown that is still to come: 1 before it, 0 at the end."""
     if cooldown == 0:
         return np.ones_like(p)
-    return np.minimum(1 - p, cooldown) / cooldown
+    # At the knee 1 - p misses the cooldown by the rounding of p, which is nothing but under a square root, where one
+    # unit in the last place is 1.5e-8. The second term keeps cooldowns as short as that rounding.
+    rounding = min(2**-52, cooldown / 1024)
+    left = 1 - p
+    return np.where(left >= cooldown - rounding, 1.0, np.minimum(left, cooldown) / cooldown)
 
 
 # what a cooldown has left to lose, from the share r = 1 - q of it that is to come; each form keeps its digits

@@ -122,7 +122,7 @@ class Attention(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """A pre-norm residual block: attention, then a two-layer network four times as wide."""
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -181,7 +181,7 @@ class Transformer(nn.Module):
         self.block_size = block_size
         self.token = nn.Embedding(vocab_size, width)
         self.position = nn.Embedding(block_size, width)
-        self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(width, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab_size, bias=False)
         self._initialize(depth)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adabatch.journal import OneRun
+
 Journal = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
 """A path to JSON lines, or the lines themselves, decoded or not."""
 
@@ -57,7 +59,8 @@ def read_curves(journal: Journal) -> Curves:
     steps); a step may lack anything else.
 
     Raises:
-        ValueError: a damaged line before the last, a journal of a newer format, or no steps at all.
+        ValueError: a damaged line before the last, a journal of a newer format or of two runs, a step that is there
+            twice, or no steps at all.
     """
     rows = [row for row in map(_row, _records(journal)) if row is not None]
     if not rows:
@@ -127,7 +130,7 @@ def _row(record: Mapping[str, Any]) -> _Row | None:
 
 def _records(journal: Journal) -> Iterator[Mapping[str, Any]]:
     """The decoded lines; the last may be unfinished."""
-    damaged = ""
+    damaged, run = "", OneRun(_name(journal))
     for number, line in enumerate(_lines(journal), 1):
         if isinstance(line, str) and not line.strip():
             continue
@@ -148,6 +151,7 @@ def _records(journal: Journal) -> Iterator[Mapping[str, Any]]:
                 f"{_name(journal)}, line {number}, has format {record['format']!r}, this version of adabatch "
                 f"reads format {FORMAT}: draw it with the version that wrote it"
             )
+        run.see(number, record)
         yield record
 
 

@@ -13,7 +13,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.runtime.compiled import uncompiled
-from adabatch.runtime.sharding import data_parallel_mesh, is_sharded
+from adabatch.runtime.fsdp2 import data_parallel_mesh, is_sharded
 
 
 class Collectives:

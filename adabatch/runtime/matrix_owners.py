@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from adabatch.runtime.collectives import Collectives, collectives_of
-from adabatch.runtime.sharding import is_sharded
+from adabatch.runtime.fsdp2 import is_sharded
 
 
 class AcrossRanks(TypedDict):

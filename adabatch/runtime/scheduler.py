@@ -1,11 +1,11 @@
-"""The learning rate of a run: a torch ``LRScheduler`` driven by progress, and the batch factor put on step by step."""
+"""The learning rate of a run: a torch ``LRScheduler`` driven by progress."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,9 +13,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
 from adabatch.batch.plan import Duration, Progress, Unit
-from adabatch.lr.clock import Anchor, Clock
-from adabatch.lr.shapes import Shape, warmup_factor
-from adabatch.runtime.backward import left_out
+from adabatch.lr.clock import Anchor, Clock, share_of
+from adabatch.lr.function_shape import AnyShape, check_same_shape, shape_from
+from adabatch.lr.shapes import warmup_factor
+from adabatch.runtime.engines.backward import left_out
+from adabatch.runtime.optimizers import each_of, joined, without_rate
+from adabatch.runtime.ownership import take_over
+from adabatch.runtime.step_hooks import hook_step, put_setting, remove_all
 
 STATE_FORMAT = 1
 
@@ -50,38 +54,41 @@ class GrowthHold(ProgressSource, Protocol):
         ...
 
 
-def _hook(optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]) -> list[RemovableHandle]:
-    """Calls around ``optimizer.step()``."""
-    try:
-        return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-    except AttributeError as error:  # a wrapper that is an Optimizer by type only, such as Accelerate's
-        raise TypeError(
-            f"{type(optimizer).__name__} is no optimizer with step hooks: give the optimizer inside it, before it is "
-            f"wrapped (with Accelerate, before accelerator.prepare)"
-        ) from error
-
-
 class CountedSteps:
     """A progress source for runs without ``AdaptiveBatch``: it counts the optimizer's steps, and nothing else."""
 
     lr_factor = 1.0
 
-    def __init__(self) -> None:
-        self.progress = Progress()
-        self._stepping = False
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress = Progress() if progress is None else progress
+        self._handles: list[RemovableHandle] = []
+        self._num_optimizers = 1
+        self._applied: dict[int, bool] = {}  # of several optimizers those that made their part of the update
+
+    def __getstate__(self) -> Progress:
+        return self.progress
+
+    def __setstate__(self, progress: Progress) -> None:
+        CountedSteps.__init__(self, progress)
 
     def listen(self, optimizer: Optimizer) -> None:
-        """Counts the steps of ``optimizer`` from now on; a copy of it has no hooks, and must be listened to anew."""
-        _hook(optimizer, self._begin, self._count)
+        """Counts the steps of ``optimizer`` from now on; a copy of it has no hooks, and must be listened to again."""
+        self._num_optimizers = len(each_of(optimizer))
+        self._handles = hook_step(optimizer, self._begin, self._count)
 
-    def _begin(self, *_: Any) -> None:
-        self._stepping = True
+    def _begin(self, optimizer: Optimizer) -> None:
+        pass
 
-    def _count(self, optimizer: Optimizer, *_: Any) -> None:
-        # An optimizer whose step() calls its parent's runs the hooks of both, one inside the other.
-        if self._stepping and not left_out(optimizer):
-            self.progress = self.progress.after(0)
-        self._stepping = False
+    def _count(self, optimizer: Optimizer) -> None:
+        self._applied[id(optimizer)] = not left_out(optimizer)
+        if len(self._applied) == self._num_optimizers:
+            if all(self._applied.values()):
+                self.progress = self.progress.after(0)
+            self._applied.clear()
+
+    def stop(self) -> None:
+        """Takes the hooks off the optimizer."""
+        remove_all(self._handles)
 
     @property
     def progress_after_next(self) -> Progress:
@@ -96,46 +103,67 @@ class ProgressLR(LRScheduler):
     calling it twice, or after an update that was skipped, changes nothing. The batch factor is not in
     ``group["lr"]``; ``get_last_lr`` includes it.
 
+    A group that is added to the optimizer in mid-run follows the shape from the next ``step()`` on, with the LR that it
+    was added with as its base LR. Call ``step()`` once after ``add_param_group``, and its first update does too.
+
+    A second schedule on the same optimizer takes the place of the first, whose ``step()`` raises from then on.
+
     Args:
-        optimizer: its groups keep their own base LRs.
-        shape: progress in [0, 1] -> factor, from ``adabatch.lr``.
+        optimizer: its groups keep their own base LRs; of several optimizers a list, or one schedule for each.
+        shape: progress in [0, 1] -> factor, from ``adabatch.lr`` or a function of your own, finite and not negative.
+            Of a function its name and some of its values are saved, and compared on resume (``lr.FunctionShape``).
         source: where progress comes from, an ``AdaptiveBatch``; None counts optimizer steps.
         total: length of the run.
-        warmup: length of a linear warm-up before the shape, in any unit; the shape runs over the rest.
+        warmup: length of a linear warm-up before the shape, in any unit, or as a share of the total, such as 0.1; the
+            shape runs over the rest. Where the batch grows, a number of steps is a small part of the examples.
         warmup_start: factor that the warm-up starts from, in [0, 1]. The first update is already one step past it.
         clock: "total" counts progress in the unit of the total. "gain" counts gain-steps towards a total in any unit:
             each step advances the shape by what it is worth, and no number of steps need be known.
 
+    Attributes:
+        built_lrs: the base LRs that the optimizer was built with, one a group; by them a resumed run knows whether its
+            user has changed them.
+
     Raises:
         ValueError: a total of no length, a warm-up not shorter than the total, a total in examples or tokens where
-            nobody counts those, or a learning rate that is not finite.
-        TypeError: a shape that is not a ``Shape``, or a length without a unit.
+            nobody counts those, a learning rate that is not finite, or that the optimizer sets itself (``lr=None``), or
+            a function whose values are no factors.
+        TypeError: a shape that is neither a ``Shape`` nor a function, or a length without a unit.
     """
 
     def __init__(
         self,
-        optimizer: Optimizer,
-        shape: Shape,
+        optimizer: Optimizer | Sequence[Optimizer],
+        shape: AnyShape | Callable[[float], float],
         source: ProgressSource | None = None,
         *,
         total: Duration,
-        warmup: Duration | None = None,
+        warmup: Duration | float | None = None,
         warmup_start: float = 0.0,
         clock: ClockKind = "total",
     ) -> None:
-        if not isinstance(shape, Shape):
-            raise TypeError(f"shape must come from adabatch.lr, such as adabatch.lr.cosine(), got {shape!r}")
         for name, length in (("total", total), ("warmup", warmup)):
-            if not isinstance(length, Duration) and (length is not None or name == "total"):
-                raise TypeError(f"{name} must be a duration, such as adabatch.steps({length}), got {length!r}")
+            share = isinstance(length, float) and name == "warmup"
+            if not isinstance(length, Duration) and not share and (length is not None or name == "total"):
+                way_out = " (a share of the total is a float, such as 0.1)" if name == "warmup" else ""
+                raise TypeError(f"{name} must be a duration, such as adabatch.steps({length}), got {length!r}{way_out}")
         if not 0 <= warmup_start <= 1:
             raise ValueError(f"warmup_start must be in [0, 1], got {warmup_start}")
         if clock not in get_args(ClockKind):
             raise ValueError(f"clock must be one of {', '.join(get_args(ClockKind))}, got {clock!r}")
+        optimizer = joined(optimizer)
+        if isinstance(optimizer, Optimizer) and (kind := without_rate(optimizer)) is not None:
+            raise ValueError(
+                f"{kind} sets its learning rate itself (lr=None), which a schedule would undo: leave ProgressLR out, or "
+                f"give the optimizer a learning rate (Adafactor: relative_step=False)"
+            )
         for group in optimizer.param_groups if isinstance(optimizer, Optimizer) else ():  # torch names what is none
             if not math.isfinite(group["lr"]):  # its optimizers take NaN
                 raise ValueError(f"the learning rate of {type(optimizer).__name__} must be finite, got {group['lr']}")
-        self.shape = shape
+        self.shape = shape_from(shape)
+        self._warmup_share = warmup if isinstance(warmup, float) else None
+        if isinstance(warmup, float):
+            warmup = share_of(total, warmup)
         self._clock = Clock(total, warmup)
         self._warmup_start = warmup_start
         self._kind: ClockKind = clock
@@ -148,11 +176,50 @@ class ProgressLR(LRScheduler):
                 self._check_unit(length.unit, f"{length} cannot be counted")
         if clock == "gain":
             self._check_unit("gain_steps", "clock='gain' cannot be read")
+        self._replaced = False
         if source is None:
             counted.listen(optimizer)
-        if warmup is not None and isinstance(source, GrowthHold):
-            source.hold_growth_until(warmup)
+        if isinstance(optimizer, Optimizer):
+            self._num_groups = [len(one.param_groups) for one in each_of(optimizer)]
+            take_over(self, each_of(optimizer), kind="ProgressLR")
+        if self._clock.warmup is not None and isinstance(source, GrowthHold):
+            source.hold_growth_until(self._clock.warmup)
         super().__init__(optimizer)
+        self.built_lrs = [float(base) for base in self.base_lrs]
+
+    @property
+    def warmup(self) -> Duration | None:
+        """Length of the warm-up, also where it was given as a share; None for none."""
+        return self._clock.warmup
+
+    def give_way(self) -> None:
+        """A newer schedule sets the rates of this optimizer."""
+        self._replaced = True
+        if isinstance(self._source, CountedSteps):
+            self._source.stop()
+
+    def _check_in_place(self) -> None:
+        if self._replaced:
+            raise RuntimeError(
+                f"this ProgressLR was replaced by a newer one on the same {type(self.optimizer).__name__}: step that one"
+            )
+
+    def _take_in_groups(self) -> None:
+        """Groups that were added to an optimizer get their own rate as their base rate."""
+        start = 0
+        for number, one in enumerate(each_of(self.optimizer)):
+            known = self._num_groups[number]
+            if len(one.param_groups) < known:
+                raise RuntimeError(
+                    f"{type(one).__name__} had {known} parameter groups and has {len(one.param_groups)} now, and which "
+                    f"one left cannot be told: make a new ProgressLR after a group is removed"
+                )
+            for place, group in enumerate(one.param_groups[known:], start + known):
+                rate = group["lr"]
+                group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
+                self.base_lrs.insert(place, group["initial_lr"])
+            self._num_groups[number] = len(one.param_groups)
+            start += len(one.param_groups)
 
     def _check_unit(self, unit: Unit, refused: str) -> None:
         if unit != "steps" and isinstance(self._source, CountedSteps):
@@ -204,6 +271,7 @@ class ProgressLR(LRScheduler):
         self._check_unit(total.unit, f"{total} cannot be counted")
         if self._source.progress.reached(total):
             raise ValueError(f"the run is already past {total}: give a total that lies ahead")
+        self._check_in_place()
         clock = Clock(total, self._clock.warmup)
         progress = self._source.progress
         if not self._clock.warming_up(progress):
@@ -213,8 +281,29 @@ class ProgressLR(LRScheduler):
         self._clock = clock
         self._write()
 
+    def set_base_lrs(self, base_lrs: Sequence[float]) -> None:
+        """Changes the base LRs of a run under way, and writes the rates of the next update.
+
+        Args:
+            base_lrs: one for each parameter group.
+
+        Raises:
+            ValueError: another number of rates than of groups, or one that is not finite.
+        """
+        rates = [float(rate) for rate in base_lrs]
+        if len(rates) != len(self.optimizer.param_groups) or not all(map(math.isfinite, rates)):
+            raise ValueError(
+                f"base_lrs must be {len(self.optimizer.param_groups)} finite rate(s), one for each group, got {rates}"
+            )
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate
+        self.base_lrs = [*rates]
+        self._write()
+
     def step(self, epoch: int | None = None) -> None:
         """Writes the rates of the next update: after ``optimizer.step()``, or where a step was left without one."""
+        self._check_in_place()
+        self._take_in_groups()
         # torch warns of a first call without an update before it, which is what a gradient scaler makes on overflow,
         # and loses a rate by counting calls. Progress is read here, not counted.
         self._step_count += self._step_count == 1
@@ -237,9 +326,11 @@ class ProgressLR(LRScheduler):
         return {
             "format": STATE_FORMAT,
             "base_lrs": [float(base) for base in self.base_lrs],
+            "built_lrs": self.built_lrs,
             "shape": self.shape.to_dict(),
             "total": [total.count, str(total.unit)],
             "warmup": None if warmup is None else [warmup.count, warmup.unit],
+            "warmup_share": self._warmup_share,
             "warmup_start": self._warmup_start,
             "clock": self._kind,
             "anchor": None if self._anchor is None else [*astuple(self._anchor)],
@@ -261,23 +352,25 @@ class ProgressLR(LRScheduler):
                 f"the schedule was saved in format {state_dict['format']}, this version reads up to {STATE_FORMAT}: "
                 f"upgrade adabatch"
             )
+        self._take_in_groups()
         if len(state_dict["base_lrs"]) != len(self.base_lrs):
             raise ValueError(
                 f"the schedule was saved with {len(state_dict['base_lrs'])} parameter groups, "
                 f"the optimizer has {len(self.base_lrs)}: build it as the saved run did"
             )
+        self._check_in_place()
         mine = self.state_dict()
-        saved = Shape.from_dict(state_dict["shape"])
-        if saved != self.shape:
-            raise ValueError(
-                f"the schedule was saved with the shape {saved}, this run has {self.shape}: use one of them"
-            )
+        check_same_shape(self.shape, state_dict["shape"])
+        if self._warmup_share is not None and state_dict.get("warmup_share") == self._warmup_share:
+            mine["warmup"] = state_dict["warmup"]  # of the total that it was a share of, before set_total
         for name in ("total", "warmup", "warmup_start", "clock"):
             if state_dict[name] != mine[name]:
                 raise ValueError(
                     f"the schedule was saved with {name}={state_dict[name]}, this run has {mine[name]}: its learning "
                     f"rate would jump; resume with the saved value (and change the total afterwards with set_total)"
                 )
+        if mine["warmup"] is not None:
+            self._clock = Clock(self._clock.total, Duration(*mine["warmup"]))
         for group, base in zip(self.optimizer.param_groups, state_dict["base_lrs"], strict=True):
             group["initial_lr"] = base
         self.base_lrs = list(state_dict["base_lrs"])
@@ -289,136 +382,7 @@ class ProgressLR(LRScheduler):
         self._write()
 
     def _write(self) -> None:
+        self._take_in_groups()
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            _put(group, "lr", lr)
+            put_setting(group, "lr", lr)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-
-def _put(group: dict[str, Any], name: str, value: Any) -> None:
-    """Writes a setting into a group, in place where it is a tensor (capturable optimizers hold on to it)."""
-    if isinstance(group[name], Tensor):
-        group[name].fill_(value)
-    else:
-        group[name] = value
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _nothing(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
-
-
-class Moved(NamedTuple):
-    """What the batch changes about an update.
-
-    Args:
-        factor: the batch factor on the learning rate.
-        settings: other settings of a parameter group -> those of them that change, with their values.
-        averaged: updates of the reference batch size that this one counts as in the memory of Adam's averages, where
-            the betas follow the batch; 1 where they do not.
-    """
-
-    factor: float
-    settings: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
-    averaged: float = 1.0
-
-
-def host_value(lr: float | Tensor) -> float:
-    """A rate for the journal; NaN for one that lives on an accelerator, as reading it would stall the step."""
-    return float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else math.nan
-
-
-def _counting(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The states that the optimizer is about to step, of those that count their steps."""
-    stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return [optimizer.state[p] for p in stepped if "step" in optimizer.state.get(p, ())]
-
-
-class StepHooks:
-    """What happens around ``optimizer.step()``, by its public hooks: what the batch moves is moved while it runs only.
-
-    ``group["lr"]`` and what follows with it are changed before and put back after, so no scheduler, checkpoint or log
-    ever stores them. An update that raises runs no hook after it; all is then put back before the optimizer's state is
-    saved, before the next update, and at ``restore()``.
-
-    Adam corrects its averages by ``1 - beta ** step``, which is wrong once beta changes. With ``beta_t = beta ** r_t``
-    the right correction is ``1 - beta ** sum(r)``, that is ``1 - beta_t ** (sum(r) / r_t)``. So where the betas follow,
-    the step count of each parameter's state is the sum of its ``r``: updates of the reference batch size, in which it
-    stays right for an optimizer that stepped before, for a parameter that sat out, after a resume, and for a run that
-    goes on with fixed betas. While an update runs it is divided by ``r_t``.
-
-    Args:
-        optimizer: the optimizer.
-        moved: called before each update.
-        skip: called before each update, says whether to leave it out: the gradients are dropped, so that the optimizer
-            finds nothing to do.
-        done: called after each update with the optimizer, the rates that were in force, one a group, and whether it was
-            applied, which it is not where ``skip`` said so, or a gradient scaler to a fused optimizer.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *,
-        moved: Callable[[], Moved],
-        skip: Callable[[], bool],
-        done: Callable[[Optimizer, list[float], bool], None],
-    ) -> None:
-        self._moved = moved
-        self._skip = skip
-        self._done = done
-        self._stored: list[tuple[dict[str, Any], str, Any]] = []
-        self._averaged = 1.0
-        self._counts: list[tuple[dict[str, Any], Any]] = []
-        self._skipped = False
-        self._handles = [
-            *_hook(optimizer, self._before, self._after),
-            optimizer.register_state_dict_pre_hook(self.restore),
-        ]
-
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        self.restore()
-        self._skipped = self._skip()
-        if self._skipped:
-            optimizer.zero_grad(set_to_none=True)
-        moved = self._moved()
-        for group in optimizer.param_groups:
-            changes = moved.settings(group)
-            if moved.factor != 1.0:
-                changes["lr"] = group["lr"] * moved.factor
-            for name, value in changes.items():
-                self._stored.append((group, name, _copy(group[name])))
-                _put(group, name, value)
-        self._averaged = moved.averaged
-        if moved.averaged != 1.0 and not self._skipped:
-            for state in _counting(optimizer):
-                self._counts.append((state, _copy(state["step"])))
-                _put(state, "step", state["step"] / moved.averaged)  # the optimizer adds one before it reads
-
-    def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        rates = [host_value(group["lr"]) for group in optimizer.param_groups]
-        if self._averaged != 1.0 and not self._skipped:
-            self._counts.clear()
-            for state in _counting(optimizer):  # among them those that this update began
-                _put(state, "step", state["step"] * self._averaged)
-        self._averaged = 1.0
-        self.restore()
-        self._done(optimizer, rates, not self._skipped and not left_out(optimizer))
-
-    def restore(self, *_: Any) -> None:
-        """Puts back what the batch moved, where an update raised before it could be."""
-        for group, name, value in self._stored:
-            _put(group, name, value)
-        self._stored.clear()
-        for state, count in self._counts:
-            _put(state, "step", count)
-        self._counts.clear()
-
-    def remove(self) -> None:
-        """Takes the hooks off the optimizer, and a factor that is still on."""
-        self.restore()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()

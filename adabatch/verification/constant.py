@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 from adabatch.batch.schedules import Constant
 from adabatch.runtime.collectives import Collectives
-from adabatch.verification.comparing import digest_of, largest_difference, state_of
+from adabatch.verification.equality import digest_of, largest_difference, state_of
 from adabatch.verification.running import (
     Part,
     adaptive,

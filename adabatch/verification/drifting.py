@@ -10,8 +10,8 @@ from torch import nn
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.sharding import is_sharded
-from adabatch.verification.comparing import digest_of
+from adabatch.runtime.fsdp2 import is_sharded
+from adabatch.verification.equality import digest_of
 from adabatch.verification.running import (
     ACCUMULATION,
     adaptive,

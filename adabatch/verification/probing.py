@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adabatch.batch.moments import EXAMPLES, GradientMoments
+from adabatch.batch.moments import GradientMoments
 from adabatch.batch.schedules import Constant
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.sharding import is_sharded, own_piece
-from adabatch.verification.comparing import largest_of
+from adabatch.runtime.fsdp2 import is_sharded, own_piece
+from adabatch.verification.equality import largest_of
 from adabatch.verification.running import (
     ACCUMULATION,
     Part,
@@ -57,7 +57,7 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
             more than 20 steps overflow.
     """
     training, ranks = begin(make)
-    if training.probe is not None and EXAMPLES in training.probe.gives:
+    if training.probe is not None and training.probe.gives.examples:
         raise ValueError(
             f"the parts of {type(training.probe).__name__} are single examples, and this check takes micro-batches "
             f"apart: check with another probe, or with none for the one that suits the model"

@@ -11,7 +11,7 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
 from adabatch.runtime.data import GlobalOrder
-from adabatch.verification.comparing import digest_of, largest_difference, state_of
+from adabatch.verification.equality import digest_of, largest_difference, state_of
 from adabatch.verification.running import (
     ACCUMULATION,
     Randomness,

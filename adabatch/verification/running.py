@@ -19,7 +19,7 @@ from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import GlobalOrder
 from adabatch.step import Step
-from adabatch.verification.comparing import digest_of
+from adabatch.verification.equality import digest_of
 from adabatch.verification.training import Make, Training
 
 ACCUMULATION = 4

@@ -11,7 +11,7 @@ import torch
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Constant
-from adabatch.verification.comparing import digest_of
+from adabatch.verification.equality import digest_of
 from adabatch.verification.running import ACCUMULATION, adaptive, again, begin, size_of, update
 from adabatch.verification.training import Check, Make, Training
 

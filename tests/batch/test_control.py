@@ -40,6 +40,7 @@ from adabatch.batch.criteria import (
     Observation,
 )
 from adabatch.batch.moments import GradientMoments
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress, examples, micro_batch_sizes, steps
 from adabatch.batch.schedules import Constant, LinearRamp, Seesaw, Stage, Stages
 from adabatch.lr.shapes import linear
@@ -601,7 +602,7 @@ def test_a_schedule_that_is_not_a_number_holds() -> None:
     class OfLoss:
         """A criterion of a loss that nobody measured."""
 
-        needs: frozenset[str] = frozenset()
+        needs = Needs()
 
         def wanted(self, observation: Observation) -> float:
             return math.nan if observation.loss is None else observation.loss

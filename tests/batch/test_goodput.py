@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from adabatch import Goodput
 from adabatch.batch.control import Control, ControlState, Limits, Reason, decide
-from adabatch.batch.criteria import SECONDS, Criterion, Observation
+from adabatch.batch.criteria import Criterion, Observation
 from adabatch.batch.efficiency import efficiency
 from adabatch.batch.goodput import REACH
-from adabatch.batch.moments import NOISE, GradientMoments, noise_in
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.needs import Needs
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress, micro_batch_sizes
 from adabatch.batch.step_times import StepTimeModel, StepTimes
 
@@ -122,8 +123,8 @@ def test_what_is_not_known_is_named_not_raised() -> None:
 
 def test_it_says_what_it_needs_and_refuses_what_makes_no_sense() -> None:
     assert isinstance(Goodput(), Criterion)
-    assert Goodput().needs == {NOISE, SECONDS}
-    assert Goodput(norm="adam").needs == {noise_in("adam"), SECONDS}
+    assert Goodput().needs == Needs(noise="euclidean", seconds=True)
+    assert Goodput(norm="adam").needs == Needs(noise="adam", seconds=True)
     for bad in (-0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"min_speedup must be zero or positive, .* got {bad}"):
             Goodput(min_speedup=bad)
@@ -200,7 +201,7 @@ def test_without_a_time_the_plan_is_held() -> None:
 
 def test_criteria_are_handed_loss_and_seconds() -> None:
     class Curious:
-        needs = frozenset({NOISE, SECONDS})
+        needs = Needs(noise="euclidean", seconds=True)
         seen: Observation
 
         def wanted(self, observation: Observation) -> float:

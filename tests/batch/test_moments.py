@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adabatch.batch.criteria import InnerProductTest, NormTest, Observation, OrthogonalityTest
-from adabatch.batch.moments import GradientMoments, from_examples, from_parts, from_signs, merge
+from adabatch.batch.moments import GradientMoments, from_examples, from_parts, from_signs
 from adabatch.batch.plan import Progress
 
 Array = NDArray[np.float64]
@@ -220,50 +220,6 @@ def test_the_three_tests_add_up(seed: int, num_examples: int, d: int, eta: float
     assert norm == pytest.approx(others, rel=1e-9)
 
 
-# --- merging --------------------------------------------------------------------------------------------------------
-
-
-@given(seeds, st.lists(part_sizes, min_size=1, max_size=4))
-def test_merging_groups_equals_taking_all_parts_at_once(seed: int, groups: list[list[int]]) -> None:
-    sizes = [size for group in groups for size in group]
-    gradients = random_gradients(seed, sum(sizes), 4)
-    whole = moments_of(gradients, sizes)
-    starts = [0, *itertools.accumulate(sum(group) for group in groups)]
-    members = [
-        moments_of(gradients[start : start + sum(group)], group) for start, group in zip(starts, groups, strict=False)
-    ]
-    merged = merge(members, whole.grad_sq)
-    assert_equal(merged, whole)
-
-
-@given(seeds, part_sizes, part_sizes, st.data())
-def test_groups_with_weights_of_their_own_merge(
-    seed: int, first: list[int], second: list[int], data: st.DataObject
-) -> None:
-    """A group stands for its ``num_examples``, which weights make fewer than it counted."""
-    gradients = random_gradients(seed, sum(first) + sum(second), 4)
-    shares = []
-    for group in (first, second):
-        raw = np.array(data.draw(st.lists(st.floats(0.1, 1), min_size=len(group), max_size=len(group))))
-        shares.append(raw / raw.sum())
-    groups = [
-        moments_of(gradients[: sum(first)], first, list(shares[0])),
-        moments_of(gradients[sum(first) :], second, list(shares[1])),
-    ]
-    counts = np.array([group.num_examples for group in groups])
-    weights = np.concatenate([w * c / counts.sum() for w, c in zip(shares, counts, strict=True)])
-    whole = moments_of(gradients, first + second, list(weights))
-    assert_equal(merge(groups, whole.grad_sq), whole)
-
-
-def test_groups_of_one_part_merge_too() -> None:
-    gradients = random_gradients(5, 6, 3)
-    ranks = [moments_of(gradients[:2], [2]), moments_of(gradients[2:], [4])]
-    assert all(math.isnan(rank.noise) for rank in ranks)
-    whole = moments_of(gradients, [2, 4])
-    assert_equal(merge(ranks, whole.grad_sq), whole)
-
-
 # --- round trips and scale ------------------------------------------------------------------------------------------
 
 
@@ -425,5 +381,3 @@ def test_bad_examples_are_named() -> None:
     for squares, products in (([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([[1.0, 2.0]], [[1.0, 2.0]])):
         with pytest.raises(ValueError, match="shapes"):
             from_examples(squares, products)
-    with pytest.raises(ValueError, match="at least one group"):
-        merge([], 1.0)

@@ -27,7 +27,7 @@ counts = st.integers(0, 10**7)
 @given(counts)
 def test_a_schedule_is_a_criterion_that_needs_nothing(schedule: Schedule, consumed: int) -> None:
     assert isinstance(schedule, Criterion)
-    assert schedule.needs == frozenset()
+    assert not schedule.needs
     progress = Progress(examples=consumed)
     assert schedule.wanted(Observation(None, progress)) == schedule.size(progress)
     assert 64 <= schedule.size(progress) <= 640

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.loops import journal_text
 
+from adabatch.checkpointing.files import checkpoints_in
 from adabatch.cli.main import main
-from adabatch.cli.recorded import read_recorded
+from adabatch.cli.schedule.recorded import read_recorded
 from adabatch.lr.rules import gain
-from adabatch.runtime.checkpoint import checkpoints_in
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 
@@ -173,7 +174,7 @@ def test_a_run_that_was_cut_off_and_resumed_equals_one_that_was_not(config: Any,
         main(["train", "--config", parts])
     assert main(["train", "--config", parts]) == 0
     assert "going on from" in capsys.readouterr().out
-    assert (tmp_path / "whole/journal.jsonl").read_text() == (tmp_path / "parts/journal.jsonl").read_text()
+    assert journal_text(tmp_path / "whole/journal.jsonl") == journal_text(tmp_path / "parts/journal.jsonl")
     one, two = (saved_state(tmp_path / name) for name in ("whole", "parts"))
     assert one["batches"] == two["batches"]
     assert one["order"] == two["order"]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_engines import run_deepspeed
-from loops import lines
+from support.deepspeed_engines import run_deepspeed
+from support.loops import lines
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -23,7 +23,7 @@ from adabatch.cli.engines import engine_of
 from adabatch.cli.job import Job, run
 from adabatch.recipes.digits import Digits
 from adabatch.recipes.models import DigitsCNN
-from adabatch.runtime.world import World, connected
+from adabatch.runtime.launch.world import World, connected
 
 pytestmark = pytest.mark.distributed
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from adabatch.checkpointing.files import checkpoints_in
 from adabatch.cli.main import main
-from adabatch.runtime.checkpoint import checkpoints_in
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from random_configs import outcome, random_config, sound_fields
+from support.random_configs import outcome, random_config, sound_fields
 
 CONFIGS = 200
 
@@ -33,7 +33,7 @@ def test_random_configs_make_a_plan_or_a_clear_error() -> None:
         ({"model": {}}, "model needs a class_path"),
         ({"loss": {}}, "loss needs a class_path"),
         ({"train_data": {}}, "train_data needs a class_path"),
-        ({"model": {"class_path": "random_configs.Tiny", "init_args": {"width": -1}}}, "Tiny: "),
+        ({"model": {"class_path": "support.random_configs.Tiny", "init_args": {"width": -1}}}, "Tiny: "),
         (
             {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": -0.5}}},
             "SGD: Invalid learning rate: -0.5",

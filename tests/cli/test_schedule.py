@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 
 from adabatch import lr
 from adabatch.batch.plan import Duration, Progress
-from adabatch.cli.comparing import judge
-from adabatch.cli.extending import Finished, options_for
-from adabatch.cli.horizon import Horizon
+from adabatch.checkpointing.files import begin, checkpoints_in, finish, place_of
+from adabatch.checkpointing.run_state import write_state
 from adabatch.cli.main import main
-from adabatch.cli.recorded import read_checkpoint, read_recorded, read_saved
-from adabatch.cli.refining import refined
-from adabatch.cli.shape_text import NAMES, class_path, known_shapes, parse_shape
+from adabatch.cli.schedule.compare import judge
+from adabatch.cli.schedule.extend import Finished, options_for
+from adabatch.cli.schedule.horizon import Horizon
+from adabatch.cli.schedule.recorded import read_checkpoint, read_recorded, read_saved
+from adabatch.cli.schedule.refine import refined
+from adabatch.cli.schedule.shape_text import NAMES, class_path, known_shapes, parse_shape
 from adabatch.lr.rules import gain
-from adabatch.run_state import write_state
-from adabatch.runtime.checkpoint import begin, checkpoints_in, finish, place_of
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 

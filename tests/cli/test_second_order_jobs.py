@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ranks import run_ranks
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, NormTest, examples
+from adabatch.checkpointing.files import checkpoints_in
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, run
 from adabatch.cli.main import main
 from adabatch.cli.optimizers import MakeOptimizer, optimizer_of
+from adabatch.guards.preemption import EXIT_PREEMPTED
 from adabatch.optim import KFAC, Shampoo
-from adabatch.preemption import EXIT_PREEMPTED
 from adabatch.recipes.data import collate
-from adabatch.runtime.checkpoint import checkpoints_in
-from adabatch.runtime.world import World
+from adabatch.runtime.launch.world import World
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 from adabatch.recipes.digits import Digits

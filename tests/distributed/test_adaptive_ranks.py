@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from loops import lines, network, regression, train, train_by_hand, weights
-from ranks import run_ranks
+from support.loops import lines, network, regression, train, train_by_hand, weights
+from support.ranks import run_ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
@@ -35,6 +35,7 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.batch.needs import Needs
 
 pytestmark = pytest.mark.distributed
 
@@ -104,7 +105,7 @@ def test_a_constant_policy_is_a_ddp_loop_by_hand_to_the_bit(tmp_path):
 class Even(NormTest):
     """The norm test, rounded up to what both one process and two can make up of the same parts."""
 
-    needs: ClassVar[frozenset[str]] = NormTest.needs
+    needs: ClassVar[Needs] = NormTest.needs
 
     def wanted(self, observation: Observation) -> float:
         wanted = super().wanted(observation)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loops import lines, loss_of, network, regression
-from ranks import run_ranks
+from support.loops import journal_text, lines, loss_of, network, regression
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,7 +22,7 @@ from torch.optim import AdamW
 
 import adabatch
 from adabatch import AdaptiveBatch, CheckpointError, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
-from adabatch.runtime.checkpoint import checkpoints_in
+from adabatch.checkpointing.files import checkpoints_in
 
 pytestmark = pytest.mark.distributed
 
@@ -131,7 +131,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_goes_on_with_more_and_fewer_
         equal(at_save, at_load)
         equal(end, again)
         assert not differences
-    assert (tmp_path / "whole/journal.jsonl").read_bytes() == (tmp_path / "same/journal.jsonl").read_bytes()
+    assert journal_text(tmp_path / "whole/journal.jsonl") == journal_text(tmp_path / "same/journal.jsonl")
     for size in (1, 3):
         other = f"{size}"
         shutil.copytree(tmp_path / "whole", tmp_path / other)
@@ -189,7 +189,7 @@ def test_a_loader_of_ones_own_is_saved_for_each_rank_and_wants_as_many_again(tmp
     run_ranks(by_loader, 2, tmp_path, tmp_path / "parts", 4)
     assert run_ranks(by_loader, 2, tmp_path, tmp_path / "parts", 9) == whole
     assert whole[1][0] == 2 * whole[0][0] > 0
-    journals = [(tmp_path / name / "run/journal.jsonl").read_bytes() for name in ("whole", "parts")]
+    journals = [journal_text(tmp_path / name / "run/journal.jsonl") for name in ("whole", "parts")]
     assert journals[0] == journals[1]
     for _, said in run_ranks(by_loader, 3, tmp_path, tmp_path / "parts", 9):
         assert "order was saved with a state for each of 2 rank(s), and there are 3" in said
@@ -224,7 +224,7 @@ def sharded_with_trouble(rank: int, folder: Path) -> list[str]:
     run = parts(folder / "run", "fsdp")
     train(run, adabatch.steps(2))
     said = []
-    sealed, write = adabatch.run_state.sealed, torch.save
+    sealed, write = adabatch.checkpointing.run_state.sealed, torch.save
     checkpoints = Checkpoints(folder / "saved", **run)
     for troubled in (1, 0):
 
@@ -234,12 +234,12 @@ def sharded_with_trouble(rank: int, folder: Path) -> list[str]:
             return (sealed if troubled else write)(*arguments)
 
         if troubled:
-            adabatch.run_state.sealed = fails
+            adabatch.checkpointing.run_state.sealed = fails
         else:
             torch.save = fails
         checkpoints.save()
         checkpoints._background._thread.join()  # what it raised is kept
-        adabatch.run_state.sealed, torch.save = sealed, write
+        adabatch.checkpointing.run_state.sealed, torch.save = sealed, write
         try:
             checkpoints.save()
         except CheckpointError as error:
@@ -331,7 +331,7 @@ def by_the_clock(rank: int, folder: Path) -> list[int]:
     run = parts(folder, "ddp")
     saved = []
     now = 0.0
-    adabatch.save_times.time.monotonic = lambda: now
+    adabatch.checkpointing.save_times.time.monotonic = lambda: now
     with Checkpoints(folder / "saved", **run, every_seconds=10, background=False) as checkpoints:
         for step in run["batches"].steps(run["order"], until=adabatch.steps(9)):
             for batch in step:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loops import network
-from ranks import run_ranks
+from support.loops import network
+from support.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.runtime.collectives import Collectives, collectives_of
-from adabatch.runtime.world import World, connected
+from adabatch.runtime.launch.world import World, connected
 
 pytestmark = pytest.mark.distributed
 

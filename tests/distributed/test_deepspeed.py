@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed_engines import connect, engine_of, run_deepspeed, whole
-from ladder import BY_ACCUMULATION, BY_MICRO_BATCH, JUMP, LR, WINDOWS, check_same, climb, climb_with, growths
-from loops import lines, network, regression, weights
-from ranks import run_ranks
+from support.deepspeed_engines import connect, engine_of, run_deepspeed, whole
+from support.ladder import BY_ACCUMULATION, BY_MICRO_BATCH, JUMP, LR, WINDOWS, check_same, climb, climb_with, growths
+from support.loops import lines, network, regression, weights
+from support.ranks import run_ranks
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel

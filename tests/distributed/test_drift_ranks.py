@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from loops import loss_of, network, regression
-from ranks import run_ranks
+from support.loops import loss_of, network, regression
+from support.ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic import check_order, two_one_three_two
-from jobs import Attempt, Ended, await_lines, command, ended, killed_runs, lines, same
+from support.elastic import check_order, two_one_three_two
+from support.jobs import Attempt, Ended, await_lines, command, ended, killed_runs, lines, same
 
 from adabatch import EXIT_PREEMPTED
+from adabatch.checkpointing.files import checkpoints_in
 from adabatch.cli.main import main
-from adabatch.runtime.checkpoint import checkpoints_in
 
 pytestmark = pytest.mark.distributed
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from loops import lines, network, regression
-from ranks import run_ranks
+from support.loops import lines, network, regression
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook

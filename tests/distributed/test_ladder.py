@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
-from ladder import BY_ACCUMULATION, BY_MICRO_BATCH, JUMP, WINDOWS, check_same, climb_with, growths
-from loops import lines, loss_of, network, regression, train, train_by_hand
-from ranks import run_ranks
+from support.ladder import BY_ACCUMULATION, BY_MICRO_BATCH, JUMP, WINDOWS, check_same, climb_with, growths
+from support.loops import lines, loss_of, network, regression, train, train_by_hand
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from loops import network, regression, train, weights
-from mpi import mpich, run_mpi
+from support.loops import network, regression, train, weights
+from support.mpi import mpich, run_mpi
 from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, GlobalOrder, Limits, LocalSGD, NormTest, steps
+from adabatch.runtime.launch.world import World, connected
 from adabatch.runtime.local_sgd import Nesterov
-from adabatch.runtime.world import World, connected
 
 pytestmark = pytest.mark.distributed
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loops import lines, loss_of, network, regression, train, weights
-from ranks import run_ranks
+from support.loops import lines, loss_of, network, regression, train, weights
+from support.ranks import run_ranks
+from support.wrapped import check
 from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -19,7 +20,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
-from wrapped import check
 
 from adabatch import (
     AdaptiveBatch,
@@ -244,7 +244,7 @@ def unequal_with_a_loader(rank: int) -> float:
     with LocalSGD(model, optimizer, sync_every=3) as local:
         batches = AdaptiveBatch(model, optimizer, Constant(32), micro_batch_size=4, monitor=True, local_sgd=local)
         loader = [batch for step in range(6) for batch in mine(rank, step)]
-        train(batches, model, optimizer, loader)
+        train(batches, model, optimizer, loader, count=lambda batch: len(batch[0]))
     simulation = Simulation(OPTIMIZERS["local SGD"])
     for which in (range(3), range(3, 6)):
         simulation.steps(mine, which)

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ladder import BY_MICRO_BATCH, JUMP, WINDOWS, check_same, climb_with, growths
-from loops import network
-from mpi import Mpi, mpich, openmpi, run_mpi, start_mpi
+from support.ladder import BY_MICRO_BATCH, JUMP, WINDOWS, check_same, climb_with, growths
+from support.loops import network
+from support.mpi import Mpi, mpich, openmpi, run_mpi, start_mpi
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.world import World, connected
+from adabatch.runtime.launch.world import World, connected
 
 pytestmark = pytest.mark.distributed
 

@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from launched import RESULTS, command_of, surroundings
-from loops import lines, loss_of, network, regression, weights
-from ranks import run_ranks
+from support.launched import RESULTS, command_of, surroundings
+from support.loops import lines, loss_of, network, regression, weights
+from support.ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import adabatch
 from adabatch import EXIT_RANK_LOST, AdaptiveBatch, Checkpoints, GlobalOrder, Limits, LocalSGD, NormTest, Watchdog
-from adabatch.runtime.world import World, connected
+from adabatch.runtime.launch.world import World, connected
 
 pytestmark = pytest.mark.distributed
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from loops import loss_of, network, regression
-from nonfinite import all_cases, outcomes, snapshot
-from ranks import run_ranks
+from support.loops import loss_of, network, regression
+from support.nonfinite import all_cases, outcomes, snapshot
+from support.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 

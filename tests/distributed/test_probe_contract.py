@@ -14,22 +14,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hard_models import CASES, Case, Checkpointed
-from ranks import run_ranks
+from support.hard_models import CASES, Case, Checkpointed
+from support.ranks import run_ranks
+from support.wrapped import Parts, check, ddp, fsdp, hsdp, made, measured, part_by_part, parts_of, plain
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from wrapped import Parts, check, ddp, fsdp, hsdp, made, measured, part_by_part, parts_of, plain
 
 from adabatch.batch.moments import GradientMoments, from_signs
 from adabatch.runtime.collectives import collectives_of
-from adabatch.runtime.layers import layers_of
-from adabatch.runtime.metrics import AdamMetric
+from adabatch.runtime.engines.engine import GradientSync
 from adabatch.runtime.probes.comm_hook import CommHookProbe
+from adabatch.runtime.probes.layers import layers_of
+from adabatch.runtime.probes.metrics import AdamMetric
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
-from adabatch.runtime.wrappers import GradientSync
 
 pytestmark = pytest.mark.distributed
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from hard_models import CASES, SPARSE, dense
-from ranks import run_ranks
+from support.hard_models import CASES, SPARSE, dense
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RanksFailed, run_ranks
+from support.ranks import RanksFailed, run_ranks
 
 pytestmark = pytest.mark.distributed
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from loops import loss_of, network, regression
-from ranks import run_ranks
+from support.loops import loss_of, network, regression
+from support.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from torch.utils.data import DataLoader

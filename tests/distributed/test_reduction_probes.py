@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hard_models import CASES, Batch, Case
-from ranks import run_ranks
+from support.hard_models import CASES, Batch, Case
+from support.ranks import run_ranks
+from support.wrapped import check, ddp, fsdp, made, measured, part_by_part
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
@@ -22,10 +23,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, Shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim import SGD
-from wrapped import check, ddp, fsdp, made, measured, part_by_part
 
 from adabatch import AdaptiveBatch, Constant, Limits, NormTest
 from adabatch.batch.moments import GradientMoments
+from adabatch.batch.needs import Needs
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.reduce_scatter import PlainReduceScatter, ReduceScatterProbe
 
@@ -181,7 +182,7 @@ def same_gradients(rank: int) -> dict[str, bool]:
 class Silent:
     """A probe that measures nothing."""
 
-    gives = frozenset[str]()
+    gives = Needs()
 
     def start(self, dp_size: int) -> None: ...
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from loops import lines, weights
-from ranks import run_ranks
+from support.loops import lines, weights
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional

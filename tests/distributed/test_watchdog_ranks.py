@@ -11,11 +11,11 @@ import signal
 import threading
 from pathlib import Path
 
-import lost_ranks
 import pytest
-from loops import network
-from lost_ranks import BOUND, PLACES, VICTIM, watched
-from ranks import run_ranks
+from support import lost_ranks
+from support.loops import network
+from support.lost_ranks import BOUND, PLACES, VICTIM, watched
+from support.ranks import run_ranks
 from torch.optim import SGD
 
 from adabatch import EXIT_RANK_LOST, AdaptiveBatch, Constant, RankLost, Watchdog

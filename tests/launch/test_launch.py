@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import run_whole
-from loops import lines
-from mpi import mpich
-from slurm import cluster
+from support.launched import run_whole
+from support.loops import lines
+from support.mpi import mpich
+from support.slurm import cluster
 
 pytestmark = pytest.mark.distributed
 

@@ -85,7 +85,7 @@ def test_the_gain_of_a_published_example() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match="none, linear, sqrt, gain, sqrt_gain, seesaw, got 'square root'"):
+    with pytest.raises(ValueError, match="none, linear, sqrt, gain, sqrt_gain, got 'square root'"):
         check_lr_rule("square root")
     with pytest.raises(ValueError, match="got 'cubic'"):
         lr_factor("cubic", 64, reference=64)  # type: ignore[arg-type]

@@ -227,6 +227,39 @@ def test_a_cooldown_of_nothing_and_of_everything() -> None:
     np.testing.assert_allclose(wsd(cooldown=1, floor=0.1)(points), linear(floor=0.1)(points), atol=1e-15)
 
 
+@pytest.mark.parametrize("decay", ["linear", "1-sqrt", "exponential", "cosine"])
+@given(cooldown=st.floats(1e-3, 1.0), floor=ratio)
+def test_a_cooldown_begins_at_its_knee_without_a_jump(decay: Any, cooldown: float, floor: float) -> None:
+    """At progress 1 - cooldown as floats have it, whose rounding is 1.5e-8 under a square root."""
+    shape, knee = wsd(cooldown=cooldown, decay=decay, floor=floor), 1 - cooldown
+    for p in (np.nextafter(knee, 0), knee):
+        assert shape(float(p)) == pytest.approx(1.0, abs=1e-12)
+    assert shape(1.0) == pytest.approx(floor, abs=1e-15)
+
+
+@given(cooldown=st.floats(0, 1e-3, exclude_min=True))
+def test_a_cooldown_shorter_than_any_step_still_ends_on_its_floor(cooldown: float) -> None:
+    for decay in ("linear", "1-sqrt"):
+        assert wsd(cooldown=cooldown, decay=decay, floor=0.25)(1.0) == 0.25
+
+
+def test_the_knee_of_an_inverse_square_root_with_a_cooldown() -> None:
+    for length in (0.1, 0.2, 1 / 3, 0.123456):
+        flat = inverse_sqrt(timescale=0.1)(1 - length)
+        assert inverse_sqrt(timescale=0.1, cooldown=length)(1 - length) == pytest.approx(flat, rel=1e-12)
+
+
+@given(shape=any_shape, points=st.lists(progress, min_size=2, max_size=33))
+def test_any_arrangement_of_numbers_gives_the_same_bits(shape: Shape, points: list[float]) -> None:
+    """Alone, in a row longer than a vector register, in a strided view, and in another order."""
+    row = np.array(points)
+    factors = shape(row)
+    assert [shape(p) for p in points] == factors.tolist()
+    assert shape(np.repeat(row, 2)[::2]).tolist() == factors.tolist()
+    assert shape(row[::-1]).tolist() == factors[::-1].tolist()
+    assert shape(np.stack([row, row]).T).tolist() == np.stack([factors, factors]).T.tolist()
+
+
 def test_milestones_are_reached_at_their_value_and_all_that_a_jump_passes_count() -> None:
     shape = piecewise(milestones=[0.25, 0.5, 0.75], factors=[0.1, 0.5, 2.0])
     assert shape(np.nextafter(0.25, 0)) == 1.0

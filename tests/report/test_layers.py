@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loops import loss_of, network, regression
 from matplotlib.figure import Figure
+from support.loops import loss_of, network, regression
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, steps
 from adabatch.report import draw

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from loops import network
+from support.loops import network
 
 from adabatch.runtime.collectives import Collectives, collectives_of
 

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loops import loss_of, network, regression, train, weights
+from support.loops import loss_of, network, regression, train, weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, SparseAdam
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, Seesaw, Stage, Stages, examples, lr
-from adabatch.lr.rules import followed
-from adabatch.runtime.scheduler import Moved, StepHooks
+from adabatch import (
+    AdaptiveBatch,
+    Constant,
+    CoordinateNormTest,
+    GlobalOrder,
+    Limits,
+    NoiseScale,
+    NormTest,
+    Seesaw,
+    Stage,
+    Stages,
+    examples,
+    lr,
+)
+from adabatch.lr.rules import Setting, followed
+from adabatch.runtime.step_hooks import StepHooks, StepOverrides
 
 GROWING = Stages(8, [Stage(examples(24), 16), Stage(examples(56), 48), Stage(examples(152), 24)])
-ALL = ("betas", "eps", "weight_decay")
+ALL: tuple[Setting, ...] = ("betas", "eps", "weight_decay")
+NO_FLOORS = lr.Followers(ALL, beta1_floor=0, beta2_floor=0)
 SIZES = [8, 8, 8, 16, 16, 48, 48, 24, 24]
 
 
@@ -221,7 +237,9 @@ def test_a_step_count_that_is_a_plain_number() -> None:
     ratio = 1.0
     hooks = StepHooks(
         optimizer,
-        moved=lambda: Moved(1.0, lambda group: {"betas": with_betas(ratio, group["betas"])}, ratio),
+        moved=lambda: StepOverrides(
+            1.0, lambda group: {"betas": with_betas(ratio, group["betas"])}, lambda group: ratio
+        ),
         skip=lambda: False,
         done=lambda *_: None,
     )
@@ -352,7 +370,7 @@ def test_groups_follow_each_from_its_own_settings() -> None:
     optimizer = AdamW(groups, lr=0.01)
     seen: list[Any] = []
     optimizer.register_step_post_hook(lambda *_: seen.append([dict(group) for group in optimizer.param_groups]))
-    batches = adaptive(model, optimizer, Constant(32), reference_batch_size=8, lr_rule="sqrt", follow=ALL)
+    batches = adaptive(model, optimizer, Constant(32), reference_batch_size=8, lr_rule="sqrt", follow=NO_FLOORS)
     train(batches, model, optimizer, order(), until=examples(32))
     ((first, second),) = seen
     assert (first["betas"], first["weight_decay"]) == (with_betas(4, (0.8, 0.99)), 0.4)
@@ -483,7 +501,8 @@ def test_seesaw_trades_every_halving_for_a_doubling() -> None:
     """Adam's invariant falls as the shape alone would have made it, and the rate and the batch are those of B05."""
     model = of_double()
     optimizer = Adam(model.parameters(), lr=0.01)
-    updates = run(optimizer, model, Seesaw(8, HALVINGS, examples(800)), 800, lr_rule="seesaw", follow=("betas", "eps"))
+    follow = lr.Followers(("betas", "eps"), beta1_floor=0, beta2_floor=0)
+    updates = run(optimizer, model, Seesaw(8, HALVINGS, examples(800)), 800, follow=follow)
     sizes = {update["size"] for update in updates}
     assert sizes == {8, 16, 32, 64, 128}
     for update in updates:
@@ -500,9 +519,7 @@ def test_seesaw_trades_every_halving_for_a_doubling() -> None:
 def test_what_the_batch_cannot_trade_the_rate_decays(limit: int) -> None:
     model = of_double()
     optimizer = Adam(model.parameters(), lr=0.01)
-    updates = run(
-        optimizer, model, Seesaw(8, lr.linear(), examples(800)), 800, lr_rule="seesaw", limits=Limits(min=8, max=limit)
-    )
+    updates = run(optimizer, model, Seesaw(8, lr.linear(), examples(800)), 800, limits=Limits(min=8, max=limit))
     assert max(update["size"] for update in updates) == limit
     for update in updates:
         plain = lr.linear()(update["before"] / 800)
@@ -520,13 +537,36 @@ def test_seesaw_for_sgd_leaves_the_rate_alone() -> None:
         assert 8 / update["size"] == pytest.approx(HALVINGS(update["before"] / 800))
 
 
+@pytest.mark.parametrize("rule", ["sqrt", "linear"])
+def test_rate_and_batch_of_a_seesaw_read_one_progress_where_updates_are_left_out(rule: str) -> None:
+    """An update left out consumes its examples: the batch grows on, and the rate must fall with it, not later."""
+    model = of_double()
+    optimizer = Adam(model.parameters(), lr=0.01)
+    seen = in_force(optimizer)
+    seesaw = Seesaw(8, HALVINGS, examples(800))
+    batches = adaptive(model, optimizer, seesaw, lr_rule=rule)
+    for index, step in enumerate(batches.steps(order(), until=examples(800))):
+        before, size = batches.consumed, step.global_batch_size
+        assert size == seesaw.size(before)
+        decay, ratio = seesaw.lr_decay(before), size / 8
+        expected = 0.01 * decay * (ratio if rule == "linear" else math.sqrt(ratio))
+        assert 0.01 * batches.lr_factor == pytest.approx(expected, rel=1e-12), "as announced"
+        for batch in step:
+            loss = loss_of(model, batch)
+            step.backward(loss * math.nan if 5 <= index < 25 else loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert seen[-1]["lr"] == pytest.approx(expected, rel=1e-12), "as applied"
+    assert batches.progress.examples < batches.consumed.examples
+
+
 @pytest.mark.parametrize("limit", [16, 128])
 def test_decay_that_follows_a_seesaw_is_that_of_the_schedule_it_replaces(limit: int) -> None:
     """lr * wd per example falls as the learning rate would have, neither faster nor not at all."""
     model = of_double()
     optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     seesaw, limits = Seesaw(8, HALVINGS, examples(800)), Limits(min=8, max=limit)
-    updates = run(optimizer, model, seesaw, 800, lr_rule="seesaw", follow=("weight_decay",), limits=limits)
+    updates = run(optimizer, model, seesaw, 800, follow=("weight_decay",), limits=limits)
     for update in updates:
         plain = 0.01 * HALVINGS(update["before"] / 800) * 0.1 / 8
         assert update["lr"] * update["weight_decay"] / update["size"] == pytest.approx(plain, rel=1e-12)
@@ -538,13 +578,146 @@ def test_decay_that_follows_a_seesaw_to_zero_ends_with_it() -> None:
     model = of_double()
     optimizer = AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     seesaw, limits = Seesaw(8, lr.linear(), examples(400)), Limits(min=8, max=16)
-    updates = run(optimizer, model, seesaw, 480, lr_rule="seesaw", follow=("weight_decay",), limits=limits)
+    updates = run(optimizer, model, seesaw, 480, follow=("weight_decay",), limits=limits)
     assert updates[-1]["before"] >= 400
     assert updates[-1]["lr"] == 0
     assert math.isfinite(updates[-1]["weight_decay"])
 
 
-def test_the_rule_seesaw_needs_the_schedule() -> None:
+def test_the_rule_seesaw_of_old_is_refused_with_the_way_out() -> None:
     model = of_double()
-    with pytest.raises(ValueError, match=r"lr_rule='seesaw' goes with the criterion Seesaw.*got Stages"):
-        adaptive(model, Adam(model.parameters()), lr_rule="seesaw")
+    for criterion in (GROWING, Seesaw(8, HALVINGS, examples(800))):
+        with pytest.raises(ValueError, match=r"lr_rule='seesaw' is now lr_rule='sqrt' \(or 'linear' with SGD\)"):
+            adaptive(model, Adam(model.parameters()), criterion, lr_rule="seesaw")
+
+
+def test_under_the_rule_none_nothing_moves_the_rate_not_even_a_seesaw() -> None:
+    model = of_double()
+    seesaw, limits = Seesaw(8, HALVINGS, examples(800)), Limits(min=8, max=16)
+    updates = run(SGD(model.parameters(), lr=0.01), model, seesaw, 800, lr_rule="none", limits=limits)
+    assert {update["lr"] for update in updates} == {0.01}
+
+
+@pytest.mark.parametrize("limit", [16, 128])
+def test_a_seesaw_for_sgd_decays_by_the_rate_what_the_batch_cannot(limit: int) -> None:
+    """Its invariant lr / b falls as the shape says, at the limit of the batch too."""
+    model = of_double()
+    seesaw, limits = Seesaw(8, HALVINGS, examples(800)), Limits(min=8, max=limit)
+    for update in run(SGD(model.parameters(), lr=0.01), model, seesaw, 800, limits=limits):
+        assert update["lr"] / update["size"] == pytest.approx(0.01 / 8 * HALVINGS(update["before"] / 800), rel=1e-12)
+
+
+class Halving:
+    """A criterion of a user's own that brings a decay of the learning rate."""
+
+    needs: frozenset[str] = frozenset()
+    least = 0.5
+
+    def wanted(self, observation: Any) -> float:
+        return 8.0
+
+    def lr_decay(self, progress: Any) -> float:
+        return 1.0 if progress.examples < 40 else self.least
+
+
+def test_a_criterion_of_ones_own_may_bring_a_decay() -> None:
+    model = of_double()
+    updates = run(Adam(model.parameters(), lr=0.01), model, Halving(), 80, limits=Limits(min=8, max=8))
+    assert [update["lr"] for update in updates] == [0.01] * 5 + [0.005] * 5
+
+
+@pytest.mark.parametrize("wrong", [-0.5, math.nan, math.inf])
+def test_a_decay_that_is_no_factor_is_named(wrong: float) -> None:
+    model, criterion = of_double(), Halving()
+    criterion.least = wrong
+    with pytest.raises(ValueError, match=r"lr_decay\(progress\) must be finite and not negative, got"):
+        run(Adam(model.parameters(), lr=0.01), model, criterion, 80, limits=Limits(min=8, max=8))
+
+
+# --- floors of the betas --------------------------------------------------------------------------------------------
+
+
+def test_betas_stop_at_their_floors_and_the_journal_says_where(tmp_path: Path) -> None:
+    model, path = of_double(), tmp_path / "run.jsonl"
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    stages = Stages(2, [Stage(examples(1040), 8), Stage(examples(1200), 128)])
+    updates = run(optimizer, model, stages, 1456, micro_batch_size=2, follow=("betas",), journal=path)
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for update, line in zip(updates, lines, strict=True):
+        ratio = update["size"] / 2
+        expected = {1: (0.9, 0.999), 4: (0.9**4, 0.999**4), 64: (0.5, 0.95)}[int(ratio)]
+        assert update["betas"] == pytest.approx(expected, rel=1e-12)
+        assert line.get("beta_floors") == ({"beta1": 0.5, "beta2": 0.95} if ratio == 64 else None)
+
+
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+@pytest.mark.parametrize("early", [3, 12, 30])
+def test_the_bias_correction_stays_right_where_floors_bind_early(kind: Any, early: int) -> None:
+    """While the first average remembers its beginning both betas take one exponent, which one count corrects."""
+    model, twin = of_double(), of_double()
+    optimizer, oracle = kind(model.parameters(), lr=0.01, weight_decay=0.0), AdamByHand(twin.parameters())
+    seen = in_force(optimizer)
+    stages = Stages(4, [Stage(examples(4 * early), 16), Stage(examples(4 * early + 32), 128)])
+    batches = adaptive(model, optimizer, stages, follow=("betas",))
+    for step in batches.steps(order(), until=examples(4 * early + 32 + 8 * 128)):
+        for batch in step:
+            step.backward(loss_of(model, batch))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        oracle.step(lr=0.01, betas=seen[-1]["betas"])
+        assert apart(model, twin) < 1e-6
+    assert seen[-1]["betas"] == pytest.approx((0.5, 0.999 ** (math.log(0.5) / math.log(0.9))))
+
+
+def test_floors_that_bind_late_leave_the_bias_correction_as_it_is() -> None:
+    """By then the first average remembers less than a thousandth of its beginning."""
+    model, twin = of_double(), of_double()
+    optimizer, oracle = Adam(model.parameters(), lr=0.01), AdamByHand(twin.parameters())
+    seen = in_force(optimizer)
+    batches = adaptive(model, optimizer, Stages(4, [Stage(examples(2080), 256)]), follow=("betas",))
+    for step in batches.steps(order(), until=examples(2080 + 6 * 256)):
+        for batch in step:
+            step.backward(loss_of(model, batch))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        oracle.step(lr=0.01, betas=seen[-1]["betas"])
+        assert apart(model, twin) < 1e-5  # of updates of about 0.01 each, a thousandth in one of them
+    assert seen[-1]["betas"] == pytest.approx((0.5, 0.95))
+
+
+def test_betas_without_room_are_warned_of_where_the_batch_may_grow() -> None:
+    model = of_double()
+    optimizer = AdamW(model.parameters(), betas=(0.9, 0.95))
+    with pytest.warns(UserWarning, match=r"leaves beta2=0\.95 of parameter group 0 as it is.*its floor of 0\.95"):
+        adaptive(model, optimizer, Constant(16), follow=("betas",)).remove()
+    # none where the reference is the largest batch: smaller ones raise the betas
+    limits = Limits(min=8, max=64)
+    batches = adaptive(model, optimizer, Constant(16), limits=limits, follow=("betas",), reference_batch_size=64)
+    batches.remove()
+    followers = lr.Followers(("betas",), beta2_floor=0.5)
+    adaptive(model, optimizer, Constant(16), limits=limits, follow=followers).remove()
+
+
+# --- a rule that goes too far ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("criterion", "rest"),
+    [
+        (NormTest(eta=0.5), r"\(about 3 times the noise scale at eta=0.5\)"),
+        (CoordinateNormTest(eta=0.1, quantile=0.5), r"\(about 99 times"),
+        (NormTest(eta=2.0), "no longer dominates: runs"),
+    ],
+)
+def test_the_linear_rule_with_a_norm_test_warns(criterion: Any, rest: str) -> None:
+    model, limits = of_double(), Limits(min=8, max=64)
+    with pytest.warns(UserWarning, match=f"lr_rule='linear' multiplies.*{rest}.*Use lr_rule='gain'"):
+        adaptive(model, SGD(model.parameters(), lr=0.1), criterion, limits=limits, lr_rule="linear").remove()
+    for quiet in ("gain", "sqrt", "none"):
+        adaptive(model, SGD(model.parameters(), lr=0.1), criterion, limits=limits, lr_rule=quiet).remove()
+    noise_scale = NoiseScale(0.25)
+    adaptive(model, SGD(model.parameters(), lr=0.1), noise_scale, limits=limits, lr_rule="linear").remove()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loops import loss_of, network, regression, train, weights
+from support.loops import loss_of, network, regression, train, weights
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
@@ -33,7 +33,7 @@ from adabatch.runtime.local_sgd import (
     Change,
     Fixed,
     Nesterov,
-    Outer,
+    OuterOptimizer,
     Period,
     Quadratic,
     RoundStart,
@@ -99,7 +99,7 @@ def test_a_table_is_read_at_its_milestones() -> None:
 
 
 @pytest.mark.parametrize("outer", [Nesterov(lr=1, momentum=0), SlowMo(momentum=0)], ids=["nesterov", "slowmo"])
-def test_without_momentum_an_outer_step_is_the_average(outer: Outer) -> None:
+def test_without_momentum_an_outer_step_is_the_average(outer: OuterOptimizer) -> None:
     anchors, means = [torch.randn(5, dtype=torch.float64)], [torch.randn(5, dtype=torch.float64)]
     moved = [means[0].clone()]
     outer.step(moved, anchors, [], lr=0.03)
@@ -318,4 +318,4 @@ def test_states_of_another_time_model_or_number_of_workers() -> None:
     local.synchronize()
     local.load_state_dict({**local.state_dict(), "num_workers": 4})  # where all agree, their number may change
     assert (local.rounds, local.steps) == (2, 5)
-    assert isinstance(Average(), Outer)
+    assert isinstance(Average(), OuterOptimizer)

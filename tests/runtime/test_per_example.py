@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from adabatch.runtime.per_example import (
     Dense,
     ExampleGradients,
-    Outer,
+    OuterProduct,
     PerExampleNorms,
     RandomState,
     Rule,
@@ -932,7 +932,7 @@ def test_a_rule_of_the_users_own_takes_the_place_of_the_replay() -> None:
 
     def contributions(module: nn.Module, inputs: Tensor, grad: Tensor):
         used.append(module)
-        yield "matrix", Outer((grad * module.gain)[:, None], inputs[:, None])
+        yield "matrix", OuterProduct((grad * module.gain)[:, None], inputs[:, None])
         yield "gain", Dense(grad * (inputs @ module.matrix.T))
 
     torch.manual_seed(18)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loops import lines, loss_of, network, regression, train
+from support.loops import lines, loss_of, network, regression, train
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -461,7 +461,7 @@ def test_a_wrapper_without_hooks_is_refused_at_once() -> None:
     with pytest.raises(TypeError, match="Wrapper is no optimizer with step hooks"):
         AdaptiveBatch(model, Wrapper(inner), NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=8, max=64))
     assert hooks_of(inner) == sum(len(p._backward_hooks or {}) for p in model.parameters()) == 0
-    with pytest.raises(TypeError, match="list is no"):
+    with pytest.raises(TypeError, match="or a list of several, got a list with int in it"):
         ProgressLR([1, 2], lr.linear(), total=steps(10))  # type: ignore[arg-type]
 
 
@@ -555,7 +555,7 @@ def test_a_tensor_rate_in_a_run_is_the_rate_as_a_number(options: dict[str, Any],
             optimizer,
             Seesaw(8, lr.linear(floor=0.1), examples(400)),
             micro_batch_size=4,
-            lr_rule="seesaw",
+            lr_rule="sqrt",
             follow=("betas", "eps", "weight_decay"),
         )
         schedule = ProgressLR(optimizer, lr.constant(), batches, total=examples(400), warmup=steps(4))
@@ -602,3 +602,85 @@ def test_a_resumed_run_with_followers_and_the_gain_clock_is_the_whole_one(at: in
     optimizer, batches, schedule, order = parts
     train(batches, model, optimizer, order, until=examples(400), schedule=schedule)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+# --- a shape of a user's own, and warm-ups as a share ---------------------------------------------------------------
+
+
+def bent(progress: float) -> float:
+    return 1.0 if progress < 0.5 else 2 * (1 - progress)
+
+
+@pytest.mark.parametrize("clock", ["total", "gain"])
+def test_a_function_as_a_shape_is_the_shape_of_its_values(clock: Any) -> None:
+    rates = []
+    for shape in (bent, lr.wsd(cooldown=0.5)):
+        optimizer, run = sgd(), Run([64] * 6 + [16] * 6 + [256] * 2)
+        schedule = ProgressLR(optimizer, shape, run, total=examples(900), warmup=steps(3), clock=clock)
+        rates.append(drive(optimizer, schedule, run))
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12, abs=1e-17)
+
+
+def test_a_function_is_recognized_on_resume_and_another_is_refused() -> None:
+    optimizer, run = sgd(), Run([10] * 20)
+    whole = drive(optimizer, ProgressLR(optimizer, bent, run, total=examples(200)), run)
+    optimizer, run = sgd(), Run([10] * 20)
+    schedule = ProgressLR(optimizer, bent, run, total=examples(200))
+    first = drive(optimizer, schedule, run, 8)
+    file = io.BytesIO()
+    torch.save(schedule.state_dict(), file)
+    file.seek(0)
+    state, progress = torch.load(file, weights_only=True), run.progress
+
+    optimizer, run = sgd(0.7), Run([10] * 20)
+    schedule = ProgressLR(optimizer, lambda p: bent(p), run, total=examples(200))
+    run.progress = progress
+    schedule.load_state_dict(state)
+    assert first + drive(optimizer, schedule, run) == whole
+    other = ProgressLR(sgd(), lambda p: bent(p) ** 2, Run([10] * 20), total=examples(200))
+    mine = other.state_dict()
+    with pytest.raises(ValueError, match=r"function bent, which is 0\.992188 at progress 0\.5039, this run has F"):
+        other.load_state_dict(state)
+    assert other.state_dict() == mine
+
+
+def test_a_function_that_is_no_shape_leaves_nothing_behind() -> None:
+    optimizer = sgd()
+    with pytest.raises(ValueError, match=r"must be finite and not negative, got -0\.00390625 at progress 0\.50"):
+        ProgressLR(optimizer, lambda p: 0.5 - p, total=steps(10))
+    assert hooks_of(optimizer) == 0
+    assert "initial_lr" not in optimizer.param_groups[0]
+
+
+def test_a_warmup_as_a_share_is_one_in_the_unit_of_the_total() -> None:
+    rates = []
+    for warmup in (0.1, examples(90)):
+        optimizer, run = sgd(), Run([16] * 10 + [64] * 12)
+        schedule = ProgressLR(optimizer, lr.linear(), run, total=examples(900), warmup=warmup)
+        assert schedule.warmup == examples(90)
+        rates.append(drive(optimizer, schedule, run))
+    assert rates[0] == rates[1]
+    assert ProgressLR(sgd(), lr.linear(), total=steps(10)).warmup is None
+    assert ProgressLR(sgd(), lr.linear(), total=steps(10), warmup=0.0).factor() == 1.0
+
+
+@pytest.mark.parametrize("at", [3, 12])
+def test_a_share_stays_what_it_was_where_the_total_changes(at: int) -> None:
+    """Of the first total, so that no rate jumps; and a run that is resumed with the new total takes it over."""
+    optimizer, run = sgd(), Run([10] * 60)
+    schedule = ProgressLR(optimizer, lr.linear(), run, total=examples(300), warmup=0.3)
+    drive(optimizer, schedule, run, at)
+    schedule.set_total(examples(600))
+    assert schedule.warmup == examples(90)
+    state, progress = schedule.state_dict(), run.progress
+    rest = drive(optimizer, schedule, run)
+    optimizer, run = sgd(), Run([10] * 60)
+    schedule = ProgressLR(optimizer, lr.linear(), run, total=examples(600), warmup=0.3)
+    run.progress = progress
+    schedule.load_state_dict(state)
+    assert schedule.warmup == examples(90)
+    assert drive(optimizer, schedule, run) == rest
+    for other in (0.2, None, examples(180)):
+        schedule = ProgressLR(sgd(), lr.linear(), Run([10] * 60), total=examples(600), warmup=other)
+        with pytest.raises(ValueError, match=r"warmup=\[90, 'examples'\], this run has"):
+            schedule.load_state_dict(state)

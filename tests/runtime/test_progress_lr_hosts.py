@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loops import network, regression
-from ranks import run_ranks
+from support.loops import network, regression
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer

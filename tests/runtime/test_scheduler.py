@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import network
+from support.loops import network
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from adabatch import Duration, Progress, ProgressLR, examples, lr, steps, tokens
-from adabatch.runtime.scheduler import Moved, StepHooks
+from adabatch.runtime.step_hooks import StepHooks, StepOverrides
 
 
 class Run:
@@ -130,7 +130,7 @@ def test_past_the_total_the_last_value_stays() -> None:
 def test_get_last_lr_includes_the_batch_factor_and_the_groups_do_not() -> None:
     optimizer, run = two_groups(), Run([10] * 4, [1.0, 2.0, 3.0, 4.0])
     schedule = ProgressLR(optimizer, lr.constant(), run, total=examples(100))
-    hooks = StepHooks(optimizer, moved=lambda: Moved(run.lr_factor), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(run.lr_factor), skip=lambda: False, done=lambda *_: None)
     said = drive(optimizer, schedule, run, 4)
     assert optimizer.applied == said == [[0.1 * f, 0.01 * f] for f in (1.0, 2.0, 3.0, 4.0)]
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.01]
@@ -245,6 +245,14 @@ def test_what_does_not_fit_a_saved_schedule() -> None:
         ({"shape": lr.cosine}, TypeError, r"must come from adabatch.lr"),
         ({"total": 100}, TypeError, r"total must be a duration, such as adabatch.steps\(100\), got 100"),
         ({"warmup": 5}, TypeError, r"warmup must be a duration, such as adabatch.steps\(5\), got 5"),
+        (
+            {"warmup": 1.0},
+            ValueError,
+            r"a share of the total must lie in \[0, 1\), got 1.0: give a length as a duration",
+        ),
+        ({"warmup": -0.1}, ValueError, r"a share of the total must lie in \[0, 1\), got -0.1"),
+        ({"warmup": math.nan}, ValueError, r"a share of the total must lie in \[0, 1\), got nan"),
+        ({"total": 0.5}, TypeError, r"total must be a duration, such as adabatch.steps\(0.5\), got 0.5"),
         ({"total": steps(0)}, ValueError, r"total must have a length"),
         ({"warmup": steps(100)}, ValueError, r"warm-up of 100 steps must be shorter than the total of 100 steps"),
         ({"warmup_start": 1.5}, ValueError, r"warmup_start must be in \[0, 1\], got 1.5"),
@@ -266,7 +274,7 @@ def test_a_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
     run = Run([10] * 3, [1.0, 2.0, 4.0])
     optimizer = Recorder(network().parameters(), lr=rate)
     schedule = ProgressLR(optimizer, lr.linear(), run, total=examples(100))
-    hooks = StepHooks(optimizer, moved=lambda: Moved(run.lr_factor), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(run.lr_factor), skip=lambda: False, done=lambda *_: None)
     said = drive(optimizer, schedule, run, 3)
     assert optimizer.param_groups[0]["lr"] is rate
     assert optimizer.applied == said == [pytest.approx([x]) for x in (0.1, 0.2 * 0.9, 0.4 * 0.8)]
@@ -287,7 +295,7 @@ def test_the_optimizer_can_be_copied() -> None:
     optimizer = two_groups(Adam)
     run = Run([10])
     schedule = ProgressLR(optimizer, lr.linear(), run, total=examples(100))
-    hooks = StepHooks(optimizer, moved=lambda: Moved(2.0), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(2.0), skip=lambda: False, done=lambda *_: None)
     drive(optimizer, schedule, run, 2)
     copied = copy.deepcopy(optimizer)
     assert copied.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
@@ -314,7 +322,7 @@ def test_beside_a_scheduler_of_torchs_own_the_rate_is_its_rate_times_the_factor(
     optimizer, reference = two_groups(), two_groups()
     schedule, expected = make(optimizer), make(reference)
     present = iter(factors)
-    hooks = StepHooks(optimizer, moved=lambda: Moved(next(present)), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(next(present)), skip=lambda: False, done=lambda *_: None)
     for _ in factors:
         for each in (optimizer, reference):
             each.step()
@@ -332,7 +340,7 @@ def test_beside_a_scheduler_of_torchs_own_the_rate_is_its_rate_times_the_factor(
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["float", "tensor"])
 def test_an_update_that_raises_leaves_no_factor_in_a_checkpoint_or_the_next_update(rate: Any) -> None:
     optimizer = Recorder(network().parameters(), lr=rate)
-    hooks = StepHooks(optimizer, moved=lambda: Moved(8.0), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(8.0), skip=lambda: False, done=lambda *_: None)
     optimizer.fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
@@ -355,7 +363,7 @@ def test_an_update_that_raises_leaves_no_factor_in_a_checkpoint_or_the_next_upda
 
 def test_remove_takes_the_hooks_off_and_the_factor_with_them() -> None:
     optimizer = Recorder(network().parameters(), lr=0.1)
-    hooks = StepHooks(optimizer, moved=lambda: Moved(8.0), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(8.0), skip=lambda: False, done=lambda *_: None)
     optimizer.fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
@@ -372,7 +380,7 @@ def test_an_optimizer_that_calls_its_parents_step_gets_the_factor_once() -> None
     SGD(network().parameters(), lr=1.0)
     model = nn.Linear(1, 1, bias=False)
     optimizer = Decayed(model.parameters(), lr=0.5)
-    hooks = StepHooks(optimizer, moved=lambda: Moved(3.0), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(3.0), skip=lambda: False, done=lambda *_: None)
     before = model.weight.item()
     model(torch.ones(1, 1)).sum().backward()
     optimizer.step()
@@ -388,7 +396,7 @@ def test_a_skipped_update_leaves_weights_and_state_alone() -> None:
     told = []
     hooks = StepHooks(
         optimizer,
-        moved=lambda: Moved(1.0),
+        moved=lambda: StepOverrides(1.0),
         skip=lambda: skips.pop(0),
         done=lambda _, rates, applied: told.append((rates, applied)),
     )

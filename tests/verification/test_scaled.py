@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from loops import loss_of, network, regression
-from ranks import run_ranks
+from support.loops import loss_of, network, regression
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 
 from adabatch import GlobalOrder, GradientMoments, MicroBatchProbe
-from adabatch.runtime import wrappers
-from adabatch.runtime.backward import Backward, scaled_by
+from adabatch.runtime.engines import engine
+from adabatch.runtime.engines.backward import Backward, scaled_by
 from adabatch.verification import Check, Training, all_checks, constant_policy, drift, probe_agrees, resume
 
 FITS, OVERFLOWS = 2.0**10, 2.0**20
@@ -132,7 +132,7 @@ def test_gradients_scaled_by_another_factor_are_caught(monkeypatch: pytest.Monke
         right = scaled_by(scaler)
         return right._replace(run=lambda loss: right.run(1.01 * loss))
 
-    monkeypatch.setattr(wrappers, "scaled_by", wrong)
+    monkeypatch.setattr(engine, "scaled_by", wrong)
     for check in (constant_policy, probe_agrees):
         found = check(lambda: training(scaler_from(FITS), optimizer=lambda p: SGD(p, lr=0.05)))
         assert not found.passed

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from loops import loss_of, network, regression
-from ranks import run_ranks
+from support.loops import loss_of, network, regression
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel

@@ -44,7 +44,7 @@ class WatchedLayer:
 
 
 @dataclass
-class LayerSums:
+class FactorSums:
     """Sums over all rows that one layer gave since the last step.
 
     Args:
@@ -66,7 +66,7 @@ class Sums:
     """What a step's micro-batches gave: the number of examples, and sums for each layer."""
 
     num_examples: float = 0.0
-    layers: dict[str, LayerSums] = field(default_factory=dict)
+    layers: dict[str, FactorSums] = field(default_factory=dict)
 
 
 def allocate(layer: WatchedLayer, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -105,7 +105,7 @@ def share_of(num_examples: float, *, memory: float) -> float:
     return 1 - math.exp(-num_examples / memory) if memory > 0 else 1.0
 
 
-def average_in(layer: WatchedLayer, seen: LayerSums, *, num_examples: float, share: float) -> None:
+def average_in(layer: WatchedLayer, seen: FactorSums, *, num_examples: float, share: float) -> None:
     """Takes one observation into a layer's averages; one that is not finite is left out and counted.
 
     The averages begin at the first observation, and are not corrected for that: curvature falls fast at first, and what
@@ -124,7 +124,7 @@ def average_in(layer: WatchedLayer, seen: LayerSums, *, num_examples: float, sha
     layer.state["not_finite"] += ~finite
 
 
-def keep_rows(layer: WatchedLayer, seen: LayerSums, *, num_examples: float) -> None:
+def keep_rows(layer: WatchedLayer, seen: FactorSums, *, num_examples: float) -> None:
     """Puts one observation in the place of all before it: its rows, or their moment where they are many."""
     for side, rows, number in (
         ("input", seen.input_rows, seen.num_rows),
@@ -147,7 +147,7 @@ def pack(layers: Sequence[WatchedLayer], sums: Sums) -> Tensor:
     """All sums in one tensor: two counts a layer and the upper triangles, for one reduction over the ranks."""
     pieces = []
     for layer in layers:
-        seen = sums.layers.get(layer.name, LayerSums())
+        seen = sums.layers.get(layer.name, FactorSums())
         like = layer.state["input_moment"]
         pieces.append(torch.tensor([sums.num_examples, seen.num_rows], dtype=like.dtype, device=like.device))
         for side in SIDES:
@@ -165,7 +165,7 @@ def unpack(packed: Tensor, layers: Sequence[WatchedLayer]) -> Sums:
     for layer in layers:
         counts.append(packed[start : start + 2])
         start += 2
-        seen = sums.layers[layer.name] = LayerSums()
+        seen = sums.layers[layer.name] = FactorSums()
         for side in SIDES:
             template = layer.state[f"{side}_moment"]
             size = template.shape[0] if template.dim() == 1 else template.shape[0] * (template.shape[0] + 1) // 2

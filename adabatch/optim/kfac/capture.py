@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from adabatch.optim.kfac.averages import LayerSums, Sums, WatchedLayer
+from adabatch.optim.kfac.averages import FactorSums, Sums, WatchedLayer
 
 
 class Noted(NamedTuple):
@@ -100,7 +100,7 @@ class Capture:
 
     def _add_input(self, each: Noted) -> None:
         kind = self._kinds[each.name]
-        sums = self._sums.layers.setdefault(each.name, LayerSums())
+        sums = self._sums.layers.setdefault(each.name, FactorSums())
         sums.num_rows += kind.num_rows(each.input)
         rows = kind.input_rows(each.input) if self._in_rows else None
         if rows is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass
-class Clock:
+class StepCounts:
     """Counts that belong to the whole optimizer; equal on all ranks.
 
     Args:
@@ -31,6 +31,6 @@ class Clock:
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     @classmethod
-    def from_tensor(cls, values: Tensor) -> Clock:
+    def from_tensor(cls, values: Tensor) -> StepCounts:
         """The inverse of ``tensor``."""
         return cls(*values.tolist())

@@ -28,7 +28,7 @@ class Exponents(NamedTuple):
 
 
 @dataclass(eq=False)
-class Block:
+class FactorBlock:
     """A parameter with a preconditioner of its own: a layer's weight, or its bias.
 
     Args:
@@ -43,7 +43,9 @@ class Block:
     group: dict[str, Any]
 
 
-def allocate(block: Block, exponents: Exponents, *, exact: bool, dtype: torch.dtype, device: torch.device) -> None:
+def allocate(
+    block: FactorBlock, exponents: Exponents, *, exact: bool, dtype: torch.dtype, device: torch.device
+) -> None:
     """Zeros for the roots of a block: what has not been inverted yet takes no step."""
     d_in, d_out = block.layer.dims
     shapes: dict[str, tuple[int, ...]] = {"output_root": (d_out, d_out) if exponents.output else ()}
@@ -56,13 +58,13 @@ def allocate(block: Block, exponents: Exponents, *, exact: bool, dtype: torch.dt
         block.state[name] = torch.zeros(shape, dtype=dtype, device=device)
 
 
-def roots_of(block: Block) -> list[Tensor]:
+def roots_of(block: FactorBlock) -> list[Tensor]:
     """The tensors that precondition the block, in a fixed order."""
     names = ("output_root", "output_scale", "input_root", "input_scale", "output_basis", "input_basis", "inverse")
     return [block.state[name] for name in names if name in block.state]
 
 
-def precondition(block: Block, grad: Tensor) -> Tensor:
+def precondition(block: FactorBlock, grad: Tensor) -> Tensor:
     """The block's roots on a gradient of the shape of its parameter."""
     state = block.state
     if block.is_bias:
@@ -91,10 +93,10 @@ class Inversion:
         self._exponents = exponents
         self._fallbacks = fallbacks
 
-    def run(self, pairs: Iterable[tuple[Block, FactorPair]]) -> None:
+    def run(self, pairs: Iterable[tuple[FactorBlock, FactorPair]]) -> None:
         """New roots for the blocks, from their factors; the old ones stay where nothing can be computed."""
         tried: dict[tuple[str, str, float], Inverted] = {}
-        requests: list[tuple[Block, str, tuple[str, str, float], Factor]] = []
+        requests: list[tuple[FactorBlock, str, tuple[str, str, float], Factor]] = []
         for block, pair in pairs:
             if min(pair.input.trace, pair.output.trace) <= TRACE_FLOOR:
                 self._fallbacks["no curvature"] += 1
@@ -115,7 +117,7 @@ class Inversion:
                 requests.append((block, side, key, factor))
         self._settle(tried, requests)
 
-    def _sides(self, block: Block, pair: FactorPair, damping: Damping) -> list[tuple[str, Factor, float, float]]:
+    def _sides(self, block: FactorBlock, pair: FactorPair, damping: Damping) -> list[tuple[str, Factor, float, float]]:
         sides = [("output", pair.output, self._exponents.output, damping.output)]
         if not block.is_bias:
             sides.append(("input", pair.input, self._exponents.input, damping.input))
@@ -124,7 +126,7 @@ class Inversion:
     def _settle(
         self,
         tried: dict[tuple[str, str, float], Inverted],
-        requests: list[tuple[Block, str, tuple[str, str, float], Factor]],
+        requests: list[tuple[FactorBlock, str, tuple[str, str, float], Factor]],
     ) -> None:
         if not tried:
             return
@@ -141,7 +143,7 @@ class Inversion:
                 root = again[key]
             self._put(block, side, root)
 
-    def _by_power(self, block: Block, side: str, factor: Factor, exponent: float, rho: float) -> None:
+    def _by_power(self, block: FactorBlock, side: str, factor: Factor, exponent: float, rho: float) -> None:
         try:
             if factor.in_rows and exponent:
                 root = power_of_rows(factor.values, exponent, damping=rho)
@@ -152,7 +154,7 @@ class Inversion:
             return
         self._put(block, side, root)
 
-    def _exact(self, block: Block, pair: FactorPair) -> None:
+    def _exact(self, block: FactorBlock, pair: FactorPair) -> None:
         damping = kronecker(block.group)
         try:
             if block.is_bias:
@@ -165,7 +167,7 @@ class Inversion:
         for name, value in basis._asdict().items():
             block.state[name].copy_(value)
 
-    def _put(self, block: Block, side: str, root: Root | None) -> None:
+    def _put(self, block: FactorBlock, side: str, root: Root | None) -> None:
         if root is None:
             self._fallbacks["kept inverse"] += 1
             return

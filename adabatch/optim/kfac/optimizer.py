@@ -15,11 +15,11 @@ from adabatch.optim.kfac import averages, curvature, inversion
 from adabatch.optim.kfac.averages import WatchedLayer
 from adabatch.optim.kfac.capture import Capture
 from adabatch.optim.kfac.checks import check_factors, check_step, plain_groups, refuse_zeros
-from adabatch.optim.kfac.clock import Clock
+from adabatch.optim.kfac.clock import StepCounts
 from adabatch.optim.kfac.curvature import Fisher, Likelihood
 from adabatch.optim.kfac.damping import DampingForm, DampingName, Factor, FactorPair, form_of
 from adabatch.optim.kfac.first_order import Others, update_others
-from adabatch.optim.kfac.inversion import Block, Exponents, Inversion
+from adabatch.optim.kfac.inversion import Exponents, FactorBlock, Inversion
 from adabatch.optim.kfac.survey import Survey, split_groups, survey
 from adabatch.optim.kfac.whitening import Whitening
 from adabatch.optim.mup.guard import check_ratios
@@ -168,7 +168,7 @@ class KFAC(Optimizer):
         self._observe_every, self._kl_clip = observe_every, kl_clip
         self._seed, self._reduce = seed, reduce
         self._owner: Owner = owner or Alone()
-        self._clock = Clock()
+        self._clock = StepCounts()
         self.fallbacks: Counter[str] = Counter()
 
         found = survey(model, exclude)
@@ -179,7 +179,7 @@ class KFAC(Optimizer):
         if not allow_zero_weights:
             refuse_zeros(found, self.param_groups, reduce)
         self._layers: list[WatchedLayer] = []
-        self._blocks: dict[Tensor, Block] = {}
+        self._blocks: dict[Tensor, FactorBlock] = {}
         modules = dict(self._take_layers(found, exact=form is None))
         self._owner.deal({layer.name: layer.cost for layer in self._layers})
         self._inversion = Inversion(form, self._exponents, self.fallbacks)
@@ -326,7 +326,7 @@ class KFAC(Optimizer):
         holders = {layer.name: p for p, block in self._blocks.items() if (layer := block.layer).holder is p}
         for layer in self._layers:
             layer.state = self.state[holders[layer.name]]
-            self._clock = Clock.from_tensor(layer.state["clock"])
+            self._clock = StepCounts.from_tensor(layer.state["clock"])
         for group in self.param_groups:
             for p in group["params"]:
                 if p in self._blocks:
@@ -346,7 +346,7 @@ class KFAC(Optimizer):
             dtype = holder.dtype if holder.dtype is torch.float64 else torch.float32
             averages.allocate(layer, dtype=dtype, device=holder.device)
             for key, p in own:
-                block = Block(layer, p, key == "bias", self.state[p], groups[id(p)])
+                block = FactorBlock(layer, p, key == "bias", self.state[p], groups[id(p)])
                 inversion.allocate(block, self._exponents, exact=exact, dtype=dtype, device=holder.device)
                 self._blocks[p] = block
             self._layers.append(layer)
@@ -384,7 +384,7 @@ class KFAC(Optimizer):
         changed = before > 0 and abs(now - before) > BATCH_CHANGE * before
         return early or changed or self._clock.since_refresh >= self._refresh
 
-    def _pair(self, block: Block, input_trace: float, output_trace: float) -> FactorPair:
+    def _pair(self, block: FactorBlock, input_trace: float, output_trace: float) -> FactorPair:
         layer = block.layer
         if block.is_bias:
             one = Factor(layer.state["output_moment"].new_ones(1), 1.0)
@@ -456,6 +456,6 @@ class KFAC(Optimizer):
         return [p for p, block in self._blocks.items() if block.layer is layer]
 
 
-def _dtype(block: Block) -> torch.dtype:
+def _dtype(block: FactorBlock) -> torch.dtype:
     dtype: torch.dtype = block.layer.state["output_moment"].dtype
     return dtype

@@ -36,10 +36,6 @@ class Root(NamedTuple):
         return self.of_rows(grad.T).T
 
 
-IDENTITY = Root(torch.ones(()))
-"""Leaves a gradient as it is: exponent 0."""
-
-
 class Inverted(NamedTuple):
     """Roots of the form ``X^-1`` with LAPACK's word on whether the factorization went well; shape (), int32."""
 

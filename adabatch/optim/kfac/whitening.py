@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adabatch.optim.kfac.inversion import Block
+from adabatch.optim.kfac.inversion import FactorBlock
 from adabatch.optim.kfac.roots import Root
 
 
@@ -18,7 +18,7 @@ class Whitening:
     def __init__(self) -> None:
         self._factors: dict[tuple[int, str], Tensor] = {}
 
-    def of(self, block: Block, grad: Tensor) -> Tensor:
+    def of(self, block: FactorBlock, grad: Tensor) -> Tensor:
         """The square root of a block's preconditioner on a gradient of the shape of its parameter."""
         state = block.state
         dtype = state["output_root" if "output_root" in state else "inverse"].dtype
@@ -33,7 +33,7 @@ class Whitening:
         turned = self._times(block, "output", matrix)
         return block.layer.kind.shaped(self._times(block, "input", turned.T).T, grad)
 
-    def _times(self, block: Block, side: str, grad: Tensor) -> Tensor:
+    def _times(self, block: FactorBlock, side: str, grad: Tensor) -> Tensor:
         key = (id(block), side)
         if key not in self._factors:
             self._factors[key] = _factor(Root(block.state[f"{side}_root"], block.state.get(f"{side}_scale")))

@@ -11,24 +11,24 @@ from adabatch.optim.mup.coordinates import Coordinate, CoordinateCheck, coordina
 from adabatch.optim.mup.entry import Entry
 from adabatch.optim.mup.guard import check_ratios, guard
 from adabatch.optim.mup.init import attention_scale, init_
-from adabatch.optim.mup.laws import KFAC, SGD, Adam, Law, Muon, Shampoo
+from adabatch.optim.mup.laws import AdamLaw, KFACLaw, Law, MuonLaw, SGDLaw, ShampooLaw
 from adabatch.optim.mup.names import named_modules, named_parameters
 from adabatch.optim.mup.planning import plan
 from adabatch.optim.mup.plans import Plan
 from adabatch.optim.mup.sweep import Run, Sweep, transfer_sweep
 
 __all__ = [
-    "KFAC",
-    "SGD",
-    "Adam",
+    "AdamLaw",
     "Coordinate",
     "CoordinateCheck",
     "Entry",
+    "KFACLaw",
     "Law",
-    "Muon",
+    "MuonLaw",
     "Plan",
     "Run",
-    "Shampoo",
+    "SGDLaw",
+    "ShampooLaw",
     "Sweep",
     "attention_scale",
     "check_ratios",

@@ -49,7 +49,7 @@ class Law(ABC):
 
 
 @dataclass(frozen=True)
-class SGD(Law):
+class SGDLaw(Law):
     """Gradient descent: learning rate x r_out / r_in."""
 
     name = "sgd"
@@ -70,7 +70,7 @@ class SGD(Law):
 
 
 @dataclass(frozen=True)
-class Adam(Law):
+class AdamLaw(Law):
     """Adam: learning rate / r_in, epsilon / r_out. ``AdamW`` differs in its decay only.
 
     Args:
@@ -94,7 +94,7 @@ class Adam(Law):
 
 
 @dataclass(frozen=True)
-class Muon(Law):
+class MuonLaw(Law):
     """Muon: each update has spectral norm one, so the learning rate is x sqrt(r_out / r_in).
 
     Torch's Muon multiplies the rate by a function of the shape; the law takes out how that differs from the base model.
@@ -135,7 +135,7 @@ class Muon(Law):
 
 
 @dataclass(frozen=True)
-class Shampoo(Law):
+class ShampooLaw(Law):
     """Shampoo: learning rate x (r_out / r_in)^(1 - 2e); with e = 1/4 that is Muon's square root.
 
     An update of the block form has as many blocks of norm one as the matrix; ratios of their numbers enter. Where the
@@ -188,7 +188,7 @@ class Shampoo(Law):
 
 
 @dataclass(frozen=True)
-class KFAC(Law):
+class KFACLaw(Law):
     """K-FAC: the learning rate is the same at every width, and so is a damping in units of each factor's trace.
 
     Args:
@@ -222,7 +222,14 @@ class KFAC(Law):
 Method = Literal["sgd", "adam", "adamw", "muon", "shampoo", "kfac"]
 
 LAWS: Mapping[str, Law] = MappingProxyType(
-    {"sgd": SGD(), "adam": Adam(decoupled=False), "adamw": Adam(), "muon": Muon(), "shampoo": Shampoo(), "kfac": KFAC()}
+    {
+        "sgd": SGDLaw(),
+        "adam": AdamLaw(decoupled=False),
+        "adamw": AdamLaw(),
+        "muon": MuonLaw(),
+        "shampoo": ShampooLaw(),
+        "kfac": KFACLaw(),
+    }
 )
 
 
@@ -235,5 +242,5 @@ def law_of(method: Method | Law) -> Law:
     if isinstance(method, Law):
         return method
     if method not in LAWS:
-        raise ValueError(f"method must be one of {', '.join(LAWS)}, or a law such as Shampoo(exponent=0.5); {method!r}")
+        raise ValueError(f"method must be one of {', '.join(LAWS)}, or a law such as ShampooLaw(); got {method!r}")
     return LAWS[method]

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from adabatch.optim.mup.entry import Entry
-from adabatch.optim.mup.laws import LAWS, Adam, Law, Method, law_of
+from adabatch.optim.mup.laws import LAWS, AdamLaw, Law, Method, law_of
 from adabatch.optim.mup.names import named_parameters
 
 FORMAT = 1
@@ -76,7 +76,7 @@ class Plan:
         Args:
             model: of the plan's architecture and width, wrapped or not.
             method: "sgd", "adam", "adamw", "muon", "shampoo", "kfac", or a law with settings, such as
-                ``mup.Shampoo(exponent=0.5)``.
+                ``mup.ShampooLaw(exponent=0.5)``.
             lr: learning rate tuned at the base width.
             damping: Adam's and Muon's ``eps``, Shampoo's ``epsilon``, K-FAC's ``damping``, tuned at the base width;
                 None for the optimizer's default.
@@ -91,7 +91,7 @@ class Plan:
                 method or ``decay_scaling``.
         """
         law = law_of(method)
-        if weight_decay and isinstance(law, Adam) and not law.decoupled:
+        if weight_decay and isinstance(law, AdamLaw) and not law.decoupled:
             raise ValueError(f"adam's coupled decay ({weight_decay}) has no width law: use adamw")
         if decay_scaling not in get_args(DecayScaling):
             raise ValueError(f"decay_scaling must be one of {', '.join(get_args(DecayScaling))}, got {decay_scaling!r}")

@@ -57,8 +57,8 @@ class Shampoo(Optimizer):
         refresh_every: steps from one computation of the roots to the next.
         refresh_warmup: first steps of a parameter, in which its roots are computed every time.
         block_size: longest side of a block. Larger matrices are cut into blocks with statistics of their own, edges
-            filled up with zeros. The width rule is then another one (``mup.Shampoo(block_size=...)``), with a kink at
-            the width where cutting begins: stay on one side of it. None cuts nothing.
+            filled up with zeros. The width rule is then another one (``mup.ShampooLaw(block_size=...)``), with a kink
+            at the width where cutting begins: stay on one side of it. None cuts nothing.
         momentum: heavy-ball factor in [0, 1) on the preconditioned gradients.
         weight_decay: coefficient of the decoupled decay.
         foreach: True for multi-tensor kernels in momentum, decay and update, False for a loop; None chooses. Both give

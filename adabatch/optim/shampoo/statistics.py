@@ -35,8 +35,8 @@ def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
     if max(form.height, form.width) > LONGEST_SIDE:
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} would have statistics of {max(form.height, form.width)} "
-            f"squared: give block_size=1024 or so, with a width rule of its own (mup.Shampoo(block_size=...)), or give "
-            f"the parameter to a first-order optimizer"
+            f"squared: give block_size=1024 or so, with a width rule of its own (mup.ShampooLaw(block_size=...)), or "
+            f"give the parameter to a first-order optimizer"
         )
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     down, across = form.grid

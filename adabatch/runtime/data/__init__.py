@@ -1,23 +1,25 @@
 """Feeding steps: one global order of examples for all ranks and batch sizes, and loaders of the user's own."""
 
-from adabatch.runtime.data.loader_feed import LoaderFeed, advance_epoch
+from adabatch.runtime.data.counting import num_examples_in
+from adabatch.runtime.data.epochs import EpochCounters
+from adabatch.runtime.data.loader_feed import LoaderFeed
 from adabatch.runtime.data.order import GlobalOrder
-from adabatch.runtime.data.portions import Feed, Portion, Weights, num_examples_in
+from adabatch.runtime.data.portions import Feed, LossWeights, Portion
 from adabatch.runtime.data.shuffles import BlockShuffle, FullShuffle, InOrder, ScatteredShuffle, Shuffle
-from adabatch.runtime.data.weights import WeightedShuffle
+from adabatch.runtime.data.weighted_shuffle import WeightedShuffle
 
 __all__ = [
     "BlockShuffle",
+    "EpochCounters",
     "Feed",
     "FullShuffle",
     "GlobalOrder",
     "InOrder",
     "LoaderFeed",
+    "LossWeights",
     "Portion",
     "ScatteredShuffle",
     "Shuffle",
     "WeightedShuffle",
-    "Weights",
-    "advance_epoch",
     "num_examples_in",
 ]

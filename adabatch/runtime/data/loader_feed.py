@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, Protocol, runtime_checkable
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.data.counting import WAY_OUT, num_examples_in, outline
 from adabatch.runtime.data.portions import Portion
+from adabatch.runtime.data.same_data import check_different
+
+_END = object()
+
+_HEARD = 500
+"""Bytes of an error that the other ranks are told."""
 
 
 class LoaderFeed:
@@ -22,16 +29,22 @@ class LoaderFeed:
     rank has beyond the others is left out. A loader with a ``state_dict`` of its own stands, between steps, exactly
     behind what was consumed.
 
+    Where examples are counted by ``num_examples_in``, every micro-batch but the last of the pass must hold
+    ``micro_batch_size`` of them: another number says that something else was counted. Loading processes of a stream
+    have a last one each.
+
     Args:
         loader: yields micro-batches of this rank.
         collectives: the data-parallel ranks.
-        count: examples in a micro-batch.
+        count: examples in a micro-batch; micro-batches may then be smaller at any place.
         may_be_empty: whether nothing at all may come, as from a loader whose state was saved behind its last batch.
+        allow_same_data: ranks may hold the same micro-batches, see ``check_different``.
 
     Raises:
-        ValueError: nothing comes out of the loader on some rank, or more than the plan says, or a micro-batch without
-            examples; on all ranks at once.
+        ValueError: nothing comes out of the loader on some rank, or micro-batches of another size than the plan says,
+            or without examples, or the same on several ranks; on all ranks at once.
         RuntimeError: the loader of another rank raised.
+        TypeError: something that cannot be iterated, or a data set of single examples.
     """
 
     def __init__(
@@ -39,18 +52,26 @@ class LoaderFeed:
         loader: Iterable[Any],
         collectives: Collectives,
         *,
-        count: Callable[[Any], int],
+        count: Callable[[Any], int] = num_examples_in,
         may_be_empty: bool = False,
+        allow_same_data: bool = False,
     ) -> None:
+        _check_loader(loader)
         self._loader = loader
         self._batches: Iterator[Any] | None = None
+        self._over = False
         self._collectives = collectives
         self._count = count
         self._any = may_be_empty
+        self._compares = not allow_same_data
+        self._num_seen = 0  # micro-batches
+        self._num_short = 0  # of them, those below micro_batch_size
+        self._short: str | None = None  # what is said of the last of them, should another follow
+        self._may_be_short = _num_last_ones(loader)
 
     def take(self, plan: BatchPlan) -> Portion | None:
         """As many micro-batches as the plan accumulates, fewer at the end of the loader, then None."""
-        batches, sizes, error = self._fetch(plan.accumulation_steps)
+        batches, sizes, error = self._fetch(plan)
         # Not a number where a count is impossible: then all ranks see it, and raise together. Infinite where a loader
         # raised.
         local = sum(sizes) if all(size >= 1 for size in sizes) else math.nan
@@ -65,62 +86,123 @@ class LoaderFeed:
             batches, sizes = batches[:common], sizes[:common]
             if common == 0:
                 if not self._any:
-                    raise ValueError(
-                        "the loader gave no micro-batch on at least one rank: is its data set too small, or is it an "
-                        "iterator, which can be passed over only once?"
-                    )
+                    raise ValueError(f"the loader gave no micro-batch on at least one rank: {self._why_empty()}")
                 return None
             (num_examples,) = self._collectives.sum_of(sum(sizes))
+        if self._compares:
+            check_different(batches, self._collectives)
+            self._compares = False
         self._any = True
         return Portion(batches, sizes, int(num_examples))
 
-    def _fetch(self, count: int) -> tuple[list[Any], list[int], Exception | None]:
-        """Up to ``count`` micro-batches and their sizes; and what the user's loader or count raised meanwhile."""
+    def _fetch(self, plan: BatchPlan) -> tuple[list[Any], list[int], Exception | None]:
+        """The next micro-batches and their sizes; and what the user's loader or count raised meanwhile."""
         batches: list[Any] = []
+        sizes: list[int] = []
         try:
-            self._batches = iter(self._loader) if self._batches is None else self._batches
-            batches += itertools.islice(self._batches, count)
-            return batches, [self._count(batch) for batch in batches], None
+            while len(batches) < plan.accumulation_steps:
+                batch = self._next()
+                if batch is _END:
+                    break
+                batches.append(batch)
+                sizes.append(self._size_of(batch, plan))
+            return batches, sizes, None
         except Exception as error:
             return [], [], error
+
+    def _next(self) -> Any:
+        """The next micro-batch of the pass, or ``_END``, whatever the loader would give after its end."""
+        # One iterator a pass, and one `next()` after the other: `itertools.islice` calls `iter()` again, at which a
+        # loader that is its own iterator begins a new pass.
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        batch = _END if self._over else next(self._batches, _END)
+        self._over = batch is _END
+        return batch
+
+    def _size_of(self, batch: Any, plan: BatchPlan) -> int:
+        """Examples in a micro-batch, which has just been fetched."""
+        micro = plan.micro_batch_size
+        size = _whole(self._count(batch))
+        if size > micro:
+            raise ValueError(_misfit(batch, size, micro, "came"))
+        if self._count is not num_examples_in:
+            return size
+        if self._short is not None and self._num_short == self._may_be_short:
+            raise ValueError(self._short)
+        self._num_seen += 1
+        if size < micro:
+            self._short = _misfit(batch, size, micro, "came before the last one of a pass")
+            self._num_short += 1
+            # A first one is the only one of the pass, or something else was counted: which of them must be known before
+            # a step is made of it.
+            if self._num_seen == self._may_be_short == 1 and self._next() is not _END:
+                raise ValueError(self._short)
+        return size
 
     def _raise_together(self, error: Exception | None) -> NoReturn:
         """An error of one rank ends all, each with what it knows, rather than leave the others waiting."""
         mine = math.inf if error is None else self._collectives.rank
         (first,) = self._collectives.minimum_of(mine)
+        text = b"" if error is None or self._collectives.rank != first else f"{type(error).__name__}: {error}".encode()
+        heard = self._collectives.sum_of(*text[:_HEARD].ljust(_HEARD, b"\0"))
         if error is not None:
             raise error
-        raise RuntimeError(f"the loader of rank {first:.0f} raised an error, which that rank shows")
+        said = bytes(map(int, heard)).rstrip(b"\0").decode(errors="replace")
+        raise RuntimeError(f"the loader of rank {first:.0f} raised an error: {said}")
 
     def _check(self, num_examples: float, plan: BatchPlan) -> None:
         if math.isnan(num_examples):
             raise ValueError("the loader gave a micro-batch without examples on at least one rank")
         if num_examples > plan.global_batch_size:
             raise ValueError(
-                f"a step of {num_examples:.0f} examples came where {plan.global_batch_size} were planned: the loader's "
-                f"micro-batches may hold micro_batch_size={plan.micro_batch_size} examples at most"
+                f"a step of {num_examples:.0f} examples came where {plan.global_batch_size} were planned: give all "
+                f"ranks the same micro_batch_size"
             )
+
+    def _why_empty(self) -> str:
+        if self._batches is self._loader:
+            return (
+                f"the {type(self._loader).__name__} is an iterator, which can be passed over only once, and it is at "
+                f"its end: give something that begins again at every iter(), such as a DataLoader"
+            )
+        return "is its data set too small, or is it at its end, and cannot be passed over again?"
 
     def consumed(self, portion: Portion) -> None:
         """Nothing to note: the loader's place is its own."""
 
 
-@runtime_checkable
-class _CountsEpochs(Protocol):
-    """torch's ``DistributedSampler``, and streaming data sets of Hugging Face."""
+def _check_loader(loader: Any) -> None:
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise TypeError(
+            f"steps() takes micro-batches, and a {type(loader).__name__} is a data set: give GlobalOrder(dataset), or "
+            f"a DataLoader around it (with batch_size=None where its items are micro-batches)"
+        )
+    if isinstance(loader, str | bytes | Mapping) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(
+            f"steps() takes a GlobalOrder or an iterable of micro-batches, such as a DataLoader, got {loader!r}"
+        )
 
-    epoch: int
 
-    def set_epoch(self, epoch: int) -> None: ...
+def _num_last_ones(loader: Iterable[Any]) -> int:
+    """How many micro-batches of a pass may be its last ones: of a stream, each loading process has one."""
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
+        return max(1, loader.num_workers)
+    return 1
 
 
-def advance_epoch(loader: Iterable[Any]) -> None:
-    """After a pass over a ``DataLoader``: a sampler or data set that counts epochs goes to its next one.
+def _whole(count: Any) -> int:
+    try:
+        return operator.index(count)
+    except TypeError:
+        if isinstance(count, float) and count.is_integer():
+            return int(count)
+        raise TypeError(f"count= must give a whole number of examples, got {count!r}") from None
 
-    A ``DistributedSampler`` shuffles anew; a streaming data set of Hugging Face too, and forgets the place that it was
-    resumed at, to which it would return in every pass.
-    """
-    if isinstance(loader, DataLoader):
-        for part in (loader.sampler, loader.dataset):
-            if isinstance(part, _CountsEpochs):
-                part.set_epoch(part.epoch + 1)
+
+def _misfit(batch: Any, size: int, micro: int, came: str) -> str:
+    return (
+        f"a micro-batch of {size} examples {came} ({outline(batch)}), where micro_batch_size={micro}: give the loader "
+        f"and AdaptiveBatch the same size; if {size} is not how many examples it holds, or micro-batches are to "
+        f"differ, {WAY_OUT}"
+    )

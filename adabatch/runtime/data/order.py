@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from adabatch.runtime.data.order_feed import Dealer, OrderFeed, Place
+from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed
 from adabatch.runtime.data.sequence import ExampleSequence, Subset, shuffle_of
 from adabatch.runtime.data.shuffles import Shuffle
 
@@ -23,10 +23,10 @@ STATE_FORMAT = 2
 class GlobalOrder:
     """One order of examples for all ranks, batch sizes and world sizes; given to ``AdaptiveBatch.steps`` as the loader.
 
-    Place g of the order is place ``g % n`` of epoch ``g // n``: epochs are joined, so no batch is cut short by the end
-    of an epoch. A step of B examples takes the next B places, micro-batch by micro-batch, and of each the ranks take
-    consecutive slices. The micro-batch may grow (``AdaptiveBatch(max_micro_batch_size=)``), which makes a growing batch
-    cheap; with loaders of your own only the number of accumulation steps can grow.
+    Position g of the order is place ``g % n`` of epoch ``g // n``: epochs are joined, so no batch is cut short by the
+    end of an epoch. A step of B examples takes the next B positions, micro-batch by micro-batch, and of each the ranks
+    take consecutive slices. The micro-batch may grow (``AdaptiveBatch(max_micro_batch_size=)``), which makes a growing
+    batch cheap; with loaders of your own only the number of accumulation steps can grow.
 
     Args:
         dataset: map-style, with ``__len__`` and ``__getitem__`` (or ``__getitems__``); no sampler of its own.
@@ -80,7 +80,7 @@ class GlobalOrder:
         self._loader_options = {**loader_options, "collate_fn": collate_fn, "num_workers": num_workers}
         chosen = None if subset is None else Subset(subset, len(dataset))
         taking_part = len(dataset if chosen is None else chosen)
-        self._place = Place(
+        self._place = DataPosition(
             ExampleSequence(len(dataset), seed=seed, shuffle=shuffle_of(shuffle, taking_part), subset=chosen)
         )
 

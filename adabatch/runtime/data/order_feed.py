@@ -19,7 +19,7 @@ MakeLoader = Callable[["Dealer", torch.Generator], "DataLoader[Any]"]
 
 
 @dataclass
-class Place:
+class DataPosition:
     """How far all ranks together are in a sequence of examples.
 
     Args:
@@ -83,7 +83,9 @@ class OrderFeed:
     run depend on how much was under way; a change of the micro-batch costs one filling of the loading queue.
     """
 
-    def __init__(self, place: Place, make_loader: MakeLoader, *, rank: int, dp_size: int, join_epochs: bool) -> None:
+    def __init__(
+        self, place: DataPosition, make_loader: MakeLoader, *, rank: int, dp_size: int, join_epochs: bool
+    ) -> None:
         self._place = place
         self._make_loader = make_loader
         self._rank = rank

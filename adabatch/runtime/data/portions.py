@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
-
-from torch import Tensor
 
 from adabatch.batch.plan import BatchPlan
 
 
-class Weights(NamedTuple):
+class LossWeights(NamedTuple):
     """How much micro-batches count for in the step's gradient, in one unit.
 
     Args:
@@ -37,7 +35,7 @@ class Portion:
     batches: Iterable[Any]
     sizes: Sequence[int]
     num_examples: int
-    weights: Weights | None = None
+    weights: LossWeights | None = None
 
 
 class Feed(Protocol):
@@ -50,31 +48,3 @@ class Feed(Protocol):
     def consumed(self, portion: Portion) -> None:
         """The step has run: what it took counts as seen."""
         ...
-
-
-def num_examples_in(batch: Any) -> int:
-    """Examples in a micro-batch: the first dimension of the first tensor found in it that has one.
-
-    Raises:
-        TypeError: no such tensor is in it.
-    """
-    found = _first_tensor(batch)
-    if found is None:
-        raise TypeError(
-            f"cannot tell how many examples a micro-batch of type {type(batch).__name__} holds: "
-            f"pass count=, a function from micro-batch to number of examples, to AdaptiveBatch.steps"
-        )
-    return found.shape[0]
-
-
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch if batch.dim() else None
-    if isinstance(batch, Mapping):
-        batch = batch.values()
-    if isinstance(batch, Iterable) and not isinstance(batch, str | bytes):
-        for item in batch:
-            found = _first_tensor(item)
-            if found is not None:
-                return found
-    return None

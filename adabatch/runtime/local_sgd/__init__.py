@@ -6,25 +6,25 @@ what becomes of the average (``Average``, ``Nesterov``, ``SlowMo``).
 
 from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.local_sgd.compression import Compression
-from adabatch.runtime.local_sgd.outer import Average, Nesterov, Outer, SlowMo
+from adabatch.runtime.local_sgd.outer import Average, Nesterov, OuterOptimizer, SlowMo
 from adabatch.runtime.local_sgd.periods import Change, Fixed, Period, Quadratic, RoundStart, Table
 from adabatch.runtime.local_sgd.probe import Spread
-from adabatch.runtime.local_sgd.settings import Measure, Weights
+from adabatch.runtime.local_sgd.settings import AverageWeights, Measure
 
 __all__ = [
     "Average",
+    "AverageWeights",
     "Change",
     "Compression",
     "Fixed",
     "LocalSGD",
     "Measure",
     "Nesterov",
-    "Outer",
+    "OuterOptimizer",
     "Period",
     "Quadratic",
     "RoundStart",
     "SlowMo",
     "Spread",
     "Table",
-    "Weights",
 ]

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from adabatch.batch.moments import EUCLIDEAN, norm_in, quantile_in
-from adabatch.batch.plan import Duration, Progress
+from adabatch.batch.plan import Duration
 from adabatch.runtime.collectives import Collectives, collectives_of, workers_of
+from adabatch.runtime.engines.choice import engine_for
+from adabatch.runtime.engines.engine import GradientSync
+from adabatch.runtime.engines.plain import PlainEngine
+from adabatch.runtime.fsdp2 import is_sharded
 from adabatch.runtime.local_sgd.compression import Compression
-from adabatch.runtime.local_sgd.exchange import Exchange
+from adabatch.runtime.local_sgd.engine import LocalWorkers
 from adabatch.runtime.local_sgd.memory import Memory
-from adabatch.runtime.local_sgd.outer import Average, Outer
-from adabatch.runtime.local_sgd.periods import Fixed, Period, RoundStart
-from adabatch.runtime.local_sgd.probe import Spread, WorkerProbe
+from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
+from adabatch.runtime.local_sgd.periods import Period
+from adabatch.runtime.local_sgd.probe import Spread
 from adabatch.runtime.local_sgd.replica import Replica
-from adabatch.runtime.local_sgd.settings import Measure, Round, Settings, Weights, period_of
-from adabatch.runtime.probes.micro_batch import MicroBatchProbe
-from adabatch.runtime.probes.protocol import Probe, ProbeOptions, given_with
-from adabatch.runtime.scheduler import ProgressSource
-from adabatch.runtime.sharding import is_sharded
-from adabatch.runtime.wrappers import GradientSync, Wrapper, wrapper_of
+from adabatch.runtime.local_sgd.rounds import Rounds
+from adabatch.runtime.local_sgd.settings import AverageWeights, Measure, Settings, period_of
 
 
 class LocalSGD:
@@ -91,15 +89,15 @@ class LocalSGD:
         *,
         sync_every: int | Period,
         warmup: Duration | None = None,
-        outer: Outer | None = None,
+        outer: OuterOptimizer | None = None,
         average_state: bool = False,
         compression: Compression = "none",
-        weights: Weights = "examples",
+        weights: AverageWeights = "examples",
         measure: Measure = "first",
         spread: Spread = "across",
         workers: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
-        self._settings = Settings(
+        settings = Settings(
             period=period_of(sync_every),
             outer=Average() if outer is None else outer,
             warmup=warmup,
@@ -110,62 +108,59 @@ class LocalSGD:
             spread=spread,
         )
         self._model, self._optimizer = model, optimizer
-        self._replica = Replica(model, optimizer)
-        self._workers, self._node = _who(model, workers, self._replica.device)
-        self._everyone = self._workers.over(self._node)
-        words = ", ".join(self._settings.words())
-        if not self._everyone.agree(words):
+        replica = Replica(model, optimizer)
+        group, node = _who(model, workers, replica.device)
+        self._rounds = Rounds(settings, replica, optimizer, workers=group, node=node)
+        words = ", ".join(settings.words())
+        if not self._rounds.everyone.agree(words):
             raise ValueError(
                 f"the ranks were given different settings of local SGD (this one: {words}), and would average at "
                 f"different steps: give all the same"
             )
-        self._exchange = Exchange(self._workers)
-        self._memory = Memory()
-        self._source: ProgressSource | None = None
-        self._gradient_averaged = self._stepping = False
-        for tensor in self._replica.everything():
-            self._workers.copy_from_first(tensor)
+        for tensor in replica.everything():
+            group.copy_from_first(tensor)
+        rounds = self._rounds
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(lambda *_: rounds.before_step()),
+            optimizer.register_step_post_hook(lambda *_: rounds.after_step()),
         ]
 
     @property
     def collectives(self) -> Collectives:
         """All ranks of all workers."""
-        return self._everyone
+        return self._rounds.everyone
 
     # --- what a log or a test reads ---------------------------------------------------------------------------------
 
     @property
     def rounds(self) -> int:
         """Averages so far, those of the warm-up among them."""
-        return self._memory.rounds
+        return self._rounds.memory.rounds
 
     @property
     def steps(self) -> int:
         """Local steps so far."""
-        return self._memory.steps
+        return self._rounds.memory.steps
 
     @property
     def step_in_round(self) -> int:
         """Local steps since the last average; 0 where all workers hold the same parameters."""
-        return self._memory.step_in_round
+        return self._rounds.memory.step_in_round
 
     @property
     def sync_every(self) -> int:
         """Local steps of the round under way, or of the one that begins with the next step."""
-        return self._present().local_steps
+        return self._rounds.present().local_steps
 
     @property
     def bytes_sent(self) -> int:
         """Bytes that this rank sent to other workers so far, measured gradients among them."""
-        return self._exchange.bytes_sent
+        return self._rounds.exchange.bytes_sent
 
     @property
     def bytes_saved(self) -> int:
         """Bytes that averaging the gradient at every step would have sent beyond those."""
-        return self._memory.bytes_synchronous - self.bytes_sent
+        return self._rounds.memory.bytes_synchronous - self.bytes_sent
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -181,12 +176,12 @@ class LocalSGD:
 
     def count(self, num_examples: float) -> None:
         """This rank consumed so many examples (or tokens); ``AdaptiveBatch`` counts what it takes by itself."""
-        self._memory.examples += num_examples
+        self._rounds.memory.examples += num_examples
 
     def synchronize(self) -> None:
         """Ends the round under way now, on all workers; nothing where they have just averaged."""
-        if self._memory.step_in_round:
-            self._end_round()
+        if self._rounds.memory.step_in_round:
+            self._rounds.end_round()
 
     def remove(self) -> None:
         """Takes the hooks off the optimizer: no more averages."""
@@ -194,137 +189,19 @@ class LocalSGD:
             handle.remove()
         self._handles.clear()
 
-    def _present(self) -> Round:
-        """The round under way; it begins when it is first asked for."""
-        if self._memory.round is None:
-            self._memory.round = self._begin_round()
-        return self._memory.round
-
-    def _begin_round(self) -> Round:
-        source = self._source
-        if source is None:
-            self._check_units()
-        progress = Progress(steps=self._memory.steps) if source is None else source.progress
-        factor = 1.0 if source is None else source.lr_factor
-        # Host sync where a rate lies on an accelerator, once a round.
-        lr = factor * max(float(group["lr"]) for group in self._optimizer.param_groups)
-        peak = factor * max(float(group.get("initial_lr", group["lr"])) for group in self._optimizer.param_groups)
-        begun = self._settings.begin(RoundStart(progress, lr, peak), states_agree=self._memory.states_agree)
-        # Rounds of different lengths would send different things at the same time, and wait for each other for ever.
-        told = (begun.local_steps, begun.by_gradient, lr if begun.needs_anchor else None)
-        if not (isinstance(self._settings.period, Fixed) and begun.local_steps == 1) and not self._everyone.agree(told):
-            raise ValueError(
-                f"the workers begin different rounds (this one: {begun.local_steps} steps, at a learning rate of "
-                f"{lr:.6g}): their learning rates must be the same at every step"
-            )
-        if begun.needs_anchor:
-            self._memory.anchors = [piece.clone() for piece in self._replica.pieces()]
-        return begun
-
-    def _check_units(self) -> None:
-        for duration in self._settings.durations:
-            if duration.unit != "steps":
-                raise ValueError(
-                    f"local SGD cannot count {duration} by itself: give it to AdaptiveBatch(local_sgd=), or the "
-                    f"duration in steps"
-                )
-
-    def _gradient_ready(self, weight: float) -> None:
-        """The gradient of a step is complete on this worker, and is about to be measured, clipped and applied."""
-        self.count(weight)
-        self._average_gradient()
-
-    def _average_gradient(self) -> None:
-        if self._present().by_gradient:
-            with self._reporting():
-                mean = self._replica.mean_gradients(self._exchange, weight=1 / self._workers.size)
-            self._replica.put_gradients(mean)
-            self._gradient_averaged = True
-
-    def _before_step(self, *_: Any) -> None:
-        if not self._gradient_averaged:
-            self._average_gradient()
-        self._stepping = True
-
-    def _after_step(self, *_: Any) -> None:
-        # An optimizer whose step() calls its parent's runs the hooks of both, one inside the other.
-        if not self._stepping:
-            return
-        self._stepping = self._gradient_averaged = False
-        self._memory.steps += 1
-        self._memory.step_in_round += 1
-        self._memory.bytes_synchronous += self._exchange.ring_bytes(self._replica.pieces())
-        if self._memory.step_in_round == self._present().local_steps:
-            self._end_round()
-
-    def _end_round(self) -> None:
-        ended = self._present()
-        weight = 1 / self._workers.size if ended.by_gradient else self._weight(ended)
-        with self._reporting():
-            if not ended.by_gradient:
-                self._average(ended, weight)
-            self._exchange.mean(self._replica.buffers(), weight=weight)
-        self._memory.end_round()
-
-    def _average(self, ended: Round, weight: float) -> None:
-        """What the workers' parameters become at the end of a round of steps of their own."""
-        pieces = self._replica.pieces()
-        self._exchange.compressed_mean(
-            pieces, self._memory.anchors, weight=weight, compression=ended.compression, errors=self._memory.errors
-        )
-        ended.outer.step(pieces, self._memory.anchors, self._memory.momenta, lr=ended.lr)
-        state = self._replica.optimizer_state()
-        if self._settings.average_state:
-            if not self._workers.agree([(name, value.shape) for name, value in state.items()]):
-                raise ValueError(
-                    "the optimizer remembers other things on this worker than on others, so average_state cannot "
-                    "average them: a parameter got a gradient on some workers only; leave average_state out"
-                )
-            self._exchange.mean(list(state.values()), weight=weight)
-        self._memory.states_agree = self._settings.average_state or not state
-
-    def _weight(self, ended: Round) -> float:
-        """This worker's share; also checks that all workers are at the same step."""
-        (examples,) = self._node.sum_of(self._memory.examples)
-        with self._reporting():
-            rows = self._workers.gather_of(examples, self._memory.rounds, self._memory.steps, ended.local_steps)
-        if any(row[1:] != rows[0][1:] for row in rows):
-            places = "; ".join(f"worker {index}: {row[2]:.0f}" for index, row in enumerate(rows))
-            raise RuntimeError(
-                f"workers came to the average after different numbers of steps ({places}): all must call "
-                f"optimizer.step() equally often (a GradScaler leaves calls out)"
-            )
-        total = sum(row[0] for row in rows)
-        if self._settings.weights == "equal" or total == 0:
-            return 1 / self._workers.size
-        return rows[self._workers.rank][0] / total
-
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Says what a failed exchange means."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"local SGD could not finish round {self._memory.rounds + 1} (step {self._memory.steps}): a worker "
-                f"ended, or the network failed; start all again from the last checkpoint ({error})"
-            ) from error
-
     # --- what AdaptiveBatch reads -----------------------------------------------------------------------------------
 
-    def wrapper(
+    def engine(
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        source: ProgressSource,
         gradient_sync: GradientSync | None = None,
         scaler: GradScaler | None = None,
-    ) -> Wrapper:
+    ) -> LocalWorkers:
         """How ``AdaptiveBatch`` runs the model on all ranks while the workers step on their own.
 
         Args:
             model, optimizer: those that were given here.
-            source: where progress and batch factor come from, from now on.
             gradient_sync: for the ranks of a sharded worker.
             scaler: refused.
 
@@ -340,53 +217,8 @@ class LocalSGD:
             raise ValueError(
                 "local_sgd belongs to another model or optimizer: give AdaptiveBatch and LocalSGD the same"
             )
-        if is_sharded(model):
-            inner = wrapper_of(model, gradient_sync)
-        else:
-            inner = Wrapper(self._everyone, nullcontext, MicroBatchProbe)
-        self._source = source
-
-        def make_probe(parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
-            _check_gives(given_with(**options))
-            return self._measured(inner.make_probe(parameters, **options))
-
-        return inner._replace(
-            collectives=self._everyone,
-            make_probe=make_probe,
-            fit_probe=self._measured,
-            num_compared=self._everyone.size if self._settings.spread == "across" else self._node.size,
-            measures_next=self._measures_next,
-            steps_alone=lambda: not self._present().by_gradient,
-            gradient_ready=self._gradient_ready,
-            journal_entry=self._journal_entry,
-        )
-
-    def _measured(self, probe: Probe) -> Probe:
-        _check_gives(probe.gives)
-        return WorkerProbe(
-            probe,
-            self._replica,
-            self._exchange,
-            num_workers=self._workers.size,
-            worker_size=self._node.size,
-            across=lambda: self._settings.spread == "across" or self._present().by_gradient,
-            averaged=lambda: self._gradient_averaged,
-        )
-
-    def _measures_next(self) -> bool:
-        present = self._present()
-        return self._memory.step_in_round == (0 if self._settings.measure == "first" else present.local_steps - 1)
-
-    def _journal_entry(self) -> dict[str, Any]:
-        """As things stand after a step."""
-        return {
-            "local_sgd": {
-                "rounds": self._memory.rounds,
-                "step_in_round": self._memory.step_in_round,
-                "bytes_sent": self.bytes_sent,
-                "bytes_saved": self.bytes_saved,
-            }
-        }
+        alone = PlainEngine(model, self.collectives)
+        return LocalWorkers(engine_for(model, gradient_sync) if is_sharded(model) else alone, self._rounds)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -397,7 +229,10 @@ class LocalSGD:
         then the model's and the optimizer's; every rank saves its own. Without ``average_state`` the optimizer's always
         is.
         """
-        return {**self._memory.state_dict(self._workers.size, self._settings), "bytes_sent": self.bytes_sent}
+        return {
+            **self._rounds.memory.state_dict(self._rounds.workers.size, self._rounds.settings),
+            "bytes_sent": self.bytes_sent,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the state was taken; load the model's and the optimizer's after the construction too.
@@ -406,21 +241,13 @@ class LocalSGD:
             ValueError: a state of a newer format, of another model or outer optimizer, or of another number of workers,
                 where it is of the middle of a round or has compression errors in it.
         """
-        self._memory = Memory.from_state_dict(
-            state, num_workers=self._workers.size, pieces=self._replica.pieces(), settings=self._settings
+        self._rounds.memory = Memory.from_state_dict(
+            state,
+            num_workers=self._rounds.workers.size,
+            pieces=self._rounds.replica.pieces(),
+            settings=self._rounds.settings,
         )
-        self._exchange.bytes_sent = state["bytes_sent"]
-
-
-def _check_gives(gives: frozenset[str]) -> None:
-    """That what a probe gives of one worker adds up to what it gives of all."""
-    for need in gives:
-        if norm_in([need]) != EUCLIDEAN or quantile_in([need]) is not None:
-            raise ValueError(
-                f"local SGD does not measure {need}: the optimizers of the workers hold states of their own, and no "
-                f"gradient of all is formed coordinate by coordinate; use a criterion in the Euclidean norm, such as "
-                f"NormTest or NoiseScale()"
-            )
+        self._rounds.exchange.bytes_sent = state["bytes_sent"]
 
 
 def _who(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @runtime_checkable
-class Outer(Protocol):
+class OuterOptimizer(Protocol):
     """An outer optimizer: settings only; its momentum is held by ``LocalSGD``, one tensor a parameter."""
 
     @property

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from adabatch.runtime.fsdp2 import own_piece
 from adabatch.runtime.local_sgd.exchange import Exchange
-from adabatch.runtime.sharding import own_piece
 
 COUNT = "step"
 """What optimizers call their count of steps, equal on all workers: not averaged."""

@@ -7,11 +7,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from adabatch.batch.plan import Duration
 from adabatch.runtime.local_sgd.compression import Compression
-from adabatch.runtime.local_sgd.outer import Average, Outer
+from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
 from adabatch.runtime.local_sgd.periods import Fixed, Period, RoundStart, check_period
 from adabatch.runtime.local_sgd.probe import Spread
 
-Weights = Literal["examples", "equal"]
+AverageWeights = Literal["examples", "equal"]
 """What the share of a worker in the average follows."""
 
 Measure = Literal["first", "last"]
@@ -31,7 +31,7 @@ class Round(NamedTuple):
 
     local_steps: int
     lr: float
-    outer: Outer
+    outer: OuterOptimizer
     compression: Compression
     by_gradient: bool
 
@@ -51,16 +51,16 @@ class Settings:
     """
 
     period: Period
-    outer: Outer
+    outer: OuterOptimizer
     warmup: Duration | None
     average_state: bool
     compression: Compression
-    weights: Weights
+    weights: AverageWeights
     measure: Measure
     spread: Spread
 
     def __post_init__(self) -> None:
-        words = {"compression": Compression, "weights": Weights, "measure": Measure, "spread": Spread}
+        words = {"compression": Compression, "weights": AverageWeights, "measure": Measure, "spread": Spread}
         for name, allowed in words.items():
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
@@ -69,7 +69,7 @@ class Settings:
                 f"sync_every must be a number of local steps, or Fixed, Table or Quadratic of adabatch.local_sgd, got "
                 f"{self.period!r}"
             )
-        if isinstance(self.outer, type) or not isinstance(self.outer, Outer):
+        if isinstance(self.outer, type) or not isinstance(self.outer, OuterOptimizer):
             raise TypeError(
                 f"outer must be Average(), Nesterov() or SlowMo() of adabatch.local_sgd, got {self.outer!r}"
             )

@@ -3,7 +3,7 @@
 `PerExampleNorms` measures them; a `Rule` made of `Contribution` teaches it a layer of one's own.
 """
 
-from adabatch.runtime.per_example.contributions import Contribution, Correlation, Dense, Lookup, Outer
+from adabatch.runtime.per_example.contributions import Contribution, Correlation, Dense, Lookup, OuterProduct
 from adabatch.runtime.per_example.norms import ExampleGradients, PerExampleNorms
 from adabatch.runtime.per_example.products import (
     RandomState,
@@ -19,7 +19,7 @@ __all__ = [
     "Dense",
     "ExampleGradients",
     "Lookup",
-    "Outer",
+    "OuterProduct",
     "PerExampleNorms",
     "RandomState",
     "Rule",

@@ -113,7 +113,7 @@ class Dense(Contribution):
 
 
 @dataclass(frozen=True)
-class Outer(Contribution):
+class OuterProduct(Contribution):
     """A sum over positions of outer products, ``g_i = sum_t rows[i, t] (x) cols[i, t]``: a linear map.
 
     Args:
@@ -270,7 +270,7 @@ class Correlation(Contribution):
             length = part.stop - part.start
             rows = self.grad[part].reshape(length * self.groups, num_rows, num_positions).mT
             cols = self._patches(part).reshape(length * self.groups, num_positions, num_cols)
-            sums.append(Outer(rows, cols).squares().view(length, self.groups).sum(1))
+            sums.append(OuterProduct(rows, cols).squares().view(length, self.groups).sum(1))
         return torch.cat(sums)
 
     def products(self, direction: Tensor) -> Tensor:
@@ -327,13 +327,13 @@ def combined_squares(contributions: Sequence[Contribution], parameter_size: int)
     Returns:
         Squared norms, shape (num_examples,).
     """
-    outers = [one for one in contributions if isinstance(one, Outer)]
+    outers = [one for one in contributions if isinstance(one, OuterProduct)]
     lookups = [one for one in contributions if isinstance(one, Lookup)]
-    others = [one for one in contributions if not isinstance(one, Outer | Lookup)]
+    others = [one for one in contributions if not isinstance(one, OuterProduct | Lookup)]
     merged: list[Contribution] = list(others)
     if outers:
         merged.append(
-            Outer(torch.cat([one.rows for one in outers], 1), torch.cat([one.cols for one in outers], 1))
+            OuterProduct(torch.cat([one.rows for one in outers], 1), torch.cat([one.cols for one in outers], 1))
             if len(outers) > 1
             else outers[0]
         )
@@ -351,7 +351,7 @@ def combined_squares(contributions: Sequence[Contribution], parameter_size: int)
         return merged[0].squares()
     if not others:
         outer, lookup = merged
-        assert isinstance(outer, Outer)
+        assert isinstance(outer, OuterProduct)
         assert isinstance(lookup, Lookup)
         return outer.squares() + lookup.squares() + 2 * _inner(outer, lookup)
     return torch.cat(
@@ -383,7 +383,7 @@ def coordinate_squares(contributions: Sequence[Contribution], shape: torch.Size)
     return total.view(shape)
 
 
-def _inner(outer: Outer, lookup: Lookup) -> Tensor:
+def _inner(outer: OuterProduct, lookup: Lookup) -> Tensor:
     """``<g_i, h_i>`` of a linear map's and an embedding's contribution to one table, (num_examples,)."""
     sums = []
     num_positions, num_lookups = outer.rows.shape[1], lookup.index.shape[1]

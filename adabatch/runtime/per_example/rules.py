@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adabatch.runtime.per_example.contributions import Contribution, Correlation, Dense, Lookup, Outer, wide
+from adabatch.runtime.per_example.contributions import Contribution, Correlation, Dense, Lookup, OuterProduct, wide
 
 
 def _trains(module: nn.Module, name: str) -> bool:
@@ -34,7 +34,7 @@ def _sum_between(values: Tensor, kept: int) -> Tensor:
 def _linear(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str, Contribution]]:
     rows = grad.reshape(grad.shape[0], -1, grad.shape[-1])
     if _trains(module, "weight"):
-        yield "weight", Outer(rows, inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]))
+        yield "weight", OuterProduct(rows, inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]))
     if _trains(module, "bias"):
         yield "bias", Dense(wide(rows).sum(1))
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import mean_future
 from adabatch.runtime.compiled import uncompiled
-from adabatch.runtime.layers import Layers, LayerSums
+from adabatch.runtime.probes.layers import Layers, LayerSums
 from adabatch.runtime.probes.micro_batch import IN_PIECES
 from adabatch.runtime.probes.norms import gathered, norms
 from adabatch.runtime.probes.parts import PartSums

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.layers import LayerSums
-from adabatch.runtime.metrics import Image, as_it_is, begun, check_diagonal, name_of
 from adabatch.runtime.probes.coordinates import SINGLE, CoordinateSquares
+from adabatch.runtime.probes.layers import LayerSums
+from adabatch.runtime.probes.metrics import Image, as_it_is, begun, check_diagonal, name_of
 from adabatch.runtime.probes.norms import gathered, norms, sum_of_squares
 from adabatch.runtime.probes.parts import PartSums
 from adabatch.runtime.probes.protocol import ProbeOptions, given_with

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.layers import Layers
-from adabatch.runtime.metrics import ProbeNorm
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.gauge import Gauge
+from adabatch.runtime.probes.layers import Layers
+from adabatch.runtime.probes.metrics import ProbeNorm
 from adabatch.runtime.probes.norms import gradients_of
 
 IN_PIECES = (

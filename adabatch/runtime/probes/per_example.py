@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from adabatch.batch.moments import EXAMPLES, INNER_PRODUCTS, GradientMoments
+from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import collectives_of
-from adabatch.runtime.layers import Layers
-from adabatch.runtime.metrics import ProbeNorm, name_of
+from adabatch.runtime.fsdp2 import is_sharded, own_piece
 from adabatch.runtime.per_example import ExampleGradients, PerExampleNorms, Rule
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.gauge import Gauge
+from adabatch.runtime.probes.layers import Layers
+from adabatch.runtime.probes.metrics import ProbeNorm, name_of
 from adabatch.runtime.probes.norms import gradients_of
-from adabatch.runtime.sharding import is_sharded, own_piece
 
 
 class PerExampleProbe:
@@ -91,7 +92,7 @@ class PerExampleProbe:
             norm=norm,
             quantile=quantile,
         )
-        self.gives = self._gauge.gives | ({EXAMPLES, INNER_PRODUCTS} if products else {EXAMPLES})
+        self.gives = replace(self._gauge.gives, examples=True, products=products)
         self._products = products
         self._leave_one_out = leave_one_out
         self._held: list[tuple[float, ExampleGradients]] = []

@@ -6,9 +6,10 @@ from typing import Protocol, TypedDict, Unpack, runtime_checkable
 
 from torch import Tensor
 
-from adabatch.batch.moments import GRAD_L1, LAYERS, GradientMoments, coordinates_at, noise_in
-from adabatch.runtime.layers import Layers
-from adabatch.runtime.metrics import ProbeNorm, name_of
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.needs import Needs
+from adabatch.runtime.probes.layers import Layers
+from adabatch.runtime.probes.metrics import ProbeNorm, name_of
 
 
 class ProbeOptions(TypedDict, total=False):
@@ -27,15 +28,14 @@ class ProbeOptions(TypedDict, total=False):
     quantile: float | None
 
 
-def given_with(**options: Unpack[ProbeOptions]) -> frozenset[str]:
-    """What a probe with these options gives, in the words of ``Criterion.needs``."""
-    norm, quantile = options.get("norm"), options.get("quantile")
-    l1 = options.get("record_l1") or norm == "sign"
-    return frozenset(
-        [noise_in(name_of(norm))]
-        + [GRAD_L1] * bool(l1)
-        + [LAYERS] * (options.get("layers") is not None)
-        + ([] if quantile is None else [coordinates_at(quantile)])
+def given_with(**options: Unpack[ProbeOptions]) -> Needs:
+    """What a probe with these options gives."""
+    norm = options.get("norm")
+    return Needs(
+        noise=name_of(norm),
+        quantile=options.get("quantile"),
+        l1=bool(options.get("record_l1")) or norm == "sign",
+        layers=options.get("layers") is not None,
     )
 
 
@@ -49,8 +49,8 @@ class Probe(Protocol):
     """
 
     @property
-    def gives(self) -> frozenset[str]:
-        """What the moments contain, in the words of ``Criterion.needs``."""
+    def gives(self) -> Needs:
+        """What the moments contain."""
         ...
 
     def start(self, dp_size: int) -> None:

@@ -20,11 +20,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import reduce_scatter, shards_and_replicas
-from adabatch.runtime.layers import Layers
-from adabatch.runtime.metrics import ProbeNorm
+from adabatch.runtime.fsdp2 import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
 from adabatch.runtime.probes.gauge import Gauge
+from adabatch.runtime.probes.layers import Layers
+from adabatch.runtime.probes.metrics import ProbeNorm
 from adabatch.runtime.probes.norms import gradients_of, norms
-from adabatch.runtime.sharding import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
 
 TOO_LONG = 1.05
 """A mean is never longer than its parts are on average. Rounding to a low precision may add a little."""

@@ -58,7 +58,7 @@ def muon(model: nn.Module, plan: mup.Plan) -> Optimizer:
     return torch.optim.Muon(plan.groups(model, "muon", lr=0.05), momentum=0.0, nesterov=False)
 
 
-def shampoo(law: mup.Shampoo, damping: float, **mistake: Any) -> Callable[[nn.Module, mup.Plan], Optimizer]:
+def shampoo(law: mup.ShampooLaw, damping: float, **mistake: Any) -> Callable[[nn.Module, mup.Plan], Optimizer]:
     def make(model: nn.Module, plan: mup.Plan) -> Optimizer:
         groups = [{**group, **mistake} for group in plan.groups(model, law, lr=0.05, damping=damping)]
         return Shampoo(groups, refresh_every=1)
@@ -68,7 +68,7 @@ def shampoo(law: mup.Shampoo, damping: float, **mistake: Any) -> Callable[[nn.Mo
 
 def kfac(form: Any, *, exponents: tuple[float, float] = (1.0, 1.0), **mistake: Any) -> Any:
     def make(model: nn.Module, plan: mup.Plan) -> Optimizer:
-        groups = plan.groups(model, mup.KFAC(exponents), lr=0.05, damping=0.01)
+        groups = plan.groups(model, mup.KFACLaw(exponents), lr=0.05, damping=0.01)
         groups = [{**group, **mistake} for group in groups]
         # Without memory, matrices of the 64 examples stand for the factors: wide nets cost little.
         options: dict[str, Any] = {"fisher": "empirical", "memory": 1.0 if form == "kronecker" else 0.0}
@@ -83,8 +83,8 @@ def observe(optimizer: Optimizer, outputs: Tensor, targets: Tensor) -> None:
 
 
 UNSCALED = {"fan_in_ratio": 1.0, "fan_out_ratio": 1.0}  # the mistake: one constant at every width
-ABSOLUTE = mup.Shampoo(relative=False)
-HALF = mup.Shampoo(exponent=0.5)
+ABSOLUTE = mup.ShampooLaw(relative=False)
+HALF = mup.ShampooLaw(exponent=0.5)
 LARGE = (512, 1024, 2048)  # what first-order methods do in no time, and where their slopes are nearer to the limit
 SMALL = (128, 256)  # torch's Muon multiplies in bfloat16, which processors are slow at
 
@@ -101,8 +101,8 @@ ROWS: dict[str, tuple[Any, dict[str, Any], tuple[float, ...]]] = {
         {"widths": SMALL, "parameterization": "standard"},
         (0, 0, 0, 0.5),
     ),  # torch adds the input's root
-    "shampoo": (shampoo(mup.Shampoo(), 1e-3), {}, ()),
-    "shampoo, standard": (shampoo(mup.Shampoo(), 1e-3), {"parameterization": "standard"}, (-0.5, 0, 0, 0.5)),
+    "shampoo": (shampoo(mup.ShampooLaw(), 1e-3), {}, ()),
+    "shampoo, standard": (shampoo(mup.ShampooLaw(), 1e-3), {"parameterization": "standard"}, (-0.5, 0, 0, 0.5)),
     "shampoo, absolute": (shampoo(ABSOLUTE, 1e-3), {}, ()),
     "shampoo, one epsilon": (shampoo(ABSOLUTE, 1e-3, epsilon=1e-3), {}, (-0.25, 0, 0, 0)),
     "shampoo 1/2": (shampoo(HALF, 1e-3), {}, ()),
@@ -114,9 +114,9 @@ ROWS: dict[str, tuple[Any, dict[str, Any], tuple[float, ...]]] = {
     "kfac, constant": (kfac("absolute", **UNSCALED), {}, (-0.85, -0.6, -0.5, 0)),
     "kfac, split": (kfac("split"), {}, (-0.85, 0, 0, 0.2)),
     "kfac, split, standard": (kfac("split"), {"parameterization": "standard"}, (-0.55, 0, 0, 0.2)),
-    "shampoo in blocks of 32": (shampoo(mup.Shampoo(block_size=32), 1e-3), {}, ()),
+    "shampoo in blocks of 32": (shampoo(mup.ShampooLaw(block_size=32), 1e-3), {}, ()),
     "shampoo in blocks, the rule of none": (
-        shampoo(mup.Shampoo(), 1e-3, block_size=32),
+        shampoo(mup.ShampooLaw(), 1e-3, block_size=32),
         {},
         (0.5, 1, 1, 0.5),
     ),
@@ -155,9 +155,11 @@ def test_every_parameter_of_a_transformer_keeps_its_update() -> None:
     result = check(adam, widths=(128, 256, 512), **options)
     assert result.passed, f"\n{result}"
     assert len(result.coordinates) == len(list(make(32).parameters()))
-    result = check(shampoo(mup.Shampoo(), 1e-3), widths=(64, 128), seeds=(0,), **options)
+    result = check(shampoo(mup.ShampooLaw(), 1e-3), widths=(64, 128), seeds=(0,), **options)
     assert result.passed, f"\n{result}"
-    control = check(shampoo(mup.Shampoo(), 1e-3), widths=(64, 128), seeds=(0,), parameterization="standard", **options)
+    control = check(
+        shampoo(mup.ShampooLaw(), 1e-3), widths=(64, 128), seeds=(0,), parameterization="standard", **options
+    )
     assert {each.name for each in control.failures} >= {"token.weight", "norm.bias", "blocks.0.expand.bias"}
 
 

@@ -74,16 +74,16 @@ def test_roles_and_ratios_come_from_what_differs() -> None:
 # Multipliers for input, hidden, output and bias at four times the width: exponents of Ishikawa and Karakida's table and
 # its supplements, written out.
 ROWS: list[tuple[mup.Law, float, float, float, float]] = [
-    (mup.SGD(), 4, 1, 1 / 4, 4),
-    (mup.Adam(), 1, 1 / 4, 1 / 4, 1),
-    (mup.Shampoo(), 2, 1, 1 / 2, 2),
-    (mup.Shampoo(exponent=0.5), 1, 1, 1, 2),
-    (mup.KFAC(), 1, 1, 1, 1),
-    (mup.KFAC(exponents=(0.0, 1.0)), 4, 4, 1, 4),
-    (mup.KFAC(exponents=(1.0, 0.0)), 1, 1 / 4, 1 / 4, 1),
-    (mup.KFAC(exponents=(0.0, 0.0)), 4, 1, 1 / 4, 4),
-    (mup.Shampoo(block_size=16), 1, 1 / 4, 1 / 4, 1),
-    (mup.Shampoo(exponent=0.5, block_size=16), 1 / 4, 1 / 16, 1 / 4, 1),
+    (mup.SGDLaw(), 4, 1, 1 / 4, 4),
+    (mup.AdamLaw(), 1, 1 / 4, 1 / 4, 1),
+    (mup.ShampooLaw(), 2, 1, 1 / 2, 2),
+    (mup.ShampooLaw(exponent=0.5), 1, 1, 1, 2),
+    (mup.KFACLaw(), 1, 1, 1, 1),
+    (mup.KFACLaw(exponents=(0.0, 1.0)), 4, 4, 1, 4),
+    (mup.KFACLaw(exponents=(1.0, 0.0)), 1, 1 / 4, 1 / 4, 1),
+    (mup.KFACLaw(exponents=(0.0, 0.0)), 4, 1, 1 / 4, 4),
+    (mup.ShampooLaw(block_size=16), 1, 1 / 4, 1 / 4, 1),
+    (mup.ShampooLaw(exponent=0.5, block_size=16), 1 / 4, 1 / 16, 1 / 4, 1),
 ]
 
 
@@ -97,7 +97,7 @@ def test_multipliers_of_the_learning_rate(
 
 
 def test_a_fixed_number_of_blocks_has_the_law_of_no_blocks() -> None:
-    assert lrs(plan_of(), mup.Shampoo(block_size=4096)) == lrs(plan_of(), mup.Shampoo())
+    assert lrs(plan_of(), mup.ShampooLaw(block_size=4096)) == lrs(plan_of(), mup.ShampooLaw())
 
 
 @pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
@@ -105,7 +105,7 @@ def test_muons_rate_and_torchs_adjustment_make_the_square_root_together(adjust: 
     from torch.optim._muon import _adjust_lr  # what torch 2.9 and newer multiply the rate by
 
     for name, entry in plan_of(width=1024).entries.items():
-        law = mup.Muon(adjust)
+        law = mup.MuonLaw(adjust)
         if law.takes(entry):
             ours = law.lr(entry) * _adjust_lr(1.0, adjust, torch.Size(entry.shape))
             base = _adjust_lr(1.0, adjust, torch.Size(entry.base_shape))
@@ -115,12 +115,12 @@ def test_muons_rate_and_torchs_adjustment_make_the_square_root_together(adjust: 
 @pytest.mark.parametrize(
     ("law", "expected"),
     [
-        (mup.Adam(), {"eps": [1e-3 / 4, 1e-3 / 4, 1e-3]}),
-        (mup.Muon(), {"eps": [1e-3 / 2, 1e-3, 2e-3]}),
-        (mup.Shampoo(), {"epsilon": [1e-3] * 3}),
-        (mup.Shampoo(relative=False), {"epsilon": [1e-3 / 4, 1e-3, 4e-3]}),
-        (mup.Shampoo(relative=False, block_size=16), {"epsilon": [1e-3 / 16, 1e-3 / 16, 1e-3]}),
-        (mup.KFAC(), {"damping": [1e-3] * 3, "fan_in_ratio": [1, 4, 4], "fan_out_ratio": [4, 4, 1]}),
+        (mup.AdamLaw(), {"eps": [1e-3 / 4, 1e-3 / 4, 1e-3]}),
+        (mup.MuonLaw(), {"eps": [1e-3 / 2, 1e-3, 2e-3]}),
+        (mup.ShampooLaw(), {"epsilon": [1e-3] * 3}),
+        (mup.ShampooLaw(relative=False), {"epsilon": [1e-3 / 4, 1e-3, 4e-3]}),
+        (mup.ShampooLaw(relative=False, block_size=16), {"epsilon": [1e-3 / 16, 1e-3 / 16, 1e-3]}),
+        (mup.KFACLaw(), {"damping": [1e-3] * 3, "fan_in_ratio": [1, 4, 4], "fan_out_ratio": [4, 4, 1]}),
     ],
     ids=str,
 )
@@ -139,7 +139,7 @@ def test_tied_weights_as_input_have_the_law_of_a_readout_with_a_multiplier() -> 
     entry, m = plan.entries["token.weight"], 4
     readout = plan_of(lambda width: Transformer(width=width, num_heads=4)).entries["head.weight"]
     assert entry.tied == ("head.weight",)
-    for law, power in ((mup.SGD(), 2), (mup.Adam(), 1), (mup.Shampoo(), 1), (mup.KFAC(), 0)):
+    for law, power in ((mup.SGDLaw(), 2), (mup.AdamLaw(), 1), (mup.ShampooLaw(), 1), (mup.KFACLaw(), 0)):
         assert law.lr(entry) == pytest.approx(law.lr(readout) * m**power)
 
 
@@ -176,7 +176,14 @@ def test_roles_and_layouts_can_be_given_by_pattern() -> None:
 def test_at_the_base_width_everything_is_one_and_training_the_same_bitwise() -> None:
     plan = plan_of().at(on_meta(Net, 64))
     assert all(entry.init == 1 for entry in plan.entries.values())
-    for law in (mup.SGD(), mup.Adam(), mup.Muon(), mup.Shampoo(), mup.Shampoo(block_size=16), mup.KFAC()):
+    for law in (
+        mup.SGDLaw(),
+        mup.AdamLaw(),
+        mup.MuonLaw(),
+        mup.ShampooLaw(),
+        mup.ShampooLaw(block_size=16),
+        mup.KFACLaw(),
+    ):
         assert set(lrs(plan, law).values()) == {1.0}
     ours, theirs = Net(64), Net(64)
     theirs.load_state_dict(ours.state_dict())
@@ -408,7 +415,7 @@ def test_kfac_refuses_such_schedulers_but_not_the_rates_of_what_it_leaves_to_ada
         optimizer.step()
 
     model = made(16)
-    groups = mup.plan(model, made(4)).groups(model, mup.KFAC(exponents=(0.0, 1.0)), lr=0.1)
+    groups = mup.plan(model, made(4)).groups(model, mup.KFACLaw(exponents=(0.0, 1.0)), lr=0.1)
     optimizer = KFAC(groups, model, exponents=(0.0, 1.0), others="adamw", exclude=["1"])
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 1e-3, 1e-3, 0.1, 0.1])
     step(optimizer)
@@ -458,11 +465,11 @@ class Positions(nn.Module):
         (lambda: plan_of().groups(Net(256), "sgd", lr=0.1, decay_scaling="width"), "decay_scaling must be one of"),
         (lambda: plan_of().groups(Net(256), "sgd", lr=0.1, damping=0.1), "sgd has no damping"),
         (lambda: plan_of().groups(Net(256), "sgd", lr=0.1, only=["tail"]), "no parameter is called 'tail'"),
-        (lambda: plan_of().groups(Net(256), mup.Shampoo(relative=False), lr=0.1), "absolute epsilon has no default"),
-        (lambda: mup.Shampoo(exponent=0.75), "exponent must be in"),
-        (lambda: mup.Shampoo(block_size=0), "block_size must be 1 or more"),
-        (lambda: mup.Muon("largest"), "adjust_lr_fn must be"),
-        (lambda: mup.KFAC(exponents=(2.0, 1.0)), "exponents .* must be in"),
+        (lambda: plan_of().groups(Net(256), mup.ShampooLaw(relative=False), lr=0.1), "absolute epsilon has no default"),
+        (lambda: mup.ShampooLaw(exponent=0.75), "exponent must be in"),
+        (lambda: mup.ShampooLaw(block_size=0), "block_size must be 1 or more"),
+        (lambda: mup.MuonLaw("largest"), "adjust_lr_fn must be"),
+        (lambda: mup.KFACLaw(exponents=(2.0, 1.0)), "exponents .* must be in"),
         (lambda: mup.Plan.from_json("[]"), "no width plan"),
         (lambda: mup.Plan.from_json('{"format": 9, "parameters": {}}'), "upgrade"),
         (lambda: mup.Plan.from_json('{"format": 1, "parameters": {"a": {}}}'), "needs a field 'shape'"),

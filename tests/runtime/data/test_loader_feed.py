@@ -7,19 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from torch.utils.data.distributed import DistributedSampler
 
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.data import LoaderFeed, advance_epoch, num_examples_in
+from adabatch.runtime.data import LoaderFeed
 
 
 def plan_of(micro: int, accumulation: int) -> BatchPlan:
     return BatchPlan(micro_batch_size=micro, accumulation_steps=accumulation, dp_size=1)
 
 
-def loader_feed(batches: Any, count: Any = num_examples_in) -> LoaderFeed:
-    return LoaderFeed(batches, Collectives(), count=count)
+def loader_feed(batches: Any, **options: Any) -> LoaderFeed:
+    return LoaderFeed(batches, Collectives(), **options)
 
 
 def test_steps_take_every_micro_batch_of_the_loader_once() -> None:
@@ -51,27 +50,6 @@ def test_an_empty_loader_is_an_error() -> None:
         loader_feed([]).take(plan_of(2, 1))
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        torch.zeros(3, 2),
-        (torch.zeros(3, 2), torch.zeros(3)),
-        {"x": torch.zeros(3, 2), "y": torch.zeros(3)},
-        ["three names", {"x": [torch.zeros(3)]}],
-        {"task": torch.tensor(1), "x": torch.zeros(3, 2)},
-    ],
-    ids=["tensor", "tuple", "dict", "nested", "with a scalar"],
-)
-def test_examples_are_counted_in_the_first_tensor(batch: Any) -> None:
-    assert num_examples_in(batch) == 3
-
-
-@pytest.mark.parametrize("batch", [["a", "b"], 3, torch.tensor(1.0), {}], ids=str)
-def test_a_batch_without_a_tensor_asks_for_a_count(batch: Any) -> None:
-    with pytest.raises(TypeError, match="pass count="):
-        num_examples_in(batch)
-
-
 def test_count_is_the_users_own() -> None:
     feed = loader_feed([["a", "b"], ["c"]], count=len)
     assert feed.take(plan_of(2, 2)).sizes == [2, 1]
@@ -92,24 +70,146 @@ def test_a_loader_resumed_behind_its_last_batch_may_be_empty() -> None:
     assert LoaderFeed([], Collectives(), count=len, may_be_empty=True).take(plan_of(2, 1)) is None
 
 
-def test_after_a_pass_what_counts_epochs_goes_to_the_next() -> None:
-    numbers = TensorDataset(torch.arange(8))
-    loader = DataLoader(numbers, sampler=DistributedSampler(numbers, num_replicas=2, rank=0))
-    loader.sampler.set_epoch(4)
-    advance_epoch(loader)
-    assert loader.sampler.epoch == 5
+# --- one iterator a pass ------------------------------------------------------------------------------------------
 
+
+class RestartsItself:
+    """As DeepSpeed's own loader: ``iter()`` begins a new pass and returns the loader, which goes on after its end."""
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+        self.num_passes = 0
+        self.place = num_batches
+
+    def __iter__(self) -> RestartsItself:
+        self.num_passes += 1
+        self.place = 0
+        return self
+
+    def __next__(self) -> Any:
+        if self.place == self.num_batches:
+            self.place = 0  # an iterator that comes back to life after its end
+            raise StopIteration
+        self.place += 1
+        return torch.full((2,), self.place - 1)
+
+
+def taken(feed: LoaderFeed, *accumulations: int, micro: int = 2) -> list[list[int] | None]:
+    """The first number of each micro-batch of each step; None where the pass is over."""
+    portions = [feed.take(plan_of(micro, accumulation)) for accumulation in accumulations]
+    return [None if one is None else [int(batch[0]) for batch in one.batches] for one in portions]
+
+
+@pytest.mark.parametrize("kind", ["restarts", "generator", "iterator", "list", "stream", "getitem"])
+def test_a_pass_goes_on_from_step_to_step_and_ends_once(kind: str) -> None:
     class Stream(IterableDataset[Any]):
-        epoch = 2
-
         def __iter__(self) -> Any:
-            return iter(())
+            return iter(torch.arange(5).repeat_interleave(2))
 
-        def set_epoch(self, epoch: int) -> None:
-            self.epoch = epoch
+    class Indexed:
+        def __getitem__(self, index: int) -> Any:
+            if index == 5:
+                raise IndexError
+            return torch.full((2,), index)
 
-    stream = Stream()
-    advance_epoch(DataLoader(stream))
-    assert stream.epoch == 3
-    advance_epoch(DataLoader(numbers))
-    advance_epoch([1, 2])
+    batches = [torch.full((2,), number) for number in range(5)]
+    loaders: dict[str, Any] = {
+        "restarts": RestartsItself(5),
+        "generator": (batch for batch in batches),
+        "iterator": iter(batches),
+        "list": batches,
+        "stream": DataLoader(Stream(), batch_size=2),
+        "getitem": Indexed(),
+    }
+    assert taken(loader_feed(loaders[kind]), 2, 1, 2, 1, 1) == [[0, 1], [2], [3, 4], None, None]
+
+
+def test_a_pass_begins_once() -> None:
+    loader = RestartsItself(5)
+    taken(loader_feed(loader), 2, 2, 2, 2)
+    assert loader.num_passes == 1
+    assert taken(loader_feed(loader), 2) == [[0, 1]]
+    assert loader.num_passes == 2
+
+
+def test_an_iterator_at_its_end_says_that_it_is_one() -> None:
+    loader = iter([torch.zeros(2)])
+    feed = loader_feed(loader)
+    assert feed.take(plan_of(2, 1)).sizes == [2]
+    assert feed.take(plan_of(2, 1)) is None
+    with pytest.raises(ValueError, match=r"list_iterator is an iterator, which can be passed over only once"):
+        loader_feed(loader).take(plan_of(2, 1))
+
+
+@pytest.mark.parametrize(
+    ("loader", "words"),
+    [
+        (5, "an iterable of micro-batches, such as a DataLoader, got 5"),
+        (None, "got None"),
+        ("data", "got 'data'"),
+        ({"train": []}, "got {'train': "),
+        (TensorDataset(torch.zeros(8, 3)), r"a TensorDataset is a data set: give GlobalOrder\(dataset\)"),
+    ],
+    ids=["number", "None", "text", "mapping", "data set"],
+)
+def test_what_is_no_loader(loader: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        loader_feed(loader)
+
+
+# --- what is counted is examples ----------------------------------------------------------------------------------
+
+
+def test_time_major_micro_batches_ask_for_a_count_before_a_step_is_made_of_them() -> None:
+    batches = [torch.zeros(5, 8, 3)] * 4  # 5 times, 8 examples
+    with pytest.raises(ValueError, match=r"micro-batch of 5 examples .*\(5, 8, 3\).*micro_batch_size=8.*pass count="):
+        loader_feed(batches).take(plan_of(8, 1))
+    assert loader_feed(batches, count=lambda batch: batch.shape[1]).take(plan_of(8, 1)).sizes == [8]
+
+
+def test_more_than_a_micro_batch_is_refused_also_where_the_step_has_room() -> None:
+    for options in ({}, {"count": len}):
+        with pytest.raises(ValueError, match=r"micro-batch of 6 examples came .* where micro_batch_size=4"):
+            loader_feed([torch.zeros(6), torch.zeros(2)], **options).take(plan_of(4, 2))
+
+
+def test_a_smaller_micro_batch_is_the_last_one() -> None:
+    for batches in ([4, 3, 4], [3, 4, 4], [4, 3, 3]):
+        feed = loader_feed([torch.zeros(size) for size in batches])
+        with pytest.raises(ValueError, match=r"micro-batch of 3 examples came before the last one of a pass"):
+            taken(feed, 1, 1, 1, micro=4)
+    feed = loader_feed([torch.zeros(3)])
+    assert feed.take(plan_of(4, 2)).sizes == [3]
+    assert feed.take(plan_of(4, 2)) is None
+
+
+def test_micro_batches_that_vary_are_counted_by_their_user() -> None:
+    feed = loader_feed([torch.zeros(size) for size in (3, 4, 2, 4)], count=len)
+    assert feed.take(plan_of(4, 4)).sizes == [3, 4, 2, 4]
+
+
+class Numbers(IterableDataset[Any]):
+    """0 to 6, each from one of two loading processes."""
+
+    def __iter__(self) -> Any:
+        info = torch.utils.data.get_worker_info()
+        return iter(range(7) if info is None else range(info.id, 7, info.num_workers))
+
+
+def test_each_loading_process_of_a_stream_has_a_last_micro_batch() -> None:
+    """Four and three numbers: 3, 3, and then what is left of either."""
+    feed = loader_feed(DataLoader(Numbers(), batch_size=3, num_workers=2))
+    portions = [feed.take(plan_of(3, 1)) for _ in range(4)]
+    assert sorted(portion.sizes[0] for portion in portions if portion is not None) == [1, 3, 3]
+    assert portions[-1] is None
+
+
+@pytest.mark.parametrize(("count", "shown"), [(2.5, "2.5"), ("two", "'two'"), (None, "None")])
+def test_a_count_is_a_whole_number(count: Any, shown: str) -> None:
+    with pytest.raises(TypeError, match=rf"count= must give a whole number of examples, got {shown}"):
+        loader_feed([torch.zeros(2)], count=lambda batch: count).take(plan_of(2, 1))
+
+
+def test_numbers_of_torch_are_counts() -> None:
+    feed = loader_feed([torch.ones(2)], count=lambda batch: batch.sum().long())
+    assert feed.take(plan_of(2, 1)).sizes == [2]

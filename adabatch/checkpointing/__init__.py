@@ -1,0 +1,1 @@
+"""Checkpoints: a whole run on the disk and back; files, shards, background writing, and what differs on resume."""

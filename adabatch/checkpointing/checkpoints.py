@@ -1,0 +1,434 @@
+"""``Checkpoints``, ``save`` and ``load``: a whole run on the disk, and back."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.optim import Optimizer
+
+from adabatch.adaptive import AdaptiveBatch
+from adabatch.batch.plan import Duration
+from adabatch.checkpointing.background import Background
+from adabatch.checkpointing.differences import Difference, differences, refuse
+from adabatch.checkpointing.files import (
+    CheckpointError,
+    abandon,
+    begin,
+    checkpoints_in,
+    finish,
+    is_checkpoint,
+    place_of,
+)
+from adabatch.checkpointing.lock import LOCK, FolderInUse, FolderLock, read_lock
+from adabatch.checkpointing.newest import newest_checkpoint
+from adabatch.checkpointing.plain import NotPlain
+from adabatch.checkpointing.run_state import Restored, RunState, Snapshot, Stateful
+from adabatch.checkpointing.save_times import SaveTimes
+from adabatch.checkpointing.settings import KeptSetting
+from adabatch.runtime.local_sgd import LocalSGD
+
+_log = logging.getLogger("adabatch")
+
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class Loaded(NamedTuple):
+    """What ``load`` did.
+
+    Args:
+        path: the checkpoint that was loaded.
+        differences: what was otherwise when it was saved (batch, world size, config, settings that are taken over),
+            and is now as this run has it.
+        damaged: why newer checkpoints could not be used.
+        kept: settings of this run that are not used, since those that were saved stand; also said in the log.
+    """
+
+    path: Path
+    differences: tuple[Difference, ...]
+    damaged: tuple[str, ...]
+    kept: tuple[KeptSetting, ...] = ()
+
+
+class Checkpoints:
+    """Saves a run again and again into one folder, and goes on from what is there.
+
+    ::
+
+        checkpoints = Checkpoints("runs/one", model=model, optimizer=optimizer, batches=batches, schedule=schedule,
+                                  order=order, every=examples(100_000))
+        checkpoints.load()
+        with checkpoints:
+            for step in batches.steps(order, until=total):
+                ...
+                checkpoints.step()  # after optimizer.step(); saves where one is due
+            checkpoints.step(now=True)
+
+    Every rank makes the object and calls its methods. The first rank writes, or, of a model sharded by ``fully_shard``,
+    each rank its shards (``torch.distributed.checkpoint``). All ranks must see the same folder. One process at a time
+    writes into it: ``lock.json`` names that and the run, from the first ``load`` or ``save`` until ``close``.
+
+    Args:
+        folder: of the run's checkpoints.
+        model: plain, in ``DistributedDataParallel``, or sharded.
+        optimizer: its state.
+        batches: the batch sizes; also says at which step the run is, and has the journal.
+        schedule: of the learning rate.
+        order: the place in the data: a ``GlobalOrder``, or a loader with a state of its own, which is saved for each
+            rank and wants as many ranks again.
+        scaler: a ``GradScaler``.
+        local_sgd: the workers that step on their own, with a plain model. Each then writes a file with all of its
+            parts, since they differ inside a round, and what optimizers remember mostly does always. Between rounds
+            another number of workers may go on, each from the file of one that was.
+        others: more parts by name, such as an average of the weights; anything with ``state_dict``.
+        config: the run's settings, to be compared when they are loaded: nested mappings of plain values.
+        every: save after so much training; needs ``batches``.
+        every_seconds: save after so much time on the first rank; needs ``batches``.
+        keep: how many checkpoints stay.
+        background: write in a thread, from a copy on the CPU, while the training goes on. One at a time: a save that
+            comes while another is written waits for it. What went wrong is raised by the next save, or by ``close``.
+
+    Raises:
+        ValueError: ``keep`` below 1, an interval of no length or without ``batches``, or a name that is taken.
+        TypeError: a part without state, or an interval without a unit.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        batches: AdaptiveBatch | None = None,
+        schedule: Stateful | None = None,
+        order: Stateful | None = None,
+        scaler: Stateful | None = None,
+        local_sgd: LocalSGD | None = None,
+        others: Mapping[str, Stateful] | None = None,
+        config: Mapping[str, Any] | None = None,
+        every: Duration | None = None,
+        every_seconds: float | None = None,
+        keep: int = 3,
+        background: bool = True,
+    ) -> None:
+        self._times = SaveTimes(batches, every=every, every_seconds=every_seconds)
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+        # They are loaded in this order: the place in the data refuses other data before anything is changed, and the
+        # schedule's rates depend on the progress of the batches.
+        named = {
+            "order": order, "model": model, "optimizer": optimizer, "batches": batches, "schedule": schedule,
+            "scaler": scaler, "local_sgd": local_sgd,
+        }  # fmt: skip
+        taken = {*named, "random"} & (others or {}).keys()
+        if taken:
+            raise ValueError(f"others must not be called {', '.join(sorted(taken))}: the name is taken")
+        parts = {name: part for name, part in {**named, **(others or {})}.items() if part is not None}
+        self._run = RunState(parts, config=config)
+        self._ranks = self._run.collectives
+        self._folder = Path(folder)
+        self._batches = batches
+        self._scaled = scaler is not None
+        self._keep = keep
+        self._background = Background() if background else None
+        self._damaged: set[Path] = set()
+        self._lock = FolderLock(self._folder)
+        self._trains = batches is not None or optimizer is not None
+        self._times.listen(first=self._ranks.rank == 0)
+
+    def step(self, *, now: bool = False) -> bool:
+        """Saves where a checkpoint is due; call it at the end of a step, after ``optimizer.step()``.
+
+        Args:
+            now: save in any case, unless this very step is saved already: before a run ends.
+
+        Returns:
+            Whether it saved.
+
+        Raises:
+            ValueError: without ``batches``, which say what was consumed.
+            CheckpointError: as ``save`` does.
+        """
+        if not self._times.due(now=now):
+            return False
+        self.save()
+        return True
+
+    def save(self) -> None:
+        """Saves the run as it is between two steps.
+
+        Raises:
+            CheckpointError: it could not be written, or the one before it, in the background; a part holds what could
+                not be read back, or the weights numbers that are not finite; the folder is another process's or another
+                run's. On all ranks.
+            RuntimeError: a step is not at its end.
+        """
+        steps, nonce = 0, 0
+        if self._batches is not None:
+            self._batches.settle(scaled=self._scaled)
+            steps = self._batches.consumed.steps
+        failure, number = self._waited(), 0
+        taken: Snapshot | None = None
+        try:
+            taken = self._run.take(copy=self._background is not None)
+        except (NotPlain, CheckpointError) as error:
+            failure = failure or error
+        if failure is None and self._ranks.rank == 0:
+            try:
+                self._begin_folder()
+                nonce = secrets.randbits(40)
+                number = begin(self._folder, steps, nonce)
+            except (OSError, CheckpointError) as error:
+                failure = error
+        number, nonce = map(int, self._raise_together(failure, number, nonce))
+        place = place_of(self._folder, number, steps, nonce)
+        if self._background is None:
+            self._raise_together(_failure_of(self._write, taken, place))
+        elif taken is not None:
+            self._background.run(lambda: self._write(taken, place), name="adabatch checkpoint")
+        self._times.saved()
+
+    def start_over(self) -> None:
+        """Begins a new run in the folder: the journal's lines go to its side file; the checkpoints that are there stay
+        until newer ones take their place.
+
+        Raises:
+            CheckpointError: the folder is another process's.
+        """
+        failure: Exception | None = None
+        try:
+            if self._ranks.rank == 0:
+                self._claim(self._own_run())
+            if self._batches is not None:
+                self._batches.journal.cut(0)
+        except (OSError, CheckpointError) as error:
+            failure = error
+        self._raise_together(failure)
+
+    def load(self, *, missing_ok: bool | None = None) -> Loaded | None:
+        """Goes on from the newest intact checkpoint, the same on all ranks.
+
+        Damaged ones are passed over, and named in the log and in what is returned. The journal of the batches is cut to
+        where the run stands, so that it grows into that of a run which was never interrupted.
+
+        Args:
+            missing_ok: return None where there is no checkpoint at all, rather than raise. By default that is so for a
+                run with ``batches``, whose first start finds none, and not for an evaluation.
+
+        Raises:
+            FileNotFoundError: no checkpoint at all, where that is an error.
+            ValueError: a checkpoint from which these parts and this data cannot go on, of another run than the folder's
+                or the journal's, or of a later release.
+            CheckpointError: checkpoints are there, and all are damaged; or the folder is another process's.
+        """
+        failure: Exception | None = None
+        if self._ranks.rank == 0 and self._trains and self._folder.is_dir():
+            try:
+                self._claim(None)
+            except (OSError, CheckpointError) as error:
+                failure = error
+        self._raise_together(failure, doing="loaded from")
+        found = newest_checkpoint(self._folder, self._ranks)
+        if found is None:
+            if not (self._batches is not None if missing_ok is None else missing_ok):
+                raise FileNotFoundError(
+                    f"there is no checkpoint in {self._folder.absolute()}: check the path, or pass missing_ok=True to "
+                    f"go on with the parts as they are"
+                )
+            self._run.cut_journal()
+            return None
+        self._damaged |= found.damaged.keys()
+        for problem in found.damaged.values():
+            _log.warning("%s; going on from %s", problem, found.path.name)
+        saved, now = found.manifest.contents, self._run.describe()
+        refuse(saved, now)
+        restored: Restored | None = None
+        try:
+            if self._ranks.rank == 0:
+                self._refuse_other_run(found.path, saved.get("run"))
+            restored = self._run.restore(found.path, saved)
+        except Exception as error:  # the other ranks must hear of any, before one of them leaves
+            failure = error
+        if self._ranks.sum_of(failure is not None)[0] and failure is None:
+            failure = CheckpointError(f"the checkpoint {found.path} could not be loaded by another rank")
+        if failure is not None:
+            raise failure
+        assert restored is not None
+        self._times.loaded()
+        if self._lock.held:
+            self._claim(self._own_run())
+        if self._ranks.rank == 0:
+            for setting in restored.kept:
+                _log.warning("%s", setting)
+        differing = (*restored.taken_over, *differences(saved, self._run.describe()))
+        return Loaded(found.path, differing, tuple(found.damaged.values()), restored.kept)
+
+    def close(self) -> None:
+        """Waits until the last checkpoint is written; nothing can be saved afterwards.
+
+        Raises:
+            CheckpointError: it could not be; on all ranks.
+        """
+        failure = self._waited()
+        try:
+            self._raise_together(failure)
+        finally:
+            self._release()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        # The other ranks may be anywhere: what is under way is finished, but nothing can be agreed on.
+        failure = self._waited()
+        self._release()
+        if failure is not None:
+            error.add_note(f"a checkpoint could not be written to {self._folder}: {failure}")
+
+    # --- private ----------------------------------------------------------------------------------------------------
+
+    def _own_run(self) -> str | None:
+        """The token of this run; None where no batches say which it is."""
+        return None if self._batches is None else self._batches.journal.run
+
+    def _claim(self, run: str | None) -> None:
+        """Takes the folder for this process; on the first rank.
+
+        Raises:
+            FolderInUse, OSError: it cannot be had.
+        """
+        if is_checkpoint(self._folder):
+            return  # one checkpoint, to be read
+        try:
+            self._lock.claim(run)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:  # what can only be read nobody else writes beside us
+                raise
+            return
+        if self._batches is not None and self._batches.journal.guard is None:
+            self._batches.journal.guard = self._lock.check
+
+    def _begin_folder(self) -> None:
+        """Before the first checkpoint of an object is written, on the first rank.
+
+        Raises:
+            CheckpointError: the folder holds checkpoints of another run, or is another process's.
+        """
+        if self._lock.held:
+            return
+        mine, theirs = self._own_run(), read_lock(self._folder).run
+        if mine is not None and theirs not in (None, mine) and checkpoints_in(self._folder):
+            raise CheckpointError(
+                f"{self._folder} holds the checkpoints of run {theirs}, and this is run {mine}, which has loaded none "
+                f"of them: load() to go on with that run, start_over() to take its folder, or use another folder"
+            )
+        self._lock.claim(mine)
+        if self._batches is not None and self._batches.journal.guard is None:
+            self._batches.journal.guard = self._lock.check
+
+    def _refuse_other_run(self, path: Path, run: str | None) -> None:
+        """That a checkpoint is of the run whose folder and journal these are, as far as they say whose they are.
+
+        Raises:
+            ValueError: it is of another run.
+        """
+        if run is None or self._batches is None:
+            return
+        folder = None if is_checkpoint(self._folder) else read_lock(self._folder).run
+        if folder not in (None, run):
+            raise ValueError(
+                f"the checkpoint {path} is of run {run}, and its folder belongs to run {folder}: move it away, begin "
+                f"again with start_over(), or, to go on with run {run}, remove {self._folder / LOCK}"
+            )
+        written = self._batches.journal.last_run()
+        if written not in (None, run):
+            raise ValueError(
+                f"the checkpoint {path} is of run {run}, and the journal {self._batches.journal.path} was last written "
+                f"by run {written}: move the journal away, or give this run another one"
+            )
+
+    def _release(self) -> None:
+        self._run.release()
+        if self._batches is not None and self._batches.journal.guard == self._lock.check:
+            self._batches.journal.guard = None
+        self._lock.release()
+
+    def _waited(self) -> Exception | None:
+        return None if self._background is None else self._background.wait()
+
+    def _write(self, taken: Snapshot | None, place: Path) -> None:
+        if taken is None:
+            return
+        first = self._ranks.rank == 0
+        try:
+            files = self._run.write(taken, place)
+            if first:
+                finish(place, taken.contents, files, keep=self._keep, damaged=self._damaged, fence=self._lock.check)
+        except Exception:
+            if first:
+                abandon(place)
+            raise
+
+    def _raise_together(self, failure: Exception | None, *numbers: float, doing: str = "written to") -> list[float]:
+        """Raises on all ranks what failed on one; returns the sums of the ranks' numbers."""
+        failed, *sums = self._ranks.sum_of(failure is not None, *numbers)
+        if isinstance(failure, FolderInUse):
+            raise failure
+        if failure is not None:
+            raise CheckpointError(f"a checkpoint could not be {doing} {self._folder}: {failure}") from failure
+        if failed:
+            raise CheckpointError(f"a checkpoint could not be {doing} {self._folder} by another rank")
+        return sums
+
+
+def save(folder: str | Path, *, model: nn.Module, keep: int = 3, **parts: Any) -> None:
+    """Saves a run between two steps, and returns when it is on the disk; on all ranks.
+
+    Args:
+        folder: of the run's checkpoints; the new one is added to those that are there.
+        model: see ``Checkpoints``, as for all others.
+        keep: how many checkpoints stay.
+        parts: ``optimizer``, ``batches``, ``schedule``, ``order``, ``scaler``, ``local_sgd``, ``others``, ``config``.
+
+    Raises:
+        CheckpointError: it could not be written.
+        RuntimeError: a step is not at its end.
+    """
+    with Checkpoints(folder, model=model, keep=keep, background=False, **parts) as checkpoints:
+        checkpoints.save()
+
+
+def load(folder: str | Path, *, model: nn.Module, missing_ok: bool | None = None, **parts: Any) -> Loaded | None:
+    """Puts a run back to its newest intact checkpoint, the same on all ranks.
+
+    Args:
+        folder: of the run's checkpoints, or one of them.
+        model: see ``Checkpoints``, as for all others.
+        missing_ok: return None where there is no checkpoint at all, as a run with ``batches`` does by default.
+        parts: as for ``save``; those that are left out stay as they are.
+
+    Raises:
+        FileNotFoundError, ValueError, CheckpointError: as ``Checkpoints.load`` does.
+    """
+    with Checkpoints(folder, model=model, **parts) as checkpoints:
+        return checkpoints.load(missing_ok=missing_ok)
+
+
+def _failure_of(action: Any, *arguments: Any) -> Exception | None:
+    """What an action raises: for ranks that must hear of each other's failures before any of them leaves."""
+    try:
+        action(*arguments)
+    except Exception as error:
+        return error
+    return None

@@ -1,0 +1,159 @@
+"""What a checkpoint says of the run that wrote it, what differs in the run that reads it, and what must not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from adabatch.adaptive import AdaptiveBatch
+from adabatch.checkpointing.plain import plain
+from adabatch.runtime.data import GlobalOrder
+
+
+class Difference(NamedTuple):
+    """Something that was otherwise when the checkpoint was saved.
+
+    Args:
+        name: what, such as "world_size" or "config.limits.max".
+        saved: as it was; None where there was nothing of that name.
+        now: as it is in the run that loads; None where there is nothing of that name.
+    """
+
+    name: str
+    saved: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} was {self.saved!r} when the checkpoint was saved, and is {self.now!r} now"
+
+
+class Parameter(NamedTuple):
+    """A parameter of an optimizer.
+
+    Args:
+        name: in the model; None of one that is not in it.
+        shape: of the whole of it.
+    """
+
+    name: str | None
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name or 'one outside the model'} of shape {self.shape}"
+
+
+def describe(
+    parts: Mapping[str, Any],
+    *,
+    world_size: int,
+    sharded: bool,
+    parameters: Sequence[Parameter],
+    config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """A run, as the manifest of a checkpoint says it: ready for JSON.
+
+    Args:
+        parts: what is saved, by name.
+        world_size: ranks that see different data.
+        sharded: whether model and optimizer are.
+        parameters: of the optimizer, in its order.
+        config: whatever the run calls its settings.
+    """
+    batches, order = parts.get("batches"), parts.get("order")
+    said: dict[str, Any] = {
+        "parts": {name: type(part).__name__ for name, part in parts.items()},
+        "sharded": sharded,
+        "world_size": world_size,
+        "torch": str(torch.__version__),
+        "parameters": [list(parameter) for parameter in parameters],
+    }
+    if isinstance(batches, AdaptiveBatch):
+        said |= {"batch": {**asdict(batches.plan), "global_batch_size": batches.plan.global_batch_size}}
+        said |= {"steps": batches.consumed.steps, "examples": batches.consumed.examples}
+        said |= {"run": batches.journal.run}
+    if isinstance(order, GlobalOrder):
+        place = order.state_dict()
+        said["data"] = {name: place[name] for name in ("length", "order", "seed")}
+    numbers: dict[str, Any] = plain(said, "manifest")
+    return numbers | ({} if config is None else {"config": _flat(config)})
+
+
+def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises where going on would be wrong and no part would notice.
+
+    Args:
+        saved, now: descriptions of the run that saved and of the one that loads.
+
+    Raises:
+        ValueError: a part that was not saved, an optimizer or an order of another kind, or a sharded model for a whole
+            one.
+    """
+    for name, kind in now["parts"].items():
+        if name not in saved["parts"]:
+            raise ValueError(
+                f"the checkpoint holds no {name} (it has {', '.join(saved['parts'])}): leave it out of load, to begin "
+                f"with it as it is"
+            )
+        # The others refuse what is not theirs; these would take a stranger's state in silence.
+        if name in ("optimizer", "order") and kind != saved["parts"][name]:
+            raise ValueError(
+                f"the checkpoint was saved with the {name} {saved['parts'][name]}, this run has {kind}, which can make "
+                f"no use of its state: use the same, or leave the {name} out of load"
+            )
+    if saved["sharded"] != now["sharded"]:
+        was, goes = ("sharded", "whole") if saved["sharded"] else ("whole", "sharded")
+        raise ValueError(
+            f"the checkpoint holds a {was} model, and this one is {goes}: apply fully_shard where the saving run did, "
+            f"on one rank too, and nowhere else"
+        )
+
+
+def refuse_order(saved: Mapping[str, Any], parameters: Sequence[Parameter]) -> None:
+    """Raises where an optimizer's state belongs to other parameters than its place among them says.
+
+    Args:
+        saved: description of the run that saved; older ones do not name the parameters, and are let pass.
+        parameters: of the optimizer that loads, in its order.
+
+    Raises:
+        ValueError: names the first parameter that is another one.
+    """
+    before = [Parameter(name, tuple(shape)) for name, shape in saved.get("parameters", ())]
+    if len(before) != len(parameters):
+        return  # also where one of them has no optimizer; groups of other sizes are refused by their number
+    for index, (was, now) in enumerate(zip(before, parameters, strict=True)):
+        named = was.name is not None and now.name is not None
+        if was.shape != now.shape or (named and was.name != now.name):
+            raise ValueError(
+                f"the optimizer's parameter {index} was {was} when the checkpoint was saved, and is {now} now, and its "
+                f"state goes by that place: give the optimizer the parameters in the order in which the saving run did"
+            )
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Difference, ...]:
+    """What else is not as it was: allowed, and worth knowing."""
+    before, after = _flat(saved), _flat(now)
+    ignored = ("steps", "examples", "run", "parameters", "data.seed")  # the seed is one of the settings
+    names = [name for name in {**before, **after} if name not in ignored and before.get(name) != after.get(name)]
+    return tuple(Difference(name, before.get(name), after.get(name)) for name in names)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted names; values that JSON does not know as text."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            flat[f"{prefix}{key}"] = str(list(value))
+        else:
+            value = value.item() if isinstance(value, np.generic) else value
+            simple = value is None or isinstance(value, bool | int | str)
+            finite = isinstance(value, float) and math.isfinite(value)
+            flat[f"{prefix}{key}"] = value if simple or finite else str(value)
+    return flat

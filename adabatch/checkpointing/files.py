@@ -1,0 +1,277 @@
+"""Checkpoints as files: put in place whole or not at all, checked before they are read, the last few of them kept.
+
+A checkpoint is a folder such as ``000012-step-3400``: the twelfth of its run, taken after 3,400 steps. It is written
+under another name, its files and folders are synced to the disk, and only then it is renamed, so a folder of that name
+is whole unless the disk damaged it. Its ``manifest.json`` is two lines: what is in it, with the size and the SHA-256 of
+every file, as JSON; and the SHA-256 of that line.
+
+One process at a time writes into a folder of checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeAlias
+
+CHECKPOINT_FORMAT = 1
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+
+_log = logging.getLogger("adabatch")
+
+_NAME = re.compile(r"(\d{6,})-step-\d+")
+_BEING_WRITTEN = re.compile(rf"\d{{6,}}-step-\d+(\.[0-9a-f]+)?{re.escape(UNFINISHED)}")
+
+
+Files: TypeAlias = Mapping[str, tuple[int, str]]
+"""Size in bytes and SHA-256 of files, by their paths inside a checkpoint."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those that are there can be read."""
+
+
+class Damaged(CheckpointError):
+    """A checkpoint is not what was written: a file is missing, cut short or changed."""
+
+
+class NewerFormat(ValueError):
+    """A checkpoint was written by a later release."""
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint holds.
+
+    Args:
+        contents: what its writer said of it, ready for JSON.
+        files: all others of its files.
+    """
+
+    contents: Mapping[str, Any]
+    files: Files
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """The finished checkpoints of a folder by their number, the newest first; whether they are intact is not said.
+
+    A folder that is a checkpoint itself holds that one.
+
+    Raises:
+        CheckpointError: two of one number, of which nobody knows the right one.
+    """
+    if not folder.is_dir():
+        return {}
+    found: dict[int, Path] = {}
+    for path in [folder] if is_checkpoint(folder) else sorted(folder.iterdir()):
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
+            other = found.setdefault(int(match[1]), path)
+            if other != path:
+                raise CheckpointError(
+                    f"{folder} holds two checkpoints of number {int(match[1])}, {other.name} and {path.name}, of which "
+                    f"one is no checkpoint of this run: move it away"
+                )
+    return dict(sorted(found.items(), reverse=True))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path has the name of a checkpoint, and is no folder of such."""
+    return _NAME.fullmatch(path.name) is not None
+
+
+def begin(folder: Path, steps: int, nonce: int = 0) -> int:
+    """Makes an empty ``place_of`` the next checkpoint, and returns its number; what others left unfinished is removed.
+
+    Args:
+        folder: of the run's checkpoints; made where it is missing.
+        steps: of the run so far.
+        nonce: as for ``place_of``.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    for path in folder.iterdir():
+        if _BEING_WRITTEN.fullmatch(path.name):
+            _remove(path)
+        elif match := _NAME.fullmatch(path.name):  # a file of that name too is in the way
+            number = max(number, int(match[1]) + 1)
+    place_of(folder, number, steps, nonce).mkdir()
+    return number
+
+
+def place_of(folder: Path, number: int, steps: int, nonce: int = 0) -> Path:
+    """Where a checkpoint is written before it is finished.
+
+    Args:
+        nonce: a number that no other writer has, so that two never write into one place; 0 where there is one writer.
+    """
+    mark = f".{nonce:x}" if nonce else ""
+    return folder / f"{number:06d}-step-{steps}{mark}{UNFINISHED}"
+
+
+def sealed(unfinished: Path, pattern: str = "**/*") -> Files:
+    """Size and SHA-256 of the files of a checkpoint that is being written, once they are safe on the disk.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    files = {}
+    for path in unfinished.glob(pattern):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+                files[path.relative_to(unfinished).as_posix()] = (path.stat().st_size, _digest(file))
+    return files
+
+
+def _remove(path: Path) -> None:
+    """Removes what is at a path; of a link the link, and not what it points to.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def finish(
+    unfinished: Path,
+    contents: Mapping[str, Any],
+    files: Files,
+    *,
+    keep: int,
+    damaged: Collection[Path] = (),
+    fence: Callable[[], None] = lambda: None,
+) -> Path:
+    """Makes a checkpoint of what was written to its place; returns where it is now.
+
+    Args:
+        unfinished: holds all files of the checkpoint.
+        contents: what to say of it in the manifest, ready for JSON.
+        files: all of them, as ``sealed`` gave them.
+        keep: how many checkpoints stay, this one among them.
+        damaged: checkpoints that are known to be of no use, and do not count.
+        fence: called before the checkpoint is put in place; raises where this process may not write any more.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    line = json.dumps({"format": CHECKPOINT_FORMAT, "contents": contents, "files": files}, allow_nan=False)
+    with (unfinished / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    for path in [*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished]:
+        _sync_folder(path)
+    finished = unfinished.with_name(unfinished.name.partition(".")[0])
+    fence()
+    unfinished.rename(finished)
+    _sync_folder(finished.parent)
+    try:
+        _prune(finished.parent, keep, damaged)
+    except (OSError, CheckpointError) as error:  # the new one is in place, and that is what was asked for
+        _log.warning("checkpoints older than %s could not be removed: %s", finished, error)
+    return finished
+
+
+def abandon(unfinished: Path) -> None:
+    """Removes what was written of a checkpoint that will not be finished, as far as that is possible."""
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check(path: Path, *, share: int = 0, of: int = 1) -> Manifest:
+    """The manifest of a checkpoint, once its files are found to be what was written.
+
+    Args:
+        path: the checkpoint.
+        share, of: read only each ``of``-th file, from number ``share`` on; that all are there and of the right size is
+            always looked at. So several ranks share the work.
+
+    Raises:
+        Damaged: names the file and what is wrong with it.
+        NewerFormat: a checkpoint of a later release.
+    """
+    manifest = _read_manifest(path)
+    for index, (name, (size, digest)) in enumerate(sorted(manifest.files.items())):
+        file = path / name
+        try:
+            found = file.stat().st_size
+            if found != size:
+                raise Damaged(f"{path}: {name} has {found:,} bytes, {size:,} were written")
+            if index % of == share:
+                with file.open("rb") as opened:
+                    if _digest(opened) != digest:
+                        raise Damaged(f"{path}: the contents of {name} have changed since it was written")
+        except OSError as error:
+            raise Damaged(f"{path}: {name} cannot be read ({error.strerror})") from error
+    return manifest
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        # Not by lines: a flipped bit may make a line break of any byte.
+        line, _, rest = (path / MANIFEST).read_bytes().partition(b"\n")
+    except OSError as error:
+        raise Damaged(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from error
+    if rest != hashlib.sha256(line).hexdigest().encode() + b"\n":
+        raise Damaged(f"{path}: {MANIFEST} does not match its own checksum")
+    try:
+        manifest = json.loads(line)
+        number = manifest["format"]
+        if not isinstance(number, int) or number < 1:
+            raise TypeError(f"its format is {number!r}")
+        if number > CHECKPOINT_FORMAT:
+            raise NewerFormat(
+                f"the checkpoint {path} has format {number}, this version reads up to {CHECKPOINT_FORMAT}: upgrade "
+                f"adabatch"
+            )
+        files = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
+        contents = manifest["contents"]
+        if not isinstance(contents, dict):
+            raise TypeError("its contents are no object")
+        for name, (size, digest) in files.items():
+            inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+            if not (inside and isinstance(size, int) and isinstance(digest, str)):
+                raise TypeError(f"its entry for {name!r} is no file of a checkpoint with a size and a checksum")
+    except NewerFormat:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path}: {MANIFEST} matches its checksum, and is no manifest of a checkpoint: {error}") from None
+    return Manifest(contents, files)
+
+
+def _prune(folder: Path, keep: int, damaged: Collection[Path]) -> None:
+    """Removes the checkpoints that are older than the ``keep`` newest good ones."""
+    good = 0
+    for path in checkpoints_in(folder).values():
+        if good >= keep:
+            # Renamed first: a kill in the middle must not leave what looks like a damaged checkpoint.
+            doomed = path.with_name(path.name + UNFINISHED)
+            path.rename(doomed)
+            with suppress(OSError):
+                _remove(doomed)
+        good += path not in damaged
+
+
+def _digest(file: Any) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes the names in a folder last through a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,227 @@
+"""One run, one folder: who may write checkpoints into a folder, and whose they are.
+
+``lock.json`` in a folder of checkpoints names the run that they belong to, by its token, and the process that writes
+them. It is there from that process's first claim until another's, also after the process was killed: a successor reads
+from it whether that is still alive. A process looks again whenever it puts a checkpoint in place and writes a line of
+the journal, so one that was given up for dead and was not cannot write beside its successor.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from adabatch.checkpointing.files import CheckpointError
+from adabatch.runtime.launch.world import launcher_job
+
+LOCK = "lock.json"
+
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class FolderInUse(CheckpointError):
+    """Another process writes into a folder of checkpoints, or has taken it over."""
+
+
+class Holder(NamedTuple):
+    """A process, so that another one can tell whether it still runs.
+
+    Args:
+        host: its machine.
+        pid: its number there.
+        started: when it started, in the clock ticks of its machine since the boot; None where the system does not say.
+        boot: of the machine.
+        since: when it took the folder, for people.
+        job: the launcher's name for the job, which goes on under that name after a restart; None where it has none.
+    """
+
+    host: str
+    pid: int
+    started: int | None
+    boot: str
+    since: str
+    job: str | None
+
+    @classmethod
+    def this(cls) -> Self:
+        """The process that asks."""
+        boot = ""
+        with suppress(OSError):
+            boot = _BOOT.read_text().strip()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(platform.node(), os.getpid(), _started(os.getpid()), boot, now, launcher_job())
+
+    def same_process(self, other: Holder) -> bool:
+        """Whether both are one process, whenever it took the folder."""
+        return (self.host, self.pid, self.started, self.boot) == (other.host, other.pid, other.started, other.boot)
+
+    def may_run(self, me: Holder) -> bool:
+        """Whether it may still run. On another host nobody can say, unless the launcher has restarted the job.
+
+        Args:
+            me: the process that asks.
+        """
+        if self.host != me.host:
+            return self.job is None or self.job != me.job
+        if self.boot != me.boot:
+            return False
+        if self.started is not None:
+            return _started(self.pid) == self.started
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+class Lock(NamedTuple):
+    """What a folder's lock says.
+
+    Args:
+        run: token of the run whose checkpoints are there; None where no process said.
+        holder: who writes; None where nobody does.
+    """
+
+    run: str | None
+    holder: Holder | None
+
+
+def read_lock(folder: Path) -> Lock:
+    """What the lock of a folder says; nothing where it has none, or one that is no lock of this kind."""
+    try:
+        said = json.loads((folder / LOCK).read_bytes())
+        run, holder = said["run"], said["holder"]
+        if not (run is None or isinstance(run, str)):
+            return Lock(None, None)
+        return Lock(run, None if holder is None else _holder(holder))
+    except (OSError, ValueError, LookupError, TypeError):
+        return Lock(None, None)
+
+
+class FolderLock:
+    """The right to write into a folder of checkpoints.
+
+    Args:
+        folder: of the checkpoints.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._me: Holder | None = None  # once it is claimed
+        self._releases = False
+
+    @property
+    def held(self) -> bool:
+        """Whether it was claimed."""
+        return self._me is not None
+
+    def claim(self, run: str | None) -> None:
+        """Takes the folder, or keeps it; a dead process's is taken over.
+
+        Args:
+            run: whose checkpoints it holds from now on; None leaves that as it is.
+
+        Raises:
+            FolderInUse: names the process that has it, and what to do.
+            OSError: the folder cannot be made or written.
+        """
+        me = Holder.this()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with _alone_in(self._folder):
+            lock = read_lock(self._folder)
+            mine = lock.holder is not None and lock.holder.same_process(me)
+            if lock.holder is not None and not mine and lock.holder.may_run(me):
+                raise FolderInUse(
+                    f"{self._folder} is in use by {lock.holder}, and one run at a time writes into a "
+                    f"folder: {self._way_out(lock.holder)}"
+                )
+            # Another object of this process may have it already, and then gives it back.
+            self._releases = self._releases or not mine
+            self._write(Lock(lock.run if run is None else run, lock.holder if mine else me))
+        self._me = me
+
+    def check(self) -> None:
+        """That the folder is still this process's.
+
+        Raises:
+            FolderInUse: another process has taken it over, or somebody has removed the lock.
+        """
+        if self._me is None:
+            return
+        holder = read_lock(self._folder).holder
+        if holder is None or not holder.same_process(self._me):
+            now = "its lock was removed" if holder is None else f"it belongs to {holder} now"
+            raise FolderInUse(
+                f"{self._folder} was taken from this process (pid {os.getpid()} on {platform.node()}): "
+                f"{now}; nothing more is written by this one, which should end"
+            )
+
+    def release(self) -> None:
+        """Gives the folder back, if it is this object's to give."""
+        if self._me is not None and self._releases:
+            with suppress(OSError), _alone_in(self._folder):
+                lock = read_lock(self._folder)
+                if lock.holder is not None and lock.holder.same_process(self._me):
+                    self._write(lock._replace(holder=None))
+        self._me, self._releases = None, False
+
+    def _way_out(self, holder: Holder) -> str:
+        if holder.host == platform.node():
+            return f"end that process (kill {holder.pid}), or give this run another folder"
+        return (
+            f"end it there, or, if it has ended, remove {self._folder / LOCK}; whether a process of another host runs "
+            f"cannot be seen from here"
+        )
+
+    def _write(self, lock: Lock) -> None:
+        text = json.dumps({"run": lock.run, "holder": None if lock.holder is None else lock.holder._asdict()})
+        new = self._folder / f"{LOCK}.{os.getpid()}"
+        try:
+            new.write_text(text + "\n", encoding="utf-8")
+            new.replace(self._folder / LOCK)
+        except OSError:
+            with suppress(OSError):
+                new.unlink()
+            raise
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """While a lock is read and written anew; some file systems of a network do without."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _holder(said: Any) -> Holder:
+    holder = Holder(**said)
+    kinds = {"host": str, "pid": int, "started": int | None, "boot": str, "since": str, "job": str | None}
+    if not all(isinstance(value, kinds[name]) for name, value in holder._asdict().items()):
+        raise TypeError("no holder of a lock")
+    return holder
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in ticks since the boot; None where none of that number runs, or nobody can say."""
+    try:
+        # The name stands in brackets, and may hold any; the state and nineteen numbers follow.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,70 @@
+"""Which checkpoint to go on from: the newest that every rank finds intact, the same on all."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from adabatch.checkpointing.files import CheckpointError, Damaged, Manifest, NewerFormat, check, checkpoints_in
+from adabatch.runtime.collectives import Collectives
+
+_INTACT, _DAMAGED, _NEWER = 2.0, 1.0, 0.0
+
+
+class NewestCheckpoint(NamedTuple):
+    """A checkpoint that can be read.
+
+    Args:
+        path: where it is.
+        manifest: what it holds.
+        damaged: newer ones that cannot be read, with the reason.
+    """
+
+    path: Path
+    manifest: Manifest
+    damaged: dict[Path, str]
+
+
+def newest_checkpoint(folder: Path, ranks: Collectives) -> NewestCheckpoint | None:
+    """The newest checkpoint that is intact for all ranks, which share the reading; None where there is none at all.
+
+    Args:
+        folder: of a run's checkpoints, or one checkpoint.
+        ranks: call this together.
+
+    Raises:
+        CheckpointError: checkpoints are there, and all are damaged; says how.
+        NewerFormat: the newest was written by a later release. An older one is not taken in its place: the run that
+            left the newer one would be overwritten.
+    """
+    mine = checkpoints_in(folder)
+    damaged: dict[Path, str] = {}
+    below = math.inf
+    while True:
+        # The first rank says which; the others may see a folder of the network a little later.
+        candidate = next((number for number in mine if number < below), 0) if ranks.rank == 0 else 0
+        below = ranks.sum_of(candidate)[0]
+        if below == 0:
+            break
+        path = mine.get(int(below), folder / f"{int(below):06d}")
+        verdict, manifest, problem = _INTACT, None, ""
+        try:
+            manifest = check(path, share=ranks.rank, of=ranks.size)
+        except Damaged as error:
+            verdict, problem = _DAMAGED, str(error)
+        except NewerFormat as error:
+            verdict, problem = _NEWER, str(error)
+        worst = ranks.minimum_of(verdict)[0]
+        if worst == _INTACT:
+            assert manifest is not None
+            return NewestCheckpoint(path, manifest, damaged)
+        if worst == _NEWER:
+            raise NewerFormat(problem or f"{path} has a newer format where another rank read it: upgrade adabatch")
+        damaged[path] = problem or f"{path} is damaged where another rank read it"
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint can be used: {'; '.join(damaged.values())}. Restore one from a copy, or move them away to "
+            f"begin anew"
+        )
+    return None

@@ -1,0 +1,156 @@
+"""What a resumed run makes of settings that are not those of the run that was saved: of each, which of the two stands.
+
+The table is in docs/checkpoints.md. Of an optimizer, the base learning rate under a ``ProgressLR`` and the weight decay
+are taken over from the run that loads. All its other settings stay as they were saved, as ``Optimizer.load_state_dict``
+has it: they may be moved by schedules of the user's own, or be state under another name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adabatch.checkpointing.differences import Difference
+from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.scheduler import ProgressLR
+from adabatch.runtime.step_hooks import put_setting
+
+TAKEN_OVER = ("weight_decay",)
+
+
+class KeptSetting(NamedTuple):
+    """A setting of the run that loads that is not used, since the saved one stands.
+
+    Args:
+        name: such as "optimizer.betas".
+        saved: what stands.
+        given: what this run was built with.
+        way_out: how to change it nevertheless.
+    """
+
+    name: str
+    saved: Any
+    given: Any
+    way_out: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} stays {self.saved!r}, as it was saved, and the {self.given!r} of this run is not used: "
+            f"{self.way_out}"
+        )
+
+
+class Settings:
+    """The settings that a run was built with, taken before its parts are loaded, and put in force afterwards.
+
+    Args:
+        parts: of the run, by name.
+    """
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        optimizer, schedule, order = (parts.get(name) for name in ("optimizer", "schedule", "order"))
+        self._optimizer: Optimizer | None = optimizer if isinstance(optimizer, Optimizer) else None
+        self._schedule = schedule
+        self._order = order
+        self._groups = [] if self._optimizer is None else [_settings_of(g, self._optimizer) for g in _groups(optimizer)]
+        self._seed = _seed_of(order)
+
+    def refuse(self, saved: Mapping[str, Any]) -> None:
+        """Raises, before anything is changed, for a learning rate that a scheduler would overrule.
+
+        Args:
+            saved: the state of all parts.
+
+        Raises:
+            ValueError: another learning rate than was saved, under a scheduler that is no ``ProgressLR``.
+        """
+        if self._schedule is None or isinstance(self._schedule, ProgressLR):
+            return
+        for name, before, now in self._differing(saved):
+            if name.endswith("lr"):
+                raise ValueError(
+                    f"the checkpoint was saved with {name}={before!r}, this run was built with {now!r}, and "
+                    f"{type(self._schedule).__name__} holds rates of its own that would overrule it: build the "
+                    f"optimizer with {before!r} and change the scheduler after loading, use ProgressLR, or leave the "
+                    f"schedule out of load"
+                )
+
+    def enforce(self, saved: Mapping[str, Any]) -> tuple[tuple[Difference, ...], tuple[KeptSetting, ...]]:
+        """Puts into the loaded parts what is taken over; returns that, and what is kept."""
+        taken: list[Difference] = []
+        kept: list[KeptSetting] = []
+        if isinstance(self._schedule, ProgressLR) and "schedule" in saved:
+            state = saved["schedule"]
+            before, now = [float(lr) for lr in state.get("built_lrs", state["base_lrs"])], self._schedule.built_lrs
+            if before != now:
+                self._schedule.set_base_lrs(now)
+                for index, (old, new) in enumerate(zip(before, now, strict=True)):
+                    if old != new:
+                        taken.append(Difference(_name("lr", index, len(now)), old, new))
+        for name, before, now in self._differing(saved):
+            setting = name.rpartition(".")[2]
+            if setting == "lr" and isinstance(self._schedule, ProgressLR):
+                continue
+            if setting in TAKEN_OVER:
+                taken.append(Difference(name, before, now))
+            else:
+                kept.append(KeptSetting(name, before, now, "set it in optimizer.param_groups after loading"))
+        if self._optimizer is not None:
+            for group, built in zip(self._optimizer.param_groups, self._groups, strict=True):
+                for setting in TAKEN_OVER:
+                    if setting in built and _plain(group[setting]) != built[setting]:
+                        put_setting(group, setting, built[setting])
+        seed = _seed_of(self._order)
+        if seed != self._seed:
+            way_out = "an epoch would not hold each example once; another seed is another run"
+            kept.append(KeptSetting("data.seed", seed, self._seed, way_out))
+        return tuple(taken), tuple(kept)
+
+    def _differing(self, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+        """Names of the optimizer's settings that are not as they were saved, with both values."""
+        if self._optimizer is None:
+            return
+        groups = saved["optimizer"]["param_groups"]
+        for index, (group, built) in enumerate(zip(groups, self._groups, strict=True)):
+            before = _settings_of(group, self._optimizer)
+            for name, now in built.items():
+                if name in before and before[name] != now:
+                    yield _name(name, index, len(groups)), before[name], now
+
+
+def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]]:
+    groups: Sequence[Mapping[str, Any]] = optimizer.param_groups
+    return groups
+
+
+def _settings_of(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """What a group was given, not what its optimizer keeps there: the arguments of the constructor, in plain values.
+
+    The learning rate is the base one, where a scheduler has left it in the group.
+    """
+    names = [name for name in inspect.signature(type(optimizer)).parameters if name in group and name != "params"]
+    settings = {name: _plain(group[name]) for name in names}
+    if "lr" in settings and "initial_lr" in group:
+        settings["lr"] = _plain(group["initial_lr"])
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _name(setting: str, index: int, num_groups: int) -> str:
+    return f"optimizer.{setting}" if num_groups == 1 else f"optimizer.param_groups[{index}].{setting}"
+
+
+def _seed_of(order: Any) -> int | str | None:
+    return order.state_dict()["seed"] if isinstance(order, GlobalOrder) else None

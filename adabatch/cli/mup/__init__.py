@@ -1,0 +1,1 @@
+"""``adabatch mup``: width plans, the coordinate check and the sweep over widths."""

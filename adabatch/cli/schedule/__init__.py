@@ -1,0 +1,1 @@
+"""``adabatch schedule``: compare, transfer, refine and extend learning-rate schedules."""

@@ -1,0 +1,190 @@
+"""``adabatch schedule``: which learning-rate schedule, at which base learning rate, and how to go on with a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple, get_args
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from adabatch.cli.display import Display
+from adabatch.cli.schedule.compare import compare, transfer
+from adabatch.cli.schedule.extend import extend
+from adabatch.cli.schedule.recorded import Clock
+from adabatch.cli.schedule.refine import NextRule, refine
+from adabatch.cli.schedule.shape_text import known_shapes
+from adabatch.lr.refine import Kind
+
+DESCRIPTION = (
+    "Learning-rate schedules from theory: which shape is best, at which base learning rate, and how to go on with a "
+    "run. docs/schedules.md has the formulas, their sources and their limits."
+)
+PLAIN_WIDTH = 132
+"""Width of a table that goes into a file."""
+
+SHAPE = f"a name with settings by keyword, or a YAML file with a key `shape`; there are {known_shapes()}"
+RUN = "folder of a run of `adabatch train`, or its journal"
+NORMS = f"take gradient norms, batch factors and progress from a run: {RUN}; without it they are constant"
+
+
+class Command(NamedTuple):
+    """A sub-command: what it is for, its arguments, and what runs it."""
+
+    help: str
+    description: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[..., object]
+
+
+def add_schedule_commands(parser: ArgumentParser) -> None:
+    """Adds the sub-commands to the parser of ``adabatch schedule``, which must stand in its own parent already."""
+    commands = parser.add_subcommands()
+    for name, command in COMMANDS.items():
+        own = ArgumentParser(description=command.description)
+        command.add_arguments(own)
+        commands.add_subcommand(name, own, help=command.help)
+
+
+def run_schedule(config: Namespace) -> None:
+    """Runs the sub-command that was asked for.
+
+    Raises:
+        ValueError: whatever is wrong with its arguments, or a file that cannot be read or written.
+    """
+    console = Console(markup=False)
+    display = Display(0, console if console.is_terminal else Console(width=PLAIN_WIDTH, markup=False))
+    try:
+        COMMANDS[config.subcommand].run(**vars(config[config.subcommand]), display=display)
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from None
+
+
+def _compare_arguments(parser: ArgumentParser) -> None:
+    default = ["linear", "cosine", "wsd(cooldown=0.2)"]
+    parser.add_argument("--shapes", nargs="+", type=str, default=default, metavar="SHAPE", help=f"shapes, each {SHAPE}")
+    _add_steps(parser)
+    _add_norms(parser)
+    parser.add_argument("--out", type=Path, default=Path("schedules.png"), metavar="PNG", help="picture to write")
+
+
+def _transfer_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--base_lr", type=float, required=True, metavar="LR", help="base learning rate tuned for --source"
+    )
+    parser.add_argument("--source", type=str, required=True, metavar="SHAPE", help=f"shape that was tuned, {SHAPE}")
+    parser.add_argument("--target", type=str, required=True, metavar="SHAPE", help="shape to use, in the same form")
+    _add_steps(parser)
+    for name, what in (("--target_steps", "length of the new run"), ("--target_warmup_steps", "its warm-up")):
+        parser.add_argument(name, type=int | None, default=None, metavar="N", help=f"{what}; by default the same")
+    _add_norms(parser)
+    parser.add_argument("--out", type=Path, default=Path("transfer.png"), metavar="PNG", help="picture to write")
+
+
+def _refine_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help=RUN)
+    parser.add_argument(
+        "--kind",
+        type=Kind,
+        default="sgd",
+        help="optimizer: sgd reads l2 norms (with momentum or not), adam and adagrad l1 norms (record_l1)",
+    )
+    parser.add_argument(
+        "--lr_rule",
+        type=NextRule | None,
+        default=None,
+        metavar="{" + ",".join(get_args(NextRule)) + "}",
+        help="how the next run's learning rate follows the batch; by default as this run's did, from its journal",
+    )
+    parser.add_argument(
+        "--smoothing",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="window of the median filter, a share of the norms",
+    )
+    parser.add_argument("--length", type=int, default=200, metavar="N", help="values of the table at most")
+    _add_clock(parser)
+    _add_folder(parser, "refined.yaml and refined.png")
+
+
+def _extend_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of `adabatch train` with a wsd shape")
+    parser.add_argument(
+        "--factor", type=float | None, default=None, metavar="X", help="new length over the old; 2 if neither is given"
+    )
+    parser.add_argument(
+        "--new_total", type=int | None, default=None, metavar="N", help="new length in the unit of the run's total"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path | None,
+        default=None,
+        metavar="FILE",
+        help="a checkpoint of the run from before an extension leaves its schedule: written down under the new one",
+    )
+    _add_folder(parser, "extend_two_stages.yaml, extend_longer_cooldown.yaml and extend.png")
+
+
+def _add_steps(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--steps", type=int | None, default=None, metavar="T", help="length, warm-up included; that of --norms, or 1000"
+    )
+    parser.add_argument("--warmup_steps", type=int, default=0, metavar="W", help="linear warm-up from zero")
+
+
+def _add_norms(parser: ArgumentParser) -> None:
+    parser.add_argument("--norms", type=Path | None, default=None, metavar="RUN", help=NORMS)
+    _add_clock(parser)
+
+
+def _add_clock(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--clock",
+        type=Clock | None,
+        default=None,
+        metavar="{" + ",".join(get_args(Clock)) + "}",
+        help="what progress counts; by default what it did in RUN, or examples where RUN is a journal",
+    )
+
+
+def _add_folder(parser: ArgumentParser, files: str) -> None:
+    parser.add_argument(
+        "--out", type=Path | None, default=None, metavar="FOLDER", help=f"folder for {files}; by default RUN's"
+    )
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "compare": Command(
+            "which shape, by the last-iterate bound",
+            "Ranks shapes by the last-iterate bound of convex theory, each at its best base learning rate. "
+            "Example: adabatch schedule compare --shapes linear cosine 'wsd(cooldown=0.2)' --steps 10000",
+            _compare_arguments,
+            compare,
+        ),
+        "refine": Command(
+            "a schedule from the gradient norms of a run",
+            "Makes the schedule that a finished run's gradient norms ask for, as a config for the next run. "
+            "Example: adabatch schedule refine runs/first",
+            _refine_arguments,
+            refine,
+        ),
+        "transfer": Command(
+            "a tuned base learning rate, for another shape or length",
+            "Carries a tuned base learning rate over to another shape or length. Example: adabatch schedule transfer "
+            "--base_lr 1e-3 --source 'wsd(cooldown=0.2)' --target linear",
+            _transfer_arguments,
+            transfer,
+        ),
+        "extend": Command(
+            "how to make a finished run longer",
+            "Two ways to make a finished wsd run longer at the base learning rate it has, with where to resume. "
+            "Example: adabatch schedule extend runs/first --factor 2",
+            _extend_arguments,
+            extend,
+        ),
+    }
+)

@@ -1,0 +1,270 @@
+"""``adabatch schedule compare`` and ``transfer``: what the last-iterate bound says of shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adabatch.cli.display import Display
+from adabatch.cli.picture import draw_panels
+from adabatch.cli.schedule.horizon import Horizon
+from adabatch.cli.schedule.recorded import Clock, FloatArray, read_recorded, read_saved, reference_of
+from adabatch.cli.schedule.shape_text import parse_shape
+from adabatch.lr.bound import BoundTerms, linear_cooldown_limits
+from adabatch.lr.shapes import Shape
+
+STEPS = 1000
+"""Length of a schedule where none is given: the ratios between shapes hardly depend on it."""
+
+BOUND_SOURCE = (
+    "Defazio et al. 2023, arXiv:2310.07831, Theorem 10, as evaluated by Schaipp et al. 2025, arXiv:2501.18965"
+)
+
+
+class Judged(NamedTuple):
+    """A shape over a horizon, and what the bound says of it."""
+
+    horizon: Horizon
+    factors: FloatArray
+    terms: BoundTerms
+
+
+def judge(shape: Shape, horizon: Horizon, *, warmup_steps: int) -> Judged:
+    """The bound of a shape after a warm-up from zero; raises as ``Horizon`` does."""
+    factors = horizon.factors(shape, warmup_steps=warmup_steps)
+    return Judged(horizon, factors, horizon.terms(factors))
+
+
+def bound_over_time(judged: Judged, base_lr: float, *, points: int = 120) -> tuple[FloatArray, FloatArray]:
+    """The bound after t steps, for some t, closer together towards the end, since each takes O(t).
+
+    Returns:
+        The numbers of steps, and the bounds there at ``base_lr``.
+    """
+    total, (horizon, factors, _) = judged.horizon.num_steps, judged
+    began = int(np.argmax(factors > 0)) + 1
+    share = 1 - (1 - np.linspace(0, 1, points)) ** 2
+    times = np.unique(np.clip(np.round(share * total).astype(np.int64), max(began, total // 50), total))
+    return times.astype(np.float64), np.array([horizon.terms(factors, until=int(t)).at(base_lr) for t in times])
+
+
+def compare(
+    *,
+    shapes: list[str],
+    steps: int | None,
+    warmup_steps: int,
+    norms: Path | None,
+    clock: Clock | None,
+    out: Path,
+    display: Display,
+) -> None:
+    """A table and a picture of shapes by their bound.
+
+    Args:
+        shapes: as ``parse_shape`` takes them.
+        steps: length of the schedules, warm-up included; by default that of the run, or 1,000.
+        warmup_steps: length of the warm-up before each.
+        norms: a run whose gradient norms, batch factors and progress the bound takes; without it they are constant.
+        clock: what progress counts over that run; by default what the run itself counted.
+        out: the PNG file.
+        display: where the table goes.
+
+    Raises:
+        ValueError: whatever does not fit.
+    """
+    horizon = _horizons(norms, clock)(steps)
+    judged = {label: judge(shape, horizon, warmup_steps=warmup_steps) for label, shape in map(parse_shape, shapes)}
+    first = next(iter(judged.values())).terms
+    least = min(one.terms.best for one in judged.values())
+    scale, rate = ("D G", "D/G") if norms is None else ("D", "D")
+    header = (
+        "shape",
+        "mean factor",
+        f"best base LR ({rate})",
+        "x the first's",
+        f"bound there ({scale})",
+        "x the least",
+    )
+    rows = [
+        (
+            label,
+            f"{one.factors.mean():.4f}",
+            f"{one.terms.best_base_lr:.5g}",
+            f"{one.terms.best_base_lr / first.best_base_lr:.3f}",
+            f"{one.terms.best:.5g}",
+            f"{one.terms.best / least:.4f}",
+        )
+        for label, one in judged.items()
+    ]
+    display.table(f"{horizon.num_steps:,} steps, {_warmup(warmup_steps)}, {_gradients(norms)}", header, rows)
+    display.say(f"best base LR = sqrt(T1/T2), bound there = 2 sqrt(T1 T2), of the last iterate: {BOUND_SOURCE}")
+    display.say(
+        "D, the distance from the start to a minimiser, is unknown and the same in every row: read the ratios. "
+        "The bound ranks shapes; it is no loss."
+    )
+    draw_panels(lambda draw: _compared(draw, judged, constant=norms is None), out, display=display)
+
+
+def transfer(
+    *,
+    base_lr: float,
+    source: str,
+    target: str,
+    steps: int | None,
+    target_steps: int | None,
+    warmup_steps: int,
+    target_warmup_steps: int | None,
+    norms: Path | None,
+    clock: Clock | None,
+    out: Path,
+    display: Display,
+) -> float:
+    """The base learning rate for another shape or length, from one that was tuned.
+
+    Args:
+        base_lr: tuned for ``source`` over ``steps``.
+        source, target: as ``parse_shape`` takes them.
+        steps: length of the tuned run, warm-up included; by default that of ``norms``, or 1,000.
+        target_steps: length of the new run; by default the same.
+        warmup_steps: length of the tuned run's warm-up.
+        target_warmup_steps: length of the new run's warm-up; by default the same.
+        norms: a run whose gradient norms, batch factors and progress the bound takes for both, as functions of the
+            share of the steps; without it they are constant.
+        clock: what progress counts over that run; by default what the run itself counted.
+        out: the PNG file.
+        display: where the answer goes.
+
+    Returns:
+        The base learning rate.
+
+    Raises:
+        ValueError: whatever does not fit.
+    """
+    if not 0 < base_lr < math.inf:
+        raise ValueError(f"base_lr must be positive and finite, got {base_lr}")
+    (old_label, old), (new_label, new) = parse_shape(source), parse_shape(target)
+    horizon = _horizons(norms, clock)
+    before = horizon(steps)
+    after = before if target_steps is None else horizon(target_steps)
+    warmup_after = warmup_steps if target_warmup_steps is None else target_warmup_steps
+    tuned, wanted = judge(old, before, warmup_steps=warmup_steps), judge(new, after, warmup_steps=warmup_after)
+    factor = wanted.terms.best_base_lr / tuned.terms.best_base_lr
+    answers = (base_lr, base_lr * factor)
+    rows = [
+        (
+            f"{name}: {label}",
+            f"{one.horizon.num_steps:,}",
+            f"{warmup:,}",
+            f"{one.factors.mean():.4f}",
+            f"{one.terms.best_base_lr / tuned.terms.best_base_lr:.4f}",
+            f"{answer:.4g}",
+        )
+        for name, label, one, warmup, answer in (
+            ("tuned", old_label, tuned, warmup_steps, answers[0]),
+            ("new", new_label, wanted, warmup_after, answers[1]),
+        )
+    ]
+    header = ("shape", "steps", "warm-up", "mean factor", "factor on the base LR", "base LR")
+    display.table(f"Base learning rate, {_gradients(norms)}", header, rows)
+    display.say(f"factor = ratio of sqrt(T1/T2), the best base LR of the last-iterate bound: {BOUND_SOURCE}")
+    closed = _closed_form(old, new, before.num_steps, after.num_steps)
+    if closed is not None:
+        display.say(
+            f"closed form for linear cooldowns c, long runs, no warm-up, constant norms: factor {closed:.4f}, "
+            f"base LR {base_lr * closed:.4g}; it is the ratio of sqrt(2 / ((2 - c)(2 + ln((2 - c)/c)) steps)), "
+            f"the limit of the same bound (adabatch.lr.linear_cooldown_limits)"
+        )
+    named = {f"tuned: {old_label}": (tuned, answers[0]), f"new: {new_label}": (wanted, answers[1])}
+    draw_panels(lambda draw: _transferred(draw, named), out, display=display)
+    return answers[1]
+
+
+def _horizons(norms: Path | None, clock: Clock | None) -> Callable[[int | None], Horizon]:
+    """Equal steps, or those of a run, as many as will be asked for."""
+    if norms is None:
+        if clock is not None:
+            raise ValueError(f"clock={clock} says what the progress of a run counts: give the run, with --norms RUN")
+        return lambda steps: Horizon.of_equal_steps(STEPS if steps is None else steps)
+    recorded, saved = read_recorded(norms), read_saved(norms)
+    counted = clock or (saved.clock if saved else "examples")
+    horizon = Horizon.of_run(recorded, counted, reference_of(recorded, saved))
+    return lambda steps: horizon if steps is None else horizon.resampled(steps)
+
+
+def _closed_form(source: Shape, target: Shape, num_steps: int, target_steps: int) -> float | None:
+    """The ratio of the limits, where both shapes are linear cooldowns to zero."""
+    cooldowns = [_linear_cooldown(shape) for shape in (source, target)]
+    if not all(cooldowns):
+        return None
+    old, new = (linear_cooldown_limits(cooldown).best_base_lr for cooldown in cooldowns)
+    return new / old * math.sqrt(num_steps / target_steps)
+
+
+def _linear_cooldown(shape: Shape) -> float:
+    """The share of a shape that cools down linearly to zero; 0 for shapes that do not, or not only."""
+    settings = shape.settings
+    if shape.name == "linear" and settings["floor"] == 0:
+        return 1.0
+    if shape.name == "wsd" and settings["floor"] == 0 and settings["decay"] == "linear":
+        return float(str(settings["cooldown"]))
+    return 0.0
+
+
+def _compared(draw: Any, judged: dict[str, Judged], *, constant: bool) -> list[Any]:
+    """Learning rates at their best, the bound over time, and the norms where they are not constant."""
+    rates = [
+        draw.Line(label, np.arange(one.horizon.num_steps), one.terms.best_base_lr * one.factors)
+        for label, one in judged.items()
+    ]
+    bounds = [draw.Line(label, *bound_over_time(one, one.terms.best_base_lr)) for label, one in judged.items()]
+    least = min(one.terms.best for one in judged.values())
+    unit = ("D / G", "D G") if constant else ("D", "D")
+    panels = [
+        draw.Panel(
+            f"learning rate{'' if constant else ', batch factor included'} ({unit[0]})",
+            rates,
+            note="each at its best base LR",
+        ),
+        draw.Panel(
+            f"bound of the last iterate ({unit[1]})", bounds, note="if the run ended here", log="y", top=6 * least
+        ),
+    ]
+    if not constant:
+        horizon = next(iter(judged.values())).horizon
+        line = draw.Line("norms of the run", np.arange(horizon.num_steps), horizon.norms, "reference")
+        panels.append(draw.Panel("gradient norm", [line], log="y"))
+    panels[-1] = panels[-1]._replace(x_title="step")
+    return panels
+
+
+def _transferred(draw: Any, named: dict[str, tuple[Judged, float]]) -> list[Any]:
+    """Both schedules, and their bounds against the base learning rate."""
+    best = [base_lr for _, base_lr in named.values()]
+    grid = np.geomspace(min(best) / 4, max(best) * 4, 400)
+    (tuned, tuned_lr), _ = named.values()
+    # the tuned base learning rate says how far the minimiser is
+    distance = tuned_lr / tuned.terms.best_base_lr
+    rates, bounds, marks = [], [], []
+    for label, (one, base_lr) in named.items():
+        rates.append(draw.Line(label, np.arange(one.horizon.num_steps), base_lr * one.factors))
+        relative = [one.terms.at(lr / distance) / tuned.terms.best for lr in grid]
+        bounds.append(draw.Line(label, grid, relative))
+        marks.append(draw.Mark(label, base_lr, one.terms.best / tuned.terms.best, f"{base_lr:.3g}"))
+    return [
+        draw.Panel("learning rate", rates, x_title="step"),
+        draw.Panel(
+            "bound of the last iterate (1: tuned run)", bounds, marks, x_title="base learning rate", log="x", own_x=True
+        ),
+    ]
+
+
+def _warmup(steps: int) -> str:
+    return f"warm-up of {steps:,} steps" if steps else "no warm-up"
+
+
+def _gradients(norms: Path | None) -> str:
+    return "constant gradient norm G" if norms is None else f"gradient norms of {norms}"

@@ -1,0 +1,99 @@
+"""The steps that a schedule is judged over: equal ones, or those of a recorded run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from adabatch.cli.schedule.recorded import Clock, FloatArray, Recorded
+from adabatch.lr.bound import BoundTerms, bound_terms
+from adabatch.lr.refine import stretch
+from adabatch.lr.shapes import Shape, warmup_factor
+
+# the distance to a minimiser is never known: it only scales the answers
+DISTANCE = 1.0
+
+
+class Horizon(NamedTuple):
+    """Steps with their progress, batch factor and gradient norm.
+
+    The batch of a recorded run grew, so that its steps are unequal parts of its progress, its learning rate had a batch
+    factor, and its gradient norms have the noise of their batch in them. All three go into the bound as they were.
+
+    Args:
+        edges: what was consumed before each step and after the last, in the unit of progress, shape (num_steps + 1,).
+        batch_factors: shape (num_steps,).
+        norms: ``G_t``, shape (num_steps,).
+    """
+
+    edges: FloatArray
+    batch_factors: FloatArray
+    norms: FloatArray
+
+    @classmethod
+    def of_equal_steps(cls, num_steps: int) -> Horizon:
+        """Steps of one batch size, with gradient norm 1.
+
+        Raises:
+            ValueError: no steps.
+        """
+        if num_steps < 1:
+            raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
+        return cls(np.arange(num_steps + 1.0), np.ones(num_steps), np.ones(num_steps))
+
+    @classmethod
+    def of_run(cls, recorded: Recorded, clock: Clock, reference: float) -> Horizon:
+        """The steps of a run.
+
+        Raises:
+            ValueError: as ``Recorded`` does, for a run without usable norms.
+        """
+        norms = recorded.norms("l2").for_each(recorded.num_steps)
+        return cls(recorded.edges(clock, reference), recorded.factor, norms)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all, warm-up included."""
+        return len(self.norms)
+
+    def resampled(self, num_steps: int) -> Horizon:
+        """As many steps as wanted, with progress, batch factors and norms as functions of the share of the steps.
+
+        Raises:
+            ValueError: no steps.
+        """
+        if num_steps < 1:
+            raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
+        if num_steps == self.num_steps:
+            return self
+        share = np.linspace(0, self.num_steps - 1, num_steps)
+        return Horizon(
+            stretch(self.edges, num_steps + 1),
+            np.interp(share, np.arange(self.num_steps), self.batch_factors),
+            np.interp(share, np.arange(self.num_steps), self.norms),
+        )
+
+    def factors(self, shape: Shape, *, warmup_steps: int = 0) -> FloatArray:
+        """What multiplies the base learning rate at each step, shape (num_steps,).
+
+        Each step reads the progress made before it, as ``lr.discretize`` does (which this is, for equal steps): the
+        shape runs over what the warm-up leaves, and the warm-up starts from zero.
+
+        Raises:
+            ValueError: a warm-up that leaves no step.
+        """
+        if not 0 <= warmup_steps < self.num_steps:
+            raise ValueError(
+                f"warmup_steps must lie in [0, {self.num_steps - 1}] for {self.num_steps} steps, got {warmup_steps}: "
+                "shorten the warm-up or lengthen the run"
+            )
+        begin, end = self.edges[warmup_steps], self.edges[-1]
+        values = shape((self.edges[:-1] - begin) / (end - begin))
+        if warmup_steps:
+            values *= warmup_factor(np.arange(self.num_steps) / warmup_steps)
+        return np.asarray(values * self.batch_factors)
+
+    def terms(self, factors: FloatArray, *, until: int | None = None) -> BoundTerms:
+        """The last-iterate bound of these factors, after the first ``until`` steps or after all."""
+        return bound_terms(factors[:until], self.norms[:until], distance=DISTANCE)

@@ -1,0 +1,285 @@
+"""``adabatch schedule refine``: the schedule that a finished run's gradient norms ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from adabatch.cli.display import Display
+from adabatch.cli.picture import draw_panels
+from adabatch.cli.schedule.compare import BOUND_SOURCE
+from adabatch.cli.schedule.horizon import Horizon
+from adabatch.cli.schedule.recorded import Clock, FloatArray, Norm, Recorded, read_recorded, read_saved, reference_of
+from adabatch.cli.schedule.shape_text import class_path
+from adabatch.lr.bound import BoundTerms
+from adabatch.lr.refine import Kind, last_iterate_multipliers, median_filter, refined_weights
+from adabatch.lr.shapes import Shape, linear, tabulated
+
+LATE = 0.6
+"""A peak after this share of the run is called suspicious: the published refined schedules peak before it."""
+
+NextRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain"]
+
+SOURCE = "Defazio et al. 2023, arXiv:2310.07831"
+
+# which norm a kind of optimizer reads, and weight = norm ** -power
+_READS: Mapping[Kind, tuple[Norm, int]] = MappingProxyType({"sgd": ("l2", 2), "adam": ("l1", 1), "adagrad": ("l1", 1)})
+
+
+class Refined(NamedTuple):
+    """A refined shape and what it was made of.
+
+    Args:
+        shape: a table over progress, with maximum 1 at the steps themselves.
+        steps: steps whose norm was measured, shape (num_measured,).
+        norms: their norms at the reference batch size, shape (num_measured,).
+        smoothed: the same after the median filter.
+        window: of that filter, in measured steps.
+        progress: of each step, from 0 for the first to 1 for the last, shape (num_steps,).
+        values: the shape there, before it became a table.
+        factor: batch factor that the shape counts on, shape (num_steps,).
+    """
+
+    shape: Shape
+    steps: NDArray[np.int64]
+    norms: FloatArray
+    smoothed: FloatArray
+    window: int
+    progress: FloatArray
+    values: FloatArray
+    factor: FloatArray
+
+
+def refined(
+    recorded: Recorded, kind: Kind, *, factor: FloatArray, edges: FloatArray, smoothing: float, length: int
+) -> Refined:
+    """The shape whose product with the batch factors is the refined schedule of the steps that were taken.
+
+    With the norms ``G_t`` at the batch sizes of the run, the schedule is ``w_t * sum_{p>t} w_p``, where ``w = G^-2``
+    (sgd) or ``G^-1``. A growing batch makes the norms smaller and the weights larger: the weights hold a scaling of the
+    learning rate already, for sgd in expectation AdaScale's gain. So the batch factor ``f_t`` of the next run is taken
+    out of the first weight, which is left with the norm at the reference batch size (exactly that, in expectation, for
+    the rule "gain"), and stays in the sum, which is over the steps that will be taken:
+
+        shape_t = w_t / f_t * sum_{p>t} w_p
+
+    For a constant batch this is ``lr.refine``. What is smoothed are the norms at the reference batch size, which do not
+    jump with the batch. Steps between two measured ones are interpolated.
+
+    Args:
+        recorded: the run.
+        kind: of optimizer, as for ``lr.refine``.
+        factor: ``f_t``, shape (num_steps,).
+        edges: what was consumed before each step and after the last, shape (num_steps + 1,).
+        smoothing: window of the median filter as a share of the measured norms, in [0, 1].
+        length: entries of the table at most, at least 2.
+
+    Raises:
+        ValueError: numbers out of their range, or norms that cannot be used.
+    """
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing must lie in [0, 1], a share of the norms, got {smoothing}")
+    if length < 2:
+        raise ValueError(f"length must be at least 2, for the first and the last value, got {length}")
+    which, power = _READS[kind]
+    measured = recorded.norms(which)
+    norms = measured.norms * factor[measured.at] ** (1 / power)
+    window = 2 * (int(smoothing * norms.size) // 2) + 1
+    smoothed = median_filter(norms, window)
+    weights = refined_weights(measured._replace(norms=smoothed).for_each(recorded.num_steps), kind)
+    values = weights * last_iterate_multipliers(weights * factor)
+    values /= values.max()
+    progress = edges[:-1] / edges[-2]
+    equal = np.allclose(np.diff(progress), 1 / (recorded.num_steps - 1), rtol=1e-9, atol=0)
+    exact = equal and recorded.num_steps <= length
+    table = values if exact else np.interp(np.linspace(0, 1, length), progress, values)
+    # six digits are plenty, and what the config file says is what the pictures show
+    return Refined(
+        tabulated(values=[float(f"{value:.6g}") for value in table.tolist()]),
+        measured.at,
+        norms,
+        smoothed,
+        window,
+        progress,
+        values,
+        factor,
+    )
+
+
+def refine(
+    *,
+    run: Path,
+    kind: Kind,
+    lr_rule: NextRule | None,
+    smoothing: float,
+    length: int,
+    clock: Clock | None,
+    out: Path | None,
+    display: Display,
+) -> None:
+    """Writes the refined schedule of a run as a config for the next, with a picture and a summary.
+
+    Args:
+        run: folder of the run, or its journal.
+        kind: of optimizer.
+        lr_rule: how the learning rate of the next run follows the batch; by default as that of this one did.
+        smoothing: window of the median filter as a share of the norms.
+        length: entries of the table at most.
+        clock: what the next run's progress counts; by default what this one's did.
+        out: folder for ``refined.yaml`` and ``refined.png``; by default that of the run.
+        display: where the summary goes.
+
+    Raises:
+        ValueError: whatever does not fit.
+    """
+    recorded, saved = read_recorded(run), read_saved(run)
+    reference = reference_of(recorded, saved)
+    counted = clock or (saved.clock if saved else "examples")
+    edges = recorded.edges(counted, reference)
+    factor = recorded.factor if lr_rule is None else recorded.factors(lr_rule, reference)
+    made = refined(recorded, kind, factor=factor, edges=edges, smoothing=smoothing, length=length)
+    if saved is not None and not saved.progress.reached(saved.total):
+        done = saved.progress.count(saved.total.unit) / saved.total.count
+        display.say(f"the run stands at {done:.0%} of its {saved.total}: the shape takes these norms for a whole run's")
+    rule = _about_the_batch(recorded, lr_rule, factor, reference)
+    say_summary(recorded, kind, made, rule=rule, display=display)
+    judged = _judged(recorded, made, edges)
+    if judged:
+        _say_bounds(recorded, judged, display=display)
+
+    folder = out or recorded.path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    snippet = folder / "refined.yaml"
+    base_lrs = _scaled(recorded, judged)
+    head = (
+        f"The schedule that the gradient norms of {recorded.path} ask for ({kind}; {SOURCE}).",
+        f"  adabatch train --config CONFIG --config {snippet}",
+        "Its own warm-up is inside. Tune the base learning rate anew"
+        + (f": the bound suggests {base_lrs} where {_listed(recorded.base_lrs)} was the best." if base_lrs else "."),
+        f"Progress counts {counted.replace('_', '-')}. {rule}",
+    )
+    config: dict[str, Any] = {"shape": class_path(made.shape), "warmup": None}
+    if lr_rule is not None:
+        config |= {"lr_rule": lr_rule, "reference_batch_size": round(reference)}
+    if counted == "gain_steps":
+        config["clock"] = "gain"
+    text = yaml.safe_dump(config, default_flow_style=None, sort_keys=False, width=110)
+    snippet.write_text("".join(f"# {line}\n" for line in head) + text, encoding="utf-8")
+    display.say(f"config: {snippet}")
+    draw_panels(lambda draw: _panels(draw, recorded, made, edges, counted), folder / "refined.png", display=display)
+
+
+def say_summary(recorded: Recorded, kind: Kind, made: Refined, *, rule: str, display: Display) -> None:
+    """What the shape looks like, and what it is."""
+    which, power = _READS[kind]
+    peak = int(np.argmax(made.values))
+    header = ("kind", f"{which} norms", "median of", "peak at", "90 % of it from", "mean", "at half-way")
+    row = (
+        kind,
+        f"{made.norms.size:,} of {recorded.num_steps:,} steps",
+        f"{made.window:,}",
+        f"{made.progress[peak]:.1%}",
+        f"{made.progress[np.argmax(made.values >= 0.9)]:.1%}",
+        f"{np.diff(made.progress) @ (made.values[1:] + made.values[:-1]) / 2:.3f}",
+        f"{made.shape(0.5):.3f}",
+    )
+    display.table(f"Refined schedule of {recorded.path}", header, [row])
+    display.say(
+        f"shape_t = w_t / f_t * sum of w_p over p > t, with w = G^-{power}, G the {which} norm, f the batch factor: "
+        f"{SOURCE}, {'conversion theorem and Algorithm 1' if power == 2 else 'Algorithm 2'}"
+    )
+    display.say(rule)
+    if made.progress[peak] > LATE:
+        display.say(
+            f"the peak comes at {made.progress[peak]:.0%} of the run: gradients that vanish towards the end, as of a "
+            f"model that fits its data, draw the whole schedule there; smooth more, or keep another shape"
+        )
+
+
+def _about_the_batch(recorded: Recorded, lr_rule: NextRule | None, factor: FloatArray, reference: float) -> str:
+    """Which batch rule the shape is made for, in a sentence."""
+    low, high = recorded.batch.min(), recorded.batch.max()
+    sizes = f"The batch size went from {low:,.0f} to {high:,.0f}"
+    if lr_rule is not None:
+        return f"{sizes}; the shape is for lr_rule {lr_rule} with the reference batch size {reference:,.0f}."
+    if low == high:
+        return f"The batch size was {low:,.0f} throughout; the shape is for one that does not change either."
+    if np.ptp(factor) == 0:
+        return f"{sizes} with no batch factor: its growth is inside the shape, so the next run's lr_rule must be none."
+    return (
+        f"{sizes}, with batch factors from {factor.min():.3g} to {factor.max():.3g}, which are taken out of the shape: "
+        f"the next run needs the same lr_rule."
+    )
+
+
+def _judged(recorded: Recorded, made: Refined, edges: FloatArray) -> dict[str, BoundTerms]:
+    """The bound of the run's own schedule, the refined and the linear one; empty where the journal does not tell."""
+    if np.isnan(recorded.l2).all() or np.isnan(recorded.shape).any() or not recorded.shape.any():
+        return {}
+    horizon = Horizon(edges, made.factor, recorded.norms("l2").for_each(recorded.num_steps))
+    return {
+        "the run's own": horizon.terms(recorded.shape * recorded.factor),
+        "refined": horizon.terms(horizon.factors(made.shape)),
+        "linear": horizon.terms(horizon.factors(linear())),
+    }
+
+
+def _say_bounds(recorded: Recorded, judged: Mapping[str, BoundTerms], *, display: Display) -> None:
+    own = judged["the run's own"]
+    rows = [
+        (
+            label,
+            f"{terms.best_base_lr / own.best_base_lr:.3f}",
+            _scaled(recorded, judged, label),
+            f"{terms.best / own.best:.3f}",
+        )
+        for label, terms in judged.items()
+    ]
+    header = ("shape", "best base LR x", "base LR, if the run's was best", "bound x")
+    display.table("What the bound expects at these l2 norms", header, rows)
+    display.say(f"best base LR sqrt(T1/T2), bound there 2 sqrt(T1 T2), of the last iterate: {BOUND_SOURCE}")
+
+
+def _scaled(recorded: Recorded, judged: Mapping[str, BoundTerms], label: str = "refined") -> str:
+    """The run's base learning rates times what the bound says; empty where it says nothing."""
+    if not judged or not recorded.base_lrs:
+        return ""
+    factor = judged[label].best_base_lr / judged["the run's own"].best_base_lr
+    return _listed([rate * factor for rate in recorded.base_lrs])
+
+
+def _panels(draw: Any, recorded: Recorded, made: Refined, edges: FloatArray, clock: Clock) -> list[Any]:
+    """Norms, the shape, and the learning rate that both it and the run's own schedule come to."""
+    x = edges[:-1]
+    grew = np.ptp(made.factor) > 0
+    own = recorded.shape / np.nanmax(recorded.shape) if np.nanmax(recorded.shape, initial=0) > 0 else recorded.shape
+    shapes = [draw.Line("refined", x, made.values)]
+    if np.isfinite(own).all():
+        shapes.insert(0, draw.Line("the run's own schedule", x, own, "reference"))
+    panels = [
+        draw.Panel(
+            "gradient norm" + (", at the reference batch size" if grew else ""),
+            [
+                draw.Line("refined", x[made.steps], made.norms, "dots"),
+                draw.Line("refined", x[made.steps], made.smoothed),
+            ],
+            note=f"dots: measured    line: median of {made.window:,}",
+            log="y",
+        ),
+        draw.Panel("shape", shapes),
+    ]
+    if grew:
+        rates = [line._replace(y=line.y * made.factor / (line.y * made.factor).max()) for line in shapes]
+        panels.append(draw.Panel("shape x batch factor", rates, note="each with maximum 1"))
+    panels[-1] = panels[-1]._replace(x_title=clock.replace("_", "-"))
+    return panels
+
+
+def _listed(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:.4g}" for rate in rates)

@@ -1,0 +1,114 @@
+"""Whether ranks that should hold the same still do, and which of them drifted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.data.permutation import mixed
+from adabatch.runtime.fsdp2 import own_piece, units_of
+
+_BLOCK = 1 << 18
+"""Elements that are hashed at a time: 6 MiB of memory."""
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class RanksDrifted(RuntimeError):
+    """Ranks hold different weights or plans, though they should hold the same; the message names them."""
+
+
+@torch.no_grad()
+def fingerprint(tensors: Iterable[Tensor]) -> int:
+    """A hash of the bits of this rank's pieces of some tensors: one pass over them, and one host sync.
+
+    Of each block, a sum of the elements' bits, each times a pseudo-random odd number of its own, modulo 2^64; of those
+    sums 48 bits of a SHA-256. A difference stays unseen once in 2^48 times.
+    """
+    sums: list[Tensor] = []
+    odd = torch.from_numpy(mixed(np.arange(_BLOCK, dtype=np.uint64)).view(np.int64) | 1)
+    for tensor in tensors:
+        bits = _bits_of(own_piece(tensor)[0])
+        odd = odd.to(bits.device)
+        sums += [(block.to(torch.int64) * odd[: len(block)]).sum() for block in torch.split(bits, _BLOCK)]
+    return hash_of(torch.stack([each.to(odd.device) for each in sums]).tolist() if sums else [])  # host sync
+
+
+def _bits_of(tensor: Tensor) -> Tensor:
+    """The elements as integers of the same width, shape (num_elements,)."""
+    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return values.detach().contiguous().view(-1).view(_INTEGERS[values.element_size()])
+
+
+def hash_of(value: object) -> int:
+    """48 bits of what ``repr`` says, which a float64 holds exactly."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6])
+
+
+def shard_of(tensors: Iterable[Tensor]) -> int:
+    """A number for the piece of each tensor that this rank holds: ranks with the same number hold copies."""
+    pieces = []
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            place: list[int] = list(tensor.device_mesh.get_coordinate() or ())
+            cut = [not placement.is_replicate() for placement in tensor.placements]
+            pieces.append(tuple(at for at, is_cut in zip(place, cut, strict=True) if is_cut))
+    return hash_of(sorted(set(pieces)))
+
+
+def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when: str) -> None:
+    """That all ranks hold the same plan, and those that hold copies of the same weights, the same bits.
+
+    Of a model that is sharded over all ranks, each weight exists once, and nothing can be compared but the plan; where
+    shards are replicated (HSDP), the copies of each. Costs 24 bytes a rank and a pass over the weights.
+
+    Args:
+        collectives: the ranks.
+        model: as it is trained.
+        plan: what must be the same everywhere, told apart by its ``repr``.
+        when: for the message, such as "before step 100".
+
+    Raises:
+        RanksDrifted: on all ranks.
+    """
+    for unit in units_of(model).values():
+        unit.reshard()  # after a forward without a backward its root holds whole parameters
+    tensors = list(model.parameters())
+    mine = (hash_of(plan), shard_of(tensors), fingerprint(tensors))
+    table = torch.zeros(collectives.size, len(mine), dtype=torch.float64, device=collectives.device)
+    table[collectives.rank] = torch.tensor(mine, dtype=torch.float64)
+    rows = collectives.sum(table).tolist()  # host sync
+    copies: dict[float, dict[int, float]] = defaultdict(dict)
+    for rank, (_, shard, digest) in enumerate(rows):
+        copies[shard][rank] = digest
+    compared = [
+        ({rank: row[0] for rank, row in enumerate(rows)}, "plans"),
+        *((held, "weights") for held in copies.values()),
+    ]
+    found = [_apart(held, what) for held, what in compared if len(set(held.values())) > 1]
+    if found:
+        raise RanksDrifted(
+            f"{when}, {'; '.join(found)}: go back to a checkpoint, and look for what only some ranks do (an update, a "
+            f"load, a random draw, a rank's own version of a library or a faulty device)"
+        )
+
+
+def _apart(held: dict[int, float], what: str) -> str:
+    """Who differs from most; all, where there is no majority."""
+    groups: dict[float, list[int]] = defaultdict(list)
+    for rank, digest in held.items():
+        groups[digest].append(rank)
+    largest = max(groups.values(), key=len)
+    if 2 * len(largest) <= len(held):
+        names = " and ".join(str(ranks)[1:-1] for ranks in groups.values())
+        return f"ranks {names} hold different {what}, and there is no majority to say which are right"
+    drifted = sorted(rank for ranks in groups.values() if ranks is not largest for rank in ranks)
+    name = f"rank {drifted[0]} holds" if len(drifted) == 1 else f"ranks {str(drifted)[1:-1]} hold"
+    return f"{name} other {what} than ranks {str(largest)[1:-1]}"

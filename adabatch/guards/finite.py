@@ -1,0 +1,47 @@
+"""Whether a step's gradient is made of numbers, for the steps in which no probe reads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from adabatch.runtime.fsdp2 import own_piece
+
+SkipNonfinite = bool | Literal["probed"]
+"""In which steps an update is left out whose loss or gradient is not finite: all, none, or those with a probe."""
+
+FindNonfinite = Callable[[Tensor], Tensor]
+"""This rank's loss, shape () -> how much of loss and gradient is not finite: 0 where all is; shape (1,), float64."""
+
+
+def nonfinite_in(optimizer: Optimizer) -> FindNonfinite:
+    """Looks through the gradients that an optimizer is about to apply: this rank's pieces of them.
+
+    One pass over the gradient, by its largest number, whose size no finite gradient can overflow; no host sync.
+    """
+
+    def find(loss: Tensor) -> Tensor:
+        pieces = list(_gradients(optimizer))
+        found = ~torch.isfinite(loss)
+        if pieces:
+            largest = get_total_norm(pieces, norm_type=math.inf)
+            found = found.to(largest.device) | ~torch.isfinite(largest)
+        return found.double().view(1)
+
+    return find
+
+
+def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                piece, _ = own_piece(parameter.grad)
+                piece = piece.coalesce().values() if piece.is_sparse else piece
+                if piece.numel():  # a rank may hold nothing of a short parameter
+                    yield piece

@@ -1,0 +1,75 @@
+"""Who is lost: from what the ranks report of themselves to a sentence, or to the finding that all is well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+
+class Report(NamedTuple):
+    """What is known of a rank.
+
+    Args:
+        moves: marks that it passed; infinite once it has left, so that others are behind it.
+        place: where it is, in words.
+        between: whether it is between two steps.
+        still: seconds since its last move.
+        silent: seconds since it was heard of.
+    """
+
+    moves: float
+    place: str
+    between: bool
+    still: float
+    silent: float = 0.0
+
+    @property
+    def left(self) -> bool:
+        """Whether it has come to the end, and waits for the others there."""
+        return self.moves == math.inf
+
+
+def lost_ranks(reports: Mapping[int, Report], *, timeout: float) -> str | None:
+    """What is wrong with the run, or None.
+
+    A rank is lost that has not been heard of for ``timeout`` seconds. A rank hangs that has not moved for so long while
+    another is past it: that one waits for it. Where none has moved for so long in the middle of a step, one of them
+    hangs, and the marks do not tell which.
+
+    Args:
+        reports: of all ranks that are connected, by rank.
+        timeout: in seconds.
+    """
+    gone = [rank for rank, report in reports.items() if not report.left and report.silent >= timeout]
+    if gone:
+        return (
+            f"{_ranks(gone)} {_has(gone)} not been heard of for {timeout:g} s, last in {reports[gone[0]].place}: "
+            f"process or machine is gone or frozen"
+        )
+    here = {rank: report for rank, report in reports.items() if not report.left}
+    if not here or (min(report.still for report in here.values()) < timeout and not _some_wait(reports)):
+        return None
+    last = min(report.moves for report in here.values())
+    behind = [rank for rank, report in here.items() if report.moves == last]
+    if any(reports[rank].still < timeout for rank in behind):
+        return None
+    place = reports[behind[0]].place
+    if _some_wait(reports):
+        return f"{_ranks(behind)} {_has(behind)} not moved for {timeout:g} s, in {place}, and the other ranks wait"
+    if reports[behind[0]].between:
+        return None
+    return f"no rank has moved for {timeout:g} s, all in {place}: one hangs there, and the others wait for it"
+
+
+def _some_wait(reports: Mapping[int, Report]) -> bool:
+    return len({report.moves for report in reports.values()}) > 1
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    numbers = sorted(ranks)
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"
+
+
+def _has(ranks: list[int]) -> str:
+    return "has" if len(ranks) == 1 else "have"

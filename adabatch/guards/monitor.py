@@ -1,0 +1,158 @@
+"""The thread that watches: tells rank 0 where this rank is, hears who is lost, and ends this rank if it must."""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from adabatch.guards.connections import Connections
+from adabatch.guards.heartbeat import Heartbeat
+from adabatch.guards.lost_ranks import Report, lost_ranks
+
+EXIT_RANK_LOST = 76
+"""Exit status of a rank that ended because another was lost, or hung itself: restart the run from its checkpoint."""
+
+_STDERR = 2
+
+
+class Monitor:
+    """Watches over one rank, with those of the other ranks.
+
+    Every rank reports to rank 0, which looks for lost ranks. What it finds goes to all ranks: the
+    training thread raises it at its next mark.
+    One that does not come to a mark within ``grace`` seconds waits in a collective, which Python cannot interrupt: then
+    the process writes down what was found and where its threads stand, and ends with ``EXIT_RANK_LOST``.
+
+    Args:
+        star: the connections.
+        rank, size: of this process, and how many there are.
+        heartbeat: of its training thread.
+        make_alarm: the finding -> what is raised in that thread.
+        timeout: seconds after which a rank that does not move, or is not heard of, is lost.
+        grace: see above.
+    """
+
+    def __init__(
+        self,
+        star: Connections,
+        rank: int,
+        size: int,
+        heartbeat: Heartbeat,
+        *,
+        make_alarm: Callable[[str], BaseException],
+        timeout: float,
+        grace: float,
+    ) -> None:
+        self._connections = star
+        self._rank = rank
+        self._size = size
+        self._heartbeat = heartbeat
+        self._make_alarm = make_alarm
+        self._timeout = timeout
+        self._grace = grace
+        self._interval = min(1.0, timeout / 10)
+        self._heard: dict[int, tuple[Report, float]] = {}
+        self._left = False  # this rank, in order
+        self._failure: str | None = None  # of this rank, still to be told
+        self._stopping = False
+        self._lost_at = math.inf
+        self.finding: str | None = None
+        self.ended = threading.Event()
+        """A rank was found lost, or all ranks have left."""
+        self._thread = threading.Thread(target=self._run, name="adabatch watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begins to watch. All ranks count as heard of from here on."""
+        now = time.monotonic()
+        others = range(1, self._size) if self._rank == 0 else [0]
+        self._heard = {rank: (Report(0, "the time before its first report", True, 0.0), now) for rank in others}
+        self._thread.start()
+
+    def leave(self) -> None:
+        """This rank has come to the end of its run."""
+        self._left = True
+
+    def fail(self, failure: str) -> None:
+        """This rank ends by an error of its own; returns once the others are told."""
+        self._failure = failure
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._stopping = True
+        self._thread.join()
+        self._connections.close()
+        self._heartbeat.alarm = None
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._turn()
+        if self._failure is not None:
+            self._connections.send({"lost": self._failure} if self._rank == 0 else {"failure": self._failure})
+
+    def _turn(self) -> None:
+        for peer, message in self._connections.receive(self._interval):
+            if message is None:
+                self._hung_up(peer)
+            elif "lost" in message:
+                self._declare_lost(message["lost"])
+            elif "failure" in message:
+                self._judge(message["failure"])
+            elif "all left" in message:
+                self.ended.set()
+            else:
+                self._heard[peer] = Report(**message), time.monotonic()
+        if self.ended.is_set():
+            if time.monotonic() >= self._lost_at + self._grace:
+                self._end_process()
+            return
+        here = self._report()
+        self._connections.send(here._asdict())
+        now = time.monotonic()
+        reports = {
+            peer: report._replace(silent=now - at, still=report.still + now - at)
+            for peer, (report, at) in self._heard.items()
+        }
+        if self._rank == 0:
+            reports[0] = here
+            if all(report.left for report in reports.values()):
+                self._connections.send({"all left": True})
+                self.ended.set()
+        else:  # of the judge himself only the silence is judged
+            reports = {peer: report._replace(moves=0, between=True, still=0) for peer, report in reports.items()}
+        found = lost_ranks(reports, timeout=self._timeout)
+        if found is not None:
+            self._judge(found)
+
+    def _report(self) -> Report:
+        where = self._heartbeat
+        moves = math.inf if self._left else where.moves
+        return Report(moves, str(where.place), where.between, time.monotonic() - where.since)
+
+    def _hung_up(self, peer: int) -> None:
+        report, _ = self._heard.pop(peer)
+        if not (report.left and self._left):
+            self._judge(f"rank {peer} has died, last seen in {report.place}")
+
+    def _judge(self, found: str) -> None:
+        if self.finding is None:  # later findings follow from the first
+            self._connections.send({"lost": found})
+            self._declare_lost(found)
+
+    def _declare_lost(self, found: str) -> None:
+        if self.finding is None:
+            self.finding = found
+            self._lost_at = time.monotonic()
+            self._heartbeat.alarm = self._make_alarm(found)
+            self.ended.set()
+
+    def _end_process(self) -> None:
+        os.write(_STDERR, f"adabatch: rank {self._rank} ends: {self.finding}\n".encode())
+        faulthandler.dump_traceback(file=_STDERR)
+        os._exit(EXIT_RANK_LOST)

@@ -1,0 +1,150 @@
+"""A learning-rate shape of a user's own: a function from progress to factor, known by its name and its values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adabatch.lr.shapes import FloatArray, Shape
+
+NUM_POINTS = 257
+"""Values by which a function is checked and recognized: at progress 0, 1/256, ..., 1."""
+
+TOLERANCE = 1e-9
+"""Relative difference that is taken for rounding: another machine's sine may differ in its last digits."""
+
+SAVED_AS = "function"
+
+
+class FunctionShape:
+    """A function of progress in the place of a ``Shape``: ``factor = function(progress)``, with progress in [0, 1].
+
+    ``ProgressLR`` makes one of any function that it is given, so this class is needed only to give the function a name,
+    or to pass it where several progresses are asked for at once (``lr.discretize``, ``lr.transfer``).
+
+    A function cannot be saved as data is. What is saved is its name and its values at 257 progresses, and a resumed run
+    must be built with a function that has the same values (to a relative 1e-9); its name may differ. A difference that
+    lies between those points goes unnoticed.
+
+    Args:
+        function: progress -> factor on the base learning rate: finite, not negative, the same at each call. It is asked
+            for one number at a time, and never outside [0, 1].
+        name: what errors call it; by default the name of the function.
+
+    Raises:
+        TypeError: something that cannot be called with one number, or does not return one.
+        ValueError: a value that is negative or not finite, at any of the 257 progresses; values that are all zero; a
+            function that gives two values at one progress.
+    """
+
+    def __init__(self, function: Callable[[float], float], *, name: str | None = None) -> None:
+        if not callable(function):
+            raise TypeError(f"a shape must be a function of progress, got {function!r}")
+        self._function = function
+        self._name = name if name is not None else getattr(function, "__qualname__", type(function).__qualname__)
+        self._values = self._at_the_points()
+        if not any(self._values):
+            raise ValueError(f"{self}: all of its values are zero, and nothing would train")
+        if (first := _first_difference(self._values, self._at_the_points())) is not None:
+            raise ValueError(
+                f"{self} gave two values at progress {first / (NUM_POINTS - 1)}: a shape must be a function of "
+                f"progress alone, without memory or chance"
+            )
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return self._name
+
+    @overload
+    def __call__(self, progress: float) -> float: ...
+    @overload
+    def __call__(self, progress: NDArray[Any] | Sequence[float]) -> FloatArray: ...
+    def __call__(self, progress: float | NDArray[Any] | Sequence[float]) -> float | FloatArray:
+        """The factor at ``progress``, a number or an array; clamped to [0, 1].
+
+        Raises:
+            ValueError: a progress that is not a number (NaN), or a value that is negative or not finite.
+        """
+        if np.isscalar(progress):
+            return self._one(float(progress))  # type: ignore[arg-type]
+        numbers = np.asarray(progress, dtype=np.float64)
+        return np.array([self._one(each) for each in numbers.ravel().tolist()], dtype=np.float64).reshape(numbers.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"name": "function", "settings": {"name": ..., "values": [...]}}``: what a checkpoint holds."""
+        return {"name": SAVED_AS, "settings": {"name": self._name, "values": list(self._values)}}
+
+    def difference(self, saved: Mapping[str, Any]) -> str:
+        """What sets a saved shape apart from this one, in words; empty for the same shape."""
+        if saved["name"] != SAVED_AS:
+            return f"the shape {Shape.from_dict(saved)}, this run has {self}"
+        theirs = saved["settings"]["values"]
+        index = _first_difference(theirs, self._values)
+        if index is None:
+            return ""
+        return (
+            f"the function {saved['settings']['name']}, which is {theirs[index]:.6g} at progress "
+            f"{index / (NUM_POINTS - 1):.4g}, this run has {self}, which is {self._values[index]:.6g} there"
+        )
+
+    def __repr__(self) -> str:
+        return f"FunctionShape({self._name})"
+
+    def _one(self, progress: float) -> float:
+        if math.isnan(progress):
+            raise ValueError("progress must be a number, got NaN: a total of zero or a missing count gives this")
+        at = min(1.0, max(0.0, progress))
+        found = self._function(at)
+        try:
+            factor = float(found)
+        except (TypeError, ValueError):
+            raise TypeError(f"{self} must return a number, got {found!r} at progress {at}") from None
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"{self} must be finite and not negative, got {factor} at progress {at}")
+        return factor
+
+    def _at_the_points(self) -> tuple[float, ...]:
+        return tuple(self._one(index / (NUM_POINTS - 1)) for index in range(NUM_POINTS))
+
+
+AnyShape: TypeAlias = Shape | FunctionShape
+"""A shape of this library, or one of a user's own."""
+
+
+def shape_from(shape: AnyShape | Callable[[float], float]) -> AnyShape:
+    """The shape that a user gave: of this library, or a function of progress.
+
+    Raises:
+        TypeError: neither of them, such as a name, or a function of ``adabatch.lr`` that was not called.
+        ValueError: see ``FunctionShape``.
+    """
+    if isinstance(shape, Shape | FunctionShape):
+        return shape
+    expected = "shape must come from adabatch.lr, such as adabatch.lr.cosine(), or be a function progress -> factor"
+    if not callable(shape) or getattr(shape, "__module__", None) == Shape.__module__:
+        raise TypeError(f"{expected}, got {shape!r}")
+    return FunctionShape(shape)
+
+
+def check_same_shape(shape: AnyShape, saved: Mapping[str, Any]) -> None:
+    """Raises ValueError for a saved shape (its ``to_dict()``) that is another one than ``shape``, naming both."""
+    if isinstance(shape, FunctionShape):
+        found = shape.difference(saved)
+    elif saved["name"] == SAVED_AS:
+        found = f"the function {saved['settings']['name']}, this run has {shape}"
+    else:
+        theirs = Shape.from_dict(saved)
+        found = "" if theirs == shape else f"the shape {theirs}, this run has {shape}"
+    if found:
+        raise ValueError(f"the schedule was saved with {found}: use one of them")
+
+
+def _first_difference(one: Sequence[float], other: Sequence[float]) -> int | None:
+    """Where two lists of values first differ by more than rounding; None where they nowhere do."""
+    pairs = enumerate(zip(one, other, strict=True))
+    return next((k for k, (a, b) in pairs if not math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-15)), None)

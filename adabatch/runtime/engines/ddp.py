@@ -1,0 +1,61 @@
+"""``DistributedDataParallel``: every rank holds the whole model, and gradients are averaged in the last backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Unpack, final
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from adabatch.runtime.collectives import collectives_of
+from adabatch.runtime.compiled import uncompiled
+from adabatch.runtime.engines.backward import PLAIN, Backward
+from adabatch.runtime.engines.engine import Engine, GradientSync
+from adabatch.runtime.probes.micro_batch import MicroBatchProbe
+from adabatch.runtime.probes.protocol import Probe, ProbeOptions
+
+
+@final
+class DDPEngine(Engine):
+    """A model in ``DistributedDataParallel``, compiled or not.
+
+    Raises:
+        ValueError: ``gradient_sync="each"``.
+    """
+
+    def __init__(self, model: nn.Module, *, gradient_sync: GradientSync = "last", backward: Backward = PLAIN) -> None:
+        if gradient_sync == "each":
+            raise ValueError(
+                "gradient_sync='each' is for FSDP2: DistributedDataParallel would reduce the sum of a step again at "
+                "every micro-batch, and save nothing; leave it out"
+            )
+        super().__init__(model, collectives_of(model), backward)
+        inner = uncompiled(model)
+        assert isinstance(inner, DistributedDataParallel)
+        self._ddp = inner
+
+    def inner_model(self) -> nn.Module:
+        """The module in DDP."""
+        inner = self._ddp.module
+        assert isinstance(inner, nn.Module)
+        return uncompiled(inner)
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """DDP's own."""
+        return self._ddp.no_sync()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Past DDP's own forward, which broadcasts buffers that the other ranks wait for."""
+        module = self._ddp.module
+        vars(self._ddp)["forward"] = lambda *inputs, **options: module(*inputs, **options)
+        try:
+            yield
+        finally:
+            del vars(self._ddp)["forward"]
+
+    def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
+        """``MicroBatchProbe``."""
+        return MicroBatchProbe(parameters, collectives=self.collectives, **options)

@@ -1,0 +1,80 @@
+"""``fully_shard`` (FSDP2): each rank holds its shard of the weights, and gets its shard of the mean gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Unpack, final
+
+from torch import Tensor, nn
+
+from adabatch.runtime.collectives import collectives_of
+from adabatch.runtime.engines.backward import PLAIN, Backward
+from adabatch.runtime.engines.engine import Engine, GradientSync
+from adabatch.runtime.fsdp2 import units_of
+from adabatch.runtime.probes.protocol import Probe, ProbeOptions
+from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
+
+
+@final
+class FSDP2Engine(Engine):
+    """A model that ``fully_shard`` was applied to, over one data-parallel mesh (FSDP2, HSDP).
+
+    Raises:
+        ValueError: a model that is not sharded over one data-parallel mesh, or has sparse gradients.
+    """
+
+    shards = True
+    runs_alone = False
+
+    def __init__(self, model: nn.Module, *, gradient_sync: GradientSync = "each", backward: Backward = PLAIN) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+                raise ValueError(
+                    f"FSDP2 cannot reduce the sparse gradient of {name}: build the {type(module).__name__} with "
+                    f"sparse=False, or wrap the model in DistributedDataParallel"
+                )
+        super().__init__(model, collectives_of(model), backward)
+        self._sync = gradient_sync
+        self._units = list(units_of(model).values())
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Reduces all the same, unless only the "last" micro-batch does."""
+        return self._whole_gradients() if self._sync == "last" else nullcontext()
+
+    def unreduced(self) -> AbstractContextManager[Any]:
+        """Each rank keeps its whole gradient."""
+        return self._whole_gradients()
+
+    @contextmanager
+    def _whole_gradients(self) -> Iterator[None]:
+        for unit in self._units:
+            unit.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in self._units:
+                unit.set_requires_gradient_sync(True, recurse=False)
+
+    def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
+        """``ReduceScatterProbe``, which measures all that FSDP2 reduces.
+
+        Raises:
+            ValueError: trainable parameters that are not among ``parameters``, or a single part.
+        """
+        trained = {id(p) for p in parameters}
+        strange = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in trained]
+        if strange:
+            raise ValueError(
+                f"the optimizer does not hold {_some(strange)}, whose gradients FSDP2 reduces together with those it "
+                f"holds, so they are measured together: freeze them with requires_grad_(False), or let it hold them"
+            )
+        if self._sync == "last" and self.collectives.size == 1:
+            raise ValueError(
+                "gradient_sync='last' on a single rank leaves one part, which has no spread to measure: use 'each'"
+            )
+        return ReduceScatterProbe(self.model, **options)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more parameters" if len(names) > 3 else "")

@@ -1,0 +1,80 @@
+"""MPI by mpi4py, as far as a launched process asks it who it is. Imported where it is needed: its import starts MPI."""
+
+from __future__ import annotations
+
+import atexit
+from typing import Any, TypeVar
+
+from adabatch.runtime.launch.launchers import Claim, ProcessPlace
+
+T = TypeVar("T")
+
+
+def started_mpi() -> Any:
+    """mpi4py's MPI; its first import starts it.
+
+    Raises:
+        ValueError: mpi4py is not installed, or finds no MPI.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"the job was started by mpiexec, but mpi4py cannot be used ({error}): `pip install adabatch[mpi]` and an "
+            f"MPI (`pip install mpich`, or your cluster's), or start the job with torchrun"
+        ) from error
+    return MPI
+
+
+class Communicator:
+    """The processes of ``mpiexec``, and the few questions that they ask each other before anything else is there.
+
+    Args:
+        comm: mpi4py's communicator.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        mpi = started_mpi()
+        self._comm = comm
+        self.place = ProcessPlace(comm.rank, comm.size)
+        on_node = comm.Split_type(mpi.COMM_TYPE_SHARED)
+        self.local_rank: int = on_node.rank
+        firsts = comm.allgather(comm.rank if on_node.rank == 0 else -1)
+        nodes = [first for first in firsts if first >= 0]
+        self.node = ProcessPlace(nodes.index(on_node.bcast(comm.rank)), len(nodes))
+
+    def gather(self, value: T) -> list[T]:
+        """A value of every rank, by rank."""
+        values: list[T] = self._comm.allgather(value)
+        return values
+
+    def first_of(self, value: T) -> T:
+        """The value of rank 0."""
+        first: T = self._comm.bcast(value)
+        return first
+
+
+def world_communicator(said: Claim) -> Communicator:
+    """All processes of ``mpiexec``.
+
+    Raises:
+        ValueError: see ``started_mpi``; or MPI knows of another number of them than ``mpiexec`` said, since mpi4py runs
+            another MPI.
+    """
+    mpi = started_mpi()
+    comm = mpi.COMM_WORLD
+    if (comm.rank, comm.size) != said.place:
+        library = mpi.Get_library_version().split(",")[0].split("\n")[0].strip()
+        raise ValueError(
+            f"{said} contradict mpi4py, which is rank {comm.rank} of {comm.size}: it runs {library}, and mpiexec is "
+            f"another MPI's; use that one's mpiexec, or point MPI4PY_LIBMPI at the libmpi.so of this one"
+        )
+    return Communicator(comm)
+
+
+def abort_at_exit() -> None:
+    """Ends all processes of ``mpiexec`` when this one ends.
+
+    For a rank that failed: MPI waits at the end of each process for all others, which may wait for this one.
+    """
+    atexit.register(started_mpi().COMM_WORLD.Abort, 1)

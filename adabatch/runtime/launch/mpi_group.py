@@ -1,0 +1,211 @@
+"""A backend of ``torch.distributed`` that carries collectives over MPI, by mpi4py.
+
+As a backend it serves whatever calls ``torch.distributed``: the statistics of a step, DDP, averaging between local
+steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from adabatch.runtime.launch.mpi import abort_at_exit, started_mpi
+
+BACKEND = "mpi4py"
+"""Its name in ``torch.distributed.init_process_group``."""
+
+SPIN_S = 1e-3
+"""How long a rank asks without a pause whether a collective is over, before it lets others have the core."""
+
+
+def connect(*, rank: int, size: int, timeout: timedelta) -> None:
+    """Makes the default process group of ``torch.distributed``, over MPI.
+
+    Raises:
+        ValueError: see ``started_mpi``; or the job was not started by ``mpiexec`` with ``size`` processes.
+    """
+    comm = started_mpi().COMM_WORLD
+    if (comm.rank, comm.size) != (rank, size):
+        raise ValueError(
+            f"the backend {BACKEND} needs all {size} processes started by mpiexec; to MPI this one is rank {comm.rank} "
+            f"of {comm.size}: start the job with mpiexec, or unset ADABATCH_BACKEND"
+        )
+    register()
+    store = dist.HashStore()  # type: ignore[attr-defined]  # asked for, and not used
+    dist.init_process_group(BACKEND, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def register() -> None:
+    """Tells ``torch.distributed`` of the backend; again is harmless."""
+    if BACKEND not in dist.Backend.backend_list:
+        dist.Backend.register_backend(BACKEND, _group_of, extended_api=True, devices=["cpu", "cuda"])
+
+
+def _group_of(options: Any, _: Any) -> MPIGroup:
+    """A process group for ``torch.distributed``: of all ranks, or of some, which all of those make together."""
+    comm = started_mpi().COMM_WORLD
+    ranks = list(options.global_ranks_in_group)
+    if ranks and len(ranks) < comm.size:
+        comm = comm.Create_group(comm.group.Incl(ranks))
+    return MPIGroup(comm, options.timeout)
+
+
+class _Done(dist._Work):  # type: ignore[misc, name-defined]  # the name by which Python may derive from it
+    """A collective that is over."""
+
+    def __init__(self, result: list[Tensor]) -> None:
+        super().__init__()
+        self._result = result
+        self._future: Future[list[Tensor]] = Future()
+        self._future.set_result(result)
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """There is nothing to wait for."""
+        return True
+
+    def is_completed(self) -> bool:
+        """It is."""
+        return True
+
+    def is_success(self) -> bool:
+        """A failure raised before."""
+        return True
+
+    def result(self) -> list[Tensor]:
+        """What came out."""
+        return self._result
+
+    def get_future(self) -> Any:
+        """The same as a future."""
+        return self._future
+
+
+class MPIGroup(dist.ProcessGroup):
+    """Collectives of ``torch.distributed`` over MPI. Each runs to its end before it returns.
+
+    Tensors go through the host: those on an accelerator are copied there and back, 16-bit floats are added up in
+    float32. A rank that waits longer than ``timeout`` raises, and ends the job when it ends.
+
+    Args:
+        comm: mpi4py's communicator.
+        timeout: of one collective.
+    """
+
+    def __init__(self, comm: Any, timeout: timedelta) -> None:
+        super().__init__(comm.rank, comm.size)  # type: ignore[call-arg]
+        self._comm = comm
+        self._timeout = timeout
+
+    def getBackendName(self) -> str:
+        """The name that it was registered under."""
+        return BACKEND
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
+        """Reduction of each tensor over the ranks, in place."""
+        for tensor in tensors:
+            self._allreduce(tensor, opts)
+        return _Done(tensors)
+
+    def broadcast(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
+        """Each tensor of the root, to all."""
+        for tensor in tensors:
+            values = _bytes(tensor)
+            self._run("broadcast", self._comm.Ibcast, values.numpy(), root=opts.rootRank)
+            tensor.copy_(_as(values, tensor))
+        return _Done(tensors)
+
+    def allgather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
+        """The tensors of all ranks, as a list by rank."""
+        for outputs, tensor in zip(output_tensors, input_tensors, strict=True):
+            rows = torch.empty(len(outputs), *tensor.shape, dtype=tensor.dtype)
+            self._allgather_base(rows, tensor)
+            for output, row in zip(outputs, rows, strict=True):
+                output.copy_(row)
+        return _Done(output_tensors)
+
+    def _allgather_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
+        received = torch.empty(output.numel() * output.element_size(), dtype=torch.uint8)
+        self._run("all-gather", self._comm.Iallgather, _bytes(input).numpy(), received.numpy())
+        output.copy_(_as(received, output))
+        return _Done([output])
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None, **_: Any) -> Any:
+        """The tensors of all ranks in one, by rank."""
+        return self._allgather_base(output, input, opts)
+
+    def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
+        whole = input.detach().clone()
+        self._allreduce(whole, opts)
+        output.copy_(whole.view(self.size(), -1)[self.rank()].view_as(output))
+        return _Done([output])
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None, **_: Any) -> Any:  # type: ignore[override]
+        """Reduction of a tensor over the ranks, of which each gets its piece."""
+        return self._reduce_scatter_base(output, input, opts)
+
+    def alltoall_base(
+        self, output: Tensor, input: Tensor, output_sizes: Any, input_sizes: Any, opts: Any = None
+    ) -> Any:
+        """Row r of each rank's tensor, to rank r; rows of equal size only."""
+        if output_sizes or input_sizes:
+            raise NotImplementedError(f"the backend {BACKEND} exchanges rows of equal size only")
+        received = torch.empty(output.numel() * output.element_size(), dtype=torch.uint8)
+        self._run("exchange", self._comm.Ialltoall, _bytes(input).numpy(), received.numpy())
+        output.copy_(_as(received, output))
+        return _Done([output])
+
+    def barrier(self, opts: Any = None) -> Any:
+        """Waits for all ranks."""
+        self._run("barrier", self._comm.Ibarrier)
+        return _Done([])
+
+    def shutdown(self) -> None:
+        """The communicator is MPI's to end."""
+
+    def _allreduce(self, tensor: Tensor, opts: Any) -> None:
+        mpi, op = started_mpi(), dist.ReduceOp.SUM if opts is None else opts.reduceOp
+        kinds = {"SUM": mpi.SUM, "AVG": mpi.SUM, "MIN": mpi.MIN, "MAX": mpi.MAX, "PRODUCT": mpi.PROD}
+        kind = next((name for name in kinds if op == getattr(dist.ReduceOp, name)), None)
+        if kind is None:
+            raise NotImplementedError(f"the backend {BACKEND} reduces by {', '.join(kinds)} only, got {op}")
+        wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+        values = tensor.detach().to(device="cpu", dtype=wide).contiguous()
+        self._run("reduction", self._comm.Iallreduce, mpi.IN_PLACE, values.numpy(), op=kinds[kind])
+        if kind == "AVG":
+            values /= self.size()
+        tensor.copy_(values)
+
+    def _run(self, name: str, start: Callable[..., Any], *buffers: Any, **options: Any) -> None:
+        """Starts a collective and waits for its end.
+
+        Raises:
+            RuntimeError: not all ranks were there in time.
+        """
+        request = start(*buffers, **options)
+        began = time.monotonic()
+        while not request.Test():
+            waited = time.monotonic() - began
+            if waited > self._timeout.total_seconds():
+                abort_at_exit()
+                raise RuntimeError(
+                    f"rank {self.rank()} waited {waited:.0f} s for the other ranks in a {name} over MPI: one of them "
+                    f"has ended, hangs, or cannot be reached; resume from the last checkpoint"
+                )
+            if waited > SPIN_S:
+                time.sleep(SPIN_S / 10)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor on the host, shape (n,), whatever its type."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+
+
+def _as(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(like.dtype).view(like.shape)

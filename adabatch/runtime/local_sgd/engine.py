@@ -1,0 +1,121 @@
+"""The engine of local SGD: workers that step on their own, each on an engine of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Unpack, final
+
+from torch import Tensor, nn
+
+from adabatch.batch.moments import EUCLIDEAN
+from adabatch.batch.needs import Needs
+from adabatch.batch.plan import Progress
+from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.local_sgd.probe import WorkerProbe
+from adabatch.runtime.local_sgd.rounds import Rounds
+from adabatch.runtime.probes.protocol import Probe, ProbeOptions, given_with
+
+
+@final
+class LocalWorkers(Engine):
+    """Workers that average now and then; ``LocalSGD.engine`` makes it.
+
+    Args:
+        inner: the engine of one worker.
+        rounds: of the worker.
+    """
+
+    copies = False
+
+    def __init__(self, inner: Engine, rounds: Rounds) -> None:
+        super().__init__(inner.model, rounds.everyone, inner.backward)
+        self.shards = inner.shards
+        self.runs_alone = inner.runs_alone
+        self._inner = inner
+        self._rounds = rounds
+
+    def inner_model(self) -> nn.Module:
+        """That of the worker."""
+        return self._inner.inner_model()
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Between the ranks of a worker."""
+        return self._inner.no_sync()
+
+    def unreduced(self) -> AbstractContextManager[Any]:
+        """Between the ranks of a worker."""
+        return self._inner.unreduced()
+
+    def gradient_ready(self, weight: float) -> None:
+        """Counts what was consumed, and averages the gradient in a round of one step."""
+        self._rounds.memory.examples += weight
+        self._rounds.average_gradient()
+
+    def steps_alone(self) -> bool:
+        """But for rounds of one step, which average the gradient."""
+        return not self._rounds.present().by_gradient
+
+    def stands_at(self, progress: Progress, lr_factor: float) -> None:
+        """Rounds are counted in the run's units from now on."""
+        self._rounds.stands_at(progress, lr_factor)
+
+    def journal_entry(self) -> dict[str, Any]:
+        """The worker's place, as things stand after a step."""
+        memory, exchange = self._rounds.memory, self._rounds.exchange
+        return {
+            "local_sgd": {
+                "rounds": memory.rounds,
+                "step_in_round": memory.step_in_round,
+                "bytes_sent": exchange.bytes_sent,
+                "bytes_saved": memory.bytes_synchronous - exchange.bytes_sent,
+            }
+        }
+
+    def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
+        """The probe of one worker, made to measure all of them.
+
+        Raises:
+            ValueError: something that cannot be measured over workers.
+        """
+        _check_gives(given_with(**options))
+        return self.fit_probe(self._inner.make_probe(parameters, **options))
+
+    def fit_probe(self, probe: Probe) -> Probe:
+        """A probe of one worker, made to measure all of them.
+
+        Raises:
+            ValueError: a probe that gives what cannot be measured over workers.
+        """
+        _check_gives(probe.gives)
+        rounds = self._rounds
+        return WorkerProbe(
+            probe,
+            rounds.replica,
+            rounds.exchange,
+            num_workers=rounds.workers.size,
+            worker_size=rounds.node.size,
+            across=lambda: rounds.settings.spread == "across" or rounds.present().by_gradient,
+            averaged=lambda: rounds.gradient_averaged,
+        )
+
+    def measures_next(self) -> bool:
+        """Once a round."""
+        return self._rounds.measures_next()
+
+    @property
+    def num_compared(self) -> int:
+        """All ranks, or those of one worker (``spread="within"``)."""
+        rounds = self._rounds
+        return rounds.everyone.size if rounds.settings.spread == "across" else rounds.node.size
+
+
+def _check_gives(gives: Needs) -> None:
+    """That what a probe gives of one worker adds up to what it gives of all."""
+    if gives.noise != EUCLIDEAN or gives.quantile is not None:
+        said = Needs(quantile=gives.quantile) or Needs(noise=gives.noise)
+        raise ValueError(
+            f"local SGD does not measure {', '.join(said.words())}: the optimizers of the workers hold states of their "
+            f"own, and no gradient of all is formed coordinate by coordinate; use a criterion in the Euclidean norm, "
+            f"such as NormTest or NoiseScale()"
+        )

@@ -1,0 +1,181 @@
+"""Several optimizers that make one update together, such as Muon for the matrices and AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class JoinedOptimizers(Optimizer):
+    """Several optimizers of one model, seen as one: their groups, their state, one ``step()`` and one checkpoint.
+
+    ::
+
+        optimizer = JoinedOptimizers([Muon(matrices, lr=0.02), AdamW(others, lr=1e-3)])
+
+    ``AdaptiveBatch``, ``ProgressLR`` and ``Checkpoints`` make it of a list by themselves. Step either the whole or each
+    of its optimizers, in any order.
+
+    Args:
+        optimizers: each with parameters of its own.
+
+    Attributes:
+        each: the optimizers.
+
+    Raises:
+        ValueError: no optimizer, one that is given twice, or a parameter that two of them hold.
+        TypeError: something that is no optimizer.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self.each: tuple[Optimizer, ...] = tuple(optimizers)
+        if not self.each:
+            raise ValueError("optimizers must hold at least one optimizer, got none")
+        for one in self.each:
+            if not isinstance(one, Optimizer) or isinstance(one, JoinedOptimizers):
+                raise TypeError(
+                    f"optimizer must be a torch.optim.Optimizer, or a list of several, got a list with "
+                    f"{type(one).__name__} in it"
+                )
+        if len({id(one) for one in self.each}) < len(self.each):
+            raise ValueError("an optimizer is given twice: name each once")
+        held = [id(p) for group in self.param_groups for p in group["params"]]
+        if len(set(held)) < len(held):
+            raise ValueError(
+                f"{' and '.join(self.names)} hold the same parameter, which would be updated twice: give each parameter "
+                f"to one of them"
+            )
+        # Torch's constructor makes the dictionaries of hooks, and would make groups too: ours are those of the parts.
+        super().__init__([{"params": []}], {})
+
+    @property
+    def names(self) -> list[str]:
+        """What the optimizers are called in errors."""
+        kinds = [type(one).__name__ for one in self.each]
+        return [kind if kinds.count(kind) == 1 else f"{kind} (number {n + 1})" for n, kind in enumerate(kinds)]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all, one optimizer after the other; the same dictionaries that they hold."""
+        return [group for one in self.each for group in one.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: object) -> None:
+        pass  # torch's constructor sets an empty list
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of all, by parameter; to be read."""
+        return defaultdict(dict, {p: state for one in self.each for p, state in one.state.items()})
+
+    @state.setter
+    def state(self, state: object) -> None:
+        pass
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused, as nobody could say whose group it is.
+
+        Raises:
+            RuntimeError: for any group with parameters; add it to one of the optimizers.
+        """
+        if param_group["params"]:  # torch's constructor comes here with none
+            raise RuntimeError(f"add the group to one of the optimizers: {', '.join(self.names)}")
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps each optimizer once. A closure is called first, with gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for one in self.each:
+            one.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As each optimizer does it."""
+        for one in self.each:
+            one.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's format for one optimizer, with the parameters of all counted through; and the names of them."""
+        state: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        start = 0
+        for one in self.each:
+            own = one.state_dict()
+            state |= {start + place: entry for place, entry in own["state"].items()}
+            groups += [{**g, "params": [start + place for place in g["params"]]} for g in own["param_groups"]]
+            start += sum(len(group["params"]) for group in own["param_groups"])
+        return {"state": state, "param_groups": groups, "optimizers": [type(one).__name__ for one in self.each]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Gives each optimizer its part.
+
+        Raises:
+            ValueError: a state of other optimizers, or of the same in another order or with other groups.
+        """
+        mine = [type(one).__name__ for one in self.each]
+        saved = state_dict.get("optimizers", mine)
+        if list(saved) != mine:
+            raise ValueError(
+                f"the state was saved of {', '.join(saved)}, and these are {', '.join(mine)}: give the same optimizers "
+                f"in the same order"
+            )
+        groups = list(state_dict["param_groups"])
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError(
+                f"the state was saved of groups of {sizes} parameters, these are of "
+                f"{[len(group['params']) for group in self.param_groups]}: build the optimizers as the saving run did"
+            )
+        start = 0
+        for one in self.each:
+            own, groups = groups[: len(one.param_groups)], groups[len(one.param_groups) :]
+            end = start + sum(len(group["params"]) for group in own)
+            one.load_state_dict(
+                {
+                    "state": {p - start: entry for p, entry in state_dict["state"].items() if start <= p < end},
+                    "param_groups": [{**g, "params": [p - start for p in g["params"]]} for g in own],
+                }
+            )
+            start = end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"defaults": self.defaults, "each": self.each}
+
+    def __repr__(self) -> str:
+        return f"JoinedOptimizers({list(self.each)!r})"
+
+
+def joined(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
+    """One optimizer as it is, several of a list or tuple as one.
+
+    Raises:
+        ValueError, TypeError: as ``JoinedOptimizers`` does.
+    """
+    if isinstance(optimizer, list | tuple):
+        return optimizer[0] if len(optimizer) == 1 else JoinedOptimizers(optimizer)
+    return optimizer  # type: ignore[return-value]  # what is no optimizer is refused by whoever takes it
+
+
+def each_of(optimizer: Optimizer) -> Sequence[Optimizer]:
+    """The optimizers whose ``step()`` makes the update."""
+    return optimizer.each if isinstance(optimizer, JoinedOptimizers) else (optimizer,)
+
+
+def kind_of(optimizer: Optimizer) -> str:
+    """What an optimizer is called: its class, or those of several."""
+    return " and ".join(type(one).__name__ for one in each_of(optimizer))
+
+
+def without_rate(optimizer: Optimizer) -> str | None:
+    """The class of an optimizer that sets its learning rate itself (``lr=None``); None where all have one."""
+    for one in each_of(optimizer):
+        if any(group.get("lr") is None for group in one.param_groups):
+            return type(one).__name__
+    return None

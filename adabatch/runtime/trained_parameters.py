@@ -1,0 +1,70 @@
+"""Whether the parameters that train are still those for which a run was set up."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from adabatch.runtime.compiled import uncompiled
+from adabatch.runtime.fsdp2 import is_sharded
+
+
+class TrainedParameters:
+    """The parameters that require a gradient and are updated, as they were when this was made.
+
+    Probes and engines look for them once. A layer that is thawed, frozen, replaced or added to the optimizer in mid-run
+    would be measured, averaged or reduced wrongly from then on, and no step would say so.
+
+    A check costs a walk over the modules, and no operation on a tensor.
+
+    Args:
+        model: as it is trained.
+        optimizer: whose parameters are updated.
+        all_of_model: all that requires a gradient is measured, whoever updates it: for probes that look at the whole
+            model, and engines whose optimizers hold other tensors.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, *, all_of_model: bool = False) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._all = all_of_model
+        # FSDP2 registers whole parameters in place of its shards while a module runs; the optimizer's stay the same.
+        self._sharded = is_sharded(model)
+        self._in_ddp = isinstance(uncompiled(model), DistributedDataParallel)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._then = self._now()  # kept alive, so that no id can come back as another parameter's
+
+    def _now(self) -> list[Tensor]:
+        if self._sharded:
+            return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        return [p for p in self._model.parameters() if p.requires_grad and (self._all or id(p) in held)]
+
+    def check(self, what: str) -> None:
+        """That they are the same as at the beginning.
+
+        Args:
+            what: the class of the object that was set up for them, for the message.
+
+        Raises:
+            RuntimeError: some have joined or left; names them and the way out.
+        """
+        now = self._now()
+        if len(now) == len(self._then) and all(a is b for a, b in zip(now, self._then, strict=True)):
+            return
+        before, after = {id(p) for p in self._then}, {id(p) for p in now}
+        names = {**self._names, **{id(p): name for name, p in self._model.named_parameters()}}
+        joined = [names.get(id(p), "one outside the model") for p in now if id(p) not in before]
+        left = [self._names.get(id(p), "one outside the model") for p in self._then if id(p) not in after]
+        changes = [f"{_some(which)} {verb}" for which, verb in ((joined, "joined"), (left, "left")) if which]
+        first = "wrap the model in DistributedDataParallel again, " if self._in_ddp and joined else ""
+        raise RuntimeError(
+            f"the parameters that train are not those that this {what} was made for "
+            f"({' and '.join(changes) or 'their order changed'}): {first}make a new {what} on the same optimizer and "
+            f"load the state_dict() of this one into it"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,77 @@
+"""How far two states are apart, on all ranks together."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adabatch.adaptive import AdaptiveBatch
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.fsdp2 import own_piece
+from adabatch.verification.training import Training
+
+
+def state_of(training: Training, batches: AdaptiveBatch | None = None) -> dict[str, Any]:
+    """What a checkpoint would hold."""
+    state: dict[str, Any] = {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
+    if training.scaler is not None:
+        state["scaler"] = training.scaler.state_dict()
+    if batches is not None:
+        state["batches"] = batches.state_dict()
+        if isinstance(training.loader, GlobalOrder):
+            state["order"] = training.loader.state_dict()
+    return state
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors and numbers in nested containers, by their paths."""
+    if isinstance(value, Tensor):
+        yield path, own_piece(value.detach())[0]
+    elif isinstance(value, bool | int | float):
+        yield path, torch.tensor(value, dtype=torch.float64)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}/{index}")
+
+
+def largest_difference(found: Mapping[str, Any], expected: Mapping[str, Any], ranks: Collectives) -> float:
+    """The largest difference of any number on any rank; infinite where the structures or non-finite values differ."""
+    mine, other = dict(_leaves(found)), dict(_leaves(expected))
+    worst = 0.0 if mine.keys() == other.keys() else math.inf
+    for path in mine.keys() & other.keys():
+        worst = max(worst, _apart(mine[path], other[path]))
+    return largest_of(worst, ranks)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return math.inf
+    unequal = (a != b) & ~((a != a) & (b != b))  # two NaN are equal here
+    if not bool(unequal.any()):
+        return 0.0
+    apart = (a[unequal].to(torch.complex128) - b[unequal].to(torch.complex128)).abs().max().item()
+    return apart if math.isfinite(apart) else math.inf
+
+
+def largest_of(value: float, ranks: Collectives) -> float:
+    """The largest of all ranks."""
+    return -ranks.minimum_of(-value)[0]
+
+
+def digest_of(model: nn.Module) -> int:
+    """48 bits of a hash over the bytes of all parameters that this rank holds."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        piece = own_piece(parameter.detach())[0].reshape(-1).contiguous().cpu()
+        digest.update(f"{name} {tuple(piece.shape)} {piece.dtype}".encode())
+        digest.update(piece.view(torch.uint8).numpy().tobytes())
+    return int.from_bytes(digest.digest()[:6])

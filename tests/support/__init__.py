@@ -1,0 +1,1 @@
+"""What the tests share: engines, launched processes, loops, models that are hard to measure."""

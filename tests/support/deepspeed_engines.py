@@ -1,0 +1,80 @@
+"""DeepSpeed engines for the tests, and the real launcher that starts their processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from support.launched import start
+from support.loops import network
+
+OPTIMIZERS = Callable[[Iterable[Any]], Optimizer]
+
+
+def run_deepspeed(size: int, function: Callable[..., Any], *arguments: str, timeout: float = 280) -> list[Any]:
+    """What ``function(*arguments)`` returned on each rank of the ``deepspeed`` launcher; skips where there is none."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    launcher = str(beside) if beside.exists() else shutil.which("deepspeed")
+    if launcher is None:
+        pytest.skip("no DeepSpeed: pip install deepspeed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = [launcher, "--num_gpus", str(size), "--master_port", str(port), "--no_local_rank"]
+    variables = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "PATH": path, "PYTHONWARNINGS": "ignore::FutureWarning"}
+    return start(command, function, *arguments, variables=variables, timeout=timeout).results()
+
+
+def connect() -> None:
+    """The process group, without the operator for inference that DeepSpeed would compile first."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+
+
+def engine_of(
+    stage: int,
+    optimizer_of: OPTIMIZERS,
+    *,
+    managed: bool = True,
+    model: nn.Module | None = None,
+    groups: Callable[[nn.Module], Iterable[Any]] = nn.Module.parameters,
+    **config: Any,
+) -> Any:
+    """An engine with a ZeRO stage around a small network, and a config as a person would write it."""
+    import deepspeed
+
+    model = network() if model is None else model
+    zero = {"stage": stage, "reduce_bucket_size": 64, **config.pop("zero_optimization", {})}
+    whole = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # DeepSpeed 0.19 clips at 1.0 otherwise
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        **({} if managed else {"managed_gradient_accumulation": False}),
+        **config,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer_of(groups(model)), config=whole)[0]
+
+
+def whole(engine: Any) -> Tensor:
+    """All weights of the model in one vector, gathered where they are sharded."""
+    import deepspeed
+
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+        return torch.cat([p.detach().float().flatten() for p in parameters]).clone()
