@@ -132,14 +132,19 @@ def constants(cell: Cell, run: Run, *, sizes: Sequence[int] = SIZES, seeds: Sequ
 
 
 def rules(cell: Cell, run: Run) -> Iterable[Row]:
-    """What a person has who tuned the smallest batch only: a larger constant, its learning rate by a rule."""
+    """What a person has who tuned the smallest batch only: a larger constant, its learning rate by a rule.
+
+    The warm-up is that of the default, so that nothing but the moving batch is between these rows and it.
+    """
     base, rule = tuned_constant(cell, run, FIRST), RULES[cell.optimizer]
-    for size in (32, 128, 512):
+    base = base._replace(warmup=max(base.warmup, DEFAULT.warmup))
+    for size in (32, 64, 128):
         by_rule = outcomes(cell, run, Planned((size,)), base, rule=rule, reference=FIRST)
         yield Row("rule", f"{size}, {rule}", base, by_rule)
-        batch = Measured("constant", size, FIRST)
-        by_gain = outcomes(cell, run, batch, base, rule="gain", reference=FIRST)
-        yield Row("rule", f"{size}, gain (AdaScale)", base, by_gain)
+        for follow in dict.fromkeys(("", DEFAULT.follow)):
+            others = {"rule": "gain", "follow": follow, "reference": FIRST}
+            by_gain = outcomes(cell, run, Measured("constant", size, FIRST), base, **others)
+            yield Row("rule", f"{size}, gain (AdaScale){', betas follow' if follow else ''}", base, by_gain)
 
 
 def planned(warmup: float) -> dict[str, tuple[Planned, str]]:
@@ -202,17 +207,20 @@ class Method(NamedTuple):
         return outcomes(cell, run, batch, setting, seeds=seeds, rule=self.rule, follow=self.follow, reference=FIRST)
 
 
-DEFAULT = Method("price", 32)
-REPORTED = [DEFAULT, *(DEFAULT._replace(number=number) for number in (8, 64, 512))]
+DEFAULT = Method("price", 32, follow="betas", warmup=0.25)
+REPORTED = [DEFAULT, *(DEFAULT._replace(number=number) for number in (8, 128, 512)), DEFAULT._replace(follow="")]
 
 
 def explored() -> list[Method]:
     """All that were compared before the default was chosen."""
     price = Method("price", 32, warmup=0.25)
     return [
-        *(price._replace(rule=rule) for rule in ("gain", "sqrt", "linear")),
         price._replace(follow="betas"),
-        Method("norm test", 0.7, warmup=0.25),
+        price,
+        price._replace(rule="sqrt"),
+        price._replace(rule="sqrt", follow="betas"),
+        Method("norm test", 0.7, follow="betas", warmup=0.25),
+        price._replace(rule="linear"),
         price._replace(warmup=0.0),
     ]
 
@@ -230,7 +238,8 @@ PARTS: Mapping[str, Callable[[Cell, Run], Iterable[Row]]] = {
     "fine": partial(constants, sizes=FINE),
     "ends": partial(constants, sizes=ENDS),
     "explored": partial(ours, chosen=explored(), seeds=CHOICE_SEEDS),
-    "ours": partial(ours, chosen=REPORTED),
+    "ours": partial(ours, chosen=REPORTED[:1]),
+    "prices": partial(ours, chosen=REPORTED[1:]),
     "rules": rules,
     "tables": tables,
 }
