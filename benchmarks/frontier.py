@@ -36,7 +36,7 @@ from _frontier.report import (
     record,
     times_tables,
 )
-from _frontier.runs import TUNING_SEED, Job, Measured, NotRunError, OptimizerName, Outcome, Planned, Store
+from _frontier.runs import LARGEST, TUNING_SEED, Job, Measured, NotRunError, OptimizerName, Outcome, Planned, Store
 from _frontier.search import Setting, tune
 from _frontier.workloads import STUDY, WORKLOADS
 from _harness import RESULTS, Machine, publish
@@ -309,6 +309,21 @@ def choice(cell: Cell, run: Run) -> Page:
     return Page(", ".join(map(str, cell)), judged, DEFAULT.name)
 
 
+def setting(store: Store, pages: Sequence[Page]) -> list[str]:
+    """What must be known to read the tables."""
+    minutes = sum(outcome.seconds for outcome in store.outcomes.values()) / 60
+    commits = sorted({outcome.commit for each in pages for row in each.of("ours") for outcome in row.outcomes})
+    return [
+        f"{len(store.outcomes)} runs took {minutes:.0f} minutes of one processor, which other work kept busy. What "
+        f"follows the noise ran at commit {', '.join(commit[:7] for commit in commits)}.",
+        f"Reported are the seeds {', '.join(map(str, SEEDS))}, which chose nothing. The settings of constants were "
+        f"chosen on seed {TUNING_SEED}, by validation loss: a rate may be off by the square root of 2, to the advantage "
+        "of whatever is compared with it.",
+        "All runs warm up in a straight line and fall to zero by a cosine. A batch that follows the noise starts at "
+        f"{FIRST}, in two parts, and ends at {LARGEST} at most.",
+    ]
+
+
 def report(store: Store, cells: Iterable[Cell], *, save: bool) -> None:
     """Everything that the store knows of these cells."""
     known = [cell for cell in cells if len(list(kept(constants(cell, store, sizes=COARSE)))) > 1]
@@ -329,7 +344,7 @@ def report(store: Store, cells: Iterable[Cell], *, save: bool) -> None:
             choice_table([each for each in choices if each.of("ours")]),
             *(table for each in every for table in (constants_table(each), methods_table(each))),
         ],
-        findings=findings(every),
+        findings=[*findings(every), *setting(store, every)],
         data={each.title: record(each) for each in every},
         save=save,
     )

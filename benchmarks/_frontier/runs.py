@@ -317,6 +317,12 @@ class Store:
         self._read = 0
         self._outcomes: dict[str, Outcome] = {}
 
+    @property
+    def outcomes(self) -> Mapping[str, Outcome]:
+        """All that the file holds, by the keys of their jobs."""
+        self._catch_up()
+        return self._outcomes
+
     def __call__(self, job: Job) -> Outcome:
         """The outcome of a job, run now if it was not run before.
 
