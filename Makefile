@@ -1,6 +1,8 @@
 # make quickstart   train on real images on two processes while the batch grows, and compare
+# make fast         the tests of the pure core, the plain runtime and the guides: under a minute on two idle cores
 # make test         the whole test suite
-# make check        ruff and mypy --strict
+# make check        ruff, and mypy: strict for the library, looser for tests, benchmarks and examples
+# make dev          an environment for `make fast` and `make check`, without DeepSpeed and MPI, and the pre-commit hooks
 # make bench        every benchmark, into benchmarks/results/; make bench STUDY=frontier runs that one
 #
 # Each makes .venv first, with the versions of constraints.txt: quickstart with what it needs itself, the others with
@@ -9,6 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_DEV := .venv/.installed-dev
 INSTALLED_ALL := .venv/.installed-all
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Test files run side by side, one after the other in each of so many workers.
@@ -18,10 +21,20 @@ STUDY ?=
 # One thread a process: the two processes of a run already fill two cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check bench clean
+# What one waits for between two edits: nothing that starts processes, compiles or trains for long.
+FAST := tests/batch tests/lr tests/docs tests/test_architecture.py tests/test_adaptive.py tests/test_adaptive_equivalence.py \
+	tests/test_adaptive_input.py tests/test_journal.py tests/guards tests/runtime/test_collectives.py \
+	tests/runtime/test_scheduler.py tests/runtime/test_followers.py tests/runtime/test_stopwatch.py tests/runtime/data
+
+.PHONY: quickstart fast test check dev bench clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/torchrun --standalone --nproc-per-node=2 -m adabatch compare --config configs/quickstart.yaml
+
+# Whichever environment is there will do.
+fast: $(if $(wildcard $(INSTALLED_ALL)),$(INSTALLED_ALL),$(INSTALLED_DEV))
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m "not distributed and not slow" \
+		--hypothesis-profile=fast $(FAST) $(PYTEST_OPTIONS)
 
 test: $(INSTALLED_ALL)
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(PYTEST_OPTIONS)
@@ -30,6 +43,10 @@ check: $(INSTALLED_ALL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy adabatch
+	$(BIN)/mypy --config-file tests/mypy.ini tests benchmarks examples
+
+dev: $(INSTALLED_DEV)
+	$(BIN)/pre-commit install
 
 bench: $(INSTALLED_ALL)
 	for script in $(if $(STUDY),$(STUDY:%=benchmarks/%.py),benchmarks/[a-z]*.py); do \
@@ -40,6 +57,10 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) --editable '.[cli,report]'
 	touch $(INSTALLED)
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PIP_INSTALL) --editable '.[dev]'
+	touch $(INSTALLED_DEV)
 
 $(INSTALLED_ALL): $(INSTALLED)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP_INSTALL) --editable '.[test]'

@@ -2,78 +2,74 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
-from adabatch.batch.control import UNLIMITED, Control, ControlState, Limits, decide
-from adabatch.batch.criteria import Criterion, DecaysLR, Observation
-from adabatch.batch.needs import Needs
+from adabatch.batch.control import Control, Limits
+from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
-from adabatch.batch.schedules import Schedule
-from adabatch.guards.drift import check_same
-from adabatch.guards.finite import SkipNonfinite, nonfinite_in
+from adabatch.guards.drift import DriftCheck
+from adabatch.guards.finite import nonfinite_in
 from adabatch.guards.heartbeat import Heartbeat
-from adabatch.guards.memory_trials import TrialLoss, Trials
+from adabatch.guards.left_out import UpdatesInARow
+from adabatch.guards.memory_trials import Trials
+from adabatch.guards.missing_updates import MissingUpdates
 from adabatch.guards.votes import Votes
 from adabatch.journal import Journal, line
-from adabatch.lr.follow import Followers, UpdateRules, UpdateScaling
-from adabatch.lr.rules import NOISE_RULES, LRRule, Setting
-from adabatch.optim.mup import check_ratios
+from adabatch.lr.follow import Followers, UpdateScaling
+from adabatch.lr.rules import LRRule, Setting
+from adabatch.options import EngineOptions, Guard, Measure
+from adabatch.planning import Measured, Planner, Policy, check_format
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.data import EpochCounters, Feed, GlobalOrder, LoaderFeed, Portion, num_examples_in
-from adabatch.runtime.data.loss_weights import LossWeightedFeed
-from adabatch.runtime.engines.choice import engine_for
-from adabatch.runtime.engines.engine import Engine, GradientSync
+from adabatch.runtime.data import GlobalOrder, num_examples_in
+from adabatch.runtime.data.passes import LoaderPasses, OrderPasses, Passes, check_loader
+from adabatch.runtime.data.portions import Feed
+from adabatch.runtime.empty_parts import EmptyParts
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.observers import Moment, Observers, Phase
 from adabatch.runtime.optimizers import each_of, joined, kind_of
 from adabatch.runtime.ownership import take_over
-from adabatch.runtime.probes.layers import PerLayer
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
 from adabatch.runtime.stopwatch import Stopwatch
 from adabatch.runtime.trained_parameters import TrainedParameters
 from adabatch.step import Step
 from adabatch.validation import (
-    check_fits,
-    check_followers,
-    check_rates,
-    check_reduces,
-    check_types,
-    default_lr_rule,
+    check_before_step,
+    check_until,
+    checked_rules,
+    engine_of,
     limits_and_grid,
     measured_layers,
+    needs_of,
     suited_probe,
-    warn_of_linear,
     warn_without_room,
 )
 
-STATE_FORMAT = 2
-"""Format 1 held averages of all probes; 2 holds the last probes one by one. Both are read."""
-
-STRANGE_UPDATES = 3
-"""Updates of a run whose ``steps()`` was never called, after which it says so."""
+_log = logging.getLogger("adabatch")
 
 
 @dataclass
 class _Update:
     """What waits between the end of a step's inner loop and its ``optimizer.step()``."""
 
+    number: int
     num_examples: int
     scaling: UpdateScaling
     gain: float | None
     finite: bool
     looked_at: bool  # whether loss and gradient were, so that `finite` is known
+    empty: bool  # none of its micro-batches weighs anything
     entry: dict[str, Any]
     left_out: bool = False  # the loop said so
 
@@ -101,7 +97,7 @@ class AdaptiveBatch:
             on.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
         micro_batch_size: examples in one forward and backward on one rank; what your loader yields (at most, where its
-            micro-batches vary).
+            micro-batches vary, which ``steps(count=)`` must then count).
         limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
             accumulate; by default it stays as it is.
@@ -117,47 +113,19 @@ class AdaptiveBatch:
             stop at floors (0.5 and 0.95), which ``lr.Followers`` moves.
         reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
         tokens_per_example: lets durations be given in tokens.
-        monitor: measure noise and signal although neither criterion nor rule needs them.
-        record_l1: write the l1 norm of each step's gradient to the journal, from which ``lr.refine`` makes a schedule
-            for Adam, and the l2 norm, for SGD, which every run with a probe writes down. Of the gradient as the
-            backward made it, reduced over the ranks and not clipped yet; one micro-batch a step is enough.
-        per_layer: also write the noise and signal of each layer to the journal: of each "module" that holds parameters,
-            or of each parameter "group" of the optimizer. For reading only; the criterion sees the whole gradient.
-            A probe of your own takes ``layers=`` for it.
-        layer_weights: how often the squared norm of each parameter's gradient counts in noise and signal, by name;
-            ``plan.layer_weights()`` of a width plan, so that one ``eta`` means the same at every width. (The plain norm
-            of a wide model is that of its readout: 97 % at width 4,096.)
-        probe: how gradients are measured; by default chosen by the model's type.
-        gradient_sync: at which micro-batches of a step the ranks reduce their gradients. DDP does it at the "last".
-            FSDP2 by default at "each": between micro-batches a rank then holds its shard of the gradient only, and each
-            micro-batch of each rank is a part. At the "last" a step sends one gradient instead of one a micro-batch, a
-            rank holds the whole gradient meanwhile, and all micro-batches of a rank are one part: fewer parts, so a
-            less certain estimate.
-        scaler: the ``torch.amp.GradScaler`` of a run in float16. ``step.backward`` then scales the loss, and you call
-            ``scaler.step(optimizer)`` and ``scaler.update()`` in the place of ``optimizer.step()``, and
-            ``scaler.unscale_(optimizer)`` before you clip. Moments, losses and the journal are unscaled. A step that
-            overflows consumes its data, and moves neither the progress of the learning rate nor the averages.
+        probe: how gradients are measured; by default chosen by the engine.
         local_sgd: the ``LocalSGD`` of this model and optimizer, which averages the workers now and then; a plain model
-            on several processes needs it. Gradients are measured once a round.
-        journal: where the first rank writes one JSON line a step.
-        skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. A step
-            without a probe pays for it with one pass over the gradient, 8 bytes and a host sync; "probed" looks at the
-            other steps only, which pay nothing. Local steps of ``local_sgd`` without a probe are not looked at.
-        trial: micro-batch -> its mean loss, as your loop computes it, autocast included; for a micro-batch that grows
-            (``max_micro_batch_size``). The first one of each larger size is run for nothing before its step, once or,
-            where steps accumulate, twice. Where a rank has no memory for it, all ranks stay with smaller ones and
-            accumulate; the journal names it (``out_of_memory``). Not for models whose ranks gather shards from each
-            other (FSDP2, DeepSpeed).
-        check_every: steps from one check to the next that all ranks hold the same plan, and copies of weights the same
-            bits: one pass over the weights, 24 bytes a rank and a host sync. None checks nothing.
-        engine: how the model runs on several ranks; by default what its type says. For ``integrations``.
+            on several processes needs it. Gradients are measured once per round.
+        journal: where the first rank writes one JSON line per step.
+        measure: what is measured beside what the criterion needs: noise, norms, layers.
+        guard: what is checked and tried: updates that are not finite, larger micro-batches, ranks that drift.
+        engine: options of the engine that the model's type names, such as a gradient scaler; or, for hosts, an engine.
 
     Raises:
         ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
             probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule, a
-            size below 1, a trial of what no rank can try alone or of a micro-batch that does not grow, or a rule for
-            the learning rate of an optimizer that sets it itself.
-        TypeError: an optimizer, a criterion or a scaler that is none.
+            size below 1, a trial of what no rank can try alone or of a micro-batch that does not grow.
+        TypeError: something in the place of the optimizer, the criterion, its needs or the scaler that is not one.
     """
 
     def __init__(
@@ -174,120 +142,89 @@ class AdaptiveBatch:
         follow: Followers | Collection[Setting] = (),
         reference_batch_size: int | None = None,
         tokens_per_example: int | None = None,
-        monitor: bool = False,
-        record_l1: bool = False,
-        per_layer: PerLayer | None = None,
-        layer_weights: Mapping[str, float] | None = None,
         probe: Probe | None = None,
-        gradient_sync: GradientSync | None = None,
-        scaler: GradScaler | None = None,
         local_sgd: LocalSGD | None = None,
         journal: str | Path | None = None,
-        skip_nonfinite: SkipNonfinite = True,
-        trial: TrialLoss | None = None,
-        check_every: int | None = None,
-        engine: Engine | None = None,
+        measure: Measure = Measure(),
+        guard: Guard = Guard(),
+        engine: EngineOptions | Engine = EngineOptions(),
     ) -> None:
         optimizer = joined(optimizer)
-        check_types(optimizer, criterion)
-        lr_rule = default_lr_rule(optimizer, criterion) if lr_rule is None else lr_rule
-        followers = Followers.of(follow)
-        decay = {"lr_decay": criterion.lr_decay} if isinstance(criterion, DecaysLR) else {}
-        self._rules = UpdateRules(lr_rule, followers, **decay)
-        check_followers(optimizer, followers.settings)
-        check_rates(optimizer, lr_rule)
-        warn_of_linear(lr_rule, criterion)
-        for name, value in (
-            ("reference_batch_size", reference_batch_size),
-            ("tokens_per_example", tokens_per_example),
-            ("check_every", check_every),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
-        if engine is not None:
-            self._engine = engine
-        elif local_sgd is None:
-            self._engine = engine_for(model, gradient_sync, scaler)
-        else:
-            self._engine = local_sgd.engine(model, optimizer, gradient_sync, scaler)
-        self._collectives = self._engine.collectives
-        if local_sgd is None:
-            check_reduces(optimizer, self._collectives.size)
-        self._criterion = criterion
-        self._control = control or Control()
-        self._tokens_per_example = tokens_per_example
-        self._grows_micro_batch = max_micro_batch_size is not None
-        if check_every is not None and not self._engine.copies:
-            raise ValueError("check_every compares weights, and local_sgd lets those of workers differ: leave one out")
-        self._check_every = check_every
-        self._skip_nonfinite = bool(skip_nonfinite)
-        # A scaler judges each of several optimizers alone, and would leave out a part of an update.
-        self._scaled = scaler is not None and scaler.is_enabled()
-        looks = skip_nonfinite is True or (self._scaled and len(each_of(optimizer)) > 1)
-        self._find_nonfinite = nonfinite_in(optimizer) if looks else None
-
-        needs = replace(criterion.needs, seconds=False) | Needs(
-            l1=record_l1, layers=per_layer is not None or layer_weights is not None
+        rules = checked_rules(
+            model,
+            optimizer,
+            criterion,
+            lr_rule=lr_rule,
+            follow=follow,
+            reference_batch_size=reference_batch_size,
+            tokens_per_example=tokens_per_example,
         )
-        timed = criterion.needs.seconds  # on the reduction of a measured step
-        if timed or lr_rule in NOISE_RULES or monitor:
-            needs = needs.with_noise()
-        if layer_weights is not None and probe is not None:
-            raise ValueError("layer_weights sorts the parameters into layers, for which a given probe is made already")
-        layers, self._layer_weights = measured_layers(model, optimizer, needs, per_layer, layer_weights)
+        self._engine = engine_of(model, optimizer, engine, local_sgd)
+        needs = needs_of(criterion, rules.rule, measure)
+        layers = measured_layers(model, optimizer, needs, measure, probe)
+        largest = micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
         # For recorded norms alone a probe measures no noise, and needs no parts to do so.
         in_noise = probe is not None or bool(replace(needs, l1=False))
-        self._limits, self._grid = limits_and_grid(
+        limits, grid = limits_and_grid(
             limits,
             criterion,
-            dp_size=self._collectives.size,
+            dp_size=self._engine.collectives.size,
             num_compared=self._engine.num_compared,
-            micro_sizes=micro_batch_sizes(
-                micro_batch_size, micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
-            ),
+            micro_sizes=micro_batch_sizes(micro_batch_size, largest),
             in_parts=in_noise and not (probe is not None and probe.gives.examples),
         )
-        tokens = None if tokens_per_example is None else 0
-        self._progress = Progress(tokens=tokens, gain_steps=0.0 if in_noise else None)
-        self._consumed = self._progress
-        self._state = ControlState()
-        self._hold_until: Duration | None = None
-        self._plan = self._first_plan()
-        self._reference = self._plan.global_batch_size if reference_batch_size is None else reference_batch_size
-        self._reference_given = reference_batch_size is not None
-        warn_without_room(optimizer, followers, self._limits.at(self._consumed)[1] / self._reference)
+        policy = Policy(
+            criterion=criterion,
+            control=control or Control(),
+            limits=limits,
+            rules=rules,
+            reference_batch_size=reference_batch_size,
+            tokens_per_example=tokens_per_example,
+            counts_gain=in_noise,
+            layer_weights=layers.weights,
+        )
+        self._planner = Planner(policy, grid)
+        largest_ratio = limits.at(self._planner.consumed)[1] / self._planner.reference
+        warn_without_room(optimizer, rules.followers, largest_ratio)
+        self._optimizer = optimizer
+        self._groups = optimizer.param_groups
+        self._grows_micro_batch = max_micro_batch_size is not None
         self._step: Step | None = None  # the one under way, until it is decided
         self._update: _Update | None = None  # the one that its end prepared, until it is done
         self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
-        self._model = model
-        self._optimizer = optimizer
-        self._groups = optimizer.param_groups
         self._running = False  # the loop stands inside a step
-        self._begun_loops = False  # steps() has been called
-        self._strange_updates = 0  # while it had not
-        self._missed = 0  # steps in a row whose update never came
         self._gone: str | None = None  # why this object is not to be used any more
         self._owns_probe = probe is None
         self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
-        self._journal = Journal(journal if self._collectives.rank == 0 else None)
-        self._votes = Votes(self._collectives)
-        self._stopwatch = Stopwatch(self._collectives.size) if timed else None
+        self._skip_nonfinite = bool(guard.skip_nonfinite)
+        # A scaler judges each of several optimizers alone, and would leave out a part of an update.
+        self._scaled = self._engine.backward.scale is not None
+        looks = guard.skip_nonfinite is True or (self._scaled and len(each_of(optimizer)) > 1)
+        self._find_nonfinite = nonfinite_in(optimizer) if looks else None
+        self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
+        self._missing = MissingUpdates(kind_of(optimizer))
+        self._empty_parts = EmptyParts(model)
+        self._journal = Journal(journal if self.collectives.rank == 0 else None)
+        self._votes = Votes(self.collectives)
         self._heartbeat = Heartbeat()
+        self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
+        self._observers = Observers(self._heartbeat, *self._stopwatches)
+        if guard.check_every is not None:
+            check = DriftCheck(
+                self._engine, optimizer, self._planner, every=guard.check_every, observers=self._observers
+            )
+            self._observers.add(check)
         self._tell_engine()
 
         # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be set
         # once only, and its removal would take off those of the new probe.
         held = [p for group in optimizer.param_groups for p in group["params"]]
         take_over(self, [*each_of(optimizer), *held], kind="AdaptiveBatch")
-        given = None if probe is None else self._engine.fit_probe(probe)
-        self._probe = suited_probe(model, optimizer, needs, given=given, engine=self._engine, layers=layers)
+        self._probe = suited_probe(optimizer, needs, given=probe, engine=self._engine, layers=layers.make)
         try:
-            sizes = self._grid.micro_sizes
-            self._trials = None if trial is None else Trials(trial, self._engine, self._probe, sizes)
+            self._trials = Trials(guard.trial, self._engine, self._probe, grid.micro_sizes)
             everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
-            measured = self._probe is not None or self._collectives.size > 1
+            measured = self._probe is not None or self.collectives.size > 1
             self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
             self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
         except Exception:
@@ -300,35 +237,34 @@ class AdaptiveBatch:
     @property
     def plan(self) -> BatchPlan:
         """The plan of the next step (inside a step: of the one after it, once the inner loop is over)."""
-        return self._plan
+        return self._planner.plan
 
     @property
     def progress(self) -> Progress:
         """What the applied updates consumed so far."""
-        return self._progress
+        return self._planner.progress
 
     @property
     def consumed(self) -> Progress:
         """What all steps consumed so far, those among them whose update was left out."""
-        return self._consumed
+        return self._planner.consumed
 
     @property
     def progress_after_next(self) -> Progress:
-        """The same, when the next planned step is applied."""
-        size = self._plan.global_batch_size
-        return self._after(self._progress, size, self._gain_of(size))
+        """What the applied updates will have consumed when the next planned step is applied."""
+        return self._planner.after_next()
 
     @property
     def noise_scale(self) -> float:
         """Averaged noise over averaged signal, in examples; NaN while unknown."""
-        return self._state.averages.noise_scale
+        return self._planner.state.averages.noise_scale
 
     @property
     def lr_factor(self) -> float:
         """The batch factor that ``optimizer.step()`` applies next."""
         if self._update is not None:
             return self._update.scaling.factor
-        return self._scaling(self._plan.global_batch_size, self._consumed).factor
+        return self._planner.scaling(self.plan.global_batch_size).factor
 
     @property
     def journal(self) -> Journal:
@@ -338,12 +274,12 @@ class AdaptiveBatch:
     @property
     def collectives(self) -> Collectives:
         """The ranks of the run."""
-        return self._collectives
+        return self._engine.collectives
 
     @property
     def too_large(self) -> int | None:
         """The smallest micro-batch size that ran out of memory in its trial; None where none did."""
-        return None if self._trials is None else self._trials.too_large
+        return self._trials.too_large
 
     @property
     def heartbeat(self) -> Heartbeat:
@@ -365,8 +301,8 @@ class AdaptiveBatch:
             ValueError: a unit that this run does not count.
         """
         if duration is not None:
-            self._progress.count(duration.unit)
-        self._hold_until = duration
+            self.progress.count(duration.unit)
+        self._planner.hold_until = duration
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -393,8 +329,10 @@ class AdaptiveBatch:
                 the micro-batch agree on; every one but the last of a pass must then hold ``micro_batch_size``.
             weigh: the number of terms that the mean loss of a micro-batch is taken over, where that is not its
                 examples: tokens that are not padding, say. The gradient of a step is then the mean over the terms of
-                all its micro-batches, on all ranks. Batch sizes, noise and noise scale stay in examples, of the step's
-                average number of terms. The micro-batches of a step are fetched before it begins.
+                all its micro-batches, on all ranks. One of weight 0 counts for nothing, its loss is not read, and where
+                nobody waits for it the loop may pass it over; a step of nothing else is left out. Batch sizes, noise
+                and noise scale stay in examples, of the step's average number of terms. The micro-batches of a step are
+                fetched before it begins.
             allow_same_data: ranks may be given the same examples, to the bit, by a loader that is not a
                 ``GlobalOrder``; without it that is an error at the first step of a pass.
 
@@ -405,86 +343,77 @@ class AdaptiveBatch:
                 orders, plans or settings, or ranks that hold the same examples.
             RuntimeError: a step whose micro-batches were not all run; two steps in a row whose update never came;
                 parameters that joined or left those that train; or an object that a newer one has replaced.
+            UpdatesLeftOut: ``max_left_out`` updates in a row were left out.
             TypeError: ``until`` without a unit, or a loader that is none.
         """
         self._check_in_place()
-        self._begun_loops = True
+        self._missing.begin_loop()
         if until is not None:
-            if not isinstance(until, Duration):
-                raise TypeError(f"until must be a duration, such as adabatch.examples({until!r}), got {until!r}")
-            self._consumed.count(until.unit)  # a unit that is not counted fails here, not at the end
+            check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
         self._check_ranks(loader)
+        passes = self._passes(loader, count, weigh, allow_same_data=allow_same_data)
+        feed = self._trials.over(passes, self._planner, self._observers)
+        while until is None or not self.consumed.reached(until):
+            yield from self._one_step(feed)
+            if passes.ended:
+                passes.end_pass()
+                if until is None:
+                    return
+        passes.end_pass()
+
+    def _passes(
+        self,
+        loader: GlobalOrder | Iterable[Any],
+        count: Callable[[Any], int],
+        weigh: Callable[[Any], float] | None,
+        *,
+        allow_same_data: bool,
+    ) -> Passes:
         if isinstance(loader, GlobalOrder):
-            check_fits(self._largest_known(), loader)
-            order = self._weighed(loader.feed(self._collectives.rank, self._collectives.size), weigh)
-            epoch = loader.epoch
-            while (loader.epoch == epoch) if until is None else not self._consumed.reached(until):
-                check_fits(self._plan.global_batch_size, loader)  # a schedule without limits gets there in time
-                yield from self._one_step(order)
-            return
+            return OrderPasses(loader, self.collectives, weigh=weigh, largest=self._planner.largest_known())
         if self._grows_micro_batch:
             raise ValueError(
                 f"max_micro_batch_size needs a GlobalOrder: a {type(loader).__name__} decides its micro-batch itself"
             )
         if count is num_examples_in:
-            self._check_loader(loader)
-        while until is None or not self._consumed.reached(until):
-            epochs = EpochCounters(loader)
-            micro_batches = LoaderFeed(
-                loader,
-                self._collectives,
-                count=count,
-                may_be_empty=self._just_loaded,
-                allow_same_data=allow_same_data,
-            )
-            feed = self._weighed(micro_batches, weigh)
-            self._just_loaded = False
-            while until is None or not self._consumed.reached(until):
-                before = self._consumed
-                yield from self._one_step(feed)
-                if self._consumed == before:
-                    break
-            epochs.advance()
-            if until is None:
-                return
-
-    def _weighed(self, feed: Feed, weigh: Callable[[Any], float] | None) -> Feed:
-        return feed if weigh is None else LossWeightedFeed(feed, weigh, self._collectives)
+            check_loader(loader, self.plan.micro_batch_size)
+        may_be_empty, self._just_loaded = self._just_loaded, False
+        return LoaderPasses(
+            loader,
+            self.collectives,
+            count=count,
+            weigh=weigh,
+            may_be_empty=may_be_empty,
+            allow_same_data=allow_same_data,
+        )
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
-        """One step from ``feed``, or nothing where it is at its end."""
+        """One step from ``feed``, or nothing where its pass is over."""
         self._check_in_place()
         self._flush()
-        number = self._consumed.steps
-        if self._check_every is not None and number % self._check_every == 0:
-            self._heartbeat.mark("the check for drift", number)
-            held = (
-                self._plan,
-                self._progress,
-                self._consumed,
-                self._state,
-                [host_value(group.get("lr")) for group in self._groups],
-            )
-            check_same(self._collectives, self._model, plan=held, when=f"before step {number}")
-        self._heartbeat.mark("the loading", number)
-        portion = self._take(feed, number)
+        number = self.consumed.steps
+        self._updates_in_a_row.check(number, self.progress.steps)
+        self._observers.before(number)
+        self._observers.at(Phase.LOADING, Moment(number, self.plan))
+        portion = feed.take(self.plan)
         if portion is None:
             return
         self._tell_engine()
         self._groups = self._optimizer.param_groups  # an engine may show only some of them while it steps
-        probe = self._probe if self._state.until_probe == 0 and self._engine.measures_next() else None
-        finish = partial(self._finish, feed=feed)
+        probe = self._probe if self._planner.measures_next and self._engine.measures_next() else None
         step = Step(
-            self._plan,
+            self.plan,
             portion,
+            number=number,
             engine=self._engine,
             probe=probe,
+            empty_parts=self._empty_parts,
             votes=self._votes,
             find_nonfinite=self._find_nonfinite,
-            stopwatch=self._stopwatch,
-            mark=partial(self._heartbeat.mark, step=number),
+            riders=self._stopwatches,
+            observers=self._observers,
             check_trained=self._check_trained,
-            finish=finish,
+            finish=partial(self._finish, feed=feed),
         )
         self._step = step
         self._running = True
@@ -509,25 +438,11 @@ class AdaptiveBatch:
         if not left_out and not self._engine.left_out():
             self._count_missing()
 
-    def _take(self, feed: Feed, number: int) -> Portion | None:
-        """The next step's portion, whose micro-batch every rank has the memory for, as far as that is tried."""
-        portion = feed.take(self._plan)
-        while self._trials is not None and portion is not None and self._trials.is_due(self._plan):
-            self._heartbeat.mark("the trial of a larger micro-batch", number)
-            if self._stopwatch is not None:
-                self._stopwatch.interrupt()
-            portion, fits = self._trials.run(self._plan, portion)
-            if not fits:
-                self._grid = replace(self._grid, micro_sizes=self._trials.sizes)
-                self._plan = self._runnable(self._plan.global_batch_size)
-                portion = feed.take(self._plan)
-        return portion
-
     def _check_in_place(self) -> None:
         if self._gone is not None:
             raise RuntimeError(
-                f"this AdaptiveBatch was {self._gone}, and cannot run any more steps; its state_dict() can be loaded into "
-                f"a new one"
+                f"this AdaptiveBatch was {self._gone}, and cannot run any more steps; its state_dict() can be loaded "
+                f"into a new one"
             )
 
     def _check_trained(self) -> None:
@@ -539,21 +454,9 @@ class AdaptiveBatch:
         """After a step: whether its update came, or was left out by somebody who may."""
         update = self._update
         if update is None:
-            self._missed = 0
-            return
-        if update.left_out or not update.finite or (self._scaled and not update.looked_at):
-            return
-        self._missed += 1
-        if self._missed < 2:
-            return
-        kind, missing = kind_of(self._optimizer), " and ".join(self._hooks.missing)
-        raise RuntimeError(
-            f"the update never came for {self._missed} steps in a row: optimizer.step() of the {missing} was not called"
-            f"{'' if missing == kind else f' (the optimizers are {kind})'}, so that the learning rate's progress stands "
-            f"still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was given, and not another "
-            f"or one that was built later; with a GradScaler, also give it as AdaptiveBatch(scaler=...); where you leave "
-            f"an update out yourself, call leave_out() of the AdaptiveBatch"
-        )
+            self._missing.came()
+        elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
+            self._missing.missed(self._hooks.missing)
 
     def _settle_left_out(self, step: Step) -> None:
         """The end of a step whose gradient an engine found not finite, so that it never stepped the optimizer."""
@@ -563,54 +466,47 @@ class AdaptiveBatch:
 
     def _finish(self, step: Step, *, feed: Feed) -> None:
         """The end of the inner loop: decide, and keep what the update will need."""
-        portion, before = step.portion, self._consumed
+        portion, before = step.portion, self.consumed
         self._step = None
         feed.consumed(portion)
-        measured = step.moments
-        if measured is not None and self._layer_weights is not None:
-            measured = measured.weighted(self._layer_weights)
-        step.decision = decide(
-            self._criterion,
-            measured,
-            control=self._control,
-            limits=self._limits,
-            grid=self._grid,
-            plan=self._plan,
-            progress=self._after(before, portion.num_examples, self._gain_of(portion.num_examples)),
-            state=self._state,
-            loss=step.loss,
-            timed=step.timed,
-            finite=step.finite,
-            hold_until=self._hold_until,
+        # What was timed comes in with what was measured.
+        timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
+        ended = self._planner.end_step(
+            Measured(portion.num_examples, step.moments, step.finite, step.empty, step.loss, timed)
         )
-        self._state = step.decision.state
-        step_gain = self._gain_of(portion.num_examples)  # with this step's own measurement in it
-        self._consumed = self._after(before, portion.num_examples, step_gain)
+        if step.empty:
+            _log.warning("step %d is left out: none of its micro-batches weighs anything", before.steps)
+        step.decision = ended.decision
         entry = line(
             plan=step.plan,
             num_examples=portion.num_examples,
             before=before,
             loss=step.loss,
             moments=step.moments,
-            averages=self._state.averages,
-            decision=step.decision,
-            seconds=None if step.timed is None else step.timed[1],
+            averages=self._planner.state.averages,
+            decision=ended.decision,
+            seconds=None if timed is None else timed[1],
         )
-        if self._trials is not None:
-            entry |= self._trials.journal_entry()
-        scaling = self._scaling(portion.num_examples, before)
-        if floors := scaling.binding_floors(self._groups):
+        entry |= self._trials.journal_entry()
+        if floors := ended.scaling.binding_floors(self._groups):
             entry["beta_floors"] = floors
-        looked_at = step.probed or self._find_nonfinite is not None
-        self._update = _Update(portion.num_examples, scaling, step_gain, step.finite, looked_at, entry)
-        self._plan = step.decision.plan
-        self._heartbeat.mark("what follows the micro-batches", before.steps, between=True)
+        self._update = _Update(
+            before.steps,
+            portion.num_examples,
+            ended.scaling,
+            ended.gain,
+            step.finite,
+            looked_at=step.probed or self._find_nonfinite is not None,
+            empty=step.empty,
+            entry=entry,
+        )
+        self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
 
     # --- around optimizer.step() ------------------------------------------------------------------------------------
 
     def _moved(self) -> StepOverrides:
-        """What the batch changes about the update that is about to run, whose rates must be those of its width plan."""
-        check_ratios(self._optimizer)
+        """What the batch changes about the update that is about to run, if the optimizer itself finds it in order."""
+        check_before_step(self._optimizer)
         update = self._update or self._begun
         if update is None:  # of a loop without us, whose batch is none of ours
             return StepOverrides(1.0)
@@ -621,16 +517,18 @@ class AdaptiveBatch:
         if self._step is not None and self._step.waits:  # for its gradient to be reduced
             self._step.settle()
         update = self._update or self._begun
-        return update is not None and (update.left_out or (self._skip_nonfinite and not update.finite))
+        if update is None:
+            return False
+        return update.left_out or update.empty or (self._skip_nonfinite and not update.finite)
 
     def _update_done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
         update, self._update = self._update, None
         if update is None:
-            self._count_strange()
+            self._missing.strange()
             return
         self._begun = update if self._running else None
         if applied:
-            self._progress = self._after(self._progress, update.num_examples, update.gain)
+            self._planner.applied(update.num_examples, update.gain)
         self._tell_engine()
         stored = [host_value(group.get("lr")) for group in self._groups]
         base = [host_value(group.get("initial_lr", group.get("lr"))) for group in self._groups]
@@ -639,21 +537,7 @@ class AdaptiveBatch:
             rates = [lr * update.scaling.factor for lr in stored]
         lr = {"base": base, "shape": shape, "factor": update.scaling.factor, "applied": rates}
         self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
-
-    def _count_strange(self) -> None:
-        """An update outside of ``steps()``: the loop's own, or a sign that the loop is somebody else's."""
-        if self._begun_loops:
-            return
-        self._strange_updates += 1
-        if self._strange_updates == STRANGE_UPDATES:
-            warnings.warn(
-                f"an AdaptiveBatch was made for this {kind_of(self._optimizer)}, which has stepped {STRANGE_UPDATES} "
-                f"times, and steps() of the AdaptiveBatch was never called: it changes neither batch nor learning rate. "
-                f"Write the loop as `for step in batches.steps(loader)`; a Trainer or another framework that has the "
-                f"loop itself needs an integration for it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        self._observers.after(update.number)
 
     def leave_out(self) -> None:
         """Leaves out the update of the step whose micro-batches have just been run; call it on all ranks.
@@ -673,7 +557,11 @@ class AdaptiveBatch:
         self._hooks.forget()
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
+            self._observers.after(self._update.number)
         self._update = self._begun = self._step = None
+
+    def _tell_engine(self) -> None:
+        self._engine.stands_at(self.progress, self.lr_factor)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -682,15 +570,7 @@ class AdaptiveBatch:
 
         Taken between steps, after ``optimizer.step()``, it belongs to the next step: a resumed run repeats nothing.
         """
-        return {
-            "format": STATE_FORMAT,
-            "plan": asdict(self._plan),
-            "control": self._state.state_dict(),
-            "progress": asdict(self._progress),
-            "consumed": asdict(self._consumed),
-            "reference_batch_size": self._reference,
-            "trials": None if self._trials is None else self._trials.state_dict(),
-        }
+        return {**self._planner.state_dict(), "trials": self._trials.state_dict()}
 
     def settle(self, *, scaled: bool = False) -> None:
         """Before the state is taken for a checkpoint: makes sure that nothing of a step is still to come.
@@ -719,41 +599,13 @@ class AdaptiveBatch:
         Raises:
             ValueError: a state of a newer format, or of another reference batch size than this run was given.
         """
-        if state["format"] > STATE_FORMAT:
-            raise ValueError(
-                f"the batch state was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: "
-                f"upgrade adabatch"
-            )
-        self.check_reference(state["reference_batch_size"])
-        self._progress = self._resumed(Progress(**state["progress"]))
-        self._consumed = self._resumed(Progress(**state["consumed"]))
-        self._state = ControlState.from_state_dict(state["control"])
-        self._reference = state["reference_batch_size"]
-        if self._trials is not None:
-            self._trials.load_state_dict(state.get("trials"))
-            self._grid = replace(self._grid, micro_sizes=self._trials.sizes)
-        plan = BatchPlan(**state["plan"])
-        low, high = self._limits.runnable(self._consumed, self._grid)
-        grid = self._grid
-        runs = plan.dp_size == grid.dp_size and plan.micro_batch_size in grid.micro_sizes
-        if not (runs and plan.accumulation_steps >= grid.min_accumulation and low <= plan.global_batch_size <= high):
-            plan = self._runnable(plan.global_batch_size)
-        self._plan = plan
+        check_format(state)
+        self._planner.check_reference(state["reference_batch_size"])
+        self._trials.load_state_dict(state.get("trials"))
+        self._planner.load_state_dict(state, self._trials.sizes)
         self._update = None
         self._just_loaded = True
         self._tell_engine()
-
-    def check_reference(self, saved: int) -> None:
-        """That a run which was given a reference batch size goes on from one with the same.
-
-        Raises:
-            ValueError: it is another one.
-        """
-        if self._reference_given and self._reference != saved:
-            raise ValueError(
-                f"the run was saved with reference_batch_size={saved}, this one was built with {self._reference}: its "
-                f"learning rate would jump; resume with {saved} or leave it out, and change the learning rate instead"
-            )
 
     def remove(self) -> None:
         """Takes every hook off model and optimizer; the object is not usable afterwards."""
@@ -777,78 +629,17 @@ class AdaptiveBatch:
             self._probe.stop()
         self._gone = f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters"
 
-    # --- private ----------------------------------------------------------------------------------------------------
-
-    def _first_plan(self) -> BatchPlan:
-        low, high = self._limits.at(self._consumed)
-        wanted = float(low)
-        if isinstance(self._criterion, Schedule):
-            wanted = min(max(self._criterion.wanted(Observation(None, self._consumed)), low), high)
-        return self._grid.nearest(wanted, min_size=low, max_size=high)
-
-    def _runnable(self, wanted: float) -> BatchPlan:
-        """The plan nearest to a global batch size that limits and grid allow now."""
-        low, high = self._limits.runnable(self._consumed, self._grid)
-        return self._grid.nearest(wanted, min_size=low, max_size=high)
-
-    def _scaling(self, global_batch_size: int, progress: Progress) -> UpdateScaling:
-        """What the batch makes of an update of so many examples, whose size was chosen at this progress."""
-        noise, signal = self._known()
-        return self._rules.at(global_batch_size, progress, reference=self._reference, noise=noise, signal=signal)
-
-    def _gain_of(self, global_batch_size: int) -> float | None:
-        """Gain-steps that a step of so many examples is worth; None where nobody measures the noise."""
-        return None if self._progress.gain_steps is None else self._scaling(global_batch_size, self._consumed).gain
-
-    def _tell_engine(self) -> None:
-        self._engine.stands_at(self._progress, self.lr_factor)
-
-    def _known(self) -> tuple[float, float]:
-        averages = self._state.averages
-        return (averages.noise, averages.signal) if averages.weight > 0 else (math.nan, math.nan)
-
-    def _after(self, progress: Progress, num_examples: int, gain_steps: float | None) -> Progress:
-        per_example = self._tokens_per_example
-        return progress.after(num_examples, None if per_example is None else num_examples * per_example, gain_steps)
-
-    def _resumed(self, saved: Progress) -> Progress:
-        """Saved progress in the units that this run counts, which may be others than those of the run that saved it."""
-        per_example, tokens, gains = self._tokens_per_example, saved.tokens, saved.gain_steps
-        if per_example is None:
-            tokens = None
-        elif tokens is None:
-            tokens = saved.examples * per_example
-        if self._progress.gain_steps is None:
-            gains = None
-        elif gains is None:
-            gains = float(saved.steps)  # a step in which nothing was measured is worth one, as in any run
-        return Progress(examples=saved.examples, steps=saved.steps, tokens=tokens, gain_steps=gains)
-
-    def _check_loader(self, loader: Iterable[Any]) -> None:
-        micro = self._plan.micro_batch_size
-        if isinstance(loader, DataLoader) and loader.batch_size not in (None, micro):
-            raise ValueError(
-                f"the DataLoader has batch_size={loader.batch_size}, but micro_batch_size={micro}: give both the same "
-                f"(a larger batch is made by accumulation)"
-            )
-
-    def _largest_known(self) -> int:
-        """The largest batch that limits or criterion name beforehand; the present one where they name none."""
-        _, high = self._limits.at(self._consumed)
-        if isinstance(self._criterion, Schedule) and self._criterion.fixed_sizes:
-            return min(high, max(self._criterion.fixed_sizes))
-        return high if high < UNLIMITED else self._plan.global_batch_size
+    def check_reference(self, saved: int) -> None:
+        """As ``load_state_dict`` checks the reference batch size, before anything else is loaded."""
+        self._planner.check_reference(saved)
 
     def _check_ranks(self, loader: object) -> None:
         """Ranks that would go separate ways raise together, rather than wait for each other."""
-        order = loader if isinstance(loader, GlobalOrder) else None
-        place = None if order is None else order.state_dict()
+        place = loader.state_dict() if isinstance(loader, GlobalOrder) else None
         gives = None if self._probe is None else self._probe.gives
-        settings = (self._rules.rule, self._reference, self._rules.followers, gives, self._control)
-        tried = None if self._trials is None else self._trials.state_dict()
-        mine = (place, self._plan, self._progress, self._consumed, settings, self._votes.listening, tried)
-        if not self._collectives.agree(mine):
+        mine = (place, self._planner.given(), gives, self._votes.listening, self._trials.state_dict())
+        if not self.collectives.agree(mine):
             raise ValueError(
-                f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self._plan}, "
-                f"{self._consumed}): give all the same data set, seed, arguments and saved state"
+                f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self.plan}, "
+                f"{self.consumed}): give all the same data set, seed, arguments and saved state"
             )

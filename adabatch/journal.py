@@ -3,7 +3,7 @@
 Of a step that was probed, ``moments`` holds noise, signal, their ratio, and the squared norms and sizes that they come
 from; beside them ``noise_along`` where inner products were measured, ``noise_at_quantile`` where coordinates were, and
 the ``norm`` where it is not the Euclidean one. ``layers`` holds the first three of each layer by its name
-where they were (``AdaptiveBatch(per_layer=)``): noises add up to that of the whole, and so do signals.
+where they were (``Measure(layers=)``): noises add up to that of the whole, and so do signals.
 
 ``run`` says whose line it is: a token that is made when a run begins, and goes with it through its checkpoints. By it a
 reader tells two runs in one file apart.
@@ -231,50 +231,6 @@ class Journal:
                 with suppress(OSError):
                     os.truncate(self.path, size)  # of a line that was cut short no reader could make anything
             raise OSError(error.errno, f"the journal could not be written: {error.strerror}", str(self.path)) from error
-
-
-class OneRun:
-    """Sees to it that the lines which a reader takes for one run are of one, and that no step is among them twice.
-
-    A run that goes on without its checkpoint's token, its state having been saved by hand, goes on where the lines end.
-
-    Args:
-        name: of the journal, for messages.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._run: str | None = None
-        self._begins = -math.inf
-        self._end: float | None = None
-
-    def see(self, number: int, entry: Mapping[str, Any]) -> None:
-        """The next line of a step.
-
-        Args:
-            number: of the line, from 1.
-            entry: the line; where it does not say which examples it took, it is let pass.
-
-        Raises:
-            ValueError: it is of another run than those before, or of a step that they hold.
-        """
-        plan = entry.get("plan")
-        begins, size = entry.get("examples"), plan.get("global_batch_size") if isinstance(plan, Mapping) else None
-        if not (isinstance(begins, int | float) and isinstance(size, int | float)):
-            return
-        run = entry.get("run")
-        if run is None:  # of a release that wrote none
-            wrong = begins <= self._begins
-        else:
-            wrong = self._end is not None and begins != self._end and (begins < self._end or run != self._run)
-        if wrong:
-            other = run is not None and self._run is not None and run != self._run
-            what = f"begins another run ({run} after {self._run})" if other else "begins again"
-            raise ValueError(
-                f"{self._name}, line {number}, {what} at {begins:,} examples, where the lines before end at "
-                f"{self._end or 0:,}: give one run at a time, in a copy of the journal that holds its lines only"
-            )
-        self._run, self._begins, self._end = run, begins, begins + size
 
 
 def _finite(value: Any) -> Any:

@@ -46,7 +46,7 @@ def AdAdaGrad(
         model: plain or in ``DistributedDataParallel``.
         params: parameters or groups for the optimizer; by default all of the model's.
         lr: base learning rate.
-        eta: tolerance of the norm test.
+        eta: tolerance of the norm test. At its rest an example is worth ``eta^2`` of one in a small batch: 1 % at 0.1.
         weight_decay: the L2 penalty of ``torch.optim.Adagrad``.
         batching: everything else that ``AdaptiveBatch`` takes; ``micro_batch_size`` and ``limits`` must be there.
 
@@ -77,7 +77,7 @@ def AdAdaGradNorm(
         model: plain or in ``DistributedDataParallel``.
         params: parameters or groups for the optimizer; by default all of the model's.
         lr: base learning rate, the numerator of AdaGrad-Norm's step size.
-        eta: tolerance of the norm test.
+        eta: tolerance of the norm test. At its rest an example is worth ``eta^2`` of one in a small batch: 1 % at 0.1.
         weight_decay: decoupled weight decay of ``AdaGradNorm``.
         momentum: of ``AdaGradNorm``.
         batching: everything else that ``AdaptiveBatch`` takes; ``micro_batch_size`` and ``limits`` must be there.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,17 +16,10 @@ from adabatch.batch.plan import BatchPlan
 from adabatch.guards.finite import FindNonfinite
 from adabatch.guards.votes import Votes
 from adabatch.runtime.data import LossWeights, Portion
+from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.observers import Moment, Phase, RankMean, Rider, StepObserver, summed
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.stopwatch import Stopwatch
-
-
-class Mark(Protocol):
-    """Says where the rank is: what it is doing, and in which micro-batch."""
-
-    def __call__(self, doing: str, *, micro_batch: int | None = None) -> None:
-        """From here on."""
-        ...
 
 
 class Step:
@@ -41,9 +34,8 @@ class Step:
         moments: what the probe measured, after the inner loop of a probed step; else None.
         decision: the next plan and its reason, after the inner loop. With an engine that reduces gradients when the
             update begins (DeepSpeed), all three are there after the update.
-        timed: a plan and how many seconds a step of it lately took, for a criterion that needs it, after the inner loop
-            of a probed step; else None.
         probed: whether gradients are measured in this step.
+        measured: whether they were, and the loss: not where an engine left out the update before that.
         portion: this rank's micro-batches and how many examples they hold.
     """
 
@@ -52,12 +44,14 @@ class Step:
         plan: BatchPlan,
         portion: Portion,
         *,
+        number: int,
         engine: Engine,
+        empty_parts: EmptyParts,
         probe: Probe | None,
         votes: Votes,
         find_nonfinite: FindNonfinite | None,
-        stopwatch: Stopwatch | None,
-        mark: Mark,
+        riders: Sequence[Rider],
+        observers: StepObserver,
         check_trained: Callable[[], None],
         finish: Callable[[Step], None],
     ) -> None:
@@ -66,16 +60,18 @@ class Step:
         self.loss: float | None = None
         self.moments: GradientMoments | None = None
         self.decision: Decision | None = None
-        self.timed: tuple[BatchPlan, float] | None = None
         self.probed = probe is not None
+        self.measured = False
         self.portion = portion
         self._engine = engine
+        self._empty_parts = empty_parts
+        self._check_trained = check_trained
         self._probe = probe
         self._votes = votes
         self._all_finite = True
-        self._stopwatch = stopwatch
-        self._mark = mark
-        self._check_trained = check_trained
+        self._riders = riders
+        self._observers = observers
+        self._number = number
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._weights = portion.weights or LossWeights(portion.sizes, portion.num_examples)
@@ -84,16 +80,21 @@ class Step:
         alone = engine.steps_alone()
         self._find_nonfinite = None if alone else find_nonfinite  # to agree on it would cost what such steps save
         self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
-        self._weight = 0.0  # of the micro-batch that is being run, 0 outside the inner loop
+        self._weight: float | None = None  # of the micro-batch that is being run, None outside the inner loop
         self._num_backward = 0
         self._begun = False
         self._ended = False
 
     @property
+    def empty(self) -> bool:
+        """Whether none of its micro-batches counts for anything (``steps(weigh=)``): then its update is left out."""
+        return self._whole == 0
+
+    @property
     def finite(self) -> bool:
         """Whether loss and gradients were finite on every rank, as far as they were measured."""
         measured = self.moments is None or self.moments.is_finite
-        return self._all_finite and measured and (self.loss is None or math.isfinite(self.loss))
+        return not self.empty and self._all_finite and measured and (self.loss is None or math.isfinite(self.loss))
 
     @property
     def waits(self) -> bool:
@@ -104,7 +105,8 @@ class Step:
         """The micro-batches. Gradients are synchronized in the last one only, or in each (``gradient_sync``).
 
         Raises:
-            RuntimeError: ``backward`` was not called exactly once for a micro-batch, or a second iteration.
+            RuntimeError: ``backward`` was not called exactly once for a micro-batch, or a second iteration. One of
+                weight 0 may be passed over, but for the last one of a rank that others wait for.
         """
         if self._begun:
             raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
@@ -114,18 +116,21 @@ class Step:
             self._probe.start(self._engine.collectives.size)
         num_parts = len(self.portion.sizes)
         for index, batch in enumerate(self.portion.batches):
-            self._weight = self._weights.of_each[index]
-            self._mark("the forward", micro_batch=index)
-            with nullcontext() if index == num_parts - 1 else self._engine.no_sync():
+            weight = self._weight = self._weights.of_each[index]
+            self._enter(Phase.FORWARD, index)
+            listening = nullcontext() if weight else self._empty_parts.listening()
+            with listening, nullcontext() if index == num_parts - 1 else self._engine.no_sync():
                 yield batch
-            self._weight = 0.0
+            self._weight = None
+            if weight == 0 and self._num_backward == index:
+                self._pass_over(last=index == num_parts - 1)
             if self._num_backward != index + 1:
                 raise RuntimeError(
                     f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
                     f"{num_parts} it had been called {self._num_backward} times"
                 )
             if index < num_parts - 1:
-                self._mark("the loading", micro_batch=index + 1)
+                self._enter(Phase.LOADING, index + 1)
         self._engine.gradient_ready(sum(self._weights.of_each))
         self._ended = True
         if self._engine.reduced == "backward":
@@ -137,9 +142,8 @@ class Step:
         Args:
             reduced: False where it never was, since the engine found it not finite and left the update out.
         """
-        if self._stopwatch is not None:
-            self._stopwatch.ran(self.plan, whole=self.global_batch_size == self.plan.global_batch_size)
-        self._mark("the measuring")
+        reduced = reduced and not self.empty
+        self._enter(Phase.MEASURING)
         if self._probe is not None and reduced:
             self._measure(self._probe)
         elif self._find_nonfinite is not None and reduced:
@@ -147,6 +151,7 @@ class Step:
         else:
             self._votes.step_without_reduction()
         if self._probe is not None and not reduced:
+            self._probe.stop()
             plan, size = self.plan, float(self.global_batch_size)
             self.moments = GradientMoments(math.nan, plan.micro_batch_size, math.nan, size, plan.num_parts)
         self._finish(self)
@@ -154,8 +159,9 @@ class Step:
     def backward(self, loss: Tensor) -> None:
         """Backward of the mean loss of this micro-batch, weighted so that the step's gradient is the mean of all.
 
-        All are the micro-batches of all ranks: each counts for its examples, or for what ``steps(weigh=)`` says. It
-        scales the loss where ``AdaptiveBatch`` was given a ``scaler``: give it the loss as it is.
+        All are the micro-batches of all ranks: each counts for its examples, or for what ``steps(weigh=)`` says; of one
+        that counts for nothing the loss is not read. It scales the loss where ``AdaptiveBatch`` was given a ``scaler``:
+        give it the loss as it is.
 
         Args:
             loss: mean loss over the micro-batch, shape ().
@@ -170,53 +176,86 @@ class Step:
                 f"step.backward takes the mean loss of the micro-batch, a scalar; got a {got}: average it over the "
                 f"examples first, as a tensor"
             )
-        if self._weight == 0:
+        if self._weight is None:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
         if self._num_backward == 0:
             self._check_trained()
-        self._mark("the backward", micro_batch=self._num_backward)
+        self._enter(Phase.BACKWARD, self._num_backward)
+        if self._weight == 0:
+            self._backward_of_nothing()
+            self._num_backward += 1
+            return
         weight, parts = self._weight / self._whole, self._whole / self._weight
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
         share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
         if self._probe is None:
             self._engine.backward.run(share)
         else:
-            self._probe.begin_part()
+            self._probe.begin_part(self.portion.sizes[self._num_backward])
             self._engine.backward.run(share)
             self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
         if self._probe is not None or self._find_nonfinite is not None:
             value = loss.detach().double() * weight
             self._losses = value if self._losses is None else self._losses + value
-        self._mark("what follows the backward", micro_batch=self._num_backward)
+        self._enter(Phase.AFTER_BACKWARD, self._num_backward)
         self._num_backward += 1
+
+    def _backward_of_nothing(self) -> None:
+        """The backward of a micro-batch of weight 0, which the other ranks may be waiting for."""
+        zero = self._empty_parts.zero()
+        if self._probe is not None:
+            self._probe.begin_part()
+        if zero is not None:
+            self._engine.backward.run(zero)
+        elif not self._runs_without(last=self._num_backward == len(self.portion.sizes) - 1):
+            raise RuntimeError(
+                "a micro-batch that weighs nothing still takes part in the reduction of gradients, and no gradient of "
+                "zero can be sent through it: call the model that was given to AdaptiveBatch, and let it return its "
+                "predictions beside a loss that is not finite"
+            )
+        if self._probe is not None:
+            self._probe.end_part(0.0, 0.0)
+
+    def _pass_over(self, *, last: bool) -> None:
+        """The loop left out a micro-batch of weight 0."""
+        if not self._runs_without(last=last):
+            raise RuntimeError(
+                "a micro-batch that weighs nothing was passed over, and the other ranks wait for this one in it: run "
+                "its forward all the same, and call step.backward(loss), which does not read the loss"
+            )
+        if self._probe is not None:
+            self._probe.end_part(0.0, 0.0)
+        self._num_backward += 1
+
+    def _runs_without(self, *, last: bool) -> bool:
+        """Whether no other rank notices that this one leaves out a micro-batch."""
+        alone = self._engine.collectives.size == 1 or self._engine.steps_alone()
+        return self._engine.runs_alone and (alone or not last)
+
+    def _enter(self, phase: Phase, micro_batch: int | None = None) -> None:
+        self._observers.at(phase, Moment(self._number, self.plan, micro_batch, self.global_batch_size))
 
     def _look_through(self, find_nonfinite: FindNonfinite) -> None:
         """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
-        assert self._losses is not None
-        found = find_nonfinite(self._losses)
-        numbers = torch.cat([found, *self._votes.outgoing(found)])
-        (total,) = self._votes.incoming(self._engine.collectives.sum(numbers).tolist())  # host sync
+        found = find_nonfinite(self._own_loss(self._engine.collectives.device))
+        (total,) = summed(self._engine.collectives, found, [self._votes])
         self._all_finite = total == 0
+
+    def _own_loss(self, device: torch.device) -> Tensor:
+        """This rank's share of the mean loss; 0 where none of its micro-batches counts."""
+        if self._losses is None:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        return self._losses.to(device)  # a loss may live elsewhere than the model
 
     def _measure(self, probe: Probe) -> None:
         """Loss and moments of all ranks, in one reduction and one host sync; without the scale of the gradients."""
-        size, scale = self._engine.collectives.size, self._engine.backward.scale
-        local = probe.collect()
-        assert self._losses is not None
-        means = [self._losses.to(local.device)]  # a loss may live elsewhere than the model
-        if scale is not None:  # summed as well, so that all ranks divide by the same bits
-            means.append(scale(local.device).double())
-        riders: list[Votes | Stopwatch] = [self._votes]
-        if self._stopwatch is not None:
-            riders.append(self._stopwatch)
-        carried = [number for rider in riders for number in rider.outgoing(local)]
-        numbers = torch.cat([local, torch.stack(means) / size, *carried])
-        totals = self._engine.collectives.sum(numbers).tolist()  # host sync
-        for rider in reversed(riders):
-            totals = rider.incoming(totals)
-        self.timed = None if self._stopwatch is None else self._stopwatch.timed
-        factor = 1.0 if scale is None else totals.pop()
-        self.loss = totals.pop()
-        self.moments = probe.moments(totals).scaled(
-            1 / factor if factor else math.inf
-        )  # not finite where backed off to 0
+        ranks, local = self._engine.collectives, probe.collect()
+        loss = RankMean(self._own_loss(local.device), ranks.size)
+        scale = self._engine.backward.scale
+        # Averaged as well, so that all ranks divide by the same bits.
+        scales = [] if scale is None else [RankMean(scale(local.device), ranks.size)]
+        totals = summed(ranks, local, [loss, *scales, self._votes, *self._riders])
+        self.loss, self.measured = loss.value, True
+        self.moments = probe.moments(totals)
+        for factor in scales:  # not finite where backed off to 0
+            self.moments = self.moments.scaled(1 / factor.value if factor.value else math.inf)

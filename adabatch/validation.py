@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.optim import SGD, AdamW, NAdam, Optimizer
@@ -14,16 +15,18 @@ from adabatch.batch.control import UNLIMITED, Limits
 from adabatch.batch.criteria import CoordinateNormTest, Criterion, DecaysLR, NormTest
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.batch.needs import Needs
-from adabatch.batch.plan import PlanGrid
+from adabatch.batch.plan import Duration, PlanGrid, Progress
 from adabatch.batch.schedules import Schedule
-from adabatch.lr.follow import Followers
-from adabatch.lr.rules import LRRule
-from adabatch.optim import KFAC, Shampoo
-from adabatch.optim.mup import named_parameters
-from adabatch.runtime.data import GlobalOrder
+from adabatch.lr.follow import Followers, UpdateRules
+from adabatch.lr.rules import NOISE_RULES, LRRule, Setting
+from adabatch.optim.mup import check_ratios, named_parameters
+from adabatch.options import EngineOptions, Measure
+from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.optimizer_traits import ChecksRanks, ChecksStep, PrefersLRRule
 from adabatch.runtime.optimizers import each_of, kind_of, without_rate
-from adabatch.runtime.probes.layers import Layers, PerLayer, layers_of, layers_of_weight
+from adabatch.runtime.probes.layers import Layers, layers_of, layers_of_weight
 from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
 
@@ -31,29 +34,82 @@ from adabatch.runtime.probes.protocol import Probe
 DECOUPLED: tuple[type[Optimizer], ...] = (AdamW, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
 
 
-def default_lr_rule(optimizer: Optimizer, criterion: Criterion) -> LRRule:
-    """How the learning rate of an optimizer follows the batch where its user does not say."""
+def engine_of(
+    model: torch.nn.Module, optimizer: Optimizer, given: EngineOptions | Engine, local_sgd: LocalSGD | None
+) -> Engine:
+    """The engine given, or the one that the model's type and ``local_sgd`` name, with its options."""
+    if isinstance(given, Engine):
+        return given
+    if not isinstance(given, EngineOptions):
+        raise TypeError(f"engine must be EngineOptions(...), or an Engine of a host, got {given!r}")
+    if local_sgd is not None:
+        return local_sgd.engine(model, optimizer, given.gradient_sync, given.scaler)
+    engine = engine_for(model, given.gradient_sync, given.scaler)
+    for one in each_of(optimizer):
+        if isinstance(one, ChecksRanks):
+            one.check_ranks(engine.collectives.size)
+    return engine
+
+
+def check_before_step(optimizer: Optimizer) -> None:
+    """That the settings of an update are in order: the rates those of a width plan, and what the optimizer checks.
+
+    Raises:
+        ValueError: they are not.
+    """
+    check_ratios(optimizer)
+    for one in each_of(optimizer):
+        if isinstance(one, ChecksStep):
+            one.check_before_step()
+
+
+def check_until(until: Any, consumed: Progress) -> None:
+    """That a run can be trained until then: a duration, in a unit that is counted."""
+    if not isinstance(until, Duration):
+        raise TypeError(f"until must be a duration, such as adabatch.examples({until!r}), got {until!r}")
+    consumed.count(until.unit)
+
+
+def checked_rules(
+    model: torch.nn.Module,
+    optimizer: Any,
+    criterion: Any,
+    *,
+    lr_rule: LRRule | None,
+    follow: Followers | Collection[Setting],
+    **at_least_one: int | None,
+) -> UpdateRules:
+    """That what a user gave is of its kind; returns the rules that hold, of which the optimizer may prefer one."""
+    check_types(optimizer, criterion)
+    rule = preferred_rule(optimizer, criterion) if lr_rule is None else lr_rule
+    followers = Followers.of(follow)
+    decay = {"lr_decay": criterion.lr_decay} if isinstance(criterion, DecaysLR) else {}
+    rules = UpdateRules(rule, followers, **decay)
+    check_followers(optimizer, followers.settings)
+    check_rates(optimizer, rule)
+    warn_of_linear(rule, criterion)
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
+    return rules
+
+
+def preferred_rule(optimizer: Optimizer, criterion: Criterion) -> LRRule:
+    """How the learning rate follows the batch where the user does not say: as criterion or optimizer prefer it."""
     if isinstance(criterion, DecaysLR):  # the decay is shared with the batch: by lr / b, and with Adam lr / sqrt(b)
         return "linear" if all(isinstance(one, SGD) for one in each_of(optimizer)) else "sqrt"
-    return "sqrt" if any(isinstance(one, KFAC | Shampoo) for one in each_of(optimizer)) else "none"
+    preferred = [one.preferred_lr_rule for one in each_of(optimizer) if isinstance(one, PrefersLRRule)]
+    return cast("LRRule", preferred[0]) if preferred else "none"
 
 
-def check_reduces(optimizer: Optimizer, size: int) -> None:
-    """That ranks which share a model share the statistics that precondition its gradient."""
-    if size > 1 and any(isinstance(one, KFAC) and not one.reduces for one in each_of(optimizer)):
-        raise ValueError(
-            f"each of the {size} ranks would precondition by the curvature of its own examples, and their weights would"
-            f" drift apart: KFAC(model.parameters(), model, **adabatch.across_ranks(model))"
-        )
-
-
-def check_fits(size: int, order: GlobalOrder) -> None:
-    """That a batch holds no example of the data set twice."""
-    if size > len(order):
-        raise ValueError(
-            f"a batch of {size} is above the {len(order)} examples of the data set, and may not hold an example twice: "
-            f"limit the batch to use at most {len(order)}"
-        )
+def needs_of(criterion: Criterion, rule: LRRule, measure: Measure) -> Needs:
+    """What a probe must measure: for the criterion, for the rule, and for the journal."""
+    layers = measure.layers is not None or measure.layer_weights is not None
+    needs = replace(criterion.needs, seconds=False) | Needs(l1=measure.l1, layers=layers)
+    noise = criterion.needs.seconds or rule in NOISE_RULES or measure.monitor  # steps are timed as they are measured
+    return needs.with_noise() if noise else needs
 
 
 def check_types(optimizer: Any, criterion: Any) -> None:
@@ -141,7 +197,6 @@ def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio:
 
 
 def suited_probe(
-    model: torch.nn.Module,
     optimizer: Optimizer,
     needs: Needs,
     *,
@@ -149,7 +204,8 @@ def suited_probe(
     engine: Engine,
     layers: Callable[[], Layers | None] = lambda: None,
 ) -> Probe | None:
-    """The probe given, or the one that suits the model; None where nothing needs one."""
+    """The probe given, or the one that suits the engine; None where nothing needs one."""
+    given = None if given is None else engine.fit_probe(given)
     if not needs:
         return given
     # Only what this optimizer trains: gradients that it does not zero add up over the steps.
@@ -157,7 +213,7 @@ def suited_probe(
     if given is None and not any(p.requires_grad for p in parameters):
         raise ValueError(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
-            f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
+            f"{type(optimizer).__name__} from the parameters() of this {type(engine.model).__name__}"
         )
     probe = given or engine.make_probe(
         parameters,
@@ -194,22 +250,21 @@ def measured_layers(
     model: torch.nn.Module,
     optimizer: Optimizer,
     needs: Needs,
-    per_layer: PerLayer | None,
-    weights: Mapping[str, float] | None,
+    measure: Measure,
+    probe: Probe | None,
 ) -> MeasuredLayers:
     """The layers to measure: those for the journal, or the parameters sorted by their weight in the norm.
 
-    Args:
-        weights: of squared gradient norms, by the names of parameters.
-
     Raises:
-        ValueError: both of them, a parameter without a weight, a name without a parameter, a weight that is not
-            positive, or a criterion that compares more than squared norms.
+        ValueError: weights beside a given probe, a parameter without a weight, a name without a parameter, a weight
+            that is not positive, or a criterion that compares more than squared norms.
     """
+    weights = measure.layer_weights
     if weights is None:
-        return MeasuredLayers(lambda: None if per_layer is None else layers_of(model, optimizer, per_layer), None)
-    if per_layer is not None:
-        raise ValueError(f"layer_weights sorts parameters by weight, and per_layer={per_layer!r} otherwise: give one")
+        kind = measure.layers
+        return MeasuredLayers(lambda: None if kind is None else layers_of(model, optimizer, kind), None)
+    if probe is not None:
+        raise ValueError("layer_weights sorts the parameters into layers, for which a given probe is made already")
     every = named_parameters(model)
     named = {name: p for name, p in every.items() if p.requires_grad}
     missing, unknown = sorted(set(named) - set(weights)), sorted(set(weights) - set(every))
@@ -248,6 +303,8 @@ def limits_and_grid(
         if not isinstance(criterion, Schedule):
             raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
         limits = Limits(min=smallest, max=UNLIMITED)
+    if not isinstance(limits, Limits):
+        raise TypeError(f"limits must be Limits(min=..., max=...), got {limits!r}")
     for name, limit in (("min", limits.min), ("max", limits.max)):
         if isinstance(limit, int) and limit < UNLIMITED and limit % dp_size:
             raise ValueError(

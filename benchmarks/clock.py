@@ -36,7 +36,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, PerExampleProbe, ProgressLR, Schedule, Stage, Stages
+from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, PerExampleProbe, ProgressLR, Stage, Stages
+from adabatch.batch import Schedule
 from adabatch.batch.plan import Duration, Unit
 from adabatch.lr import linear
 from adabatch.lr.rules import LRRule

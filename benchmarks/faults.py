@@ -7,7 +7,8 @@ kill waits for the next moment at which a checkpoint is being written. Each time
 through is compared with one that nobody disturbed: weights, optimizer, batch sizes, schedule, place in the data and
 random numbers of the last checkpoint, the journal, and which examples each rank was given in each step; to the bit.
 *Workers*: the same under torchrun's agents, on 2, 1, 3 and 2 processes. *Damage*: checkpoints are cut, changed and
-taken apart, and loaded. *Ranks*: of three gloo ranks one is killed, hangs, freezes or raises in each part of a step,
+taken apart, and loaded. *Folders*: two runs start in one folder, a frozen one wakes up beside its successor, and a disk
+fills under the journal. *Ranks*: of three gloo ranks one is killed, hangs, freezes or raises in each part of a step,
 under a watchdog. *Numbers*: one that is not finite comes up on one of two ranks, in each micro-batch of a step.
 *Configs*: random ones, most of them spoilt, go through `adabatch train` to their first plan or an error.
 
@@ -24,9 +25,11 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +42,7 @@ from _harness import ROOT, Machine, Table, publish
 sys.path.insert(0, str(ROOT / "tests"))
 
 from support.elastic import check_order, two_one_three_two
-from support.jobs import Attempt, Ended, Killed, Net, command, ended, killed_runs, same
+from support.jobs import Attempt, Ended, Killed, Net, command, ended, killed_runs, same, steps_run
 from support.lost_ranks import BOUND, PLACES, TIMEOUT, ends_of
 from support.nonfinite import POISONS, POLICIES, all_cases, outcomes
 from support.random_configs import outcome, random_config
@@ -47,9 +50,12 @@ from support.ranks import run_ranks
 
 import adabatch
 from adabatch.checkpointing.files import MANIFEST, NewerFormat, checkpoints_in
+from adabatch.checkpointing.lock import LOCK
+from adabatch.journal import Journal
+from adabatch.report.curves import read_curves
 
 FLIPS = 200
-PARTS = ("kills", "workers", "damage", "ranks", "numbers", "configs")
+PARTS = ("kills", "workers", "damage", "folders", "ranks", "numbers", "configs")
 FAULTS = {"kill": "killed", "hang": "hangs", "freeze": "frozen", "raise": "raises an error"}
 KINDS = {
     "planned": "a plan that can be run, in a run that begins",
@@ -200,11 +206,72 @@ def full_disk(folder: Path) -> list[Outcome]:
             for _ in range(9):
                 adabatch.save(folder / "checkpoints", model=Net(), keep=9)
                 saved += 1
-        except adabatch.CheckpointError as error:
+        except adabatch.checkpointing.CheckpointError as error:
             loaded = adabatch.load(folder / "checkpoints", model=Net())
             clear = "No space left" in str(error) and loaded is not None and loaded.path.name.startswith(f"{saved:06d}")
             return [("a full disk: a clear error, and the one before is used", 1, int(clear))]
         return [("a full disk: a clear error, and the one before is used", 1, 0)]
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def folders(folder: Path, count: int) -> list[Outcome]:
+    """A second start beside a run; and a run that is frozen, loses its folder to a successor, and wakes up."""
+    whole, short, patience = folder / "whole", {"count": 1500, "unit": "examples"}, 300
+    assert Attempt(whole, command(whole, total=short), 1).join(patience) == [0], (whole / "output").read_text()
+    expected = ended(whole)
+    refused = fenced = equal = 0
+    for number in range(count):
+        run = folder / str(number)
+        lock = run / "run" / "checkpoints" / LOCK
+        slow = {"class_path": "support.jobs.Net", "init_args": {"pause": 0.003}}
+        arguments = command(run, model=slow, total=short, hang_timeout=None)
+        orphan = Attempt(run, arguments, 1)
+        while steps_run(run) < 12 + number:
+            assert orphan.running(), (run / "output").read_text()
+            time.sleep(0.01)
+        orphan.signal(0, signal.SIGSTOP)
+        second = Attempt(run, arguments, 1).join(patience)
+        said = f"is in use by process {orphan.processes[0].pid} on "
+        refused += second == [1] and said in (run / "output").read_text()
+        lock.unlink()  # by its operator, who thinks it dead
+        successor = Attempt(run, arguments, 1)
+        while f'"pid": {successor.processes[0].pid}' not in (lock.read_text() if lock.exists() else ""):
+            assert successor.running(), (run / "output").read_text()
+            time.sleep(0.01)
+        orphan.signal(0, signal.SIGCONT)
+        fenced += orphan.join(patience) == [1] and "was taken from this process" in (run / "output").read_text()
+        assert successor.join(patience) == [0], (run / "output").read_text()
+        found = ended(run)
+        equal += same(found.state, expected.state) and found.journal == expected.journal
+    return [
+        ("a second start in the folder of a run: an error that names the holder", count, refused),
+        ("an orphan that wakes up beside its successor: it writes nothing more, and ends", count, fenced),
+        ("the successor of an orphan: its end is that of an undisturbed run, to the bit", count, equal),
+    ]
+
+
+def full_journal(folder: Path) -> list[Outcome]:
+    """Writes a journal to a file system of 64 KiB until it is full; nothing where it cannot be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        return []
+    try:
+        journal, written = Journal(folder / "journal.jsonl"), 0
+        entry = {"format": 1, "plan": {"global_batch_size": 8}, "note": "x" * 700}
+        try:
+            for step in range(1000):
+                journal.write({**entry, "step": step, "examples": 8 * step})
+                written += 1
+        except OSError as error:
+            clear = "the journal could not be written: No space left" in str(error)
+            whole = len(read_curves(folder / "journal.jsonl").examples) == written > 0
+            ends = (folder / "journal.jsonl").read_bytes().endswith(b"\n")
+            return [
+                ("a disk that fills under the journal: a clear error, and whole lines only", 1, clear & whole & ends)
+            ]
+        return [("a disk that fills under the journal: a clear error, and whole lines only", 1, 0)]
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
@@ -271,6 +338,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="how often a run is killed")
     parser.add_argument("--configs", type=int, default=10_000, help="random configs; 0 leaves them out")
+    parser.add_argument("--folders", type=int, default=3, help="how often a folder is contended for")
     parser.add_argument("--only", choices=PARTS, help="one part, into a file of its own")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
@@ -297,6 +365,16 @@ def main() -> None:
                 f"{bad} of {sum(tries for _, tries, _ in damages)} damages were accepted in silence or crashed."
             )
             raw = {**raw, "damage": damages}
+        if options.only in (None, "folders"):
+            held = folders(folder / "folders", options.folders) + full_journal(folder / "journal")
+            table = [(what, str(tries), str(good)) for what, tries, good in held]
+            tables.append(
+                Table("One run, one folder", ("what comes up, and what should happen", "tries", "happened"), table)
+            )
+            told.append(
+                f"{sum(good for *_, good in held)} of {sum(tries for _, tries, _ in held)} went as they should."
+            )
+            raw = {**raw, "folders": held}
         if options.only in (None, "ranks"):
             rows, said, runs = ranks(folder / "ranks")
             columns = ("one of three ranks", "runs", "named by both others", "parts where not", "longest, in seconds")

@@ -41,6 +41,7 @@ import matplotlib
 import torch
 import torch.distributed as dist
 from _harness import RESULTS, Machine, Table, publish
+from support.options import grouped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
@@ -193,7 +194,7 @@ def train(job: Job) -> Outcome:
     with LocalSGD(model, optimizer, sync_every=job.sync_every, measure=job.measure, spread=job.spread) as local:
         batches = AdaptiveBatch(
             model, optimizer, local_sgd=local, micro_batch_size=micro, control=CONTROL, lr_rule=task.rule,
-            reference_batch_size=SMALL, **options,
+            reference_batch_size=SMALL, **grouped(options),
         )  # fmt: skip
         until, shape = examples(task.total), linear()
         if job.policy == "drift":

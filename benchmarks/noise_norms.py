@@ -21,15 +21,8 @@ from _harness import Machine, Table, publish
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adabatch import (
-    CoordinateNormTest,
-    GradientMoments,
-    MicroBatchProbe,
-    NormTest,
-    Observation,
-    PerExampleProbe,
-    Progress,
-)
+from adabatch import CoordinateNormTest, MicroBatchProbe, NormTest, PerExampleProbe
+from adabatch.batch import GradientMoments, Observation, Progress
 from adabatch.recipes import DigitsCNN
 from adabatch.recipes.digits import Digits
 from adabatch.runtime.probes.metrics import AdamMetric

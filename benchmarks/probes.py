@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from _harness import Machine, Table, Timings, interleave, publish
+from support.options import grouped
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -127,7 +128,7 @@ class Loop:
                 self.optimizer,
                 micro_batch_size=micro_batch_size,
                 limits=adabatch.Limits(min=examples, max=examples),
-                **{"criterion": plain, **contender.options(self.model)},
+                **grouped({"criterion": plain, **contender.options(self.model)}),
             )
             self.steps = batches.steps(self.data)
             self.step = self.adaptive

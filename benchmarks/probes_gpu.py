@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 
 import adabatch
 from adabatch.batch.plan import BatchPlan
+from adabatch.options import Guard
 from adabatch.recipes import NextTokenLoss, Transformer
 from adabatch.runtime.launch.world import World
 from adabatch.runtime.probes.comm_hook import CommHookProbe
@@ -134,7 +135,7 @@ class Loop:
             micro_batch_size=size.micro_batch_size,
             limits=adabatch.Limits(min=total, max=total),
             control=adabatch.Control(interval=contender.interval),
-            skip_nonfinite="probed",
+            guard=Guard(skip_nonfinite="probed"),
             probe=None if contender.probe is None else contender.probe(self.model),
         )
         self.steps = batches.steps(order, until=adabatch.steps(2**31))

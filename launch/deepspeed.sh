@@ -3,7 +3,8 @@
 #
 #   launch/deepspeed.sh [CONFIG [OPTION ...]]        launch/deepspeed.sh configs/digits_adamw.yaml --total.count=5000
 #
-# The options are those of `adabatch train`. From the environment:
+# Paths are those of the folder where you stand, as with any program. The options are those of `adabatch train`. From the
+# environment:
 #   NPROC          processes on this node (one a GPU; 2 where there is none)
 #   HOSTFILE       DeepSpeed's list of nodes and slots, for several nodes
 #   ENGINE_CONFIG  DeepSpeed's JSON (launch/deepspeed.json)
@@ -11,12 +12,13 @@
 #   PYTHON         the interpreter (python)
 # Without a GPU it runs on the CPU and builds none of DeepSpeed's own kernels.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-config=${1:-configs/digits_adamw.yaml}
+config=${1:-$root/configs/digits_adamw.yaml}
 [ $# -eq 0 ] || shift
 python=${PYTHON:-python}
-engine_config=${ENGINE_CONFIG:-launch/deepspeed.json}
+engine_config=${ENGINE_CONFIG:-$root/launch/deepspeed.json}
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 nproc=${NPROC:-$((gpus > 0 ? gpus : 2))}
 cores=$(nproc)

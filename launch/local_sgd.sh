@@ -3,13 +3,13 @@
 #
 #   launch/local_sgd.sh [CONFIG [OPTION ...]]        SYNC_EVERY=8 launch/local_sgd.sh configs/digits_adamw.yaml
 #
-# The options are those of `adabatch train`. From the environment:
+# Paths are those of the folder where you stand. The options are those of `adabatch train`. From the environment:
 #   SYNC_EVERY     steps from one average to the next, for a config that does not name `local_sgd` itself
 #   all that launch/torchrun.sh reads: NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-config=${1:-configs/local_sgd_mnist.yaml}
+config=${1:-$here/../configs/local_sgd_mnist.yaml}
 [ $# -eq 0 ] || shift
 averages=() when="as the config says"
 if [ -n "${SYNC_EVERY:-}" ]; then

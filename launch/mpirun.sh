@@ -3,16 +3,18 @@
 #
 #   launch/mpirun.sh [CONFIG [OPTION ...]]           launch/mpirun.sh configs/quickstart.yaml --total.count=20000
 #
-# The options are those of `adabatch train`. From the environment:
+# Paths are those of the folder where you stand, as with any program. The options are those of `adabatch train`. From the
+# environment:
 #   NPROC             processes in all (one a GPU; 2 where there is none)
 #   HOSTFILE          hosts, in the form of your MPI
 #   MPIEXEC           its launcher, with options of yours (mpiexec)
 #   ADABATCH_BACKEND  what carries the collectives: nccl, gloo, or mpi4py where there is no network for those
 #   PYTHON            the interpreter (python)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-config=${1:-configs/digits_adamw.yaml}
+config=${1:-$root/configs/digits_adamw.yaml}
 [ $# -eq 0 ] || shift
 python=${PYTHON:-python}
 read -r -a mpiexec <<<"${MPIEXEC:-mpiexec}"
@@ -24,4 +26,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))
 
 echo "mpirun: $config on $nproc process(es), $OMP_NUM_THREADS thread(s) each;" \
   "${mpiexec[*]}, collectives over ${ADABATCH_BACKEND:-NCCL or gloo}" >&2
-exec "${mpiexec[@]}" -n "$nproc" "$python" -m adabatch train --config "$config" "$@"
+# Not every MPI hands the environment on to other hosts.
+exec "${mpiexec[@]}" -n "$nproc" env PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS="$OMP_NUM_THREADS" \
+  "$python" -m adabatch train --config "$config" "$@"

@@ -3,16 +3,18 @@
 #
 #   launch/torchrun.sh [CONFIG [OPTION ...]]         launch/torchrun.sh configs/quickstart.yaml --total.count=20000
 #
-# The options are those of `adabatch train`. From the environment:
+# Paths are those of the folder where you stand, as with any program. The options are those of `adabatch train`. From the
+# environment:
 #   NPROC          processes on this node (one a GPU; 2 where there is none)
 #   NNODES         nodes, each of which runs this script (1), and then, on each:
 #   NODE_RANK      number of this node, from 0
 #   MASTER_ADDR    host of node 0;  MASTER_PORT  a free port there (29500)
 #   PYTHON         the interpreter (python)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-config=${1:-configs/digits_adamw.yaml}
+config=${1:-$root/configs/digits_adamw.yaml}
 [ $# -eq 0 ] || shift
 python=${PYTHON:-python}
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)

@@ -8,22 +8,25 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 import torch.distributed as dist
 
-# The same examples on every machine, and no time limit on a busy one: a red test can be run again as it was. Sixty
-# examples a property keep the pure core well under a minute; properties with rarer corners ask for more themselves.
-hypothesis.settings.register_profile(
-    "repeatable",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=60,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow],
-)
+# "repeatable", which is loaded: the same examples on every machine, and no time limit on a busy one, so that a red test
+# can be run again as it was. Sixty examples a property keep the pure core well under a minute; properties with rarer
+# corners ask for more themselves. "fast" is that of `make fast`. "seeded" draws other examples for each
+# --hypothesis-seed, which "repeatable" would ignore.
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}
+hypothesis.settings.register_profile("repeatable", derandomize=True, max_examples=60, **_COMMON)
+hypothesis.settings.register_profile("fast", derandomize=True, max_examples=15, **_COMMON)
+hypothesis.settings.register_profile("seeded", max_examples=60, print_blob=True, **_COMMON)
 hypothesis.settings.load_profile("repeatable")
 
 # Reductions over more threads would be summed in another order, and several workers share the cores.

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.loops import lines, loss_of, network, regression, train, weights
+from support.options import grouped
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
@@ -31,6 +32,7 @@ from adabatch import (
     steps,
     tokens,
 )
+from adabatch.options import Guard
 
 # --- passes over a loader -------------------------------------------------------------------------------------------
 
@@ -112,7 +114,7 @@ def test_a_rate_on_an_accelerator_is_not_read(tmp_path) -> None:
 
 def adaptive(criterion: Any, **options: Any) -> AdaptiveBatch:
     model = network()
-    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion, **options)
+    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion, **grouped(options))
 
 
 @pytest.mark.parametrize(
@@ -158,8 +160,8 @@ def test_a_resume_under_a_floor_that_no_plan_reaches_takes_the_largest_plan_belo
 
 def test_a_state_from_the_future_is_refused() -> None:
     batches = adaptive(Constant(8), micro_batch_size=4)
-    with pytest.raises(ValueError, match=r"format 2.* upgrade adabatch"):
-        batches.load_state_dict({**batches.state_dict(), "format": 2})
+    with pytest.raises(ValueError, match=r"format 3.* upgrade adabatch"):
+        batches.load_state_dict({**batches.state_dict(), "format": 3})
 
 
 # --- passes over a GlobalOrder --------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def test_a_loss_that_is_not_a_number_is_left_out_unless_that_is_not_wanted(tmp_p
         NormTest(eta=0.5),
         micro_batch_size=4,
         limits=Limits(min=8, max=32),
-        skip_nonfinite=skip,
+        guard=Guard(skip_nonfinite=skip),
         journal=tmp_path / "journal.jsonl",
     )
     for index, step in enumerate(batches.steps(GlobalOrder(regression(64)), until=steps(3))):

@@ -29,6 +29,7 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.options import Measure
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda parameters: SGD(parameters, lr=0.05, momentum=0.9),
@@ -60,7 +61,9 @@ def in_order(order: GlobalOrder, epochs: int) -> Iterator[tuple[Tensor, Tensor]]
 def test_a_constant_policy_is_a_loop_by_hand(optimizer: str, accumulation: int, source: str, monitor: bool) -> None:
     by_hand, model = network(), network()
     theirs, ours = OPTIMIZERS[optimizer](by_hand.parameters()), OPTIMIZERS[optimizer](model.parameters())
-    batches = AdaptiveBatch(model, ours, Constant(4 * accumulation), micro_batch_size=4, monitor=monitor)
+    batches = AdaptiveBatch(
+        model, ours, Constant(4 * accumulation), micro_batch_size=4, measure=Measure(monitor=monitor)
+    )
     if source == "order":
         order = GlobalOrder(regression(96), seed=2)
         train_by_hand(by_hand, theirs, in_order(order, 2), accumulation=accumulation)
@@ -95,7 +98,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_examples(sizes: list[int], mo
     model, oracle = network(dtype=torch.float64), network(dtype=torch.float64)
     x, y = regression(sum(sizes), dtype=torch.float64).tensors
     optimizer = SGD(model.parameters(), lr=0.0)
-    batches = AdaptiveBatch(model, optimizer, Constant(12), micro_batch_size=4, monitor=monitor)
+    batches = AdaptiveBatch(model, optimizer, Constant(12), micro_batch_size=4, measure=Measure(monitor=monitor))
     loader = list(zip(x.split(sizes), y.split(sizes), strict=True))
     (step,) = run_steps(batches, model, loader)
     ((oracle(x) - y).square().mean()).backward()
@@ -112,6 +115,7 @@ def run_steps(batches: AdaptiveBatch, model: nn.Module, loader: Any) -> list[Any
     for step in batches.steps(loader):
         for x, y in step:
             step.backward((model(x) - y).square().mean())
+        batches.leave_out()
         found.append(step)
     return found
 
@@ -125,10 +129,12 @@ def test_batches_may_be_dicts_and_counted_by_the_user() -> None:
     for step in batches.steps(loader):
         for batch in step:
             step.backward((model(batch["x"]) - batch["y"]).square().mean())
+        batches.leave_out()
         sizes.append(step.global_batch_size)
     for step in batches.steps([[loader[0], 4], [loader[1], 2]], count=lambda batch: batch[1]):
         for batch, _ in step:
             step.backward((model(batch["x"]) - batch["y"]).square().mean())
+        batches.leave_out()
         sizes.append(step.global_batch_size)
     assert sizes == [8, 4, 6]
 

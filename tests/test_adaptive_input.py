@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.loops import loss_of, network, regression, train
+from support.options import grouped
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -24,17 +25,18 @@ from adabatch import (
     OrthogonalityTest,
     Stage,
     Stages,
-    Step,
     examples,
     tokens,
 )
 from adabatch.optim import mup
+from adabatch.options import Measure
+from adabatch.step import Step
 
 
 def adaptive(model: nn.Module | None = None, criterion: Any = None, **options: Any) -> AdaptiveBatch:
     model = model or network()
     options = {"micro_batch_size": 4, "limits": Limits(min=8, max=64), **options}
-    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion or NormTest(eta=0.5), **options)
+    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion or NormTest(eta=0.5), **grouped(options))
 
 
 def hooks_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -49,6 +51,11 @@ def hooks_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def test_eta_must_be_positive(eta: float) -> None:
     with pytest.raises(ValueError, match=f"eta must be a positive number, got {eta}"):
         adaptive(criterion=NormTest(eta=eta))
+
+
+def test_limits_that_are_none() -> None:
+    with pytest.raises(TypeError, match=r"limits must be Limits\(min=\.\.\., max=\.\.\.\), got 5"):
+        adaptive(limits=5)
 
 
 def test_crossed_limits() -> None:
@@ -122,7 +129,7 @@ def test_a_failed_construction_leaves_no_hook_behind() -> None:
     ):
         criterion = options.pop("criterion", NoiseScale())
         with pytest.raises(ValueError):
-            AdaptiveBatch(model, optimizer, criterion, micro_batch_size=4, **options)
+            AdaptiveBatch(model, optimizer, criterion, micro_batch_size=4, **grouped(options))
         assert hooks_of(model, optimizer) == 0
 
 
@@ -169,9 +176,7 @@ def test_a_criterion_that_is_none(criterion: Any) -> None:
 
 def test_an_optimizer_that_is_none() -> None:
     model = network()
-    with pytest.raises(
-        TypeError, match=r"optimizer must be a torch.optim.Optimizer, .* got a list with Parameter in it"
-    ):
+    with pytest.raises(TypeError, match=r"a torch.optim.Optimizer, .* got a list with Parameter in it"):
         AdaptiveBatch(model, list(model.parameters()), Constant(8), micro_batch_size=4)  # type: ignore[arg-type]
 
 
@@ -183,14 +188,14 @@ def test_only_what_the_optimizer_trains_is_measured() -> None:
     model = network()
     data = DataLoader(regression(32), batch_size=4)
     optimizer = SGD(model[2].parameters(), lr=0.0)  # a body that was left out, as when fine-tuning a head
-    batches = AdaptiveBatch(model, optimizer, Constant(16), micro_batch_size=4, monitor=True)
+    batches = AdaptiveBatch(model, optimizer, Constant(16), micro_batch_size=4, measure=Measure(monitor=True))
     moments = []
     train(batches, model, optimizer, data, each=lambda step: moments.append(step.moments))
 
     frozen = network()
     frozen[0].requires_grad_(False)
     optimizer = SGD(frozen.parameters(), lr=0.0)
-    batches = AdaptiveBatch(frozen, optimizer, Constant(16), micro_batch_size=4, monitor=True)
+    batches = AdaptiveBatch(frozen, optimizer, Constant(16), micro_batch_size=4, measure=Measure(monitor=True))
     expected = []
     train(batches, frozen, optimizer, data, each=lambda step: expected.append(step.moments))
     assert moments == expected
@@ -397,7 +402,8 @@ def test_a_limit_that_a_constant_never_reaches_may_be_above_the_data_set() -> No
 def test_a_batch_as_large_as_the_data_set_is_the_data_set() -> None:
     model = network()
     seen: list[float] = []
-    for step in adaptive(model, Constant(64)).steps(GlobalOrder(regression(64))):
+    batches = adaptive(model, Constant(64))
+    for step in batches.steps(GlobalOrder(regression(64))):
         for batch in step:
             step.backward(loss_of(model, batch))
             seen += batch[0][:, 0].tolist()

@@ -30,6 +30,7 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.options import EngineOptions, Guard, Measure
 
 OVERFLOWS = 2.0**20
 """A first scale at which gradients of order one do not fit float16 (65,504), and fit after some halvings."""
@@ -60,7 +61,12 @@ def test_a_constant_policy_is_the_scaled_loop_by_hand_to_the_bit(fused: bool, mo
     optimizers = [Adam(model.parameters(), lr=0.01, fused=fused) for model in (by_hand, adaptive)]
     scalers = [GradScaler("cpu", init_scale=OVERFLOWS, growth_interval=4) for _ in range(2)]
     batches = AdaptiveBatch(
-        adaptive, optimizers[1], Constant(12), micro_batch_size=4, monitor=monitor, scaler=scalers[1]
+        adaptive,
+        optimizers[1],
+        Constant(12),
+        micro_batch_size=4,
+        measure=Measure(monitor=monitor),
+        engine=EngineOptions(scaler=scalers[1]),
     )
     loader = iter(DataLoader(data, batch_size=4))
     skipped = 0
@@ -103,9 +109,8 @@ def test_moments_losses_and_journal_are_in_unscaled_units(name: str, tmp_path: P
             control=Control.direct(),
             lr_rule="sqrt",
             probe=PerExampleProbe(model, products=True, leave_one_out=True) if exact else None,
-            record_l1=not exact,
-            per_layer=None if exact or name != "norm test" else "module",
-            scaler=scaler,
+            measure=Measure(l1=not exact, layers=None if exact or name != "norm test" else "module"),
+            engine=EngineOptions(scaler=scaler),
             journal=tmp_path / run,
         )
         for step in batches.steps(GlobalOrder(regression(128, dtype=torch.float64)), until=steps(8)):
@@ -140,8 +145,9 @@ def test_a_step_that_overflows_consumes_data_and_moves_nothing_else(fused: bool,
         control=Control(interval=interval, memory=2, confidence=0.5),
         follow=("betas",),
         lr_rule="sqrt",
-        scaler=scaler,
-        skip_nonfinite="probed",  # in the other steps the scaler alone sees it
+        engine=EngineOptions(scaler=scaler),
+        guard=Guard(skip_nonfinite="probed"),
+        # in the other steps the scaler alone sees it
         journal=tmp_path / "journal",
     )
     schedule = ProgressLR(optimizer, lr.linear(), batches, total=examples(1000))
@@ -185,7 +191,12 @@ def test_a_scale_that_backed_off_to_nothing_is_told_and_not_raised() -> None:
     model, scaler = network(), GradScaler("cpu", init_scale=1e-45, backoff_factor=0.1)
     optimizer = SGD(model.parameters(), lr=0.1)
     batches = AdaptiveBatch(
-        model, optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=8, max=8), scaler=scaler
+        model,
+        optimizer,
+        NormTest(eta=0.5),
+        micro_batch_size=4,
+        limits=Limits(min=8, max=8),
+        engine=EngineOptions(scaler=scaler),
     )
     for index, step in enumerate(batches.steps(GlobalOrder(regression(64)), until=steps(2))):
         for batch in step:
@@ -199,7 +210,12 @@ def test_a_scaler_that_is_not_enabled_is_none() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
     batches = AdaptiveBatch(
-        model, optimizer, Constant(8), micro_batch_size=4, scaler=GradScaler("cpu", enabled=False), monitor=True
+        model,
+        optimizer,
+        Constant(8),
+        micro_batch_size=4,
+        engine=EngineOptions(scaler=GradScaler("cpu", enabled=False)),
+        measure=Measure(monitor=True),
     )
     for step in batches.steps(GlobalOrder(regression(8))):
         for batch in step:
@@ -211,4 +227,6 @@ def test_a_scaler_that_is_not_enabled_is_none() -> None:
 def test_a_precision_is_no_scaler() -> None:
     model = network()
     with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler, got 'fp16'"):
-        AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), Constant(8), micro_batch_size=4, scaler="fp16")
+        AdaptiveBatch(
+            model, SGD(model.parameters(), lr=0.1), Constant(8), micro_batch_size=4, engine=EngineOptions(scaler="fp16")
+        )

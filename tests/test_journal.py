@@ -257,7 +257,7 @@ def test_equal_runs_write_equal_files(tmp_path: Path) -> None:
             decision = decide(
                 NormTest(0.5),
                 moments,
-                control=Control(),
+                control=Control(pace=math.inf),
                 limits=Limits(32, 1024),
                 grid=PlanGrid(dp_size=2, micro_sizes=(8,)),
                 plan=plan,
@@ -278,3 +278,5 @@ def test_equal_runs_write_equal_files(tmp_path: Path) -> None:
         texts.append(journal_text(tmp_path / name))
     assert texts[0] == texts[1]
     assert {each["reason"] for each in read(tmp_path / "one")} >= {"grow"}
+    *_, last = read(tmp_path / "one")
+    assert last["freedom"] > 8 * 3, "eight probes of four parts and more"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.options import grouped
 from support.ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -59,7 +60,7 @@ def journal_of(
         micro_batch_size=8,
         limits=Limits(min=32, max=32),
         journal=path,
-        **options,
+        **grouped(options),
     )
     for step in batches.steps(GlobalOrder(data(), seed=0), until=examples(num)):
         for x, y in step:
@@ -118,7 +119,7 @@ def test_the_weighted_norm_keeps_its_balance_at_every_width(tmp_path: Path) -> N
         ({"0.weight": 1.0}, {}, r"0.bias, 2.bias, 2.weight missing, none unknown"),
         ({"nothing": 1.0}, {}, r"nothing unknown"),
         (dict.fromkeys(dict(net(4).named_parameters()), 0.0), {}, r"positive and finite, got 0.weight=0.0"),
-        (dict.fromkeys(dict(net(4).named_parameters()), 1.0), {"per_layer": "module"}, r"per_layer='module' otherwise"),
+        (dict.fromkeys(dict(net(4).named_parameters()), 1.0), {"per_layer": "module"}, r"layers='module' otherwise"),
         (
             dict.fromkeys(dict(net(4).named_parameters()), 1.0),
             {"criterion": AugmentedInnerProductTest(theta=0.9, nu=1.0)},

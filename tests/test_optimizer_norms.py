@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.loops import lines, loss_of, network, regression, train
+from support.options import grouped
 from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
@@ -19,7 +20,6 @@ from adabatch import (
     AdaptiveBatch,
     Control,
     CoordinateNormTest,
-    Criterion,
     GlobalOrder,
     Limits,
     MicroBatchProbe,
@@ -27,6 +27,8 @@ from adabatch import (
     NormTest,
     PerExampleProbe,
 )
+from adabatch.batch import Criterion
+from adabatch.options import Measure
 
 STEPS = 5
 
@@ -39,7 +41,9 @@ def run(criterion: Criterion, *, examples: bool = False, **options: Any) -> list
         norm = None if isinstance(criterion, CoordinateNormTest) else "sign"
         quantile = criterion.quantile if isinstance(criterion, CoordinateNormTest) else None
         options["probe"] = PerExampleProbe(model, norm=norm, quantile=quantile)
-    batches = AdaptiveBatch(model, optimizer, criterion, micro_batch_size=4, limits=Limits(min=16, max=16), **options)
+    batches = AdaptiveBatch(
+        model, optimizer, criterion, micro_batch_size=4, limits=Limits(min=16, max=16), **grouped(options)
+    )
     found = []
     loader = DataLoader(regression(16 * STEPS, dtype=torch.float64), batch_size=4)
     for step in batches.steps(loader):
@@ -116,7 +120,7 @@ def test_a_run_follows_the_coordinates_and_writes_down_what_it_saw(tmp_path: Pat
             micro_batch_size=8,
             limits=Limits(min=16, max=128),
             lr_rule="sqrt_gain",
-            per_layer="module",
+            measure=Measure(layers="module"),
             journal=journal,
         )
         train(batches, model, optimizer, GlobalOrder(regression(2048)))
@@ -141,15 +145,15 @@ def test_what_a_probe_does_not_give_is_named_with_a_way_out() -> None:
     plain, median = MicroBatchProbe(model.parameters()), MicroBatchProbe(model.parameters(), quantile=0.5)
     said = r"needs coordinates at quantile 0.9, which MicroBatchProbe does not give \(it gives noise\)"
     with pytest.raises(ValueError, match=said + r".*NormTest, or a probe made with quantile=0.9"):
-        AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.9), probe=plain, **options)
+        AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.9), probe=plain, **grouped(options))
     with pytest.raises(ValueError, match=r"quantile 0.9.*it gives noise, coordinates at quantile 0.5"):
-        AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.9), probe=median, **options)
+        AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.9), probe=median, **grouped(options))
     with pytest.raises(ValueError, match=r"needs noise in the norm adam.*a probe made with norm= for 'adam'"):
-        AdaptiveBatch(model, optimizer, NoiseScale(norm="adam"), probe=plain, **options)
+        AdaptiveBatch(model, optimizer, NoiseScale(norm="adam"), probe=plain, **grouped(options))
     signs = MicroBatchProbe(model.parameters(), norm="sign")
     with pytest.raises(ValueError, match=r"needs noise, which MicroBatchProbe.*noise in the norm sign"):
-        AdaptiveBatch(model, optimizer, NormTest(0.5), probe=signs, **options)
+        AdaptiveBatch(model, optimizer, NormTest(0.5), probe=signs, **grouped(options))
     with pytest.raises(ValueError, match=r"norm='adam' reads the second moments of Adam.* SGD does not have"):
-        AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), NoiseScale(norm="adam"), **options)
+        AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), NoiseScale(norm="adam"), **grouped(options))
     with pytest.raises(ValueError, match=r"inner products are Euclidean"):
         PerExampleProbe(model, products=True, norm="sign")

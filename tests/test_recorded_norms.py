@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.loops import lines, loss_of, network, regression, train
+from support.options import grouped
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam
@@ -23,7 +24,6 @@ from adabatch import (
     GlobalOrder,
     Limits,
     NormTest,
-    Progress,
     ProgressLR,
     Stage,
     Stages,
@@ -32,9 +32,12 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.batch import Progress
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.needs import Needs
 from adabatch.lr.rules import check_follow, legw_warmup
+from adabatch.options import Measure
+from adabatch.runtime.probes.protocol import Probe
 
 
 def of_grads(model: nn.Module) -> tuple[float, float]:
@@ -62,7 +65,12 @@ def test_the_norms_are_those_of_the_gradient_that_is_applied_before_clipping(
     model = network()
     optimizer = Adam(model.parameters(), lr=0.01)
     batches = AdaptiveBatch(
-        model, optimizer, criterion, micro_batch_size=4, record_l1=True, journal=tmp_path / "j.jsonl", **options
+        model,
+        optimizer,
+        criterion,
+        micro_batch_size=4,
+        journal=tmp_path / "j.jsonl",
+        **grouped(options, record_l1=True),
     )
     expected: list[tuple[float, float]] = []
     for step in batches.steps(GlobalOrder(regression(200)), until=examples(400)):
@@ -84,7 +92,7 @@ def test_one_micro_batch_a_step_has_norms_and_no_noise(tmp_path: Path) -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.01)
     path = tmp_path / "j.jsonl"
-    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=8, record_l1=True, journal=path)
+    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=8, measure=Measure(l1=True), journal=path)
     train(batches, model, optimizer, DataLoader(regression(32), batch_size=8))
     written = lines(path)
     assert [line["plan"]["accumulation_steps"] for line in written] == [1] * 4
@@ -100,7 +108,7 @@ def test_a_run_without_a_probe_records_no_norms_and_one_that_measures_noise_the_
         model = network()
         optimizer = SGD(model.parameters(), lr=0.01)
         path = tmp_path / f"{len(options)}.jsonl"
-        batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4, journal=path, **options)
+        batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4, journal=path, **grouped(options))
         train(batches, model, optimizer, DataLoader(regression(32), batch_size=4))
         for line in lines(path):
             assert line["norms"] == (expected if expected is None else {"l2": line["norms"]["l2"], **expected})
@@ -112,7 +120,13 @@ def test_norms_are_recorded_on_probed_steps_only(tmp_path: Path) -> None:
     optimizer = SGD(model.parameters(), lr=0.01)
     path = tmp_path / "j.jsonl"
     batches = AdaptiveBatch(
-        model, optimizer, Constant(4), micro_batch_size=4, record_l1=True, control=Control(interval=3), journal=path
+        model,
+        optimizer,
+        Constant(4),
+        micro_batch_size=4,
+        measure=Measure(l1=True),
+        control=Control(interval=3),
+        journal=path,
     )
     train(batches, model, optimizer, DataLoader(regression(32), batch_size=4))
     assert [line["norms"] is not None for line in lines(path)] == [True, False, False] * 2 + [True, False]
@@ -123,7 +137,7 @@ def test_a_step_that_is_left_out_has_no_norm_that_could_be_refined(tmp_path: Pat
     model = network()
     optimizer = SGD(model.parameters(), lr=0.01)
     path = tmp_path / "j.jsonl"
-    batches = AdaptiveBatch(model, optimizer, Constant(4), micro_batch_size=4, record_l1=True, journal=path)
+    batches = AdaptiveBatch(model, optimizer, Constant(4), micro_batch_size=4, measure=Measure(l1=True), journal=path)
     for index, step in enumerate(batches.steps(DataLoader(regression(32), batch_size=4))):
         for batch in step:
             step.backward(loss_of(model, batch) * (math.inf if index == 3 else 1.0))
@@ -139,13 +153,13 @@ def test_a_step_that_is_left_out_has_no_norm_that_could_be_refined(tmp_path: Pat
     assert len(lr.refine(kept, "adam", smoothing=0.0).settings["values"]) == 7  # type: ignore[arg-type]
 
 
-class NoiseOnly:
+class NoiseOnly(Probe):
     """A probe of one's own that measures no l1 norm."""
 
     gives = Needs(noise="euclidean")
 
     def start(self, dp_size: int) -> None: ...
-    def begin_part(self) -> None: ...
+    def begin_part(self, num_examples: int | None = None) -> None: ...
     def end_part(self, num_examples: int, weight: float) -> None: ...
     def collect(self) -> Tensor:
         return torch.zeros(1, dtype=torch.float64)
@@ -161,7 +175,12 @@ def test_a_probe_that_cannot_record_is_refused() -> None:
     model = network()
     with pytest.raises(ValueError, match="needs the l1 norm of the gradient, which NoiseOnly does not give"):
         AdaptiveBatch(
-            model, SGD(model.parameters(), lr=0.1), Constant(8), micro_batch_size=4, record_l1=True, probe=NoiseOnly()
+            model,
+            SGD(model.parameters(), lr=0.1),
+            Constant(8),
+            micro_batch_size=4,
+            measure=Measure(l1=True),
+            probe=NoiseOnly(),
         )
 
 
@@ -176,7 +195,7 @@ def test_a_second_run_on_the_norms_of_the_first(kind: Any, norm: str, optimizer:
     def run(shape: lr.Shape, **options: Any) -> tuple[list[float], float]:
         model = network()
         stepper = optimizer(model.parameters(), lr=0.02)
-        batches = AdaptiveBatch(model, stepper, Constant(8), micro_batch_size=8, **options)
+        batches = AdaptiveBatch(model, stepper, Constant(8), micro_batch_size=8, **grouped(options))
         schedule = ProgressLR(stepper, shape, batches, total=examples(total))
         rates: list[float] = []
         for step in batches.steps(GlobalOrder(data, seed=3), until=examples(total)):
@@ -215,7 +234,7 @@ def test_a_refined_schedule_of_another_length(tmp_path: Path) -> None:
     path = tmp_path / "first.jsonl"
     model = network()
     optimizer = SGD(model.parameters(), lr=0.02)
-    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=8, record_l1=True, journal=path)
+    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=8, measure=Measure(l1=True), journal=path)
     train(batches, model, optimizer, GlobalOrder(regression(256)), until=examples(800))
     shape = lr.refine(recorded(path, "l2"), "sgd")
 
@@ -242,13 +261,13 @@ def test_a_refined_schedule_of_another_length(tmp_path: Path) -> None:
 
 def adaptive(**options: Any) -> AdaptiveBatch:
     model = network()
-    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), Constant(8), micro_batch_size=4, **options)
+    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), Constant(8), micro_batch_size=4, **grouped(options))
 
 
 def trained(**options: Any) -> AdaptiveBatch:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
-    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4, **options)
+    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4, **grouped(options))
     train(batches, model, optimizer, DataLoader(regression(40), batch_size=4))
     return batches
 

@@ -1,1 +1,27 @@
 """How many examples the next step takes. Pure: standard library and numpy, no torch."""
+
+from adabatch.batch.control import Control, Decision, Limits, Reason
+from adabatch.batch.criteria import Criterion, Observation
+from adabatch.batch.efficiency import adaptive_limit, efficiency
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.needs import Needs
+from adabatch.batch.plan import BatchPlan, Duration, PlanGrid, Progress
+from adabatch.batch.schedules import Schedule
+
+__all__ = [
+    "BatchPlan",
+    "Control",
+    "Criterion",
+    "Decision",
+    "Duration",
+    "GradientMoments",
+    "Limits",
+    "Needs",
+    "Observation",
+    "PlanGrid",
+    "Progress",
+    "Reason",
+    "Schedule",
+    "adaptive_limit",
+    "efficiency",
+]

@@ -11,10 +11,9 @@ the last probes no longer agree with it, it is dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from statistics import median
 from typing import Any, NamedTuple
 
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments
@@ -222,10 +221,12 @@ class ProbeWindow:
         )
         if window.past.norm != moments.norm:
             window = replace(window, past=Averages(norm=moments.norm))
+        if len(window.recent) > RECENT:
+            window = window._shortened()
         if window._has_changed():
-            num_probes = sum(weight > 0 for weight in window.weights)
+            num_probes = round(sum(window.weights))
             window = replace(window, past=Averages(norm=moments.norm), num_probes=num_probes)
-        return window._shortened() if len(window.recent) > RECENT else window
+        return window
 
     def _shortened(self) -> ProbeWindow:
         """With the oldest of the last probes among those of the past."""
@@ -247,7 +248,7 @@ class ProbeWindow:
     def _has_changed(self) -> bool:
         """Whether the last probes no longer agree with those before them."""
         past, counted = self.past, sum(self.weights)
-        if self.decay == 0 or past.weight == 0 or len(self.recent) <= RECENT or past.noise <= 0:
+        if self.decay == 0 or past.weight == 0 or len(self.recent) < RECENT or past.noise <= 0:
             return False
         certain = math.sqrt(math.pi / 2 / counted + 1 / past.num_effective)  # of the median, and of the mean
         signal = max(past.signal, 0.0)
@@ -305,6 +306,13 @@ class ProbeWindow:
         return cls(
             **{**state, "past": Averages(**state["past"]), "recent": tuple(Probed(*row) for row in state["recent"])}
         )
+
+
+def median(values: Iterable[float]) -> float:
+    """The median, without the checks of ``statistics.median``: it is taken several times a probe."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _weight(deviation: float, spread: float) -> float:

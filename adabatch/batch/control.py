@@ -43,6 +43,7 @@ class Reason(StrEnum):
     AGREES = "agrees"
     NOT_PROBED = "not probed"
     NOT_FINITE = "not finite"
+    WEIGHS_NOTHING = "weighs nothing"
     NO_NOISE = "no noise"
     NO_SIGNAL = "no signal"
     MONOTONE = "monotone"
@@ -482,11 +483,14 @@ def decide(
         reason = Reason.NOT_FINITE
     most = control.growth * plan.global_batch_size
     if reason is Reason.GROW:
-        wait = control.hold_until or hold_until
+        wait = hold_until if control.hold_until is None else control.hold_until
+        next_above = grid.next_above(plan.global_batch_size)
         paced = math.inf if control.pace == math.inf else control.pace * progress.examples
-        if wait is not None and not progress.reached(wait):
+        if next_above > high:
+            reason = Reason.AT_LIMIT
+        elif wait is not None and not progress.reached(wait):
             reason = Reason.WARM_UP
-        elif paced < min(goal, grid.next_above(plan.global_batch_size)):
+        elif paced < max(next_above, plan.global_batch_size * (1 + control.hysteresis)):
             reason = Reason.PACE
         most = min(most, paced)
     if reason not in (Reason.GROW, Reason.SHRINK):

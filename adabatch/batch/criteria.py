@@ -173,9 +173,8 @@ class StepPrice:
     time. An example in it is worth ``1 / (1 + sqrt(price / noise_scale))`` of one in a small batch (`efficiency`): a
     half where the price is the noise scale, nearly all where steps are cheap.
 
-    The time is flat around it: with a price four times too large or small it is at most a ninth longer than the least
-    where price and noise scale are alike, so a round number will do. Given, it is the same on every machine and in every
-    resumed run; `Goodput` measures it instead.
+    The time is flat around it: with a price four times too large or small it is at most an eighth longer, so a round
+    number will do. Given, it is the same on every machine and in every resumed run; `Goodput` measures it instead.
 
     Args:
         examples: the price of a step, in examples over all ranks, positive.

@@ -32,8 +32,8 @@ class Goodput:
     Around that size goodput is flat: a batch twice or half as large loses a ninth at most. The present batch stands
     unless ``min_speedup`` is to be gained.
 
-    A batch stands until a step of it was timed. The first one teaches one number only, so the first growth is a trial: a
-    batch that turns out to be no faster is left again (with ``Control(monotone=True)`` it stands, and is the last).
+    A batch stands until a step of it was timed. The first one teaches one number only, so the first growth is a trial:
+    a batch that turns out to be no faster is left again (with ``Control(monotone=True)`` it stands, and is the last).
 
     Where the price of a step is known, ``StepPrice`` asks for the same batch from a given number, and is deterministic.
 

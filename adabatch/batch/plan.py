@@ -125,7 +125,7 @@ class Progress:
             return self.tokens
         if unit == "gain_steps" and self.gain_steps is not None:
             return self.gain_steps
-        way_out = "tokens_per_example=" if unit == "tokens" else "monitor=True or lr_rule='gain'"
+        way_out = "tokens_per_example=" if unit == "tokens" else "measure=Measure(monitor=True) or lr_rule='gain'"
         raise ValueError(
             f"this run does not count {unit}: pass {way_out} to AdaptiveBatch, "
             f"or give the duration in examples or steps"

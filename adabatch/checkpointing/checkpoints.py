@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from adabatch.batch.plan import Duration
 from adabatch.checkpointing.background import Background
 from adabatch.checkpointing.differences import Difference, differences, refuse
 from adabatch.checkpointing.files import (
+    MANIFEST,
     CheckpointError,
     abandon,
     begin,
@@ -33,6 +34,7 @@ from adabatch.checkpointing.run_state import Restored, RunState, Snapshot, State
 from adabatch.checkpointing.save_times import SaveTimes
 from adabatch.checkpointing.settings import KeptSetting
 from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.optimizers import joined
 
 _log = logging.getLogger("adabatch")
 
@@ -77,7 +79,7 @@ class Checkpoints:
     Args:
         folder: of the run's checkpoints.
         model: plain, in ``DistributedDataParallel``, or sharded.
-        optimizer: its state.
+        optimizer: its state; of several a list, in the same order whenever it is loaded.
         batches: the batch sizes; also says at which step the run is, and has the journal.
         schedule: of the learning rate.
         order: the place in the data: a ``GlobalOrder``, or a loader with a state of its own, which is saved for each
@@ -104,7 +106,7 @@ class Checkpoints:
         folder: str | Path,
         *,
         model: nn.Module,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         batches: AdaptiveBatch | None = None,
         schedule: Stateful | None = None,
         order: Stateful | None = None,
@@ -122,6 +124,7 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
         # They are loaded in this order: the place in the data refuses other data before anything is changed, and the
         # schedule's rates depend on the progress of the batches.
+        optimizer = None if optimizer is None else joined(optimizer)
         named = {
             "order": order, "model": model, "optimizer": optimizer, "batches": batches, "schedule": schedule,
             "scaler": scaler, "local_sgd": local_sgd,
@@ -139,7 +142,6 @@ class Checkpoints:
         self._background = Background() if background else None
         self._damaged: set[Path] = set()
         self._lock = FolderLock(self._folder)
-        self._trains = batches is not None or optimizer is not None
         self._times.listen(first=self._ranks.rank == 0)
 
     def step(self, *, now: bool = False) -> bool:
@@ -228,7 +230,7 @@ class Checkpoints:
             CheckpointError: checkpoints are there, and all are damaged; or the folder is another process's.
         """
         failure: Exception | None = None
-        if self._ranks.rank == 0 and self._trains and self._folder.is_dir():
+        if self._ranks.rank == 0 and self._batches is not None and self._folder.is_dir():
             try:
                 self._claim(None)
             except (OSError, CheckpointError) as error:
@@ -247,12 +249,19 @@ class Checkpoints:
         for problem in found.damaged.values():
             _log.warning("%s; going on from %s", problem, found.path.name)
         saved, now = found.manifest.contents, self._run.describe()
+        if not (isinstance(saved.get("parts"), dict) and isinstance(saved.get("sharded"), bool)):
+            raise CheckpointError(f"{found.path}: {MANIFEST} matches its checksum, and says nothing of a run")
         refuse(saved, now)
         restored: Restored | None = None
         try:
             if self._ranks.rank == 0:
                 self._refuse_other_run(found.path, saved.get("run"))
             restored = self._run.restore(found.path, saved)
+        except (LookupError, AttributeError) as error:
+            failure = CheckpointError(
+                f"{found.path} is what was written, and no part can make use of it ({type(error).__name__}: {error}): "
+                f"restore one from a copy, or move it away"
+            )
         except Exception as error:  # the other ranks must hear of any, before one of them leaves
             failure = error
         if self._ranks.sum_of(failure is not None)[0] and failure is None:

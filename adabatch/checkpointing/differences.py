@@ -13,6 +13,7 @@ import torch
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.checkpointing.plain import plain
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.optimizers import JoinedOptimizers, kind_of
 
 
 class Difference(NamedTuple):
@@ -66,7 +67,7 @@ def describe(
     """
     batches, order = parts.get("batches"), parts.get("order")
     said: dict[str, Any] = {
-        "parts": {name: type(part).__name__ for name, part in parts.items()},
+        "parts": {name: _kind(part) for name, part in parts.items()},
         "sharded": sharded,
         "world_size": world_size,
         "torch": str(torch.__version__),
@@ -81,6 +82,10 @@ def describe(
         said["data"] = {name: place[name] for name in ("length", "order", "seed")}
     numbers: dict[str, Any] = plain(said, "manifest")
     return numbers | ({} if config is None else {"config": _flat(config)})
+
+
+def _kind(part: Any) -> str:
+    return kind_of(part) if isinstance(part, JoinedOptimizers) else type(part).__name__
 
 
 def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

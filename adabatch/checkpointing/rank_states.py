@@ -7,7 +7,6 @@ import pickle
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adabatch.runtime.collectives import Collectives
 
@@ -25,17 +24,12 @@ def states_of_all(state: Any, ranks: Collectives, *, name: str) -> list[Any]:
     """
     file = io.BytesIO()
     torch.save(state, file)
-    own = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-    sizes = [int(size) for (size,) in ranks.gather_of(len(own))]
-    padded = torch.zeros(max(sizes), dtype=torch.uint8)
-    padded[: len(own)] = own
-    rows = ranks.gather(padded.to(ranks.device)).cpu()
-    return [_read(row[:size], name) for row, size in zip(rows, sizes, strict=True)]
+    return [_read(data, name) for data in ranks.gather_bytes(file.getvalue())]
 
 
-def _read(row: Tensor, name: str) -> Any:
+def _read(data: bytes, name: str) -> Any:
     try:
-        return torch.load(io.BytesIO(row.numpy().tobytes()), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise TypeError(
             f"the state of {name} holds more than plain data and tensors, and a checkpoint would have to run code to "

@@ -253,7 +253,7 @@ class RunState:
         Raises:
             ValueError: a model or an optimizer of another make than was saved, or what a part refuses.
         """
-        state = torch.load(path / self._own_file(path), map_location="cpu", weights_only=True)
+        state = self._read(path)
         self._check_model(path, state["model"])
         settings = Settings(self._parts)
         if self._optimizer is not None:
@@ -278,6 +278,22 @@ class RunState:
             self._batches.journal.run = contents.get("run", self._batches.journal.run)
         self.cut_journal()
         return restored
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """This rank's file of a checkpoint, with the state of all parts in it.
+
+        Raises:
+            CheckpointError: it is no such file, though it is the one that was written.
+        """
+        name = self._own_file(path)
+        try:
+            state = torch.load(path / name, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{path}: {name} cannot be read: {str(error).splitlines()[0]}") from error
+        missing = [part for part in (*self._parts, "random") if not isinstance(state, dict) or part not in state]
+        if missing:
+            raise CheckpointError(f"{path}: {name} holds no state of {', '.join(missing)}, and is no file of this run")
+        return dict(state)
 
     def _own_file(self, path: Path) -> str:
         """What this rank reads; of other workers' states than there are now, one of them."""

@@ -12,6 +12,9 @@ from adabatch.batch.schedules import Constant
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, Result, run
 from adabatch.cli.picture import picture
+from adabatch.cli.run_folder import run_folder
+from adabatch.options import Measure
+from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.launch.world import World
 
 HEADER = ("run", "steps", "mean batch", "examples", "test loss", "test accuracy", "wall time")
@@ -35,19 +38,21 @@ def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[
     limits = job.limits
     if limits is None or not isinstance(limits.min, int) or not isinstance(limits.max, int):
         raise ValueError("compare needs limits with a constant min and max: they are what the job is compared with")
+    ranks = workers_of(None, device=world.device)
+    folder = run_folder(None, ranks, resume=False, display=display) if job.out is None else job.out
     reference = job.reference_batch_size or limits.min
     variants: list[tuple[str, int | None, Path]] = [
-        ("adaptive", None, job.out),
-        (f"constant {limits.min}", limits.min, job.out / "smallest"),
-        (f"constant {limits.max}", limits.max, job.out / "largest"),
+        ("adaptive", None, folder),
+        (f"constant {limits.min}", limits.min, folder / "smallest"),
+        (f"constant {limits.max}", limits.max, folder / "largest"),
     ]
     results = []
     for label, size, out in variants:
         saving = replace(job.checkpoint, resume=False)
         if size is not None:
             saving = replace(saving, directory=None)
-            job = replace(make(), criterion=Constant(size), monitor=True, out=out)
-        job = replace(job, reference_batch_size=reference, checkpoint=saving)
+            job = replace(make(), criterion=Constant(size), measure=Measure(monitor=True))
+        job = replace(job, out=out, reference_batch_size=reference, checkpoint=saving)
         results.append(run(job, world, display=display, label=label))
         if results[-1].preempted:
             display.say(f"{label} was stopped by a signal")

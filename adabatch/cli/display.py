@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -25,6 +28,28 @@ def _number(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+class PlainConsole(Console):
+    """A console that takes every text as it is, and outlives its reader.
+
+    Names and paths of a user's own may hold brackets, which are not rich's markup. A reader that is gone (``| head``)
+    is noted in ``unread``, where rich would end the process: a run has to save itself first. What is written after
+    that goes nowhere.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+        self.unread = False
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich in place of a BrokenPipeError."""
+        self.unread = True
+        self.quiet = True
+        with suppress(OSError, ValueError):  # a stream that is not a file has nothing to stumble over at the end
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
 
 
 class Shown:
@@ -59,8 +84,8 @@ class Shown:
 
 def _console() -> Console:
     """Standard output; a log has no width, and a table that is cut off there is of no use."""
-    console = Console()
-    return console if console.is_terminal else Console(width=LOG_WIDTH)
+    console = PlainConsole()
+    return console if console.is_terminal else PlainConsole(width=LOG_WIDTH)
 
 
 class Display:
@@ -74,6 +99,20 @@ class Display:
     def __init__(self, rank: int, console: Console | None = None) -> None:
         self._console = (console or _console()) if rank == 0 else None
 
+    @property
+    def unread(self) -> bool:
+        """Whether the reader of standard output is gone, on the first rank."""
+        return isinstance(self._console, PlainConsole) and self._console.unread
+
+    def check_read(self) -> None:
+        """At the end of a command that has nothing to save.
+
+        Raises:
+            BrokenPipeError: the reader of standard output is gone.
+        """
+        if self.unread:
+            raise BrokenPipeError
+
     @contextmanager
     def progress(self, label: str, total: Duration) -> Iterator[Shown]:
         """A line for one run, for the time of the block."""
@@ -82,10 +121,10 @@ class Display:
             yield Shown(console, None, None, label, total)
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + total.unit),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + total.unit, markup=False),
+            TextColumn("{task.fields[state]}", markup=False),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=console) as bar:
@@ -95,6 +134,12 @@ class Display:
         """One line of text."""
         if self._console is not None:
             self._console.print(text, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """One line of text on standard error, for what concerns the run's end rather than its results."""
+        if self._console is not None:
+            with suppress(OSError):  # nobody may be reading that either
+                print(text, file=sys.stderr, flush=True)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is text, the others are numbers."""

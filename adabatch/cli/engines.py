@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.checkpointing.checkpoints import Checkpoints, Loaded
 from adabatch.cli.optimizers import MakeOptimizer, is_second_order, optimizer_of
+from adabatch.options import EngineOptions
 from adabatch.runtime.launch.world import World
 
 EngineName = Literal["ddp", "fsdp2", "deepspeed"]
@@ -44,7 +45,7 @@ class Saving(Protocol):
     def __exit__(self, *error: Any) -> None: ...
 
 
-class Engine(NamedTuple):
+class JobEngine(NamedTuple):
     """A model and its optimizer on an engine.
 
     Args:
@@ -73,9 +74,10 @@ def engine_of(
     world: World,
     *,
     config: Path | None,
+    options: EngineOptions,
     micro_batch_size: int,
     averages: bool = True,
-) -> Engine:
+) -> JobEngine:
     """A model on the engine that a job names.
 
     Args:
@@ -84,6 +86,7 @@ def engine_of(
         make_optimizer: parameters, and for K-FAC the model, -> optimizer.
         world: the processes.
         config: the JSON file of DeepSpeed.
+        options: of the others.
         micro_batch_size: where DeepSpeed begins if its config says nothing.
         averages: False where local SGD averages, and the engine leaves the model as it is.
 
@@ -95,6 +98,8 @@ def engine_of(
     if name != "ddp" and not averages:
         raise ValueError(f"local_sgd trains a plain model on each process, got engine: {name}: leave one of them out")
     if name == "deepspeed":
+        if options != EngineOptions():
+            raise ValueError("engine_options is for ddp and fsdp2; deepspeed has them in its own config: leave it out")
         return _deepspeed(model, make_optimizer, world, config, micro_batch_size)
     if config is not None:
         raise ValueError(f"engine_config={config} is for engine: deepspeed; {name} has none: leave it out")
@@ -104,17 +109,25 @@ def engine_of(
         model = wrapped
     optimizer = optimizer_of(make_optimizer, model, averages=averages)
 
+    scaler = options.scaler
+
     def update() -> None:
-        optimizer.step()
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
         optimizer.zero_grad()
 
-    return Engine(
+    return JobEngine(
         model=model,
         forward=model,
         optimizer=optimizer,
-        batches=lambda criterion, **options: AdaptiveBatch(model, optimizer, criterion, **options),
+        batches=lambda criterion, **others: AdaptiveBatch(model, optimizer, criterion, engine=options, **others),
         update=update,
-        checkpoints=lambda folder, **parts: Checkpoints(folder, model=model, optimizer=optimizer, **parts),
+        checkpoints=lambda folder, **parts: Checkpoints(
+            folder, model=model, optimizer=optimizer, scaler=scaler, **parts
+        ),
         runs_alone=name == "ddp" or world.size == 1,
     )
 
@@ -125,7 +138,7 @@ def _deepspeed(
     world: World,
     config: Path | None,
     micro_batch_size: int,
-) -> Engine:
+) -> JobEngine:
     if config is None:
         raise ValueError("engine: deepspeed needs engine_config, DeepSpeed's JSON file, such as launch/deepspeed.json")
     try:
@@ -161,7 +174,7 @@ def _deepspeed(
         # DeepSpeed writes at once, unless its own config says otherwise, and compares no configs.
         return DeepSpeedCheckpoints(folder, engine=engine, **parts)
 
-    return Engine(
+    return JobEngine(
         model=engine,
         forward=forward,
         optimizer=engine.basic_optimizer,

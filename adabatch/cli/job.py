@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,21 +27,40 @@ from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.cli.display import Display
 from adabatch.cli.engines import EngineName, engine_of
 from adabatch.cli.optimizers import MakeOptimizer, observe
+from adabatch.cli.run_folder import mark_finished, run_folder
 from adabatch.cli.schedule.recorded import CHECKPOINTS, JOURNAL
 from adabatch.guards.preemption import Preemption
 from adabatch.guards.watchdog import Watchdog
-from adabatch.lr.rules import LRRule
+from adabatch.lr.rules import LRRule, Setting
 from adabatch.lr.shapes import Shape, constant
+from adabatch.options import EngineOptions, Guard, Measure
 from adabatch.recipes.data import collate
-from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.collectives import Collectives, workers_of
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.launch.world import World
 from adabatch.runtime.local_sgd import LocalSGD
-from adabatch.runtime.probes.layers import PerLayer
 from adabatch.runtime.scheduler import ClockKind, ProgressLR
 
 CONFIG_FORMAT = 1
 EVALUATION_BATCH = 1024
+STOPPED_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Ctrl-C too: launchers hand it on, so that a process may get it twice. Ctrl-\\ (SIGQUIT) ends a run at once."""
+MOST = 2**31 - 1
+COUNTS = MappingProxyType(
+    {
+        "micro_batch_size": MOST,
+        "max_micro_batch_size": MOST,
+        "reference_batch_size": MOST,
+        "tokens_per_example": MOST,
+        "num_workers": 1024,
+        "check_every": MOST,
+        "control.interval": MOST,
+        "control.hold": MOST,
+        "checkpoint.keep": MOST,
+    }
+)
+"""Largest values of the counts of a job. Whatever lies above is a slip of the hand, and some of them, such as a million
+loading processes, would take the machine down before anything else could refuse them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +104,28 @@ class Job:
             memory, it stays as it is (not under fsdp2 and deepspeed).
         control: how cautiously the criterion is followed.
         lr_rule: how the learning rate follows the batch; by default "sqrt" for second-order optimizers, else "none".
+        follow: what else follows the batch: betas, eps, weight_decay.
         reference_batch_size: global batch size that the learning rate is meant for; by default the first one.
         shape: learning-rate schedule over the run, from adabatch.lr.
         warmup: linear warm-up of the learning rate before the shape, a duration or a share of the total (0.1).
         clock: what the shape's progress counts: "total" the unit of the total, "gain" gain-steps towards it.
         tokens_per_example: lets durations be given in tokens.
-        monitor: measure the noise although nothing needs it.
-        record_l1: record the l1 norm of the gradient, which `adabatch schedule refine --kind adam` reads.
+        measure: what is measured beside what the criterion needs: noise (monitor), the l1 norm that `adabatch schedule
+            refine --kind adam` reads (l1), layers and their weights.
         local_sgd: adabatch.LocalSGD with its arguments, without model and optimizer, for workers that step on their own
             and average now and then; by default gradients are averaged at every step.
-        per_layer: write the noise of each layer to the journal: of each module, or of each parameter group.
         engine: what averages gradients over the processes: "ddp", "fsdp2" or "deepspeed".
         engine_config: the JSON file of DeepSpeed.
+        engine_options: when gradients are reduced (gradient_sync) and by what losses are scaled (scaler, such as
+            torch.amp.GradScaler, for a model that runs in float16 by itself). Not for deepspeed, whose own config says
+            it.
         seed: of the weights, the order of the data and everything random.
         num_workers: loading processes a rank.
-        out: folder for journal, checkpoints and picture.
+        out: folder for journal, checkpoints and picture. By default that of the same job's unfinished run, if it is the
+            newest in runs, or a new folder runs/<date>-<n>; runs/latest is a link to it.
         checkpoint: where and how often to save, and whether to go on from there.
         hang_timeout: seconds without a move after which a rank counts as hanging, and all end; null for no watchdog.
-        check_every: steps from one check for drifted ranks to the next; null for none.
+        guard: what is checked: updates that are not finite (skip_nonfinite), ranks that drift (check_every).
     """
 
     format: int = CONFIG_FORMAT
@@ -115,23 +141,23 @@ class Job:
     max_micro_batch_size: int | None = None
     control: Control | None = None
     lr_rule: LRRule | None = None
+    follow: tuple[Setting, ...] = ()
     reference_batch_size: int | None = None
     shape: Shape | None = None
     warmup: Duration | float | None = None
     clock: ClockKind = "total"
     tokens_per_example: int | None = None
-    monitor: bool = False
-    record_l1: bool = False
-    per_layer: PerLayer | None = None
+    measure: Measure = Measure()
     local_sgd: Callable[[nn.Module, Optimizer], LocalSGD] | None = None
     engine: EngineName = "ddp"
     engine_config: Path | None = None
+    engine_options: EngineOptions = EngineOptions()
     seed: int = 0
     num_workers: int = 0
-    out: Path = Path("runs/latest")
+    out: Path | None = None
     checkpoint: Checkpointing = Checkpointing()
     hang_timeout: float | None = 300.0
-    check_every: int | None = None
+    guard: Guard = Guard()
 
     def __post_init__(self) -> None:
         if self.format != CONFIG_FORMAT:
@@ -144,6 +170,10 @@ class Job:
         for name, base in bases.items():
             if type(getattr(self, name)) is base:
                 raise ValueError(f"{name} needs a class_path, such as my_package.my_module.MyClass, and got none")
+        for name, most in COUNTS.items():
+            count = attrgetter(name)(self) if self.control or "control" not in name else None
+            if count is not None and count > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
         if self.hang_timeout is not None and not 0 < self.hang_timeout < math.inf:
             raise ValueError(
                 f"hang_timeout must be a positive number of seconds, or null for no watchdog, got {self.hang_timeout}"
@@ -180,7 +210,7 @@ class Result(NamedTuple):
 
 
 def run(job: Job, world: World, *, display: Display, label: str, config: Mapping[str, Any] | None = None) -> Result:
-    """Trains, tests and writes journal and checkpoints into ``job.out``; goes on from a checkpoint that is there.
+    """Trains, tests and writes journal and checkpoints into the job's folder; goes on from a checkpoint that is there.
 
     Args:
         job: what to train.
@@ -194,6 +224,10 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         CheckpointError: a checkpoint could not be written, or all that are there are damaged.
     """
     device = world.device
+    out = job.out
+    if out is None:
+        ranks = workers_of(None, device=device)
+        out = run_folder(config, ranks, resume=job.checkpoint.resume, display=display)
     model = job.model.to(device)
     engine = engine_of(
         job.engine,
@@ -201,6 +235,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         job.optimizer,
         world,
         config=job.engine_config,
+        options=job.engine_options,
         micro_batch_size=job.micro_batch_size,
         averages=job.local_sgd is None,
     )
@@ -214,8 +249,10 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         loss: Tensor = job.loss(outputs, targets)
         return loss
 
-    grows = (job.max_micro_batch_size or 0) > job.micro_batch_size
-    journal = job.out / JOURNAL
+    guard = job.guard
+    if guard.trial is None and (job.max_micro_batch_size or 0) > job.micro_batch_size and engine.runs_alone:
+        guard = replace(guard, trial=partial(loss_of, counts=False))
+    journal = out / JOURNAL
     batches = engine.batches(
         job.criterion,
         micro_batch_size=job.micro_batch_size,
@@ -223,13 +260,11 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         max_micro_batch_size=job.max_micro_batch_size,
         control=job.control,
         lr_rule=job.lr_rule,
+        follow=job.follow,
         reference_batch_size=job.reference_batch_size,
         tokens_per_example=job.tokens_per_example,
-        monitor=job.monitor,
-        record_l1=job.record_l1,
-        per_layer=job.per_layer,
-        trial=partial(loss_of, counts=False) if grows and engine.runs_alone else None,
-        check_every=job.check_every,
+        measure=job.measure,
+        guard=guard,
         local_sgd=local,
         journal=journal,
     )
@@ -239,7 +274,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     order = GlobalOrder(job.train_data, seed=job.seed, collate_fn=collate, num_workers=job.num_workers)
     saving = job.checkpoint
     checkpoints = engine.checkpoints(
-        saving.directory or job.out / CHECKPOINTS,
+        saving.directory or out / CHECKPOINTS,
         batches=batches,
         schedule=schedule,
         order=order,
@@ -250,7 +285,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         keep=saving.keep,
         background=saving.background,
     )
-    with Preemption(batches) as preemption, checkpoints:
+    with Preemption(batches, signals=STOPPED_BY) as preemption, checkpoints:
         if not saving.resume:
             checkpoints.start_over()
         elif (loaded := checkpoints.load(missing_ok=True)) is not None:
@@ -271,6 +306,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                     noise_scale=batches.noise_scale,
                 )
                 checkpoints.step()
+                if display.unread:
+                    preemption.request()
                 if preemption.agreed:
                     break
         preempted = not batches.consumed.reached(job.total)
@@ -287,6 +324,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     batches.remove()
     if local is not None:
         local.remove()
+    if world.rank == 0 and not preempted and job.out is None:
+        mark_finished(out)
     num_steps, num_examples = batches.progress.steps, batches.consumed.examples
     return Result(label, num_steps, num_examples, seconds, test_loss, accuracy, journal, preempted)
 

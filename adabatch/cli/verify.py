@@ -91,5 +91,6 @@ def _check_settings(job: Job, training: Training) -> None:
         lr_rule=job.lr_rule,
         reference_batch_size=job.reference_batch_size,
         tokens_per_example=job.tokens_per_example,
-        monitor=job.monitor,
+        follow=job.follow,
+        measure=job.measure,
     ).remove()

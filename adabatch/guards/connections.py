@@ -16,12 +16,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-import torch
-
 from adabatch.runtime.collectives import Collectives
 
-_INVITATION = 256
-"""Bytes of the message that tells the ranks where to connect."""
+_GREETING = 256
+"""Bytes of a greeting at most: more come from a stranger."""
 
 _PATIENCE = 5.0
 """Seconds that a message may wait for a rank to take it; one that is frozen must not freeze the others."""
@@ -60,7 +58,8 @@ class Connections:
         token = secrets.token_hex(16)
         with socket.create_server(("", 0), backlog=collectives.size) as server:
             host = socket.gethostname()
-            _tell(collectives, json.dumps([host, address or host, server.getsockname()[1], token]))
+            invitation = json.dumps([host, address or host, server.getsockname()[1], token])
+            collectives.gather_bytes(invitation.encode())
             server.settimeout(timeout)
             while len(self._peers) < collectives.size - 1:
                 peer, _ = server.accept()
@@ -71,7 +70,7 @@ class Connections:
                         self._peers[int(rank)] = peer
 
     def _join(self, collectives: Collectives, timeout: float) -> None:
-        host, address, port, token = json.loads(_tell(collectives, ""))
+        host, address, port, token = json.loads(collectives.gather_bytes(b"")[0])
         near = host == socket.gethostname() and host == address
         peer = socket.create_connection(("127.0.0.1" if near else address, port), timeout=timeout)
         peer.sendall(f"{token} {collectives.rank}\n".encode())
@@ -116,20 +115,11 @@ def _close(star: Connections | None) -> None:
             peer.close()
 
 
-def _tell(collectives: Collectives, text: str) -> str:
-    """The text of rank 0, on every rank."""
-    data = torch.zeros(_INVITATION, dtype=torch.float64, device=collectives.device)
-    if collectives.rank == 0:
-        said = text.encode()
-        data[: len(said)] = torch.tensor(list(said), dtype=torch.float64)
-    return bytes(int(number) for number in collectives.sum(data).tolist()).rstrip(b"\0").decode()  # host sync
-
-
 def _line(peer: socket.socket) -> str:
     data = b""
     while not data.endswith(b"\n"):
         piece = peer.recv(1)
-        if not piece or len(data) > _INVITATION:
+        if not piece or len(data) > _GREETING:
             raise ValueError("not a rank of this run")
         data += piece
     return data.decode()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-from adabatch.runtime.collectives import Collectives
+from adabatch.batch.plan import BatchPlan
+from adabatch.runtime.collectives import Collectives, digest_of
 from adabatch.runtime.data.permutation import mixed
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.fsdp2 import own_piece, units_of
+from adabatch.runtime.observers import Moment, Phase, StepObserver
+from adabatch.runtime.step_hooks import host_value
 
 _BLOCK = 1 << 18
 """Elements that are hashed at a time: 6 MiB of memory."""
@@ -23,6 +28,57 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 class RanksDrifted(RuntimeError):
     """Ranks hold different weights or plans, though they should hold the same; the message names them."""
+
+
+class ComparedRun(Protocol):
+    """What a drift check reads of a run."""
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan of the next step."""
+        ...
+
+    def held(self) -> object:
+        """What all ranks must hold alike beside the weights, told apart by its ``repr``."""
+        ...
+
+
+class DriftCheck(StepObserver):
+    """Checks before every so many steps that no rank drifted.
+
+    Args:
+        engine: whose copies are compared.
+        optimizer: whose learning rates are compared.
+        run: whose plans are compared.
+        every: steps from one check to the next.
+        observers: hear that a check begins.
+
+    Raises:
+        ValueError: an engine that lets copies differ, as local SGD does.
+    """
+
+    def __init__(
+        self, engine: Engine, optimizer: Optimizer, run: ComparedRun, *, every: int, observers: StepObserver
+    ) -> None:
+        if not engine.copies:
+            raise ValueError("check_every compares weights, and local_sgd lets those of workers differ: leave one out")
+        self._engine = engine
+        self._optimizer = optimizer
+        self._run = run
+        self._every = every
+        self._observers = observers
+
+    def before(self, step: int) -> None:
+        """The check, where it is due.
+
+        Raises:
+            RanksDrifted: on all ranks.
+        """
+        if step % self._every == 0:
+            self._observers.at(Phase.DRIFT_CHECK, Moment(step, self._run.plan))
+            rates = [host_value(group["lr"]) for group in self._optimizer.param_groups]
+            held = (self._run.held(), rates)
+            check_same(self._engine.collectives, self._engine.model, plan=held, when=f"before step {step}")
 
 
 @torch.no_grad()
@@ -38,18 +94,13 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
         bits = _bits_of(own_piece(tensor)[0])
         odd = odd.to(bits.device)
         sums += [(block.to(torch.int64) * odd[: len(block)]).sum() for block in torch.split(bits, _BLOCK)]
-    return hash_of(torch.stack([each.to(odd.device) for each in sums]).tolist() if sums else [])  # host sync
+    return digest_of(torch.stack([each.to(odd.device) for each in sums]).tolist() if sums else [])  # host sync
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
     """The elements as integers of the same width, shape (num_elements,)."""
     values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return values.detach().contiguous().view(-1).view(_INTEGERS[values.element_size()])
-
-
-def hash_of(value: object) -> int:
-    """48 bits of what ``repr`` says, which a float64 holds exactly."""
-    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6])
 
 
 def shard_of(tensors: Iterable[Tensor]) -> int:
@@ -60,7 +111,7 @@ def shard_of(tensors: Iterable[Tensor]) -> int:
             place: list[int] = list(tensor.device_mesh.get_coordinate() or ())
             cut = [not placement.is_replicate() for placement in tensor.placements]
             pieces.append(tuple(at for at, is_cut in zip(place, cut, strict=True) if is_cut))
-    return hash_of(sorted(set(pieces)))
+    return digest_of(sorted(set(pieces)))
 
 
 def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when: str) -> None:
@@ -78,19 +129,10 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
     Raises:
         RanksDrifted: on all ranks.
     """
-    for unit in units_of(model).values():
-        unit.reshard()  # after a forward without a backward its root holds whole parameters
-    tensors = list(model.parameters())
-    mine = (hash_of(plan), shard_of(tensors), fingerprint(tensors))
-    table = torch.zeros(collectives.size, len(mine), dtype=torch.float64, device=collectives.device)
-    table[collectives.rank] = torch.tensor(mine, dtype=torch.float64)
-    rows = collectives.sum(table).tolist()  # host sync
-    copies: dict[float, dict[int, float]] = defaultdict(dict)
-    for rank, (_, shard, digest) in enumerate(rows):
-        copies[shard][rank] = digest
+    rows, copies = _held(collectives, model, plan)
     compared = [
         ({rank: row[0] for rank, row in enumerate(rows)}, "plans"),
-        *((held, "weights") for held in copies.values()),
+        *((held, "weights") for held in copies),
     ]
     found = [_apart(held, what) for held, what in compared if len(set(held.values())) > 1]
     if found:
@@ -100,15 +142,38 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
         )
 
 
-def _apart(held: dict[int, float], what: str) -> str:
-    """Who differs from most; all, where there is no majority."""
+def odd_ranks(collectives: Collectives, model: nn.Module) -> list[int]:
+    """The ranks whose weights are not those of most that hold copies of the same; of two, the second."""
+    _, copies = _held(collectives, model, None)
+    return sorted(rank for held in copies for group in _groups(held)[1:] for rank in group)
+
+
+def _held(collectives: Collectives, model: nn.Module, plan: object) -> tuple[list[list[float]], list[dict[int, float]]]:
+    """What each rank holds (plan, shard, weights), and, for each shard, the weights of the ranks that hold it."""
+    for unit in units_of(model).values():
+        unit.reshard()  # after a forward without a backward its root holds whole parameters
+    tensors = list(model.parameters())
+    rows = collectives.gather_of(digest_of(plan), shard_of(tensors), fingerprint(tensors))
+    copies: dict[float, dict[int, float]] = defaultdict(dict)
+    for rank, (_, shard, digest) in enumerate(rows):
+        copies[shard][rank] = digest
+    return rows, list(copies.values())
+
+
+def _groups(held: dict[int, float]) -> list[list[int]]:
+    """Ranks that hold the same, the most first; of equally many, the first."""
     groups: dict[float, list[int]] = defaultdict(list)
     for rank, digest in held.items():
         groups[digest].append(rank)
-    largest = max(groups.values(), key=len)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def _apart(held: dict[int, float], what: str) -> str:
+    """Who differs from most; all, where there is no majority."""
+    largest, *others = _groups(held)
     if 2 * len(largest) <= len(held):
-        names = " and ".join(str(ranks)[1:-1] for ranks in groups.values())
+        names = " and ".join(str(ranks)[1:-1] for ranks in (largest, *others))
         return f"ranks {names} hold different {what}, and there is no majority to say which are right"
-    drifted = sorted(rank for ranks in groups.values() if ranks is not largest for rank in ranks)
+    drifted = sorted(rank for ranks in others for rank in ranks)
     name = f"rank {drifted[0]} holds" if len(drifted) == 1 else f"ranks {str(drifted)[1:-1]} hold"
     return f"{name} other {what} than ranks {str(largest)[1:-1]}"

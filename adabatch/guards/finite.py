@@ -20,6 +20,16 @@ FindNonfinite = Callable[[Tensor], Tensor]
 """This rank's loss, shape () -> how much of loss and gradient is not finite: 0 where all is; shape (1,), float64."""
 
 
+def check_skip_nonfinite(value: object) -> None:
+    """Raises for what is no choice, which would be taken for one by its truth.
+
+    Raises:
+        ValueError: it is not True, False or "probed".
+    """
+    if not (isinstance(value, bool) or value == "probed"):
+        raise ValueError(f"skip_nonfinite must be True, False or 'probed', got {value!r}")
+
+
 def nonfinite_in(optimizer: Optimizer) -> FindNonfinite:
     """Looks through the gradients that an optimizer is about to apply: this rank's pieces of them.
 

@@ -5,27 +5,29 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+from adabatch.runtime.observers import Moment, Phase, StepObserver
+
 
 class Position(NamedTuple):
     """What a rank is doing.
 
     Args:
-        doing: a noun, such as "the backward"; of a step where ``step`` says which, else of the run.
+        phase: what; of a step where ``step`` says which, else of the run.
         step: number of the step, as in the journal.
         micro_batch: number of the micro-batch in it.
     """
 
-    doing: str
+    phase: Phase
     step: int | None = None
     micro_batch: int | None = None
 
     def __str__(self) -> str:
         """As an error names it."""
         part = "" if self.micro_batch is None else f" of micro-batch {self.micro_batch}"
-        return self.doing + part + ("" if self.step is None else f" of step {self.step}")
+        return self.phase + part + ("" if self.step is None else f" of step {self.step}")
 
 
-class Heartbeat:
+class Heartbeat(StepObserver):
     """The marks of one rank. All ranks of a run pass the same ones in the same order, so their number tells who waits.
 
     Attributes:
@@ -37,20 +39,20 @@ class Heartbeat:
     """
 
     def __init__(self) -> None:
-        self.place = Position("the time before the first step")
+        self.place = Position(Phase.START)
         self.moves = 0
         self.since = time.monotonic()
         self.between = True
         self.alarm: BaseException | None = None
 
-    def mark(self, doing: str, step: int, micro_batch: int | None = None, *, between: bool = False) -> None:
-        """The rank goes on to ``doing``.
+    def at(self, phase: Phase, moment: Moment) -> None:
+        """The rank goes on to another phase.
 
         Raises:
             BaseException: the alarm, where there is one.
         """
-        self.place = Position(doing, step, micro_batch)
-        self.between = between
+        self.place = Position(phase, moment.step, moment.micro_batch)
+        self.between = phase is Phase.BETWEEN
         self.since = time.monotonic()
         self.moves += 1
         if self.alarm is not None:

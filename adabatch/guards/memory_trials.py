@@ -14,14 +14,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from adabatch.batch.plan import BatchPlan
-from adabatch.runtime.data import Portion
+from adabatch.batch.plan import BatchPlan, Progress
+from adabatch.runtime.data import Feed, Portion
 from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.observers import Moment, Phase, StepObserver
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.random_state import random_state, restore_random_state
 
@@ -36,11 +37,24 @@ _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "_STATU
 """What torch, the CPU's allocator, cuBLAS and cuDNN say, where they raise a plain ``RuntimeError``."""
 
 
+class TriedRun(Protocol):
+    """What a trial reads of a run, and tells it."""
+
+    @property
+    def consumed(self) -> Progress:
+        """What all steps consumed so far."""
+        ...
+
+    def restrict(self, micro_sizes: tuple[int, ...]) -> BatchPlan:
+        """From now on plans use these micro-batch sizes only; returns the next plan."""
+        ...
+
+
 class Trials:
     """The micro-batch sizes that were tried so far, and how that went; the same on all ranks.
 
     Args:
-        loss_of: the loss of a micro-batch.
+        loss_of: the loss of a micro-batch; None tries nothing.
         engine: of the model.
         probe: measures it, and needs memory of its own; None for none.
         sizes: micro-batch sizes that a plan may use, ascending; the smallest is never tried.
@@ -49,19 +63,9 @@ class Trials:
         ValueError: a model whose forward waits for other ranks, so that one rank cannot fail by itself; a single size.
     """
 
-    def __init__(self, loss_of: TrialLoss, engine: Engine, probe: Probe | None, sizes: Sequence[int]) -> None:
-        if not engine.runs_alone:
-            raise ValueError(
-                f"trial= lets each rank run a micro-batch by itself, and in the forward of this "
-                f"{type(engine.model).__name__} the ranks gather shards from each other, so that one without memory "
-                f"would leave the others waiting: leave trial= out, and give a max_micro_batch_size that is known to "
-                f"fit"
-            )
-        if len(sizes) == 1:
-            raise ValueError(
-                f"trial= tries larger micro-batches, and this run has none but {sizes[0]}: give a "
-                f"max_micro_batch_size above it, or leave trial= out"
-            )
+    def __init__(self, loss_of: TrialLoss | None, engine: Engine, probe: Probe | None, sizes: Sequence[int]) -> None:
+        if loss_of is not None:
+            _check_can_try(engine, sizes)
         self._loss_of = loss_of
         self._engine = engine
         self._probe = probe
@@ -83,7 +87,11 @@ class Trials:
 
     def is_due(self, plan: BatchPlan) -> bool:
         """Whether the micro-batch of a plan is larger than any that was run."""
-        return plan.micro_batch_size > self._fits
+        return self._loss_of is not None and plan.micro_batch_size > self._fits
+
+    def over(self, feed: Feed, run: TriedRun, observers: StepObserver) -> Feed:
+        """The feed with portions whose micro-batch every rank has the memory for, as far as that is tried."""
+        return feed if self._loss_of is None else _TriedFeed(feed, self, run, observers)
 
     def run(self, plan: BatchPlan, portion: Portion) -> tuple[Portion, bool]:
         """Runs the first micro-batch of a step on all ranks, for nothing.
@@ -141,6 +149,7 @@ class Trials:
 
     def _run(self, batch: Any, plan: BatchPlan) -> None:
         """One micro-batch, or, where steps accumulate, a second one beside the gradient of the first."""
+        assert self._loss_of is not None
         if self._probe is not None:
             self._probe.start(self._engine.collectives.size)
         for _ in range(min(2, plan.accumulation_steps)):
@@ -181,13 +190,15 @@ class Trials:
         found, self._found = self._found, []
         return {"out_of_memory": found} if found else {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was found: plain numbers, equal on all ranks."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """What was found: plain numbers, equal on all ranks; None where nothing is tried."""
+        if self._loss_of is None:
+            return None
         return {"sizes": list(self._declared), "fits": self._fits, "too_large": self._too_large}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Goes on from what a run found that had the same sizes; with others, or None, everything is tried anew."""
-        if state is None or tuple(state["sizes"]) != self._declared:
+        if state is None or self._loss_of is None or tuple(state["sizes"]) != self._declared:
             state = {"fits": self._declared[0], "too_large": None}
         self._fits, self._too_large = state["fits"], state["too_large"]
 
@@ -197,3 +208,43 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
+def _check_can_try(engine: Engine, sizes: Sequence[int]) -> None:
+    if not engine.runs_alone:
+        raise ValueError(
+            f"trial= lets each rank run a micro-batch by itself, and in the forward of this "
+            f"{type(engine.model).__name__} the ranks gather shards from each other, so that one without memory "
+            f"would leave the others waiting: leave trial= out, and give a max_micro_batch_size that is known to "
+            f"fit"
+        )
+    if len(sizes) == 1:
+        raise ValueError(
+            f"trial= tries larger micro-batches, and this run has none but {sizes[0]}: give a "
+            f"max_micro_batch_size above it, or leave trial= out"
+        )
+
+
+class _TriedFeed:
+    """Portions whose micro-batch every rank has the memory for."""
+
+    def __init__(self, feed: Feed, trials: Trials, run: TriedRun, observers: StepObserver) -> None:
+        self._feed = feed
+        self._trials = trials
+        self._run = run
+        self._observers = observers
+
+    def take(self, plan: BatchPlan) -> Portion | None:
+        """The portion of the next step, whose plan the trial may change."""
+        portion = self._feed.take(plan)
+        while portion is not None and self._trials.is_due(plan):
+            self._observers.at(Phase.TRIAL, Moment(self._run.consumed.steps, plan))
+            portion, fits = self._trials.run(plan, portion)
+            if not fits:
+                plan = self._run.restrict(self._trials.sizes)
+                portion = self._feed.take(plan)
+        return portion
+
+    def consumed(self, portion: Portion) -> None:
+        """The step has run."""
+        self._feed.consumed(portion)

@@ -7,12 +7,13 @@ makes a reduction of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.observers import Rider
 
 INTERVAL = 16
 """Steps that reduce nothing from one reduction of wishes to the next: one host sync in so many steps."""
@@ -25,7 +26,7 @@ def _never() -> bool:
     return False
 
 
-class Votes:
+class Votes(Rider):
     """What the ranks of a run agreed on.
 
     Attributes:
@@ -64,19 +65,14 @@ class Votes:
         """This rank wishes to stop; safe in a signal handler."""
         self._stop_voted = True
 
-    def outgoing(self, like: Tensor) -> list[Tensor]:
-        """What rides on a reduction: shape (1,), of the type and place of ``like``; nothing where nobody listens."""
-        if not self._listening:
-            return []
-        return [torch.tensor([self._wishes()], dtype=like.dtype, device=like.device)]
+    def outgoing(self, device: torch.device) -> Tensor:
+        """This rank's wishes, shape (1,); nothing, shape (0,), where nobody listens."""
+        return torch.tensor([self._wishes()] * self._listening, dtype=torch.float64, device=device)
 
-    def incoming(self, totals: list[float]) -> list[float]:
-        """Takes the sum of what the ranks sent off the end of a reduction, and returns the rest."""
-        if not self._listening:
-            return totals
-        *rest, wishes = totals
-        self._hear(wishes)
-        return rest
+    def incoming(self, totals: Sequence[float]) -> None:
+        """The wishes of all ranks."""
+        if totals:
+            self._hear(*totals)
 
     def step_without_reduction(self) -> None:
         """At the end of a step that reduces nothing."""

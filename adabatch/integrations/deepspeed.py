@@ -19,10 +19,12 @@ from torch.optim import Optimizer
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan
-from adabatch.optim import KFAC
+from adabatch.lr.follow import Followers
+from adabatch.options import Measure
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.engines.backward import Backward
 from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.optimizer_traits import ChecksRanks, NeedsWholeGradients
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions
 
@@ -56,10 +58,9 @@ def attach(
         engine: as ``deepspeed.initialize`` returned it, with an optimizer.
         criterion: which batch size to ask for.
         micro_batch_size: examples in one forward and backward on one rank; by default the engine's.
-        options: everything else that ``AdaptiveBatch`` takes, but for ``probe``, ``gradient_sync``, ``scaler``
-            and ``local_sgd``.
-            ``record_l1`` and ``per_layer`` only with ZeRO 0: with the others all that is known of a step's gradient is
-            its norm.
+        options: everything else that ``AdaptiveBatch`` takes, but for ``probe``, ``engine`` and ``local_sgd``.
+            ``Measure(l1=, layers=)`` only with ZeRO 0: with the others all that is known of a step's gradient is its
+            norm.
 
     Raises:
         ValueError: as ``AdaptiveBatch`` does; and an engine whose gradients cannot be measured: pipeline, tensor,
@@ -205,9 +206,9 @@ def _refusals(engine: Any) -> dict[str, bool]:
         "Muon puts its orthogonal update in the place of the gradient before the norm is taken; use another "
         "optimizer": type(engine.basic_optimizer).__name__.startswith("Muon"),
         "its optimizer looks at whole gradients or layers, of which ZeRO 1 to 3 hand it flat pieces; use ZeRO 0, DDP "
-        "or FSDP2": stage > 0 and type(engine.basic_optimizer).__module__.startswith("adabatch.optim"),
+        "or FSDP2": stage > 0 and isinstance(engine.basic_optimizer, NeedsWholeGradients),
         "K-FAC cannot be told of the ranks of an engine, and would take its factors from each one's own examples; use "
-        "DDP or FSDP2": isinstance(engine.basic_optimizer, KFAC) and engine.dp_world_size > 1,
+        "DDP or FSDP2": isinstance(engine.basic_optimizer, ChecksRanks) and engine.dp_world_size > 1,
         "it updates a part of the parameters by a second optimizer; leave `ratio` out of `offload_optimizer`": (
             getattr(engine.optimizer, "backup_optimizer", None) is not None
         ),
@@ -232,18 +233,19 @@ def _asked(engine: Any, question: str) -> bool:
 
 
 def _check_options(engine: Any, options: dict[str, Any]) -> None:
-    for name in ("probe", "gradient_sync", "scaler", "engine", "local_sgd"):
+    for name in ("probe", "engine", "local_sgd"):
         if options.get(name) is not None:
             way_out = ", or use DDP or FSDP2 for one of your own" if name == "probe" else ""
-            raise ValueError(f"attach chooses {name}= from the engine: leave it out{way_out}")
-    for name in ("record_l1", "per_layer"):
-        if options.get(name) and engine.zero_optimization_stage() > 0:
+            raise ValueError(f"attach chooses {name}= from the DeepSpeed engine: leave it out{way_out}")
+    measure = options.get("measure", Measure())
+    for name in ("l1", "layers"):
+        if getattr(measure, name) and engine.zero_optimization_stage() > 0:
             raise ValueError(
                 f"{name} needs the step's gradient itself, of which ZeRO {engine.zero_optimization_stage()} shows the "
                 f"norm only: leave it out, or use ZeRO 0"
             )
     kind = type(engine.basic_optimizer)
-    if "betas" in options.get("follow", ()) and not kind.__module__.startswith("torch."):
+    if "betas" in Followers.of(options.get("follow", ())).settings and not kind.__module__.startswith("torch."):
         raise ValueError(
             f"follow='betas' needs the step counts of torch's own Adam, which {kind.__name__} of {kind.__module__} "
             f'keeps elsewhere: set "torch_adam": true in the config, give torch.optim.AdamW, or leave betas out'

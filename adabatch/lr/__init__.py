@@ -10,12 +10,16 @@ from adabatch.lr.bound import (
     bound_terms,
     discretize,
     linear_cooldown_limits,
+    linear_cooldown_ratio,
     longer_cooldown,
     transfer,
     two_stage,
 )
+from adabatch.lr.extend import ExtendedSchedule, FinishedRun, SavedSchedule, extended_schedules, finished_run
 from adabatch.lr.follow import Followers, UpdateRules, UpdateScaling
 from adabatch.lr.function_shape import FunctionShape
+from adabatch.lr.horizon import Horizon, ScheduleBound, schedule_bound
+from adabatch.lr.recorded import Recorded, read_recorded
 from adabatch.lr.refine import (
     last_iterate_guarantee,
     last_iterate_multipliers,
@@ -25,6 +29,7 @@ from adabatch.lr.refine import (
     stretch,
     to_last_iterate,
 )
+from adabatch.lr.refine_run import RefinedRun, refine_run, refined_bounds
 from adabatch.lr.shapes import (
     Shape,
     adjusted_infimum,
@@ -44,9 +49,16 @@ from adabatch.lr.shapes import (
 __all__ = [
     "BoundTerms",
     "CooldownLimits",
+    "ExtendedSchedule",
     "Extension",
+    "FinishedRun",
     "Followers",
     "FunctionShape",
+    "Horizon",
+    "Recorded",
+    "RefinedRun",
+    "SavedSchedule",
+    "ScheduleBound",
     "Shape",
     "UpdateRules",
     "UpdateScaling",
@@ -59,18 +71,25 @@ __all__ = [
     "cosine",
     "discretize",
     "exp_hyperbolic",
+    "extended_schedules",
+    "finished_run",
     "hyperbolic",
     "inverse_sqrt",
     "last_iterate_guarantee",
     "last_iterate_multipliers",
     "linear",
     "linear_cooldown_limits",
+    "linear_cooldown_ratio",
     "longer_cooldown",
     "median_filter",
     "piecewise",
     "polynomial",
+    "read_recorded",
     "refine",
+    "refine_run",
+    "refined_bounds",
     "refined_weights",
+    "schedule_bound",
     "stretch",
     "tabulated",
     "to_last_iterate",

@@ -212,6 +212,39 @@ def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
     )
 
 
+def linear_cooldown_ratio(
+    source: AnyShape, target: AnyShape, num_steps: int, target_steps: int | None = None
+) -> float | None:
+    """The closed form of ``transfer`` for long runs without warm-up at constant norms, as a factor on the base LR.
+
+    Args:
+        source, target: shapes.
+        num_steps: of the tuned run.
+        target_steps: of the new run; by default the same.
+
+    Returns:
+        The ratio of the limits ``linear_cooldown_limits`` gives, or None where one of the shapes is not a linear
+        cooldown to zero.
+    """
+    cooldowns = [_linear_cooldown(shape) for shape in (source, target)]
+    if not all(cooldowns):
+        return None
+    old, new = (linear_cooldown_limits(cooldown).best_base_lr for cooldown in cooldowns)
+    return new / old * math.sqrt(num_steps / (num_steps if target_steps is None else target_steps))
+
+
+def _linear_cooldown(shape: AnyShape) -> float:
+    """The share of a shape that cools down linearly to zero; 0 for shapes that do not, or not only."""
+    if not isinstance(shape, Shape):
+        return 0.0
+    settings = shape.settings
+    if shape.name == "linear" and settings["floor"] == 0:
+        return 1.0
+    if shape.name == "wsd" and settings["floor"] == 0 and settings["decay"] == "linear":
+        return float(str(settings["cooldown"]))
+    return 0.0
+
+
 def transfer(
     base_lr: float,
     source: AnyShape,

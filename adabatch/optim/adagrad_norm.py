@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -109,6 +109,9 @@ class AdaGradNorm(Optimizer):
     and 1e-10 are those of the AdaGrad-Norm in the AdAdaGrad experiments (Lau, Liu and Kolar 2024, public
     code), which unlike this one keeps a number for every output row.
     """
+
+    needs_whole_gradients: ClassVar[bool] = True
+    """It looks at the norm of the whole gradient."""
 
     def __init__(
         self,

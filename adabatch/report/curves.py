@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.journal import OneRun
+from adabatch.lr.recorded import OneRun
 
 Journal = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
 """A path to JSON lines, or the lines themselves, decoded or not."""

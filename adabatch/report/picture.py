@@ -32,8 +32,8 @@ def draw(runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, 
     The batch size is a step line on a base-2 axis; the learning rate is the applied one, a line for each
     parameter group; the noise scale shows each step's own estimate as a dot and the quotient of the averages
     as a line, on a log axis, without estimates that are not positive or lie far off; the loss shows each
-    step's faintly, and its mean over 2 % of the longest run. Where a journal has noise by layer (``per_layer=``), a
-    fifth panel below the noise scale shows the layers of the first run that has.
+    step's faintly, and its mean over 2 % of the longest run. Where a journal has noise by layer
+    (``Measure(layers=)``), a fifth panel below the noise scale shows the layers of the first run that has.
 
     Args:
         runs: the journal of a run (a path, or its lines), or several by label; the first is drawn on top.

@@ -63,9 +63,11 @@ class Collectives:
 
     def gather_of(self, *numbers: float) -> list[list[float]]:
         """A few host numbers of every rank, by rank."""
-        local = torch.tensor(numbers, dtype=torch.float64, device=self._device)
-        rows: list[list[float]] = self.gather(local).tolist()  # host sync
-        return rows
+        # Summed with the zeros of the others, not gathered: reductions alone go over a grid of groups.
+        rows = torch.zeros(self.size, len(numbers), dtype=torch.float64, device=self._device)
+        rows[self.rank] = torch.tensor(numbers, dtype=torch.float64)
+        found: list[list[float]] = self.sum(rows).tolist()  # host sync
+        return found
 
     def gather(self, row: Tensor) -> Tensor:
         """The rows of all ranks, shape (size, n), where each gives one, shape (n,)."""
@@ -133,12 +135,21 @@ class Collectives:
         assert len(self._groups) == 1, "only reductions go over a grid of groups"
         return self._groups[0]
 
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank, by rank; they may be of different lengths."""
+        sizes = [int(size) for (size,) in self.gather_of(len(data))]
+        rows = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
+        if data:
+            rows[self.rank, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        gathered = self.sum(rows.to(self._device)).cpu().numpy()  # host sync
+        return [row[:size].tobytes() for row, size in zip(gathered, sizes, strict=True)]
+
     def agree(self, value: object) -> bool:
         """Whether ``repr(value)`` is the same on all ranks; the answer is. Costs 16 bytes.
 
         A sum would not do: of ranks that hold 0, 1 and 2 the middle one sees the sum that it expects.
         """
-        digest = float(int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6]))  # 48 bits, exact in float64
+        digest = float(digest_of(value))
         least, minus_largest = self.minimum_of(digest, -digest)
         return least == -minus_largest
 
@@ -146,6 +157,11 @@ class Collectives:
         for group in reversed(self._groups):
             dist.all_reduce(values, op=op, group=group)
         return values
+
+
+def digest_of(value: object) -> int:
+    """48 bits of what ``repr`` says, which a float64 holds exactly."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6])
 
 
 class HostGroup:

@@ -47,8 +47,8 @@ class JoinedOptimizers(Optimizer):
         held = [id(p) for group in self.param_groups for p in group["params"]]
         if len(set(held)) < len(held):
             raise ValueError(
-                f"{' and '.join(self.names)} hold the same parameter, which would be updated twice: give each parameter "
-                f"to one of them"
+                f"{' and '.join(self.names)} hold the same parameter, which would be updated twice: give each "
+                f"parameter to one of them"
             )
         # Torch's constructor makes the dictionaries of hooks, and would make groups too: ours are those of the parts.
         super().__init__([{"params": []}], {})

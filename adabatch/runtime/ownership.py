@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any, NamedTuple, Protocol
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakMethod, ref
+
+from torch.utils.hooks import RemovableHandle
 
 
 class Owner(Protocol):
@@ -20,8 +23,8 @@ class _Claim(NamedTuple):
     hosts: list[ReferenceType[Any]]
 
 
-# The one table of the package that outlives a call. It holds nothing that a run reads, and keeps nothing alive: an owner
-# that is dropped is gone from it. An attribute on the user's optimizer or model would travel with its copies and
+# The one table of the package that outlives a call. It holds nothing that a run reads, and keeps nothing alive: an
+# owner that is dropped is gone from it. An attribute on the user's optimizer or model would travel with its copies and
 # pickles, and torch's dictionaries of hooks, where the predecessor could be found too, are private.
 _CLAIMS: WeakKeyDictionary[Owner, _Claim] = WeakKeyDictionary()
 
@@ -40,3 +43,25 @@ def take_over(owner: Owner, hosts: Iterable[object], *, kind: str) -> None:
             del _CLAIMS[other]
             other.give_way()
     _CLAIMS[owner] = _Claim(kind, [ref(host) for host in mine.values()])
+
+
+def remove_all(handles: list[RemovableHandle]) -> None:
+    """Takes hooks off, and empties the list."""
+    while handles:
+        handles.pop().remove()
+
+
+def held_weakly(call: Callable[..., Any]) -> Callable[[], Callable[..., Any] | None]:
+    """A method without its object, None once that is gone; any other callable as it is."""
+    return WeakMethod(call) if isinstance(call, MethodType) else lambda: call
+
+
+def called_weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that calls a method without keeping its object alive; it does nothing once that is gone."""
+    held = held_weakly(method)
+
+    def hook(*arguments: Any) -> Any:
+        call = held()
+        return None if call is None else call(*arguments)
+
+    return hook

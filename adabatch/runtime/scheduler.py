@@ -17,9 +17,9 @@ from adabatch.lr.clock import Anchor, Clock, share_of
 from adabatch.lr.function_shape import AnyShape, check_same_shape, shape_from
 from adabatch.lr.shapes import warmup_factor
 from adabatch.runtime.engines.backward import left_out
-from adabatch.runtime.optimizers import each_of, joined, without_rate
-from adabatch.runtime.ownership import take_over
-from adabatch.runtime.step_hooks import hook_step, put_setting, remove_all
+from adabatch.runtime.optimizers import each_of, joined, kind_of, without_rate
+from adabatch.runtime.ownership import remove_all, take_over
+from adabatch.runtime.step_hooks import hook_step, put_setting
 
 STATE_FORMAT = 1
 
@@ -154,8 +154,8 @@ class ProgressLR(LRScheduler):
         optimizer = joined(optimizer)
         if isinstance(optimizer, Optimizer) and (kind := without_rate(optimizer)) is not None:
             raise ValueError(
-                f"{kind} sets its learning rate itself (lr=None), which a schedule would undo: leave ProgressLR out, or "
-                f"give the optimizer a learning rate (Adafactor: relative_step=False)"
+                f"{kind} sets its learning rate itself (lr=None), so no schedule can: leave ProgressLR out, or give "
+                f"the optimizer a learning rate (Adafactor: relative_step=False)"
             )
         for group in optimizer.param_groups if isinstance(optimizer, Optimizer) else ():  # torch names what is none
             if not math.isfinite(group["lr"]):  # its optimizers take NaN
@@ -201,7 +201,7 @@ class ProgressLR(LRScheduler):
     def _check_in_place(self) -> None:
         if self._replaced:
             raise RuntimeError(
-                f"this ProgressLR was replaced by a newer one on the same {type(self.optimizer).__name__}: step that one"
+                f"this ProgressLR was replaced by a newer one on the same {kind_of(self.optimizer)}: step that one"
             )
 
     def _take_in_groups(self) -> None:

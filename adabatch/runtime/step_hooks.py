@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, MethodType
 from typing import Any, NamedTuple
-from weakref import WeakMethod, finalize
+from weakref import finalize
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adabatch.runtime.engines.backward import left_out
 from adabatch.runtime.optimizers import each_of
+from adabatch.runtime.ownership import held_weakly, remove_all
 
 
 def hook_step(
@@ -46,22 +47,11 @@ def hook_step(
     return handles
 
 
-def remove_all(handles: list[RemovableHandle]) -> None:
-    """Takes hooks off, and empties the list."""
-    while handles:
-        handles.pop().remove()
-
-
-def held_weakly(call: Callable[..., Any]) -> Callable[[], Callable[..., Any] | None]:
-    """A method without its object, None once that is gone; any other callable as it is."""
-    return WeakMethod(call) if isinstance(call, MethodType) else lambda: call
-
-
-def _runs_inside(frame: FrameType | None, outer: FrameType | None) -> bool:
-    while frame is not None and outer is not None:
-        if frame is outer:
+def _runs_inside(call: FrameType | None, outer: FrameType | None) -> bool:
+    while call is not None and outer is not None:
+        if call is outer:
             return True
-        frame = frame.f_back
+        call = call.f_back
     return False
 
 
@@ -78,8 +68,7 @@ class _Around:
 
     def enter(self, optimizer: Optimizer, *_: Any) -> None:
         """Torch's hook before a step."""
-        here = inspect.currentframe()
-        caller = None if here is None else here.f_back
+        caller = sys._getframe(1)  # inspect.currentframe() would have to be kept in a variable of the frame itself
         if _runs_inside(caller, self._outermost):
             return
         self._outermost = caller
@@ -89,8 +78,7 @@ class _Around:
 
     def leave(self, optimizer: Optimizer, *_: Any) -> None:
         """Torch's hook after a step."""
-        here = inspect.currentframe()
-        caller = None if here is None else here.f_back
+        caller = sys._getframe(1)  # inspect.currentframe() would have to be kept in a variable of the frame itself
         if caller is not self._outermost and _runs_inside(caller, self._outermost):
             return
         self._outermost = None  # frames keep what they worked on

@@ -8,15 +8,17 @@ rank found rides on the next such reduction, so that it costs 8 bytes and no wai
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from adabatch.batch.plan import BatchPlan
+from adabatch.runtime.observers import Moment, Phase, Rider, StepObserver
 
 
-class Stopwatch:
+class Stopwatch(StepObserver, Rider):
     """Times steps from one measured step to the next.
 
     Not timed, on all ranks alike, are spans in which the plan changed or a step was not of its plan, and the first one
@@ -39,24 +41,24 @@ class Stopwatch:
         self._num_steps = 0  # in the span
         self._pending: tuple[BatchPlan, float] | None = None  # what this rank found, and the others do not know yet
 
-    def ran(self, plan: BatchPlan, *, whole: bool) -> None:
-        """A step's micro-batches are run; ``whole`` says whether they are as many examples as its plan asks for."""
-        self._num_steps += 1
-        self._steady = self._steady and whole and plan == self._plan
-        self._plan = plan
+    def at(self, phase: Phase, moment: Moment) -> None:
+        """Counts a step whose micro-batches are run; a trial takes time that no step of the plan takes."""
+        if phase is Phase.TRIAL:
+            self._steady = False
+        if phase is Phase.MEASURING:
+            whole = moment.num_examples == moment.plan.global_batch_size
+            self._num_steps += 1
+            self._steady = self._steady and whole and moment.plan == self._plan
+            self._plan = moment.plan
 
-    def interrupt(self) -> None:
-        """Something took time that no step of the plan takes: the present span is not timed."""
-        self._steady = False
-
-    def outgoing(self, like: Tensor) -> list[Tensor]:
-        """What rides on a reduction: shape (1,), of the type and place of ``like``."""
+    def outgoing(self, device: torch.device) -> Tensor:
+        """This rank's share of the mean, shape (1,)."""
         seconds = math.nan if self._pending is None else self._pending[1]
-        return [torch.tensor([seconds / self._size], dtype=like.dtype, device=like.device)]
+        return torch.tensor([seconds / self._size], dtype=torch.float64, device=device)
 
-    def incoming(self, totals: list[float]) -> list[float]:
-        """Takes the sum of what the ranks sent off the end of a reduction, and returns the rest; a new span begins."""
-        *rest, seconds = totals
+    def incoming(self, totals: Sequence[float]) -> None:
+        """The mean of what the ranks sent; a new span begins."""
+        (seconds,) = totals
         self.timed = None
         if self._pending is not None and 0 < seconds < math.inf:  # not where a rank that was resumed alone had none
             self.timed = self._pending[0], seconds
@@ -65,4 +67,3 @@ class Stopwatch:
         if self._mark is not None and self._plan is not None and self._steady:
             self._pending = self._plan, (now - self._mark) / self._num_steps
         self._mark, self._steady, self._num_steps = now, True, 0
-        return rest

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from adabatch.batch.schedules import Constant
+from adabatch.guards.drift import fingerprint
 from adabatch.runtime.collectives import Collectives
-from adabatch.verification.equality import digest_of, largest_difference, state_of
+from adabatch.verification.equality import largest_difference, state_of
 from adabatch.verification.running import (
     Part,
     adaptive,
@@ -39,7 +40,7 @@ def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
             does not give the same weights again.
     """
     training, ranks = begin(make)
-    start = digest_of(training.model)
+    start = fingerprint(training.model.parameters())
     batches = adaptive(training, Constant(size_of(training, ranks, UNEVEN_ACCUMULATION)), probed=True)
     seen: list[list[Part]] = []
     left_out = 0

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-
-from torch import nn
 
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
-from adabatch.runtime.collectives import Collectives
+from adabatch.guards.drift import odd_ranks
 from adabatch.runtime.fsdp2 import is_sharded
-from adabatch.verification.equality import digest_of
 from adabatch.verification.running import (
     ACCUMULATION,
     adaptive,
@@ -42,7 +38,7 @@ def drift(make: Make) -> Check:
     training, ranks = begin(make)
     small, large = size_of(training, ranks, 1), size_of(training, ranks, ACCUMULATION)
     schedule = Stages(small, [Stage(steps(STEPS_BEFORE_CHANGE), large)])
-    differed_before = _odd_ranks(training.model, ranks)
+    differed_before = odd_ranks(ranks, training.model)
     # One micro-batch on one rank has no spread to measure.
     batches = adaptive(training, schedule, probed=ranks.size > 1)
     total = STEPS_BEFORE_CHANGE + STEPS_AFTER_CHANGE
@@ -60,7 +56,7 @@ def drift(make: Make) -> Check:
     applied = batches.progress.steps
     batches.remove()
     check_updated(training, batches)
-    odd = _odd_ranks(training.model, ranks)
+    odd = odd_ranks(ranks, training.model)
     planned = [1] * STEPS_BEFORE_CHANGE + [ACCUMULATION] * STEPS_AFTER_CHANGE
     scaler = None if training.scaler is None else training.scaler.state_dict()
     together = ranks.agree((made, applied, left_out, batches.state_dict(), scaler))
@@ -83,16 +79,6 @@ def drift(make: Make) -> Check:
         steps_made = f"{total} steps{skips or ','} over a change from 1 to {ACCUMULATION}"
         text = f"{ranks.size} ranks equal to the bit after {steps_made}"
     return Check("drift", not odd and not differed_before and together and bool(as_planned), measured, 0.0, text)
-
-
-def _odd_ranks(model: nn.Module, ranks: Collectives) -> list[int]:
-    """The ranks whose parameters are not those of most; of two, the second."""
-    if is_sharded(model):
-        return []
-    mine = [digest_of(model) if rank == ranks.rank else 0 for rank in range(ranks.size)]
-    digests = ranks.sum_of(*mine)  # exact: 48 bits, and zeros
-    (usual, _), *_ = Counter(digests).most_common()  # of equally many, the first
-    return [rank for rank, digest in enumerate(digests) if digest != usual]
 
 
 def _named(odd: Sequence[int]) -> str:

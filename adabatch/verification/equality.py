@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.runtime.collectives import Collectives
@@ -65,13 +64,3 @@ def _apart(a: Tensor, b: Tensor) -> float:
 def largest_of(value: float, ranks: Collectives) -> float:
     """The largest of all ranks."""
     return -ranks.minimum_of(-value)[0]
-
-
-def digest_of(model: nn.Module) -> int:
-    """48 bits of a hash over the bytes of all parameters that this rank holds."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        piece = own_piece(parameter.detach())[0].reshape(-1).contiguous().cpu()
-        digest.update(f"{name} {tuple(piece.shape)} {piece.dtype}".encode())
-        digest.update(piece.view(torch.uint8).numpy().tobytes())
-    return int.from_bytes(digest.digest()[:6])

@@ -10,8 +10,9 @@ import torch
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
+from adabatch.guards.drift import fingerprint
 from adabatch.runtime.data import GlobalOrder
-from adabatch.verification.equality import digest_of, largest_difference, state_of
+from adabatch.verification.equality import largest_difference, state_of
 from adabatch.verification.running import (
     ACCUMULATION,
     Randomness,
@@ -62,7 +63,7 @@ def resume(make: Make) -> Check:
         check_updated(training, batches)
         return state_of(training, batches)
 
-    start = digest_of(whole.model)
+    start = fingerprint(whole.model.parameters())
     expected = uninterrupted(whole)
     cut = again(make, whole, start, ranks)
     batches = adaptive(cut, schedule, probed=True)

@@ -15,11 +15,12 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.control import Limits
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Schedule
+from adabatch.guards.drift import fingerprint
+from adabatch.options import EngineOptions, Measure
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import GlobalOrder
 from adabatch.step import Step
-from adabatch.verification.equality import digest_of
 from adabatch.verification.training import Make, Training
 
 ACCUMULATION = 4
@@ -83,7 +84,7 @@ def again(make: Make, first: Training, start: int, ranks: Collectives) -> Traini
     training = make()
     anew = training.model is not first.model and training.optimizer is not first.optimizer
     anew &= training.scaler is None or training.scaler is not first.scaler
-    if ranks.minimum_of(anew, digest_of(training.model) == start) != [1.0, 1.0]:
+    if ranks.minimum_of(anew, fingerprint(training.model.parameters()) == start) != [1.0, 1.0]:
         raise ValueError(
             "make() must build another model, optimizer and scaler each time, and the same weights: seed torch in it, "
             "before the model is built"
@@ -112,9 +113,9 @@ def adaptive(training: Training, policy: Schedule, *, probed: bool) -> AdaptiveB
         policy,
         micro_batch_size=training.micro_batch_size,
         limits=Limits(min=min(policy.fixed_sizes), max=max(policy.fixed_sizes)),
-        monitor=probed,
         probe=training.probe if probed else None,
-        scaler=training.scaler,
+        measure=Measure(monitor=probed),
+        engine=EngineOptions(scaler=training.scaler),
     )
 
 

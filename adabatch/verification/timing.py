@@ -11,7 +11,7 @@ import torch
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Constant
-from adabatch.verification.equality import digest_of
+from adabatch.guards.drift import fingerprint
 from adabatch.verification.running import ACCUMULATION, adaptive, again, begin, size_of, update
 from adabatch.verification.training import Check, Make, Training
 
@@ -30,7 +30,7 @@ def cost(make: Make, *, num_pairs: int = 20, max_cost: float | None = None) -> C
     if num_pairs < 2:
         raise ValueError(f"quartiles need at least 2 pairs of steps, got {num_pairs}")
     probed, ranks = begin(make)
-    plain = again(make, probed, digest_of(probed.model), ranks)
+    plain = again(make, probed, fingerprint(probed.model.parameters()), ranks)
     policy = Constant(size_of(probed, ranks, ACCUMULATION))
     both = [adaptive(probed, policy, probed=True), adaptive(plain, policy, probed=False)]
     count = WARM_UP_PAIRS + num_pairs

@@ -119,6 +119,40 @@ def test_what_is_not_known_is_named_not_raised() -> None:
     assert Goodput().wanted(without) == math.inf
     no_noise = GradientMoments.from_noise(0.0, 1.0, part_size=1, num_examples=16)
     assert Goodput().wanted(without._replace(moments=no_noise)) == 0
+    assert Goodput().wanted(without._replace(moments=no_noise, times=StepTimes())) == 0
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.0])
+@pytest.mark.parametrize("is_timed", [False, True])
+def test_without_noise_the_plan_stands(signal: float, is_timed: bool) -> None:
+    """Micro-batches that are all the same, or a gradient of zero: the reason is said, and nothing divides by it."""
+    plan, state = GRID.nearest(16), ControlState()
+    for step in range(12):
+        decision = decide(
+            Goodput(),
+            GradientMoments(signal, 8, signal, 16, 2),
+            control=Control(),
+            limits=Limits(16, 4096),
+            grid=GRID,
+            plan=plan,
+            progress=Progress(examples=16 * (step + 1), steps=step + 1),
+            state=state,
+            timed=(plan, 0.1) if is_timed else None,
+        )
+        assert (decision.plan, decision.reason) == (plan, Reason.NO_NOISE)
+        state = decision.state
+
+
+def test_a_pause_moves_nothing() -> None:
+    """One step in five may take as long as it likes: the median counts."""
+    machine = StepTimeModel(5e-3, 1e-3, 1e-4, 1e-3, 4e-3)
+    calm, shaken = StepTimes(), StepTimes()
+    for size in (16, 32, 64, 128):
+        plan = GRID.nearest(size)
+        for sample in range(5):
+            calm = calm.after(plan, seconds(machine, plan))
+            shaken = shaken.after(plan, seconds(machine, plan) * (1000 if sample == 2 else 1))
+    assert Goodput().wanted(seen(2000, 64, shaken)) == Goodput().wanted(seen(2000, 64, calm))
 
 
 def test_it_says_what_it_needs_and_refuses_what_makes_no_sense() -> None:
@@ -150,7 +184,7 @@ def drive(machine: StepTimeModel, scale: float, *, num_steps: int = 40, **contro
         decision = decide(
             Goodput(),
             GradientMoments.from_noise(scale, 1.0, part_size=8, num_examples=size),
-            control=Control(memory=1, confidence=0.5, **control),
+            control=Control(memory=1, confidence=0.5, pace=math.inf, **control),
             limits=Limits(16, 4096),
             grid=GRID,
             plan=plan,
@@ -178,10 +212,11 @@ def test_it_grows_to_where_the_larger_batch_is_no_faster_and_stays() -> None:
 def test_a_busy_machine_keeps_the_small_batch_after_one_trial() -> None:
     machine = StepTimeModel(1e-6, 0.0, 1e-3, 0.0, 0.0)
     trial = drive(machine, 100.0)
-    assert {size for size, _ in trial} == {16, 32}, "by default the trial stands, and is the last"
-    assert trial[-1][1] == Reason.MONOTONE
-    returned = drive(machine, 100.0, monotone=False)
-    assert [size for size, _ in returned[-20:]] == [16] * 20, "and is left again where the batch may shrink"
+    assert {size for size, _ in trial} == {16, 32}
+    assert [size for size, _ in trial[-20:]] == [16] * 20, "it is left again"
+    standing = drive(machine, 100.0, monotone=True)
+    assert {size for size, _ in standing[-20:]} == {32}, "and stands where the batch may only grow"
+    assert standing[-1][1] == Reason.MONOTONE
 
 
 def test_without_a_time_the_plan_is_held() -> None:

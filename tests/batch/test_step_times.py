@@ -53,7 +53,9 @@ def test_a_machine_that_is_the_model_is_found_again() -> None:
     st.lists(st.tuples(st.sampled_from(SIZES), st.sampled_from(COUNTS)), min_size=4, max_size=12, unique=True),
     st.tuples(*[st.floats(1e-4, 1e-2)] * 5),
 )
-def test_one_world_size_predicts_its_own_plans(ranks: int, seen: list[tuple[int, int]], costs: tuple[float]) -> None:
+def test_one_world_size_predicts_its_own_plans(
+    ranks: int, seen: list[tuple[int, int]], costs: tuple[float, float, float, float, float]
+) -> None:
     """The three constants of a step cannot be told apart there, and their sum is what matters."""
     machine = StepTimeModel(*costs)
     if np.linalg.matrix_rank([[1, k, k * m] for m, k in seen]) < 3:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import TensorDataset
 
 import adabatch
-from adabatch import AdaptiveBatch, CheckpointError, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
-from adabatch.checkpointing.files import checkpoints_in
+from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch.checkpointing import CheckpointError
+from adabatch.checkpointing.files import checkpoints_in, finish, sealed
+from adabatch.options import Measure
 
 TOTAL = adabatch.examples(2000)
 
@@ -76,7 +79,7 @@ def made(
     return Run(model, stepped, batches, schedule, order, scaler)
 
 
-def train(run: Run, *, until: adabatch.Duration = TOTAL, each: Callable[[int], None] = lambda step: None) -> None:
+def train(run: Run, *, until: adabatch.batch.Duration = TOTAL, each: Callable[[int], None] = lambda step: None) -> None:
     """With a scaler whose unscaled gradients overflow at step 5, so that it leaves that update out."""
     for step in run.batches.steps(run.order, until=until):
         for batch in step:
@@ -245,6 +248,31 @@ def test_the_first_checkpoint_is_read_back_and_only_that(tmp_path: Path, monkeyp
     with pytest.raises(CheckpointError, match="what was written cannot be read back: Weights only load failed"):
         adabatch.save(tmp_path / "other", **other)
     assert checkpoints_in(tmp_path / "other") == {}
+
+
+def test_a_checkpoint_with_right_checksums_and_wrong_contents_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    (path,) = checkpoints_in(folder).values()
+    state = torch.load(path / "state.pt", weights_only=True)
+    for wrong, words in (
+        ([1, 2], "holds no state of order, model"),
+        ({"model": state["model"]}, "holds no state of order, optimizer"),
+        ({**state, "optimizer": {}}, "no part can make use of it .KeyError: 'param_groups'"),
+        ({**state, "model": 7}, "no part can make use of it .AttributeError"),
+    ):
+        shutil.rmtree(path)
+        path.mkdir()
+        torch.save(wrong, path / "state.pt")
+        contents = {"parts": {name: type(part).__name__ for name, part in made(tmp_path).parts().items()}}
+        unfinished = path.rename(path.with_name(path.name + ".unfinished"))
+        path = finish(unfinished, {**contents, "sharded": False}, sealed(unfinished), keep=1)
+        with pytest.raises(CheckpointError, match=words):
+            adabatch.load(folder, **made(tmp_path).parts())
+    unfinished = path.rename(path.with_name(path.name + ".unfinished"))
+    (unfinished / "manifest.json").unlink()
+    finish(unfinished, {"anything": "else"}, sealed(unfinished), keep=1)
+    with pytest.raises(CheckpointError, match=r"manifest\.json matches its checksum, and says nothing of a run"):
+        adabatch.load(folder, **made(tmp_path).parts())
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
@@ -517,7 +545,7 @@ def test_step_needs_the_batches(tmp_path: Path) -> None:
 def test_a_signal_is_agreed_on_at_the_end_of_the_step(tmp_path: Path, number: signal.Signals, probed: bool) -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.01)
-    batches = AdaptiveBatch(model, optimizer, adabatch.Constant(8), micro_batch_size=4, monitor=probed)
+    batches = AdaptiveBatch(model, optimizer, adabatch.Constant(8), micro_batch_size=4, measure=Measure(monitor=probed))
     order = GlobalOrder(regression(64))
     before = signal.getsignal(number)
     stopped = []

@@ -11,6 +11,7 @@ import pytest
 
 from adabatch.checkpointing.files import (
     MANIFEST,
+    UNFINISHED,
     CheckpointError,
     Damaged,
     NewerFormat,
@@ -142,6 +143,82 @@ def test_a_newer_format_is_an_error_and_no_older_one_is_taken(tmp_path: Path) ->
     path.write_text(f"{line}\n{sha256(line.encode()).hexdigest()}\n")
     with pytest.raises(NewerFormat, match="000002-step-1 has format 2, this version reads up to 1: upgrade adabatch"):
         newest(tmp_path)
+
+
+def rewritten(path: Path, line: str) -> None:
+    """A manifest with a right checksum."""
+    (path / MANIFEST).write_text(f"{line}\n{sha256(line.encode()).hexdigest()}\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "[]",
+        "7",
+        "{}",
+        '{"format": "1", "contents": {}, "files": {}}',
+        '{"format": 0, "contents": {}, "files": {}}',
+        '{"format": 1, "files": {}}',
+        '{"format": 1, "contents": [], "files": {}}',
+        '{"format": 1, "contents": {}, "files": []}',
+        '{"format": 1, "contents": {}, "files": {"state.pt": 7}}',
+        '{"format": 1, "contents": {}, "files": {"state.pt": ["7", "abc"]}}',
+        '{"format": 1, "contents": {}, "files": {"../../outside": [7, "abc"]}}',
+        '{"format": 1, "contents": {}, "files": {"/etc/hostname": [7, "abc"]}}',
+    ],
+)
+def test_a_manifest_with_a_right_checksum_and_wrong_contents_is_damage(tmp_path: Path, line: str) -> None:
+    good, bad = written(tmp_path), written(tmp_path)
+    rewritten(bad, line)
+    with pytest.raises(Damaged, match=r"000002-step-1: manifest\.json matches its checksum, and is no manifest"):
+        check(bad)
+    assert newest(tmp_path) == good
+
+
+def test_links_strays_and_what_looks_like_ours_are_left_alone_and_in_nobodys_way(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    moved = written(folder)
+    moved.rename(elsewhere)
+    moved.symlink_to(elsewhere)  # to another disk, say
+    assert newest(folder) == moved
+    (folder / "notes.unfinished").mkdir()
+    (folder / "000002-step-3.unfinished").symlink_to(elsewhere)
+    (folder / "000003-step-4").write_text("a file")
+    (folder / "12-step-4").mkdir()
+    (folder / "000004-step-5.old").mkdir()
+    path = written(folder, keep=1)
+    assert path.name == "000004-step-1"
+    assert newest(folder) == path
+    left = {each.name for each in folder.iterdir()}
+    assert left == {"notes.unfinished", "000003-step-4", "12-step-4", "000004-step-5.old", "000004-step-1"}
+    check(elsewhere)  # what a link points to stays
+
+
+def test_two_checkpoints_of_one_number_are_named(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    shutil.copytree(path, tmp_path / "000001-step-9")
+    with pytest.raises(CheckpointError, match="two checkpoints of number 1, 000001-step-1 and 000001-step-9"):
+        newest(tmp_path)
+    assert written(tmp_path).name == "000002-step-1"  # a run does not lose what it writes
+
+
+def test_a_checkpoint_stands_where_older_ones_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    written(tmp_path)
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if str(target).endswith(UNFINISHED):
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    path = written(tmp_path, keep=1)
+    assert newest(tmp_path) == path
+    assert "older than" in caplog.text
+    assert "Permission denied" in caplog.text
 
 
 def test_ranks_share_the_reading_and_each_looks_at_all_sizes(tmp_path: Path) -> None:

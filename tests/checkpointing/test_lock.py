@@ -18,7 +18,8 @@ from support.loops import lines, loss_of, network, regression
 from torch.optim import SGD
 
 import adabatch
-from adabatch import AdaptiveBatch, CheckpointError, Checkpoints, GlobalOrder, Limits, NormTest
+from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest
+from adabatch.checkpointing import CheckpointError
 from adabatch.checkpointing.files import checkpoints_in
 from adabatch.checkpointing.lock import LOCK, FolderInUse, FolderLock, Holder, Lock, read_lock
 from adabatch.runtime.launch.world import launcher_job

@@ -34,7 +34,7 @@ class Run:
         micro: int = 4,
         reference: int | None = None,
         optimizer: Any = None,
-        total: adabatch.Duration = TOTAL,
+        total: adabatch.batch.Duration = TOTAL,
         **options: Any,
     ) -> None:
         self.model = model or network()
@@ -84,13 +84,13 @@ def saved(folder: Path, **options: Any) -> Run:
     return run
 
 
-def load(run: Run, folder: Path) -> adabatch.Loaded:
+def load(run: Run, folder: Path) -> adabatch.checkpointing.Loaded:
     loaded = adabatch.load(folder / "saved", **run.parts())
     assert loaded is not None
     return loaded
 
 
-def said(loaded: adabatch.Loaded) -> list[str]:
+def said(loaded: adabatch.checkpointing.Loaded) -> list[str]:
     return [str(each) for each in (*loaded.differences, *loaded.kept)]
 
 

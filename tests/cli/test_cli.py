@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.jobs import Attempt
 from support.loops import journal_text
 
 from adabatch.checkpointing.files import checkpoints_in
@@ -101,7 +100,7 @@ def test_flags_override_the_file(config: Any, tmp_path: Path) -> None:
 
 def test_the_norms_for_a_refined_adam_schedule_are_one_flag_away(config: Any, tmp_path: Path) -> None:
     """As are the noises of layers, and another criterion."""
-    flags = ["--record_l1=true", "--per_layer=module", "--criterion=adabatch.NoiseScale", "--criterion.norm=sign"]
+    flags = ["--measure.l1=true", "--measure.layers=module", "--criterion=adabatch.NoiseScale", "--criterion.norm=sign"]
     assert main(["train", "--config", config(), *flags, "--total.count=600"]) == 0
     run = tmp_path / "run"
     for line in lines(run / "journal.jsonl"):
@@ -236,16 +235,11 @@ def test_a_missing_config_file_is_named(capsys: Any) -> None:
     assert "/no/such/config.yaml" in capsys.readouterr().err
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "adabatch"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
-
-
 @pytest.mark.distributed
 def test_two_processes_choose_the_batch_sizes_of_one(config: Any, tmp_path: Path) -> None:
     """Parts of 8 examples either way, so the same measurement, the same decisions and the same journal."""
     path = config(max_micro_batch_size=None)
-    assert torchrun("train", "--config", path, f"--out={tmp_path}/two").returncode == 0
+    assert Attempt(tmp_path, ["train", "--config", path, f"--out={tmp_path}/two"], 2).join() == [0, 0]
     assert main(["train", "--config", path, f"--out={tmp_path}/one"]) == 0
     one, two = (lines(tmp_path / name / "journal.jsonl") for name in ("one", "two"))
     assert [line["next"] for line in one] == [line["next"] for line in two]
@@ -256,9 +250,10 @@ def test_two_processes_choose_the_batch_sizes_of_one(config: Any, tmp_path: Path
 
 @pytest.mark.distributed
 def test_a_mistake_ends_both_processes(config: Any, tmp_path: Path) -> None:
-    done = torchrun("train", "--config", config(limits={"min": 17, "max": 256}))
-    assert done.returncode != 0
-    assert done.stderr.count("limits.min=17 cannot be shared equally by 2 ranks") >= 1
+    attempt = Attempt(tmp_path, ["train", "--config", config(limits={"min": 17, "max": 256})], 2)
+    assert attempt.join() == [2, 2]
+    said = (tmp_path / "output").read_text()
+    assert said.count("limits.min=17 cannot be shared equally by 2 ranks") == 2
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -268,3 +263,53 @@ def test_a_micro_batch_that_runs_out_of_memory_stays_as_it_was(config: Any, tmp_
     assert [line["out_of_memory"] for line in written if "out_of_memory" in line] == [[32]]
     assert max(line["plan"]["micro_batch_size"] for line in written) == 16
     assert max(line["plan"]["global_batch_size"] for line in written) > 64
+
+
+def test_a_run_without_a_folder_goes_on_in_its_own(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loss = {"class_path": f"{__name__}.InterruptedLoss"}
+    job = config(loss=loss, checkpoint={"every": {"count": 500, "unit": "examples"}}, out=None)
+    InterruptedLoss.calls_left = 60
+    with pytest.raises(Interrupted):
+        main(["train", "--config", job])
+    first = (tmp_path / "runs" / "latest").resolve()
+    assert main(["train", "--config", job]) == 0
+    assert "going on from" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "latest").resolve() == first
+    assert read_recorded(tmp_path / "runs" / "latest").num_steps > 0
+    assert main(["train", "--config", job]) == 0
+    assert (tmp_path / "runs" / "latest").resolve() != first
+
+
+def test_a_learning_rate_given_on_resume_is_the_one_that_trains(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = config(total={"count": 400, "unit": "examples"})
+    assert main(["train", "--config", job]) == 0
+    half = ["train", "--config", job, "--seed=3", "--optimizer.init_args.lr=3e-5", "--optimizer.init_args.momentum=0.5"]
+    assert main(half) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "optimizer.lr was 0.1 when the checkpoint was saved, and is 3e-05 now" in said
+    assert "config.optimizer" not in said
+    assert "config.seed" not in said
+    assert "optimizer.momentum stays 0.9, as it was saved" in caplog.text
+    assert "data.seed stays 0, as it was saved" in caplog.text
+    state = saved_state(tmp_path / "run")
+    assert state["optimizer"]["param_groups"][0]["momentum"] == 0.9
+
+
+def test_a_run_whose_updates_are_all_left_out_ends_with_a_status_of_its_own(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = config(loss={"class_path": f"{__name__}.NoNumber"}, total={"count": 100_000, "unit": "examples"})
+    assert main(["train", "--config", job]) == 77
+    assert "the last 50 updates in a row were left out" in capsys.readouterr().err
+
+
+class NoNumber(torch.nn.CrossEntropyLoss):
+    """A run that has diverged."""
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return super().forward(outputs, targets) * torch.nan

@@ -23,12 +23,11 @@ from adabatch.batch.plan import Duration, Progress
 from adabatch.checkpointing.files import begin, checkpoints_in, finish, place_of
 from adabatch.checkpointing.run_state import write_state
 from adabatch.cli.main import main
-from adabatch.cli.schedule.compare import judge
-from adabatch.cli.schedule.extend import Finished, options_for
-from adabatch.cli.schedule.horizon import Horizon
 from adabatch.cli.schedule.recorded import read_checkpoint, read_recorded, read_saved
-from adabatch.cli.schedule.refine import refined
 from adabatch.cli.schedule.shape_text import NAMES, class_path, known_shapes, parse_shape
+from adabatch.lr.extend import FinishedRun, extended_schedules
+from adabatch.lr.horizon import Horizon, schedule_bound
+from adabatch.lr.refine_run import refine_run
 from adabatch.lr.rules import gain
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
@@ -332,7 +331,7 @@ def test_at_a_constant_batch_it_is_the_refinement_of_the_library(
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
     recorded = read_recorded(journal(path, norms, which="l2" if kind == "sgd" else "l1"))
-    made = refined(
+    made = refine_run(
         recorded, kind, factor=recorded.factor, edges=recorded.edges("examples", 32), smoothing=smoothing, length=200
     )
     expected = lr.refine(norms, kind, smoothing=smoothing).settings["values"]
@@ -360,7 +359,7 @@ def test_shape_times_batch_factor_is_the_refined_schedule_whatever_the_rule(
     for rule in ("none", "linear", "sqrt", "gain", "sqrt_gain"):
         factor = recorded.factors(rule, 16)  # type: ignore[arg-type]
         edges = recorded.edges("examples", 16)
-        made = refined(recorded, kind, factor=factor, edges=edges, smoothing=0, length=200)
+        made = refine_run(recorded, kind, factor=factor, edges=edges, smoothing=0, length=200)
         expected = slow_refinement(weights, factor)
         np.testing.assert_allclose(made.values, expected, rtol=1e-9, atol=1e-12)
         assert made.progress[0] == 0
@@ -380,12 +379,12 @@ def test_under_the_gain_rule_and_the_gain_clock_flat_noise_asks_for_linear_decay
     factor = recorded.factors("gain", 16)
     assert factor[0] == pytest.approx(gain(batch[0] / 16, 16, noise=noise, signal=signal))
     edges = recorded.edges("gain_steps", 16)
-    made = refined(recorded, "sgd", factor=factor, edges=edges, smoothing=0, length=200)
+    made = refine_run(recorded, "sgd", factor=factor, edges=edges, smoothing=0, length=200)
     # exact but for where the last step lies, one in four hundred
     progress = np.linspace(0, 1, 50)
     np.testing.assert_allclose(made.shape(progress), 1 - progress, atol=0.006)
     # and the examples clock is another one
-    other = refined(recorded, "sgd", factor=factor, edges=recorded.edges("examples", 16), smoothing=0, length=200)
+    other = refine_run(recorded, "sgd", factor=factor, edges=recorded.edges("examples", 16), smoothing=0, length=200)
     assert np.abs(other.shape(progress) - (1 - progress)).max() > 0.01
 
 
@@ -542,12 +541,12 @@ def test_the_options_are_schedules_of_the_whole_run(
     """Equal to the finished run's up to where they part from it, and with the base LR that the bound calls the best."""
     warmup_steps = int(warmup * num_steps)
     total = Duration(round(num_steps * factor), "steps")
-    finished = Finished(num_steps, warmup_steps, float(warmup_steps), cooldown, decay, Duration(num_steps, "steps"))
-    options = options_for(finished, total)
+    finished = FinishedRun(num_steps, warmup_steps, float(warmup_steps), cooldown, decay, Duration(num_steps, "steps"))
+    options = extended_schedules(finished, total)
     old = lr.discretize(lr.wsd(cooldown=cooldown, decay=decay), num_steps, warmup_steps=warmup_steps)
     horizon = Horizon.of_equal_steps(total.count)
     for label, option in options.items():
-        judged = judge(option.shape, horizon, warmup_steps=warmup_steps)
+        judged = schedule_bound(option.shape, horizon, warmup_steps=warmup_steps)
         same = min(math.floor(option.resume + 1e-6), num_steps) + 1
         np.testing.assert_allclose(judged.factors[:same], old[:same], rtol=1e-12, atol=0)
         ratio = judged.terms.best_base_lr / lr.best_base_lr(old)
@@ -683,7 +682,7 @@ def test_mistakes_end_in_one_clear_line(
         ([1.0, 2.0, math.nan], ["line 3", "inf", "positive, finite"]),
         ([1.0], ["one l2 norm", "two"]),
         ([None, None, 3.0], ["one l2 norm", "two"]),
-        ([None, None], ["no l2 norms", "--monitor=true"]),
+        ([None, None], ["no l2 norms", "--measure.monitor=true"]),
         ([], ["no applied step"]),
     ],
 )
@@ -701,7 +700,7 @@ def test_norms_that_cannot_be_used_say_why(
 
 def test_adam_needs_l1_norms_and_says_how_they_are_recorded(tmp_path: Path, capsys: Any) -> None:
     path = journal(tmp_path / "journal.jsonl", [1.0, 2.0, 3.0])
-    fails(["refine", str(path), "--kind=adam"], ["no l1 norms", "record_l1=True"], capsys)
+    fails(["refine", str(path), "--kind=adam"], ["no l1 norms", "measure.l1=true"], capsys)
 
 
 def test_a_rule_that_reads_the_noise_needs_it_in_the_journal(tmp_path: Path, capsys: Any) -> None:

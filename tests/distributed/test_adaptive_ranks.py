@@ -27,7 +27,6 @@ from adabatch import (
     GlobalOrder,
     Limits,
     NormTest,
-    Observation,
     ProgressLR,
     Stage,
     Stages,
@@ -35,7 +34,9 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.batch import Observation
 from adabatch.batch.needs import Needs
+from adabatch.options import Measure
 
 pytestmark = pytest.mark.distributed
 
@@ -81,7 +82,9 @@ def by_hand_and_adaptive(rank: int) -> list[tuple[str, bool, int]]:
         for monitor in (False, True):
             model = DistributedDataParallel(network())
             optimizer = make(model.parameters())
-            batches = AdaptiveBatch(model, optimizer, Constant(8 * accumulation), micro_batch_size=4, monitor=monitor)
+            batches = AdaptiveBatch(
+                model, optimizer, Constant(8 * accumulation), micro_batch_size=4, measure=Measure(monitor=monitor)
+            )
             loader = sampled() if source == "loader" else GlobalOrder(regression(64), seed=2)
             train(batches, model, optimizer, loader, until=examples(96))
             equal = torch.equal(weights(model), weights(by_hand)) and same_on_all(weights(model))
@@ -190,7 +193,13 @@ def changing(rank: int, folder: str) -> dict[str, Any]:
     optimizer = Adam(model.parameters(), lr=0.01)
     table = Stages(8, [Stage(steps(3), 32), Stage(steps(6), 64), Stage(steps(8), 16), Stage(steps(10), 8)])
     batches = AdaptiveBatch(
-        model, optimizer, table, micro_batch_size=4, lr_rule="linear", monitor=True, journal=f"{folder}/journal.jsonl"
+        model,
+        optimizer,
+        table,
+        micro_batch_size=4,
+        lr_rule="linear",
+        measure=Measure(monitor=True),
+        journal=f"{folder}/journal.jsonl",
     )
     order = GlobalOrder(regression(256, dtype=torch.float64), seed=8)
     sizes, equal, reductions = [], [], []

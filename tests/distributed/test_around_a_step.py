@@ -40,8 +40,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 from torch.utils.checkpoint import checkpoint
 
-from adabatch import AdaptiveBatch, Constant, GradientMoments
+from adabatch import AdaptiveBatch, Constant
+from adabatch.batch import GradientMoments
 from adabatch.batch.moments import from_parts
+from adabatch.options import EngineOptions, Measure
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
 
@@ -224,9 +226,9 @@ def adaptive(rank: int, habit: Habit, engine: str) -> tuple[list[GradientMoments
         optimizer,
         Constant(8 * ranks),
         micro_batch_size=4,
-        monitor=True,
+        measure=Measure(monitor=True),
+        engine=EngineOptions(scaler=scaler),
         probe=probes[engine](model) if engine in probes else None,
-        scaler=scaler,
     )
     loader = [batch for step in range(STEPS) for batch in drawn(habit, step, rank)]
     found = []

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from support.loops import lines, network, regression, train, weights
+from support.options import grouped
 from support.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, Subset
 
 from adabatch import AdaptiveBatch, Constant, Control, GlobalOrder, Limits, NormTest, ProgressLR, examples, lr, steps
+from adabatch.options import Measure
 
 pytestmark = pytest.mark.distributed
 
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.distributed
 def adaptive(model: torch.nn.Module | None = None, criterion: Any = None, **options: Any) -> AdaptiveBatch:
     model = model or DistributedDataParallel(network())
     options = {"micro_batch_size": 4, "limits": Limits(min=12, max=48), **options}
-    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion or NormTest(eta=0.5), **options)
+    return AdaptiveBatch(model, SGD(model.parameters(), lr=0.1), criterion or NormTest(eta=0.5), **grouped(options))
 
 
 def message(call: Callable[[], Any]) -> str:
@@ -115,7 +117,7 @@ def trained_with_loaders(rank: int) -> dict[str, Any]:
         loader = list(zip(x.split(counts[rank]), y.split(counts[rank]), strict=True))
         model = DistributedDataParallel(network())
         optimizer = SGD(model.parameters(), lr=0.05)
-        batches = AdaptiveBatch(model, optimizer, Constant(24), micro_batch_size=4, monitor=True)
+        batches = AdaptiveBatch(model, optimizer, Constant(24), micro_batch_size=4, measure=Measure(monitor=True))
         ran: list[tuple[int, int, float]] = []
         train(
             batches, model, optimizer, loader,

@@ -21,8 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 import adabatch
-from adabatch import AdaptiveBatch, CheckpointError, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch.checkpointing import CheckpointError
 from adabatch.checkpointing.files import checkpoints_in
+from adabatch.options import Guard, Measure
 
 pytestmark = pytest.mark.distributed
 
@@ -54,7 +56,7 @@ def parts(folder: Path, kind: str, *, seed: int = 0) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "batches": batches, "schedule": schedule, "order": order}
 
 
-def train(run: dict[str, Any], until: adabatch.Duration) -> None:
+def train(run: dict[str, Any], until: adabatch.batch.Duration) -> None:
     for step in run["batches"].steps(run["order"], until=until):
         for batch in step:
             step.backward(loss_of(run["model"], batch))
@@ -302,7 +304,12 @@ def signalled(rank: int, probed: bool, reduces: bool) -> list[int]:
     model = DistributedDataParallel(network())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     batches = AdaptiveBatch(
-        model, optimizer, adabatch.Constant(8), micro_batch_size=4, monitor=probed, skip_nonfinite=reduces
+        model,
+        optimizer,
+        adabatch.Constant(8),
+        micro_batch_size=4,
+        measure=Measure(monitor=probed),
+        guard=Guard(skip_nonfinite=reduces),
     )
     heard = []
     with adabatch.Preemption(batches) as preemption:
@@ -350,7 +357,9 @@ def test_the_time_of_the_first_rank_says_when_all_save(tmp_path: Path) -> None:
 
 def uneven(rank: int) -> str:
     model = DistributedDataParallel(network())
-    batches = AdaptiveBatch(model, AdamW(model.parameters()), adabatch.Constant(8), micro_batch_size=4, monitor=True)
+    batches = AdaptiveBatch(
+        model, AdamW(model.parameters()), adabatch.Constant(8), micro_batch_size=4, measure=Measure(monitor=True)
+    )
     if rank == 1:
         adabatch.Preemption(batches)
     try:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from support.deepspeed_engines import connect, engine_of, run_deepspeed, whole
 from support.ladder import BY_ACCUMULATION, BY_MICRO_BATCH, JUMP, LR, WINDOWS, check_same, climb, climb_with, growths
 from support.loops import lines, network, regression, weights
+from support.options import grouped
 from support.ranks import run_ranks
 from torch import nn
 from torch.nn import functional
@@ -49,7 +50,7 @@ ADAM_OF = partial(AdamW, lr=0.01)
 def attached(engine: Any, criterion: Any = None, **options: Any) -> AdaptiveBatch:
     from adabatch.integrations.deepspeed import attach
 
-    return attach(engine, criterion or NormTest(eta=0.5), **{"limits": Limits(min=8, max=64), **options})
+    return attach(engine, criterion or NormTest(eta=0.5), **grouped({"limits": Limits(min=8, max=64), **options}))
 
 
 def rung(stage: int, ladder: dict[str, Any], num_steps: int, *, managed: bool = True) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def groups(place: Path) -> dict[str, Any]:
     model = DistributedDataParallel(model)
     journal = place / "ddp.jsonl"
     batches = AdaptiveBatch(
-        model, optimizer, NormTest(eta=0.5), limits=Limits(min=8, max=64), journal=journal, **FOLLOWED
+        model, optimizer, NormTest(eta=0.5), limits=Limits(min=8, max=64), journal=journal, **grouped(FOLLOWED)
     )
     for step in batches.steps(GlobalOrder(regression(256)), until=adabatch.steps(25)):
         for x, y in step:
@@ -245,7 +246,7 @@ def refused() -> dict[str, str]:
         note(name, lambda: sgd(1), criterion=criterion)
     note("betas", lambda: engine_of(0, Custom), follow=("betas",))
     note("float16", lambda: sgd(0, fp16={"enabled": True}))  # after precision(), which lets a CPU have it
-    note("whole gradients", lambda: engine_of(1, adabatch.AdaGradNorm))
+    note("whole gradients", lambda: engine_of(1, adabatch.optim.AdaGradNorm))
     note("K-FAC", k_fac)
     note("limits", lambda: sgd(1), limits=Limits(min=7, max=64))
     note("pipeline", pipeline)  # last: DeepSpeed makes no other kind of engine after it

@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, LocalSGD, RanksDrifted, steps
+from adabatch import AdaptiveBatch, Constant, GlobalOrder, LocalSGD, steps
+from adabatch.guards import RanksDrifted
+from adabatch.options import Guard
 
 pytestmark = pytest.mark.distributed
 
@@ -39,7 +41,7 @@ def drifted(rank: int, wrapper: str, what: str, which: int) -> str:
     """Steps 0 to 3; after step 2 something is different on one rank. Checked before steps 0, 2 and 4."""
     model = wrapped(wrapper)
     optimizer = SGD(model.parameters(), lr=0.1)
-    batches = AdaptiveBatch(model, optimizer, Constant(24), micro_batch_size=2, check_every=2)
+    batches = AdaptiveBatch(model, optimizer, Constant(24), micro_batch_size=2, guard=Guard(check_every=2))
     try:
         for index, step in enumerate(batches.steps(GlobalOrder(regression(96)), until=steps(6))):
             for batch in step:
@@ -97,6 +99,6 @@ def test_workers_that_step_alone_are_not_checked() -> None:
             optimizer,
             Constant(4),
             micro_batch_size=4,
-            check_every=10,
+            guard=Guard(check_every=10),
             local_sgd=LocalSGD(model, optimizer, sync_every=2),
         )

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
 from adabatch import AdaptiveBatch, Control, GlobalOrder, Limits, NormTest, ProgressLR, examples, lr, steps
+from adabatch.options import EngineOptions
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 
 pytestmark = pytest.mark.distributed
@@ -59,8 +60,7 @@ def run(rank: int, engine: str, journal: Path) -> dict[str, list[Any]]:
         control=Control(memory=2, confidence=0.5),
         lr_rule="sqrt",
         probe=probe,
-        gradient_sync="last" if engine == "FSDP2, last" else None,
-        scaler=scaler,
+        engine=EngineOptions(gradient_sync="last" if engine == "FSDP2, last" else None, scaler=scaler),
         journal=journal,
     )
     schedule = ProgressLR(optimizer, lr.linear(), batches, total=examples(1000))
@@ -122,7 +122,7 @@ def unscaled(rank: int, folder: str) -> None:
                 limits=Limits(min=8, max=32),
                 control=Control.direct(),
                 probe=CommHookProbe(model) if engine == "DDP, hook" else None,
-                scaler=scaler,
+                engine=EngineOptions(scaler=scaler),
                 journal=f"{folder}/{engine} {name}",
             )
             for step in batches.steps(GlobalOrder(regression(128, dtype=torch.float64)), until=steps(6)):

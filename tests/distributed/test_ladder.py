@@ -30,17 +30,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
 import adabatch
-from adabatch import (
-    AdaGradNorm,
-    AdaptiveBatch,
-    Constant,
-    GlobalOrder,
-    Limits,
-    NormTest,
-    ProgressLR,
-    examples,
-    lr,
-)
+from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, NormTest, ProgressLR, examples, lr
+from adabatch.optim import AdaGradNorm
+from adabatch.options import EngineOptions, Measure
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 
 pytestmark = pytest.mark.distributed
@@ -133,14 +125,23 @@ def constant(rank: int) -> dict[str, bool]:
             model, by_hand = sharded(), sharded()
             optimizer, other = optimizer_of(model.parameters()), optimizer_of(by_hand.parameters())
             size = 8 * accumulation
-            batches = AdaptiveBatch(model, optimizer, Constant(size), micro_batch_size=4, monitor=True, lr_rule="sqrt")
+            batches = AdaptiveBatch(
+                model, optimizer, Constant(size), micro_batch_size=4, measure=Measure(monitor=True), lr_rule="sqrt"
+            )
             train(batches, model, optimizer, loader_of(rank))
             train_by_hand(by_hand, other, loader_of(rank), accumulation=accumulation)
             same[f"{type(optimizer).__name__}, {accumulation}"] = torch.equal(whole(model), whole(by_hand))
 
     model, by_hand = sharded(), sharded()
     optimizer, other = SGD(model.parameters(), lr=0.1), SGD(by_hand.parameters(), lr=0.1)
-    batches = AdaptiveBatch(model, optimizer, Constant(24), micro_batch_size=4, monitor=True, gradient_sync="last")
+    batches = AdaptiveBatch(
+        model,
+        optimizer,
+        Constant(24),
+        micro_batch_size=4,
+        measure=Measure(monitor=True),
+        engine=EngineOptions(gradient_sync="last"),
+    )
     train(batches, model, optimizer, loader_of(rank))
     for index, batch in enumerate(loader_of(rank)):
         by_hand.set_requires_gradient_sync(index % 3 == 2)
@@ -161,7 +162,7 @@ class Run:
         self.optimizer = AdamW(model.parameters(), lr=0.01)
         self.batches = AdaptiveBatch(
             model, self.optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=8, max=64),
-            lr_rule="sqrt", record_l1=True, journal=journal,
+            lr_rule="sqrt", measure=Measure(l1=True), journal=journal,
         )  # fmt: skip
         self.schedule = ProgressLR(self.optimizer, lr.cosine(), self.batches, total=examples(1000))
         self.order = GlobalOrder(regression(96))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.loops import lines, loss_of, network, regression, train, weights
+from support.options import grouped
 from support.ranks import run_ranks
 from support.wrapped import check
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from adabatch import (
     steps,
 )
 from adabatch.batch.moments import GradientMoments, from_parts
+from adabatch.options import Measure
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.local_sgd import Change, Nesterov, Quadratic, SlowMo, Table
 from adabatch.runtime.local_sgd.exchange import Errors, Exchange
@@ -242,7 +244,9 @@ def unequal_with_a_loader(rank: int) -> float:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.05)
     with LocalSGD(model, optimizer, sync_every=3) as local:
-        batches = AdaptiveBatch(model, optimizer, Constant(32), micro_batch_size=4, monitor=True, local_sgd=local)
+        batches = AdaptiveBatch(
+            model, optimizer, Constant(32), micro_batch_size=4, measure=Measure(monitor=True), local_sgd=local
+        )
         loader = [batch for step in range(6) for batch in mine(rank, step)]
         train(batches, model, optimizer, loader, count=lambda batch: len(batch[0]))
     simulation = Simulation(OPTIMIZERS["local SGD"])
@@ -304,7 +308,11 @@ class Run:
         self.optimizer = make(self.model.parameters())
         self.local = LocalSGD(self.model, self.optimizer, **local) if local else None
         self.batches = AdaptiveBatch(
-            self.model, self.optimizer, local_sgd=self.local, probe=probe_of(self.model), **{**ADAPTIVE, **options}
+            self.model,
+            self.optimizer,
+            local_sgd=self.local,
+            probe=probe_of(self.model),
+            **grouped({**ADAPTIVE, **options}),
         )
         self.schedule = ProgressLR(self.optimizer, shape or lr.cosine(), self.batches, total=examples(20_000))
         self.order = GlobalOrder(DATA)
@@ -603,7 +611,7 @@ def nodes(rank: int) -> dict[str, Any]:
             average_state=outer is None,
         )  # fmt: skip
         batches = AdaptiveBatch(
-            model, optimizer, Constant(24), micro_batch_size=2, monitor=True, local_sgd=local, record_l1=True
+            model, optimizer, Constant(24), micro_batch_size=2, measure=Measure(monitor=True, l1=True), local_sgd=local
         )
         # With H = 1 the two nodes are one worker.
         simulation = Simulation(OPTIMIZERS["AdamW"], 1 if sync_every == 1 else 2)

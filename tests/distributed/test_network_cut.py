@@ -28,7 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import adabatch
-from adabatch import EXIT_RANK_LOST, AdaptiveBatch, Checkpoints, GlobalOrder, Limits, LocalSGD, NormTest, Watchdog
+from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, LocalSGD, NormTest, Watchdog
+from adabatch.guards import EXIT_RANK_LOST
 from adabatch.runtime.launch.world import World, connected
 
 pytestmark = pytest.mark.distributed

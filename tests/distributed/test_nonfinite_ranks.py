@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, steps
+from adabatch.options import Guard
 
 pytestmark = pytest.mark.distributed
 
@@ -27,7 +28,7 @@ def left_alone(rank: int) -> list[bool]:
     """With "probed", a step without a probe is neither looked through nor left out."""
     model = DistributedDataParallel(network())
     optimizer = SGD(model.parameters(), lr=0.1)
-    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4, skip_nonfinite="probed")
+    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4, guard=Guard(skip_nonfinite="probed"))
     for step in batches.steps(GlobalOrder(regression(64)), until=steps(1)):
         for batch in step:
             step.backward(loss_of(model, batch) * (math.nan if rank == 1 else 1.0))

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from adabatch import AdaptiveBatch, Constant, GradientMoments
+from adabatch import AdaptiveBatch, Constant
+from adabatch.batch import GradientMoments
 from adabatch.batch.moments import from_parts
+from adabatch.options import Measure
 
 pytestmark = pytest.mark.distributed
 
@@ -74,12 +76,13 @@ def measured_and_expected(rank: int, cases: Sequence[str]) -> list[tuple[str, st
                     SGD(model.parameters(), lr=0.0),
                     Constant(MICRO * len(sizes[0]) * 2),
                     micro_batch_size=MICRO,
-                    monitor=True,
+                    measure=Measure(monitor=True),
                 )
                 loader = list(zip(losses[rank], sizes[rank], strict=True))
                 for step in batches.steps(loader, count=lambda batch: batch[1]):
                     for loss, _ in step:
                         step.backward(loss(model))
+                    batches.leave_out()
                     found.append((f"{case}, {name}", str(dtype), step.moments, part_by_part(oracle, losses, sizes)))
                 batches.remove()
     return [(case, dtype, tuple(moments), tuple(expected)) for case, dtype, moments, expected in found]

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.loops import loss_of, network, regression
+from support.options import grouped
 from support.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from adabatch import AdaptiveBatch, GlobalOrder, Limits, NormTest, ProgressLR, examples, lr
+from adabatch.options import Measure
 
 pytestmark = pytest.mark.distributed
 
@@ -34,7 +36,7 @@ def recorded(rank: int, folder: Path) -> dict[str, Any]:
         limits=Limits(min=8, max=64),
         lr_rule="sqrt_gain",
         follow=("betas", "eps"),
-        record_l1=True,
+        measure=Measure(l1=True),
         journal=folder / "journal.jsonl",
     )
     schedule = ProgressLR(optimizer, lr.linear(), batches, total=examples(400), clock="gain")
@@ -91,7 +93,7 @@ def disagreeing(rank: int) -> list[str]:
             NormTest(eta=0.5),
             micro_batch_size=4,
             limits=Limits(min=8, max=64),
-            **options,
+            **grouped(options),
         )
         try:
             next(batches.steps(DataLoader(regression(32), batch_size=4)))

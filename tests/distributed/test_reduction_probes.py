@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.hard_models import CASES, Batch, Case
+from support.options import grouped
 from support.ranks import run_ranks
 from support.wrapped import check, ddp, fsdp, made, measured, part_by_part
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from adabatch import AdaptiveBatch, Constant, Limits, NormTest
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.needs import Needs
 from adabatch.runtime.probes.comm_hook import CommHookProbe
+from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.probes.reduce_scatter import PlainReduceScatter, ReduceScatterProbe
 
 pytestmark = pytest.mark.distributed
@@ -54,7 +56,7 @@ def message(call: Callable[[], Any]) -> str:
 def adaptive(model: nn.Module, **options: Any) -> AdaptiveBatch:
     optimizer = SGD(options.pop("parameters", model.parameters()), lr=0.1)
     options = {"criterion": NormTest(eta=0.5), "limits": Limits(min=16, max=64), "micro_batch_size": 4, **options}
-    return AdaptiveBatch(model, optimizer, options.pop("criterion"), **options)
+    return AdaptiveBatch(model, optimizer, options.pop("criterion"), **grouped(options))
 
 
 # --- precisions, factors and hooks -----------------------------------------------------------------------------------
@@ -179,14 +181,14 @@ def same_gradients(rank: int) -> dict[str, bool]:
     return same
 
 
-class Silent:
+class Silent(Probe):
     """A probe that measures nothing."""
 
     gives = Needs()
 
     def start(self, dp_size: int) -> None: ...
 
-    def begin_part(self) -> None: ...
+    def begin_part(self, num_examples: int | None = None) -> None: ...
 
     def end_part(self, num_examples: int, weight: float) -> None: ...
 

@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 
 from adabatch import AdaptiveBatch, GlobalOrder, LocalSGD, examples
 from adabatch.batch.schedules import Stage, Stages
+from adabatch.options import Guard
 
 pytestmark = pytest.mark.distributed
 
@@ -62,7 +63,7 @@ class Job:
             GROWING,
             micro_batch_size=4,
             max_micro_batch_size=largest,
-            trial=self.loss_of if tried else None,
+            guard=Guard(trial=self.loss_of if tried else None),
             local_sgd=LocalSGD(self.model, self.optimizer, sync_every=2) if local else None,
             journal=journal,
         )
@@ -151,7 +152,7 @@ def refused(rank: int, journal: Path) -> tuple[str, str]:
             GROWING,
             micro_batch_size=4,
             max_micro_batch_size=16,
-            trial=lambda batch: model(batch).sum(),
+            guard=Guard(trial=lambda batch: model(batch).sum()),
         )
     job = Job(rank, journal, largest=16, tried=rank == 0)
     with pytest.raises(ValueError) as different:

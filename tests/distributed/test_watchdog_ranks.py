@@ -18,7 +18,8 @@ from support.lost_ranks import BOUND, PLACES, VICTIM, watched
 from support.ranks import run_ranks
 from torch.optim import SGD
 
-from adabatch import EXIT_RANK_LOST, AdaptiveBatch, Constant, RankLost, Watchdog
+from adabatch import AdaptiveBatch, Constant, Watchdog
+from adabatch.guards import EXIT_RANK_LOST, RankLost
 
 pytestmark = pytest.mark.distributed
 

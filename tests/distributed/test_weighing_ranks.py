@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.options import grouped
 from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, GradientMoments
+from adabatch import AdaptiveBatch, Constant, GlobalOrder
+from adabatch.batch import GradientMoments
 from adabatch.batch.moments import from_parts
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
@@ -69,6 +71,7 @@ def oracle(parts: list[Any], joined: int) -> tuple[Tensor, GradientMoments, floa
         [torch.cat(column) for column in zip(*parts[begin : begin + joined], strict=True)]
         for begin in range(0, len(parts), joined)
     ]
+    together = [part for part in together if tokens_in(part)]  # a part of nothing is none
     weights = torch.stack([tokens_in(part) for part in together]).double()
     weights /= weights.sum()
     grads = torch.stack([gradient_of(part) for part in together])
@@ -95,12 +98,12 @@ def check(found: list[tuple[Tensor, Numbers, float]], parts: list[list[Any]], jo
         assert moments.num_parts == expected.num_parts
         assert moments.num_examples == pytest.approx(sum(len(part[0]) for part in micro_batches), rel=1e-12)
         for name in ("part_sq", "part_size", "grad_sq", "noise", "signal"):
-            assert getattr(moments, name) == pytest.approx(getattr(expected, name), rel=1e-9), name
+            assert getattr(moments, name) == pytest.approx(getattr(expected, name), rel=1e-9, nan_ok=True), name
 
 
 def steps_of(model: nn.Module, loader: Any, size: int, **options: Any) -> list[tuple[Tensor, Numbers, float]]:
     batches = AdaptiveBatch(
-        model, SGD(model.parameters(), lr=0.0), Constant(size), micro_batch_size=MICRO, monitor=True, **options
+        model, SGD(model.parameters(), lr=0.0), Constant(size), micro_batch_size=MICRO, **grouped(options, monitor=True)
     )
     found = []
     for step in batches.steps(loader, weigh=tokens_in):
@@ -110,6 +113,7 @@ def steps_of(model: nn.Module, loader: Any, size: int, **options: Any) -> list[t
         assert step.loss is not None
         found.append((gradient(model), tuple(step.moments), step.loss))
         model.zero_grad()
+        batches.leave_out()
     batches.remove()
     return found
 
@@ -158,12 +162,124 @@ def test_single_examples_weigh_what_their_micro_batch_does() -> None:
             assert getattr(moments, name) == pytest.approx(getattr(expected, name), rel=1e-9), name
 
 
-@pytest.mark.parametrize("bad", [0, -1, math.nan, math.inf])
-def test_a_micro_batch_that_weighs_nothing_is_refused(bad: float) -> None:
+@pytest.mark.parametrize("bad", [-1, math.nan, math.inf])
+def test_a_weight_that_cannot_be_is_refused(bad: float) -> None:
     model = language_model()
     batches = AdaptiveBatch(model, SGD(model.parameters(), lr=0.0), Constant(6), micro_batch_size=MICRO)
-    with pytest.raises(ValueError, match="gave a micro-batch a weight that is not positive and finite"):
+    with pytest.raises(ValueError, match="gave a micro-batch a weight that is negative or not finite"):
         next(batches.steps(GlobalOrder(TensorDataset(*sequences(12))), weigh=lambda _: bad))
+
+
+def masked(data: tuple[Tensor, Tensor], *micro_batches: int) -> tuple[Tensor, Tensor]:
+    """The same without a single token in some of the micro-batches, whose mean loss is then NaN."""
+    inputs, targets = data
+    targets = targets.clone()
+    for index in micro_batches:
+        targets[index * MICRO : (index + 1) * MICRO] = IGNORED
+    return inputs, targets
+
+
+@pytest.mark.parametrize("probe", [None, PerExampleProbe], ids=["micro-batches", "examples"])
+def test_a_micro_batch_of_weight_0_counts_for_nothing(probe: Any) -> None:
+    data = masked(sequences(18), 1, 5, 6)  # in the middle, at the end and at the beginning of a step
+    model = language_model()
+    options = {} if probe is None else {"probe": probe(model)}
+    found = steps_of(model, DataLoader(TensorDataset(*data), batch_size=MICRO), 6, **options)
+    if probe is None:
+        check(found, in_steps(data, 6))
+    for (grad, numbers, loss), parts in zip(found, in_steps(data, 6), strict=True):
+        mean, _, mean_of_losses = oracle(parts, 1)
+        torch.testing.assert_close(grad, mean, rtol=1e-10, atol=1e-12)
+        assert loss == pytest.approx(mean_of_losses, rel=1e-10)
+        assert GradientMoments(*numbers).is_finite
+
+
+def passing_over(batches: AdaptiveBatch, model: nn.Module, data: Any, optimizer: Any, **options: Any) -> list[Any]:
+    """The loop that leaves out what has no token; which steps were applied, and their gradients."""
+    found = []
+    for step in batches.steps(DataLoader(TensorDataset(*data), batch_size=MICRO), **options):
+        for batch in step:
+            if tokens_in(batch) == 0:
+                continue
+            step.backward(mean_loss(model, batch))
+        found.append((str(step.decision.reason), [p.grad for p in model.parameters()]))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("monitor", [False, True], ids=["not probed", "probed"])
+def test_a_micro_batch_of_weight_0_may_be_passed_over(monitor: bool) -> None:
+    data = masked(sequences(18), 2, 3)
+    model = language_model()
+    optimizer = SGD(model.parameters(), lr=0.0)
+    batches = AdaptiveBatch(model, optimizer, Constant(6), micro_batch_size=MICRO, monitor=monitor)
+    found = passing_over(batches, model, data, optimizer, weigh=tokens_in)
+    for (_, grads), parts in zip(found, in_steps(data, 6), strict=True):
+        grad = torch.cat([grad.flatten() for grad in grads])
+        torch.testing.assert_close(grad, oracle(parts, 1)[0], rtol=1e-10, atol=1e-12)
+    assert batches.progress.examples == 18
+
+
+def test_a_micro_batch_that_weighs_its_examples_may_not_be_passed_over() -> None:
+    model = language_model()
+    optimizer = SGD(model.parameters(), lr=0.0)
+    batches = AdaptiveBatch(model, optimizer, Constant(6), micro_batch_size=MICRO)
+    with pytest.raises(RuntimeError, match="must be called once for each micro-batch"):
+        passing_over(batches, model, masked(sequences(18), 2), optimizer)
+
+
+@pytest.mark.parametrize("skip_nonfinite", [True, False])
+@pytest.mark.parametrize("passes_over", [True, False])
+def test_a_step_of_nothing_is_left_out_and_said(passes_over: bool, skip_nonfinite: bool, caplog: Any) -> None:
+    data = masked(sequences(18), 3, 4, 5)
+    model = language_model()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    batches = AdaptiveBatch(
+        model, optimizer, Constant(6), micro_batch_size=MICRO, monitor=True, skip_nonfinite=skip_nonfinite
+    )
+    weights, reasons = [], []
+    for step in batches.steps(DataLoader(TensorDataset(*data), batch_size=MICRO), weigh=tokens_in):
+        for batch in step:
+            if not (passes_over and tokens_in(batch) == 0):
+                step.backward(mean_loss(model, batch))
+        reasons.append(str(step.decision.reason))
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert reasons[1] == "weighs nothing"
+    assert "weighs nothing" not in (reasons[0], reasons[2])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert torch.isfinite(weights[2]).all()
+    assert (batches.progress.examples, batches.consumed.examples) == (12, 18)
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 1 is left out: none of its micro-batches weighs anything"
+    ]
+
+
+class WithLoss(nn.Module):
+    """Gives its loss, as models of Hugging Face do: among its predictions, or alone."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.inner, self.alone = language_model(), alone
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        logits = self.inner(inputs)
+        loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        return {"loss": loss} if self.alone else {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_loss_that_the_model_itself_gives_is_not_read_either(alone: bool) -> None:
+    data = masked(sequences(6), 1)
+    model = WithLoss(alone)
+    batches = AdaptiveBatch(model, SGD(model.parameters(), lr=0.0), Constant(6), micro_batch_size=MICRO)
+    step = next(batches.steps(DataLoader(TensorDataset(*data), batch_size=MICRO), weigh=tokens_in))
+    for batch in step:
+        step.backward(model(*batch)["loss"])
+    torch.testing.assert_close(gradient(model), oracle(in_steps(data, 6)[0], 1)[0], rtol=1e-10, atol=1e-12)
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------
@@ -191,11 +307,64 @@ def on_engines(rank: int) -> dict[str, list[tuple[Tensor, Numbers, float]]]:
     return found
 
 
+def with_nothing(rank: int) -> dict[str, list[tuple[Tensor, Numbers, float]]]:
+    """The same where some micro-batches are empty: on rank 0 the last of a step, on rank 1 all of one step."""
+    data = masked(sequences(24), 2, 9, 10, 11)
+    own = [column[rank * 12 : (rank + 1) * 12] for column in data]
+    found = {}
+    for engine in ENGINES:
+        model = language_model()
+        wrapped = fully_shard(model) if engine.startswith("FSDP2") else DistributedDataParallel(model)
+        options: dict[str, Any] = {}
+        if engine == "DDP, hook":
+            options["probe"] = CommHookProbe(wrapped)
+        if engine == "FSDP2, last":
+            options["gradient_sync"] = "last"
+        found[engine] = steps_of(
+            wrapped, list(zip(*(column.split(MICRO) for column in own), strict=True)), 12, **options
+        )
+    return found
+
+
+def passed_over(rank: int) -> tuple[str, ...]:
+    """The first step: rank 1 has nothing in it, and passes it over, but for the last one, for which rank 0 waits.
+
+    What is said of passing that over, of a loss without a forward, of one beside which nothing is returned, and of one
+    that is run as any other.
+    """
+    data = masked(sequences(12), 3, 4, 5)
+    own = [column[rank * 6 : (rank + 1) * 6] for column in data]
+    model = DistributedDataParallel(language_model())
+    batches = AdaptiveBatch(model, SGD(model.parameters(), lr=0.0), Constant(12), micro_batch_size=MICRO)
+    step = next(batches.steps(DataLoader(TensorDataset(*own), batch_size=MICRO), weigh=tokens_in))
+    said = []
+
+    def tried(call: Any, *arguments: Any, **options: Any) -> None:
+        try:
+            call(*arguments, **options)
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+
+    for index, batch in enumerate(step):
+        if rank == 1 and index < 2:
+            continue
+        if rank == 1:
+            tried(step._pass_over, last=True)
+            tried(step.backward, torch.tensor(math.nan))
+            step._empty_parts._outputs.append(torch.tensor(math.nan, requires_grad=True))
+            tried(step.backward, torch.tensor(math.nan))
+            step._empty_parts._outputs.clear()
+        tried(step.backward, mean_loss(model, batch))
+    torch.testing.assert_close(gradient(model), gradient_of(tuple(column[:6] for column in data)))
+    return tuple(said) if rank else ("", *said)
+
+
 def uneven_weights(rank: int) -> str:
     model = DistributedDataParallel(language_model())
     batches = AdaptiveBatch(model, SGD(model.parameters(), lr=0.0), Constant(8), micro_batch_size=MICRO)
     with pytest.raises(ValueError, match="on at least one rank") as raised:
-        next(batches.steps(GlobalOrder(TensorDataset(*sequences(12))), weigh=lambda _: 1 - rank))
+        next(batches.steps(GlobalOrder(TensorDataset(*sequences(12))), weigh=lambda _: -rank))
     return str(raised.value)
 
 
@@ -210,6 +379,29 @@ def test_the_gradient_is_the_mean_over_the_tokens_of_all_ranks(tmp_path: Path) -
         for (grad, *rest), (other, *others) in zip(first[engine], second[engine], strict=True):
             assert torch.equal(grad, other), engine
             assert rest == others, engine
+
+
+@pytest.mark.distributed
+def test_micro_batches_of_weight_0_count_for_nothing_on_any_rank(tmp_path: Path) -> None:
+    first, second = run_ranks(with_nothing, 2, tmp_path)
+    data = masked(sequences(24), 2, 9, 10, 11)
+    ranks = [tuple(column[:12] for column in data), tuple(column[12:] for column in data)]
+    parts = [a + b for a, b in zip(*(in_steps(own, 6) for own in ranks), strict=True)]
+    for engine, joined in ENGINES.items():
+        check(first[engine], parts, joined)
+        for (grad, *rest), (other, *others) in zip(first[engine], second[engine], strict=True):
+            assert torch.equal(grad, other), engine
+            assert rest == others, engine
+
+
+@pytest.mark.distributed
+def test_what_another_rank_waits_for_may_not_be_passed_over(tmp_path: Path) -> None:
+    first, second = run_ranks(passed_over, 2, tmp_path)
+    assert first == ("", "", "", "")
+    assert "the other ranks wait for this one in it: run its forward all the same" in second[0]
+    for said in second[1:3]:
+        assert "no gradient of zero can be sent through it" in said
+    assert second[3] == ""
 
 
 @pytest.mark.distributed

@@ -15,12 +15,14 @@ import torch
 
 from adabatch import EXIT_PREEMPTED, Checkpoints
 from adabatch.cli.job import Checkpointing
+from adabatch.guards import EXIT_NO_UPDATES, EXIT_RANK_LOST
 
 GUIDE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 TEXT = GUIDE.read_text(encoding="utf-8")
 CELLS = " ".join(line for line in TEXT.splitlines() if line.startswith("|"))
 
 
+@pytest.mark.slow
 def test_the_python_of_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,4 +49,4 @@ def test_every_part_flag_and_status_is_in_a_table() -> None:
     assert all(f"`{name}=" in TEXT for name in settings - {"folder", "config"})
     flags = [field.name for field in dataclasses.fields(Checkpointing)]
     assert not [name for name in flags if f"`--checkpoint.{name}`" not in CELLS]
-    assert f"| {EXIT_PREEMPTED} |" in CELLS
+    assert all(f"| {status} |" in CELLS for status in (EXIT_PREEMPTED, EXIT_RANK_LOST, EXIT_NO_UPDATES))

@@ -20,8 +20,9 @@ from support.loops import lines
 from support.mpi import mpich
 from torch.optim import AdamW
 
-from adabatch import EXIT_PREEMPTED, EXIT_RANK_LOST
+from adabatch import EXIT_PREEMPTED
 from adabatch.cli.engines import EngineName
+from adabatch.guards import EXIT_RANK_LOST
 from adabatch.runtime.launch.launchers import MPI_VARIABLES
 from adabatch.runtime.launch.world import World, connected
 
@@ -45,15 +46,15 @@ REFUSED: dict[str, dict[str, str]] = {
     "`CoordinateNormTest`": {"ZeRO 1 to 3": BY_NORM, "local SGD": NOT_FORMED},
     "exact tests: `PerExampleProbe`": {"ZeRO 0": CHOSEN, "ZeRO 1 to 3": CHOSEN},
     "`CommHookProbe`": {column: UNWRAPPED for column in COLUMNS if column != "DDP"},
-    "`record_l1=`": {"ZeRO 1 to 3": "shows the norm only: leave it out, or use ZeRO 0"},
-    "`per_layer=`": {"ZeRO 1 to 3": "shows the norm only: leave it out, or use ZeRO 0"},
-    "`scaler=`, float16": {
-        "ZeRO 0": "attach chooses scaler=", "ZeRO 1 to 3": "attach chooses scaler=", "local SGD": "use bfloat16"
+    "`Measure(l1=)`": {"ZeRO 1 to 3": "shows the norm only: leave it out, or use ZeRO 0"},
+    "`Measure(layers=)`": {"ZeRO 1 to 3": "shows the norm only: leave it out, or use ZeRO 0"},
+    "`EngineOptions(scaler=)`, float16": {
+        "ZeRO 0": "attach chooses engine=", "ZeRO 1 to 3": "attach chooses engine=", "local SGD": "use bfloat16"
     },
     "`AdaGradNorm`": {"ZeRO 1 to 3": FLAT},
     "`Shampoo`": {"ZeRO 1 to 3": FLAT},
     "`KFAC`": {"ZeRO 0": "cannot be told of the ranks .* use DDP or FSDP2", "ZeRO 1 to 3": FLAT},
-    "`check_every=`": {"local SGD": "lets those of workers differ"},
+    "`Guard(check_every=)`": {"local SGD": "lets those of workers differ"},
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def test_the_python_of_the_guide_runs(
 def test_defaults_and_statuses_are_those_of_the_code() -> None:
     fields: dict[str, Any] = Job.__dataclass_fields__
     assert f"`hang_timeout: {fields['hang_timeout'].default:g}`" in TEXT
-    assert fields["check_every"].default is None
+    assert fields["guard"].default.check_every is None
     assert TEXT.count(f"status {EXIT_RANK_LOST}") == 3
     _, word = get_args(SkipNonfinite)
     assert f'| `"{get_args(word)[0]}"` |' in TEXT

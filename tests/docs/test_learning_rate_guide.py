@@ -18,6 +18,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "learning_rate.md"
 TEXT = GUIDE.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
@@ -33,7 +34,7 @@ def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_config_of_the_guide_is_read(tmp_path: Path) -> None:
     pytest.importorskip("jsonargparse", reason="configs need the extra cli")
-    from adabatch.cli.main import build_parser
+    from adabatch.cli.parser import build_parser
 
     (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
     (tmp_path / "lr.yaml").write_text(block)

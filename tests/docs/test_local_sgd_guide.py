@@ -28,7 +28,7 @@ def test_the_python_of_the_guide_runs() -> None:
 
 def test_every_period_outer_optimizer_and_way_to_measure_is_in_a_table() -> None:
     cells = " ".join(line for line in TEXT.splitlines() if line.startswith("|"))
-    names = [*get_args(local_sgd.Spread), *get_args(local_sgd.Measure)]
+    names = [*get_args(local_sgd.Spread), *get_args(local_sgd.MeasuredStep)]
     assert not [name for name in names if f'`"{name}"`' not in cells]
     kinds = [local_sgd.Fixed, local_sgd.Table, local_sgd.Quadratic, local_sgd.Average, local_sgd.Nesterov]
     assert not [kind for kind in (*kinds, local_sgd.SlowMo) if f"{kind.__name__}(" not in cells]

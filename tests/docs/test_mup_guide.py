@@ -34,6 +34,7 @@ def test_the_python_of_the_guide_runs() -> None:
             exec(compile(block, str(GUIDE), "exec"), namespace)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_guide_run_and_print_what_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

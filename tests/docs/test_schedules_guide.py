@@ -25,11 +25,12 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_of_the_guide_runs() -> None:
     namespace: dict[str, Any] = {}
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
     for block in blocks("python"):
         exec(compile(block, str(GUIDE), "exec"), namespace)
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_guide_run_and_print_what_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -8,8 +8,12 @@ import threading
 
 import pytest
 
+from adabatch.batch.plan import BatchPlan
 from adabatch.guards.heartbeat import Heartbeat, Position
 from adabatch.guards.lost_ranks import Report, lost_ranks
+from adabatch.runtime.observers import Moment, Phase
+
+PLAN = BatchPlan(micro_batch_size=1, accumulation_steps=1, dp_size=1)
 
 
 def at(moves: float, still: float = 0.0, *, silent: float = 0.0, between: bool = False, place: str = "here") -> Report:
@@ -52,17 +56,17 @@ def test_a_report_travels_as_json() -> None:
 
 
 def test_places_read_like_a_sentence() -> None:
-    assert str(Position("the backward", 17, 2)) == "the backward of micro-batch 2 of step 17"
-    assert str(Position("the measuring", 0)) == "the measuring of step 0"
+    assert str(Position(Phase.BACKWARD, 17, 2)) == "the backward of micro-batch 2 of step 17"
+    assert str(Position(Phase.MEASURING, 0)) == "the measuring of step 0"
     assert str(Heartbeat().place) == "the time before the first step"
 
 
 def test_an_alarm_is_raised_at_the_next_mark() -> None:
     here = Heartbeat()
-    here.mark("the loading", 3)
+    here.at(Phase.LOADING, Moment(3, PLAN))
     thread = threading.Thread(target=lambda: setattr(here, "alarm", ValueError("lost")))
     thread.start()
     thread.join()
     with pytest.raises(ValueError, match="lost"):
-        here.mark("the forward", 3, 0)
-    assert (here.moves, here.place) == (2, Position("the forward", 3, 0))
+        here.at(Phase.FORWARD, Moment(3, PLAN, 0))
+    assert (here.moves, here.place) == (2, Position(Phase.FORWARD, 3, 0))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.loops import lines, regression, weights
+from support.options import grouped
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD
@@ -81,9 +82,11 @@ class Run:
             criterion,
             micro_batch_size=micro,
             max_micro_batch_size=largest,
-            trial=self.loss_of if tried else None,
             journal=journal,
-            **{name: make(self.model) if name == "probe" else make for name, make in options.items()},
+            **grouped(
+                {name: make(self.model) if name == "probe" else make for name, make in options.items()},
+                trial=self.loss_of if tried else None,
+            ),
         )
 
     def loss_of(self, batch: Any) -> Tensor:

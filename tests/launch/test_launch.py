@@ -21,7 +21,7 @@ from support.slurm import cluster
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parent.parent.parent
-CONFIG = "configs/digits_adamw.yaml"
+CONFIG = str(ROOT / "configs" / "digits_adamw.yaml")
 TOTAL = 6000
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
 
@@ -82,7 +82,7 @@ def test_mpirun(by_torchrun: list[dict[str, Any]], tmp_path: Path) -> None:
 def test_deepspeed(by_torchrun: list[dict[str, Any]], tmp_path: Path) -> None:
     journal, said = launch("deepspeed.sh", tmp_path, NPROC="2", MASTER_PORT=free_port())
     check_same(journal, by_torchrun)
-    assert f"deepspeed: {CONFIG} with launch/deepspeed.json, cpu, 1 thread(s) each" in said
+    assert f"deepspeed: {CONFIG} with {ROOT}/launch/deepspeed.json, cpu, 1 thread(s) each" in said
 
 
 def test_local_sgd(by_torchrun: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -92,6 +92,41 @@ def test_local_sgd(by_torchrun: list[dict[str, Any]], tmp_path: Path) -> None:
     rounds = [line["local_sgd"]["rounds"] for line in journal]
     assert rounds[0] < rounds[-1] <= len(journal) // 4 + 1
     assert "local_sgd" not in by_torchrun[0]
+
+
+def stand_in(folder: Path) -> Path:
+    """A python that only says how it was started, and where."""
+    path = folder / "python"
+    path.write_text('#!/bin/sh\necho "in $PWD with $PYTHONPATH: $*"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh", "mpirun.sh", "local_sgd.sh", "slurm.sbatch"])
+def test_paths_are_those_of_the_folder_where_the_user_stands(name: str, tmp_path: Path) -> None:
+    """Each script with and without a config; what it would start is a script that says so."""
+    python = stand_in(tmp_path)
+    for program in ("mpiexec", "srun"):  # they start what follows their options
+        path = tmp_path / program
+        path.write_text('#!/bin/sh\nwhile [ "${1#-}" != "$1" ] || [ "$1" = 2 ]; do shift; done\nexec "$@"\n')
+        path.chmod(0o755)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "   Command={ROOT}/launch/{name} mine.yaml"\n')
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1"}
+    start = [str(ROOT / "launch" / name)]
+    if name == "slurm.sbatch":  # Slurm runs a copy
+        shutil.copy(ROOT / "launch" / name, tmp_path / "slurm_script")
+        start = ["bash", str(tmp_path / "slurm_script")]
+    here = {"PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "2"}
+    for given, config in ((["mine.yaml", "--out", "out"], "mine.yaml"), ([], f"{ROOT}/")):
+        ended = subprocess.run(
+            [*start, *given], env=environment(**here, **slurm), cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert f"in {tmp_path} with {ROOT}:" in ended.stdout
+        assert f"adabatch train --config {config}" in ended.stdout.replace("/launch/../", "/")
+        assert ended.stdout.rstrip().endswith("--out out" if given else ".yaml") or name == "deepspeed.sh"
 
 
 def await_that(condition: Any, seconds: float, failed: Any) -> None:

@@ -304,6 +304,7 @@ def test_median_filter_of_a_longer_series_is_the_naive_one(smoothing: float) -> 
     np.testing.assert_array_equal(median_filter(series, window), slow_median(series, window))
 
 
+@pytest.mark.slow
 def test_a_million_norms_are_fast() -> None:
     norms = np.random.default_rng(0).lognormal(size=10**6)
     begin = time.process_time()

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -643,20 +643,6 @@ def test_reduce_is_called_once_a_step_even_without_gradients() -> None:
     assert optimizer.accumulator.item() == pytest.approx(6.01 + mine)
 
 
-def launch(worker: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
-    monkeypatch.syspath_prepend(root)  # the new processes import this module by its name
-    mp.spawn(_start, args=(worker, str(tmp_path / "rendezvous")), nprocs=2)
-
-
-def _start(rank: int, worker: Callable[[int], None], rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        worker(rank)
-    finally:
-        dist.destroy_process_group()
-
-
 def network() -> nn.Module:
     """Rows that two ranks cannot share evenly: 5, 3 and 1."""
     torch.manual_seed(0)
@@ -726,10 +712,8 @@ def ddp_worker(rank: int) -> None:
 
 
 @pytest.mark.distributed
-def test_ddp_and_pieces_equal_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
-) -> None:
-    launch(ddp_worker, tmp_path, monkeypatch, pytestconfig.rootpath)
+def test_ddp_and_pieces_equal_one_process(tmp_path: Path) -> None:
+    run_ranks(ddp_worker, 2, tmp_path)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -799,7 +783,5 @@ def sharded_worker(rank: int) -> None:
 
 
 @pytest.mark.distributed
-def test_fully_sharded_equals_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
-) -> None:
-    launch(sharded_worker, tmp_path, monkeypatch, pytestconfig.rootpath)
+def test_fully_sharded_equals_one_process(tmp_path: Path) -> None:
+    run_ranks(sharded_worker, 2, tmp_path)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from support.loops import loss_of, network, regression
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, steps
+from adabatch.options import Measure
 from adabatch.report import draw
 from adabatch.report.curves import read_curves
 from adabatch.report.layers import LAYER_WINDOW, OTHERS, layer_scales, noise_shares
@@ -156,7 +157,12 @@ def test_what_a_run_writes_is_drawn(per_layer: Any, tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(groups, lr=0.05)
     journal = tmp_path / "journal.jsonl"
     batches = AdaptiveBatch(
-        model, optimizer, Constant(16), micro_batch_size=4, monitor=True, per_layer=per_layer, journal=journal
+        model,
+        optimizer,
+        Constant(16),
+        micro_batch_size=4,
+        measure=Measure(monitor=True, layers=per_layer),
+        journal=journal,
     )
     for step in batches.steps(GlobalOrder(regression(64)), until=steps(8)):
         for batch in step:

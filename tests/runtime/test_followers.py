@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.loops import loss_of, network, regression, train, weights
+from support.options import grouped
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, SparseAdam
 
@@ -77,7 +78,7 @@ class AdamByHand:
 
 
 def adaptive(model: nn.Module, optimizer: Optimizer, criterion: Any = GROWING, **options: Any) -> AdaptiveBatch:
-    return AdaptiveBatch(model, optimizer, criterion, **{"micro_batch_size": 4, **options})
+    return AdaptiveBatch(model, optimizer, criterion, **grouped({"micro_batch_size": 4, **options}))
 
 
 def of_double() -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.loops import loss_of, network, regression, train, weights
+from support.options import grouped
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
@@ -23,11 +24,12 @@ from adabatch import (
     LocalSGD,
     NoiseScale,
     NormTest,
-    Progress,
     examples,
     steps,
 )
+from adabatch.batch import Progress
 from adabatch.batch.plan import tokens
+from adabatch.options import EngineOptions
 from adabatch.runtime.local_sgd import (
     Average,
     Change,
@@ -271,18 +273,24 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
         AdaptiveBatch(other, optimizer, Constant(8), micro_batch_size=4, local_sgd=local)
     with pytest.raises(ValueError, match="does not go with a GradScaler"):
         AdaptiveBatch(
-            model, optimizer, Constant(8), micro_batch_size=4, local_sgd=local, scaler=GradScaler("cpu", init_scale=8)
+            model,
+            optimizer,
+            Constant(8),
+            micro_batch_size=4,
+            local_sgd=local,
+            engine=EngineOptions(scaler=GradScaler("cpu", init_scale=8)),
         )
     with pytest.raises(ValueError, match="two micro-batches at least"):
         AdaptiveBatch(
             model, optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=4, max=64),
             local_sgd=LocalSGD(model, optimizer, sync_every=4, spread="within"),
         )  # fmt: skip
+    local = LocalSGD(model, optimizer, sync_every=4)  # the one above has taken the place of the first
     options: dict[str, Any] = {"micro_batch_size": 4, "limits": Limits(min=8, max=64), "local_sgd": local}
     with pytest.raises(ValueError, match=r"does not measure noise in the norm sign.*such as NormTest"):
-        AdaptiveBatch(model, optimizer, NoiseScale(norm="sign"), **options)
+        AdaptiveBatch(model, optimizer, NoiseScale(norm="sign"), **grouped(options))
     with pytest.raises(ValueError, match=r"does not measure coordinates at quantile 0.5"):
-        AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.5), **options)
+        AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.5), **grouped(options))
 
 
 @pytest.mark.parametrize(
@@ -291,10 +299,11 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
 def test_only_adaptive_batch_counts_examples(options: dict[str, Any]) -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
-    LocalSGD(model, optimizer, **options)
+    local = LocalSGD(model, optimizer, **options)
     loss_of(model, regression(8).tensors).backward()
     with pytest.raises(ValueError, match=r"cannot count .* by itself"):
         optimizer.step()
+    local.remove()
 
 
 def test_states_of_another_time_model_or_number_of_workers() -> None:

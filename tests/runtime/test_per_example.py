@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
+from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
+from adabatch import AdaptiveBatch, Constant, PerExampleProbe
 from adabatch.runtime.per_example import (
     Dense,
     ExampleGradients,
@@ -1077,3 +1079,275 @@ def test_opacus_agrees_on_every_layer_that_it_knows(layer: str) -> None:
     for name, parameter in model.named_parameters():
         expected = parameter.grad_sample.flatten(1).square().sum(1)
         torch.testing.assert_close(squares[name], expected, rtol=1e-10, atol=1e-25)
+
+
+# What is taken for an example.
+
+
+class TimeMajor(nn.Module):
+    """A layer in it has times first, of which there may be as many as examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.register_buffer("num_calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        return self.head(torch.tanh(F.dropout(self.first(x.transpose(0, 1)), 0.5)).mean(0))
+
+
+class Relative(nn.Module):
+    """Features of positions, as many as examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.positions = nn.Linear(3, 4), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.linspace(0, 1, x.shape[1])[:, None]
+        return (self.first(x) + self.positions(torch.cat([places, places**2], 1))).mean(1)
+
+
+@pytest.mark.parametrize(
+    "model, layer", [(TimeMajor(), "first"), (Relative(), "positions")], ids=["time-major", "positions"]
+)
+def test_times_and_positions_are_not_taken_for_examples(model: nn.Module, layer: str) -> None:
+    norms = PerExampleNorms(model)
+    norms.start()
+    with pytest.raises(
+        ValueError, match=rf"{layer} \(Linear\) gets 6 rows for 5 examples too, so they are not examples"
+    ):
+        model(torch.randn(NUM_EXAMPLES, NUM_EXAMPLES, 3))
+    norms.remove()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class BatchFirst(nn.Module):
+    """A sequence as long as the micro-batch, examples first; random numbers, and a buffer that counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("num_calls", torch.zeros(()))
+
+    def forward(self, index: Tensor, mask: Tensor) -> Tensor:
+        self.num_calls += 1
+        hidden = self.first(self.table(index))
+        if self.training:
+            hidden = F.dropout(hidden, 0.5)
+        return self.head((mask @ hidden).mean(1))
+
+
+def test_a_sequence_as_long_as_the_micro_batch_is_measured() -> None:
+    """And the trial of its layout leaves nothing behind: no other random numbers, no count in a buffer."""
+    torch.manual_seed(30)
+    model = BatchFirst().double()
+    model.gain.requires_grad_(False)  # held by the model itself, which would run again
+    index, y = torch.randint(0, 9, (NUM_EXAMPLES, NUM_EXAMPLES)), torch.randint(0, 4, (NUM_EXAMPLES,))
+    mask = torch.tril(torch.ones(NUM_EXAMPLES, NUM_EXAMPLES)).double()  # the same for all, and as square
+    norms = PerExampleNorms(model)
+    torch.manual_seed(31)
+    cross_entropy(model(index, mask), y).backward()
+    plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    torch.manual_seed(31)
+    norms.start()
+    cross_entropy(model(index, mask), y).backward()
+    norms.finish()
+    assert all(
+        torch.equal(mine, other)
+        for mine, other in zip([p.grad for p in model.parameters() if p.grad is not None], plain, strict=True)
+    )
+    assert model.num_calls == 2
+    model.eval()
+    norms = PerExampleNorms(model)
+    norms.start()
+    cross_entropy(model(index, mask), y).backward()
+    squares = norms.finish().examples_sq
+    for i in range(NUM_EXAMPLES):
+        grads = torch.autograd.grad(
+            cross_entropy(model(index[i : i + 1], mask), y[i : i + 1]),
+            [p for p in model.parameters() if p.requires_grad],
+        )
+        assert float(squares[i]) == pytest.approx(sum(float(g.square().sum()) for g in grads), rel=1e-10)
+
+
+def test_attention_under_a_mask_as_wide_as_the_micro_batch_is_measured() -> None:
+    torch.manual_seed(32)
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.triu(torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype), 1)
+            return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0].mean(1)
+
+    model = Attends().double()
+    x, y = torch.randn(NUM_EXAMPLES, NUM_EXAMPLES, 4).double(), torch.randint(0, 4, (NUM_EXAMPLES,))
+    norms = PerExampleNorms(model)
+    norms.start()
+    cross_entropy(model(x), y).backward()
+    squares = norms.finish().examples_sq
+    for i in range(NUM_EXAMPLES):
+        grads = torch.autograd.grad(cross_entropy(model(x[i : i + 1]), y[i : i + 1]), list(model.parameters()))
+        assert float(squares[i]) == pytest.approx(sum(float(g.square().sum()) for g in grads), rel=1e-10)
+
+
+def test_what_cannot_be_tried_is_refused_where_shapes_do_not_tell() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) != NUM_EXAMPLES:
+                raise ValueError("made for one size")
+            return self.first(x).mean(1)
+
+    model, y = Fixed(), torch.randint(0, 4, (NUM_EXAMPLES,))
+    for length, is_sure in ((5, False), (NUM_EXAMPLES, True)):
+        norms = PerExampleNorms(model, examples_first=is_sure)
+        norms.start()
+        cross_entropy(model(torch.randn(NUM_EXAMPLES, length, 3)), y).backward()
+        norms.finish()
+    norms = PerExampleNorms(model)
+    norms.start()
+    with pytest.raises(ValueError, match=r"which dimension holds them cannot be told.*examples_first=True"):
+        model(torch.randn(NUM_EXAMPLES, NUM_EXAMPLES, 3))
+    norms.remove()
+
+
+def test_forwards_without_a_gradient_are_ignored() -> None:
+    torch.manual_seed(33)
+    model, x, y = perceptron(), floats(12), torch.randint(0, 4, (NUM_EXAMPLES,))
+    expected = measured(model, x, y, cross_entropy)[0]
+    model.zero_grad()
+    norms = PerExampleNorms(model)
+    for _ in range(2):  # with the check and without
+        norms.start()
+        with torch.no_grad():
+            model(floats(12).repeat(3, 1))
+        with torch.inference_mode():
+            model(floats(12)[:1])
+        model(floats(12).repeat(2, 1))  # a metric that forgot it: nothing of it is in the loss
+        loss = cross_entropy(model(x), y)
+        with torch.no_grad():
+            model(floats(12).repeat(3, 1))
+        loss.backward()
+        torch.testing.assert_close(norms.finish().examples_sq, expected)
+        model.zero_grad()
+
+
+def test_two_forwards_of_other_sizes_in_one_loss_are_refused() -> None:
+    model = perceptron()
+    norms = PerExampleNorms(model)
+    norms.start()
+    loss = model(floats(12)).sum() + model(floats(12)[:2]).sum()
+    with pytest.raises(ValueError, match=r"forwards of . and of 2 examples, which cannot be told apart"):
+        loss.backward()
+    norms.remove()
+
+
+@pytest.mark.parametrize("way", ["views", "tokens", "positions first"])
+def test_what_the_model_is_called_with_must_be_what_the_loader_gave(way: str) -> None:
+    model = nn.Linear(3, 2)
+    batches = AdaptiveBatch(
+        model, SGD(model.parameters(), lr=0.0), Constant(4), micro_batch_size=4, probe=PerExampleProbe(model)
+    )
+    step = next(batches.steps([torch.randn(4, 5, 3)]))
+    for x in step:
+        called = {"views": torch.cat([x, x]), "tokens": x.flatten(0, 1), "positions first": x.transpose(0, 1)}[way]
+        loss = model(called).square().mean()
+        with pytest.raises(ValueError, match=r"holds 4 examples, and the model was called with a first dimension of"):
+            step.backward(loss)
+        break
+
+
+class Scaled(nn.Module):
+    """A parameter without dimensions, beside one of one number."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.body, self.scale = nn.Linear(8, 4), nn.Parameter(torch.full(shape, 1.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.scale.exp()
+
+
+def test_a_parameter_without_dimensions_is_as_one_of_one_number() -> None:
+    x, y = torch.randn(NUM_EXAMPLES, 8), torch.randint(0, 4, (NUM_EXAMPLES,))
+    found = []
+    for shape in ((), (1,)):
+        torch.manual_seed(34)
+        model = Scaled(shape)
+        squares, products = measured(model, x, y, cross_entropy)
+        model.zero_grad()
+        norms = PerExampleNorms(model, coordinates=True)
+        norms.start()
+        cross_entropy(model(x), y).backward()
+        examples = norms.finish()
+        assert examples.coordinates_sq is not None
+        assert examples.coordinates_sq["scale"].shape == shape
+        found.append((squares, products, examples.coordinates_sq["scale"].view(())))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+class Keys(nn.Module):
+    """Attention as BERT, RoBERTa and ViT write it: the bias of its keys shifts all scores of a query alike."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x)).mean(1)
+
+
+class Convolves(nn.Module):
+    """A bias that the mean over an image takes off again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 8, 3), nn.InstanceNorm2d(8, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["keys", "keys, bfloat16", "convolution"])
+def test_parameters_whose_true_gradient_is_zero_are_measured(kind: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    model: nn.Module = Convolves() if kind == "convolution" else Keys()
+    x = torch.randn(NUM_EXAMPLES, 2, 9, 9) if kind == "convolution" else torch.randn(NUM_EXAMPLES, 11, 8)
+    y = torch.randint(0, 8, (NUM_EXAMPLES,))
+    norms = PerExampleNorms(model)
+    norms.start()
+    with torch.autocast("cpu", torch.bfloat16, enabled="bfloat16" in kind):
+        loss = cross_entropy(model(x), y)
+    loss.backward()
+    squares = norms.finish().parameters_sq
+    name = "conv.bias" if kind == "convolution" else "key.bias"
+    assert float(squares[name].sum()) < (1e-2 if "bfloat16" in kind else 1e-9) * sum(
+        float(each.sum()) for each in squares.values()
+    )
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_bias_that_cancels_is_still_found_when_it_is_used_elsewhere(share: float) -> None:
+    class Elsewhere(Keys):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + share * self.key.bias
+
+    torch.manual_seed(35)
+    model = Elsewhere()
+    norms = PerExampleNorms(model)
+    norms.start()
+    cross_entropy(model(torch.randn(NUM_EXAMPLES, 11, 8)), torch.randint(0, 8, (NUM_EXAMPLES,))).backward()
+    with pytest.raises(RuntimeError, match=r"the gradient of key\.bias is not what"):
+        norms.finish()

@@ -21,11 +21,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from adabatch import (
     AdaptiveBatch,
     Constant,
-    Duration,
     GlobalOrder,
     Limits,
     NormTest,
-    Progress,
     ProgressLR,
     Seesaw,
     Stage,
@@ -35,7 +33,9 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.batch import Duration, Progress
 from adabatch.lr.rules import gain
+from adabatch.options import Measure
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "lr_cases.json").read_text())["cases"]
 REFERENCE = 16
@@ -489,7 +489,7 @@ def test_a_gain_clock_in_a_run_that_measures_no_noise() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
     batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4)
-    with pytest.raises(ValueError, match="does not count gain_steps: pass monitor=True or lr_rule='gain'"):
+    with pytest.raises(ValueError, match=r"gain_steps: pass measure=Measure\(monitor=True\) or lr_rule='gain'"):
         ProgressLR(optimizer, lr.linear(), batches, total=examples(100), clock="gain")
 
 
@@ -574,7 +574,13 @@ def start(model: Any, *, kind: type[Optimizer] = Adam) -> tuple[Optimizer, Adapt
     optimizer = kind(model.parameters(), lr=0.01)  # type: ignore[call-arg]
     sizes = Stages(8, [Stage(examples(40), 16), Stage(examples(120), 48)])
     batches = AdaptiveBatch(
-        model, optimizer, sizes, micro_batch_size=4, lr_rule="sqrt_gain", follow=("betas", "eps"), monitor=True
+        model,
+        optimizer,
+        sizes,
+        micro_batch_size=4,
+        lr_rule="sqrt_gain",
+        follow=("betas", "eps"),
+        measure=Measure(monitor=True),
     )
     schedule = ProgressLR(optimizer, lr.cosine(), batches, total=examples(400), warmup=steps(4), clock="gain")
     return optimizer, batches, schedule, GlobalOrder(regression(200, dtype=torch.float64), seed=2)

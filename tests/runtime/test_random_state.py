@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_what_is_drawn_after_a_restore_is_what_was_drawn_after_the_save(draws: i
 def test_a_rank_that_was_not_saved_begins_with_numbers_of_its_own_the_same_each_time() -> None:
     seed(3)
     rows = torch.stack([random_state(CPU), random_state(CPU)])
-    found = {}
+    found: dict[int, Any] = {}
     for rank in (0, 2, 3, 2):
         own = restore_random_state(rows, rank, CPU)
         assert own == (rank < 2)

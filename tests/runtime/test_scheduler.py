@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
-from adabatch import Duration, Progress, ProgressLR, examples, lr, steps, tokens
+from adabatch import ProgressLR, examples, lr, steps, tokens
+from adabatch.batch import Duration, Progress
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides
 
 

@@ -23,6 +23,7 @@ from adabatch.optim.kfac import KFAC
 from adabatch.optim.shampoo import Shampoo
 from support.deepspeed_engines import engine_of
 from support.loops import network, regression
+from support.options import grouped
 
 RANKED = ["DDP", "FSDP2", "ZeRO 0", "ZeRO 2", "ZeRO 3", "local SGD"]
 """The engines that run on several ranks."""
@@ -76,19 +77,19 @@ HABITS = {
         criterion=partial(adabatch.InnerProductTest, theta=0.9),
         probe=lambda model: adabatch.PerExampleProbe(model, products=True),
     ),
-    "`CommHookProbe`": Habit(probe=adabatch.CommHookProbe),
+    "`CommHookProbe`": Habit(probe=adabatch.probes.CommHookProbe),
     "a micro-batch that grows": Habit(options={"max_micro_batch_size": 32}),
     "a loader of your own": Habit(loader=own_loader),
     "`steps(weigh=)`": Habit(steps={"weigh": lambda batch: len(batch[0]) + 1}),
     '`lr_rule="gain"`, a shape of `ProgressLR`': Habit(options={"lr_rule": "gain"}),
     "`follow=`": Habit(optimizer=adamw, options={"lr_rule": "sqrt", "follow": ("betas", "eps", "weight_decay")}),
-    "`record_l1=`": Habit(options={"record_l1": True}),
-    "`per_layer=`": Habit(options={"per_layer": "module"}),
-    "`scaler=`, float16": Habit(options={"scaler": torch.amp.GradScaler("cpu")}),
-    "`AdaGradNorm`": Habit(optimizer=lambda model: adabatch.AdaGradNorm(model.parameters())),
+    "`Measure(l1=)`": Habit(options={"record_l1": True}),
+    "`Measure(layers=)`": Habit(options={"per_layer": "module"}),
+    "`EngineOptions(scaler=)`, float16": Habit(options={"scaler": torch.amp.GradScaler("cpu")}),
+    "`AdaGradNorm`": Habit(optimizer=lambda model: adabatch.optim.AdaGradNorm(model.parameters())),
     "`Shampoo`": Habit(optimizer=lambda model: Shampoo(model.parameters(), 0.01)),
     "`KFAC`": Habit(optimizer=kfac),
-    "`check_every=`": Habit(options={"check_every": 1}),
+    "`Guard(check_every=)`": Habit(options={"check_every": 1}),
 }
 
 
@@ -112,7 +113,7 @@ def _run(engine: str, habit: Habit, stack: ExitStack) -> str:
         optimizer = model.basic_optimizer
         if habit.probe is not None:
             options["probe"] = habit.probe(model.module)
-        batches = attach(model, habit.criterion(), **options)
+        batches = attach(model, habit.criterion(), **grouped(options))
         update: Callable[[], None] = model.step
     else:
         if engine == "DDP":
@@ -125,7 +126,7 @@ def _run(engine: str, habit: Habit, stack: ExitStack) -> str:
             options["local_sgd"] = local
         if habit.probe is not None:
             options["probe"] = habit.probe(model)
-        batches = AdaptiveBatch(model, optimizer, habit.criterion(), **options)
+        batches = AdaptiveBatch(model, optimizer, habit.criterion(), **grouped(options))
 
         def update() -> None:
             optimizer.step()

@@ -24,7 +24,8 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from adabatch import NormTest, Observation
+from adabatch import NormTest
+from adabatch.batch import Observation
 from adabatch.batch.needs import Needs
 from adabatch.checkpointing.files import UNFINISHED, checkpoints_in
 from adabatch.cli.main import main

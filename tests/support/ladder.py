@@ -13,6 +13,7 @@ from torch.optim import SGD
 import adabatch
 from adabatch import AdaptiveBatch, Control, GlobalOrder, Limits, NormTest, Stage, Stages
 from support.loops import loss_of, regression, weights
+from support.options import grouped
 
 LR = 0.02
 WINDOWS = [1] * 3 + [4] * 5
@@ -82,7 +83,7 @@ def climb_with(
         optimizer.zero_grad()
 
     options = dict(run)
-    batches = AdaptiveBatch(model, optimizer, options.pop("criterion"), **options)
+    batches = AdaptiveBatch(model, optimizer, options.pop("criterion"), **grouped(options))
     return climb(batches, model, update, num_steps=num_steps, whole=whole)
 
 

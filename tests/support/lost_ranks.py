@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.data import Dataset
 
-from adabatch import AdaptiveBatch, GlobalOrder, Limits, NormTest, Observation, Watchdog, steps
+from adabatch import AdaptiveBatch, GlobalOrder, Limits, NormTest, Watchdog, steps
+from adabatch.batch import Observation
 from support.loops import loss_of, network, regression
 from support.ranks import RanksFailed, run_ranks
 

@@ -130,7 +130,7 @@ def _optimizer(rng: random.Random) -> dict[str, Any]:
             _class("torch.optim.SGD", lr=lr, momentum=rng.choice([0, 0.9])),
             _class("torch.optim.AdamW", lr=lr, weight_decay=0.1),
             _class("torch.optim.Adam", lr=lr, betas=[0.9, 0.95]),
-            _class("adabatch.AdaGradNorm", lr=lr),
+            _class("adabatch.optim.AdaGradNorm", lr=lr),
             _class("adabatch.optim.Shampoo", lr=lr),
         ]
     )
@@ -175,15 +175,15 @@ def sound_fields(rng: random.Random) -> dict[str, Any]:
         "warmup": _length(rng, most=10**4),
         "clock": rng.choice(["total", "gain"]),
         "tokens_per_example": rng.choice([1, 512]),
-        "monitor": True,
-        "record_l1": True,
-        "per_layer": rng.choice(["module", "group"]),
+        "measure": {"monitor": True, "l1": rng.random() < 0.5, "layers": rng.choice([None, "module", "group"])},
+        "follow": rng.choice([["betas"], ["eps", "weight_decay"]]),
+        "engine_options": {"gradient_sync": rng.choice(["each", "last"])},
         "local_sgd": _local_sgd(rng),
         "engine": rng.choice(["ddp", "fsdp2", "fsdp2", "deepspeed"]),
         "seed": rng.choice([0, 7, 2**40]),
         "checkpoint": {"every": _length(rng), "keep": rng.choice([1, 3]), "resume": rng.random() < 0.5},
         "hang_timeout": rng.choice([None, 60.0]),
-        "check_every": rng.choice([1, 100]),
+        "guard": {"check_every": rng.choice([1, 100]), "skip_nonfinite": rng.choice([True, False, "probed"])},
     }
     share = rng.choice([0.03, 0.15])
     return needed | {name: value for name, value in some.items() if rng.random() < share}

@@ -18,8 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 
-from adabatch import GlobalOrder, GradientMoments, MicroBatchProbe
-from adabatch.runtime.engines import engine
+from adabatch import GlobalOrder, MicroBatchProbe
+from adabatch.batch import GradientMoments
+from adabatch.runtime.engines import choice
 from adabatch.runtime.engines.backward import Backward, scaled_by
 from adabatch.verification import Check, Training, all_checks, constant_policy, drift, probe_agrees, resume
 
@@ -132,7 +133,7 @@ def test_gradients_scaled_by_another_factor_are_caught(monkeypatch: pytest.Monke
         right = scaled_by(scaler)
         return right._replace(run=lambda loss: right.run(1.01 * loss))
 
-    monkeypatch.setattr(engine, "scaled_by", wrong)
+    monkeypatch.setattr(choice, "scaled_by", wrong)
     for check in (constant_policy, probe_agrees):
         found = check(lambda: training(scaler_from(FITS), optimizer=lambda p: SGD(p, lr=0.05)))
         assert not found.passed

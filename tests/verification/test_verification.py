@@ -19,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
 
-from adabatch import GlobalOrder, GradientMoments, MicroBatchProbe, PerExampleProbe, Step
+from adabatch import GlobalOrder, MicroBatchProbe, PerExampleProbe
+from adabatch.batch import GradientMoments
+from adabatch.step import Step
 from adabatch.verification import (
     Check,
     Training,

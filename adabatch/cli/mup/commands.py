@@ -8,12 +8,11 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
-from adabatch.cli.display import Display
-from adabatch.cli.mup.methods import METHODS
+from adabatch.cli.display import Display, PlainConsole
 from adabatch.cli.mup.widths import Subject, check, show_plan, sweep
 from adabatch.optim.mup.coordinates import TOLERANCE
+from adabatch.optim.mup.methods import METHODS
 
 DESCRIPTION = (
     "Settings that survive a change of width: the plan of a model, whether its updates keep their size, and whether "
@@ -36,7 +35,7 @@ def add_mup_commands(parser: ArgumentParser) -> None:
     """Adds the sub-commands to the parser of ``adabatch mup``, which must stand in its own parent already."""
     commands = parser.add_subcommands()
     for name, command in COMMANDS.items():
-        own = ArgumentParser(description=command.description)
+        own = type(parser)(description=command.description)
         command.add_arguments(own)
         commands.add_subcommand(name, own, help=command.help)
 
@@ -45,19 +44,19 @@ def run_mup(config: Namespace) -> int:
     """Runs the sub-command that was asked for; its exit status.
 
     Raises:
-        ValueError: whatever is wrong with its arguments, or a file that cannot be written.
+        ValueError: whatever is wrong with its arguments.
+        OSError: a file cannot be written, or nobody reads what is printed.
     """
-    console = Console(markup=False)
-    display = Display(0, console if console.is_terminal else Console(width=PLAIN_WIDTH, markup=False))
+    console = PlainConsole()
+    display = Display(0, console if console.is_terminal else PlainConsole(width=PLAIN_WIDTH))
     arguments = vars(config[config.subcommand])
     names = Subject.__dataclass_fields__
     if names.keys() <= arguments.keys():
         subject = Subject(**{name: arguments.pop(name) for name in names})
         arguments["subject"] = subject
-    try:
-        return COMMANDS[config.subcommand].run(**arguments, display=display)
-    except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror}") from None
+    status = COMMANDS[config.subcommand].run(**arguments, display=display)
+    display.check_read()
+    return status
 
 
 def _add_model(parser: ArgumentParser) -> None:

@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from adabatch.cli.display import Display
-from adabatch.cli.mup.methods import LRS, imported, method_of
+from adabatch.cli.mup.imports import imported, method_of
 from adabatch.cli.optimizers import observe
 from adabatch.cli.picture import draw_panels
 from adabatch.optim import mup
+from adabatch.optim.mup.methods import FIRST_LRS
 
 MOST_LINES = 6
 """Parameters in a picture: those of the steepest slopes."""
@@ -86,7 +87,7 @@ def check(
         0 where the plan passes, 1 where it does not.
     """
     make, batches, method = imported(subject.model), imported(subject.data), method_of(subject.method)
-    rate = LRS.get(subject.method, 0.05) if lr is None else lr
+    rate = FIRST_LRS.get(subject.method, 0.05) if lr is None else lr
     results = {
         parameterization: mup.coordinate_check(
             make,
@@ -107,7 +108,7 @@ def check(
     display.say(f"width plan: {'passed' if ours.passed else 'FAILED'}: own slopes within {tolerance:g}")
     if control.passed:
         display.say("the control passed as well, so this check could not have failed: try larger widths or more steps")
-    panels = {SHOWN[name]: result for name, result in results.items() if _steepest(result)}
+    panels = {SHOWN[name]: result for name, result in results.items() if result.steepest(MOST_LINES)}
     if panels:
         draw_panels(lambda draw: [_check_panel(draw, *panel) for panel in panels.items()], out, display=display)
     return 0 if ours.passed else 1
@@ -148,7 +149,7 @@ def sweep(
     for title, swept in found.items():
         display.table(f"Loss by {title}", *_sweep_table(swept))
     display.say("*: best of its width. Loss: mean of the last tenth of the steps; inf: diverged.")
-    drawable = {title: swept for title, swept in found.items() if swept.survived}
+    drawable = {title: swept for title, swept in found.items() if swept.result.survived}
     if drawable:
         draw_panels(lambda draw: [_sweep_panel(draw, *panel) for panel in drawable.items()], out, display=display)
     return 0
@@ -169,11 +170,6 @@ class Swept(NamedTuple):
         """The setting of a run."""
         return float(getattr(run, self.setting))
 
-    @property
-    def survived(self) -> bool:
-        """Whether every width has a run that did not diverge."""
-        return all(math.isfinite(self.result.best(width).loss) for width in self.result.widths)
-
 
 def _check_table(result: mup.CoordinateCheck) -> tuple[list[str], list[list[str]]]:
     header = ["parameter", *map(str, result.widths), "slope", "slope of total", "verdict"]
@@ -190,14 +186,8 @@ def _check_table(result: mup.CoordinateCheck) -> tuple[list[str], list[list[str]
     return header, rows
 
 
-def _steepest(result: mup.CoordinateCheck) -> list[mup.Coordinate]:
-    """Some of what can be drawn on a log axis, the most telling first."""
-    drawable = [each for each in result.coordinates if math.isfinite(result.own_slope(each))]
-    return sorted(drawable, key=lambda each: -abs(result.own_slope(each)))[:MOST_LINES]
-
-
 def _check_panel(draw: Any, title: str, result: mup.CoordinateCheck) -> Any:
-    steepest = _steepest(result)
+    steepest = result.steepest(MOST_LINES)
     lines = [draw.Line(each.name, result.widths, each.own) for each in result.coordinates if each in steepest]
     note = f"steepest {len(steepest)} of {len(result.coordinates)}" if len(result.coordinates) > MOST_LINES else ""
     return draw.Panel(f"own update (RMS), {title}", lines, x_title="width", note=note, log="xy", own_x=True)

@@ -8,14 +8,13 @@ from types import MappingProxyType
 from typing import NamedTuple, get_args
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.console import Console
 
-from adabatch.cli.display import Display
+from adabatch.cli.display import Display, PlainConsole
 from adabatch.cli.schedule.compare import compare, transfer
 from adabatch.cli.schedule.extend import extend
-from adabatch.cli.schedule.recorded import Clock
 from adabatch.cli.schedule.refine import NextRule, refine
 from adabatch.cli.schedule.shape_text import known_shapes
+from adabatch.lr.recorded import Clock
 from adabatch.lr.refine import Kind
 
 DESCRIPTION = (
@@ -43,7 +42,7 @@ def add_schedule_commands(parser: ArgumentParser) -> None:
     """Adds the sub-commands to the parser of ``adabatch schedule``, which must stand in its own parent already."""
     commands = parser.add_subcommands()
     for name, command in COMMANDS.items():
-        own = ArgumentParser(description=command.description)
+        own = type(parser)(description=command.description)
         command.add_arguments(own)
         commands.add_subcommand(name, own, help=command.help)
 
@@ -52,14 +51,13 @@ def run_schedule(config: Namespace) -> None:
     """Runs the sub-command that was asked for.
 
     Raises:
-        ValueError: whatever is wrong with its arguments, or a file that cannot be read or written.
+        ValueError: whatever is wrong with its arguments.
+        OSError: a file cannot be read or written, or nobody reads what is printed.
     """
-    console = Console(markup=False)
-    display = Display(0, console if console.is_terminal else Console(width=PLAIN_WIDTH, markup=False))
-    try:
-        COMMANDS[config.subcommand].run(**vars(config[config.subcommand]), display=display)
-    except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror}") from None
+    console = PlainConsole()
+    display = Display(0, console if console.is_terminal else PlainConsole(width=PLAIN_WIDTH))
+    COMMANDS[config.subcommand].run(**vars(config[config.subcommand]), display=display)
+    display.check_read()
 
 
 def _compare_arguments(parser: ArgumentParser) -> None:
@@ -89,7 +87,7 @@ def _refine_arguments(parser: ArgumentParser) -> None:
         "--kind",
         type=Kind,
         default="sgd",
-        help="optimizer: sgd reads l2 norms (with momentum or not), adam and adagrad l1 norms (record_l1)",
+        help="optimizer: sgd reads l2 norms (with momentum or not), adam and adagrad l1 norms (measure.l1)",
     )
     parser.add_argument(
         "--lr_rule",

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from adabatch.cli.display import Display
 from adabatch.cli.picture import draw_panels
-from adabatch.cli.schedule.horizon import Horizon
-from adabatch.cli.schedule.recorded import Clock, FloatArray, read_recorded, read_saved, reference_of
+from adabatch.cli.schedule.recorded import read_recorded, read_saved, reference_of
 from adabatch.cli.schedule.shape_text import parse_shape
-from adabatch.lr.bound import BoundTerms, linear_cooldown_limits
-from adabatch.lr.shapes import Shape
+from adabatch.lr.bound import linear_cooldown_ratio
+from adabatch.lr.horizon import Horizon, ScheduleBound, schedule_bound
+from adabatch.lr.recorded import Clock
 
 STEPS = 1000
 """Length of a schedule where none is given: the ratios between shapes hardly depend on it."""
@@ -23,33 +23,6 @@ STEPS = 1000
 BOUND_SOURCE = (
     "Defazio et al. 2023, arXiv:2310.07831, Theorem 10, as evaluated by Schaipp et al. 2025, arXiv:2501.18965"
 )
-
-
-class Judged(NamedTuple):
-    """A shape over a horizon, and what the bound says of it."""
-
-    horizon: Horizon
-    factors: FloatArray
-    terms: BoundTerms
-
-
-def judge(shape: Shape, horizon: Horizon, *, warmup_steps: int) -> Judged:
-    """The bound of a shape after a warm-up from zero; raises as ``Horizon`` does."""
-    factors = horizon.factors(shape, warmup_steps=warmup_steps)
-    return Judged(horizon, factors, horizon.terms(factors))
-
-
-def bound_over_time(judged: Judged, base_lr: float, *, points: int = 120) -> tuple[FloatArray, FloatArray]:
-    """The bound after t steps, for some t, closer together towards the end, since each takes O(t).
-
-    Returns:
-        The numbers of steps, and the bounds there at ``base_lr``.
-    """
-    total, (horizon, factors, _) = judged.horizon.num_steps, judged
-    began = int(np.argmax(factors > 0)) + 1
-    share = 1 - (1 - np.linspace(0, 1, points)) ** 2
-    times = np.unique(np.clip(np.round(share * total).astype(np.int64), max(began, total // 50), total))
-    return times.astype(np.float64), np.array([horizon.terms(factors, until=int(t)).at(base_lr) for t in times])
 
 
 def compare(
@@ -77,9 +50,11 @@ def compare(
         ValueError: whatever does not fit.
     """
     horizon = _horizons(norms, clock)(steps)
-    judged = {label: judge(shape, horizon, warmup_steps=warmup_steps) for label, shape in map(parse_shape, shapes)}
-    first = next(iter(judged.values())).terms
-    least = min(one.terms.best for one in judged.values())
+    bounded = {
+        label: schedule_bound(shape, horizon, warmup_steps=warmup_steps) for label, shape in map(parse_shape, shapes)
+    }
+    first = next(iter(bounded.values())).terms
+    least = min(one.terms.best for one in bounded.values())
     scale, rate = ("D G", "D/G") if norms is None else ("D", "D")
     header = (
         "shape",
@@ -98,7 +73,7 @@ def compare(
             f"{one.terms.best:.5g}",
             f"{one.terms.best / least:.4f}",
         )
-        for label, one in judged.items()
+        for label, one in bounded.items()
     ]
     display.table(f"{horizon.num_steps:,} steps, {_warmup(warmup_steps)}, {_gradients(norms)}", header, rows)
     display.say(f"best base LR = sqrt(T1/T2), bound there = 2 sqrt(T1 T2), of the last iterate: {BOUND_SOURCE}")
@@ -106,7 +81,7 @@ def compare(
         "D, the distance from the start to a minimiser, is unknown and the same in every row: read the ratios. "
         "The bound ranks shapes; it is no loss."
     )
-    draw_panels(lambda draw: _compared(draw, judged, constant=norms is None), out, display=display)
+    draw_panels(lambda draw: _compared(draw, bounded, constant=norms is None), out, display=display)
 
 
 def transfer(
@@ -151,7 +126,10 @@ def transfer(
     before = horizon(steps)
     after = before if target_steps is None else horizon(target_steps)
     warmup_after = warmup_steps if target_warmup_steps is None else target_warmup_steps
-    tuned, wanted = judge(old, before, warmup_steps=warmup_steps), judge(new, after, warmup_steps=warmup_after)
+    tuned, wanted = (
+        schedule_bound(old, before, warmup_steps=warmup_steps),
+        schedule_bound(new, after, warmup_steps=warmup_after),
+    )
     factor = wanted.terms.best_base_lr / tuned.terms.best_base_lr
     answers = (base_lr, base_lr * factor)
     rows = [
@@ -171,7 +149,7 @@ def transfer(
     header = ("shape", "steps", "warm-up", "mean factor", "factor on the base LR", "base LR")
     display.table(f"Base learning rate, {_gradients(norms)}", header, rows)
     display.say(f"factor = ratio of sqrt(T1/T2), the best base LR of the last-iterate bound: {BOUND_SOURCE}")
-    closed = _closed_form(old, new, before.num_steps, after.num_steps)
+    closed = linear_cooldown_ratio(old, new, before.num_steps, after.num_steps)
     if closed is not None:
         display.say(
             f"closed form for linear cooldowns c, long runs, no warm-up, constant norms: factor {closed:.4f}, "
@@ -195,33 +173,14 @@ def _horizons(norms: Path | None, clock: Clock | None) -> Callable[[int | None],
     return lambda steps: horizon if steps is None else horizon.resampled(steps)
 
 
-def _closed_form(source: Shape, target: Shape, num_steps: int, target_steps: int) -> float | None:
-    """The ratio of the limits, where both shapes are linear cooldowns to zero."""
-    cooldowns = [_linear_cooldown(shape) for shape in (source, target)]
-    if not all(cooldowns):
-        return None
-    old, new = (linear_cooldown_limits(cooldown).best_base_lr for cooldown in cooldowns)
-    return new / old * math.sqrt(num_steps / target_steps)
-
-
-def _linear_cooldown(shape: Shape) -> float:
-    """The share of a shape that cools down linearly to zero; 0 for shapes that do not, or not only."""
-    settings = shape.settings
-    if shape.name == "linear" and settings["floor"] == 0:
-        return 1.0
-    if shape.name == "wsd" and settings["floor"] == 0 and settings["decay"] == "linear":
-        return float(str(settings["cooldown"]))
-    return 0.0
-
-
-def _compared(draw: Any, judged: dict[str, Judged], *, constant: bool) -> list[Any]:
+def _compared(draw: Any, bounded: dict[str, ScheduleBound], *, constant: bool) -> list[Any]:
     """Learning rates at their best, the bound over time, and the norms where they are not constant."""
     rates = [
         draw.Line(label, np.arange(one.horizon.num_steps), one.terms.best_base_lr * one.factors)
-        for label, one in judged.items()
+        for label, one in bounded.items()
     ]
-    bounds = [draw.Line(label, *bound_over_time(one, one.terms.best_base_lr)) for label, one in judged.items()]
-    least = min(one.terms.best for one in judged.values())
+    bounds = [draw.Line(label, *one.over_time(one.terms.best_base_lr)) for label, one in bounded.items()]
+    least = min(one.terms.best for one in bounded.values())
     unit = ("D / G", "D G") if constant else ("D", "D")
     panels = [
         draw.Panel(
@@ -234,14 +193,14 @@ def _compared(draw: Any, judged: dict[str, Judged], *, constant: bool) -> list[A
         ),
     ]
     if not constant:
-        horizon = next(iter(judged.values())).horizon
+        horizon = next(iter(bounded.values())).horizon
         line = draw.Line("norms of the run", np.arange(horizon.num_steps), horizon.norms, "reference")
         panels.append(draw.Panel("gradient norm", [line], log="y"))
     panels[-1] = panels[-1]._replace(x_title="step")
     return panels
 
 
-def _transferred(draw: Any, named: dict[str, tuple[Judged, float]]) -> list[Any]:
+def _transferred(draw: Any, named: dict[str, tuple[ScheduleBound, float]]) -> list[Any]:
     """Both schedules, and their bounds against the base learning rate."""
     best = [base_lr for _, base_lr in named.values()]
     grid = np.geomspace(min(best) / 4, max(best) * 4, 400)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 
 from adabatch.cli.display import Display
 from adabatch.cli.picture import draw_panels
 from adabatch.cli.schedule.compare import BOUND_SOURCE
-from adabatch.cli.schedule.horizon import Horizon
-from adabatch.cli.schedule.recorded import Clock, FloatArray, Norm, Recorded, read_recorded, read_saved, reference_of
+from adabatch.cli.schedule.recorded import journal_of, read_recorded, read_saved, reference_of
 from adabatch.cli.schedule.shape_text import class_path
 from adabatch.lr.bound import BoundTerms
-from adabatch.lr.refine import Kind, last_iterate_multipliers, median_filter, refined_weights
-from adabatch.lr.shapes import Shape, linear, tabulated
+from adabatch.lr.recorded import Clock, Recorded
+from adabatch.lr.refine import Kind
+from adabatch.lr.refine_run import READS, RefinedRun, refine_run, refined_bounds
+from adabatch.lr.shapes import FloatArray
 
 LATE = 0.6
 """A peak after this share of the run is called suspicious: the published refined schedules peak before it."""
@@ -27,89 +26,6 @@ LATE = 0.6
 NextRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain"]
 
 SOURCE = "Defazio et al. 2023, arXiv:2310.07831"
-
-# which norm a kind of optimizer reads, and weight = norm ** -power
-_READS: Mapping[Kind, tuple[Norm, int]] = MappingProxyType({"sgd": ("l2", 2), "adam": ("l1", 1), "adagrad": ("l1", 1)})
-
-
-class Refined(NamedTuple):
-    """A refined shape and what it was made of.
-
-    Args:
-        shape: a table over progress, with maximum 1 at the steps themselves.
-        steps: steps whose norm was measured, shape (num_measured,).
-        norms: their norms at the reference batch size, shape (num_measured,).
-        smoothed: the same after the median filter.
-        window: of that filter, in measured steps.
-        progress: of each step, from 0 for the first to 1 for the last, shape (num_steps,).
-        values: the shape there, before it became a table.
-        factor: batch factor that the shape counts on, shape (num_steps,).
-    """
-
-    shape: Shape
-    steps: NDArray[np.int64]
-    norms: FloatArray
-    smoothed: FloatArray
-    window: int
-    progress: FloatArray
-    values: FloatArray
-    factor: FloatArray
-
-
-def refined(
-    recorded: Recorded, kind: Kind, *, factor: FloatArray, edges: FloatArray, smoothing: float, length: int
-) -> Refined:
-    """The shape whose product with the batch factors is the refined schedule of the steps that were taken.
-
-    With the norms ``G_t`` at the batch sizes of the run, the schedule is ``w_t * sum_{p>t} w_p``, where ``w = G^-2``
-    (sgd) or ``G^-1``. A growing batch makes the norms smaller and the weights larger: the weights hold a scaling of the
-    learning rate already, for sgd in expectation AdaScale's gain. So the batch factor ``f_t`` of the next run is taken
-    out of the first weight, which is left with the norm at the reference batch size (exactly that, in expectation, for
-    the rule "gain"), and stays in the sum, which is over the steps that will be taken:
-
-        shape_t = w_t / f_t * sum_{p>t} w_p
-
-    For a constant batch this is ``lr.refine``. What is smoothed are the norms at the reference batch size, which do not
-    jump with the batch. Steps between two measured ones are interpolated.
-
-    Args:
-        recorded: the run.
-        kind: of optimizer, as for ``lr.refine``.
-        factor: ``f_t``, shape (num_steps,).
-        edges: what was consumed before each step and after the last, shape (num_steps + 1,).
-        smoothing: window of the median filter as a share of the measured norms, in [0, 1].
-        length: entries of the table at most, at least 2.
-
-    Raises:
-        ValueError: numbers out of their range, or norms that cannot be used.
-    """
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must lie in [0, 1], a share of the norms, got {smoothing}")
-    if length < 2:
-        raise ValueError(f"length must be at least 2, for the first and the last value, got {length}")
-    which, power = _READS[kind]
-    measured = recorded.norms(which)
-    norms = measured.norms * factor[measured.at] ** (1 / power)
-    window = 2 * (int(smoothing * norms.size) // 2) + 1
-    smoothed = median_filter(norms, window)
-    weights = refined_weights(measured._replace(norms=smoothed).for_each(recorded.num_steps), kind)
-    values = weights * last_iterate_multipliers(weights * factor)
-    values /= values.max()
-    progress = edges[:-1] / edges[-2]
-    equal = np.allclose(np.diff(progress), 1 / (recorded.num_steps - 1), rtol=1e-9, atol=0)
-    exact = equal and recorded.num_steps <= length
-    table = values if exact else np.interp(np.linspace(0, 1, length), progress, values)
-    # six digits are plenty, and what the config file says is what the pictures show
-    return Refined(
-        tabulated(values=[float(f"{value:.6g}") for value in table.tolist()]),
-        measured.at,
-        norms,
-        smoothed,
-        window,
-        progress,
-        values,
-        factor,
-    )
 
 
 def refine(
@@ -143,22 +59,22 @@ def refine(
     counted = clock or (saved.clock if saved else "examples")
     edges = recorded.edges(counted, reference)
     factor = recorded.factor if lr_rule is None else recorded.factors(lr_rule, reference)
-    made = refined(recorded, kind, factor=factor, edges=edges, smoothing=smoothing, length=length)
+    made = refine_run(recorded, kind, factor=factor, edges=edges, smoothing=smoothing, length=length)
     if saved is not None and not saved.progress.reached(saved.total):
         done = saved.progress.count(saved.total.unit) / saved.total.count
         display.say(f"the run stands at {done:.0%} of its {saved.total}: the shape takes these norms for a whole run's")
     rule = _about_the_batch(recorded, lr_rule, factor, reference)
     say_summary(recorded, kind, made, rule=rule, display=display)
-    judged = _judged(recorded, made, edges)
-    if judged:
-        _say_bounds(recorded, judged, display=display)
+    bounded = refined_bounds(recorded, made, edges)
+    if bounded:
+        _say_bounds(recorded, bounded, display=display)
 
-    folder = out or recorded.path.parent
+    folder = out or journal_of(run).parent
     folder.mkdir(parents=True, exist_ok=True)
     snippet = folder / "refined.yaml"
-    base_lrs = _scaled(recorded, judged)
+    base_lrs = _scaled(recorded, bounded)
     head = (
-        f"The schedule that the gradient norms of {recorded.path} ask for ({kind}; {SOURCE}).",
+        f"The schedule that the gradient norms of {recorded.source} ask for ({kind}; {SOURCE}).",
         f"  adabatch train --config CONFIG --config {snippet}",
         "Its own warm-up is inside. Tune the base learning rate anew"
         + (f": the bound suggests {base_lrs} where {_listed(recorded.base_lrs)} was the best." if base_lrs else "."),
@@ -175,9 +91,9 @@ def refine(
     draw_panels(lambda draw: _panels(draw, recorded, made, edges, counted), folder / "refined.png", display=display)
 
 
-def say_summary(recorded: Recorded, kind: Kind, made: Refined, *, rule: str, display: Display) -> None:
+def say_summary(recorded: Recorded, kind: Kind, made: RefinedRun, *, rule: str, display: Display) -> None:
     """What the shape looks like, and what it is."""
-    which, power = _READS[kind]
+    which, power = READS[kind]
     peak = int(np.argmax(made.values))
     header = ("kind", f"{which} norms", "median of", "peak at", "90 % of it from", "mean", "at half-way")
     row = (
@@ -189,7 +105,7 @@ def say_summary(recorded: Recorded, kind: Kind, made: Refined, *, rule: str, dis
         f"{np.diff(made.progress) @ (made.values[1:] + made.values[:-1]) / 2:.3f}",
         f"{made.shape(0.5):.3f}",
     )
-    display.table(f"Refined schedule of {recorded.path}", header, [row])
+    display.table(f"Refined schedule of {recorded.source}", header, [row])
     display.say(
         f"shape_t = w_t / f_t * sum of w_p over p > t, with w = G^-{power}, G the {which} norm, f the batch factor: "
         f"{SOURCE}, {'conversion theorem and Algorithm 1' if power == 2 else 'Algorithm 2'}"
@@ -218,43 +134,31 @@ def _about_the_batch(recorded: Recorded, lr_rule: NextRule | None, factor: Float
     )
 
 
-def _judged(recorded: Recorded, made: Refined, edges: FloatArray) -> dict[str, BoundTerms]:
-    """The bound of the run's own schedule, the refined and the linear one; empty where the journal does not tell."""
-    if np.isnan(recorded.l2).all() or np.isnan(recorded.shape).any() or not recorded.shape.any():
-        return {}
-    horizon = Horizon(edges, made.factor, recorded.norms("l2").for_each(recorded.num_steps))
-    return {
-        "the run's own": horizon.terms(recorded.shape * recorded.factor),
-        "refined": horizon.terms(horizon.factors(made.shape)),
-        "linear": horizon.terms(horizon.factors(linear())),
-    }
-
-
-def _say_bounds(recorded: Recorded, judged: Mapping[str, BoundTerms], *, display: Display) -> None:
-    own = judged["the run's own"]
+def _say_bounds(recorded: Recorded, bounded: Mapping[str, BoundTerms], *, display: Display) -> None:
+    own = bounded["the run's own"]
     rows = [
         (
             label,
             f"{terms.best_base_lr / own.best_base_lr:.3f}",
-            _scaled(recorded, judged, label),
+            _scaled(recorded, bounded, label),
             f"{terms.best / own.best:.3f}",
         )
-        for label, terms in judged.items()
+        for label, terms in bounded.items()
     ]
     header = ("shape", "best base LR x", "base LR, if the run's was best", "bound x")
     display.table("What the bound expects at these l2 norms", header, rows)
     display.say(f"best base LR sqrt(T1/T2), bound there 2 sqrt(T1 T2), of the last iterate: {BOUND_SOURCE}")
 
 
-def _scaled(recorded: Recorded, judged: Mapping[str, BoundTerms], label: str = "refined") -> str:
+def _scaled(recorded: Recorded, bounded: Mapping[str, BoundTerms], label: str = "refined") -> str:
     """The run's base learning rates times what the bound says; empty where it says nothing."""
-    if not judged or not recorded.base_lrs:
+    if not bounded or not recorded.base_lrs:
         return ""
-    factor = judged[label].best_base_lr / judged["the run's own"].best_base_lr
+    factor = bounded[label].best_base_lr / bounded["the run's own"].best_base_lr
     return _listed([rate * factor for rate in recorded.base_lrs])
 
 
-def _panels(draw: Any, recorded: Recorded, made: Refined, edges: FloatArray, clock: Clock) -> list[Any]:
+def _panels(draw: Any, recorded: Recorded, made: RefinedRun, edges: FloatArray, clock: Clock) -> list[Any]:
     """Norms, the shape, and the learning rate that both it and the run's own schedule come to."""
     x = edges[:-1]
     grew = np.ptp(made.factor) > 0

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, WeakMethod, finalize, ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from adabatch.optim.kfac.averages import FactorSums, Sums, WatchedLayer
 
@@ -28,8 +30,30 @@ class Noted(NamedTuple):
     output: GradientEdge
 
 
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """A hook that calls a method without keeping its object alive."""
+    held = WeakMethod(method)
+
+    def hook(*arguments: object) -> None:
+        call = held()
+        if call is not None:
+            call(*arguments)
+
+    return hook
+
+
+# A second K-FAC on a model, as of a notebook cell that is run again, must find the first, which torch does not tell.
+# Nothing is kept alive by it, and no number of a run depends on it.
+_WATCHING: WeakKeyDictionary[nn.Module, ref[Capture]] = WeakKeyDictionary()
+
+
 class Capture:
-    """Hooks on a model and its layers.
+    """Hooks on a model and its layers, which go when this is dropped, or a newer one watches a layer of them.
 
     Args:
         model: the module that is called with the inputs; nothing is noted outside its forward.
@@ -53,12 +77,19 @@ class Capture:
         self._watching = False
         self._noted: list[Noted] = []
         self._sums = Sums()
+        self._replaced = False
+        for module in layers:
+            older = _WATCHING.get(module)
+            if older is not None and (capture := older()) is not None:
+                capture.give_way()
+            _WATCHING[module] = ref(self)
         # The layers' hooks first: the model may be a layer itself, whose hooks run in this order.
         self._handles = [
-            *(module.register_forward_hook(self._note) for module in layers),
-            model.register_forward_pre_hook(self._begin, prepend=True),
-            model.register_forward_hook(self._end, always_call=True),
+            *(module.register_forward_hook(_weakly(self._note)) for module in layers),
+            model.register_forward_pre_hook(_weakly(self._begin), prepend=True),
+            model.register_forward_hook(_weakly(self._end), always_call=True),
         ]
+        finalize(self, _remove, self._handles).atexit = False
 
     def _begin(self, module: nn.Module, args: object) -> None:
         self._noted.clear()
@@ -71,9 +102,22 @@ class Capture:
         if self._watching and output.requires_grad:
             self._noted.append(Noted(self._layers[module].name, args[0].detach(), get_gradient_edge(output)))
 
+    def give_way(self) -> None:
+        """A newer K-FAC watches these layers."""
+        self._replaced = True
+        self.remove()
+
     @property
     def noted(self) -> bool:
-        """Whether a forward has been noted and not observed yet."""
+        """Whether a forward has been noted and not observed yet.
+
+        Raises:
+            RuntimeError: a newer K-FAC watches these layers.
+        """
+        if self._replaced:
+            raise RuntimeError(
+                "this KFAC was replaced by a newer one on the same model: step and observe with that one"
+            )
         return bool(self._noted)
 
     def observe(self, outputs: Tensor, cotangents: Iterable[Tensor]) -> None:
@@ -125,7 +169,5 @@ class Capture:
 
     def remove(self) -> None:
         """Takes every hook off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
         self._noted.clear()

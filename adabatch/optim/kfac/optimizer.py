@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +123,12 @@ class KFAC(Optimizer):
     Grosse and Martens 2017.
     """
 
+    preferred_lr_rule: ClassVar[str] = "sqrt"
+    """How its learning rate follows the batch where nobody says."""
+
+    needs_whole_gradients: ClassVar[bool] = True
+    """It looks at the matrices of layers."""
+
     def __init__(
         self,
         params: ParamsT,
@@ -199,6 +205,18 @@ class KFAC(Optimizer):
     def reduces(self) -> bool:
         """Whether factors are those of all ranks, by ``reduce``; else of this process."""
         return self._reduce is not None
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """That ranks which share a model share the factors that precondition its gradient.
+
+        Raises:
+            ValueError: each of several ranks would take them from its own examples.
+        """
+        if num_ranks > 1 and not self.reduces:
+            raise ValueError(
+                f"each of the {num_ranks} ranks would precondition by the curvature of its own examples, and their "
+                f"weights would drift apart: KFAC(model.parameters(), model, **adabatch.across_ranks(model))"
+            )
 
     def observe(self, outputs: Tensor, targets: Tensor | None = None) -> None:
         """Measures the curvature at what the model just returned; call it once a forward, before the backward.

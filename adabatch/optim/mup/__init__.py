@@ -12,6 +12,7 @@ from adabatch.optim.mup.entry import Entry
 from adabatch.optim.mup.guard import check_ratios, guard
 from adabatch.optim.mup.init import attention_scale, init_
 from adabatch.optim.mup.laws import AdamLaw, KFACLaw, Law, MuonLaw, SGDLaw, ShampooLaw
+from adabatch.optim.mup.methods import optimizers_for
 from adabatch.optim.mup.names import named_modules, named_parameters
 from adabatch.optim.mup.planning import plan
 from adabatch.optim.mup.plans import Plan
@@ -37,6 +38,7 @@ __all__ = [
     "init_",
     "named_modules",
     "named_parameters",
+    "optimizers_for",
     "plan",
     "transfer_sweep",
 ]

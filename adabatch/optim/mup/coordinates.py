@@ -68,6 +68,14 @@ class CoordinateCheck:
         """The same of the total, which also holds what the layers before have learnt."""
         return slope(self.widths, coordinate.total)
 
+    def steepest(self, count: int) -> list[Coordinate]:
+        """The parameters whose own update changes most with width, at most ``count``, the steepest first.
+
+        Those without a slope are left out: an update that is zero or not finite at some width.
+        """
+        sloped = [each for each in self.coordinates if math.isfinite(self.own_slope(each))]
+        return sorted(sloped, key=lambda each: -abs(self.own_slope(each)))[:count]
+
     @property
     def failures(self) -> list[Coordinate]:
         """Parameters whose own update grows or shrinks with width, does not exist, or is not finite."""

@@ -132,7 +132,7 @@ class Plan:
     def layer_weights(self) -> dict[str, float]:
         """How often each parameter's squared gradient norm counts where widths are to be compared: its SGD multiplier.
 
-        For ``AdaptiveBatch(layer_weights=)``. Squared gradient norms go like 1/width in the input layer and like width
+        For ``Measure(layer_weights=)``. Squared gradient norms go like 1/width in the input layer and like width
         in the readout, so that of a wide model the plain norm is the readout's alone; weighted by ``r_out / r_in``,
         every layer keeps its share at every width.
         """

@@ -63,6 +63,11 @@ class Sweep:
         """The run of the lowest loss."""
         return min(self.at(width), key=lambda run: run.loss)
 
+    @property
+    def survived(self) -> bool:
+        """Whether every width has a run that did not diverge."""
+        return all(math.isfinite(self.best(width).loss) for width in self.widths)
+
     def largest_stable(self, width: int) -> Run | None:
         """The run of the largest learning rate, then damping, that did not diverge."""
         stable = [run for run in self.at(width) if math.isfinite(run.loss)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -86,6 +86,12 @@ class Shampoo(Optimizer):
     Source: Gupta, Koren and Singer (2018), "Shampoo", ICML, algorithm 1 (sums there, averages here, as in Anil et al.
     2020); the width rule is in Ishikawa and Karakida (2024), arXiv:2312.12226, and Qiu et al. (2025), arXiv:2512.05620.
     """
+
+    preferred_lr_rule: ClassVar[str] = "sqrt"
+    """How its learning rate follows the batch where nobody says."""
+
+    needs_whole_gradients: ClassVar[bool] = True
+    """It looks at the matrices of parameters."""
 
     def __init__(
         self,

@@ -31,8 +31,11 @@ class LossWeightedFeed:
         weigh: micro-batch -> the number of terms (tokens) that its mean loss is taken over.
         collectives: the data-parallel ranks.
 
+    A micro-batch of weight 0 counts for nothing: its loss is a mean over no terms. Such ones are dealt first, since the
+    last micro-batch of a step is the one in which ranks reduce their gradients.
+
     Raises:
-        ValueError: a weight that is not positive and finite on some rank; on all ranks at once.
+        ValueError: a weight that is negative or not finite on some rank; on all ranks at once.
     """
 
     def __init__(self, feed: Feed, weigh: Callable[[Any], float], collectives: Collectives) -> None:
@@ -48,13 +51,17 @@ class LossWeightedFeed:
         batches = list(portion.batches)
         weights = [float(self._weigh(batch)) for batch in batches]
         # Not a number where a weight is impossible: then all ranks see it, and raise together.
-        local = sum(weights) if all(0 < weight < math.inf for weight in weights) else math.nan
+        local = sum(weights) if all(0 <= weight < math.inf for weight in weights) else math.nan
         (total,) = self._collectives.sum_of(local)
         if math.isnan(total):
             raise ValueError(
-                "weigh= gave a micro-batch a weight that is not positive and finite, on at least one rank: its mean "
-                "loss is taken over nothing; leave such micro-batches out, or weigh all of them by their examples"
+                "weigh= gave a micro-batch a weight that is negative or not finite, on at least one rank: it is the "
+                "number of terms that the mean loss is taken over, and 0 where there are none"
             )
+        if 0 in weights:
+            order = sorted(range(len(batches)), key=lambda index: weights[index] != 0)
+            batches, weights = [batches[index] for index in order], [weights[index] for index in order]
+            portion = replace(portion, sizes=[portion.sizes[index] for index in order])
         return replace(portion, batches=batches, weights=LossWeights(weights, total))
 
     def consumed(self, portion: Portion) -> None:

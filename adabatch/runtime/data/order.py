@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from adabatch.runtime.data.counts import checked_count
 from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed
 from adabatch.runtime.data.sequence import ExampleSequence, Subset, shuffle_of
 from adabatch.runtime.data.shuffles import Shuffle
 
 STATE_FORMAT = 2
+
+MOST_WORKERS = 1024
+"""Loading processes of a rank; a number above it was meant for something else."""
+
+MOST_SEED = 2**64 - 1
+MOST_EPOCH = 2**31 - 1
 
 
 class GlobalOrder:
@@ -44,9 +51,10 @@ class GlobalOrder:
             ``persistent_workers``, ``worker_init_fn``, ``timeout``, ``multiprocessing_context``).
 
     Raises:
-        ValueError: an empty data set, a subset or weights that do not fit it, or loader options that would order the
-            data anew.
-        TypeError: a data set without a length, or one that is only iterable; a shuffle that is none.
+        ValueError: an empty data set, a subset or weights that do not fit it, loader options that would order the
+            data anew, or a seed or number of workers out of bounds (0 to 2^64 - 1, 0 to 1,024).
+        TypeError: a data set without a length, or one that is only iterable; a shuffle that is none; a number that is
+            not whole.
     """
 
     _FORBIDDEN = frozenset({"batch_size", "sampler", "batch_sampler", "drop_last", "generator", "in_order"})
@@ -73,8 +81,10 @@ class GlobalOrder:
         misplaced = self._FORBIDDEN & loader_options.keys()
         if misplaced:
             raise ValueError(f"GlobalOrder itself decides {', '.join(sorted(misplaced))}: leave them out")
-        if seed < 0:
-            raise ValueError(f"the seed must not be negative, got {seed}")
+        seed = checked_count("seed", seed, least=0, most=MOST_SEED)
+        num_workers = checked_count("num_workers", num_workers, least=0, most=MOST_WORKERS, why="processes per rank")
+        if not isinstance(join_epochs, bool):
+            raise TypeError(f"join_epochs must be True or False, got {join_epochs!r}")
         self.dataset = dataset
         self._join_epochs = join_epochs
         self._loader_options = {**loader_options, "collate_fn": collate_fn, "num_workers": num_workers}
@@ -152,8 +162,7 @@ class GlobalOrder:
         Raises:
             ValueError: a negative epoch.
         """
-        if epoch < 0:
-            raise ValueError(f"the epoch must not be negative, got {epoch}")
+        epoch = checked_count("epoch", epoch, least=0, most=MOST_EPOCH)
         self._move(self._place.sequence, epoch, 0)
 
     def _move(self, sequence: ExampleSequence, epoch: int, examples: int) -> None:

@@ -38,6 +38,7 @@ class Subset:
 
     Raises:
         ValueError: no example, or one that the data set does not have, or one twice.
+        TypeError: something else than whole numbers, such as a mask.
     """
 
     def __init__(self, indices: Sequence[int], num_examples: int) -> None:
@@ -48,7 +49,13 @@ class Subset:
             least, most = sorted((indices[0], indices[-1]))
             self.name = f"{indices}"
         else:
-            self._indices = np.asarray(indices, dtype=np.int64)
+            given = np.asarray(indices)
+            if given.ndim != 1 or given.dtype.kind not in "iu":
+                raise TypeError(
+                    f"subset must be whole numbers of examples, one after the other, got {given.dtype} of shape "
+                    f"{given.shape}: for a mask give numpy.flatnonzero(mask)"
+                )
+            self._indices = given.astype(np.int64)
             distinct = np.unique(self._indices)
             if len(distinct) < len(self._indices):
                 raise ValueError("the subset names an example twice: WeightedShuffle lets examples come more often")

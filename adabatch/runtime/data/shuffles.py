@@ -9,7 +9,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from adabatch.runtime.data.counts import checked_count
 from adabatch.runtime.data.permutation import Integers, Permutation, key_of
+
+MOST_IN_BLOCKS = 2**40
+"""Examples in a block, and blocks that are mixed; above any data set."""
 
 Epoch = Callable[[int, int], Integers]
 """The examples at places ``begin`` to ``end - 1`` of one epoch, by their numbers, shape (end - begin,)."""
@@ -120,7 +124,8 @@ class BlockShuffle:
         mixed: blocks that are shuffled together.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or above 2^40.
+        TypeError: one that is not whole.
     """
 
     size: int
@@ -128,8 +133,8 @@ class BlockShuffle:
 
     def __post_init__(self) -> None:
         for name in ("size", "mixed"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"BlockShuffle({name}=) must be at least 1, got {getattr(self, name)}")
+            checked = checked_count(f"BlockShuffle({name}=)", getattr(self, name), least=1, most=MOST_IN_BLOCKS)
+            object.__setattr__(self, name, checked)
 
     @property
     def name(self) -> str:

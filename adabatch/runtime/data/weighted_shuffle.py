@@ -10,8 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adabatch.runtime.data.counts import checked_count
 from adabatch.runtime.data.permutation import Integers, key_of, uniforms
 from adabatch.runtime.data.shuffles import Epoch
+
+MOST_DRAWS = 2**40
+"""In an epoch; above any data set."""
 
 
 class WeightedShuffle:
@@ -50,13 +54,16 @@ class WeightedShuffle:
         drawn = int(np.count_nonzero(self._weights))
         if length is None:
             length = len(self._weights) if replacement else drawn
-        if length < 1 or (not replacement and length > drawn):
-            most = "" if replacement else f" and {drawn}, the examples of weight above 0, as none comes twice"
-            raise ValueError(f"length must be at least 1{most}, got {length}")
-        self._length = length
+        self._length = checked_count(
+            "length",
+            length,
+            least=1,
+            most=MOST_DRAWS if replacement else drawn,
+            why="" if replacement else "the examples of weight above 0, as none comes twice",
+        )
         self._replacement = replacement
         digest = hashlib.sha256(self._weights.tobytes()).hexdigest()[:12]
-        self.name = f"{length} draws with{'' if replacement else 'out'} replacement, weights {digest}"
+        self.name = f"{self._length} draws with{'' if replacement else 'out'} replacement, weights {digest}"
 
     def length(self, num_examples: int) -> int:
         """Places in an epoch.

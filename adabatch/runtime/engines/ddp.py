@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Unpack, final
 
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class DDPEngine(Engine):
         inner = uncompiled(model)
         assert isinstance(inner, DistributedDataParallel)
         self._ddp = inner
+        self._learns = bool(inner.static_graph)
 
     def inner_model(self) -> nn.Module:
         """The module in DDP."""
@@ -43,8 +44,14 @@ class DDPEngine(Engine):
         return uncompiled(inner)
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """DDP's own."""
-        return self._ddp.no_sync()
+        """DDP's own, but for the first backward of a model with a static graph.
+
+        That backward is where DDP learns the graph, and it must reduce what it sees. The gradient stays what it is: a
+        sum of means, to which the other micro-batches are added before the last of them has the whole reduced, as the
+        mean of equal numbers is that number.
+        """
+        learns, self._learns = self._learns, False
+        return nullcontext() if learns else self._ddp.no_sync()
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.outer import Average, Nesterov, OuterOptimizer, SlowMo
 from adabatch.runtime.local_sgd.periods import Change, Fixed, Period, Quadratic, RoundStart, Table
 from adabatch.runtime.local_sgd.probe import Spread
-from adabatch.runtime.local_sgd.settings import AverageWeights, Measure
+from adabatch.runtime.local_sgd.settings import AverageWeights, MeasuredStep
 
 __all__ = [
     "Average",
@@ -18,7 +18,7 @@ __all__ = [
     "Compression",
     "Fixed",
     "LocalSGD",
-    "Measure",
+    "MeasuredStep",
     "Nesterov",
     "OuterOptimizer",
     "Period",

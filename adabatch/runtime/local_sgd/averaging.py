@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +27,11 @@ from adabatch.runtime.local_sgd.periods import Period
 from adabatch.runtime.local_sgd.probe import Spread
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.rounds import Rounds
-from adabatch.runtime.local_sgd.settings import AverageWeights, Measure, Settings, period_of
+from adabatch.runtime.local_sgd.settings import AverageWeights, MeasuredStep, Settings, period_of
+from adabatch.runtime.optimizers import each_of, joined, without_rate
+from adabatch.runtime.ownership import remove_all, take_over
+from adabatch.runtime.step_hooks import hook_step
+from adabatch.runtime.trained_parameters import TrainedParameters
 
 
 class LocalSGD:
@@ -42,10 +46,10 @@ class LocalSGD:
                     step.backward(loss_fn(model(x), y))
                 optimizer.step(); optimizer.zero_grad()
 
-    It works from its construction on, when all workers are given the first one's weights, and with any loop that calls
-    ``optimizer.step()``. A round is ``sync_every`` calls; in the last of them parameters and real-valued buffers are
-    averaged. Leaving the block averages once more where a round is under way. After an exception nothing is sent,
-    for others may be gone.
+    It works from its construction on, when all workers are given the first one's weights, as long as you hold on to
+    it, and with any loop that calls ``optimizer.step()``. A second one on the same optimizer takes the place of the
+    first. A round is ``sync_every`` calls; in the last of them parameters and real-valued buffers are averaged. Leaving
+    the block averages once more where a round is under way. After an exception nothing is sent, for others may be gone.
 
     A round of one step with nothing but the average at its end (``sync_every=1``, and the warm-up) averages the
     gradient before the step instead: for any optimizer that is ``DistributedDataParallel`` itself. With
@@ -55,7 +59,8 @@ class LocalSGD:
     Args:
         model: plain, a copy on each worker; or sharded by ``fully_shard`` over the ranks of a worker (a node), with
             ``workers`` the other dimension of the mesh.
-        optimizer: its ``step()`` is a local step; its parameters are averaged.
+        optimizer: its ``step()`` is a local step; its parameters are averaged. Of several a list: once each has
+            stepped, that is one local step.
         sync_every: local steps of a round: a number, or ``Fixed``, ``Table`` or ``Quadratic``.
         warmup: how long every step is averaged first (post-local SGD). Outer optimizer and compression rest meanwhile.
         outer: what becomes of the average: ``Average``, ``Nesterov`` (DiLoCo) or ``SlowMo``.
@@ -85,7 +90,7 @@ class LocalSGD:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         sync_every: int | Period,
         warmup: Duration | None = None,
@@ -93,7 +98,7 @@ class LocalSGD:
         average_state: bool = False,
         compression: Compression = "none",
         weights: AverageWeights = "examples",
-        measure: Measure = "first",
+        measure: MeasuredStep = "first",
         spread: Spread = "across",
         workers: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
@@ -107,6 +112,7 @@ class LocalSGD:
             measure=measure,
             spread=spread,
         )
+        optimizer = joined(optimizer)
         self._model, self._optimizer = model, optimizer
         replica = Replica(model, optimizer)
         group, node = _who(model, workers, replica.device)
@@ -117,13 +123,19 @@ class LocalSGD:
                 f"the ranks were given different settings of local SGD (this one: {words}), and would average at "
                 f"different steps: give all the same"
             )
+        kind = without_rate(optimizer)
+        if kind is not None and not settings.without_rate:
+            raise ValueError(
+                f"{kind} sets its learning rate itself (lr=None), which the period or the outer optimizer reads: use a "
+                f"number of steps as sync_every and outer=Average(), or give the optimizer a learning rate"
+            )
+        self._trained = TrainedParameters(model, optimizer)
+        self._stepped: set[Optimizer] = set()  # of several, since the last local step
+        self._replaced = False
+        take_over(self, [*each_of(optimizer), *replica.parameters], kind="LocalSGD")
         for tensor in replica.everything():
             group.copy_from_first(tensor)
-        rounds = self._rounds
-        self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: rounds.before_step()),
-            optimizer.register_step_post_hook(lambda *_: rounds.after_step()),
-        ]
+        self._handles = hook_step(optimizer, self._before_step, self._after_step)
 
     @property
     def collectives(self) -> Collectives:
@@ -179,15 +191,38 @@ class LocalSGD:
         self._rounds.memory.examples += num_examples
 
     def synchronize(self) -> None:
-        """Ends the round under way now, on all workers; nothing where they have just averaged."""
+        """Ends the round under way now, on all workers; nothing where they have just averaged.
+
+        Raises:
+            RuntimeError: a newer ``LocalSGD`` averages these workers.
+        """
+        self._check_in_place()
         if self._rounds.memory.step_in_round:
             self._rounds.end_round()
 
     def remove(self) -> None:
         """Takes the hooks off the optimizer: no more averages."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove_all(self._handles)
+
+    def give_way(self) -> None:
+        """A newer one averages these workers."""
+        self._replaced = True
+        self.remove()
+
+    def _check_in_place(self) -> None:
+        if self._replaced:
+            raise RuntimeError("this LocalSGD was replaced by a newer one on the same optimizer or model: use that one")
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if not self._stepped:
+            self._trained.check("LocalSGD")
+        self._rounds.before_step()
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        self._stepped.add(optimizer)
+        if len(self._stepped) == len(each_of(self._optimizer)):
+            self._stepped.clear()
+            self._rounds.after_step()
 
     # --- what AdaptiveBatch reads -----------------------------------------------------------------------------------
 
@@ -213,7 +248,8 @@ class LocalSGD:
                 "local SGD does not go with a GradScaler: every worker would leave out updates of its own, and come to "
                 "the average at another step; use bfloat16, which needs none"
             )
-        if model is not self._model or optimizer is not self._optimizer:
+        self._check_in_place()
+        if model is not self._model or {*each_of(optimizer)} != {*each_of(self._optimizer)}:
             raise ValueError(
                 "local_sgd belongs to another model or optimizer: give AdaptiveBatch and LocalSGD the same"
             )

@@ -22,7 +22,7 @@ Spread = Literal["across", "within"]
 """Whose parts are compared: those of all workers, or those of each worker by itself."""
 
 
-class WorkerProbe:
+class WorkerProbe(Probe):
     """A probe of one worker, made to measure all of them.
 
     Args:
@@ -58,7 +58,6 @@ class WorkerProbe:
         self._share = 1.0
 
     def start(self, dp_size: int) -> None:
-        """A probed step begins."""
         self._whole = self._across()
         # A probe of plain models divides what all ranks hold alike by their number, so it may count all workers. One
         # of sharded models adds up shards: it counts its own worker's, and the workers' numbers are averaged.
@@ -66,12 +65,10 @@ class WorkerProbe:
         self._share = 1.0 if alike else 1 / self._num_workers
         self._inner.start(dp_size if alike else self._worker_size)
 
-    def begin_part(self) -> None:
-        """The backward of a micro-batch begins."""
-        self._inner.begin_part()
+    def begin_part(self, num_examples: int | None = None) -> None:
+        self._inner.begin_part(num_examples)
 
     def end_part(self, num_examples: float, weight: float) -> None:
-        """It has ended. ``weight`` is the micro-batch's share of this worker's gradient."""
         self._inner.end_part(num_examples, weight)
 
     def collect(self) -> Tensor:
@@ -97,9 +94,7 @@ class WorkerProbe:
         )
 
     def stop(self) -> None:
-        """Forgets a step that is broken off."""
         self._inner.stop()
 
     def remove(self) -> None:
-        """Takes every hook off the model."""
         self._inner.remove()

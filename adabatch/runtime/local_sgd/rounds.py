@@ -46,7 +46,7 @@ class Rounds:
         self.memory = Memory()
         self._optimizer = optimizer
         self._standing: tuple[Progress, float] | None = None
-        self._gradient_averaged = self._stepping = False
+        self._gradient_averaged = False
 
     @property
     def gradient_averaged(self) -> bool:
@@ -68,8 +68,9 @@ class Rounds:
             self._check_units()
         progress, factor = self._standing or (Progress(steps=self.memory.steps), 1.0)
         # Host sync where a rate lies on an accelerator, once a round.
-        lr = factor * max(float(group["lr"]) for group in self._optimizer.param_groups)
-        peak = factor * max(float(group.get("initial_lr", group["lr"])) for group in self._optimizer.param_groups)
+        rates = [group for group in self._optimizer.param_groups if group.get("lr") is not None]
+        lr = factor * max((float(group["lr"]) for group in rates), default=0.0)
+        peak = factor * max((float(group.get("initial_lr", group["lr"])) for group in rates), default=0.0)
         begun = self.settings.begin(RoundStart(progress, lr, peak), states_agree=self.memory.states_agree)
         # Rounds of different lengths would send different things at the same time, and wait for each other for ever.
         told = (begun.local_steps, begun.by_gradient, lr if begun.needs_anchor else None)
@@ -102,14 +103,10 @@ class Rounds:
         """The optimizer is about to step."""
         if not self._gradient_averaged:
             self.average_gradient()
-        self._stepping = True
 
     def after_step(self) -> None:
         """The optimizer has stepped; the round may end with it."""
-        # An optimizer whose step() calls its parent's runs the hooks of both, one inside the other.
-        if not self._stepping:
-            return
-        self._stepping = self._gradient_averaged = False
+        self._gradient_averaged = False
         self.memory.steps += 1
         self.memory.step_in_round += 1
         self.memory.bytes_synchronous += self.exchange.ring_bytes(self.replica.pieces())

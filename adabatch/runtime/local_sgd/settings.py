@@ -8,13 +8,13 @@ from typing import Any, Literal, NamedTuple, get_args
 from adabatch.batch.plan import Duration
 from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
-from adabatch.runtime.local_sgd.periods import Fixed, Period, RoundStart, check_period
+from adabatch.runtime.local_sgd.periods import Fixed, Period, RoundStart, Table, check_period
 from adabatch.runtime.local_sgd.probe import Spread
 
 AverageWeights = Literal["examples", "equal"]
 """What the share of a worker in the average follows."""
 
-Measure = Literal["first", "last"]
+MeasuredStep = Literal["first", "last"]
 """The local step of a round at which the gradient is measured."""
 
 
@@ -56,11 +56,11 @@ class Settings:
     average_state: bool
     compression: Compression
     weights: AverageWeights
-    measure: Measure
+    measure: MeasuredStep
     spread: Spread
 
     def __post_init__(self) -> None:
-        words = {"compression": Compression, "weights": AverageWeights, "measure": Measure, "spread": Spread}
+        words = {"compression": Compression, "weights": AverageWeights, "measure": MeasuredStep, "spread": Spread}
         for name, allowed in words.items():
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
@@ -80,6 +80,11 @@ class Settings:
     def durations(self) -> tuple[Duration, ...]:
         """What progress is compared with."""
         return (*self.period.durations, *(() if self.warmup is None else (self.warmup,)))
+
+    @property
+    def without_rate(self) -> bool:
+        """Whether nothing reads the learning rate."""
+        return isinstance(self.period, Fixed | Table) and isinstance(self.outer, Average)
 
     def begin(self, start: RoundStart, *, states_agree: bool) -> Round:
         """The round that begins.

@@ -48,9 +48,14 @@ def squared_sums(values: Tensor) -> Tensor:
     ``sum`` adds in cascade; ``vector_norm`` and a batched product do not, and lose 4e-6 and 5e-5 on 200,000
     numbers.
     """
-    flat = values.flatten(1)
+    flat = by_row(values)
     pieces = [wide(flat[part]) for part in chunks(flat.shape[0], flat.shape[1])]
     return torch.cat([(piece * piece).sum(1) for piece in pieces])
+
+
+def by_row(values: Tensor) -> Tensor:
+    """An example a row, (num_examples, ...) -> (num_examples, d); of a parameter without dimensions d is 1."""
+    return values.flatten(1) if values.dim() > 1 else values[:, None]
 
 
 class Contribution(ABC):
@@ -105,7 +110,7 @@ class Dense(Contribution):
         return squared_sums(self.values)
 
     def products(self, direction: Tensor) -> Tensor:
-        flat, along = self.values.flatten(1), wide(direction).flatten()
+        flat, along = by_row(self.values), wide(direction).flatten()
         return torch.cat([(wide(flat[part]) * along).sum(1) for part in chunks(flat.shape[0], flat.shape[1])])
 
     def dense(self, part: slice) -> Tensor:

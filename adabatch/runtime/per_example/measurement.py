@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from adabatch.runtime.fsdp2 import class_of, is_sharded
 from adabatch.runtime.per_example.contributions import (
     Contribution,
     Dense,
@@ -27,6 +28,7 @@ from adabatch.runtime.per_example.contributions import (
     squared_sums,
     wide,
 )
+from adabatch.runtime.per_example.layout import run_with_one_less
 from adabatch.runtime.per_example.replay import (
     Autocast,
     Replay,
@@ -35,12 +37,18 @@ from adabatch.runtime.per_example.replay import (
     tensors_of,
     with_states,
 )
+from adabatch.runtime.per_example.rules import RULES
 from adabatch.runtime.per_example.sites import Site
 
 # A parameter that is used outside the module that owns it shows: the examples' gradients do not add up to its
 # own. How far they may be apart, as shares of its squared norm and of the mean absolute product; rounding in
 # bfloat16 stays below.
 _TOLERANCE_SQUARE, _TOLERANCE_SPREAD = 0.05, 0.01
+
+# Where the true gradient is zero (biases of attention keys, biases before an instance norm), both sums are nothing but
+# rounding: no share of one another, but of what would be summed if nothing cancelled. In float32, or in units of the
+# type's precision where that is coarser. And as a share of the whole gradient, below which nothing shows.
+_ROUNDING, _ROUNDING_STEPS, _NEGLIGIBLE = 1e-4, 2.0, 1e-7
 
 
 class Held(Protocol):
@@ -101,7 +109,9 @@ class Measurement:
         sites: the modules that account for its parameters.
         num_examples: examples in the micro-batch; None to read it off the model's first argument.
         hold: keep what inner products need.
-        check: compare the sum of the examples' gradients with each parameter's own.
+        check: compare the sum of the examples' gradients with each parameter's own, and find out which inputs have an
+            example a row.
+        examples_first: the user says that all have, where it cannot be found out.
         coordinates: add up the squares of each coordinate too.
     """
 
@@ -114,12 +124,22 @@ class Measurement:
         hold: bool,
         check: bool,
         coordinates: bool = False,
+        examples_first: bool = False,
     ) -> None:
         self.squares: dict[str, Tensor] = {}
         self.coordinates: dict[str, Tensor] | None = {} if coordinates else None
         self.held: list[Held] | None = [] if hold else None
         self.parameters: dict[str, nn.Parameter] = {}
         self.num_examples = num_examples
+        self._is_given = num_examples is not None
+        self._model = model
+        self._examples_first = examples_first
+        self._rows: dict[Site, set[int]] | None = None  # while it is tried which inputs have an example a row
+        self._is_tried = not check
+        self._is_sure = not check or examples_first
+        self._shared_inputs: dict[Site, frozenset[int]] = {}
+        self._magnitudes: dict[str, list[Contribution]] = {}
+        self._rounding: dict[str, float] = {}
         self._pending: dict[str, list[Contribution]] = {}  # until the parameter's gradient is complete
         self._completed: set[str] = set()
         self._checks: dict[str, Tensor] | None = {} if check else None
@@ -172,8 +192,10 @@ class Measurement:
         wrong = self._completed - self.squares.keys()
         if self._checks:
             numbers = torch.stack(list(self._checks.values())).tolist()  # host sync, once in a run
-            for name, (total, spread, square) in zip(self._checks, numbers, strict=True):
-                if abs(total - square) > _TOLERANCE_SQUARE * square + _TOLERANCE_SPREAD * spread:
+            whole = sum(square for _, _, square, _ in numbers)
+            for name, (total, spread, square, rounding) in zip(self._checks, numbers, strict=True):
+                allowed = _TOLERANCE_SQUARE * square + _TOLERANCE_SPREAD * spread + rounding + _NEGLIGIBLE * whole
+                if abs(total - square) > allowed:
                     wrong.add(name)
         if wrong:
             raise RuntimeError(
@@ -189,9 +211,54 @@ class Measurement:
     # Forward: leave the inputs behind, and a hook at the outputs.
 
     def _count_examples(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.num_examples is None:
+        # Nothing of a forward without gradients is measured: a teacher, a metric.
+        if self._is_replaying or not torch.is_grad_enabled():
+            return
+        if not self._is_given:
             sizes = (tensor.shape[0] for tensor in tensors_of((args, kwargs)) if tensor.dim() > 0)
-            self.num_examples = next(sizes, None)
+            self.num_examples = next(sizes, self.num_examples)
+        if not self._is_tried and (self.num_examples or 0) > 1:
+            self._is_tried = True
+            self._try_layout(args, kwargs)
+
+    def _try_layout(self, args: Any, kwargs: Any) -> None:
+        """Finds out which inputs have an example a row; raises where one has something else."""
+        num_examples = self.num_examples
+        assert num_examples is not None
+        if is_sharded(self._model):  # its forward waits for other ranks, whose micro-batch may need no trial
+            return
+        self._rows = {}
+        try:
+            self._is_sure |= run_with_one_less(self._model, args, kwargs, num_examples)
+        finally:
+            rows, self._rows = self._rows, None
+        if self._examples_first:
+            return
+        for site, seen in rows.items():
+            if self._is_sure and num_examples in seen:
+                raise ValueError(
+                    f"{site} gets {num_examples} rows for {num_examples - 1} examples too, so they are not examples "
+                    f"but positions, times or the like: give it the examples along the first dimension, and positions "
+                    f"that all examples share the shape (1, num_positions), or use the norm test from micro-batches"
+                )
+
+    def _note_rows(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
+        assert self._rows is not None
+        assert self.num_examples is not None
+        if site.rule is not None:
+            tensors = [next(iter((*args, *kwargs.values())))]
+        else:
+            tensors = tensors_of(output)
+            inputs = tensors_of((with_states(module, args, self.num_examples - 1), kwargs))
+            self._shared_inputs[site] = frozenset(
+                position
+                for position, tensor in enumerate(inputs)
+                if tensor.dim() > (dim := example_dim(module, position)) and tensor.shape[dim] == self.num_examples
+            )
+        for position, tensor in enumerate(tensors):
+            dim = 0 if site.rule is not None else example_dim(module, position)
+            if tensor.dim() > dim:
+                self._rows.setdefault(site, set()).add(tensor.shape[dim])
 
     def _examples_for(self, site: Site) -> int:
         if self.num_examples is None:
@@ -202,6 +269,8 @@ class Measurement:
         return self.num_examples
 
     def _on_ruled(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        if self._rows is not None:
+            self._note_rows(site, module, args, kwargs, output)
         if self._is_replaying or not output.requires_grad:
             return None
         assert site.rule is not None
@@ -212,8 +281,8 @@ class Measurement:
                 f"{site} got an input of shape {tuple(inputs.shape)} in a micro-batch of {num_examples} "
                 f"examples: the first dimension must be the examples, or 1 where all examples share the input"
             )
-        if self._checks is not None:
-            _refuse_positions(site, inputs)
+        if not self._is_sure:
+            _refuse_positions(site, inputs, num_examples)
         widened = None
         if inputs.shape[0] != num_examples:
             widened = output = output.expand(num_examples, *output.shape[1:])
@@ -221,11 +290,13 @@ class Measurement:
         kept = None
         if not self._keys[site].keys() <= site.rule.inputless:
             kept = _Kept([_as_computed(inputs, output)])
-        backward = partial(self._on_ruled_grad, site, kept)
+        backward = partial(self._on_ruled_grad, site, kept, num_examples)
         self._handles.append(output.register_hook(backward))  # type: ignore[no-untyped-call]
         return widened
 
     def _on_replayed(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
+        if self._rows is not None:
+            self._note_rows(site, module, args, kwargs, output)
         leaves = tensors_of(output)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         if self._is_replaying or not wanted:
@@ -247,17 +318,40 @@ class Measurement:
             _Kept(tensors_of(call)),
             [leaf.requires_grad for leaf in leaves],
             Autocast.now(wanted[0].device.type),
+            num_examples,
         )
         self._handles.append(torch.autograd.graph.register_multi_grad_hook(wanted, backward))
 
     # Backward: the gradients at the outputs meet the inputs.
 
-    def _on_ruled_grad(self, site: Site, kept: _Kept | None, grad: Tensor) -> None:
+    def _check_number(self, site: Site, num_examples: int) -> None:
+        """That the forwards which have gradients are of the same examples."""
+        if num_examples != self.num_examples:
+            raise ValueError(
+                f"one backward of {site} goes through forwards of {num_examples} and of {self.num_examples} examples, "
+                f"which cannot be told apart: call the model with the whole micro-batch each time, or use the norm "
+                f"test from micro-batches"
+            )
+
+    def _on_ruled_grad(self, site: Site, kept: _Kept | None, num_examples: int, grad: Tensor) -> None:
         assert site.rule is not None
+        self._check_number(site, num_examples)
         inputs = grad.new_empty(0) if kept is None else kept.take()[0]
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             for own, contribution in site.rule.contributions(site.module, inputs, grad):
                 self._pending.setdefault(self._keys[site][own], []).append(contribution)
+            # A rule of the user's own may mean something else by absolute values.
+            if self._checks is not None and site.rule is RULES.get(class_of(site.module)):
+                self._note_magnitudes(site, inputs, grad)
+
+    def _note_magnitudes(self, site: Site, inputs: Tensor, grad: Tensor) -> None:
+        """What the contributions would be if nothing in them cancelled."""
+        assert site.rule is not None
+        coarse = _ROUNDING_STEPS * torch.finfo(grad.dtype).eps
+        for own, contribution in site.rule.contributions(site.module, inputs.abs(), grad.abs()):
+            name = self._keys[site][own]
+            self._magnitudes.setdefault(name, []).append(contribution)
+            self._rounding[name] = max(_ROUNDING, coarse, self._rounding.get(name, 0.0))
 
     def _on_replayed_grads(
         self,
@@ -266,12 +360,15 @@ class Measurement:
         kept: _Kept,
         has_grad: Sequence[bool],
         autocast: Autocast,
+        num_examples: int,
         received: Sequence[Tensor | None],
     ) -> None:
+        self._check_number(site, num_examples)
         keys = self._keys[site]
         grads = iter(received)
         outputs = [next(grads) if has else None for has in has_grad]
-        replay = Replay(site.module, tuple(keys), arguments, kept.take(), outputs, self._examples_for(site), autocast)
+        shared = self._shared_inputs.get(site, frozenset())
+        replay = Replay(site.module, tuple(keys), arguments, kept.take(), outputs, num_examples, autocast, shared)
         is_alone = self._num_calls[site] == 1 and self._shared.isdisjoint(keys.values())
         self._is_replaying = True  # the module's children run again, and are not to be heard
         try:
@@ -311,13 +408,16 @@ class Measurement:
                 self._settle(name)
 
     def _compare(self, name: str, grad: Tensor) -> Tensor:
-        """The examples' products with the gradient: their sum, absolute sum, and what they must add up to."""
+        """The examples' products with the gradient: their sum, absolute sum, and what they must add up to; and how far
+        rounding may take them from it."""
         square = wide(grad).square().sum()
         if name in self._sums:
             total = (wide(self._sums.pop(name)) * wide(grad)).sum()
-            return torch.stack([total, total.abs(), square])
+            return torch.stack([total, total.abs(), square, square * 0])
         products = torch.stack([one.products(grad) for one in self._pending.get(name, ())] or [square * 0])
-        return torch.stack([products.sum(), products.abs().sum(), square])
+        magnitudes = [one.products(grad.abs()).abs().sum() for one in self._magnitudes.pop(name, ())]
+        rounding = torch.stack(magnitudes or [square * 0]).sum() * self._rounding.get(name, 0.0)
+        return torch.stack([products.sum(), products.abs().sum(), square, rounding])
 
     def _settle(self, name: str) -> None:
         contributions = self._pending.pop(name)
@@ -346,8 +446,9 @@ def _as_computed(inputs: Tensor, output: Tensor) -> Tensor:
     return inputs.to(output.dtype) if is_narrower else inputs
 
 
-def _refuse_positions(site: Site, inputs: Tensor) -> None:
-    """Raises where a table looks up as many positions as there are examples, without their dimension."""
+def _refuse_positions(site: Site, inputs: Tensor, num_examples: int) -> None:
+    """Raises where the examples may lie along another dimension, or not at all, and no trial said which it is."""
+    assert site.rule is not None
     if isinstance(site.module, nn.Embedding) and inputs.dim() == 1 and inputs.shape[0] > 1:
         steps = inputs.diff()
         if bool((steps == 1).all()):  # host sync, in the first measured micro-batch
@@ -355,3 +456,10 @@ def _refuse_positions(site: Site, inputs: Tensor) -> None:
                 f"{site} looked up {inputs.shape[0]} consecutive rows, as many as there are examples: if "
                 "they are positions, index it with shape (1, num_positions)"
             )
+    between = inputs.shape[1 : inputs.dim() - site.rule.item_dims(site.module)]
+    if num_examples > 1 and inputs.shape[0] == num_examples and num_examples in between:
+        raise ValueError(
+            f"{site} got an input of shape {tuple(inputs.shape)} in the first micro-batch of {num_examples} examples: "
+            f"which dimension holds them cannot be told. If it is the first, say so with examples_first=True; else "
+            f"give it the examples first"
+        )

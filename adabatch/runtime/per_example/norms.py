@@ -125,8 +125,11 @@ class PerExampleNorms:
             gradients where those are smaller.
         check: in the first measured micro-batch, compare the sum of the examples' gradients with each
             parameter's own gradient, which costs a third of a step and a host sync, once. It finds parameters
-            that are used outside the module that owns them, and tables of positions that look like examples.
+            that are used outside the module that owns them. And run its forward once more, without gradients and
+            with one example less, which finds modules whose rows are positions, times or tokens.
         rules: rules for the user's own classes of modules; they take precedence.
+        examples_first: say that the examples lie along the first dimension of every module's input where that cannot
+            be found out: in a sharded model whose sequences are as long as the micro-batch is large.
         coordinates: also add up the squares of each coordinate over the examples, 4 bytes a parameter. Except
             for linear maps of single positions and embeddings, the examples' gradients are formed for it, a few
             at a time, each of them the work of a weight gradient's share.
@@ -151,7 +154,9 @@ class PerExampleNorms:
         check: bool = True,
         rules: Mapping[type[nn.Module], Rule] = MappingProxyType({}),
         coordinates: bool = False,
+        examples_first: bool = False,
     ) -> None:
+        self._examples_first = examples_first
         self._coordinates = coordinates
         self._model = model
         self._sites = find_sites(model, rules)
@@ -181,7 +186,23 @@ class PerExampleNorms:
             hold=self._products,
             check=self._check,
             coordinates=self._coordinates,
+            examples_first=self._examples_first,
         )
+
+    def expect(self, num_examples: int) -> None:
+        """Says, between the forward and its backward, how many examples the micro-batch holds.
+
+        Raises:
+            ValueError: the model was called with another number.
+        """
+        seen = None if self._measurement is None else self._measurement.num_examples
+        if seen is not None and seen != num_examples:
+            raise ValueError(
+                f"the micro-batch holds {num_examples} examples, and the model was called with a first dimension of "
+                f"{seen}: views, tokens or positions in it would be taken for examples. Call the model with an example "
+                f"a row (once for each view), pass count= to AdaptiveBatch.steps if the first number is wrong, or use "
+                f"the norm test from micro-batches"
+            )
 
     def finish(self, *, loss_scale: float = 1.0) -> ExampleGradients:
         """Takes the hooks off and gives what the backward left: call it after that backward.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adabatch.runtime.per_example.contributions import chunks, wide
+from adabatch.runtime.per_example.contributions import by_row, chunks, wide
 
 
 def map_tensors(function: Callable[[Tensor], object], tree: object) -> object:
@@ -72,6 +72,7 @@ class Replay:
         grads: gradient at each output tensor of the call, in order; None where there is none.
         num_examples: examples in the micro-batch.
         autocast: state during the call.
+        shared: the inputs that are the same for all, whatever their first dimension; known where one was tried.
     """
 
     module: nn.Module
@@ -81,6 +82,7 @@ class Replay:
     grads: Sequence[Tensor | None]
     num_examples: int
     autocast: Autocast
+    shared: frozenset[int] = frozenset()
 
     @property
     def dense_is_smaller(self) -> bool:
@@ -137,7 +139,7 @@ class Replay:
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
         """``<g_i, direction>`` over the module's parameters, shape (num_examples,)."""
         runs = [
-            torch.stack([(wide(run[name]) * wide(direction[name])).flatten(1).sum(1) for name in direction])
+            torch.stack([by_row(wide(run[name]) * wide(direction[name])).sum(1) for name in direction])
             for run in self.gradients()
         ]
         return torch.cat([run.sum(0) for run in runs])
@@ -145,6 +147,8 @@ class Replay:
     def _by_example(self, position: int, tensor: Tensor) -> Tensor | None:
         """The input with its examples along the first dimension, one kept in its place; None where shared."""
         dim = example_dim(self.module, position)
+        if position in self.shared:
+            return None
         if tensor.dim() > dim and tensor.shape[dim] == self.num_examples:
             return _by_example(tensor, dim)
         module = self.module

@@ -24,7 +24,7 @@ from adabatch.runtime.probes.layers import Layers, LayerSums
 from adabatch.runtime.probes.micro_batch import IN_PIECES
 from adabatch.runtime.probes.norms import gathered, norms
 from adabatch.runtime.probes.parts import PartSums
-from adabatch.runtime.probes.protocol import given_with
+from adabatch.runtime.probes.protocol import Probe, given_with
 
 Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]  # type: ignore[name-defined]
 """How DDP reduces a bucket: the second argument of ``DistributedDataParallel.register_comm_hook``."""
@@ -45,7 +45,7 @@ def _norms_of(flat: Tensor, cuts: list[Cut] | None) -> list[tuple[int, Tensor]]:
     return [(cut.number, norms(flat[cut.offset : cut.offset + cut.length])) for cut in cuts]
 
 
-class CommHookProbe:
+class CommHookProbe(Probe):
     """Noise and signal under DDP from its buckets: one part a rank, the mean gradient of all its micro-batches.
 
     DDP reduces once a step, so accumulation steps are not told apart: with ``k`` of them the spread is measured among
@@ -158,11 +158,9 @@ class CommHookProbe:
         return grad
 
     def start(self, dp_size: int) -> None:
-        """A probed step begins."""
         self._sums = PartSums(dp_size, device=self._device, layers=self._layer_sums.names)
 
-    def begin_part(self) -> None:
-        """The backward of a micro-batch begins."""
+    def begin_part(self, num_examples: int | None = None) -> None:
         self._forget()
         self._listening = True
 
@@ -181,7 +179,6 @@ class CommHookProbe:
             self._sums.close(self._layer_sums.of(self._before))
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums."""
         dp_size = self._sums.dp_size
         # Every rank sees the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
         grad_sq = self._layer_sums.of(self._after) / dp_size
@@ -200,11 +197,9 @@ class CommHookProbe:
         self._after_l1.clear()
 
     def moments(self, totals: list[float]) -> GradientMoments:
-        """The step's moments from the sums over all ranks."""
         return self._sums.moments(totals)
 
     def stop(self) -> None:
-        """Forgets a step that is broken off."""
         self._listening = False
         self._pieces = [0] * len(self._pieces)
         self._forget()

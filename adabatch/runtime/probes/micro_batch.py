@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from weakref import finalize
 
 from torch import Tensor
 
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.ownership import called_weakly, remove_all
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers
 from adabatch.runtime.probes.metrics import ProbeNorm
 from adabatch.runtime.probes.norms import gradients_of
+from adabatch.runtime.probes.protocol import Probe
 
 IN_PIECES = (
     "a parameter's gradient came in several pieces in one backward, whose norms do not add up: layers used twice under "
@@ -25,7 +28,7 @@ IN_PIECES = (
 )
 
 
-class MicroBatchProbe:
+class MicroBatchProbe(Probe):
     """Noise and signal from micro-batches: each is a part, on each rank and in each accumulation step.
 
     It costs one pass over the gradients of each micro-batch and one over the step's gradient, a Python call a parameter
@@ -90,10 +93,12 @@ class MicroBatchProbe:
         self._norms: dict[int, Tensor] = {}
         self._in_pieces = False
         self._listening = False
+        listen = called_weakly(self._listen)
         self._handles = [
-            p.register_hook(partial(self._listen, index))  # type: ignore[no-untyped-call]
+            p.register_hook(partial(listen, index))  # type: ignore[no-untyped-call]
             for index, p in enumerate(self._parameters)
         ]
+        finalize(self, remove_all, self._handles).atexit = False  # a probe that is dropped leaves nothing behind
 
     def _listen(self, index: int, grad: Tensor) -> None:
         if self._listening:
@@ -115,8 +120,7 @@ class MicroBatchProbe:
             )
         self._gauge.start(dp_size)
 
-    def begin_part(self) -> None:
-        """The backward of a micro-batch begins."""
+    def begin_part(self, num_examples: int | None = None) -> None:
         self._norms.clear()
         self._squares.clear()
         self._in_pieces = False
@@ -129,7 +133,7 @@ class MicroBatchProbe:
             RuntimeError: the backward reached no parameter, or one in several pieces.
         """
         self._listening = False
-        if not self._norms:
+        if not self._norms and weight:
             raise RuntimeError(
                 "the backward of this micro-batch reached no parameter: is the loss computed from the model that was "
                 "given to AdaptiveBatch, and not detached?"
@@ -144,23 +148,17 @@ class MicroBatchProbe:
         self._norms.clear()
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums."""
         if self._grad_sq is not None:
             return self._gauge.sums.numbers(self._grad_sq().view(1) / self._gauge.sums.dp_size)
         return self._gauge.collect(gradients_of(self._parameters), holders=self._gauge.sums.dp_size)
 
     def moments(self, totals: list[float]) -> GradientMoments:
-        """The step's moments from the sums over all ranks."""
         return self._gauge.moments(totals)
 
     def stop(self) -> None:
-        """Forgets a step that is broken off."""
         self._listening = False
         self._norms.clear()
         self._squares.clear()
 
     def remove(self) -> None:
-        """Takes every hook off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove_all(self._handles)

@@ -43,6 +43,7 @@ class PartSums:
     ) -> None:
         self.dp_size = dp_size
         self.num_parts = 0
+        self.num_empty = 0  # micro-batches that count for nothing: no parts, but seen
         self._examples = examples
         self._norm = norm
         self._known = known
@@ -55,20 +56,25 @@ class PartSums:
         self._lengths: dict[str, int] = {}
 
     def join(self, num_examples: float, weight: float) -> None:
-        """A micro-batch enters the part that is open."""
+        """A micro-batch enters the part that is open; one of weight 0 changes nothing in it."""
+        if weight == 0:
+            self.num_empty += 1
+            return
         self._weight += weight
         self._spread += weight * weight / num_examples
 
     @property
     def share(self) -> float:
         """What squares that the open part shows are multiplied by in the sums."""
-        return 1 / (self._weight * self.dp_size)
+        return 1 / (self._weight * self.dp_size) if self._weight else 0.0
 
     def close(self, seen_sq: Tensor | None) -> None:
         """The open part ends: ``seen_sq``, shape (num_layers,), were the squared norms of what it showed.
 
-        None where the sums over parts are given to ``numbers``.
+        None where the sums over parts are given to ``numbers``. Nothing is added where all that entered weighs 0.
         """
+        if self._weight == 0:
+            return
         if seen_sq is not None:
             self._part_sq += seen_sq / (self._weight * self.dp_size)
         self._inverse_part_size += self._spread / (self._weight * self.dp_size)
@@ -89,7 +95,7 @@ class PartSums:
         Raises:
             RuntimeError: no part was seen.
         """
-        if self.num_parts == 0:
+        if self.num_parts + self.num_empty == 0:
             raise RuntimeError(
                 "no gradient was reduced in this step: is the loss computed from the model that the probe was made "
                 "for, not detached, and the gradient synchronized in the last micro-batch?"
@@ -98,6 +104,7 @@ class PartSums:
         named = {
             "parts": self._part_sq if parts is None else parts,
             "grad": grad,
+            "num_parts": self._part_sq.new_full((1,), self.num_parts),
             "inverse_part_size": self._part_sq.new_full((1,), self._inverse_part_size),
             "inverse_num_examples": self._part_sq.new_full((1,), self._inverse_num_examples),
             **{name: value.view(1) for name, value in others.items() if value is not None},
@@ -115,7 +122,7 @@ class PartSums:
         found = self.named(totals)
         num_examples = 1 / found["inverse_num_examples"][0]
         part_size = 1.0 if self._examples else 1 / found["inverse_part_size"][0]
-        num_parts = round(num_examples) if self._examples else self.num_parts * self.dp_size
+        num_parts = round(num_examples if self._examples else found["num_parts"][0])
 
         def moments_of(parts: float, grad: float) -> GradientMoments:
             counted = num_parts if self._known else 0

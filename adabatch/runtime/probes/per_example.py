@@ -25,9 +25,10 @@ from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers
 from adabatch.runtime.probes.metrics import ProbeNorm, name_of
 from adabatch.runtime.probes.norms import gradients_of
+from adabatch.runtime.probes.protocol import Probe
 
 
-class PerExampleProbe:
+class PerExampleProbe(Probe):
     """Noise and signal from single examples, in the step's own backward; optionally the noise along the gradient.
 
     Args:
@@ -43,6 +44,7 @@ class PerExampleProbe:
             ``AdamMetric(optimizer)``. What they cost is told by ``NoiseScale``. Not beside ``products``, which are
             Euclidean.
         quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which tells what it costs.
+        examples_first: see `PerExampleNorms`.
 
     Raises:
         ValueError: a module that couples the examples of a micro-batch (batch normalization), ``leave_one_out``
@@ -64,6 +66,7 @@ class PerExampleProbe:
         layers: Layers | None = None,
         norm: ProbeNorm | None = None,
         quantile: float | None = None,
+        examples_first: bool = False,
     ) -> None:
         if leave_one_out and not products:
             raise ValueError("leave_one_out corrects inner products: pass products=True with it")
@@ -78,7 +81,9 @@ class PerExampleProbe:
                 "single examples of a sharded model do not give norm= or quantile=: every rank would hold the squares "
                 "of all its coordinates; use ReduceScatterProbe, or the model in DistributedDataParallel"
             )
-        self._norms = PerExampleNorms(model, products=products, rules=rules, coordinates=of_coordinates)
+        self._norms = PerExampleNorms(
+            model, products=products, rules=rules, coordinates=of_coordinates, examples_first=examples_first
+        )
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._number = {p: number for number, p in enumerate(self._parameters)}
         self._device = self._parameters[0].device
@@ -98,17 +103,26 @@ class PerExampleProbe:
         self._held: list[tuple[float, ExampleGradients]] = []
 
     def start(self, dp_size: int) -> None:
-        """A probed step begins."""
         self._gauge.start(dp_size)
         self._held.clear()
         self._norms.remove()  # a step that was broken off left it listening
         self._norms.start()
 
-    def begin_part(self) -> None:
-        """Nothing: the measurement began before the forward, in ``start`` or when the part before ended."""
+    def begin_part(self, num_examples: int | None = None) -> None:
+        """The measurement began before the forward already, in ``start`` or when the part before ended.
+
+        Raises:
+            ValueError: the model was called with another number of examples than the micro-batch holds.
+        """
+        if num_examples is not None:
+            self._norms.expect(num_examples)
 
     def end_part(self, num_examples: float, weight: float) -> None:
-        """The backward of a micro-batch has ended; ``weight`` is its share of this rank's gradient."""
+        if weight == 0:  # no example of it counts, whatever its gradients are
+            self._gauge.sums.join(num_examples, weight)
+            self._norms.remove()
+            self._norms.start()
+            return
         examples = self._norms.finish(loss_scale=weight)
         self._norms.start()
         count = examples.examples_sq.shape[0]  # the parts are the examples themselves, whatever they count for
@@ -127,12 +141,11 @@ class PerExampleProbe:
             self._held.append((weight / sums.dp_size / count, examples))
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums."""
         self._norms.remove()
         products: dict[str, Tensor] = {}
         if self._products:
             sums = torch.zeros(4, dtype=torch.float64, device=self._device)
-            along = self._held[0][1].gradient()
+            along = self._held[0][1].gradient() if self._held else {}
             for each, examples in self._held:
                 p, s = examples.products(along).double(), examples.examples_sq.double()
                 sums += each * torch.stack([p.sum(), (p * p).sum(), (p * s).sum(), (s * s).sum()])
@@ -145,7 +158,6 @@ class PerExampleProbe:
         return self._gauge.collect(pieces, holders=holders, **products)
 
     def moments(self, totals: list[float]) -> GradientMoments:
-        """The step's moments from the sums over all ranks."""
         moments = self._gauge.moments(totals)
         if not self._products:
             return moments
@@ -161,10 +173,8 @@ class PerExampleProbe:
         return variance / p if p > 0 else math.nan
 
     def stop(self) -> None:
-        """Forgets a step that is broken off."""
         self._norms.remove()
         self._held.clear()
 
     def remove(self) -> None:
-        """Takes every hook off the model."""
         self.stop()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypedDict, Unpack, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import TypedDict, Unpack
 
 from torch import Tensor
 
@@ -39,48 +40,48 @@ def given_with(**options: Unpack[ProbeOptions]) -> Needs:
     )
 
 
-@runtime_checkable
-class Probe(Protocol):
+class Probe(ABC):
     """Reads, while a step runs, how much its partial gradients disagree.
 
     A step calls ``start``, then ``begin_part`` and ``end_part`` around the backward of each micro-batch of this rank,
     then ``collect`` once the gradient is reduced. The numbers collected are summed over the ranks by the caller, in one
     reduction with its own, and handed to ``moments``.
+
+    Attributes:
+        gives: what the moments contain.
     """
 
-    @property
-    def gives(self) -> Needs:
-        """What the moments contain."""
-        ...
+    gives: Needs
 
+    @abstractmethod
     def start(self, dp_size: int) -> None:
         """A probed step begins."""
-        ...
 
-    def begin_part(self) -> None:
-        """The backward of a micro-batch begins."""
-        ...
+    @abstractmethod
+    def begin_part(self, num_examples: int | None = None) -> None:
+        """The backward of a micro-batch begins, which holds so many examples, whatever they count for."""
 
+    @abstractmethod
     def end_part(self, num_examples: float, weight: float) -> None:
         """It has ended; the micro-batch's mean loss entered this rank's gradient with ``weight``.
 
         ``num_examples`` it counts for; a fraction where micro-batches are weighed by their tokens. The weights of all
-        ranks and micro-batches add up to the number of ranks.
+        ranks and micro-batches add up to the number of ranks. A micro-batch of weight 0 counts for nothing, and is no
+        part; its backward may have been left out, and ``begin_part`` with it.
         """
-        ...
 
+    @abstractmethod
     def collect(self) -> Tensor:
         """This rank's numbers, shape (k,), float64, on the gradient's device; no host sync."""
-        ...
 
+    @abstractmethod
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the numbers of all ranks, summed."""
-        ...
 
+    @abstractmethod
     def stop(self) -> None:
         """What began with ``start`` is broken off, at whatever point: nothing is measured until the next ``start``."""
-        ...
 
+    @abstractmethod
     def remove(self) -> None:
         """Takes every hook off the model."""
-        ...

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,12 @@ from torch.distributed.fsdp import FSDPModule
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import reduce_scatter, shards_and_replicas
 from adabatch.runtime.fsdp2 import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
+from adabatch.runtime.ownership import called_weakly, remove_all, take_over
 from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers
 from adabatch.runtime.probes.metrics import ProbeNorm
 from adabatch.runtime.probes.norms import gradients_of, norms
+from adabatch.runtime.probes.protocol import Probe
 
 TOO_LONG = 1.05
 """A mean is never longer than its parts are on average. Rounding to a low precision may add a little."""
@@ -117,11 +120,11 @@ class _Measured:
             self.reductions.clear()
 
 
-class ReduceScatterProbe:
+class ReduceScatterProbe(Probe):
     """Noise and signal under FSDP2 (``torch.distributed.fsdp.fully_shard``), HSDP among it.
 
     A part is what this rank reduces at once: each micro-batch where gradients are synchronized in each of them, all of
-    the step's where only in the last (``AdaptiveBatch(gradient_sync=)``). It costs one pass over each buffer that is
+    the step's where only in the last (``EngineOptions(gradient_sync=)``). It costs one pass over each buffer that is
     reduced and one over this rank's shard of the step's gradient. All trainable parameters are measured, before
     clipping, in the precision in which they are reduced (``MixedPrecisionPolicy.reduce_dtype``); the norms themselves
     are taken in float32 at least.
@@ -185,7 +188,10 @@ class ReduceScatterProbe:
         self.gives = self._gauge.gives
         self._units = list(units.values())
         self._inner = PlainReduceScatter() if inner is None else inner
-        self._measured = {name: _Measured(self._inner, self._num_shards, self._see) for name in units}
+        # The predecessor goes first: it would give the units back a reduce-scatter of its own.
+        take_over(self, self._units, kind="ReduceScatterProbe")
+        see = called_weakly(self._see)
+        self._measured = {name: _Measured(self._inner, self._num_shards, see) for name in units}
         self._open: Reduction | None = None
         set_so_far = []
         try:
@@ -199,10 +205,14 @@ class ReduceScatterProbe:
         self._handles: list[Any] = []
         if layers is not None or self._gauge.coordinates is not None:
             # FSDP2 runs these hooks after each reduction, in the order of the parameters in it.
+            was_in = called_weakly(self._was_in)
             self._handles = [
-                p.register_post_accumulate_grad_hook(partial(self._was_in, number))  # type: ignore[no-untyped-call]
+                p.register_post_accumulate_grad_hook(partial(was_in, number))  # type: ignore[no-untyped-call]
                 for number, p in enumerate(self._parameters)
             ]
+        # Once, by remove() or when the probe is dropped: not over the one of a successor.
+        self._give_back = finalize(self, _give_back, list(self._units), self._inner, self._handles)
+        self._give_back.atexit = False
 
     def _see(self, filled: Tensor) -> Reduction:
         num_columns = filled.numel() // self._num_shards
@@ -223,11 +233,9 @@ class ReduceScatterProbe:
             self._open.numbers.append(number)
 
     def start(self, dp_size: int) -> None:
-        """A probed step begins."""
         self._gauge.start(dp_size)
 
-    def begin_part(self) -> None:
-        """The backward of a micro-batch begins."""
+    def begin_part(self, num_examples: int | None = None) -> None:
         for unit in self._measured.values():
             unit.listen(True)
 
@@ -283,7 +291,6 @@ class ReduceScatterProbe:
             coordinates.add(number, padded[:length], share * self._scale**2)
 
     def collect(self) -> Tensor:
-        """This rank's share of the sums."""
         grads = [(number, own_piece(grad)[0]) for number, grad in gradients_of(self._parameters)]
         return self._gauge.collect(grads, holders=self._replicas.size)
 
@@ -305,7 +312,6 @@ class ReduceScatterProbe:
         return moments
 
     def stop(self) -> None:
-        """Forgets a step that is broken off."""
         self._open = None
         for unit in self._measured.values():
             unit.listen(False)
@@ -313,13 +319,19 @@ class ReduceScatterProbe:
 
     def remove(self) -> None:
         """Gives every unit back the reduce-scatter it had."""
-        for unit in self._units:
-            _set(unit, self._inner)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._give_back()
         self._units.clear()
         self._measured.clear()
+
+    def give_way(self) -> None:
+        """A newer probe measures these units."""
+        self.remove()
+
+
+def _give_back(units: list[FSDPModule], inner: ReduceScatter, handles: list[Any]) -> None:
+    for unit in units:
+        _set(unit, inner)
+    remove_all(handles)
 
 
 def _set(unit: FSDPModule, comm: Any, name: str = "") -> None:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,7 +156,7 @@ shuffles = st.sampled_from(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(
     num_examples=st.integers(1, 40),
     seed=st.integers(0, 2**40),
@@ -164,6 +165,7 @@ shuffles = st.sampled_from(
     join_epochs=st.booleans(),
     run=stretches,
 )
+@pytest.mark.slow
 def test_every_example_comes_once_an_epoch_in_one_order_whatever_happens(
     num_examples: int,
     seed: int,
@@ -186,6 +188,7 @@ def test_every_example_comes_once_an_epoch_in_one_order_whatever_happens(
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than this machine has cores
 @pytest.mark.parametrize("seed", range(RUNS_WITH_PROCESSES))
+@pytest.mark.slow
 def test_with_real_loading_processes_too(seed: int) -> None:
     """The same as above with 0 to 3 of them a rank, another number after each load, and runs of several epochs."""
     rng = random.Random(seed)
@@ -341,9 +344,35 @@ def test_an_empty_data_set_is_refused() -> None:
         GlobalOrder(Numbers(0))
 
 
-def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
-        GlobalOrder(Numbers(4), seed=-1)
+@pytest.mark.parametrize(
+    ("options", "kind", "words"),
+    [
+        ({"seed": -1}, ValueError, "seed must be from 0 to 18446744073709551615, got -1"),
+        ({"seed": 2**64}, ValueError, "seed must be from 0 to"),
+        ({"seed": 0.5}, TypeError, "seed must be a whole number, got 0.5"),
+        ({"seed": "0"}, TypeError, "seed must be a whole number, got '0'"),
+        ({"seed": True}, TypeError, "seed must be a whole number, got True"),
+        ({"num_workers": -1}, ValueError, r"num_workers must be from 0 to 1024 \(processes per rank\), got -1"),
+        ({"num_workers": 10**9}, ValueError, "num_workers must be from 0 to 1024 .*, got 1000000000"),
+        ({"num_workers": 2.0}, TypeError, "num_workers must be a whole number, got 2.0"),
+        ({"num_workers": None}, TypeError, "num_workers must be a whole number, got None"),
+        ({"join_epochs": "no"}, TypeError, "join_epochs must be True or False, got 'no'"),
+        ({"subset": [0.5, 1.5]}, TypeError, "subset must be whole numbers of examples, .*float64"),
+        ({"subset": [True, False, True, False]}, TypeError, "for a mask give numpy.flatnonzero"),
+        ({"subset": [[0, 1]]}, TypeError, r"of shape \(1, 2\)"),
+    ],
+    ids=str,
+)
+def test_numbers_that_cannot_be_are_refused(options: dict[str, Any], kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        GlobalOrder(Numbers(4), **options)
+
+
+def test_whole_numbers_of_numpy_and_torch_are_numbers() -> None:
+    order = GlobalOrder(Numbers(4), seed=np.int64(3), num_workers=np.int32(0), subset=torch.tensor([2, 0]))
+    assert order.state_dict()["seed"] == 3
+    assert type(order.state_dict()["seed"]) is int
+    assert sorted(order.permutation(0).tolist()) == [0, 2]
 
 
 def test_a_seed_of_any_size_serves() -> None:
@@ -398,7 +427,7 @@ def test_a_state_from_the_future_or_outside_the_epoch_is_refused() -> None:
     for examples in (-1, 4):
         with pytest.raises(ValueError, match=f"example {examples} of an epoch, which has only 4"):
             order.load_state_dict({"format": 1, "seed": 0, "epoch": 0, "examples": examples})
-    with pytest.raises(ValueError, match="must not be negative, got -1"):
+    with pytest.raises(ValueError, match="epoch must be from 0 to 2147483647, got -1"):
         order.start_epoch(-1)
     assert (order.epoch, order.examples_seen) == (0, 0)
 

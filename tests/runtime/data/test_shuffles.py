@@ -27,7 +27,7 @@ def epoch_of(shuffle: Any, num_examples: int, *, seed: int = 0, epoch: int = 0) 
     return shuffle.epoch(num_examples, seed=seed, epoch=epoch)(0, shuffle.length(num_examples)).tolist()
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(num_examples=st.integers(1, 500), seed=st.integers(0, 2**70), epoch=st.integers(0, 2**40), shuffle=permuting)
 def test_each_shuffle_permutes(num_examples: int, seed: int, epoch: int, shuffle: Any) -> None:
     assert sorted(epoch_of(shuffle, num_examples, seed=seed, epoch=epoch)) == list(range(num_examples))
@@ -126,7 +126,7 @@ def test_the_orders_of_this_release_are_pinned() -> None:
 
 @pytest.mark.parametrize("field", ["size", "mixed"])
 def test_blocks_below_one_are_refused(field: str) -> None:
-    with pytest.raises(ValueError, match=f"{field}=.*at least 1, got 0"):
+    with pytest.raises(ValueError, match=rf"{field}=\) must be from 1 to \d+, got 0"):
         BlockShuffle(**{"size": 2, "mixed": 2, field: 0})
 
 
@@ -173,8 +173,11 @@ def test_without_replacement_each_example_of_some_weight_comes_once(weights: lis
         ({"weights": [1.0, math.nan]}, "finite, not negative, and not all 0"),
         ({"weights": [0.0, 0.0]}, "finite, not negative, and not all 0"),
         ({"weights": []}, "finite, not negative, and not all 0"),
-        ({"weights": [1.0, 0.0, 2.0], "replacement": False, "length": 3}, "at least 1 and 2, .*got 3"),
-        ({"weights": [1.0], "length": 0}, "length must be at least 1, got 0"),
+        (
+            {"weights": [1.0, 0.0, 2.0], "replacement": False, "length": 3},
+            "from 1 to 2 .the examples of weight above 0, as none comes twice., got 3",
+        ),
+        ({"weights": [1.0], "length": 0}, "length must be from 1 to .*, got 0"),
     ],
     ids=str,
 )

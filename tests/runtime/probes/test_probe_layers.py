@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from support.loops import lines, loss_of, network, regression, train
+from support.options import grouped
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, MicroBatchProbe, NormTest, PerExampleProbe
+from adabatch.options import Measure
 from adabatch.runtime.probes.layers import Layers, layers_of
 
 
@@ -82,7 +84,7 @@ def test_the_journal_holds_the_noise_of_each_layer(tmp_path: Path) -> None:
             NormTest(eta=0.5),
             micro_batch_size=8,
             limits=Limits(min=16, max=64),
-            per_layer=per_layer,  # type: ignore[arg-type]
+            measure=Measure(layers=per_layer),  # type: ignore[arg-type]
             journal=journal,
         )
         train(batches, model, optimizer, GlobalOrder(regression(256, dtype=torch.float64)))
@@ -106,7 +108,7 @@ def test_layers_alone_measure_the_noise_of_a_schedule(tmp_path: Path) -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.05)
     options: dict[str, Any] = {"micro_batch_size": 8, "per_layer": "module", "journal": tmp_path / "journal.jsonl"}
-    batches = AdaptiveBatch(model, optimizer, Constant(16), **options)
+    batches = AdaptiveBatch(model, optimizer, Constant(16), **grouped(options))
     train(batches, model, optimizer, DataLoader(regression(64), batch_size=8))
     assert {"noise", "signal", "noise_scale"} == set(lines(tmp_path / "journal.jsonl")[0]["layers"]["2"])
     assert batches.progress.gain_steps is not None
@@ -145,7 +147,7 @@ def test_a_probe_of_ones_own_without_layers_is_refused() -> None:
     optimizer = SGD(model.parameters(), lr=0.05)
     options: dict[str, Any] = {"micro_batch_size": 8, "limits": Limits(min=16, max=64), "per_layer": "group"}
     with pytest.raises(ValueError, match=r"needs layers, which MicroBatchProbe does not give.*made with layers="):
-        AdaptiveBatch(model, optimizer, NormTest(0.5), probe=MicroBatchProbe(model.parameters()), **options)
+        AdaptiveBatch(model, optimizer, NormTest(0.5), probe=MicroBatchProbe(model.parameters()), **grouped(options))
     layers = layers_of(model, optimizer, "group")
     given = MicroBatchProbe(model.parameters(), layers=layers)
-    assert AdaptiveBatch(model, optimizer, NormTest(0.5), probe=given, **options)._probe.gives.layers  # type: ignore[union-attr]
+    assert AdaptiveBatch(model, optimizer, NormTest(0.5), probe=given, **grouped(options))._probe.gives.layers  # type: ignore[union-attr]

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adabatch.cli.schedule.recorded import Clock, FloatArray, Recorded
 from adabatch.lr.bound import BoundTerms, bound_terms
+from adabatch.lr.function_shape import AnyShape
+from adabatch.lr.recorded import Clock, Recorded
 from adabatch.lr.refine import stretch
-from adabatch.lr.shapes import Shape, warmup_factor
+from adabatch.lr.shapes import FloatArray, warmup_factor
 
-# the distance to a minimiser is never known: it only scales the answers
 DISTANCE = 1.0
+"""From the start to a minimiser. It is never known, and only scales the answers."""
 
 
 class Horizon(NamedTuple):
@@ -74,7 +75,7 @@ class Horizon(NamedTuple):
             np.interp(share, np.arange(self.num_steps), self.norms),
         )
 
-    def factors(self, shape: Shape, *, warmup_steps: int = 0) -> FloatArray:
+    def factors(self, shape: AnyShape, *, warmup_steps: int = 0) -> FloatArray:
         """What multiplies the base learning rate at each step, shape (num_steps,).
 
         Each step reads the progress made before it, as ``lr.discretize`` does (which this is, for equal steps): the
@@ -97,3 +98,50 @@ class Horizon(NamedTuple):
     def terms(self, factors: FloatArray, *, until: int | None = None) -> BoundTerms:
         """The last-iterate bound of these factors, after the first ``until`` steps or after all."""
         return bound_terms(factors[:until], self.norms[:until], distance=DISTANCE)
+
+
+class ScheduleBound(NamedTuple):
+    """A shape over a horizon, and what the last-iterate bound says of it.
+
+    Args:
+        horizon: the steps.
+        factors: what multiplies the base learning rate at each of them, shape (num_steps,).
+        terms: of the bound after all of them.
+    """
+
+    horizon: Horizon
+    factors: FloatArray
+    terms: BoundTerms
+
+    def over_time(self, base_lr: float, *, points: int = 120) -> tuple[FloatArray, FloatArray]:
+        """The bound if the run ended after t steps, for some t, closer together towards the end, since each takes O(t).
+
+        Args:
+            base_lr: base learning rate, in the unit of ``terms.best_base_lr``.
+            points: how many t at most.
+
+        Returns:
+            The numbers of steps, and the bounds there, both of shape (num_points,).
+        """
+        total = self.horizon.num_steps
+        began = int(np.argmax(self.factors > 0)) + 1
+        share = 1 - (1 - np.linspace(0, 1, points)) ** 2
+        times = np.unique(np.clip(np.round(share * total).astype(np.int64), max(began, total // 50), total))
+        bounds = [self.horizon.terms(self.factors, until=int(t)).at(base_lr) for t in times]
+        return times.astype(np.float64), np.array(bounds)
+
+
+def schedule_bound(shape: AnyShape, horizon: Horizon, *, warmup_steps: int = 0) -> ScheduleBound:
+    """The bound of a shape over a horizon, after a linear warm-up from zero.
+
+    Ratios of bounds and of best base learning rates rank shapes; the absolute values hold the unknown distance to a
+    minimiser, which is set to 1.
+
+    Raises:
+        ValueError: a warm-up that leaves no step.
+
+    Source: Defazio et al. 2023, arXiv:2310.07831, Theorem 10; as a model of schedules: Schaipp et al. 2025,
+    arXiv:2501.18965.
+    """
+    factors = horizon.factors(shape, warmup_steps=warmup_steps)
+    return ScheduleBound(horizon, factors, horizon.terms(factors))

@@ -1,0 +1,41 @@
+"""What a user of ``adabatch mup`` names by an import path, and methods by their name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from adabatch.optim.mup.methods import METHODS, TrainingMethod
+
+
+def method_of(name: str) -> TrainingMethod:
+    """A method by its name, or a function of the user's by its import path.
+
+    Raises:
+        ValueError: neither.
+    """
+    if "." in name:
+        found: TrainingMethod = imported(name)
+        return found
+    if name not in METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)}, or the import path of a function of (model, plan, lr, "
+            f"damping) that returns an optimizer; got {name!r}"
+        )
+    return METHODS[name]
+
+
+def imported(path: str) -> Any:
+    """What an import path names, such as ``package.module.function``.
+
+    Raises:
+        ValueError: nothing that can be imported and called.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path!r} cannot be imported ({error}): give package.module.function") from error
+    if not callable(found):
+        raise ValueError(f"{path} is no function or class, but {type(found).__name__}")
+    return found

@@ -1,0 +1,28 @@
+"""The commands and what they are for, which can be read without any of the extras."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from adabatch import __version__
+
+DESCRIPTION = "Batch sizes that grow with the noise of the gradient, and learning rates that follow."
+COMMANDS: Mapping[str, str] = MappingProxyType(
+    {
+        "train": "train a model as a config file says",
+        "compare": "train beside the constant smallest and largest batch size",
+        "verify": "check on a job's model, data and processes that adaptive batches do what they should",
+        "schedule": "compare, refine, transfer and extend learning-rate schedules",
+        "mup": "plan and check settings that survive a change of width",
+    }
+)
+
+
+def overview() -> str:
+    """What `adabatch --help` prints."""
+    commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return (
+        f"usage: adabatch COMMAND [OPTION ...]\n\n{DESCRIPTION}\n\n{commands}\n\n"
+        f"adabatch COMMAND --help tells more; adabatch --version is {__version__}."
+    )

@@ -1,0 +1,149 @@
+"""The parser of the whole command: fields of a job from YAML files and flags, short help, mistakes in one line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from adabatch.cli.job import Job
+from adabatch.cli.mistakes import one_line
+from adabatch.cli.mup.commands import DESCRIPTION as MUP_DESCRIPTION
+from adabatch.cli.mup.commands import add_mup_commands
+from adabatch.cli.overview import COMMANDS, DESCRIPTION
+from adabatch.cli.schedule.commands import DESCRIPTION as SCHEDULE_DESCRIPTION
+from adabatch.cli.schedule.commands import add_schedule_commands
+from adabatch.cli.verify import DEFAULT_STEPS
+from adabatch.cli.yaml_text import MODE
+
+JOB_HELP = """\
+usage: adabatch {command} --config FILE [--FIELD VALUE ...]
+
+{description}
+
+A config names everything; a flag overrides one field of it. What people change first:
+
+  --config FILE              YAML file with the fields; several are laid over each other
+  --model CLASS              the network; its arguments are --model.NAME
+  --train_data CLASS         data set of (input, target); --test_data CLASS for a test at the end
+  --loss CLASS               a module (outputs, targets) -> mean loss
+  --optimizer CLASS          such as torch.optim.AdamW, with --optimizer.lr
+  --criterion CLASS          which batch size to ask for, such as adabatch.NormTest with --criterion.eta
+  --micro_batch_size N       examples in one forward and backward on one rank
+  --max_micro_batch_size N   how far the micro-batch may grow before steps accumulate
+  --limits.min N             smallest global batch size; --limits.max N the largest
+  --total.count N            length of the run, in --total.unit examples, tokens, steps or gain_steps
+  --lr_rule RULE             how the learning rate follows the batch: none, linear, sqrt, gain, ...
+  --shape SHAPE              schedule of the learning rate, such as adabatch.lr.cosine; --warmup before it
+  --engine NAME              ddp (default), fsdp2 or deepspeed
+  --seed N                   of weights, order of the data and everything random
+  --out FOLDER               where journal, checkpoints and picture go
+  --checkpoint.every_seconds S   how often to save; the same command goes on from there
+{own}
+  --help-all                 every field, with its type and default (or --help=all)
+  --criterion.help CLASS     the arguments of a class; the same with --model.help, --optimizer.help, ...
+  --print_config             the config as it was understood
+
+examples:
+  adabatch {command} --config configs/quickstart.yaml --limits.max=512
+  torchrun --nproc-per-node=2 -m adabatch {command} --config configs/digits_adamw.yaml
+"""
+
+VERIFY_OPTIONS = """\
+  --steps N                  steps beside the hand-written loop; timed pairs
+  --max_cost X               largest time of a probed step over one without
+"""
+
+
+class Parser(ArgumentParser):
+    """An ``ArgumentParser`` whose errors are one line, and whose ``--help`` may be short, with ``--help-all`` beside.
+
+    Args:
+        short_help: what ``--help`` prints in place of the list of all options.
+    """
+
+    def __init__(self, *arguments: Any, short_help: str | None = None, **options: Any) -> None:
+        super().__init__(*arguments, parser_mode=options.pop("parser_mode", MODE), **options)
+        self._short_help = short_help
+        self.asked: Parser | None = None
+        """The parser of the command that was asked for, where an error does not say whose it is."""
+        if short_help is not None:
+            self.add_argument("--help-all", action=_HelpAll, help="list every field")
+
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        """What ``--help`` prints."""
+        return super().format_help(formatter) if self._short_help is None else self._short_help
+
+    def format_full_help(self) -> str:
+        """What ``--help-all`` prints."""
+        return super().format_help()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Says what is wrong, in one line, and exits with status 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)  # raises
+        place: ArgumentParser = getattr(ex, "subcommand_parser", None) or self.asked or self
+        prog = place.prog.replace(" [options]", "")
+        known = [option.lstrip("-") for option in place._option_string_actions]
+        listed = f"{prog} --help-all" if getattr(place, "_short_help", None) else f"{prog} --help"
+        self.exit(2, f"{prog}: error: {one_line(message, known=known, help_command=listed)}\n")
+
+
+class _HelpAll(argparse.Action):
+    """Prints the help of all options."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=options["help"])
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, Parser)
+        print(parser.format_full_help(), end="")
+        parser.exit()
+
+
+def _job_parser(command: str, description: str, own: str = "") -> Parser:
+    parser = Parser(
+        description=description, short_help=JOB_HELP.format(command=command, description=description, own=own)
+    )
+    parser.add_argument("--config", action="config", help="YAML file with the fields below")
+    parser.add_class_arguments(Job)
+    return parser
+
+
+def _verify_parser() -> Parser:
+    parser = _job_parser(
+        "verify",
+        "Check on a job's model, data and processes that no rank drifts, that the probe is right, that a constant\n"
+        "policy and a resume change nothing, and what the probe costs; alone or under torchrun. Writes no file.\n"
+        "Status 0: all passed; 1: a check failed; 2: a mistake in the config.",
+        VERIFY_OPTIONS,
+    )
+    parser.add_argument(
+        "--steps", type=int, default=DEFAULT_STEPS, help="steps beside the hand-written loop; timed pairs"
+    )
+    parser.add_argument(
+        "--max_cost", type=float | None, default=None, help="largest time of a probed step over one without"
+    )
+    return parser
+
+
+@cache  # it takes longer to make than to use
+def build_parser(asked: str | None = None) -> Parser:
+    """The parser of the whole command; errors are those of the command ``asked`` where they do not say whose."""
+    parser = Parser(prog="adabatch", description=DESCRIPTION)
+    commands = parser.add_subcommands()
+    train = _job_parser("train", "Train a model as a config file says; alone or under torchrun.")
+    compare = _job_parser(
+        "compare", "Train, then train the same at constant smallest and largest batch size, and compare."
+    )
+    schedule, mup = Parser(description=SCHEDULE_DESCRIPTION), Parser(description=MUP_DESCRIPTION)
+    parsers = {"train": train, "compare": compare, "verify": _verify_parser(), "schedule": schedule, "mup": mup}
+    for name, what in COMMANDS.items():
+        commands.add_subcommand(name, parsers[name], help=what)
+    add_schedule_commands(schedule)
+    add_mup_commands(mup)
+    parser.asked = parsers.get(asked or "")
+    return parser

@@ -1,0 +1,148 @@
+"""The folder of a run that was given none: the unfinished run of the same config, or a new ``runs/<date>-<n>``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from adabatch.checkpointing.lock import Holder, read_lock
+from adabatch.cli.display import Display
+from adabatch.cli.schedule.recorded import CHECKPOINTS
+from adabatch.runtime.collectives import Collectives
+
+RUNS = Path("runs")
+LATEST = "latest"
+BEGUN = "run.json"
+
+
+def run_folder(
+    settings: Mapping[str, Any] | None, ranks: Collectives, *, resume: bool, display: Display, runs: Path = RUNS
+) -> Path:
+    """The folder of a run, the same on all ranks; ``runs/latest`` is a link to it.
+
+    The same command goes on where it stopped: the newest run is taken again if it has the same settings, has not come
+    to its end, and no process has it. Else the run gets a folder of its own.
+
+    Args:
+        settings: of the job, in plain values; None for a run that is never taken again.
+        ranks: call this together; the first one decides.
+        resume: whether an unfinished run may be taken.
+        display: what a person sees.
+        runs: where the folders are.
+
+    Raises:
+        OSError: no folder can be made there; on the first rank.
+    """
+    date, number = 0, 0
+    failure: OSError | None = None
+    if ranks.rank == 0:
+        try:
+            date, number = _taken_again(settings, runs, display) if resume and settings is not None else (0, 0)
+            if not number:
+                date, number = _new(runs)
+                _begin(runs / _name(date, number), settings)
+            _link(runs, _name(date, number), display)
+        except OSError as error:
+            failure = error
+    failed, date, number = map(int, ranks.sum_of(failure is not None, date, number))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise OSError(f"the first rank could not make a folder in {runs.absolute()}")
+    return runs / _name(date, number)
+
+
+def mark_finished(folder: Path) -> None:
+    """Notes in a run's folder that it came to its end, so that the same command begins another one."""
+    begun = _read(folder)
+    if begun is not None:
+        _write(folder, {**begun, "finished": True})
+
+
+def _name(date: int, number: int) -> str:
+    return f"{date // 10_000:04d}-{date // 100 % 100:02d}-{date % 100:02d}-{number}"
+
+
+def _numbers_of(name: str) -> tuple[int, int]:
+    """Date and number of a folder's name; zeros of one that is not ours."""
+    with suppress(ValueError):
+        year, month, day, number = map(int, name.split("-"))
+        date = year * 10_000 + month * 100 + day
+        if _name(date, number) == name:
+            return date, number
+    return 0, 0
+
+
+def _taken_again(settings: Mapping[str, Any] | None, runs: Path, display: Display) -> tuple[int, int]:
+    """The run that the link points to, if it is this one and waits for it; else zeros."""
+    link = runs / LATEST
+    if not link.is_symlink():
+        return 0, 0
+    folder = runs / Path(os.readlink(link)).name
+    begun = _read(folder)
+    if begun is None or begun.get("finished"):
+        return 0, 0
+    if begun.get("settings") != _plain(settings):
+        display.say(f"{folder} is unfinished, and of other settings: this is a new run; --out={folder} goes on there")
+        return 0, 0
+    holder = read_lock(folder / CHECKPOINTS).holder
+    if holder is not None and holder.may_run(Holder.this()):
+        display.say(f"{folder} is in use by {holder}: this is a new run")
+        return 0, 0
+    return _numbers_of(folder.name)
+
+
+def _new(runs: Path) -> tuple[int, int]:
+    """Makes the next folder of today; two that begin at once get one each."""
+    runs.mkdir(parents=True, exist_ok=True)
+    today = datetime.now(UTC).astimezone()
+    date = today.year * 10_000 + today.month * 100 + today.day
+    number = max((n for d, n in map(_numbers_of, os.listdir(runs)) if d == date), default=0) + 1
+    while True:
+        try:
+            (runs / _name(date, number)).mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return date, number
+
+
+def _link(runs: Path, name: str, display: Display) -> None:
+    link = runs / LATEST
+    if link.exists() and not link.is_symlink():
+        display.say(f"{link} is a folder, not the link to the newest run: move it away, and the next run makes one")
+        return
+    new = runs / f".{LATEST}.{os.getpid()}"
+    with suppress(FileNotFoundError):
+        new.unlink()
+    new.symlink_to(name)
+    new.replace(link)
+
+
+def _begin(folder: Path, settings: Mapping[str, Any] | None) -> None:
+    _write(folder, {"settings": _plain(settings), "finished": False})
+
+
+def _write(folder: Path, begun: Mapping[str, Any]) -> None:
+    new = folder / f".{BEGUN}.{os.getpid()}"
+    new.write_text(json.dumps(begun, indent=2) + "\n", encoding="utf-8")
+    new.replace(folder / BEGUN)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What a run noted of itself when it began; None of a folder without that."""
+    try:
+        begun = json.loads((folder / BEGUN).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return begun if isinstance(begun, dict) else None
+
+
+def _plain(settings: Mapping[str, Any] | None) -> Any:
+    """As they come back from a file."""
+    return json.loads(json.dumps(settings, default=str))

@@ -1,0 +1,185 @@
+"""Two ways to make a finished run longer without tuning its learning rate anew, as schedules of the whole longer run.
+
+``lr.two_stage`` and ``lr.longer_cooldown`` say what to change; here it becomes a shape that a resumed run and one from
+the start both read, with the point where it leaves the schedule of the finished run.
+
+Source: Schaipp et al. 2025, arXiv:2501.18965.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from adabatch.batch.plan import Duration, Progress
+from adabatch.lr.bound import longer_cooldown, two_stage
+from adabatch.lr.recorded import Clock, Recorded
+from adabatch.lr.shapes import Decay, Shape, tabulated, wsd
+
+RAMP_SHARE = 0.02
+"""Length of the ramp to the second stage over that of the finished run: 1,000 of 50,000 steps in their logged runs."""
+
+ENTRIES_PER_RUN = 200
+"""Entries of a table of the longer run for each length of the finished one: the ramp is four of them."""
+
+EXTENSIONS = ("two stages", "longer cooldown")
+
+
+class SavedSchedule(NamedTuple):
+    """The schedule of a run, as its checkpoint has it.
+
+    Args:
+        source: what errors call it, such as the path of the checkpoint.
+        shape: what the learning rate followed after its warm-up.
+        base_lrs: base learning rate of each parameter group.
+        total: length of the run.
+        warmup: progress at which the shape began, in the unit of the total; 0 without a warm-up, None while in it.
+        changed: whether the total was changed on the way.
+        clock: what the shape's progress counted.
+        progress: what the applied updates had consumed.
+        reference: the reference batch size.
+    """
+
+    source: str
+    shape: Shape
+    base_lrs: tuple[float, ...]
+    total: Duration
+    warmup: float | None
+    changed: bool
+    clock: Clock
+    progress: Progress
+    reference: int
+
+
+class FinishedRun(NamedTuple):
+    """A run to extend.
+
+    Args:
+        num_steps: its steps, warm-up included, as if all were equal parts of its total; so are those of the warm-up.
+        warmup_steps: such steps before its shape began.
+        warmup: the same in the unit of the total.
+        cooldown, decay: of its shape.
+        total: length of the run.
+    """
+
+    num_steps: int
+    warmup_steps: int
+    warmup: float
+    cooldown: float
+    decay: Decay
+    total: Duration
+
+    def steps_of(self, total: Duration) -> int:
+        """The same equal steps in a run of another total."""
+        return round(self.num_steps * total.count / self.total.count)
+
+    def stable_until(self, total: float, cooldown: float) -> float:
+        """Where a cooldown begins in a run of that total, in its unit."""
+        return total - cooldown * (total - self.warmup)
+
+
+class ExtendedSchedule(NamedTuple):
+    """A way to go on, as a schedule of the whole longer run: up to ``resume`` it is that of the finished one.
+
+    Args:
+        shape: over the progress from the warm-up to the new total.
+        lr_factor: what the learning rate of the stable part has been multiplied by at its end.
+        cooldown: share of that progress that cools down.
+        resume: where it leaves the schedule of the finished run, in the unit of the total.
+    """
+
+    shape: Shape
+    lr_factor: float
+    cooldown: float
+    resume: float
+
+
+def finished_run(saved: SavedSchedule) -> FinishedRun:
+    """The run of a checkpoint.
+
+    Raises:
+        ValueError: a shape that cannot be extended, a clock whose future nobody knows, or a run that has not begun.
+    """
+    shape, total = saved.shape, saved.total
+    settings = shape.settings
+    if shape.name != "wsd" or not 0 < cast(float, settings["cooldown"]) < 1 or settings["floor"] != 0:
+        raise ValueError(
+            f"{saved.source}: only a wsd shape with a cooldown between 0 and 1 to zero can be extended, and the run "
+            f"has {shape}. Start a longer run with the base learning rate that `adabatch schedule transfer` gives for "
+            f"it"
+        )
+    if saved.clock == "gain_steps" and total.unit != "gain_steps":
+        raise ValueError(f"{saved.source}: the run has the gain clock, whose pace over a longer run nobody knows yet")
+    if saved.warmup is None:
+        raise ValueError(f"{saved.source}: the run was still warming up, and its shape had not begun: train on first")
+    if saved.changed:
+        raise ValueError(
+            f"{saved.source}: the run changed its total on the way, and its shape is not what it was tuned for"
+        )
+    done = saved.progress.count(total.unit)
+    if done == 0:
+        raise ValueError(f"{saved.source}: the run has not begun")
+    num_steps = total.count if total.unit == "steps" else max(1, round(saved.progress.steps * total.count / done))
+    warmup_steps = round(num_steps * saved.warmup / total.count)
+    cooldown, decay = cast(float, settings["cooldown"]), cast(Decay, settings["decay"])
+    return FinishedRun(num_steps, warmup_steps, saved.warmup, cooldown, decay, total)
+
+
+def extended_schedules(run: FinishedRun, total: Duration) -> dict[str, ExtendedSchedule]:
+    """The run's own shape over a new total, and the two that keep its base learning rate the best one.
+
+    Raises:
+        ValueError: as ``lr.two_stage`` does.
+    """
+    new_steps = run.steps_of(total)
+    given: dict[str, Any] = {"cooldown": run.cooldown, "decay": run.decay, "warmup_steps": run.warmup_steps}
+    longer = longer_cooldown(run.num_steps, new_steps, **given)
+    at_once = two_stage(run.num_steps, new_steps, **given)
+    room = math.floor(at_once.num_steps - run.cooldown * (new_steps - run.warmup_steps))
+    ramp = max(0, min(round(RAMP_SHARE * run.num_steps), room))
+    stages = two_stage(run.num_steps, new_steps, ramp_steps=ramp, **given)
+
+    # The second stage as a table over the whole run: a resumed run and one from the start read the same schedule. It
+    # begins at an entry of the table, so that before it the factor is 1 and nothing else.
+    until = run.stable_until(run.total.count, run.cooldown)
+    progress = np.linspace(0, 1, 1 + math.ceil(ENTRIES_PER_RUN * min(new_steps / run.num_steps, 20)))
+    begin = (until - run.warmup) / (total.count - run.warmup)
+    ramp_share = ramp / (new_steps - run.warmup_steps)
+    after = progress - progress[np.searchsorted(progress, begin)]
+    falling = 1 + (stages.lr_factor - 1) * np.clip(after / max(ramp_share, 1e-9), 0, 1)
+    rest = stages.shape((progress - begin - ramp_share) / (1 - begin - ramp_share))
+    table = [float(f"{value:.6g}") for value in (falling * rest).tolist()]
+
+    longer_until = run.stable_until(total.count, longer.cooldown)
+    return {
+        "unchanged": ExtendedSchedule(wsd(cooldown=run.cooldown, decay=run.decay), 1.0, run.cooldown, until),
+        "two stages": ExtendedSchedule(tabulated(values=table), stages.lr_factor, run.cooldown, until),
+        "longer cooldown": ExtendedSchedule(
+            wsd(cooldown=longer.cooldown, decay=run.decay), 1.0, longer.cooldown, min(until, longer_until)
+        ),
+    }
+
+
+def steps_done(saved: SavedSchedule, recorded: Recorded, count: float) -> int | None:
+    """How many steps a run had done when it had consumed ``count`` of the unit of its total; None where it has not yet.
+
+    Args:
+        saved: its schedule.
+        recorded: its journal, which knows how large each step was.
+        count: in the unit of the total.
+    """
+    unit = saved.total.unit
+    if unit == "steps":
+        return whole(count)
+    share = count / saved.progress.count(unit)
+    if share > 1:
+        return None
+    edges = recorded.edges(saved.clock, saved.reference)
+    return int(np.searchsorted(edges, (share + 1e-9) * edges[-1], side="right")) - 1
+
+
+def whole(count: float) -> int:
+    """Whole units in ``count``, forgiving a rounding error below a whole number."""
+    return math.floor(count + 1e-6)

@@ -1,0 +1,136 @@
+"""The schedule that the gradient norms of a recorded run ask for, where its batch may have grown.
+
+``lr.refine`` makes a schedule of bare norms; ``refine_run`` of a journal (``read_recorded``), with its batch factors
+and its progress in the sums.
+
+Source: Defazio et al. 2023, arXiv:2310.07831, conversion theorem and Algorithms 1 and 2; the batch factors are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adabatch.lr.bound import BoundTerms
+from adabatch.lr.horizon import Horizon
+from adabatch.lr.recorded import Norm, Recorded
+from adabatch.lr.refine import Kind, last_iterate_multipliers, median_filter, refined_weights
+from adabatch.lr.shapes import FloatArray, Shape, linear, tabulated
+
+READS: Mapping[Kind, tuple[Norm, int]] = MappingProxyType({"sgd": ("l2", 2), "adam": ("l1", 1), "adagrad": ("l1", 1)})
+"""Which norm a kind of optimizer reads, and the power in ``weight = norm ** -power``."""
+
+
+class RefinedRun(NamedTuple):
+    """A refined shape and what it was made of.
+
+    Args:
+        shape: a table over progress, with maximum 1 at the steps themselves.
+        steps: steps whose norm was measured, shape (num_measured,).
+        norms: their norms at the reference batch size, shape (num_measured,).
+        smoothed: the same after the median filter.
+        window: of that filter, in measured steps.
+        progress: of each step, from 0 for the first to 1 for the last, shape (num_steps,).
+        values: the shape there, before it became a table.
+        factor: batch factor that the shape counts on, shape (num_steps,).
+    """
+
+    shape: Shape
+    steps: NDArray[np.int64]
+    norms: FloatArray
+    smoothed: FloatArray
+    window: int
+    progress: FloatArray
+    values: FloatArray
+    factor: FloatArray
+
+
+def refine_run(
+    recorded: Recorded,
+    kind: Kind = "sgd",
+    *,
+    factor: FloatArray | None = None,
+    edges: FloatArray | None = None,
+    smoothing: float = 0.1,
+    length: int = 200,
+) -> RefinedRun:
+    """The shape whose product with the batch factors is the refined schedule of the steps that were taken.
+
+    With the norms ``G_t`` at the batch sizes of the run, the schedule is ``w_t * sum_{p>t} w_p``, where ``w = G^-2``
+    (sgd) or ``G^-1``. A growing batch makes the norms smaller and the weights larger: the weights hold a scaling of the
+    learning rate already, for sgd in expectation AdaScale's gain. So the batch factor ``f_t`` of the next run is taken
+    out of the first weight, which is left with the norm at the reference batch size (exactly that, in expectation, for
+    the rule "gain"), and stays in the sum, which is over the steps that will be taken:
+
+        shape_t = w_t / f_t * sum_{p>t} w_p
+
+    For a constant batch this is ``lr.refine``. What is smoothed are the norms at the reference batch size, which do not
+    jump with the batch. Steps between two measured ones are interpolated.
+
+    Args:
+        recorded: the run.
+        kind: of optimizer, as for ``lr.refine``.
+        factor: ``f_t``, shape (num_steps,); by default those of the run. ``recorded.factors(rule, reference)`` for
+            another rule.
+        edges: what was consumed before each step and after the last, shape (num_steps + 1,); by default examples.
+        smoothing: window of the median filter as a share of the measured norms, in [0, 1].
+        length: entries of the table at most, at least 2.
+
+    Raises:
+        ValueError: numbers out of their range, or norms that cannot be used.
+    """
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"smoothing must lie in [0, 1], a share of the norms, got {smoothing}")
+    if length < 2:
+        raise ValueError(f"length must be at least 2, for the first and the last value, got {length}")
+    factor = recorded.factor if factor is None else factor
+    edges = recorded.edges("examples", 1.0) if edges is None else edges
+    which, power = READS[kind]
+    measured = recorded.norms(which)
+    norms = measured.norms * factor[measured.at] ** (1 / power)
+    window = 2 * (int(smoothing * norms.size) // 2) + 1
+    smoothed = median_filter(norms, window)
+    weights = refined_weights(measured._replace(norms=smoothed).for_each(recorded.num_steps), kind)
+    values = weights * last_iterate_multipliers(weights * factor)
+    values /= values.max()
+    progress = edges[:-1] / edges[-2]
+    equal = np.allclose(np.diff(progress), 1 / (recorded.num_steps - 1), rtol=1e-9, atol=0)
+    exact = equal and recorded.num_steps <= length
+    table = values if exact else np.interp(np.linspace(0, 1, length), progress, values)
+    # six digits are plenty, and what the config file says is what the pictures show
+    return RefinedRun(
+        tabulated(values=[float(f"{value:.6g}") for value in table.tolist()]),
+        measured.at,
+        norms,
+        smoothed,
+        window,
+        progress,
+        values,
+        factor,
+    )
+
+
+def refined_bounds(recorded: Recorded, made: RefinedRun, edges: FloatArray | None = None) -> dict[str, BoundTerms]:
+    """The last-iterate bound of a run's own schedule, of the refined one and of linear decay, at the run's l2 norms.
+
+    Args:
+        recorded: the run.
+        made: what ``refine_run`` made of it.
+        edges: as for ``refine_run``.
+
+    Returns:
+        Terms by "the run's own", "refined" and "linear"; empty where the journal holds no l2 norms or no schedule.
+    """
+    edges = recorded.edges("examples", 1.0) if edges is None else edges
+    if np.isnan(recorded.l2).all() or np.isnan(recorded.shape).any() or not recorded.shape.any():
+        return {}
+    horizon = Horizon(edges, made.factor, recorded.norms("l2").for_each(recorded.num_steps))
+    return {
+        "the run's own": horizon.terms(recorded.shape * recorded.factor),
+        "refined": horizon.terms(horizon.factors(made.shape)),
+        "linear": horizon.terms(horizon.factors(linear())),
+    }

@@ -1,0 +1,83 @@
+"""Optimizers for a model under a width plan, by name: the one method, and AdamW for what it does not take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from adabatch.optim.kfac import KFAC
+from adabatch.optim.mup.laws import Method as LawName
+from adabatch.optim.mup.plans import Plan
+from adabatch.optim.shampoo import Shampoo
+
+Made = Optimizer | Sequence[Optimizer]
+TrainingMethod = Callable[[nn.Module, Plan, float, float | None], Made]
+"""A model, its plan, learning rate and damping (None: the method's default) -> what trains it."""
+
+OTHERS_LR = 1e-3
+"""Learning rate of AdamW, for the parameters that a method does not take."""
+
+
+def _sgd(model: nn.Module, plan: Plan, lr: float, damping: float | None) -> Made:
+    return torch.optim.SGD(plan.groups(model, "sgd", lr=lr, damping=damping))
+
+
+def _adamw(model: nn.Module, plan: Plan, lr: float, damping: float | None) -> Made:
+    return torch.optim.AdamW(plan.groups(model, "adamw", lr=lr, damping=damping))
+
+
+def _shampoo(model: nn.Module, plan: Plan, lr: float, damping: float | None) -> Made:
+    return Shampoo(plan.groups(model, "shampoo", lr=lr, damping=damping))
+
+
+def _muon(model: nn.Module, plan: Plan, lr: float, damping: float | None) -> Made:
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"torch {torch.__version__} has no Muon: it came with torch 2.9")
+    taken = plan.groups(model, "muon", lr=lr, damping=damping, only=plan.taken_by("muon"))
+    return [torch.optim.Muon(taken), *_others(model, plan, "muon")]
+
+
+def _kfac(model: nn.Module, plan: Plan, lr: float, damping: float | None) -> Made:
+    taken = plan.groups(model, "kfac", lr=lr, damping=damping, only=plan.taken_by("kfac"))
+    return [KFAC(taken, model), *_others(model, plan, "kfac")]
+
+
+def _others(model: nn.Module, plan: Plan, method: LawName) -> list[Optimizer]:
+    left = plan.left_by(method)
+    return [torch.optim.AdamW(plan.groups(model, "adamw", lr=OTHERS_LR, only=left))] if left else []
+
+
+METHODS: Mapping[str, TrainingMethod] = MappingProxyType(
+    {"sgd": _sgd, "adamw": _adamw, "muon": _muon, "shampoo": _shampoo, "kfac": _kfac}
+)
+
+FIRST_LRS: Mapping[str, float] = MappingProxyType(
+    {"sgd": 0.05, "adamw": 0.01, "muon": 0.05, "shampoo": 0.05, "kfac": 0.05}
+)
+"""A learning rate at which one step can be measured."""
+
+
+def optimizers_for(
+    method: str, model: nn.Module, plan: Plan, *, lr: float, damping: float | None = None
+) -> list[Optimizer]:
+    """What trains a model under its plan: one optimizer, or two where a method takes matrices only.
+
+    Args:
+        method: "sgd", "adamw", "muon", "shampoo" or "kfac".
+        model: the model.
+        plan: of this model, from ``mup.plan``.
+        lr: learning rate at the base width. Parameters that the method does not take (for Muon all but matrices, for
+            K-FAC all but the layers that it knows) are trained by AdamW at 1e-3 at the base width.
+        damping: eps, epsilon or damping at the base width; None for the method's default.
+
+    Raises:
+        ValueError: an unknown method, or Muon with a torch that has none (it came with torch 2.9).
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    made = METHODS[method](model, plan, lr, damping)
+    return [made] if isinstance(made, Optimizer) else list(made)

@@ -1,0 +1,31 @@
+"""Whole numbers that a user gives, within bounds."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+
+def checked_count(name: str, value: Any, *, least: int, most: int, why: str = "") -> int:
+    """The number as an ``int``; numbers of numpy and torch are whole numbers too.
+
+    Args:
+        name: of the argument, for errors.
+        value: as it was given.
+        least: the smallest that is allowed.
+        most: the largest.
+        why: there is a largest.
+
+    Raises:
+        TypeError: something that is no whole number.
+        ValueError: one out of bounds.
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value}")
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+    if not least <= count <= most:
+        raise ValueError(f"{name} must be from {least} to {most}{why and f' ({why})'}, got {count}")
+    return count

@@ -1,0 +1,166 @@
+"""Passes over data: where one ends, what happens between two, and whether a plan fits the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader
+
+from adabatch.batch.plan import BatchPlan
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.data.epochs import EpochCounters
+from adabatch.runtime.data.loader_feed import LoaderFeed
+from adabatch.runtime.data.loss_weights import LossWeightedFeed
+from adabatch.runtime.data.order import GlobalOrder
+from adabatch.runtime.data.portions import Feed, Portion
+
+
+class Passes(Feed, Protocol):
+    """A feed that goes over its data again and again; ``take`` gives None at the end of a loader's pass."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the pass under way is over."""
+        ...
+
+    def end_pass(self) -> None:
+        """The pass is over, or broken off; another begins with the next portion."""
+        ...
+
+
+class OrderPasses:
+    """Passes of a ``GlobalOrder``, whose epochs are joined: the step that crosses the end of one ends the pass.
+
+    Args:
+        order: the order.
+        collectives: the ranks that share it.
+        weigh: of micro-batches in the gradient; None for their examples.
+        largest: the largest global batch size that is known beforehand.
+
+    Raises:
+        ValueError: a batch larger than the data set, here or when it comes.
+    """
+
+    def __init__(
+        self, order: GlobalOrder, collectives: Collectives, *, weigh: Callable[[Any], float] | None, largest: int
+    ) -> None:
+        check_fits(largest, order)
+        self._order = order
+        self._feed = weighed(order.feed(collectives.rank, collectives.size), weigh, collectives)
+        self._epoch = order.epoch
+
+    def take(self, plan: BatchPlan) -> Portion | None:
+        """The portion of the next step."""
+        check_fits(plan.global_batch_size, self._order)  # a schedule without limits gets there in time
+        return self._feed.take(plan)
+
+    def consumed(self, portion: Portion) -> None:
+        """The step has run."""
+        self._feed.consumed(portion)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the order is in another epoch than when the pass began."""
+        return self._order.epoch != self._epoch
+
+    def end_pass(self) -> None:
+        """The next begins where this one stopped."""
+        self._epoch = self._order.epoch
+
+
+class LoaderPasses:
+    """Passes over a loader of the user's own; after each, what counts its epochs goes to the next one.
+
+    Args:
+        loader: yields micro-batches of this rank.
+        collectives: the ranks.
+        count: examples in a micro-batch.
+        weigh: of micro-batches in the gradient; None for their examples.
+        may_be_empty: whether the first pass may give nothing, as from a loader whose state was saved behind its last
+            micro-batch.
+        allow_same_data: whether ranks may hold the same micro-batches.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        collectives: Collectives,
+        *,
+        count: Callable[[Any], int],
+        weigh: Callable[[Any], float] | None,
+        may_be_empty: bool,
+        allow_same_data: bool = False,
+    ) -> None:
+        self._loader = loader
+        self._collectives = collectives
+        self._count = count
+        self._weigh = weigh
+        self._may_be_empty = may_be_empty
+        self._allow_same_data = allow_same_data
+        self._epochs = EpochCounters(loader)
+        self._feed: Feed | None = None
+        self._ended = False
+
+    def take(self, plan: BatchPlan) -> Portion | None:
+        """The portion of the next step, or None at the end of the pass."""
+        if self._feed is None:
+            self._epochs = EpochCounters(self._loader)
+            feed = LoaderFeed(
+                self._loader,
+                self._collectives,
+                count=self._count,
+                may_be_empty=self._may_be_empty,
+                allow_same_data=self._allow_same_data,
+            )
+            self._feed, self._may_be_empty = weighed(feed, self._weigh, self._collectives), False
+        portion = self._feed.take(plan)
+        self._ended = portion is None
+        return portion
+
+    def consumed(self, portion: Portion) -> None:
+        """The step has run."""
+        if self._feed is not None:
+            self._feed.consumed(portion)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the loader ran dry."""
+        return self._ended
+
+    def end_pass(self) -> None:
+        """Lets the loader's sampler or data set count the epoch."""
+        if self._feed is not None:
+            self._epochs.advance()
+        self._feed, self._ended = None, False
+
+
+def weighed(feed: Feed, weigh: Callable[[Any], float] | None, collectives: Collectives) -> Feed:
+    """The feed with micro-batches that count for what ``weigh`` says, if it is given."""
+    return feed if weigh is None else LossWeightedFeed(feed, weigh, collectives)
+
+
+def check_fits(size: int, order: GlobalOrder) -> None:
+    """That a batch holds no example of the data set twice.
+
+    Raises:
+        ValueError: it would.
+    """
+    if size > len(order):
+        raise ValueError(
+            f"a batch of {size} is above the {len(order)} examples of the data set, and may not hold an example twice: "
+            f"limit the batch to use at most {len(order)}"
+        )
+
+
+def check_loader(loader: Iterable[Any], micro_batch_size: int) -> None:
+    """That a ``DataLoader`` gives micro-batches of the size that the plan counts with.
+
+    Raises:
+        ValueError: it gives others.
+    """
+    if isinstance(loader, DataLoader) and loader.batch_size not in (None, micro_batch_size):
+        raise ValueError(
+            f"the DataLoader has batch_size={loader.batch_size}, but micro_batch_size={micro_batch_size}: give both "
+            f"the same (a larger batch is made by accumulation)"
+        )

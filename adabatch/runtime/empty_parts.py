@@ -1,0 +1,66 @@
+"""Micro-batches that count for nothing, such as those whose labels are all masked.
+
+Their loss is a mean over no terms, so it may be NaN, and so would be every gradient of it, times zero too. But ranks
+that reduce their gradients together wait for each other, so its backward runs all the same: from the model's outputs,
+which are finite, with a gradient of exactly zero. Every hook of the engine fires as in any other backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class EmptyParts:
+    """Remembers what the model gives in the forward of such a micro-batch.
+
+    Args:
+        model: as the loop calls it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._outputs: list[Tensor] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the micro-batch is run."""
+        handle = self._model.register_forward_hook(self._note)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._outputs.clear()
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._outputs += [tensor for tensor in _tensors(output) if tensor.requires_grad]
+
+    def zero(self) -> Tensor | None:
+        """A loss, shape (), whose gradient is zero at every output; None where there is none.
+
+        That is so where the model was not called, or gives nothing but a loss that is not finite, through which zero
+        would become NaN.
+        """
+        # A loss among other outputs, as models of Hugging Face give it, is the one tensor that may not be gone through.
+        chosen = [tensor for tensor in self._outputs if tensor.ndim] or self._outputs
+        if not chosen or not all(tensor.ndim or math.isfinite(float(tensor.detach())) for tensor in chosen):
+            return None
+        return sum(((tensor * 0).sum() for tensor in chosen[1:]), start=(chosen[0] * 0).sum())
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for branch in tree.values():
+            yield from _tensors(branch)
+    elif isinstance(tree, tuple | list):
+        for branch in tree:
+            yield from _tensors(branch)
+    elif hasattr(tree, "__dataclass_fields__"):
+        for name in tree.__dataclass_fields__:
+            yield from _tensors(getattr(tree, name))

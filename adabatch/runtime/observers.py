@@ -1,0 +1,141 @@
+"""Who looks on while a step runs, and what rides on its one reduction: the protocols of both, and the phases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from adabatch.batch.plan import BatchPlan
+from adabatch.runtime.collectives import Collectives
+
+
+class Phase(StrEnum):
+    """What a rank is doing; the words of a watchdog's errors."""
+
+    START = "the time before the first step"
+    DRIFT_CHECK = "the check for drift"
+    LOADING = "the loading"
+    TRIAL = "the trial of a larger micro-batch"
+    FORWARD = "the forward"
+    BACKWARD = "the backward"
+    AFTER_BACKWARD = "what follows the backward"
+    MEASURING = "the measuring"
+    BETWEEN = "what follows the micro-batches"
+
+
+class Moment(NamedTuple):
+    """Where in a run a phase begins.
+
+    Args:
+        step: number of the step, as in the journal.
+        plan: of the step.
+        micro_batch: number of the micro-batch in it; None where the phase belongs to no single one.
+        num_examples: of the step over all ranks, once its portion is known.
+    """
+
+    step: int
+    plan: BatchPlan
+    micro_batch: int | None = None
+    num_examples: int | None = None
+
+
+class StepObserver(Protocol):
+    """Looks on while steps run, on every rank alike; subclass it and define what you need."""
+
+    def before(self, step: int) -> None:
+        """Step number ``step`` is about to be taken from the data."""
+        return
+
+    def at(self, phase: Phase, moment: Moment) -> None:
+        """A phase begins."""
+        return
+
+    def after(self, step: int) -> None:
+        """The update of step number ``step`` is over, whether it was applied or not."""
+        return
+
+
+class Observers(StepObserver):
+    """Several observers as one, asked in their order.
+
+    Args:
+        observers: may be added to until the first step.
+    """
+
+    def __init__(self, *observers: StepObserver) -> None:
+        self._observers = list(observers)
+
+    def add(self, observer: StepObserver) -> None:
+        """One more."""
+        self._observers.append(observer)
+
+    def before(self, step: int) -> None:
+        """Tells all."""
+        for each in self._observers:
+            each.before(step)
+
+    def at(self, phase: Phase, moment: Moment) -> None:
+        """Tells all."""
+        for each in self._observers:
+            each.at(phase, moment)
+
+    def after(self, step: int) -> None:
+        """Tells all."""
+        for each in self._observers:
+            each.after(step)
+
+
+class Rider(Protocol):
+    """Numbers that the ranks add up on a reduction which a step makes anyway: 8 bytes each, and no further wait."""
+
+    def outgoing(self, device: torch.device) -> Tensor:
+        """This rank's numbers, shape (k,), float64, on the device."""
+        ...
+
+    def incoming(self, totals: Sequence[float]) -> None:
+        """Their sums over the ranks."""
+        ...
+
+
+class RankMean(Rider):
+    """The mean over the ranks of one number each.
+
+    Attributes:
+        value: the mean, once it has come in.
+
+    Args:
+        number: of this rank, shape ().
+        size: how many ranks there are.
+    """
+
+    def __init__(self, number: Tensor, size: int) -> None:
+        self.value = float("nan")
+        self._number = number
+        self._size = size
+
+    def outgoing(self, device: torch.device) -> Tensor:
+        """This rank's share of the mean."""
+        return self._number.to(device, torch.float64).view(1) / self._size
+
+    def incoming(self, totals: Sequence[float]) -> None:
+        """The mean."""
+        (self.value,) = totals
+
+
+def summed(collectives: Collectives, numbers: Tensor, riders: Sequence[Rider]) -> list[float]:
+    """The sums over the ranks of ``numbers``, shape (k,), float64; the riders hear theirs.
+
+    One reduction and one host sync.
+    """
+    sent = [rider.outgoing(numbers.device) for rider in riders]
+    totals: list[float] = collectives.sum(torch.cat([numbers, *sent])).tolist()  # host sync
+    end = len(numbers)
+    own = totals[:end]
+    for rider, part in zip(riders, sent, strict=True):
+        rider.incoming(totals[end : end + len(part)])
+        end += len(part)
+    return own
