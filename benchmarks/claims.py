@@ -130,7 +130,8 @@ def told_efficiency(short: Page, long: Page) -> tuple[Table, str]:
     scale = statistics.fmean(outcome.noise.scale for outcome in long.default.outcomes if outcome.noise is not None)
 
     def examples(pair: tuple[Row, Row], loss: float) -> float:
-        return time_to(*(Point(row.steps * int(row.name), row.loss) for row in pair), loss)
+        before, after = (Point(row.steps * int(row.name), row.loss) for row in pair)
+        return time_to(before, after, loss)
 
     loss = math.sqrt(first[0].loss * first[1].loss)
     cells, errors = [], []

@@ -26,6 +26,7 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 import adabatch
 from _frontier.workloads import WORKLOADS, Pair, splits_of
+from adabatch.batch.criteria import Criterion
 from adabatch.batch.efficiency import adaptive_limit, efficiency
 from adabatch.recipes.data import InMemory, collate
 
@@ -284,7 +285,7 @@ def _measured(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> S
         yield size, losses / size, batches.noise_scale
 
 
-def _criterion(batch: Measured) -> adabatch.Criterion:
+def _criterion(batch: Measured) -> Criterion:
     if batch.criterion == "norm test":
         return adabatch.NormTest(eta=batch.number)
     return adabatch.StepPrice(batch.number) if batch.criterion == "price" else adabatch.Constant(int(batch.number))
