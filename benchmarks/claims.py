@@ -19,10 +19,11 @@ from functools import partial
 import torch
 from _frontier.frontiers import Point, time_to
 from _frontier.report import Page, Row, shown
-from _frontier.runs import TUNING_SEED, Planned, Store
+from _frontier.runs import Planned, Store
 from _frontier.search import Setting, best_rate
 from _harness import Machine, Table, publish
 from frontier import (
+    CHOICE_SEEDS,
     COARSE,
     DEFAULT,
     FIRST,
@@ -55,7 +56,8 @@ def equal_warmup(cell: Cell, run: Run) -> Iterable[Row]:
     for size in COARSE:
 
         def loss(setting: Setting, batch: Planned) -> float:
-            return run(cell.job(batch, setting, TUNING_SEED)).validation
+            found = outcomes(cell, run, batch, setting, seeds=CHOICE_SEEDS)
+            return statistics.fmean(outcome.validation for outcome in found)
 
         start = best_rate(partial(loss, batch=Planned((size,))), start)
         yield Row("constant", str(size), start, outcomes(cell, run, Planned((size,)), start))

@@ -6,7 +6,7 @@ A cell is a workload, an optimizer and a budget of examples. In each, constant b
 learning rate and their own warm-up: their losses against their steps are the frontier. Beside it stand tables, ramps
 and Seesaw, the constants of a person who tunes the smallest batch only, and the batch that follows the noise, which
 gets nothing but the learning rate and the warm-up of the constant batch of 16. Everything is chosen by validation loss
-on the tuning seed, and reported as test loss on other seeds.
+on two seeds, and reported as test loss on three others.
 
 Finished runs are kept in ``runs/frontier/runs.jsonl`` (or in the folder that ADABATCH_STUDY names), so the study may
 be interrupted at any time and goes on where it stopped. At the end, or with ``--report`` at once, all that is there is
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -93,7 +94,12 @@ def cells(only: str = "") -> list[Cell]:
 
 def tuned(cell: Cell, run: Run, batch: Planned, start: Setting, **others: object) -> Setting:
     """The best learning rate and warm-up of a batch that is planned beforehand."""
-    return tune(lambda setting: run(cell.job(batch, setting, TUNING_SEED, **others)).validation, start)
+
+    def loss(setting: Setting) -> float:
+        found = outcomes(cell, run, batch, setting, seeds=CHOICE_SEEDS, **others)
+        return statistics.fmean(outcome.validation for outcome in found)
+
+    return tune(loss, start)
 
 
 def tuned_constant(cell: Cell, run: Run, size: int) -> Setting:
@@ -296,7 +302,7 @@ def page(cell: Cell, run: Run) -> Page:
 def choice(cell: Cell, run: Run) -> Page:
     """The settings that were compared, by the loss that a choice may look at: that of validation.
 
-    Constants are those of the reported seeds: on the tuning seed each is the luckiest of some eight runs.
+    Constants are those of the reported seeds: on the seeds that tuned them each is the luckiest of some eight.
     """
     parts = (
         *(constants(cell, run, sizes=(size,)) for size in SIZES),
@@ -317,7 +323,7 @@ def setting(store: Store, pages: Sequence[Page]) -> list[str]:
         f"{len(store.outcomes)} runs took {minutes:.0f} minutes of one processor, which other work kept busy. What "
         f"follows the noise ran at commit {', '.join(commit[:7] for commit in commits)}.",
         f"Reported are the seeds {', '.join(map(str, SEEDS))}, which chose nothing. The settings of constants were "
-        f"chosen on seed {TUNING_SEED}, by validation loss: a rate may be off by the square root of 2, an advantage "
+        f"chosen on {len(CHOICE_SEEDS)} others, by validation loss: a rate may be off by the square root of 2, an advantage "
         "for whatever is compared with it.",
         "All runs warm up in a straight line and fall to zero by a cosine. A batch that follows the noise starts at "
         f"{FIRST}, in two parts, and ends at {LARGEST} at most.",

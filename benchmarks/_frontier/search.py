@@ -1,4 +1,4 @@
-"""The search for a learning rate and a warm-up, by validation loss on the tuning seed."""
+"""The search for a learning rate and a warm-up, by whatever loss it is given."""
 
 from __future__ import annotations
 
