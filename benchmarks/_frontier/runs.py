@@ -40,7 +40,7 @@ OPTIMIZERS: Mapping[OptimizerName, Callable[..., Optimizer]] = {
 TUNING_SEED = 100  # chosen by this one and those after it, whose test loss is never computed; reported are 0, 1, 2, ...
 LARGEST = 1024  # batch of any run
 MAX_MICRO_BATCH = 256
-DECIDES = 2  # to be raised where a change of adabatch changes its decisions, so that what it decided is run again
+DECIDES = 3  # to be raised where a change of adabatch changes its decisions, so that what it decided is run again
 HOPELESS = 10.0  # a training loss of so many times the first one ends the run
 
 
