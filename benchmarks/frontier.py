@@ -188,7 +188,8 @@ class Method(NamedTuple):
     Args:
         criterion, number: as in ``Measured``.
         warmup: the warm-up is at least so long, as a share of the examples, however long the smallest batch's is.
-        hold: share of the examples in which the batch stays at its first size; None is until the warm-up is over.
+        hold: the batch stays at its first size for at least this share of the examples; None is until the warm-up is
+            over, and 0 does not wait for that either.
     """
 
     criterion: Literal["norm test", "price"]
@@ -203,31 +204,33 @@ class Method(NamedTuple):
         words = [f"{self.criterion} {self.number:g}", self.rule]
         words += ["betas follow"] if self.follow else []
         words += [f"warm-up >= {100 * self.warmup:g} %"] if self.warmup else []
-        words += [] if self.hold is None else [f"held for {100 * self.hold:g} %"]
+        words += [] if self.hold is None else [f"held >= {100 * self.hold:g} %"]
         return ", ".join(words)
 
     def outcomes(self, cell: Cell, run: Run, base: Setting, seeds: Sequence[int]) -> list[Outcome]:
         """Its runs, with the settings of the smallest batch."""
         setting = base._replace(warmup=max(base.warmup, self.warmup))
-        batch = Measured(self.criterion, self.number, FIRST, self.hold)
+        hold = None if self.hold and self.hold <= setting.warmup else self.hold
+        batch = Measured(self.criterion, self.number, FIRST, hold)
         return outcomes(cell, run, batch, setting, seeds=seeds, rule=self.rule, follow=self.follow, reference=FIRST)
 
 
-DEFAULT = Method("price", 32, follow="betas", warmup=0.25)
+DEFAULT = Method("price", 32, follow="betas", hold=0.1)
 REPORTED = [DEFAULT, *(DEFAULT._replace(number=number) for number in (8, 128, 512)), DEFAULT._replace(follow="")]
 
 
 def explored() -> list[Method]:
     """All that were compared before the default was chosen."""
-    price = Method("price", 32, warmup=0.25)
+    price = Method("price", 32, hold=0.1)
     return [
         price._replace(follow="betas"),
         price,
+        price._replace(follow="betas", hold=None),
+        price._replace(follow="betas", hold=None, warmup=0.25),
+        price._replace(hold=None, warmup=0.25),
+        Method("norm test", 0.7, follow="betas", hold=0.1),
         price._replace(rule="sqrt"),
-        price._replace(rule="sqrt", follow="betas"),
-        Method("norm test", 0.7, follow="betas", warmup=0.25),
         price._replace(rule="linear"),
-        price._replace(warmup=0.0),
     ]
 
 
