@@ -1,4 +1,4 @@
-"""``AdaptiveBatch``: the one stateful object, where pure decisions and running torch meet."""
+"""``AdaptiveBatch``: the one stateful object, which joins pure decisions and torch code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +20,18 @@ from adabatch.guards.drift import DriftCheck
 from adabatch.guards.finite import nonfinite_in
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.left_out import UpdatesInARow
+from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.memory_trials import Trials
 from adabatch.guards.missing_updates import MissingUpdates
+from adabatch.guards.same_settings import (
+    check_same_settings,
+    failing_together,
+    optimizer_settings,
+    scaler_settings,
+    versions,
+)
 from adabatch.guards.votes import Votes
-from adabatch.journal import Journal, line
+from adabatch.journal import Journal, JournalTarget, line
 from adabatch.lr.follow import Followers, UpdateScaling
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.options import EngineOptions, Guard, Measure
@@ -37,7 +44,7 @@ from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.observers import Moment, Observers, Phase
-from adabatch.runtime.optimizers import each_of, joined, kind_of
+from adabatch.runtime.optimizers import each_of, joined, kind_of, weight_versions
 from adabatch.runtime.ownership import take_over
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
@@ -46,6 +53,7 @@ from adabatch.runtime.trained_parameters import TrainedParameters
 from adabatch.step import Step
 from adabatch.validation import (
     check_before_step,
+    check_types,
     check_until,
     checked_rules,
     engine_of,
@@ -61,7 +69,7 @@ _log = logging.getLogger("adabatch")
 
 @dataclass
 class _Update:
-    """What waits between the end of a step's inner loop and its ``optimizer.step()``."""
+    """What is kept between the end of a step's inner loop and its ``optimizer.step()``."""
 
     number: int
     num_examples: int
@@ -75,7 +83,7 @@ class _Update:
 
 
 class AdaptiveBatch:
-    """Lets the global batch size follow a criterion, and the learning rate follow the batch, around a loop of yours.
+    """Lets the global batch size follow a criterion, and the learning rate follow the batch, around your own loop.
 
     ::
 
@@ -89,43 +97,46 @@ class AdaptiveBatch:
     Args:
         model: plain, wrapped in ``DistributedDataParallel``, or sharded by ``fully_shard`` (FSDP2; torch 2.9 for a
             criterion that needs a probe).
-        optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates. Of the
-            model's gradients those of the parameters that it holds are measured. A list of several optimizers, each
-            with parameters of its own, makes one update: it is done when all have stepped, in any order, and all run
-            with the same factor, or leave a step out together. An optimizer has one ``AdaptiveBatch``: a new one on it,
-            or on another optimizer of the same parameters, takes the older one off, whose ``steps()`` raises from then
-            on.
+        optimizer: each ``step()`` counts as an update, and runs with the batch factor on the learning rates. Only
+            gradients of the parameters that it holds are measured. A list of several optimizers with different
+            parameters makes one update: it is complete when all have stepped, in any order; all step with the same
+            factor, or leave a step out together. An optimizer has one ``AdaptiveBatch``. A new one on the same
+            optimizer, or on another optimizer of the same parameters, replaces the older one, whose ``steps()`` raises
+            from then on.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
-        micro_batch_size: examples in one forward and backward on one rank; what your loader yields (at most, where its
-            micro-batches vary, which ``steps(count=)`` must then count).
-        limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
+        micro_batch_size: examples in one forward and backward on one rank, as your loader yields them. If its
+            micro-batches vary in size, this is the largest, and ``steps(count=)`` must count them.
+        limits: smallest and largest global batch size; the run starts at the smallest. Optional with a schedule.
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
-            accumulate; by default it stays as it is.
+            accumulate; by default it does not grow.
         control: how cautiously the criterion is followed; by default the batch grows and shrinks, and waits for the
             end of the schedule's warm-up before it grows.
-        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain" or "sqrt_gain". By default
-            "sqrt" for ``KFAC`` and ``Shampoo``, for which nobody has derived a rule and this one is in use (arXiv
-            2602.03001), "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule, whose decay of the learning rate
-            comes on top of it, and "none" for all others.
-        follow: what else follows the batch while an update runs: "betas", "eps", "weight_decay" (decoupled), so that
-            the optimizer's memory and decay stay what they are in examples at the reference batch size. With "betas",
-            the optimizer's step counts are in updates of that size, so that its bias correction stays right; the betas
-            stop at floors (0.5 and 0.95), which ``lr.Followers`` moves.
-        reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
-        tokens_per_example: lets durations be given in tokens.
+        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain" or "sqrt_gain". The default
+            is "sqrt" for ``KFAC`` and ``Shampoo`` (no rule has been derived for them; arXiv 2602.03001 uses this one),
+            "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule, whose decay of the learning rate comes on top of
+            it, and "none" otherwise.
+        follow: what else follows the batch during an update: "betas", "eps", "weight_decay" (decoupled). The
+            optimizer's memory and decay per example then stay what they are at the reference batch size. With "betas",
+            the optimizer counts its steps in updates of that size, so that its bias correction stays right. The betas
+            do not fall below floors (0.5 and 0.95), which ``lr.Followers`` changes.
+        reference_batch_size: the global batch size that the base LR was tuned for; by default the first of the run.
+        tokens_per_example: needed for durations in tokens.
         probe: how gradients are measured; by default chosen by the engine.
-        local_sgd: the ``LocalSGD`` of this model and optimizer, which averages the workers now and then; a plain model
-            on several processes needs it. Gradients are measured once per round.
-        journal: where the first rank writes one JSON line per step.
-        measure: what is measured beside what the criterion needs: noise, norms, layers.
+        local_sgd: the ``LocalSGD`` of this model and optimizer, which averages the workers every few steps. A plain
+            model on several processes needs it. Gradients are measured once per round.
+        journal: where the first rank writes one JSON line per step: a path, or a tracker
+            (``adabatch.integrations.trackers``), or a list of trackers with one path at most.
+        measure: what is measured in addition to what the criterion needs: noise, norms, layers.
         guard: what is checked and tried: updates that are not finite, larger micro-batches, ranks that drift.
-        engine: options of the engine that the model's type names, such as a gradient scaler; or, for hosts, an engine.
+        engine: options of the engine that the model's type selects, such as a gradient scaler; or, for hosts, an
+            engine.
 
     Raises:
-        ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
-            probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule, a
-            size below 1, a trial of what no rank can try alone or of a micro-batch that does not grow.
-        TypeError: something in the place of the optimizer, the criterion, its needs or the scaler that is not one.
+        ValueError: if the ranks or the micro-batch cannot make up the limits, if the criterion needs more than the
+            probe gives, if the model has no trainable parameters or the optimizer belongs to another model, if the rule
+            is unknown, if a size is below 1, or if a trial is asked for on an engine whose ranks cannot run alone, or
+            of a micro-batch that does not grow.
+        TypeError: if the optimizer, the criterion, its needs or the scaler is of another type.
     """
 
     def __init__(
@@ -144,93 +155,108 @@ class AdaptiveBatch:
         tokens_per_example: int | None = None,
         probe: Probe | None = None,
         local_sgd: LocalSGD | None = None,
-        journal: str | Path | None = None,
+        journal: JournalTarget | Sequence[JournalTarget] | None = None,
         measure: Measure = Measure(),
         guard: Guard = Guard(),
         engine: EngineOptions | Engine = EngineOptions(),
     ) -> None:
         optimizer = joined(optimizer)
-        rules = checked_rules(
-            model,
-            optimizer,
-            criterion,
-            lr_rule=lr_rule,
-            follow=follow,
-            reference_batch_size=reference_batch_size,
-            tokens_per_example=tokens_per_example,
-        )
+        check_types(optimizer, criterion)
         self._engine = engine_of(model, optimizer, engine, local_sgd)
-        needs = needs_of(criterion, rules.rule, measure)
-        layers = measured_layers(model, optimizer, needs, measure, probe)
-        largest = micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
-        # For recorded norms alone a probe measures no noise, and needs no parts to do so.
-        in_noise = probe is not None or bool(replace(needs, l1=False))
-        limits, grid = limits_and_grid(
-            limits,
-            criterion,
-            dp_size=self._engine.collectives.size,
-            num_compared=self._engine.num_compared,
-            micro_sizes=micro_batch_sizes(micro_batch_size, largest),
-            in_parts=in_noise and not (probe is not None and probe.gives.examples),
-        )
-        policy = Policy(
-            criterion=criterion,
-            control=control or Control(),
-            limits=limits,
-            rules=rules,
-            reference_batch_size=reference_batch_size,
-            tokens_per_example=tokens_per_example,
-            counts_gain=in_noise,
-            layer_weights=layers.weights,
-        )
-        self._planner = Planner(policy, grid)
-        largest_ratio = limits.at(self._planner.consumed)[1] / self._planner.reference
-        warn_without_room(optimizer, rules.followers, largest_ratio)
-        self._optimizer = optimizer
-        self._groups = optimizer.param_groups
-        self._grows_micro_batch = max_micro_batch_size is not None
-        self._step: Step | None = None  # the one under way, until it is decided
-        self._update: _Update | None = None  # the one that its end prepared, until it is done
-        self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
-        self._running = False  # the loop stands inside a step
-        self._gone: str | None = None  # why this object is not to be used any more
-        self._owns_probe = probe is None
-        self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
-        self._skip_nonfinite = bool(guard.skip_nonfinite)
-        # A scaler judges each of several optimizers alone, and would leave out a part of an update.
-        self._scaled = self._engine.backward.scale is not None
-        looks = guard.skip_nonfinite is True or (self._scaled and len(each_of(optimizer)) > 1)
-        self._find_nonfinite = nonfinite_in(optimizer) if looks else None
-        self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
-        self._missing = MissingUpdates(kind_of(optimizer))
-        self._empty_parts = EmptyParts(model)
-        self._journal = Journal(journal if self.collectives.rank == 0 else None)
-        self._votes = Votes(self.collectives)
-        self._heartbeat = Heartbeat()
-        self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
-        self._observers = Observers(self._heartbeat, *self._stopwatches)
-        if guard.check_every is not None:
-            check = DriftCheck(
-                self._engine, optimizer, self._planner, every=guard.check_every, observers=self._observers
+        with failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
+            rules = checked_rules(
+                model,
+                optimizer,
+                criterion,
+                lr_rule=lr_rule,
+                follow=follow,
+                reference_batch_size=reference_batch_size,
+                tokens_per_example=tokens_per_example,
             )
-            self._observers.add(check)
-        self._tell_engine()
+            needs = needs_of(criterion, rules.rule, measure)
+            layers = measured_layers(model, optimizer, needs, measure, probe)
+            largest = micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
+            # For recorded norms alone a probe measures no noise, and needs no parts to do so.
+            in_noise = probe is not None or bool(replace(needs, l1=False))
+            limits, grid = limits_and_grid(
+                limits,
+                criterion,
+                dp_size=self._engine.collectives.size,
+                num_compared=self._engine.num_compared,
+                micro_sizes=micro_batch_sizes(micro_batch_size, largest),
+                in_parts=in_noise and not (probe is not None and probe.gives.examples),
+            )
+            policy = Policy(
+                criterion=criterion,
+                control=control or Control(),
+                limits=limits,
+                rules=rules,
+                reference_batch_size=reference_batch_size,
+                tokens_per_example=tokens_per_example,
+                counts_gain=in_noise,
+                layer_weights=layers.weights,
+            )
+            self._planner = Planner(policy, grid)
+            largest_ratio = limits.at(self._planner.consumed)[1] / self._planner.reference
+            warn_without_room(optimizer, rules.followers, largest_ratio)
+            self._optimizer = optimizer
+            self._groups = optimizer.param_groups
+            self._grows_micro_batch = max_micro_batch_size is not None
+            self._step: Step | None = None  # the one under way, until it is decided
+            self._update: _Update | None = None  # the one that its end prepared, until it is done
+            # The one that the optimizer last ran, for an engine that runs it in pieces.
+            self._begun: _Update | None = None
+            self._running = False  # the loop stands inside a step
+            self._gone: str | None = None  # why this object is not to be used any more
+            self._owns_probe = probe is None
+            self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
+            self._skip_nonfinite = bool(guard.skip_nonfinite)
+            # A scaler judges each of several optimizers alone, and would leave out a part of an update.
+            self._scaled = self._engine.backward.scale is not None
+            looks = guard.skip_nonfinite is True or (self._scaled and len(each_of(optimizer)) > 1)
+            self._find_nonfinite = nonfinite_in(optimizer) if looks else None
+            self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
+            self._missing = MissingUpdates(kind_of(optimizer))
+            self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
+            self._mistakes = LoopMistakes(self._engine, optimizer)
+            self._empty_parts = EmptyParts(model)
+            self._journal = Journal(journal if self.collectives.rank == 0 else None)
+            self._votes = Votes(self.collectives)
+            self._given = {  # what the ranks compare, beside what the planner was given
+                **versions(),
+                "engine": type(self._engine),
+                "gradient_sync": engine.gradient_sync if isinstance(engine, EngineOptions) else None,
+                "scaler": scaler_settings(engine.scaler) if isinstance(engine, EngineOptions) else None,
+                "local_sgd": local_sgd is not None,  # which compares its own settings
+                "measure": measure,
+                "guard": replace(guard, trial=None),
+                "trial=": guard.trial is not None,
+            }
+            self._heartbeat = Heartbeat()
+            self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
+            self._observers = Observers(self._heartbeat, *self._stopwatches)
+            if guard.check_every is not None:
+                check = DriftCheck(
+                    self._engine, optimizer, self._planner, every=guard.check_every, observers=self._observers
+                )
+                self._observers.add(check)
+            self._tell_engine()
 
-        # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be set
-        # once only, and its removal would take off those of the new probe.
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        take_over(self, [*each_of(optimizer), *held], kind="AdaptiveBatch")
-        self._probe = suited_probe(optimizer, needs, given=probe, engine=self._engine, layers=layers.make)
-        try:
-            self._trials = Trials(guard.trial, self._engine, self._probe, grid.micro_sizes)
-            everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
-            measured = self._probe is not None or self.collectives.size > 1
-            self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
-            self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
-        except Exception:
-            if probe is None and self._probe is not None:
-                self._probe.remove()
-            raise
+            # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
+            # set once only, and its removal would take off those of the new probe.
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            take_over(self, [*each_of(optimizer), *held], kind="AdaptiveBatch")
+            self._probe = suited_probe(optimizer, needs, given=probe, engine=self._engine, layers=layers.make)
+            try:
+                self._trials = Trials(guard.trial, self._engine, self._probe, grid.micro_sizes)
+                everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
+                measured = self._probe is not None or self.collectives.size > 1
+                self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
+                self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
+            except Exception:
+                if probe is None and self._probe is not None:
+                    self._probe.remove()
+                raise
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
@@ -246,7 +272,7 @@ class AdaptiveBatch:
 
     @property
     def consumed(self) -> Progress:
-        """What all steps consumed so far, those among them whose update was left out."""
+        """What all steps consumed so far, including those whose update was left out."""
         return self._planner.consumed
 
     @property
@@ -256,19 +282,19 @@ class AdaptiveBatch:
 
     @property
     def noise_scale(self) -> float:
-        """Averaged noise over averaged signal, in examples; NaN while unknown."""
+        """Averaged noise over averaged signal, in examples; NaN until it has been measured."""
         return self._planner.state.averages.noise_scale
 
     @property
     def lr_factor(self) -> float:
-        """The batch factor that ``optimizer.step()`` applies next."""
+        """The batch factor that the next ``optimizer.step()`` applies."""
         if self._update is not None:
             return self._update.scaling.factor
         return self._planner.scaling(self.plan.global_batch_size).factor
 
     @property
     def journal(self) -> Journal:
-        """Where the steps are written down; ``path`` is None on all ranks but the first."""
+        """The journal of the run; its ``path`` is None on all ranks but the first."""
         return self._journal
 
     @property
@@ -278,27 +304,27 @@ class AdaptiveBatch:
 
     @property
     def too_large(self) -> int | None:
-        """The smallest micro-batch size that ran out of memory in its trial; None where none did."""
+        """The smallest micro-batch size that ran out of memory in its trial; None if none did."""
         return self._trials.too_large
 
     @property
     def heartbeat(self) -> Heartbeat:
-        """Where this rank is in the run; for a ``Watchdog``."""
+        """What this rank is doing now; read by a ``Watchdog``."""
         return self._heartbeat
 
     @property
     def votes(self) -> Votes:
-        """Whether the ranks stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
+        """The ranks' votes on whether to stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
         return self._votes
 
     def hold_growth_until(self, duration: Duration | None) -> None:
-        """Lets the batch not grow before so much of the run is over, where its ``Control`` names no length itself.
+        """Keeps the batch from growing before ``duration`` has passed, unless ``Control(hold_until=)`` says otherwise.
 
-        A ``ProgressLR`` with a warm-up says so by itself: noise and signal of the first steps are seldom those of the
-        run, and a batch that grows while the learning rate does takes from the warm-up the steps that it needs.
+        A ``ProgressLR`` with a warm-up calls this. Noise and signal of the first steps are seldom those of the rest of
+        the run, and a batch that grows during the warm-up shortens it in steps.
 
         Raises:
-            ValueError: a unit that this run does not count.
+            ValueError: if the run does not count the unit of ``duration``.
         """
         if duration is not None:
             self.progress.count(duration.unit)
@@ -315,43 +341,46 @@ class AdaptiveBatch:
         weigh: Callable[[Any], float] | None = None,
         allow_same_data: bool = False,
     ) -> Iterator[Step]:
-        """The steps of one pass over the data, or of as many as ``until`` takes.
+        """The steps of one pass over the data, or of as many passes as ``until`` takes.
 
-        A ``GlobalOrder`` joins its epochs: the step that crosses the end of one ends the pass, and the next pass goes
-        on where it stopped. Any other loader gives micro-batches of this rank; its pass ends with a shorter step where
-        the last micro-batches do not fill one, on all ranks at once. After a pass its ``DistributedSampler``, if it has
-        one, is set to the next epoch; an epoch that you set before a pass stands.
+        A ``GlobalOrder`` joins its epochs: the step that crosses the end of an epoch ends the pass, and the next pass
+        continues where it stopped. Any other loader yields micro-batches of this rank. If its last micro-batches do not
+        fill a step, the pass ends with a shorter step, on all ranks at once. After a pass, its ``DistributedSampler``,
+        if it has one, is set to the next epoch; an epoch that you set yourself before a pass is kept.
 
         Args:
             loader: a ``GlobalOrder``, or any iterable of micro-batches.
-            until: train until so much is consumed, counted from the beginning of the run.
-            count: examples in a micro-batch of a loader that is not a ``GlobalOrder``. By default what all entries of
-                the micro-batch agree on; every one but the last of a pass must then hold ``micro_batch_size``.
-            weigh: the number of terms that the mean loss of a micro-batch is taken over, where that is not its
-                examples: tokens that are not padding, say. The gradient of a step is then the mean over the terms of
-                all its micro-batches, on all ranks. One of weight 0 counts for nothing, its loss is not read, and where
-                nobody waits for it the loop may pass it over; a step of nothing else is left out. Batch sizes, noise
-                and noise scale stay in examples, of the step's average number of terms. The micro-batches of a step are
-                fetched before it begins.
-            allow_same_data: ranks may be given the same examples, to the bit, by a loader that is not a
-                ``GlobalOrder``; without it that is an error at the first step of a pass.
+            until: train until this much has been consumed, counted from the beginning of the run.
+            count: returns the number of examples in a micro-batch of a loader that is not a ``GlobalOrder``. By
+                default, this is the size on which all entries of the micro-batch agree, and every micro-batch but the
+                last of a pass must hold ``micro_batch_size`` examples.
+            weigh: returns the number of terms over which the mean loss of a micro-batch is taken, if that is not its
+                number of examples; for instance, its tokens without padding. The gradient of a step is then the mean
+                over the terms of all its micro-batches, on all ranks. A micro-batch of weight 0 counts for nothing: its
+                loss is not read, and the loop may skip it if no other rank waits for it. A step that holds nothing else
+                is left out. Batch sizes, noise and noise scale are still in examples, each of the step's average number
+                of terms. The micro-batches of a step are fetched before it begins.
+            allow_same_data: whether a loader that is not a ``GlobalOrder`` may give the same examples to several ranks.
+                By default that is an error at the first step of a pass.
 
         Raises:
-            ValueError: a data set smaller than the largest batch, an empty loader, a loader whose micro-batches are not
-                of ``micro_batch_size`` (the last may be smaller) or do not say how many examples they hold, a
-                micro-batch that should grow with a loader that cannot, negative weights, ranks that hold different
-                orders, plans or settings, or ranks that hold the same examples.
-            RuntimeError: a step whose micro-batches were not all run; two steps in a row whose update never came;
-                parameters that joined or left those that train; or an object that a newer one has replaced.
-            UpdatesLeftOut: ``max_left_out`` updates in a row were left out.
-            TypeError: ``until`` without a unit, or a loader that is none.
+            ValueError: if the data set is smaller than the largest batch, if the loader is empty, if its micro-batches
+                do not hold ``micro_batch_size`` examples (the last may hold fewer) or do not tell how many they hold,
+                if the micro-batch should grow but the loader cannot let it, if a weight is negative, or if ranks hold
+                different orders, plans or settings, or the same examples.
+            RuntimeError: if not all micro-batches of a step were run, if the update of two steps in a row was made by
+                another optimizer or by some of several only, if parameters joined or left those that train, or if a
+                newer object has replaced this one.
+            UpdatesLeftOut: if ``max_left_out`` updates in a row were left out.
+            TypeError: if ``until`` has no unit, or ``loader`` is not an iterable of micro-batches.
         """
         self._check_in_place()
         self._missing.begin_loop()
-        if until is not None:
-            check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
-        self._check_ranks(loader)
-        passes = self._passes(loader, count, weigh, allow_same_data=allow_same_data)
+        self._check_ranks(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
+        with failing_together(self.collectives, "steps(...)"):
+            if until is not None:
+                check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
+            passes = self._passes(loader, count, weigh, allow_same_data=allow_same_data)
         feed = self._trials.over(passes, self._planner, self._observers)
         while until is None or not self.consumed.reached(until):
             yield from self._one_step(feed)
@@ -388,7 +417,7 @@ class AdaptiveBatch:
         )
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
-        """One step from ``feed``, or nothing where its pass is over."""
+        """One step from ``feed``, or nothing if its pass is over."""
         self._check_in_place()
         self._flush()
         number = self.consumed.steps
@@ -413,6 +442,7 @@ class AdaptiveBatch:
             riders=self._stopwatches,
             observers=self._observers,
             check_trained=self._check_trained,
+            mistakes=self._mistakes,
             finish=partial(self._finish, feed=feed),
         )
         self._step = step
@@ -422,6 +452,7 @@ class AdaptiveBatch:
         except BaseException:  # the loop was broken off, by `break` among others, and this generator dropped
             if probe is not None and step.decision is None and not step.waits:
                 probe.stop()
+            self._mistakes.forget()
             self._begun = None
             raise
         finally:
@@ -441,25 +472,25 @@ class AdaptiveBatch:
     def _check_in_place(self) -> None:
         if self._gone is not None:
             raise RuntimeError(
-                f"this AdaptiveBatch was {self._gone}, and cannot run any more steps; its state_dict() can be loaded "
+                f"this AdaptiveBatch was {self._gone} and cannot run any more steps; its state_dict() can be loaded "
                 f"into a new one"
             )
 
     def _check_trained(self) -> None:
-        """Before the first backward of a step, where all is frozen and thawed that will be."""
+        """Before the first backward of a step: by then the loop has frozen and thawed what it will."""
         if self._trained is not None:
             self._trained.check("AdaptiveBatch")
 
     def _count_missing(self) -> None:
-        """After a step: whether its update came, or was left out by somebody who may."""
+        """After a step: whether its update came, or was rightly left out."""
         update = self._update
         if update is None:
             self._missing.came()
         elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
-            self._missing.missed(self._hooks.missing)
+            self._missing.missed(self._hooks.missing, moved=weight_versions(self._optimizer) != self._versions)
 
     def _settle_left_out(self, step: Step) -> None:
-        """The end of a step whose gradient an engine found not finite, so that it never stepped the optimizer."""
+        """The end of a step whose optimizer the engine did not step, as the gradient was not finite."""
         if not self._engine.left_out():
             raise RuntimeError("the step's update never came: call engine.step() after `for batch in step`")
         step.settle(reduced=False)
@@ -468,6 +499,7 @@ class AdaptiveBatch:
         """The end of the inner loop: decide, and keep what the update will need."""
         portion, before = step.portion, self.consumed
         self._step = None
+        self._versions = weight_versions(self._optimizer)
         feed.consumed(portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
@@ -505,20 +537,32 @@ class AdaptiveBatch:
     # --- around optimizer.step() ------------------------------------------------------------------------------------
 
     def _moved(self) -> StepOverrides:
-        """What the batch changes about the update that is about to run, if the optimizer itself finds it in order."""
+        """What the batch changes about the update that is about to run."""
         check_before_step(self._optimizer)
         update = self._update or self._begun
-        if update is None:  # of a loop without us, whose batch is none of ours
+        if update is None:  # an update outside of steps()
             return StepOverrides(1.0)
         return StepOverrides(update.scaling.factor, update.scaling.settings, update.scaling.averaged)
 
     def _skips_update(self) -> bool:
-        """Whether to leave out the update that is about to run."""
-        if self._step is not None and self._step.waits:  # for its gradient to be reduced
+        """Whether to leave out the update that is about to run.
+
+        Raises:
+            RuntimeError: if the step's micro-batches are still to be run.
+        """
+        if self._step is not None and self._step.waits:  # until its gradient is reduced
             self._step.settle()
+        elif self._step is not None and self._running:
+            raise RuntimeError(
+                f"optimizer.step() of the {kind_of(self._optimizer)} was called while the step's micro-batches were "
+                f"being run: it belongs after `for batch in step`, once for each step, and so do zero_grad(), clipping "
+                f"and the scheduler's step(). (If the loop over steps() is over, broken off by an error, call "
+                f"remove() of the AdaptiveBatch first)"
+            )
         update = self._update or self._begun
-        if update is None:
-            return False
+        return update is not None and self._leaves_out(update)
+
+    def _leaves_out(self, update: _Update) -> bool:
         return update.left_out or update.empty or (self._skip_nonfinite and not update.finite)
 
     def _update_done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
@@ -540,24 +584,26 @@ class AdaptiveBatch:
         self._observers.after(update.number)
 
     def leave_out(self) -> None:
-        """Leaves out the update of the step whose micro-batches have just been run; call it on all ranks.
+        """Leaves out the update of the step whose micro-batches have just been run. Call it on all ranks.
 
-        As with gradients that are not finite, the step consumes its data and moves nothing else. A call of
-        ``optimizer.step()`` for it has no effect, and may be left out as well.
+        As with gradients that are not finite, the step consumes its data and changes nothing else. Calling
+        ``optimizer.step()`` for it has no effect, and is optional; its gradients are dropped.
 
         Raises:
-            RuntimeError: the micro-batches are not all run, or the update has come already.
+            RuntimeError: if not all micro-batches were run, or if the update has already come.
         """
         if self._update is None:
             raise RuntimeError("leave_out belongs after `for batch in step`, and before optimizer.step()")
         self._update.left_out = True
 
     def _flush(self) -> None:
-        """Writes down a step whose update never came (a gradient scaler left it out, or it raised)."""
+        """Writes the line of a step whose update never came (a gradient scaler left it out, or it raised)."""
         self._hooks.forget()
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
             self._observers.after(self._update.number)
+            if self._engine.holds_gradients and self._leaves_out(self._update):  # the loop need not call step() then
+                self._optimizer.zero_grad(set_to_none=True)
         self._update = self._begun = self._step = None
 
     def _tell_engine(self) -> None:
@@ -566,20 +612,21 @@ class AdaptiveBatch:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The next plan, the control's memory and the progress: plain numbers, equal on all ranks.
+        """The next plan, the control's averages and the progress: plain numbers, equal on all ranks.
 
-        Taken between steps, after ``optimizer.step()``, it belongs to the next step: a resumed run repeats nothing.
+        Call it between steps, after ``optimizer.step()``. The state is that of the next step, so that a resumed run
+        repeats nothing.
         """
         return {**self._planner.state_dict(), "trials": self._trials.state_dict()}
 
     def settle(self, *, scaled: bool = False) -> None:
-        """Before the state is taken for a checkpoint: makes sure that nothing of a step is still to come.
+        """Makes sure that no step is unfinished, before the state is taken for a checkpoint.
 
         Args:
-            scaled: a gradient scaler is in use, which may have left the update out.
+            scaled: whether a gradient scaler is in use, which may have left the update out.
 
         Raises:
-            RuntimeError: a step's micro-batches, or its ``optimizer.step()``, are still to be run.
+            RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
         """
         if self._step is not None and self._step.waits and self._engine.left_out():
             self._settle_left_out(self._step)
@@ -594,10 +641,10 @@ class AdaptiveBatch:
         self._flush()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a run, also one with other ranks, micro-batches or limits: the batch size stays as near as it can.
+        """Restores a run. If ranks, micro-batches or limits have changed, the nearest possible batch size is used.
 
         Raises:
-            ValueError: a state of a newer format, or of another reference batch size than this run was given.
+            ValueError: if the state has a newer format, or another reference batch size than this run was given.
         """
         check_format(state)
         self._planner.check_reference(state["reference_batch_size"])
@@ -608,19 +655,20 @@ class AdaptiveBatch:
         self._tell_engine()
 
     def remove(self) -> None:
-        """Takes every hook off model and optimizer; the object is not usable afterwards."""
+        """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
         self._flush()
+        self._journal.close()
         self._hooks.remove()
         if self._probe is not None:
             self._probe.remove()
         self._gone = self._gone or "removed by remove()"
 
     def give_way(self) -> None:
-        """A newer one is made on this optimizer, or for its parameters: takes every hook off.
+        """Removes every hook, since a newer object is made for the same optimizer or parameters.
 
-        A probe that was given stays as it is, as the newer one may have been given it too.
+        A probe that the user gave is kept, since the newer object may use it too.
         """
-        with suppress(OSError):  # of a journal whose folder is gone; nobody waits for its last line
+        with suppress(OSError):  # the journal's folder may be gone
             self._flush()
         self._hooks.remove()
         if self._probe is not None and self._owns_probe:
@@ -630,16 +678,35 @@ class AdaptiveBatch:
         self._gone = f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters"
 
     def check_reference(self, saved: int) -> None:
-        """As ``load_state_dict`` checks the reference batch size, before anything else is loaded."""
+        """Checks the reference batch size of a saved run, before anything is loaded."""
         self._planner.check_reference(saved)
 
-    def _check_ranks(self, loader: object) -> None:
-        """Ranks that would go separate ways raise together, rather than wait for each other."""
-        place = loader.state_dict() if isinstance(loader, GlobalOrder) else None
-        gives = None if self._probe is None else self._probe.gives
-        mine = (place, self._planner.given(), gives, self._votes.listening, self._trials.state_dict())
-        if not self.collectives.agree(mine):
-            raise ValueError(
-                f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self.plan}, "
-                f"{self.consumed}): give all the same data set, seed, arguments and saved state"
-            )
+    def _check_ranks(
+        self,
+        loader: object,
+        *,
+        until: object,
+        count: Callable[[Any], int],
+        weigh: Callable[[Any], float] | None,
+        allow_same_data: bool,
+    ) -> None:
+        """Raises on all ranks if some would take other steps; otherwise they would wait for each other."""
+        if self.collectives.size == 1:
+            return
+        ordered = isinstance(loader, GlobalOrder)
+        place = loader.state_dict() if isinstance(loader, GlobalOrder) else {}
+        settings = {
+            "loader": "a GlobalOrder" if ordered else "a loader of the rank's own",
+            **{f"{name} of the data order": value for name, value in place.items()},
+            "until": until,
+            "count= of steps()": count is not num_examples_in,
+            "weigh= of steps()": weigh is not None,
+            "allow_same_data": allow_same_data,
+            "what the probe gives": None if self._probe is None else self._probe.gives,
+            "whether Preemption or Checkpoints listen": self._votes.listening,
+            "sizes that ran out of memory": self._trials.state_dict(),
+            **self._given,
+            **self._planner.given(),
+            **optimizer_settings(self._optimizer),
+        }
+        check_same_settings(self.collectives, settings)

@@ -269,7 +269,11 @@ def full_journal(folder: Path) -> list[Outcome]:
             whole = len(read_curves(folder / "journal.jsonl").examples) == written > 0
             ends = (folder / "journal.jsonl").read_bytes().endswith(b"\n")
             return [
-                ("a disk that fills under the journal: a clear error, and whole lines only", 1, clear & whole & ends)
+                (
+                    "a disk that fills under the journal: a clear error, and whole lines only",
+                    1,
+                    int(clear and whole and ends),
+                )
             ]
         return [("a disk that fills under the journal: a clear error, and whole lines only", 1, 0)]
     finally:

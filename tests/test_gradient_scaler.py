@@ -153,14 +153,14 @@ def test_a_step_that_overflows_consumes_data_and_moves_nothing_else(fused: bool,
     schedule = ProgressLR(optimizer, lr.linear(), batches, total=examples(1000))
     too_long = {0, 3, 4}  # at an interval of 2, step 3 is not probed
     for index, step in enumerate(batches.steps(GlobalOrder(regression(256)), until=steps(7))):
-        before = (weights(model), batches.progress, batches.state_dict()["control"]["averages"], schedule.get_lr())
+        before = (weights(model), batches.progress, batches.state_dict()["control"]["window"], schedule.get_lr())
         consumed = batches.consumed.examples
         for batch in step:
             step.backward(half_loss(model, batch) * (1e9 if index in too_long else 1.0))
         assert step.finite == (index not in too_long or not step.probed)
         update(scaler, optimizer, model)
         schedule.step()
-        after = (weights(model), batches.progress, batches.state_dict()["control"]["averages"], schedule.get_lr())
+        after = (weights(model), batches.progress, batches.state_dict()["control"]["window"], schedule.get_lr())
         skipped = index in too_long
         assert torch.equal(before[0], after[0]) == skipped
         assert (before[1] == after[1]) == skipped

@@ -85,6 +85,7 @@ class AttachedEngine(Engine):
     """What ``AdaptiveBatch`` has to know of a DeepSpeed engine."""
 
     runs_alone = False
+    holds_gradients = False  # the engine clears, clips and keeps them itself
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         ranks = Collectives(*([dist.group.WORLD] if dist.group.WORLD else []), device=engine.device)
@@ -114,6 +115,11 @@ class AttachedEngine(Engine):
     def no_sync(self) -> AbstractContextManager[Any]:
         """The window of accumulation goes on."""
         return self._within_window() if self._manages else nullcontext()
+
+    def switched_off(self, *, last: bool) -> str | None:
+        """The window of accumulation, which a loop may keep open by itself."""
+        on = not last or not self._manages or self._engine.is_gradient_accumulation_boundary()
+        return None if on else "set_gradient_accumulation_boundary(False) is in force at the last micro-batch"
 
     def left_out(self) -> bool:
         """Whether ``engine.step()`` has come and gone without a step of the optimizer."""
@@ -241,8 +247,8 @@ def _check_options(engine: Any, options: dict[str, Any]) -> None:
     for name in ("l1", "layers"):
         if getattr(measure, name) and engine.zero_optimization_stage() > 0:
             raise ValueError(
-                f"{name} needs the step's gradient itself, of which ZeRO {engine.zero_optimization_stage()} shows the "
-                f"norm only: leave it out, or use ZeRO 0"
+                f"Measure({name}=) needs the step's gradient itself, of which ZeRO "
+                f"{engine.zero_optimization_stage()} shows the norm only: leave it out, or use ZeRO 0"
             )
     kind = type(engine.basic_optimizer)
     if "betas" in Followers.of(options.get("follow", ())).settings and not kind.__module__.startswith("torch."):

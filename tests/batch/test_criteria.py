@@ -20,6 +20,7 @@ from adabatch.batch.criteria import (
     NormTest,
     Observation,
     OrthogonalityTest,
+    StepPrice,
 )
 from adabatch.batch.moments import GradientMoments, from_examples
 from adabatch.batch.needs import Needs
@@ -55,6 +56,7 @@ CONTRACTS = {
     "NoiseScale in another norm": Contract(
         lambda tolerance: NoiseScale(1 / tolerance, norm="adam"), lambda *_: math.inf, ()
     ),
+    "StepPrice": Contract(lambda tolerance: StepPrice(1 / tolerance), lambda *_: math.inf, ("examples",)),
     "CoordinateNormTest": Contract(
         lambda eta: CoordinateNormTest(eta, quantile=0.9), lambda eta, b, share: b / max(share, 1e-3) / eta**2, ()
     ),
@@ -152,11 +154,11 @@ def test_without_noise_there_is_no_growth(
 @given(tolerances, positive, batches, shares)
 def test_pure_noise(contract: Contract, tolerance: float, noise: float, batch: float, share: float) -> None:
     moments = shared(noise, 0.0, batch=batch, share=share)
-    # rounding leaves a signal of the order of 1e-16 noise, on either side of zero
+    # rounding leaves a signal of the order of 1e-16 noise, on either side of zero, and a price takes the root of that
     wanted = contract.make(tolerance).wanted(seen(moments))
     asked = contract.in_noise(tolerance, batch, share)
     if math.isinf(asked):
-        assert wanted > 1e9
+        assert wanted > (1e6 if isinstance(contract.make(tolerance), StepPrice) else 1e9)
     else:
         assert wanted == pytest.approx(asked, rel=1e-9, abs=1e-9 * batch / tolerance**2)
 

@@ -73,8 +73,12 @@ def test_ranks_whose_times_differ_choose_the_same_batches(
 ) -> None:
     first, second = run_ranks(trained, 2, tmp_path, tmp_path, per_step, per_example)
     assert first == second
-    assert first["sizes"] == sorted(first["sizes"])
-    assert (first["sizes"][-1] > 16) == grows, "a busy machine grows for one trial at most"
+    if grows:
+        assert first["sizes"] == sorted(first["sizes"])
+        assert first["sizes"][-1] > 16
+    else:
+        assert max(first["sizes"]) <= 16, "a busy machine grows for one trial at most"
+        assert first["sizes"][-1] == 8, "and comes back"
     told = lines(tmp_path / "journal.jsonl")
     timed = [line["seconds"] for line in told if "seconds" in line]
     assert timed

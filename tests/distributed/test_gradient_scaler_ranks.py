@@ -77,7 +77,7 @@ def run(rank: int, engine: str, journal: Path) -> dict[str, list[Any]]:
         found["weights"].append(whole(model))
         found["progress"].append(batches.progress)
         found["consumed"].append(batches.consumed.examples)
-        found["averages"].append(batches.state_dict()["control"]["averages"])
+        found["averages"].append(batches.state_dict()["control"]["window"])
         found["lr"].append(schedule.get_lr())
         found["scale"].append(scaler.get_scale())
     batches.remove()

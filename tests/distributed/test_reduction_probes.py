@@ -400,9 +400,9 @@ def single(rank: int) -> dict[str, Any]:
     # Deaf after remove(), and again of use.
     model = ddp(made(NETWORK), NETWORK)
     probe = CommHookProbe(model)
-    first = tuple(measured(model, probe, NETWORK, SIZES))
+    first = measured(model, probe, NETWORK, SIZES)
     probe.remove()
-    found["used again"] = tuple(measured(model, probe, NETWORK, SIZES)) == first
+    found["used again"] = [(each.part_sq, each.grad_sq) for each in (first, measured(model, probe, NETWORK, SIZES))]
     return found
 
 
@@ -415,4 +415,5 @@ def test_on_one_rank(tmp_path: Path) -> None:
         check(*(GradientMoments(*numbers) for numbers in found[f"held, {sync}"]))
     assert found["alive, FSDP2"] == [False, False]
     assert found["alive, DDP"] == [False, False]
-    assert found["used again"]
+    first, again = found["used again"]
+    assert again == pytest.approx(first, rel=1e-5)  # DDP sorts its buckets anew after the first backward

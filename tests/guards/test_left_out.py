@@ -11,7 +11,7 @@ from support.loops import loss_of, network, regression, weights
 from torch.optim import SGD
 
 import adabatch
-from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest
+from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Guard, Limits, NormTest
 from adabatch.checkpointing.files import checkpoints_in
 from adabatch.guards import EXIT_NO_UPDATES, UpdatesLeftOut
 from adabatch.guards.left_out import UpdatesInARow
@@ -45,7 +45,7 @@ def batches_of(model: torch.nn.Module, **options: Any) -> tuple[AdaptiveBatch, S
     return AdaptiveBatch(model, optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=limits, **options), optimizer
 
 
-@pytest.mark.parametrize(("options", "limit"), [({}, 50), ({"max_left_out": 5}, 5)])
+@pytest.mark.parametrize(("options", "limit"), [({}, 50), ({"guard": Guard(max_left_out=5)}, 5)])
 def test_a_run_that_trains_nothing_stops_and_keeps_its_checkpoint(
     tmp_path: Path, options: dict[str, Any], limit: int
 ) -> None:
@@ -78,6 +78,6 @@ def test_a_run_that_trains_nothing_stops_and_keeps_its_checkpoint(
 @pytest.mark.parametrize("value", ["yes", "true", 1, 0, None, 2.0, "Probed"])
 def test_skip_nonfinite_takes_its_named_values_only(value: Any) -> None:
     with pytest.raises(ValueError, match="skip_nonfinite must be True, False or 'probed', got "):
-        batches_of(network(), skip_nonfinite=value)
+        Guard(skip_nonfinite=value)
     for named in (True, False, "probed"):
-        batches_of(network(), skip_nonfinite=named)
+        batches_of(network(), guard=Guard(skip_nonfinite=named))

@@ -74,7 +74,7 @@ def test_what_is_no_journal_is_named_with_its_source(lines: list[str], words: st
 
 
 def test_norms_that_cannot_be_used() -> None:
-    with pytest.raises(ValueError, match="holds no l1 norms of the gradient: run it again with record_l1=True"):
+    with pytest.raises(ValueError, match=r"holds no l1 norms of the gradient: run it again with Measure\(l1=True\)"):
         lr.read_recorded(journal(norms={"l2": 1.0})).norms("l1")
     with pytest.raises(ValueError, match="line 1: the l2 norm of the gradient is 0"):
         lr.read_recorded(journal(norms={"l2": 0.0})).norms("l2")

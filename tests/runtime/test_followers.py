@@ -32,6 +32,7 @@ from adabatch import (
     examples,
     lr,
 )
+from adabatch.batch.needs import Needs
 from adabatch.lr.rules import Setting, followed
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides
 
@@ -187,6 +188,7 @@ def test_an_optimizer_that_has_stepped_before_keeps_its_correction() -> None:
             loss_of(net, data[8 * index : 8 * index + 8]).backward()
         optimizer.step()
         oracle.step(lr=0.01, betas=(0.9, 0.999))
+    optimizer.zero_grad()
     batches = adaptive(model, optimizer, follow=("betas",))
     assert side_by_side(batches, model, optimizer, twin, oracle) == SIZES
 
@@ -611,7 +613,7 @@ def test_a_seesaw_for_sgd_decays_by_the_rate_what_the_batch_cannot(limit: int) -
 class Halving:
     """A criterion of a user's own that brings a decay of the learning rate."""
 
-    needs: frozenset[str] = frozenset()
+    needs = Needs()
     least = 0.5
 
     def wanted(self, observation: Any) -> float:
@@ -693,7 +695,9 @@ def test_floors_that_bind_late_leave_the_bias_correction_as_it_is() -> None:
 def test_betas_without_room_are_warned_of_where_the_batch_may_grow() -> None:
     model = of_double()
     optimizer = AdamW(model.parameters(), betas=(0.9, 0.95))
-    with pytest.warns(UserWarning, match=r"leaves beta2=0\.95 of parameter group 0 as it is.*its floor of 0\.95"):
+    with pytest.warns(
+        UserWarning, match=r"cannot lower beta2=0\.95 of parameter group 0, which is at its floor of 0\.95"
+    ):
         adaptive(model, optimizer, Constant(16), follow=("betas",)).remove()
     # none where the reference is the largest batch: smaller ones raise the betas
     limits = Limits(min=8, max=64)
@@ -711,7 +715,7 @@ def test_betas_without_room_are_warned_of_where_the_batch_may_grow() -> None:
     [
         (NormTest(eta=0.5), r"\(about 3 times the noise scale at eta=0.5\)"),
         (CoordinateNormTest(eta=0.1, quantile=0.5), r"\(about 99 times"),
-        (NormTest(eta=2.0), "no longer dominates: runs"),
+        (NormTest(eta=2.0), "no longer dominates. Runs"),
     ],
 )
 def test_the_linear_rule_with_a_norm_test_warns(criterion: Any, rest: str) -> None:

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 from adabatch import (
     AdaptiveBatch,
     Constant,
+    EngineOptions,
+    Guard,
     Limits,
     LocalSGD,
     MicroBatchProbe,
@@ -263,6 +265,7 @@ def test_an_update_that_raises_leaves_no_factor_once_its_loop_is_left() -> None:
         run(batches, model, optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.01
     optimizer.fails = False
+    optimizer.zero_grad()
     assert run(batches, model, optimizer) == pytest.approx([0.04] * 3, rel=1e-4)
 
 
@@ -278,6 +281,7 @@ def test_an_update_that_raised_and_is_tried_again_counts_and_has_the_factor_once
             optimizer.step()
         optimizer.fails = False
         optimizer.step()
+        optimizer.zero_grad()
         assert optimizer.param_groups[0]["lr"] == 0.01
     assert batches.progress.steps == 2
 
@@ -303,6 +307,7 @@ def test_a_loop_that_is_broken_off_touches_no_later_update_of_the_user() -> None
         for batch in step:
             step.backward(loss_of(model, batch))
         optimizer.step()
+        optimizer.zero_grad()
         break
     del step
     with pytest.raises(ZeroDivisionError):
@@ -452,18 +457,18 @@ class OwnRate(SGD):
 def test_an_optimizer_without_a_rate_works_where_nothing_reads_it(tmp_path: Any) -> None:
     model = network()
     optimizer = OwnRate(model.parameters())
-    batches = adaptive(model, optimizer, journal=tmp_path / "journal.jsonl", check_every=1)
+    batches = adaptive(model, optimizer, journal=tmp_path / "journal.jsonl", guard=Guard(check_every=1))
     assert run(batches, model, optimizer) == pytest.approx([0.01] * 3, rel=1e-4)
     assert batches.progress.steps == 3
     local = LocalSGD(model, optimizer, sync_every=2)
     loss_of(model, regression(4).tensors).backward()
     optimizer.step()
     assert local.steps == 1
-    with pytest.raises(ValueError, match=r"lr_rule='sqrt' multiplies the learning rate, and OwnRate sets its own"):
+    with pytest.raises(ValueError, match=r"lr_rule='sqrt' multiplies the learning rate, but OwnRate sets its own"):
         adaptive(model, optimizer, lr_rule="sqrt")
     with pytest.raises(ValueError, match=r"OwnRate sets its learning rate itself \(lr=None\)"):
         ProgressLR(optimizer, lr.constant(), total=steps(10))
-    with pytest.raises(ValueError, match=r"OwnRate sets its learning rate itself \(lr=None\), which the period"):
+    with pytest.raises(ValueError, match=r"OwnRate sets its learning rate itself \(lr=None\), but the period"):
         LocalSGD(model, optimizer, sync_every=Quadratic(alpha=0.1, base=1))
 
 
@@ -594,6 +599,19 @@ def test_an_update_that_never_comes_is_said_at_the_second_such_step(criterion: A
         next(loop)
 
 
+def test_a_loop_that_only_measures_or_forgot_its_update_is_warned_once() -> None:
+    model = network()
+    loop = adaptive(model, SGD(model.parameters(), lr=0.01)).steps(DataLoader(regression(80), batch_size=4))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number, step in enumerate(loop, 1):
+            for batch in step:
+                step.backward(loss_of(model, batch))
+            model.zero_grad()
+            assert len(told) == (number > 2)
+    assert "never came for 2 steps in a row: optimizer.step() of the SGD was not called" in str(told[0].message)
+
+
 def test_it_is_said_in_a_run_of_two_steps() -> None:
     model = network()
     batches = adaptive(model, SGD(model.parameters(), lr=0.01))
@@ -627,7 +645,7 @@ def test_a_scaler_that_is_given_may_skip() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.01)
     scaler = GradScaler("cpu", init_scale=2.0**127, growth_interval=1000)
-    batches = adaptive(model, optimizer, Constant(16), limits=None, scaler=scaler)
+    batches = adaptive(model, optimizer, Constant(16), limits=None, engine=EngineOptions(scaler=scaler))
     for step in batches.steps(DataLoader(regression(128), batch_size=4)):
         for batch in step:
             step.backward(loss_of(model, batch) * 10)
@@ -641,8 +659,10 @@ def test_a_scaler_that_is_given_may_skip() -> None:
 def test_a_scaler_that_has_no_reason_to_skip_is_no_excuse() -> None:
     model = network()
     optimizer, other = SGD(model.parameters(), lr=0.01), SGD(model.parameters(), lr=0.01)
-    batches = adaptive(model, optimizer, scaler=GradScaler("cpu", init_scale=8.0))
-    with pytest.raises(RuntimeError, match=r"a GradScaler must be given as AdaptiveBatch\(scaler=\.\.\.\)"):
+    batches = adaptive(model, optimizer, engine=EngineOptions(scaler=GradScaler("cpu", init_scale=8.0)))
+    with pytest.raises(
+        RuntimeError, match=r"a GradScaler, give it to AdaptiveBatch as engine=EngineOptions\(scaler=\.\.\.\)"
+    ):
         run(batches, model, other)
 
 
@@ -655,6 +675,7 @@ def test_an_object_whose_steps_are_never_taken_says_so_once() -> None:
         for number in range(6):
             loss_of(model, regression(4).tensors).backward()
             optimizer.step()
+            optimizer.zero_grad()
             assert len(told) == (number >= 2)
     (warning,) = told
     assert "steps() of the AdaptiveBatch was never called" in str(warning.message)
