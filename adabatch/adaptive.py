@@ -1,4 +1,4 @@
-"""``AdaptiveBatch``: the one stateful object, where pure decisions and running torch meet."""
+"""``AdaptiveBatch``: the one stateful object, which joins pure decisions and torch code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from adabatch.guards.same_settings import (
     versions,
 )
 from adabatch.guards.votes import Votes
-from adabatch.journal import Journal, line
+from adabatch.journal import Journal, JournalTarget, line
 from adabatch.lr.follow import Followers, UpdateScaling
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.options import EngineOptions, Guard, Measure
@@ -45,7 +44,7 @@ from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.observers import Moment, Observers, Phase
-from adabatch.runtime.optimizers import each_of, joined, kind_of
+from adabatch.runtime.optimizers import each_of, joined, kind_of, weight_versions
 from adabatch.runtime.ownership import take_over
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
@@ -70,7 +69,7 @@ _log = logging.getLogger("adabatch")
 
 @dataclass
 class _Update:
-    """What waits between the end of a step's inner loop and its ``optimizer.step()``."""
+    """What is kept between the end of a step's inner loop and its ``optimizer.step()``."""
 
     number: int
     num_examples: int
@@ -84,7 +83,7 @@ class _Update:
 
 
 class AdaptiveBatch:
-    """Lets the global batch size follow a criterion, and the learning rate follow the batch, around a loop of yours.
+    """Lets the global batch size follow a criterion, and the learning rate follow the batch, around your own loop.
 
     ::
 
@@ -98,43 +97,46 @@ class AdaptiveBatch:
     Args:
         model: plain, wrapped in ``DistributedDataParallel``, or sharded by ``fully_shard`` (FSDP2; torch 2.9 for a
             criterion that needs a probe).
-        optimizer: its ``step()`` counts as an update, and runs with the batch factor on the learning rates. Of the
-            model's gradients those of the parameters that it holds are measured. A list of several optimizers, each
-            with parameters of its own, makes one update: it is done when all have stepped, in any order, and all run
-            with the same factor, or leave a step out together. An optimizer has one ``AdaptiveBatch``: a new one on it,
-            or on another optimizer of the same parameters, takes the older one off, whose ``steps()`` raises from then
-            on.
+        optimizer: each ``step()`` counts as an update, and runs with the batch factor on the learning rates. Only
+            gradients of the parameters that it holds are measured. A list of several optimizers with different
+            parameters makes one update: it is complete when all have stepped, in any order; all step with the same
+            factor, or leave a step out together. An optimizer has one ``AdaptiveBatch``. A new one on the same
+            optimizer, or on another optimizer of the same parameters, replaces the older one, whose ``steps()`` raises
+            from then on.
         criterion: which batch size to ask for; a ``Schedule`` needs no probe.
-        micro_batch_size: examples in one forward and backward on one rank; what your loader yields (at most, where its
-            micro-batches vary, which ``steps(count=)`` must then count).
-        limits: smallest and largest global batch size; the run starts at the smallest. May be left out for a schedule.
+        micro_batch_size: examples in one forward and backward on one rank, as your loader yields them. If its
+            micro-batches vary in size, this is the largest, and ``steps(count=)`` must count them.
+        limits: smallest and largest global batch size; the run starts at the smallest. Optional with a schedule.
         max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
-            accumulate; by default it stays as it is.
+            accumulate; by default it does not grow.
         control: how cautiously the criterion is followed; by default the batch grows and shrinks, and waits for the
             end of the schedule's warm-up before it grows.
-        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain" or "sqrt_gain". By default
-            "sqrt" for ``KFAC`` and ``Shampoo``, for which nobody has derived a rule and this one is in use (arXiv
-            2602.03001), "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule, whose decay of the learning rate
-            comes on top of it, and "none" for all others.
-        follow: what else follows the batch while an update runs: "betas", "eps", "weight_decay" (decoupled), so that
-            the optimizer's memory and decay stay what they are in examples at the reference batch size. With "betas",
-            the optimizer's step counts are in updates of that size, so that its bias correction stays right; the betas
-            stop at floors (0.5 and 0.95), which ``lr.Followers`` moves.
-        reference_batch_size: the global batch size that the base LR is meant for; by default the run's first.
-        tokens_per_example: lets durations be given in tokens.
+        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain" or "sqrt_gain". The default
+            is "sqrt" for ``KFAC`` and ``Shampoo`` (no rule has been derived for them; arXiv 2602.03001 uses this one),
+            "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule, whose decay of the learning rate comes on top of
+            it, and "none" otherwise.
+        follow: what else follows the batch during an update: "betas", "eps", "weight_decay" (decoupled). The
+            optimizer's memory and decay per example then stay what they are at the reference batch size. With "betas",
+            the optimizer counts its steps in updates of that size, so that its bias correction stays right. The betas
+            do not fall below floors (0.5 and 0.95), which ``lr.Followers`` changes.
+        reference_batch_size: the global batch size that the base LR was tuned for; by default the first of the run.
+        tokens_per_example: needed for durations in tokens.
         probe: how gradients are measured; by default chosen by the engine.
-        local_sgd: the ``LocalSGD`` of this model and optimizer, which averages the workers now and then; a plain model
-            on several processes needs it. Gradients are measured once per round.
-        journal: where the first rank writes one JSON line per step.
-        measure: what is measured beside what the criterion needs: noise, norms, layers.
+        local_sgd: the ``LocalSGD`` of this model and optimizer, which averages the workers every few steps. A plain
+            model on several processes needs it. Gradients are measured once per round.
+        journal: where the first rank writes one JSON line per step: a path, or a tracker
+            (``adabatch.integrations.trackers``), or a list of trackers with one path at most.
+        measure: what is measured in addition to what the criterion needs: noise, norms, layers.
         guard: what is checked and tried: updates that are not finite, larger micro-batches, ranks that drift.
-        engine: options of the engine that the model's type names, such as a gradient scaler; or, for hosts, an engine.
+        engine: options of the engine that the model's type selects, such as a gradient scaler; or, for hosts, an
+            engine.
 
     Raises:
-        ValueError: limits that the ranks or the micro-batch cannot carry out, a criterion that needs more than the
-            probe gives, a model without trainable parameters or an optimizer of another model, an unknown rule, a
-            size below 1, a trial of what no rank can try alone or of a micro-batch that does not grow.
-        TypeError: something in the place of the optimizer, the criterion, its needs or the scaler that is not one.
+        ValueError: if the ranks or the micro-batch cannot make up the limits, if the criterion needs more than the
+            probe gives, if the model has no trainable parameters or the optimizer belongs to another model, if the rule
+            is unknown, if a size is below 1, or if a trial is asked for on an engine whose ranks cannot run alone, or
+            of a micro-batch that does not grow.
+        TypeError: if the optimizer, the criterion, its needs or the scaler is of another type.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class AdaptiveBatch:
         tokens_per_example: int | None = None,
         probe: Probe | None = None,
         local_sgd: LocalSGD | None = None,
-        journal: str | Path | None = None,
+        journal: JournalTarget | Sequence[JournalTarget] | None = None,
         measure: Measure = Measure(),
         guard: Guard = Guard(),
         engine: EngineOptions | Engine = EngineOptions(),
@@ -215,6 +217,7 @@ class AdaptiveBatch:
             self._find_nonfinite = nonfinite_in(optimizer) if looks else None
             self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
             self._missing = MissingUpdates(kind_of(optimizer))
+            self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
             self._mistakes = LoopMistakes(self._engine, optimizer)
             self._empty_parts = EmptyParts(model)
             self._journal = Journal(journal if self.collectives.rank == 0 else None)
@@ -268,7 +271,7 @@ class AdaptiveBatch:
 
     @property
     def consumed(self) -> Progress:
-        """What all steps consumed so far, those among them whose update was left out."""
+        """What all steps consumed so far, including those whose update was left out."""
         return self._planner.consumed
 
     @property
@@ -278,19 +281,19 @@ class AdaptiveBatch:
 
     @property
     def noise_scale(self) -> float:
-        """Averaged noise over averaged signal, in examples; NaN while unknown."""
+        """Averaged noise over averaged signal, in examples; NaN until it has been measured."""
         return self._planner.state.averages.noise_scale
 
     @property
     def lr_factor(self) -> float:
-        """The batch factor that ``optimizer.step()`` applies next."""
+        """The batch factor that the next ``optimizer.step()`` applies."""
         if self._update is not None:
             return self._update.scaling.factor
         return self._planner.scaling(self.plan.global_batch_size).factor
 
     @property
     def journal(self) -> Journal:
-        """Where the steps are written down; ``path`` is None on all ranks but the first."""
+        """The journal of the run; its ``path`` is None on all ranks but the first."""
         return self._journal
 
     @property
@@ -300,27 +303,27 @@ class AdaptiveBatch:
 
     @property
     def too_large(self) -> int | None:
-        """The smallest micro-batch size that ran out of memory in its trial; None where none did."""
+        """The smallest micro-batch size that ran out of memory in its trial; None if none did."""
         return self._trials.too_large
 
     @property
     def heartbeat(self) -> Heartbeat:
-        """Where this rank is in the run; for a ``Watchdog``."""
+        """What this rank is doing now; read by a ``Watchdog``."""
         return self._heartbeat
 
     @property
     def votes(self) -> Votes:
-        """Whether the ranks stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
+        """The ranks' votes on whether to stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
         return self._votes
 
     def hold_growth_until(self, duration: Duration | None) -> None:
-        """Lets the batch not grow before so much of the run is over, where its ``Control`` names no length itself.
+        """Keeps the batch from growing before ``duration`` has passed, unless ``Control(hold_until=)`` says otherwise.
 
-        A ``ProgressLR`` with a warm-up says so by itself: noise and signal of the first steps are seldom those of the
-        run, and a batch that grows while the learning rate does takes from the warm-up the steps that it needs.
+        A ``ProgressLR`` with a warm-up calls this. Noise and signal of the first steps are seldom those of the rest of
+        the run, and a batch that grows during the warm-up shortens it in steps.
 
         Raises:
-            ValueError: a unit that this run does not count.
+            ValueError: if the run does not count the unit of ``duration``.
         """
         if duration is not None:
             self.progress.count(duration.unit)
@@ -337,36 +340,38 @@ class AdaptiveBatch:
         weigh: Callable[[Any], float] | None = None,
         allow_same_data: bool = False,
     ) -> Iterator[Step]:
-        """The steps of one pass over the data, or of as many as ``until`` takes.
+        """The steps of one pass over the data, or of as many passes as ``until`` takes.
 
-        A ``GlobalOrder`` joins its epochs: the step that crosses the end of one ends the pass, and the next pass goes
-        on where it stopped. Any other loader gives micro-batches of this rank; its pass ends with a shorter step where
-        the last micro-batches do not fill one, on all ranks at once. After a pass its ``DistributedSampler``, if it has
-        one, is set to the next epoch; an epoch that you set before a pass stands.
+        A ``GlobalOrder`` joins its epochs: the step that crosses the end of an epoch ends the pass, and the next pass
+        continues where it stopped. Any other loader yields micro-batches of this rank. If its last micro-batches do not
+        fill a step, the pass ends with a shorter step, on all ranks at once. After a pass, its ``DistributedSampler``,
+        if it has one, is set to the next epoch; an epoch that you set yourself before a pass is kept.
 
         Args:
             loader: a ``GlobalOrder``, or any iterable of micro-batches.
-            until: train until so much is consumed, counted from the beginning of the run.
-            count: examples in a micro-batch of a loader that is not a ``GlobalOrder``. By default what all entries of
-                the micro-batch agree on; every one but the last of a pass must then hold ``micro_batch_size``.
-            weigh: the number of terms that the mean loss of a micro-batch is taken over, where that is not its
-                examples: tokens that are not padding, say. The gradient of a step is then the mean over the terms of
-                all its micro-batches, on all ranks. One of weight 0 counts for nothing, its loss is not read, and where
-                nobody waits for it the loop may pass it over; a step of nothing else is left out. Batch sizes, noise
-                and noise scale stay in examples, of the step's average number of terms. The micro-batches of a step are
-                fetched before it begins.
-            allow_same_data: ranks may be given the same examples, to the bit, by a loader that is not a
-                ``GlobalOrder``; without it that is an error at the first step of a pass.
+            until: train until this much has been consumed, counted from the beginning of the run.
+            count: returns the number of examples in a micro-batch of a loader that is not a ``GlobalOrder``. By
+                default, this is the size on which all entries of the micro-batch agree, and every micro-batch but the
+                last of a pass must hold ``micro_batch_size`` examples.
+            weigh: returns the number of terms over which the mean loss of a micro-batch is taken, if that is not its
+                number of examples; for instance, its tokens without padding. The gradient of a step is then the mean
+                over the terms of all its micro-batches, on all ranks. A micro-batch of weight 0 counts for nothing: its
+                loss is not read, and the loop may skip it if no other rank waits for it. A step that holds nothing else
+                is left out. Batch sizes, noise and noise scale are still in examples, each of the step's average number
+                of terms. The micro-batches of a step are fetched before it begins.
+            allow_same_data: whether a loader that is not a ``GlobalOrder`` may give the same examples to several ranks.
+                By default that is an error at the first step of a pass.
 
         Raises:
-            ValueError: a data set smaller than the largest batch, an empty loader, a loader whose micro-batches are not
-                of ``micro_batch_size`` (the last may be smaller) or do not say how many examples they hold, a
-                micro-batch that should grow with a loader that cannot, negative weights, ranks that hold different
-                orders, plans or settings, or ranks that hold the same examples.
-            RuntimeError: a step whose micro-batches were not all run; parameters that joined or left those that train;
-                or an object that a newer one has replaced.
-            UpdatesLeftOut: ``max_left_out`` updates in a row were left out.
-            TypeError: ``until`` without a unit, or a loader that is none.
+            ValueError: if the data set is smaller than the largest batch, if the loader is empty, if its micro-batches
+                do not hold ``micro_batch_size`` examples (the last may hold fewer) or do not tell how many they hold,
+                if the micro-batch should grow but the loader cannot let it, if a weight is negative, or if ranks hold
+                different orders, plans or settings, or the same examples.
+            RuntimeError: if not all micro-batches of a step were run, if the update of two steps in a row was made by
+                another optimizer or by some of several only, if parameters joined or left those that train, or if a
+                newer object has replaced this one.
+            UpdatesLeftOut: if ``max_left_out`` updates in a row were left out.
+            TypeError: if ``until`` has no unit, or ``loader`` is not an iterable of micro-batches.
         """
         self._check_in_place()
         self._missing.begin_loop()
@@ -411,7 +416,7 @@ class AdaptiveBatch:
         )
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
-        """One step from ``feed``, or nothing where its pass is over."""
+        """One step from ``feed``, or nothing if its pass is over."""
         self._check_in_place()
         self._flush()
         number = self.consumed.steps
@@ -466,25 +471,25 @@ class AdaptiveBatch:
     def _check_in_place(self) -> None:
         if self._gone is not None:
             raise RuntimeError(
-                f"this AdaptiveBatch was {self._gone}, and cannot run any more steps; its state_dict() can be loaded "
+                f"this AdaptiveBatch was {self._gone} and cannot run any more steps; its state_dict() can be loaded "
                 f"into a new one"
             )
 
     def _check_trained(self) -> None:
-        """Before the first backward of a step, where all is frozen and thawed that will be."""
+        """Before the first backward of a step: by then the loop has frozen and thawed what it will."""
         if self._trained is not None:
             self._trained.check("AdaptiveBatch")
 
     def _count_missing(self) -> None:
-        """After a step: whether its update came, or was left out by somebody who may."""
+        """After a step: whether its update came, or was rightly left out."""
         update = self._update
         if update is None:
             self._missing.came()
         elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
-            self._missing.missed(self._hooks.missing)
+            self._missing.missed(self._hooks.missing, moved=weight_versions(self._optimizer) != self._versions)
 
     def _settle_left_out(self, step: Step) -> None:
-        """The end of a step whose gradient an engine found not finite, so that it never stepped the optimizer."""
+        """The end of a step whose optimizer the engine did not step, as the gradient was not finite."""
         if not self._engine.left_out():
             raise RuntimeError("the step's update never came: call engine.step() after `for batch in step`")
         step.settle(reduced=False)
@@ -493,6 +498,7 @@ class AdaptiveBatch:
         """The end of the inner loop: decide, and keep what the update will need."""
         portion, before = step.portion, self.consumed
         self._step = None
+        self._versions = weight_versions(self._optimizer)
         feed.consumed(portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
@@ -530,10 +536,10 @@ class AdaptiveBatch:
     # --- around optimizer.step() ------------------------------------------------------------------------------------
 
     def _moved(self) -> StepOverrides:
-        """What the batch changes about the update that is about to run, if the optimizer itself finds it in order."""
+        """What the batch changes about the update that is about to run."""
         check_before_step(self._optimizer)
         update = self._update or self._begun
-        if update is None:  # of a loop without us, whose batch is none of ours
+        if update is None:  # an update outside of steps()
             return StepOverrides(1.0)
         return StepOverrides(update.scaling.factor, update.scaling.settings, update.scaling.averaged)
 
@@ -541,9 +547,9 @@ class AdaptiveBatch:
         """Whether to leave out the update that is about to run.
 
         Raises:
-            RuntimeError: the step's micro-batches are still to be run.
+            RuntimeError: if the step's micro-batches are still to be run.
         """
-        if self._step is not None and self._step.waits:  # for its gradient to be reduced
+        if self._step is not None and self._step.waits:  # until its gradient is reduced
             self._step.settle()
         elif self._step is not None and self._running:
             raise RuntimeError(
@@ -577,20 +583,20 @@ class AdaptiveBatch:
         self._observers.after(update.number)
 
     def leave_out(self) -> None:
-        """Leaves out the update of the step whose micro-batches have just been run; call it on all ranks.
+        """Leaves out the update of the step whose micro-batches have just been run. Call it on all ranks.
 
-        As with gradients that are not finite, the step consumes its data and moves nothing else. A call of
-        ``optimizer.step()`` for it has no effect, and may be left out as well; its gradients are dropped.
+        As with gradients that are not finite, the step consumes its data and changes nothing else. Calling
+        ``optimizer.step()`` for it has no effect, and is optional; its gradients are dropped.
 
         Raises:
-            RuntimeError: the micro-batches are not all run, or the update has come already.
+            RuntimeError: if not all micro-batches were run, or if the update has already come.
         """
         if self._update is None:
             raise RuntimeError("leave_out belongs after `for batch in step`, and before optimizer.step()")
         self._update.left_out = True
 
     def _flush(self) -> None:
-        """Writes down a step whose update never came (a gradient scaler left it out, or it raised)."""
+        """Writes the line of a step whose update never came (a gradient scaler left it out, or it raised)."""
         self._hooks.forget()
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
@@ -605,20 +611,21 @@ class AdaptiveBatch:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The next plan, the control's memory and the progress: plain numbers, equal on all ranks.
+        """The next plan, the control's averages and the progress: plain numbers, equal on all ranks.
 
-        Taken between steps, after ``optimizer.step()``, it belongs to the next step: a resumed run repeats nothing.
+        Call it between steps, after ``optimizer.step()``. The state is that of the next step, so that a resumed run
+        repeats nothing.
         """
         return {**self._planner.state_dict(), "trials": self._trials.state_dict()}
 
     def settle(self, *, scaled: bool = False) -> None:
-        """Before the state is taken for a checkpoint: makes sure that nothing of a step is still to come.
+        """Makes sure that no step is unfinished, before the state is taken for a checkpoint.
 
         Args:
-            scaled: a gradient scaler is in use, which may have left the update out.
+            scaled: whether a gradient scaler is in use, which may have left the update out.
 
         Raises:
-            RuntimeError: a step's micro-batches, or its ``optimizer.step()``, are still to be run.
+            RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
         """
         if self._step is not None and self._step.waits and self._engine.left_out():
             self._settle_left_out(self._step)
@@ -633,10 +640,10 @@ class AdaptiveBatch:
         self._flush()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a run, also one with other ranks, micro-batches or limits: the batch size stays as near as it can.
+        """Restores a run. If ranks, micro-batches or limits have changed, the nearest possible batch size is used.
 
         Raises:
-            ValueError: a state of a newer format, or of another reference batch size than this run was given.
+            ValueError: if the state has a newer format, or another reference batch size than this run was given.
         """
         check_format(state)
         self._planner.check_reference(state["reference_batch_size"])
@@ -647,19 +654,20 @@ class AdaptiveBatch:
         self._tell_engine()
 
     def remove(self) -> None:
-        """Takes every hook off model and optimizer; the object is not usable afterwards."""
+        """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
         self._flush()
+        self._journal.close()
         self._hooks.remove()
         if self._probe is not None:
             self._probe.remove()
         self._gone = self._gone or "removed by remove()"
 
     def give_way(self) -> None:
-        """A newer one is made on this optimizer, or for its parameters: takes every hook off.
+        """Removes every hook, since a newer object is made for the same optimizer or parameters.
 
-        A probe that was given stays as it is, as the newer one may have been given it too.
+        A probe that the user gave is kept, since the newer object may use it too.
         """
-        with suppress(OSError):  # of a journal whose folder is gone; nobody waits for its last line
+        with suppress(OSError):  # the journal's folder may be gone
             self._flush()
         self._hooks.remove()
         if self._probe is not None and self._owns_probe:
@@ -669,7 +677,7 @@ class AdaptiveBatch:
         self._gone = f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters"
 
     def check_reference(self, saved: int) -> None:
-        """As ``load_state_dict`` checks the reference batch size, before anything else is loaded."""
+        """Checks the reference batch size of a saved run, before anything is loaded."""
         self._planner.check_reference(saved)
 
     def _check_ranks(
@@ -681,7 +689,7 @@ class AdaptiveBatch:
         weigh: Callable[[Any], float] | None,
         allow_same_data: bool,
     ) -> None:
-        """Ranks that would go separate ways raise together, rather than wait for each other."""
+        """Raises on all ranks if some would take other steps; otherwise they would wait for each other."""
         if self.collectives.size == 1:
             return
         ordered = isinstance(loader, GlobalOrder)

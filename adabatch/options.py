@@ -1,4 +1,4 @@
-"""Options of ``AdaptiveBatch`` in groups that one thinks of together; configs take them whole."""
+"""Options of ``AdaptiveBatch``, grouped by what they are about. Configs take the groups as they are."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from adabatch.runtime.probes.layers import PerLayer
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What is measured beside what criterion and rule need.
+    """What is measured in addition to what the criterion and the rule need.
 
     Args:
-        monitor: measure noise and signal although neither criterion nor rule needs them.
+        monitor: measure noise and signal even if neither the criterion nor the rule needs them.
         l1: write the l1 norm of each step's gradient to the journal, from which ``lr.refine`` makes a schedule for
-            Adam, and the l2 norm, for SGD, which every run with a probe writes down. Of the gradient as the backward
-            made it, reduced over the ranks and not clipped yet; one micro-batch per step is enough.
+            Adam. The l2 norm, for SGD, is always written if there is a probe. Both are norms of the gradient after the
+            reduction and before clipping. One micro-batch per step is enough.
         layers: also write the noise and signal of each layer to the journal: of each "module" that holds parameters, or
-            of each parameter "group" of the optimizer. For reading only; the criterion sees the whole gradient. A probe
-            of your own takes ``layers=`` for it.
-        layer_weights: how often the squared norm of each parameter's gradient counts in noise and signal, by name;
-            ``plan.layer_weights()`` of a width plan, so that one ``eta`` means the same at every width. (The plain norm
-            of a wide model is that of its readout: 97 % at width 4,096.)
+            of each parameter "group" of the optimizer. The criterion still reads the whole gradient. If you give your
+            own probe, pass ``layers=`` to it instead.
+        layer_weights: weight of each parameter's squared gradient norm in noise and signal, by parameter name; use
+            ``plan.layer_weights()`` of a width plan, so that an ``eta`` means the same at every width. (The plain norm
+            of a wide model is dominated by its readout: 97 % at width 4,096.)
 
     Raises:
-        ValueError: both ``layers`` and ``layer_weights``.
+        ValueError: if both ``layers`` and ``layer_weights`` are given.
     """
 
     monitor: bool = False
@@ -42,31 +42,34 @@ class Measure:
     def __post_init__(self) -> None:
         if self.layers is not None and self.layer_weights is not None:
             raise ValueError(
-                f"layer_weights sorts parameters by weight, and layers={self.layers!r} otherwise: give one"
+                f"layer_weights groups the parameters by weight, layers={self.layers!r} groups them otherwise: give "
+                f"only one of the two"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
-    """What is checked and tried while a run goes on.
+    """What is checked and tried during a run.
 
     Args:
-        skip_nonfinite: leave out an update whose loss or gradient is not finite on some rank, on all ranks. A step
-            without a probe pays for it with one pass over the gradient, 8 bytes and a host sync; "probed" looks at the
-            other steps only, which pay nothing. Local steps of ``local_sgd`` without a probe are not looked at.
-        max_left_out: updates in a row that may be left out, as their numbers are not finite, before the run stops with
-            ``UpdatesLeftOut``; None for any number.
-        trial: micro-batch -> its mean loss, as your loop computes it, autocast included; for a micro-batch that grows
-            (``max_micro_batch_size``). The first one of each larger size is run for nothing before its step, once or,
-            where steps accumulate, twice. If a rank has no memory for it, all ranks stay with smaller ones and
-            accumulate; the journal names it (``out_of_memory``). Not for models whose ranks gather shards from each
+        skip_nonfinite: if loss or gradient is not finite on some rank, leave out the update on all ranks. In a step
+            without a probe this check costs one pass over the gradient, 8 bytes and a host sync. "probed" checks only
+            steps with a probe, where it costs nothing. Local steps of ``local_sgd`` without a probe are not checked.
+        max_left_out: how many updates in a row may be left out for numbers that are not finite, before the run stops
+            with ``UpdatesLeftOut``; None for no limit.
+        trial: micro-batch -> its mean loss, computed as in your loop, including autocast. For a micro-batch that grows
+            (``max_micro_batch_size``). Before the first step with a larger micro-batch, one of that size is run without
+            an update (twice if steps accumulate). If a rank runs out of memory, all ranks keep to smaller ones and
+            accumulate, and the journal says so (``out_of_memory``). Not available if ranks gather shards from each
             other (FSDP2, DeepSpeed).
-        check_every: steps from one check to the next that all ranks hold the same plan, and copies of weights the same
-            bits: one pass over the weights, 24 bytes per rank and a host sync. "auto" is every 1,000 steps, the first
-            among them, on several ranks that hold copies; not under local SGD. None checks nothing.
+        check_every: number of steps between checks that all ranks have the same plan, and that copies of the weights
+            have the same bits. A check costs one pass over the weights, 24 bytes per rank and a host sync. "auto"
+            checks the first step and every 1,000th, if several ranks hold copies (not under local SGD). None for no
+            checks.
 
     Raises:
-        ValueError: ``check_every`` or ``max_left_out`` below 1, or another word than "probed" or "auto".
+        ValueError: if ``check_every`` or ``max_left_out`` is below 1, or ``skip_nonfinite`` or ``check_every`` is a
+            word other than "probed" or "auto".
     """
 
     skip_nonfinite: SkipNonfinite = True
@@ -76,7 +79,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         if isinstance(self.check_every, int) and self.check_every < 1:
-            raise ValueError(f"check_every must be at least 1, got {self.check_every}")
+            raise ValueError(f"check_every must be at least 1 step, or None for no checks, got {self.check_every}")
         if not isinstance(self.check_every, int | None) and self.check_every != "auto":
             raise ValueError(f"check_every must be a number of steps, 'auto' or None, got {self.check_every!r}")
         if self.max_left_out is not None and self.max_left_out < 1:
@@ -88,18 +91,18 @@ class Guard:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How the engine runs, where its defaults do not suit.
+    """How the engine runs, if its defaults do not suit.
 
     Args:
-        gradient_sync: at which micro-batches of a step the ranks reduce their gradients. DDP does it at the "last".
-            FSDP2 by default at "each": between micro-batches a rank then holds its shard of the gradient only, and each
-            micro-batch of each rank is a part. At the "last" a step sends one gradient instead of one per micro-batch,
-            a rank holds the whole gradient meanwhile, and all micro-batches of a rank are one part: fewer parts, so a
-            less certain estimate.
-        scaler: the ``torch.amp.GradScaler`` of a run in float16. ``step.backward`` then scales the loss, and you call
-            ``scaler.step(optimizer)`` and ``scaler.update()`` in the place of ``optimizer.step()``, and
+        gradient_sync: at which micro-batches of a step the ranks reduce their gradients. DDP reduces at the "last".
+            FSDP2 reduces at "each" by default: between micro-batches a rank holds only its shard of the gradient, and
+            each micro-batch of each rank is a part. With "last", a step sends one gradient instead of one per
+            micro-batch, but a rank holds the whole gradient until then, and all micro-batches of a rank are one part.
+            Fewer parts make the estimate less certain.
+        scaler: the ``torch.amp.GradScaler`` of a run in float16. ``step.backward`` then scales the loss. Call
+            ``scaler.step(optimizer)`` and ``scaler.update()`` instead of ``optimizer.step()``, and
             ``scaler.unscale_(optimizer)`` before you clip. Moments, losses and the journal are unscaled. A step that
-            overflows consumes its data, and moves neither the progress of the learning rate nor the averages.
+            overflows consumes its data, but changes neither the progress of the learning rate nor the averages.
     """
 
     gradient_sync: GradientSync | None = None

@@ -1,4 +1,4 @@
-"""``Planner``: what a run knows and decides between its steps. Plain numbers, equal on all ranks."""
+"""``Planner``: what a run remembers and decides between its steps. Plain numbers, equal on all ranks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from adabatch.batch.schedules import Schedule
 from adabatch.lr.follow import UpdateRules, UpdateScaling
 
 STATE_FORMAT = 2
-"""Format 1 held averages of all probes; 2 holds the last probes one by one. Both are read."""
+"""Format 1 holds averages over all probes, format 2 the last probes one by one. Both can be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What a run was given, checked, and never changes.
+    """What a run was given. It has been checked, and does not change.
 
     Args:
-        criterion, control, limits: which batch size is asked for, and which may be had.
-        rules: what else goes with the batch.
-        reference_batch_size: the batch that the base LR is meant for; None for the first.
-        tokens_per_example: None where tokens are not counted.
+        criterion, control, limits: which batch size is asked for, and which is allowed.
+        rules: how the learning rate and other settings follow the batch.
+        reference_batch_size: the global batch size that the base LR was tuned for; None for the first of the run.
+        tokens_per_example: None if tokens are not counted.
         counts_gain: whether the noise is measured, so that gain-steps can be counted.
-        layer_weights: of the layers in the norm; None for the plain norm.
+        layer_weights: weights of the layers in the norm; None for the plain norm.
     """
 
     criterion: Criterion
@@ -42,15 +42,15 @@ class Policy:
 
 
 class Measured(NamedTuple):
-    """What the end of a step says.
+    """What is known of a step at its end.
 
     Args:
-        num_examples: examples that it took over all ranks.
-        moments: of its gradient; None where it was not probed.
+        num_examples: number of examples over all ranks.
+        moments: of its gradient; None if the step was not probed.
         finite: whether loss and gradient were finite on all ranks, as far as that is known.
-        empty: none of its micro-batches weighs anything, on any rank.
-        loss: mean loss; None where it was not measured.
-        timed: a plan and the seconds of a step of it; None where nothing was timed.
+        empty: whether all its micro-batches have weight 0, on all ranks.
+        loss: mean loss; None if it was not measured.
+        timed: a plan and the seconds that a step of it took; None if nothing was timed.
     """
 
     num_examples: int
@@ -62,12 +62,12 @@ class Measured(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """What becomes of a step that has ended.
+    """What follows from a step that has ended.
 
     Args:
-        decision: the next plan, and why.
-        scaling: what the batch makes of its update.
-        gain: gain-steps that its update is worth; None where they are not counted.
+        decision: the next plan, and the reason for it.
+        scaling: what the batch changes about the step's update.
+        gain: gain-steps that the update is worth; None if they are not counted.
     """
 
     decision: Decision
@@ -76,7 +76,7 @@ class Ended(NamedTuple):
 
 
 class Planner:
-    """The next plan, the progress and the control's memory, and what they make of the learning rate.
+    """The next plan, the progress and the control's averages, and how the learning rate follows from them.
 
     Attributes:
         policy: what the run was given.
@@ -84,9 +84,9 @@ class Planner:
         progress: what the applied updates consumed so far.
         consumed: what all steps consumed so far.
         state: what the control remembers.
-        reference: the global batch size that the base LR is meant for.
-        hold_until: the batch does not grow before so much of the run is over, unless its ``Control`` names a length
-            itself; None for no such length.
+        reference: the global batch size that the base LR was tuned for.
+        hold_until: the batch does not grow before this much of the run is over, unless ``Control(hold_until=)`` is
+            given; None for no such wait.
 
     Args:
         policy: see above.
@@ -122,7 +122,7 @@ class Planner:
         return self.state.until_probe == 0
 
     def end_step(self, measured: Measured) -> Ended:
-        """A step has ended: decides on the next one."""
+        """Decides on the next step, at the end of one."""
         policy, num_examples, before = self.policy, measured.num_examples, self.consumed
         moments = measured.moments
         if moments is not None and policy.layer_weights is not None:
@@ -150,33 +150,33 @@ class Planner:
         return Ended(decision, self.scaling(num_examples, before), step_gain)
 
     def applied(self, num_examples: int, gain_steps: float | None) -> None:
-        """An update of so many examples, worth so many gain-steps, was applied."""
+        """Counts an update that was applied."""
         self.progress = self._after(self.progress, num_examples, gain_steps)
 
     def restrict(self, micro_sizes: tuple[int, ...]) -> BatchPlan:
-        """From now on plans use these micro-batch sizes only; returns the next plan."""
+        """Lets plans use only these micro-batch sizes from now on; returns the next plan."""
         self._grid = replace(self._grid, micro_sizes=micro_sizes)
         self.plan = self._runnable(self.plan.global_batch_size)
         return self.plan
 
     def after_next(self) -> Progress:
-        """The progress when the next planned step is applied."""
+        """The progress after the next planned step."""
         size = self.plan.global_batch_size
         return self._after(self.progress, size, self._gain_of(size))
 
     def largest_known(self) -> int:
-        """The largest batch that limits or criterion name beforehand; the present one where they name none."""
+        """The largest batch that the limits or the criterion name beforehand; the present one if they name none."""
         criterion, (_, high) = self.policy.criterion, self.policy.limits.at(self.consumed)
         if isinstance(criterion, Schedule) and criterion.fixed_sizes:
             return min(high, max(criterion.fixed_sizes))
         return high if high < UNLIMITED else self.plan.global_batch_size
 
     def held(self) -> object:
-        """What all ranks must hold alike before any step."""
+        """What must be equal on all ranks before every step."""
         return self.plan, self.progress, self.consumed, self.state
 
     def given(self) -> dict[str, object]:
-        """What all ranks must have been given alike, and where they stand, by name."""
+        """What all ranks must have been given equally, and where they stand, by name."""
         policy = self.policy
         return {
             "criterion": policy.criterion,
@@ -196,25 +196,25 @@ class Planner:
         }
 
     def _runnable(self, wanted: float) -> BatchPlan:
-        """The plan nearest to a global batch size that limits and grid allow now."""
+        """The plan nearest to a global batch size, among those that limits and grid allow now."""
         low, high = self.policy.limits.runnable(self.consumed, self._grid)
         return self._grid.nearest(wanted, min_size=low, max_size=high)
 
     # --- what the batch makes of the update -------------------------------------------------------------------------
 
     def scaling(self, global_batch_size: int, progress: Progress | None = None) -> UpdateScaling:
-        """What the batch makes of an update of so many examples.
+        """What the batch changes about an update.
 
         Args:
             global_batch_size: examples of the step.
-            progress: what was consumed when its size was chosen; None for now.
+            progress: what was consumed when the size of the step was chosen; None for now.
         """
         noise, signal = self._known()
         at = self.consumed if progress is None else progress
         return self.policy.rules.at(global_batch_size, at, reference=self.reference, noise=noise, signal=signal)
 
     def _gain_of(self, global_batch_size: int) -> float | None:
-        """Gain-steps that a step of so many examples is worth; None where nobody measures the noise."""
+        """Gain-steps that a step of this size is worth; None if the noise is not measured."""
         return None if self.progress.gain_steps is None else self.scaling(global_batch_size).gain
 
     def _known(self) -> tuple[float, float]:
@@ -228,7 +228,7 @@ class Planner:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plan, memory and progress as plain numbers."""
+        """Plan, averages and progress as plain numbers."""
         return {
             "format": STATE_FORMAT,
             "plan": asdict(self.plan),
@@ -239,14 +239,14 @@ class Planner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], micro_sizes: tuple[int, ...]) -> None:
-        """Restores a run, also one with other ranks, micro-batches or limits: the batch size stays as near as it can.
+        """Restores a run. If ranks, micro-batches or limits have changed, the nearest possible batch size is used.
 
         Args:
             state: what was saved.
             micro_sizes: micro-batch sizes that plans may use.
 
         Raises:
-            ValueError: another reference batch size than this run was given.
+            ValueError: if the state has another reference batch size than this run was given.
         """
         self.check_reference(state["reference_batch_size"])
         self.progress = self._resumed(Progress(**state["progress"]))
@@ -262,20 +262,21 @@ class Planner:
         self.plan = plan
 
     def check_reference(self, saved: int) -> None:
-        """That a run which was given a reference batch size goes on from one with the same.
+        """Checks that a saved run has the reference batch size that this run was given, if it was given one.
 
         Raises:
-            ValueError: it is another one.
+            ValueError: if it is another one.
         """
         given = self.policy.reference_batch_size
         if given is not None and self.reference != saved:
             raise ValueError(
-                f"the run was saved with reference_batch_size={saved}, this one was built with {self.reference}: its "
-                f"learning rate would jump; resume with {saved} or leave it out, and change the learning rate instead"
+                f"the run was saved with reference_batch_size={saved}, but this one was built with {self.reference}, "
+                f"so its learning rate would jump: resume with {saved} or leave it out, and change the learning rate "
+                f"instead"
             )
 
     def _resumed(self, saved: Progress) -> Progress:
-        """Saved progress in the units that this run counts, which may be others than those of the run that saved it."""
+        """Saved progress in the units that this run counts, which may differ from those of the saved run."""
         per_example, tokens, gains = self.policy.tokens_per_example, saved.tokens, saved.gain_steps
         if per_example is None:
             tokens = None
@@ -284,15 +285,15 @@ class Planner:
         if not self.policy.counts_gain:
             gains = None
         elif gains is None:
-            gains = float(saved.steps)  # a step in which nothing was measured is worth one, as in any run
+            gains = float(saved.steps)  # a step in which nothing was measured counts as one
         return Progress(examples=saved.examples, steps=saved.steps, tokens=tokens, gain_steps=gains)
 
 
 def check_format(state: Mapping[str, Any]) -> None:
-    """That a saved state can be read.
+    """Checks that a saved state can be read.
 
     Raises:
-        ValueError: a state of a newer format.
+        ValueError: if it has a newer format.
     """
     if state["format"] > STATE_FORMAT:
         raise ValueError(

@@ -25,20 +25,20 @@ from adabatch.runtime.probes.protocol import Probe
 
 
 class Step:
-    """One optimizer step: iterate over its micro-batches, and call ``backward`` once for each.
+    """One optimizer step: iterate over its micro-batches, and call ``backward`` once for each of them.
 
-    ``AdaptiveBatch.steps`` makes them.
+    ``AdaptiveBatch.steps`` yields these objects.
 
     Attributes:
         plan: micro-batch size, accumulation steps and data-parallel size, fixed before the step began.
-        global_batch_size: examples the step takes, over all ranks.
-        loss: mean training loss over all ranks, after the inner loop of a probed step; else None.
-        moments: what the probe measured, after the inner loop of a probed step; else None.
-        decision: the next plan and its reason, after the inner loop. With an engine that reduces gradients when the
-            update begins (DeepSpeed), all three are there after the update.
+        global_batch_size: number of examples in the step, over all ranks.
+        loss: mean training loss over all ranks; None before the end of the inner loop, and in a step without a probe.
+        moments: what the probe measured; None before the end of the inner loop, and in a step without a probe.
+        decision: the next plan and its reason; None before the end of the inner loop. If the engine reduces gradients
+            only when the update begins (DeepSpeed), these three are set by the update.
         probed: whether gradients are measured in this step.
-        measured: whether they were, and the loss: not where an engine left out the update before that.
-        portion: this rank's micro-batches and how many examples they hold.
+        measured: whether gradients and loss have been measured. They never are if the engine left out the update.
+        portion: this rank's micro-batches and their numbers of examples.
     """
 
     def __init__(
@@ -79,38 +79,39 @@ class Step:
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._weights = portion.weights or LossWeights(portion.sizes, portion.num_examples)
-        # The ranks' gradients are averaged, so of a rank's own each micro-batch is its share of the whole, times them;
-        # a rank that steps alone has a whole of its own.
+        # The reduction averages over the ranks, so each micro-batch is weighted by its share in all micro-batches,
+        # times the number of ranks. A rank that steps alone averages over its own micro-batches only.
         alone = engine.steps_alone()
-        self._find_nonfinite = None if alone else find_nonfinite  # to agree on it would cost what such steps save
+        # The ranks would have to agree on it, and local steps are there to save that communication.
+        self._find_nonfinite = None if alone else find_nonfinite
         self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
-        self._weight: float | None = None  # of the micro-batch that is being run, None outside the inner loop
+        self._weight: float | None = None  # of the micro-batch that is being run; None outside the inner loop
         self._num_backward = 0
         self._begun = False
         self._ended = False
 
     @property
     def empty(self) -> bool:
-        """Whether none of its micro-batches counts for anything (``steps(weigh=)``): then its update is left out."""
+        """Whether all its micro-batches have weight 0 (``steps(weigh=)``). Its update is then left out."""
         return self._whole == 0
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradients were finite on every rank, as far as they were measured."""
+        """Whether loss and gradients were finite on all ranks, as far as they were measured."""
         measured = self.moments is None or self.moments.is_finite
         return not self.empty and self._all_finite and measured and (self.loss is None or math.isfinite(self.loss))
 
     @property
     def waits(self) -> bool:
-        """Whether the micro-batches are all run, and nothing is measured and decided yet."""
+        """Whether all micro-batches have run, but nothing has been measured and decided yet."""
         return self._ended and self.decision is None
 
     def __iter__(self) -> Iterator[Any]:
         """The micro-batches. Gradients are synchronized in the last one only, or in each (``gradient_sync``).
 
         Raises:
-            RuntimeError: ``backward`` was not called exactly once for a micro-batch, or a second iteration. One of
-                weight 0 may be passed over, but for the last one of a rank that others wait for.
+            RuntimeError: if ``backward`` was not called exactly once for a micro-batch, or on a second iteration. A
+                micro-batch of weight 0 may be skipped, unless it is the last one and other ranks wait for it.
         """
         if self._begun:
             raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
@@ -143,10 +144,10 @@ class Step:
             self.settle()
 
     def settle(self, *, reduced: bool = True) -> None:
-        """Measures and decides: the end of a step, once its gradient is reduced.
+        """Ends the step once its gradient is reduced: measures, and decides on the next plan.
 
         Args:
-            reduced: False where it never was, since the engine found it not finite and left the update out.
+            reduced: False if it never was, since the engine found it not finite and left the update out.
         """
         reduced = reduced and not self.empty
         self._enter(Phase.MEASURING)
@@ -163,24 +164,25 @@ class Step:
         self._finish(self)
 
     def backward(self, loss: Tensor) -> None:
-        """Backward of the mean loss of this micro-batch, weighted so that the step's gradient is the mean of all.
+        """Runs the backward of this micro-batch's mean loss.
 
-        All are the micro-batches of all ranks: each counts for its examples, or for what ``steps(weigh=)`` says; of one
-        that counts for nothing the loss is not read. It scales the loss where ``AdaptiveBatch`` was given a ``scaler``:
-        give it the loss as it is.
+        The loss is weighted so that the gradient of the step is the mean over all micro-batches of all ranks. Each
+        counts for its number of examples, or for what ``steps(weigh=)`` returned. Do not divide the loss by the number
+        of accumulation steps. If ``AdaptiveBatch`` was given a ``scaler``, the loss is scaled here. The loss of a
+        micro-batch of weight 0 is not read.
 
         Args:
             loss: mean loss over the micro-batch, shape ().
 
         Raises:
-            ValueError: a loss that is not a scalar tensor.
-            RuntimeError: a call outside the inner loop.
+            ValueError: if the loss is not a scalar tensor.
+            RuntimeError: if it is called outside the inner loop.
         """
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
-                f"step.backward takes the mean loss of the micro-batch, a scalar; got a {got}: average it over the "
-                f"examples first, as a tensor"
+                f"step.backward takes the mean loss of the micro-batch, a scalar tensor, got a {got}: average the "
+                f"losses of the examples first, without turning them into a number"
             )
         if self._weight is None:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
@@ -214,7 +216,7 @@ class Step:
             self._engine.backward.run(loss)
 
     def _backward_of_nothing(self) -> None:
-        """The backward of a micro-batch of weight 0, which the other ranks may be waiting for."""
+        """The backward of a micro-batch of weight 0, for which other ranks may be waiting."""
         zero = self._empty_parts.zero()
         if self._probe is not None:
             self._probe.begin_part()
@@ -222,26 +224,26 @@ class Step:
             self._run_backward(zero)
         elif not self._runs_without(last=self._num_backward == len(self.portion.sizes) - 1):
             raise RuntimeError(
-                "a micro-batch that weighs nothing still takes part in the reduction of gradients, and no gradient of "
-                "zero can be sent through it: call the model that was given to AdaptiveBatch, and let it return its "
-                "predictions beside a loss that is not finite"
+                "a micro-batch that weighs nothing must still take part in the reduction of gradients, and no gradient "
+                "of zero could be sent through its forward: call the model that was given to AdaptiveBatch, and let "
+                "it return its predictions beside a loss that is not finite"
             )
         if self._probe is not None:
             self._probe.end_part(0.0, 0.0)
 
     def _pass_over(self, *, last: bool) -> None:
-        """The loop left out a micro-batch of weight 0."""
+        """The loop skipped a micro-batch of weight 0."""
         if not self._runs_without(last=last):
             raise RuntimeError(
-                "a micro-batch that weighs nothing was passed over, and the other ranks wait for this one in it: run "
-                "its forward all the same, and call step.backward(loss), which does not read the loss"
+                "a micro-batch that weighs nothing was passed over, but the other ranks wait for its backward: run its "
+                "forward all the same, and call step.backward(loss), which does not read the loss"
             )
         if self._probe is not None:
             self._probe.end_part(0.0, 0.0)
         self._num_backward += 1
 
     def _runs_without(self, *, last: bool) -> bool:
-        """Whether no other rank notices that this one leaves out a micro-batch."""
+        """Whether this rank can skip a micro-batch without another rank waiting for it."""
         alone = self._engine.collectives.size == 1 or self._engine.steps_alone()
         return self._engine.runs_alone and (alone or not last)
 
@@ -255,13 +257,13 @@ class Step:
         self._all_finite = total == 0
 
     def _own_loss(self, device: torch.device) -> Tensor:
-        """This rank's share of the mean loss; 0 where none of its micro-batches counts."""
+        """This rank's share of the mean loss; 0 if all its micro-batches have weight 0."""
         if self._losses is None:
             return torch.zeros((), dtype=torch.float64, device=device)
         return self._losses.to(device)  # a loss may live elsewhere than the model
 
     def _measure(self, probe: Probe) -> None:
-        """Loss and moments of all ranks, in one reduction and one host sync; without the scale of the gradients."""
+        """Loss and moments over all ranks, unscaled, in one reduction and one host sync."""
         ranks, local = self._engine.collectives, probe.collect()
         loss = RankMean(self._own_loss(local.device), ranks.size)
         scale = self._engine.backward.scale
@@ -270,5 +272,5 @@ class Step:
         totals = summed(ranks, local, [loss, *scales, self._votes, *self._riders])
         self.loss, self.measured = loss.value, True
         self.moments = probe.moments(totals)
-        for factor in scales:  # not finite where backed off to 0
+        for factor in scales:  # a scale that was backed off to 0 makes the moments infinite
             self.moments = self.moments.scaled(1 / factor.value if factor.value else math.inf)

@@ -1,4 +1,4 @@
-"""What ``AdaptiveBatch`` checks before a run begins: that its parts fit together and its sizes can be carried out."""
+"""What ``AdaptiveBatch`` checks before a run begins: that its parts fit together and its sizes can be made up."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from adabatch.runtime.probes.layers import Layers, layers_of, layers_of_weight
 from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
 
-# Those whose decay is taken from the weights; Muon came with torch 2.9.
+# Optimizers with decoupled weight decay; Muon came with torch 2.9.
 DECOUPLED: tuple[type[Optimizer], ...] = (AdamW, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
 
 
 def engine_of(
     model: torch.nn.Module, optimizer: Optimizer, given: EngineOptions | Engine, local_sgd: LocalSGD | None
 ) -> Engine:
-    """The engine given, or the one that the model's type and ``local_sgd`` name, with its options."""
+    """The engine that was given, or the one that the model's type and ``local_sgd`` select, with its options."""
     if isinstance(given, Engine):
         return given
     if not isinstance(given, EngineOptions):
-        raise TypeError(f"engine must be EngineOptions(...), or an Engine of a host, got {given!r}")
+        raise TypeError(f"engine must be EngineOptions(...), or the Engine of a host, got {given!r}")
     if local_sgd is not None:
         return local_sgd.engine(model, optimizer, given.gradient_sync, given.scaler)
     engine = engine_for(model, given.gradient_sync, given.scaler)
@@ -52,10 +52,10 @@ def engine_of(
 
 
 def check_before_step(optimizer: Optimizer) -> None:
-    """That the settings of an update are in order: the rates those of a width plan, and what the optimizer checks.
+    """Checks the settings of an update: the learning rates of a width plan, and whatever the optimizer checks.
 
     Raises:
-        ValueError: they are not.
+        ValueError: if a check fails.
     """
     check_ratios(optimizer)
     for one in each_of(optimizer):
@@ -64,7 +64,7 @@ def check_before_step(optimizer: Optimizer) -> None:
 
 
 def check_until(until: Any, consumed: Progress) -> None:
-    """That a run can be trained until then: a duration, in a unit that is counted."""
+    """Checks that ``until`` is a duration in a unit that the run counts."""
     if not isinstance(until, Duration):
         raise TypeError(f"until must be a duration, such as adabatch.examples({until!r}), got {until!r}")
     consumed.count(until.unit)
@@ -79,7 +79,7 @@ def checked_rules(
     follow: Followers | Collection[Setting],
     **at_least_one: int | None,
 ) -> UpdateRules:
-    """That what a user gave is of its kind; returns the rules that hold, of which the optimizer may prefer one."""
+    """Checks the arguments of a run; returns the rules that apply, of which the optimizer may prefer one."""
     check_types(optimizer, criterion)
     rule = preferred_rule(optimizer, criterion) if lr_rule is None else lr_rule
     followers = Followers.of(follow)
@@ -97,8 +97,8 @@ def checked_rules(
 
 
 def preferred_rule(optimizer: Optimizer, criterion: Criterion) -> LRRule:
-    """How the learning rate follows the batch where the user does not say: as criterion or optimizer prefer it."""
-    if isinstance(criterion, DecaysLR):  # the decay is shared with the batch: by lr / b, and with Adam lr / sqrt(b)
+    """The default rule: the one that the criterion or the optimizer prefers."""
+    if isinstance(criterion, DecaysLR):  # SGD's decay is that of lr / b, Adam's that of lr / sqrt(b)
         return "linear" if all(isinstance(one, SGD) for one in each_of(optimizer)) else "sqrt"
     preferred = [one.preferred_lr_rule for one in each_of(optimizer) if isinstance(one, PrefersLRRule)]
     return cast("LRRule", preferred[0]) if preferred else "none"
@@ -113,24 +113,24 @@ def needs_of(criterion: Criterion, rule: LRRule, measure: Measure) -> Needs:
 
 
 def check_types(optimizer: Any, criterion: Any) -> None:
-    """What comes in their place most often: parameters, the class of a criterion, its name."""
+    """Checks for common mistakes: parameters instead of an optimizer, or a criterion's class or name."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(criterion, type) or not isinstance(criterion, Criterion):
-        raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.5), got {criterion!r}")
+        raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.7), got {criterion!r}")
     if not isinstance(criterion.needs, Needs):
         raise TypeError(
-            f"the needs of a {type(criterion).__name__} must be a Needs of adabatch.batch.needs, such as "
+            f"the needs of {type(criterion).__name__} must be an adabatch.batch.Needs, such as "
             f"Needs(noise='euclidean'), or Needs() if nothing is to be measured, got {criterion.needs!r}"
         )
 
 
 def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
-    """That the optimizer, or one of several, has what is to follow, and in the form whose rule is known."""
+    """Checks that the optimizer, or one of several, has the settings that should follow, in a known form."""
     for name in follow:
         having = [one for one in each_of(optimizer) if any(name in group for group in one.param_groups)]
         if not having or not all(name in group for one in having for group in one.param_groups):
-            raise ValueError(f"follow={name!r}, but {kind_of(optimizer)} has no {name}: leave it out")
+            raise ValueError(f"follow={name!r}, but {kind_of(optimizer)} has no {name}: leave it out of follow")
         for one in having:
             _check_follower(one, name)
 
@@ -139,8 +139,8 @@ def _check_follower(optimizer: Optimizer, name: str) -> None:
     kind = type(optimizer).__name__
     if name == "betas" and isinstance(optimizer, NAdam):
         raise ValueError(
-            f"follow='betas' has no rule for {kind}, whose momentum follows a schedule in steps: leave it out, or use "
-            f"Adam or AdamW"
+            f"follow='betas' has no rule for {kind}, since its momentum follows a schedule in steps: leave it out, or "
+            f"use Adam or AdamW"
         )
     decoupled = all(
         isinstance(optimizer, DECOUPLED) or group.get("decoupled_weight_decay", False)
@@ -148,36 +148,36 @@ def _check_follower(optimizer: Optimizer, name: str) -> None:
     )
     if name == "weight_decay" and not decoupled:
         raise ValueError(
-            f"follow='weight_decay' keeps a decoupled decay constant per example; that of {kind} is part of the "
-            f"gradient and needs nothing: leave it out, or use AdamW"
+            f"follow='weight_decay' keeps a decoupled decay constant per example, but the decay of {kind} is part of "
+            f"the gradient and needs no change: leave it out, or use AdamW"
         )
 
 
 def check_rates(optimizer: Optimizer, rule: LRRule) -> None:
-    """That there is a learning rate for the rule to change."""
+    """Checks that there is a learning rate for the rule to change."""
     kind = without_rate(optimizer)
     if kind is not None and rule != "none":
         raise ValueError(
-            f"lr_rule={rule!r} multiplies the learning rate, and {kind} sets its own (lr=None): use lr_rule='none', or "
+            f"lr_rule={rule!r} multiplies the learning rate, but {kind} sets its own (lr=None): use lr_rule='none', or "
             f"give the optimizer a learning rate (Adafactor: relative_step=False)"
         )
 
 
 def warn_of_linear(rule: LRRule, criterion: Criterion) -> None:
-    """Says that the linear rule goes too far where a norm test lets the batch settle."""
+    """Warns that the linear rule is too large at the batch where a norm test comes to rest."""
     if rule == "linear" and isinstance(criterion, NormTest | CoordinateNormTest):
         eta = criterion.eta
         rest = f" (about {(1 - eta * eta) / (eta * eta):.2g} times the noise scale at eta={eta})" if eta < 1 else ""
         warnings.warn(
-            f"lr_rule='linear' multiplies the learning rate by the batch, which holds only well below the noise scale, "
-            f"and {type(criterion).__name__} lets the batch grow to where noise no longer dominates{rest}: runs of SGD "
-            f"fell to chance with it. Use lr_rule='gain', which is linear as long as noise dominates",
+            f"lr_rule='linear' multiplies the learning rate by the batch, which is right only well below the noise "
+            f"scale, but {type(criterion).__name__} lets the batch grow until noise no longer dominates{rest}. Runs of "
+            f"SGD failed to train with it. Use lr_rule='gain', which is linear as long as noise dominates",
             stacklevel=3,
         )
 
 
 def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio: float) -> None:
-    """Says that betas which should follow a growing batch stand at their floor already."""
+    """Warns of betas that cannot follow a growing batch, as they are at their floor already."""
     if "betas" not in followers.settings or largest_ratio <= 1:
         return
     for number, group in enumerate(optimizer.param_groups):
@@ -188,10 +188,10 @@ def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio:
         if stuck:
             names = " and ".join(f"beta{k + 1}={float(betas[k])}" for k in stuck)
             warnings.warn(
-                f"follow='betas' leaves {names} of parameter group {number} as it is: no room is above its floor "
-                f"of {' and '.join(str(followers.floors(betas)[k]) for k in stuck)}. Start from a larger value (0.999 "
-                f"for beta2 at a small batch), or give follow=adabatch.lr.Followers(('betas',), beta2_floor=...) a "
-                f"lower floor",
+                f"follow='betas' cannot lower {names} of parameter group {number}, which is at its floor of "
+                f"{' and '.join(str(followers.floors(betas)[k]) for k in stuck)} already. Start from a larger value "
+                f"(0.999 for beta2 at a small batch), or lower the floor with "
+                f"follow=adabatch.lr.Followers(('betas',), beta2_floor=...)",
                 stacklevel=3,
             )
 
@@ -204,7 +204,7 @@ def suited_probe(
     engine: Engine,
     layers: Callable[[], Layers | None] = lambda: None,
 ) -> Probe | None:
-    """The probe given, or the one that suits the engine; None where nothing needs one."""
+    """The probe that was given, or the engine's own; None if nothing is to be measured."""
     given = None if given is None else engine.fit_probe(given)
     if not needs:
         return given
@@ -235,11 +235,11 @@ def suited_probe(
 
 
 class MeasuredLayers(NamedTuple):
-    """What a probe measures apart.
+    """The layers whose moments a probe measures separately.
 
     Args:
-        make: the layers, made where nothing can fail any more.
-        weights: how often each one's squared norm counts, by its name; None where the norm is the plain one.
+        make: makes the layers, once nothing can fail any more.
+        weights: weight of each layer's squared norm, by its name; None for the plain norm.
     """
 
     make: Callable[[], Layers | None]
@@ -253,18 +253,20 @@ def measured_layers(
     measure: Measure,
     probe: Probe | None,
 ) -> MeasuredLayers:
-    """The layers to measure: those for the journal, or the parameters sorted by their weight in the norm.
+    """The layers to measure: those for the journal, or the parameters grouped by their weight in the norm.
 
     Raises:
-        ValueError: weights beside a given probe, a parameter without a weight, a name without a parameter, a weight
-            that is not positive, or a criterion that compares more than squared norms.
+        ValueError: if weights are given together with a probe, if a parameter has no weight, a name has no parameter,
+            or a weight is not positive, or if the criterion compares more than squared norms.
     """
     weights = measure.layer_weights
     if weights is None:
         kind = measure.layers
         return MeasuredLayers(lambda: None if kind is None else layers_of(model, optimizer, kind), None)
     if probe is not None:
-        raise ValueError("layer_weights sorts the parameters into layers, for which a given probe is made already")
+        raise ValueError(
+            "layer_weights groups the parameters into layers, which a probe must know when it is made: leave probe out"
+        )
     every = named_parameters(model)
     named = {name: p for name, p in every.items() if p.requires_grad}
     missing, unknown = sorted(set(named) - set(weights)), sorted(set(weights) - set(every))
@@ -278,8 +280,8 @@ def measured_layers(
         raise ValueError(f"layer_weights must be positive and finite, got {', '.join(wrong[:3])}")
     if needs.products or needs.noise not in (None, EUCLIDEAN):
         raise ValueError(
-            "layer_weights weigh squared Euclidean norms: use them with NormTest or NoiseScale(), not with a test of "
-            "inner products or in the norm of an optimizer, which weighs the layers itself"
+            "layer_weights weigh squared Euclidean norms: use them with NormTest or NoiseScale(), and not with a test "
+            "of inner products or with the norm of an optimizer, which weighs the layers itself"
         )
     layers, by_name = layers_of_weight({p: float(weights[name]) for name, p in named.items()})
     return MeasuredLayers(lambda: layers, by_name)
@@ -294,7 +296,7 @@ def limits_and_grid(
     micro_sizes: tuple[int, ...],
     in_parts: bool,
 ) -> tuple[Limits, PlanGrid]:
-    """The limits and the plans that a run can carry out, checked against each other."""
+    """The limits, and the plans that the run can make up, checked against each other."""
     micro = micro_sizes[0]
     least = 2 if in_parts and num_compared == 1 else 1
     grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=least)
@@ -311,19 +313,22 @@ def limits_and_grid(
                 f"limits.{name}={limit} cannot be shared equally by {dp_size} ranks: use a multiple of {dp_size}"
             )
     if isinstance(limits.min, int) and limits.min < smallest:
-        two_parts = " (two micro-batches at least, so that their spread can be measured)" if in_parts else ""
+        two_parts = " (at least two micro-batches, so that their spread can be measured)" if in_parts else ""
         raise ValueError(
             f"limits.min={limits.min} is below the smallest step of {dp_size} rank(s) x {grid.min_accumulation} x "
             f"{micro} examples{two_parts}: use micro_batch_size={max(1, limits.min // (smallest // micro))} or less, "
             f"or limits.min={smallest} or more"
         )
     if isinstance(limits.max, int) and limits.max < smallest:
-        raise ValueError(f"limits.max={limits.max} is below the smallest step of {smallest} examples")
+        raise ValueError(
+            f"limits.max={limits.max} is below the smallest step of {smallest} examples: use limits.max={smallest} or "
+            f"more, or a smaller micro_batch_size"
+        )
     if isinstance(criterion, Schedule):
         for size in criterion.fixed_sizes:
             if grid.nearest(size).global_batch_size != size:
                 raise ValueError(
-                    f"{type(criterion).__name__} asks for batches of {size}, which {dp_size} rank(s) with "
+                    f"{type(criterion).__name__} asks for batches of {size} examples, which {dp_size} rank(s) with "
                     f"micro-batches of {' or '.join(map(str, micro_sizes))} cannot make up: use a multiple of "
                     f"{smallest}, or another micro_batch_size"
                 )

@@ -7,6 +7,7 @@ layer here; a new module beside ``adaptive.py`` belongs to the shell.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -314,3 +315,72 @@ def test_only_the_command_line_prints() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
     assert not prints, f"print in the library: {prints}"
+
+
+# --- docs/architecture.md ------------------------------------------------------------------------------------------
+
+PAGE = ROOT.parent / "docs" / "architecture.md"
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the first table below a heading of the page, without its head."""
+    section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = section[section.index("| --- |") :].split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def quoted(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def names_in(path: Path) -> set[str]:
+    """Classes, functions and variables that a module defines, and the members of its classes."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    inner = [node for outer in body if isinstance(outer, ast.ClassDef) for node in outer.body]
+    found = {node.name for node in (*body, *inner) if isinstance(node, FUNCTION | ast.ClassDef)}
+    assigned = [node for node in (*body, *inner) if isinstance(node, ast.Assign | ast.AnnAssign)]
+    targets = [target for node in assigned for target in getattr(node, "targets", [getattr(node, "target", None)])]
+    return found | {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def test_the_page_has_the_layers_of_the_code() -> None:
+    told: dict[str, int] = {}
+    for layer, what, does in table("Layers"):
+        shell = what.startswith("the modules beside")
+        names = quoted(does) if shell else quoted(what)
+        told |= {f"adabatch.{name.removesuffix('.py')}" if shell else name: int(layer) for name in names}
+    assert told == {unit_of(module): layer_of(module) for module in modules() if described_unit(module)}
+
+
+def described_unit(module: str) -> bool:
+    """Whether the page tells of a unit: not of modules that only lend names to users, such as adabatch.probes."""
+    return unit_of(module) not in ("adabatch.data", "adabatch.probes")
+
+
+def test_the_page_names_the_rooms_of_runtime() -> None:
+    section = PAGE.read_text(encoding="utf-8").split("Rooms inside `runtime/`:")[1].split("\n## ")[0]
+    folders = {path.name for path in (ROOT / "runtime").iterdir() if (path / "__init__.py").is_file()}
+    assert set(re.findall(r"^\| `runtime/(\w+)/` \|", section, flags=re.MULTILINE)) == folders
+
+
+@pytest.mark.parametrize("row", table("Protocols"), ids=lambda row: row[0])
+def test_the_page_names_protocols_that_exist(row: list[str]) -> None:
+    names, module, members, _ = row
+    (module,) = quoted(module)
+    defined = names_in(_path_of(module))
+    assert set(quoted(names)) | set(quoted(members)) <= defined
+
+
+@pytest.mark.parametrize("row", table("To add something"), ids=lambda row: row[0])
+def test_the_page_names_files_that_hold_what_it_says(row: list[str]) -> None:
+    _, change, tests = row
+    for path, name in re.findall(r"`([\w/]+\.(?:py|cfg))`(?: \(`(\w+)`\))?", change.replace(".py`: `", " ")):
+        where = ROOT.parent / path if path == "setup.cfg" else ROOT / path
+        assert where.is_file(), path
+        assert not name or name in names_in(where), f"{path} does not hold {name}"
+    for folder, file, name in re.findall(r"a module in `([\w/]+)/`(?: \(`(\w+\.py)`: `(\w+)`\))?", change):
+        assert (ROOT / folder).is_dir()
+        assert not file or name in names_in(ROOT / folder / file)
+    for path, name in re.findall(r"`(tests/[\w/]+(?:\.py)?)`(?: \(`(\w+)`\))?", tests):
+        assert (ROOT.parent / path).exists(), path
+        assert not name or name in names_in(ROOT.parent / path)

@@ -119,7 +119,11 @@ def test_the_weighted_norm_keeps_its_balance_at_every_width(tmp_path: Path) -> N
         ({"0.weight": 1.0}, {}, r"0.bias, 2.bias, 2.weight missing, none unknown"),
         ({"nothing": 1.0}, {}, r"nothing unknown"),
         (dict.fromkeys(dict(net(4).named_parameters()), 0.0), {}, r"positive and finite, got 0.weight=0.0"),
-        (dict.fromkeys(dict(net(4).named_parameters()), 1.0), {"per_layer": "module"}, r"layers='module' otherwise"),
+        (
+            dict.fromkeys(dict(net(4).named_parameters()), 1.0),
+            {"per_layer": "module"},
+            r"layers='module' groups them otherwise",
+        ),
         (
             dict.fromkeys(dict(net(4).named_parameters()), 1.0),
             {"criterion": AugmentedInnerProductTest(theta=0.9, nu=1.0)},
@@ -138,7 +142,7 @@ def test_bad_weights(weights: Mapping[str, float], options: dict[str, Any], word
 def test_a_given_probe_has_its_layers_already(tmp_path: Path) -> None:
     model = net(4)
     weights = dict.fromkeys(dict(model.named_parameters()), 1.0)
-    with pytest.raises(ValueError, match=r"for which a given probe is made already"):
+    with pytest.raises(ValueError, match=r"which a probe must know when it is made"):
         journal_of(
             model,
             torch.optim.SGD(model.parameters(), 0.1),

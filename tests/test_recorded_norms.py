@@ -99,7 +99,7 @@ def test_one_micro_batch_a_step_has_norms_and_no_noise(tmp_path: Path) -> None:
     assert all(line["moments"]["noise"] is None and line["averages"] is None for line in written)
     assert all(line["norms"]["l1"] > line["norms"]["l2"] > 0 for line in written)
     assert batches.progress.gain_steps is None
-    with pytest.raises(ValueError, match="two micro-batches at least"):
+    with pytest.raises(ValueError, match="at least two micro-batches"):
         AdaptiveBatch(model, optimizer, NormTest(eta=0.5), micro_batch_size=8, limits=Limits(min=8, max=64))
 
 

@@ -1,6 +1,7 @@
-"""Connections of rank 0 with every other rank, beside those of the training: short messages, and who is gone.
+"""Connections of rank 0 with every other rank, for short messages and to notice ranks that are gone.
 
-The system closes the connections of a process that dies, whatever killed it, so the others know at once.
+They are separate from those of the training. The operating system closes the connections of a process that dies,
+whatever killed it, so the others notice at once.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from typing import Any
 from adabatch.runtime.collectives import Collectives
 
 _GREETING = 256
-"""Bytes of a greeting at most: more come from a stranger."""
+"""Largest number of bytes in a greeting; a longer one does not come from a rank of this run."""
 
 _PATIENCE = 5.0
-"""Seconds that a message may wait for a rank to take it; one that is frozen must not freeze the others."""
+"""Seconds that sending a message may block: a rank that is frozen must not freeze the others."""
 
 
 class Connections:
-    """Rank 0 in the middle, one connection to each other rank.
+    """Connections between rank 0 and each other rank.
 
     Args:
-        collectives: the ranks, which use it once to find each other.
-        address: host name or number under which rank 0 is reached; by default what its machine calls itself, and the
-            loopback for ranks on the same machine.
-        timeout: seconds until all must be connected.
+        collectives: the ranks; used once, so that they find each other.
+        address: host name or address of rank 0; by default the name of its machine, and the loopback for ranks on the
+            same machine.
+        timeout: seconds in which all ranks must connect.
 
     Raises:
-        OSError: the ranks cannot reach each other.
+        OSError: if the ranks cannot reach each other.
     """
 
     def __init__(self, collectives: Collectives, *, address: str | None, timeout: float) -> None:
@@ -50,7 +51,7 @@ class Connections:
             peer.settimeout(_PATIENCE)
             self._buffers[rank] = b""
             self._selector.register(peer, selectors.EVENT_READ, rank)
-        # Loading processes that are forked off hold copies of the sockets, which would outlive a rank that is killed.
+        # Forked loading processes inherit the sockets, and would keep them open after this rank was killed.
         mine = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _close(mine()))
 
@@ -64,7 +65,7 @@ class Connections:
             while len(self._peers) < collectives.size - 1:
                 peer, _ = server.accept()
                 peer.settimeout(timeout)
-                with suppress(ValueError, OSError):  # a stranger, or one that hung up
+                with suppress(ValueError, OSError):  # somebody else, or a rank that hung up
                     said, rank = _line(peer).split()
                     if hmac.compare_digest(said, token):
                         self._peers[int(rank)] = peer
@@ -77,14 +78,14 @@ class Connections:
         self._peers[0] = peer
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """To all that are connected; one that is gone is found out when it is listened to."""
+        """Sends a message to all that are connected. A rank that is gone shows in ``receive``."""
         data = json.dumps(message).encode() + b"\n"
         for peer in self._peers.values():
             with suppress(OSError):
                 peer.sendall(data)
 
     def receive(self, timeout: float) -> list[tuple[int, dict[str, Any] | None]]:
-        """What came within ``timeout`` seconds, by sender; None from one that is gone."""
+        """Messages that came within ``timeout`` seconds, with their senders; None from a rank that is gone."""
         found: list[tuple[int, dict[str, Any] | None]] = []
         for key, _ in self._selector.select(timeout):
             rank, peer = key.data, self._peers[key.data]
@@ -102,16 +103,16 @@ class Connections:
         return found
 
     def close(self) -> None:
-        """Ends all connections."""
+        """Closes all connections."""
         self._selector.close()
         for peer in self._peers.values():
             peer.close()
         self._peers.clear()
 
 
-def _close(star: Connections | None) -> None:
-    if star is not None:
-        for peer in star._peers.values():
+def _close(connections: Connections | None) -> None:
+    if connections is not None:
+        for peer in connections._peers.values():
             peer.close()
 
 

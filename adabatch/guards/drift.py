@@ -1,4 +1,4 @@
-"""Whether ranks that should hold the same still do, and which of them drifted."""
+"""Whether ranks still hold the same weights and plans, and which of them have drifted."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RanksDrifted(RuntimeError):
-    """Ranks hold different weights or plans, though they should hold the same; the message names them."""
+    """Ranks that should hold the same weights or plans do not; the message names them."""
 
 
 class ComparedRun(Protocol):
-    """What a drift check reads of a run."""
+    """The run whose plans are compared."""
 
     @property
     def plan(self) -> BatchPlan:
@@ -45,7 +45,7 @@ class ComparedRun(Protocol):
         ...
 
     def held(self) -> object:
-        """What all ranks must hold alike beside the weights, told apart by its ``repr``."""
+        """What must be equal on all ranks beside the weights, compared by its ``repr``."""
         ...
 
 
@@ -57,24 +57,26 @@ def check_interval(asked: int | Literal["auto"] | None, engine: Engine) -> int |
 
 
 class DriftCheck(StepObserver):
-    """Checks before every so many steps that no rank drifted.
+    """Checks every ``every`` steps that no rank has drifted.
 
     Args:
-        engine: whose copies are compared.
+        engine: whose copies of the weights are compared.
         optimizer: whose learning rates are compared.
         run: whose plans are compared.
-        every: steps from one check to the next.
-        observers: hear that a check begins.
+        every: number of steps between checks.
+        observers: are told that a check begins.
 
     Raises:
-        ValueError: an engine that lets copies differ, as local SGD does.
+        ValueError: if the engine lets copies differ, as local SGD does.
     """
 
     def __init__(
         self, engine: Engine, optimizer: Optimizer, run: ComparedRun, *, every: int, observers: StepObserver
     ) -> None:
         if not engine.copies:
-            raise ValueError("check_every compares weights, and local_sgd lets those of workers differ: leave one out")
+            raise ValueError(
+                "check_every compares weights, which differ between the workers of local_sgd: leave one of the two out"
+            )
         self._engine = engine
         self._optimizer = optimizer
         self._run = run
@@ -82,10 +84,10 @@ class DriftCheck(StepObserver):
         self._observers = observers
 
     def before(self, step: int) -> None:
-        """The check, where it is due.
+        """Runs the check if it is due.
 
         Raises:
-            RanksDrifted: on all ranks.
+            RanksDrifted: on all ranks, if some have drifted.
         """
         if step % self._every == 0:
             self._observers.at(Phase.DRIFT_CHECK, Moment(step, self._run.plan))
@@ -98,8 +100,8 @@ class DriftCheck(StepObserver):
 def fingerprint(tensors: Iterable[Tensor]) -> int:
     """A hash of the bits of this rank's pieces of some tensors: one pass over them, and one host sync.
 
-    Of each block, a sum of the elements' bits, each times a pseudo-random odd number of its own, modulo 2^64; of those
-    sums 48 bits of a SHA-256. A difference stays unseen once in 2^48 times.
+    For each block, the bits of each element are multiplied by a pseudo-random odd number and summed modulo 2^64. The
+    hash is 48 bits of the SHA-256 of these sums, so a difference is missed once in 2^48 times.
     """
     sums: list[Tensor] = []
     odd = torch.from_numpy(mixed(np.arange(_BLOCK, dtype=np.uint64)).view(np.int64) | 1)
@@ -128,19 +130,19 @@ def shard_of(tensors: Iterable[Tensor]) -> int:
 
 
 def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when: str) -> None:
-    """That all ranks hold the same plan, and those that hold copies of the same weights, the same bits.
+    """Checks that all ranks hold the same plan, and that copies of the same weights have the same bits.
 
-    Of a model that is sharded over all ranks, each weight exists once, and nothing can be compared but the plan; where
-    shards are replicated (HSDP), the copies of each. Costs 24 bytes a rank and a pass over the weights.
+    If a model is sharded over all ranks, each weight exists once, and only the plans can be compared. If shards are
+    replicated (HSDP), the copies of each shard are compared. It costs 24 bytes per rank and a pass over the weights.
 
     Args:
         collectives: the ranks.
         model: as it is trained.
-        plan: what must be the same everywhere, told apart by its ``repr``.
+        plan: what must be equal on all ranks, compared by its ``repr``.
         when: for the message, such as "before step 100".
 
     Raises:
-        RanksDrifted: on all ranks.
+        RanksDrifted: on all ranks, if some have drifted.
     """
     rows, copies = _held(collectives, model, plan)
     compared = [
@@ -151,13 +153,13 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
     if found:
         raise RanksDrifted(
             f"{when}, {'; '.join(found)}: go back to a checkpoint, and look for what only some ranks do (an update, a "
-            f"load, a random draw, a rank's own version of a library or a faulty device); where ranks "
-            f"may hold different weights, give Guard(check_every=None)"
+            f"load, a random draw) or have (another version of a library, a faulty device); if ranks may hold "
+            f"different weights, give Guard(check_every=None)"
         )
 
 
 def odd_ranks(collectives: Collectives, model: nn.Module) -> list[int]:
-    """The ranks whose weights are not those of most that hold copies of the same; of two, the second."""
+    """The ranks whose weights differ from those of most ranks with copies of the same weights; of two, the second."""
     _, copies = _held(collectives, model, None)
     return sorted(rank for held in copies for group in _groups(held)[1:] for rank in group)
 
@@ -187,7 +189,7 @@ def _groups(held: dict[int, float]) -> list[list[int]]:
 
 
 def _apart(held: dict[int, float], what: str) -> str:
-    """Who differs from most; all, where there is no majority."""
+    """Which ranks differ from the majority; all of them if there is none."""
     largest, *others = _groups(held)
     if 2 * len(largest) <= len(held):
         names = " and ".join(str(ranks)[1:-1] for ranks in (largest, *others))

@@ -1,4 +1,4 @@
-"""Whether a step's gradient is made of numbers, for the steps in which no probe reads it."""
+"""Whether a step's loss and gradient are finite, for steps in which no probe reads them."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from torch.optim import Optimizer
 from adabatch.runtime.fsdp2 import own_piece
 
 SkipNonfinite = bool | Literal["probed"]
-"""In which steps an update is left out whose loss or gradient is not finite: all, none, or those with a probe."""
+"""In which steps an update whose loss or gradient is not finite is left out: all, none, or those with a probe."""
 
 FindNonfinite = Callable[[Tensor], Tensor]
-"""This rank's loss, shape () -> how much of loss and gradient is not finite: 0 where all is; shape (1,), float64."""
+"""This rank's loss, shape () -> 0 if loss and gradient are finite, else 1; shape (1,), float64."""
 
 
 def check_skip_nonfinite(value: object) -> None:
-    """Raises for what is no choice, which would be taken for one by its truth.
+    """Checks that the value is one of the choices, and not merely something true or false.
 
     Raises:
-        ValueError: it is not True, False or "probed".
+        ValueError: if it is not True, False or "probed".
     """
     if not (isinstance(value, bool) or value == "probed"):
         raise ValueError(f"skip_nonfinite must be True, False or 'probed', got {value!r}")
 
 
 def nonfinite_in(optimizer: Optimizer) -> FindNonfinite:
-    """Looks through the gradients that an optimizer is about to apply: this rank's pieces of them.
+    """Checks this rank's pieces of the gradients that an optimizer is about to apply.
 
-    One pass over the gradient, by its largest number, whose size no finite gradient can overflow; no host sync.
+    One pass over the gradient, without a host sync. It takes the largest absolute value, since the norm of a finite
+    gradient could overflow.
     """
 
     def find(loss: Tensor) -> Tensor:
@@ -53,5 +54,5 @@ def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
             if parameter.grad is not None:
                 piece, _ = own_piece(parameter.grad)
                 piece = piece.coalesce().values() if piece.is_sparse else piece
-                if piece.numel():  # a rank may hold nothing of a short parameter
+                if piece.numel():  # a rank may hold no element of a short parameter
                     yield piece

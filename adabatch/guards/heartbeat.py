@@ -1,4 +1,4 @@
-"""Where a rank is in its run: marks that the loop leaves behind, for another thread to read."""
+"""What a rank is doing: the training loop notes each phase that it enters, and another thread reads it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Position(NamedTuple):
     """What a rank is doing.
 
     Args:
-        phase: what; of a step where ``step`` says which, else of the run.
-        step: number of the step, as in the journal.
-        micro_batch: number of the micro-batch in it.
+        phase: the phase that it is in.
+        step: number of the step, as in the journal; None outside of steps.
+        micro_batch: number of the micro-batch in the step; None if the phase belongs to none.
     """
 
     phase: Phase
@@ -22,20 +22,22 @@ class Position(NamedTuple):
     micro_batch: int | None = None
 
     def __str__(self) -> str:
-        """As an error names it."""
+        """The words of an error message."""
         part = "" if self.micro_batch is None else f" of micro-batch {self.micro_batch}"
         return self.phase + part + ("" if self.step is None else f" of step {self.step}")
 
 
 class Heartbeat(StepObserver):
-    """The marks of one rank. All ranks of a run pass the same ones in the same order, so their number tells who waits.
+    """The phases that one rank enters.
+
+    All ranks enter the same phases in the same order, so the number of phases tells which rank waits for which.
 
     Attributes:
-        place: where the rank is.
-        moves: marks passed.
-        since: when the last was passed, on this process's monotonic clock, in seconds.
-        between: whether the rank is between two steps, where a run may stay as long as it likes: to test, to save.
-        alarm: raised at the next mark; set by a watch whose run is lost.
+        place: what the rank is doing.
+        moves: number of phases that it has entered.
+        since: when it entered the last one, on this process's monotonic clock, in seconds.
+        between: whether it is between two steps, where a run may stay as long as it likes, to test or to save.
+        alarm: raised when the next phase begins; set by a monitor once a rank is lost.
     """
 
     def __init__(self) -> None:
@@ -46,10 +48,10 @@ class Heartbeat(StepObserver):
         self.alarm: BaseException | None = None
 
     def at(self, phase: Phase, moment: Moment) -> None:
-        """The rank goes on to another phase.
+        """The rank enters a phase.
 
         Raises:
-            BaseException: the alarm, where there is one.
+            BaseException: the alarm, if it is set.
         """
         self.place = Position(phase, moment.step, moment.micro_batch)
         self.between = phase is Phase.BETWEEN

@@ -1,23 +1,23 @@
-"""A run whose updates are all left out trains nothing, and stops."""
+"""Stops a run whose updates are all left out, since it does not train any more."""
 
 from __future__ import annotations
 
 EXIT_NO_UPDATES = 77
-"""Exit status of a run that stopped since its updates were left out one after another."""
+"""Exit status of a run that stopped because too many updates in a row were left out."""
 
 
 class UpdatesLeftOut(RuntimeError):
-    """So many updates in a row were left out that the run trains nothing any more."""
+    """Too many updates in a row were left out: the run does not train any more."""
 
 
 class UpdatesInARow:
     """Counts the steps since the last update that was applied.
 
     Args:
-        limit: how many may be left out in a row; None for any number.
+        limit: how many updates may be left out in a row; None for no limit.
 
     Raises:
-        ValueError: a limit below 1.
+        ValueError: if the limit is below 1.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -28,14 +28,14 @@ class UpdatesInARow:
         self._since = 0
 
     def check(self, consumed: int, applied: int) -> None:
-        """Before a step begins.
+        """Checks the count before a step begins.
 
         Args:
-            consumed: steps run so far.
-            applied: those of them whose update was applied.
+            consumed: number of steps so far.
+            applied: number of those whose update was applied.
 
         Raises:
-            UpdatesLeftOut: too many were left out since the last that was.
+            UpdatesLeftOut: if too many were left out since the last one that was applied.
         """
         if applied != self._applied:
             self._applied, self._since = applied, consumed
@@ -43,6 +43,6 @@ class UpdatesInARow:
         if self._limit is not None and left_out >= self._limit:
             raise UpdatesLeftOut(
                 f"the last {left_out} updates in a row were left out, up to step {consumed}, since loss or gradient "
-                f"were not finite: the run trains nothing any more; go on from its last checkpoint with a smaller "
-                f"learning rate or other data, or allow more with max_left_out="
+                f"were not finite: the run does not train any more. Resume from its last checkpoint with a smaller "
+                f"learning rate or other data, or allow more with Guard(max_left_out=)"
             )

@@ -1,4 +1,4 @@
-"""Who is lost: from what the ranks report of themselves to a sentence, or to the finding that all is well."""
+"""Which ranks are lost: turns what the ranks report into a sentence, or into None if all is well."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Report(NamedTuple):
     """What is known of a rank.
 
     Args:
-        moves: marks that it passed; infinite once it has left, so that others are behind it.
-        place: where it is, in words.
+        moves: number of phases that it has entered; infinite once it has left, so that the others are behind it.
+        place: the phase that it is in, in words.
         between: whether it is between two steps.
         still: seconds since its last move.
-        silent: seconds since it was heard of.
+        silent: seconds since its last report.
     """
 
     moves: float
@@ -26,16 +26,16 @@ class Report(NamedTuple):
 
     @property
     def left(self) -> bool:
-        """Whether it has come to the end, and waits for the others there."""
+        """Whether it has reached the end, and waits there for the others."""
         return self.moves == math.inf
 
 
 def lost_ranks(reports: Mapping[int, Report], *, timeout: float) -> str | None:
-    """What is wrong with the run, or None.
+    """What is wrong with the run, in words; None if nothing is.
 
-    A rank is lost that has not been heard of for ``timeout`` seconds. A rank hangs that has not moved for so long while
-    another is past it: that one waits for it. Where none has moved for so long in the middle of a step, one of them
-    hangs, and the marks do not tell which.
+    A rank is lost if it has not reported for ``timeout`` seconds. It hangs if it has not moved for that long while
+    another rank is ahead of it and waits. If no rank has moved for that long in the middle of a step, one of them
+    hangs, and the reports do not tell which.
 
     Args:
         reports: of all ranks that are connected, by rank.
@@ -45,7 +45,7 @@ def lost_ranks(reports: Mapping[int, Report], *, timeout: float) -> str | None:
     if gone:
         return (
             f"{_ranks(gone)} {_has(gone)} not been heard of for {timeout:g} s, last in {reports[gone[0]].place}: "
-            f"process or machine is gone or frozen"
+            f"the process or its machine is gone or frozen"
         )
     here = {rank: report for rank, report in reports.items() if not report.left}
     if not here or (min(report.still for report in here.values()) < timeout and not _some_wait(reports)):
@@ -56,10 +56,12 @@ def lost_ranks(reports: Mapping[int, Report], *, timeout: float) -> str | None:
         return None
     place = reports[behind[0]].place
     if _some_wait(reports):
-        return f"{_ranks(behind)} {_has(behind)} not moved for {timeout:g} s, in {place}, and the other ranks wait"
+        return (
+            f"{_ranks(behind)} {_has(behind)} not moved for {timeout:g} s, in {place}, and the other ranks wait for it"
+        )
     if reports[behind[0]].between:
         return None
-    return f"no rank has moved for {timeout:g} s, all in {place}: one hangs there, and the others wait for it"
+    return f"no rank has moved for {timeout:g} s, all in {place}: one of them hangs, and the others wait for it"
 
 
 def _some_wait(reports: Mapping[int, Report]) -> bool:

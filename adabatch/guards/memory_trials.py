@@ -1,9 +1,9 @@
-"""Whether a larger micro-batch fits into memory: tried on all ranks before a step is made of it.
+"""Whether a larger micro-batch fits into memory: all ranks try it before they make a step of it.
 
-An allocation that fails inside a training loop leaves a step half done on one rank while the others wait for its
-gradients. So the first micro-batch of a size that was never run is run for nothing, without a reduction, before the
-step begins; then the ranks tell each other how it went. Nothing is left of a trial but what the allocator keeps:
-gradients, buffers and random numbers are as they were, and the step runs the same micro-batch again.
+If an allocation fails inside a training loop, the step is half done on one rank while the others wait for its
+gradients. So before the first step with a new size, each rank runs one micro-batch of that size without a reduction,
+and the ranks tell each other how it went. Gradients, buffers and random numbers are then restored, and the step runs
+the same micro-batch again.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ TrialLoss = Callable[[Any], Tensor]
 _FITS, _TOO_LARGE, _RAISED = 0, 1, 2
 
 _WORDS = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
-"""What torch, the CPU's allocator, cuBLAS and cuDNN say, where they raise a plain ``RuntimeError``."""
+"""Words in the plain ``RuntimeError`` of torch, the CPU's allocator, cuBLAS and cuDNN."""
 
 
 class TriedRun(Protocol):
-    """What a trial reads of a run, and tells it."""
+    """The run whose micro-batches are tried."""
 
     @property
     def consumed(self) -> Progress:
@@ -46,21 +46,22 @@ class TriedRun(Protocol):
         ...
 
     def restrict(self, micro_sizes: tuple[int, ...]) -> BatchPlan:
-        """From now on plans use these micro-batch sizes only; returns the next plan."""
+        """Lets plans use only these micro-batch sizes from now on; returns the next plan."""
         ...
 
 
 class Trials:
-    """The micro-batch sizes that were tried so far, and how that went; the same on all ranks.
+    """The micro-batch sizes that were tried so far, and whether they fitted; equal on all ranks.
 
     Args:
-        loss_of: the loss of a micro-batch; None tries nothing.
+        loss_of: the loss of a micro-batch; None for no trials.
         engine: of the model.
-        probe: measures it, and needs memory of its own; None for none.
-        sizes: micro-batch sizes that a plan may use, ascending; the smallest is never tried.
+        probe: which needs memory too; None for none.
+        sizes: micro-batch sizes that a plan may use, ascending. The smallest is never tried.
 
     Raises:
-        ValueError: a model whose forward waits for other ranks, so that one rank cannot fail by itself; a single size.
+        ValueError: if the forward of the model waits for other ranks, so that one rank cannot fail alone, or if there
+            is a single size.
     """
 
     def __init__(self, loss_of: TrialLoss | None, engine: Engine, probe: Probe | None, sizes: Sequence[int]) -> None:
@@ -76,36 +77,36 @@ class Trials:
 
     @property
     def too_large(self) -> int | None:
-        """The smallest micro-batch size that ran out of memory; None where none did."""
+        """The smallest micro-batch size that ran out of memory; None if none did."""
         return self._too_large
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Those that may still be used, ascending."""
+        """The sizes that may still be used, ascending."""
         limit = self._too_large
         return tuple(size for size in self._declared if limit is None or size < limit)
 
     def is_due(self, plan: BatchPlan) -> bool:
-        """Whether the micro-batch of a plan is larger than any that was run."""
+        """Whether the micro-batch of a plan is larger than any that has run."""
         return self._loss_of is not None and plan.micro_batch_size > self._fits
 
     def over(self, feed: Feed, run: TriedRun, observers: StepObserver) -> Feed:
-        """The feed with portions whose micro-batch every rank has the memory for, as far as that is tried."""
+        """The feed, with portions whose micro-batch fits into the memory of every rank."""
         return feed if self._loss_of is None else _TriedFeed(feed, self, run, observers)
 
     def run(self, plan: BatchPlan, portion: Portion) -> tuple[Portion, bool]:
-        """Runs the first micro-batch of a step on all ranks, for nothing.
+        """Runs the first micro-batch of a step on all ranks, without an update.
 
         Args:
             plan: of the step.
-            portion: of the step; used up by this.
+            portion: of the step; it is used up.
 
         Returns:
-            A portion of the same micro-batches, and whether every rank had the memory.
+            A portion of the same micro-batches, and whether it fitted into the memory of every rank.
 
         Raises:
-            RuntimeError: the loss or its backward raised something else, on another rank.
-            Exception: the same on this rank.
+            RuntimeError: if the trial failed on another rank for another reason than memory.
+            Exception: whatever failed on this rank, if it was not memory.
         """
         rest = iter(portion.batches)
         first = next(rest)
@@ -115,14 +116,16 @@ class Trials:
             raise error
         size = plan.micro_batch_size
         if worst == -_RAISED:
-            raise RuntimeError(f"the trial of a micro-batch of {size} examples failed on another rank, which says why")
+            raise RuntimeError(
+                f"the trial of a micro-batch of {size} examples failed on another rank: its own error says why"
+            )
         if worst == -_TOO_LARGE:
             self._too_large = size
             self._found.append(size)
             if self._engine.collectives.rank == 0:
                 _log.warning(
-                    "a micro-batch of %d examples ran out of memory: micro-batches stay at %d at most, and steps "
-                    "accumulate",
+                    "a micro-batch of %d examples ran out of memory: micro-batches stay at %d examples at most, and "
+                    "steps accumulate",
                     size,
                     self.sizes[-1],
                 )
@@ -131,9 +134,9 @@ class Trials:
         return replace(portion, batches=itertools.chain([first], rest)), worst == _FITS
 
     def _outcome(self, batch: Any, plan: BatchPlan) -> tuple[int, Exception | None]:
-        """How it goes on this rank, which raises nothing: the others wait to hear of it.
+        """How the trial goes on this rank. It raises nothing, since the other ranks wait for the outcome.
 
-        An error that has to do with memory is dropped here, and all it holds with it.
+        An error about memory is dropped here, so that the tensors in its traceback are freed.
         """
         found: tuple[int, Exception | None] = (_FITS, None)
         try:
@@ -148,7 +151,7 @@ class Trials:
         return found
 
     def _run(self, batch: Any, plan: BatchPlan) -> None:
-        """One micro-batch, or, where steps accumulate, a second one beside the gradient of the first."""
+        """One micro-batch, or two if steps accumulate: the second one runs beside the gradient of the first."""
         assert self._loss_of is not None
         if self._probe is not None:
             self._probe.start(self._engine.collectives.size)
@@ -162,7 +165,7 @@ class Trials:
 
     @contextmanager
     def _without_a_trace(self) -> Iterator[None]:
-        """Puts back gradients, buffers and random numbers; the other ranks learn nothing of it."""
+        """Restores gradients, buffers and random numbers; nothing is communicated."""
         inner = self._engine.inner_model()
         device = next(inner.parameters()).device
         grads = [(p, p.grad) for p in inner.parameters()]
@@ -186,25 +189,25 @@ class Trials:
     # --- journal and state ------------------------------------------------------------------------------------------
 
     def journal_entry(self) -> dict[str, Any]:
-        """What the line of the step that comes after the trials says of them."""
+        """What the journal line of the step after the trials says about them."""
         found, self._found = self._found, []
         return {"out_of_memory": found} if found else {}
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What was found: plain numbers, equal on all ranks; None where nothing is tried."""
+        """What was found: plain numbers, equal on all ranks; None if there are no trials."""
         if self._loss_of is None:
             return None
         return {"sizes": list(self._declared), "fits": self._fits, "too_large": self._too_large}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Goes on from what a run found that had the same sizes; with others, or None, everything is tried anew."""
+        """Keeps what a run with the same sizes found. With other sizes, or None, everything is tried again."""
         if state is None or self._loss_of is None or tuple(state["sizes"]) != self._declared:
             state = {"fits": self._declared[0], "too_large": None}
         self._fits, self._too_large = state["fits"], state["too_large"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on whatever device."""
+    """Whether an error says that memory ran out, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
@@ -213,20 +216,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _check_can_try(engine: Engine, sizes: Sequence[int]) -> None:
     if not engine.runs_alone:
         raise ValueError(
-            f"trial= lets each rank run a micro-batch by itself, and in the forward of this "
-            f"{type(engine.model).__name__} the ranks gather shards from each other, so that one without memory "
-            f"would leave the others waiting: leave trial= out, and give a max_micro_batch_size that is known to "
-            f"fit"
+            f"trial= lets each rank run a micro-batch by itself, but in the forward of this "
+            f"{type(engine.model).__name__} the ranks gather shards from each other, so that one that runs out of "
+            f"memory would leave the others waiting: leave trial= out, and give a max_micro_batch_size that is known "
+            f"to fit"
         )
     if len(sizes) == 1:
         raise ValueError(
-            f"trial= tries larger micro-batches, and this run has none but {sizes[0]}: give a "
-            f"max_micro_batch_size above it, or leave trial= out"
+            f"trial= tries larger micro-batches, but this run has micro-batches of {sizes[0]} only: give a "
+            f"max_micro_batch_size above {sizes[0]}, or leave trial= out"
         )
 
 
 class _TriedFeed:
-    """Portions whose micro-batch every rank has the memory for."""
+    """Portions whose micro-batch fits into the memory of every rank."""
 
     def __init__(self, feed: Feed, trials: Trials, run: TriedRun, observers: StepObserver) -> None:
         self._feed = feed

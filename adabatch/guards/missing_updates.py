@@ -1,18 +1,18 @@
-"""Updates that never come, and updates of a run whose loop is somebody else's."""
+"""Finds steps whose update never comes, and updates of a loop that does not go through ``steps()``."""
 
 from __future__ import annotations
 
 import warnings
 
 STRANGE_UPDATES = 3
-"""Updates of a run whose ``steps()`` was never called, after which it says so."""
+"""Number of updates after which a warning says that ``steps()`` was never called."""
 
 
 class MissingUpdates:
-    """Sees to it that each step is followed by its update, and that no loop goes past ``steps()``.
+    """Checks that each step is followed by its update, and that the loop uses ``steps()``.
 
     Args:
-        kind: what the optimizer is called in messages.
+        kind: the optimizer's class, for messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -26,16 +26,16 @@ class MissingUpdates:
         self._in_loop = True
 
     def strange(self) -> None:
-        """An update outside of ``steps()``: the loop's own, or a sign that the loop is somebody else's."""
+        """An update outside of ``steps()``: the user's own, or a sign that another framework runs the loop."""
         if self._in_loop:
             return
         self._strange += 1
         if self._strange == STRANGE_UPDATES:
             warnings.warn(
-                f"an AdaptiveBatch was made for this {self._kind}, which has stepped {STRANGE_UPDATES} times, and "
-                f"steps() of the AdaptiveBatch was never called: neither batch nor learning rate changes. Write the "
-                f"loop as `for step in batches.steps(loader)`; a Trainer or another framework that has the loop itself "
-                f"needs an integration for it",
+                f"an AdaptiveBatch was made for this {self._kind}, which has stepped {STRANGE_UPDATES} times, but "
+                f"steps() of the AdaptiveBatch was never called, so neither batch nor learning rate change. Write the "
+                f"loop as `for step in batches.steps(loader)`. A Trainer, or another framework with a loop of its own, "
+                f"needs an integration",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -44,25 +44,31 @@ class MissingUpdates:
         """The update of a step came."""
         self._missed = 0
 
-    def missed(self, parts: list[str]) -> None:
-        """A step is over, and its update neither came nor was left out by somebody who may: warns at the second.
+    def missed(self, parts: list[str], *, moved: bool) -> None:
+        """A step is over, but its update neither came nor was rightly left out. The second in a row is reported.
 
-        A warning and not an error, as a loop that only measures needs no update.
+        If no weight has moved, this is a warning and not an error, since a loop that only measures needs no update.
 
         Args:
             parts: the classes of the optimizers that did not step.
+            moved: whether the weights changed all the same.
+
+        Raises:
+            RuntimeError: they did, by an optimizer that this run does not know, or by some of several.
         """
         self._missed += 1
-        if self._missed != 2:
+        if self._missed < 2:
             return
         missing = " and ".join(parts)
-        warnings.warn(
+        message = (
             f"the update never came for {self._missed} steps in a row: optimizer.step() of the {missing} was not called"
             f"{'' if missing == self._kind else f' (the optimizers are {self._kind})'}, so the learning rate's "
             f"progress stands still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was "
-            f"given, not another or one that was built later; a GradScaler must be given to it too, as "
-            f"engine=EngineOptions(scaler=...); where you leave an update out yourself, call leave_out() of the "
-            f"AdaptiveBatch",
-            RuntimeWarning,
-            stacklevel=4,
+            f"given, and not another one or one that was built later. If you use a GradScaler, give it to "
+            f"AdaptiveBatch as engine=EngineOptions(scaler=...). If you leave an update out yourself, call leave_out() "
+            f"of the AdaptiveBatch"
         )
+        if moved or missing != self._kind:
+            raise RuntimeError(message)
+        if self._missed == 2:
+            warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,4 +1,4 @@
-"""The thread that watches: tells rank 0 where this rank is, hears who is lost, and ends this rank if it must."""
+"""The thread of a watchdog: reports to rank 0, learns which ranks are lost, and ends this rank if it has to."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.lost_ranks import Report, lost_ranks
 
 EXIT_RANK_LOST = 76
-"""Exit status of a rank that ended because another was lost, or hung itself: restart the run from its checkpoint."""
+"""Exit status of a rank that ended because a rank was lost or hung: restart the run from its checkpoint."""
 
 _STDERR = 2
 
 
 class Monitor:
-    """Watches over one rank, with those of the other ranks.
+    """Watches one rank, together with the monitors of the other ranks.
 
-    Every rank reports to rank 0, which looks for lost ranks. What it finds goes to all ranks: the
-    training thread raises it at its next mark.
-    One that does not come to a mark within ``grace`` seconds waits in a collective, which Python cannot interrupt: then
-    the process writes down what was found and where its threads stand, and ends with ``EXIT_RANK_LOST``.
+    Every rank reports to rank 0, which looks for lost ranks and sends what it finds to all. The training thread raises
+    it when it enters its next phase. If it does not within ``grace`` seconds, it waits in a collective, which Python
+    cannot interrupt. Then the process writes the finding and the stacks of its threads to standard error, and exits
+    with ``EXIT_RANK_LOST``.
 
     Args:
-        star: the connections.
-        rank, size: of this process, and how many there are.
-        heartbeat: of its training thread.
-        make_alarm: the finding -> what is raised in that thread.
-        timeout: seconds after which a rank that does not move, or is not heard of, is lost.
+        connections: with the other ranks.
+        rank, size: number of this rank, and of all ranks.
+        heartbeat: of the training thread.
+        make_alarm: the finding -> the exception that is raised in that thread.
+        timeout: seconds without a move, or without a report, after which a rank is lost.
         grace: see above.
     """
 
     def __init__(
         self,
-        star: Connections,
+        connections: Connections,
         rank: int,
         size: int,
         heartbeat: Heartbeat,
@@ -47,7 +47,7 @@ class Monitor:
         timeout: float,
         grace: float,
     ) -> None:
-        self._connections = star
+        self._connections = connections
         self._rank = rank
         self._size = size
         self._heartbeat = heartbeat
@@ -62,27 +62,27 @@ class Monitor:
         self._lost_at = math.inf
         self.finding: str | None = None
         self.ended = threading.Event()
-        """A rank was found lost, or all ranks have left."""
+        """Set once a rank is lost, or all ranks have left."""
         self._thread = threading.Thread(target=self._run, name="adabatch watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begins to watch. All ranks count as heard of from here on."""
+        """Starts the thread. All ranks count as heard of now."""
         now = time.monotonic()
         others = range(1, self._size) if self._rank == 0 else [0]
         self._heard = {rank: (Report(0, "the time before its first report", True, 0.0), now) for rank in others}
         self._thread.start()
 
     def leave(self) -> None:
-        """This rank has come to the end of its run."""
+        """This rank has reached the end of its run."""
         self._left = True
 
     def fail(self, failure: str) -> None:
-        """This rank ends by an error of its own; returns once the others are told."""
+        """This rank ends with an error of its own; returns once the others have been told."""
         self._failure = failure
         self.stop()
 
     def stop(self) -> None:
-        """Ends the watch."""
+        """Stops the thread."""
         self._stopping = True
         self._thread.join()
         self._connections.close()
@@ -124,7 +124,7 @@ class Monitor:
             if all(report.left for report in reports.values()):
                 self._connections.send({"all left": True})
                 self.ended.set()
-        else:  # of the judge himself only the silence is judged
+        else:  # rank 0 finds out itself whether it hangs; the others notice only if it stops reporting
             reports = {peer: report._replace(moves=0, between=True, still=0) for peer, report in reports.items()}
         found = lost_ranks(reports, timeout=self._timeout)
         if found is not None:

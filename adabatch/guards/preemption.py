@@ -1,4 +1,4 @@
-"""``Preemption``: a signal to any rank ends the run on all of them, after the same step, in order."""
+"""``Preemption``: a signal to any rank stops the run on all ranks, after the same step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any, Protocol
 from adabatch.guards.votes import Votes
 
 EXIT_PREEMPTED = 75
-"""Exit status of a run that was stopped by a signal and has saved itself: the same command goes on from there.
+"""Exit status of a run that was stopped by a signal and has saved itself. The same command continues it.
 
-It is EX_TEMPFAIL of sysexits.h: nothing is wrong, try again. 143 would also be that of a process which SIGTERM killed.
+This is EX_TEMPFAIL of sysexits.h ("try again"). 143 would be ambiguous: it is also that of a process killed by SIGTERM.
 """
 
 
 class StoppableRun(Protocol):
-    """What a preemption tells a run; ``AdaptiveBatch`` is one."""
+    """A run that ``Preemption`` can stop, such as an ``AdaptiveBatch``."""
 
     @property
     def votes(self) -> Votes:
-        """Whether the ranks stop after this step."""
+        """The ranks' votes on whether to stop."""
         ...
 
 
 class Preemption:
-    """Listens for the signals that announce the end of an allocation: SIGTERM, and SIGUSR1 of Slurm's ``--signal``.
+    """Handles the signals that announce the end of an allocation: SIGTERM, and SIGUSR1 of Slurm's ``--signal``.
 
     ::
 
@@ -39,17 +39,17 @@ class Preemption:
             checkpoints.step(now=True)
             sys.exit(adabatch.EXIT_PREEMPTED)
 
-    A signal may reach one rank or all, each at another moment. That it came rides on the reduction that the next step
-    makes anyway (8 bytes, no host sync of its own), so ``agreed`` turns True on all ranks after the same step. Of steps
-    that reduce nothing (without a probe and with ``skip_nonfinite=False``, or between the averages of local SGD) every
-    16th makes one. A second signal changes nothing.
+    A signal may reach one rank or all of them, at different times. The next reduction that a step makes anyway tells
+    the other ranks (8 bytes more, and no host sync of its own), so ``agreed`` becomes True on all ranks after the same
+    step. Steps that reduce nothing (without a probe and with ``skip_nonfinite=False``, or between the averages of local
+    SGD) make a reduction every 16 steps. A second signal has no effect.
 
     Args:
-        batches: of the run.
-        signals: to listen for, in place of what the process did with them; put back at the end of the block.
+        batches: the run.
+        signals: which signals to handle. The former handlers are restored at the end of the block.
 
     Raises:
-        ValueError: entered in another thread than the main one, where Python delivers no signals.
+        ValueError: if the block is entered in another thread than the main one, in which Python delivers no signals.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Preemption:
 
     @property
     def agreed(self) -> bool:
-        """Whether all ranks stop after this step; the same on each."""
+        """Whether all ranks stop after this step; equal on all of them."""
         return self._votes.stop
 
     def request(self) -> None:
-        """What a signal does, for a run that ends itself early: after a time limit of your own."""
+        """Stops the run as a signal would; for instance, after your own time limit."""
         self._votes.vote_stop()
 
     def __enter__(self) -> Preemption:

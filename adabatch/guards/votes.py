@@ -1,8 +1,8 @@
-"""Wishes of single ranks that become decisions of all, at the end of the same step: to stop, and to save.
+"""Votes of single ranks on whether to stop or save, which all ranks count after the same step.
 
-A signal reaches ranks at different moments, and clocks differ. So what a rank wishes is one number that rides on the
-reduction which a step makes anyway: 8 bytes more, and no wait more. Of steps that reduce nothing every ``INTERVAL``-th
-makes a reduction of its own.
+A signal reaches ranks at different times, and their clocks differ. So a rank's vote is one number that is added to the
+reduction which a step makes anyway: 8 bytes, and no further wait. If steps reduce nothing, there is a reduction every
+``INTERVAL`` steps.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.observers import Rider
 
 INTERVAL = 16
-"""Steps that reduce nothing from one reduction of wishes to the next: one host sync in so many steps."""
+"""Number of steps without a reduction after which the votes are reduced on their own, with one host sync."""
 
 _SAVE = 2.0**20
-"""A wish to save, in wishes to stop: more than there are ranks, so that one sum counts both."""
+"""Value of a vote to save; a vote to stop is 1. It is more than the number of ranks, so that one sum counts both."""
 
 
 def _never() -> bool:
@@ -27,11 +27,11 @@ def _never() -> bool:
 
 
 class Votes(Rider):
-    """What the ranks of a run agreed on.
+    """What the ranks of a run have agreed on.
 
     Attributes:
-        stop: all ranks stop after this step. It stays.
-        save: all ranks save after this step.
+        stop: whether all ranks stop after this step. It stays True.
+        save: whether all ranks save after this step.
 
     Args:
         collectives: the ranks.
@@ -48,44 +48,44 @@ class Votes(Rider):
 
     @property
     def listening(self) -> bool:
-        """Whether somebody may wish anything; the same on all ranks, or they would not reduce alike."""
+        """Whether votes are exchanged. It must be equal on all ranks, so that they reduce the same numbers."""
         return self._listening
 
     def listen(self, save_due: Callable[[], bool] | None = None) -> None:
-        """From now on wishes are exchanged.
+        """Starts to exchange votes.
 
         Args:
-            save_due: asked in each exchange, says whether this rank wishes to save.
+            save_due: called in each exchange; returns whether this rank votes to save.
         """
         self._listening = True
         if save_due is not None:
             self._save_due = save_due
 
     def vote_stop(self) -> None:
-        """This rank wishes to stop; safe in a signal handler."""
+        """Votes to stop; may be called in a signal handler."""
         self._stop_voted = True
 
     def outgoing(self, device: torch.device) -> Tensor:
-        """This rank's wishes, shape (1,); nothing, shape (0,), where nobody listens."""
-        return torch.tensor([self._wishes()] * self._listening, dtype=torch.float64, device=device)
+        """This rank's votes, shape (1,), or shape (0,) if votes are not exchanged."""
+        return torch.tensor([self._votes()] * self._listening, dtype=torch.float64, device=device)
 
     def incoming(self, totals: Sequence[float]) -> None:
-        """The wishes of all ranks."""
+        """Counts the votes of all ranks."""
         if totals:
             self._hear(*totals)
 
     def step_without_reduction(self) -> None:
-        """At the end of a step that reduces nothing."""
+        """Called at the end of a step that reduces nothing."""
         self.save = False
         self._unheard += 1
         if self._listening and (self._unheard >= INTERVAL or self._collectives.size == 1):
-            self._hear(*self._collectives.sum_of(self._wishes()))
+            self._hear(*self._collectives.sum_of(self._votes()))
 
-    def _wishes(self) -> float:
+    def _votes(self) -> float:
         return float(self._stop_voted) + _SAVE * self._save_due()
 
-    def _hear(self, wishes: float) -> None:
+    def _hear(self, votes: float) -> None:
         self._unheard = 0
-        saves, stops = divmod(wishes, _SAVE)
+        saves, stops = divmod(votes, _SAVE)
         self.save = saves > 0
         self.stop = self.stop or stops > 0

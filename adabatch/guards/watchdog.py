@@ -1,4 +1,4 @@
-"""``Watchdog``: a rank that dies, hangs or raises ends the others too, soon, and by name."""
+"""``Watchdog``: if a rank dies, hangs or raises, the others end soon, with an error that names it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["EXIT_RANK_LOST", "RankLost", "Watchdog"]
 
 
 class RankLost(RuntimeError):
-    """Another rank died, hangs or raised; the message says which, where, and what is known of it."""
+    """Another rank died, hangs or raised. The message says which one, where it was, and what is known of it."""
 
 
 class WatchedRun(Protocol):
-    """What a watchdog reads of a run; ``AdaptiveBatch`` is one."""
+    """A run that a ``Watchdog`` can watch, such as an ``AdaptiveBatch``."""
 
     @property
     def collectives(self) -> Collectives:
@@ -28,12 +28,12 @@ class WatchedRun(Protocol):
 
     @property
     def heartbeat(self) -> Heartbeat:
-        """Where this rank is."""
+        """What this rank is doing now."""
         ...
 
 
 class Watchdog:
-    """Watches over all ranks while they train.
+    """Watches all ranks while they train.
 
     ::
 
@@ -41,29 +41,32 @@ class Watchdog:
             for step in batches.steps(order, until=total):
                 ...
 
-    A rank that **dies** (killed, out of memory, crashed) is known to the others at once; one that **raises** an error
-    in the block tells them. One that **hangs** is found after ``timeout`` seconds without a move: from one part of a
-    step to the next (loading, forward, backward, measuring, what follows), while others wait for it further on. So is
-    one whose process or machine is frozen or cut off. Then all ranks leave the block by a ``RankLost`` that names it
-    and where it was; the one that raised, by its own error. A rank that waits in a collective cannot be interrupted
-    from Python: where the backend itself does not give up within ``grace`` seconds, its process writes the same to
-    standard error, and where its threads stand, and ends with status ``EXIT_RANK_LOST`` (76). Restart such a run from
-    its checkpoint.
+    If a rank **dies** (killed, out of memory, crashed), the others notice at once. If it **raises** an error in the
+    block, it tells them. If it **hangs**, or its process or machine is frozen or cut off, they find out after
+    ``timeout`` seconds in which it did not go on to the next phase of a step (loading, forward, backward, measuring,
+    update) while others are ahead and wait for it. All ranks then leave the block with a ``RankLost`` that names the
+    lost rank and where it was; the rank that raised, with its own error.
 
-    What it cannot tell: who hangs, where all ranks stand in the same part of a step; and a hang in collectives of your
-    own between two steps, as a run may test or save there as long as it likes.
+    A rank that waits in a collective cannot be interrupted from Python. If its backend does not give up within
+    ``grace`` seconds, the process writes the same message and the stacks of its threads to standard error, and exits
+    with status ``EXIT_RANK_LOST`` (76). Restart such a run from its checkpoint.
 
-    At the end of the block a rank waits for the others. It costs a thread, one connection a rank to rank 0 and a
-    message of some 150 bytes a second; the training sends nothing more. On a single process it does nothing.
+    Two things are not found: which rank hangs if all are in the same phase of a step, and a hang in your own
+    collectives between two steps, where a run may test or save for as long as it likes.
+
+    At the end of the block each rank waits for the others. The watchdog costs one thread, one connection per rank to
+    rank 0, and one message of about 150 bytes per second; the training itself sends nothing more. On a single process
+    it does nothing.
 
     Args:
-        batches: of the run; every rank makes its watchdog after it.
-        timeout: in seconds. Longer than the longest part of a step, and than what one rank does alone between steps.
-        grace: see above; in seconds.
-        address: host name or number of rank 0, where its machine's own name does not lead to it.
+        batches: the run. Every rank makes its watchdog after it.
+        timeout: in seconds. It must be longer than the longest phase of a step, and than anything that one rank does
+            alone between steps.
+        grace: in seconds; see above.
+        address: host name or address of rank 0, if its machine cannot be reached by its own name.
 
     Raises:
-        ValueError: a timeout that is not positive and finite, or a negative grace.
+        ValueError: if ``timeout`` is not positive and finite, or ``grace`` is negative.
     """
 
     def __init__(

@@ -410,6 +410,6 @@ def test_the_version_stands_in_one_place_and_its_release_in_the_changelog() -> N
     assert headings[:2] == ["Unreleased", adabatch.__version__.partition(".dev")[0]]
 
 
-def test_every_config_is_in_the_table_of_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"| `configs/{path.name}` |" in readme for path in (ROOT / "configs").glob("*.yaml"))
+def test_every_config_is_in_the_table_of_the_guide() -> None:
+    guide = (ROOT / "docs" / "command_line.md").read_text()
+    assert all(f"| `configs/{path.name}` |" in guide for path in (ROOT / "configs").glob("*.yaml"))

@@ -47,8 +47,8 @@ def test_every_group_arrives(config: Any, tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"follow": ["momentum"]}, "follow"),
-        ({"guard": {"check_every": 0}}, "check_every must be at least 1, got 0"),
-        ({"measure": {"layers": "module", "layer_weights": WEIGHTS}}, "give one"),
+        ({"guard": {"check_every": 0}}, "check_every must be at least 1 step"),
+        ({"measure": {"layers": "module", "layer_weights": WEIGHTS}}, "give only one"),
         ({"engine_options": {"gradient_sync": "never"}}, "gradient_sync"),
     ],
     ids=["follow", "guard", "measure", "engine"],

@@ -135,7 +135,7 @@ def test_the_interval_by_itself() -> None:
 def test_workers_that_step_alone_are_not_checked() -> None:
     model: Any = network()
     optimizer = SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="check_every compares weights, and local_sgd lets those of workers differ"):
+    with pytest.raises(ValueError, match="check_every compares weights, which differ between the workers of local_sgd"):
         AdaptiveBatch(
             model,
             optimizer,

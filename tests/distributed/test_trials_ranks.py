@@ -139,7 +139,9 @@ def broken(rank: int, journal: Path) -> str:
 def test_an_error_of_one_rank_ends_all(tmp_path: Path) -> None:
     first, second = run_ranks(broken, 2, tmp_path, tmp_path / "journal")
     assert first == "KeyError: 'labels'"
-    assert second == ("RuntimeError: the trial of a micro-batch of 8 examples failed on another rank, which says why")
+    assert second == (
+        "RuntimeError: the trial of a micro-batch of 8 examples failed on another rank: its own error says why"
+    )
 
 
 def refused(rank: int, journal: Path) -> tuple[str, str]:
@@ -162,5 +164,5 @@ def refused(rank: int, journal: Path) -> tuple[str, str]:
 
 def test_what_cannot_be_tried_alone_is_refused(tmp_path: Path) -> None:
     for sharded, different in run_ranks(refused, 2, tmp_path, tmp_path / "journal"):
-        assert "one without memory would leave the others waiting: leave trial= out" in sharded
+        assert "one that runs out of memory would leave the others waiting: leave trial= out" in sharded
         assert "the ranks were given different settings: " in different

@@ -49,12 +49,12 @@ REFUSED: dict[str, dict[str, str]] = {
     "`Measure(l1=)`": {"ZeRO 1 to 3": "shows the norm only: leave it out, or use ZeRO 0"},
     "`Measure(layers=)`": {"ZeRO 1 to 3": "shows the norm only: leave it out, or use ZeRO 0"},
     "`EngineOptions(scaler=)`, float16": {
-        "ZeRO 0": "attach chooses engine=", "ZeRO 1 to 3": "attach chooses engine=", "local SGD": "use bfloat16"
+        "ZeRO 0": "attach chooses engine=", "ZeRO 1 to 3": "attach chooses engine=", "local SGD": "Use bfloat16"
     },
     "`AdaGradNorm`": {"ZeRO 1 to 3": FLAT},
     "`Shampoo`": {"ZeRO 1 to 3": FLAT},
     "`KFAC`": {"ZeRO 0": "cannot be told of the ranks .* use DDP or FSDP2", "ZeRO 1 to 3": FLAT},
-    "`Guard(check_every=)`": {"local SGD": "lets those of workers differ"},
+    "`Guard(check_every=)`": {"local SGD": "differ between the workers of local_sgd"},
 }  # fmt: skip
 
 

@@ -219,7 +219,7 @@ def test_what_accelerators_say_is_understood() -> None:
 
 
 def test_a_micro_batch_that_does_not_grow_is_not_tried() -> None:
-    with pytest.raises(ValueError, match="this run has none but 4: give a max_micro_batch_size above it"):
+    with pytest.raises(ValueError, match="this run has micro-batches of 4 only: give a max_micro_batch_size above 4"):
         Run(largest=4)
 
 

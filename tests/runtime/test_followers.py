@@ -695,7 +695,9 @@ def test_floors_that_bind_late_leave_the_bias_correction_as_it_is() -> None:
 def test_betas_without_room_are_warned_of_where_the_batch_may_grow() -> None:
     model = of_double()
     optimizer = AdamW(model.parameters(), betas=(0.9, 0.95))
-    with pytest.warns(UserWarning, match=r"leaves beta2=0\.95 of parameter group 0 as it is.*its floor of 0\.95"):
+    with pytest.warns(
+        UserWarning, match=r"cannot lower beta2=0\.95 of parameter group 0, which is at its floor of 0\.95"
+    ):
         adaptive(model, optimizer, Constant(16), follow=("betas",)).remove()
     # none where the reference is the largest batch: smaller ones raise the betas
     limits = Limits(min=8, max=64)
@@ -713,7 +715,7 @@ def test_betas_without_room_are_warned_of_where_the_batch_may_grow() -> None:
     [
         (NormTest(eta=0.5), r"\(about 3 times the noise scale at eta=0.5\)"),
         (CoordinateNormTest(eta=0.1, quantile=0.5), r"\(about 99 times"),
-        (NormTest(eta=2.0), "no longer dominates: runs"),
+        (NormTest(eta=2.0), "no longer dominates. Runs"),
     ],
 )
 def test_the_linear_rule_with_a_norm_test_warns(criterion: Any, rest: str) -> None:

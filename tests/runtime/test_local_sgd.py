@@ -280,7 +280,7 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
             local_sgd=local,
             engine=EngineOptions(scaler=GradScaler("cpu", init_scale=8)),
         )
-    with pytest.raises(ValueError, match="two micro-batches at least"):
+    with pytest.raises(ValueError, match="at least two micro-batches"):
         AdaptiveBatch(
             model, optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=4, max=64),
             local_sgd=LocalSGD(model, optimizer, sync_every=4, spread="within"),

@@ -163,7 +163,7 @@ def test_what_some_of_them_lack_follows_in_the_others() -> None:
     assert [float(state["step"]) for state in counted[0].state.values()] == [1.0]  # its count is none of averages
     with pytest.raises(ValueError, match=r"follow='eps', but SGD and SGD has no eps"):
         adaptive(model, [SGD([first], lr=0.1), SGD(others, lr=0.1)], follow=("eps",))
-    with pytest.raises(ValueError, match="that of SGD is part of the gradient"):
+    with pytest.raises(ValueError, match="decay of SGD is part of the gradient"):
         adaptive(model, [SGD([first], lr=0.1), AdamW(others, lr=0.1)], follow=("weight_decay",))
 
 

@@ -464,11 +464,11 @@ def test_an_optimizer_without_a_rate_works_where_nothing_reads_it(tmp_path: Any)
     loss_of(model, regression(4).tensors).backward()
     optimizer.step()
     assert local.steps == 1
-    with pytest.raises(ValueError, match=r"lr_rule='sqrt' multiplies the learning rate, and OwnRate sets its own"):
+    with pytest.raises(ValueError, match=r"lr_rule='sqrt' multiplies the learning rate, but OwnRate sets its own"):
         adaptive(model, optimizer, lr_rule="sqrt")
     with pytest.raises(ValueError, match=r"OwnRate sets its learning rate itself \(lr=None\)"):
         ProgressLR(optimizer, lr.constant(), total=steps(10))
-    with pytest.raises(ValueError, match=r"OwnRate sets its learning rate itself \(lr=None\), which the period"):
+    with pytest.raises(ValueError, match=r"OwnRate sets its learning rate itself \(lr=None\), but the period"):
         LocalSGD(model, optimizer, sync_every=Quadratic(alpha=0.1, base=1))
 
 
@@ -595,14 +595,27 @@ def test_an_update_that_never_comes_is_said_at_the_second_such_step(criterion: A
         (optimizer if number in (0, 2) else other).step()
         other.zero_grad()
     # The second step had no update of ours, and neither had the fourth and the fifth.
-    with pytest.warns(RuntimeWarning, match=r"never came for 2 steps in a row: optimizer.step\(\) of the SGD was not"):
+    with pytest.raises(RuntimeError, match=r"never came for 2 steps in a row: optimizer.step\(\) of the SGD was not"):
         next(loop)
+
+
+def test_a_loop_that_only_measures_or_forgot_its_update_is_warned_once() -> None:
+    model = network()
+    loop = adaptive(model, SGD(model.parameters(), lr=0.01)).steps(DataLoader(regression(80), batch_size=4))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number, step in enumerate(loop, 1):
+            for batch in step:
+                step.backward(loss_of(model, batch))
+            model.zero_grad()
+            assert len(told) == (number > 2)
+    assert "never came for 2 steps in a row: optimizer.step() of the SGD was not called" in str(told[0].message)
 
 
 def test_it_is_said_in_a_run_of_two_steps() -> None:
     model = network()
     batches = adaptive(model, SGD(model.parameters(), lr=0.01))
-    with pytest.warns(RuntimeWarning, match="never came for 2 steps in a row"):
+    with pytest.raises(RuntimeError, match="never came for 2 steps in a row"):
         run(batches, model, SGD(model.parameters(), lr=0.01), num_steps=2)
 
 
@@ -647,8 +660,8 @@ def test_a_scaler_that_has_no_reason_to_skip_is_no_excuse() -> None:
     model = network()
     optimizer, other = SGD(model.parameters(), lr=0.01), SGD(model.parameters(), lr=0.01)
     batches = adaptive(model, optimizer, engine=EngineOptions(scaler=GradScaler("cpu", init_scale=8.0)))
-    with pytest.warns(
-        RuntimeWarning, match=r"a GradScaler must be given to it too, as engine=EngineOptions\(scaler=\.\.\.\)"
+    with pytest.raises(
+        RuntimeError, match=r"a GradScaler, give it to AdaptiveBatch as engine=EngineOptions\(scaler=\.\.\.\)"
     ):
         run(batches, model, other)
 

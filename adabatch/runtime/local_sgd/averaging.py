@@ -35,7 +35,7 @@ from adabatch.runtime.trained_parameters import TrainedParameters
 
 
 class LocalSGD:
-    """Workers step on their own and average every ``sync_every`` steps, around a loop of yours.
+    """Local SGD around your own loop: workers step on their own, and average every ``sync_every`` steps.
 
     ::
 
@@ -46,42 +46,44 @@ class LocalSGD:
                     step.backward(loss_fn(model(x), y))
                 optimizer.step(); optimizer.zero_grad()
 
-    It works from its construction on, when all workers are given the first one's weights, as long as you hold on to
-    it, and with any loop that calls ``optimizer.step()``. A second one on the same optimizer takes the place of the
-    first. A round is ``sync_every`` calls; in the last of them parameters and real-valued buffers are averaged. Leaving
-    the block averages once more where a round is under way. After an exception nothing is sent, for others may be gone.
+    The constructor gives all workers the weights of the first. From then on, and as long as the object exists, it works
+    with any loop that calls ``optimizer.step()``. A second one on the same optimizer replaces the first. A round is
+    ``sync_every`` steps; the last of them averages parameters and real-valued buffers. Leaving the block averages once
+    more if a round is unfinished. After an exception nothing is sent, since other ranks may be gone.
 
-    A round of one step with nothing but the average at its end (``sync_every=1``, and the warm-up) averages the
-    gradient before the step instead: for any optimizer that is ``DistributedDataParallel`` itself. With
-    ``AdaptiveBatch`` this happens at the end of the inner loop, where DDP has done it too; without, at the beginning of
-    ``optimizer.step()``, so after a clipping of yours.
+    A round of one step that ends in a plain average (``sync_every=1``, and the warm-up) averages the gradient before
+    the step instead. For every optimizer this is the same as ``DistributedDataParallel``. With ``AdaptiveBatch`` the
+    gradient is averaged at the end of the inner loop, as by DDP; without it, at the beginning of ``optimizer.step()``,
+    that is, after you clip.
 
     Args:
-        model: plain, a copy on each worker; or sharded by ``fully_shard`` over the ranks of a worker (a node), with
-            ``workers`` the other dimension of the mesh.
-        optimizer: its ``step()`` is a local step; its parameters are averaged. Of several a list: once each has
-            stepped, that is one local step.
-        sync_every: local steps of a round: a number, or ``Fixed``, ``Table`` or ``Quadratic``.
-        warmup: how long every step is averaged first (post-local SGD). Outer optimizer and compression rest meanwhile.
-        outer: what becomes of the average: ``Average``, ``Nesterov`` (DiLoCo) or ``SlowMo``.
-        average_state: average what the optimizer remembers, too: as many bytes again for momentum, twice for Adam.
-        compression: of what is exchanged: "none", "bf16" or "int8", these two as the change since the round began,
-            with error feedback.
-        weights: a worker's share in the average follows the "examples" it consumed in the round, where they are
-            counted (by ``AdaptiveBatch``, which counts tokens where it weighs by them, or by calls of ``count``), or
-            is "equal".
-        measure: when ``AdaptiveBatch`` measures the gradient: at the "first" local step of a round, where workers
-            still agree, or at the "last", as Lau et al. 2024 do, where their drift counts as noise.
-        spread: whose parts are compared then: those "across" workers, for which the mean of their gradients is formed
-            (as many bytes as one average), or those "within" each worker by itself, which costs a few numbers only and
-            takes two micro-batches at least on each worker.
-        workers: process group or one-dimensional mesh of those who average with each other; by default all ranks.
+        model: a plain model, of which each worker holds a copy; or one that ``fully_shard`` sharded over the ranks of a
+            worker (a node), with ``workers`` the other dimension of the mesh.
+        optimizer: each ``step()`` is a local step, and its parameters are averaged. Or a list of optimizers, whose
+            steps together are one local step.
+        sync_every: number of local steps in a round: an integer, or ``Fixed``, ``Table`` or ``Quadratic``.
+        warmup: how long to average at every step first (post-local SGD). The outer optimizer and compression are off
+            until it is over.
+        outer: what is done with the average: ``Average``, ``Nesterov`` (DiLoCo) or ``SlowMo``.
+        average_state: whether to average the optimizer's state too. This sends as many bytes again for momentum, and
+            twice as many for Adam.
+        compression: how what is exchanged is encoded: "none", "bf16" or "int8". The latter two send the change since
+            the round began, with error feedback.
+        weights: "examples" weighs each worker in the average by the examples that it consumed in the round, if they are
+            counted (``AdaptiveBatch`` counts them, or tokens if it weighs by tokens; otherwise call ``count``).
+            "equal" gives all workers the same weight.
+        measure: when ``AdaptiveBatch`` measures the gradient: at the "first" local step of a round, when all workers
+            hold the same parameters, or at the "last", as in Lau et al. 2024, when their drift counts as noise.
+        spread: which parts are compared: "across" compares those of all workers, which needs the mean of their
+            gradients (as many bytes as one average). "within" compares those of each worker by itself, which sends a
+            few numbers only, and needs at least two micro-batches on each worker.
+        workers: process group or one-dimensional mesh of the ranks that average with each other; by default all ranks.
 
     Raises:
-        ValueError: a number of steps below 1, an unknown word, a model in ``DistributedDataParallel``, a sharded model
-            without ``workers`` or with workers that hold other shards, an optimizer of another model, or settings that
-            differ between ranks.
-        TypeError: an optimizer, a duration, a period or an outer optimizer that is none.
+        ValueError: if a number of steps is below 1, a word is unknown, the model is in ``DistributedDataParallel``, a
+            sharded model has no ``workers`` or they hold other shards, the optimizer belongs to another model, or the
+            settings differ between ranks.
+        TypeError: if the optimizer, a duration, the period or the outer optimizer is of another type.
 
     Source: Stich 2019 (local SGD); Lin et al. 2020 (post-local SGD); Lau, Li, Xu, Liu, Kolar 2024, arXiv:2406.13936
     (adaptive local batch sizes).
@@ -121,13 +123,13 @@ class LocalSGD:
         if not self._rounds.everyone.agree(words):
             raise ValueError(
                 f"the ranks were given different settings of local SGD (this one: {words}), and would average at "
-                f"different steps: give all the same"
+                f"different steps: give all ranks the same"
             )
         kind = without_rate(optimizer)
         if kind is not None and not settings.without_rate:
             raise ValueError(
-                f"{kind} sets its learning rate itself (lr=None), which the period or the outer optimizer reads: use a "
-                f"number of steps as sync_every and outer=Average(), or give the optimizer a learning rate"
+                f"{kind} sets its learning rate itself (lr=None), but the period or the outer optimizer reads it: use "
+                f"a number of steps as sync_every and outer=Average(), or give the optimizer a learning rate"
             )
         self._trained = TrainedParameters(model, optimizer)
         self._stepped: set[Optimizer] = set()  # of several, since the last local step
@@ -146,32 +148,32 @@ class LocalSGD:
 
     @property
     def rounds(self) -> int:
-        """Averages so far, those of the warm-up among them."""
+        """Number of averages so far, including those of the warm-up."""
         return self._rounds.memory.rounds
 
     @property
     def steps(self) -> int:
-        """Local steps so far."""
+        """Number of local steps so far."""
         return self._rounds.memory.steps
 
     @property
     def step_in_round(self) -> int:
-        """Local steps since the last average; 0 where all workers hold the same parameters."""
+        """Number of local steps since the last average; at 0 all workers hold the same parameters."""
         return self._rounds.memory.step_in_round
 
     @property
     def sync_every(self) -> int:
-        """Local steps of the round under way, or of the one that begins with the next step."""
+        """Number of local steps in the present round, or in the one that the next step begins."""
         return self._rounds.present().local_steps
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that this rank sent to other workers so far, measured gradients among them."""
+        """Bytes that this rank has sent to other workers so far, including gradients that were measured."""
         return self._rounds.exchange.bytes_sent
 
     @property
     def bytes_saved(self) -> int:
-        """Bytes that averaging the gradient at every step would have sent beyond those."""
+        """Bytes that averaging the gradient at every step would have sent in addition to those."""
         return self._rounds.memory.bytes_synchronous - self.bytes_sent
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -187,25 +189,25 @@ class LocalSGD:
         self.remove()
 
     def count(self, num_examples: float) -> None:
-        """This rank consumed so many examples (or tokens); ``AdaptiveBatch`` counts what it takes by itself."""
+        """Counts examples (or tokens) that this rank consumed; ``AdaptiveBatch`` does it by itself."""
         self._rounds.memory.examples += num_examples
 
     def synchronize(self) -> None:
-        """Ends the round under way now, on all workers; nothing where they have just averaged.
+        """Ends the present round now, on all workers; does nothing if they have just averaged.
 
         Raises:
-            RuntimeError: a newer ``LocalSGD`` averages these workers.
+            RuntimeError: if a newer ``LocalSGD`` has replaced this one.
         """
         self._check_in_place()
         if self._rounds.memory.step_in_round:
             self._rounds.end_round()
 
     def remove(self) -> None:
-        """Takes the hooks off the optimizer: no more averages."""
+        """Removes the hooks from the optimizer. Nothing is averaged any more."""
         remove_all(self._handles)
 
     def give_way(self) -> None:
-        """A newer one averages these workers."""
+        """Stops averaging, since a newer object averages these workers."""
         self._replaced = True
         self.remove()
 
@@ -233,20 +235,20 @@ class LocalSGD:
         gradient_sync: GradientSync | None = None,
         scaler: GradScaler | None = None,
     ) -> LocalWorkers:
-        """How ``AdaptiveBatch`` runs the model on all ranks while the workers step on their own.
+        """The engine with which ``AdaptiveBatch`` runs the model while the workers step on their own.
 
         Args:
-            model, optimizer: those that were given here.
+            model, optimizer: those that this object was given.
             gradient_sync: for the ranks of a sharded worker.
-            scaler: refused.
+            scaler: must be None.
 
         Raises:
-            ValueError: another model or optimizer, or a gradient scaler.
+            ValueError: if model or optimizer are others, or a gradient scaler is given.
         """
         if scaler is not None:
             raise ValueError(
-                "local SGD does not go with a GradScaler: every worker would leave out updates of its own, and come to "
-                "the average at another step; use bfloat16, which needs none"
+                "local SGD does not go with a GradScaler: each worker would leave out other updates, and come to the "
+                "average after other steps. Use bfloat16, which needs no scaler"
             )
         self._check_in_place()
         if model is not self._model or {*each_of(optimizer)} != {*each_of(self._optimizer)}:
@@ -259,11 +261,11 @@ class LocalSGD:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in a round this worker is, what the outer optimizer and the compression remember, and the counts.
+        """The place in the round, the state of the outer optimizer and the compression, and the counts.
 
-        Taken between steps. In the middle of a round, and with compression at any time, it is this rank's alone, as are
-        then the model's and the optimizer's; every rank saves its own. Without ``average_state`` the optimizer's always
-        is.
+        Call it between steps. In the middle of a round, and always with compression, the state belongs to this rank
+        only, and so do those of the model and the optimizer: each rank must save its own. Without ``average_state``,
+        that of the optimizer always does.
         """
         return {
             **self._rounds.memory.state_dict(self._rounds.workers.size, self._rounds.settings),
@@ -271,11 +273,11 @@ class LocalSGD:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the state was taken; load the model's and the optimizer's after the construction too.
+        """Continues where the state was taken. Load the states of model and optimizer after the construction, too.
 
         Raises:
-            ValueError: a state of a newer format, of another model or outer optimizer, or of another number of workers,
-                where it is of the middle of a round or has compression errors in it.
+            ValueError: if the state has a newer format, or is that of another model or outer optimizer; or that of
+                another number of workers, if it was taken in the middle of a round or holds compression errors.
         """
         self._rounds.memory = Memory.from_state_dict(
             state,
@@ -295,13 +297,14 @@ def _who(
     node = collectives_of(model)
     if place is None:
         raise ValueError(
-            "the model is sharded, so it must be said who averages with whom: shard it over one dimension of a mesh, "
-            'fully_shard(model, mesh=mesh["shard"]), and give the other, LocalSGD(..., workers=mesh["node"])'
+            "the model is sharded, so LocalSGD needs to know which ranks average with each other: shard it over one "
+            'dimension of a mesh, fully_shard(model, mesh=mesh["shard"]), and give the other dimension, '
+            'LocalSGD(..., workers=mesh["node"])'
         )
     workers = workers_of(place, device=device)
     if len(workers.members & node.members) > 1:
         raise ValueError(
-            f"ranks {sorted(workers.members & node.members)} average with each other and hold different shards of the "
-            f"model: workers must be the other dimension of the mesh than the one the model is sharded over"
+            f"ranks {sorted(workers.members & node.members)} average with each other but hold different shards of the "
+            f"model: give workers= the dimension of the mesh over which the model is not sharded"
         )
     return workers, node

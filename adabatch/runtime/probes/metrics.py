@@ -16,7 +16,8 @@ from adabatch.runtime.fsdp2 import own_piece
 class Metric(Protocol):
     """A norm that an optimizer's state defines: the Euclidean norm of a linear image of the gradient.
 
-    A metric of your own is handed to a probe (``norm=``); a criterion that needs ``noise_in(metric.name)`` reads it.
+    Hand your own metric to a probe (``norm=``). A criterion with ``needs = Needs(noise=metric.name)`` reads the
+    noise in it.
     """
 
     @property

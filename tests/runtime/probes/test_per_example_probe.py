@@ -86,7 +86,7 @@ def test_one_rank_without_accumulation_has_a_spread() -> None:
     assert math.isfinite(measured(N, products=False).noise)
     network = model()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"two micro-batches at least"):
+    with pytest.raises(ValueError, match=r"at least two micro-batches"):
         adabatch.AdaptiveBatch(
             network,
             optimizer,
