@@ -9,8 +9,10 @@ random numbers of the last checkpoint, the journal, and which examples each rank
 *Workers*: the same under torchrun's agents, on 2, 1, 3 and 2 processes. *Damage*: checkpoints are cut, changed and
 taken apart, and loaded. *Folders*: two runs start in one folder, a frozen one wakes up beside its successor, and a disk
 fills under the journal. *Ranks*: of three gloo ranks one is killed, hangs, freezes or raises in each part of a step,
-under a watchdog. *Numbers*: one that is not finite comes up on one of two ranks, in each micro-batch of a step.
-*Configs*: random ones, most of them spoilt, go through `adabatch train` to their first plan or an error.
+under a watchdog. *Settings*: of two ranks the second is given one
+setting that differs, each setting in turn. *Numbers*: one that is not finite comes up on one of two ranks, in each
+micro-batch of a step. *Configs*: random ones, most of them spoilt, go through `adabatch train` to their first plan or
+an error.
 
 The job of the first two is that of tests/support/jobs.py: a network of 129 parameters with dropout, 200 examples, 127
 steps, a checkpoint every five of them.
@@ -47,6 +49,7 @@ from support.lost_ranks import BOUND, PLACES, TIMEOUT, ends_of
 from support.nonfinite import POISONS, POLICIES, all_cases, outcomes
 from support.random_configs import outcome, random_config
 from support.ranks import run_ranks
+from support.settings import DIFFERENCES, said
 
 import adabatch
 from adabatch.checkpointing.files import MANIFEST, NewerFormat, checkpoints_in
@@ -55,7 +58,7 @@ from adabatch.journal import Journal
 from adabatch.report.curves import read_curves
 
 FLIPS = 200
-PARTS = ("kills", "workers", "damage", "folders", "ranks", "numbers", "configs")
+PARTS = ("kills", "workers", "damage", "folders", "ranks", "settings", "numbers", "configs")
 FAULTS = {"kill": "killed", "hang": "hangs", "freeze": "frozen", "raise": "raises an error"}
 KINDS = {
     "planned": "a plan that can be run, in a run that begins",
@@ -308,6 +311,16 @@ def _names(victim: int, part: str, account: str) -> bool:
     return any(words in account for words in lost)
 
 
+def settings(folder: Path) -> tuple[list[tuple[str, ...]], list[str], dict[str, list[str]]]:
+    """What two ranks say that differ in one setting, and whether both name it before the first step."""
+    folder.mkdir()
+    found = run_ranks(said, 2, folder, timeout=300)
+    told = {name: [each[name] for each in found] for name in DIFFERENCES}
+    named = {name: all(DIFFERENCES[name][1] in each for each in both) for name, both in told.items()}
+    rows = [(name, "yes" if named[name] else "no") for name in DIFFERENCES]
+    return rows, [f"{sum(named.values())} of {len(named)} settings that differ were named on both ranks."], told
+
+
 def numbers(folder: Path) -> list[Outcome]:
     """Updates left out on both ranks, by what was not finite."""
     folder.mkdir()
@@ -387,6 +400,12 @@ def main() -> None:
             )
             told += said
             raw = {**raw, "ranks": runs}
+        if options.only in (None, "settings"):
+            rows, named, told_by = settings(folder / "settings")
+            columns = ("differs on one of two ranks", "named on both before the first step")
+            tables.append(Table("Ranks that differ in a setting", columns, rows))
+            told += named
+            raw = {**raw, "settings": told_by}
         if options.only in (None, "numbers"):
             found = numbers(folder / "numbers")
             rows = [(what, str(tries), str(good)) for what, tries, good in found]

@@ -153,8 +153,8 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
     if found:
         raise RanksDrifted(
             f"{when}, {'; '.join(found)}: go back to a checkpoint, and look for what only some ranks do (an update, a "
-            f"load, a random draw, a rank's own version of a library or a faulty device); where ranks "
-            f"may hold different weights, give Guard(check_every=None)"
+            f"load, a random draw) or have (another version of a library, a faulty device); if ranks may hold "
+            f"different weights, give Guard(check_every=None)"
         )
 
 
