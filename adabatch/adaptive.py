@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +20,18 @@ from adabatch.guards.drift import DriftCheck
 from adabatch.guards.finite import nonfinite_in
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.left_out import UpdatesInARow
+from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.memory_trials import Trials
 from adabatch.guards.missing_updates import MissingUpdates
+from adabatch.guards.same_settings import (
+    check_same_settings,
+    failing_together,
+    optimizer_settings,
+    scaler_settings,
+    versions,
+)
 from adabatch.guards.votes import Votes
-from adabatch.journal import Journal, line
+from adabatch.journal import Journal, JournalTarget, line
 from adabatch.lr.follow import Followers, UpdateScaling
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.options import EngineOptions, Guard, Measure
@@ -37,7 +44,7 @@ from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.observers import Moment, Observers, Phase
-from adabatch.runtime.optimizers import each_of, joined, kind_of
+from adabatch.runtime.optimizers import each_of, joined, kind_of, weight_versions
 from adabatch.runtime.ownership import take_over
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
@@ -46,6 +53,7 @@ from adabatch.runtime.trained_parameters import TrainedParameters
 from adabatch.step import Step
 from adabatch.validation import (
     check_before_step,
+    check_types,
     check_until,
     checked_rules,
     engine_of,
@@ -116,7 +124,8 @@ class AdaptiveBatch:
         probe: how gradients are measured; by default chosen by the engine.
         local_sgd: the ``LocalSGD`` of this model and optimizer, which averages the workers every few steps. A plain
             model on several processes needs it. Gradients are measured once per round.
-        journal: file to which the first rank writes one JSON line per step.
+        journal: where the first rank writes one JSON line per step: a path, or a tracker
+            (``adabatch.integrations.trackers``), or a list of trackers with one path at most.
         measure: what is measured in addition to what the criterion needs: noise, norms, layers.
         guard: what is checked and tried: updates that are not finite, larger micro-batches, ranks that drift.
         engine: options of the engine that the model's type selects, such as a gradient scaler; or, for hosts, an
@@ -146,93 +155,108 @@ class AdaptiveBatch:
         tokens_per_example: int | None = None,
         probe: Probe | None = None,
         local_sgd: LocalSGD | None = None,
-        journal: str | Path | None = None,
+        journal: JournalTarget | Sequence[JournalTarget] | None = None,
         measure: Measure = Measure(),
         guard: Guard = Guard(),
         engine: EngineOptions | Engine = EngineOptions(),
     ) -> None:
         optimizer = joined(optimizer)
-        rules = checked_rules(
-            model,
-            optimizer,
-            criterion,
-            lr_rule=lr_rule,
-            follow=follow,
-            reference_batch_size=reference_batch_size,
-            tokens_per_example=tokens_per_example,
-        )
+        check_types(optimizer, criterion)
         self._engine = engine_of(model, optimizer, engine, local_sgd)
-        needs = needs_of(criterion, rules.rule, measure)
-        layers = measured_layers(model, optimizer, needs, measure, probe)
-        largest = micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
-        # For recorded norms alone a probe measures no noise, and needs no parts to do so.
-        in_noise = probe is not None or bool(replace(needs, l1=False))
-        limits, grid = limits_and_grid(
-            limits,
-            criterion,
-            dp_size=self._engine.collectives.size,
-            num_compared=self._engine.num_compared,
-            micro_sizes=micro_batch_sizes(micro_batch_size, largest),
-            in_parts=in_noise and not (probe is not None and probe.gives.examples),
-        )
-        policy = Policy(
-            criterion=criterion,
-            control=control or Control(),
-            limits=limits,
-            rules=rules,
-            reference_batch_size=reference_batch_size,
-            tokens_per_example=tokens_per_example,
-            counts_gain=in_noise,
-            layer_weights=layers.weights,
-        )
-        self._planner = Planner(policy, grid)
-        largest_ratio = limits.at(self._planner.consumed)[1] / self._planner.reference
-        warn_without_room(optimizer, rules.followers, largest_ratio)
-        self._optimizer = optimizer
-        self._groups = optimizer.param_groups
-        self._grows_micro_batch = max_micro_batch_size is not None
-        self._step: Step | None = None  # the one under way, until it is decided
-        self._update: _Update | None = None  # the one that its end prepared, until it is done
-        self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
-        self._running = False  # the loop stands inside a step
-        self._gone: str | None = None  # why this object is not to be used any more
-        self._owns_probe = probe is None
-        self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
-        self._skip_nonfinite = bool(guard.skip_nonfinite)
-        # A scaler judges each of several optimizers alone, and would leave out a part of an update.
-        self._scaled = self._engine.backward.scale is not None
-        looks = guard.skip_nonfinite is True or (self._scaled and len(each_of(optimizer)) > 1)
-        self._find_nonfinite = nonfinite_in(optimizer) if looks else None
-        self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
-        self._missing = MissingUpdates(kind_of(optimizer))
-        self._empty_parts = EmptyParts(model)
-        self._journal = Journal(journal if self.collectives.rank == 0 else None)
-        self._votes = Votes(self.collectives)
-        self._heartbeat = Heartbeat()
-        self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
-        self._observers = Observers(self._heartbeat, *self._stopwatches)
-        if guard.check_every is not None:
-            check = DriftCheck(
-                self._engine, optimizer, self._planner, every=guard.check_every, observers=self._observers
+        with failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
+            rules = checked_rules(
+                model,
+                optimizer,
+                criterion,
+                lr_rule=lr_rule,
+                follow=follow,
+                reference_batch_size=reference_batch_size,
+                tokens_per_example=tokens_per_example,
             )
-            self._observers.add(check)
-        self._tell_engine()
+            needs = needs_of(criterion, rules.rule, measure)
+            layers = measured_layers(model, optimizer, needs, measure, probe)
+            largest = micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
+            # For recorded norms alone a probe measures no noise, and needs no parts to do so.
+            in_noise = probe is not None or bool(replace(needs, l1=False))
+            limits, grid = limits_and_grid(
+                limits,
+                criterion,
+                dp_size=self._engine.collectives.size,
+                num_compared=self._engine.num_compared,
+                micro_sizes=micro_batch_sizes(micro_batch_size, largest),
+                in_parts=in_noise and not (probe is not None and probe.gives.examples),
+            )
+            policy = Policy(
+                criterion=criterion,
+                control=control or Control(),
+                limits=limits,
+                rules=rules,
+                reference_batch_size=reference_batch_size,
+                tokens_per_example=tokens_per_example,
+                counts_gain=in_noise,
+                layer_weights=layers.weights,
+            )
+            self._planner = Planner(policy, grid)
+            largest_ratio = limits.at(self._planner.consumed)[1] / self._planner.reference
+            warn_without_room(optimizer, rules.followers, largest_ratio)
+            self._optimizer = optimizer
+            self._groups = optimizer.param_groups
+            self._grows_micro_batch = max_micro_batch_size is not None
+            self._step: Step | None = None  # the one under way, until it is decided
+            self._update: _Update | None = None  # the one that its end prepared, until it is done
+            # The one that the optimizer last ran, for an engine that runs it in pieces.
+            self._begun: _Update | None = None
+            self._running = False  # the loop stands inside a step
+            self._gone: str | None = None  # why this object is not to be used any more
+            self._owns_probe = probe is None
+            self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
+            self._skip_nonfinite = bool(guard.skip_nonfinite)
+            # A scaler judges each of several optimizers alone, and would leave out a part of an update.
+            self._scaled = self._engine.backward.scale is not None
+            looks = guard.skip_nonfinite is True or (self._scaled and len(each_of(optimizer)) > 1)
+            self._find_nonfinite = nonfinite_in(optimizer) if looks else None
+            self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
+            self._missing = MissingUpdates(kind_of(optimizer))
+            self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
+            self._mistakes = LoopMistakes(self._engine, optimizer)
+            self._empty_parts = EmptyParts(model)
+            self._journal = Journal(journal if self.collectives.rank == 0 else None)
+            self._votes = Votes(self.collectives)
+            self._given = {  # what the ranks compare, beside what the planner was given
+                **versions(),
+                "engine": type(self._engine),
+                "gradient_sync": engine.gradient_sync if isinstance(engine, EngineOptions) else None,
+                "scaler": scaler_settings(engine.scaler) if isinstance(engine, EngineOptions) else None,
+                "local_sgd": local_sgd is not None,  # which compares its own settings
+                "measure": measure,
+                "guard": replace(guard, trial=None),
+                "trial=": guard.trial is not None,
+            }
+            self._heartbeat = Heartbeat()
+            self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
+            self._observers = Observers(self._heartbeat, *self._stopwatches)
+            if guard.check_every is not None:
+                check = DriftCheck(
+                    self._engine, optimizer, self._planner, every=guard.check_every, observers=self._observers
+                )
+                self._observers.add(check)
+            self._tell_engine()
 
-        # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be set
-        # once only, and its removal would take off those of the new probe.
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        take_over(self, [*each_of(optimizer), *held], kind="AdaptiveBatch")
-        self._probe = suited_probe(optimizer, needs, given=probe, engine=self._engine, layers=layers.make)
-        try:
-            self._trials = Trials(guard.trial, self._engine, self._probe, grid.micro_sizes)
-            everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
-            measured = self._probe is not None or self.collectives.size > 1
-            self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
-            self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
-        except Exception:
-            if probe is None and self._probe is not None:
-                self._probe.remove()
-            raise
+            # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
+            # set once only, and its removal would take off those of the new probe.
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            take_over(self, [*each_of(optimizer), *held], kind="AdaptiveBatch")
+            self._probe = suited_probe(optimizer, needs, given=probe, engine=self._engine, layers=layers.make)
+            try:
+                self._trials = Trials(guard.trial, self._engine, self._probe, grid.micro_sizes)
+                everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
+                measured = self._probe is not None or self.collectives.size > 1
+                self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
+                self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
+            except Exception:
+                if probe is None and self._probe is not None:
+                    self._probe.remove()
+                raise
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
@@ -344,17 +368,19 @@ class AdaptiveBatch:
                 do not hold ``micro_batch_size`` examples (the last may hold fewer) or do not tell how many they hold,
                 if the micro-batch should grow but the loader cannot let it, if a weight is negative, or if ranks hold
                 different orders, plans or settings, or the same examples.
-            RuntimeError: if not all micro-batches of a step were run, if parameters joined or left those that train, or
-                if a newer object has replaced this one.
+            RuntimeError: if not all micro-batches of a step were run, if the update of two steps in a row was made by
+                another optimizer or by some of several only, if parameters joined or left those that train, or if a
+                newer object has replaced this one.
             UpdatesLeftOut: if ``max_left_out`` updates in a row were left out.
             TypeError: if ``until`` has no unit, or ``loader`` is not an iterable of micro-batches.
         """
         self._check_in_place()
         self._missing.begin_loop()
-        if until is not None:
-            check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
-        self._check_ranks(loader)
-        passes = self._passes(loader, count, weigh, allow_same_data=allow_same_data)
+        self._check_ranks(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
+        with failing_together(self.collectives, "steps(...)"):
+            if until is not None:
+                check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
+            passes = self._passes(loader, count, weigh, allow_same_data=allow_same_data)
         feed = self._trials.over(passes, self._planner, self._observers)
         while until is None or not self.consumed.reached(until):
             yield from self._one_step(feed)
@@ -416,6 +442,7 @@ class AdaptiveBatch:
             riders=self._stopwatches,
             observers=self._observers,
             check_trained=self._check_trained,
+            mistakes=self._mistakes,
             finish=partial(self._finish, feed=feed),
         )
         self._step = step
@@ -425,6 +452,7 @@ class AdaptiveBatch:
         except BaseException:  # the loop was broken off, by `break` among others, and this generator dropped
             if probe is not None and step.decision is None and not step.waits:
                 probe.stop()
+            self._mistakes.forget()
             self._begun = None
             raise
         finally:
@@ -459,7 +487,7 @@ class AdaptiveBatch:
         if update is None:
             self._missing.came()
         elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
-            self._missing.missed(self._hooks.missing)
+            self._missing.missed(self._hooks.missing, moved=weight_versions(self._optimizer) != self._versions)
 
     def _settle_left_out(self, step: Step) -> None:
         """The end of a step whose optimizer the engine did not step, as the gradient was not finite."""
@@ -471,6 +499,7 @@ class AdaptiveBatch:
         """The end of the inner loop: decide, and keep what the update will need."""
         portion, before = step.portion, self.consumed
         self._step = None
+        self._versions = weight_versions(self._optimizer)
         feed.consumed(portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
@@ -516,12 +545,24 @@ class AdaptiveBatch:
         return StepOverrides(update.scaling.factor, update.scaling.settings, update.scaling.averaged)
 
     def _skips_update(self) -> bool:
-        """Whether to leave out the update that is about to run."""
+        """Whether to leave out the update that is about to run.
+
+        Raises:
+            RuntimeError: if the step's micro-batches are still to be run.
+        """
         if self._step is not None and self._step.waits:  # until its gradient is reduced
             self._step.settle()
+        elif self._step is not None and self._running:
+            raise RuntimeError(
+                f"optimizer.step() of the {kind_of(self._optimizer)} was called while the step's micro-batches were "
+                f"being run: it belongs after `for batch in step`, once for each step, and so do zero_grad(), clipping "
+                f"and the scheduler's step(). (If the loop over steps() is over, broken off by an error, call "
+                f"remove() of the AdaptiveBatch first)"
+            )
         update = self._update or self._begun
-        if update is None:
-            return False
+        return update is not None and self._leaves_out(update)
+
+    def _leaves_out(self, update: _Update) -> bool:
         return update.left_out or update.empty or (self._skip_nonfinite and not update.finite)
 
     def _update_done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
@@ -546,7 +587,7 @@ class AdaptiveBatch:
         """Leaves out the update of the step whose micro-batches have just been run. Call it on all ranks.
 
         As with gradients that are not finite, the step consumes its data and changes nothing else. Calling
-        ``optimizer.step()`` for it has no effect, and is optional.
+        ``optimizer.step()`` for it has no effect, and is optional; its gradients are dropped.
 
         Raises:
             RuntimeError: if not all micro-batches were run, or if the update has already come.
@@ -561,6 +602,8 @@ class AdaptiveBatch:
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
             self._observers.after(self._update.number)
+            if self._engine.holds_gradients and self._leaves_out(self._update):  # the loop need not call step() then
+                self._optimizer.zero_grad(set_to_none=True)
         self._update = self._begun = self._step = None
 
     def _tell_engine(self) -> None:
@@ -614,6 +657,7 @@ class AdaptiveBatch:
     def remove(self) -> None:
         """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
         self._flush()
+        self._journal.close()
         self._hooks.remove()
         if self._probe is not None:
             self._probe.remove()
@@ -637,13 +681,32 @@ class AdaptiveBatch:
         """Checks the reference batch size of a saved run, before anything is loaded."""
         self._planner.check_reference(saved)
 
-    def _check_ranks(self, loader: object) -> None:
+    def _check_ranks(
+        self,
+        loader: object,
+        *,
+        until: object,
+        count: Callable[[Any], int],
+        weigh: Callable[[Any], float] | None,
+        allow_same_data: bool,
+    ) -> None:
         """Raises on all ranks if some would take other steps; otherwise they would wait for each other."""
-        place = loader.state_dict() if isinstance(loader, GlobalOrder) else None
-        gives = None if self._probe is None else self._probe.gives
-        mine = (place, self._planner.given(), gives, self._votes.listening, self._trials.state_dict())
-        if not self.collectives.agree(mine):
-            raise ValueError(
-                f"the ranks hold different data orders, batch plans or settings (this one: data {place}, {self.plan}, "
-                f"{self.consumed}): give all the same data set, seed, arguments and saved state"
-            )
+        if self.collectives.size == 1:
+            return
+        ordered = isinstance(loader, GlobalOrder)
+        place = loader.state_dict() if isinstance(loader, GlobalOrder) else {}
+        settings = {
+            "loader": "a GlobalOrder" if ordered else "a loader of the rank's own",
+            **{f"{name} of the data order": value for name, value in place.items()},
+            "until": until,
+            "count= of steps()": count is not num_examples_in,
+            "weigh= of steps()": weigh is not None,
+            "allow_same_data": allow_same_data,
+            "what the probe gives": None if self._probe is None else self._probe.gives,
+            "whether Preemption or Checkpoints listen": self._votes.listening,
+            "sizes that ran out of memory": self._trials.state_dict(),
+            **self._given,
+            **self._planner.given(),
+            **optimizer_settings(self._optimizer),
+        }
+        check_same_settings(self.collectives, settings)

@@ -19,13 +19,15 @@ are null.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -38,6 +40,25 @@ LINE_FORMAT = 1
 CUT = ".cut"
 
 _TAIL = 1 << 20
+
+_log = logging.getLogger("adabatch")
+
+
+@runtime_checkable
+class JournalSink(Protocol):
+    """Something that takes the lines of a journal too, such as a tracker (``adabatch.integrations.trackers``)."""
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Takes one line, in which numbers that are not finite are None. Called on the first rank only."""
+        ...
+
+    def close(self) -> None:
+        """Writes down what is left; called when the run's ``AdaptiveBatch`` is removed."""
+        ...
+
+
+JournalTarget: TypeAlias = str | Path | JournalSink
+"""Where lines go: a JSONL file, or a sink."""
 
 
 def line(
@@ -123,22 +144,27 @@ def _ratio(moments: GradientMoments) -> dict[str, Any]:
 
 
 class Journal:
-    """Appends lines to a JSONL file; each is complete when ``write`` returns, and nothing stays open.
+    """Appends lines to a JSONL file; each is complete when ``write`` returns, and no file stays open.
 
     Args:
-        path: the file; its folder is made. None writes nothing, which is what all ranks but the first are given.
+        target: the file, whose folder is made; or a sink; or a sequence of sinks with one file at most. None writes
+            nothing, which is what all ranks but the first are given.
 
     Attributes:
-        path: the same.
+        path: the file; None without one.
         run: the run whose lines are written; a new one, until a checkpoint says which goes on.
         guard: called before a line is written; raises where this process may not write any more.
 
     Raises:
         OSError: the folder cannot be made or the file not be written.
+        TypeError: a target that is neither a path nor a sink.
+        ValueError: more than one file.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
-        self.path = None if path is None else Path(path)
+    def __init__(self, target: JournalTarget | Sequence[JournalTarget] | None) -> None:
+        paths, sinks = _sorted_targets(target)
+        self.path = paths[0] if paths else None
+        self._sinks = sinks
         self.run = secrets.token_hex(
             6
         )  # from the system: the seeds of a run move nothing here, nor does this move them
@@ -208,20 +234,45 @@ class Journal:
                 os.fsync(file.fileno())
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Appends one line.
+        """Appends one line, and gives it to the sinks.
+
+        A sink that raises is named in the log, and is given no more lines: it must never stop a run.
 
         Raises:
             OSError: a full disk, or another failure; the journal is then as it was before.
             Exception: what ``guard`` raises.
         """
-        if self.path is None:
+        if self.path is None and not self._sinks:
             return
         if self.guard is not None:
             self.guard()
-        text = json.dumps(_finite({**entry, "run": self.run}), separators=(",", ":"), allow_nan=False)
+        said = _finite({**entry, "run": self.run})
+        if self.path is not None:
+            self._append(self.path, json.dumps(said, separators=(",", ":"), allow_nan=False))
+        for sink in list(self._sinks):
+            self._call(sink, partial(sink.write, said))
+
+    def close(self) -> None:
+        """Closes the sinks; what fails then is named in the log."""
+        for sink in list(self._sinks):
+            self._call(sink, sink.close)
+
+    def _call(self, sink: JournalSink, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever a service, a disk or a package comes up with
+            self._sinks.remove(sink)
+            _log.warning(
+                "%s failed and is given no more lines (%s: %s); the run goes on",
+                type(sink).__name__,
+                type(error).__name__,
+                error,
+            )
+
+    def _append(self, path: Path, text: str) -> None:
         size = None
         try:
-            with self.path.open("ab", buffering=0) as file:
+            with path.open("ab", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 left = memoryview(f"{text}\n".encode())
                 while left:
@@ -229,8 +280,26 @@ class Journal:
         except OSError as error:
             if size is not None:
                 with suppress(OSError):
-                    os.truncate(self.path, size)  # of a line that was cut short no reader could make anything
-            raise OSError(error.errno, f"the journal could not be written: {error.strerror}", str(self.path)) from error
+                    os.truncate(path, size)  # of a line that was cut short no reader could make anything
+            raise OSError(error.errno, f"the journal could not be written: {error.strerror}", str(path)) from error
+
+
+def _sorted_targets(target: JournalTarget | Sequence[JournalTarget] | None) -> tuple[list[Path], list[JournalSink]]:
+    given = [] if target is None else [target] if isinstance(target, str | Path | JournalSink) else target
+    paths: list[Path] = []
+    sinks: list[JournalSink] = []
+    if not isinstance(given, Sequence):
+        raise TypeError(f"journal must be a path, a sink with write() and close(), or a list of them, got {target!r}")
+    for each in given:
+        if isinstance(each, str | Path):
+            paths.append(Path(each))
+        elif isinstance(each, JournalSink):
+            sinks.append(each)
+        else:
+            raise TypeError(f"journal takes paths and sinks with write() and close(), got {each!r}")
+    if len(paths) > 1:
+        raise ValueError(f"a run has one journal, got {' and '.join(map(str, paths))}")
+    return paths, sinks
 
 
 def _finite(value: Any) -> Any:

@@ -175,11 +175,25 @@ class Planner:
         """What must be equal on all ranks before every step."""
         return self.plan, self.progress, self.consumed, self.state
 
-    def given(self) -> object:
-        """What all ranks must have been given equally."""
+    def given(self) -> dict[str, object]:
+        """What all ranks must have been given equally, and where they stand, by name."""
         policy = self.policy
-        settings = (policy.rules.rule, self.reference, policy.rules.followers, policy.control)
-        return self.plan, self.progress, self.consumed, settings
+        return {
+            "criterion": policy.criterion,
+            "limits": policy.limits,
+            "micro-batch sizes": self._grid.micro_sizes,
+            "control": policy.control,
+            "lr_rule": policy.rules.rule,
+            "follow": policy.rules.followers,
+            "reference batch size": self.reference,
+            "tokens_per_example": policy.tokens_per_example,
+            "layer_weights": policy.layer_weights,
+            "the warm-up that growth waits for": self.hold_until,
+            "plan": self.plan,
+            "progress": self.progress,
+            "consumed": self.consumed,
+            "state of the control": self.state,
+        }
 
     def _runnable(self, wanted: float) -> BatchPlan:
         """The plan nearest to a global batch size, among those that limits and grid allow now."""

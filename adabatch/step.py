@@ -14,6 +14,7 @@ from adabatch.batch.control import Decision
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan
 from adabatch.guards.finite import FindNonfinite
+from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.votes import Votes
 from adabatch.runtime.data import LossWeights, Portion
 from adabatch.runtime.empty_parts import EmptyParts
@@ -53,6 +54,7 @@ class Step:
         riders: Sequence[Rider],
         observers: StepObserver,
         check_trained: Callable[[], None],
+        mistakes: LoopMistakes,
         finish: Callable[[Step], None],
     ) -> None:
         self.plan = plan
@@ -66,6 +68,7 @@ class Step:
         self._engine = engine
         self._empty_parts = empty_parts
         self._check_trained = check_trained
+        self._mistakes = mistakes
         self._probe = probe
         self._votes = votes
         self._all_finite = True
@@ -113,6 +116,7 @@ class Step:
             raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
         self._begun = True
         self._engine.begin(self.plan)
+        self._mistakes.step_begins()
         if self._probe is not None:
             self._probe.start(self._engine.collectives.size)
         num_parts = len(self.portion.sizes)
@@ -128,10 +132,11 @@ class Step:
             if self._num_backward != index + 1:
                 raise RuntimeError(
                     f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
-                    f"{num_parts} it had been called {self._num_backward} times"
+                    f"{num_parts} it had been called {self._num_backward} times (not loss.backward())"
                 )
             if index < num_parts - 1:
                 self._enter(Phase.LOADING, index + 1)
+        self._mistakes.check_untouched()
         self._engine.gradient_ready(sum(self._weights.of_each))
         self._ended = True
         if self._engine.reduced == "backward":
@@ -182,9 +187,11 @@ class Step:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
         if self._num_backward == 0:
             self._check_trained()
+        self._mistakes.backward_begins(last=self._num_backward == len(self.portion.sizes) - 1)
         self._enter(Phase.BACKWARD, self._num_backward)
         if self._weight == 0:
             self._backward_of_nothing()
+            self._mistakes.backward_ended()
             self._num_backward += 1
             return
         weight, parts = self._weight / self._whole, self._whole / self._weight
@@ -196,6 +203,7 @@ class Step:
             self._probe.begin_part(self.portion.sizes[self._num_backward])
             self._engine.backward.run(share)
             self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
+        self._mistakes.backward_ended()
         if self._probe is not None or self._find_nonfinite is not None:
             value = loss.detach().double() * weight
             self._losses = value if self._losses is None else self._losses + value

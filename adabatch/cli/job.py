@@ -31,6 +31,7 @@ from adabatch.cli.run_folder import mark_finished, run_folder
 from adabatch.cli.schedule.recorded import CHECKPOINTS, JOURNAL
 from adabatch.guards.preemption import Preemption
 from adabatch.guards.watchdog import Watchdog
+from adabatch.integrations.trackers import TrackerName, tracker_of
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.lr.shapes import Shape, constant
 from adabatch.options import EngineOptions, Guard, Measure
@@ -126,6 +127,7 @@ class Job:
         checkpoint: where and how often to save, and whether to go on from there.
         hang_timeout: seconds without a move after which a rank counts as hanging, and all end; null for no watchdog.
         guard: what is checked: updates that are not finite (skip_nonfinite), ranks that drift (check_every).
+        trackers: which trackers take the journal's numbers too: tensorboard, wandb, mlflow, trackio.
     """
 
     format: int = CONFIG_FORMAT
@@ -158,6 +160,7 @@ class Job:
     checkpoint: Checkpointing = Checkpointing()
     hang_timeout: float | None = 300.0
     guard: Guard = Guard()
+    trackers: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format != CONFIG_FORMAT:
@@ -266,7 +269,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         measure=job.measure,
         guard=guard,
         local_sgd=local,
-        journal=journal,
+        journal=[journal, *(tracker_of(name, out) for name in job.trackers)],
     )
     schedule = ProgressLR(
         engine.optimizer, job.shape or constant(), batches, total=job.total, warmup=job.warmup, clock=job.clock

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from types import MappingProxyType
 
 from adabatch import __version__
 from adabatch.checkpointing.files import CheckpointError
@@ -20,6 +22,15 @@ INTERRUPTED = 130
 """As shells have it: 128 and the number of SIGINT."""
 OUTPUT_CLOSED = 141
 """128 and the number of SIGPIPE."""
+
+WITHOUT_EXTRAS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "report": ("adabatch.cli.report", "run_report"),
+        "tail": ("adabatch.cli.tail", "run_tail"),
+        "doctor": ("adabatch.cli.doctor", "run_doctor"),
+    }
+)
+"""Commands that need none of the extras: module and function, which is given the arguments after the command."""
 
 EXTRAS = ("jsonargparse", "yaml", "rich")
 PATH_MISTAKES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
@@ -57,6 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Sequence[str]) -> int:
+    if given[0] in WITHOUT_EXTRAS:
+        # Found by name, so that help and version load none of them.
+        module, function = WITHOUT_EXTRAS[given[0]]
+        status: int = getattr(importlib.import_module(module), function)(given[1:])
+        sys.stdout.flush()
+        return status
     try:
         from adabatch.cli.commands import run_command
     except ImportError as error:

@@ -13,8 +13,11 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "train": "train a model as a config file says",
         "compare": "train beside the constant smallest and largest batch size",
         "verify": "check on a job's model, data and processes that adaptive batches do what they should",
+        "report": "tell of runs what happened and why, as one HTML page",
+        "tail": "follow a run in a terminal",
         "schedule": "compare, refine, transfer and extend learning-rate schedules",
         "mup": "plan and check settings that survive a change of width",
+        "doctor": "print what is installed, where this process runs, and what is too old",
     }
 )
 

@@ -141,8 +141,8 @@ def build_parser(asked: str | None = None) -> Parser:
     )
     schedule, mup = Parser(description=SCHEDULE_DESCRIPTION), Parser(description=MUP_DESCRIPTION)
     parsers = {"train": train, "compare": compare, "verify": _verify_parser(), "schedule": schedule, "mup": mup}
-    for name, what in COMMANDS.items():
-        commands.add_subcommand(name, parsers[name], help=what)
+    for name, own in parsers.items():
+        commands.add_subcommand(name, own, help=COMMANDS[name])
     add_schedule_commands(schedule)
     add_mup_commands(mup)
     parser.asked = parsers.get(asked or "")

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from adabatch.cli.display import Display
+from adabatch.report import draw, require_matplotlib
 
 
 def picture(journals: Mapping[str, Path], path: Path, *, display: Display, title: str | None = None) -> None:
     """Draws journals into ``path``; says what to install where it cannot."""
     try:
-        from adabatch.report import draw
+        draw(journals, path, title=title)
     except ImportError as error:
         display.say(f"no picture: {error}")
         return
-    draw(journals, path, title=title)
     display.say(f"picture: {path}")
 
 
@@ -30,6 +30,7 @@ def draw_panels(build: Callable[[Any], list[Any]], out: Path, *, title: str | No
         display: where to say so.
     """
     try:
+        require_matplotlib()
         from adabatch.report import shapes
     except ImportError as error:
         display.say(f"no picture: {error}")

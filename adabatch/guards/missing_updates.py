@@ -44,25 +44,31 @@ class MissingUpdates:
         """The update of a step came."""
         self._missed = 0
 
-    def missed(self, parts: list[str]) -> None:
-        """A step is over, but its update neither came nor was rightly left out. Warns at the second in a row.
+    def missed(self, parts: list[str], *, moved: bool) -> None:
+        """A step is over, but its update neither came nor was rightly left out. The second in a row is reported.
 
-        This is a warning and not an error, since a loop that only measures needs no update.
+        If no weight has moved, this is a warning and not an error, since a loop that only measures needs no update.
 
         Args:
             parts: the classes of the optimizers that did not step.
+            moved: whether the weights changed all the same.
+
+        Raises:
+            RuntimeError: they did, by an optimizer that this run does not know, or by some of several.
         """
         self._missed += 1
-        if self._missed != 2:
+        if self._missed < 2:
             return
         missing = " and ".join(parts)
-        warnings.warn(
+        message = (
             f"the update never came for {self._missed} steps in a row: optimizer.step() of the {missing} was not called"
             f"{'' if missing == self._kind else f' (the optimizers are {self._kind})'}, so the learning rate's "
             f"progress stands still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was "
             f"given, and not another one or one that was built later. If you use a GradScaler, give it to "
             f"AdaptiveBatch as engine=EngineOptions(scaler=...). If you leave an update out yourself, call leave_out() "
-            f"of the AdaptiveBatch",
-            RuntimeWarning,
-            stacklevel=4,
+            f"of the AdaptiveBatch"
         )
+        if moved or missing != self._kind:
+            raise RuntimeError(message)
+        if self._missed == 2:
+            warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -85,6 +85,7 @@ class AttachedEngine(Engine):
     """What ``AdaptiveBatch`` has to know of a DeepSpeed engine."""
 
     runs_alone = False
+    holds_gradients = False  # the engine clears, clips and keeps them itself
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         ranks = Collectives(*([dist.group.WORLD] if dist.group.WORLD else []), device=engine.device)
@@ -114,6 +115,11 @@ class AttachedEngine(Engine):
     def no_sync(self) -> AbstractContextManager[Any]:
         """The window of accumulation goes on."""
         return self._within_window() if self._manages else nullcontext()
+
+    def switched_off(self, *, last: bool) -> str | None:
+        """The window of accumulation, which a loop may keep open by itself."""
+        on = not last or not self._manages or self._engine.is_gradient_accumulation_boundary()
+        return None if on else "set_gradient_accumulation_boundary(False) is in force at the last micro-batch"
 
     def left_out(self) -> bool:
         """Whether ``engine.step()`` has come and gone without a step of the optimizer."""

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +62,7 @@ def read_curves(journal: Journal) -> Curves:
         ValueError: a damaged line before the last, a journal of a newer format or of two runs, a step that is there
             twice, or no steps at all.
     """
-    rows = [row for row in map(_row, _records(journal)) if row is not None]
+    rows = [row for row in map(_row, records(journal)) if row is not None]
     if not rows:
         raise ValueError(f"{_name(journal)} holds no complete step: nothing to draw")
     num_groups = max(len(row.lr) for row in rows)
@@ -76,7 +76,21 @@ def read_curves(journal: Journal) -> Curves:
     return Curves(examples, batch, lr, noise_scale, average, loss, names, noise, signal)
 
 
-def moving_mean(curves: Curves, values: NDArray[np.float64], *, window: float) -> NDArray[np.float64]:
+class Consumption(Protocol):
+    """What steps consumed: anything that knows where its steps begin and how many examples they took."""
+
+    @property
+    def examples(self) -> NDArray[np.float64]:
+        """Consumed before each step, shape (num_steps,)."""
+        ...
+
+    @property
+    def batch(self) -> NDArray[np.float64]:
+        """Examples that each step took, shape (num_steps,)."""
+        ...
+
+
+def moving_mean(curves: Consumption, values: NDArray[np.float64], *, window: float) -> NDArray[np.float64]:
     """Mean of ``values`` over the steps that start within ``window / 2`` examples of each step's start.
 
     Each step weighs as many examples as it took; steps without a finite value weigh nothing. Where no step of
@@ -128,8 +142,12 @@ def _row(record: Mapping[str, Any]) -> _Row | None:
     )
 
 
-def _records(journal: Journal) -> Iterator[Mapping[str, Any]]:
-    """The decoded lines; the last may be unfinished."""
+def records(journal: Journal) -> Iterator[Mapping[str, Any]]:
+    """The decoded lines of one run, in their order; the last may be unfinished, and is left out then.
+
+    Raises:
+        ValueError: as ``read_curves`` does.
+    """
     damaged, run = "", OneRun(_name(journal))
     for number, line in enumerate(_lines(journal), 1):
         if isinstance(line, str) and not line.strip():

@@ -26,27 +26,10 @@ Fill = Callable[[Axes, Sequence[Curves], Sequence[str]], None]
 """Draws all runs, each in its colour, into a panel."""
 
 
-def draw(runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, title: str | None = None) -> Path:
-    """Write a PNG with panels over the examples consumed: batch size, learning rate, noise scale, loss.
-
-    The batch size is a step line on a base-2 axis; the learning rate is the applied one, a line for each
-    parameter group; the noise scale shows each step's own estimate as a dot and the quotient of the averages
-    as a line, on a log axis, without estimates that are not positive or lie far off; the loss shows each
-    step's faintly, and its mean over 2 % of the longest run. Where a journal has noise by layer
-    (``Measure(layers=)``), a fifth panel below the noise scale shows the layers of the first run that has.
-
-    Args:
-        runs: the journal of a run (a path, or its lines), or several by label; the first is drawn on top.
-        out: the PNG file, overwritten where it exists.
-        title: a heading.
-
-    Returns:
-        ``out`` as a path.
-
-    Raises:
-        ImportError: matplotlib is not installed (when the package is imported).
-        ValueError: no runs, a journal without a complete step, or a damaged one; names it.
-    """
+def write_picture(
+    runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, title: str | None = None
+) -> Path:
+    """What ``adabatch.report.draw`` does; it says what the arguments are."""
     labelled = dict(runs) if isinstance(runs, Mapping) else {"": runs}
     if not labelled:
         raise ValueError("draw needs at least one run, got none")

@@ -27,6 +27,18 @@ def units_of(model: nn.Module) -> dict[str, FSDPModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
 
 
+def reduces(unit: FSDPModule) -> bool:
+    """Whether the next backward through a unit reduces its gradients (``set_requires_gradient_sync``).
+
+    FSDP2 has no public way to ask; where a release keeps the switch elsewhere, it is taken to be on.
+    """
+    state = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; one group in releases before
+    if groups is None:
+        groups = [group for group in [getattr(state, "_fsdp_param_group", None)] if group is not None]
+    return all(getattr(group, "reduce_grads", True) for group in groups)
+
+
 def data_parallel_mesh(model: nn.Module) -> DeviceMesh:
     """The mesh over which a sharded model's gradients are reduced: every rank of it sees other data.
 

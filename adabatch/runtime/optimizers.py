@@ -173,6 +173,12 @@ def kind_of(optimizer: Optimizer) -> str:
     return " and ".join(type(one).__name__ for one in each_of(optimizer))
 
 
+def weight_versions(optimizer: Optimizer) -> list[int]:
+    """How often torch has counted a change of the first trained parameter of each group; read without a device."""
+    firsts = (next((p for p in group["params"] if p.requires_grad), None) for group in optimizer.param_groups)
+    return [p._version for p in firsts if p is not None]
+
+
 def without_rate(optimizer: Optimizer) -> str | None:
     """The class of an optimizer that sets its learning rate itself (``lr=None``); None where all have one."""
     for one in each_of(optimizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -285,7 +286,7 @@ ADAPTIVE: dict[str, Any] = {
     "criterion": NormTest(eta=0.6),
     "lr_rule": "sqrt",
     "micro_batch_size": 2, "max_micro_batch_size": 64, "limits": Limits(min=8, max=512),
-    "control": Control(memory=6, confidence=0.6, growth=2.0),
+    "control": Control(memory=6, confidence=0.6, growth=2.0, pace=math.inf),
 }  # fmt: skip
 CONSTANT: dict[str, Any] = {
     "criterion": Constant(24), "monitor": True, "limits": None, "max_micro_batch_size": None, "lr_rule": "none"

@@ -12,7 +12,7 @@ from support.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, Stage, Stages, steps
+from adabatch import AdaptiveBatch, Constant, GlobalOrder, Measure, Stage, Stages, steps
 
 pytestmark = pytest.mark.distributed
 
@@ -24,7 +24,8 @@ def trained(rank: int) -> dict[str, Any]:
         for static in (False, True):
             model = DistributedDataParallel(network(dtype=torch.float64), static_graph=static)
             optimizer = SGD(model.parameters(), lr=0.05)
-            batches = AdaptiveBatch(model, optimizer, criterion, micro_batch_size=4, monitor=name == "accumulates")
+            measure = Measure(monitor=name == "accumulates")
+            batches = AdaptiveBatch(model, optimizer, criterion, micro_batch_size=4, measure=measure)
             weights = found[f"{name}, {static}"] = []
 
             def note(step: Any, model: Any = model, weights: Any = weights) -> None:

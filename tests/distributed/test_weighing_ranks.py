@@ -213,7 +213,7 @@ def test_a_micro_batch_of_weight_0_may_be_passed_over(monitor: bool) -> None:
     data = masked(sequences(18), 2, 3)
     model = language_model()
     optimizer = SGD(model.parameters(), lr=0.0)
-    batches = AdaptiveBatch(model, optimizer, Constant(6), micro_batch_size=MICRO, monitor=monitor)
+    batches = AdaptiveBatch(model, optimizer, Constant(6), micro_batch_size=MICRO, **grouped(monitor=monitor))
     found = passing_over(batches, model, data, optimizer, weigh=tokens_in)
     for (_, grads), parts in zip(found, in_steps(data, 6), strict=True):
         grad = torch.cat([grad.flatten() for grad in grads])
@@ -236,7 +236,11 @@ def test_a_step_of_nothing_is_left_out_and_said(passes_over: bool, skip_nonfinit
     model = language_model()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     batches = AdaptiveBatch(
-        model, optimizer, Constant(6), micro_batch_size=MICRO, monitor=True, skip_nonfinite=skip_nonfinite
+        model,
+        optimizer,
+        Constant(6),
+        micro_batch_size=MICRO,
+        **grouped(monitor=True, skip_nonfinite=skip_nonfinite),
     )
     weights, reasons = [], []
     for step in batches.steps(DataLoader(TensorDataset(*data), batch_size=MICRO), weigh=tokens_in):

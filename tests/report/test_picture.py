@@ -295,7 +295,7 @@ def test_pyplot_stays_out():
 
 
 def test_without_matplotlib_the_extra_is_named():
-    code = "import sys; sys.modules['matplotlib'] = None; import adabatch.report"
+    code = "import sys; sys.modules['matplotlib'] = None; import adabatch.report; adabatch.report.draw([], 'x.png')"
     result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert "ImportError: adabatch.report draws with matplotlib" in result.stderr
     assert "adabatch[report]" in result.stderr

@@ -188,6 +188,7 @@ def test_an_optimizer_that_has_stepped_before_keeps_its_correction() -> None:
             loss_of(net, data[8 * index : 8 * index + 8]).backward()
         optimizer.step()
         oracle.step(lr=0.01, betas=(0.9, 0.999))
+    optimizer.zero_grad()
     batches = adaptive(model, optimizer, follow=("betas",))
     assert side_by_side(batches, model, optimizer, twin, oracle) == SIZES
 

@@ -265,6 +265,7 @@ def test_an_update_that_raises_leaves_no_factor_once_its_loop_is_left() -> None:
         run(batches, model, optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.01
     optimizer.fails = False
+    optimizer.zero_grad()
     assert run(batches, model, optimizer) == pytest.approx([0.04] * 3, rel=1e-4)
 
 
@@ -280,6 +281,7 @@ def test_an_update_that_raised_and_is_tried_again_counts_and_has_the_factor_once
             optimizer.step()
         optimizer.fails = False
         optimizer.step()
+        optimizer.zero_grad()
         assert optimizer.param_groups[0]["lr"] == 0.01
     assert batches.progress.steps == 2
 
@@ -305,6 +307,7 @@ def test_a_loop_that_is_broken_off_touches_no_later_update_of_the_user() -> None
         for batch in step:
             step.backward(loss_of(model, batch))
         optimizer.step()
+        optimizer.zero_grad()
         break
     del step
     with pytest.raises(ZeroDivisionError):
@@ -592,14 +595,27 @@ def test_an_update_that_never_comes_is_said_at_the_second_such_step(criterion: A
         (optimizer if number in (0, 2) else other).step()
         other.zero_grad()
     # The second step had no update of ours, and neither had the fourth and the fifth.
-    with pytest.warns(RuntimeWarning, match=r"never came for 2 steps in a row: optimizer.step\(\) of the SGD was not"):
+    with pytest.raises(RuntimeError, match=r"never came for 2 steps in a row: optimizer.step\(\) of the SGD was not"):
         next(loop)
+
+
+def test_a_loop_that_only_measures_or_forgot_its_update_is_warned_once() -> None:
+    model = network()
+    loop = adaptive(model, SGD(model.parameters(), lr=0.01)).steps(DataLoader(regression(80), batch_size=4))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number, step in enumerate(loop, 1):
+            for batch in step:
+                step.backward(loss_of(model, batch))
+            model.zero_grad()
+            assert len(told) == (number > 2)
+    assert "never came for 2 steps in a row: optimizer.step() of the SGD was not called" in str(told[0].message)
 
 
 def test_it_is_said_in_a_run_of_two_steps() -> None:
     model = network()
     batches = adaptive(model, SGD(model.parameters(), lr=0.01))
-    with pytest.warns(RuntimeWarning, match="never came for 2 steps in a row"):
+    with pytest.raises(RuntimeError, match="never came for 2 steps in a row"):
         run(batches, model, SGD(model.parameters(), lr=0.01), num_steps=2)
 
 
@@ -644,8 +660,8 @@ def test_a_scaler_that_has_no_reason_to_skip_is_no_excuse() -> None:
     model = network()
     optimizer, other = SGD(model.parameters(), lr=0.01), SGD(model.parameters(), lr=0.01)
     batches = adaptive(model, optimizer, engine=EngineOptions(scaler=GradScaler("cpu", init_scale=8.0)))
-    with pytest.warns(
-        RuntimeWarning, match=r"a GradScaler, give it to AdaptiveBatch as engine=EngineOptions\(scaler=\.\.\.\)"
+    with pytest.raises(
+        RuntimeError, match=r"a GradScaler, give it to AdaptiveBatch as engine=EngineOptions\(scaler=\.\.\.\)"
     ):
         run(batches, model, other)
 
@@ -659,6 +675,7 @@ def test_an_object_whose_steps_are_never_taken_says_so_once() -> None:
         for number in range(6):
             loss_of(model, regression(4).tensors).backward()
             optimizer.step()
+            optimizer.zero_grad()
             assert len(told) == (number >= 2)
     (warning,) = told
     assert "steps() of the AdaptiveBatch was never called" in str(warning.message)

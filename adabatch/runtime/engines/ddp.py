@@ -52,6 +52,11 @@ class DDPEngine(Engine):
         learns, self._learns = self._learns, False
         return nullcontext() if learns else self._ddp.no_sync()
 
+    def switched_off(self, *, last: bool) -> str | None:
+        """DDP's own switch, which its ``no_sync`` turns too."""
+        off = last and not self._ddp.require_backward_grad_sync
+        return "require_backward_grad_sync of DistributedDataParallel is False at the last micro-batch" if off else None
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Bypasses DDP's own forward, which broadcasts buffers, for which all ranks are needed."""

@@ -33,6 +33,8 @@ class Engine(ABC):
         shards: whether each rank holds only a part of each weight.
         copies: whether all copies of a weight have the same bits between any two steps.
         runs_alone: whether a rank can run a micro-batch without the other ranks.
+        holds_gradients: whether the gradients that a step has accumulated so far are in the optimizer's parameters, if
+            they are anywhere that a loop can reach.
         reduced: when the mean gradient of a step is available: after the "backward" of its last micro-batch, or only
             when its "update" begins.
     """
@@ -40,6 +42,7 @@ class Engine(ABC):
     shards: bool = False
     copies: bool = True
     runs_alone: bool = True
+    holds_gradients: bool = True
     reduced: Literal["backward", "update"] = "backward"
 
     def __init__(self, model: nn.Module, collectives: Collectives, backward: Backward = PLAIN) -> None:
@@ -70,6 +73,14 @@ class Engine(ABC):
     def unreduced(self) -> AbstractContextManager[Any]:
         """A context in which a backward leaves this rank's own gradient, not reduced."""
         return self.no_sync()
+
+    def switched_off(self, *, last: bool) -> str | None:
+        """What keeps the backward to come from reducing, though it has to; None where nothing does.
+
+        Args:
+            last: the backward is that of a step's last micro-batch.
+        """
+        return None
 
     def alone(self) -> AbstractContextManager[Any]:
         """A context in which this rank can run the model without the others (``runs_alone``)."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adabatch.runtime.collectives import collectives_of
 from adabatch.runtime.engines.backward import PLAIN, Backward
 from adabatch.runtime.engines.engine import Engine, GradientSync
-from adabatch.runtime.fsdp2 import units_of
+from adabatch.runtime.fsdp2 import reduces, units_of
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions
 from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
 
@@ -45,6 +45,12 @@ class FSDP2Engine(Engine):
     def unreduced(self) -> AbstractContextManager[Any]:
         """Each rank keeps its whole gradient."""
         return self._whole_gradients()
+
+    def switched_off(self, *, last: bool) -> str | None:
+        """FSDP2's switch of each unit."""
+        if (last or self._sync == "each") and not all(reduces(unit) for unit in self._units):
+            return "set_requires_gradient_sync(False) is in force for the model or a part of it"
+        return None
 
     @contextmanager
     def _whole_gradients(self) -> Iterator[None]:

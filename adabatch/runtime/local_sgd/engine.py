@@ -32,6 +32,7 @@ class LocalWorkers(Engine):
         super().__init__(inner.model, rounds.everyone, inner.backward)
         self.shards = inner.shards
         self.runs_alone = inner.runs_alone
+        self.holds_gradients = inner.holds_gradients
         self._inner = inner
         self._rounds = rounds
 
@@ -46,6 +47,10 @@ class LocalWorkers(Engine):
     def unreduced(self) -> AbstractContextManager[Any]:
         """Between the ranks of a worker."""
         return self._inner.unreduced()
+
+    def switched_off(self, *, last: bool) -> str | None:
+        """Between the ranks of a worker."""
+        return self._inner.switched_off(last=last)
 
     def gradient_ready(self, weight: float) -> None:
         """Counts what was consumed, and averages the gradient in a round of one step."""

@@ -1,0 +1,138 @@
+"""``adabatch report``: runs as one HTML page, as pictures, or as numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from adabatch.cli.plain_parser import PlainParser
+from adabatch.cli.runs import find_runs
+from adabatch.report import draw
+from adabatch.report.page import numbers, page, report_on
+from adabatch.report.steps import read_steps
+from adabatch.report.what_if import Choice
+
+DESCRIPTION = """\
+Tell of one run or of several what happened, and why: one HTML page that needs no network, and works on a run that
+still runs. Its numbers as JSON (--json), its curves as a picture (--png)."""
+
+PICTURE = "report.png"
+
+
+def run_report(arguments: Sequence[str]) -> int:
+    """Runs the command with the arguments after its name; its exit status.
+
+    Raises:
+        ValueError: a run that cannot be read, or a choice outside its range.
+        OSError: a file cannot be read or written.
+        ImportError: a picture was asked for, and matplotlib is not installed.
+        SystemExit: a mistake on the command line, with status 2.
+    """
+    asked = _parser().parse_args(arguments)
+    found = find_runs(asked.runs)
+    choices = [Choice.parse(text) for text in asked.what_if]
+    overrides = {
+        name: value
+        for name, value in (("tokens_per_example", asked.tokens_per_example), ("weight_decay", asked.weight_decay))
+        if value is not None
+    }
+    reports = [
+        report_on(
+            read_steps(run.journal, run.name),
+            run.config,
+            choices=choices,
+            price=asked.step_price,
+            results=run.results,
+            overrides=overrides,
+        )
+        for run in found
+    ]
+    if asked.json:
+        print(json.dumps(numbers(reports), indent=2))
+    if asked.png is not None:
+        asked.png.mkdir(parents=True, exist_ok=True)
+        several = {run.name: run.journal for run in found} if len(found) > 1 else {"": found[0].journal}
+        picture = draw(several, asked.png / PICTURE, title=None if len(found) > 1 else found[0].name)
+        _say(f"picture: {picture}", quiet=asked.json)
+    if asked.out is not None or not (asked.json or asked.png is not None):
+        out = asked.out or Path("report.html")
+        _write(out, page(reports, title=asked.title or ""))
+        _say(f"report: {out} ({out.stat().st_size / 1e3:,.0f} kB)", quiet=asked.json)
+    return 0
+
+
+def _say(line: str, *, quiet: bool) -> None:
+    """Where JSON goes to standard output, nothing else does."""
+    if not quiet:
+        print(line)
+
+
+def _write(out: Path, text: str) -> None:
+    """In one move, so that a browser that looks at a report again and again finds it whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(out)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _parser() -> PlainParser:
+    parser = PlainParser(prog="adabatch report", description=DESCRIPTION)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of a run, its journal, or NAME=PATH; the folder of `adabatch compare` stands for its runs",
+    )
+    parser.add_argument("--out", type=Path, metavar="HTML", help="page to write; report.html by default")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help=f"write the curves to {PICTURE} in this folder")
+    parser.add_argument("--title", help="title of the page")
+    parser.add_argument(
+        "--what_if",
+        action="append",
+        default=[],
+        metavar="KIND=NUMBER",
+        help="compare with another choice: eta, multiple (of the noise scale), step_price or constant; may be repeated",
+    )
+    parser.add_argument(
+        "--step_price",
+        type=_not_negative,
+        default=0.0,
+        metavar="N",
+        help="what a step costs beside its examples, in examples",
+    )
+    parser.add_argument(
+        "--tokens_per_example",
+        type=_positive,
+        metavar="N",
+        help="lets curves run over tokens, where the config is silent",
+    )
+    parser.add_argument(
+        "--weight_decay", type=_not_negative, metavar="X", help="of the optimizer, for tau, where the config is silent"
+    )
+    return parser
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+def _positive(text: str) -> float:
+    value = _not_negative(text)
+    if not value:
+        raise ValueError
+    return value
+
+
+_not_negative.__name__ = "number of zero or more"
+_positive.__name__ = "positive number"
+"""As argparse names them in its messages: "invalid positive number value: 'x'"."""

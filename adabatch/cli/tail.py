@@ -1,0 +1,158 @@
+"""``adabatch tail``: the last steps of a run, and each new one as its journal gets it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from adabatch.batch.control import Reason
+from adabatch.cli.plain_parser import PlainParser
+from adabatch.cli.runs import journal_in
+
+DESCRIPTION = """\
+Follow a run: its last steps, one line each, and every new one, until Ctrl-C. Where the journal is cut by a run that
+resumes, it is followed from there."""
+
+POLL_SECONDS = 0.5
+COLORS: Mapping[str, int] = MappingProxyType(
+    {
+        Reason.GROW: 32,
+        Reason.SHRINK: 33,
+        Reason.SCHEDULED: 34,
+        Reason.AT_LIMIT: 35,
+        Reason.NOT_FINITE: 31,
+        Reason.WEIGHS_NOTHING: 31,
+    }
+)
+"""ANSI colours of the reasons that move the batch, stop it, or are a failure."""
+
+
+def run_tail(arguments: Sequence[str]) -> int:
+    """Runs the command with the arguments after its name; its exit status.
+
+    Raises:
+        ValueError: no run.
+        OSError: its journal cannot be read.
+        KeyboardInterrupt: the way in which following ends.
+        SystemExit: a mistake on the command line, with status 2.
+    """
+    asked = _parser().parse_args(arguments)
+    journal = journal_in(asked.run)
+    colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(HEADER, flush=True)
+    for entry in follow(journal, lines=asked.lines, once=asked.once):
+        print(shown(entry, colored=colored), flush=True)
+    return 0
+
+
+def follow(
+    journal: Path, *, lines: int, once: bool, sleep: Callable[[float], None] = time.sleep
+) -> Iterator[Mapping[str, Any]]:
+    """The last steps of a journal, and new ones as they come; an unfinished line waits for its end.
+
+    Args:
+        journal: the file.
+        lines: how many of those that are there.
+        once: end with them.
+        sleep: waits between two looks.
+    """
+    with journal.open("rb") as file:
+        last: deque[Mapping[str, Any]] = deque(maxlen=lines)
+        begun = b""
+        for text in file:
+            if text.endswith(b"\n"):
+                last.extend(_step(text))
+            else:
+                begun = text
+        yield from last
+        place = file.tell()
+    while not once:
+        sleep(POLL_SECONDS)
+        # Opened anew each time: the file may have been cut, or another one may have its name.
+        with journal.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < place:
+                place, begun = size, b""
+                continue
+            file.seek(place)
+            new = begun + file.read()
+            place = file.tell()
+        *whole, begun = new.split(b"\n")
+        for text in whole:
+            yield from _step(text)
+
+
+def _step(text: bytes) -> list[Mapping[str, Any]]:
+    """The line as a step; nothing for what is none."""
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        return []
+    return [entry] if isinstance(entry, Mapping) and isinstance(entry.get("plan"), Mapping) else []
+
+
+COLUMNS = (("step", 9), ("examples", 13), ("batch", 8), ("wanted", 9), ("noise scale", 12), ("loss", 10), ("lr", 10))
+HEADER = "".join(f"{name:>{width}}" for name, width in COLUMNS) + "  next"
+
+
+def shown(entry: Mapping[str, Any], *, colored: bool) -> str:
+    """A step as one line.
+
+    Args:
+        entry: a line of the journal.
+        colored: with ANSI colours.
+    """
+    averages, lr = entry.get("averages") or {}, entry.get("lr") or {}
+    applied = next(iter(lr.get("applied") or ()), None)
+    values = (
+        _whole(entry.get("step")),
+        _whole(entry.get("examples")),
+        _whole(entry["plan"].get("global_batch_size")),
+        _whole(entry.get("wanted")),
+        _short(averages.get("noise_scale"), 4),
+        _short(entry.get("loss"), 4),
+        _short(applied, 3),
+    )
+    cells = "".join(f"{value:>{width}}" for value, (_, width) in zip(values, COLUMNS, strict=True))
+    reason = str(entry.get("reason") or "")
+    said = f"{_whole(entry.get('next'))} {reason}".strip()
+    if entry.get("applied") is False:
+        said, reason = f"{said} (update left out)", Reason.NOT_FINITE
+    color = COLORS.get(reason) if colored else None
+    return f"{cells}  {said}" if color is None else f"{cells}  \x1b[{color}m{said}\x1b[0m"
+
+
+def _whole(value: object) -> str:
+    return f"{value:,.0f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
+
+
+def _short(value: object, digits: int) -> str:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def _parser() -> PlainParser:
+    parser = PlainParser(prog="adabatch tail", description=DESCRIPTION)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or its journal")
+    parser.add_argument("--lines", type=_count, default=10, metavar="N", help="steps that are there already (10)")
+    parser.add_argument("--once", action="store_true", help="end with them")
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+_count.__name__ = "number of lines"

@@ -1,0 +1,172 @@
+"""Whether all ranks of a run were given the same, and an error of one that shows on all.
+
+Ranks that differ in a setting go separate ways: one finishes while the others wait, or each trains on with weights of
+its own. So before the first step of each ``steps()``, that is after a load too, all that decides is compared by one
+digest, in 16 bytes. Where it differs, the settings are exchanged, and every rank raises the same error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from enum import Enum
+from importlib import metadata
+from types import FunctionType
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from adabatch.runtime.collectives import Collectives, digest_of
+from adabatch.runtime.optimizers import each_of
+
+_LONGEST = 160
+"""Characters of a value in an error; of a longer one its beginning and a digest are shown."""
+
+_NAMED = 4
+"""Settings that an error names."""
+
+_DEEPEST = 6
+"""Objects inside of objects that are looked into."""
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def check_same_settings(collectives: Collectives, settings: Mapping[str, object]) -> None:
+    """That all ranks hold the same settings.
+
+    Args:
+        collectives: the ranks.
+        settings: name -> value; compared by what ``text_of`` makes of them.
+
+    Raises:
+        ValueError: on every rank, if they do not; names the settings, the values and the ranks that hold them.
+    """
+    if collectives.size == 1:
+        return
+    mine = {name: text_of(value) for name, value in settings.items()}
+    if collectives.agree(sorted(mine.items())):
+        return
+    shown = {name: _short(text) for name, text in mine.items()}
+    ranks: list[dict[str, str]] = [json.loads(sent) for sent in collectives.gather_bytes(json.dumps(shown).encode())]
+    names = list(dict.fromkeys(name for held in ranks for name in held))
+    differing = [name for name in names if len({held.get(name) for held in ranks}) > 1]
+    told = "; ".join(_difference(name, [held.get(name, "nothing") for held in ranks]) for name in differing[:_NAMED])
+    more = f"; and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+    raise ValueError(
+        f"the ranks were given different settings: {told}{more}. All ranks must be given the same data set, seed, "
+        f"arguments, versions and saved state"
+    )
+
+
+@contextmanager
+def failing_together(collectives: Collectives, what: str) -> Iterator[None]:
+    """An error that one rank raises in the block is raised on all; costs a reduction of 8 bytes.
+
+    Args:
+        collectives: the ranks, all of which enter the block.
+        what: is done in the block, for the message of the others.
+
+    Raises:
+        RuntimeError: on the ranks without an error of their own, with the error of the first that has one.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    if collectives.size > 1 and any(collectives.sum_of(float(own is not None))):
+        said = "" if own is None else f"{type(own).__name__}: {own}"
+        told = [each.decode() for each in collectives.gather_bytes(said.encode())]
+        if own is None:
+            rank = next(rank for rank, each in enumerate(told) if each)
+            raise RuntimeError(f"{what} failed on rank {rank}: {told[rank]}")
+    if own is not None:
+        raise own
+
+
+def versions() -> dict[str, object]:
+    """Of torch and of this package."""
+    try:
+        own = metadata.version("adabatch")
+    except metadata.PackageNotFoundError:  # run from its sources
+        own = "not installed"
+    return {"version of torch": str(torch.__version__), "version of adabatch": own}
+
+
+def optimizer_settings(optimizer: Optimizer) -> dict[str, object]:
+    """All that the groups of an optimizer, or of several, were given."""
+    found: dict[str, object] = {}
+    for number, one in enumerate(each_of(optimizer)):
+        name = "optimizer" if number == 0 else f"optimizer {number + 1}"
+        found[name] = type(one).__qualname__
+        found[f"{name}: number of groups"] = len(one.param_groups)
+        for index, group in enumerate(one.param_groups):
+            place = f" of {name} group {index}"
+            found[f"number of parameters{place}"] = len(group["params"])
+            found |= {f"{key}{place}": value for key, value in group.items() if key not in ("params", "param_names")}
+    return found
+
+
+def scaler_settings(scaler: GradScaler | None) -> object:
+    """What a scaler was given; not its scale, which workers of local SGD have one each of."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    return scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
+
+
+def text_of(value: object, depth: int = 0) -> str:
+    """What a value says, the same in every process that was given it; addresses are left out.
+
+    Of tensors and arrays of more than a few numbers the shape counts; of functions, the name and what they closed over.
+    """
+    if isinstance(value, Tensor | np.ndarray):
+        if np.prod(value.shape) > 16:
+            return f"{type(value).__name__} of shape {tuple(value.shape)}"
+        return repr(value.tolist())  # host sync, before the first step
+    if isinstance(value, np.generic):
+        return repr(value.item())
+    if isinstance(value, float | int | str | bytes | None) and not isinstance(value, Enum):
+        return repr(value)
+    if isinstance(value, Enum | torch.dtype | torch.device):
+        return str(value)
+    if depth == _DEEPEST:
+        return type(value).__qualname__
+    if isinstance(value, FunctionType | type):
+        cells = getattr(value, "__closure__", None) or ()
+        held = "".join(f" with {text_of(cell.cell_contents, depth + 1)}" for cell in cells)
+        return f"{value.__module__}.{value.__qualname__}{held}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{text_of(k)}: {text_of(v, depth + 1)}" for k, v in value.items()) + "}"
+    if isinstance(value, Set):
+        return "{" + ", ".join(sorted(text_of(each, depth + 1) for each in value)) + "}"
+    if isinstance(value, Sequence) and type(value).__repr__ in (list.__repr__, tuple.__repr__):
+        return "[" + ", ".join(text_of(each, depth + 1) for each in value) + "]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif type(value).__repr__ is object.__repr__:
+        parts = getattr(value, "__dict__", {})
+    else:
+        return _ADDRESS.sub("", repr(value))
+    inside = ", ".join(f"{name}={text_of(each, depth + 1)}" for name, each in parts.items())
+    return f"{type(value).__qualname__}({inside})"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... (digest {digest_of(text):012x})"
+
+
+def _difference(name: str, held: Sequence[str]) -> str:
+    by_value: dict[str, list[int]] = defaultdict(list)
+    for rank, text in enumerate(held):
+        by_value[text].append(rank)
+    values = [
+        f"{text} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for text, ranks in by_value.items()
+    ]
+    return f"{name} is {' and '.join(values)}"

@@ -1,0 +1,295 @@
+"""Trackers: the journal's numbers in TensorBoard, Weights & Biases, MLflow and trackio, by the same names in each.
+
+Give one to ``AdaptiveBatch(journal=[path, tracker])``, or name it in a config (``trackers: [tensorboard]``). Each
+package is optional, and is loaded when the first step is written; a tracker opens on the first rank only, as the
+journal does.
+A tracker that fails is named in the log once and left out from there on: it never stops a run.
+
+``metrics_of`` says which numbers there are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "loss": ("loss",),
+        "examples": ("examples",),
+        "seconds": ("seconds",),
+        "batch/taken": ("plan", "global_batch_size"),
+        "batch/micro": ("plan", "micro_batch_size"),
+        "batch/accumulation": ("plan", "accumulation_steps"),
+        "batch/wanted": ("wanted",),
+        "batch/low": ("low",),
+        "batch/high": ("high",),
+        "batch/next": ("next",),
+        "noise/scale": ("averages", "noise_scale"),
+        "noise/noise": ("averages", "noise"),
+        "noise/signal": ("averages", "signal"),
+        "noise/scale_of_step": ("moments", "noise_scale"),
+        "noise/freedom": ("freedom",),
+        "gradient/l2": ("norms", "l2"),
+        "gradient/l1": ("norms", "l1"),
+        "lr/factor": ("lr", "factor"),
+    }
+)
+"""The numbers of every tracker, and where they stand in a line of the journal."""
+
+
+def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a step, by the names that they have in every tracker; those that are missing are left out.
+
+    Beside ``NAMES``: ``lr/applied``, ``lr/base`` and ``lr/shape`` (of further parameter groups ``lr/applied_1``),
+    ``update/applied`` (1 or 0), ``efficiency`` (1 / (1 + batch / noise scale)) and ``layers/NAME/noise_scale``.
+
+    Args:
+        entry: a line of the journal.
+    """
+    found = {name: _at(entry, path) for name, path in NAMES.items()}
+    found["update/applied"] = float(entry["applied"]) if isinstance(entry.get("applied"), bool) else None
+    for part in ("base", "shape", "applied"):
+        values = _part(entry, "lr").get(part)
+        for group, value in enumerate(values if isinstance(values, list | tuple) else ()):
+            found[f"lr/{part}_{group}" if group else f"lr/{part}"] = _number(value)
+    scale, batch = found["noise/scale"], found["batch/taken"]
+    if scale is not None and batch is not None and scale > 0:
+        found["efficiency"] = 1 / (1 + batch / scale)
+    for name, layer in _part(entry, "layers").items():
+        found[f"layers/{name}/noise_scale"] = _at(layer, ("noise_scale",))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _at(entry: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
+    *parts, last = path
+    for part in parts:
+        entry = _part(entry, part)
+    return _number(entry.get(last))
+
+
+def _part(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = entry.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+class Tracker(ABC):
+    """Hands the numbers of each step to a tracker, which is opened when the first of them comes.
+
+    A subclass says how to open it, to log and to close it.
+
+    Args:
+        packages: of which one must be installed.
+
+    Raises:
+        ImportError: none of them is installed; says what to install.
+    """
+
+    def __init__(self, *packages: str) -> None:
+        if not any(importlib.util.find_spec(package) for package in packages):
+            raise ImportError(f"{type(self).__name__} needs a package: pip install {packages[0]}")
+        self._opened = False
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Logs a line of the journal under the number of its step."""
+        if not self._opened:
+            self._open(str(entry.get("run", "")), int(entry["step"]))
+            self._opened = True
+        self._log(int(entry["step"]), metrics_of(entry))
+
+    def close(self) -> None:
+        """Writes down what is left; a later line opens the tracker again."""
+        if self._opened:
+            self._opened = False
+            self._close()
+
+    @abstractmethod
+    def _open(self, run: str, step: int) -> None:
+        """Opens it for the run with this token, whose next step has this number."""
+
+    @abstractmethod
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs the numbers of a step."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Closes what was opened."""
+
+
+class TensorBoardTracker(Tracker):
+    """Event files for TensorBoard, by ``torch.utils.tensorboard``, or tensorboardX where only that is installed.
+
+    A resumed run hides what it writes again, as TensorBoard's purge_step does.
+
+    Args:
+        folder: for the event files.
+
+    Raises:
+        ImportError: neither package is installed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__("tensorboard", "tensorboardX")
+        self._folder = str(folder)
+        self._writer: Any = None
+
+    def _open(self, run: str, step: int) -> None:
+        torchs = importlib.util.find_spec("tensorboard") is not None
+        module = importlib.import_module("torch.utils.tensorboard" if torchs else "tensorboardX")
+        self._writer = module.SummaryWriter(self._folder, purge_step=step or None)
+
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def _close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker(Tracker):
+    """A run of Weights & Biases. Its id is the run's token in the journal, so that a resumed run goes on in it.
+
+    Args:
+        project: of Weights & Biases.
+        folder: where its files go.
+        name: of the run; by default one that the service makes up.
+        mode: "online", "offline" or "disabled"; by default what the environment variable WANDB_MODE says.
+
+    Raises:
+        ImportError: wandb is not installed.
+    """
+
+    def __init__(
+        self,
+        project: str = "adabatch",
+        *,
+        folder: str | Path | None = None,
+        name: str | None = None,
+        mode: Literal["online", "offline", "disabled"] | None = None,
+    ) -> None:
+        super().__init__("wandb")
+        self._settings = {
+            "project": project,
+            "dir": None if folder is None else str(folder),
+            "name": name,
+            "mode": mode,
+            # A run that is kept on this machine has nothing to be resumed from.
+            "resume": None if mode in ("offline", "disabled") else "allow",
+        }
+        self._run: Any = None
+
+    def _open(self, run: str, step: int) -> None:
+        wandb = importlib.import_module("wandb")
+        self._run = wandb.init(**self._settings, id=run or None)
+
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def _close(self) -> None:
+        self._run.finish()
+
+
+class MLflowTracker(Tracker):
+    """A run of MLflow, on a server or in a folder. A resumed run goes on in the run that has its token.
+
+    Args:
+        tracking_uri: address of a server, or a folder (which recent releases of MLflow take only where the environment
+            says MLFLOW_ALLOW_FILE_STORE=true). None for what MLflow's own settings say, such as MLFLOW_TRACKING_URI.
+        experiment: of MLflow; made where it does not exist.
+        name: of the run.
+
+    Raises:
+        ImportError: mlflow is not installed.
+    """
+
+    def __init__(
+        self, tracking_uri: str | Path | None = None, *, experiment: str = "adabatch", name: str | None = None
+    ) -> None:
+        super().__init__("mlflow")
+        is_folder = tracking_uri is not None and "://" not in str(tracking_uri)
+        self._uri = Path(str(tracking_uri)).absolute().as_uri() if is_folder else tracking_uri
+        self._experiment, self._name = experiment, name
+        self._client: Any = None
+        self._id = ""
+
+    def _open(self, run: str, step: int) -> None:
+        mlflow = importlib.import_module("mlflow")
+        client = self._client = mlflow.MlflowClient(tracking_uri=self._uri)
+        found = client.get_experiment_by_name(self._experiment)
+        experiment = client.create_experiment(self._experiment) if found is None else found.experiment_id
+        known = client.search_runs([experiment], f"tags.adabatch_run = '{run}'", max_results=1) if run else []
+        if known:
+            self._id = known[0].info.run_id
+            client.update_run(self._id, status="RUNNING")
+        else:
+            self._id = client.create_run(experiment, tags={"adabatch_run": run}, run_name=self._name).info.run_id
+
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        entities = importlib.import_module("mlflow.entities")
+        now = int(1000 * time.time())
+        self._client.log_batch(
+            self._id, metrics=[entities.Metric(name, value, now, step) for name, value in metrics.items()]
+        )
+
+    def _close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+class TrackioTracker(Tracker):
+    """A run of trackio, which keeps its numbers on this machine.
+
+    Args:
+        project: of trackio.
+        name: of the run; by default the run's token in the journal, so that a resumed run goes on in it.
+
+    Raises:
+        ImportError: trackio is not installed.
+    """
+
+    def __init__(self, project: str = "adabatch", *, name: str | None = None) -> None:
+        super().__init__("trackio")
+        self._project, self._name = project, name
+        self._run: Any = None
+
+    def _open(self, run: str, step: int) -> None:
+        trackio = importlib.import_module("trackio")
+        self._run = trackio.init(project=self._project, name=self._name or run or None, resume="allow")
+
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def _close(self) -> None:
+        self._run.finish()
+
+
+def tracker_of(name: str, folder: Path) -> Tracker:
+    """The tracker that a config names, for the run in this folder.
+
+    TensorBoard and Weights & Biases keep their files in it; MLflow and trackio where their own settings say.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: its package is not installed.
+    """
+    if name == "tensorboard":
+        return TensorBoardTracker(folder / "tensorboard")
+    if name == "wandb":
+        return WandbTracker(folder=folder, name=folder.name)
+    if name == "mlflow":
+        return MLflowTracker(name=folder.name)
+    if name == "trackio":
+        return TrackioTracker(name=folder.name)
+    raise ValueError(f"a tracker is one of {', '.join(get_args(TrackerName))}, got {name!r}")

@@ -1,0 +1,320 @@
+"""The report of runs as one self-contained HTML page: its numbers as JSON, and the script that draws them.
+
+The page loads nothing. It draws SVG by a script of its own, of some 20 kB, and not by plotly, whose bundle alone is
+4.5 MB: a page is then as large as its numbers, prints as vectors, and follows the colours of the reader's system.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adabatch.batch.control import Reason
+from adabatch.report.heat import layer_bins
+from adabatch.report.steps import Floats, RunSteps
+from adabatch.report.summary import (
+    Change,
+    Flag,
+    RunSettings,
+    Summary,
+    betas_of,
+    changes,
+    differences,
+    flags,
+    largest_allowed,
+    noise_band,
+    rule_of,
+    settings_of,
+    smooth_loss,
+    summarize,
+    time_before,
+    time_constant,
+)
+from adabatch.report.what_if import (
+    ASSUMPTIONS,
+    Choice,
+    Outcome,
+    constant_at_equal_examples,
+    recorded,
+    segments,
+    what_if,
+)
+
+MOST_POINTS = 12_000
+"""Points of all runs together on one page, of which a run has at most 1,200: the page stays below 3 MB."""
+
+MOST_SEGMENTS = 400
+MOST_CHANGES = 300
+MOST_CELLS = 16_000
+DEFAULT_ETAS = (0.3, 0.5, 0.7, 0.8, 0.9)
+
+REASON_KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        Reason.GROW: "moved up",
+        Reason.SHRINK: "moved down",
+        Reason.SCHEDULED: "scheduled",
+        Reason.AGREES: "in place",
+        Reason.HYSTERESIS: "in place",
+        Reason.NOT_SIGNIFICANT: "uncertain",
+        Reason.NO_SIGNAL: "uncertain",
+        Reason.NO_NOISE: "uncertain",
+        Reason.MONOTONE: "waits",
+        Reason.HOLD: "waits",
+        Reason.WARM_UP: "waits",
+        Reason.PACE: "waits",
+        Reason.AT_LIMIT: "at a limit",
+        Reason.NOT_PROBED: "not asked",
+        Reason.NOT_FINITE: "failed",
+        Reason.WEIGHS_NOTHING: "failed",
+    }
+)
+"""The reasons of the journal in the few kinds that a reader can tell apart by colour."""
+
+
+class Reported(NamedTuple):
+    """A run with all that is said of it.
+
+    Args:
+        run: its steps.
+        config: with dotted names; empty where none was found.
+        settings: what a report reads of that.
+        summary: its totals.
+        flags: what a reader should know.
+        changes: of the batch size.
+        outcomes: what other choices would have cost, the run itself first; empty where it has no noise scale.
+        results: numbers of its own that lie beside the journal, such as the loss on a test set.
+    """
+
+    run: RunSteps
+    config: Mapping[str, Any]
+    settings: RunSettings
+    summary: Summary
+    flags: tuple[Flag, ...]
+    changes: tuple[Change, ...]
+    outcomes: tuple[Outcome, ...]
+    results: Mapping[str, float]
+
+
+def report_on(
+    run: RunSteps,
+    config: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    choices: Sequence[Choice] = (),
+    price: float = 0.0,
+    results: Mapping[str, float] = MappingProxyType({}),
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> Reported:
+    """All that is said of a run.
+
+    Args:
+        run: its steps.
+        config: with dotted names (``summary.flat``).
+        choices: what to compare it with beside the choices that every report has.
+        price: of a step, in examples; 0 for none.
+        results: numbers that lie beside the journal.
+        overrides: fields of ``RunSettings`` that the config does not say, or says wrongly.
+    """
+    settings = settings_of(config)._replace(**overrides)
+    return Reported(
+        run,
+        config,
+        settings,
+        summarize(run),
+        tuple(flags(run, settings)),
+        tuple(changes(run)),
+        tuple(_outcomes(run, settings, choices, price)),
+        results,
+    )
+
+
+def _outcomes(run: RunSteps, settings: RunSettings, choices: Sequence[Choice], price: float) -> list[Outcome]:
+    try:
+        found = [recorded(run, price=price)]
+        equal = constant_at_equal_examples(run)
+    except ValueError:  # without a noise scale, of which a flag tells the reader
+        if choices:
+            raise
+        return []
+    usual = [Choice("eta", eta) for eta in DEFAULT_ETAS]
+    sizes = sorted({float(run.batch.min()), float(run.batch.max())})
+    usual += [Choice("constant", size) for size in sizes]
+    usual += [Choice("step_price", price)] if price else []
+    limits = settings.limits[0], settings.limits[1]
+    found += [what_if(run, choice, limits=limits, price=price) for choice in [*usual, *choices]]
+    if equal is not None:
+        same = what_if(run, equal, price=price)
+        found.append(same._replace(name=f"{same.name}, chosen for as many examples"))
+    return found
+
+
+def numbers(reports: Sequence[Reported]) -> dict[str, Any]:
+    """All that the reports say, ready for JSON; what is not finite is None."""
+    said: dict[str, Any] = plain(
+        {
+            "runs": [
+                {
+                    "name": each.run.name,
+                    "summary": each.summary._asdict(),
+                    "results": dict(each.results),
+                    "rule": rule_of(each.run, each.settings),
+                    "flags": [flag._asdict() for flag in each.flags],
+                    "reasons": reason_shares(each.run),
+                    "changes": [change._asdict() for change in each.changes],
+                    "what_if": [outcome._asdict() for outcome in each.outcomes],
+                }
+                for each in reports
+            ],
+            "differences": differences([each.config for each in reports]) if all(e.config for e in reports) else {},
+            "assumptions": list(ASSUMPTIONS),
+        }
+    )
+    return said
+
+
+def reason_shares(run: RunSteps) -> dict[str, float]:
+    """The share of the steps whose plan for the next step had each reason, the most frequent first."""
+    words, counts = np.unique(run.reason, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return {str(words[index]): float(counts[index] / run.num_steps) for index in order}
+
+
+def page(reports: Sequence[Reported], *, title: str = "") -> str:
+    """The whole page.
+
+    Raises:
+        ValueError: no reports.
+    """
+    if not reports:
+        raise ValueError("a report needs at least one run, got none")
+    assets = resources.files("adabatch.report") / "assets"
+    style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    name = title or ", ".join(each.run.name for each in reports)
+    # Inside of a script element nothing but "</script" and "<!--" has a meaning, and neither is left.
+    data = json.dumps(_drawn(reports), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<title>{html.escape(name)} - adabatch report</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"<noscript>This page draws its charts by a script: allow it, or read `adabatch report --json`.</noscript>\n"
+        f'<main id="page"></main>\n<script type="application/json" id="numbers">{data}</script>\n'
+        f"<script>\n{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _drawn(reports: Sequence[Reported]) -> dict[str, Any]:
+    most = max(60, min(1200, MOST_POINTS // len(reports)))
+    every = numbers(reports)
+    for run, each in zip(every["runs"], reports, strict=True):
+        left = len(each.changes) - MOST_CHANGES
+        run["changes_left_out"] = max(0, left)
+        run["changes"] = run["changes"][: MOST_CHANGES // len(reports) + 1] if left > 0 else run["changes"]
+        run |= plain(_series(each, most, MOST_CELLS // len(reports)), digits=6)
+    return {**every, "reason_kinds": dict(REASON_KINDS)}
+
+
+def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
+    """What the charts show of a run, at ``most`` of its steps."""
+    run, settings = report.run, report.settings
+    at = thinned(run, most)
+    scale = run.noise_scale
+    band = noise_band(run)
+    tau, betas, seconds = time_constant(run, settings), betas_of(run, settings), time_before(run)
+    smallest, largest = settings.limits[0], largest_allowed(run, settings)
+    end = float(run.examples[-1] + run.batch[-1])
+    drawn: dict[str, Any] = {
+        "x": {
+            "examples": run.examples[at],
+            "steps": run.step[at],
+            "tokens": None if not settings.tokens_per_example else run.examples[at] * settings.tokens_per_example,
+            "time": None if seconds is None else seconds[at],
+        },
+        "end": {
+            "examples": end,
+            "steps": float(run.step[-1]) + 1,
+            "tokens": end * (settings.tokens_per_example or 0.0),
+            "time": report.summary.seconds,
+        },
+        "limits": [smallest, largest],
+        "batch": run.batch[at],
+        "wanted": run.wanted[at],
+        "low": run.low[at],
+        "high": _open_ended(run.high)[at],
+        "reason": [run.reason[index] for index in at],
+        "noise_scale": scale[at],
+        "noise_low": None if band is None else band[0][at],
+        "noise_high": None if band is None else _open_ended(band[1])[at],
+        "measured": run.measured[at],
+        "freedom": run.freedom[at] if np.isfinite(run.freedom).any() else None,
+        "base_lr": run.base_lr[at],
+        "shape": run.shape[at],
+        "factor": run.factor[at],
+        "applied_lr": [run.applied_lr[at, group] for group in range(run.applied_lr.shape[1])],
+        "tau": None if tau is None else tau[at],
+        "betas": None if betas is None else [betas[at, index] for index in range(betas.shape[1])],
+        "loss": run.loss[at],
+        "smooth_loss": smooth_loss(run)[at],
+        "efficiency": run.efficiency[at],
+        "heat": None,
+        "segments": None,
+    }
+    if run.layers:
+        drawn["heat"] = heat = layer_bins(run, cells)
+        edges = heat["edges"][:-1]
+        heat["x"] = {
+            "examples": [*run.examples[edges], end],
+            "steps": [*run.step[edges], drawn["end"]["steps"]],
+            "tokens": [settings.tokens_per_example * x for x in (*run.examples[edges], end)]
+            if settings.tokens_per_example
+            else None,
+            "time": None if seconds is None else [*seconds[edges], report.summary.seconds],
+        }
+    if report.outcomes:
+        pieces = segments(run, at_most=MOST_SEGMENTS)
+        drawn["segments"] = {name: values for name, values in pieces._asdict().items()}
+    return drawn
+
+
+def _open_ended(high: Floats) -> Floats:
+    """JSON has no infinity: a bound that is not there is -1."""
+    return np.where(np.isinf(high), -1.0, high)
+
+
+def thinned(run: RunSteps, most: int) -> list[int]:
+    """Which steps to show: evenly over the examples, and where the batch changed as long as there is room."""
+    if run.num_steps <= most:
+        return list(range(run.num_steps))
+    even = np.searchsorted(run.examples, np.linspace(run.examples[0], run.examples[-1], 2 * most // 3))
+    moved = np.flatnonzero(np.diff(run.batch) != 0)
+    corners = np.unique(np.concatenate([moved, moved + 1])) if len(moved) else moved
+    room = most - len(even)
+    if len(corners) > room:
+        corners = corners[np.linspace(0, len(corners) - 1, room).astype(int)]
+    kept = np.unique(np.concatenate([[0], even, corners, [run.num_steps - 1]]))
+    return [int(index) for index in kept]
+
+
+def plain(value: Any, *, digits: int | None = None) -> Any:
+    """Arrays and numbers ready for JSON; what is not finite is None, others are rounded to so many digits."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        if value.is_integer() and abs(value) < 1e15:
+            return int(value)
+        return value if digits is None else float(f"{value:.{digits}g}")
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, digits=digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, digits=digits) for item in value]
+    return value

@@ -1,0 +1,255 @@
+"""What another choice of batch sizes would have made of a run, from its journal alone. Pure.
+
+In a batch of b examples at the noise scale B, a step makes as much progress as ``p = b / (1 + b / B)`` examples in
+small batches. To make the progress p of a step in batches of b' takes ``p / b' + p / B`` steps, and
+``p (1 + b' / B)`` examples (McCandlish et al. 2018, section 2). So a journal that has b and B at each step
+says what any other b' would have cost.
+
+What is assumed, and a reader must be told (`ASSUMPTIONS`): the noise scale belongs to the progress made, and not to the
+batch; each batch had the learning rate that is right for it; and the choice is followed at once, within the limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from adabatch.batch.criteria import Criterion, NoiseScale, NormTest, Observation, Resting, StepPrice
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.plan import Progress
+from adabatch.report.steps import Floats, RunSteps
+
+Kind = Literal["eta", "multiple", "step_price", "constant"]
+
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "eta": "norm test, eta {}",
+        "multiple": "{} x noise scale",
+        "step_price": "step price {}",
+        "constant": "constant {}",
+    }
+)
+
+ASSUMPTIONS = (
+    "The noise scale depends on the progress made, and not on the batch by which it was made.",
+    "Each batch has the learning rate that is right for it.",
+    "The averaged noise scale of the journal is taken as it stands; where it is missing, the one before is taken.",
+    "A choice is followed at once and without rounding, within the limits: no hold, no pace, no error bar.",
+    "A step makes 1 / (1 + B / b) of the progress of one without noise (McCandlish et al. 2018, section 2).",
+)
+
+
+class Choice(NamedTuple):
+    """A choice of batch sizes.
+
+    Args:
+        kind: "eta" for ``NormTest(eta)``, "multiple" for ``NoiseScale(multiple)``, "step_price" for
+            ``StepPrice(examples)``, "constant" for one batch size.
+        value: the number.
+    """
+
+    kind: Kind
+    value: float
+
+    @property
+    def name(self) -> str:
+        """The choice in words."""
+        return NAMES[self.kind].format(f"{self.value:,.0f}" if self.value >= 100 else f"{self.value:.3g}")
+
+    @classmethod
+    def parse(cls, text: str) -> Choice:
+        """A choice from a text such as ``eta=0.7`` or ``constant=256``.
+
+        Raises:
+            ValueError: an unknown kind, or a value outside its range.
+        """
+        kind, equals, value = text.partition("=")
+        if not equals or kind not in get_args(Kind):
+            raise ValueError(
+                f"a choice is one of {', '.join(f'{each}=NUMBER' for each in get_args(Kind))}, got {text!r}"
+            )
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(f"{kind} takes a number, got {value!r}") from None
+        checked = cls(kind, number)  # type: ignore[arg-type]  # looked up above
+        checked.criterion()
+        return checked
+
+    def criterion(self) -> Criterion | None:
+        """The criterion that makes the choice; None for a constant batch.
+
+        Raises:
+            ValueError: a value outside its range.
+        """
+        if self.kind == "constant":
+            if not 1 <= self.value < math.inf:
+                raise ValueError(f"a constant batch must be at least 1 example, got {self.value:g}")
+            return None
+        if self.kind == "eta":
+            if not 0 < self.value < 1:
+                raise ValueError(f"eta must lie between 0 and 1, where a norm test comes to rest, got {self.value:g}")
+            return NormTest(self.value)
+        return NoiseScale(self.value) if self.kind == "multiple" else StepPrice(self.value)
+
+
+class Outcome(NamedTuple):
+    """What a choice would have cost.
+
+    Args:
+        name: the choice in words.
+        mean_batch: examples per step, to the same progress.
+        steps_at_equal_examples: steps, had it taken as many examples as the run.
+        steps: steps to the same progress.
+        examples: examples to the same progress.
+        efficiency: worth of its examples over those in small batches.
+        cost: ``examples + price x steps``, in examples; NaN without a price.
+    """
+
+    name: str
+    mean_batch: float
+    steps_at_equal_examples: float
+    steps: float
+    examples: float
+    efficiency: float
+    cost: float
+
+
+class Segments(NamedTuple):
+    """What is needed of a run: its steps, or several of them put together.
+
+    Args:
+        examples: that were consumed, shape (num_segments,).
+        steps: how many steps that were.
+        progress: in examples of small batches.
+        noise_scale: in examples, positive and finite; of several steps the harmonic mean by progress, which leaves the
+            outcome of a constant batch and of a multiple of the noise scale as it is.
+    """
+
+    examples: Floats
+    steps: Floats
+    progress: Floats
+    noise_scale: Floats
+
+
+def usable_scale(run: RunSteps) -> Floats:
+    """The noise scale at each step, positive and finite: where it is not, the one before; before the first, that one.
+
+    Raises:
+        ValueError: there is none in the journal.
+    """
+    scale = run.noise_scale
+    usable = np.flatnonzero(np.isfinite(scale) & (scale > 0))
+    if not usable.size:
+        raise ValueError(
+            f"{run.name} has no noise scale, from which to tell what another batch would have done: measure it with "
+            f"Measure(monitor=True), or --measure.monitor=true"
+        )
+    before = np.searchsorted(usable, np.arange(run.num_steps), side="right") - 1
+    taken: Floats = scale[usable[np.maximum(before, 0)]]
+    return taken
+
+
+def segments(run: RunSteps, *, at_most: int | None = None) -> Segments:
+    """The run step by step, or put together to ``at_most`` segments of about as many examples.
+
+    Raises:
+        ValueError: as ``usable_scale`` does.
+    """
+    scale = usable_scale(run)
+    # An update that was left out consumed its examples, and made no progress.
+    progress = np.where(run.applied, run.batch / (1 + run.batch / scale), 0.0)
+    if at_most is None or run.num_steps <= at_most:
+        return Segments(run.batch, np.ones(run.num_steps), progress, scale)
+    consumed = np.cumsum(run.batch) - run.batch
+    bins = np.minimum((consumed / run.num_examples * at_most).astype(int), at_most - 1)
+    first = np.flatnonzero(np.diff(bins, prepend=-1))
+    moved, over = np.add.reduceat(progress, first), np.add.reduceat(progress / scale, first)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.where(over > 0, moved / over, scale[first])
+    return Segments(np.add.reduceat(run.batch, first), np.diff(first, append=run.num_steps) * 1.0, moved, mean)
+
+
+def recorded(run: RunSteps, *, price: float = 0.0) -> Outcome:
+    """The run itself, in the same numbers.
+
+    Raises:
+        ValueError: as ``usable_scale`` does.
+    """
+    pieces = segments(run)
+    examples, steps = float(pieces.examples.sum()), float(pieces.steps.sum())
+    return _outcome("as it ran", examples, steps, steps, float(pieces.progress.sum()), price)
+
+
+def what_if(
+    run: RunSteps, choice: Choice, *, limits: tuple[float | None, float | None] = (None, None), price: float = 0.0
+) -> Outcome:
+    """What a choice would have cost in the place of what was done.
+
+    Args:
+        run: the run.
+        choice: another criterion, or a constant batch.
+        limits: smallest and largest batch that a criterion is given, in examples; None for none. A constant batch is
+            taken as it is.
+        price: of a step, in examples.
+
+    Raises:
+        ValueError: no noise scale in the journal, or a choice outside its range.
+    """
+    pieces = segments(run)
+    batch = batches(choice, pieces.noise_scale, limits)
+    steps = float((pieces.progress / batch + pieces.progress / pieces.noise_scale).sum())
+    examples = float((pieces.progress * (1 + batch / pieces.noise_scale)).sum())
+    at_equal = float((pieces.examples / batch).sum())
+    return _outcome(choice.name, examples, steps, at_equal, float(pieces.progress.sum()), price)
+
+
+def batches(choice: Choice, noise_scale: Floats, limits: tuple[float | None, float | None]) -> Floats:
+    """The batch that a choice takes at each noise scale, in examples, of the same shape.
+
+    Raises:
+        ValueError: a choice outside its range.
+    """
+    criterion = choice.criterion()
+    if criterion is None:
+        return np.full(len(noise_scale), choice.value)
+    asks = criterion.rest if isinstance(criterion, Resting) else criterion.wanted
+    # Squared norms at one and two examples of a gradient whose signal is 1: the criteria read nothing but the ratio.
+    wanted = [
+        asks(Observation(GradientMoments(1 + scale, 1.0, 1 + scale / 2, 2.0, 2), Progress()))
+        for scale in noise_scale.tolist()
+    ]
+    low, high = limits
+    taken: Floats = np.clip(np.array(wanted), max(1.0, low or 1.0), math.inf if high is None else high)
+    return taken
+
+
+def constant_at_equal_examples(run: RunSteps) -> Choice | None:
+    """The constant batch that would have made the same progress from as many examples; None where there is none.
+
+    Beside it stands what following the noise is worth: the run took fewer steps than it, or did not.
+
+    Raises:
+        ValueError: as ``usable_scale`` does.
+    """
+    pieces = segments(run)
+    lost = float(pieces.examples.sum() - pieces.progress.sum())
+    over = float((pieces.progress / pieces.noise_scale).sum())
+    size = lost / over if over > 0 else 0.0
+    return Choice("constant", size) if size >= 1 else None
+
+
+def _outcome(name: str, examples: float, steps: float, at_equal: float, progress: float, price: float) -> Outcome:
+    return Outcome(
+        name=name,
+        mean_batch=examples / steps if steps else math.nan,
+        steps_at_equal_examples=at_equal,
+        steps=steps,
+        examples=examples,
+        efficiency=progress / examples if examples else math.nan,
+        cost=examples + price * steps if price else math.nan,
+    )

@@ -1,0 +1,213 @@
+"""The page of a report: what it is made of, and what a browser makes of it (headless Chromium, where there is one)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from adabatch.report.page import Reported, page, report_on
+from adabatch.report.steps import read_steps
+from adabatch.report.what_if import Choice, what_if
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def journal(num_steps: int, *, layers: int = 0, seed: int = 0, **other) -> list[dict]:
+    """Lines of a run in which everything is there that a page can show."""
+    random = np.random.default_rng(seed)
+    lines, examples, batch = [], 0, 16
+    for step in range(num_steps):
+        scale = float(40 * (1 + step / 50) * random.lognormal(0, 0.2))
+        after = 2 * batch if step % max(1, num_steps // 5) == max(1, num_steps // 5) - 1 and batch < 256 else batch
+        measured = {"noise": scale, "signal": 1.0, "noise_scale": scale}
+        lines.append(
+            {
+                "format": 1,
+                "step": step,
+                "examples": examples,
+                "plan": {"micro_batch_size": 8, "accumulation_steps": 2, "dp_size": 1, "global_batch_size": batch},
+                "loss": 2 / (1 + step / 20) * float(random.lognormal(0, 0.1)),
+                "moments": measured,
+                "averages": measured,
+                "wanted": 3 * scale,
+                "low": 2 * scale,
+                "high": None if step < 3 else 5 * scale,
+                "freedom": 4.0 + step,
+                "next": after,
+                "reason": ("grow" if after > batch else ("not significant", "within hysteresis", "hold")[step % 3]),
+                "lr": {"base": [0.1], "shape": [1 - step / num_steps], "factor": (batch / 16) ** 0.5, "applied": [0.1]},
+                "applied": step != 5,
+                "layers": {
+                    f"blocks.{i}.mlp": {"noise": scale * (i + 1), "signal": 1.0 - 0.4 * i, "noise_scale": scale}
+                    for i in range(layers)
+                },
+                "seconds": 0.1 * batch,
+                "run": f"{seed}",
+                **other,
+            }
+        )
+        examples, batch = examples + batch, after
+    return lines
+
+
+def two_runs() -> list[Reported]:
+    config = {
+        "limits.min": 16,
+        "limits.max": 256,
+        "tokens_per_example": 128,
+        "optimizer.init_args.weight_decay": 0.1,
+        "optimizer.init_args.betas": [0.9, 0.95],
+        "lr_rule": "sqrt",
+    }
+    first = read_steps(journal(300, layers=3), "first <run>")
+    second = read_steps(journal(200, seed=1), "second")
+    return [report_on(first, {**config, "seed": 0}, price=64), report_on(second, {**config, "seed": 1}, price=64)]
+
+
+class Parts(HTMLParser):
+    """The elements of a page, and everything that it would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.loads: list[tuple[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.loads += [(tag, value or "") for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_loads_nothing():
+    text = page(two_runs())
+    parts = Parts()
+    parts.feed(text)
+    parts.close()
+    assert parts.open == []
+    assert {"html", "head", "title", "style", "body", "main", "script", "noscript"} <= parts.seen
+    assert parts.loads == [("link", "data:,")]
+    assert not re.search(r"@import|url\(\s*['\"]?(https?:)?//|\bfetch\(|XMLHttpRequest|\bimport\(", text)
+    # One address is left: the name of SVG's namespace, which nothing loads.
+    assert set(re.findall(r"https?://[^\"'\s]+", text)) == {"http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.slow
+def test_large_runs_and_many_of_them_stay_small():
+    one = [report_on(read_steps(journal(5_000, layers=150), "large"))]
+    assert len(page(one).encode()) < 3_000_000
+    short = read_steps(journal(1_500, layers=20), "one of many")
+    assert len(page([report_on(short)] * 24).encode()) < 3_000_000
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on the path")
+    with api.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+class Opened:
+    """A page in the browser, with what it complained about and asked for."""
+
+    def __init__(self, browser: Any, path: Path, *, width: int = 1200, scheme: str = "light") -> None:
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.tab = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+        self.tab.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
+        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.tab.on("request", lambda request: self.requests.append(request.url))
+        self.tab.goto(path.as_uri())
+
+    def text(self, selector: str) -> str:
+        return str(self.tab.inner_text(selector))
+
+    def count(self, selector: str) -> int:
+        return int(self.tab.locator(selector).count())
+
+
+@pytest.mark.slow
+def test_a_browser_draws_it_and_its_switches_work(browser, tmp_path):
+    path = tmp_path / "report.html"
+    reports = two_runs()
+    path.write_text(page(reports), encoding="utf-8")
+    opened = Opened(browser, path)
+    tab = opened.tab
+    charts = {"batch", "loss", "noise", "efficiency", "lr", "shape", "factor", "tau", "betas", "freedom", "layers"}
+    assert set(tab.eval_on_selector_all("[data-chart]", "all => all.map(each => each.dataset.chart)")) == charts
+    assert all(opened.count(f'[data-chart="{chart}"] svg path') for chart in charts - {"layers"})
+    assert opened.count('[data-chart="layers"] svg rect') > 100
+    assert "first <run>" in opened.text("#totals")
+    assert "1 update was left out" in opened.text('[data-kind="updates_left_out"] >> nth=0')
+    assert "seed" in opened.text("#differences")
+
+    curve = '[data-chart="batch"] svg path >> nth=-1'
+    before = tab.get_attribute(curve, "d")
+    for name, unit in (("steps", "steps"), ("tokens", "tokens"), ("time", "seconds"), ("examples", "examples")):
+        tab.click(f'#axis label:has-text("{name}")')
+        assert tab.locator('[data-chart="batch"] svg text').last.text_content() == unit
+    tab.click('#axis label:has-text("steps")')
+    assert tab.get_attribute(curve, "d") != before
+
+    drawn = opened.count('[data-chart="loss"] svg path')
+    tab.uncheck(".runs input >> nth=1")
+    assert opened.count('[data-chart="loss"] svg path') == drawn / 2
+    tab.check(".runs input >> nth=1")
+    assert opened.count('[data-chart="loss"] svg path') == drawn
+
+    for theme in ("light", "dark", None):
+        tab.click("#theme")
+        assert tab.get_attribute("html", "data-theme") == theme
+    tab.hover('[data-chart="batch"] svg', position={"x": 400, "y": 100})
+    assert "taken" in opened.text(".tip")
+
+    tab.select_option("#try-kind", "constant")
+    tab.fill("#try-value", "100")
+    told = what_if(reports[0].run, Choice("constant", 100))
+    assert f"takes {round(told.steps):,} steps" in opened.text("#try-answer")
+    assert f"{round(told.examples):,} examples" in opened.text("#try-answer")
+    tab.select_option("#try-kind", "eta")
+    tab.fill("#try-value", "1.5")
+    assert "between 0 and 1" in opened.text("#try-answer")
+
+    assert opened.complaints == []
+    assert opened.requests == [path.as_uri()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 900, 1500])
+def test_nothing_leaves_the_window(browser, tmp_path, width):
+    path = tmp_path / "report.html"
+    path.write_text(page(two_runs()), encoding="utf-8")
+    opened = Opened(browser, path, width=width, scheme="dark")
+    assert opened.tab.evaluate("document.documentElement.scrollWidth") <= width
+    opened.tab.emulate_media(media="print", color_scheme="light")
+    assert not opened.tab.is_visible("#axis")
+    assert opened.tab.is_visible('[data-chart="batch"] svg')
+    assert opened.complaints == []
+
+
+@pytest.mark.slow
+def test_a_run_that_measured_nothing_has_a_page(browser, tmp_path):
+    silent = {"moments": None, "averages": None, "wanted": None, "low": None, "high": None, "lr": None}
+    lines = journal(3, **silent, loss=None, reason="not probed")
+    path = tmp_path / "report.html"
+    path.write_text(page([report_on(read_steps(lines, "silent"))]), encoding="utf-8")
+    opened = Opened(browser, path)
+    assert "not measured" in opened.text('[data-chart="noise"]')
+    assert opened.complaints == []
