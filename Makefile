@@ -3,7 +3,7 @@
 # make test         the whole test suite
 # make check        ruff, and mypy: strict for the library, looser for tests, benchmarks and examples
 # make dev          an environment for `make fast` and `make check`, without DeepSpeed and MPI, and the pre-commit hooks
-# make bench        every benchmark, into benchmarks/results/
+# make bench        every benchmark, into benchmarks/results/; make bench STUDY=frontier runs that one
 #
 # Each makes .venv first, with the versions of constraints.txt: quickstart with what it needs itself, the others with
 # every engine and host that the tests run on. Only python3 and make are needed.
@@ -16,6 +16,8 @@ INSTALLED_ALL := .venv/.installed-all
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Test files run side by side, one after the other in each of so many workers.
 WORKERS ?= 2
+# Names of benchmarks to run, without .py; all of them where it is empty.
+STUDY ?=
 # One thread a process: the two processes of a run already fill two cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -47,7 +49,9 @@ dev: $(INSTALLED_DEV)
 	$(BIN)/pre-commit install
 
 bench: $(INSTALLED_ALL)
-	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(if $(STUDY),$(STUDY:%=benchmarks/%.py),benchmarks/[a-z]*.py); do \
+		$(BIN)/python $$script || exit 1; \
+	done
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

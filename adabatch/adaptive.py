@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
-from adabatch.guards.drift import DriftCheck
+from adabatch.guards.drift import DriftCheck, check_interval
 from adabatch.guards.finite import nonfinite_in
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.left_out import UpdatesInARow
@@ -235,10 +235,9 @@ class AdaptiveBatch:
             self._heartbeat = Heartbeat()
             self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
             self._observers = Observers(self._heartbeat, *self._stopwatches)
-            if guard.check_every is not None:
-                check = DriftCheck(
-                    self._engine, optimizer, self._planner, every=guard.check_every, observers=self._observers
-                )
+            every = check_interval(guard.check_every, self._engine)
+            if every is not None:
+                check = DriftCheck(self._engine, optimizer, self._planner, every=every, observers=self._observers)
                 self._observers.add(check)
             self._tell_engine()
 

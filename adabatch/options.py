@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch.amp.grad_scaler import GradScaler
 
@@ -62,22 +63,25 @@ class Guard:
             accumulate, and the journal says so (``out_of_memory``). Not available if ranks gather shards from each
             other (FSDP2, DeepSpeed).
         check_every: number of steps between checks that all ranks have the same plan, and that copies of the weights
-            have the same bits. A check costs one pass over the weights, 24 bytes per rank and a host sync. None for no
-            checks.
+            have the same bits. A check costs one pass over the weights, 24 bytes per rank and a host sync. "auto" means
+            before the first step and every 1,000 steps if several ranks hold copies, which those of local SGD do not.
+            None for no checks.
 
     Raises:
-        ValueError: if ``check_every`` or ``max_left_out`` is below 1, or ``skip_nonfinite`` is a word other than
-            "probed".
+        ValueError: if ``check_every`` or ``max_left_out`` is below 1, or one of the options is another word than
+            "probed" or "auto".
     """
 
     skip_nonfinite: SkipNonfinite = True
     max_left_out: int | None = 50
     trial: TrialLoss | None = None
-    check_every: int | None = None
+    check_every: int | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
-        if self.check_every is not None and self.check_every < 1:
+        if isinstance(self.check_every, int) and self.check_every < 1:
             raise ValueError(f"check_every must be at least 1 step, or None for no checks, got {self.check_every}")
+        if not isinstance(self.check_every, int | None) and self.check_every != "auto":
+            raise ValueError(f"check_every must be a number of steps, 'auto' or None, got {self.check_every!r}")
         if self.max_left_out is not None and self.max_left_out < 1:
             raise ValueError(
                 f"max_left_out must be at least 1 update in a row, or None for any number, got {self.max_left_out}"

@@ -16,6 +16,7 @@ from adabatch.batch.plan import BatchPlan
 from adabatch.guards.finite import FindNonfinite
 from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.votes import Votes
+from adabatch.runtime.collectives import explained
 from adabatch.runtime.data import LossWeights, Portion
 from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
@@ -198,10 +199,10 @@ class Step:
         # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
         share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
         if self._probe is None:
-            self._engine.backward.run(share)
+            self._run_backward(share)
         else:
             self._probe.begin_part(self.portion.sizes[self._num_backward])
-            self._engine.backward.run(share)
+            self._run_backward(share)
             self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
         self._mistakes.backward_ended()
         if self._probe is not None or self._find_nonfinite is not None:
@@ -210,13 +211,17 @@ class Step:
         self._enter(Phase.AFTER_BACKWARD, self._num_backward)
         self._num_backward += 1
 
+    def _run_backward(self, loss: Tensor) -> None:
+        with explained():  # DDP and FSDP2 reduce in it
+            self._engine.backward.run(loss)
+
     def _backward_of_nothing(self) -> None:
         """The backward of a micro-batch of weight 0, for which other ranks may be waiting."""
         zero = self._empty_parts.zero()
         if self._probe is not None:
             self._probe.begin_part()
         if zero is not None:
-            self._engine.backward.run(zero)
+            self._run_backward(zero)
         elif not self._runs_without(last=self._num_backward == len(self.portion.sizes) - 1):
             raise RuntimeError(
                 "a micro-batch that weighs nothing must still take part in the reduction of gradients, and no gradient "

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+
+import adabatch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -23,3 +30,85 @@ def test_exact_tests_and_their_rivals_agree(task: str, monkeypatch: pytest.Monke
         assert exact_tests.peak_of(task, exact_tests.NORMS) > 0
     assert {exact_tests.PLAIN, *exact_tests.GOALS} < timings.seconds.keys()
     assert all(len(seconds) == 2 for seconds in timings.seconds.values())
+
+
+@pytest.fixture
+def frontier(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("frontier")
+
+
+def test_the_frontier_study_goes_on_where_it_stopped_and_reports(
+    frontier: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell, path = frontier.Cell("digits", "adamw", 512), tmp_path / "runs.jsonl"
+
+    def rows(store: Callable[[Any], Any]) -> list[Any]:
+        constants = frontier.constants(cell, store, sizes=(16, 64))
+        return [*constants, *frontier.ours(cell, store, chosen=[frontier.DEFAULT])]
+
+    told: list[Any] = []
+    found = rows(frontier.Store(path, say=lambda job, outcome: told.append(job)))
+    assert len(told) == len(set(told)) == len(path.read_text().splitlines())
+    assert all(0 < row.loss < 3 for row in found)
+    assert repr(rows(frontier.Store(path, run=False))) == repr(found)
+
+    frontier.report(frontier.Store(path, run=False), [cell], save=False)
+    said = capsys.readouterr().out
+    assert "digits, adamw, 512: tuned constants" in said
+    assert f"Default: {frontier.DEFAULT.name}." in said
+
+    path.write_bytes(path.read_bytes()[:-20])  # as if killed while it wrote the last run
+    with pytest.raises(frontier.NotRunError, match="was not run"):
+        rows(frontier.Store(path, run=False))
+    again: list[Any] = []
+    rows(frontier.Store(path, say=lambda job, outcome: again.append(job)))
+    assert again == told[-1:]
+
+
+def test_a_tuned_rate_is_never_at_the_edge_of_its_grid(frontier: ModuleType) -> None:
+    asked: list[tuple[float, float]] = []
+
+    def loss(setting: tuple[float, float]) -> float:
+        asked.append(setting)
+        lr, warmup = setting
+        return math.inf if lr > 3 else abs(math.log2(lr / 2)) + abs(warmup - 0.25)
+
+    assert frontier.tune(loss, frontier.Setting(1 / 64, 0.02)) == (2.0, 0.25)
+    assert {lr for lr, _ in asked} >= {1.0, 2.0, 4.0}
+
+
+def test_costs_on_a_frontier_follow_the_power_law_between_its_points(frontier: ModuleType) -> None:
+    of = importlib.import_module("_frontier.frontiers")
+    points = [of.Point(steps, steps**-0.5) for steps in (16, 64, 1024)]
+    curve = of.pareto([*points, of.Point(100, 0.2), of.Point(2000, math.inf)])
+    assert curve == points
+    assert of.cost_at(curve, 256**-0.5) == of.Cost(pytest.approx(256))
+    assert of.loss_at(curve, 256) == pytest.approx(256**-0.5)
+    assert of.cost_at(curve, 0.5) == of.Cost(16, "<")
+    assert of.cost_at(curve, 0.01) == of.Cost(1024, ">")
+    assert of.time_to(points[0], points[1], 128**-0.5) == math.inf
+    assert of.time_to(points[0], points[1], 80**-0.5) == pytest.approx(80)
+
+
+@pytest.mark.parametrize("warmup", [0.1, 0.5])
+def test_the_plain_loop_has_the_rates_of_a_schedule(frontier: ModuleType, warmup: float) -> None:
+    """So that constants and what follows the noise differ in their batch alone."""
+    of = importlib.import_module("_frontier.runs")
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = adabatch.ProgressLR(
+        optimizer, adabatch.lr.cosine(), total=adabatch.steps(40), warmup=adabatch.steps(round(40 * warmup))
+    )
+    for step in range(40):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(of.shape(step / 40, (step + 1) / 40, warmup), abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.25])
+def test_early_and_late_growth_take_equal_steps(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    claims = importlib.import_module("claims")
+    first, later = claims.FIRST, claims.growth(1 / 48, share)
+    assert share / first + (1 - share) / later == pytest.approx(1 / 48, rel=0.01)

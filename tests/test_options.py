@@ -29,6 +29,8 @@ def test_the_constructor_takes_at_most_seventeen_arguments() -> None:
 def test_values_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="check_every must be at least 1 step"):
         Guard(check_every=0)
+    with pytest.raises(ValueError, match="check_every must be a number of steps, 'auto' or None, got 'always'"):
+        Guard(check_every="always")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="skip_nonfinite must be True, False or 'probed', got 'always'"):
         Guard(skip_nonfinite="always")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layers='module' groups them otherwise: give only one"):

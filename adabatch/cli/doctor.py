@@ -23,10 +23,7 @@ into a bug report. Status 1 if something that adabatch needs is too old."""
 
 OPTIONAL = (
     ("scikit-learn", "the digits of the quickstart"),
-    ("tensorboard", "trackers"),
-    ("wandb", "trackers"),
     ("mlflow", "trackers"),
-    ("mlflow-skinny", "trackers"),
     ("trackio", "trackers"),
 )
 """What no extra asks for, or what a reader looks for by its name."""
@@ -115,7 +112,13 @@ def surroundings() -> dict[str, Any]:
     """Where this process runs: versions, launcher, backends, devices; nothing that names the machine or its user."""
     try:
         world = World.from_environment()
-        launched: dict[str, Any] = {"rank": world.rank, "size": world.size, "device": str(world.device)}
+        launched: dict[str, Any] = {
+            "launcher": world.launcher,
+            "rank": world.rank,
+            "size": world.size,
+            "device": str(world.device),
+            "backend": world.backend,
+        }
     except (ValueError, RuntimeError, OSError) as error:
         launched = {"error": " ".join(str(error).split())}
     backends = [name for name in ("nccl", "gloo", "mpi") if dist.is_available() and dist.is_backend_available(name)]
@@ -167,7 +170,9 @@ def advice(found: Sequence[Package], place: dict[str, Any]) -> list[str]:
 
 def _lines(found: Sequence[Package], place: dict[str, Any], said: Sequence[str]) -> list[str]:
     launched = place["launched"]
-    where = launched.get("error") or f"rank {launched['rank']} of {launched['size']}, on {launched['device']}"
+    where = launched.get("error") or (
+        f"rank {launched['rank']} of {launched['size']}, on {launched['device']}, launched by {launched['launcher']}"
+    )
     devices = [f"{each['name']}, {each['memory_gib']} GiB, {each['capability']}" for each in place["accelerators"]]
     facts = {
         "adabatch": place["adabatch"],

@@ -175,7 +175,7 @@ class Job:
                 raise ValueError(f"{name} needs a class_path, such as my_package.my_module.MyClass, and got none")
         for name, most in COUNTS.items():
             count = attrgetter(name)(self) if self.control or "control" not in name else None
-            if count is not None and count > most:
+            if isinstance(count, int) and count > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
         if self.hang_timeout is not None and not 0 < self.hang_timeout < math.inf:
             raise ValueError(

@@ -6,17 +6,12 @@ import math
 from types import TracebackType
 from typing import Protocol
 
-import torch.distributed as dist
-
 from adabatch.guards.connections import Connections
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.monitor import EXIT_RANK_LOST, Monitor
-from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.collectives import Collectives, is_connection_lost
 
 __all__ = ["EXIT_RANK_LOST", "RankLost", "Watchdog"]
-
-_CONNECTION_LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""Words in the plain RuntimeErrors of collectives whose peer is gone."""
 
 
 class RankLost(RuntimeError):
@@ -112,22 +107,14 @@ class Watchdog:
         if error is None:
             monitor.leave()
             monitor.ended.wait()
-        elif _lost_connection(error):
+        elif is_connection_lost(error):
             monitor.ended.wait(self._grace)
         if monitor.finding is not None:
             monitor.stop()
-            if error is None or _lost_connection(error):
+            if error is None or is_connection_lost(error):
                 raise RankLost(monitor.finding) from error
         elif error is None:
             monitor.stop()
         else:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             monitor.fail(f"rank {self._collectives.rank} raised {said}, in {self._heartbeat.place}")
-
-
-def _lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another rank has ended."""
-    said = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(words in said for words in _CONNECTION_LOST)
-    )

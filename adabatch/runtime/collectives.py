@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.fsdp2 import data_parallel_mesh, is_sharded
+
+_LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""In the messages of collectives whose other end is gone; they are plain RuntimeErrors."""
+
+
+def is_connection_lost(error: BaseException) -> bool:
+    """Whether an error of a collective follows from the end of another rank, rather than from this one."""
+    said = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(words in said for words in _LOST)
+    )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """To the error of a collective whose other end is gone, a note is added that says what to look for."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_connection_lost(error) and not getattr(error, "__notes__", None):
+            error.add_note(
+                "Another rank has died or raised an error, which its own output tells, or waits elsewhere. Around the "
+                "loop over the steps, `with adabatch.Watchdog(batches):` names that rank, where it was, and its error"
+            )
+        raise
 
 
 class Collectives:
@@ -154,8 +181,9 @@ class Collectives:
         return least == -minus_largest
 
     def _reduced(self, values: Tensor, op: Any) -> Tensor:
-        for group in reversed(self._groups):
-            dist.all_reduce(values, op=op, group=group)
+        with explained():
+            for group in reversed(self._groups):
+                dist.all_reduce(values, op=op, group=group)
         return values
 
 

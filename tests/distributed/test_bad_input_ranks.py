@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,3 +229,28 @@ def test_a_loader_that_raises_on_one_rank_ends_all(tmp_path):
         "RuntimeError: the loader of rank 1 raised an error: ValueError: the disk is gone",
         "ValueError: the disk is gone",
     ]
+
+
+def one_rank_ends(rank: int, folder: Path, place: str) -> None:
+    """Rank 1 ends in the loop, before or after the backward; the other waits in DDP's reduction, or in ours."""
+    model = DistributedDataParallel(network())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    batches = AdaptiveBatch(model, optimizer, NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=16, max=16))
+    try:
+        for step in batches.steps(GlobalOrder(regression(64))):
+            for number, (x, y) in enumerate(step):
+                loss = (model(x) - y).square().mean()
+                if rank == 1 and number == 1 and place == "backward":
+                    os._exit(0)
+                step.backward(loss)
+                if rank == 1 and number == 1:
+                    os._exit(0)
+    except RuntimeError as error:
+        (folder / "said").write_text(" ".join(error.__notes__))
+
+
+@pytest.mark.parametrize("place", ["backward", "measuring"])
+def test_a_lost_connection_says_which_guard_names_the_rank(place: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):  # rank 1 leaves no result
+        run_ranks(one_rank_ends, 2, tmp_path, tmp_path, place)
+    assert "`with adabatch.Watchdog(batches):` names that rank" in (tmp_path / "said").read_text()

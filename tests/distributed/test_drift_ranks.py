@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,10 @@ from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, LocalSGD, steps
 from adabatch.guards import RanksDrifted
+from adabatch.guards.drift import AUTOMATIC, check_interval
 from adabatch.options import Guard
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.engines.choice import engine_for
 
 pytestmark = pytest.mark.distributed
 
@@ -88,6 +91,45 @@ def test_copies_of_shards_are_compared(tmp_path):
     for found in run_ranks(cases, 4, tmp_path, 4):
         assert found["HSDP, nothing"] == "6 steps"
         assert "before step 4, ranks 1 and 3 hold different weights, and there is no majority" in found["HSDP, weights"]
+
+
+def ignored(rank: int) -> str:
+    """A part that DDP leaves to each rank is not compared; and by default the first step is checked."""
+    model = network()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["2.bias"])
+    wrapped_model = DistributedDataParallel(model)
+    with torch.no_grad():
+        model[2].bias.fill_(float(rank))
+    model[2].bias.requires_grad_(False)
+    said = []
+    for index in range(2):
+        if index and rank == 1:
+            flip(wrapped_model)
+        optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        batches = AdaptiveBatch(wrapped_model, optimizer, Constant(4), micro_batch_size=2)
+        try:
+            next(batches.steps(GlobalOrder(regression(8))))
+            said.append("nothing")
+        except RanksDrifted as error:
+            said.append(str(error))
+    return "; ".join(said)
+
+
+def test_by_default_the_first_step_is_checked_but_for_what_ddp_ignores(tmp_path):
+    for found in run_ranks(ignored, 2, tmp_path):
+        assert found.startswith("nothing; before step 0, ranks 0 and 1 hold different weights")
+        assert "Guard(check_every=None)" in found
+
+
+def test_the_interval_by_itself() -> None:
+    class Ranks:
+        size = 2
+
+    alone, many, workers = (engine_for(torch.nn.Linear(1, 1)) for _ in range(3))
+    many.collectives = workers.collectives = cast("Collectives", Ranks())
+    workers.copies = False
+    assert [check_interval("auto", each) for each in (alone, many, workers)] == [None, AUTOMATIC, None]
+    assert [check_interval(every, many) for every in (5, None)] == [5, None]
 
 
 def test_workers_that_step_alone_are_not_checked() -> None:

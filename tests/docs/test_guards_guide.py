@@ -11,6 +11,7 @@ import torch
 from support.loops import lines
 
 from adabatch.cli.job import Job
+from adabatch.guards.drift import AUTOMATIC
 from adabatch.guards.finite import SkipNonfinite
 from adabatch.guards.watchdog import EXIT_RANK_LOST
 
@@ -32,7 +33,8 @@ def test_the_python_of_the_guide_runs(
 def test_defaults_and_statuses_are_those_of_the_code() -> None:
     fields: dict[str, Any] = Job.__dataclass_fields__
     assert f"`hang_timeout: {fields['hang_timeout'].default:g}`" in TEXT
-    assert fields["guard"].default.check_every is None
+    assert fields["guard"].default.check_every == "auto"
+    assert f"every {AUTOMATIC:,} steps" in TEXT
     assert TEXT.count(f"status {EXIT_RANK_LOST}") == 3
     _, word = get_args(SkipNonfinite)
     assert f'| `"{get_args(word)[0]}"` |' in TEXT
