@@ -76,7 +76,7 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
             if other != path:
                 raise CheckpointError(
                     f"{folder} holds two checkpoints of number {int(match[1])}, {other.name} and {path.name}, of which "
-                    f"one is no checkpoint of this run: move it away"
+                    f"one is not a checkpoint of this run: move it away"
                 )
     return dict(sorted(found.items(), reverse=True))
 
@@ -239,15 +239,17 @@ def _read_manifest(path: Path) -> Manifest:
         files = {name: (size, digest) for name, (size, digest) in manifest["files"].items()}
         contents = manifest["contents"]
         if not isinstance(contents, dict):
-            raise TypeError("its contents are no object")
+            raise TypeError("its contents are not an object")
         for name, (size, digest) in files.items():
             inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
             if not (inside and isinstance(size, int) and isinstance(digest, str)):
-                raise TypeError(f"its entry for {name!r} is no file of a checkpoint with a size and a checksum")
+                raise TypeError(f"its entry for {name!r} is not a file of a checkpoint with a size and a checksum")
     except NewerFormat:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path}: {MANIFEST} matches its checksum, and is no manifest of a checkpoint: {error}") from None
+        raise Damaged(
+            f"{path}: {MANIFEST} matches its checksum, and is not a manifest of a checkpoint: {error}"
+        ) from None
     return Manifest(contents, files)
 
 

@@ -292,7 +292,9 @@ class RunState:
             raise CheckpointError(f"{path}: {name} cannot be read: {str(error).splitlines()[0]}") from error
         missing = [part for part in (*self._parts, "random") if not isinstance(state, dict) or part not in state]
         if missing:
-            raise CheckpointError(f"{path}: {name} holds no state of {', '.join(missing)}, and is no file of this run")
+            raise CheckpointError(
+                f"{path}: {name} holds no state of {', '.join(missing)}, and is not a file of this run"
+            )
         return dict(state)
 
     def _own_file(self, path: Path) -> str:

@@ -164,4 +164,4 @@ class _Unpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _RECORDS.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is no part of a record of tensors")
+        raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is not part of a record of tensors")

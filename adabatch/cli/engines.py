@@ -144,7 +144,7 @@ def _deepspeed(
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"engine_config={config} is no JSON: {error}") from error
+        raise ValueError(f"engine_config={config} is not JSON: {error}") from error
     if is_second_order(make_optimizer):
         raise ValueError(
             "engine: deepspeed runs no second-order optimizer of a config, since ZeRO 1 to 3 leave it no layer's "

@@ -185,7 +185,9 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
             continue
         batch = _number(_part(entry, "plan").get("global_batch_size"))
         if not batch > 0:
-            raise ValueError(f"{source}, line {number}, is no step of a run: it has no plan with a global_batch_size")
+            raise ValueError(
+                f"{source}, line {number}, is not a step of a run: it has no plan with a global_batch_size"
+            )
         lr, averages = _part(entry, "lr"), _part(entry, "averages")
         base_lrs = tuple(_numbers(lr.get("base"))) or base_lrs
         factor = _number(lr.get("factor", 1.0))

@@ -39,7 +39,7 @@ def hook_step(
         except AttributeError as error:  # such as Accelerate's
             remove_all(handles)
             raise TypeError(
-                f"{type(one).__name__} is no optimizer with step hooks: give the optimizer inside it, before it is "
+                f"{type(one).__name__} is not an optimizer with step hooks: give the optimizer inside it, before it is "
                 f"wrapped (with Accelerate, before accelerator.prepare)"
             ) from error
     if isinstance(before, MethodType):

@@ -171,7 +171,7 @@ def rewritten(path: Path, line: str) -> None:
 def test_a_manifest_with_a_right_checksum_and_wrong_contents_is_damage(tmp_path: Path, line: str) -> None:
     good, bad = written(tmp_path), written(tmp_path)
     rewritten(bad, line)
-    with pytest.raises(Damaged, match=r"000002-step-1: manifest\.json matches its checksum, and is no manifest"):
+    with pytest.raises(Damaged, match=r"000002-step-1: manifest\.json matches its checksum, and is not a manifest"):
         check(bad)
     assert newest(tmp_path) == good
 

@@ -120,7 +120,7 @@ def test_every_engine_takes_the_same_run_and_goes_on_after_a_signal(tmp_path: Pa
     [
         ("ddp", "good.json", r"engine_config=.*good.json is for engine: deepspeed; ddp has none"),
         ("deepspeed", None, "engine: deepspeed needs engine_config"),
-        ("deepspeed", "bad.json", "bad.json is no JSON"),
+        ("deepspeed", "bad.json", "bad.json is not JSON"),
         ("deepspeed", "good.json", "runs under a launcher: launch/deepspeed.sh"),
     ],
 )

@@ -100,7 +100,7 @@ def test_plan_prints_and_writes_what_the_library_makes(tmp_path: Path, capsys: p
     [
         (["check", "--method=newton"], "method must be one of sgd"),
         (["check", "--model=nowhere.make"], "'nowhere.make' cannot be imported"),
-        (["check", "--model=adabatch.recipes.widths.BATCH"], "is no function or class, but int"),
+        (["check", "--model=adabatch.recipes.widths.BATCH"], "is not a function or class, but int"),
         (["check", "--widths", "64"], "two or more different"),
         (["check", "--method=sgd", "--damping=0.1", "--widths", "64", "128"], "sgd has no damping"),
         (["plan", "--width=64"], "same width as the model"),

@@ -64,7 +64,7 @@ def test_lines_become_arrays_of_the_applied_steps() -> None:
         (["{", line(0)], r"mine, line 1, is not JSON and not the last line"),
         (["[1]"], "mine, line 1, is not a line of a journal"),
         ([line(0, format=2)], "mine, line 1, has format 2"),
-        ([line(0, plan=None)], "mine, line 1, is no step of a run"),
+        ([line(0, plan=None)], "mine, line 1, is not a step of a run"),
         ([line(0, lr={"factor": 0.0})], "the batch factor must be positive, got 0.0"),
     ],
 )

@@ -453,12 +453,12 @@ class Wrapper(Optimizer):
 
 def test_a_wrapper_without_hooks_is_refused_at_once() -> None:
     optimizer = sgd(0.1)
-    with pytest.raises(TypeError, match="Wrapper is no optimizer with step hooks: give the optimizer inside it"):
+    with pytest.raises(TypeError, match="Wrapper is not an optimizer with step hooks: give the optimizer inside it"):
         ProgressLR(Wrapper(optimizer), lr.linear(), total=steps(10), warmup=steps(5))
     assert optimizer.param_groups[0]["lr"] == 0.1
     model = network()
     inner = SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match="Wrapper is no optimizer with step hooks"):
+    with pytest.raises(TypeError, match="Wrapper is not an optimizer with step hooks"):
         AdaptiveBatch(model, Wrapper(inner), NormTest(eta=0.5), micro_batch_size=4, limits=Limits(min=8, max=64))
     assert hooks_of(inner) == sum(len(p._backward_hooks or {}) for p in model.parameters()) == 0
     with pytest.raises(TypeError, match="or a list of several, got a list with int in it"):

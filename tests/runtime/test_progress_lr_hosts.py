@@ -121,7 +121,7 @@ def test_accelerates_wrapper_of_an_optimizer_is_refused_with_the_way_out() -> No
     from accelerate import Accelerator
 
     optimizer = Accelerator(cpu=True).prepare(SGD(network().parameters(), lr=0.1))
-    with pytest.raises(TypeError, match=r"AcceleratedOptimizer is no optimizer.*before accelerator.prepare"):
+    with pytest.raises(TypeError, match=r"AcceleratedOptimizer is not an optimizer.*before accelerator.prepare"):
         schedule_of(optimizer)
 
 

@@ -37,5 +37,5 @@ def imported(path: str) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{path!r} cannot be imported ({error}): give package.module.function") from error
     if not callable(found):
-        raise ValueError(f"{path} is no function or class, but {type(found).__name__}")
+        raise ValueError(f"{path} is not a function or class, but {type(found).__name__}")
     return found

@@ -79,7 +79,7 @@ def compare(
     display.say(f"best base LR = sqrt(T1/T2), bound there = 2 sqrt(T1 T2), of the last iterate: {BOUND_SOURCE}")
     display.say(
         "D, the distance from the start to a minimiser, is unknown and the same in every row: read the ratios. "
-        "The bound ranks shapes; it is no loss."
+        "The bound ranks shapes; it is not a loss."
     )
     draw_panels(lambda draw: _compared(draw, bounded, constant=norms is None), out, display=display)
 

@@ -77,7 +77,7 @@ def read_checkpoint(path: Path) -> SavedSchedule:
     except (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         raise ValueError(
-            f"{path} is no checkpoint of `adabatch train` ({reason}); a journal may be given alone"
+            f"{path} is not a checkpoint of `adabatch train` ({reason}); a journal may be given alone"
         ) from None
     # the first releases wrote the anchor as a number
     start, changed = (anchor[0], anchor[1] > 0) if isinstance(anchor, list) else (anchor, False)

@@ -70,5 +70,5 @@ def refuse_zeros(found: Survey, groups: Sequence[Mapping[str, Any]], reduce: Red
             f"the weight of {', '.join(zeros)} is all zeros. Behind a zero readout no other layer has a gradient, so "
             f"the first K-FAC steps are regression on frozen features, and training stays near it, the more so the "
             f"larger the batch (Ishikawa and Karakida 2024): initialize it small instead (optim.mup.init_), or pass "
-            f"allow_zero_weights=True where it is no readout"
+            f"allow_zero_weights=True if it is not a readout"
         )

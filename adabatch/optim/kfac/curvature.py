@@ -30,7 +30,7 @@ def cotangents(
     """Cotangents of the outputs, each of their shape; the last dimension holds the classes or the coordinates.
 
     * "monte-carlo": one, for targets drawn from the model's own likelihood. The Fisher matrix in expectation.
-    * "empirical": one, for the given targets. Vanishes with the residual, and is no curvature of the loss.
+    * "empirical": one, for the given targets. Vanishes with the residual, and is not a curvature of the loss.
     * "gauss-newton": one for each class or coordinate. The Fisher matrix itself, for as many backward passes.
 
     Raises:

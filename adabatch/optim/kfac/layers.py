@@ -164,4 +164,4 @@ def layer_of(module: nn.Module) -> Layer | str:
         if module.max_norm is not None:
             return "an embedding that renormalizes its weight (max_norm)"
         return EmbeddingLayer(module)
-    return f"{type(module).__name__} is no Linear, Conv2d or Embedding"
+    return f"{type(module).__name__} is not a Linear, Conv2d or Embedding"
