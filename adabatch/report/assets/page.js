@@ -506,5 +506,8 @@
   redraw();
   let waiting = 0;
   addEventListener("resize", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(redraw); });
-  addEventListener("beforeprint", redraw);
+  // Paper is white, whatever the screen is.
+  let chosen;
+  addEventListener("beforeprint", () => { chosen = document.documentElement.dataset.theme; document.documentElement.dataset.theme = "light"; redraw(); });
+  addEventListener("afterprint", () => { if (chosen) document.documentElement.dataset.theme = chosen; else delete document.documentElement.dataset.theme; redraw(); });
 })();
