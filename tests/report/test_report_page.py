@@ -199,6 +199,10 @@ def test_nothing_leaves_the_window(browser, tmp_path, width):
     opened.tab.emulate_media(media="print", color_scheme="light")
     assert not opened.tab.is_visible("#axis")
     assert opened.tab.is_visible('[data-chart="batch"] svg')
+    opened.tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert opened.tab.get_attribute("html", "data-theme") == "light"
+    opened.tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert opened.tab.get_attribute("html", "data-theme") is None
     assert opened.complaints == []
 
 

@@ -310,7 +310,7 @@
     }));
     found.push(chart({
       id: "factor", title: "Batch factor", from: 0, note: `What the rule makes of the batch: ${runs.map((run) => run.rule || "unknown").join(", ")}.`,
-      series: each((run, index, x, name) => [{ run: index, kind: "line", bridge: true, x, y: run.factor, color: color(index), label: `${name}factor` }]),
+      series: each((run, index, x, name) => [{ run: index, kind: "step", x, y: run.factor, until: run.end[axis], color: color(index), label: `${name}factor` }]),
     }));
     if (has((run) => any(run.tau)))
       found.push(chart({
@@ -506,5 +506,8 @@
   redraw();
   let waiting = 0;
   addEventListener("resize", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(redraw); });
-  addEventListener("beforeprint", redraw);
+  // Paper is white, whatever the screen is.
+  let chosen;
+  addEventListener("beforeprint", () => { chosen = document.documentElement.dataset.theme; document.documentElement.dataset.theme = "light"; redraw(); });
+  addEventListener("afterprint", () => { if (chosen) document.documentElement.dataset.theme = chosen; else delete document.documentElement.dataset.theme; redraw(); });
 })();
