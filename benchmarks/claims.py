@@ -173,9 +173,12 @@ def told_rule(pages: Sequence[Page]) -> tuple[Table, str]:
     names = [f"{a} to {b}" for a, b in itertools.pairwise(COARSE)]
     title = "The exponent p of best LR ~ b^p (rates lie on a grid of 2, so p on one of 0.5)"
     table = Table(title, ("cell", *names), cells)
-    mean = statistics.fmean(exponents)
-    verdict = "reproduced" if abs(mean - 0.5) <= 0.15 else "refuted"
-    return table, f"The square-root rule from {COARSE[0]} to {COARSE[1]}: {verdict} (mean exponent {mean:.2f})."
+    mean, spread = statistics.fmean(exponents), statistics.pstdev(exponents)
+    verdict = "unclear" if spread > 0.25 else "reproduced" if abs(mean - 0.5) <= 0.15 else "refuted"
+    return table, (
+        f"The square-root rule from {COARSE[0]} to {COARSE[1]}: {verdict} (exponents from {min(exponents):.2f} to "
+        f"{max(exponents):.2f}, {mean:.2f} in the mean)."
+    )
 
 
 def report(store: Store, chosen: Sequence[Cell], *, save: bool) -> None:
