@@ -93,13 +93,13 @@ class LoopMistakes:
             if parameter.grad is None:
                 raise RuntimeError(
                     f"the gradient of {name} was cleared while the step's micro-batches were being run, so only a part "
-                    f"of them would count: optimizer.zero_grad() belongs after optimizer.step(), behind `for batch in "
-                    f"step`"
+                    f"of them would count: optimizer.zero_grad() belongs after `for batch in step`, and after "
+                    f"optimizer.step()"
                 )
             raise RuntimeError(
                 f"the gradient of {name} was changed while the step's micro-batches were being run: zero_grad(), "
-                f"clipping and scaler.unscale_() belong behind `for batch in step`, and another loss belongs into the "
-                f"one that step.backward is given"
+                f"clipping and scaler.unscale_() belong after `for batch in step`, and another loss must be added to "
+                f"the one that step.backward is given"
             )
         self._left.clear()  # a gradient that is cleared later must not live on here
 
@@ -115,10 +115,10 @@ class LoopMistakes:
         found = self._engine.collectives.sum_of(_any_nonzero(held)) if self._engine.shards else [_any_nonzero(held)]
         if any(found):  # a shard may be zero on one rank, and the error belongs to all
             raise RuntimeError(
-                f"gradients of something else are there as the first backward of the step begins, among them that of "
+                f"gradients from before the step are left when its first backward begins, among them that of "
                 f"{self._name_of(held[0])}, and would be added to those of the step: call optimizer.zero_grad() after "
-                f"optimizer.step(), or before `for batch in step`, where another loss (the other network of a GAN) "
-                f"fills them in between"
+                f"optimizer.step(), or before `for batch in step` if another loss (such as the other network of a GAN) "
+                f"leaves gradients in between"
             )
 
     def _name_of(self, parameter: Tensor) -> str:

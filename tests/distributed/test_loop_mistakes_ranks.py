@@ -146,9 +146,9 @@ def test_gradients_that_are_touched_are_said_and_no_others(tmp_path: Path) -> No
         "zeros": "2",
         "cleared": "was cleared while",
         "clipped": "was changed while",
-        "forgotten": "gradients of something else",
+        "forgotten": "gradients from before the step",
         "stepped": "optimizer.step() of the SGD was called while",
-        "shard": "gradients of something else",
+        "shard": "gradients from before the step",
     }
     first, second = run_ranks(gradients, 2, tmp_path)
     assert first == second
@@ -174,4 +174,4 @@ def local(rank: int) -> dict[str, str]:
 def test_workers_of_local_sgd_are_told_too(tmp_path: Path) -> None:
     for found in run_ranks(local, 2, tmp_path):
         assert found["right"] == "2"
-        assert "gradients of something else" in found["forgotten"]
+        assert "gradients from before the step" in found["forgotten"]

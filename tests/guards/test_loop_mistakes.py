@@ -154,7 +154,7 @@ CHANGES: dict[str, Callable[[Run], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_gradients_that_change_between_micro_batches(make: Callable[[], Run], change: str) -> None:
     run = make()
-    with pytest.raises(RuntimeError, match=r"the gradient of 0\.weight was changed while .* belong behind `for batch"):
+    with pytest.raises(RuntimeError, match=r"the gradient of 0\.weight was changed while .* belong after `for batch"):
         loop(run, lambda index: CHANGES[change](run) if index < 2 else None)
 
 
@@ -225,7 +225,7 @@ def test_sparse_gradients_are_looked_at() -> None:
 def test_zero_grad_that_is_forgotten(make: Callable[[], Run]) -> None:
     run = make()
     with pytest.raises(
-        RuntimeError, match=r"gradients of something else .* among them that of 0\.weight.*zero_grad\(\)"
+        RuntimeError, match=r"gradients from before the step .* among them that of 0\.weight.*zero_grad\(\)"
     ):
         loop(run, lambda _: None)
     assert run[0].progress.steps == 1
@@ -257,7 +257,7 @@ def test_tiny_and_nan_gradients_are_no_zeros(value: float) -> None:
     for parameter in run[1].parameters():
         parameter.grad = torch.zeros_like(parameter)
     next(run[1].parameters()).grad.fill_(value)  # type: ignore[union-attr]
-    with pytest.raises(RuntimeError, match="gradients of something else"):
+    with pytest.raises(RuntimeError, match="gradients from before the step"):
         loop(run, lambda _: None)
 
 
