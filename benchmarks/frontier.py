@@ -325,8 +325,8 @@ def setting(store: Store, pages: Sequence[Page]) -> list[str]:
     return [
         f"{len(store.outcomes)} runs took {minutes:.0f} minutes of one processor, which other work kept busy. What "
         f"follows the noise ran at commit {', '.join(commit[:7] for commit in commits)}.",
-        f"Reported are the seeds {', '.join(map(str, SEEDS))}, which chose nothing. The settings of constants were "
-        f"chosen on {len(CHOICE_SEEDS)} others, by validation loss: a rate may be off by the square root of 2, to the "
+        f"Reported are the seeds {', '.join(map(str, SEEDS))}, whose test loss chose nothing. Constants were tuned on "
+        f"{len(CHOICE_SEEDS)} others, by validation loss: a rate may be off by the square root of 2, to the "
         "advantage of whatever is compared with it.",
         "All runs warm up in a straight line and fall to zero by a cosine. A batch that follows the noise starts at "
         f"{FIRST}, in two parts, and ends at {LARGEST} at most.",
