@@ -12,6 +12,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from adabatch.runtime.fsdp2 import own_piece
+from adabatch.runtime.optimizers import each_of
 
 SkipNonfinite = bool | Literal["probed"]
 """In which steps an update whose loss or gradient is not finite is left out: all, none, or those with a probe."""
@@ -28,6 +29,18 @@ def check_skip_nonfinite(value: object) -> None:
     """
     if not (isinstance(value, bool) or value == "probed"):
         raise ValueError(f"skip_nonfinite must be True, False or 'probed', got {value!r}")
+
+
+def nonfinite_search(optimizer: Optimizer, skip: SkipNonfinite, *, scaled: bool) -> FindNonfinite | None:
+    """The check of steps in which no probe reads loss and gradient; None if they are not checked.
+
+    Args:
+        optimizer: applies the gradients.
+        skip: in which steps an update that is not finite is left out.
+        scaled: whether a gradient scaler is in use. It judges each of several optimizers alone, and would leave out a
+            part of an update.
+    """
+    return nonfinite_in(optimizer) if skip is True or (scaled and len(each_of(optimizer)) > 1) else None
 
 
 def nonfinite_in(optimizer: Optimizer) -> FindNonfinite:
