@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -14,19 +13,19 @@ from torch.optim import Optimizer
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
-from adabatch.guards.drift import DriftCheck, check_interval
+from adabatch.guards.drift import add_drift_check
 from adabatch.guards.finite import nonfinite_search
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.left_out import UpdatesInARow
 from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.memory_trials import Trials
-from adabatch.guards.same_settings import check_same_settings, failing_together, loop_settings, optimizer_settings
+from adabatch.guards.same_settings import check_same_settings, failing_together, loop_settings, run_settings
 from adabatch.guards.votes import Votes
-from adabatch.journal import Journal, JournalTarget, line
+from adabatch.journal import Journal, JournalTarget
 from adabatch.lr.follow import Followers
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.options import EngineOptions, Guard, Measure
-from adabatch.planning import Measured, check_format
+from adabatch.planning import check_format
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder, num_examples_in
 from adabatch.runtime.data.passes import passes_over
@@ -41,10 +40,8 @@ from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.stopwatch import Stopwatch
 from adabatch.runtime.trained_parameters import TrainedParameters
 from adabatch.step import Step
-from adabatch.updates import PendingUpdates, Update
+from adabatch.updates import PendingUpdates
 from adabatch.validation import check_types, check_until, engine_of, given_settings, prepared, suited_probe
-
-_log = logging.getLogger("adabatch")
 
 
 class AdaptiveBatch:
@@ -150,8 +147,7 @@ class AdaptiveBatch:
             self._gone: str | None = None  # why this object is not to be used any more
             self._owns_probe = probe is None
             self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
-            scaled = self._engine.backward.scale is not None
-            self._find_nonfinite = nonfinite_search(optimizer, guard.skip_nonfinite, scaled=scaled)
+            self._find_nonfinite = nonfinite_search(optimizer, guard.skip_nonfinite, self._engine)
             self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
             self._mistakes = LoopMistakes(self._engine, optimizer)
             self._empty_parts = EmptyParts(model)
@@ -161,10 +157,7 @@ class AdaptiveBatch:
             self._heartbeat = Heartbeat()
             self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
             self._observers = Observers(self._heartbeat, *self._stopwatches)
-            every = check_interval(guard.check_every, self._engine)
-            if every is not None:
-                check = DriftCheck(self._engine, optimizer, self._planner, every=every, observers=self._observers)
-                self._observers.add(check)
+            add_drift_check(self._observers, guard.check_every, self._engine, optimizer, self._planner)
             self._engine.stands_at(self.progress, self._planner.lr_factor)
 
             # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
@@ -307,7 +300,9 @@ class AdaptiveBatch:
         self._check_in_place()
         self._updates.begin_loop()
         given = loop_settings(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
-        check_same_settings(self.collectives, given | self._settings())
+        fixed = self._given | self._planner.given()
+        given |= run_settings(fixed, self._optimizer, probe=self._probe, votes=self._votes, trials=self._trials)
+        check_same_settings(self.collectives, given)
         with failing_together(self.collectives, "steps(...)"):
             if until is not None:
                 check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
@@ -356,18 +351,12 @@ class AdaptiveBatch:
             find_nonfinite=self._find_nonfinite,
             riders=self._stopwatches,
             observers=self._observers,
-            check_trained=self._check_trained,
+            trained=self._trained,
             mistakes=self._mistakes,
             finish=partial(self._finish, feed=feed),
         )
         with self._updates.inside(step):
-            try:
-                yield step
-            except BaseException:  # the loop was broken off, by `break` among others, and this generator dropped
-                if probe is not None and step.decision is None and not step.waits:
-                    probe.stop()
-                self._mistakes.forget()
-                raise
+            yield step
         self._updates.end_step(step)
 
     def _check_in_place(self) -> None:
@@ -377,46 +366,14 @@ class AdaptiveBatch:
                 f"into a new one"
             )
 
-    def _check_trained(self) -> None:
-        """Before the first backward of a step: by then the loop has frozen and thawed what it will."""
-        if self._trained is not None:
-            self._trained.check("AdaptiveBatch")
-
     def _finish(self, step: Step, *, feed: Feed) -> None:
         """The end of the inner loop: decide, and keep what the update will need."""
-        portion, before = step.portion, self.consumed
         self._updates.inner_loop_over()
-        feed.consumed(portion)
+        feed.consumed(step.portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
-        ended = self._planner.end_step(
-            Measured(portion.num_examples, step.moments, step.finite, step.empty, step.loss, timed)
-        )
-        if step.empty:
-            _log.warning("step %d is left out: none of its micro-batches weighs anything", before.steps)
-        step.decision = ended.decision
-        entry = line(
-            plan=step.plan,
-            num_examples=portion.num_examples,
-            before=before,
-            loss=step.loss,
-            moments=step.moments,
-            averages=self._planner.state.averages,
-            decision=ended.decision,
-            seconds=None if timed is None else timed[1],
-        )
-        update = Update(
-            before.steps,
-            portion.num_examples,
-            ended.scaling,
-            ended.gain,
-            step.finite,
-            looked_at=step.probed or self._find_nonfinite is not None,
-            empty=step.empty,
-            entry=entry | self._trials.journal_entry(),
-        )
-        self._updates.prepare(update)
-        self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
+        looked_at = step.probed or self._find_nonfinite is not None
+        self._updates.prepare(step, timed, looked_at=looked_at, more=self._trials.journal_entry())
 
     def leave_out(self) -> None:
         """Leaves out the update of the step whose micro-batches have just been run. Call it on all ranks.
@@ -489,14 +446,3 @@ class AdaptiveBatch:
     def check_reference(self, saved: int) -> None:
         """Checks the reference batch size of a saved run, before anything is loaded."""
         self._planner.check_reference(saved)
-
-    def _settings(self) -> dict[str, object]:
-        """What must be equal on all ranks before the first step of a loop; otherwise they would wait for each other."""
-        return {
-            "what the probe gives": None if self._probe is None else self._probe.gives,
-            "whether Preemption or Checkpoints listen": self._votes.listening,
-            "sizes that ran out of memory": self._trials.state_dict(),
-            **self._given,
-            **self._planner.given(),
-            **optimizer_settings(self._optimizer),
-        }

@@ -2,51 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
+from adabatch.batch.plan import BatchPlan
 from adabatch.guards.missing_updates import MissingUpdates
-from adabatch.journal import Journal
+from adabatch.journal import Journal, line
 from adabatch.lr.follow import UpdateScaling
-from adabatch.planning import Planner
+from adabatch.planning import Measured, Planner
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.observers import StepObserver
+from adabatch.runtime.observers import Moment, Phase, StepObserver
 from adabatch.runtime.optimizers import kind_of, weight_versions
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
 from adabatch.step import Step
 from adabatch.validation import check_before_step
 
+_log = logging.getLogger("adabatch")
+
 
 @dataclass
-class Update:
-    """What a step's end prepared for its update.
-
-    Args:
-        number: of the step.
-        num_examples: of the step, over all ranks.
-        scaling: what the batch changes about the update.
-        gain: gain-steps that it is worth; None if they are not counted.
-        finite: whether loss and gradient were finite, as far as they were looked at.
-        looked_at: whether they were.
-        empty: whether none of the step's micro-batches weighs anything.
-        entry: the step's line in the journal, without its learning rate.
-        left_out: whether the loop left the update out.
-    """
+class _Update:
+    """What is kept between the end of a step's inner loop and its ``optimizer.step()``."""
 
     number: int
     num_examples: int
     scaling: UpdateScaling
     gain: float | None
     finite: bool
-    looked_at: bool
-    empty: bool
+    looked_at: bool  # whether loss and gradient were, so that `finite` is known
+    empty: bool  # none of its micro-batches weighs anything
     entry: dict[str, Any]
-    left_out: bool = False
+    left_out: bool = False  # the loop said so
 
 
 class PendingUpdates:
@@ -57,7 +49,7 @@ class PendingUpdates:
         engine: how the model runs.
         planner: counts the updates that are applied.
         journal: gets one line per step, once its update is over.
-        observers: hear of the end of each update.
+        observers: hear of the end of each inner loop and of each update.
         skip_nonfinite: whether updates whose loss or gradient is not finite are left out.
     """
 
@@ -81,8 +73,8 @@ class PendingUpdates:
         self._scaled = engine.backward.scale is not None
         self._step: Step | None = None  # the one under way, until it is decided
         self._running = False  # the loop stands inside a step
-        self._update: Update | None = None  # the one that a step's end prepared, until it is done
-        self._begun: Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
+        self._update: _Update | None = None  # the one that a step's end prepared, until it is done
+        self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
         self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
         self._missing = MissingUpdates(kind_of(optimizer))
         self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips, done=self._done)
@@ -116,7 +108,8 @@ class PendingUpdates:
         self._running = True
         try:
             yield
-        except BaseException:
+        except BaseException:  # the loop was broken off, by `break` among others, and its generator dropped
+            step.break_off()
             self._begun = None
             raise
         finally:
@@ -128,11 +121,39 @@ class PendingUpdates:
         self._step = None
         self._versions = weight_versions(self._optimizer)
 
-    def prepare(self, update: Update) -> None:
-        """The step is decided, and this is its update."""
-        if floors := update.scaling.binding_floors(self._groups):
-            update.entry["beta_floors"] = floors
-        self._update = update
+    def prepare(
+        self, step: Step, timed: tuple[BatchPlan, float] | None, *, looked_at: bool, more: Mapping[str, Any]
+    ) -> None:
+        """Decides on the plan after a step, and prepares the step's update.
+
+        Args:
+            step: whose micro-batches were run, and whose gradient was measured if it was to be.
+            timed: a plan and the seconds that a step of it took; None if nothing was timed.
+            looked_at: whether it is known if loss and gradient are finite.
+            more: what else the journal's line says.
+        """
+        before, num_examples = self._planner.consumed, step.portion.num_examples
+        ended = self._planner.end_step(Measured(num_examples, step.moments, step.finite, step.empty, step.loss, timed))
+        if step.empty:
+            _log.warning("step %d is left out: none of its micro-batches weighs anything", before.steps)
+        step.decision = ended.decision
+        entry = line(
+            plan=step.plan,
+            num_examples=num_examples,
+            before=before,
+            loss=step.loss,
+            moments=step.moments,
+            averages=self._planner.state.averages,
+            decision=ended.decision,
+            seconds=None if timed is None else timed[1],
+        )
+        entry |= more
+        if floors := ended.scaling.binding_floors(self._groups):
+            entry["beta_floors"] = floors
+        self._update = _Update(
+            before.steps, num_examples, ended.scaling, ended.gain, step.finite, looked_at, step.empty, entry
+        )
+        self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
 
     def end_step(self, step: Step) -> None:
         """Checks, when the loop asks for the next step, that this one was run and that its update came.
@@ -190,7 +211,7 @@ class PendingUpdates:
         update = self._update or self._begun
         return update is not None and self._leaves_out(update)
 
-    def _leaves_out(self, update: Update) -> bool:
+    def _leaves_out(self, update: _Update) -> bool:
         return update.left_out or update.empty or (self._skip_nonfinite and not update.finite)
 
     def _done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:

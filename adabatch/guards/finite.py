@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.fsdp2 import own_piece
 from adabatch.runtime.optimizers import each_of
 
@@ -31,16 +32,17 @@ def check_skip_nonfinite(value: object) -> None:
         raise ValueError(f"skip_nonfinite must be True, False or 'probed', got {value!r}")
 
 
-def nonfinite_search(optimizer: Optimizer, skip: SkipNonfinite, *, scaled: bool) -> FindNonfinite | None:
+def nonfinite_search(optimizer: Optimizer, skip: SkipNonfinite, engine: Engine) -> FindNonfinite | None:
     """The check of steps in which no probe reads loss and gradient; None if they are not checked.
 
     Args:
         optimizer: applies the gradients.
         skip: in which steps an update that is not finite is left out.
-        scaled: whether a gradient scaler is in use. It judges each of several optimizers alone, and would leave out a
-            part of an update.
+        engine: may scale the gradients. A scaler judges each of several optimizers alone, and would leave out a part
+            of an update.
     """
-    return nonfinite_in(optimizer) if skip is True or (scaled and len(each_of(optimizer)) > 1) else None
+    by_parts = engine.backward.scale is not None and len(each_of(optimizer)) > 1
+    return nonfinite_in(optimizer) if skip is True or by_parts else None
 
 
 def nonfinite_in(optimizer: Optimizer) -> FindNonfinite:

@@ -24,9 +24,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from adabatch.guards.memory_trials import Trials
+from adabatch.guards.votes import Votes
 from adabatch.runtime.collectives import Collectives, digest_of
 from adabatch.runtime.data import GlobalOrder, num_examples_in
 from adabatch.runtime.optimizers import each_of
+from adabatch.runtime.probes.protocol import Probe
 
 _LONGEST = 160
 """Characters of a value in an error; of a longer one its beginning and a digest are shown."""
@@ -120,6 +123,19 @@ def loop_settings(
         "count= of steps()": count is not num_examples_in,
         "weigh= of steps()": weigh is not None,
         "allow_same_data": allow_same_data,
+    }
+
+
+def run_settings(
+    given: Mapping[str, object], optimizer: Optimizer, *, probe: Probe | None, votes: Votes, trials: Trials
+) -> dict[str, object]:
+    """What a run was given, among it an optimizer, with what measures the run and listens to it."""
+    return {
+        "what the probe gives": None if probe is None else probe.gives,
+        "whether Preemption or Checkpoints listen": votes.listening,
+        "sizes that ran out of memory": trials.state_dict(),
+        **given,
+        **optimizer_settings(optimizer),
     }
 
 
