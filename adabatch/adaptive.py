@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,70 +13,35 @@ from torch.optim import Optimizer
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
-from adabatch.guards.drift import DriftCheck, check_interval
-from adabatch.guards.finite import nonfinite_in
+from adabatch.guards.drift import add_drift_check
+from adabatch.guards.finite import nonfinite_search
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.left_out import UpdatesInARow
 from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.memory_trials import Trials
-from adabatch.guards.missing_updates import MissingUpdates
-from adabatch.guards.same_settings import (
-    check_same_settings,
-    failing_together,
-    optimizer_settings,
-    scaler_settings,
-    versions,
-)
+from adabatch.guards.same_settings import check_same_settings, failing_together, loop_settings, run_settings
 from adabatch.guards.votes import Votes
-from adabatch.journal import Journal, JournalTarget, line
-from adabatch.lr.follow import Followers, UpdateScaling
+from adabatch.journal import Journal, JournalTarget
+from adabatch.lr.follow import Followers
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.options import EngineOptions, Guard, Measure
-from adabatch.planning import Measured, Planner, Policy, check_format
+from adabatch.planning import check_format
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder, num_examples_in
-from adabatch.runtime.data.passes import LoaderPasses, OrderPasses, Passes, check_loader
+from adabatch.runtime.data.passes import passes_over
 from adabatch.runtime.data.portions import Feed
 from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.observers import Moment, Observers, Phase
-from adabatch.runtime.optimizers import each_of, joined, kind_of, weight_versions
+from adabatch.runtime.optimizers import each_of, joined, kind_of
 from adabatch.runtime.ownership import take_over
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
 from adabatch.runtime.stopwatch import Stopwatch
 from adabatch.runtime.trained_parameters import TrainedParameters
 from adabatch.step import Step
-from adabatch.validation import (
-    check_before_step,
-    check_types,
-    check_until,
-    checked_rules,
-    engine_of,
-    limits_and_grid,
-    measured_layers,
-    needs_of,
-    suited_probe,
-    warn_without_room,
-)
-
-_log = logging.getLogger("adabatch")
-
-
-@dataclass
-class _Update:
-    """What is kept between the end of a step's inner loop and its ``optimizer.step()``."""
-
-    number: int
-    num_examples: int
-    scaling: UpdateScaling
-    gain: float | None
-    finite: bool
-    looked_at: bool  # whether loss and gradient were, so that `finite` is known
-    empty: bool  # none of its micro-batches weighs anything
-    entry: dict[str, Any]
-    left_out: bool = False  # the loop said so
+from adabatch.updates import PendingUpdates
+from adabatch.validation import check_types, check_until, engine_of, given_settings, prepared, suited_probe
 
 
 class AdaptiveBatch:
@@ -164,94 +126,58 @@ class AdaptiveBatch:
         check_types(optimizer, criterion)
         self._engine = engine_of(model, optimizer, engine, local_sgd)
         with failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
-            rules = checked_rules(
+            largest = micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
+            self._planner, needs, layers = prepared(
                 model,
                 optimizer,
                 criterion,
+                self._engine,
+                micro_sizes=micro_batch_sizes(micro_batch_size, largest),
+                limits=limits,
+                control=control,
                 lr_rule=lr_rule,
                 follow=follow,
                 reference_batch_size=reference_batch_size,
                 tokens_per_example=tokens_per_example,
+                measure=measure,
+                probe=probe,
             )
-            needs = needs_of(criterion, rules.rule, measure)
-            layers = measured_layers(model, optimizer, needs, measure, probe)
-            largest = micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
-            # For recorded norms alone a probe measures no noise, and needs no parts to do so.
-            in_noise = probe is not None or bool(replace(needs, l1=False))
-            limits, grid = limits_and_grid(
-                limits,
-                criterion,
-                dp_size=self._engine.collectives.size,
-                num_compared=self._engine.num_compared,
-                micro_sizes=micro_batch_sizes(micro_batch_size, largest),
-                in_parts=in_noise and not (probe is not None and probe.gives.examples),
-            )
-            policy = Policy(
-                criterion=criterion,
-                control=control or Control(),
-                limits=limits,
-                rules=rules,
-                reference_batch_size=reference_batch_size,
-                tokens_per_example=tokens_per_example,
-                counts_gain=in_noise,
-                layer_weights=layers.weights,
-            )
-            self._planner = Planner(policy, grid)
-            largest_ratio = limits.at(self._planner.consumed)[1] / self._planner.reference
-            warn_without_room(optimizer, rules.followers, largest_ratio)
             self._optimizer = optimizer
-            self._groups = optimizer.param_groups
             self._grows_micro_batch = max_micro_batch_size is not None
-            self._step: Step | None = None  # the one under way, until it is decided
-            self._update: _Update | None = None  # the one that its end prepared, until it is done
-            # The one that the optimizer last ran, for an engine that runs it in pieces.
-            self._begun: _Update | None = None
-            self._running = False  # the loop stands inside a step
             self._gone: str | None = None  # why this object is not to be used any more
             self._owns_probe = probe is None
             self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
-            self._skip_nonfinite = bool(guard.skip_nonfinite)
-            # A scaler judges each of several optimizers alone, and would leave out a part of an update.
-            self._scaled = self._engine.backward.scale is not None
-            looks = guard.skip_nonfinite is True or (self._scaled and len(each_of(optimizer)) > 1)
-            self._find_nonfinite = nonfinite_in(optimizer) if looks else None
+            self._find_nonfinite = nonfinite_search(optimizer, guard.skip_nonfinite, self._engine)
             self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
-            self._missing = MissingUpdates(kind_of(optimizer))
-            self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
             self._mistakes = LoopMistakes(self._engine, optimizer)
             self._empty_parts = EmptyParts(model)
             self._journal = Journal(journal if self.collectives.rank == 0 else None)
             self._votes = Votes(self.collectives)
-            self._given = {  # what the ranks compare, beside what the planner was given
-                **versions(),
-                "engine": type(self._engine),
-                "gradient_sync": engine.gradient_sync if isinstance(engine, EngineOptions) else None,
-                "scaler": scaler_settings(engine.scaler) if isinstance(engine, EngineOptions) else None,
-                "local_sgd": local_sgd is not None,  # which compares its own settings
-                "measure": measure,
-                "guard": replace(guard, trial=None),
-                "trial=": guard.trial is not None,
-            }
+            self._given = given_settings(self._engine, engine, local_sgd, measure, guard)
             self._heartbeat = Heartbeat()
             self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
             self._observers = Observers(self._heartbeat, *self._stopwatches)
-            every = check_interval(guard.check_every, self._engine)
-            if every is not None:
-                check = DriftCheck(self._engine, optimizer, self._planner, every=every, observers=self._observers)
-                self._observers.add(check)
-            self._tell_engine()
+            add_drift_check(self._observers, guard.check_every, self._engine, optimizer, self._planner)
+            self._engine.stands_at(self.progress, self._planner.lr_factor)
 
             # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
             # set once only, and its removal would take off those of the new probe.
             held = [p for group in optimizer.param_groups for p in group["params"]]
             take_over(self, [*each_of(optimizer), *held], kind="AdaptiveBatch")
-            self._probe = suited_probe(optimizer, needs, given=probe, engine=self._engine, layers=layers.make)
+            self._probe = suited_probe(optimizer, needs, given=probe, engine=self._engine, layers=layers)
             try:
-                self._trials = Trials(guard.trial, self._engine, self._probe, grid.micro_sizes)
+                self._trials = Trials(guard.trial, self._engine, self._probe, self._planner.micro_sizes)
                 everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
                 measured = self._probe is not None or self.collectives.size > 1
                 self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
-                self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips_update, done=self._update_done)
+                self._updates = PendingUpdates(
+                    optimizer,
+                    engine=self._engine,
+                    planner=self._planner,
+                    journal=self._journal,
+                    observers=self._observers,
+                    skip_nonfinite=bool(guard.skip_nonfinite),
+                )
             except Exception:
                 if probe is None and self._probe is not None:
                     self._probe.remove()
@@ -287,9 +213,7 @@ class AdaptiveBatch:
     @property
     def lr_factor(self) -> float:
         """The batch factor that the next ``optimizer.step()`` applies."""
-        if self._update is not None:
-            return self._update.scaling.factor
-        return self._planner.scaling(self.plan.global_batch_size).factor
+        return self._updates.lr_factor
 
     @property
     def journal(self) -> Journal:
@@ -374,12 +298,26 @@ class AdaptiveBatch:
             TypeError: if ``until`` has no unit, or ``loader`` is not an iterable of micro-batches.
         """
         self._check_in_place()
-        self._missing.begin_loop()
-        self._check_ranks(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
+        self._updates.begin_loop()
+        given = loop_settings(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
+        fixed = self._given | self._planner.given()
+        given |= run_settings(fixed, self._optimizer, probe=self._probe, votes=self._votes, trials=self._trials)
+        check_same_settings(self.collectives, given)
         with failing_together(self.collectives, "steps(...)"):
             if until is not None:
                 check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
-            passes = self._passes(loader, count, weigh, allow_same_data=allow_same_data)
+            passes = passes_over(
+                loader,
+                self.collectives,
+                plan=self.plan,
+                largest=self._planner.largest_known(),
+                grows_micro_batch=self._grows_micro_batch,
+                count=count,
+                weigh=weigh,
+                may_be_empty=self._just_loaded,
+                allow_same_data=allow_same_data,
+            )
+            self._just_loaded &= isinstance(loader, GlobalOrder)
         feed = self._trials.over(passes, self._planner, self._observers)
         while until is None or not self.consumed.reached(until):
             yield from self._one_step(feed)
@@ -389,36 +327,10 @@ class AdaptiveBatch:
                     return
         passes.end_pass()
 
-    def _passes(
-        self,
-        loader: GlobalOrder | Iterable[Any],
-        count: Callable[[Any], int],
-        weigh: Callable[[Any], float] | None,
-        *,
-        allow_same_data: bool,
-    ) -> Passes:
-        if isinstance(loader, GlobalOrder):
-            return OrderPasses(loader, self.collectives, weigh=weigh, largest=self._planner.largest_known())
-        if self._grows_micro_batch:
-            raise ValueError(
-                f"max_micro_batch_size needs a GlobalOrder: a {type(loader).__name__} decides its micro-batch itself"
-            )
-        if count is num_examples_in:
-            check_loader(loader, self.plan.micro_batch_size)
-        may_be_empty, self._just_loaded = self._just_loaded, False
-        return LoaderPasses(
-            loader,
-            self.collectives,
-            count=count,
-            weigh=weigh,
-            may_be_empty=may_be_empty,
-            allow_same_data=allow_same_data,
-        )
-
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing if its pass is over."""
         self._check_in_place()
-        self._flush()
+        self._updates.flush()
         number = self.consumed.steps
         self._updates_in_a_row.check(number, self.progress.steps)
         self._observers.before(number)
@@ -426,8 +338,7 @@ class AdaptiveBatch:
         portion = feed.take(self.plan)
         if portion is None:
             return
-        self._tell_engine()
-        self._groups = self._optimizer.param_groups  # an engine may show only some of them while it steps
+        self._updates.begin_step()
         probe = self._probe if self._planner.measures_next and self._engine.measures_next() else None
         step = Step(
             self.plan,
@@ -440,33 +351,13 @@ class AdaptiveBatch:
             find_nonfinite=self._find_nonfinite,
             riders=self._stopwatches,
             observers=self._observers,
-            check_trained=self._check_trained,
+            trained=self._trained,
             mistakes=self._mistakes,
             finish=partial(self._finish, feed=feed),
         )
-        self._step = step
-        self._running = True
-        try:
+        with self._updates.inside(step):
             yield step
-        except BaseException:  # the loop was broken off, by `break` among others, and this generator dropped
-            if probe is not None and step.decision is None and not step.waits:
-                probe.stop()
-            self._mistakes.forget()
-            self._begun = None
-            raise
-        finally:
-            self._hooks.restore()
-            self._running = False
-        left_out = step.waits
-        if left_out:
-            self._settle_left_out(step)
-        if step.decision is None:
-            raise RuntimeError(
-                "the step's micro-batches were not all run: finish `for batch in step` before the next step, and do "
-                "not break out of it"
-            )
-        if not left_out and not self._engine.left_out():
-            self._count_missing()
+        self._updates.end_step(step)
 
     def _check_in_place(self) -> None:
         if self._gone is not None:
@@ -475,112 +366,14 @@ class AdaptiveBatch:
                 f"into a new one"
             )
 
-    def _check_trained(self) -> None:
-        """Before the first backward of a step: by then the loop has frozen and thawed what it will."""
-        if self._trained is not None:
-            self._trained.check("AdaptiveBatch")
-
-    def _count_missing(self) -> None:
-        """After a step: whether its update came, or was rightly left out."""
-        update = self._update
-        if update is None:
-            self._missing.came()
-        elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
-            self._missing.missed(self._hooks.missing, moved=weight_versions(self._optimizer) != self._versions)
-
-    def _settle_left_out(self, step: Step) -> None:
-        """The end of a step whose optimizer the engine did not step, as the gradient was not finite."""
-        if not self._engine.left_out():
-            raise RuntimeError("the step's update never came: call engine.step() after `for batch in step`")
-        step.settle(reduced=False)
-
     def _finish(self, step: Step, *, feed: Feed) -> None:
         """The end of the inner loop: decide, and keep what the update will need."""
-        portion, before = step.portion, self.consumed
-        self._step = None
-        self._versions = weight_versions(self._optimizer)
-        feed.consumed(portion)
+        self._updates.inner_loop_over()
+        feed.consumed(step.portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
-        ended = self._planner.end_step(
-            Measured(portion.num_examples, step.moments, step.finite, step.empty, step.loss, timed)
-        )
-        if step.empty:
-            _log.warning("step %d is left out: none of its micro-batches weighs anything", before.steps)
-        step.decision = ended.decision
-        entry = line(
-            plan=step.plan,
-            num_examples=portion.num_examples,
-            before=before,
-            loss=step.loss,
-            moments=step.moments,
-            averages=self._planner.state.averages,
-            decision=ended.decision,
-            seconds=None if timed is None else timed[1],
-        )
-        entry |= self._trials.journal_entry()
-        if floors := ended.scaling.binding_floors(self._groups):
-            entry["beta_floors"] = floors
-        self._update = _Update(
-            before.steps,
-            portion.num_examples,
-            ended.scaling,
-            ended.gain,
-            step.finite,
-            looked_at=step.probed or self._find_nonfinite is not None,
-            empty=step.empty,
-            entry=entry,
-        )
-        self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
-
-    # --- around optimizer.step() ------------------------------------------------------------------------------------
-
-    def _moved(self) -> StepOverrides:
-        """What the batch changes about the update that is about to run."""
-        check_before_step(self._optimizer)
-        update = self._update or self._begun
-        if update is None:  # an update outside of steps()
-            return StepOverrides(1.0)
-        return StepOverrides(update.scaling.factor, update.scaling.settings, update.scaling.averaged)
-
-    def _skips_update(self) -> bool:
-        """Whether to leave out the update that is about to run.
-
-        Raises:
-            RuntimeError: if the step's micro-batches are still to be run.
-        """
-        if self._step is not None and self._step.waits:  # until its gradient is reduced
-            self._step.settle()
-        elif self._step is not None and self._running:
-            raise RuntimeError(
-                f"optimizer.step() of the {kind_of(self._optimizer)} was called while the step's micro-batches were "
-                f"being run: it belongs after `for batch in step`, once for each step, and so do zero_grad(), clipping "
-                f"and the scheduler's step(). (If the loop over steps() is over, broken off by an error, call "
-                f"remove() of the AdaptiveBatch first)"
-            )
-        update = self._update or self._begun
-        return update is not None and self._leaves_out(update)
-
-    def _leaves_out(self, update: _Update) -> bool:
-        return update.left_out or update.empty or (self._skip_nonfinite and not update.finite)
-
-    def _update_done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
-        update, self._update = self._update, None
-        if update is None:
-            self._missing.strange()
-            return
-        self._begun = update if self._running else None
-        if applied:
-            self._planner.applied(update.num_examples, update.gain)
-        self._tell_engine()
-        stored = [host_value(group.get("lr")) for group in self._groups]
-        base = [host_value(group.get("initial_lr", group.get("lr"))) for group in self._groups]
-        shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
-        if len(rates) < len(stored):
-            rates = [lr * update.scaling.factor for lr in stored]
-        lr = {"base": base, "shape": shape, "factor": update.scaling.factor, "applied": rates}
-        self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
-        self._observers.after(update.number)
+        looked_at = step.probed or self._find_nonfinite is not None
+        self._updates.prepare(step, timed, looked_at=looked_at, more=self._trials.journal_entry())
 
     def leave_out(self) -> None:
         """Leaves out the update of the step whose micro-batches have just been run. Call it on all ranks.
@@ -591,22 +384,7 @@ class AdaptiveBatch:
         Raises:
             RuntimeError: if not all micro-batches were run, or if the update has already come.
         """
-        if self._update is None:
-            raise RuntimeError("leave_out belongs after `for batch in step`, and before optimizer.step()")
-        self._update.left_out = True
-
-    def _flush(self) -> None:
-        """Writes the line of a step whose update never came (a gradient scaler left it out, or it raised)."""
-        self._hooks.forget()
-        if self._update is not None:
-            self._journal.write({**self._update.entry, "lr": None, "applied": False})
-            self._observers.after(self._update.number)
-            if self._engine.holds_gradients and self._leaves_out(self._update):  # the loop need not call step() then
-                self._optimizer.zero_grad(set_to_none=True)
-        self._update = self._begun = self._step = None
-
-    def _tell_engine(self) -> None:
-        self._engine.stands_at(self.progress, self.lr_factor)
+        self._updates.leave_out()
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -627,17 +405,7 @@ class AdaptiveBatch:
         Raises:
             RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
         """
-        if self._step is not None and self._step.waits and self._engine.left_out():
-            self._settle_left_out(self._step)
-            scaled = True
-        scaled = scaled or (self._update is not None and self._update.left_out)
-        if self._step is not None or (self._update is not None and not scaled):
-            left = "`for batch in step`" if self._step is not None else "optimizer.step()"
-            raise RuntimeError(
-                f"a checkpoint belongs between two steps, and {left} has not been run to its end: save after "
-                f"optimizer.step(), and give save your GradScaler, if you have one"
-            )
-        self._flush()
+        self._updates.settle(scaled=scaled)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a run. If ranks, micro-batches or limits have changed, the nearest possible batch size is used.
@@ -649,15 +417,14 @@ class AdaptiveBatch:
         self._planner.check_reference(state["reference_batch_size"])
         self._trials.load_state_dict(state.get("trials"))
         self._planner.load_state_dict(state, self._trials.sizes)
-        self._update = None
         self._just_loaded = True
-        self._tell_engine()
+        self._updates.drop()
 
     def remove(self) -> None:
         """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
-        self._flush()
+        self._updates.flush()
         self._journal.close()
-        self._hooks.remove()
+        self._updates.remove()
         if self._probe is not None:
             self._probe.remove()
         self._gone = self._gone or "removed by remove()"
@@ -668,8 +435,8 @@ class AdaptiveBatch:
         A probe that the user gave is kept, since the newer object may use it too.
         """
         with suppress(OSError):  # the journal's folder may be gone
-            self._flush()
-        self._hooks.remove()
+            self._updates.flush()
+        self._updates.remove()
         if self._probe is not None and self._owns_probe:
             self._probe.remove()
         elif self._probe is not None:
@@ -679,33 +446,3 @@ class AdaptiveBatch:
     def check_reference(self, saved: int) -> None:
         """Checks the reference batch size of a saved run, before anything is loaded."""
         self._planner.check_reference(saved)
-
-    def _check_ranks(
-        self,
-        loader: object,
-        *,
-        until: object,
-        count: Callable[[Any], int],
-        weigh: Callable[[Any], float] | None,
-        allow_same_data: bool,
-    ) -> None:
-        """Raises on all ranks if some would take other steps; otherwise they would wait for each other."""
-        if self.collectives.size == 1:
-            return
-        ordered = isinstance(loader, GlobalOrder)
-        place = loader.state_dict() if isinstance(loader, GlobalOrder) else {}
-        settings = {
-            "loader": "a GlobalOrder" if ordered else "a loader of the rank's own",
-            **{f"{name} of the data order": value for name, value in place.items()},
-            "until": until,
-            "count= of steps()": count is not num_examples_in,
-            "weigh= of steps()": weigh is not None,
-            "allow_same_data": allow_same_data,
-            "what the probe gives": None if self._probe is None else self._probe.gives,
-            "whether Preemption or Checkpoints listen": self._votes.listening,
-            "sizes that ran out of memory": self._trials.state_dict(),
-            **self._given,
-            **self._planner.given(),
-            **optimizer_settings(self._optimizer),
-        }
-        check_same_settings(self.collectives, settings)

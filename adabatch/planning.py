@@ -171,6 +171,11 @@ class Planner:
             return min(high, max(criterion.fixed_sizes))
         return high if high < UNLIMITED else self.plan.global_batch_size
 
+    @property
+    def micro_sizes(self) -> tuple[int, ...]:
+        """The micro-batch sizes that plans may use, ascending."""
+        return self._grid.micro_sizes
+
     def held(self) -> object:
         """What must be equal on all ranks before every step."""
         return self.plan, self.progress, self.consumed, self.state
@@ -181,7 +186,7 @@ class Planner:
         return {
             "criterion": policy.criterion,
             "limits": policy.limits,
-            "micro-batch sizes": self._grid.micro_sizes,
+            "micro-batch sizes": self.micro_sizes,
             "control": policy.control,
             "lr_rule": policy.rules.rule,
             "follow": policy.rules.followers,
@@ -212,6 +217,11 @@ class Planner:
         noise, signal = self._known()
         at = self.consumed if progress is None else progress
         return self.policy.rules.at(global_batch_size, at, reference=self.reference, noise=noise, signal=signal)
+
+    @property
+    def lr_factor(self) -> float:
+        """The batch factor of the next step."""
+        return self.scaling(self.plan.global_batch_size).factor
 
     def _gain_of(self, global_batch_size: int) -> float | None:
         """Gain-steps that a step of this size is worth; None if the noise is not measured."""

@@ -22,6 +22,7 @@ from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.observers import Moment, Phase, RankMean, Rider, StepObserver, summed
 from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.trained_parameters import TrainedParameters
 
 
 class Step:
@@ -54,7 +55,7 @@ class Step:
         find_nonfinite: FindNonfinite | None,
         riders: Sequence[Rider],
         observers: StepObserver,
-        check_trained: Callable[[], None],
+        trained: TrainedParameters | None,
         mistakes: LoopMistakes,
         finish: Callable[[Step], None],
     ) -> None:
@@ -68,7 +69,7 @@ class Step:
         self.portion = portion
         self._engine = engine
         self._empty_parts = empty_parts
-        self._check_trained = check_trained
+        self._trained = trained
         self._mistakes = mistakes
         self._probe = probe
         self._votes = votes
@@ -163,6 +164,12 @@ class Step:
             self.moments = GradientMoments(math.nan, plan.micro_batch_size, math.nan, size, plan.num_parts)
         self._finish(self)
 
+    def break_off(self) -> None:
+        """The loop has left the step before its end, by ``break`` or an error, and it is not run any further."""
+        if self._probe is not None and self.decision is None and not self.waits:
+            self._probe.stop()
+        self._mistakes.forget()
+
     def backward(self, loss: Tensor) -> None:
         """Runs the backward of this micro-batch's mean loss.
 
@@ -186,8 +193,8 @@ class Step:
             )
         if self._weight is None:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
-        if self._num_backward == 0:
-            self._check_trained()
+        if self._num_backward == 0 and self._trained is not None:  # by now the loop has frozen and thawed what it will
+            self._trained.check("AdaptiveBatch")
         self._mistakes.backward_begins(last=self._num_backward == len(self.portion.sizes) - 1)
         self._enter(Phase.BACKWARD, self._num_backward)
         if self._weight == 0:

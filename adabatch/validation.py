@@ -11,16 +11,18 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.optim import SGD, AdamW, NAdam, Optimizer
 
-from adabatch.batch.control import UNLIMITED, Limits
+from adabatch.batch.control import UNLIMITED, Control, Limits
 from adabatch.batch.criteria import CoordinateNormTest, Criterion, DecaysLR, NormTest
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import Duration, PlanGrid, Progress
 from adabatch.batch.schedules import Schedule
+from adabatch.guards.same_settings import scaler_settings, versions
 from adabatch.lr.follow import Followers, UpdateRules
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting
 from adabatch.optim.mup import check_ratios, named_parameters
-from adabatch.options import EngineOptions, Measure
+from adabatch.options import EngineOptions, Guard, Measure
+from adabatch.planning import Planner, Policy
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
@@ -172,7 +174,7 @@ def warn_of_linear(rule: LRRule, criterion: Criterion) -> None:
             f"lr_rule='linear' multiplies the learning rate by the batch, which is right only well below the noise "
             f"scale, but {type(criterion).__name__} lets the batch grow until noise no longer dominates{rest}. Runs of "
             f"SGD failed to train with it. Use lr_rule='gain', which is linear as long as noise dominates",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -192,7 +194,7 @@ def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio:
                 f"{' and '.join(str(followers.floors(betas)[k]) for k in stuck)} already. Start from a larger value "
                 f"(0.999 for beta2 at a small batch), or lower the floor with "
                 f"follow=adabatch.lr.Followers(('betas',), beta2_floor=...)",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -285,6 +287,83 @@ def measured_layers(
         )
     layers, by_name = layers_of_weight({p: float(weights[name]) for name, p in named.items()})
     return MeasuredLayers(lambda: layers, by_name)
+
+
+class Prepared(NamedTuple):
+    """What follows from the arguments of a run, once they are checked against each other.
+
+    Args:
+        planner: of the run.
+        needs: what a probe must measure.
+        layers: makes the layers whose moments a probe measures separately.
+    """
+
+    planner: Planner
+    needs: Needs
+    layers: Callable[[], Layers | None]
+
+
+def prepared(
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    criterion: Criterion,
+    engine: Engine,
+    *,
+    micro_sizes: tuple[int, ...],
+    limits: Limits | None,
+    control: Control | None,
+    lr_rule: LRRule | None,
+    follow: Followers | Collection[Setting],
+    reference_batch_size: int | None,
+    tokens_per_example: int | None,
+    measure: Measure,
+    probe: Probe | None,
+) -> Prepared:
+    """Checks the arguments of a run, and makes its planner of them. The model gets no hooks yet."""
+    counts = {"reference_batch_size": reference_batch_size, "tokens_per_example": tokens_per_example}
+    rules = checked_rules(model, optimizer, criterion, lr_rule=lr_rule, follow=follow, **counts)
+    needs = needs_of(criterion, rules.rule, measure)
+    layers = measured_layers(model, optimizer, needs, measure, probe)
+    # For recorded norms alone a probe measures no noise, and needs no parts to do so.
+    in_noise = probe is not None or bool(replace(needs, l1=False))
+    limits, grid = limits_and_grid(
+        limits,
+        criterion,
+        dp_size=engine.collectives.size,
+        num_compared=engine.num_compared,
+        micro_sizes=micro_sizes,
+        in_parts=in_noise and not (probe is not None and probe.gives.examples),
+    )
+    policy = Policy(
+        criterion=criterion,
+        control=control or Control(),
+        limits=limits,
+        rules=rules,
+        counts_gain=in_noise,
+        layer_weights=layers.weights,
+        reference_batch_size=reference_batch_size,
+        tokens_per_example=tokens_per_example,
+    )
+    planner = Planner(policy, grid)
+    warn_without_room(optimizer, rules.followers, limits.at(planner.consumed)[1] / planner.reference)
+    return Prepared(planner, needs, layers.make)
+
+
+def given_settings(
+    engine: Engine, options: EngineOptions | Engine, local_sgd: LocalSGD | None, measure: Measure, guard: Guard
+) -> dict[str, object]:
+    """What all ranks must have been given equally, beside what the planner was given."""
+    chosen = options if isinstance(options, EngineOptions) else EngineOptions()
+    return {
+        **versions(),
+        "engine": type(engine),
+        "gradient_sync": chosen.gradient_sync,
+        "scaler": scaler_settings(chosen.scaler),
+        "local_sgd": local_sgd is not None,  # which compares its own settings
+        "measure": measure,
+        "guard": replace(guard, trial=None),
+        "trial=": guard.trial is not None,
+    }
 
 
 def limits_and_grid(

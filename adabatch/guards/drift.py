@@ -19,7 +19,7 @@ from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data.permutation import mixed
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.fsdp2 import own_piece, units_of
-from adabatch.runtime.observers import Moment, Phase, StepObserver
+from adabatch.runtime.observers import Moment, Observers, Phase, StepObserver
 from adabatch.runtime.step_hooks import host_value
 
 _BLOCK = 1 << 18
@@ -94,6 +94,15 @@ class DriftCheck(StepObserver):
             rates = [host_value(group["lr"]) for group in self._optimizer.param_groups]
             held = (self._run.held(), rates)
             check_same(self._engine.collectives, self._engine.model, plan=held, when=f"before step {step}")
+
+
+def add_drift_check(
+    observers: Observers, asked: int | Literal["auto"] | None, engine: Engine, optimizer: Optimizer, run: ComparedRun
+) -> None:
+    """Adds a check for drift to the observers of a run, unless none is asked for or needed."""
+    every = check_interval(asked, engine)
+    if every is not None:
+        observers.add(DriftCheck(engine, optimizer, run, every=every, observers=observers))
 
 
 @torch.no_grad()

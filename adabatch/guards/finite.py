@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.fsdp2 import own_piece
+from adabatch.runtime.optimizers import each_of
 
 SkipNonfinite = bool | Literal["probed"]
 """In which steps an update whose loss or gradient is not finite is left out: all, none, or those with a probe."""
@@ -28,6 +30,19 @@ def check_skip_nonfinite(value: object) -> None:
     """
     if not (isinstance(value, bool) or value == "probed"):
         raise ValueError(f"skip_nonfinite must be True, False or 'probed', got {value!r}")
+
+
+def nonfinite_search(optimizer: Optimizer, skip: SkipNonfinite, engine: Engine) -> FindNonfinite | None:
+    """The check of steps in which no probe reads loss and gradient; None if they are not checked.
+
+    Args:
+        optimizer: applies the gradients.
+        skip: in which steps an update that is not finite is left out.
+        engine: may scale the gradients. A scaler judges each of several optimizers alone, and would leave out a part
+            of an update.
+    """
+    by_parts = engine.backward.scale is not None and len(each_of(optimizer)) > 1
+    return nonfinite_in(optimizer) if skip is True or by_parts else None
 
 
 def nonfinite_in(optimizer: Optimizer) -> FindNonfinite:

@@ -11,11 +11,12 @@ import dataclasses
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from enum import Enum
 from importlib import metadata
 from types import FunctionType
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,12 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from adabatch.guards.memory_trials import Trials
+from adabatch.guards.votes import Votes
 from adabatch.runtime.collectives import Collectives, digest_of
+from adabatch.runtime.data import GlobalOrder, num_examples_in
 from adabatch.runtime.optimizers import each_of
+from adabatch.runtime.probes.protocol import Probe
 
 _LONGEST = 160
 """Characters of a value in an error; of a longer one its beginning and a digest are shown."""
@@ -98,6 +103,40 @@ def versions() -> dict[str, object]:
     except metadata.PackageNotFoundError:  # run from its sources
         own = "not installed"
     return {"version of torch": str(torch.__version__), "version of adabatch": own}
+
+
+def loop_settings(
+    loader: object,
+    *,
+    until: object,
+    count: Callable[[Any], int],
+    weigh: Callable[[Any], float] | None,
+    allow_same_data: bool,
+) -> dict[str, object]:
+    """What ``steps()`` was given. Of loaders of the ranks' own, and of functions, only whether they were given."""
+    ordered = isinstance(loader, GlobalOrder)
+    place = loader.state_dict() if isinstance(loader, GlobalOrder) else {}
+    return {
+        "loader": "a GlobalOrder" if ordered else "a loader of the rank's own",
+        **{f"{name} of the data order": value for name, value in place.items()},
+        "until": until,
+        "count= of steps()": count is not num_examples_in,
+        "weigh= of steps()": weigh is not None,
+        "allow_same_data": allow_same_data,
+    }
+
+
+def run_settings(
+    given: Mapping[str, object], optimizer: Optimizer, *, probe: Probe | None, votes: Votes, trials: Trials
+) -> dict[str, object]:
+    """What a run was given, among it an optimizer, with what measures the run and listens to it."""
+    return {
+        "what the probe gives": None if probe is None else probe.gives,
+        "whether Preemption or Checkpoints listen": votes.listening,
+        "sizes that ran out of memory": trials.state_dict(),
+        **given,
+        **optimizer_settings(optimizer),
+    }
 
 
 def optimizer_settings(optimizer: Optimizer) -> dict[str, object]:

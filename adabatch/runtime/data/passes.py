@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.data.counting import num_examples_in
 from adabatch.runtime.data.epochs import EpochCounters
 from adabatch.runtime.data.loader_feed import LoaderFeed
 from adabatch.runtime.data.loss_weights import LossWeightedFeed
@@ -133,6 +134,45 @@ class LoaderPasses:
         if self._feed is not None:
             self._epochs.advance()
         self._feed, self._ended = None, False
+
+
+def passes_over(
+    loader: GlobalOrder | Iterable[Any],
+    collectives: Collectives,
+    *,
+    plan: BatchPlan,
+    largest: int,
+    grows_micro_batch: bool,
+    count: Callable[[Any], int],
+    weigh: Callable[[Any], float] | None,
+    may_be_empty: bool,
+    allow_same_data: bool,
+) -> Passes:
+    """The passes over what ``steps()`` was given; the arguments are those of the two classes above.
+
+    Args:
+        plan: of the next step.
+        grows_micro_batch: whether plans may change the size of the micro-batch.
+
+    Raises:
+        ValueError: if the loader cannot run the plans.
+    """
+    if isinstance(loader, GlobalOrder):
+        return OrderPasses(loader, collectives, weigh=weigh, largest=largest)
+    if grows_micro_batch:
+        raise ValueError(
+            f"max_micro_batch_size needs a GlobalOrder: a {type(loader).__name__} decides its micro-batch itself"
+        )
+    if count is num_examples_in:
+        check_loader(loader, plan.micro_batch_size)
+    return LoaderPasses(
+        loader,
+        collectives,
+        count=count,
+        weigh=weigh,
+        may_be_empty=may_be_empty,
+        allow_same_data=allow_same_data,
+    )
 
 
 def weighed(feed: Feed, weigh: Callable[[Any], float] | None, collectives: Collectives) -> Feed:
