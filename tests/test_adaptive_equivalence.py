@@ -100,7 +100,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_examples(sizes: list[int], mo
     optimizer = SGD(model.parameters(), lr=0.0)
     batches = AdaptiveBatch(model, optimizer, Constant(12), micro_batch_size=4, measure=Measure(monitor=monitor))
     loader = list(zip(x.split(sizes), y.split(sizes), strict=True))
-    (step,) = run_steps(batches, model, loader, count=lambda batch: len(batch[0]))
+    (step,) = run_steps(batches, model, loader, optimizer, count=lambda batch: len(batch[0]))
     ((oracle(x) - y).square().mean()).backward()
     for mine, other in zip(model.parameters(), oracle.parameters(), strict=True):
         assert torch.allclose(mine.grad, other.grad, rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
@@ -109,13 +109,18 @@ def test_the_gradient_is_that_of_the_mean_over_the_examples(sizes: list[int], mo
         assert step.loss == pytest.approx((oracle(x) - y).square().mean().item(), rel=1e-12)
 
 
-def run_steps(batches: AdaptiveBatch, model: nn.Module, loader: Any, **options: Any) -> list[Any]:
-    """Steps without updates."""
+def run_steps(
+    batches: AdaptiveBatch, model: nn.Module, loader: Any, optimizer: SGD | None = None, **options: Any
+) -> list[Any]:
+    """Steps whose updates change nothing: left out, or at a rate of zero, so that the gradient of the last stays."""
     found = []
     for step in batches.steps(loader, **options):
         for x, y in step:
             step.backward((model(x) - y).square().mean())
-        batches.leave_out()
+        if optimizer is None:
+            batches.leave_out()
+        else:
+            optimizer.step()
         found.append(step)
     return found
 

@@ -33,7 +33,7 @@ HELD = ("bit16_groups", "fp16_groups", "bf16_groups")
 
 
 def attach(
-    engine: DeepSpeedEngine, criterion: Criterion, *, micro_batch_size: int | None = None, **options: Any
+    engine: DeepSpeedEngine, criterion: Criterion, /, *, micro_batch_size: int | None = None, **options: Any
 ) -> AdaptiveBatch:
     """An ``AdaptiveBatch`` around a DeepSpeed engine.
 

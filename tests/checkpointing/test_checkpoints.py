@@ -560,6 +560,7 @@ def test_a_signal_is_agreed_on_at_the_end_of_the_step(tmp_path: Path, number: si
                     signal.raise_signal(number)
                     signal.raise_signal(number)
             optimizer.step()
+            optimizer.zero_grad()
             stopped.append(preemption.agreed)
     assert stopped == [False] * 3 + [True] * 5
     assert signal.getsignal(number) is before

@@ -225,7 +225,7 @@ def test_a_given_reference_batch_size_is_refused_and_one_that_was_not_given_is_k
     saved(tmp_path, reference=16)
     second = Run(tmp_path, reference=32)
     before = weights(second.model)
-    with pytest.raises(ValueError, match="saved with reference_batch_size=16, this one was built with 32"):
+    with pytest.raises(ValueError, match="saved with reference_batch_size=16, but this one was built with 32"):
         load(second, tmp_path)
     assert torch.equal(weights(second.model), before)
     third = Run(tmp_path)

@@ -168,7 +168,7 @@ def test_a_run_that_was_cut_off_and_resumed_equals_one_that_was_not(config: Any,
     assert main(["train", "--config", whole]) == 0
     assert len(checkpoints_in(tmp_path / "whole" / "checkpoints")) == 2
     parts = config(loss=loss, checkpoint=often, out=str(tmp_path / "parts"))
-    InterruptedLoss.calls_left = 60
+    InterruptedLoss.calls_left = 90
     with pytest.raises(Interrupted):
         main(["train", "--config", parts])
     assert main(["train", "--config", parts]) == 0
@@ -238,7 +238,7 @@ def test_a_missing_config_file_is_named(capsys: Any) -> None:
 @pytest.mark.distributed
 def test_two_processes_choose_the_batch_sizes_of_one(config: Any, tmp_path: Path) -> None:
     """Parts of 8 examples either way, so the same measurement, the same decisions and the same journal."""
-    path = config(max_micro_batch_size=None)
+    path = config(max_micro_batch_size=None, control={"pace": float("inf")})
     assert Attempt(tmp_path, ["train", "--config", path, f"--out={tmp_path}/two"], 2).join() == [0, 0]
     assert main(["train", "--config", path, f"--out={tmp_path}/one"]) == 0
     one, two = (lines(tmp_path / name / "journal.jsonl") for name in ("one", "two"))
@@ -271,7 +271,7 @@ def test_a_run_without_a_folder_goes_on_in_its_own(
     monkeypatch.chdir(tmp_path)
     loss = {"class_path": f"{__name__}.InterruptedLoss"}
     job = config(loss=loss, checkpoint={"every": {"count": 500, "unit": "examples"}}, out=None)
-    InterruptedLoss.calls_left = 60
+    InterruptedLoss.calls_left = 90
     with pytest.raises(Interrupted):
         main(["train", "--config", job])
     first = (tmp_path / "runs" / "latest").resolve()

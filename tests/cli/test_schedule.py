@@ -390,10 +390,10 @@ def test_under_the_gain_rule_and_the_gain_clock_flat_noise_asks_for_linear_decay
 
 def test_steps_between_measured_ones_are_interpolated_and_skipped_updates_left_out(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    journal(path, [2.0, None, 4.0, None, None, 1.0])
+    journal(path, [2.0, None, 4.0, None, None, None, 1.0])
     lines = path.read_text().splitlines()
-    skipped = json.dumps(entry(9, 4096, 0, applied=False, lr=None, moments={"grad_sq": None}, norms={"l2": None}))
-    path.write_text("\n".join([*lines[:3], skipped, *lines[3:]]) + "\n")
+    lines[3] = json.dumps(entry(3, 32, 96, applied=False, lr=None, moments={"grad_sq": None}, norms={"l2": None}))
+    path.write_text("\n".join(lines) + "\n")
     recorded = read_recorded(path)
     measured = recorded.norms("l2")
     assert measured.at.tolist() == [0, 2, 5]
@@ -409,7 +409,10 @@ def test_an_unfinished_last_line_is_left_out(tmp_path: Path) -> None:
 
 def test_journals_from_before_the_norms_have_their_squares(tmp_path: Path) -> None:
     line = {key: value for key, value in entry(0, 8, 0).items() if key != "norms"}
-    text = "".join(json.dumps({**line, "moments": {"grad_sq": square}}) + "\n" for square in (4.0, 9.0))
+    text = "".join(
+        json.dumps({**line, "examples": 8 * number, "moments": {"grad_sq": square}}) + "\n"
+        for number, square in enumerate((4.0, 9.0))
+    )
     (tmp_path / "journal.jsonl").write_text(text)
     assert read_recorded(tmp_path).norms("l2").norms.tolist() == [2, 3]
 

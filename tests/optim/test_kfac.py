@@ -231,11 +231,12 @@ def test_drawn_targets_give_the_fisher_matrix_in_expectation() -> None:
     model = mlp()
     x, y = digits(4)
     exact = KFAC(model.parameters(), model, fisher="gauss-newton", lr=0)
-    drawn = KFAC(model.parameters(), model, lr=0, seed=3)
     run_step(exact, model, x, y)
+    other = copy.deepcopy(model)
+    drawn = KFAC(other.parameters(), other, lr=0, seed=3)
     total = torch.zeros(6, 6)
     for _ in range(600):
-        outputs = model(x)
+        outputs = other(x)
         drawn.observe(outputs)
         total += drawn._capture.take().layers["0"].output_sum
     mean, expected = total / 600 / 4, exact.state[model[0].weight]["output_moment"]

@@ -39,6 +39,7 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
     """A hook that calls a method without keeping its object alive."""
     held = WeakMethod(method)
 
+    @torch.compiler.disable  # what it notes is outside of the graph, and a weak reference cannot be traced
     def hook(*arguments: object) -> None:
         call = held()
         if call is not None:

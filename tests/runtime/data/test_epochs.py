@@ -112,6 +112,7 @@ def test_each_pass_of_a_run_has_an_order_of_its_own(kind: str) -> None:
             seen += x[:, 0].int().tolist()
         passes.append(seen)
         optimizer.step()
+        optimizer.zero_grad()
     expected = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
