@@ -82,7 +82,6 @@ def checked_rules(
     **at_least_one: int | None,
 ) -> UpdateRules:
     """Checks the arguments of a run; returns the rules that apply, of which the optimizer may prefer one."""
-    check_types(optimizer, criterion)
     rule = preferred_rule(optimizer, criterion) if lr_rule is None else lr_rule
     followers = Followers.of(follow)
     decay = {"lr_decay": criterion.lr_decay} if isinstance(criterion, DecaysLR) else {}

@@ -740,7 +740,7 @@ def test_a_file_that_is_no_journal_is_refused(text: str, words: list[str], tmp_p
         ({"anchor": None}, ["warming up"]),
         ({"anchor": [100, 0.5, 0.0]}, ["changed its total"]),
         ({"clock": "gain"}, ["gain clock"]),
-        ({"total": [3, "parsecs"]}, ["no checkpoint of `adabatch train`", "parsecs"]),
+        ({"total": [3, "parsecs"]}, ["not a checkpoint of `adabatch train`", "parsecs"]),
     ],
 )
 def test_runs_that_cannot_be_extended_say_why(
@@ -778,7 +778,7 @@ def test_a_checkpoint_too_late_or_of_another_run_is_refused(run: Path, tmp_path:
 def test_a_checkpoint_of_something_else_is_named(run: Path, capsys: Any) -> None:
     save_again(run, {"model": {}})
     for command in ("extend", "refine"):
-        fails([command, str(run)], ["-step-", "no checkpoint of `adabatch train`"], capsys)
+        fails([command, str(run)], ["-step-", "not a checkpoint of `adabatch train`"], capsys)
     assert main(["schedule", "refine", str(run / "journal.jsonl")]) == 0  # the journal alone does
 
 

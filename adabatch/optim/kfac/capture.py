@@ -71,6 +71,7 @@ class Capture:
         due: Callable[[], bool],
         in_rows: bool = False,
     ) -> None:
+        self._model = model
         self._layers = dict(layers)
         self._kinds = {layer.name: layer.kind for layer in layers.values()}
         self._due = due
@@ -93,14 +94,16 @@ class Capture:
         finalize(self, _remove, self._handles).atexit = False
 
     def _begin(self, module: nn.Module, args: object) -> None:
+        if module is not self._model:  # a copy of it, such as an average of its weights, which has the hooks too
+            return
         self._noted.clear()
         self._watching = torch.is_grad_enabled() and self._due()
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
-        self._watching = False
+        self._watching = self._watching and module is not self._model
 
     def _note(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if self._watching and output.requires_grad:
+        if self._watching and output.requires_grad and module in self._layers:
             self._noted.append(Noted(self._layers[module].name, args[0].detach(), get_gradient_edge(output)))
 
     def give_way(self) -> None:
