@@ -17,7 +17,7 @@ from support.loops import lines
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from adabatch import Limits, NormTest, examples
+from adabatch import EngineOptions, Limits, NormTest, examples
 from adabatch.cli.display import Display
 from adabatch.cli.engines import engine_of
 from adabatch.cli.job import Job, run
@@ -129,4 +129,12 @@ def test_what_does_not_fit_the_engine_is_refused(name: Any, config: str | None, 
     (tmp_path / "good.json").write_text("{}")
     path = None if config is None else tmp_path / config
     with pytest.raises(ValueError, match=says):
-        engine_of(name, nn.Linear(2, 2), partial(AdamW, lr=0.1), World(), config=path, micro_batch_size=1)
+        engine_of(
+            name,
+            nn.Linear(2, 2),
+            partial(AdamW, lr=0.1),
+            World(),
+            config=path,
+            options=EngineOptions(),
+            micro_batch_size=1,
+        )

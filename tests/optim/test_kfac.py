@@ -376,7 +376,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         assert torch.equal(change, changes[1][name])
 
 
-# Where the hooks break the graph, the compiler looks at the gradients of what flows through it, and torch warns of that.
+# Where the hooks break the graph, the compiler looks at gradients of what flows through it, and torch warns of that.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_models_observe_eagerly() -> None:
     x, y = digits(8)

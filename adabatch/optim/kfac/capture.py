@@ -39,13 +39,14 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
     """A hook that calls a method without keeping its object alive."""
     held = WeakMethod(method)
 
-    @torch.compiler.disable  # what it notes is outside of the graph, and a weak reference cannot be traced
     def hook(*arguments: object) -> None:
         call = held()
         if call is not None:
             call(*arguments)
 
-    return hook
+    # What it notes is outside of the graph, and a weak reference cannot be traced.
+    disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 # A second K-FAC on a model, as of a notebook cell that is run again, must find the first, which torch does not tell.
