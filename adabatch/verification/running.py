@@ -16,7 +16,7 @@ from adabatch.batch.control import Limits
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Schedule
 from adabatch.guards.drift import fingerprint
-from adabatch.options import EngineOptions, Measure
+from adabatch.options import EngineOptions, Guard, Measure
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import GlobalOrder
@@ -116,6 +116,7 @@ def adaptive(training: Training, policy: Schedule, *, probed: bool) -> AdaptiveB
         probe=training.probe if probed else None,
         measure=Measure(monitor=probed),
         engine=EngineOptions(scaler=training.scaler),
+        guard=Guard(check_every=None),  # whether ranks drift is what is found out
     )
 
 

@@ -95,7 +95,7 @@ def test_what_two_ranks_cannot_carry_out_is_an_error_on_both(tmp_path):
         "min": r"limits.min=9 cannot be shared equally by 2 ranks: use a multiple of 2",
         "max": r"limits.max=49 cannot be shared equally by 2 ranks",
         "micro": r"limits.min=2 is below the smallest step of 2 rank\(s\).* micro_batch_size=1 or less",
-        "constant": r"Constant asks for batches of 12, which 2 rank\(s\)",
+        "constant": r"Constant asks for batches of 12 examples, which 2 rank\(s\)",
         "unwrapped": r"2 processes are running, but the model is a plain Sequential .*DistributedDataParallel",
         "empty": r"no micro-batch on at least one rank",
         "larger": r"a micro-batch of 8 examples came .* where micro_batch_size=4",

@@ -72,6 +72,10 @@ class HurtingTest(NormTest):
         HurtingTest.hurt()
         return super().wanted(observation)
 
+    def rest(self, observation: Observation) -> float:
+        HurtingTest.hurt()
+        return super().rest(observation)
+
 
 def watched(rank: int, size: int, folder: str, fault: str, part: str, victim: int) -> str:
     """A run in which one rank comes to harm at a place; what ends a rank from outside is in its file."""

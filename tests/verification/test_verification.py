@@ -64,13 +64,13 @@ def training(
         loader=loader(regression(num_examples, dtype=dtype)),
         loss=loss_of,
         micro_batch_size=4,
-        **options,
+        **{"count": lambda batch: len(batch[0]), **options},
     )
 
 
 def uneven(data: Any) -> list[tuple[Tensor, Tensor]]:
-    """Micro-batches of 4 examples, and a last one of 3: its share of a step is no power of two."""
-    sizes = [4] * 17 + [3]
+    """Micro-batches of 4 and of fewer examples, whose shares of a step are no powers of two."""
+    sizes = [4, 2, 3, 4, 4, 1] * 4
     x, y = data[: sum(sizes)]
     return list(zip(x.split(sizes), y.split(sizes), strict=True))
 
@@ -141,7 +141,10 @@ def other_weights(training: Training, rank: int) -> None:
 
 
 def other_rate(training: Training, rank: int) -> None:
-    training.optimizer.param_groups[0]["lr"] *= 1.001
+    """From the first update on: rates that differ at the beginning are refused there."""
+    group = training.optimizer.param_groups[0]
+    other = group["lr"] * 1.001
+    training.optimizer.register_step_post_hook(lambda *_: group.update(lr=other))
 
 
 DIFFERENCES = {"weights": other_weights, "rate": other_rate}
