@@ -15,6 +15,7 @@ from support.random_configs import outcome, random_config, sound_fields
 CONFIGS = 200
 
 
+@pytest.mark.filterwarnings("ignore:lr_rule='linear' multiplies")  # a warning is neither of the two
 def test_random_configs_make_a_plan_or_a_clear_error() -> None:
     rng = random.Random(0)
     kinds: Counter[str] = Counter()
