@@ -19,7 +19,7 @@ CHANCE = 0.693
 @pytest.mark.distributed
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_runs_by_the_command_at_its_head(path: Path) -> None:
-    shown = re.search(r"^    (python|torchrun \S.*) examples/(\w+)\.py$", path.read_text(), flags=re.MULTILINE)
+    shown = re.search(r"^(python|torchrun \S.*) examples/(\w+)\.py$", path.read_text(), flags=re.MULTILINE)
     assert shown is not None
     assert shown[2] == path.stem
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
