@@ -75,6 +75,7 @@ class PendingUpdates:
         self._running = False  # the loop stands inside a step
         self._update: _Update | None = None  # the one that a step's end prepared, until it is done
         self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
+        self._unapplied = False  # the gradients of the last step had no update, and are none of the next step's
         self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
         self._missing = MissingUpdates(kind_of(optimizer))
         self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips, done=self._done)
@@ -98,6 +99,9 @@ class PendingUpdates:
 
     def begin_step(self) -> None:
         """A step is about to be made."""
+        if self._unapplied and self._engine.holds_gradients:
+            self._optimizer.zero_grad(set_to_none=True)
+        self._unapplied = False
         self.tell_engine()
         self._groups = self._optimizer.param_groups  # an engine may show only some of them while it steps
 
@@ -209,9 +213,8 @@ class PendingUpdates:
                 f"remove() of the AdaptiveBatch first)"
             )
         update = self._update or self._begun
-        return update is not None and self._leaves_out(update)
-
-    def _leaves_out(self, update: _Update) -> bool:
+        if update is None:
+            return False
         return update.left_out or update.empty or (self._skip_nonfinite and not update.finite)
 
     def _done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
@@ -275,8 +278,9 @@ class PendingUpdates:
         if self._update is not None:
             self._journal.write({**self._update.entry, "lr": None, "applied": False})
             self._observers.after(self._update.number)
-            if self._engine.holds_gradients and self._leaves_out(self._update):  # the loop need not call step() then
-                self._optimizer.zero_grad(set_to_none=True)
+            # Whether it was left out or never came (a loop that only measures): the next step begins without them. They
+            # stay until then, for whoever looks at them after the loop.
+            self._unapplied = True
         self._update = self._begun = self._step = None
 
     def drop(self) -> None:

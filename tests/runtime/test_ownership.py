@@ -683,3 +683,28 @@ def test_an_object_whose_steps_are_never_taken_says_so_once() -> None:
     assert batches.progress.steps == 0
     run(batches, model, optimizer)
     assert batches.progress.steps == 3
+
+
+def test_a_loop_that_only_measures_measures_each_step_alone() -> None:
+    """Neither step() nor zero_grad(): what a step left is no part of the next, and that is said once."""
+    model, oracle = network(), network()
+    batches = adaptive(model, SGD(model.parameters(), lr=0.01))
+    measured, expected = [], []
+
+    def loop() -> None:
+        for step in batches.steps(DataLoader(regression(64), batch_size=4)):
+            taken = []
+            for batch in step:
+                step.backward(loss_of(model, batch))
+                taken.append(batch)
+            assert step.moments is not None
+            measured.append(step.moments.grad_sq)
+            whole = [torch.cat(parts) for parts in zip(*taken, strict=True)]
+            grads = torch.autograd.grad(loss_of(oracle, whole), list(oracle.parameters()))
+            expected.append(sum(float(grad.square().sum()) for grad in grads))
+
+    with pytest.warns(RuntimeWarning, match="never came for 2 steps in a row"):
+        loop()
+    assert len(measured) >= 3
+    assert measured == pytest.approx(expected, rel=1e-5)
+    assert all(p.grad is not None for p in model.parameters())  # the last are there to be looked at
