@@ -124,7 +124,7 @@ def growing(model: torch.nn.Module, dtype: torch.dtype) -> list[dict[str, Any]]:
         optimizer,
         Even(eta=0.9),
         micro_batch_size=2,
-        limits=Limits(min=4, max=40),
+        limits=Limits(min=4, max=64),
         # Half of a batch is not always what two processes can make up: only growth.
         control=Control(memory=5, confidence=0.5, hysteresis=0.1, growth=2.0, pace=math.inf, monotone=True),
         lr_rule="sqrt",
@@ -165,7 +165,7 @@ def test_two_processes_do_what_one_does(tmp_path, name, rel):
     alone = growing(network(dtype=dtype), dtype)
     sizes = [line["batch"] for line in alone]
     assert len(alone) == 64
-    assert sum(after > before for before, after in itertools.pairwise(sizes)) >= 4
+    assert sum(after > before for before, after in itertools.pairwise(sizes)) >= 5
     for together in run_ranks(growing_under_ddp, 2, tmp_path, name):
         for key in ("batch", "parts", "next", "lr"):
             assert [line[key] for line in together] == [line[key] for line in alone], key
@@ -381,5 +381,6 @@ def test_at_most_64_bytes_a_step_are_sent(tmp_path):
             assert num_steps >= 6
             each = [after - before for before, after in itertools.pairwise(sent[:-1])]
             assert max(each[:-1]) <= 64, name
-            # A pass costs a little more at its ends: the ranks compare settings and data, and where their loaders end.
-            assert sent[-1] <= 64 * num_steps + 256, name
+            # A pass costs a little more at its ends: settings 16 bytes, errors of one rank 8, data 8 a rank, copies of
+            # the weights 24 a rank, and 40 for where the loaders end.
+            assert sent[-1] <= 64 * num_steps + 128, name
