@@ -13,48 +13,31 @@ import argparse
 import itertools
 import math
 import statistics
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from _harness import Machine, Table, publish
+from _harness import ROOT, Machine, Table, publish
 
-from adabatch import Control, Limits, NoiseScale, NormTest
+from adabatch import Control, NoiseScale, NormTest
 from adabatch.batch import Observation, Progress
 from adabatch.batch.averages import Averages, ProbeWindow
-from adabatch.batch.control import ControlState, decide, estimate
+from adabatch.batch.control import estimate
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, micro_batch_sizes
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.simulated import GRID, RIGHT, Level, drawn, sizes
 
 QUESTION = (
     "Which average of noise and signal is right on clean data, hardly moved by a probe that is wrong, and quick to "
     "follow a change; and does the control that uses it withstand spikes, follow jumps, and rest where it should?"
 )
-Level = Callable[[int], float]
-RIGHT = 160
-"""The batch at which the runs below should rest: twenty micro-batches of 8."""
-GRID = PlanGrid(dp_size=1, micro_sizes=(8,), min_accumulation=2)
 TWO_PARTS = PlanGrid(dp_size=2, micro_sizes=micro_batch_sizes(8, 2**20))
-
-
-def drawn(
-    rng: np.random.Generator, plan: BatchPlan, *, noise: float, d: int, signal: float = 1.0, part: float = 1.0
-) -> GradientMoments:
-    """What a step measures; ``part`` multiplies the gradient of its first micro-batch."""
-    micro, num_parts, size = plan.micro_batch_size, plan.num_parts, plan.global_batch_size
-    if part != 1:
-        parts = rng.standard_normal((num_parts, d)) * math.sqrt(noise / d / micro)
-        parts[:, 0] += math.sqrt(signal)
-        parts[0] *= part
-        return GradientMoments(
-            float((parts**2).sum(1).mean()), micro, float((parts.mean(0) ** 2).sum()), size, num_parts
-        )
-    along = math.sqrt(signal) + math.sqrt(noise / d / size) * rng.standard_normal()
-    grad_sq = along**2 + (noise / d / size * rng.chisquare(d - 1) if d > 1 else 0.0)
-    between = noise / d / micro * rng.chisquare((num_parts - 1) * d) / num_parts
-    return GradientMoments(grad_sq + between, micro, grad_sq, size, num_parts)
 
 
 # --- averages ---------------------------------------------------------------------------------------------------------
@@ -189,43 +172,6 @@ def compared(make: Callable[[], Average], *, num_parts: int, d: int, trials: int
 
 
 # --- the control ------------------------------------------------------------------------------------------------------
-
-
-def sizes(
-    num_steps: int,
-    *,
-    seed: int,
-    rest: Level = lambda step: RIGHT,
-    eta: float = 0.5,
-    criterion: Criterion | None = None,
-    d: int = 30,
-    part: Level = lambda step: 1.0,
-    shared: Level = lambda step: 1.0,
-    grid: PlanGrid = GRID,
-    control: Control | None = None,
-    start: int = RIGHT,
-    limits: Limits | None = None,
-) -> list[int]:
-    """The batch after each step of a run in which the norm test should come to ``rest``."""
-    rng, state, progress, plan = np.random.default_rng(seed), ControlState(), Progress(), grid.nearest(start)
-    found = []
-    for step in range(num_steps):
-        noise = rest(step) * eta**2 / (1 - eta**2)
-        moments = drawn(rng, plan, noise=noise, d=d, part=part(step)).scaled(shared(step))
-        progress = progress.after(plan.global_batch_size)
-        decision = decide(
-            criterion or NormTest(eta),
-            moments,
-            control=control or Control(),
-            limits=limits or Limits(16, 2**24),
-            grid=grid,
-            plan=plan,
-            progress=progress,
-            state=state,
-        )
-        plan, state = decision.plan, decision.state
-        found.append(plan.global_batch_size)
-    return found
 
 
 def first(found: Sequence[int], reached: Callable[[int], bool], *, start: int = 0) -> int:
