@@ -32,6 +32,7 @@ from adabatch.runtime.data.passes import passes_over
 from adabatch.runtime.data.portions import Feed
 from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.fabric import inside_fabric
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.observers import Moment, Observers, Phase
 from adabatch.runtime.optimizers import each_of, joined, kind_of
@@ -58,7 +59,7 @@ class AdaptiveBatch:
 
     Args:
         model: plain, wrapped in ``DistributedDataParallel``, or sharded by ``fully_shard`` (FSDP2; torch 2.9 for a
-            criterion that needs a probe).
+            criterion that needs a probe); model and optimizer also as Lightning's ``fabric.setup`` returned them.
         optimizer: each ``step()`` counts as an update, and runs with the batch factor on the learning rates. Only
             gradients of the parameters that it holds are measured. A list of several optimizers with different
             parameters makes one update: it is complete when all have stepped, in any order; all step with the same
@@ -124,7 +125,9 @@ class AdaptiveBatch:
     ) -> None:
         optimizer = joined(optimizer)
         check_types(optimizer, criterion)
-        self._engine = engine_of(model, optimizer, engine, local_sgd)
+        fabric = inside_fabric(model)
+        model, backward = (model, None) if fabric is None else fabric
+        self._engine = engine_of(model, optimizer, engine, local_sgd, backward)
         with failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
             largest = micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
             self._planner, needs, layers = prepared(
@@ -214,6 +217,11 @@ class AdaptiveBatch:
     def lr_factor(self) -> float:
         """The batch factor that the next ``optimizer.step()`` applies."""
         return self._updates.lr_factor
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer whose steps are the updates, without the wrapper of a host; several of them joined."""
+        return self._optimizer
 
     @property
     def journal(self) -> Journal:

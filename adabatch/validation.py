@@ -23,6 +23,7 @@ from adabatch.lr.rules import NOISE_RULES, LRRule, Setting
 from adabatch.optim.mup import check_ratios, named_parameters
 from adabatch.options import EngineOptions, Guard, Measure
 from adabatch.planning import Planner, Policy
+from adabatch.runtime.engines.backward import Backward
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
@@ -37,16 +38,27 @@ DECOUPLED: tuple[type[Optimizer], ...] = (AdamW, *([torch.optim.Muon] if hasattr
 
 
 def engine_of(
-    model: torch.nn.Module, optimizer: Optimizer, given: EngineOptions | Engine, local_sgd: LocalSGD | None
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    given: EngineOptions | Engine,
+    local_sgd: LocalSGD | None,
+    backward: Backward | None = None,
 ) -> Engine:
-    """The engine that was given, or the one that the model's type and ``local_sgd`` select, with its options."""
+    """The engine that was given, or the one that the model's type and ``local_sgd`` select, with its options.
+
+    ``backward`` is that of a host around the model.
+    """
     if isinstance(given, Engine):
         return given
     if not isinstance(given, EngineOptions):
         raise TypeError(f"engine must be EngineOptions(...), or the Engine of a host, got {given!r}")
     if local_sgd is not None:
+        if backward is not None:
+            raise ValueError(
+                "local_sgd= averages plain models: give the model and the optimizer without Fabric's setup"
+            )
         return local_sgd.engine(model, optimizer, given.gradient_sync, given.scaler)
-    engine = engine_for(model, given.gradient_sync, given.scaler)
+    engine = engine_for(model, given.gradient_sync, given.scaler, backward=backward)
     for one in each_of(optimizer):
         if isinstance(one, ChecksRanks):
             one.check_ranks(engine.collectives.size)

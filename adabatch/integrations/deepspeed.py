@@ -68,8 +68,8 @@ def attach(
             orthogonal updates, ``compute_grad_norm: false``.
         TypeError: no engine, or one without an optimizer.
     """
-    _check_engine(engine)
-    _check_options(engine, options)
+    check_engine(engine)
+    check_options(engine, options)
     return AdaptiveBatch(
         engine.module,
         engine.basic_optimizer,
@@ -177,7 +177,12 @@ def trained_parameters(engine: DeepSpeedEngine) -> list[Tensor]:
     return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
 
 
-def _check_engine(engine: Any) -> None:
+def check_engine(engine: Any) -> None:
+    """Checks that the gradients of an engine can be measured.
+
+    Raises:
+        ValueError, TypeError: as ``attach`` does.
+    """
     if not isinstance(engine, DeepSpeedEngine):
         raise TypeError(f"attach takes the engine that deepspeed.initialize returns first, got {type(engine).__name__}")
     if getattr(engine, "basic_optimizer", None) is None:
@@ -238,7 +243,12 @@ def _asked(engine: Any, question: str) -> bool:
     return ask is not None and bool(ask())
 
 
-def _check_options(engine: Any, options: dict[str, Any]) -> None:
+def check_options(engine: Any, options: dict[str, Any]) -> None:
+    """Checks options of ``AdaptiveBatch`` against what an engine shows of its gradients.
+
+    Raises:
+        ValueError: as ``attach`` does.
+    """
     for name in ("probe", "engine", "local_sgd"):
         if options.get(name) is not None:
             way_out = ", or use DDP or FSDP2 for one of your own" if name == "probe" else ""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from adabatch.runtime.fabric import without_fabric
+
 
 class JoinedOptimizers(Optimizer):
     """Several optimizers of one model, seen as one: their groups, their state, one ``step()`` and one checkpoint.
@@ -153,14 +155,16 @@ class JoinedOptimizers(Optimizer):
 
 
 def joined(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
-    """One optimizer as it is, several of a list or tuple as one.
+    """One optimizer as it is, several of a list or tuple as one; without the wrapper of Lightning's Fabric.
 
     Raises:
         ValueError, TypeError: as ``JoinedOptimizers`` does.
     """
     if isinstance(optimizer, list | tuple):
-        return optimizer[0] if len(optimizer) == 1 else JoinedOptimizers(optimizer)
-    return optimizer  # type: ignore[return-value]  # what is no optimizer is refused by whoever takes it
+        inner: list[Optimizer] = [without_fabric(one) for one in optimizer]
+        return inner[0] if len(inner) == 1 else JoinedOptimizers(inner)
+    whole: Optimizer = without_fabric(optimizer)  # what is no optimizer is refused by whoever takes it
+    return whole
 
 
 def each_of(optimizer: Optimizer) -> Sequence[Optimizer]:

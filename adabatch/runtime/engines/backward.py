@@ -52,11 +52,19 @@ def scaled_by(scaler: GradScaler) -> Backward:
     def run(loss: Tensor) -> None:
         _plain(scaler.scale(loss))
 
+    return Backward(run, factor_of(scaler))
+
+
+def factor_of(scaler: GradScaler) -> Callable[[torch.device], Tensor] | None:
+    """The factor by which a scaler multiplies the gradients, as ``Backward.scale``; None if it is not enabled."""
+    if not scaler.is_enabled():
+        return None
+
     def scale(device: torch.device) -> Tensor:
         # Scaling a one keeps the factor on the device; get_scale() would copy it to the host, and wait.
         return scaler.scale(torch.ones((), device=device))
 
-    return Backward(run, scale)
+    return scale
 
 
 def left_out(optimizer: Optimizer) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.runtime.collectives import collectives_of
 from adabatch.runtime.compiled import uncompiled
-from adabatch.runtime.engines.backward import PLAIN, scaled_by
+from adabatch.runtime.engines.backward import PLAIN, Backward, scaled_by
 from adabatch.runtime.engines.ddp import DDPEngine
 from adabatch.runtime.engines.engine import Engine, GradientSync
 from adabatch.runtime.engines.fsdp2 import FSDP2Engine
@@ -18,22 +18,33 @@ from adabatch.runtime.engines.plain import PlainEngine
 from adabatch.runtime.fsdp2 import is_sharded
 
 
-def engine_for(model: nn.Module, gradient_sync: GradientSync | None = None, scaler: GradScaler | None = None) -> Engine:
+def engine_for(
+    model: nn.Module,
+    gradient_sync: GradientSync | None = None,
+    scaler: GradScaler | None = None,
+    *,
+    backward: Backward | None = None,
+) -> Engine:
     """The engine of a model: plain, in ``DistributedDataParallel``, or sharded by ``fully_shard`` (FSDP2).
 
     Args:
         model: as it is trained.
         gradient_sync: reduce gradients at "each" or at the "last" micro-batch; None for the engine's default.
         scaler: the ``GradScaler`` of a run in float16; None for none.
+        backward: that of a host, with its own scaling; None for torch's.
 
     Raises:
-        ValueError: if ``gradient_sync`` is unknown or does not go with the engine, if a plain model runs on several
-            processes, or if a sharded model is not sharded over one data-parallel mesh, or has sparse gradients.
+        ValueError: if both ``scaler`` and ``backward`` are given, if ``gradient_sync`` is unknown or does not go with
+            the engine, if a plain model runs on several processes, or if a sharded model is not sharded over one
+            data-parallel mesh, or has sparse gradients.
         TypeError: if ``scaler`` is not a ``GradScaler``.
     """
     if gradient_sync is not None and gradient_sync not in get_args(GradientSync):
         raise ValueError(f"gradient_sync must be one of {', '.join(get_args(GradientSync))}, got {gradient_sync!r}")
-    backward = PLAIN if scaler is None else scaled_by(scaler)
+    if backward is not None and scaler is not None:
+        raise ValueError("the host scales the loss by itself: leave EngineOptions(scaler=) out")
+    if backward is None:
+        backward = PLAIN if scaler is None else scaled_by(scaler)
     if is_sharded(model):
         return FSDP2Engine(model, gradient_sync=gradient_sync or "each", backward=backward)
     if isinstance(uncompiled(model), DistributedDataParallel):
