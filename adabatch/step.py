@@ -143,6 +143,7 @@ class Step:
         self._ended = True
         if self._engine.reduced == "backward":
             self.settle()
+        self._engine.inner_loop_ended()
 
     def settle(self, *, reduced: bool = True) -> None:
         """Ends the step once its gradient is reduced: measures, and decides on the next plan.

@@ -40,7 +40,8 @@ def hook_step(
             remove_all(handles)
             raise TypeError(
                 f"{type(one).__name__} is not an optimizer with step hooks: give the optimizer inside it, before it is "
-                f"wrapped (with Accelerate, before accelerator.prepare)"
+                f"wrapped (with Accelerate, before accelerator.prepare; or give it to "
+                f"adabatch.integrations.accelerate.attach, and take the `optimizer` of what that returns)"
             ) from error
     if isinstance(before, MethodType):
         finalize(before.__self__, remove_all, handles).atexit = False

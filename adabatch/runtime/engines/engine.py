@@ -93,6 +93,9 @@ class Engine(ABC):
             weight: of this rank's micro-batches: their number of examples, or what ``steps(weigh=)`` returned.
         """
 
+    def inner_loop_ended(self) -> None:  # noqa: B027  (most engines do nothing then)
+        """Called when a step's micro-batches have been run, after its decision if its gradient is reduced by then."""
+
     def steps_alone(self) -> bool:
         """Whether the next step uses this rank's own gradient instead of the mean over the ranks."""
         return False
