@@ -1,0 +1,128 @@
+"""The hooks of the callback, apart from the class of the Lightning that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from adabatch.adaptive import AdaptiveBatch
+from adabatch.batch.criteria import Criterion
+from adabatch.batch.plan import Duration
+from adabatch.integrations.lightning_loop import Host, MakeSchedule, Run, settings_of
+from adabatch.runtime.engines.engine import GradientSync
+
+
+class AdaptiveHooks:
+    """Lets the batch of ``Trainer.fit`` follow a criterion; for modules with automatic optimization.
+
+    ::
+
+        adaptive = AdaptiveBatchCallback(NormTest(eta=0.7), micro_batch_size=16, limits=Limits(min=64, max=1024))
+        trainer = Trainer(max_epochs=3, callbacks=[adaptive])
+        trainer.fit(module, DataLoader(dataset, batch_size=16, shuffle=True))
+
+    The loader, or ``train_dataloader`` of the module or a data module, yields micro-batches, or is a ``GlobalOrder``,
+    with which the micro-batch can grow and a run resumes in the middle of an epoch. ``training_step`` is called for
+    each micro-batch; clipping, precision, ``optimizer_step``, schedulers with ``interval="step"``, ``max_steps``,
+    validation, other callbacks, loggers and checkpoints are Lightning's, once per step. ``batch_idx`` counts steps, and
+    ``on_train_batch_start`` and ``on_train_batch_end`` are called once per step, with its first micro-batch.
+
+    Runs on one device, ``DDPStrategy`` and ``ModelParallelStrategy`` (FSDP2, over the data alone). The number of steps
+    is not known beforehand: ``estimated_stepping_batches`` and the length of the progress bar are bounds.
+
+    Attributes:
+        host: the modules of the Lightning that the trainer is of.
+
+    Args:
+        criterion: which batch size to ask for.
+        micro_batch_size: examples in one forward and backward on one rank: the ``batch_size`` of the loader.
+        schedule: optimizer, batches -> scheduler that steps after each update, such as
+            ``lambda optimizer, batches: ProgressLR(optimizer, lr.cosine(), batches, total=examples(1_000_000))``. None
+            leaves the schedulers that ``configure_optimizers`` returns.
+        until: ends the run, in addition to ``max_steps``, ``max_epochs`` and the others.
+        count: as in ``AdaptiveBatch.steps``.
+        weigh: as in ``AdaptiveBatch.steps``.
+        gradient_sync: as in ``EngineOptions``, for FSDP2.
+        log: whether ``adabatch/global_batch_size``, ``adabatch/loss`` (the mean over all ranks and micro-batches) and
+            ``adabatch/noise_scale`` go to the loggers.
+        options: everything else that ``AdaptiveBatch`` takes, but for ``engine`` and ``local_sgd``.
+
+    Raises:
+        ValueError: if an option is chosen by the callback; in ``fit`` if trainer or module do not go with it, or as
+            ``AdaptiveBatch`` raises it.
+    """
+
+    host: Host
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        /,
+        *,
+        micro_batch_size: int,
+        schedule: MakeSchedule | None = None,
+        until: Duration | None = None,
+        count: Callable[[Any], int] | None = None,
+        weigh: Callable[[Any], float] | None = None,
+        gradient_sync: GradientSync | None = None,
+        log: bool = True,
+        **options: Any,
+    ) -> None:
+        self._settings = settings_of(
+            criterion,
+            micro_batch_size=micro_batch_size,
+            schedule=schedule,
+            until=until,
+            count=count,
+            weigh=weigh,
+            gradient_sync=gradient_sync,
+            log=log,
+            options=options,
+        )
+        self._run: Run | None = None
+
+    @property
+    def batches(self) -> AdaptiveBatch:
+        """The batches of the present or the last ``fit``.
+
+        Raises:
+            RuntimeError: if model and optimizer do not exist yet.
+        """
+        if self._run is None or self._run.batches is None:
+            raise RuntimeError("there are no batches yet: they are made when trainer.fit has set up the optimizer")
+        return self._run.batches
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Puts whole steps in the place of the training loader."""
+        if stage == "fit":
+            self._run = Run(trainer, self.host, self._settings)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Model and optimizer exist."""
+        assert self._run is not None
+        self._run.build()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A step is over."""
+        assert self._run is not None
+        if found := self._run.logged():
+            pl_module.log_dict(found, on_step=True, on_epoch=False)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leaves trainer and model as they were."""
+        if stage == "fit" and self._run is not None:
+            self._run.remove()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same after an error."""
+        if self._run is not None:
+            self._run.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning's checkpoint."""
+        return {} if self._run is None else self._run.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From Lightning's checkpoint, before or after model and optimizer exist."""
+        assert self._run is not None
+        self._run.load_state_dict(state)

@@ -1,0 +1,477 @@
+"""What the callbacks for ``lightning`` and for ``pytorch_lightning`` share: one batch of Lightning is one whole step.
+
+Lightning's loop over an epoch stays as it is, and with it its counters, its schedulers, its other callbacks and its
+checkpoints. Two things are put in: the loader hands out the first micro-batch of each step, and the ``run`` method of
+the loop's automatic optimization, which turns a batch into an update, runs all micro-batches of that step.
+
+How many steps an epoch takes is not known beforehand, so Lightning is told a bound, and at the end of an epoch what it
+does after a last batch is done here: the schedulers that step per epoch, and the validation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from adabatch.adaptive import AdaptiveBatch
+from adabatch.batch.criteria import Criterion
+from adabatch.batch.plan import Duration
+from adabatch.integrations.host_state import HostState
+from adabatch.runtime.data import GlobalOrder, num_examples_in
+from adabatch.runtime.engines.backward import Backward, factor_of
+from adabatch.runtime.engines.choice import engine_for
+from adabatch.runtime.engines.engine import GradientSync
+from adabatch.step import Step
+
+OLDEST = "2.4"
+"""The oldest release of Lightning that was tried."""
+
+MakeSchedule = Callable[[Optimizer, AdaptiveBatch], LRScheduler]
+"""The optimizer and the batches -> a scheduler that steps after each update."""
+
+
+class Host:
+    """Modules of Lightning under one of its two names.
+
+    Args:
+        root: "lightning.pytorch" or "pytorch_lightning".
+        fabric: "lightning.fabric" or "lightning_fabric".
+    """
+
+    def __init__(self, root: str, fabric: str) -> None:
+        self._root = root
+        self._fabric = fabric
+
+    def __getitem__(self, path: str) -> ModuleType:
+        """A module below the root."""
+        return importlib.import_module(f"{self._root}.{path}")
+
+    @property
+    def fabric_data(self) -> ModuleType:
+        """Fabric's module about loaders."""
+        return importlib.import_module(f"{self._fabric}.utilities.data")
+
+
+class Settings(NamedTuple):
+    """What the callback was given.
+
+    Args:
+        criterion: which batch size to ask for.
+        micro_batch_size: of the loader.
+        schedule: makes the scheduler of the learning rate; None for the module's own.
+        until: where the run ends; None for Lightning's own ends.
+        gradient_sync: of FSDP2.
+        log: whether batch size, loss and noise scale go to Lightning's loggers.
+        loop: keyword arguments of ``AdaptiveBatch.steps``.
+        batches: keyword arguments of ``AdaptiveBatch``.
+    """
+
+    criterion: Criterion
+    micro_batch_size: int
+    schedule: MakeSchedule | None
+    until: Duration | None
+    gradient_sync: GradientSync | None
+    log: bool
+    loop: Mapping[str, Any]
+    batches: Mapping[str, Any]
+
+
+class Run:
+    """One ``fit``: the trainer, the batches, and the step under way.
+
+    Args:
+        trainer: of the fit.
+        host: the name under which its Lightning was imported.
+        settings: what the callback was given.
+
+    Attributes:
+        batches: once model and optimizer exist.
+    """
+
+    def __init__(self, trainer: Any, host: Host, settings: Settings) -> None:
+        check_trainer(trainer, host)
+        self._trainer = trainer
+        self._host = host
+        self._settings = settings
+        self.batches: AdaptiveBatch | None = None
+        self._state: HostState | None = None
+        self._loader: Any = None
+        self._step: Step | None = None
+        self._micro_batches: Iterator[Any] = iter(())
+        self._epoch = -1  # Lightning's, of the pass under way
+        self._pass_began_at = 0  # epoch of the order
+        self._exhausted = False
+        self._passed = -1  # Lightning's epoch whose pass was over when the run was saved
+        self._saved: Mapping[str, Any] | None = None
+        self._put_in_loader()
+
+    # --- what is put into the trainer -------------------------------------------------------------------------------
+
+    def _put_in_loader(self) -> None:
+        """Puts whole steps in the place of the training loader, before anything asks for its length."""
+        self._source = self._trainer.fit_loop._data_source
+        self._trainer.fit_loop._data_source = _Source(self, self._source)
+
+    def build(self) -> None:
+        """Model and optimizer exist: makes the batches, and takes over the updates."""
+        trainer, settings = self._trainer, self._settings
+        check_module(trainer, self._host)
+        optimizer = trainer.optimizers[0]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        backward = Backward(partial(self._backward, optimizer), None if scaler is None else factor_of(scaler))
+        model = trainer.strategy.model
+        self.batches = AdaptiveBatch(
+            model,
+            optimizer,
+            settings.criterion,
+            micro_batch_size=settings.micro_batch_size,
+            engine=engine_for(model, settings.gradient_sync, backward=backward),
+            **settings.batches,
+        )
+        order = self._loader if isinstance(self._loader, GlobalOrder) else None
+        self._state = HostState(self.batches, order=order, scaled=scaler is not None)
+        if settings.schedule is not None:
+            schedule = settings.schedule(optimizer, self.batches)
+            make = self._host["utilities.types"].LRSchedulerConfig
+            trainer.strategy.lr_scheduler_configs = [make(schedule, interval="step", name="adabatch")]
+        trainer.fit_loop.epoch_loop.automatic_optimization.run = self.update
+        if self._saved is not None:
+            self.load_state_dict(self._saved)
+
+    def remove(self) -> None:
+        """The fit is over: everything is as it was, and the batches take no more steps."""
+        loop = self._trainer.fit_loop
+        loop._data_source = self._source
+        vars(loop.epoch_loop.automatic_optimization).pop("run", None)
+        if self.batches is not None:
+            self.batches.remove()
+
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    def loader(self, inner: Any) -> _Steps:
+        """The steps over a loader of micro-batches, or over a ``GlobalOrder``."""
+        if isinstance(inner, list | tuple | Mapping) or type(inner).__name__ == "CombinedLoader":
+            raise ValueError(
+                f"the training data must be one loader of micro-batches or one GlobalOrder, got "
+                f"{type(inner).__name__}: combine the data sets, by torch.utils.data.ConcatDataset for instance"
+            )
+        if not isinstance(inner, GlobalOrder):
+            states = self._host["trainer.states"]
+            process = self._host["trainer.connectors.data_connector"]._process_dataloader
+            inner = process(self._trainer, states.TrainerFn.FITTING, states.RunningStage.TRAINING, inner)
+        self._loader = inner
+        if self._state is not None:
+            self._state.order = inner if isinstance(inner, GlobalOrder) else None
+        stateful = not isinstance(inner, GlobalOrder) and hasattr(inner, "state_dict")
+        return _StatefulSteps(self, inner) if stateful else _Steps(self, inner)
+
+    def most_steps(self) -> float:
+        """A number of steps that no epoch exceeds; one more than it can take, so that only its data end an epoch."""
+        loader, limits = self._loader, self._settings.batches.get("limits")
+        smallest = getattr(limits, "min", None)
+        ranks: int = self._trainer.world_size
+        smallest = smallest if isinstance(smallest, int) else self._settings.micro_batch_size * ranks
+        if isinstance(loader, GlobalOrder):
+            return math.ceil(len(loader) / smallest) + 1
+        try:
+            micro_batches = len(loader)
+        except (TypeError, NotImplementedError):
+            return math.inf
+        accumulation = max(1, smallest // (self._settings.micro_batch_size * ranks))
+        return math.ceil(micro_batches / accumulation) + 1
+
+    def pass_over_data(self) -> Iterator[Any]:
+        """The first micro-batch of each step of an epoch."""
+        assert self.batches is not None
+        loader, trainer = self._loader, self._trainer
+        order = loader if isinstance(loader, GlobalOrder) else None
+        self._epoch, self._exhausted = trainer.current_epoch, False
+        self._show_total(self.most_steps())
+        if self._passed != self._epoch:
+            self._pass_began_at = -1 if order is None else order.epoch
+            if order is None:
+                self._host.fabric_data._set_sampler_epoch(loader, self._epoch)
+            for step in self.batches.steps(loader, until=self._settings.until, **self._settings.loop):
+                self._step, self._micro_batches = step, iter(step)
+                yield next(self._micro_batches)
+        self._step, self._exhausted = None, True
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        """What Lightning does after the last batch of an epoch, which it did not know to be the last."""
+        trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        loop.batch_progress.is_last_batch = True
+        self._show_total(loop.batch_progress.current.ready)
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        at_end = isinstance(trainer.val_check_interval, float) and trainer.val_check_interval == 1.0
+        timed = getattr(trainer, "_val_check_time_interval", None) is not None  # not in older releases
+        if at_end and not timed and loop._should_check_val_epoch():
+            trainer.validating = True
+            first = trainer._logger_connector._first_loop_iter
+            self._host["trainer.call"]._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
+            loop.val_loop.run()
+            trainer.training = True
+            trainer._logger_connector._first_loop_iter = first
+
+    def _show_total(self, num_steps: float) -> None:
+        """Tells the progress bar how many steps the epoch takes, as far as is known."""
+        trainer = self._trainer
+        trainer.fit_loop.max_batches = num_steps
+        bar, bars = trainer.progress_bar_callback, self._host["callbacks"]
+        total = num_steps if math.isfinite(num_steps) else None
+        if isinstance(bar, bars.TQDMProgressBar) and bar._train_progress_bar is not None:
+            bar.train_progress_bar.total = total
+            bar.train_progress_bar.refresh()
+        elif isinstance(bar, bars.RichProgressBar) and bar.train_progress_bar_id is not None:
+            bar.progress.update(bar.train_progress_bar_id, total=total)
+
+    def _expected_steps(self) -> float:
+        """Steps of the epoch if the batch stayed as it is now, at least one more than were begun."""
+        assert self.batches is not None
+        loader, done = self._loader, int(self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        if not isinstance(loader, GlobalOrder):
+            return max(self.most_steps(), done + 1)
+        left = 0 if loader.epoch != self._pass_began_at else len(loader) - loader.examples_seen
+        return done + max(1, math.ceil(left / self.batches.plan.global_batch_size))
+
+    # --- an update --------------------------------------------------------------------------------------------------
+
+    def update(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
+        """In the place of ``_AutomaticOptimization.run``: all micro-batches of a step, and its update.
+
+        Args:
+            optimizer: Lightning's only one.
+            batch_idx: number of the step in the epoch.
+            kwargs: of ``training_step``, with the first micro-batch of the step.
+
+        Returns:
+            The mean loss over this rank's micro-batches, and what the last ``training_step`` returned beside its loss.
+        """
+        assert self.batches is not None
+        step, trainer = self._step, self._trainer
+        assert step is not None
+        loop = trainer.fit_loop.epoch_loop.automatic_optimization
+        if loop._skip_backward:
+            raise RuntimeError(
+                "an epoch without backward, as StochasticWeightAveraging makes one for BatchNorm, has no steps: leave "
+                "the callback out"
+            )
+        weights = step.portion.sizes if step.portion.weights is None else step.portion.weights.of_each
+        whole = sum(weights) or 1.0
+        mean: Tensor | None = None
+        for index, weight in enumerate(weights):
+            if index > 0:
+                kwargs["batch"] = self._moved(next(self._micro_batches))
+            result = loop._training_step(kwargs)
+            if result.closure_loss is None:
+                raise RuntimeError(
+                    "training_step returned None, and a step needs the loss of each of its micro-batches: return "
+                    "loss * 0, or give steps(weigh=) a weight of 0 for it"
+                )
+            if index == 0:
+                zero_grad = loop._make_zero_grad_fn(batch_idx, optimizer)
+                assert zero_grad is not None
+                zero_grad()
+            step.backward(result.closure_loss)
+            loss = result.loss * (weight / whole)
+            mean = loss if mean is None else mean + loss
+        assert next(self._micro_batches, None) is None  # the step measures and decides as its inner loop ends
+        loop._optimizer_step(batch_idx, lambda: mean)
+        until = self._settings.until
+        if until is not None and self.batches.consumed.reached(until):
+            trainer.should_stop = True
+        self._show_total(self._expected_steps())
+        return {**result.asdict(), "loss": mean}
+
+    def _moved(self, batch: Any) -> Any:
+        """A micro-batch after the first, on the device: what the loop over the epoch does with a batch."""
+        trainer = self._trainer
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = self._host["trainer.call"]._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        results = trainer._results
+        results.batch, results.batch_size = batch, None  # from which self.log() takes the number of examples
+        return batch
+
+    def _backward(self, optimizer: Optimizer, loss: Tensor) -> None:
+        """Lightning's own, with its precision, its hooks, and the module's ``backward``."""
+        self._host["trainer.call"]._call_strategy_hook(self._trainer, "backward", loss, optimizer)
+
+    def logged(self) -> dict[str, float]:
+        """What goes to Lightning's loggers after a step."""
+        batches, step = self.batches, self._step
+        if not self._settings.log or batches is None or step is None:
+            return {}
+        found = {
+            "global_batch_size": float(step.global_batch_size),
+            "noise_scale": batches.noise_scale,
+            "loss": math.nan if step.loss is None else step.loss,
+        }
+        return {f"adabatch/{name}": value for name, value in found.items() if not math.isnan(value)}
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning's checkpoint: the state of the next step."""
+        if self._state is None:
+            return {}
+        over = self._exhausted
+        if self._state.order is not None and self._epoch >= 0:
+            over = over or self._state.order.epoch != self._pass_began_at
+        return {**self._state.state_dict(), "passed": self._epoch if over else -1}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to a saved place; kept until there are batches."""
+        self._saved = state
+        if self._state is not None:
+            self._state.order = self._state.order or self._order_to_come()
+            self._state.load_state_dict(state)
+            self._passed = state["passed"]
+            self._saved = None
+
+    def _order_to_come(self) -> GlobalOrder | None:
+        """The order that Lightning will ask for; it is asked now, if it was not yet."""
+        if self._loader is None:
+            self._trainer.fit_loop.setup_data()
+        return self._loader if isinstance(self._loader, GlobalOrder) else None
+
+
+class _Source:
+    """Where Lightning asks for its training loader: its own source, whose loaders become steps."""
+
+    def __init__(self, run: Run, source: Any) -> None:
+        self._run = run
+        self._source = source
+        self.instance = source.instance
+        self.name = source.name
+
+    def dataloader(self) -> _Steps:
+        return self._run.loader(self._source.dataloader())
+
+    def is_defined(self) -> bool:
+        return bool(self._source.is_defined())
+
+    def is_module(self) -> bool:
+        return bool(self._source.is_module())
+
+
+class _Steps:
+    """What Lightning takes for the training loader. Its length is a bound."""
+
+    def __init__(self, run: Run, inner: Any) -> None:
+        self._run = run
+        self._inner = inner
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._run.pass_over_data()
+
+    def __len__(self) -> int:
+        most = self._run.most_steps()
+        if math.isinf(most):
+            raise TypeError(f"{type(self._inner).__name__} has no length")
+        return int(most)
+
+
+class _StatefulSteps(_Steps):
+    """The same over a loader whose place Lightning saves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._inner.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._inner.load_state_dict(state)
+
+
+def settings_of(
+    criterion: Criterion,
+    *,
+    micro_batch_size: int,
+    schedule: MakeSchedule | None,
+    until: Duration | None,
+    count: Callable[[Any], int] | None,
+    weigh: Callable[[Any], float] | None,
+    gradient_sync: GradientSync | None,
+    log: bool,
+    options: Mapping[str, Any],
+) -> Settings:
+    """The settings of a callback, checked as far as they can be without a trainer.
+
+    Raises:
+        ValueError: if an option is chosen by the callback.
+    """
+    for name in ("engine", "local_sgd"):
+        if options.get(name) is not None:
+            raise ValueError(f"the callback chooses {name}= from the trainer: leave it out")
+    loop = {"count": num_examples_in if count is None else count, "weigh": weigh}
+    return Settings(criterion, micro_batch_size, schedule, until, gradient_sync, log, loop, dict(options))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def check_trainer(trainer: Any, host: Host) -> None:
+    """Checks the trainer's own settings, before anything is set up.
+
+    Raises:
+        ValueError: if one of them does not go with steps of many micro-batches.
+    """
+    strategies = host["strategies"]
+    known: Sequence[str] = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+    if not isinstance(trainer.strategy, tuple(getattr(strategies, name) for name in known)):
+        name = type(trainer.strategy).__name__
+        way_out = {
+            "FSDPStrategy": "use ModelParallelStrategy with fully_shard (FSDP2)",
+            "DeepSpeedStrategy": "use ModelParallelStrategy with fully_shard (FSDP2), or deepspeed.initialize and "
+            "adabatch.integrations.deepspeed.attach in a loop of your own",
+        }.get(name, "use one device, DDPStrategy or ModelParallelStrategy")
+        raise ValueError(f"the callback does not run on {name}: {way_out}")
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"the trainer has accumulate_grad_batches={trainer.accumulate_grad_batches}, by which it would divide the "
+            f"loss: use 1, adabatch accumulates by the plan"
+        )
+    shares = {
+        "limit_train_batches": trainer.limit_train_batches,
+        "val_check_interval": trainer.val_check_interval,
+    }
+    for name, value in shares.items():
+        if isinstance(value, float) and value not in (1.0, 0.0):
+            raise ValueError(
+                f"{name}={value} is a share of the steps of an epoch, whose number is not known: give a whole number "
+                f"of steps, or leave it at 1.0"
+            )
+    if trainer.overfit_batches:
+        raise ValueError(
+            f"overfit_batches={trainer.overfit_batches} takes its batches from the loader that adabatch steps over: "
+            f"leave it out, and give a loader or a GlobalOrder(subset=) of the few examples"
+        )
+
+
+def check_module(trainer: Any, host: Host) -> None:
+    """Checks the module and its optimizers.
+
+    Raises:
+        ValueError: if the module optimizes by hand, takes an iterator, has several optimizers, or has a scheduler while
+            the callback makes one.
+    """
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        raise ValueError(
+            "the module optimizes by hand (automatic_optimization=False): leave the callback out, and use "
+            "AdaptiveBatch in training_step, as docs/lightning.md shows"
+        )
+    if len(trainer.optimizers) != 1:
+        raise ValueError(f"automatic optimization takes one optimizer, got {len(trainer.optimizers)}")
+    signature = host["utilities.signature_utils"].is_param_in_hook_signature
+    if signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError("training_step(dataloader_iter) fetches its batches itself: take (batch, batch_idx) instead")
