@@ -24,7 +24,7 @@ from adabatch.guards import EXIT_PREEMPTED, Preemption, Watchdog
 from adabatch.options import EngineOptions, Guard, Measure
 from adabatch.pairs import AdAdaGrad, AdAdaGradNorm
 from adabatch.runtime import local_sgd
-from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.data import GlobalOrder, WholeSteps
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.matrix_owners import across_ranks
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
@@ -64,6 +64,7 @@ __all__ = [
     "Stages",
     "StepPrice",
     "Watchdog",
+    "WholeSteps",
     "across_ranks",
     "batch",
     "data",

@@ -27,7 +27,7 @@ from adabatch.lr.rules import LRRule, Setting
 from adabatch.options import EngineOptions, Guard, Measure
 from adabatch.planning import check_format
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.data import GlobalOrder, num_examples_in
+from adabatch.runtime.data import GlobalOrder, WholeSteps, num_examples_in
 from adabatch.runtime.data.passes import passes_over
 from adabatch.runtime.data.portions import Feed
 from adabatch.runtime.empty_parts import EmptyParts
@@ -265,7 +265,7 @@ class AdaptiveBatch:
 
     def steps(
         self,
-        loader: GlobalOrder | Iterable[Any],
+        loader: GlobalOrder | WholeSteps | Iterable[Any],
         *,
         until: Duration | None = None,
         count: Callable[[Any], int] = num_examples_in,
@@ -280,7 +280,8 @@ class AdaptiveBatch:
         if it has one, is set to the next epoch; an epoch that you set yourself before a pass is kept.
 
         Args:
-            loader: a ``GlobalOrder``, or any iterable of micro-batches.
+            loader: a ``GlobalOrder``, or any iterable of micro-batches; or ``WholeSteps``, whose items are the
+                micro-batches of a step, whatever the plan is.
             until: train until this much has been consumed, counted from the beginning of the run.
             count: returns the number of examples in a micro-batch of a loader that is not a ``GlobalOrder``. By
                 default, this is the size on which all entries of the micro-batch agree, and every micro-batch but the
@@ -324,6 +325,7 @@ class AdaptiveBatch:
                 weigh=weigh,
                 may_be_empty=self._just_loaded,
                 allow_same_data=allow_same_data,
+                together=not self._engine.runs_alone,
             )
             self._just_loaded &= isinstance(loader, GlobalOrder)
         feed = self._trials.over(passes, self._planner, self._observers)
@@ -349,7 +351,7 @@ class AdaptiveBatch:
         self._updates.begin_step()
         probe = self._probe if self._planner.measures_next and self._engine.measures_next() else None
         step = Step(
-            self.plan,
+            portion.plan or self.plan,
             portion,
             number=number,
             engine=self._engine,

@@ -1,4 +1,4 @@
-"""Data in one order for all ranks and batch sizes: ``GlobalOrder``, and the ways to shuffle it."""
+"""Data in one order for all ranks and batch sizes (``GlobalOrder``), the ways to shuffle it, and ``WholeSteps``."""
 
 from adabatch.runtime.data import (
     BlockShuffle,
@@ -8,6 +8,7 @@ from adabatch.runtime.data import (
     ScatteredShuffle,
     Shuffle,
     WeightedShuffle,
+    WholeSteps,
     num_examples_in,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "ScatteredShuffle",
     "Shuffle",
     "WeightedShuffle",
+    "WholeSteps",
     "num_examples_in",
 ]

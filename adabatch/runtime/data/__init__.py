@@ -7,6 +7,7 @@ from adabatch.runtime.data.order import GlobalOrder
 from adabatch.runtime.data.portions import Feed, LossWeights, Portion
 from adabatch.runtime.data.shuffles import BlockShuffle, FullShuffle, InOrder, ScatteredShuffle, Shuffle
 from adabatch.runtime.data.weighted_shuffle import WeightedShuffle
+from adabatch.runtime.data.whole_steps import WholeSteps, WholeStepsFeed
 
 __all__ = [
     "BlockShuffle",
@@ -21,5 +22,7 @@ __all__ = [
     "ScatteredShuffle",
     "Shuffle",
     "WeightedShuffle",
+    "WholeSteps",
+    "WholeStepsFeed",
     "num_examples_in",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 # Where loaders and samplers keep what they read from: torch, DeepSpeed and Accelerate.
@@ -28,7 +27,7 @@ class EpochCounters:
         loader: any.
     """
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Any) -> None:
         self._found = [(part, part.epoch) for part in _parts(loader) if isinstance(part, _CountsEpochs)]
 
     def advance(self) -> None:

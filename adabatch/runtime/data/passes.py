@@ -15,6 +15,7 @@ from adabatch.runtime.data.loader_feed import LoaderFeed
 from adabatch.runtime.data.loss_weights import LossWeightedFeed
 from adabatch.runtime.data.order import GlobalOrder
 from adabatch.runtime.data.portions import Feed, Portion
+from adabatch.runtime.data.whole_steps import WholeSteps, WholeStepsFeed
 
 
 class Passes(Feed, Protocol):
@@ -81,19 +82,22 @@ class LoaderPasses:
         may_be_empty: whether the first pass may give nothing, as from a loader whose state was saved behind its last
             micro-batch.
         allow_same_data: whether ranks may hold the same micro-batches.
+        together: whether the ranks run each micro-batch together; of interest for ``WholeSteps``.
     """
 
     def __init__(
         self,
-        loader: Iterable[Any],
+        loader: Iterable[Any] | WholeSteps,
         collectives: Collectives,
         *,
         count: Callable[[Any], int],
         weigh: Callable[[Any], float] | None,
         may_be_empty: bool,
         allow_same_data: bool = False,
+        together: bool = False,
     ) -> None:
         self._loader = loader
+        self._together = together
         self._collectives = collectives
         self._count = count
         self._weigh = weigh
@@ -107,17 +111,22 @@ class LoaderPasses:
         """The portion of the next step, or None at the end of the pass."""
         if self._feed is None:
             self._epochs = EpochCounters(self._loader)
-            feed = LoaderFeed(
-                self._loader,
-                self._collectives,
-                count=self._count,
-                may_be_empty=self._may_be_empty,
-                allow_same_data=self._allow_same_data,
-            )
+            feed = self._new_feed()
             self._feed, self._may_be_empty = weighed(feed, self._weigh, self._collectives), False
         portion = self._feed.take(plan)
         self._ended = portion is None
         return portion
+
+    def _new_feed(self) -> Feed:
+        if isinstance(self._loader, WholeSteps):
+            return WholeStepsFeed(self._loader, self._collectives, count=self._count, together=self._together)
+        return LoaderFeed(
+            self._loader,
+            self._collectives,
+            count=self._count,
+            may_be_empty=self._may_be_empty,
+            allow_same_data=self._allow_same_data,
+        )
 
     def consumed(self, portion: Portion) -> None:
         """The step has run."""
@@ -137,7 +146,7 @@ class LoaderPasses:
 
 
 def passes_over(
-    loader: GlobalOrder | Iterable[Any],
+    loader: GlobalOrder | WholeSteps | Iterable[Any],
     collectives: Collectives,
     *,
     plan: BatchPlan,
@@ -147,6 +156,7 @@ def passes_over(
     weigh: Callable[[Any], float] | None,
     may_be_empty: bool,
     allow_same_data: bool,
+    together: bool,
 ) -> Passes:
     """The passes over what ``steps()`` was given; the arguments are those of the two classes above.
 
@@ -163,7 +173,7 @@ def passes_over(
         raise ValueError(
             f"max_micro_batch_size needs a GlobalOrder: a {type(loader).__name__} decides its micro-batch itself"
         )
-    if count is num_examples_in:
+    if count is num_examples_in and not isinstance(loader, WholeSteps):
         check_loader(loader, plan.micro_batch_size)
     return LoaderPasses(
         loader,
@@ -172,6 +182,7 @@ def passes_over(
         weigh=weigh,
         may_be_empty=may_be_empty,
         allow_same_data=allow_same_data,
+        together=together,
     )
 
 

@@ -30,12 +30,14 @@ class Portion:
         sizes: examples in each, known before the first is run.
         num_examples: examples of the whole step, over all ranks.
         weights: of the micro-batches in the step's gradient, where those are not their examples.
+        plan: what the step is made of, where it is not what was planned.
     """
 
     batches: Iterable[Any]
     sizes: Sequence[int]
     num_examples: int
     weights: LossWeights | None = None
+    plan: BatchPlan | None = None
 
 
 class Feed(Protocol):
