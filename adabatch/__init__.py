@@ -21,6 +21,7 @@ from adabatch.batch.plan import examples, gain_steps, steps, tokens
 from adabatch.batch.schedules import Constant, LinearRamp, Seesaw, Stage, Stages
 from adabatch.checkpointing import Checkpoints, load, save
 from adabatch.guards import EXIT_PREEMPTED, Preemption, Watchdog
+from adabatch.monitoring import NoiseMonitor, monitor
 from adabatch.options import EngineOptions, Guard, Measure
 from adabatch.pairs import AdAdaGrad, AdAdaGradNorm
 from adabatch.runtime import local_sgd
@@ -53,6 +54,7 @@ __all__ = [
     "LocalSGD",
     "Measure",
     "MicroBatchProbe",
+    "NoiseMonitor",
     "NoiseScale",
     "NormTest",
     "OrthogonalityTest",
@@ -73,6 +75,7 @@ __all__ = [
     "load",
     "local_sgd",
     "lr",
+    "monitor",
     "probes",
     "save",
     "steps",

@@ -1,14 +1,17 @@
-"""The hooks of the callback, apart from the class of the Lightning that it is for."""
+"""The hooks of the callbacks, apart from the class of the Lightning that they are for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
 from adabatch.integrations.lightning_loop import Host, MakeSchedule, Run, settings_of
+from adabatch.journal import JournalTarget
+from adabatch.monitoring import NoiseMonitor, monitor
 from adabatch.runtime.engines.engine import GradientSync
 
 
@@ -126,3 +129,68 @@ class AdaptiveHooks:
         """From Lightning's checkpoint, before or after model and optimizer exist."""
         assert self._run is not None
         self._run.load_state_dict(state)
+
+
+class MonitorHooks:
+    """Measures the noise of the gradient in ``Trainer.fit``, and changes nothing: ``adabatch.monitor`` as a callback.
+
+    ::
+
+        Trainer(accumulate_grad_batches=4, callbacks=[NoiseMonitorCallback(micro_batch_size=16, journal="noise.jsonl")])
+
+    A step needs two micro-batches at least: ``accumulate_grad_batches``, or two ranks. On one device or with
+    ``DDPStrategy``.
+
+    Args:
+        micro_batch_size: examples in one ``training_step`` on one rank.
+        journal: as in ``adabatch.monitor``.
+        log: whether ``adabatch/noise_scale`` and ``adabatch/efficiency`` go to the loggers.
+
+    Raises:
+        ValueError: in ``fit``, as ``adabatch.monitor`` raises it.
+    """
+
+    def __init__(
+        self,
+        *,
+        micro_batch_size: int,
+        journal: JournalTarget | Sequence[JournalTarget] | None = None,
+        log: bool = True,
+    ) -> None:
+        self._micro_batch_size = micro_batch_size
+        self._target = journal
+        self._log = log
+        self._monitors: list[NoiseMonitor] = []
+
+    @property
+    def monitors(self) -> Sequence[NoiseMonitor]:
+        """The monitors of the present or the last ``fit``, one per optimizer."""
+        return self._monitors
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Model and optimizers exist."""
+        if len(trainer.optimizers) > 1 and self._target is not None:
+            raise ValueError(
+                f"the module has {len(trainer.optimizers)} optimizers, whose lines one journal cannot tell apart: "
+                f"leave journal= out, and read monitors"
+            )
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        options: dict[str, Any] = {"micro_batch_size": self._micro_batch_size, "scaler": scaler}
+        self._monitors = [
+            monitor(trainer.strategy.model, optimizer, journal=self._target, **options)
+            for optimizer in trainer.optimizers
+        ]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A batch is over."""
+        for number, found in enumerate(self._monitors if self._log else []):
+            if math.isfinite(found.noise_scale):
+                suffix = f"_{number}" if number else ""
+                values = {"noise_scale": found.noise_scale, "efficiency": found.efficiency}
+                named = {f"adabatch/{name}{suffix}": value for name, value in values.items()}
+                pl_module.log_dict(named, on_step=True, on_epoch=False)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Takes the hooks off."""
+        for found in self._monitors:
+            found.remove()

@@ -114,12 +114,14 @@ class Run:
         return {"weights": self.whole().tolist(), "windows": self.windows, "served": self.served}
 
 
-def host_alone(accelerator: Any, *, kind: Any = SGD, spoiled: int | None = None) -> Tensor:
-    """Accelerate's own loop, as its documentation has it."""
+def host_alone(accelerator: Any, *, kind: Any = SGD, spoiled: int | None = None, journal: Path | None = None) -> Tensor:
+    """Accelerate's own loop, as its documentation has it; with a journal it is monitored."""
     plain = network()
     optimizer: Any = kind(plain.parameters(), lr=LR)
     loader: Any = DataLoader(Numbered(spoiled=spoiled), batch_size=MICRO)
     model, optimizer, loader = accelerator.prepare(plain, optimizer, loader)
+    if journal is not None:
+        adabatch.monitor(model, optimizer.optimizer, micro_batch_size=MICRO, journal=journal)
     for batch in loader:
         with accelerator.accumulate(model):
             accelerator.backward(loss_of(model, batch))
@@ -142,6 +144,18 @@ def test_a_constant_batch_is_accelerates_own_accumulation_to_the_bit(kind: Any) 
     assert run.windows == [4] * 16
     assert torch.equal(run.whole(), theirs)
     assert run.batches.noise_scale > 0
+
+
+def test_a_monitor_measures_accelerates_own_accumulation_and_changes_nothing(tmp_path: Path) -> None:
+    theirs = host_alone(accelerator_of(gradient_accumulation_steps=4), kind=AdamW)
+    forget()
+    watched = host_alone(accelerator_of(gradient_accumulation_steps=4), kind=AdamW, journal=tmp_path / "run.jsonl")
+    assert torch.equal(watched, theirs)
+    forget()
+    run = Run(accelerator_of(), Constant(4 * MICRO), kind=AdamW, measure=MONITOR).train(clip=CLIP)
+    last = lines(tmp_path / "run.jsonl")[-1]
+    assert last["step"] == 15
+    assert last["averages"]["noise_scale"] == pytest.approx(run.batches.noise_scale, rel=1e-5)
 
 
 @pytest.mark.parametrize("spoiled", [None, 70])

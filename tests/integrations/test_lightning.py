@@ -291,6 +291,32 @@ def test_a_fit_leaves_nothing_behind() -> None:
     assert trainer.global_step == 32
 
 
+# --- measuring only --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["32-true", "half"])
+def test_a_monitor_measures_lightnings_own_accumulation_and_changes_nothing(precision: str, tmp_path: Path) -> None:
+    from adabatch.integrations.lightning import NoiseMonitorCallback
+
+    def fit(*callbacks: Any) -> Any:
+        how: dict[str, Any] = {"plugins": half()} if precision == "half" else {}
+        module = module_of(by_adam)
+        trainer = trainer_of(*callbacks, accumulate_grad_batches=4, max_epochs=1, gradient_clip_val=CLIP, **how)
+        trainer.fit(module, loader())
+        return module, trainer
+
+    watch = NoiseMonitorCallback(micro_batch_size=MICRO, journal=tmp_path / "run.jsonl")
+    theirs, _ = fit()
+    module, trainer = fit(watch)
+    assert torch.equal(weights(module), weights(theirs))
+    assert len(lines(tmp_path / "run.jsonl")) == 16
+    adaptive = callback_of(Constant(4 * MICRO), measure=MONITOR)
+    trainer_of(adaptive, max_epochs=1, gradient_clip_val=CLIP).fit(module_of(by_adam), loader())
+    rounding = 1e-5 if precision == "32-true" else 0.05  # of gradients in float16
+    assert watch.monitors[0].noise_scale == pytest.approx(adaptive.batches.noise_scale, rel=rounding)
+    assert trainer.callback_metrics["adabatch/noise_scale"].item() == pytest.approx(watch.monitors[0].noise_scale)
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
