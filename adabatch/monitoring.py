@@ -22,6 +22,7 @@ from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
 from adabatch.journal import Journal, JournalTarget, line
 from adabatch.lr.follow import Followers, UpdateRules
 from adabatch.planning import Measured, Planner, Policy
+from adabatch.runtime.engines.backward import factor_of
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.fabric import inside_fabric, without_fabric
 from adabatch.runtime.fsdp2 import is_sharded
@@ -58,7 +59,8 @@ def monitor(
         micro_batch_size: examples in one backward on one rank.
         journal: where the first rank writes one JSON line per step, which ``adabatch report`` and ``adabatch tail``
             read: a path, or a tracker, or a list of both.
-        scaler: of a run in float16, so that the moments in the journal are unscaled. The noise scale needs none.
+        scaler: of a run in float16, whose factor changes, so that moments of different steps can be averaged. That of
+            Fabric is found.
 
     Returns:
         The monitor, which lives as long as the optimizer and may be dropped.
@@ -100,7 +102,9 @@ class NoiseMonitor:
             )
         self._optimizer = optimizer
         self._micro_batch_size = micro_batch_size
-        self._scaler = scaler
+        self._scale = None if scaler is None else factor_of(scaler)
+        if fabric is not None:
+            self._scale = fabric.backward.scale
         self._journal = Journal(journal if self._collectives.rank == 0 else None)
         self._planner: Planner | None = None
         self._norms: dict[int, Tensor] = {}
@@ -190,7 +194,7 @@ class NoiseMonitor:
         if num_parts < 2 or in_pieces:
             self._say_once(in_pieces)
             return
-        scale = 1.0 if self._scaler is None else 1 / self._scaler.get_scale() ** 2
+        scale = 1.0 if self._scale is None else float(self._scale(parts.device)) ** -2
         moments = GradientMoments(
             part_sq=num_own**2 * parts_sq / num_parts * scale,
             part_size=self._micro_batch_size,
