@@ -35,5 +35,12 @@ def test_an_example_runs_by_the_command_at_its_head(path: Path) -> None:
 
 
 def test_every_engine_and_host_has_an_example() -> None:
-    assert [path.stem for path in SCRIPTS] == ["accelerate_loop", "ddp", "fsdp2", "lightning_fit", "local_sgd", "one_process"]
+    assert [path.stem for path in SCRIPTS] == [
+        "accelerate_loop",
+        "ddp",
+        "fsdp2",
+        "lightning_fit",
+        "local_sgd",
+        "one_process",
+    ]
     assert all(len(path.read_text().splitlines()) < 50 for path in SCRIPTS)

@@ -1,0 +1,35 @@
+"""Hosts that are missing or too old give one clear error, and ``import adabatch`` imports none of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from adabatch.integrations.versions import require
+
+HOSTS = (
+    "accelerate",
+    "deepspeed",
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "transformers",
+    "trl",
+    "torchft",
+)
+
+
+def test_import_adabatch_imports_no_host() -> None:
+    code = f"import sys, adabatch; print([name for name in {HOSTS} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_host_that_is_missing_or_too_old() -> None:
+    require("torch", "2.6")
+    with pytest.raises(ImportError, match=r"needs no-such-host 1.2 or newer: pip install 'no-such-host>=1.2'"):
+        require("no-such-host", "1.2")
+    with pytest.raises(ImportError, match=r"needs torch 99.1 or newer, and .* is installed: pip install 'torch>=99.1'"):
+        require("torch", "99.1")
