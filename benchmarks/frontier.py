@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,7 +38,19 @@ from _frontier.report import (
     record,
     times_tables,
 )
-from _frontier.runs import LARGEST, TUNING_SEED, Job, Measured, NotRunError, OptimizerName, Outcome, Planned, Store
+from _frontier.runs import (
+    LARGEST,
+    TUNING_SEED,
+    Batch,
+    Job,
+    Measured,
+    NotRunError,
+    OptimizerName,
+    Outcome,
+    Packaged,
+    Planned,
+    Store,
+)
 from _frontier.search import Setting, tune
 from _frontier.workloads import STUDY, WORKLOADS
 from _harness import RESULTS, Machine, publish
@@ -63,7 +76,7 @@ class Cell(NamedTuple):
     optimizer: OptimizerName
     examples: int
 
-    def job(self, batch: Planned | Measured, setting: Setting, seed: int, **others: object) -> Job:
+    def job(self, batch: Batch, setting: Setting, seed: int, **others: object) -> Job:
         return Job(*self[:3], seed, batch, *setting, **others)  # type: ignore[arg-type]
 
     @property
@@ -119,7 +132,7 @@ def tuned_constant(cell: Cell, run: Run, size: int) -> Setting:
 def outcomes(
     cell: Cell,
     run: Run,
-    batch: Planned | Measured,
+    batch: Batch,
     setting: Setting,
     *,
     seeds: Sequence[int] = SEEDS,
@@ -147,10 +160,13 @@ def rules(cell: Cell, run: Run) -> Iterable[Row]:
     for size in (32, 64, 128):
         by_rule = outcomes(cell, run, Planned((size,)), base, rule=rule, reference=FIRST)
         yield Row("rule", f"{size}, {rule}", base, by_rule)
-        for follow in dict.fromkeys(("", DEFAULT.follow)):
+        for follow in dict.fromkeys(("", DEFAULT.following(cell))):
             others = {"rule": "gain", "follow": follow, "reference": FIRST}
             by_gain = outcomes(cell, run, Measured("constant", size, FIRST), base, **others)
             yield Row("rule", f"{size}, gain (AdaScale){', betas follow' if follow else ''}", base, by_gain)
+        if cell.optimizer == "sgd" and find_spec("fairscale"):
+            packaged = outcomes(cell, run, Packaged(size, FIRST), base)
+            yield Row("rule", f"{size}, AdaScale of fairscale", base, packaged)
 
 
 def planned(warmup: float) -> dict[str, tuple[Planned, str]]:
@@ -207,12 +223,17 @@ class Method(NamedTuple):
         words += [] if self.hold is None else [f"held >= {100 * self.hold:g} %"]
         return ", ".join(words)
 
+    def following(self, cell: Cell) -> str:
+        """What follows of the settings that the cell's optimizer has."""
+        return self.follow if cell.optimizer == "adamw" else ""
+
     def outcomes(self, cell: Cell, run: Run, base: Setting, seeds: Sequence[int]) -> list[Outcome]:
         """Its runs, with the settings of the smallest batch."""
         setting = base._replace(warmup=max(base.warmup, self.warmup))
         hold = None if self.hold and self.hold <= setting.warmup else self.hold
         batch = Measured(self.criterion, self.number, FIRST, hold)
-        return outcomes(cell, run, batch, setting, seeds=seeds, rule=self.rule, follow=self.follow, reference=FIRST)
+        others = {"rule": self.rule, "follow": self.following(cell), "reference": FIRST}
+        return outcomes(cell, run, batch, setting, seeds=seeds, **others)
 
 
 DEFAULT = Method("price", 32, follow="betas", hold=0.1)
@@ -231,6 +252,7 @@ def explored() -> list[Method]:
         Method("norm test", 0.7, follow="betas", hold=0.1),
         price._replace(rule="sqrt"),
         price._replace(rule="linear"),
+        price._replace(rule="none"),
     ]
 
 
@@ -272,9 +294,11 @@ def progress() -> Callable[[Job, Outcome], None]:
     return say
 
 
-def batch_in_words(batch: Planned | Measured) -> str:
+def batch_in_words(batch: Batch) -> str:
     if isinstance(batch, Planned):
         return "-".join(map(str, batch.sizes))
+    if isinstance(batch, Packaged):
+        return f"{batch.size} of fairscale"
     return f"{batch.criterion} {batch.number:g}"
 
 

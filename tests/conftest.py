@@ -1,8 +1,9 @@
-"""What all tests share: repeatable hypothesis runs, one torch thread, and a watch over what a test leaves behind."""
+"""What all tests share: repeatable random numbers, one torch thread, and a watch over what a test leaves behind."""
 
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import threading
 import time
@@ -37,6 +38,12 @@ NOT_OURS = (
     "TORCHINDUCTOR_",  # the compiler's cache folder is set when it is first imported
     "KMP_",  # scikit-learn and OpenMP set theirs when they are first imported
 )
+
+
+def pytest_runtest_setup() -> None:
+    """Seeds the random numbers before the fixtures of a test, so that no test depends on those which ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 def _environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from adabatch.batch.averages import Averages, ProbeWindow
-from adabatch.batch.criteria import Criterion, Observation, Resting
+from adabatch.batch.criteria import Criterion, Observation, resting_size
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, Duration, PlanGrid, Progress
 from adabatch.batch.schedules import Schedule
@@ -281,7 +281,7 @@ def estimate(
         shrink_confidence: upwards; by default the same.
         plug_in: ask for what one test asks for, as the papers do, wherever it comes to rest.
     """
-    asks = criterion.rest if isinstance(criterion, Resting) and not plug_in else criterion.wanted
+    asks = criterion.wanted if plug_in else resting_size(criterion)
 
     def wanted(noise: float, signal: float) -> float:
         # Other measures of the noise are taken to be as uncertain, relatively, as the noise.

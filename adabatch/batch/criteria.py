@@ -8,6 +8,7 @@ NaN where something was not measured or not finite. ``control.decide`` names the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -67,6 +68,23 @@ class Resting(Protocol):
     def rest(self, observation: Observation) -> float:
         """The global batch size at which ``wanted`` would ask for that same size; ``inf`` where no signal was seen."""
         ...
+
+
+def resting_size(criterion: Criterion) -> Callable[[Observation], float]:
+    """What a control follows: ``rest`` of a criterion that has it (`Resting`), else ``wanted``.
+
+    Of a subclass that defines ``wanted`` and inherits ``rest`` it is ``wanted`` too: what it inherits belongs to the
+    test that it replaces.
+    """
+    if isinstance(criterion, Resting) and _line_of("rest", criterion) <= _line_of("wanted", criterion):
+        return criterion.rest
+    return criterion.wanted
+
+
+def _line_of(name: str, criterion: Criterion) -> int:
+    """Generations from the criterion's class to that which defines a method; 0 if the object itself has it."""
+    line = type(criterion).__mro__
+    return next((index for index, owner in enumerate(line) if name in vars(owner)), 0)
 
 
 def ratio(noise: float, allowed: float) -> float:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from adabatch.batch.criteria import Criterion, NoiseScale, NormTest, Observation, Resting, StepPrice
+from adabatch.batch.criteria import Criterion, NoiseScale, NormTest, Observation, StepPrice, resting_size
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import Progress
 from adabatch.report.steps import Floats, RunSteps
@@ -217,7 +217,7 @@ def batches(choice: Choice, noise_scale: Floats, limits: tuple[float | None, flo
     criterion = choice.criterion()
     if criterion is None:
         return np.full(len(noise_scale), choice.value)
-    asks = criterion.rest if isinstance(criterion, Resting) else criterion.wanted
+    asks = resting_size(criterion)
     # Squared norms at one and two examples of a gradient whose signal is 1: the criteria read nothing but the ratio.
     wanted = [
         asks(Observation(GradientMoments(1 + scale, 1.0, 1 + scale / 2, 2.0, 2), Progress()))

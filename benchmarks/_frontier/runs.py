@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ OPTIMIZERS: Mapping[OptimizerName, Callable[..., Optimizer]] = {
     "adamw": lambda parameters, lr: AdamW(parameters, lr, weight_decay=0.01, fused=True),
     "sgd": lambda parameters, lr: SGD(parameters, lr, momentum=0.9),
     "adagrad": lambda parameters, lr: Adagrad(parameters, lr),
-    "adagrad-norm": lambda parameters, lr: adabatch.AdaGradNorm(parameters, lr),
+    "adagrad-norm": lambda parameters, lr: adabatch.optim.AdaGradNorm(parameters, lr),
 }
 TUNING_SEED = 100  # chosen by this one and those after it, whose test loss is never computed; reported are 0, 1, 2, ...
 LARGEST = 1024  # batch of any run
@@ -76,6 +76,19 @@ class Measured(NamedTuple):
     hold: float | None = None
 
 
+class Packaged(NamedTuple):
+    """A constant batch of parts of ``first`` examples, under AdaScale as the package fairscale has it.
+
+    It is no dependency of ours: where it is not installed, these rows are left out.
+    """
+
+    size: int
+    first: int
+
+
+Batch: TypeAlias = Planned | Measured | Packaged
+
+
 @dataclass(frozen=True)
 class Job:
     """A run, by all that its result depends on.
@@ -91,7 +104,7 @@ class Job:
     optimizer: OptimizerName
     examples: int
     seed: int
-    batch: Planned | Measured
+    batch: Batch
     lr: float
     warmup: float
     rule: str = "none"
@@ -180,7 +193,7 @@ def train(job: Job) -> Outcome:
     torch.manual_seed(job.seed)
     model = WORKLOADS[job.workload].model()
     optimizer = OPTIMIZERS[job.optimizer](model.parameters(), lr=job.lr)
-    loop = _planned if isinstance(job.batch, Planned) else _measured
+    loop = LOOPS[type(job.batch)]
     sizes: Counter[int] = Counter()
     noise_scales: list[tuple[int, float]] = []
     first = math.nan
@@ -228,14 +241,17 @@ def _noise(known: Sequence[tuple[int, float]]) -> Noise | None:
 Steps = Iterator[tuple[int, float, float]]  # examples of a step, its training loss, the noise scale where it is known
 
 
+def _order(job: Job, num_examples: int) -> Tensor:
+    """Places of the examples, in the order in which they are taken."""
+    generator = torch.Generator().manual_seed(job.seed)
+    epochs = job.examples // num_examples + 1
+    return torch.cat([torch.randperm(num_examples, generator=generator) for _ in range(epochs)])
+
+
 def _planned(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> Steps:
     assert isinstance(job.batch, Planned)
     power = {"none": 0.0, "sqrt": 0.5, "linear": 1.0, "seesaw": 0.5}[job.rule]
-    generator = torch.Generator().manual_seed(job.seed)
-    order = torch.cat(
-        [torch.randperm(len(data[0]), generator=generator) for _ in range(job.examples // len(data[0]) + 1)]
-    )
-    seen = 0
+    order, seen = _order(job, len(data[0])), 0
     while seen < job.examples:
         size = min(job.batch.at(seen / job.examples), job.examples - seen)
         rows = order[seen : seen + size]
@@ -283,6 +299,34 @@ def _measured(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> S
         optimizer.zero_grad()
         schedule.step()
         yield size, losses / size, batches.noise_scale
+
+
+def _packaged(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> Steps:
+    from fairscale.optim import AdaScale
+
+    assert isinstance(job.batch, Packaged)
+    num_parts = job.batch.size // job.batch.first
+    scaled = AdaScale(optimizer, num_gradients_to_accumulate=num_parts)
+    order = _order(job, len(data[0]))
+    for seen in range(0, job.examples, job.batch.size):
+        after = seen + job.batch.size
+        for group in optimizer.param_groups:
+            group["lr"] = job.lr * shape(seen / job.examples, after / job.examples, job.warmup)
+        scaled.zero_grad()
+        losses = []
+        for rows in order[seen:after].split(job.batch.first):
+            loss = loss_of(model, data[0][rows], data[1][rows])
+            (loss / num_parts).backward()
+            losses.append(loss.item())
+        scaled.step()
+        yield job.batch.size, sum(losses) / num_parts, math.nan
+
+
+LOOPS: Mapping[type, Callable[[Job, nn.Module, Optimizer, Pair], Steps]] = {
+    Planned: _planned,
+    Measured: _measured,
+    Packaged: _packaged,
+}
 
 
 def _criterion(batch: Measured) -> Criterion:

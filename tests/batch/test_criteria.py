@@ -21,6 +21,7 @@ from adabatch.batch.criteria import (
     Observation,
     OrthogonalityTest,
     StepPrice,
+    resting_size,
 )
 from adabatch.batch.moments import GradientMoments, from_examples
 from adabatch.batch.needs import Needs
@@ -342,3 +343,23 @@ def test_an_average_signal_below_nothing_is_boundless(eta: float, noise: float, 
     without_gradient = expected(noise, -2 * noise / batch, batch=batch, share=share)
     assert NormTest(eta).wanted(without_gradient) == math.inf
     assert NoiseScale().wanted(without_gradient) == math.inf
+
+
+def test_a_subclass_is_asked_for_what_it_defines() -> None:
+    """One that replaces the test must not be followed by the rest that it inherits."""
+
+    class Doubled(NormTest):
+        def wanted(self, observation: Observation) -> float:
+            return 2 * super().wanted(observation)
+
+    class Halved(Doubled):
+        def rest(self, observation: Observation) -> float:
+            return super().rest(observation) / 2
+
+    class Renamed(NormTest):
+        pass
+
+    asked = {NormTest: "rest", Renamed: "rest", Doubled: "wanted", Halved: "rest", NoiseScale: "wanted"}
+    for kind, name in asked.items():
+        criterion = kind(0.5)
+        assert resting_size(criterion) == getattr(criterion, name)

@@ -32,7 +32,8 @@ def test_the_python_of_the_guide_runs() -> None:
         for block in blocks:
             exec(compile(block, "docs/criteria.md", "exec"), namespace)
     batches = namespace["batches"]
-    data = torch.utils.data.TensorDataset(torch.randn(256, 20), torch.randint(0, 2, (256,)))
+    x = torch.randn(256, 20)
+    data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())  # with a signal, or there is no noise scale
     for step in batches.steps(adabatch.GlobalOrder(data)):
         for x, y in step:
             step.backward(torch.nn.functional.cross_entropy(namespace["model"](x), y))

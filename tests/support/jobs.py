@@ -78,14 +78,14 @@ class Watched(NormTest):
 
     needs: ClassVar[Needs] = NormTest.needs
 
-    def wanted(self, observation: Observation) -> float:
+    def rest(self, observation: Observation) -> float:  # what the control asks for
         if _given:  # it is asked again for the error bar
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             told = {"end": observation.progress.examples, "rank": rank, "size": size, "given": _given}
             with open(f"{os.environ['GIVEN']}.{rank}", "ab", buffering=0) as file:
                 file.write(json.dumps(told).encode() + b"\n")  # one call, so all of it or nothing
             _given.clear()
-        return super().wanted(observation)
+        return super().rest(observation)
 
 
 def command(folder: Path, **changes: Any) -> list[str]:
@@ -114,9 +114,16 @@ def command(folder: Path, **changes: Any) -> list[str]:
 
 
 class Attempt:
-    """One start of a command on several processes; what they print goes to ``folder / "output"``."""
+    """One start of a command on several processes; what they print goes to ``folder / "output"``.
 
-    def __init__(self, folder: Path, arguments: Sequence[str], size: int) -> None:
+    Args:
+        folder: of the job.
+        arguments: of the command.
+        size: number of processes.
+        sync_seconds: what it takes the disk at least to make a file safe.
+    """
+
+    def __init__(self, folder: Path, arguments: Sequence[str], size: int, *, sync_seconds: float = 0.0) -> None:
         # What the tests' own starter of ranks preloads is a part of this, and whoever comes first decides.
         PROCESSES.set_forkserver_preload(PRELOADED)
         port = free_port()
@@ -130,6 +137,7 @@ class Attempt:
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GIVEN": str(folder / "given"),
                     },
                     folder / "output",
+                    sync_seconds,
                 ),
             )
             for rank in range(size)
@@ -169,8 +177,16 @@ def free_port() -> int:
         return port
 
 
-def _run(arguments: list[str], environment: dict[str, str], output: Path) -> None:
+def _run(arguments: list[str], environment: dict[str, str], output: Path, sync_seconds: float) -> None:
     prepare(environment, output)
+    if sync_seconds:
+        fsync = os.fsync
+
+        def slow_fsync(handle: int) -> None:
+            time.sleep(sync_seconds)
+            fsync(handle)
+
+        os.fsync = slow_fsync
     sys.exit(main(arguments))
 
 
@@ -209,6 +225,7 @@ def ended(folder: Path) -> Ended:
         for told in map(json.loads, path.read_text().splitlines()):
             key = (told["end"], told["rank"])
             assert given.setdefault(key, told["given"]) == told["given"], f"step to {key[0]}, rank {key[1]}"
+    assert given, "no rank said what it was given"
     state = torch.load(newest / "state.pt", weights_only=True)
     return Ended(state, journal_text(folder / "run" / "journal.jsonl"), given)
 
@@ -306,11 +323,12 @@ def kill_once(folder: Path, arguments: Sequence[str], chance: random.Random, *, 
         return {(path.name, path.stat().st_ctime_ns) for path in checkpoints.glob(f"*-step-*{UNFINISHED}")}
 
     left = unfinished()  # by attempts before this one
-    attempt = Attempt(folder, arguments, 2)
-    began = time.monotonic()
     early, steps, pause = chance.random() < 0.2, chance.randrange(40), chance.uniform(0, 0.01)
     ranks = chance.choice([(0, 1), (0,), (1,)])
     in_a_write = in_a_write and not early
+    # On a slow disk a write outlasts every pause, whatever the machine.
+    attempt = Attempt(folder, arguments, 2, sync_seconds=0.02 if in_a_write else 0.0)
+    began = time.monotonic()
     if early:
         pause *= 100
     else:
