@@ -12,9 +12,9 @@ import nox
 nox.options.default_venv_backend = "venv"
 
 RELEASES = {
-    "accelerate": {"oldest": ["accelerate==1.8.0"], "newest": ["accelerate"]},
+    "accelerate": {"oldest": ["accelerate==1.10.0"], "newest": ["accelerate"]},
     "lightning": {
-        "oldest": ["lightning==2.4.0", "pytorch-lightning==2.4.0"],
+        "oldest": ["lightning==2.4.0", "pytorch-lightning==2.4.0", "rich<14"],
         "newest": ["lightning", "pytorch-lightning"],
     },
 }

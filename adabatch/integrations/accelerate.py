@@ -22,7 +22,7 @@ from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine, GradientSync
 from adabatch.runtime.engines.hosted import HostedEngine
 
-OLDEST = "1.8"
+OLDEST = "1.10"
 """The oldest release of Accelerate that was tried."""
 
 require("accelerate", OLDEST)

@@ -283,7 +283,9 @@ def test_a_sampler_that_would_lose_examples_is_refused(late: bool) -> None:
 
     def shard(*, honest: bool) -> Any:
         data = DataLoader(Numbered(48), batch_sampler=Growing(honest=honest))
-        return [prepare_data_loader(data, num_processes=2, process_index=rank) for rank in range(2)]
+        return [
+            prepare_data_loader(data, num_processes=2, process_index=rank, even_batches=honest) for rank in range(2)
+        ]
 
     def served(loaders: list[Any]) -> int:
         return len({number for loader in loaders for batch in loader for number in batch[2].tolist()})
