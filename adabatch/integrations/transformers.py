@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +54,13 @@ STATE_FILE = "adabatch.pt"
 
 STATE_FORMAT = 1
 
-_Host = Trainer if TYPE_CHECKING else object
+_Host: Any = object  # any Trainer class, by the order of bases
 
-_KINDS = ("logging", "eval", "save")
+_ORDERS = {"logging": "should_log", "eval": "should_evaluate", "save": "should_save"}
+"""What the Trainer does every so many steps, and the order for it."""
 
 
-class AdaptiveMixin(_Host):
+class AdaptiveMixin(_Host):  # type: ignore[misc]
     """Put in front of a Trainer class, lets the global batch size follow a criterion.
 
     ::
@@ -96,6 +97,8 @@ class AdaptiveMixin(_Host):
     """
 
     adaptive: AdaptiveArguments | None = None
+    control: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -156,13 +159,13 @@ class AdaptiveMixin(_Host):
         else:
             num_epochs = math.ceil(args.num_train_epochs)
             max_steps = math.ceil(args.num_train_epochs * len(order) / self._smallest())
-        total = self.get_total_train_batch_size(args)
+        total = self._smallest()
         return num_epochs, per_epoch, len(order), max_steps * total, total, per_epoch, max_steps
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """The global batch size of the next step."""
         if self._adaptive.monitor_only:
-            return super().get_total_train_batch_size(args)
+            return int(super().get_total_train_batch_size(args))
         return self._smallest() if self.batches is None else self.batches.plan.global_batch_size
 
     def _init_training_state(self, *arguments: Any, **options: Any) -> tuple[int, int]:
@@ -235,7 +238,7 @@ class AdaptiveMixin(_Host):
         return self.order
 
     def _smallest(self) -> int:
-        return self._train_batch_size * self.args.world_size
+        return int(self._train_batch_size * self.args.world_size)
 
     def _inner_optimizer(self) -> Any:
         wrapped = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
@@ -250,7 +253,8 @@ class AdaptiveMixin(_Host):
         the ranks, which the Trainer logs, is that of the step.
         """
         if not isinstance(inputs, Step):
-            return super().training_step(model, inputs, num_items_in_batch)
+            plain: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return plain
         assert self.batches is not None
         step, self._step_flos, self._step_size = inputs, 0.0, inputs.global_batch_size
         self._step_factor = self.batches.lr_factor
@@ -294,7 +298,7 @@ class AdaptiveMixin(_Host):
     def _counts_items(self) -> bool:
         """Whether the Trainer takes losses as means over items (tokens) of the whole step, not of micro-batches."""
         own = getattr(self, "loss_is_scaled_for_ga", None) is False  # a loss that is a mean over the micro-batch
-        return not own and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+        return not own and bool(self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
 
     def _num_items(self, micro_batch: Any) -> float:
         """Items of a micro-batch, or its examples if it has no labels to count."""
@@ -329,8 +333,8 @@ class AdaptiveMixin(_Host):
         if given is not None:
             if self.args.max_steps <= 0 and type(given).__name__ not in ("ProgressLR", "ReduceLROnPlateau", "GreedyLR"):
                 raise ValueError(
-                    f"the {type(given).__name__} that the Trainer was given counts steps, and how many this run takes is "
-                    f"not known: set max_steps, or give optimizers=(optimizer, None) and an lr_scheduler_type"
+                    f"the {type(given).__name__} that the Trainer was given counts steps, and how many this run takes "
+                    f"is not known: set max_steps, or give optimizers=(optimizer, None) and an lr_scheduler_type"
                 )
             return given
         if name in OF_A_METRIC:
@@ -394,7 +398,7 @@ class AdaptiveMixin(_Host):
                 raise ValueError(f"adabatch cannot run in this {type(self).__name__}: {reason}")
 
 
-class AdaptiveTrainer(AdaptiveMixin, Trainer):
+class AdaptiveTrainer(AdaptiveMixin, Trainer):  # type: ignore[misc]
     """The ``Trainer`` of Transformers with a batch that follows a criterion; see ``AdaptiveMixin``."""
 
 
@@ -424,7 +428,7 @@ class _StepLoader:
             order.start_epoch(epoch)
 
 
-class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
+class _Bookkeeping(TrainerCallback):
     """Tells the Trainer where a run stands whose number of steps is not known."""
 
     def __init__(self, trainer: AdaptiveMixin) -> None:
@@ -434,7 +438,7 @@ class _Bookkeeping(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Takes over what is counted in shares of the run (``save_steps=0.1``)."""
-        given = {kind: getattr(args, f"{kind}_steps") for kind in _KINDS}
+        given = {kind: getattr(args, f"{kind}_steps") for kind in _ORDERS}
         self._shares = {kind: share for kind, share in given.items() if share is not None and 0 < share < 1}
         for kind in self._shares:
             setattr(state, f"{kind}_steps", sys.maxsize)  # never by the Trainer itself
@@ -500,8 +504,8 @@ def order_of(loader: Any, *, seed: int) -> GlobalOrder:
     sampler = getattr(batch_sampler, "sampler", batch_sampler)
     if type(sampler) not in (RandomSampler, SeedableRandomSampler, SequentialSampler):
         raise ValueError(
-            f"{type(sampler).__name__} orders the examples in batches of one size: use train_sampling_strategy='random' "
-            f"or 'sequential'"
+            f"{type(sampler).__name__} orders the examples in batches of one size: use train_sampling_strategy="
+            f"'random' or 'sequential'"
         )
     pinned = loader.pin_memory and torch.accelerator.is_available()  # torch warns of it otherwise
     options = {} if loader.num_workers == 0 else {

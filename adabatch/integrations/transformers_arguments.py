@@ -34,7 +34,7 @@ class AdaptiveArguments:
     )
     eta: float = field(
         default=0.7,
-        metadata={"help": "Tolerated ratio of noise to gradient, for norm_test; an example is worth eta^2."},
+        metadata={"help": "Tolerated ratio of noise to gradient, for norm_test."},
     )
     multiple: float = field(default=1.0, metadata={"help": "Batch size over noise scale, for noise_scale."})
     batch_stages: Optional[str] = field(  # noqa: UP045
@@ -44,8 +44,8 @@ class AdaptiveArguments:
     min_batch_size: Optional[int] = field(  # noqa: UP045
         default=None,
         metadata={
-            "help": "Smallest global batch, the first of the run; the batch of constant. By default one micro-batch per "
-            "rank, and two on a single rank if noise is measured."
+            "help": "Smallest global batch, the first of the run; the batch of constant. By default one micro-batch "
+            "per rank, and two on a single rank if noise is measured."
         },
     )
     max_batch_size: Optional[int] = field(  # noqa: UP045
@@ -60,7 +60,7 @@ class AdaptiveArguments:
     )
     lr_rule: Optional[Literal["none", "linear", "sqrt", "gain", "sqrt_gain"]] = field(  # noqa: UP045
         default=None,
-        metadata={"help": "How the learning rate follows the batch; the default depends on the optimizer."},
+        metadata={"help": "How the learning rate follows the batch; by default as AdaptiveBatch says."},
     )
     follow: list[str] = field(
         default_factory=list, metadata={"help": "What else follows the batch: betas, eps, weight_decay."}

@@ -91,8 +91,8 @@ def shape_of(args: Any, total: Duration) -> Shape:
     make = _SHAPES.get(name)
     if make is None:
         raise ValueError(
-            f"lr_scheduler_type={name!r} cannot be followed by progress: use one of {', '.join([*_SHAPES, *OF_A_METRIC])}"
-            f", or make a ProgressLR in a create_scheduler of your own"
+            f"lr_scheduler_type={name!r} cannot be followed by progress: use one of "
+            f"{', '.join([*_SHAPES, *OF_A_METRIC])}, or make a ProgressLR in a create_scheduler of your own"
         )
     shape = make(args, settings, total)
     if settings:
@@ -131,8 +131,8 @@ def _polynomial(args: Any, settings: dict[str, Any], total: Duration) -> Shape:
 def _wsd(args: Any, settings: dict[str, Any], total: Duration) -> Shape:
     if total.unit != "steps":
         raise ValueError(
-            "warmup_stable_decay counts its decay in steps, and how many this run takes is not known: set max_steps, or "
-            "make a ProgressLR with lr.wsd(cooldown=0.2) in a create_scheduler of your own"
+            "warmup_stable_decay counts its decay in steps, and how many this run takes is not known: set max_steps, "
+            "or make a ProgressLR with lr.wsd(cooldown=0.2) in a create_scheduler of your own"
         )
     if settings.pop("warmup_type", "linear") != "linear" or settings.pop("num_stable_steps", None) is not None:
         raise ValueError("warmup_stable_decay takes no warmup_type but linear, and no num_stable_steps: leave them out")
