@@ -208,7 +208,9 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
     def _make_batches(self, model: Any) -> AdaptiveBatch:
         options, smallest = dict(self._adaptive_options), self._smallest()
         criterion: Criterion = options.pop("criterion", None) or self._adaptive.criterion_for(smallest)
-        if not isinstance(criterion, Schedule) and self.args.world_size == 1:
+        if isinstance(criterion, Schedule):
+            smallest = min(criterion.fixed_sizes, default=smallest)
+        elif self.args.world_size == 1:
             smallest *= 2  # one micro-batch has no spread
         made = self._adaptive.options_for(criterion, smallest) | options
         return attach(

@@ -112,10 +112,8 @@ def job(rank: int, port: int, folder: Path, kinds: list[str]) -> dict[str, Any]:
         resumed = trainer_of(kind, place, stages, **saving)
         resumed.train(resume_from_checkpoint=str(place / "checkpoint-6"))
         found[kind]["resumed"] = weights(resumed, kind)
-    larger = trainer_of(
-        "DDP", folder / "larger", {"criterion": "stages", "batch_stages": "8; 32 from 3 steps", "max_micro_batch_size": 16},
-        num_train_epochs=120 / 64,
-    )  # fmt: skip
+    growing = {"criterion": "stages", "batch_stages": "8; 32 from 3 steps", "max_micro_batch_size": 16}
+    larger = trainer_of("DDP", folder / "larger", growing, num_train_epochs=120 / 64)
     larger.train()
     found["micro-batch"] = {"weights": weights(larger, "DDP"), "largest": larger.batches.plan.micro_batch_size}
     return found
