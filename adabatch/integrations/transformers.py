@@ -400,7 +400,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
                 raise ValueError(f"adabatch cannot run in this {type(self).__name__}: {reason}")
 
 
-class AdaptiveTrainer(AdaptiveMixin, Trainer):  # type: ignore[misc]
+class AdaptiveTrainer(AdaptiveMixin, Trainer):
     """The ``Trainer`` of Transformers with a batch that follows a criterion; see ``AdaptiveMixin``."""
 
 

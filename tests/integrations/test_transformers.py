@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.causal_lm import MICRO, NUM_EXAMPLES, Sentences, by_hand, llama, training_arguments, whole
+from support.causal_lm import NUM_EXAMPLES, Sentences, by_hand, llama, training_arguments, whole
 from support.hosts import environment_kept, needs
 from support.loops import lines
 
@@ -19,8 +19,6 @@ import adabatch
 from adabatch import Constant, Limits, ProgressLR
 
 needs("transformers", "accelerate")
-
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 environment = pytest.fixture(autouse=True)(environment_kept)
@@ -130,6 +128,15 @@ def test_a_run_resumed_in_mid_epoch_repeats_the_rest_to_the_bit(tmp_path: Path) 
     (tmp_path / "checkpoint-4" / "adabatch.pt").unlink()
     with pytest.raises(ValueError, match="it was saved without adabatch"):
         grown(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_run_goes_on_with_another_micro_batch(tmp_path: Path) -> None:
+    first = grown(tmp_path, save_strategy="steps", save_steps=4)
+    first.train()
+    smaller = grown(tmp_path, per_device_train_batch_size=2)
+    smaller.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert logged(smaller, "batch_size") == SIZES
+    assert whole(smaller.model).tolist() == pytest.approx(whole(first.model).tolist(), rel=1e-4, abs=1e-5)
 
 
 def test_the_schedule_ends_with_the_data_whatever_the_batch_did(tmp_path: Path) -> None:
@@ -364,4 +371,3 @@ def test_a_host_that_is_too_old_or_missing_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("adabatch.integrations.versions.version", lambda package: "4.40.0")
     with pytest.raises(ImportError, match=r"transformers 5.23 or newer, and 4.40.0 is installed"):
         import adabatch.integrations.transformers  # noqa: F401
-    assert MICRO == 4

@@ -16,7 +16,6 @@ needs("trl", "transformers", "datasets", "tokenizers")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 environment = pytest.fixture(autouse=True)(environment_kept)
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 
 STAGES = "4; 16 from 2 steps; 8 from 4 steps"
 SIZES = [4, 4, 16, 16, 8, 8]
