@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.hosts import environment_kept
 
 import adabatch
 
@@ -30,6 +31,20 @@ def test_exact_tests_and_their_rivals_agree(task: str, monkeypatch: pytest.Monke
         assert exact_tests.peak_of(task, exact_tests.NORMS) > 0
     assert {exact_tests.PLAIN, *exact_tests.GOALS} < timings.seconds.keys()
     assert all(len(seconds) == 2 for seconds in timings.seconds.values())
+
+
+environment = pytest.fixture(environment_kept)
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("host", ["Accelerate", "Fabric"])  # Lightning's steps are timed in threads, which go on
+def test_hosts_alone_and_with_ours_run(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("accelerate", "lightning"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    hosts = importlib.import_module("hosts")
+    timings = hosts.measure(host, 4, width=16, depth=1)
+    assert {name: len(seconds) for name, seconds in timings.seconds.items()} == {"without": 4, "with": 4}
 
 
 @pytest.fixture

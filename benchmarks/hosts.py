@@ -1,0 +1,241 @@
+"""What does adabatch cost inside a host? A step of the host with it, probed every time, against the host alone.
+
+    python benchmarks/hosts.py
+
+One process of one thread trains the same 4.8 M-parameter transformer with AdamW and four micro-batches per step, in
+Accelerate (its own ``accumulate`` against ``attach``), Lightning (``accumulate_grad_batches`` against the callback) and
+Fabric (``no_backward_sync`` against the plain API). Limits hold the batch constant, so both do the same work. Aim: at
+most 1.03.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from threading import Semaphore, Thread
+from typing import Any
+
+import torch
+from _harness import Machine, Table, Timings, interleave, publish
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import adabatch
+from adabatch.recipes import NextTokenLoss, Transformer
+
+LENGTH = 128
+MICRO = 4
+ACCUMULATION = 4
+SIZE = MICRO * ACCUMULATION
+STEPS = 1_000_000
+AIM = 1.03
+
+Steps = Mapping[str, Callable[[], None]]
+LOSS = NextTokenLoss()
+LIMITS = adabatch.Limits(min=SIZE, max=SIZE)
+
+
+def made(width: int = 256, depth: int = 6) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Transformer(width=width, depth=depth, num_heads=8)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+
+class Endless(TensorDataset):
+    """Random characters, again and again: no loop comes to its end while it is timed."""
+
+    def __init__(self) -> None:
+        text = torch.randint(65, (64, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+        super().__init__(text[:, :-1].contiguous(), text[:, 1:].contiguous())
+
+    def __len__(self) -> int:
+        return STEPS * SIZE
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return super().__getitem__(index % 64)
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(Endless(), batch_size=MICRO)
+
+
+def around(batches: adabatch.AdaptiveBatch, model: Any, update: Callable[[], None], data: Any) -> Callable[[], None]:
+    steps = batches.steps(data)
+
+    def run() -> None:
+        for x, y in (step := next(steps)):
+            step.backward(LOSS(model(x), y))
+        update()
+
+    return run
+
+
+def accelerate_steps(**size: int) -> Steps:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    from adabatch.integrations.accelerate import attach
+
+    def updates(optimizer: Any) -> Callable[[], None]:
+        def update() -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return update
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    ours = Accelerator(cpu=True)
+    model, optimizer, data = ours.prepare(*made(**size), loader())
+    batches = attach(ours, model, optimizer, adabatch.NormTest(eta=0.5), micro_batch_size=MICRO, limits=LIMITS)
+    run = around(batches, model, updates(optimizer), data)
+
+    # A step of Accelerate's own loop divides by its accumulation, of which there is one in the process.
+    other, its_optimizer = made(**size)
+    other, its_optimizer, rest = ours.prepare(other, its_optimizer, loader())
+    micro_batches = iter(rest)
+
+    def alone() -> None:
+        ours.gradient_accumulation_steps = ACCUMULATION
+        for _ in range(ACCUMULATION):
+            x, y = next(micro_batches)
+            with ours.accumulate(other):
+                ours.backward(LOSS(other(x), y))
+                its_optimizer.step()
+                its_optimizer.zero_grad()
+        ours.gradient_accumulation_steps = 1
+        ours.step = 0  # nobody accumulated, as far as ours is concerned
+
+    return {"without": alone, "with": run}
+
+
+def fabric_steps(**size: int) -> Steps:
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    other, its_optimizer = fabric.setup(*made(**size))
+    micro_batches = iter(fabric.setup_dataloaders(loader()))
+
+    def alone() -> None:
+        for index in range(ACCUMULATION):
+            x, y = next(micro_batches)
+            with fabric.no_backward_sync(other, enabled=index < ACCUMULATION - 1):
+                fabric.backward(LOSS(other(x), y) / ACCUMULATION)
+        its_optimizer.step()
+        its_optimizer.zero_grad()
+
+    model, optimizer = fabric.setup(*made(**size))
+    criterion = adabatch.NormTest(eta=0.5)
+    batches = adabatch.AdaptiveBatch(model, optimizer, criterion, micro_batch_size=MICRO, limits=LIMITS)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"without": alone, "with": around(batches, model, update, fabric.setup_dataloaders(loader()))}
+
+
+def lightning_steps(**size: int) -> Steps:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from adabatch.integrations.lightning import AdaptiveBatchCallback
+
+    class Lit(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = made(**size)[0]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return LOSS(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+    class Gate(Callback):
+        """Lets a fit, which runs in a thread of its own, go on by one step at a time."""
+
+        def __init__(self, batches_per_step: int) -> None:
+            self.batches_per_step = batches_per_step
+            self.go, self.done = Semaphore(0), Semaphore(0)
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx % self.batches_per_step == 0:
+                if batch_idx > 0:
+                    self.done.release()
+                self.go.acquire()
+
+        def step(self) -> None:
+            self.go.release()
+            self.done.acquire()
+
+    def fitted(accumulation: int, *callbacks: Callback) -> Callable[[], None]:
+        gate = Gate(accumulation)
+        trainer = Trainer(
+            accelerator="cpu", devices=1, accumulate_grad_batches=accumulation, max_epochs=1, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[gate, *callbacks],
+        )  # fmt: skip
+
+        def run() -> None:
+            torch.set_num_threads(1)  # each thread of Python has a number of its own
+            trainer.fit(Lit(), loader())
+
+        Thread(target=run, daemon=True).start()
+        return gate.step
+
+    criterion = adabatch.NormTest(eta=0.5)
+    ours = AdaptiveBatchCallback(criterion, micro_batch_size=MICRO, limits=LIMITS)
+    return {"without": fitted(ACCUMULATION), "with": fitted(1, ours)}
+
+
+HOSTS: dict[str, Callable[..., Steps]] = {
+    "Accelerate": accelerate_steps,
+    "Fabric": fabric_steps,
+    "Lightning": lightning_steps,
+}
+
+
+def measure(host: str, rounds: int, **size: int) -> Timings:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return interleave(lambda: HOSTS[host](**size), trials=2, rounds=max(2, rounds // 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40, help="steps of each loop in each host")
+    parser.add_argument("--only", choices=HOSTS, nargs="+", default=list(HOSTS), help="hosts")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    machine = Machine.here()
+    rows, told, raw = [], [], {}
+    for host in options.only:
+        timings = measure(host, options.rounds)
+        raw[host] = timings.seconds
+        ratio = timings.ratio("with", "without")
+        rows.append((host, timings.of("without").show(1, 1e3), ratio.show(3)))
+        told.append(f"{host}: {ratio.median:.3f}, aim {AIM}: {'met' if ratio.median <= AIM else 'missed'}.")
+    publish(
+        "hosts",
+        question="What does a step of a host cost with adabatch in it, probed every time?",
+        machine=machine,
+        tables=[
+            Table(
+                f"A step of {ACCUMULATION} micro-batches of {MICRO} x {LENGTH} tokens with adabatch, against the host "
+                f"alone: median (quartiles)",
+                ("host", "alone, ms", "ratio"),
+                rows,
+            )
+        ],
+        findings=told,
+        data={"rounds": options.rounds, "seconds": raw},
+        save=not options.no_save,
+    )
+
+
+if __name__ == "__main__":
+    main()

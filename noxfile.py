@@ -1,0 +1,44 @@
+"""The tests of the hosts against the oldest and the newest release of each that is supported.
+
+    pip install nox
+    nox                       # every session
+    nox -s "hosts(host='lightning', release='oldest')"
+
+CI runs the newest releases (constraints.txt). What was run of this matrix stands in the pages of the hosts.
+"""
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+
+RELEASES = {
+    "accelerate": {"oldest": ["accelerate==1.8.0"], "newest": ["accelerate"]},
+    "lightning": {
+        "oldest": ["lightning==2.4.0", "pytorch-lightning==2.4.0"],
+        "newest": ["lightning", "pytorch-lightning"],
+    },
+}
+"""Hosts and what pip installs of them."""
+
+TESTS = {
+    "accelerate": ["tests/integrations/test_accelerate.py"],
+    "lightning": [
+        "tests/integrations/test_lightning.py",
+        "tests/integrations/test_lightning_ranks.py",
+        "tests/integrations/test_fabric.py",
+    ],
+}
+"""Hosts and the tests that run on them."""
+
+BESIDE = {"accelerate": ["deepspeed"]}
+"""What the tests of a host need beside it."""
+
+
+@nox.session
+@nox.parametrize("release", ["oldest", "newest"])
+@nox.parametrize("host", list(RELEASES))
+def hosts(session: nox.Session, host: str, release: str) -> None:
+    """One host, in one release."""
+    session.install(".[cli]", "hypothesis", "pytest>=8", "pytest-timeout", *BESIDE.get(host, []))
+    session.install(*RELEASES[host][release])
+    session.run("pytest", "-q", *TESTS[host], *session.posargs)
