@@ -20,6 +20,9 @@ from adabatch import Constant, Limits, ProgressLR
 
 needs("transformers", "accelerate")
 
+# PEFT and TRL still say gradient_checkpointing, which Transformers is renaming.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 environment = pytest.fixture(autouse=True)(environment_kept)
 
@@ -179,8 +182,8 @@ def test_a_loss_of_ones_own_and_one_that_reads_the_number_of_items(tmp_path: Pat
     "options",
     [
         {"bf16": True},
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
         {"torch_compile": True, "torch_compile_backend": "eager"},
         {"dataloader_num_workers": 1},
     ],

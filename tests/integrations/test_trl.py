@@ -15,6 +15,8 @@ from support.hosts import environment_kept, needs
 needs("trl", "transformers", "datasets", "tokenizers")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# PEFT and TRL still say gradient_checkpointing, which Transformers is renaming.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 environment = pytest.fixture(autouse=True)(environment_kept)
 
 STAGES = "4; 16 from 2 steps; 8 from 4 steps"
