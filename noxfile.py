@@ -17,6 +17,10 @@ RELEASES = {
         "oldest": ["lightning==2.4.0", "pytorch-lightning==2.4.0", "rich<14"],
         "newest": ["lightning", "pytorch-lightning"],
     },
+    "transformers": {
+        "oldest": ["transformers==5.23.0", "accelerate", "trl==1.16.0", "datasets", "peft"],
+        "newest": ["transformers", "accelerate", "trl", "datasets", "peft"],
+    },
 }
 """Hosts and what pip installs of them."""
 
@@ -27,10 +31,15 @@ TESTS = {
         "tests/integrations/test_lightning_ranks.py",
         "tests/integrations/test_fabric.py",
     ],
+    "transformers": [
+        "tests/integrations/test_transformers.py",
+        "tests/integrations/test_transformers_ranks.py",
+        "tests/integrations/test_trl.py",
+    ],
 }
 """Hosts and the tests that run on them."""
 
-BESIDE = {"accelerate": ["deepspeed"]}
+BESIDE = {"accelerate": ["deepspeed"], "transformers": ["deepspeed"]}
 """What the tests of a host need beside it."""
 
 

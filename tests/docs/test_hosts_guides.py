@@ -13,7 +13,7 @@ import torch
 from support.hosts import environment_kept
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"accelerate.md": "accelerate", "lightning.md": "lightning", "monitor.md": "torch"}
+PAGES = {"accelerate.md": "accelerate", "lightning.md": "lightning", "monitor.md": "torch", "transformers.md": "trl"}
 
 environment = pytest.fixture(autouse=True)(environment_kept)
 

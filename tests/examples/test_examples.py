@@ -42,5 +42,7 @@ def test_every_engine_and_host_has_an_example() -> None:
         "lightning_fit",
         "local_sgd",
         "one_process",
+        "transformers_trainer",
+        "trl_sft",
     ]
     assert all(len(path.read_text().splitlines()) < 50 for path in SCRIPTS)
