@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from adabatch.cli.branch import CriticalOptions
 from adabatch.cli.job import Job
 from adabatch.cli.mistakes import one_line
 from adabatch.cli.mup.commands import DESCRIPTION as MUP_DESCRIPTION
@@ -50,6 +51,15 @@ A config names everything; a flag overrides one field of it. What people change 
 examples:
   adabatch {command} --config configs/quickstart.yaml --limits.max=512
   torchrun --nproc-per-node=2 -m adabatch {command} --config configs/digits_adamw.yaml
+"""
+
+CBS_OPTIONS = """\
+  --branch_from PATH         checkpoint to begin at, or a folder of them; by default the newest of the run in --out
+  --factors 1 2 4 8 16       sizes of the branches, over the smallest; --smallest N, by default that of the checkpoint
+  --examples N               each branch trains on as many; by default a twentieth of --total.count
+  --tolerance X              share of the smallest batch's loss (0.005); --half_life N of its smoothing, in examples
+  --judge NAME               by the smoothed training loss (train), or by the loss on --test_data (test)
+  --processes N              branches side by side; --max_minutes X ends what is not finished by then
 """
 
 VERIFY_OPTIONS = """\
@@ -113,6 +123,18 @@ def _job_parser(command: str, description: str, own: str = "") -> Parser:
     return parser
 
 
+def _cbs_parser() -> Parser:
+    parser = _job_parser(
+        "cbs",
+        "Measure the critical batch: from a checkpoint of `adabatch train`, branches at 1, 2, 4, ... times the batch,\n"
+        "on equally many examples, at the learning rates that --lr_rule gives to their sizes. Give the run's config.\n"
+        "Table, JSON and picture beside the noise scale; finished branches are not run again.",
+        CBS_OPTIONS,
+    )
+    parser.add_class_arguments(CriticalOptions)
+    return parser
+
+
 def _verify_parser() -> Parser:
     parser = _job_parser(
         "verify",
@@ -140,7 +162,14 @@ def build_parser(asked: str | None = None) -> Parser:
         "compare", "Train, then train the same at constant smallest and largest batch size, and compare."
     )
     schedule, mup = Parser(description=SCHEDULE_DESCRIPTION), Parser(description=MUP_DESCRIPTION)
-    parsers = {"train": train, "compare": compare, "verify": _verify_parser(), "schedule": schedule, "mup": mup}
+    parsers = {
+        "train": train,
+        "compare": compare,
+        "cbs": _cbs_parser(),
+        "verify": _verify_parser(),
+        "schedule": schedule,
+        "mup": mup,
+    }
     for name, own in parsers.items():
         commands.add_subcommand(name, own, help=COMMANDS[name])
     add_schedule_commands(schedule)
