@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from adabatch.cli.branch import CriticalOptions
+from adabatch.cli.branch import FACTORS, CriticalOptions
 from adabatch.cli.job import Job
 from adabatch.cli.mistakes import one_line
 from adabatch.cli.mup.commands import DESCRIPTION as MUP_DESCRIPTION
@@ -131,7 +131,15 @@ def _cbs_parser() -> Parser:
         "Table, JSON and picture beside the noise scale; finished branches are not run again.",
         CBS_OPTIONS,
     )
-    parser.add_class_arguments(CriticalOptions)
+    parser.add_class_arguments(CriticalOptions, skip={"factors"})
+    parser.add_argument(
+        "--factors",
+        nargs="+",
+        type=float,
+        default=list(FACTORS),
+        metavar="X",
+        help="sizes of the branches, over the smallest",
+    )
     return parser
 
 
