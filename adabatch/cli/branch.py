@@ -114,7 +114,9 @@ def state_at(job: Job, world: World, checkpoint: Path) -> State:
     Raises:
         ValueError: another job's checkpoint, one at which the learning rate is 0, or local SGD.
     """
-    parts = _loaded(job, world, checkpoint)
+    # The rule is that of the branches, and may not suit the criterion of the run, which asks for nothing here.
+    plain_job = replace(job, lr_rule="none", follow=(), measure=replace(job.measure, monitor=True))
+    parts = _loaded(plain_job, world, checkpoint)
     batches = parts.batches
     try:
         if not any(group["lr"] for group in parts.engine.optimizer.param_groups):
