@@ -153,7 +153,12 @@ def measured(point: Point, rule: str, tolerance: float) -> tuple[float, bool]:
 
 
 def middle(values: list[float]) -> str:
-    """The median of the seeds, and their range."""
+    """The median of the seeds, and their range; seeds at which no signal was seen are left out, and counted."""
+    unknown = len(values)
+    values = [value for value in values if math.isfinite(value)]
+    unknown -= len(values)
+    if unknown:
+        return f"{middle(values)}, {unknown} unknown" if values else "unknown"
     return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
 
@@ -167,7 +172,7 @@ def critical_table(found: list[Point], rule: str) -> Table:
             outcomes = [measured(point, rule, tolerance) for point in here]
             bounds = sum(is_bound for _, is_bound in outcomes)
             cells.append(middle([value for value, _ in outcomes]) + (f", {bounds} at the end" if bounds else ""))
-        ratio = [measured(point, rule, TOLERANCES[1])[0] / point.averaged for point in here]
+        ratio = [measured(point, rule, TOLERANCES[1])[0] / point.averaged for point in here if point.averaged > 0]
         rows.append(
             (
                 f"{examples:,}",
@@ -228,7 +233,7 @@ def findings(found: list[Point]) -> list[str]:
         together, ratio = correlation(found, rule)
         said.append(
             f"Rule {rule}, tolerance {TOLERANCES[1]:.0%}: the critical batch is {ratio:.2g} times the noise scale of "
-            f"the run, as the geometric mean of {len(found)} points; the correlation of their logarithms is "
+            f"the run, as the geometric mean of the points where both are known; the correlation of their logarithms is "
             f"{together:.2f}."
         )
     return [

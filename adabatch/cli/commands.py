@@ -61,7 +61,8 @@ def run_command(arguments: Sequence[str]) -> int:
         if command == "cbs":
             return _critical_batch(make, world, config.cbs, arguments, job_settings(parser, config, command), display)
         if command == "compare":
-            if compare(make, world, display=display) is not None:
+            settings = job_settings(parser, config, command)
+            if compare(make, world, display=display, tune=config.compare.tune, settings=settings) is not None:
                 return 0
             display.note(f"{_why_stopped(display)}: no comparison; the same command begins again")
             return EXIT_PREEMPTED

@@ -53,6 +53,11 @@ examples:
   torchrun --nproc-per-node=2 -m adabatch {command} --config configs/digits_adamw.yaml
 """
 
+COMPARE_OPTIONS = """\
+  --tune                     a base LR of its own for each of the three, by validation loss: a grid of 2 that grows
+                             until the best lies inside; finished trials are kept
+"""
+
 CBS_OPTIONS = """\
   --branch_from PATH         checkpoint to begin at, or a folder of them; by default the newest of the run in --out
   --factors 1 2 4 8 16       sizes of the branches, over the smallest; --smallest N, by default that of the checkpoint
@@ -167,7 +172,15 @@ def build_parser(asked: str | None = None) -> Parser:
     commands = parser.add_subcommands()
     train = _job_parser("train", "Train a model as a config file says; alone or under torchrun.")
     compare = _job_parser(
-        "compare", "Train, then train the same at constant smallest and largest batch size, and compare."
+        "compare",
+        "Train, then train the same at constant smallest and largest batch size, and compare. Without --tune nothing\n"
+        "is tuned: all have the config's base LR, and the rule gives each its factor.",
+        COMPARE_OPTIONS,
+    )
+    compare.add_argument(
+        "--tune",
+        action="store_true",
+        help="give each run the base LR that is best for it on a tenth of the training data, which none trains on",
     )
     schedule, mup = Parser(description=SCHEDULE_DESCRIPTION), Parser(description=MUP_DESCRIPTION)
     parsers = {
