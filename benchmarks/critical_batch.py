@@ -124,10 +124,12 @@ def points(seed: int, train: Pair, judge: Pair) -> Iterator[Point]:
         done += REFERENCE
         if done not in POINTS:
             continue
-        ratio = batches.noise_scale  # the gain needs no more: noise over signal
+        averaged = batches.noise_scale
         window = images[done : done + WINDOW], labels[done : done + WINDOW]
         plain = MnistCNN()  # without the hooks of the probe
         plain.load_state_dict(model.state_dict())
+        fixed = noise_scale(plain, window)
+        known = averaged if 0 < averaged < math.inf else fixed  # the gain needs no more: noise over signal
         losses = {
             rule: {
                 size: branch(
@@ -135,31 +137,53 @@ def points(seed: int, train: Pair, judge: Pair) -> Iterator[Point]:
                     optimizer,
                     window,
                     size,
-                    lr_factor(rule, size, reference=REFERENCE, noise=ratio, signal=1.0),
+                    lr_factor(rule, size, reference=REFERENCE, noise=known, signal=1.0),
                     judge,
                 )
                 for size in SIZES
             }
             for rule in RULES
         }
-        yield Point(seed, done, ratio, noise_scale(plain, window), loss_of(plain, judge), losses)
+        yield Point(seed, done, averaged, fixed, loss_of(plain, judge), losses)
     batches.remove()
 
 
-def measured(point: Point, rule: str, tolerance: float) -> tuple[float, bool]:
-    """Where the loss leaves the tolerance, and whether that is beyond the largest size."""
-    outcome = critical_batch(point.losses[rule], tolerance=tolerance)
-    return (float(outcome.size), True) if outcome.is_bound else (outcome.crossing, False)
+class Measured(NamedTuple):
+    """All seeds at one point, under one rule.
+
+    Args:
+        crossings: where the mean loss of the seeds leaves each tolerance, and whether that is a bound only.
+        noise_scale: median of what the runs measured, of those that saw a signal.
+        fixed: median at fixed weights.
+    """
+
+    crossings: dict[float, tuple[float, bool]]
+    noise_scale: float
+    fixed: float
+
+
+def known(values: list[float]) -> list[float]:
+    return [value for value in values if 0 < value < math.inf]
+
+
+def measured(found: list[Point], examples: int, rule: str) -> Measured:
+    """The mean over seeds first: losses of single branches differ by some 10 % by chance."""
+    here = [point for point in found if point.examples == examples]
+    losses = {size: statistics.fmean(point.losses[rule][size] for point in here) for size in SIZES}
+    crossings = {}
+    for tolerance in TOLERANCES:
+        outcome = critical_batch(losses, tolerance=tolerance)
+        crossings[tolerance] = (float(outcome.size), True) if outcome.is_bound else (outcome.crossing, False)
+    scales, fixed = known([point.averaged for point in here]), known([point.fixed for point in here])
+    return Measured(crossings, statistics.median(scales), statistics.median(fixed))
 
 
 def middle(values: list[float]) -> str:
-    """The median of the seeds, and their range; seeds at which no signal was seen are left out, and counted."""
-    unknown = len(values)
-    values = [value for value in values if math.isfinite(value)]
-    unknown -= len(values)
-    if unknown:
-        return f"{middle(values)}, {unknown} unknown" if values else "unknown"
-    return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
+    """The median of the seeds, and their range; seeds at which no signal was seen are counted."""
+    usable = known(values)
+    without = len(values) - len(usable)
+    text = f"{statistics.median(usable):,.0f} ({min(usable):,.0f} to {max(usable):,.0f})"
+    return text + (f", {without} without signal" if without else "")
 
 
 def critical_table(found: list[Point], rule: str) -> Table:
@@ -167,25 +191,23 @@ def critical_table(found: list[Point], rule: str) -> Table:
     rows = []
     for examples in POINTS:
         here = [point for point in found if point.examples == examples]
-        cells = []
-        for tolerance in TOLERANCES:
-            outcomes = [measured(point, rule, tolerance) for point in here]
-            bounds = sum(is_bound for _, is_bound in outcomes)
-            cells.append(middle([value for value, _ in outcomes]) + (f", {bounds} at the end" if bounds else ""))
-        ratio = [measured(point, rule, TOLERANCES[1])[0] / point.averaged for point in here if point.averaged > 0]
+        outcome = measured(found, examples, rule)
+        value, is_bound = outcome.crossings[TOLERANCES[1]]
         rows.append(
             (
                 f"{examples:,}",
                 f"{statistics.median(point.start for point in here):.3f}",
                 middle([point.averaged for point in here]),
                 middle([point.fixed for point in here]),
-                *cells,
-                f"{statistics.median(ratio):.2g} ({min(ratio):.2g} to {max(ratio):.2g})",
+                *(f"{'>= ' if at_end else ''}{size:,.0f}" for size, at_end in outcome.crossings.values()),
+                f"{'>= ' if is_bound else ''}{value / outcome.noise_scale:.2g}",
+                f"{'>= ' if is_bound else ''}{value / outcome.fixed:.2g}",
             )
         )
     head = ("examples", "loss", "noise scale of the run", "noise scale at the weights")
-    columns = (*head, *(f"critical, {share:.0%}" for share in TOLERANCES), f"ratio at {TOLERANCES[1]:.0%}")
-    return Table(f"Rule {rule}: median of {len(SEEDS)} seeds (range)", columns, rows)
+    over = (f"critical {TOLERANCES[1]:.0%} / run's", f"critical {TOLERANCES[1]:.0%} / weights'")
+    columns = (*head, *(f"critical, {share:.0%}" for share in TOLERANCES), *over)
+    return Table(f"Rule {rule}: losses are means of {len(SEEDS)} seeds", columns, rows)
 
 
 def loss_table(found: list[Point], rule: str) -> Table:
@@ -198,16 +220,6 @@ def loss_table(found: list[Point], rule: str) -> Table:
     return Table(f"Rule {rule}: loss over that of batch {SIZES[0]}, mean", ("examples", *map(str, SIZES)), rows)
 
 
-def correlation(found: list[Point], rule: str) -> tuple[float, float]:
-    """Of the logarithms of noise scale and critical batch over all points and seeds; and the mean ratio."""
-    usable = [point for point in found if 0 < point.averaged < math.inf]
-    predicted = [math.log(point.averaged) for point in usable]
-    seen = [math.log(measured(point, rule, TOLERANCES[1])[0]) for point in usable]
-    ratio = math.exp(statistics.fmean(b - a for a, b in zip(predicted, seen, strict=True)))
-    flat = len(set(seen)) < 2 or len(set(predicted)) < 2
-    return (math.nan if flat else statistics.correlation(predicted, seen)), ratio
-
-
 def draw(found: list[Point]) -> None:
     """Measured against predicted, for both rules."""
     figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
@@ -215,14 +227,15 @@ def draw(found: list[Point]) -> None:
     axes: Any = figure.subplots(1, len(RULES), sharey=True)
     for panel, rule in zip(axes, RULES, strict=True):
         for number, examples in enumerate(POINTS):
-            here = [point for point in found if point.examples == examples]
-            x = [point.averaged for point in here]
-            y = [measured(point, rule, TOLERANCES[1])[0] for point in here]
-            panel.loglog(x, y, "o", color=f"C{number}", label=f"{examples:,} examples")
-        panel.plot([4, 2000], [4, 2000], color="#999999", linewidth=1)
-        panel.set(xlabel="noise scale of the run (examples)", title=f"rule {rule}")
+            outcome = measured(found, examples, rule)
+            value, is_bound = outcome.crossings[TOLERANCES[1]]
+            style = {"color": f"C{number}", "marker": "^" if is_bound else "o", "linestyle": "none"}
+            panel.loglog([outcome.noise_scale], [value], label=f"{examples:,} examples", **style)
+            panel.loglog([outcome.fixed], [value], fillstyle="none", **style)
+        panel.plot([8, 2000], [8, 2000], color="#999999", linewidth=1)
+        panel.set(xlabel="noise scale (examples)", title=f"rule {rule}")
     axes[0].set(ylabel=f"critical batch at {TOLERANCES[1]:.0%} (examples)")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, title="filled: of the run, open: at the weights")
     figure.savefig(RESULTS / "critical_batch.png")
 
 
@@ -230,20 +243,41 @@ def findings(found: list[Point]) -> list[str]:
     """What is seen, from the numbers."""
     said = []
     for rule in RULES:
-        together, ratio = correlation(found, rule)
+        outcomes = [measured(found, examples, rule) for examples in POINTS]
+        ratios = [outcome.crossings[TOLERANCES[1]][0] / outcome.noise_scale for outcome in outcomes]
         said.append(
-            f"Rule {rule}, tolerance {TOLERANCES[1]:.0%}: the critical batch is {ratio:.2g} times the noise scale of "
-            f"the run, as the geometric mean of the points where both are known; the correlation of their logarithms is "
-            f"{together:.2f}."
+            f"Rule {rule}, tolerance {TOLERANCES[1]:.0%}: the critical batch is {min(ratios):.2g} to {max(ratios):.2g} "
+            f"times the noise scale that the runs measured (geometric mean {statistics.geometric_mean(ratios):.2g})."
         )
     return [
         *said,
         "A critical batch belongs to a window, an optimizer, a rule and a tolerance: compare the columns of one row "
-        f"before you read a ratio as a property of the model. A point where all sizes are within the tolerance counts "
-        f'as {SIZES[-1]} examples ("at the end").',
-        "The learning rate of the smallest batch was not tuned: where it is too small, a larger batch with a larger "
-        "rate wins, and the critical batch is overestimated.",
+        "before you read a ratio as a property of the model.",
+        "The learning rate of the smallest batch was not tuned: where it is too small or too large for the window, a "
+        "larger batch wins (negative entries of the loss tables), and the critical batch is overestimated.",
     ]
+
+
+def report(found: list[Point], machine: Machine, *, save: bool) -> None:
+    """Tables, numbers and picture of all points."""
+    if save:
+        draw(found)
+    publish(
+        "critical_batch",
+        question="Does the noise scale say up to which batch size a larger batch costs nothing?\n\n"
+        "![critical batch against noise scale](critical_batch.png)",
+        machine=machine,
+        tables=[table(found, rule) for rule in RULES for table in (critical_table, loss_table)],
+        findings=findings(found),
+        data={f"seed {point.seed}, {point.examples} examples": plain(point) for point in found},
+        save=save,
+    )
+
+
+def plain(point: Point) -> dict[str, Any]:
+    """For JSON: a noise scale without a signal is None."""
+    averaged = point.averaged if math.isfinite(point.averaged) else None
+    return {**point._asdict(), "averaged": averaged}
 
 
 def main() -> None:
@@ -258,18 +292,7 @@ def main() -> None:
         for point in points(seed, train, judge):
             found.append(point)
             print(point, flush=True)
-    if not options.no_save:
-        draw(found)
-    publish(
-        "critical_batch",
-        question="Does the noise scale say up to which batch size a larger batch costs nothing?\n\n"
-        "![critical batch against noise scale](critical_batch.png)",
-        machine=machine,
-        tables=[table(found, rule) for rule in RULES for table in (critical_table, loss_table)],
-        findings=findings(found),
-        data={f"seed {point.seed}, {point.examples} examples": point._asdict() for point in found},
-        save=not options.no_save,
-    )
+    report(found, machine, save=not options.no_save)
 
 
 if __name__ == "__main__":
