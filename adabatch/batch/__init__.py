@@ -2,6 +2,7 @@
 
 from adabatch.batch.control import Control, Decision, Limits, Reason
 from adabatch.batch.criteria import Criterion, Observation
+from adabatch.batch.critical import CriticalBatch, critical_batch, measure_critical_batch, smoothed_losses
 from adabatch.batch.efficiency import adaptive_limit, efficiency
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.needs import Needs
@@ -12,6 +13,7 @@ __all__ = [
     "BatchPlan",
     "Control",
     "Criterion",
+    "CriticalBatch",
     "Decision",
     "Duration",
     "GradientMoments",
@@ -23,5 +25,8 @@ __all__ = [
     "Reason",
     "Schedule",
     "adaptive_limit",
+    "critical_batch",
     "efficiency",
+    "measure_critical_batch",
+    "smoothed_losses",
 ]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
+from adabatch.cli.branch import CriticalOptions
+from adabatch.cli.cbs import measure
 from adabatch.cli.compare import HEADER, compare, row
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, run
+from adabatch.cli.making import job_maker, job_settings, seed_everything
 from adabatch.cli.mup.commands import run_mup
 from adabatch.cli.parser import build_parser
 from adabatch.cli.picture import picture
@@ -50,20 +50,23 @@ def run_command(arguments: Sequence[str]) -> int:
         return run_mup(config.mup)
     _check_given(config[command])
     world = World.from_environment()
-    _seed(config[command].seed)
+    seed_everything(config[command].seed)
     display = Display(world.rank)
-    make = _maker(parser, config, command)
+    make = job_maker(parser, config, command)
     with connected(world, device=world.device), _watched(world, config[command].hang_timeout):
         if command == "verify":
             checks = verify(make, world, steps=config.verify.steps, max_cost=config.verify.max_cost, display=display)
             display.check_read()
             return 0 if all(check.passed for check in checks) else 1
+        if command == "cbs":
+            return _critical_batch(make, world, config.cbs, arguments, job_settings(parser, config, command), display)
         if command == "compare":
-            if compare(make, world, display=display) is not None:
+            settings = job_settings(parser, config, command)
+            if compare(make, world, display=display, tune=config.compare.tune, settings=settings) is not None:
                 return 0
             display.note(f"{_why_stopped(display)}: no comparison; the same command begins again")
             return EXIT_PREEMPTED
-        return _train(make, world, _settings(parser, config, command), display)
+        return _train(make, world, job_settings(parser, config, command), display)
 
 
 class _Start:
@@ -100,47 +103,21 @@ def _check_given(fields: Namespace) -> None:
             raise ValueError(f"{name} has fields of its own, as --help-all lists them, got {value!r}")
 
 
-def _seed(seed: int) -> None:
-    """The generators that models and data sets draw from, numpy's old global one among them.
-
-    Raises:
-        ValueError: a seed that torch does not take.
-    """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {seed}")
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-
-
-def _maker(parser: ArgumentParser, config: Namespace, command: str) -> Callable[[], Job]:
-    """A function that builds the job of a config again, from the same seed each time."""
-
-    def make() -> Job:
-        _seed(config[command].seed)
-        fields: dict[str, Any] = vars(parser.instantiate(config, instantiators=[(_made, object, True)])[command])
-        names = Job.__dataclass_fields__
-        return Job(**{name: value for name, value in fields.items() if name in names})
-
-    return make
-
-
-def _made(kind: type[Any], *arguments: Any, **named: Any) -> Any:
-    """An object of the config.
-
-    Raises:
-        ValueError: its class refuses the arguments; in front of its reason, which may name none of them, the class.
-    """
-    try:
-        return kind(*arguments, **named)
-    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{kind.__name__}: {error}") from error
-
-
-def _settings(parser: ArgumentParser, config: Namespace, command: str) -> dict[str, Any]:
-    """The job as it was asked for, in plain values; where it writes is not part of it."""
-    asked: dict[str, Any] = yaml.safe_load(parser.dump(config))[command]
-    return {name: value for name, value in asked.items() if name not in ("config", "out", "checkpoint")}
+def _critical_batch(
+    make: Callable[[], Job],
+    world: World,
+    fields: Namespace,
+    arguments: Sequence[str],
+    settings: dict[str, Any],
+    display: Display,
+) -> int:
+    options = CriticalOptions(**{name: fields[name] for name in CriticalOptions.__dataclass_fields__})
+    found = measure(make, world, options, arguments=arguments, settings=settings, display=display)
+    display.check_read()
+    if found is not None:
+        return 0
+    display.note("fewer than two branches were finished: the same command goes on")
+    return EXIT_PREEMPTED
 
 
 def _train(make: Callable[[], Job], world: World, settings: dict[str, Any], display: Display) -> int:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from adabatch.batch.schedules import Constant
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, Result, run
 from adabatch.cli.picture import picture
 from adabatch.cli.run_folder import run_folder
+from adabatch.cli.tune import SHARE, Tuned, split, tuned, with_lr
 from adabatch.options import Measure
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.launch.world import World
@@ -20,25 +23,38 @@ from adabatch.runtime.launch.world import World
 HEADER = ("run", "steps", "mean batch", "examples", "test loss", "test accuracy", "wall time")
 
 
-def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[Result] | None:
+def compare(
+    make: Callable[[], Job], world: World, *, display: Display, tune: bool = False, settings: Any = None
+) -> list[Result] | None:
     """Runs the job as it is, then constant at either limit, each from the same weights and in the same order.
 
-    The base LR belongs to the reference batch size of the job in all three, so the constant large batch gets the
-    learning rate that the job's rule gives to its size. Journals and checkpoints of the baselines go into folders
-    inside the job's; ``comparison.json`` holds the table. Each run begins anew, whatever is in its folder: times would
-    not compare otherwise.
+    Without ``tune`` the base LR belongs to the reference batch size of the job in all three, so the constant large
+    batch gets the learning rate that the job's rule gives to its size. With it each of the three gets the base LR that
+    is best for it on a validation split of the training data, which none of them trains on. Journals and checkpoints of
+    the baselines go into folders inside the job's; ``comparison.json`` holds the table. Each run begins anew, whatever
+    is in its folder: times would not compare otherwise. Finished trials of the tuning are kept.
+
+    Args:
+        make: builds the job again.
+        world: where this process stands.
+        display: what a person sees.
+        tune: whether each run gets a learning rate of its own.
+        settings: the job in plain values, by which trials are known again.
 
     Returns:
         The three results, or None where a signal ended one of the runs.
 
     Raises:
-        ValueError: limits that are schedules or left out, between which there is no constant to compare with.
+        ValueError: limits that are schedules or left out, between which there is no constant to compare with; with
+            ``tune``, too little data to split, a job without a folder of its own, or one that always diverges.
     """
     job = make()
     limits = job.limits
     if limits is None or not isinstance(limits.min, int) or not isinstance(limits.max, int):
         raise ValueError("compare needs limits with a constant min and max: they are what the job is compared with")
     ranks = workers_of(None, device=world.device)
+    if tune and job.out is None:
+        raise ValueError("--tune keeps its trials in the folder of the job, to go on there: give one by --out")
     folder = run_folder(None, ranks, resume=False, display=display) if job.out is None else job.out
     reference = job.reference_batch_size or limits.min
     variants: list[tuple[str, int | None, Path]] = [
@@ -46,24 +62,64 @@ def compare(make: Callable[[], Job], world: World, *, display: Display) -> list[
         (f"constant {limits.min}", limits.min, folder / "smallest"),
         (f"constant {limits.max}", limits.max, folder / "largest"),
     ]
+
+    def variant(size: int | None) -> Job:
+        made = make()
+        if size is not None:
+            saving = replace(made.checkpoint, directory=None)
+            made = replace(made, criterion=Constant(size), measure=Measure(monitor=True), checkpoint=saving)
+        return replace(made, reference_batch_size=reference)
+
+    def validated(size: int | None) -> Job:
+        return split(variant(size))[1]
+
+    found: dict[str, Tuned] = {}
+    for label, size, _ in variants if tune else ():
+        trials = folder / "tune" / label.replace(" ", "_")
+        best = tuned(partial(validated, size), world, trials, label=label, settings=_plain(settings), display=display)
+        if best is None:
+            display.say(f"{label} was stopped by a signal while it was tuned; the same command goes on")
+            return None
+        found[label] = best
     results = []
     for label, size, out in variants:
-        saving = replace(job.checkpoint, resume=False)
-        if size is not None:
-            saving = replace(saving, directory=None)
-            job = replace(make(), criterion=Constant(size), measure=Measure(monitor=True))
-        job = replace(job, out=out, reference_batch_size=reference, checkpoint=saving)
+        job = variant(size)
+        if tune:
+            job = with_lr(split(job)[0], found[label].exponent)
+        job = replace(job, out=out, checkpoint=replace(job.checkpoint, resume=False))
         results.append(run(job, world, display=display, label=label))
         if results[-1].preempted:
             display.say(f"{label} was stopped by a signal")
             return None
-    display.table(f"At equal {job.total.unit.replace('_', '-')}", HEADER, [row(result) for result in results])
-    out = variants[0][2]
+    header: tuple[str, ...] = HEADER
+    rows = [row(result) for result in results]
+    if tune:
+        header = (*HEADER, "LR x")
+        rows = [(*cells, f"{2.0**best.exponent:g}") for cells, best in zip(rows, found.values(), strict=True)]
+    display.table(f"At equal {job.total.unit.replace('_', '-')}", header, rows)
+    _say_tuning(found, display)
     if world.rank == 0:
-        _write(results, out)
-        picture({result.label: result.journal for result in results}, out / "picture.png", display=display)
-    display.say(f"journal, checkpoints and table: {out}")
+        _write(results, found, folder)
+        picture({result.label: result.journal for result in results}, folder / "picture.png", display=display)
+    display.say(f"journal, checkpoints and table: {folder}")
     return results
+
+
+def _say_tuning(found: Mapping[str, Tuned], display: Display) -> None:
+    if not found:
+        display.say(
+            "nothing was tuned: all runs have the config's base LR, and the rule gives each its factor. A constant "
+            "batch with a learning rate of its own may do better: --tune finds one for each run"
+        )
+        return
+    trials = sum(len(best.losses) for best in found.values())
+    display.say(
+        f"each run has its own base LR, the config's times LR x: the best of a grid of 2 by validation loss on "
+        f"{SHARE:.0%} of the training data, one seed, {trials} trials. Warm-up and shape are the config's in all"
+    )
+    for label, best in found.items():
+        if best.at_edge:
+            display.say(f"{label}: the best LR lies at the edge of what is tried, x {2.0**best.exponent:g}")
 
 
 def row(result: Result) -> tuple[str, ...]:
@@ -80,6 +136,15 @@ def row(result: Result) -> tuple[str, ...]:
     )
 
 
-def _write(results: list[Result], out: Path) -> None:
-    rows = [{**result._asdict(), "journal": str(result.journal)} for result in results]
+def _plain(settings: Any) -> Any:
+    """As they come back from a file."""
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _write(results: list[Result], found: Mapping[str, Tuned], out: Path) -> None:
+    rows: list[dict[str, Any]] = [{**result._asdict(), "journal": str(result.journal)} for result in results]
+    for row in rows:
+        best = found.get(row["label"])
+        row["tuned"] = best is not None
+        row["lr_multiplier"] = 1.0 if best is None else 2.0**best.exponent
     (out / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
 from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.cli.display import Display
-from adabatch.cli.engines import EngineName, engine_of
+from adabatch.cli.engines import EngineName, JobEngine, engine_of
 from adabatch.cli.optimizers import MakeOptimizer, observe
 from adabatch.cli.run_folder import mark_finished, run_folder
 from adabatch.cli.schedule.recorded import CHECKPOINTS, JOURNAL
@@ -212,25 +212,33 @@ class Result(NamedTuple):
         return self.examples / self.steps if self.steps else math.nan
 
 
-def run(job: Job, world: World, *, display: Display, label: str, config: Mapping[str, Any] | None = None) -> Result:
-    """Trains, tests and writes journal and checkpoints into the job's folder; goes on from a checkpoint that is there.
+class Assembled(NamedTuple):
+    """The parts of a job around its model, ready to train.
 
     Args:
-        job: what to train.
-        world: where this process stands.
-        display: what a person sees.
-        label: the run's name there.
-        config: the job as it was written down, to be compared with that of the checkpoint.
+        engine: holds model and optimizer.
+        batches: the batch sizes.
+        schedule: of the learning rate.
+        order: of the data.
+        local: workers that step on their own, if the job has them.
+        loss_of: a micro-batch -> its mean loss.
+    """
+
+    engine: JobEngine
+    batches: AdaptiveBatch
+    schedule: ProgressLR
+    order: GlobalOrder
+    local: LocalSGD | None
+    loss_of: Callable[[tuple[Tensor, Tensor]], Tensor]
+
+
+def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
+    """Builds what a job needs for its loop; writes nothing but into the journal.
 
     Raises:
-        ValueError: settings that do not fit together, before anything is trained or written.
-        CheckpointError: a checkpoint could not be written, or all that are there are damaged.
+        ValueError: settings that do not fit together.
     """
     device = world.device
-    out = job.out
-    if out is None:
-        ranks = workers_of(None, device=device)
-        out = run_folder(config, ranks, resume=job.checkpoint.resume, display=display)
     model = job.model.to(device)
     engine = engine_of(
         job.engine,
@@ -255,7 +263,6 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     guard = job.guard
     if guard.trial is None and (job.max_micro_batch_size or 0) > job.micro_batch_size and engine.runs_alone:
         guard = replace(guard, trial=partial(loss_of, counts=False))
-    journal = out / JOURNAL
     batches = engine.batches(
         job.criterion,
         micro_batch_size=job.micro_batch_size,
@@ -269,18 +276,42 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         measure=job.measure,
         guard=guard,
         local_sgd=local,
-        journal=[journal, *(tracker_of(name, out) for name in job.trackers)],
+        journal=list(journal),
     )
     schedule = ProgressLR(
         engine.optimizer, job.shape or constant(), batches, total=job.total, warmup=job.warmup, clock=job.clock
     )
     order = GlobalOrder(job.train_data, seed=job.seed, collate_fn=collate, num_workers=job.num_workers)
+    return Assembled(engine, batches, schedule, order, local, loss_of)
+
+
+def run(job: Job, world: World, *, display: Display, label: str, config: Mapping[str, Any] | None = None) -> Result:
+    """Trains, tests and writes journal and checkpoints into the job's folder; goes on from a checkpoint that is there.
+
+    Args:
+        job: what to train.
+        world: where this process stands.
+        display: what a person sees.
+        label: the run's name there.
+        config: the job as it was written down, to be compared with that of the checkpoint.
+
+    Raises:
+        ValueError: settings that do not fit together, before anything is trained or written.
+        CheckpointError: a checkpoint could not be written, or all that are there are damaged.
+    """
+    out = job.out
+    if out is None:
+        ranks = workers_of(None, device=world.device)
+        out = run_folder(config, ranks, resume=job.checkpoint.resume, display=display)
+    journal = out / JOURNAL
+    parts = assembled(job, world, journal=[journal, *(tracker_of(name, out) for name in job.trackers)])
+    engine, batches, schedule, local = parts.engine, parts.batches, parts.schedule, parts.local
     saving = job.checkpoint
     checkpoints = engine.checkpoints(
         saving.directory or out / CHECKPOINTS,
         batches=batches,
         schedule=schedule,
-        order=order,
+        order=parts.order,
         local_sgd=local,
         config=config,
         every=saving.every,
@@ -296,9 +327,9 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         began = time.perf_counter()
         watch = nullcontext() if job.hang_timeout is None else Watchdog(batches, timeout=job.hang_timeout)
         with display.progress(label, job.total) as shown, watch:
-            for step in batches.steps(order, until=job.total):
+            for step in batches.steps(parts.order, until=job.total):
                 for batch in step:
-                    step.backward(loss_of(batch))
+                    step.backward(parts.loss_of(batch))
                 engine.update()
                 schedule.step()
                 shown.update(
@@ -322,7 +353,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     if job.test_data is not None and not preempted:
         ranks = batches.collectives
         test_loss, accuracy = evaluate(
-            engine.model, job.loss, job.test_data, ranks, device=device, forward=engine.forward
+            engine.model, job.loss, job.test_data, ranks, device=world.device, forward=engine.forward
         )
     batches.remove()
     if local is not None:

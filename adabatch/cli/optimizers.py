@@ -29,7 +29,7 @@ def optimizer_of(make: MakeOptimizer, model: nn.Module, *, averages: bool = True
     """
     arguments: list[Any] = [model.parameters()]
     ranks: dict[str, Any] = {}
-    if issubclass(_class_of(make), KFAC):
+    if issubclass(optimizer_class(make), KFAC):
         arguments.append(model)
     if is_second_order(make) and averages:
         ranks = {**across_ranks(model)}
@@ -38,7 +38,7 @@ def optimizer_of(make: MakeOptimizer, model: nn.Module, *, averages: bool = True
 
 def is_second_order(make: MakeOptimizer) -> bool:
     """Whether it is K-FAC or Shampoo, which need whole matrices."""
-    return issubclass(_class_of(make), KFAC | Shampoo)
+    return issubclass(optimizer_class(make), KFAC | Shampoo)
 
 
 def observe(optimizer: Optimizer, outputs: Tensor, targets: Tensor) -> None:
@@ -47,8 +47,8 @@ def observe(optimizer: Optimizer, outputs: Tensor, targets: Tensor) -> None:
         optimizer.observe(outputs, targets)
 
 
-def _class_of(make: MakeOptimizer) -> type:
-    """What a partial makes; the parser's hold the class as an argument of a function of its own."""
+def optimizer_class(make: MakeOptimizer) -> type:
+    """The class that a partial makes; the parser's hold the class as an argument of a function of its own."""
     made: Any = make
     while isinstance(made, partial):
         made = next((argument for argument in made.args if isinstance(argument, type)), made.func)

@@ -12,6 +12,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "train": "train a model as a config file says",
         "compare": "train beside the constant smallest and largest batch size",
+        "cbs": "measure the critical batch by branches from a checkpoint",
         "verify": "check on a job's model, data and processes that adaptive batches do what they should",
         "report": "tell of runs what happened and why, as one HTML page",
         "tail": "follow a run in a terminal",

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from adabatch.cli.branch import FACTORS, CriticalOptions
 from adabatch.cli.job import Job
 from adabatch.cli.mistakes import one_line
 from adabatch.cli.mup.commands import DESCRIPTION as MUP_DESCRIPTION
@@ -50,6 +51,20 @@ A config names everything; a flag overrides one field of it. What people change 
 examples:
   adabatch {command} --config configs/quickstart.yaml --limits.max=512
   torchrun --nproc-per-node=2 -m adabatch {command} --config configs/digits_adamw.yaml
+"""
+
+COMPARE_OPTIONS = """\
+  --tune                     a base LR of its own for each of the three, by validation loss: a grid of 2 that grows
+                             until the best lies inside; finished trials are kept
+"""
+
+CBS_OPTIONS = """\
+  --branch_from PATH         checkpoint to begin at, or a folder of them; by default the newest of the run in --out
+  --factors 1 2 4 8 16       sizes of the branches, over the smallest; --smallest N, by default that of the checkpoint
+  --examples N               each branch trains on as many; by default a twentieth of --total.count
+  --tolerance X              share of the smallest batch's loss (0.005); --half_life N of its smoothing, in examples
+  --judge NAME               by the smoothed training loss (train), or by the loss on --test_data (test)
+  --processes N              branches side by side; --max_minutes X ends what is not finished by then
 """
 
 VERIFY_OPTIONS = """\
@@ -113,6 +128,26 @@ def _job_parser(command: str, description: str, own: str = "") -> Parser:
     return parser
 
 
+def _cbs_parser() -> Parser:
+    parser = _job_parser(
+        "cbs",
+        "Measure the critical batch: from a checkpoint of `adabatch train`, branches at 1, 2, 4, ... times the batch,\n"
+        "on equally many examples, at the learning rates that --lr_rule gives to their sizes. Give the run's config.\n"
+        "Table, JSON and picture beside the noise scale; finished branches are not run again.",
+        CBS_OPTIONS,
+    )
+    parser.add_class_arguments(CriticalOptions, skip={"factors"})
+    parser.add_argument(
+        "--factors",
+        nargs="+",
+        type=float,
+        default=list(FACTORS),
+        metavar="X",
+        help="sizes of the branches, over the smallest",
+    )
+    return parser
+
+
 def _verify_parser() -> Parser:
     parser = _job_parser(
         "verify",
@@ -137,10 +172,25 @@ def build_parser(asked: str | None = None) -> Parser:
     commands = parser.add_subcommands()
     train = _job_parser("train", "Train a model as a config file says; alone or under torchrun.")
     compare = _job_parser(
-        "compare", "Train, then train the same at constant smallest and largest batch size, and compare."
+        "compare",
+        "Train, then train the same at constant smallest and largest batch size, and compare. Without --tune nothing\n"
+        "is tuned: all have the config's base LR, and the rule gives each its factor.",
+        COMPARE_OPTIONS,
+    )
+    compare.add_argument(
+        "--tune",
+        action="store_true",
+        help="give each run the base LR that is best for it on a tenth of the training data, which none trains on",
     )
     schedule, mup = Parser(description=SCHEDULE_DESCRIPTION), Parser(description=MUP_DESCRIPTION)
-    parsers = {"train": train, "compare": compare, "verify": _verify_parser(), "schedule": schedule, "mup": mup}
+    parsers = {
+        "train": train,
+        "compare": compare,
+        "cbs": _cbs_parser(),
+        "verify": _verify_parser(),
+        "schedule": schedule,
+        "mup": mup,
+    }
     for name, own in parsers.items():
         commands.add_subcommand(name, own, help=COMMANDS[name])
     add_schedule_commands(schedule)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from adabatch.batch.control import Reason
+from adabatch.batch.efficiency import adaptive_limit
 from adabatch.lr.follow import BETA1_FLOOR, BETA2_FLOOR
 from adabatch.report.curves import moving_mean
 from adabatch.report.steps import Floats, RunSteps
@@ -109,7 +110,9 @@ class Summary(NamedTuple):
         largest_batch: of all steps.
         efficiency: worth of an example over that of one in a small batch, ``1 / (1 + b / B)``, the mean over the
             examples for which the noise scale is known.
-        known: share of the examples for which it is.
+        adaptive_limit: the most that a batch which follows the noise scales of this run could save over the best
+            constant one (``adabatch.batch.adaptive_limit``).
+        known: share of the examples for which the noise scale is.
         best_loss: lowest mean loss over 2 % of the run.
         last_loss: mean loss over the last 2 % of the run.
         num_changes: how often the batch size changed.
@@ -125,6 +128,7 @@ class Summary(NamedTuple):
     smallest_batch: float
     largest_batch: float
     efficiency: float
+    adaptive_limit: float
     known: float
     best_loss: float
     last_loss: float
@@ -148,6 +152,7 @@ def summarize(run: RunSteps) -> Summary:
         smallest_batch=float(run.batch.min()),
         largest_batch=float(run.batch.max()),
         efficiency=float(np.average(worth[known], weights=run.batch[known])) if known.any() else math.nan,
+        adaptive_limit=adaptive_limit(run.noise_scale, run.batch),
         known=_share(run, known),
         best_loss=float(finite.min()) if finite.size else math.nan,
         last_loss=float(finite[-1]) if finite.size else math.nan,

@@ -18,6 +18,7 @@ import yaml
 from support.jobs import free_port
 
 import adabatch
+from adabatch.batch import Duration
 from adabatch.cli import main as command
 from adabatch.cli.display import Display, PlainConsole
 from adabatch.cli.job import COUNTS
@@ -95,7 +96,7 @@ def test_help_names_every_command(capsys: Any) -> None:
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("name", ["train", "compare", "verify"])
+@pytest.mark.parametrize("name", ["train", "compare", "cbs", "verify"])
 def test_help_of_a_job_is_short_and_every_option_in_it_exists(name: str, capsys: Any) -> None:
     assert status_of([name, "--help"]) == 0
     short = capsys.readouterr().out
@@ -413,3 +414,12 @@ def test_the_version_stands_in_one_place_and_its_release_in_the_changelog() -> N
 def test_every_config_is_in_the_table_of_the_guide() -> None:
     guide = (ROOT / "docs" / "command_line.md").read_text()
     assert all(f"| `configs/{path.name}` |" in guide for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", ["mnist_logistic_adadagrad", "mnist_cnn_adagrad", "mnist_cnn_adadagradnorm"])
+def test_configs_that_say_as_published_have_the_control_of_the_papers(name: str) -> None:
+    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    given = dict(config["control"])
+    given["hold_until"] = Duration(**given["hold_until"])
+    assert adabatch.Control(**given) == adabatch.Control.direct()
+    assert (config["lr_rule"], "shape" in config) == ("none", False)

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from adabatch.batch import adaptive_limit
 from adabatch.report.heat import layer_bins
 from adabatch.report.page import Reported, numbers, page, report_on, thinned
 from adabatch.report.steps import RunSteps, read_steps
@@ -88,6 +89,9 @@ def test_totals():
     assert (found.mean_batch, found.smallest_batch, found.largest_batch) == (48, 16, 64)
     worth = [1 / (1 + 16 / 80), 1 / (1 + 16 / 100), *(1 / (1 + 64 / (100 + 20 * i)) for i in range(4))]
     assert found.efficiency == pytest.approx(np.average(worth, weights=[16, 16, 64, 64, 64, 64]), rel=1e-12)
+    scales, sizes = [80.0, 100, *(100 + 20 * i for i in range(4))], [16, 16, 64, 64, 64, 64]
+    assert found.adaptive_limit == pytest.approx(adaptive_limit(scales, sizes), rel=1e-12)
+    assert 1 < found.adaptive_limit < 1.1
     assert found.known == 1
     assert found.last_loss == found.best_loss == pytest.approx(2 / 6)
     assert found.probed == 1
@@ -99,6 +103,7 @@ def test_a_run_without_measurements_has_totals_and_says_so():
     run = run_of(*[{"batch": 16, "moments": None, "averages": None, "wanted": None, "low": None, "high": None}] * 3)
     found = summarize(run)
     assert math.isnan(found.efficiency)
+    assert math.isnan(found.adaptive_limit)
     assert found.known == found.probed == 0
     assert "Measure(monitor=True)" in kinds(run)["noise_not_measured"]
     assert report_on(run).outcomes == ()

@@ -392,10 +392,10 @@
   function totals() {
     const extra = [...new Set(runs.flatMap((run) => Object.keys(run.results)))];
     const timed = runs.some((run) => run.summary.seconds != null);
-    const header = ["run", "steps", "examples", "mean batch", "smallest", "largest", "changes", "efficiency", "best loss", "last loss", ...extra, "steps measured", "accumulated", ...(timed ? ["time"] : [])];
+    const header = ["run", "steps", "examples", "mean batch", "smallest", "largest", "changes", "efficiency", "adaptive limit", "best loss", "last loss", ...extra, "steps measured", "accumulated", ...(timed ? ["time"] : [])];
     return table(header, runs.map((run, index) => {
       const s = run.summary;
-      return [named(run, index), whole(s.num_steps), whole(s.num_examples), precise(s.mean_batch), whole(s.smallest_batch), whole(s.largest_batch), whole(s.num_changes), percent(s.efficiency), precise(s.best_loss), precise(s.last_loss), ...extra.map((name) => precise(run.results[name])), percent(s.probed), percent(s.accumulated), ...(timed ? [duration(s.seconds)] : [])];
+      return [named(run, index), whole(s.num_steps), whole(s.num_examples), precise(s.mean_batch), whole(s.smallest_batch), whole(s.largest_batch), whole(s.num_changes), percent(s.efficiency), s.adaptive_limit == null ? "-" : `${s.adaptive_limit.toFixed(2)} x`, precise(s.best_loss), precise(s.last_loss), ...extra.map((name) => precise(run.results[name])), percent(s.probed), percent(s.accumulated), ...(timed ? [duration(s.seconds)] : [])];
     }), { id: "totals" });
   }
 

@@ -1,0 +1,157 @@
+"""The critical batch, measured: branches of one run at several batch sizes, compared after equal examples.
+
+The noise scale predicts up to which size a larger batch costs nothing. This measures it: from one state, branches train
+on equally many examples, each at a batch size of its own, and the critical batch is the largest one whose loss is still
+that of the smallest, within a tolerance.
+
+Source: Merrill, Arora, Groeneveld, Hajishirzi 2025, "Critical Batch Size Revisited" (arXiv:2505.23971).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+TOLERANCE = 0.005
+"""Of the loss of the smallest batch."""
+
+
+class CriticalBatch(NamedTuple):
+    """The outcome of a measurement.
+
+    Args:
+        size: the largest global batch size whose loss, and that of all smaller ones, is within the tolerance.
+        crossing: where the loss leaves the tolerance, in examples: between ``size`` and the next size that was tried,
+            by a straight line in the logarithm of the batch size. Infinite if no size left it.
+        losses: the smoothed loss of each batch size, in ascending order of the sizes.
+        bound: the largest loss within the tolerance.
+    """
+
+    size: int
+    crossing: float
+    losses: Mapping[int, float]
+    bound: float
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether every size was within the tolerance, so that the critical batch is at least ``size``."""
+        return math.isinf(self.crossing)
+
+    def ratio(self, noise_scale: float) -> float:
+        """The critical batch over a noise scale in examples; NaN where that is not positive and finite."""
+        return self.size / noise_scale if 0 < noise_scale < math.inf else math.nan
+
+
+def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: float) -> NDArray[np.float64]:
+    """The exponential average of a loss over examples, after each step.
+
+    An example's weight halves every ``half_life`` examples, whatever the batch size, so that branches average over the
+    same data. The average begins without a bias: the weights always add up to 1.
+
+    Args:
+        losses: mean loss of each step, shape (num_steps,).
+        batch_sizes: examples of each step, shape (num_steps,).
+        half_life: in examples.
+
+    Returns:
+        Shape (num_steps,).
+
+    Raises:
+        ValueError: shapes that differ, batches or a half-life that are not positive.
+    """
+    values, sizes = np.asarray(losses, dtype=np.float64), np.asarray(batch_sizes, dtype=np.float64)
+    if values.shape != sizes.shape or values.ndim != 1:
+        raise ValueError(f"need a loss and a batch size for each step, got shapes {values.shape} and {sizes.shape}")
+    if not (sizes > 0).all():
+        raise ValueError(f"batch sizes must be positive, got {sizes.min()}")
+    if not 0 < half_life < math.inf:
+        raise ValueError(f"half_life must be a positive number of examples, got {half_life}")
+    averages = np.empty_like(values)
+    total = weight = 0.0
+    for step, (value, kept) in enumerate(zip(values, np.exp2(-sizes / half_life), strict=True)):
+        total, weight = kept * total + (1 - kept) * value, kept * weight + (1 - kept)
+        averages[step] = total / weight
+    return averages
+
+
+def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE) -> CriticalBatch:
+    """The critical batch of branches that trained on equally many examples.
+
+        largest b with loss(b') <= loss(b_min) + tolerance |loss(b_min)| for all b' <= b
+
+    A size beyond the first that fails does not count, even if it passes: that is chance.
+
+    Args:
+        losses: by global batch size, the loss at the end of its branch. Not finite is a branch that diverged.
+        tolerance: a share of the loss of the smallest batch.
+
+    Raises:
+        ValueError: fewer than two sizes, a size or a tolerance that is not positive, or a smallest batch that diverged.
+
+    Source: Merrill et al. 2025, where the tolerance is 0.01 and the comparison is with the best of the
+    smaller sizes. Here it is with the smallest, so that a learning rate that suits a middle size better than the
+    smallest does not hide it.
+    """
+    known = dict(sorted(losses.items()))
+    if len(known) < 2:
+        raise ValueError(f"a critical batch needs branches at two batch sizes at least, got {list(known)}")
+    sizes = list(known)
+    if sizes[0] < 1:
+        raise ValueError(f"batch sizes must be at least 1 example, got {sizes[0]}")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be a positive share of the loss, such as {TOLERANCE}, got {tolerance}")
+    first = known[sizes[0]]
+    if not math.isfinite(first):
+        raise ValueError(f"the branch at the smallest batch, {sizes[0]}, diverged: lower its learning rate")
+    bound = first + tolerance * abs(first)
+    size = sizes[0]
+    for larger in sizes[1:]:
+        if not known[larger] <= bound:  # also NaN
+            return CriticalBatch(size, _crossing(size, larger, known, bound), known, bound)
+        size = larger
+    return CriticalBatch(size, math.inf, known, bound)
+
+
+def _crossing(size: int, larger: int, losses: Mapping[int, float], bound: float) -> float:
+    below, above = losses[size], losses[larger]
+    if not math.isfinite(above):
+        return float(size)
+    return size * math.exp(math.log(larger / size) * (bound - below) / (above - below))
+
+
+def measure_critical_batch(
+    branch: Callable[[int], Iterable[tuple[int, float]]],
+    sizes: Sequence[int],
+    *,
+    half_life: float,
+    tolerance: float = TOLERANCE,
+) -> CriticalBatch:
+    """Runs a branch for each batch size, one after the other, and compares their smoothed losses.
+
+    Args:
+        branch: global batch size -> examples and mean loss of each step of a branch at that size. It begins from the
+            same state each time, has a learning rate that suits its size, and consumes as many examples as the others.
+        sizes: global batch sizes, at least two.
+        half_life: of the smoothing, in examples.
+        tolerance: a share of the loss of the smallest batch.
+
+    Raises:
+        ValueError: as ``critical_batch`` does; a branch without a step, or branches whose examples differ by more than
+            the largest batch, so that their losses do not compare.
+    """
+    ends: dict[int, float] = {}
+    counts: dict[int, int] = {}
+    for size in sorted(set(sizes)):
+        steps = list(branch(size))
+        if not steps:
+            raise ValueError(f"the branch at batch size {size} made no step")
+        batches, losses = zip(*steps, strict=True)
+        counts[size] = sum(batches)
+        ends[size] = float(smoothed_losses(losses, batches, half_life=half_life)[-1])
+    if ends and max(counts.values()) - min(counts.values()) > max(counts):
+        raise ValueError(f"branches must consume equally many examples, got {counts}")
+    return critical_batch(ends, tolerance=tolerance)

@@ -1,0 +1,240 @@
+"""One branch of ``adabatch cbs``: from a checkpoint on, so many examples at a constant batch size."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from adabatch.batch.control import Limits
+from adabatch.batch.critical import TOLERANCE
+from adabatch.batch.plan import Duration
+from adabatch.batch.schedules import Constant
+from adabatch.cli.display import Display
+from adabatch.cli.job import Assembled, Job, assembled, evaluate
+from adabatch.guards.left_out import UpdatesLeftOut
+from adabatch.runtime.launch.world import World
+
+Judge = Literal["train", "test"]
+"""By which loss branches are compared."""
+
+FACTORS = (1, 2, 4, 8, 16)
+LEAST_STEPS = 16
+"""Steps that the largest batch makes by default at least: fewer hardly move the loss at any learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticalOptions:
+    """What ``adabatch cbs`` is asked for beside the job.
+
+    Args:
+        branch_from: a checkpoint, or a folder of checkpoints, of which the newest; by default that of the job.
+        factors: sizes of the branches, over that of the smallest.
+        smallest: smallest global batch size; by default the one at the checkpoint.
+        examples: how many each branch trains on; by default a twentieth of the job, and 16 steps of the largest batch
+            at least.
+        half_life: of the smoothing, in examples; by default an eighth of ``examples``.
+        tolerance: a share of the smallest batch's loss.
+        judge: compare the smoothed training loss, or the loss on the test data at the end.
+        processes: branches that run side by side, each in a process of its own.
+        max_minutes: when this time is over, branches that are not finished are left out.
+    """
+
+    branch_from: Path | None = None
+    factors: Sequence[float] = FACTORS
+    smallest: int | None = None
+    examples: int | None = None
+    half_life: float | None = None
+    tolerance: float = TOLERANCE
+    judge: Judge = "train"
+    processes: int = 1
+    max_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.factors)) < 2 or not all(0 < factor < math.inf for factor in self.factors):
+            raise ValueError(f"factors must be two positive numbers at least, such as 1 2 4 8, got {self.factors}")
+        for name in ("smallest", "examples", "half_life", "max_minutes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 < self.tolerance < math.inf:
+            raise ValueError(
+                f"tolerance must be a positive share of the loss, such as {TOLERANCE}, got {self.tolerance}"
+            )
+        if self.processes < 1:
+            raise ValueError(f"processes must be at least 1, got {self.processes}")
+
+
+class State(NamedTuple):
+    """Where the branches begin.
+
+    Args:
+        batch: the global batch size of the run there.
+        steps: of the run so far.
+        examples: of the run so far.
+        noise_scale: averaged by then, in examples; NaN if it was not measured.
+    """
+
+    batch: int
+    steps: int
+    examples: int
+    noise_scale: float
+
+
+class Branch(NamedTuple):
+    """A finished branch.
+
+    Args:
+        size: its global batch size.
+        losses: of each step, up to the first that is not finite.
+        batch_sizes: of each step.
+        lr: what the optimizer applied at its first step, in its first parameter group.
+        noise_scale: averaged at its end, in examples; NaN if nothing was measured.
+        test_loss: at its end; NaN without test data.
+        diverged: a loss was not finite, or updates were left out until nothing trained any more.
+        seconds: of training.
+    """
+
+    size: int
+    losses: list[float]
+    batch_sizes: list[int]
+    lr: float
+    noise_scale: float
+    test_loss: float
+    diverged: bool
+    seconds: float
+
+
+def state_at(job: Job, world: World, checkpoint: Path) -> State:
+    """What a checkpoint says of the run.
+
+    Raises:
+        ValueError: another job's checkpoint, one at which the learning rate is 0, or local SGD.
+    """
+    # The rule is that of the branches, and may not suit the criterion of the run, which asks for nothing here.
+    plain_job = replace(job, lr_rule="none", follow=(), measure=replace(job.measure, monitor=True))
+    parts = _loaded(plain_job, world, checkpoint)
+    batches = parts.batches
+    try:
+        if not any(group["lr"] for group in parts.engine.optimizer.param_groups):
+            raise ValueError(
+                f"{checkpoint} stands where the learning rate is 0, so that no branch could move: take an earlier one "
+                f"with --branch_from; --checkpoint.every and --checkpoint.keep of `adabatch train` leave more of them"
+            )
+        return State(
+            batches.plan.global_batch_size, batches.consumed.steps, batches.consumed.examples, batches.noise_scale
+        )
+    finally:
+        batches.remove()
+
+
+def run_branch(
+    job: Job, world: World, checkpoint: Path, size: int, *, examples: int, deadline: float | None, display: Display
+) -> Branch | None:
+    """Trains a branch, with the learning rate's schedule held where it is.
+
+    Args:
+        job: the run that the checkpoint is of.
+        world: where this process stands.
+        checkpoint: where the branch begins.
+        size: global batch size.
+        examples: how many it trains on.
+        deadline: when to give up, in seconds of ``time.time``.
+        display: what a person sees.
+
+    Returns:
+        None if the time was over before its end.
+
+    Raises:
+        ValueError: a size that plans of the job cannot make.
+    """
+    fixed = replace(
+        job,
+        criterion=Constant(size),
+        limits=Limits(size, size),
+        measure=replace(job.measure, monitor=True),
+    )
+    parts = _loaded(fixed, world, checkpoint)
+    engine, batches = parts.engine, parts.batches
+    losses: list[float] = []
+    sizes: list[int] = []
+    lr, diverged, late = math.nan, False, False
+    began = time.perf_counter()
+    start = batches.consumed.examples
+    shown_total = Duration(examples, "examples")
+    try:
+        with display.progress(f"batch {size:,}", shown_total) as shown:
+            for step in batches.steps(parts.order, until=Duration(start + examples, "examples")):
+                for batch in step:
+                    step.backward(parts.loss_of(batch))
+                if not losses:
+                    lr = float(engine.optimizer.param_groups[0]["lr"]) * batches.lr_factor
+                engine.update()
+                loss = math.nan if step.loss is None else float(step.loss)
+                diverged = not math.isfinite(loss)
+                if diverged:
+                    break
+                losses.append(loss)
+                sizes.append(step.global_batch_size)
+                done = batches.consumed.examples - start
+                shown.update(done, loss=loss, global_batch_size=size, lr=lr, noise_scale=batches.noise_scale)
+                late = deadline is not None and done < examples and _any_late(batches, deadline)
+                if late:
+                    break
+    except UpdatesLeftOut:
+        diverged = True
+    seconds = time.perf_counter() - began
+    test_loss = math.nan
+    if job.test_data is not None and not late and not diverged:
+        test_loss, _ = evaluate(
+            engine.model, job.loss, job.test_data, batches.collectives, device=world.device, forward=engine.forward
+        )
+    noise_scale = batches.noise_scale
+    batches.remove()
+    return None if late else Branch(size, losses, sizes, lr, noise_scale, test_loss, diverged, seconds)
+
+
+def _any_late(batches: Any, deadline: float) -> bool:
+    """Whether the time is over; the same on all ranks, whose clocks may differ."""
+    late = time.time() > deadline
+    return bool(batches.collectives.sum_of(late)[0]) if batches.collectives.size > 1 else late
+
+
+def _loaded(job: Job, world: World, checkpoint: Path) -> Assembled:
+    if job.local_sgd is not None:
+        raise ValueError(
+            "cbs measures runs that average gradients at every step; local_sgd has a period that would have to change "
+            "with the batch: leave local_sgd out"
+        )
+    if job.engine == "deepspeed":
+        raise ValueError("cbs runs on the engines ddp and fsdp2, got engine: deepspeed")
+    parts = assembled(job, world, journal=())
+    checkpoints = parts.engine.checkpoints(
+        checkpoint, batches=parts.batches, schedule=parts.schedule, order=parts.order, local_sgd=None, config=None,
+        background=False,
+    )  # fmt: skip
+    with checkpoints:
+        checkpoints.load(missing_ok=False)
+    return parts
+
+
+def plain(branch: Branch) -> dict[str, Any]:
+    """A branch for JSON; numbers that are not finite are None."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in branch._asdict().items()
+    }
+
+
+def branch_of(read: dict[str, Any]) -> Branch:
+    """The branch that was written as ``plain``."""
+    values: dict[str, Any] = {name: math.nan if value is None else value for name, value in read.items()}
+    return Branch(**values)
+
+
+def settings_of(options: CriticalOptions) -> dict[str, Any]:
+    """The options for JSON."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}

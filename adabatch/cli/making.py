@@ -1,0 +1,65 @@
+"""Jobs from configs: built again from the same seed as often as they are needed, in any process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from adabatch.cli.job import Job
+from adabatch.cli.parser import build_parser
+
+
+def seed_everything(seed: int) -> None:
+    """The generators that models and data sets draw from, numpy's old global one among them.
+
+    Raises:
+        ValueError: a seed that torch does not take.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {seed}")
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+def job_maker(parser: ArgumentParser, config: Namespace, command: str) -> Callable[[], Job]:
+    """A function that builds the job of a config again, from the same seed each time."""
+
+    def make() -> Job:
+        seed_everything(config[command].seed)
+        fields: dict[str, Any] = vars(parser.instantiate(config, instantiators=[(_made, object, True)])[command])
+        names = Job.__dataclass_fields__
+        return Job(**{name: value for name, value in fields.items() if name in names})
+
+    return make
+
+
+def job_of(arguments: Sequence[str]) -> Job:
+    """The job of a command line, in a process of its own."""
+    parser = build_parser(arguments[0])
+    return job_maker(parser, parser.parse_args(arguments), arguments[0])()
+
+
+def job_settings(parser: ArgumentParser, config: Namespace, command: str) -> dict[str, Any]:
+    """The job as it was asked for, in plain values; where it writes is not part of it."""
+    asked: dict[str, Any] = yaml.safe_load(parser.dump(config))[command]
+    names = Job.__dataclass_fields__.keys() - {"out", "checkpoint"}
+    return {name: value for name, value in asked.items() if name in names}
+
+
+def _made(kind: type[Any], *arguments: Any, **named: Any) -> Any:
+    """An object of the config.
+
+    Raises:
+        ValueError: its class refuses the arguments; in front of its reason, which may name none of them, the class.
+    """
+    try:
+        return kind(*arguments, **named)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{kind.__name__}: {error}") from error
