@@ -88,6 +88,13 @@ class GradientMoments(NamedTuple):
         """Whether every number in here is finite."""
         return math.isfinite(self.part_sq) and math.isfinite(self.grad_sq)
 
+    @property
+    def euclidean_sq(self) -> float | None:
+        """Squared Euclidean norm of the step's gradient; None where ``norm`` is another and it was not measured."""
+        if self.norm == EUCLIDEAN:
+            return self.grad_sq
+        return None if self.grad_l2 is None else self.grad_l2 * self.grad_l2
+
     def scaled(self, factor: float) -> GradientMoments:
         """The moments after every gradient was multiplied by ``factor`` (a loss scale, an accumulation divisor)."""
 

@@ -116,11 +116,17 @@ class Gauge:
         parts = ratio = l1 = l2_sq = None
         if self.coordinates is not None:
             parts, ratio = self.coordinates.numbers(grads, self._image)
+        lengths, l1_pieces, l2_pieces = [], [], []
+        for number, grad in grads:  # all of one gradient while it is in the caches, not one pass for each norm
+            lengths.append((number, self.norms(number, grad)))
+            if self._record_l1:
+                l1_pieces.append(norms(grad, 1))
+            if self._norm is not None:
+                l2_pieces.append(norms(grad))
         if self._record_l1:
-            l1 = gathered([norms(grad, 1) for _, grad in grads], self._device).sum() / holders
+            l1 = gathered(l1_pieces, self._device).sum() / holders
         if self._norm is not None:
-            l2_sq = sum_of_squares([norms(grad) for _, grad in grads], self._device) / holders
-        lengths = [(number, self.norms(number, grad)) for number, grad in grads]
+            l2_sq = sum_of_squares(l2_pieces, self._device) / holders
         whole = self.layer_sums.of(lengths, 1 if self._norm == "sign" else 2) / holders
         return self.sums.numbers(whole, parts=parts, ratio=ratio, grad_l1=l1, grad_l2_sq=l2_sq, **others)
 

@@ -87,6 +87,7 @@ class MicroBatchProbe(Probe):
             quantile=quantile,
         )
         self.gives = self._gauge.gives
+        self.measured = self._parameters if grad_sq is None else None
         self._ranks = collectives
         self._squares: dict[int, Tensor] = {}
         self._grad_sq = grad_sq
