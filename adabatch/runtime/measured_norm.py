@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-NUM_SAMPLED = 16
+NUM_SAMPLED = 8
 """Gradients of which some elements are kept."""
 
-SAMPLE = 8
+SAMPLE = 4
 """Elements kept of each of them."""
 
 
@@ -51,15 +51,14 @@ class MeasuredNorm:
         # Zeros stay what they are under any factor, and show nothing.
         return bool(self._sample.any()) and torch.equal(self._sample, self._sampled())
 
+    @torch.no_grad()
     def _sampled(self) -> Tensor:
         chosen = self._grads[:: -(-len(self._grads) // NUM_SAMPLED)]
-        return torch.cat(
-            [grad.detach().reshape(-1)[:SAMPLE] if grad.is_contiguous() else _first(grad) for grad in chosen]
-        )
+        return torch.cat([grad.view(-1)[:SAMPLE] if grad.is_contiguous() else _first(grad) for grad in chosen])
 
 
 def _first(grad: Tensor) -> Tensor:
     """Some elements of a gradient that does not lie in one piece, without a copy of it."""
     while grad.dim() > 1:
         grad = grad[0]
-    return grad.detach().reshape(-1)[:SAMPLE]
+    return grad[:SAMPLE]
