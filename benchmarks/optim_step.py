@@ -3,11 +3,11 @@
     python benchmarks/optim_step.py
 
 Goal: at most 1.0 times Adagrad and 1.5 times SGD, all with ``foreach=True``, and at most 1.1 times SGD where a
-probe has just measured the norm ("norm known": the norm is packed and handed over, checked and used, as after
-a probed step); the same is timed behind the probe's own read, as "probe and". Every optimizer owns its parameters and gradients, so each finds them outside the caches, as
-after a backward pass. ``read`` is the floor under any method that must know the norm before it updates: one
-``torch._foreach_norm`` over the gradient, and nothing else. One thread is timed by its processor time, several
-by the wall clock.
+probe has just measured the norm. "norm known" packs the norm, hands it over, checks and uses it; "probe and"
+has the probe's own read of the gradient in front, as the end of a probed step does. Every optimizer owns its
+parameters and gradients, so each finds them outside the caches, as after a backward pass. ``read`` is the floor
+under any method that must know the norm before it updates: one ``torch._foreach_norm`` over the gradient, and
+nothing else. One thread is timed by its processor time, several by the wall clock.
 """
 
 from __future__ import annotations
