@@ -22,9 +22,9 @@ from numpy.typing import ArrayLike
 
 EUCLIDEAN = "euclidean"
 
-Norm = Literal["euclidean", "adam", "sign", "kfac"]
+Norm = Literal["euclidean", "adam", "sign", "spectral", "kfac"]
 """In what noise and signal are measured: the Euclidean norm; that of gradients divided by Adam's root mean squares; the
-l1 norm, for methods that step by signs; that of K-FAC's curvature."""
+l1 norm, for methods that step by signs; the nuclear norm of matrices, for Muon; that of K-FAC's curvature."""
 
 
 class GradientMoments(NamedTuple):
@@ -240,3 +240,31 @@ def from_signs(
     signal = grad_l1 * grad_l1 - 2 / math.pi * noise / num_examples
     moments = GradientMoments.from_noise(noise, signal, part_size=part_size, num_examples=num_examples)
     return moments._replace(num_parts=num_parts, grad_l1=grad_l1, norm="sign")
+
+
+def from_matrices(
+    roots: float, nuclear: float, alone: float, *, part_size: float, num_examples: float, num_parts: int
+) -> GradientMoments:
+    """Moments in the norm "spectral": the noise is ``(sum_l tr C_l^(1/2))^2``, the signal ``(sum_l |G_l|_*)^2``.
+
+    ``C_l`` is the mean of ``(g_i - G) (g_i - G)^T`` of matrix l over single examples, and ``|.|_*`` the nuclear norm,
+    the sum of singular values. ``|g|_*`` is too long where noise fills directions that the true gradient does not have.
+    What noise alone would show is taken off its square. What remains is zero in pure noise and right in a large batch;
+    between them it is too small, by up to half in simulations of one matrix with a gradient of full rank.
+
+    Args:
+        roots: ``sum_l tr D_l^(1/2)`` with ``D_l = sum_j w_j (g_j - g) (g_j - g)^T`` over the parts.
+        nuclear: ``sum_l |g_l|_*`` of the step's gradient.
+        alone: ``nuclear`` of a gradient that is noise only, in the unit in which ``roots`` would be that of its ``C``.
+        part_size, num_examples, num_parts: as in ``GradientMoments``.
+
+    Source: arXiv 2602.03001 for the norm; it does not take the noise off ``|g|_*``.
+    """
+    noise = GradientMoments(roots * roots, part_size, 0.0, num_examples, num_parts).noise
+    if math.isnan(noise):
+        square = nuclear * nuclear
+        return GradientMoments(square, part_size, square, num_examples, num_parts, norm="spectral")
+    share = (alone / roots) ** 2 if roots > 0 else 0.0
+    signal = nuclear * nuclear - share * noise / num_examples
+    moments = GradientMoments.from_noise(noise, signal, part_size=part_size, num_examples=num_examples)
+    return moments._replace(num_parts=num_parts, norm="spectral")
