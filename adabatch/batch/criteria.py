@@ -250,8 +250,8 @@ class NoiseScale:
       norm (Muon). If ``torch.optim.Muon`` is one of several optimizers, the matrices are those that it holds; otherwise
       all parameters of two dimensions. It needs whole gradients, in plain models and DDP. On a probed step it costs a
       product ``g g^T`` for each matrix in each micro-batch, ``4 k^2`` bytes for a matrix with a smaller side of k (8 in
-      the backward), with DDP a reduction of as many bytes, and the eigenvalues of two k x k matrices for each, shared
-      out over the ranks.
+      the backward), with DDP a reduction of as many bytes, and the eigenvalues of three k x k matrices for each, of
+      which two are shared out over the ranks.
     - "kfac": of ``P^(1/2) g`` with K-FAC's inverse factors ``P`` from before the step, ``|g|^2 = <g, P g>``. Before the
       first update there are none, and the plan is held; parameters that K-FAC leaves to another method are left out. It
       costs two products with a layer's roots in each micro-batch, and a Cholesky factorization of the inverses when

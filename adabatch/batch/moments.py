@@ -243,30 +243,38 @@ def from_signs(
 
 
 def from_matrices(
-    roots: float, nuclear: float, alone: float, *, part_size: float, num_examples: float, num_parts: int
+    roots: float,
+    nuclear: float,
+    *,
+    first: float,
+    first_size: float,
+    part_size: float,
+    num_examples: float,
+    num_parts: int,
 ) -> GradientMoments:
     """Moments in the norm "spectral": the noise is ``(sum_l tr C_l^(1/2))^2``, the signal ``(sum_l |G_l|_*)^2``.
 
     ``C_l`` is the mean of ``(g_i - G) (g_i - G)^T`` of matrix l over single examples, and ``|.|_*`` the nuclear norm,
-    the sum of singular values. ``|g|_*`` is too long where noise fills directions that the true gradient does not have.
-    What noise alone would show is taken off its square. What remains is zero in pure noise and right in a large batch;
-    between them it is too small where the gradient has full rank (0.9 of the truth with as much noise as half its
-    square, half of it with fifty times as much; 32 x 32, equal singular values), and too large where it has a low rank,
-    which noise hides: 4 times for rank one with five times as much, 10 times with fifty.
+    the sum of singular values. ``|g|_*`` is too long, as noise fills directions that the true gradient does not have.
+    By how much is seen at two sizes, as for the Euclidean norm: where its square is ``signal + a / b`` at a batch of b,
+    a part and the whole batch give the signal. That is right in pure noise, and to first order in a large batch.
+    Between them the signal is too small where the gradient has full rank (0.73 of the truth at worst; 32 x 32, equal
+    singular values, normal noise), and too large where it has a low rank in noise of full rank: 3.7 times for rank one
+    with five times as much noise, 10 times with fifty.
 
     Args:
         roots: ``sum_l tr D_l^(1/2)`` with ``D_l = sum_j w_j (g_j - g) (g_j - g)^T`` over the parts.
         nuclear: ``sum_l |g_l|_*`` of the step's gradient.
-        alone: ``nuclear`` of a gradient that is noise only, in the unit in which ``roots`` would be that of its ``C``.
+        first: the same of one part, or the mean over some.
+        first_size: examples in that part (the harmonic mean).
         part_size, num_examples, num_parts: as in ``GradientMoments``.
 
     Source: arXiv 2602.03001 for the norm; it does not take the noise off ``|g|_*``.
     """
+    square = nuclear * nuclear
     noise = GradientMoments(roots * roots, part_size, 0.0, num_examples, num_parts).noise
-    if math.isnan(noise):
-        square = nuclear * nuclear
-        return GradientMoments(square, part_size, square, num_examples, num_parts, norm="spectral")
-    share = (alone / roots) ** 2 if roots > 0 else 0.0
-    signal = nuclear * nuclear - share * noise / num_examples
+    signal = GradientMoments(first * first, first_size, square, num_examples, num_parts).signal
+    if math.isnan(noise) or math.isnan(signal):
+        return GradientMoments(square, part_size, square, num_examples, min(num_parts, 1), norm="spectral")
     moments = GradientMoments.from_noise(noise, signal, part_size=part_size, num_examples=num_examples)
     return moments._replace(num_parts=num_parts, norm="spectral")

@@ -145,9 +145,10 @@ def in_signs(parts: Parts, columns: Tensor) -> GradientMoments:
     return from_signs(float(deviations), float(parts.mean[columns].abs().sum()), num_parts=plain.num_parts, **sizes)
 
 
-def in_singular_values(parts: Parts, columns: Tensor) -> GradientMoments:
+def in_singular_values(parts: Parts, columns: Tensor, *, per_rank: int) -> GradientMoments:
     """Of the matrices among these columns, by decompositions of the parts' own deviations."""
-    plain, roots, lengths, alone = parts.moments(), 0.0, 0.0, 0.0
+    plain, roots, lengths, first = parts.moments(), 0.0, 0.0, 0.0
+    firsts = range(0, len(parts.grads), per_rank)
     for p, where in parts.where.items():
         if p.ndim != 2 or not bool(torch.isin(where, columns).all()):
             continue
@@ -156,12 +157,14 @@ def in_singular_values(parts: Parts, columns: Tensor) -> GradientMoments:
         apart = [w.sqrt() * (g[where].view_as(p) - mean) for w, g in zip(parts.weights, parts.grads, strict=True)]
         # Side by side along the longer side, they are one matrix whose singular values are the roots.
         joined = torch.cat(apart, dim=1 if p.shape[0] <= p.shape[1] else 0)
-        root = float(torch.linalg.matrix_norm(joined, "nuc")) / short((k + 1) / (n * (plain.num_parts - 1)))
-        roots += root
+        roots += float(torch.linalg.matrix_norm(joined, "nuc")) / short((k + 1) / (n * (plain.num_parts - 1)))
         lengths += float(torch.linalg.matrix_norm(mean, "nuc"))
-        alone += root * short((k + 1) / n)
+        first += sum(float(torch.linalg.matrix_norm(parts.grads[j][where].view_as(p), "nuc")) for j in firsts)
     sizes = {"part_size": plain.part_size, "num_examples": plain.num_examples}
-    return from_matrices(roots, lengths, alone, num_parts=plain.num_parts, **sizes)
+    first_size = len(firsts) / sum(1 / parts.counts[j] for j in firsts)
+    return from_matrices(
+        roots, lengths, first=first / len(firsts), first_size=first_size, num_parts=plain.num_parts, **sizes
+    )
 
 
 def short(aspect: float) -> float:
@@ -202,7 +205,7 @@ def both_ways(contender: Contender, case: Case, sizes: Sequence[int], ranks: int
     results["signs"] = tuple(found(norm="sign")), tuple(with_layers(parts, partial(in_signs, parts)))
 
     if contender.probe is micro_batch:
-        right = with_layers(parts, partial(in_singular_values, parts))
+        right = with_layers(parts, partial(in_singular_values, parts, per_rank=len(sizes)))
         results["spectral"] = tuple(found(norm=SpectralNorm(optimizer))), tuple(right)
 
     unknown = found(norm=AdamMetric(optimizer))
@@ -251,7 +254,8 @@ def test_norms_and_quantiles_are_those_of_the_parts_computed_one_by_one(ranks: i
     assert len(results[0]) >= 4 * len(FEW_STEPS[ranks])
     for name, (found, oracle) in results[0].items():
         try:
-            check(GradientMoments(*found), GradientMoments(*oracle), 1e-9)
+            # A singular value of zero comes out of a Gram matrix as the root of its rounding, 1e-8.
+            check(GradientMoments(*found), GradientMoments(*oracle), 1e-6 if name.endswith("spectral") else 1e-9)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
         assert GradientMoments(*found).norm == GradientMoments(*oracle).norm

@@ -118,7 +118,7 @@ class Gauge:
             holders: ranks that hold the same piece. A share of its norm from each makes all ranks use the same bits.
             others: shares of other sums, shape ().
         """
-        parts = ratio = l1 = l2_sq = alone = None
+        parts = ratio = l1 = l2_sq = first = None
         if self.coordinates is not None:
             parts, ratio = self.coordinates.numbers(grads, self._image)
         lengths, l1_pieces, l2_pieces = [], [], []
@@ -135,8 +135,8 @@ class Gauge:
         if self.matrices is None:
             whole = self.layer_sums.of(lengths, 1 if self._norm == "sign" else 2) / holders
         else:
-            parts, whole, alone = self.matrices.numbers(grads, self.sums.num_parts)
-        return self.sums.numbers(whole, parts=parts, alone=alone, ratio=ratio, grad_l1=l1, grad_l2_sq=l2_sq, **others)
+            parts, whole, first = self.matrices.numbers(grads, self.sums.num_parts)
+        return self.sums.numbers(whole, parts=parts, first=first, ratio=ratio, grad_l1=l1, grad_l2_sq=l2_sq, **others)
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks."""

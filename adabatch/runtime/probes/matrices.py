@@ -32,12 +32,12 @@ class MatrixNumbers(NamedTuple):
     Args:
         parts: of ``tr D^(1/2)``, unbiased for isotropic normal noise.
         grad: of the nuclear norms of the step's gradient.
-        alone: what ``grad`` would be if the gradient were noise only, times ``sqrt(num_examples / noise) * parts``.
+        first: of the nuclear norms of the gradient of this rank's first part.
     """
 
     parts: Tensor
     grad: Tensor
-    alone: Tensor
+    first: Tensor
 
 
 class MatrixGrams:
@@ -72,6 +72,7 @@ class MatrixGrams:
         self._owner = _dealt({number: k**3 for number, (k, _) in self._shapes.items()}, same.size)
         self._flat = torch.zeros(0)
         self._sums: dict[int, Tensor] = {}
+        self._first: list[tuple[int, Tensor]] = []
 
     @property
     def num_bytes(self) -> int:
@@ -80,6 +81,7 @@ class MatrixGrams:
 
     def start(self) -> None:
         """A step begins."""
+        self._first.clear()
         lengths = [k * k for k, _ in self._shapes.values()]
         self._flat = torch.zeros(sum(lengths) + 1, dtype=self._dtype, device=self._device)
         pieces = torch.split(self._flat[:-1], lengths)
@@ -95,9 +97,18 @@ class MatrixGrams:
         matrix = dense.to(self._dtype)
         return matrix @ matrix.mH if matrix.shape[0] <= matrix.shape[1] else matrix.mH @ matrix
 
-    def add(self, number: int, gram: Tensor, weight: float) -> None:
-        """Adds ``weight`` times ``g g^T`` to the sum of a matrix."""
+    def add(self, number: int, gram: Tensor, weight: float, first: float | None = None) -> None:
+        """Adds ``weight`` times ``g g^T`` to the sum of a matrix.
+
+        Args:
+            number: of the matrix.
+            gram: ``g g^T``.
+            weight: see above.
+            first: what makes the mean gradient of ``g``, where it is that of the rank's first part; else None.
+        """
         self._sums[number].add_(gram.to(self._flat), alpha=weight)
+        if first is not None:
+            self._first.append((number, root_trace(gram.to(self._flat)).view(1) * first))
 
     def numbers(self, grads: Sequence[tuple[int, Tensor]], num_parts: int) -> MatrixNumbers:
         """The sums, once a step; the matrices are let go.
@@ -110,7 +121,7 @@ class MatrixGrams:
         self._same.sum_in_place(self._flat)
         # Parts of all ranks, but one: the independent deviations from their mean. On the device, as nothing waits here.
         freedom = (self._flat[-1].double() - 1).clamp_(min=1)
-        parts, lengths, alone = [], [], []
+        parts, lengths = [], []
         for number, grad in grads:
             if number not in self._shapes or self._owner[number] != self._same.rank:
                 continue
@@ -121,9 +132,9 @@ class MatrixGrams:
             trace = root_trace(self._sums[number] - gram) / _shortened((k + 1) / (n * freedom))
             parts.append((number, trace.view(1)))
             lengths.append((number, root_trace(gram).view(1)))
-            alone.append((number, (trace * _shortened((k + 1) / n * torch.ones_like(freedom))).view(1)))
+        first, self._first = self._first, []
         self._sums, self._flat = {}, torch.zeros(0)
-        return MatrixNumbers(*(self._layer_sums.of(each, power=1) for each in (parts, lengths, alone)))
+        return MatrixNumbers(*(self._layer_sums.of(each, power=1) for each in (parts, lengths, first)))
 
 
 def _shortened(aspect: Tensor) -> Tensor:

@@ -151,8 +151,9 @@ class MicroBatchProbe(Probe):
         sums.join(num_examples, weight)
         while self._squares and coordinates is not None:
             coordinates.add(*self._squares.popitem(), sums.share)
+        first = 1 / weight if sums.num_parts == 0 and weight else None
         while self._grams and self._gauge.matrices is not None:
-            self._gauge.matrices.add(*self._grams.popitem(), sums.share)
+            self._gauge.matrices.add(*self._grams.popitem(), sums.share, first)
         self._gauge.close(sorted(self._norms.items()))
         self._norms.clear()
 

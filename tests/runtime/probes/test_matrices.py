@@ -118,8 +118,8 @@ def test_a_linear_problem() -> None:
         noises.append(moments.noise / exact)
         signals.append(moments.signal / length)
     assert sum(noises) / 150 == pytest.approx(1, abs=0.05)
-    # A gradient of full rank beside noise of its own length is measured too short, see `from_matrices`.
-    assert 0.8 < sum(signals) / 150 < 1.1
+    # A gradient of full rank is measured too short, see `from_matrices`.
+    assert 0.7 < sum(signals) / 150 < 1.1
 
 
 def test_only_what_muon_holds_counts() -> None:
