@@ -20,6 +20,7 @@ from adabatch.runtime.collectives import explained
 from adabatch.runtime.data import LossWeights, Portion
 from adabatch.runtime.empty_parts import EmptyParts
 from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.measured_norm import MeasuredNorm
 from adabatch.runtime.observers import Moment, Phase, RankMean, Rider, StepObserver, summed
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.trained_parameters import TrainedParameters
@@ -144,6 +145,18 @@ class Step:
         if self._engine.reduced == "backward":
             self.settle()
         self._engine.inner_loop_ended()
+
+    def measured_norm(self) -> MeasuredNorm | None:
+        """The norm that was measured of the gradients as the optimizer finds them; None where they are others.
+
+        Without a probe nothing was measured, a rank that steps alone uses its own gradient, and a gradient scaler
+        divides the gradients before the update.
+        """
+        parameters = None if self._probe is None else self._probe.measured
+        if self.moments is None or not self.measured or parameters is None or self._engine.backward.scale is not None:
+            return None
+        square = self.moments.euclidean_sq
+        return None if square is None or self._engine.steps_alone() else MeasuredNorm.of(square, parameters)
 
     def settle(self, *, reduced: bool = True) -> None:
         """Ends the step once its gradient is reduced: measures, and decides on the next plan.

@@ -17,8 +17,10 @@ from adabatch.journal import Journal, line
 from adabatch.lr.follow import UpdateScaling
 from adabatch.planning import Measured, Planner
 from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.measured_norm import MeasuredNorm
 from adabatch.runtime.observers import Moment, Phase, StepObserver
-from adabatch.runtime.optimizers import kind_of, weight_versions
+from adabatch.runtime.optimizer_traits import TakesNorm
+from adabatch.runtime.optimizers import each_of, kind_of, weight_versions
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
 from adabatch.step import Step
 from adabatch.validation import check_before_step
@@ -38,6 +40,7 @@ class _Update:
     looked_at: bool  # whether loss and gradient were, so that `finite` is known
     empty: bool  # none of its micro-batches weighs anything
     entry: dict[str, Any]
+    norm: MeasuredNorm | None  # of the gradients as the step left them, for optimizers that take it
     left_out: bool = False  # the loop said so
 
 
@@ -70,6 +73,7 @@ class PendingUpdates:
         self._journal = journal
         self._observers = observers
         self._skip_nonfinite = skip_nonfinite
+        self._takes_norm = [one for one in each_of(optimizer) if isinstance(one, TakesNorm)]
         self._scaled = engine.backward.scale is not None
         self._step: Step | None = None  # the one under way, until it is decided
         self._running = False  # the loop stands inside a step
@@ -154,8 +158,9 @@ class PendingUpdates:
         entry |= more
         if floors := ended.scaling.binding_floors(self._groups):
             entry["beta_floors"] = floors
+        norm = step.measured_norm() if self._takes_norm else None
         self._update = _Update(
-            before.steps, num_examples, ended.scaling, ended.gain, step.finite, looked_at, step.empty, entry
+            before.steps, num_examples, ended.scaling, ended.gain, step.finite, looked_at, step.empty, entry, norm
         )
         self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
 
@@ -195,6 +200,10 @@ class PendingUpdates:
         update = self._update or self._begun
         if update is None:  # an update outside of steps()
             return StepOverrides(1.0)
+        if update.norm is not None:
+            for one in self._takes_norm:
+                one.take_norm(update.norm)
+            update.norm = None  # which holds the gradients
         return StepOverrides(update.scaling.factor, update.scaling.settings, update.scaling.averaged)
 
     def _skips(self) -> bool:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _harness import Machine, Table, publish
+from _harness import Machine, Table, interleave, publish
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,14 +26,14 @@ from adabatch import CoordinateNormTest, MicroBatchProbe, NormTest, PerExamplePr
 from adabatch.batch import GradientMoments, Observation, Progress
 from adabatch.recipes import DigitsCNN
 from adabatch.recipes.digits import Digits
-from adabatch.runtime.probes.metrics import AdamMetric
+from adabatch.runtime.probes.metrics import norm_of
 from adabatch.runtime.probes.protocol import Probe
 
 UPDATES = (5, 50, 300)
 MICRO = 16
 BATCHES = (64, 256, 1024)
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
-NORMS = ("euclidean", "adam", "sign")
+NORMS = ("euclidean", "adam", "sign", "spectral")
 EXAMPLES = 16_384  # behind each average
 
 
@@ -62,7 +63,7 @@ class Task:
             self.optimizer.step()
 
     def norm(self, name: str) -> Any:
-        return {"euclidean": None, "adam": AdamMetric(self.optimizer), "sign": "sign"}[name]
+        return norm_of(name, self.optimizer)
 
     def measure(self, probe: Probe, parts: Sequence[Tensor]) -> GradientMoments:
         self.optimizer.zero_grad()
@@ -78,6 +79,11 @@ class Task:
 
     def truth(self, norm: str) -> float:
         """Noise scale of draws from the data set: their mean gradient is that of all its examples."""
+        if norm == "spectral":  # single examples as micro-batches of one
+            probe = MicroBatchProbe(self.model.parameters(), norm=self.norm(norm))
+            noise = self.measure(probe, torch.arange(len(self.x)).split(1)).noise
+            matrices = [p.grad for p in self.model.parameters() if p.ndim == 2 and p.grad is not None]
+            return noise / sum(float(torch.linalg.matrix_norm(each, "nuc")) for each in matrices) ** 2
         moments = self.measure(PerExampleProbe(self.model, norm=self.norm(norm)), [torch.arange(len(self.x))])
         return moments.noise / (moments.grad_sq if norm != "sign" else (moments.grad_l1 or math.nan) ** 2)
 
@@ -102,6 +108,38 @@ class Task:
             seen = Observation(moments, Progress())
             found.append(CoordinateNormTest(1.0, quantile=quantile).wanted(seen) / NormTest(1.0).wanted(seen))
         return statistics.median(found)
+
+
+class Costs:
+    """A step of four micro-batches of a transformer, 256 wide, with 1.6 million parameters in matrices."""
+
+    def __init__(self, norm: str | None) -> None:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+        self.model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
+        self.x = torch.randn(4, 8, 64, 256)
+        self.probe = None
+        if norm is not None:
+            self.probe = MicroBatchProbe(self.model.parameters(), norm=norm_of(norm, self.optimizer))
+
+    def step(self) -> None:
+        if self.probe is not None:
+            self.probe.start(1)
+        for x in self.x:
+            if self.probe is not None:
+                self.probe.begin_part()
+            (self.model(x).square().mean() / 4).backward()
+            if self.probe is not None:
+                self.probe.end_part(8, 0.25)
+        if self.probe is not None:
+            self.probe.moments(self.probe.collect().tolist())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def costs() -> dict[str, Callable[[], object]]:
+    return {"no probe": Costs(None).step, **{norm: Costs(norm).step for norm in NORMS}}
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -148,6 +186,8 @@ def main() -> None:
             found = [coordinates[f"{quantile}, {batch}, {examples}"] for batch in BATCHES]
             asked.append((str(quantile), "examples" if examples else f"parts of {MICRO}", *map(spread, found)))
     sizes = [f"batch {batch}" for batch in BATCHES]
+    timings = interleave(costs, trials=2, rounds=8, clock=time.process_time)
+    dear = [(name, timings.of(name).show(0, 1e3), timings.ratio(name, "no probe").show()) for name in timings.seconds]
     publish(
         "noise_norms",
         question="How far apart are the noise scales of a network in the norms of optimizers, how well are they "
@@ -163,6 +203,12 @@ def main() -> None:
                 f"What CoordinateNormTest asks for over NormTest, after {UPDATES[-1]} updates: median (range)",
                 ("quantile", "parts", *sizes),
                 asked,
+            ),
+            Table(
+                "A probed step of four micro-batches of 512 tokens, a transformer of two layers 256 wide: median "
+                "(quartiles)",
+                ("norm", "ms", "of a step without a probe"),
+                dear,
             ),
         ],
         findings=[

@@ -245,7 +245,13 @@ class NoiseScale:
       (signSGD, Signum, Lion). It needs the squares of each coordinate, added up over the parts: on a probed step 4
       bytes a parameter, 8 while a micro-batch runs, and with DDP a second reduction of the size of the gradient. The
       tolerance theta of arXiv 2602.03001 is ``multiple = 1 / theta^2`` (0.6 there, so 2.8).
-
+    - "spectral": ``(sum_l tr C_l^(1/2))^2 / (sum_l |G_l|_*)^2`` over the weight matrices l, with the nuclear norm
+      ``|.|_*`` and the covariance ``C_l`` of a matrix over its smaller side, for methods whose steps have a spectral
+      norm (Muon). If ``torch.optim.Muon`` is one of several optimizers, the matrices are those that it holds; otherwise
+      all parameters of two dimensions. It needs whole gradients, in plain models and DDP. On a probed step it costs a
+      product ``g g^T`` for each matrix in each micro-batch, ``4 k^2`` bytes for a matrix with a smaller side of k (8 in
+      the backward), with DDP a reduction of as many bytes, and the eigenvalues of three k x k matrices for each, of
+      which two are shared out over the ranks.
     - "kfac": of ``P^(1/2) g`` with K-FAC's inverse factors ``P`` from before the step, ``|g|^2 = <g, P g>``. Before the
       first update there are none, and the plan is held; parameters that K-FAC leaves to another method are left out. It
       costs two products with a layer's roots in each micro-batch, and a Cholesky factorization of the inverses when
@@ -261,13 +267,13 @@ class NoiseScale:
 
     Args:
         multiple: batch size in units of the noise scale, positive.
-        norm: "euclidean", "adam", "sign" or "kfac".
+        norm: "euclidean", "adam", "sign", "spectral" or "kfac".
 
     Raises:
         ValueError: ``multiple`` not positive, or an unknown norm.
 
-    Source: McCandlish et al. 2018, section 2.2 and appendix A.1; "adam" as in AdaptDL (Qiao et al. 2021); "sign": arXiv
-    2602.03001, with the noise taken off the signal (`from_signs`).
+    Source: McCandlish et al. 2018, section 2.2 and appendix A.1; "adam" as in AdaptDL (Qiao et al. 2021); "sign" and
+    "spectral": arXiv 2602.03001, with the noise taken off the signal (`from_signs`, `from_matrices`).
     """
 
     multiple: float = 1.0

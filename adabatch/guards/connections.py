@@ -1,7 +1,8 @@
-"""Connections of rank 0 with every other rank, for short messages and to notice ranks that are gone.
+"""Connections between the ranks, for short messages and to notice ranks that are gone: a tree with rank 0 at its root.
 
 They are separate from those of the training. The operating system closes the connections of a process that dies,
-whatever killed it, so the others notice at once.
+whatever killed it, so its neighbours notice at once, and pass it on. No rank holds more than ``DEGREE + 1`` of them:
+of a star of 10,000 ranks, rank 0 would need more files than a process may open.
 """
 
 from __future__ import annotations
@@ -22,31 +23,43 @@ from adabatch.runtime.collectives import Collectives
 _GREETING = 256
 """Largest number of bytes in a greeting; a longer one does not come from a rank of this run."""
 
+DEGREE = 64
+"""Children of a rank in the tree. Up to 65 ranks are all connected with rank 0; 10,000 are at most three links away."""
+
 _PATIENCE = 5.0
 """Seconds that sending a message may block: a rank that is frozen must not freeze the others."""
 
 
 class Connections:
-    """Connections between rank 0 and each other rank.
+    """Connections of this rank with its parent and its children: rank r is a child of rank ``(r - 1) // degree``.
 
     Args:
         collectives: the ranks; used once, so that they find each other.
         address: host name or address of rank 0; by default the name of its machine, and the loopback for ranks on the
-            same machine.
+            same machine. Other ranks that have children are reached by the names of their machines.
         timeout: seconds in which all ranks must connect.
+        degree: children of a rank at most.
+
+    Attributes:
+        parent: its rank; None for rank 0.
+        children: their ranks.
 
     Raises:
         OSError: if the ranks cannot reach each other.
     """
 
-    def __init__(self, collectives: Collectives, *, address: str | None, timeout: float) -> None:
+    def __init__(self, collectives: Collectives, *, address: str | None, timeout: float, degree: int = DEGREE) -> None:
+        rank = collectives.rank
+        self.parent = (rank - 1) // degree if rank else None
+        self.children = range(rank * degree + 1, min((rank + 1) * degree + 1, collectives.size))
         self._buffers: dict[int, bytes] = {}
         self._peers: dict[int, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
-        if collectives.rank == 0:
-            self._invite(collectives, address, timeout)
-        else:
-            self._join(collectives, timeout)
+        self._waker, woken = socket.socketpair()
+        woken.setblocking(False)
+        self._selector.register(woken, selectors.EVENT_READ, None)
+        self._woken = woken
+        self._meet(collectives, address if rank == 0 else None, timeout)
         for rank, peer in self._peers.items():
             peer.settimeout(_PATIENCE)
             self._buffers[rank] = b""
@@ -55,39 +68,56 @@ class Connections:
         mine = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _close(mine()))
 
-    def _invite(self, collectives: Collectives, address: str | None, timeout: float) -> None:
-        token = secrets.token_hex(16)
-        with socket.create_server(("", 0), backlog=collectives.size) as server:
-            host = socket.gethostname()
-            invitation = json.dumps([host, address or host, server.getsockname()[1], token])
-            collectives.gather_bytes(invitation.encode())
+    def _meet(self, collectives: Collectives, address: str | None, timeout: float) -> None:
+        """Each rank that has children waits for them; each but rank 0 calls its parent."""
+        host, token = socket.gethostname(), secrets.token_hex(16)
+        if not self.children:
+            invitations = collectives.gather_bytes(b"")
+            self._call(invitations, collectives.rank, timeout)
+            return
+        with socket.create_server(("", 0), backlog=len(self.children)) as server:
+            said = [host, address or host, server.getsockname()[1], token]
+            invitations = collectives.gather_bytes(json.dumps(said).encode())
+            self._call(invitations, collectives.rank, timeout)
             server.settimeout(timeout)
-            while len(self._peers) < collectives.size - 1:
+            while not all(child in self._peers for child in self.children):
                 peer, _ = server.accept()
                 peer.settimeout(timeout)
                 with suppress(ValueError, OSError):  # somebody else, or a rank that hung up
-                    said, rank = _line(peer).split()
-                    if hmac.compare_digest(said, token):
+                    heard, rank = _line(peer).split()
+                    if hmac.compare_digest(heard, token) and int(rank) in self.children:
                         self._peers[int(rank)] = peer
 
-    def _join(self, collectives: Collectives, timeout: float) -> None:
-        host, address, port, token = json.loads(collectives.gather_bytes(b"")[0])
+    def _call(self, invitations: list[bytes], rank: int, timeout: float) -> None:
+        if self.parent is None:
+            return
+        host, address, port, token = json.loads(invitations[self.parent])
         near = host == socket.gethostname() and host == address
         peer = socket.create_connection(("127.0.0.1" if near else address, port), timeout=timeout)
-        peer.sendall(f"{token} {collectives.rank}\n".encode())
-        self._peers[0] = peer
+        peer.sendall(f"{token} {rank}\n".encode())
+        self._peers[self.parent] = peer
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Sends a message to all that are connected. A rank that is gone shows in ``receive``."""
+    def send(self, message: Mapping[str, Any], *, up: bool = True, down: bool = True) -> None:
+        """Sends a message to the parent, the children, or both. A rank that is gone shows in ``receive``."""
         data = json.dumps(message).encode() + b"\n"
-        for peer in self._peers.values():
-            with suppress(OSError):
-                peer.sendall(data)
+        for rank, peer in self._peers.items():
+            if up if rank == self.parent else down:
+                with suppress(OSError):
+                    peer.sendall(data)
+
+    def wake(self) -> None:
+        """Makes ``receive``, which another thread may be waiting in, return at once."""
+        with suppress(OSError):
+            self._waker.send(b"!")
 
     def receive(self, timeout: float) -> list[tuple[int, dict[str, Any] | None]]:
         """Messages that came within ``timeout`` seconds, with their senders; None from a rank that is gone."""
         found: list[tuple[int, dict[str, Any] | None]] = []
         for key, _ in self._selector.select(timeout):
+            if key.data is None:
+                with suppress(OSError):
+                    self._woken.recv(64)
+                continue
             rank, peer = key.data, self._peers[key.data]
             try:
                 data = peer.recv(65536)
@@ -105,14 +135,14 @@ class Connections:
     def close(self) -> None:
         """Closes all connections."""
         self._selector.close()
-        for peer in self._peers.values():
+        for peer in (*self._peers.values(), self._waker, self._woken):
             peer.close()
         self._peers.clear()
 
 
 def _close(connections: Connections | None) -> None:
     if connections is not None:
-        for peer in connections._peers.values():
+        for peer in (*connections._peers.values(), connections._waker, connections._woken):
             peer.close()
 
 

@@ -1,4 +1,4 @@
-"""The thread of a watchdog: reports to rank 0, learns which ranks are lost, and ends this rank if it has to."""
+"""The thread of a watchdog: reports towards rank 0, learns which ranks are lost, and ends this rank if it has to."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _STDERR = 2
 class Monitor:
     """Watches one rank, together with the monitors of the other ranks.
 
-    Every rank reports to rank 0, which looks for lost ranks and sends what it finds to all. The training thread raises
-    it when it enters its next phase. If it does not within ``grace`` seconds, it waits in a collective, which Python
+    Reports go up the tree of connections to rank 0, which looks for lost ranks. What any rank finds goes to all. Each
+    rank sends one message per interval, of all reports that it knows from below. The training thread raises what was
+    found when it enters its next phase. If it does not within ``grace`` seconds, it waits in a collective, which Python
     cannot interrupt. Then the process writes the finding and the stacks of its threads to standard error, and exits
     with ``EXIT_RANK_LOST``.
 
@@ -56,7 +57,9 @@ class Monitor:
         self._grace = grace
         self._interval = min(1.0, timeout / 10)
         self._heard: dict[int, tuple[Report, float]] = {}
+        self._due = 0.0  # when this rank reports next
         self._left = False  # this rank, in order
+        self._told = False  # that it has left
         self._failure: str | None = None  # of this rank, still to be told
         self._stopping = False
         self._lost_at = math.inf
@@ -68,13 +71,14 @@ class Monitor:
     def start(self) -> None:
         """Starts the thread. All ranks count as heard of now."""
         now = time.monotonic()
-        others = range(1, self._size) if self._rank == 0 else [0]
+        others = range(1, self._size) if self._rank == 0 else self._neighbours()
         self._heard = {rank: (Report(0, "the time before its first report", True, 0.0), now) for rank in others}
         self._thread.start()
 
     def leave(self) -> None:
         """This rank has reached the end of its run."""
         self._left = True
+        self._connections.wake()
 
     def fail(self, failure: str) -> None:
         """This rank ends with an error of its own; returns once the others have been told."""
@@ -84,6 +88,7 @@ class Monitor:
     def stop(self) -> None:
         """Stops the thread."""
         self._stopping = True
+        self._connections.wake()
         self._thread.join()
         self._connections.close()
         self._heartbeat.alarm = None
@@ -94,41 +99,67 @@ class Monitor:
         while not self._stopping:
             self._turn()
         if self._failure is not None:
-            self._connections.send({"lost": self._failure} if self._rank == 0 else {"failure": self._failure})
+            self._connections.send({"lost": self._failure})
 
     def _turn(self) -> None:
-        for peer, message in self._connections.receive(self._interval):
+        """Takes in what came; reports, and looks for lost ranks, once per interval."""
+        for peer, message in self._connections.receive(max(0.0, self._due - time.monotonic())):
             if message is None:
                 self._hung_up(peer)
             elif "lost" in message:
-                self._declare_lost(message["lost"])
-            elif "failure" in message:
-                self._judge(message["failure"])
+                self._judge(message["lost"])
             elif "all left" in message:
-                self.ended.set()
+                self._end_together()
             else:
-                self._heard[peer] = Report(**message), time.monotonic()
+                now = time.monotonic()
+                for rank, *fields in message["reports"]:
+                    report = Report(*fields)
+                    # As it was when its rank sent it: what passed since then is added where it is used.
+                    self._heard[rank] = report._replace(still=report.still - report.silent), now - report.silent
+        now = time.monotonic()
         if self.ended.is_set():
-            if time.monotonic() >= self._lost_at + self._grace:
+            self._due = now + self._interval
+            if now >= self._lost_at + self._grace:
                 self._end_process()
             return
+        if self._rank == 0 and self._left and all(report.left for report, _ in self._heard.values()):
+            self._end_together()
+        # Only then: a rank that answered whatever it hears would be answered again.
+        if now >= self._due or (self._left and not self._told):
+            self._due, self._told = now + self._interval, self._left
+            self._tell_and_look(now)
+
+    def _tell_and_look(self, now: float) -> None:
         here = self._report()
-        self._connections.send(here._asdict())
-        now = time.monotonic()
         reports = {
-            peer: report._replace(silent=now - at, still=report.still + now - at)
-            for peer, (report, at) in self._heard.items()
+            rank: report._replace(silent=now - at, still=report.still + now - at)
+            for rank, (report, at) in self._heard.items()
         }
+        below = {rank: report for rank, report in reports.items() if rank != self._connections.parent}
+        self._connections.send({"reports": [[self._rank, *here]]}, up=False)
+        self._connections.send(
+            {"reports": [[rank, *report] for rank, report in [(self._rank, here), *below.items()]]}, down=False
+        )
         if self._rank == 0:
             reports[0] = here
-            if all(report.left for report in reports.values()):
-                self._connections.send({"all left": True})
-                self.ended.set()
-        else:  # rank 0 finds out itself whether it hangs; the others notice only if it stops reporting
-            reports = {peer: report._replace(moves=0, between=True, still=0) for peer, report in reports.items()}
+        else:  # rank 0 finds out itself which rank hangs; the others notice only if a neighbour stops reporting
+            reports = {
+                rank: reports[rank]._replace(moves=0, between=True, still=0)
+                for rank in self._neighbours()
+                if rank in reports
+            }
         found = lost_ranks(reports, timeout=self._timeout)
         if found is not None:
             self._judge(found)
+
+    def _neighbours(self) -> list[int]:
+        parent = self._connections.parent
+        return [*self._connections.children, *([] if parent is None else [parent])]
+
+    def _end_together(self) -> None:
+        if not self.ended.is_set():
+            self._connections.send({"all left": True}, up=False)
+            self.ended.set()
 
     def _report(self) -> Report:
         where = self._heartbeat
@@ -137,16 +168,15 @@ class Monitor:
 
     def _hung_up(self, peer: int) -> None:
         report, _ = self._heard.pop(peer)
+        if self.ended.is_set():
+            return
         if not (report.left and self._left):
             self._judge(f"rank {peer} has died, last seen in {report.place}")
 
     def _judge(self, found: str) -> None:
+        """A rank is lost: passes it on in the tree."""
         if self.finding is None:  # later findings follow from the first
             self._connections.send({"lost": found})
-            self._declare_lost(found)
-
-    def _declare_lost(self, found: str) -> None:
-        if self.finding is None:
             self.finding = found
             self._lost_at = time.monotonic()
             self._heartbeat.alarm = self._make_alarm(found)

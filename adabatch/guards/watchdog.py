@@ -54,16 +54,18 @@ class Watchdog:
     Two things are not found: which rank hangs if all are in the same phase of a step, and a hang in your own
     collectives between two steps, where a run may test or save for as long as it likes.
 
-    At the end of the block each rank waits for the others. The watchdog costs one thread, one connection per rank to
-    rank 0, and one message of about 150 bytes per second; the training itself sends nothing more. On a single process
-    it does nothing.
+    At the end of the block each rank waits for the others. The watchdog costs one thread, one connection with rank
+    0, and one message of about 150 bytes per second and way; the training itself sends nothing more. Beyond 65 ranks
+    the connections make a tree, in which no rank has more than 65, and ranks pass on the reports of up to 64 others
+    each. On a single process it does nothing.
 
     Args:
         batches: the run. Every rank makes its watchdog after it.
         timeout: in seconds. It must be longer than the longest phase of a step, and than anything that one rank does
             alone between steps.
         grace: in seconds; see above.
-        address: host name or address of rank 0, if its machine cannot be reached by its own name.
+        address: host name or address of rank 0, if its machine cannot be reached by its own name. Beyond 65 ranks,
+            other machines must be reachable by theirs.
 
     Raises:
         ValueError: if ``timeout`` is not positive and finite, or ``grace`` is negative.

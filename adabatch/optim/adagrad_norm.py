@@ -8,8 +8,8 @@ of the gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple, overload
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,19 @@ _LIMIT_ONE_THREAD = 1 << 18
 _LIMIT_THREADS = 1 << 15
 
 Reduce = Callable[[Tensor], Tensor]
+
+
+class KnownNorm(Protocol):
+    """A norm that was measured of some gradients, and knows them."""
+
+    @property
+    def grad_sq(self) -> float:
+        """Squared Euclidean norm of all of them together."""
+        ...
+
+    def is_of(self, grads: Sequence[Tensor]) -> bool:
+        """Whether these are the gradients that were measured, all of them, and unchanged."""
+        ...
 
 
 class AdaGradNorm(Optimizer):
@@ -108,6 +121,8 @@ class AdaGradNorm(Optimizer):
     21(219), algorithm 1 (``lr`` is its eta; it has neither eps, momentum nor decay). The defaults 1.0, 1e-2
     and 1e-10 are those of the AdaGrad-Norm in the AdAdaGrad experiments (Lau, Liu and Kolar 2024, public
     code), which unlike this one keeps a number for every output row.
+
+    A norm that is already known is not computed again (``take_norm``).
     """
 
     needs_whole_gradients: ClassVar[bool] = True
@@ -133,6 +148,7 @@ class AdaGradNorm(Optimizer):
                 "or unroll the update by hand on functional parameters"
             )
         self._reduce = reduce
+        self._known: KnownNorm | None = None
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -176,6 +192,14 @@ class AdaGradNorm(Optimizer):
             if group["momentum"] != 0:  # now and not at the first step: a checkpoint loads into what it finds
                 self.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
+    def take_norm(self, measured: KnownNorm) -> None:
+        """Offers a norm that was measured of the gradients of all parameters; the next step only may use it.
+
+        The step does if ``measured.is_of(...)`` these very gradients, and ``reduce`` was not given. Otherwise it reads
+        the gradients itself, as it does without the offer.
+        """
+        self._known = measured
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -196,12 +220,13 @@ class AdaGradNorm(Optimizer):
             RuntimeError: a sparse gradient.
         """
         loss = None
+        known, self._known = self._known, None  # which holds gradients
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         batches = [batch for group in self.param_groups for batch in self._collect(group)]
         if batches or self._reduce is not None:
-            b = self._accumulate(batches)
+            b = self._accumulate(batches, None if known is None else self._checked(known))
             for batch in batches:
                 _update(batch, b)
         return loss
@@ -231,7 +256,7 @@ class AdaGradNorm(Optimizer):
         self._share(torch.stack([total.detach().cpu().double().reshape(1) for total in saved]).amax(0))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_reduce": self._reduce}
+        return {**super().__getstate__(), "_reduce": self._reduce, "_known": None}
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
@@ -274,8 +299,13 @@ class AdaGradNorm(Optimizer):
                 batch.buffers.append(buffer.to_local() if isinstance(buffer, DTensor) else buffer)
         return [batch.real() for batch in batches.values()]
 
-    def _accumulate(self, batches: list[_Batch]) -> float | Tensor:
-        """Add the squared norm of the whole gradient to the accumulator; the new ``b``.
+    def _checked(self, known: KnownNorm) -> float | None:
+        """The known squared norm, if it is that of the gradients of this step."""
+        grads = [param.grad for param in self._params() if param.grad is not None]
+        return known.grad_sq if self._reduce is None and known.is_of(grads) else None
+
+    def _accumulate(self, batches: list[_Batch], grad_sq: float | None) -> float | Tensor:
+        """Add the squared norm of the whole gradient to the accumulator, read here if not given; the new ``b``.
 
         A number on the CPU, where reading one waits for nobody, elsewhere a tensor of shape (1,).
         """
@@ -283,18 +313,22 @@ class AdaGradNorm(Optimizer):
         device = next(self._params()).device
         if total.device != device:  # the model was moved after this optimizer was made
             total = self._share(total)
+        total.add_(self._read(batches, total) if grad_sq is None else grad_sq)
+        # An infinite norm shall show at once, as NaN, and not make this and every later step zero.
+        if total.is_cpu:
+            value = total.item()
+            return math.sqrt(value) if math.isfinite(value) else math.nan
+        return torch.add(total.sqrt(), total, alpha=0)  # 0 x inf is NaN
+
+    def _read(self, batches: list[_Batch], total: Tensor) -> Tensor:
+        """The squared norm of the whole gradient, 0-dim, of ``total``'s device and dtype."""
         norms: dict[_Spread | None, list[Tensor]] = {}
         if self._reduce is not None:  # first and always: others wait for it even if this rank has no gradient
             norms[None] = [torch.zeros_like(total)]
         for batch in batches:
             norms.setdefault(batch.spread, []).extend(_norms(batch.grads, total))
         grads_sq = [self._piece_sq(spread, torch.cat(pieces)) for spread, pieces in norms.items()]
-        total.add_(sum(grads_sq[1:], start=grads_sq[0]))
-        # An infinite norm shall show at once, as NaN, and not make this and every later step zero.
-        if total.is_cpu:
-            value = total.item()
-            return math.sqrt(value) if math.isfinite(value) else math.nan
-        return torch.add(total.sqrt(), total, alpha=0)  # 0 x inf is NaN
+        return sum(grads_sq[1:], start=grads_sq[0])
 
     def _piece_sq(self, spread: _Spread | None, norms: Tensor) -> Tensor:
         """The squared norm of a piece of the gradient, over all processes that have a share of it; 0-dim."""

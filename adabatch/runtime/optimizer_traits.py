@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from adabatch.runtime.measured_norm import MeasuredNorm
+
 
 @runtime_checkable
 class PrefersLRRule(Protocol):
@@ -34,4 +36,13 @@ class ChecksStep(Protocol):
 
     def check_before_step(self) -> None:
         """Raises a ``ValueError`` that says what is wrong."""
+        ...
+
+
+@runtime_checkable
+class TakesNorm(Protocol):
+    """An optimizer that needs the norm of the gradient, and does not read it again if a probe has just measured it."""
+
+    def take_norm(self, measured: MeasuredNorm) -> None:
+        """Told before a step. The step uses the norm if the gradients are still those that were measured."""
         ...

@@ -94,7 +94,7 @@ class CommHookProbe(Probe):
             )
         # The model itself is not kept: its reducer, which Python's garbage collector does not see, keeps this hook.
         self._group: dist.ProcessGroup = model.process_group
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.measured = parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = parameters[0].device
         self._number = None if layers is None else {p: number for number, p in enumerate(parameters)}
         self._layer_sums = LayerSums(parameters, layers, device=self._device)

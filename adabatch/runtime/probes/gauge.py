@@ -12,7 +12,8 @@ from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.probes.coordinates import SINGLE, CoordinateSquares
 from adabatch.runtime.probes.layers import LayerSums
-from adabatch.runtime.probes.metrics import Image, as_it_is, begun, check_diagonal, name_of
+from adabatch.runtime.probes.matrices import MatrixGrams
+from adabatch.runtime.probes.metrics import Image, SpectralNorm, as_it_is, begun, check_diagonal, name_of
 from adabatch.runtime.probes.norms import gathered, norms, sum_of_squares
 from adabatch.runtime.probes.parts import PartSums
 from adabatch.runtime.probes.protocol import ProbeOptions, given_with
@@ -66,7 +67,10 @@ class Gauge:
                 same=same,
                 others=others,
             )
-        self.parts_are_norms = not by_squares
+        self.matrices: MatrixGrams | None = None
+        if isinstance(norm, SpectralNorm):
+            self.matrices = MatrixGrams(parameters, self.layer_sums, device=device, takes=norm.takes, same=same)
+        self.parts_are_norms = not by_squares and self.matrices is None
         self._parameters = parameters
         self._device = device
         self._examples = examples
@@ -85,8 +89,9 @@ class Gauge:
             norm=name_of(self._norm),
             known=known,
         )
-        if self.coordinates is not None:
-            self.coordinates.start()
+        for sums in (self.coordinates, self.matrices):
+            if sums is not None:
+                sums.start()
 
     def norms(self, number: int, grad: Tensor) -> Tensor:
         """Norms of the blocks of a gradient, shape (num_blocks,): Euclidean ones of its image, or l1 norms."""
@@ -113,16 +118,25 @@ class Gauge:
             holders: ranks that hold the same piece. A share of its norm from each makes all ranks use the same bits.
             others: shares of other sums, shape ().
         """
-        parts = ratio = l1 = l2_sq = None
+        parts = ratio = l1 = l2_sq = first = None
         if self.coordinates is not None:
             parts, ratio = self.coordinates.numbers(grads, self._image)
+        lengths, l1_pieces, l2_pieces = [], [], []
+        for number, grad in grads:  # all of one gradient while it is in the caches, not one pass for each norm
+            lengths.append((number, self.norms(number, grad)))
+            if self._record_l1:
+                l1_pieces.append(norms(grad, 1))
+            if self._norm is not None:
+                l2_pieces.append(norms(grad))
         if self._record_l1:
-            l1 = gathered([norms(grad, 1) for _, grad in grads], self._device).sum() / holders
+            l1 = gathered(l1_pieces, self._device).sum() / holders
         if self._norm is not None:
-            l2_sq = sum_of_squares([norms(grad) for _, grad in grads], self._device) / holders
-        lengths = [(number, self.norms(number, grad)) for number, grad in grads]
-        whole = self.layer_sums.of(lengths, 1 if self._norm == "sign" else 2) / holders
-        return self.sums.numbers(whole, parts=parts, ratio=ratio, grad_l1=l1, grad_l2_sq=l2_sq, **others)
+            l2_sq = sum_of_squares(l2_pieces, self._device) / holders
+        if self.matrices is None:
+            whole = self.layer_sums.of(lengths, 1 if self._norm == "sign" else 2) / holders
+        else:
+            parts, whole, first = self.matrices.numbers(grads, self.sums.num_parts)
+        return self.sums.numbers(whole, parts=parts, first=first, ratio=ratio, grad_l1=l1, grad_l2_sq=l2_sq, **others)
 
     def moments(self, totals: list[float]) -> GradientMoments:
         """The step's moments from the sums over all ranks."""

@@ -11,6 +11,7 @@ from torch.optim import Adam, AdamW, NAdam, Optimizer
 
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.runtime.fsdp2 import own_piece
+from adabatch.runtime.optimizers import each_of
 
 
 class Metric(Protocol):
@@ -192,7 +193,60 @@ class KFACMetric:
         return self._optimizer.whiten(parameter, _wide(grad).view(parameter.shape))
 
 
-METRICS: dict[str, Callable[[Optimizer], Metric]] = {AdamMetric.name: AdamMetric, KFACMetric.name: KFACMetric}
+class SpectralNorm:
+    """The nuclear norm of matrices, dual to the spectral norm in which Muon's steps have length one.
+
+    Noise and signal in it are sums over matrices of singular values, and not squares of an image: a ``Gauge`` that is
+    given this object takes them from Gram matrices (`MatrixGrams`). It needs whole gradients.
+
+    Args:
+        optimizer: its matrices count. If ``torch.optim.Muon`` is among several, only what Muon holds.
+
+    Raises:
+        ValueError: the optimizer holds no matrix.
+    """
+
+    name = "spectral"
+    diagonal = False
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        kind = getattr(torch.optim, "Muon", None)  # it came with torch 2.9
+        muons = [one for one in each_of(optimizer) if kind is not None and isinstance(one, kind)]
+        groups = [group for one in muons or each_of(optimizer) for group in one.param_groups]
+        self._matrices = {id(p) for group in groups for p in group["params"] if p.ndim == 2}
+        if not self._matrices:
+            raise ValueError(
+                f"norm='spectral' measures matrices, and the {type(optimizer).__name__} holds no parameter of two "
+                f"dimensions: use norm='euclidean'"
+            )
+
+    def takes(self, parameter: Tensor) -> bool:
+        """Whether the parameter is a matrix that counts."""
+        return id(parameter) in self._matrices
+
+    def begin(self, parameters: Sequence[Tensor]) -> bool:
+        """It is always known.
+
+        Raises:
+            ValueError: none of the measured parameters counts.
+        """
+        if not any(self.takes(p) for p in parameters):
+            raise ValueError(
+                "norm='spectral' finds none of the measured parameters in the optimizer, which steps copies or shards "
+                "of them: use norm='euclidean', or an engine that leaves parameters to it"
+            )
+        return True
+
+    def __call__(self, parameter: Tensor, grad: Tensor) -> Tensor:
+        """The gradient as it is."""
+        return grad
+
+
+METRICS: dict[str, Callable[[Optimizer], Metric]] = {
+    AdamMetric.name: AdamMetric,
+    KFACMetric.name: KFACMetric,
+    SpectralNorm.name: SpectralNorm,
+}
 """The metrics that criteria may name, and how each is made from the run's optimizer."""
 
 

@@ -38,8 +38,8 @@ class MicroBatchProbe(Probe):
         parameters: those whose gradients are measured; the ones that do not require a gradient are left out.
         record_l1: measure the l1 norm of the step's gradient too, in one more pass over it.
         layers: measure each of them as well; costs nothing but 16 bytes a layer in the reduction.
-        norm: of noise and signal, the Euclidean one by default: a ``Metric`` such as ``AdamMetric(optimizer)``, or
-            "sign". What they cost is told by ``NoiseScale``.
+        norm: of noise and signal, the Euclidean one by default: a ``Metric`` such as ``AdamMetric(optimizer)`` or
+            ``SpectralNorm(optimizer)``, or "sign". What they cost is told by ``NoiseScale``.
         quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which tells what it costs.
         collectives: of the data-parallel ranks, over which coordinates are added up for "sign" and for a quantile;
             ``collectives_of(model)``. Not needed on one rank, or for anything else.
@@ -87,8 +87,10 @@ class MicroBatchProbe(Probe):
             quantile=quantile,
         )
         self.gives = self._gauge.gives
+        self.measured = self._parameters if grad_sq is None else None
         self._ranks = collectives
         self._squares: dict[int, Tensor] = {}
+        self._grams: dict[int, Tensor] = {}
         self._grad_sq = grad_sq
         self._norms: dict[int, Tensor] = {}
         self._in_pieces = False
@@ -106,16 +108,20 @@ class MicroBatchProbe(Probe):
             self._norms[index] = self._gauge.norms(index, grad)
             if self._gauge.coordinates is not None:
                 self._squares[index] = self._gauge.coordinates.squared(grad)
+            if self._gauge.matrices is not None and (gram := self._gauge.matrices.squared(index, grad)) is not None:
+                self._grams[index] = gram
 
     def start(self, dp_size: int) -> None:
         """A probed step begins.
 
         Raises:
-            ValueError: coordinates are to be measured on several ranks, and no collectives over them were given.
+            ValueError: coordinates or matrices are to be measured on several ranks, and no collectives over them were
+                given.
         """
-        if self._gauge.coordinates is not None and self._ranks.size != dp_size:
+        squared = "coordinates" if self._gauge.coordinates is not None else "matrices"
+        if (self._gauge.coordinates or self._gauge.matrices) is not None and self._ranks.size != dp_size:
             raise ValueError(
-                f"the squares of coordinates are to be added up over {dp_size} ranks, and the probe was given "
+                f"the squares of {squared} are to be added up over {dp_size} ranks, and the probe was given "
                 f"collectives over {self._ranks.size}: use MicroBatchProbe(..., collectives=collectives_of(model))"
             )
         self._gauge.start(dp_size)
@@ -123,6 +129,7 @@ class MicroBatchProbe(Probe):
     def begin_part(self, num_examples: int | None = None) -> None:
         self._norms.clear()
         self._squares.clear()
+        self._grams.clear()
         self._in_pieces = False
         self._listening = True
 
@@ -144,6 +151,9 @@ class MicroBatchProbe(Probe):
         sums.join(num_examples, weight)
         while self._squares and coordinates is not None:
             coordinates.add(*self._squares.popitem(), sums.share)
+        first = 1 / weight if sums.num_parts == 0 and weight else None
+        while self._grams and self._gauge.matrices is not None:
+            self._gauge.matrices.add(*self._grams.popitem(), sums.share, first)
         self._gauge.close(sorted(self._norms.items()))
         self._norms.clear()
 
@@ -159,6 +169,7 @@ class MicroBatchProbe(Probe):
         self._listening = False
         self._norms.clear()
         self._squares.clear()
+        self._grams.clear()
 
     def remove(self) -> None:
         remove_all(self._handles)

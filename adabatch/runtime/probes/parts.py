@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adabatch.batch.moments import EUCLIDEAN, GradientMoments, from_signs
+from adabatch.batch.moments import EUCLIDEAN, GradientMoments, from_matrices, from_signs
 
 
 class PartSums:
@@ -27,7 +27,8 @@ class PartSums:
         device: of the gradients' norms.
         layers: names of the layers whose sums are taken apart; none for those of all parameters together.
         examples: parts are single examples, and what is shown of a micro-batch is ``W^2`` times their mean square.
-        norm: of the sums. For "sign" those of the parts are of deviations, and those of the gradient l1 norms.
+        norm: of the sums. For "sign" those of the parts are of deviations, and those of the gradient l1 norms; for
+            "spectral" those of the parts are of roots of Gram matrices, and those of the gradient nuclear norms.
         known: whether the norm is known in this step; where it is not, there are no parts in it, and no noise.
     """
 
@@ -53,6 +54,7 @@ class PartSums:
         self._inverse_num_examples = 0.0
         self._weight = 0.0
         self._spread = 0.0
+        self._first_size = math.inf  # examples in the first part
         self._lengths: dict[str, int] = {}
 
     def join(self, num_examples: float, weight: float) -> None:
@@ -77,18 +79,23 @@ class PartSums:
             return
         if seen_sq is not None:
             self._part_sq += seen_sq / (self._weight * self.dp_size)
+        if self.num_parts == 0:
+            self._first_size = self._weight * self._weight / self._spread
         self._inverse_part_size += self._spread / (self._weight * self.dp_size)
         self._inverse_num_examples += self._spread / self.dp_size**2
         self.num_parts += 1
         self._weight = self._spread = 0.0
 
-    def numbers(self, grad: Tensor, *, parts: Tensor | None = None, **others: Tensor | None) -> Tensor:
+    def numbers(
+        self, grad: Tensor, *, parts: Tensor | None = None, first: Tensor | None = None, **others: Tensor | None
+    ) -> Tensor:
         """What the ranks add up, shape (k,): few float64 numbers.
 
         Args:
             grad: this rank's share of the squared norms of the step's gradient, or of its l1 norms, shape
                 (num_layers,).
             parts: its share of the sums over parts, shape (num_layers,), where parts were closed without.
+            first: norms of the gradient of its first part, shape (num_layers,), where they were taken ("spectral").
             others: its share of other sums by their name, shape (); None where not measured. Of these ``moments`` reads
                 ``grad_l1``, ``grad_l2_sq``, and ``ratio``, the quantile over coordinates.
 
@@ -107,10 +114,16 @@ class PartSums:
             "num_parts": self._part_sq.new_full((1,), self.num_parts),
             "inverse_part_size": self._part_sq.new_full((1,), self._inverse_part_size),
             "inverse_num_examples": self._part_sq.new_full((1,), self._inverse_num_examples),
+            **({} if first is None else self._of_first(first)),
             **{name: value.view(1) for name, value in others.items() if value is not None},
         }
         self._lengths = {name: len(value) for name, value in named.items()}
         return torch.cat([value.to(self._part_sq) for value in named.values()])
+
+    def _of_first(self, norms: Tensor) -> dict[str, Tensor]:
+        """What is added up of first parts; a rank all of whose micro-batches weigh nothing has none."""
+        found = self._part_sq.new_full((1,), self.num_parts > 0)
+        return {"first": norms, "num_first": found, "inverse_first_size": found / self._first_size}
 
     def named(self, totals: list[float]) -> dict[str, list[float]]:
         """The numbers of all ranks, added up, by the names that they have in ``numbers``."""
@@ -124,17 +137,25 @@ class PartSums:
         part_size = 1.0 if self._examples else 1 / found["inverse_part_size"][0]
         num_parts = round(num_examples if self._examples else found["num_parts"][0])
 
-        def moments_of(parts: float, grad: float) -> GradientMoments:
+        firsts = found.get("first", [0.0] * len(found["parts"]))
+
+        def moments_of(parts: float, grad: float, first: float) -> GradientMoments:
             counted = num_parts if self._known else 0
+            sizes = {"part_size": part_size, "num_examples": num_examples}
             if self._norm == "sign":
-                return from_signs(parts, grad, part_size=part_size, num_examples=num_examples, num_parts=counted)
+                return from_signs(parts, grad, num_parts=counted, **sizes)
+            if self._norm == "spectral":
+                ranks, inverse = found["num_first"][0], found["inverse_first_size"][0]
+                return from_matrices(
+                    parts, grad, first=first / ranks, first_size=ranks / inverse, num_parts=counted, **sizes
+                )
             return GradientMoments(parts, part_size, grad, num_examples, counted, norm=self._norm)
 
-        whole = moments_of(sum(found["parts"]), sum(found["grad"]))
+        whole = moments_of(sum(found["parts"]), sum(found["grad"]), sum(firsts))
         others: dict[str, Any] = {}
         if self._layers:
-            sums = zip(self._layers, found["parts"], found["grad"], strict=True)
-            others["layers"] = {name: moments_of(parts, grad) for name, parts, grad in sums}
+            sums = zip(self._layers, found["parts"], found["grad"], firsts, strict=True)
+            others["layers"] = {name: moments_of(*each) for name, *each in sums}
         if "grad_l1" in found:
             others["grad_l1"] = found["grad_l1"][0]
         if "grad_l2_sq" in found:

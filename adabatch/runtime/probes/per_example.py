@@ -84,7 +84,7 @@ class PerExampleProbe(Probe):
         self._norms = PerExampleNorms(
             model, products=products, rules=rules, coordinates=of_coordinates, examples_first=examples_first
         )
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self.measured = self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._number = {p: number for number, p in enumerate(self._parameters)}
         self._device = self._parameters[0].device
         self._gauge = Gauge(

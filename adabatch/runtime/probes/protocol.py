@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 from torch import Tensor
@@ -49,9 +50,12 @@ class Probe(ABC):
 
     Attributes:
         gives: what the moments contain.
+        measured: the parameters whose ``grad``, all together, is the gradient that the moments are of. None if the
+            moments are of another one, such as the mean over workers that step alone.
     """
 
     gives: Needs
+    measured: Sequence[Tensor] | None = None
 
     @abstractmethod
     def start(self, dp_size: int) -> None:

@@ -186,6 +186,7 @@ class ReduceScatterProbe(Probe):
             quantile=quantile,
         )
         self.gives = self._gauge.gives
+        self.measured = self._parameters
         self._units = list(units.values())
         self._inner = PlainReduceScatter() if inner is None else inner
         # The predecessor goes first: it would give the units back a reduce-scatter of its own.

@@ -1,0 +1,192 @@
+"""Gram matrices of the gradients of weight matrices, added up over the parts of a step: what the norm of Muon needs.
+
+A step of Muon has spectral norm one, so a gradient counts by the dual of it, the nuclear norm (the sum of the singular
+values). The noise of a matrix in it is ``(tr C^(1/2))^2``, with ``C = E[(g_i - G) (g_i - G)^T]`` over single examples
+i, taken over the smaller side. With ``S = sum_j w_j g_j g_j^T`` over the parts, ``D = S - g g^T`` is ``C`` over the
+examples in a part, up to a factor that is the same for all matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.probes.coordinates import SINGLE
+from adabatch.runtime.probes.layers import LayerSums
+
+ITERATIONS = 18
+"""Of Newton-Schulz. An eigenvalue grows by up to 2.25 in each: from 1e-6 of the Frobenius norm up it is resolved."""
+
+RIDGE = 1e-5
+"""What is added to the eigenvalues before Newton-Schulz, in units of their mean: rounding makes some negative, and the
+iteration would carry those off to infinity."""
+
+
+class MatrixNumbers(NamedTuple):
+    """This rank's share of sums over matrices, each of shape (num_layers,).
+
+    Args:
+        parts: of ``tr D^(1/2)``, unbiased for isotropic normal noise.
+        grad: of the nuclear norms of the step's gradient.
+        first: of the nuclear norms of the gradient of this rank's first part.
+    """
+
+    parts: Tensor
+    grad: Tensor
+    first: Tensor
+
+
+class MatrixGrams:
+    """``S`` of each matrix, ``4 k^2`` bytes for a smaller side of k, while a probed step runs; twice in the backward.
+
+    The sum over the ranks is a reduction of these matrices. The roots are then shared out: each matrix is worked on by
+    one rank.
+
+    Args:
+        parameters: those that are measured.
+        layer_sums: adds up by layer.
+        device: of the matrices.
+        takes: whether a parameter counts; it has two dimensions then.
+        same: the ranks, which see different parts.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        layer_sums: LayerSums,
+        *,
+        device: torch.device,
+        takes: Callable[[Tensor], bool],
+        same: Collectives = SINGLE,
+    ) -> None:
+        self._layer_sums = layer_sums
+        self._same = same
+        self._device = device
+        wide = (torch.float64, torch.complex128)
+        self._dtype = torch.float64 if any(p.dtype in wide for p in parameters) else torch.float32
+        self._shapes = {n: (min(p.shape), max(p.shape)) for n, p in enumerate(parameters) if takes(p) and p.numel()}
+        self._owner = _dealt({number: k**3 for number, (k, _) in self._shapes.items()}, same.size)
+        self._flat = torch.zeros(0)
+        self._sums: dict[int, Tensor] = {}
+        self._first: list[tuple[int, Tensor]] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that is held at present."""
+        return self._flat.numel() * self._flat.element_size()
+
+    def start(self) -> None:
+        """A step begins."""
+        self._first.clear()
+        lengths = [k * k for k, _ in self._shapes.values()]
+        self._flat = torch.zeros(sum(lengths) + 1, dtype=self._dtype, device=self._device)
+        pieces = torch.split(self._flat[:-1], lengths)
+        self._sums = {
+            number: piece.view(k, k) for (number, (k, _)), piece in zip(self._shapes.items(), pieces, strict=True)
+        }
+
+    def squared(self, number: int, grad: Tensor) -> Tensor | None:
+        """``g g^T`` over the smaller side; None for a parameter that does not count."""
+        if number not in self._shapes:
+            return None
+        dense = grad.to_dense() if grad.is_sparse else grad
+        matrix = dense.to(self._dtype)
+        return matrix @ matrix.mH if matrix.shape[0] <= matrix.shape[1] else matrix.mH @ matrix
+
+    def add(self, number: int, gram: Tensor, weight: float, first: float | None = None) -> None:
+        """Adds ``weight`` times ``g g^T`` to the sum of a matrix.
+
+        Args:
+            number: of the matrix.
+            gram: ``g g^T``.
+            weight: see above.
+            first: what makes the mean gradient of ``g``, where it is that of the rank's first part; else None.
+        """
+        self._sums[number].add_(gram.to(self._flat), alpha=weight)
+        if first is not None:
+            self._first.append((number, root_trace(gram.to(self._flat)).view(1) * first))
+
+    def numbers(self, grads: Sequence[tuple[int, Tensor]], num_parts: int) -> MatrixNumbers:
+        """The sums, once a step; the matrices are let go.
+
+        Args:
+            grads: the number of a parameter, and the step's gradient of it, the same on all ranks.
+            num_parts: of this rank.
+        """
+        self._flat[-1] = num_parts
+        self._same.sum_in_place(self._flat)
+        # Parts of all ranks, but one: the independent deviations from their mean. On the device, as nothing waits here.
+        freedom = (self._flat[-1].double() - 1).clamp_(min=1)
+        parts, lengths = [], []
+        for number, grad in grads:
+            if number not in self._shapes or self._owner[number] != self._same.rank:
+                continue
+            k, n = self._shapes[number]
+            gram = self.squared(number, grad)
+            assert gram is not None
+            gram = gram.to(self._flat)
+            trace = root_trace(self._sums[number] - gram) / _shortened((k + 1) / (n * freedom))
+            parts.append((number, trace.view(1)))
+            lengths.append((number, root_trace(gram).view(1)))
+        first, self._first = self._first, []
+        self._sums, self._flat = {}, torch.zeros(0)
+        return MatrixNumbers(*(self._layer_sums.of(each, power=1) for each in (parts, lengths, first)))
+
+
+def _shortened(aspect: Tensor) -> Tensor:
+    """By what the mean singular value of a normal matrix is short of the root of its mean square.
+
+    In the limit of large matrices of k rows and n columns it is the hypergeometric function F(-1/2, 1/2; 2; k / n), the
+    mean root under the law of Marchenko and Pastur (1967), whose series this is, with the rest in the third term: right
+    to 1.5e-3. With ``(k + 1) / n`` it has the right first order for small ones too.
+    """
+    x = aspect.clamp(max=1)
+    return 1 - x / 8 - x.square() / 64 - 0.0106 * x**3
+
+
+def root_trace(gram: Tensor) -> Tensor:
+    """``tr M^(1/2)`` of a positive semidefinite matrix, shape (), float64; no host sync.
+
+    On the CPU it comes from the eigenvalues, elsewhere from products of matrices (`newton_schulz`), since accelerators
+    find eigenvalues slowly.
+    """
+    if not gram.is_cpu:
+        return newton_schulz(gram)
+    eigenvalues: Tensor = torch.linalg.eigvalsh(gram.double())
+    return eigenvalues.clamp_(min=0).sqrt_().sum()
+
+
+def newton_schulz(gram: Tensor, iterations: int = ITERATIONS) -> Tensor:
+    """``tr M^(1/2)`` by the coupled Newton-Schulz iteration, in float32; shape (), float64.
+
+    ``Y <- Y (3 - Z Y) / 2`` and ``Z <- (3 - Z Y) Z / 2`` from ``Y = M / |M|`` and ``Z = 1`` lead to the root of
+    ``M / |M|`` and its inverse. Small eigenvalues arrive last, from below; the ridge errs the other way. Zero for a
+    matrix of zeros.
+
+    Source: Higham (2008), "Functions of Matrices", section 6.7.
+    """
+    k = gram.shape[0]
+    matrix = gram if gram.dtype is torch.float64 else gram.float()
+    eye = torch.eye(k, dtype=matrix.dtype, device=matrix.device)
+    ridged = matrix + RIDGE * matrix.diagonal().mean().clamp(min=0) * eye
+    scale = torch.linalg.matrix_norm(ridged).clamp(min=torch.finfo(matrix.dtype).tiny)
+    y, z = ridged / scale, eye
+    for _ in range(iterations):
+        step = 1.5 * eye - 0.5 * (z @ y)
+        y, z = y @ step, step @ z
+    trace: Tensor = y.diagonal().double().sum() * scale.double().sqrt()
+    return trace
+
+
+def _dealt(costs: dict[int, int], num_ranks: int) -> dict[int, int]:
+    """The rank that works on each matrix: the dearest first, to whoever has least."""
+    loads = [0] * num_ranks
+    owner = {}
+    for number, cost in sorted(costs.items(), key=lambda each: -each[1]):
+        owner[number] = min(range(num_ranks), key=loads.__getitem__)
+        loads[owner[number]] += cost
+    return owner
