@@ -3,8 +3,8 @@
     python benchmarks/step_time_model.py
     torchrun --standalone --nproc-per-node=4 benchmarks/step_time_model.py    # prints what gloo takes on 4 processes
 
-The simulation takes each message as latency + bytes / bandwidth, one at a time on each device. With jitter, each message
-is late by an exponential time, by one latency in the mean: what a closed form leaves out."""
+The simulation takes each message as latency + bytes / bandwidth, one at a time on each device. With jitter, each
+message is late by an exponential time, by one latency in the mean: what a closed form leaves out."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def main() -> None:
             print(f"{dist.get_world_size()} processes: fitted {latency:.3g} s, {bandwidth:.3g} bytes/s")
             for size, seconds in timed:
                 closed = ring_seconds(dist.get_world_size(), size, latency=latency, bandwidth=bandwidth)
-                print(
-                    f"  {size:.3g} bytes: {seconds:.3g} s measured, ring {closed:.3g} s ({closed / seconds - 1:+.0%})"
-                )
+                print(f"  {size:.3g} bytes: {seconds:.3g} s, ring {closed:.3g} s ({closed / seconds - 1:+.0%})")
         dist.destroy_process_group()
         return
     machine, rows = Machine.here(), compared()

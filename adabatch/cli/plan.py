@@ -110,7 +110,7 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> Plan:
     if here.efficiency.point < WASTEFUL:
         notes.append(
             f"In the batches of the least time an example is worth {here.efficiency.point:.2g} of one in a small "
-            "batch: steps are dear beside examples, and the rule is used far beyond the noise scale. Use fewer devices, "
+            "batch: steps are dear beside examples, and the rule is far beyond the noise scale. Use fewer devices, "
             "or limit the batch with --max_batch."
         )
     scales = [forecast(evidence, cost, replace(cluster, devices=count), limits=limits) for count in SCALES]
