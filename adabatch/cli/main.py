@@ -26,6 +26,7 @@ OUTPUT_CLOSED = 141
 WITHOUT_EXTRAS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "report": ("adabatch.cli.report", "run_report"),
+        "plan": ("adabatch.cli.plan", "run_plan"),
         "tail": ("adabatch.cli.tail", "run_tail"),
         "doctor": ("adabatch.cli.doctor", "run_doctor"),
     }

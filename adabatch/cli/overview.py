@@ -15,6 +15,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "cbs": "measure the critical batch by branches from a checkpoint",
         "verify": "check on a job's model, data and processes that adaptive batches do what they should",
         "report": "tell of runs what happened and why, as one HTML page",
+        "plan": "say before a run which batch to take, and what it will cost on a cluster",
         "tail": "follow a run in a terminal",
         "schedule": "compare, refine, transfer and extend learning-rate schedules",
         "mup": "plan and check settings that survive a change of width",

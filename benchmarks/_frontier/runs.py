@@ -28,6 +28,7 @@ import adabatch
 from _frontier.workloads import WORKLOADS, Pair, splits_of
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.efficiency import adaptive_limit, efficiency
+from adabatch.forecast.network import modelled_time
 from adabatch.recipes.data import InMemory, collate
 
 OptimizerName = Literal["adamw", "sgd", "adagrad", "adagrad-norm"]
@@ -157,7 +158,7 @@ class Outcome(NamedTuple):
 
     def time(self, fixed: float, devices: int) -> float:
         """Modelled time in units of an example's: each step costs ``fixed + ceil(batch / devices)``."""
-        return sum(count * (fixed + math.ceil(size / devices)) for size, count in self.sizes.items())
+        return sum(count * modelled_time(size, devices, fixed=fixed) for size, count in self.sizes.items())
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,358 @@
+"""``adabatch plan``: what a run will cost on a cluster, and how to set it, before it begins."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adabatch.cli.plain_parser import PlainParser
+from adabatch.cli.runs import FoundRun, find_runs
+from adabatch.forecast import Cluster, Evidence, Forecast, Range, StepCost, forecast, kaplan, knee, power_lines
+from adabatch.forecast.costs import ASSUMPTIONS, extended
+from adabatch.forecast.network import fitted
+from adabatch.report import require_matplotlib
+from adabatch.report.evidence import evidence_of, has_band, largest_micro_batch, step_cost_of, timed_sizes
+from adabatch.report.steps import read_steps
+
+SCALES = (8, 64, 1000, 10_000)
+GUESS_BAND = (1 / 3, 3.0)
+"""Of a published law on data and models that it was not fitted to: a convention, not a measurement."""
+MEMORY_SHARE = 0.9
+WARMUP = 0.1
+WASTEFUL = 0.25
+"""Efficiency below which the reader is warned: the batch is three noise scales and more."""
+
+DESCRIPTION = """\
+Plan a run before it begins: batch sizes, criterion, learning-rate rule, and what it costs in steps, hours,
+device-hours, money and bytes, here and on 8, 64, 1,000 and 10,000 devices, with ranges.
+
+From a journal, which a short run with --measure.monitor=true gives:
+  adabatch plan runs/probe --devices 8 --bandwidth 25e9 --latency 1e-5 --parameters 124e6 --price_per_hour 2
+
+Without a run, from a published power law of language models:
+  adabatch plan --examples 1e6 --tokens_per_example 2048 --parameters 124e6 --flops 2e14 --devices 8 --bandwidth 25e9
+
+With the network and the speed of this machine measured, under any launcher:
+  torchrun --nproc-per-node=8 -m adabatch plan runs/probe --measure --parameters 124e6"""
+
+
+class Plan(NamedTuple):
+    """A plan and what it rests on."""
+
+    source: str
+    settings: dict[str, Any]
+    here: Forecast
+    scales: list[Forecast]
+    knee: int
+    notes: list[str]
+
+
+def run_plan(arguments: Sequence[str]) -> int:
+    """Runs the command with the arguments after its name; its exit status.
+
+    Raises:
+        ValueError: a run without a noise scale, numbers outside their range, or too few to plan from.
+        OSError: a file cannot be read or written.
+        ImportError: a figure was asked for, and matplotlib is not installed.
+        SystemExit: a mistake on the command line, with status 2.
+    """
+    asked = _parser().parse_args(arguments)
+    first, found = True, dict[str, Any]()
+    if asked.measure:
+        # torch is loaded only where something is measured.
+        from adabatch.cli.measuring import measured
+
+        first, found = measured(asked.run is None)
+    if not first:
+        return 0
+    made = plan(asked, find_runs([asked.run])[0] if asked.run is not None else None, found)
+    print(json.dumps(numbers(made), indent=2) if asked.json else text(made))
+    if asked.figure is not None:
+        require_matplotlib()
+        from adabatch.report.costs_picture import draw_costs
+
+        asked.figure.parent.mkdir(parents=True, exist_ok=True)
+        draw_costs([*made.scales, made.here], made.knee, asked.figure, title=made.source)
+        if not asked.json:
+            print(f"figure: {asked.figure}")
+    return 0
+
+
+def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> Plan:
+    """The plan for what was asked; the command line goes before what was measured.
+
+    Args:
+        asked: the arguments.
+        run: the run to plan from, if any.
+        found: what was measured, as `adabatch.cli.measuring.measured` has it.
+
+    Raises:
+        ValueError: as ``run_plan`` does.
+    """
+    notes: list[str] = []
+    bytes_of_gradient = asked.gradient_bytes if asked.gradient_bytes is not None else 4 * (asked.parameters or 0)
+    if not bytes_of_gradient:
+        notes.append("The size of the model is not known, so the network costs its latency only: give --parameters.")
+    evidence, cost, micro, source = _journal(asked, run, bytes_of_gradient, notes) if run else _guess(asked, notes)
+    cost = _given_cost(asked, found, cost, bytes_of_gradient, notes)
+    micro = _micro_batch(asked, micro, notes)
+    cluster = _cluster(asked, found, notes)
+    limits = asked.min_batch, asked.max_batch
+    here = forecast(evidence, cost, cluster, limits=limits)
+    if not here.price > 0:
+        raise ValueError("a step costs nothing beside its examples, so no batch pays: give --step_seconds or --latency")
+    if here.efficiency.point < WASTEFUL:
+        notes.append(
+            f"In the batches of the least time an example is worth {here.efficiency.point:.2g} of one in a small "
+            "batch: steps are dear beside examples, and the rule is far beyond the noise scale. Use fewer devices, "
+            "or limit the batch with --max_batch."
+        )
+    scales = [forecast(evidence, cost, replace(cluster, devices=count), limits=limits) for count in SCALES]
+    settings = {
+        "micro_batch_size": micro,
+        "limits.min": max(cluster.devices, _power_of_two(here.smallest_batch)),
+        "limits.max": max(cluster.devices, _power_of_two(here.largest_batch, up=True)),
+        "criterion": "StepPrice",
+        "criterion.examples": float(f"{here.price:.2g}"),
+        "lr_rule": "gain",
+        "warmup": _warmup(run, notes),
+    }
+    return Plan(source, settings, here, scales, knee(evidence, cost, cluster), notes)
+
+
+_Source = tuple[Evidence, StepCost | None, int | None, str]
+
+
+def _journal(asked: Any, run: FoundRun, num_bytes: float, notes: list[str]) -> _Source:
+    steps = read_steps(run.journal, run.name)
+    evidence = evidence_of(steps)
+    if not has_band(evidence):
+        notes.append("The journal has no error bar of the noise scale, so the ranges leave that out.")
+    if asked.examples is not None:
+        if asked.examples > steps.num_examples:
+            notes.append(
+                f"Beyond the {steps.num_examples:,.0f} examples of the journal, the noise scale is taken to stay as "
+                "it was at the end; it often rises."
+            )
+        evidence = extended(evidence, asked.examples)
+    cost = None
+    if asked.example_seconds is None:
+        cost = step_cost_of(steps, gradient_bytes=num_bytes)
+        if cost is not None and timed_sizes(steps) < 2:
+            notes.append("Steps of one batch size only were timed: what a step costs beside its examples is a guess.")
+    return evidence, cost, largest_micro_batch(steps), f"the journal of {run.name}"
+
+
+def _guess(asked: Any, notes: list[str]) -> _Source:
+    if asked.examples is None or asked.tokens_per_example is None:
+        raise ValueError("without a run, give --examples and --tokens_per_example; or name a run with a journal")
+    guess = kaplan(asked.loss) if asked.loss is not None else power_lines(asked.examples * asked.tokens_per_example)
+    scale = max(guess.tokens / asked.tokens_per_example, 1.0)
+    notes.append(
+        f"No run was measured. The critical batch, {guess.tokens:,.0f} tokens, is a first guess from a law of language "
+        f"models: {guess.source}. Its range, a third to three times, is a convention."
+    )
+    notes.append("--examples counts those that would be needed in small batches.")
+    # In batches that are next to nothing an example makes the progress of one.
+    return (
+        Evidence(np.array([asked.examples]), np.array([1e-9]), np.array([scale]), GUESS_BAND),
+        None,
+        None,
+        guess.source,
+    )
+
+
+def _given_cost(
+    asked: Any, found: dict[str, Any], cost: StepCost | None, num_bytes: float, notes: list[str]
+) -> StepCost:
+    example = asked.example_seconds
+    flops = asked.flops or found.get("flops")
+    if example is None and cost is None and asked.parameters and asked.tokens_per_example and flops:
+        example = 6 * asked.parameters * asked.tokens_per_example / flops
+        notes.append(f"An example takes 6 x parameters x tokens operations, at {flops:.3g} per second and device.")
+    if example is not None:
+        step = asked.step_seconds
+        if step is None:
+            step = 0.0
+            notes.append("Beside its examples and the network a step is taken to cost nothing: give --step_seconds.")
+        return StepCost(step, example, num_bytes)
+    if cost is None:
+        raise ValueError(
+            "nothing says how long a step takes: the journal has no step times (a criterion that reads them, such as "
+            "Goodput, has them written). Give --example_seconds and --step_seconds, or --parameters, "
+            "--tokens_per_example and --flops (or --measure)"
+        )
+    return cost if asked.step_seconds is None else cost._replace(step=asked.step_seconds)
+
+
+def _cluster(asked: Any, found: dict[str, Any], notes: list[str]) -> Cluster:
+    timed = found.get("all_reduce")
+    latency, bandwidth = asked.latency, asked.bandwidth
+    if timed:
+        measured_latency, measured_bandwidth = fitted(found["devices"], timed)
+        latency = measured_latency if latency is None else latency
+        bandwidth = measured_bandwidth if bandwidth is None else bandwidth
+        notes.append(
+            f"Measured over {found['devices']} processes: {measured_latency:.2g} s and {measured_bandwidth:.3g} "
+            "bytes/s."
+        )
+    if bandwidth is None:
+        raise ValueError("give --bandwidth, in bytes per second and device, or --measure it with two processes or more")
+    return Cluster(
+        devices=asked.devices or found.get("devices") or 1,
+        bandwidth=bandwidth,
+        latency=latency or 0.0,
+        node_size=asked.node_size,
+        node_bandwidth=asked.node_bandwidth,
+        node_latency=asked.node_latency,
+        price_per_hour=asked.price_per_hour,
+    )
+
+
+def _micro_batch(asked: Any, ran: int | None, notes: list[str]) -> int | None:
+    """What fits into memory, or the largest that ran."""
+    if asked.memory is None or asked.example_bytes is None:
+        if asked.memory is not None:
+            notes.append("--memory needs --example_bytes to say which micro-batch fits.")
+        return ran
+    left = MEMORY_SHARE * asked.memory - asked.state_bytes * (asked.parameters or 0)
+    if left < asked.example_bytes:
+        raise ValueError(
+            f"not one example fits into {asked.memory:.3g} bytes beside {asked.state_bytes:g} bytes per parameter: "
+            "shard the model, or give a larger --memory"
+        )
+    notes.append(f"The micro-batch fills {MEMORY_SHARE:.0%} of the memory, beside {asked.state_bytes:g} B/parameter.")
+    return _power_of_two(left / asked.example_bytes)
+
+
+def _warmup(run: FoundRun | None, notes: list[str]) -> float:
+    given = run.config.get("warmup") if run is not None else None
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        return float(given)
+    notes.append(f"The warm-up, {WARMUP:.0%} of the run, is a convention and does not come from what was measured.")
+    return WARMUP
+
+
+def _power_of_two(value: float, *, up: bool = False) -> int:
+    exponent = math.log2(max(value, 1.0))
+    return int(2 ** (math.ceil(exponent - 1e-9) if up else math.floor(exponent + 1e-9)))
+
+
+def numbers(made: Plan) -> dict[str, Any]:
+    """The plan as JSON has it; ranges are objects of low, point and high."""
+
+    def of(each: Forecast) -> dict[str, Any]:
+        return {name: value._asdict() if isinstance(value, Range) else value for name, value in each._asdict().items()}
+
+    return {
+        "format": 1,
+        "source": made.source,
+        "settings": made.settings,
+        "forecast": of(made.here),
+        "scales": [of(each) for each in made.scales],
+        "knee_devices": made.knee,
+        "notes": made.notes,
+        "assumptions": list(ASSUMPTIONS),
+    }
+
+
+_ROWS: tuple[tuple[str, Callable[[Forecast], Range]], ...] = (
+    ("mean batch", lambda each: each.batch),
+    ("steps", lambda each: each.steps),
+    ("efficiency", lambda each: each.efficiency),
+    ("hours", lambda each: each.hours),
+    ("device-hours", lambda each: each.device_hours),
+    ("money", lambda each: each.money),
+    ("bytes sent", lambda each: each.sent_bytes),
+)
+
+
+def text(made: Plan) -> str:
+    """The plan as a person reads it."""
+    parts = [f"Plan from {made.source}", ""]
+    parts += [f"  {name:<20} {'-' if value is None else value}" for name, value in made.settings.items()]
+    columns = [made.here, *made.scales]
+    table = [["", "this cluster", *(f"{each.devices:,}" for each in made.scales)]]
+    table += [["price of a step", *(short(each.price) for each in columns)]]
+    table += [[name, *(shown(value(each)) for each in columns)] for name, value in _ROWS]
+    widths = [max(len(row[at]) for row in table) for at in range(len(table[0]))]
+    parts += ["", f"Point (low to high); this cluster has {made.here.devices:,} device(s), the others as many as named"]
+    for row in table:
+        parts.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    parts += [
+        "",
+        f"Knee: {made.knee:,} devices, the most (as a power of two) that cost at most twice the device-hours of one.",
+        "",
+        "Assumptions",
+        *(f"  - {line}" for line in (*made.notes, *ASSUMPTIONS)),
+    ]
+    return "\n".join(parts)
+
+
+def shown(value: Range) -> str:
+    """``point (low to high)``."""
+    return f"{short(value.point)} ({short(value.low)} to {short(value.high)})"
+
+
+def short(value: float) -> str:
+    """A number in three digits."""
+    if value >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _parser() -> PlainParser:
+    parser = PlainParser(prog="adabatch plan", description=DESCRIPTION)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run or its journal; without, a first guess")
+
+    def number(name: str, what: str, **more: Any) -> None:
+        parser.add_argument(f"--{name}", type=_not_negative, metavar="X", help=what, **more)
+
+    parser.add_argument("--devices", type=_count, metavar="N", help="data-parallel devices; 1, or those of --measure")
+    parser.add_argument("--node_size", type=_count, metavar="N", help="devices in a node; 1 by default", default=1)
+    number("bandwidth", "of a device to another node, in bytes per second")
+    number("latency", "of a message, in seconds; 0 by default")
+    number("node_bandwidth", "within a node; that between nodes by default")
+    number("node_latency", "within a node; that between nodes by default")
+    number("price_per_hour", "of a device", default=0.0)
+    number("memory", "of a device, in bytes")
+    number("example_bytes", "of memory that an example of a micro-batch takes")
+    number("state_bytes", "of memory per parameter: weights, gradients, optimizer; 16 by default", default=16.0)
+    number("parameters", "of the model; its gradient has 4 bytes for each")
+    number("gradient_bytes", "that a step sums over the devices, instead of 4 per parameter")
+    number("example_seconds", "of an example on one device, instead of the journal's")
+    number("step_seconds", "of a step beside its examples and the network, instead of the journal's")
+    number("flops", "operations per second of a device that the model really reaches")
+    number("tokens_per_example", "for the first guess and --flops")
+    number("loss", "take the first guess at this loss in nats per token (Kaplan et al. 2020)")
+    number("examples", "length of the run to plan; that of the journal by default")
+    number("min_batch", "smallest batch allowed, in examples")
+    number("max_batch", "largest batch allowed, in examples")
+    parser.add_argument("--measure", action="store_true", help="time all-reduces and a matrix product; any launcher")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw hours and device-hours over devices")
+    return parser
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError
+    return value
+
+
+def _count(text: str) -> int:
+    value = float(text)
+    if value < 1 or value != int(value):
+        raise ValueError
+    return int(value)
+
+
+_not_negative.__name__ = "number of zero or more"
+_count.__name__ = "whole number of 1 or more"

@@ -1,0 +1,124 @@
+"""How long an all-reduce takes on a cluster: rings, trees and hierarchies in the alpha-beta model. Pure.
+
+A message of n bytes takes ``latency + n / bandwidth`` seconds; a device sends and receives one at a time, both at once.
+The model leaves out contention, and that a reduction may run beside the backward.
+
+Source: Thakur, Rabenseifner and Gropp 2005, "Optimization of collective communication operations in MPICH", section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Devices and the network between them.
+
+    Args:
+        devices: how many, positive.
+        bandwidth: of a device to one of another node, in bytes per second, positive.
+        latency: of a message between them, in seconds, zero or positive.
+        node_size: devices in a node; 1 where no devices are joined more closely than others.
+        node_bandwidth: within a node, in bytes per second; None for ``bandwidth``.
+        node_latency: within a node, in seconds; None for ``latency``.
+        price_per_hour: of a device, in any currency, zero or positive.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    devices: int
+    bandwidth: float
+    latency: float = 0.0
+    node_size: int = 1
+    node_bandwidth: float | None = None
+    node_latency: float | None = None
+    price_per_hour: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "node_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("bandwidth", "node_bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be a positive number of bytes per second, such as 1e9, got {value}")
+        for name in ("latency", "node_latency", "price_per_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be zero or positive, got {value}")
+
+
+def ring_seconds(devices: int, num_bytes: float, *, latency: float, bandwidth: float) -> float:
+    """A ring: ``2 (p - 1)`` messages of ``n / p`` bytes, one after another."""
+    return 2 * (devices - 1) * (latency + num_bytes / devices / bandwidth)
+
+
+def tree_seconds(devices: int, num_bytes: float, *, latency: float, bandwidth: float) -> float:
+    """A binomial tree to one device and back: ``2 ceil(log2 p)`` messages of all n bytes, one after another."""
+    return 2 * math.ceil(math.log2(devices)) * (latency + num_bytes / bandwidth)
+
+
+def hierarchy_seconds(cluster: Cluster, num_bytes: float) -> float:
+    """A reduce-scatter within each node, a ring between the nodes for each share, and an all-gather within each node.
+
+    Where the devices do not fill their nodes, the time is that of full ones.
+    """
+    size = min(cluster.node_size, cluster.devices)
+    nodes = math.ceil(cluster.devices / size)
+    latency = cluster.latency if cluster.node_latency is None else cluster.node_latency
+    bandwidth = cluster.node_bandwidth or cluster.bandwidth
+    inside = ring_seconds(size, num_bytes, latency=latency, bandwidth=bandwidth)
+    return inside + ring_seconds(nodes, num_bytes / size, latency=cluster.latency, bandwidth=cluster.bandwidth)
+
+
+def all_reduce_seconds(cluster: Cluster, num_bytes: float) -> float:
+    """The fastest of ring, tree and hierarchy, in seconds; zero for one device.
+
+    Args:
+        cluster: the devices and their network.
+        num_bytes: that are summed, on each device.
+    """
+    flat = {"latency": cluster.latency, "bandwidth": cluster.bandwidth}
+    return min(
+        ring_seconds(cluster.devices, num_bytes, **flat),
+        tree_seconds(cluster.devices, num_bytes, **flat),
+        hierarchy_seconds(cluster, num_bytes),
+    )
+
+
+def modelled_time(batch: int, devices: int, *, fixed: float) -> float:
+    """Time of a step in units of an example's, ``fixed + ceil(batch / devices)``: a network in one number."""
+    return fixed + math.ceil(batch / devices)
+
+
+def fitted(devices: int, timed: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Latency in seconds and bandwidth in bytes per second, from all-reduces that were timed, as if each was a ring.
+
+    The fit has the least squares of relative errors; where it would make the latency negative, it is zero.
+
+    Args:
+        devices: that took part, two or more.
+        timed: pairs of bytes and seconds, both positive, of two sizes at least.
+
+    Raises:
+        ValueError: fewer than two devices or sizes, or times that do not grow with the size.
+    """
+    if devices < 2 or len({num_bytes for num_bytes, _ in timed}) < 2:
+        raise ValueError(f"a network is fitted to two devices and two sizes or more, got {devices} and {len(timed)}")
+    sizes, seconds = (np.array(column, dtype=np.float64) for column in zip(*timed, strict=True))
+    rounds = 2 * (devices - 1)
+    shares = np.stack([rounds / seconds, rounds * sizes / devices / seconds], axis=1)
+    scale = shares.max(axis=0)
+    latency, per_byte = np.linalg.lstsq(shares / scale, np.ones(len(seconds)), rcond=None)[0] / scale
+    if latency < 0:
+        column = shares[:, 1]
+        latency, per_byte = 0.0, column.sum() / (column @ column)
+    if not per_byte > 0:
+        raise ValueError("the all-reduces took no longer for more bytes: time larger ones, or give the bandwidth")
+    return float(latency), float(1 / per_byte)

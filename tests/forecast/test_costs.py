@@ -1,0 +1,133 @@
+"""What a run costs, against closed forms and properties."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adabatch.forecast import Cluster, Evidence, StepCost, forecast, kaplan, knee, power_lines
+from adabatch.forecast.costs import extended
+from adabatch.forecast.network import all_reduce_seconds
+
+CLUSTER = Cluster(devices=8, bandwidth=1e10, latency=1e-5, price_per_hour=2.0)
+COST = StepCost(step=0.01, example=0.001, gradient_bytes=1e8, spread=(0.9, 1.2))
+
+
+def noise(scale: float = 500.0, batch: float = 64.0, band: tuple[float, float] = (0.5, 3.0)) -> Evidence:
+    return Evidence(np.full(100, batch), np.full(100, batch), np.full(100, scale), band)
+
+
+def test_against_the_closed_form():
+    found = forecast(noise(), COST, CLUSTER)
+    step = COST.step + all_reduce_seconds(CLUSTER, 1e8)
+    progress = 6400 / (1 + 64 / 500)
+    # (1 / b + 1 / B) (s + e b / p) is least at b = sqrt(B s p / e), where it is (sqrt(s) + sqrt(e B / p))^2 / B.
+    least = progress / 500 * (math.sqrt(step) + math.sqrt(COST.example * 500 / 8)) ** 2
+    assert found.price == pytest.approx(8 * step / COST.example)
+    assert found.batch.point == pytest.approx(math.sqrt(500 * found.price))
+    assert found.hours.point * 3600 == pytest.approx(least)
+    assert found.device_hours.point == pytest.approx(8 * found.hours.point)
+    assert found.money.point == pytest.approx(2 * found.device_hours.point)
+    assert found.sent_bytes.point == pytest.approx(found.steps.point * 14e8)
+    assert found.efficiency.point == pytest.approx(1 / (1 + found.batch.point / 500))
+
+
+def test_the_batch_that_was_taken_costs_what_it_did():
+    found = forecast(noise(), COST, CLUSTER, batch=64)
+    assert found.steps.point == pytest.approx(100)
+    assert found.examples.point == pytest.approx(6400)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(1, 1e5),
+    st.floats(1, 1e4),
+    st.floats(0, 1.0),
+    st.floats(1e-6, 1.0),
+    st.floats(0, 1e10),
+    st.one_of(st.none(), st.floats(1, 1e4)),
+)
+def test_more_devices_never_cost_fewer_device_hours(scale, batch, step, example, size, constant):
+    costs = StepCost(step, example, size)
+    hours = [
+        forecast(noise(scale, batch), costs, replace(CLUSTER, devices=p), batch=constant).device_hours.point
+        for p in (1, 2, 3, 8, 64, 1000, 10_000)
+    ]
+    assert all(before <= after * (1 + 1e-9) for before, after in itertools.pairwise(hours))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(1, 1e5), st.floats(1, 1e4), st.floats(0.01, 1), st.floats(1, 50), st.integers(1, 4096))
+def test_ranges_hold_the_point(scale, batch, low, high, devices):
+    found = forecast(noise(scale, batch, (low, high)), COST, replace(CLUSTER, devices=devices))
+    for each in (found.batch, found.steps, found.examples, found.hours, found.device_hours, found.money):
+        assert 0 < each.low <= each.point <= each.high
+    assert found.smallest_batch >= devices
+
+
+def test_no_other_batch_takes_less_time():
+    best = forecast(noise(), COST, CLUSTER)
+    for factor in (0.25, 0.5, 0.9, 1.1, 2, 4):
+        other = forecast(noise(), COST, CLUSTER, batch=factor * best.batch.point)
+        assert other.hours.point > best.hours.point
+
+
+def test_the_knee_is_where_device_hours_have_doubled():
+    found = knee(noise(), COST, CLUSTER)
+    alone, here, beyond = (
+        forecast(noise(), COST, replace(CLUSTER, devices=p)).device_hours.point for p in (1, found, 2 * found)
+    )
+    assert here <= 2 * alone < beyond
+    assert knee(noise(), COST, CLUSTER, most=1) == 1
+
+
+def test_limits_are_kept():
+    found = forecast(noise(), COST, CLUSTER, limits=(16, 32))
+    assert (found.smallest_batch, found.largest_batch) == (32, 32)
+    with pytest.raises(ValueError, match="must not exceed"):
+        forecast(noise(), COST, CLUSTER, limits=(64, 32))
+
+
+def test_a_run_is_cut_and_goes_on_as_it_ended():
+    run = Evidence(np.array([10.0, 20, 30]), np.array([10.0, 20, 30]), np.array([1.0, 2, 3]), (0.5, 2))
+    shorter, longer = extended(run, 15), extended(run, 100)
+    assert shorter.examples.tolist() == [10, 5]
+    assert longer.examples.tolist() == [10, 20, 70]
+    assert longer.noise_scale.tolist() == [1, 2, 3]
+    assert longer.band == (0.5, 2)
+    with pytest.raises(ValueError, match="examples"):
+        extended(run, 0)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "cost"),
+    [
+        (noise(math.inf), COST),
+        (noise(0.0), COST),
+        (noise(band=(1.1, 2)), COST),
+        (noise(), COST._replace(example=0.0)),
+        (noise(), COST._replace(step=-1.0)),
+        (noise(), COST._replace(spread=(0.5, 0.9))),
+    ],
+)
+def test_what_cannot_be_is_refused(evidence, cost):
+    with pytest.raises(ValueError, match=r"positive|factors"):
+        forecast(evidence, cost, CLUSTER)
+
+
+def test_published_laws():
+    # Twice the tokens: 2^0.462 times the batch. At 1e9 tokens it is some hundreds of sequences.
+    assert power_lines(2e9).tokens / power_lines(1e9).tokens == pytest.approx(2**0.462)
+    assert 500 < power_lines(1e9).tokens / 2048 < 1000
+    # Kaplan et al. have about 1e6 tokens near a loss of 3.
+    assert 5e5 < kaplan(3.0).tokens < 2e6
+    assert "2505.13738" in power_lines(1e9).source
+    for law in (power_lines, kaplan):
+        with pytest.raises(ValueError, match="positive"):
+            law(0)
