@@ -35,7 +35,7 @@ Reduce = Callable[[Tensor], Tensor]
 class AdaGradNorm(Optimizer):
     r"""AdaGrad-Norm, the scalar AdaGrad: one accumulator for the whole model, all parameter groups together.
 
-    With the gradient ``g`` of all parameters, each step computes ::
+    With the gradient ``g`` of all parameters, each step computes
 
         b^2 <- b^2 + |g|^2                        b_0^2 = initial_accumulator_value
         x   <- x - lr / (b + eps) * g
