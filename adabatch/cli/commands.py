@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -29,6 +30,22 @@ from adabatch.guards.watchdog import Watchdog
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.launch.world import World, connected
 
+NOT_OF_THE_JOB = ("config", "out", "checkpoint", "quiet", "log_every")
+"""Arguments that say where a run writes and what it shows, and may differ when it goes on."""
+
+
+def job_in(path: Path) -> Job:
+    """The job of a config file.
+
+    Raises:
+        SystemExit: a mistake in it, with status 2.
+        ValueError: its settings or objects cannot be made.
+    """
+    parser = build_parser("train")
+    config = parser.parse_args(["train", "--config", str(path)])
+    _check_given(config.train)
+    return _maker(parser, config, "train")()
+
 
 def run_command(arguments: Sequence[str]) -> int:
     """Runs the command with its arguments; its exit status.
@@ -51,7 +68,8 @@ def run_command(arguments: Sequence[str]) -> int:
     _check_given(config[command])
     world = World.from_environment()
     _seed(config[command].seed)
-    display = Display(world.rank)
+    own = config[command]
+    display = Display(world.rank, quiet=own.quiet, log_every=own.log_every)
     make = _maker(parser, config, command)
     with connected(world, device=world.device), _watched(world, config[command].hang_timeout):
         if command == "verify":
@@ -140,7 +158,7 @@ def _made(kind: type[Any], *arguments: Any, **named: Any) -> Any:
 def _settings(parser: ArgumentParser, config: Namespace, command: str) -> dict[str, Any]:
     """The job as it was asked for, in plain values; where it writes is not part of it."""
     asked: dict[str, Any] = yaml.safe_load(parser.dump(config))[command]
-    return {name: value for name, value in asked.items() if name not in ("config", "out", "checkpoint")}
+    return {name: value for name, value in asked.items() if name not in NOT_OF_THE_JOB}
 
 
 def _train(make: Callable[[], Job], world: World, settings: dict[str, Any], display: Display) -> int:
