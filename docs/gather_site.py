@@ -28,6 +28,7 @@ STYLE = """\
 .md-typeset math, math { font-size: 1.15em; }
 math[display="block"] { margin: 1em 0; overflow-x: auto; }
 .md-typeset table:not([class]) { font-size: .68rem; }
+.md-typeset td code { word-break: normal; overflow-wrap: break-word; }
 """
 
 
