@@ -2,6 +2,7 @@
 # make fast         the tests of the pure core, the plain runtime and the guides: under a minute on two idle cores
 # make test         the whole test suite
 # make check        ruff, and mypy: strict for the library, looser for tests, benchmarks and examples
+# make site         the documentation as web pages, into build/site; a broken link or reference is an error
 # make dev          an environment for `make fast` and `make check`, without DeepSpeed and MPI, and the pre-commit hooks
 # make bench        every benchmark, into benchmarks/results/; make bench STUDY=frontier runs that one
 #
@@ -13,6 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 INSTALLED_ALL := .venv/.installed-all
+INSTALLED_DOCS := .venv/.installed-docs
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Test files run side by side, one after the other in each of so many workers.
 WORKERS ?= 2
@@ -26,7 +28,7 @@ FAST := tests/batch tests/lr tests/docs tests/test_architecture.py tests/test_ad
 	tests/test_adaptive_input.py tests/test_journal.py tests/guards tests/runtime/test_collectives.py \
 	tests/runtime/test_scheduler.py tests/runtime/test_followers.py tests/runtime/test_stopwatch.py tests/runtime/data
 
-.PHONY: quickstart fast test check dev bench clean
+.PHONY: quickstart fast test check site dev bench clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/torchrun --standalone --nproc-per-node=2 -m adabatch compare --config configs/quickstart.yaml
@@ -45,6 +47,10 @@ check: $(INSTALLED_ALL)
 	$(BIN)/mypy adabatch
 	$(BIN)/mypy --config-file tests/mypy.ini tests benchmarks examples
 
+site: $(if $(wildcard $(INSTALLED_ALL)),$(INSTALLED_ALL),$(INSTALLED_DOCS))
+	$(BIN)/python docs/gather_site.py
+	$(BIN)/zensical build --strict --clean --config-file zensical.yml
+
 dev: $(INSTALLED_DEV)
 	$(BIN)/pre-commit install
 
@@ -62,9 +68,13 @@ $(INSTALLED_DEV): $(INSTALLED)
 	$(PIP_INSTALL) --editable '.[dev]'
 	touch $(INSTALLED_DEV)
 
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(PIP_INSTALL) --editable '.[docs]'
+	touch $(INSTALLED_DOCS)
+
 $(INSTALLED_ALL): $(INSTALLED)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP_INSTALL) --editable '.[test]'
 	touch $(INSTALLED_ALL)
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

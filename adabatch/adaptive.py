@@ -48,8 +48,6 @@ from adabatch.validation import check_types, check_until, engine_of, given_setti
 class AdaptiveBatch:
     """Lets the global batch size follow a criterion, and the learning rate follow the batch, around your own loop.
 
-    ::
-
         batches = AdaptiveBatch(model, optimizer, NormTest(eta=0.5), micro_batch_size=16,
                                 limits=Limits(min=64, max=4096), lr_rule="sqrt")
         for step in batches.steps(loader):

@@ -13,7 +13,7 @@
 # Without a GPU it runs on the CPU and builds none of DeepSpeed's own kernels.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+[ ! -d "$root/adabatch" ] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # in a clone, its own code
 
 config=${1:-$root/configs/digits_adamw.yaml}
 [ $# -eq 0 ] || shift

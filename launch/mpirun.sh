@@ -12,7 +12,7 @@
 #   PYTHON            the interpreter (python)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+[ ! -d "$root/adabatch" ] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # in a clone, its own code
 
 config=${1:-$root/configs/digits_adamw.yaml}
 [ $# -eq 0 ] || shift
@@ -27,5 +27,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))
 echo "mpirun: $config on $nproc process(es), $OMP_NUM_THREADS thread(s) each;" \
   "${mpiexec[*]}, collectives over ${ADABATCH_BACKEND:-NCCL or gloo}" >&2
 # Not every MPI hands the environment on to other hosts.
-exec "${mpiexec[@]}" -n "$nproc" env PYTHONPATH="$PYTHONPATH" OMP_NUM_THREADS="$OMP_NUM_THREADS" \
+exec "${mpiexec[@]}" -n "$nproc" env PYTHONPATH="${PYTHONPATH:-}" OMP_NUM_THREADS="$OMP_NUM_THREADS" \
   "$python" -m adabatch train --config "$config" "$@"

@@ -12,7 +12,7 @@
 #   PYTHON         the interpreter (python)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+[ ! -d "$root/adabatch" ] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # in a clone, its own code
 
 config=${1:-$root/configs/digits_adamw.yaml}
 [ $# -eq 0 ] || shift

@@ -19,8 +19,6 @@ def _need(default: Any, words: str, way_out: str = "another probe") -> Any:
 class Needs:
     """What must be measured at a step. ``Needs()`` is nothing, as for a schedule, and is false.
 
-    ::
-
         class MyCriterion:
             needs = Needs(noise="euclidean")
 

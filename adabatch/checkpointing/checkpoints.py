@@ -61,8 +61,6 @@ class Loaded(NamedTuple):
 class Checkpoints:
     """Saves a run again and again into one folder, and goes on from what is there.
 
-    ::
-
         checkpoints = Checkpoints("runs/one", model=model, optimizer=optimizer, batches=batches, schedule=schedule,
                                   order=order, every=examples(100_000))
         checkpoints.load()

@@ -180,7 +180,14 @@ def run_branch(
                 losses.append(loss)
                 sizes.append(step.global_batch_size)
                 done = batches.consumed.examples - start
-                shown.update(done, loss=loss, global_batch_size=size, lr=lr, noise_scale=batches.noise_scale)
+                shown.update(
+                    done,
+                    examples=batches.consumed.examples,
+                    loss=loss,
+                    global_batch_size=size,
+                    lr=lr,
+                    noise_scale=batches.noise_scale,
+                )
                 late = deadline is not None and done < examples and _any_late(batches, deadline)
                 if late:
                     break

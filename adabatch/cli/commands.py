@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -30,6 +31,19 @@ from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.launch.world import World, connected
 
 
+def job_in(path: Path) -> Job:
+    """The job of a config file.
+
+    Raises:
+        SystemExit: a mistake in it, with status 2.
+        ValueError: its settings or objects cannot be made.
+    """
+    parser = build_parser("train")
+    config = parser.parse_args(["train", "--config", str(path)])
+    _check_given(config.train)
+    return job_maker(parser, config, "train")()
+
+
 def run_command(arguments: Sequence[str]) -> int:
     """Runs the command with its arguments; its exit status.
 
@@ -50,8 +64,9 @@ def run_command(arguments: Sequence[str]) -> int:
         return run_mup(config.mup)
     _check_given(config[command])
     world = World.from_environment()
-    seed_everything(config[command].seed)
-    display = Display(world.rank)
+    own = config[command]
+    seed_everything(own.seed)
+    display = Display(world.rank, quiet=own.quiet, log_every=own.log_every)
     make = job_maker(parser, config, command)
     with connected(world, device=world.device), _watched(world, config[command].hang_timeout):
         if command == "verify":

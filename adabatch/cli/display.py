@@ -6,13 +6,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from adabatch.batch.plan import Duration
@@ -22,6 +24,38 @@ LOG_PARTS = 10
 
 LOG_WIDTH = 100
 REDRAW_SECONDS = 0.1
+
+RATE_SECONDS = 20.0
+"""The stretch of time over which the rate of a run is taken: it changes as the batch grows."""
+
+
+class Pace:
+    """How fast a run is, and how long it still takes, from where it stood over the last seconds.
+
+    Args:
+        total: where it ends, in the unit of ``done``.
+    """
+
+    def __init__(self, total: float) -> None:
+        self._total = total
+        self._seen: deque[tuple[float, float, float]] = deque()
+
+    def add(self, now: float, done: float, examples: float) -> None:
+        """Notes where the run stands: the clock in seconds, the unit of the total, and examples."""
+        self._seen.append((now, done, examples))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= RATE_SECONDS:
+            self._seen.popleft()
+
+    def __str__(self) -> str:
+        """Examples per second and the time that is left; empty before there are two steps."""
+        if len(self._seen) < 2:
+            return ""
+        (began, was, before), (now, done, examples) = self._seen[0], self._seen[-1]
+        seconds = now - began
+        if seconds <= 0 or done <= was:
+            return ""
+        left = max(0.0, self._total - done) * seconds / (done - was)
+        return f"{_number((examples - before) / seconds)} examples/s  {timedelta(seconds=round(left))} left"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -53,33 +87,77 @@ class PlainConsole(Console):
 
 
 class Shown:
-    """One run's line. Silent on all ranks but the first."""
+    """One run's line. Silent on all ranks but the first.
 
-    def __init__(self, console: Console | None, bar: Progress | None, task: TaskID | None, label: str, total: Duration):
+    Args:
+        console: where plain lines go; None for silence.
+        draw: shows a count and a text in a live line; None where there is none.
+        label: the run's name in plain lines.
+        total: the length of the run.
+        log_every: steps from one plain line to the next; by default there are ten in a run that has no live line.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        console: Console | None,
+        draw: Callable[[float, str], None] | None,
+        label: str,
+        total: Duration,
+        *,
+        log_every: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._console = console
-        self._bar = bar
-        self._task = task
+        self._draw = draw
         self._label = label
         self._total = total
+        self._log_every = log_every
+        self._clock = clock
+        self._pace = Pace(total.count)
+        self._steps = 0
         self._next_line = 0.0
         self._drawn = -math.inf
 
-    def update(self, done: float, *, loss: float | None, global_batch_size: int, lr: float, noise_scale: float) -> None:
-        """Shows where the run stands: ``done`` in the unit of its total."""
+    def update(
+        self, done: float, *, examples: float, loss: float | None, global_batch_size: int, lr: float, noise_scale: float
+    ) -> None:
+        """Shows where the run stands.
+
+        Args:
+            done: in the unit of the run's total.
+            examples: consumed so far.
+            loss: of the step.
+            global_batch_size: of the step.
+            lr: the learning rate of the next one.
+            noise_scale: the average, in examples.
+        """
         if self._console is None:
+            return
+        now = self._clock()
+        self._steps += 1
+        self._pace.add(now, done, examples)
+        live = self._draw is not None and (now - self._drawn > REDRAW_SECONDS or done >= self._total.count)
+        line = self._line_is_due(done)
+        if not (live or line):
             return
         text = (
             f"loss {_number(loss, 4)}  batch {global_batch_size:,}  lr {_number(lr)}  "
-            f"noise scale {_number(noise_scale)}"
-        )
-        if self._bar is not None and self._task is not None:
-            now = time.monotonic()
-            if now - self._drawn > REDRAW_SECONDS or done >= self._total.count:
-                self._drawn = now
-                self._bar.update(self._task, completed=min(done, self._total.count), state=text)
-        elif done >= self._next_line:
-            self._next_line = done + self._total.count / LOG_PARTS
+            f"noise scale {_number(noise_scale)}  {self._pace}"
+        ).rstrip()
+        if live and self._draw is not None:
+            self._drawn = now
+            self._draw(min(done, self._total.count), text)
+        if line:
             self._console.print(f"{self._label}: {done:,.0f} of {self._total}  {text}", highlight=False, soft_wrap=True)
+
+    def _line_is_due(self, done: float) -> bool:
+        if self._log_every is not None:
+            return self._steps % self._log_every == 0
+        if self._draw is not None or done < self._next_line:
+            return False
+        self._next_line = done + self._total.count / LOG_PARTS
+        return True
 
 
 def _console() -> Console:
@@ -88,16 +166,43 @@ def _console() -> Console:
     return console if console.is_terminal else PlainConsole(width=LOG_WIDTH)
 
 
+def _notebook_line(label: str, total: Duration) -> Callable[[float, str], None]:
+    """Draws a bar into one output of a notebook's cell, again and again; rich's own needs widgets."""
+    from IPython.display import display  # only a notebook comes here, and it has IPython
+
+    handle = display(  # type: ignore[no-untyped-call]
+        {"text/plain": f"{label}: begins"}, raw=True, display_id=True
+    )
+
+    def draw(done: float, text: str) -> None:
+        filled = round(20 * done / total.count)
+        bar = "█" * filled + "░" * (20 - filled)
+        handle.update({"text/plain": f"{label} {bar} {done:,.0f}/{total.count:,.0f} {total.unit}  {text}"}, raw=True)
+
+    return draw
+
+
 class Display:
     """Progress and tables for the first rank; nothing for the others.
 
     Args:
         rank: of this process.
         console: where to write; standard output by default.
+        quiet: shows no progress, only results and what went wrong.
+        log_every: steps from one line of progress to the next, which a terminal shows beside its live line.
+
+    Raises:
+        ValueError: ``log_every`` is below 1.
     """
 
-    def __init__(self, rank: int, console: Console | None = None) -> None:
+    def __init__(
+        self, rank: int, console: Console | None = None, *, quiet: bool = False, log_every: int | None = None
+    ) -> None:
+        if log_every is not None and log_every < 1:
+            raise ValueError(f"log_every must be at least 1 step, or left out for ten lines a run, got {log_every}")
         self._console = (console or _console()) if rank == 0 else None
+        self._quiet = quiet
+        self._log_every = log_every
 
     @property
     def unread(self) -> bool:
@@ -116,9 +221,12 @@ class Display:
     @contextmanager
     def progress(self, label: str, total: Duration) -> Iterator[Shown]:
         """A line for one run, for the time of the block."""
-        console = self._console
-        if console is None or not console.is_terminal:
-            yield Shown(console, None, None, label, total)
+        console = None if self._quiet else self._console
+        if console is None or not (console.is_terminal or console.is_jupyter):
+            yield Shown(console, None, label, total, log_every=self._log_every)
+            return
+        if console.is_jupyter:
+            yield Shown(console, _notebook_line(label, total), label, total, log_every=self._log_every)
             return
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -128,7 +236,12 @@ class Display:
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=console) as bar:
-            yield Shown(console, bar, bar.add_task(label, total=total.count, state=""), label, total)
+            task = bar.add_task(label, total=total.count, state="")
+
+            def draw(done: float, text: str) -> None:
+                bar.update(task, completed=done, state=text)
+
+            yield Shown(console, draw, label, total, log_every=self._log_every)
 
     def say(self, text: str) -> None:
         """One line of text."""

@@ -28,7 +28,7 @@ OPTIONAL = (
 )
 """What no extra asks for, or what a reader looks for by its name."""
 
-SKIPPED_EXTRAS = ("dev", "test", "all")
+SKIPPED_EXTRAS = ("dev", "docs", "test", "all")
 
 Version = Callable[[str], str | None]
 

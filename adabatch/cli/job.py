@@ -334,6 +334,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                 schedule.step()
                 shown.update(
                     batches.consumed.count(job.total.unit),
+                    examples=batches.consumed.examples,
                     loss=step.loss,
                     global_batch_size=step.global_batch_size,
                     lr=float(schedule.get_last_lr()[0]),

@@ -28,6 +28,8 @@ WITHOUT_EXTRAS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "report": ("adabatch.cli.report", "run_report"),
         "plan": ("adabatch.cli.plan", "run_plan"),
         "tail": ("adabatch.cli.tail", "run_tail"),
+        "init": ("adabatch.cli.init", "run_init"),
+        "completion": ("adabatch.cli.completion", "run_completion"),
         "doctor": ("adabatch.cli.doctor", "run_doctor"),
     }
 )

@@ -10,6 +10,7 @@ from adabatch import __version__
 DESCRIPTION = "Batch sizes that grow with the noise of the gradient, and learning rates that follow."
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
+        "init": "write a commented config for your own model file, or a shipped one",
         "train": "train a model as a config file says",
         "compare": "train beside the constant smallest and largest batch size",
         "cbs": "measure the critical batch by branches from a checkpoint",
@@ -20,13 +21,14 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "schedule": "compare, refine, transfer and extend learning-rate schedules",
         "mup": "plan and check settings that survive a change of width",
         "doctor": "print what is installed, where this process runs, and what is too old",
+        "completion": "print a script with which a shell completes commands and options",
     }
 )
 
 
 def overview() -> str:
     """What `adabatch --help` prints."""
-    commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    commands = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
     return (
         f"usage: adabatch COMMAND [OPTION ...]\n\n{DESCRIPTION}\n\n{commands}\n\n"
         f"adabatch COMMAND --help tells more; adabatch --version is {__version__}."

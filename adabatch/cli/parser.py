@@ -43,6 +43,7 @@ A config names everything; a flag overrides one field of it. What people change 
   --seed N                   of weights, order of the data and everything random
   --out FOLDER               where journal, checkpoints and picture go
   --checkpoint.every_seconds S   how often to save; the same command goes on from there
+  --quiet                    no progress; --log_every N for a line every N steps
 {own}
   --help-all                 every field, with its type and default (or --help=all)
   --criterion.help CLASS     the arguments of a class; the same with --model.help, --optimizer.help, ...
@@ -125,6 +126,14 @@ def _job_parser(command: str, description: str, own: str = "") -> Parser:
     )
     parser.add_argument("--config", action="config", help="YAML file with the fields below")
     parser.add_class_arguments(Job)
+    parser.add_argument("--quiet", action="store_true", help="show results and mistakes only, no progress")
+    parser.add_argument(
+        "--log_every",
+        "--log-every",
+        type=int | None,
+        default=None,
+        help="steps from one line of progress to the next; by default a live line, or ten lines a run in a log",
+    )
     return parser
 
 

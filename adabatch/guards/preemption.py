@@ -28,8 +28,6 @@ class StoppableRun(Protocol):
 class Preemption:
     """Handles the signals that announce the end of an allocation: SIGTERM, and SIGUSR1 of Slurm's ``--signal``.
 
-    ::
-
         with Preemption(batches) as preemption:
             for step in batches.steps(order, until=total):
                 ...

@@ -35,8 +35,6 @@ class WatchedRun(Protocol):
 class Watchdog:
     """Watches all ranks while they train.
 
-    ::
-
         with adabatch.Watchdog(batches, timeout=120):
             for step in batches.steps(order, until=total):
                 ...

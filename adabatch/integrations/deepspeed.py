@@ -37,8 +37,6 @@ def attach(
 ) -> AdaptiveBatch:
     """An ``AdaptiveBatch`` around a DeepSpeed engine.
 
-    ::
-
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=AdamW(model.parameters()), config=...)
         batches = attach(engine, NormTest(eta=0.5), limits=Limits(min=64, max=4096), lr_rule="sqrt")
         for step in batches.steps(loader):

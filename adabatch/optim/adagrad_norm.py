@@ -48,7 +48,7 @@ class KnownNorm(Protocol):
 class AdaGradNorm(Optimizer):
     r"""AdaGrad-Norm, the scalar AdaGrad: one accumulator for the whole model, all parameter groups together.
 
-    With the gradient ``g`` of all parameters, each step computes ::
+    With the gradient ``g`` of all parameters, each step computes
 
         b^2 <- b^2 + |g|^2                        b_0^2 = initial_accumulator_value
         x   <- x - lr / (b + eps) * g

@@ -16,8 +16,6 @@ from adabatch.runtime.fabric import without_fabric
 class JoinedOptimizers(Optimizer):
     """Several optimizers of one model, seen as one: their groups, their state, one ``step()`` and one checkpoint.
 
-    ::
-
         optimizer = JoinedOptimizers([Muon(matrices, lr=0.02), AdamW(others, lr=1e-3)])
 
     ``AdaptiveBatch``, ``ProgressLR`` and ``Checkpoints`` make it of a list by themselves. Step either the whole or each

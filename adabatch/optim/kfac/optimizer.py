@@ -33,7 +33,7 @@ class KFAC(Optimizer):
     r"""K-FAC with factors from per-example gradients, and damping that holds at every width.
 
     For the weight of a layer with inputs ``h``, per-example gradients ``delta`` at its output, and the gradient ``G``,
-    each step computes ::
+    each step computes
 
         A = mean of h h^T over examples and positions
         B = mean over examples of the sum of delta delta^T over positions
@@ -44,7 +44,7 @@ class KFAC(Optimizer):
     A bias is a block of its own, with A = 1: ``(B + rho_B)^-e_B g``. (Appended to the weight as one more input, it
     would stop learning as the width grows.)
 
-    The loop tells the optimizer what the model returned, before the loss is sent back::
+    The loop tells the optimizer what the model returned, before the loss is sent back:
 
         outputs = model(x)
         optimizer.observe(outputs)            # one more backward to the layers' outputs, where factors are due

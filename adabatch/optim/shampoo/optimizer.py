@@ -22,7 +22,7 @@ from adabatch.optim.shampoo.checks import check_group
 class Shampoo(Optimizer):
     r"""Shampoo without grafting, whose settings hold at every width.
 
-    For a matrix with the gradient ``G`` (rows x columns), each step computes ::
+    For a matrix with the gradient ``G`` (rows x columns), each step computes
 
         L <- average of G G^T          R <- average of G^T G
         U  = (L + rho_L)^-e G (R + rho_R)^-e

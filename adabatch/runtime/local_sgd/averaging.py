@@ -37,8 +37,6 @@ from adabatch.runtime.trained_parameters import TrainedParameters
 class LocalSGD:
     """Local SGD around your own loop: workers step on their own, and average every ``sync_every`` steps.
 
-    ::
-
         with LocalSGD(model, optimizer, sync_every=8) as local:
             batches = AdaptiveBatch(model, optimizer, NormTest(eta=0.8), local_sgd=local, ...)
             for step in batches.steps(order):

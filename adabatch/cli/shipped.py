@@ -1,0 +1,58 @@
+"""The configs and launch scripts that come with the package, and how one is written out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+SHIPPED = ("configs", "launch")
+SCRIPTS = (".sh", ".sbatch")
+
+
+def shipped() -> Mapping[str, Traversable]:
+    """Each shipped file by the path that it has in the repository, such as "configs/quickstart.yaml"."""
+    root = files("adabatch") / "shipped"
+    return {
+        f"{folder}/{each.name}": each
+        for folder in SHIPPED
+        for each in sorted((root / folder).iterdir(), key=lambda file: file.name)
+        if each.is_file() and not each.name.startswith(".")
+    }
+
+
+def named(name: str) -> Mapping[str, Traversable]:
+    """The files that a name stands for: a path, a file's name with or without its ending, or a whole folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    there = shipped()
+    if name in SHIPPED:
+        return {path: file for path, file in there.items() if path.startswith(f"{name}/")}
+    for path, file in there.items():
+        whole = path.partition("/")[2]
+        if name in (path, whole, whole.rpartition(".")[0]):
+            return {path: file}
+    raise ValueError(
+        f"no config or script is called {name!r}: there are {', '.join(there)}, and the folders configs, launch"
+    )
+
+
+def about(file: Traversable) -> str:
+    """What a file's head comment says first, up to the first stop; empty where it has none."""
+    said = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith(("#!", "#SBATCH")):
+            continue
+        if not line.startswith("#") or not line.strip("# "):
+            break
+        said.append(line.strip("# "))
+    return re.split(r"[.:;] |, after |, as in |[.:;]$", " ".join(said))[0]
+
+
+def is_script(name: str) -> bool:
+    """Whether a file of this name is to be executable."""
+    return os.path.splitext(name)[1] in SCRIPTS
