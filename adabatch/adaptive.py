@@ -42,7 +42,7 @@ from adabatch.runtime.stopwatch import Stopwatch
 from adabatch.runtime.trained_parameters import TrainedParameters
 from adabatch.step import Step
 from adabatch.updates import PendingUpdates
-from adabatch.validation import check_types, check_until, engine_of, given_settings, prepared, suited_probe
+from adabatch.validation import check_kinds, check_types, check_until, engine_of, given_settings, prepared, suited_probe
 
 
 class AdaptiveBatch:
@@ -97,7 +97,8 @@ class AdaptiveBatch:
             probe gives, if the model has no trainable parameters or the optimizer belongs to another model, if the rule
             is unknown, if a size is below 1, or if a trial is asked for on an engine whose ranks cannot run alone, or
             of a micro-batch that does not grow.
-        TypeError: if the optimizer, the criterion, its needs or the scaler is of another type.
+        TypeError: if the model, the optimizer, the criterion, its needs, the scaler or a group of options is of another
+            type.
     """
 
     def __init__(
@@ -123,6 +124,16 @@ class AdaptiveBatch:
     ) -> None:
         optimizer = joined(optimizer)
         check_types(optimizer, criterion)
+        check_kinds(
+            model=(model, torch.nn.Module, "a torch.nn.Module"),
+            measure=(measure, Measure, "Measure(...)"),
+            guard=(guard, Guard, "Guard(...)"),
+            control=(Control() if control is None else control, Control, "Control(...)"),
+        )
+        if local_sgd is not None:
+            check_kinds(local_sgd=(local_sgd, LocalSGD, "the LocalSGD of this model and optimizer"))
+        if probe is not None:
+            check_kinds(probe=(probe, Probe, "a probe, such as PerExampleProbe(model)"))
         fabric = inside_fabric(model)
         model, backward = (model, None) if fabric is None else fabric
         self._engine = engine_of(model, optimizer, engine, local_sgd, backward)

@@ -138,6 +138,20 @@ def check_types(optimizer: Any, criterion: Any) -> None:
         )
 
 
+def check_kinds(**given: tuple[Any, type, str]) -> None:
+    """Checks that arguments are objects of the kinds that they must be; None is left to whoever allows it.
+
+    Args:
+        given: by the argument's name, its value, its type and how one is made.
+
+    Raises:
+        TypeError: if one is of another type, or a class instead of an object of it.
+    """
+    for name, (value, kind, such_as) in given.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {such_as}, got {value!r}")
+
+
 def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
     """Checks that the optimizer, or one of several, has the settings that should follow, in a known form."""
     for name in follow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -174,6 +175,13 @@ def test_sizes_that_cannot_be(options: dict[str, int]) -> None:
 def test_a_criterion_that_is_none(criterion: Any) -> None:
     with pytest.raises(TypeError, match=r"criterion must be .* such as NormTest\(eta=0.7\)"):
         adaptive(criterion=criterion)
+
+
+@pytest.mark.parametrize("name", ["control", "measure", "guard", "local_sgd", "probe"])
+@pytest.mark.parametrize("value", ["abc", 5, NormTest, Limits(min=8, max=64)], ids=str)
+def test_a_group_of_options_of_another_type(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be .*, got .*{re.escape(repr(value))}"):
+        adaptive(**{name: value})
 
 
 def test_an_optimizer_that_is_none() -> None:

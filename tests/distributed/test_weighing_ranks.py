@@ -412,3 +412,42 @@ def test_what_another_rank_waits_for_may_not_be_passed_over(tmp_path: Path) -> N
 def test_a_weight_that_cannot_be_on_one_rank_is_an_error_on_both(tmp_path: Path) -> None:
     first, second = run_ranks(uneven_weights, 2, tmp_path)
     assert first == second
+
+
+class BadOnRankOne(TensorDataset):
+    """Its examples cannot be read on one rank."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(*sequences(12))
+        self._rank = rank
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if self._rank == 1:
+            raise OSError(f"example {index} cannot be read")
+        return super().__getitem__(index)
+
+
+def failing_on_one(rank: int) -> list[str]:
+    def weigh(batch: Any) -> float:
+        if rank == 1:
+            raise KeyError("mask")
+        return float(tokens_in(batch))
+
+    said = []
+    good, bad = TensorDataset(*sequences(12)), BadOnRankOne(rank)
+    for data, function in ((good, weigh), (bad, tokens_in)):
+        model = DistributedDataParallel(language_model())
+        batches = AdaptiveBatch(model, SGD(model.parameters(), lr=0.0), Constant(8), micro_batch_size=MICRO)
+        try:
+            next(batches.steps(GlobalOrder(data), weigh=function))
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def test_a_weight_that_fails_on_one_rank_is_named_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(failing_on_one, 2, tmp_path)
+    assert second[0] == "KeyError: 'mask'"
+    assert first[0] == "RuntimeError: the micro-batches of rank 1 could not be fetched or weighed: KeyError: 'mask'"
+    assert second[1].startswith("OSError: example ")
+    assert first[1].endswith(f"of rank 1 could not be fetched or weighed: {second[1]}")
