@@ -15,6 +15,7 @@ import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from adabatch.arguments import require
 from adabatch.cli.compare import HEADER, compare, row
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, run
@@ -106,8 +107,7 @@ def _seed(seed: int) -> None:
     Raises:
         ValueError: a seed that torch does not take.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {seed}")
+    require(0 <= seed < 2**64, "seed must be a whole number from 0 to 2**64 - 1", seed)
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

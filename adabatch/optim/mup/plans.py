@@ -6,10 +6,11 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from adabatch.arguments import require_one_of
 from adabatch.optim.mup.entry import Entry
 from adabatch.optim.mup.laws import LAWS, AdamLaw, Law, Method, law_of
 from adabatch.optim.mup.names import named_parameters
@@ -93,8 +94,7 @@ class Plan:
         law = law_of(method)
         if weight_decay and isinstance(law, AdamLaw) and not law.decoupled:
             raise ValueError(f"adam's coupled decay ({weight_decay}) has no width law: use adamw")
-        if decay_scaling not in get_args(DecayScaling):
-            raise ValueError(f"decay_scaling must be one of {', '.join(get_args(DecayScaling))}, got {decay_scaling!r}")
+        require_one_of("decay_scaling", decay_scaling, DecayScaling)
         named = self.parameters_of(model)
         chosen = list(named) if only is None else matching(named, [only] if isinstance(only, str) else only)
         names = [name for name in chosen if named[name].requires_grad]
