@@ -1,4 +1,4 @@
-"""Checks of the arguments that a user gives; every layer may use them.
+"""Checks of the arguments that a user gives, and words of their messages; every layer may use them.
 
 Only sentences of the form "... must be ..., got ..." are built here. A message that needs more, such as a way out at
 its end or an error other than ``ValueError``, stands where it is raised.
@@ -6,7 +6,7 @@ its end or an error other than ``ValueError``, stands where it is raised.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 
@@ -39,3 +39,8 @@ def require_one_of(name: str, value: object, choices: Any) -> None:
     names: Iterable[Any] = get_args(choices) or choices
     if value not in names:
         raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first ``most`` of the names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

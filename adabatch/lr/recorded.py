@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.arguments import require
 from adabatch.lr.rules import NOISE_RULES, LRRule, lr_factor
 from adabatch.lr.shapes import FloatArray
 
@@ -192,7 +191,8 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
         lr, averages = _part(entry, "lr"), _part(entry, "averages")
         base_lrs = tuple(_numbers(lr.get("base"))) or base_lrs
         factor = _number(lr.get("factor", 1.0))
-        require(factor > 0, f"{source}, line {number}: the batch factor must be positive", lr["factor"])
+        if not factor > 0:
+            raise ValueError(f"{source}, line {number}: the batch factor must be positive, got {lr['factor']}")
         shape = next(iter(_numbers(lr.get("shape"))), math.nan)
         noise, signal = _number(averages.get("noise")), _number(averages.get("signal"))
         rows.append((number, batch, shape, factor, *_norms_in(entry), noise, signal))
