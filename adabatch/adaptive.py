@@ -36,7 +36,7 @@ from adabatch.runtime.fabric import inside_fabric
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.observers import Moment, Observers, Phase
 from adabatch.runtime.optimizers import each_of, joined, kind_of
-from adabatch.runtime.ownership import take_over
+from adabatch.runtime.ownership import release, take_over, undone_on_error
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.stopwatch import Stopwatch
 from adabatch.runtime.trained_parameters import TrainedParameters
@@ -137,7 +137,7 @@ class AdaptiveBatch:
         fabric = inside_fabric(model)
         model, backward = (model, None) if fabric is None else fabric
         self._engine = engine_of(model, optimizer, engine, local_sgd, backward)
-        with failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
+        with undone_on_error() as undo, failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
             largest = micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
             self._planner, needs, layers = prepared(
                 model,
@@ -176,24 +176,23 @@ class AdaptiveBatch:
             # set once only, and its removal would take off those of the new probe.
             held = [p for group in optimizer.param_groups for p in group["params"]]
             take_over(self, [*each_of(optimizer), *held], kind="AdaptiveBatch")
+            undo.callback(release, self)  # nobody may ask a half-built object to give way
             self._probe = suited_probe(optimizer, needs, given=probe, engine=self._engine, layers=layers)
-            try:
-                self._trials = Trials(guard.trial, self._engine, self._probe, self._planner.micro_sizes)
-                everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
-                measured = self._probe is not None or self.collectives.size > 1
-                self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
-                self._updates = PendingUpdates(
-                    optimizer,
-                    engine=self._engine,
-                    planner=self._planner,
-                    journal=self._journal,
-                    observers=self._observers,
-                    skip_nonfinite=bool(guard.skip_nonfinite),
-                )
-            except Exception:
-                if probe is None and self._probe is not None:
-                    self._probe.remove()
-                raise
+            if probe is None and self._probe is not None:
+                undo.callback(self._probe.remove)
+            self._trials = Trials(guard.trial, self._engine, self._probe, self._planner.micro_sizes)
+            everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
+            measured = self._probe is not None or self.collectives.size > 1
+            self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
+            self._updates = PendingUpdates(
+                optimizer,
+                engine=self._engine,
+                planner=self._planner,
+                journal=self._journal,
+                observers=self._observers,
+                skip_nonfinite=bool(guard.skip_nonfinite),
+            )
+            undo.callback(self._updates.remove)
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 

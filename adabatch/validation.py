@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.optim import SGD, AdamW, NAdam, Optimizer
 
+from adabatch.arguments import require
 from adabatch.batch.control import UNLIMITED, Control, Limits
 from adabatch.batch.criteria import CoordinateNormTest, Criterion, DecaysLR, NormTest
 from adabatch.batch.moments import EUCLIDEAN
@@ -102,8 +103,7 @@ def checked_rules(
     check_rates(optimizer, rule)
     warn_of_linear(rule, criterion)
     for name, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        require(value is None or value >= 1, f"{name} must be at least 1", value)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
     return rules

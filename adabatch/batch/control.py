@@ -15,6 +15,7 @@ from enum import StrEnum
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+from adabatch.arguments import require
 from adabatch.batch.averages import Averages, ProbeWindow
 from adabatch.batch.criteria import Criterion, Observation, resting_size
 from adabatch.batch.moments import GradientMoments
@@ -76,8 +77,7 @@ class Limits:
                 raise ValueError(
                     f"limits.{name} must be a whole number of examples or a schedule, got {limit!r}"
                 ) from None
-            if size < 1:
-                raise ValueError(f"limits.{name} must be at least 1 example, got {limit}")
+            require(size >= 1, f"limits.{name} must be at least 1 example", limit)
             object.__setattr__(self, name, size)
         if isinstance(self.min, int) and isinstance(self.max, int) and self.min > self.max:
             raise ValueError(f"limits are crossed: min={self.min} is above max={self.max}")
@@ -157,8 +157,7 @@ class Control:
             "pace": (self.pace > 0, "a positive share, or inf for none"),
         }
         for name, (holds, allowed) in checks.items():
-            if not holds:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
+            require(holds, f"{name} must be {allowed}", getattr(self, name))
         if isinstance(self.hold, Duration) and self.hold.unit not in ("examples", "steps"):
             raise ValueError(f"hold must be in examples or steps, got {self.hold}")
         if not isinstance(self.hold_until, Duration | None):

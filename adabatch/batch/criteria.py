@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
+from adabatch.arguments import require, require_one_of
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments, Norm
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import PlanGrid, Progress
@@ -97,13 +98,11 @@ def ratio(noise: float, allowed: float) -> float:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive number, got {value}")
+    require(math.isfinite(value) and value > 0, f"{name} must be a positive number", value)
 
 
 def _check_norm(norm: str) -> None:
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {norm!r}")
+    require_one_of("norm", norm, Norm)
 
 
 @dataclass(frozen=True)
@@ -336,8 +335,7 @@ class CoordinateNormTest:
 
     def __post_init__(self) -> None:
         _check_positive("eta", self.eta)
-        if not 0 < self.quantile <= 1:
-            raise ValueError(f"quantile must lie above 0 and up to 1.0 (all coordinates), got {self.quantile}")
+        require(0 < self.quantile <= 1, "quantile must lie above 0 and up to 1.0 (all coordinates)", self.quantile)
 
     @property
     def needs(self) -> Needs:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import get_args
 
+from adabatch.arguments import require_one_of
 from adabatch.batch.criteria import Observation, ratio
 from adabatch.batch.efficiency import efficiency
 from adabatch.batch.moments import Norm
@@ -60,8 +60,7 @@ class Goodput:
     def __post_init__(self) -> None:
         if not 0 <= self.min_speedup < math.inf:
             raise ValueError(f"min_speedup must be zero or positive, such as 0.05, got {self.min_speedup}")
-        if self.norm not in get_args(Norm):
-            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}")
+        require_one_of("norm", self.norm, Norm)
 
     @property
     def needs(self) -> Needs:

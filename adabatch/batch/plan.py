@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
+
+from adabatch.arguments import require, require_one_of
 
 Unit = Literal["examples", "tokens", "steps", "gain_steps"]
 
@@ -28,8 +30,7 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         for name in ("micro_batch_size", "accumulation_steps", "dp_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
 
     @property
     def global_batch_size(self) -> int:
@@ -54,8 +55,7 @@ class Duration:
     unit: Unit
 
     def __post_init__(self) -> None:
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        require_one_of("unit", self.unit, Unit)
         if not (math.isfinite(self.count) and self.count == int(self.count)):
             raise ValueError(f"a duration must be a whole number of {self.unit}, got {self.count!r}")
         object.__setattr__(self, "count", int(self.count))  # 6e6 is what people write

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from adabatch.arguments import require
 from adabatch.batch.criteria import Observation
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import Duration, Progress
@@ -39,8 +40,7 @@ class Schedule(ABC):
 
 
 def _check_size(name: str, size: float) -> None:
-    if not 1 <= size < math.inf:
-        raise ValueError(f"{name} must be a global batch size of at least 1 example, got {size}")
+    require(1 <= size < math.inf, f"{name} must be a global batch size of at least 1 example", size)
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,7 @@ class Seesaw(Schedule):
 
     def __post_init__(self) -> None:
         _check_size("first", self.first)
-        if not 1 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be above 1 and finite, got {self.alpha}")
+        require(1 < self.alpha < math.inf, "alpha must be above 1 and finite", self.alpha)
         if self.total.count == 0:
             raise ValueError("the total must have a length, got 0")
 

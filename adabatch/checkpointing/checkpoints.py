@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import require
 from adabatch.batch.plan import Duration
 from adabatch.checkpointing.background import Background
 from adabatch.checkpointing.differences import Difference, differences, refuse
@@ -118,8 +119,7 @@ class Checkpoints:
         background: bool = True,
     ) -> None:
         self._times = SaveTimes(batches, every=every, every_seconds=every_seconds)
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+        require(keep >= 1, "keep must be at least 1 checkpoint", keep)
         # They are loaded in this order: the place in the data refuses other data before anything is changed, and the
         # schedule's rates depend on the progress of the batches.
         optimizer = None if optimizer is None else joined(optimizer)

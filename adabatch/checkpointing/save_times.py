@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import require
 from adabatch.batch.plan import Duration, Progress
 
 
@@ -72,11 +73,9 @@ def _check(batches: AdaptiveBatch | None, every: Duration | None, every_seconds:
     if every is not None:
         if not isinstance(every, Duration):
             raise TypeError(f"every must be a duration, such as adabatch.examples({every!r}), got {every!r}")
-        if every.count < 1:
-            raise ValueError(f"every must be 1 at least, got {every}")
+        require(every.count >= 1, "every must be 1 at least", every)
         if batches is not None:
             batches.consumed.count(every.unit)  # a unit that is not counted fails here
-    if every_seconds is not None and not every_seconds > 0:
-        raise ValueError(f"every_seconds must be positive, got {every_seconds}")
+    require(every_seconds is None or every_seconds > 0, "every_seconds must be positive", every_seconds)
     if batches is None and (every is not None or every_seconds is not None):
         raise ValueError("every= and every_seconds= are counted by the AdaptiveBatch: pass batches= too")

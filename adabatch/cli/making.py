@@ -11,6 +11,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from adabatch.arguments import require
 from adabatch.cli.job import Job
 from adabatch.cli.parser import build_parser
 
@@ -21,8 +22,7 @@ def seed_everything(seed: int) -> None:
     Raises:
         ValueError: a seed that torch does not take.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {seed}")
+    require(0 <= seed < 2**64, "seed must be a whole number from 0 to 2**64 - 1", seed)
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002

@@ -71,4 +71,5 @@ class MissingUpdates:
         if moved or missing != self._kind:
             raise RuntimeError(message)
         if self._missed == 2:
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            # Past PendingUpdates.end_step and the two generators, at the `for` over steps() of the user's loop.
+            warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-untyped]
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import require
 from adabatch.batch.plan import Duration
 from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.checkpointing.files import CheckpointError
@@ -61,8 +62,7 @@ class DeepSpeedCheckpoints:
         every_seconds: float | None = None,
         keep: int = 3,
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+        require(keep >= 1, "keep must be at least 1 checkpoint", keep)
         named = {"order": order, "batches": batches, "schedule": schedule}
         self._parts: dict[str, Any] = {name: part for name, part in named.items() if part is not None}
         self._folder = Path(folder)

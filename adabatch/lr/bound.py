@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adabatch.arguments import require
 from adabatch.lr.function_shape import AnyShape
 from adabatch.lr.refine import stretch
 from adabatch.lr.shapes import Decay, Shape, warmup_factor, wsd
@@ -61,8 +62,7 @@ class BoundTerms(NamedTuple):
         Raises:
             ValueError: a base learning rate that is not positive.
         """
-        if not 0 < base_lr < math.inf:
-            raise ValueError(f"base_lr must be positive and finite, got {base_lr}")
+        require(0 < base_lr < math.inf, "base_lr must be positive and finite", base_lr)
         return self.distance / base_lr + base_lr * self.gradient
 
 
@@ -203,8 +203,7 @@ def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
     Raises:
         ValueError: a cooldown out of its range.
     """
-    if not 0 < cooldown <= 1:
-        raise ValueError(f"cooldown must lie in (0, 1], got {cooldown}")
+    require(0 < cooldown <= 1, "cooldown must lie in (0, 1]", cooldown)
     log_ratio = math.log((2 - cooldown) / cooldown)
     return CooldownLimits(
         best_base_lr=math.sqrt(2 / ((2 - cooldown) * (2 + log_ratio))),
@@ -282,8 +281,7 @@ def transfer(
     Raises:
         ValueError: a base learning rate that is not positive, and as ``discretize`` and ``bound_terms`` say.
     """
-    if not 0 < base_lr < math.inf:
-        raise ValueError(f"base_lr must be positive and finite, got {base_lr}")
+    require(0 < base_lr < math.inf, "base_lr must be positive and finite", base_lr)
     there = num_steps if target_steps is None else target_steps
     warmup_there = warmup_steps if target_warmup_steps is None else target_warmup_steps
 
@@ -412,8 +410,7 @@ def _validated(
         )
     if not np.all(np.isfinite(sizes) & (sizes >= 0)):
         raise ValueError("norms must be finite and not negative: leave out the steps that were skipped")
-    if not 0 < distance < math.inf:
-        raise ValueError(f"distance must be positive and finite, got {distance}")
+    require(0 < distance < math.inf, "distance must be positive and finite", distance)
     length = int(np.flatnonzero(eta)[-1]) + 1
     return eta[:length], np.square(np.broadcast_to(sizes, eta.shape)[:length])
 
@@ -429,8 +426,7 @@ def _terms(distance: float, gradient: float) -> BoundTerms:
 
 def _last_full_step(num_steps: int, cooldown: float, warmup_steps: int, new_steps: int) -> int:
     """Steps of the finished run before its cooldown."""
-    if not 0 < cooldown < 1:
-        raise ValueError(f"the cooldown of a run to extend must lie in (0, 1), got {cooldown}")
+    require(0 < cooldown < 1, "the cooldown of a run to extend must lie in (0, 1)", cooldown)
     if not 0 <= warmup_steps < num_steps < new_steps:
         raise ValueError(
             "an extension needs 0 <= warmup_steps < num_steps < new_steps, "

@@ -28,6 +28,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adabatch.arguments import require
 from adabatch.batch.plan import Progress
 from adabatch.lr.rules import LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
 
@@ -61,8 +62,7 @@ class Followers:
         check_follow(self.settings)
         for name in ("beta1_floor", "beta2_floor"):
             floor = getattr(self, name)
-            if not 0 <= floor <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], where 0 sets no floor, got {floor}")
+            require(0 <= floor <= 1, f"{name} must lie in [0, 1], where 0 sets no floor", floor)
         object.__setattr__(self, "settings", tuple(sorted(set(self.settings))))  # one order on all ranks
 
     @classmethod

@@ -25,6 +25,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adabatch.arguments import require, require_one_of
 from adabatch.lr.shapes import Shape, tabulated
 
 Kind = Literal["sgd", "adam", "adagrad"]
@@ -67,8 +68,7 @@ def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, leng
     inside the shape already, and a rule that scales the learning rate by the batch would count it twice.
     """
     values = _norms(norms)
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must lie in [0, 1], a share of the norms, got {smoothing}")
+    require(0 <= smoothing <= 1, "smoothing must lie in [0, 1], a share of the norms", smoothing)
     window = 2 * (int(smoothing * values.size) // 2) + 1
     weights = refined_weights(median_filter(values, window), kind)
     factors = weights * _tails(weights)[1:]
@@ -90,8 +90,7 @@ def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
         ValueError: as ``refine``, or norms so far apart that the weights leave the range of float64.
     """
     values = _norms(norms)
-    if kind not in _POWERS:
-        raise ValueError(f"kind must be one of {', '.join(_POWERS)}, got {kind!r}")
+    require_one_of("kind", kind, _POWERS)
     # the result does not depend on the scale; without it a product of weights is a fourth power of the norms
     relative = values / np.median(values)
     with np.errstate(over="ignore", divide="ignore"):
@@ -181,8 +180,7 @@ def stretch(values: ArrayLike, length: int) -> FloatArray:
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 1 or table.size == 0:
         raise ValueError(f"stretch needs a flat array with at least one value, got shape {table.shape}")
-    if length < min(2, table.size):
-        raise ValueError(f"length must be at least 2 to keep the first and the last value, got {length}")
+    require(length >= min(2, table.size), "length must be at least 2 to keep the first and the last value", length)
     return np.interp(np.linspace(0, table.size - 1, length), np.arange(table.size), table)
 
 

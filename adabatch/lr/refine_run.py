@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adabatch.arguments import require
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.horizon import Horizon
 from adabatch.lr.recorded import Norm, Recorded
@@ -83,10 +84,8 @@ def refine_run(
     Raises:
         ValueError: numbers out of their range, or norms that cannot be used.
     """
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must lie in [0, 1], a share of the norms, got {smoothing}")
-    if length < 2:
-        raise ValueError(f"length must be at least 2, for the first and the last value, got {length}")
+    require(0 <= smoothing <= 1, "smoothing must lie in [0, 1], a share of the norms", smoothing)
+    require(length >= 2, "length must be at least 2, for the first and the last value", length)
     factor = recorded.factor if factor is None else factor
     edges = recorded.edges("examples", 1.0) if edges is None else edges
     which, power = READS[kind]

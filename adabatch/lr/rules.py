@@ -23,6 +23,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
+from adabatch.arguments import require, require_one_of
 from adabatch.batch.plan import Duration
 
 LRRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain"]
@@ -39,8 +40,7 @@ def check_lr_rule(rule: str) -> None:
             "lr_rule='seesaw' is now lr_rule='sqrt' (or 'linear' with SGD), with the criterion Seesaw(...), which "
             "brings its decay of the learning rate itself: leave lr_rule out, or give one of those"
         )
-    if rule not in get_args(LRRule):
-        raise ValueError(f"lr_rule must be one of {', '.join(get_args(LRRule))}, got {rule!r}")
+    require_one_of("lr_rule", rule, LRRule)
 
 
 def check_follow(names: Collection[str]) -> None:
@@ -138,8 +138,7 @@ def followed(
         ValueError: a ratio or a factor that is not positive.
     """
     for name, value in (("ratio", ratio), ("factor", factor)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+        require(0 < value < math.inf, f"{name} must be positive and finite", value)
     new: dict[str, Any] = {}
     if "betas" in names:
         betas = settings["betas"]
@@ -171,8 +170,7 @@ def legw_warmup(warmup: Duration | float, ratio: float) -> Duration | float:
 
     Source: You et al. 2019, "Large-batch training for LSTM and beyond" (LEGW), section 3.
     """
-    if not 0 < ratio < math.inf:
-        raise ValueError(f"ratio must be positive and finite, got {ratio}")
+    require(0 < ratio < math.inf, "ratio must be positive and finite", ratio)
     if isinstance(warmup, int | float):
         if not (0 <= warmup < 1 and warmup * ratio < 1):
             raise ValueError(

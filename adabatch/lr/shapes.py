@@ -28,10 +28,12 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from adabatch.arguments import require, require_one_of
 
 Decay = Literal["linear", "1-sqrt", "exponential", "cosine"]
 Setting: TypeAlias = float | str | tuple[float, ...]
@@ -199,8 +201,7 @@ def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shap
     """
     length = _between("cooldown", cooldown, 0, 1)
     low = _between("floor", floor, 0, 1)
-    if decay not in get_args(Decay):
-        raise ValueError(f"decay must be one of {', '.join(get_args(Decay))}, got {decay!r}")
+    require_one_of("decay", decay, Decay)
 
     def curve(p: FloatArray) -> FloatArray:
         return low + (1 - low) * _DECAYS[decay](_left(p, length))
@@ -260,8 +261,7 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
         raise ValueError(f"piecewise needs one factor a milestone, got {len(at)} milestones and {len(by)} factors")
     if any(np.diff((0.0, *at)) <= 0) or max(at, default=0.0) > 1:
         raise ValueError(f"milestones must increase strictly within (0, 1], got {list(at)}")
-    if not all(factor > 0 for factor in by):
-        raise ValueError(f"factors must be positive, got {list(by)}")
+    require(all(factor > 0 for factor in by), "factors must be positive", list(by))
     levels = np.cumprod((1.0, *by))
     edges = np.array(at, dtype=np.float64)
 
@@ -342,8 +342,7 @@ def adjusted_infimum(
     low, end = _number("infimum", infimum), _number("last", last)
     if not 0 < low < 1:
         raise ValueError(_BAD_INFIMUM.format(range="(0, 1)", value=low))
-    if not 0 < end < 1:
-        raise ValueError(f"last must lie in (0, 1), a ratio of the base learning rate, got {end}")
+    require(0 < end < 1, "last must lie in (0, 1), a ratio of the base learning rate", end)
     return float(low ** (1 - share) * end ** (ratio * share))
 
 
@@ -385,8 +384,7 @@ def warmup_factor(fraction: float | NDArray[Any] | Sequence[float], start: float
         ValueError: a fraction that is not a number (NaN), or a start out of its range.
     """
     low = _number("start", start)
-    if not 0 <= low < math.inf:
-        raise ValueError(f"start must be finite and not negative, got {low}")
+    require(0 <= low < math.inf, "start must be finite and not negative", low)
     share = _clamped("fraction", fraction)
     factors = low + (1 - low) * share
     return float(factors) if np.isscalar(fraction) else factors
@@ -459,15 +457,13 @@ def _number(name: str, value: object) -> float:
 
 def _between(name: str, value: object, low: float, high: float) -> float:
     number = _number(name, value)
-    if not low <= number <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {number}")
+    require(low <= number <= high, f"{name} must lie in [{low}, {high}]", number)
     return number
 
 
 def _positive(name: str, value: object) -> float:
     number = _number(name, value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {number}")
+    require(0 < number < math.inf, f"{name} must be positive and finite", number)
     return number
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
+from adabatch.arguments import require
 from adabatch.optim import multi_tensor
 
 # On the CPU torch adds up the squares of a tensor in a few float32 lanes and in one thread, whatever its
@@ -452,8 +453,7 @@ def _validate(options: dict[str, Any], start: float) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
     for name in ("lr", "weight_decay", "initial_accumulator_value", "eps"):
-        if not 0 <= options[name] < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {options[name]}")
+        require(0 <= options[name] < math.inf, f"{name} must be finite and not negative", options[name])
     if not 0 <= options["momentum"] < 1:
         raise ValueError(f"momentum must lie in [0, 1), got {options['momentum']}; 0 turns it off")
     if options["initial_accumulator_value"] != start:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
+from adabatch.arguments import require
+
 Split = Literal["train", "test"]
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -138,8 +140,7 @@ class Text(InMemory):
         self, split: Split = "train", block_size: int = 128, *, root: str | os.PathLike[str] | None = None
     ) -> None:
         check_split(split)
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1 character, got {block_size}")
+        require(block_size >= 1, "block_size must be at least 1 character", block_size)
         if root is not None and Path(root).is_file():
             path = Path(root)
         else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any, NamedTuple, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, WeakMethod, ref
@@ -43,6 +44,22 @@ def take_over(owner: Owner, hosts: Iterable[object], *, kind: str) -> None:
             del _CLAIMS[other]
             other.give_way()
     _CLAIMS[owner] = _Claim(kind, [ref(host) for host in mine.values()])
+
+
+def release(owner: Owner) -> None:
+    """Forgets what ``owner`` has taken over, without asking it to give way: for a constructor that fails."""
+    _CLAIMS.pop(owner, None)
+
+
+@contextmanager
+def undone_on_error() -> Iterator[ExitStack]:
+    """A stack whose callbacks run if the block raises, the last one first, and are dropped otherwise."""
+    undo = ExitStack()
+    try:
+        yield undo
+    except BaseException:
+        undo.close()
+        raise
 
 
 def remove_all(handles: list[RemovableHandle]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
+from adabatch.arguments import require, require_one_of
 from adabatch.batch.plan import Duration, Progress, Unit
 from adabatch.lr.clock import Anchor, Clock, share_of
 from adabatch.lr.function_shape import AnyShape, check_same_shape, shape_from
@@ -147,10 +148,8 @@ class ProgressLR(LRScheduler):
             if not isinstance(length, Duration) and not share and (length is not None or name == "total"):
                 way_out = " (a share of the total is a float, such as 0.1)" if name == "warmup" else ""
                 raise TypeError(f"{name} must be a duration, such as adabatch.steps({length}), got {length!r}{way_out}")
-        if not 0 <= warmup_start <= 1:
-            raise ValueError(f"warmup_start must be in [0, 1], got {warmup_start}")
-        if clock not in get_args(ClockKind):
-            raise ValueError(f"clock must be one of {', '.join(get_args(ClockKind))}, got {clock!r}")
+        require(0 <= warmup_start <= 1, "warmup_start must be in [0, 1]", warmup_start)
+        require_one_of("clock", clock, ClockKind)
         optimizer = joined(optimizer)
         if isinstance(optimizer, Optimizer) and (kind := without_rate(optimizer)) is not None:
             raise ValueError(

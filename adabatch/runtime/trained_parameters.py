@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from adabatch.arguments import some
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.fsdp2 import is_sharded
 
@@ -57,14 +58,10 @@ class TrainedParameters:
         names = {**self._names, **{id(p): name for name, p in self._model.named_parameters()}}
         joined = [names.get(id(p), "one outside the model") for p in now if id(p) not in before]
         left = [self._names.get(id(p), "one outside the model") for p in self._then if id(p) not in after]
-        changes = [f"{_some(which)} {verb}" for which, verb in ((joined, "joined"), (left, "left")) if which]
+        changes = [f"{some(which)} {verb}" for which, verb in ((joined, "joined"), (left, "left")) if which]
         first = "wrap the model in DistributedDataParallel again, " if self._in_ddp and joined else ""
         raise RuntimeError(
             f"the parameters that train are not those that this {what} was made for "
             f"({' and '.join(changes) or 'their order changed'}): {first}make a new {what} on the same optimizer and "
             f"load the state_dict() of this one into it"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from adabatch.arguments import require
 from adabatch.verification.constant import constant_policy
 from adabatch.verification.drifting import drift
 from adabatch.verification.probing import probe_agrees
@@ -25,8 +26,7 @@ def all_checks(make: Make, *, num_steps: int = 20, max_cost: float | None = None
     """
     if num_steps < 4:
         raise ValueError(f"the checks need at least 4 steps, got {num_steps}")
-    if max_cost is not None and not max_cost > 0:
-        raise ValueError(f"max_cost must be positive (1.05 allows 5 % more time), got {max_cost}")
+    require(max_cost is None or max_cost > 0, "max_cost must be positive (1.05 allows 5 % more time)", max_cost)
     yield drift(make)
     yield probe_agrees(make)
     yield constant_policy(make, num_steps=num_steps)

@@ -610,6 +610,30 @@ def test_a_loop_that_only_measures_or_forgot_its_update_is_warned_once() -> None
             model.zero_grad()
             assert len(told) == (number > 2)
     assert "never came for 2 steps in a row: optimizer.step() of the SGD was not called" in str(told[0].message)
+    assert told[0].filename == __file__  # the user's loop, not the library
+
+
+def test_a_constructor_that_raises_leaves_the_optimizer_to_the_next() -> None:
+    model, other = network(), network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    hooks = _hooks(model, optimizer)
+    failures: list[Exception] = []  # an error keeps the half-built object alive
+    for arguments, message in (
+        ((other, optimizer), "none of the model's parameters"),  # no probe
+        ((model, optimizer, NormTest(eta=0.5)), "trial"),  # the probe is there
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            adaptive(*arguments, guard=Guard(trial=lambda batch: loss_of(model, batch)))
+        failures.append(caught.value)
+        assert _hooks(model, optimizer) == hooks
+    assert len(run(adaptive(model, optimizer), model, optimizer)) == 3
+
+
+def _hooks(model: nn.Module, optimizer: Optimizer) -> list[int]:
+    """How many hooks stand on an optimizer, on each module and on each parameter."""
+    modules = [len(hooks) for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    own = [len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)]
+    return [*own, *modules, *(len(p._post_accumulate_grad_hooks or ()) for p in model.parameters())]
 
 
 def test_it_is_said_in_a_run_of_two_steps() -> None:

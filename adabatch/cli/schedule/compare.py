@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from adabatch.arguments import require
 from adabatch.cli.display import Display
 from adabatch.cli.picture import draw_panels
 from adabatch.cli.schedule.recorded import read_recorded, read_saved, reference_of
@@ -119,8 +120,7 @@ def transfer(
     Raises:
         ValueError: whatever does not fit.
     """
-    if not 0 < base_lr < math.inf:
-        raise ValueError(f"base_lr must be positive and finite, got {base_lr}")
+    require(0 < base_lr < math.inf, "base_lr must be positive and finite", base_lr)
     (old_label, old), (new_label, new) = parse_shape(source), parse_shape(target)
     horizon = _horizons(norms, clock)
     before = horizon(steps)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import yaml
 
+from adabatch.arguments import require
 from adabatch.batch.plan import Duration
 from adabatch.checkpointing.files import begin, check, finish, place_of
 from adabatch.checkpointing.run_state import STATE, write_state
@@ -118,8 +119,7 @@ def _new_total(total: Duration, factor: float | None, new_total: int | None) -> 
         raise ValueError("give --factor or --new_total, not both")
     if new_total is None:
         times = 2.0 if factor is None else factor
-        if not 1 < times < math.inf:
-            raise ValueError(f"factor must be above 1, got {times}")
+        require(1 < times < math.inf, "factor must be above 1", times)
         new_total = round(total.count * times)
     if new_total <= total.count:
         raise ValueError(f"the extended run must be longer than {total}, got {new_total:,} {total.unit}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from adabatch.arguments import require
 from adabatch.optim.kfac.inversion import Exponents
 from adabatch.optim.kfac.survey import Survey
 from adabatch.optim.placement import Reduce
@@ -25,19 +26,15 @@ def check_factors(exponents: Exponents, *, exact: bool, memory: float, refresh: 
         raise ValueError(f"memory and refresh are in examples and cannot be negative, got {memory} and {refresh}")
     if exact and memory == 0:
         raise ValueError("damping_form='kronecker' needs whole factors: memory must be positive, got 0")
-    if observe_every < 1:
-        raise ValueError(f"observe_every must be at least 1 step, got {observe_every}")
+    require(observe_every >= 1, "observe_every must be at least 1 step", observe_every)
 
 
 def check_step(*, momentum: float, kl_clip: float | None, others: str | None, **not_negative: float) -> None:
     """Raises ``ValueError`` for settings of the step that are out of range."""
     for name, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be zero or positive and finite, got {value}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-    if kl_clip is not None and not kl_clip > 0:
-        raise ValueError(f"kl_clip must be positive, or None for no clipping, got {kl_clip}")
+        require(0 <= value < math.inf, f"{name} must be zero or positive and finite", value)
+    require(0 <= momentum < 1, "momentum must be in [0, 1)", momentum)
+    require(kl_clip is None or kl_clip > 0, "kl_clip must be positive, or None for no clipping", kl_clip)
     if others not in (None, "adamw", "sgd"):
         raise ValueError(f"others must be 'adamw', 'sgd' or None, got {others!r}")
 

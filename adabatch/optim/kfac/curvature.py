@@ -7,10 +7,12 @@ a layer's output they are per-example gradients: no mean over the batch, no accu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from adabatch.arguments import require_one_of
 
 Likelihood = Literal["categorical", "gaussian"]
 """What the loss is the negative logarithm of: cross-entropy on logits, or half the squared error."""
@@ -87,5 +89,4 @@ def _checked(values: Tensor, targets: Tensor | None, likelihood: Likelihood) -> 
 def check(fisher: str, likelihood: str) -> None:
     """Raises ``ValueError`` for a name that is none of ours."""
     for name, value, allowed in (("fisher", fisher, Fisher), ("likelihood", likelihood, Likelihood)):
-        if value not in get_args(allowed):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}")
+        require_one_of(name, value, allowed)

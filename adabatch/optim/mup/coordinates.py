@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from adabatch.arguments import require
 from adabatch.optim.mup.names import joined, named_modules
 from adabatch.optim.mup.plans import Plan
 from adabatch.optim.mup.trial import (
@@ -154,8 +155,7 @@ def coordinate_check(
         ValueError: fewer than two widths, no seed or no step; whatever ``plan`` refuses.
     """
     check_widths(widths, seeds)
-    if steps < 1:
-        raise ValueError(f"steps must be 1 or more, got {steps}")
+    require(steps >= 1, "steps must be 1 or more", steps)
     trial = Trial(make, optimizer, loss, base, parameterization, observe, device)
     measured = [[_measure(trial, width, seed, data(seed), steps) for seed in seeds] for width in widths]
     names = list(measured[0][0])

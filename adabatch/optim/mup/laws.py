@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from adabatch.arguments import require
 from adabatch.optim.mup.entry import Entry
 
 MuonAdjust = Literal["original", "match_rms_adamw"]
@@ -154,8 +155,7 @@ class ShampooLaw(Law):
 
     def __post_init__(self) -> None:
         """Refuses settings out of range."""
-        if not 0 < self.exponent <= 0.5:
-            raise ValueError(f"exponent must be in (0, 0.5], 0.25 for classical Shampoo, got {self.exponent}")
+        require(0 < self.exponent <= 0.5, "exponent must be in (0, 0.5], 0.25 for classical Shampoo", self.exponent)
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size must be 1 or more, or None for no blocks, got {self.block_size}")
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from adabatch.arguments import require_one_of
 from adabatch.optim.kfac import KFAC
 from adabatch.optim.mup.laws import Method as LawName
 from adabatch.optim.mup.plans import Plan
@@ -77,7 +78,6 @@ def optimizers_for(
     Raises:
         ValueError: an unknown method, or Muon with a torch that has none (it came with torch 2.9).
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    require_one_of("method", method, METHODS)
     made = METHODS[method](model, plan, lr, damping)
     return [made] if isinstance(made, Optimizer) else list(made)

@@ -8,10 +8,11 @@ from typing import NamedTuple, TypeVar, get_args
 
 from torch import nn
 
+from adabatch.arguments import some
 from adabatch.optim.mup.entry import Dim, Entry, Role, role_of
 from adabatch.optim.mup.layouts import Use, parsed_layout, use_of
 from adabatch.optim.mup.names import all_names, joined, named_modules
-from adabatch.optim.mup.plans import Plan, check_names, matching, some
+from adabatch.optim.mup.plans import Plan, check_names, matching
 
 T = TypeVar("T")
 

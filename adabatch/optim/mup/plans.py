@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from adabatch.arguments import require_one_of, some
 from adabatch.optim.mup.entry import Entry
 from adabatch.optim.mup.laws import LAWS, AdamLaw, Law, Method, law_of
 from adabatch.optim.mup.names import named_parameters
@@ -93,15 +94,14 @@ class Plan:
         law = law_of(method)
         if weight_decay and isinstance(law, AdamLaw) and not law.decoupled:
             raise ValueError(f"adam's coupled decay ({weight_decay}) has no width law: use adamw")
-        if decay_scaling not in get_args(DecayScaling):
-            raise ValueError(f"decay_scaling must be one of {', '.join(get_args(DecayScaling))}, got {decay_scaling!r}")
+        require_one_of("decay_scaling", decay_scaling, DecayScaling)
         named = self.parameters_of(model)
         chosen = list(named) if only is None else matching(named, [only] if isinstance(only, str) else only)
         names = [name for name in chosen if named[name].requires_grad]
         left = [name for name in names if not law.takes(self.entries[name])]
         if left:
             raise ValueError(
-                f"{law.name} cannot take {some(left)}: give it only=plan.taken_by({law.name!r}), and the rest, "
+                f"{law.name} cannot take {some(left, SHOWN)}: give it only=plan.taken_by({law.name!r}), and the rest, "
                 f"only=plan.left_by({law.name!r}), to a first-order optimizer"
             )
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -205,7 +205,7 @@ def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"no parameter is called {pattern!r}: there are {some(list(names))}")
+            raise ValueError(f"no parameter is called {pattern!r}: there are {some(list(names), SHOWN)}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -219,10 +219,5 @@ def check_names(known: Collection[str], found: Collection[str], what: str) -> No
     less = [name for name in known if name not in found]
     if more or less:
         both = (("it has also", more), ("it lacks", less))
-        differences = [f"{text} {some(names)}" for text, names in both if names]
+        differences = [f"{text} {some(names, SHOWN)}" for text, names in both if names]
         raise ValueError(f"the model is of another architecture than {what}: {'; '.join(differences)}")
-
-
-def some(names: Sequence[str]) -> str:
-    """Names for a message, not all of very many."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from adabatch.arguments import require
 from adabatch.optim.mup.plans import Plan
 from adabatch.optim.mup.trial import Batch, Loss, MakeModel, Observe, Parameterization, Trial, check_widths, seeded
 
@@ -119,8 +120,7 @@ def transfer_sweep(
     for name, values in (("lrs", lrs), ("dampings", dampings)):
         if not values:
             raise ValueError(f"{name} must hold one value at least, got none")
-    if steps < 1:
-        raise ValueError(f"steps must be 1 or more, got {steps}")
+    require(steps >= 1, "steps must be 1 or more", steps)
     runs = []
     for width in widths:
         for lr in lrs:

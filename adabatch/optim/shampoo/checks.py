@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from adabatch.arguments import require
+
 
 def check_group(options: Mapping[str, Any]) -> None:
     """Raises ``ValueError`` for an option of a parameter group that is out of its range."""
@@ -17,18 +19,15 @@ def check_group(options: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}")
     for name in ("lr", "weight_decay"):
-        if not 0 <= options[name] < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {options[name]}")
+        require(0 <= options[name] < math.inf, f"{name} must be finite and not negative", options[name])
     if not 0 < options["exponent"] <= 0.5:
         raise ValueError(f"exponent must be in (0, 0.5], 0.25 for classical Shampoo, got {options['exponent']}")
     epsilon = options["epsilon"]
     if epsilon is None and not options["relative"]:
         raise ValueError("an absolute epsilon (relative=False) has no default: give epsilon=")
-    if epsilon is not None and not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon must be finite and not negative, got {epsilon}")
+    require(epsilon is None or 0 <= epsilon < math.inf, "epsilon must be finite and not negative", epsilon)
     for name in ("beta", "momentum"):
-        if not 0 <= options[name] < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {options[name]}")
+        require(0 <= options[name] < 1, f"{name} must be in [0, 1)", options[name])
     if options["refresh_every"] < 1 or options["refresh_warmup"] < 0:
         raise ValueError(
             f"refresh_every must be 1 or more and refresh_warmup 0 or more, got {options['refresh_every']} and "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+from adabatch.arguments import require
+
 
 def checked_count(name: str, value: Any, *, least: int, most: int, why: str = "") -> int:
     """The number as an ``int``; numbers of numpy and torch are whole numbers too.
@@ -26,6 +28,5 @@ def checked_count(name: str, value: Any, *, least: int, most: int, why: str = ""
         count = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
-    if not least <= count <= most:
-        raise ValueError(f"{name} must be from {least} to {most}{why and f' ({why})'}, got {count}")
+    require(least <= count <= most, f"{name} must be from {least} to {most}{why and f' ({why})'}", count)
     return count

@@ -8,6 +8,7 @@ from typing import Any, Unpack, final
 
 from torch import Tensor, nn
 
+from adabatch.arguments import some
 from adabatch.runtime.collectives import collectives_of
 from adabatch.runtime.engines.backward import PLAIN, Backward
 from adabatch.runtime.engines.engine import Engine, GradientSync
@@ -72,7 +73,7 @@ class FSDP2Engine(Engine):
         strange = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in trained]
         if strange:
             raise ValueError(
-                f"the optimizer does not hold {_some(strange)}, but FSDP2 reduces their gradients together with those "
+                f"the optimizer does not hold {some(strange)}, but FSDP2 reduces their gradients together with those "
                 f"of its parameters, so that they cannot be measured apart: freeze them with requires_grad_(False), or "
                 f"give them to the optimizer"
             )
@@ -81,7 +82,3 @@ class FSDP2Engine(Engine):
                 "gradient_sync='last' on a single rank leaves one part, which has no spread to measure: use 'each'"
             )
         return ReduceScatterProbe(self.model, **options)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more parameters" if len(names) > 3 else "")

@@ -15,6 +15,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from adabatch.arguments import require
+
 
 @runtime_checkable
 class OuterOptimizer(Protocol):
@@ -133,5 +135,4 @@ def begin(momenta: list[Tensor], parameters: Sequence[Tensor]) -> None:
 def _check(lr: float, momentum: float) -> None:
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"the outer lr must be a positive number, got {lr}: DiLoCo has 0.7, SlowMo 1.0")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"the outer momentum must be in [0, 1), got {momentum}")
+    require(0 <= momentum < 1, "the outer momentum must be in [0, 1)", momentum)

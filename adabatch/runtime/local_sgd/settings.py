@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
+from adabatch.arguments import require_one_of
 from adabatch.batch.plan import Duration
 from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
@@ -62,8 +63,7 @@ class Settings:
     def __post_init__(self) -> None:
         words = {"compression": Compression, "weights": AverageWeights, "measure": MeasuredStep, "spread": Spread}
         for name, allowed in words.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+            require_one_of(name, getattr(self, name), allowed)
         if isinstance(self.period, type) or not isinstance(self.period, Period):
             raise TypeError(
                 f"sync_every must be a number of local steps, or Fixed, Table or Quadratic of adabatch.local_sgd, got "
