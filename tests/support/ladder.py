@@ -26,12 +26,14 @@ BY_MICRO_BATCH: dict[str, Any] = {
     "max_micro_batch_size": 256,
     "limits": Limits(min=8, max=512),
     "control": Control(hysteresis=0.99, growth=2.0, memory=30),
+    "lr_rule": "none",
 }
 BY_ACCUMULATION: dict[str, Any] = {
     "criterion": NormTest(eta=0.5),
     "micro_batch_size": 2,
     "limits": Limits(min=4, max=48),
     "control": Control(growth=1.6, hold=12),
+    "lr_rule": "none",
 }
 # From 1 to 4 accumulation steps after 3 steps, which is no multiple of 4.
 JUMP: dict[str, Any] = {
