@@ -55,7 +55,8 @@ def message(call: Callable[[], Any]) -> str:
 
 def adaptive(model: nn.Module, **options: Any) -> AdaptiveBatch:
     optimizer = SGD(options.pop("parameters", model.parameters()), lr=0.1)
-    options = {"criterion": NormTest(eta=0.5), "limits": Limits(min=16, max=64), "micro_batch_size": 4, **options}
+    defaults = {"criterion": NormTest(eta=0.5), "limits": Limits(min=16, max=64), "micro_batch_size": 4}
+    options = defaults | {"lr_rule": "none"} | options
     return AdaptiveBatch(model, optimizer, options.pop("criterion"), **grouped(options))
 
 
