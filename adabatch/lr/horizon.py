@@ -1,4 +1,4 @@
-"""The steps that a schedule is judged over: equal ones, or those of a recorded run."""
+"""The steps over which a schedule is evaluated: equal ones, or those of a recorded run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from adabatch.lr.refine import stretch
 from adabatch.lr.shapes import FloatArray, warmup_factor
 
 DISTANCE = 1.0
-"""From the start to a minimiser. It is never known, and only scales the answers."""
+"""Distance from the start to a minimiser. It is never known, and only scales the results."""
 
 
 class Horizon(NamedTuple):
     """Steps with their progress, batch factor and gradient norm.
 
-    The batch of a recorded run grew, so that its steps are unequal parts of its progress, its learning rate had a batch
-    factor, and its gradient norms have the noise of their batch in them. All three go into the bound as they were.
+    If the batch of a recorded run grew, its steps are unequal parts of its progress, its learning rate had a batch
+    factor, and its gradient norms contain the noise of their batch. The bound uses all three as they were.
 
     Args:
         edges: what was consumed before each step and after the last, in the unit of progress, shape (num_steps + 1,).

@@ -24,7 +24,7 @@ class DataPosition:
 
     Args:
         sequence: the examples.
-        seen: places consumed, from the beginning of the first epoch.
+        seen: number of places consumed since the beginning of the first epoch.
         moves: how often the place was set from outside.
     """
 
@@ -34,11 +34,11 @@ class DataPosition:
 
 
 class Dealer:
-    """The batch sampler inside a ``DataLoader``: lists of this rank's examples, without end.
+    """The batch sampler inside a ``DataLoader``: endless lists of this rank's examples.
 
-    It cuts the sequence into micro-batches, of which the ranks take consecutive slices. Where epochs are not joined,
-    the last micro-batch of each is cut short. The cuts depend on the place alone, so they are known however far loading
-    processes run ahead.
+    It cuts the sequence into micro-batches, of which the ranks take consecutive slices. If epochs are not joined, the
+    last micro-batch of each epoch is shorter. The cuts depend only on the place, so they are known however far the
+    loading processes run ahead.
     """
 
     def __init__(self, sequence: ExampleSequence, rank: int, dp_size: int, *, join_epochs: bool) -> None:
@@ -46,7 +46,7 @@ class Dealer:
         self._rank = rank
         self._dp_size = dp_size
         self._join_epochs = join_epochs
-        self.place = 0  # of the next micro-batch to be dealt
+        self.place = 0  # of the next micro-batch that the loader will request
         self.micro_batch_size = 0
         self.in_flight = 0
 
@@ -66,7 +66,7 @@ class Dealer:
         return min(self.micro_batch_size, -(-left // self._dp_size))
 
     def sizes_from(self, place: int, count: int) -> list[int]:
-        """The sizes of a step of ``count`` micro-batches, or of fewer where the epoch ends."""
+        """The sizes of a step of ``count`` micro-batches, or of fewer at the end of an epoch."""
         sizes: list[int] = []
         epoch = place // self._sequence.length
         while len(sizes) < count and (self._join_epochs or place // self._sequence.length == epoch):
@@ -76,11 +76,11 @@ class Dealer:
 
 
 class OrderFeed:
-    """Portions of a ``GlobalOrder`` for one rank. Endless: the caller says when an epoch is enough.
+    """Portions of a ``GlobalOrder`` for one rank. Endless: the caller decides where a pass ends.
 
-    A step is exactly its plan, whatever loading processes prepared ahead: micro-batches of a size that is no longer
-    wanted are thrown away when they arrive, and their examples dealt anew. So neither limits nor the repetition of a
-    run depend on how much was under way; a change of the micro-batch costs one filling of the loading queue.
+    A step is exactly its plan, whatever the loading processes have prefetched: micro-batches of an old size are dropped
+    when they arrive, and their examples are loaded again. Limits and reproducibility therefore do not depend on how
+    much was prefetched; a change of the micro-batch costs one filling of the loading queue.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class OrderFeed:
         self._moves = self._place.moves
         sequence = self._place.sequence
         self._dealer = Dealer(sequence, self._rank, self._dp_size, join_epochs=self._join_epochs)
-        # A generator of its own keeps torch's global one untouched: the loader draws the seeds of its workers from it,
-        # which must differ between ranks and passes, or all would augment alike.
+        # A separate generator keeps torch's global one untouched. The loader draws the seeds of its workers from it,
+        # which must differ between ranks and passes, or all would augment in the same way.
         seeds = generator(sequence.seed, -1 - self._place.seen * self._dp_size - self._rank)
         self._loader = self._make_loader(self._dealer, seeds)
         self._batches: Iterator[Any] | None = None
@@ -107,7 +107,7 @@ class OrderFeed:
     def take(self, plan: BatchPlan) -> Portion:
         """The next ``plan.global_batch_size`` examples; fewer at the end of an epoch that is not joined to the next.
 
-        Taken again before the step counts as consumed, it begins at the same examples, whatever the plan.
+        If called again before the step is consumed, it begins at the same examples, whatever the plan.
         """
         if self._moves != self._place.moves:
             self._restart()
@@ -119,7 +119,7 @@ class OrderFeed:
         return Portion(self._arrivals(sizes), sizes, sum(sizes) * self._dp_size)
 
     def _redeal(self, micro_batch_size: int) -> None:
-        """Deals from the present place on, and lets what was dealt before arrive for nothing."""
+        """Requests micro-batches from the current place on; those requested before are dropped when they arrive."""
         self._dealer.place = self._arriving = self._place.seen
         self._dealer.micro_batch_size = micro_batch_size
         for _ in range(self._dealer.in_flight):

@@ -75,10 +75,10 @@ class Engine(ABC):
         return self.no_sync()
 
     def switched_off(self, *, last: bool) -> str | None:
-        """What keeps the backward to come from reducing, though it has to; None where nothing does.
+        """The switch that keeps the next backward from reducing although it has to; None if there is none.
 
         Args:
-            last: the backward is that of a step's last micro-batch.
+            last: whether the backward is that of a step's last micro-batch.
         """
         return None
 
@@ -94,7 +94,7 @@ class Engine(ABC):
         """
 
     def inner_loop_ended(self) -> None:  # noqa: B027  (most engines do nothing then)
-        """Called when a step's micro-batches have been run, after its decision if its gradient is reduced by then."""
+        """Called after a step's micro-batches, and after its decision if its gradient is reduced by then."""
 
     def steps_alone(self) -> bool:
         """Whether the next step uses this rank's own gradient instead of the mean over the ranks."""
