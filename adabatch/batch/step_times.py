@@ -118,9 +118,7 @@ class StepTimes:
             if solved.min() >= 0:
                 found[used] = solved / scale[used]
                 break
-            used = np.delete(
-                used, np.argmin(solved)
-            )  # times are not negative: the nearest is 0
+            used = np.delete(used, np.argmin(solved))  # times are not negative: the nearest is 0
         return StepTimeModel(*found.tolist())
 
     def state_dict(self) -> list[list[Any]]:

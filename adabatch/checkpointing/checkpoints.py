@@ -249,7 +249,7 @@ class Checkpoints:
             return None
         self._damaged |= found.damaged.keys()
         for problem in found.damaged.values():
-            _log.warning("%s; going on from %s", problem, found.path.name)
+            _log.warning("%s; resuming from %s", problem, found.path.name)
         saved, now = found.manifest.contents, self._run.describe()
         if not (isinstance(saved.get("parts"), dict) and isinstance(saved.get("sharded"), bool)):
             raise CheckpointError(f"{found.path}: {MANIFEST} matches its checksum, and says nothing of a run")

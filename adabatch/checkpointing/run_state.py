@@ -184,7 +184,7 @@ class RunState:
             return
         bad = next((name for name, piece in pieces.items() if not torch.isfinite(piece).all()), "a parameter")
         raise CheckpointError(
-            f"{bad} holds numbers that are not finite, and going on from them would be of no use: the checkpoints that "
+            f"{bad} holds numbers that are not finite, and resuming from them would be of no use: the checkpoints that "
             f"are there stay; resume from the newest with a smaller learning rate"
         )
 

@@ -122,9 +122,7 @@ class UpdateScaling:
         Args:
             group: the group's settings at the reference batch size.
         """
-        names = [
-            name for name in self.followers.settings if name in group
-        ]  # one of several may lack some
+        names = [name for name in self.followers.settings if name in group]  # one of several may lack some
         if not names:
             return {}
         exponents = self.exponents(group["betas"]) if "betas" in names else None
