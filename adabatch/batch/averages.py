@@ -112,6 +112,7 @@ class Averages:
 
     def with_probe(self, probe: Probed, decay: float, weight: float = 1.0) -> Averages:
         """The averages with one more probe that counts ``weight`` times."""
+        # West's update of mean and spread: no difference of large sums of squares, which would cancel.
         total = decay * self.weight + weight
         share = weight / total if total > 0 else 0.0
         d_noise, d_signal = probe.noise - self.noise, probe.signal - self.signal
@@ -148,6 +149,7 @@ class Averages:
 
     def covariance(self) -> tuple[float, float, float]:
         """Variance of the average noise, of the average signal, and their covariance; infinite after a single probe."""
+        # Bessel's correction for weights: with n equal ones this is n - 1.
         freedom = self.weight - self.weight_sq / self.weight if self.weight else 0.0
         if freedom <= 1e-12:
             return math.inf, math.inf, 0.0
@@ -202,9 +204,10 @@ class ProbeWindow:
     @cached_property
     def weights(self) -> tuple[float, ...]:
         """How much each of the last probes counts, from 0 (an outlier) to 1."""
-        if self.decay == 0:
+        if self.decay == 0:  # the single probe of `Control.direct()` is followed whatever it says
             return (1.0,) * len(self.recent)
         noise, grad = self._noise, self._grad
+        # The smaller of two weights: a spike of the data may show in the noise or in the length of the gradient only.
         return tuple(
             min(_weight(one, noise.spread), _weight(other, grad.spread))
             for one, other in zip(noise.deviations, grad.deviations, strict=True)
@@ -224,12 +227,14 @@ class ProbeWindow:
         if len(window.recent) > RECENT:
             window = window._shortened()
         if window._has_changed():
+            # Only the probes that agree count, so that the memory grows again from there.
             num_probes = round(sum(window.weights))
             window = replace(window, past=Averages(norm=moments.norm), num_probes=num_probes)
         return window
 
     def _shortened(self) -> ProbeWindow:
         """The window after its oldest recent probe has moved into the past."""
+        # Its weight was computed again at each of the probes after it, and is final now.
         weight = self.weights[0]
         past = self.past.with_probe(self.recent[0], self.decay, weight)
         share = weight / past.weight if past.weight > 0 else 0.0
@@ -280,11 +285,13 @@ class ProbeWindow:
             prior: one over the degrees of freedom that a value has at least.
         """
         center, number = median(values), len(values)
-        if not center > 0:
+        if not center > 0:  # no scale to compare with, so no probe is an outlier
             return _Judged((0.0,) * number, 0.0, center)
         deviations = tuple(math.cbrt(value / center) - 1 for value in values)
         # The median absolute deviation of few normal numbers, with the usual correction.
         scale = 1.4826 * number / (number - 0.8) * median(map(abs, deviations))
+        # Seven values alone give a poor spread, so it is pooled with that of the past, and with the variance of a
+        # chi-square on the scale of cube roots, 2 / 9 over its degrees of freedom, which matters early in a run.
         sources = ((PRIOR, 2 / 9 * prior), (self.past.num_effective, scatter), (number - 1, scale**2))
         total = sum(weight for weight, _ in sources)
         return _Judged(deviations, math.sqrt(sum(weight * square for weight, square in sources) / total), center)

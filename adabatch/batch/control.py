@@ -299,7 +299,7 @@ def estimate(
 
     n, s, freedom = averages.noise, averages.signal, averages.freedom
     center = wanted(n, s)
-    if math.isnan(center) or center <= 0:
+    if math.isnan(center) or center <= 0:  # no logarithm, and so no bar
         return Estimate(center, math.nan, math.nan, freedom)
     below, above = (
         _quantile(one, averages.num_effective - 1)
@@ -308,11 +308,13 @@ def estimate(
     var_noise, var_signal, cov = averages.covariance()
     bounded = math.isfinite(var_noise) and math.isfinite(below) and math.isfinite(above)
     if math.isinf(center):
+        # No signal: the upper bound is infinite too. The lower bound is the size for the largest signal that the data
+        # do not exclude, so that a batch may grow out of pure noise.
         if below == 0 or not bounded or var_signal <= 0:
             return Estimate(center, math.nan, math.inf, freedom)
         error = math.sqrt(var_signal)
         return Estimate(center, wanted(n + below * cov / error, s + below * error), math.inf, freedom)
-    if below == above == 0:
+    if below == above == 0:  # confidence 0.5 asks for no bar, also after a single probe
         return Estimate(center, center, center, freedom)
     if not bounded:
         return Estimate(center, 0.0, math.inf, freedom)
@@ -324,8 +326,10 @@ def estimate(
             return math.inf
         return (math.log(up) - math.log(down)) / width
 
+    # Steps of the differences. The signal may be tiny or zero, so its step is at least on the scale of the noise in
+    # the gradient of the batch.
     dn, ds = 1e-4 * abs(n), 1e-4 * max(abs(s), abs(n) / plan.global_batch_size)
-    if 0 < s <= ds:
+    if 0 < s <= ds:  # both sides of the difference must have a positive signal
         ds = s / 2
     by_noise = slope(wanted(n + dn, s), wanted(n - dn, s), 2 * dn)
     by_signal = slope(wanted(n, s + ds), wanted(n, s - ds), 2 * ds)
@@ -341,6 +345,7 @@ def estimate(
 
     # Past e^50 the interval says nothing; the cap only keeps exp() finite.
     low, high = (center * math.exp(max(-50.0, min(50.0, t * error))) for t in (-below, above))
+    # The linear bar is too short if the signal is uncertain: the exact size at the edge of the region widens it.
     near, far = edge(-below), edge(above)
     return Estimate(
         center,
@@ -454,6 +459,8 @@ def decide(
     state = replace(state, hold=max(0, state.hold - 1), until_probe=max(0, state.until_probe - 1))
     usable = finite and moments is not None and _usable(moments)
     if moments is not None:
+        # Counted down from each probe instead of a modulus of the step number: it also works if a resumed run has
+        # another interval, or if a step that was due was not measured.
         state = replace(state, until_probe=control.interval - 1)
         if usable:
             decay = control.decay_after(state.window.num_probes + 1)
@@ -481,6 +488,7 @@ def decide(
             plug_in=control.memory == 1,
         )
         goal, reason = _followed(asked, control, plan.global_batch_size, held=held)
+    # A single part has no noise: that is "not probed", not a failure.
     elif moments is not None and not (moments.is_finite and moments.num_parts < 2):
         reason = Reason.NOT_FINITE
     most = control.growth * plan.global_batch_size
@@ -488,14 +496,17 @@ def decide(
         wait = hold_until if control.hold_until is None else control.hold_until
         next_above = grid.next_above(plan.global_batch_size)
         paced = math.inf if control.pace == math.inf else control.pace * progress.examples
+        # The limit first: it lasts, while the warm-up and the pace pass.
         if next_above > high:
             reason = Reason.AT_LIMIT
         elif wait is not None and not progress.reached(wait):
             reason = Reason.WARM_UP
+        # Not in many tiny steps: what the pace allows must exceed the hysteresis too.
         elif paced < max(next_above, plan.global_batch_size * (1 + control.hysteresis)):
             reason = Reason.PACE
         most = min(most, paced)
     if reason not in (Reason.GROW, Reason.SHRINK):
+        # Not the wanted size: a moving limit may still require a change, which starts from the present size.
         goal = plan.global_batch_size
     chosen, reason = _carried_out(min(goal, UNLIMITED), reason, plan, control.growth, most, grid, low, high)
     if chosen != plan:
@@ -527,10 +538,13 @@ def _followed(asked: Estimate, control: Control, present: int, *, held: bool) ->
         return asked.low, Reason.HOLD if held else Reason.GROW
     if present <= wanted * band and wanted <= present * band:
         return wanted, Reason.HYSTERESIS if control.hysteresis else Reason.AGREES
+    # Monotone before the error bar: the journal then says why the batch never shrinks, however certain the estimate.
     if wanted < present and control.monotone:
         return wanted, Reason.MONOTONE
+    # An empty bar (confidence 0.5) follows every estimate.
     if asked.low <= present <= asked.high and asked.low < asked.high:
         return wanted, Reason.NOT_SIGNIFICANT
+    # Last, so that "hold" in the journal means that the batch would have changed otherwise.
     if held:
         return wanted, Reason.HOLD
     return wanted, Reason.GROW if wanted > present else Reason.SHRINK

@@ -176,6 +176,7 @@ class Checkpoints:
         if self._batches is not None:
             self._batches.settle(scaled=self._scaled)
             steps = self._batches.consumed.steps
+        # Errors are kept until all ranks have met below: a rank that raised here would leave the others waiting.
         failure, number = self._waited(), 0
         taken: Snapshot | None = None
         try:
@@ -185,6 +186,8 @@ class Checkpoints:
         if failure is None and self._ranks.rank == 0:
             try:
                 self._begin_folder()
+                # From the system: a seeded generator could give the same number to another writer, and would change
+                # the run's random numbers.
                 nonce = secrets.randbits(40)
                 number = begin(self._folder, steps, nonce)
             except (OSError, CheckpointError) as error:

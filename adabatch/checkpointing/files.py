@@ -100,7 +100,7 @@ def begin(folder: Path, steps: int, nonce: int = 0) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     number = 1
     for path in folder.iterdir():
-        if _BEING_WRITTEN.fullmatch(path.name):
+        if _BEING_WRITTEN.fullmatch(path.name):  # of a writer that was killed: the lock allows only one at a time
             _remove(path)
         elif match := _NAME.fullmatch(path.name):  # a file of that name too is in the way
             number = max(number, int(match[1]) + 1)
@@ -127,6 +127,7 @@ def sealed(unfinished: Path, pattern: str = "**/*") -> Files:
     files = {}
     for path in unfinished.glob(pattern):
         if path.is_file():
+            # opened for writing, because some systems refuse to sync a file that was opened for reading only
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
                 files[path.relative_to(unfinished).as_posix()] = (path.stat().st_size, _digest(file))
@@ -175,6 +176,7 @@ def finish(
     for path in [*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished]:
         _sync_folder(path)
     finished = unfinished.with_name(unfinished.name.partition(".")[0])
+    # As late as possible: whoever has taken the folder over in the meantime must not find this checkpoint in it.
     fence()
     unfinished.rename(finished)
     _sync_folder(finished.parent)

@@ -91,6 +91,7 @@ class DriftCheck(StepObserver):
         """
         if step % self._every == 0:
             self._observers.at(Phase.DRIFT_CHECK, Moment(step, self._run.plan))
+            # Learning rates too: ranks with different schedules drift in the next update, which is easier to find here.
             rates = [host_value(group["lr"]) for group in self._optimizer.param_groups]
             held = (self._run.held(), rates)
             check_same(self._engine.collectives, self._engine.model, plan=held, when=f"before step {step}")

@@ -108,6 +108,7 @@ class Trials:
             RuntimeError: if the trial failed on another rank, other than for lack of memory.
             Exception: the error of this rank, other than for lack of memory.
         """
+        # The micro-batch of the trial is put back in front, so that the step consumes exactly the same data.
         rest = iter(portion.batches)
         first = next(rest)
         outcome, error = self._outcome(first, plan)
@@ -122,6 +123,7 @@ class Trials:
         if worst == -_TOO_LARGE:
             self._too_large = size
             self._found.append(size)
+            # one message per run, and not one per rank
             if self._engine.collectives.rank == 0:
                 _log.warning(
                     "a micro-batch of %d examples ran out of memory: micro-batches stay at %d examples at most, and "
@@ -145,6 +147,8 @@ class Trials:
         except Exception as error:
             found = (_TOO_LARGE, None) if is_out_of_memory(error) else (_RAISED, error)
         if found[0] == _TOO_LARGE:
+            # Cycles through the error's traceback may still hold the activations; freed memory goes back to the device,
+            # because the smaller micro-batch needs blocks of other sizes.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -172,7 +176,7 @@ class Trials:
         buffers = [(buffer, buffer.clone()) for buffer in inner.buffers()]
         numbers = random_state(device)
         for p, _ in grads:
-            p.grad = None
+            p.grad = None  # put aside, not cleared: the tensors themselves come back
         try:
             with self._engine.alone():
                 yield

@@ -86,6 +86,7 @@ class Votes(Rider):
 
     def _hear(self, votes: float) -> None:
         self._unheard = 0
+        # Sums of small whole numbers are exact in float64, so that all ranks count the same.
         saves, stops = divmod(votes, _SAVE)
         self.save = saves > 0
-        self.stop = self.stop or stops > 0
+        self.stop = self.stop or stops > 0  # a vote to stop is never withdrawn

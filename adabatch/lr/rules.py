@@ -71,6 +71,7 @@ def gain(ratio: float, reference: float, *, noise: float, signal: float) -> floa
     # overflow and make the quotient NaN.
     share = 1 / (1 + noise / reference / signal)
     value = ratio / (1 + (ratio - 1) * share)
+    # rounding must not leave the range between 1 and the ratio
     return min(max(value, min(1.0, ratio)), max(1.0, ratio))
 
 
