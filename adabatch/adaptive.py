@@ -73,13 +73,16 @@ class AdaptiveBatch:
         control: how cautiously the criterion is followed; by default the batch grows and shrinks, and waits for the
             end of the schedule's warm-up before it grows.
         lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain" or "sqrt_gain". The default
-            is "sqrt" for ``KFAC`` and ``Shampoo`` (no rule has been derived for them; arXiv 2602.03001 uses this one),
-            "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule, whose decay of the learning rate comes on top of
-            it, and "none" otherwise.
+            is "gain" if the batch follows Euclidean noise, "sqrt" for ``KFAC`` and ``Shampoo`` (no rule has been
+            derived for them; arXiv 2602.03001 uses this one), "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule,
+            whose decay of the learning rate comes on top of it, and "none" otherwise, as for all other schedules. The
+            default was chosen in ``benchmarks/frontier.py``.
         follow: what else follows the batch during an update: "betas", "eps", "weight_decay" (decoupled). The
             optimizer's memory and decay per example then stay what they are at the reference batch size. With "betas",
             the optimizer counts its steps in updates of that size, so that its bias correction stays right. The betas
-            do not fall below floors (0.5 and 0.95), which ``lr.Followers`` changes.
+            do not fall below floors (0.5 and 0.95), which ``lr.Followers`` changes. The default is ``("betas",)`` if
+            ``lr_rule`` is left out, is "gain" by default, and the optimizer is torch's ``Adam`` or ``AdamW``; it is
+            ``()`` otherwise.
         reference_batch_size: the global batch size that the base LR was tuned for; by default the first of the run.
         tokens_per_example: needed for durations in tokens.
         probe: how gradients are measured; by default chosen by the engine.
@@ -112,7 +115,7 @@ class AdaptiveBatch:
         max_micro_batch_size: int | None = None,
         control: Control | None = None,
         lr_rule: LRRule | None = None,
-        follow: Followers | Collection[Setting] = (),
+        follow: Followers | Collection[Setting] | None = None,
         reference_batch_size: int | None = None,
         tokens_per_example: int | None = None,
         probe: Probe | None = None,

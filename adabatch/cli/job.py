@@ -104,8 +104,10 @@ class Job:
         max_micro_batch_size: how far the micro-batch may grow before steps accumulate; if a larger one runs out of
             memory, it does not grow further (not under fsdp2 and deepspeed).
         control: how cautiously the criterion is followed.
-        lr_rule: how the learning rate follows the batch; by default "sqrt" for second-order optimizers, else "none".
-        follow: what else follows the batch: betas, eps, weight_decay.
+        lr_rule: how the learning rate follows the batch; by default "gain" if the batch follows noise, "sqrt" for
+            second-order optimizers, else "none".
+        follow: what else follows the batch: betas, eps, weight_decay; by default the betas of Adam and AdamW, if
+            lr_rule is left out too and the batch follows noise.
         reference_batch_size: global batch size for which the learning rate was tuned; by default the first one.
         shape: learning-rate schedule over the run, from adabatch.lr.
         warmup: linear warm-up of the learning rate before the shape, a duration or a share of the total (0.1).
@@ -143,7 +145,7 @@ class Job:
     max_micro_batch_size: int | None = None
     control: Control | None = None
     lr_rule: LRRule | None = None
-    follow: tuple[Setting, ...] = ()
+    follow: tuple[Setting, ...] | None = None
     reference_batch_size: int | None = None
     shape: Shape | None = None
     warmup: Duration | float | None = None

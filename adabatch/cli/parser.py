@@ -37,7 +37,8 @@ A config file sets all fields; a flag overrides one of them. The most common fie
   --max_micro_batch_size N   how far the micro-batch may grow before steps accumulate
   --limits.min N             smallest global batch size; --limits.max N the largest
   --total.count N            length of the run, in --total.unit examples, tokens, steps or gain_steps
-  --lr_rule RULE             how the learning rate follows the batch: none, linear, sqrt, gain, ...
+  --lr_rule RULE             how the learning rate follows the batch: none, linear, sqrt, gain, ...;
+                             left out, gain and the betas of Adam follow if the batch follows noise
   --shape SHAPE              schedule of the learning rate, such as adabatch.lr.cosine; --warmup before it
   --engine NAME              ddp (default), fsdp2 or deepspeed
   --seed N                   of weights, order of the data and everything random
