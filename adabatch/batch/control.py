@@ -45,6 +45,7 @@ class Reason(StrEnum):
     NOT_PROBED = "not probed"
     NOT_FINITE = "not finite"
     WEIGHS_NOTHING = "weighs nothing"
+    NOT_COMMITTED = "not committed"
     NO_NOISE = "no noise"
     NO_SIGNAL = "no signal"
     MONOTONE = "monotone"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,23 +43,42 @@ def explained() -> Iterator[None]:
         raise
 
 
+Reducer = Callable[[Tensor, Any], Tensor]
+"""Reduces a tensor over the ranks that are there, in place, by a ``dist.ReduceOp``; returns it."""
+
+
 class Collectives:
     """Reductions over the ranks that see different data.
+
+    Attributes:
+        rank, size: this rank's number, and how many there are.
+        fixed: whether both stay what they are.
 
     Args:
         groups: their process group; empty for a single process. If no single group spans the grid of ranks (HSDP beside
             pipeline stages), one group per dimension, the outermost first; reductions then run over one after the
             other.
         device: where the groups' backend expects its tensors.
+        reducer: of a host whose ranks come and go, in the place of groups. Until the host says otherwise by
+            ``stand_at``, this rank is alone. Only reductions go over such ranks.
     """
 
-    def __init__(self, *groups: dist.ProcessGroup, device: torch.device | None = None) -> None:
+    def __init__(
+        self, *groups: dist.ProcessGroup, device: torch.device | None = None, reducer: Reducer | None = None
+    ) -> None:
         self._device = device or torch.device("cpu")
         self._groups = groups
+        self._reducer = reducer
+        self.fixed = reducer is None
         self.rank, self.size = 0, 1
         for group in groups:
             size = dist.get_world_size(group)
             self.rank, self.size = self.rank * size + dist.get_rank(group), self.size * size
+
+    def stand_at(self, rank: int, size: int) -> None:
+        """Which of how many ranks this one is from now on, where they come and go."""
+        assert not self.fixed, "the ranks of process groups stay what they are"
+        self.rank, self.size = rank, size
 
     @property
     def device(self) -> torch.device:
@@ -180,6 +199,8 @@ class Collectives:
         return least == -minus_largest
 
     def _reduced(self, values: Tensor, op: Any) -> Tensor:
+        if self._reducer is not None:
+            return self._reducer(values, op)
         with explained():
             for group in reversed(self._groups):
                 dist.all_reduce(values, op=op, group=group)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.counts import checked_count
-from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed
+from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed, ShareDealer, SliceDealer
 from adabatch.runtime.data.sequence import ExampleSequence, Subset, shuffle_of
 from adabatch.runtime.data.shuffles import Shuffle
 
@@ -178,7 +179,18 @@ class GlobalOrder:
 
     def feed(self, rank: int, dp_size: int) -> OrderFeed:
         """The portions of one rank, from the current place on."""
-        return OrderFeed(self._place, self._loader, rank=rank, dp_size=dp_size, join_epochs=self._join_epochs)
+        return self._feed(
+            lambda sequence: SliceDealer(sequence, rank, dp_size, join_epochs=self._join_epochs), rank, dp_size
+        )
+
+    def shared_feed(self, ranks: Collectives) -> OrderFeed:
+        """The portions of one rank of those that come and go: its share of each step, from the current place on."""
+        return self._feed(
+            lambda sequence: ShareDealer(sequence, ranks, join_epochs=self._join_epochs), ranks.rank, ranks.size
+        )
+
+    def _feed(self, make_dealer: Callable[[ExampleSequence], Dealer], rank: int, dp_size: int) -> OrderFeed:
+        return OrderFeed(self._place, self._loader, make_dealer=make_dealer, ranks=(rank, dp_size))
 
     def _loader(self, dealer: Dealer, seeds: torch.Generator) -> DataLoader[Any]:
         return DataLoader(self.dataset, batch_sampler=cast("Any", dealer), generator=seeds, **self._loader_options)

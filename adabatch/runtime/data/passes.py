@@ -49,7 +49,9 @@ class OrderPasses:
     ) -> None:
         check_fits(largest, order)
         self._order = order
-        self._feed = weighed(order.feed(collectives.rank, collectives.size), weigh, collectives)
+        fixed = collectives.fixed
+        feed = order.feed(collectives.rank, collectives.size) if fixed else order.shared_feed(collectives)
+        self._feed = weighed(feed, weigh, collectives)
         self._epoch = order.epoch
 
     def take(self, plan: BatchPlan) -> Portion | None:
@@ -167,6 +169,11 @@ def passes_over(
     Raises:
         ValueError: if the loader cannot run the plans.
     """
+    if not collectives.fixed and not isinstance(loader, GlobalOrder):
+        raise ValueError(
+            f"replicas that come and go share the steps of a GlobalOrder: a {type(loader).__name__} knows nothing of "
+            f"those that are there; use adabatch.GlobalOrder(dataset)"
+        )
     if isinstance(loader, GlobalOrder):
         return OrderPasses(loader, collectives, weigh=weigh, largest=largest)
     if grows_micro_batch:

@@ -63,6 +63,9 @@ class Engine(ABC):
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
+    def before_step(self) -> None:  # noqa: B027  (most engines do nothing then)
+        """Called before a step is planned and taken from the data. The host may load another state of the run in it."""
+
     def begin(self, plan: BatchPlan) -> None:  # noqa: B027  (most engines do nothing then)
         """Called before the first micro-batch of a step with this plan."""
 
@@ -92,6 +95,10 @@ class Engine(ABC):
         Args:
             weight: of this rank's micro-batches: their number of examples, or what ``steps(weigh=)`` returned.
         """
+
+    def commits(self) -> bool:
+        """Whether the step counts, asked once its gradient is measured. One that does not is as if it had not been."""
+        return True
 
     def inner_loop_ended(self) -> None:  # noqa: B027  (most engines do nothing then)
         """Called after a step's micro-batches, and after its decision if its gradient is reduced by then."""

@@ -43,6 +43,12 @@ class HostedEngine(Engine):
     def trained(self, optimizer: Optimizer) -> list[Tensor]:
         return self._inner.trained(optimizer)
 
+    def before_step(self) -> None:
+        self._inner.before_step()
+
+    def commits(self) -> bool:
+        return self._inner.commits()
+
     def begin(self, plan: BatchPlan) -> None:
         """Also tells the host: a step of one micro-batch never enters ``no_sync``."""
         self._inner.begin(plan)
