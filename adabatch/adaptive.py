@@ -194,6 +194,7 @@ class AdaptiveBatch:
                 journal=self._journal,
                 observers=self._observers,
                 skip_nonfinite=bool(guard.skip_nonfinite),
+                hand_norms=bool(criterion.needs),
             )
             undo.callback(self._updates.remove)
 

@@ -55,6 +55,8 @@ class PendingUpdates:
         journal: gets one line per step, once its update is over.
         observers: hear of the end of each inner loop and of each update.
         skip_nonfinite: whether updates whose loss or gradient is not finite are left out.
+        hand_norms: whether optimizers that take the norm that the probe has measured get it. They would add the squares
+            in another order, so under a constant policy, which equals a plain loop to the bit, they do not.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class PendingUpdates:
         journal: Journal,
         observers: StepObserver,
         skip_nonfinite: bool,
+        hand_norms: bool,
     ) -> None:
         self._optimizer = optimizer
         self._groups = optimizer.param_groups
@@ -74,7 +77,7 @@ class PendingUpdates:
         self._journal = journal
         self._observers = observers
         self._skip_nonfinite = skip_nonfinite
-        self._takes_norm = [one for one in each_of(optimizer) if isinstance(one, TakesNorm)]
+        self._takes_norm = [one for one in each_of(optimizer) if hand_norms and isinstance(one, TakesNorm)]
         self._scaled = engine.backward.scale is not None
         self._step: Step | None = None  # the one under way, until it is decided
         self._running = False  # the loop stands inside a step
