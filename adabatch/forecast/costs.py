@@ -35,6 +35,7 @@ ASSUMPTIONS = (
     "take twice as long and more; and nothing of it is hidden behind the backward.",
     "Data-parallel training only: each device holds the whole model, and sends all of its gradient in each step.",
     "Evaluation, checkpoints, data loading and failures are not in the time.",
+    "How far off such a plan is has not been measured yet: the ranges hold the errors of noise and times only.",
 )
 
 
