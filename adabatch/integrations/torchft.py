@@ -267,7 +267,7 @@ def average_gradients(manager: Any, parameters: Sequence[Tensor]) -> None:
 def _average(manager: Any, grads: list[Tensor]) -> None:
     flat = torch.cat([grad.flatten() for grad in grads])
     manager.allreduce(flat).wait()
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+    for grad, mean in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
         grad.copy_(mean.view_as(grad))
 
 
