@@ -194,6 +194,7 @@ class AdaptiveBatch:
                 journal=self._journal,
                 observers=self._observers,
                 skip_nonfinite=bool(guard.skip_nonfinite),
+                hand_norms=bool(criterion.needs),
             )
             undo.callback(self._updates.remove)
 
@@ -326,6 +327,8 @@ class AdaptiveBatch:
         with failing_together(self.collectives, "steps(...)"):
             if until is not None:
                 check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
+            elif not self.collectives.fixed:
+                raise ValueError("replicas that join later count no passes: give steps(until=), in examples or steps")
             passes = passes_over(
                 loader,
                 self.collectives,
@@ -352,6 +355,7 @@ class AdaptiveBatch:
         """One step from ``feed``, or nothing if its pass is over."""
         self._check_in_place()
         self._updates.flush()
+        self._engine.before_step()
         number = self.consumed.steps
         self._updates_in_a_row.check(number, self.progress.steps)
         self._observers.before(number)
@@ -390,6 +394,9 @@ class AdaptiveBatch:
     def _finish(self, step: Step, *, feed: Feed) -> None:
         """The end of the inner loop: decide, and keep what the update will need."""
         self._updates.inner_loop_over()
+        if not self._engine.commits():
+            self._updates.take_back(step)
+            return
         feed.consumed(step.portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)

@@ -157,3 +157,22 @@ def test_early_and_late_growth_take_equal_steps(monkeypatch: pytest.MonkeyPatch,
     claims = importlib.import_module("claims")
     first, later = claims.FIRST, claims.growth(1 / 48, share)
     assert share / first + (1 - share) / later == pytest.approx(1 / 48, rel=0.01)
+
+
+def test_closed_forms_are_compared_with_simulations_and_with_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    study = importlib.import_module("step_time_model")
+    rows = study.compared(rings=(4,), trees=(8,), nodes=(2,))
+    assert [row.algorithm for row in rows] == ["ring", "tree", "hierarchy"] * 2
+    assert all(row.simulated == pytest.approx(row.closed) < min(row.late) for row in rows)
+    table, findings = study.simulations(rows)
+    assert len(table.rows) == 6
+    assert "waits for the slowest" in " ".join(findings)
+    # Made-up times of a ring: the fit finds it, and is nothing off between its ends.
+    timed = [(size, study.ring_seconds(4, size, latency=1e-4, bandwidth=1e9)) for size in study.GLOO_BYTES]
+    found, words = study.rows_of(4, timed)
+    assert [row.closed for row in found] == pytest.approx([seconds for _, seconds in timed])
+    assert "0.0001 s per message, 1e+09 bytes/s" in words
+    table, findings = study.measurements([(found, words)])
+    assert len(table.rows) == len(study.GLOO_BYTES)
+    assert "0% off in the median and 0% at most" in " ".join(findings)
