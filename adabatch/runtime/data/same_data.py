@@ -11,6 +11,7 @@ of their data this time, so that an error is never a coincidence of what was loo
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,8 @@ def check_different(batches: Sequence[Any], collectives: Collectives) -> None:
         mine = _digest(batches, limit)
         # A sum in which each rank has a place of its own, since ranks in a grid of groups can gather nothing.
         digests = collectives.sum_of(*(mine * (rank == collectives.rank) for rank in range(collectives.size)))
-        alike = [rank for rank, digest in enumerate(digests) if digest != _NOTHING and digests.count(digest) > 1]
+        holders = Counter(digests)  # not digests.count(), which takes seconds for 10,000 ranks
+        alike = [rank for rank, digest in enumerate(digests) if digest != _NOTHING and holders[digest] > 1]
         if not alike:
             return
     raise ValueError(
