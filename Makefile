@@ -44,8 +44,7 @@ test: $(INSTALLED_ALL)
 check: $(INSTALLED_ALL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy adabatch
-	$(BIN)/mypy --config-file tests/mypy.ini tests benchmarks examples
+	$(BIN)/mypy
 
 site: $(if $(wildcard $(INSTALLED_ALL)),$(INSTALLED_ALL),$(INSTALLED_DOCS))
 	$(BIN)/python docs/gather_site.py

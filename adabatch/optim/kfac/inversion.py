@@ -14,7 +14,7 @@ from adabatch.optim.kfac.averages import WatchedLayer
 from adabatch.optim.kfac.damping import Damping, DampingForm, Factor, FactorPair, kronecker
 from adabatch.optim.kfac.roots import EigenBasis, Inverted, Root, eigen_basis, inverse, power, power_of_rows
 
-LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError
 
 TRACE_FLOOR = 1e-30
 """Trace below which a factor counts as zero: dead units, or a readout at zero. Its layer takes no step."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, MutableMapping
 import torch
 from torch import Tensor
 
-LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError
 
 ZERO = 1e-30
 """Largest eigenvalue of what counts as zero: from a gradient of norm 1e-15, whose square float32 barely holds."""

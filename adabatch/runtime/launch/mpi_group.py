@@ -38,7 +38,7 @@ def connect(*, rank: int, size: int, timeout: timedelta) -> None:
             f"of {comm.size}: start the job with mpiexec, or unset ADABATCH_BACKEND"
         )
     register()
-    store = dist.HashStore()  # type: ignore[attr-defined]  # asked for, and not used
+    store = dist.HashStore()  # asked for, and not used
     dist.init_process_group(BACKEND, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
@@ -57,7 +57,7 @@ def _group_of(options: Any, _: Any) -> MPIGroup:
     return MPIGroup(comm, options.timeout)
 
 
-class _Done(dist._Work):  # type: ignore[misc, name-defined]  # the name by which Python may derive from it
+class _Done(dist._Work):  # the name by which Python may derive from it
     """A collective that is over."""
 
     def __init__(self, result: list[Tensor]) -> None:

@@ -26,7 +26,7 @@ from adabatch.runtime.probes.norms import gathered, norms
 from adabatch.runtime.probes.parts import PartSums
 from adabatch.runtime.probes.protocol import Probe, given_with
 
-Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]  # type: ignore[name-defined]
+Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]
 """How DDP reduces a bucket: the second argument of ``DistributedDataParallel.register_comm_hook``."""
 
 
@@ -96,7 +96,9 @@ class CommHookProbe(Probe):
         self._group: dist.ProcessGroup = model.process_group
         self.measured = parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = parameters[0].device
-        self._number = None if layers is None else {p: number for number, p in enumerate(parameters)}
+        self._number: dict[Tensor, int] | None = None
+        if layers is not None:
+            self._number = {p: number for number, p in enumerate(parameters)}
         self._layer_sums = LayerSums(parameters, layers, device=self._device)
         self._hook = hook
         self._state = self._group if state is None else state
@@ -126,7 +128,7 @@ class CommHookProbe(Probe):
             for number, p in enumerate(parameters)
         ]
 
-    def _reduce(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+    def _reduce(self, _: object, bucket: dist.GradBucket) -> Future[Tensor]:
         listening = self._listening
         if listening:
             if bucket.buffer().is_sparse:
@@ -142,13 +144,13 @@ class CommHookProbe(Probe):
     def _count(self, number: int, _: Tensor) -> None:
         self._pieces[number] += self._listening
 
-    def _cuts_of(self, bucket: dist.GradBucket) -> list[Cut] | None:  # type: ignore[name-defined]
+    def _cuts_of(self, bucket: dist.GradBucket) -> list[Cut] | None:
         """Where each parameter's gradient lies in the bucket; None where that does not matter."""
         if self._number is None:
             return None
         start = bucket.buffer().storage_offset()
         pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        return [Cut(self._number[p], grad.storage_offset() - start, grad.numel()) for p, grad in pairs]
+        return [Cut(self._number[p], int(grad.storage_offset() - start), int(grad.numel())) for p, grad in pairs]
 
     def _note(self, cuts: list[Cut] | None, reduced: Future[Tensor]) -> Tensor:
         grad: Tensor = reduced.value()
