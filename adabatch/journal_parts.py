@@ -108,7 +108,7 @@ def _kept(part: Path, num_examples: int) -> _Kept:
                 entry = json.loads(text)
                 begins, after = entry["examples"], entry["examples"] + entry["plan"]["global_batch_size"]
             except (ValueError, LookupError, TypeError) as error:
-                damaged = f"{part}, line {number}, is no line of a journal, and not the last ({error})"
+                damaged = f"{part}, line {number}, is not a line of a journal, and not the last one ({error})"
                 continue
             if begins >= num_examples or not text.endswith(b"\n"):
                 break
