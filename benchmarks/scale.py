@@ -36,7 +36,7 @@ import adabatch
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import NormTest
 from adabatch.batch.moments import GradientMoments
-from adabatch.batch.plan import PlanGrid
+from adabatch.batch.plan import BatchPlan, PlanGrid
 from adabatch.forecast.network import Cluster, all_reduce_seconds, fitted, hierarchy_seconds, ring_seconds, tree_seconds
 from adabatch.guards.connections import DEGREE
 from adabatch.guards.lost_ranks import Report, lost_ranks
@@ -44,7 +44,7 @@ from adabatch.journal import Journal, line
 from adabatch.lr.follow import UpdateRules
 from adabatch.planning import Ended, Measured, Planner, Policy
 from adabatch.runtime.collectives import digest_of
-from adabatch.runtime.data.order_feed import Dealer
+from adabatch.runtime.data.order_feed import SliceDealer
 from adabatch.runtime.data.sequence import ExampleSequence, shuffle_of
 from adabatch.runtime.machine_speed import all_reduce_times
 from adabatch.runtime.random_state import random_state
@@ -87,13 +87,12 @@ class Rank:
         )
         self.planner = Planner(policy, PlanGrid(dp_size=dp_size, micro_sizes=(MICRO, 2 * MICRO, 4 * MICRO)))
         sequence = ExampleSequence(EXAMPLES, seed=1, shuffle=shuffle_of(True, EXAMPLES))
-        self.dealer = Dealer(sequence, rank, dp_size, join_epochs=True)
+        self.dealer = SliceDealer(sequence, rank, dp_size, join_epochs=True)
 
     def deal(self) -> list[int]:
         """The examples of this rank's first micro-batch in the next step; the place then moves past the step."""
         plan = self.planner.plan
-        self.dealer.micro_batch_size = plan.micro_batch_size
-        self.dealer.place = self.planner.consumed.examples
+        self.dealer.aim(self.planner.consumed.examples, plan)
         return next(iter(self.dealer))
 
     def end_step(self, moments: GradientMoments) -> Ended:
@@ -148,7 +147,7 @@ def simulate(size: int, steps: int) -> Simulated:
         deal += (time.process_time() - begin) / len(ranks)
         plan = ranks[0].planner.plan
         begin_at = ranks[0].planner.consumed.examples
-        whole = ranks[0].dealer._sequence.at(begin_at, begin_at + plan.micro_batch_size * len(ranks))
+        whole = ranks[0].dealer.sequence.at(begin_at, begin_at + plan.micro_batch_size * len(ranks))
         dealt_once &= sorted(itertools.chain(*dealt)) == sorted(whole.tolist()) and len(set(whole.tolist())) == len(
             whole
         )
@@ -199,8 +198,9 @@ def order_costs() -> list[OrderCost]:
         for where, share in (("beginning", 0.0), ("0.9 of the third epoch", 2.9)):
             tracemalloc.start()
             sequence = ExampleSequence(examples, seed=1, shuffle=shuffle_of(True, 10**9))
-            dealer = Dealer(sequence, ranks - 1, ranks, join_epochs=True)
-            dealer.micro_batch_size, dealer.place = 32, int(share * examples)
+            dealer = SliceDealer(sequence, ranks - 1, ranks, join_epochs=True)
+            plan = BatchPlan(micro_batch_size=32, accumulation_steps=1, dp_size=ranks)
+            dealer.aim(int(share * examples), plan)
             dealing = iter(dealer)
             next(dealing)
             _, peak = tracemalloc.get_traced_memory()
