@@ -35,11 +35,9 @@ from adabatch.batch.averages import Averages
 from adabatch.batch.control import Decision
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments
 from adabatch.batch.plan import BatchPlan, Progress
+from adabatch.journal_parts import PART_BYTES, cut, last_token, rotate
 
 LINE_FORMAT = 1
-CUT = ".cut"
-
-_TAIL = 1 << 20
 
 _log = logging.getLogger("adabatch")
 
@@ -146,9 +144,13 @@ def _ratio(moments: GradientMoments) -> dict[str, Any]:
 class Journal:
     """Appends lines to a JSONL file; each is complete when ``write`` returns, and no file stays open.
 
+    From 256 MiB on the file is put aside as ``NAME.1``, ``NAME.2`` and so on, and the run goes on in an empty one. What
+    reads journals in this package takes all of them.
+
     Args:
         target: the file, whose folder is created; or a sink; or a sequence of sinks with at most one file. None writes
             nothing; all ranks but the first get None.
+        part_bytes: size from which the file is put aside.
 
     Attributes:
         path: the file; None without one.
@@ -161,10 +163,11 @@ class Journal:
         ValueError: if there is more than one file.
     """
 
-    def __init__(self, target: JournalTarget | Sequence[JournalTarget] | None) -> None:
+    def __init__(self, target: JournalTarget | Sequence[JournalTarget] | None, *, part_bytes: int = PART_BYTES) -> None:
         paths, sinks = _sorted_targets(target)
         self.path = paths[0] if paths else None
         self._sinks = sinks
+        self._part_bytes = part_bytes
         self.run = secrets.token_hex(
             6
         )  # from the system's randomness, so that it neither depends on the seeds of a run nor changes their state
@@ -189,43 +192,11 @@ class Journal:
         """
         if self.path is None:
             return 0
-        end, reached, damaged = 0, 0, ""
-        with self.path.open("rb+") as file:
-            for number, text in enumerate(file if num_examples > 0 else (), 1):
-                if damaged:
-                    raise ValueError(damaged)
-                try:
-                    entry = json.loads(text)
-                    begins, after = entry["examples"], entry["examples"] + entry["plan"]["global_batch_size"]
-                except (ValueError, LookupError, TypeError) as error:
-                    damaged = f"{self.path}, line {number}, is not a line of a journal, and not the last one ({error})"
-                    continue
-                if begins >= num_examples or not text.endswith(b"\n"):
-                    break
-                end, reached = end + len(text), after
-            file.seek(end)
-            if rest := file.read():
-                with self.path.with_name(self.path.name + CUT).open("ab") as aside:
-                    aside.write(rest if rest.endswith(b"\n") else rest + b"\n")
-                    aside.flush()
-                    os.fsync(aside.fileno())
-                file.truncate(end)
-        return reached
+        return cut(self.path, num_examples)
 
     def last_run(self) -> str | None:
-        """The token of the run in the last complete line of the journal; None if there is no such line or no token."""
-        if self.path is None:
-            return None
-        with self.path.open("rb") as file:
-            # A line has a few kilobytes, or more with many layers.
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
-            for text in reversed(file.read().split(b"\n")):
-                try:
-                    run = json.loads(text)["run"]
-                except (ValueError, LookupError, TypeError):
-                    continue
-                return run if isinstance(run, str) else None
-        return None
+        """Whose the last whole line of the journal is; None where it has none, or one without the token of a run."""
+        return None if self.path is None else last_token(self.path)
 
     def sync(self) -> None:
         """Syncs the written lines to the disk, so that they survive a loss of power."""
@@ -275,6 +246,7 @@ class Journal:
             with path.open("ab", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 left = memoryview(f"{text}\n".encode())
+                end = size + len(left)
                 while left:
                     left = left[file.write(left) :]
         except OSError as error:
@@ -282,6 +254,8 @@ class Journal:
                 with suppress(OSError):
                     os.truncate(path, size)  # no reader could use an incomplete line
             raise OSError(error.errno, f"the journal could not be written: {error.strerror}", str(path)) from error
+        if end >= self._part_bytes:
+            rotate(path)
 
 
 def _sorted_targets(target: JournalTarget | Sequence[JournalTarget] | None) -> tuple[list[Path], list[JournalSink]]:

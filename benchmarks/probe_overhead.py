@@ -1,12 +1,15 @@
 """What does AdaptiveBatch cost? A DDP step with the probe at every step, against the same step without adabatch.
 
     python benchmarks/probe_overhead.py
+    python benchmarks/probe_overhead.py --bytes    # how much is sent, which no load of the machine changes
 
 Two gloo processes of one thread each train the same 4.8 M-parameter transformer twice side by side: in a plain DDP
 loop, and in the same loop around ``AdaptiveBatch`` with the norm test, whose limits hold the batch constant so that
 both do the same work. The order of the two is shuffled in every round, the same on both ranks, and the ratio is taken
 round by round, once by the clock and once by the processor time of the first rank, which leaves out what other programs
 took. Aims: step time at most 1.05, at most 64 extra bytes communicated a step and rank, at most 1 MiB of extra memory.
+
+With ``--bytes``, by what feeds the loop: a small model takes the same reductions as a large one.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ RANKS = 2
 LENGTH = 128
 PLAIN, OURS = "plain DDP", "AdaptiveBatch"
 TARGETS = {"step time": 1.05, "bytes": 64, "memory": 2**20}
+SMALL = 8  # examples in a micro-batch where bytes alone are counted
 
 
 def batches_of(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -113,6 +117,60 @@ def bytes_sent(step: Callable[[], None]) -> int:
     return sent
 
 
+def bytes_by_feed() -> dict[str, tuple[list[int], int]]:
+    """Bytes handed to all-reduce, by what feeds the loop: in each step of a pass, and after the last one."""
+    x, y = torch.randn(8 * SMALL, 4), torch.randn(8 * SMALL, 1)
+    data = torch.utils.data.TensorDataset(x, y)
+
+    def loader(left_over: int = 0) -> Any:
+        some = torch.utils.data.Subset(data, range(6 * SMALL + left_over))
+        sampler = torch.utils.data.DistributedSampler(some)
+        return torch.utils.data.DataLoader(some, batch_size=SMALL, sampler=sampler)
+
+    feeds: dict[str, tuple[Any, dict[str, Any], bool]] = {
+        "a loader": (loader(), {}, False),
+        "a loader that does not fill its last step": (loader(SMALL), {}, False),
+        "a `GlobalOrder`": (adabatch.GlobalOrder(data), {"until": adabatch.examples(8 * SMALL)}, False),
+        "a loader, `weigh=`": (loader(), {"weigh": lambda batch: float(len(batch[0]))}, False),
+        "a loader, under `Preemption`": (loader(), {}, True),
+    }
+    return {name: _pass_bytes(feed, options, votes) for name, (feed, options, votes) in feeds.items()}
+
+
+def _pass_bytes(feed: Any, options: dict[str, Any], votes: bool) -> tuple[list[int], int]:
+    model = DistributedDataParallel(torch.nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    size = SMALL * RANKS
+    batches = adabatch.AdaptiveBatch(
+        model,
+        optimizer,
+        adabatch.NormTest(eta=0.5),
+        micro_batch_size=SMALL,
+        limits=adabatch.Limits(min=size, max=size),
+        guard=adabatch.Guard(check_every=None),
+    )
+    if votes:
+        batches.votes.listen()
+    steps = batches.steps(feed, **options)
+    sent, ended = [], False
+
+    def one() -> None:
+        nonlocal ended
+        step = next(steps, None)
+        if step is None:
+            ended = True
+            return
+        for inputs, targets in step:
+            step.backward(torch.nn.functional.mse_loss(model(inputs), targets))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    while not ended:
+        sent.append(bytes_sent(one))
+    batches.remove()
+    return sent[:-1], sent[-1]
+
+
 def work(rank: int, store: str, micro_batch_size: int, accumulation_steps: int, rounds: int, results: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
@@ -143,6 +201,26 @@ def work(rank: int, store: str, micro_batch_size: int, accumulation_steps: int, 
     dist.destroy_process_group()
 
 
+def count_bytes(rank: int, store: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    counted = bytes_by_feed()
+    if rank == 0:
+        results.put(counted)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def counted_bytes() -> dict[str, tuple[list[int], int]]:
+    """For each feed the bytes of the steps of a pass, and of its end."""
+    results = mp.get_context("fork").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        args = (str(Path(folder) / "store"), results)
+        mp.start_processes(count_bytes, args=args, nprocs=RANKS, start_method="fork")
+    counted: dict[str, tuple[list[int], int]] = results.get()
+    return counted
+
+
 def measure(micro_batch_size: int, accumulation_steps: int, rounds: int) -> tuple[Timings, Timings, int, int]:
     """Wall times and processor times of both loops, extra bytes held, extra bytes sent."""
     results = mp.get_context("spawn").SimpleQueue()
@@ -153,12 +231,41 @@ def measure(micro_batch_size: int, accumulation_steps: int, rounds: int) -> tupl
     return Timings(measured["perf_counter"]), Timings(measured["process_time"]), memory, sent
 
 
+def publish_bytes(machine: Machine, *, save: bool) -> None:
+    """What a rank hands to all-reduces beside its gradients."""
+    counted, rows = counted_bytes(), []
+    for name, (steps, end) in counted.items():
+        rows.append((name, f"{steps[0]}", f"{steps[1]}", f"{steps[-1]}", f"{end}"))
+    publish(
+        "probe_bytes",
+        question="How many bytes does a rank hand to all-reduces for AdaptiveBatch, beside its gradients?",
+        machine=machine,
+        tables=[
+            Table(
+                f"Bytes per rank and probed step, by what feeds the loop: {RANKS} ranks, a pass of 3 or 4 steps",
+                ("feed", "first step of a pass", "a step", "last step", "end of the pass"),
+                rows,
+            )
+        ],
+        findings=[
+            f"The first step of a pass compares settings (16 bytes, and 8 for errors) and, of loaders, the data of the "
+            f"ranks (8 bytes per rank; here {RANKS} ranks). Checks for drift are off (16 bytes every 1,000 steps).",
+        ],
+        data={"bytes": counted},
+        save=save,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="steps of each loop in each case")
     parser.add_argument("--no-save", action="store_true", help="print only")
+    parser.add_argument("--bytes", action="store_true", help="only count what is sent")
     options = parser.parse_args()
     machine = Machine.here()
+    if options.bytes:
+        publish_bytes(machine, save=not options.no_save)
+        return
     rows, told, raw = [], [], {}
     for micro_batch_size, accumulation_steps in ((4, 1), (16, 1)):
         wall, processor, memory, sent = measure(micro_batch_size, accumulation_steps, options.rounds)

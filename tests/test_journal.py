@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.loops import journal_text
 
@@ -17,7 +18,8 @@ from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
 from adabatch.cli.schedule.recorded import read_recorded
 from adabatch.journal import LINE_FORMAT, Journal, line
-from adabatch.report.curves import read_curves
+from adabatch.journal_parts import parts_of
+from adabatch.report.curves import read_curves, records
 
 PLAN = BatchPlan(micro_batch_size=8, accumulation_steps=2, dp_size=2)
 NEXT = BatchPlan(micro_batch_size=8, accumulation_steps=4, dp_size=2)
@@ -230,6 +232,78 @@ def test_a_cut_of_what_is_no_journal_says_so_and_leaves_it_whole(tmp_path: Path)
     assert Journal(path).cut(0) == 0  # a run that begins anew needs none of it
     assert path.read_text() == ""
     assert Journal(None).cut(64) == 0
+
+
+def full_journal(path: Path, num_steps: int, *, per_part: int = 3) -> Journal:
+    """A journal whose files are full after a few lines each."""
+    size = len(json.dumps({**an_entry(before=Progress(examples=0, steps=0)), "run": "0" * 12}, separators=(",", ":")))
+    journal = Journal(path, part_bytes=(size + 1) * per_part - 5)
+    for step in range(num_steps):
+        journal.write(an_entry(num_examples=32, before=Progress(examples=32 * step, steps=step)))
+    return journal
+
+
+def steps_in(path: Path) -> list[int]:
+    return [entry["step"] for entry in records(path)]
+
+
+def test_a_full_file_is_put_aside_and_readers_take_all(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = full_journal(path, 8)
+    assert [each.name for each in parts_of(path)] == ["run.jsonl.1", "run.jsonl.2", "run.jsonl"]
+    assert [len(each.read_text().splitlines()) for each in parts_of(path)] == [3, 3, 2]
+    whole = tmp_path / "whole.jsonl"
+    whole.write_text("".join(each.read_text() for each in parts_of(path)))
+    assert steps_in(path) == steps_in(whole) == list(range(8))
+    for one, other in zip(read_curves(path), read_curves(whole), strict=True):
+        assert one is other or np.array_equal(np.asarray(one), np.asarray(other), equal_nan=np.asarray(one).size > 0)
+    assert len(read_recorded(path).batch) == len(read_recorded(whole).batch)
+    assert Journal(path).last_run() == journal.run
+    for step in range(8, 40):  # beyond nine the names no longer sort as text
+        journal.write(an_entry(num_examples=32, before=Progress(examples=32 * step, steps=step)))
+    assert steps_in(path) == list(range(40))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3, 4, 6, 7, 8, 9, 11])
+def test_a_cut_reaches_into_older_files(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "run.jsonl"
+    full_journal(path, 9)  # the newest file is empty
+    reached = Journal(path).cut(32 * kept)
+    assert reached == 32 * min(kept, 9)
+    assert steps_in(path) == list(range(min(kept, 9)))
+    assert path.is_file()
+    aside = path.with_name("run.jsonl.cut")
+    moved = [json.loads(text)["step"] for text in aside.read_text().splitlines()] if aside.exists() else []
+    assert moved == list(range(kept, 9))
+    journal = full_journal(path, 0)
+    for step in range(min(kept, 9), 14):  # and goes on, with files of its own
+        journal.write(an_entry(num_examples=32, before=Progress(examples=32 * step, steps=step)))
+    assert steps_in(path) == list(range(14))
+
+
+def test_a_cut_of_a_long_run_reads_the_newest_file_only(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    full_journal(path, 8)
+    oldest = parts_of(path)[0]
+    oldest.write_text("damaged\n" * 3)
+    assert Journal(path).cut(32 * 7) == 32 * 7
+    assert oldest.read_text() == "damaged\n" * 3
+
+
+def test_a_kill_in_a_cut_leaves_the_journal_of_some_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.jsonl"
+    full_journal(path, 8)
+    for name in ("unlink", "replace"):
+        with monkeypatch.context() as killed:
+            killed.setattr(Path, name, lambda self, *more: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                Journal(path).cut(32 * 2)
+        left = steps_in(path)
+        assert left == list(range(len(left)))
+        assert len(left) >= 2
+    assert Journal(path).cut(32 * 2) == 64
+    assert steps_in(path) == [0, 1]
+    assert parts_of(path) == [path]
 
 
 def test_no_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,9 @@ accumulation step in four, far below the error bar of any estimate."""
 LONGEST_MEMORY = 50
 """Probes to which the window grows. Above 50 the error bar hardly narrows, while the noise scale changes."""
 
+LONGEST_INTERVAL = 10
+"""Steps between two probes to which the automatic interval grows: a probe that costs 5 % of a step is then 0.5 %."""
+
 UNLIMITED = 2**62
 """More examples than any batch has: the value for an infinite size, and the ceiling of a schedule without limits."""
 
@@ -103,7 +106,10 @@ class Control:
     """How cautiously the plan follows the criterion.
 
     Args:
-        interval: number of steps from one probe to the next.
+        interval: a probe every so many steps. None: every step at first, and rarer as the window grows: once it has its
+            50 probes, the interval is ``memory_share`` of the probes since noise or signal last jumped, over 50, and at
+            most 10. By default every 2nd step after 500 probes, every 10th after 2,500, and every step again after a
+            jump. Averages stay unbiased, since which steps are probed does not depend on what they show.
         memory: least number of probes in the average: an exponential window with the weight of ``memory`` equal ones (a
             factor of ``(memory - 1) / (memory + 1)`` per probe). 1 keeps only the last probe, without a test for
             outliers; ``inf`` forgets none.
@@ -132,7 +138,7 @@ class Control:
         ValueError: if a value is outside its range, or if ``memory=1`` cannot give the confidence.
     """
 
-    interval: int = 1
+    interval: int | None = None
     memory: float = 10
     memory_share: float = 0.2
     confidence: float = 0.9
@@ -148,7 +154,7 @@ class Control:
         hold = self.hold.count if isinstance(self.hold, Duration) else self.hold
         shrink = self.confidence if self.shrink_confidence is None else self.shrink_confidence
         checks = {
-            "interval": (self.interval >= 1, "at least 1 step"),
+            "interval": (self.interval is None or self.interval >= 1, "at least 1 step, or None"),
             "memory": (self.memory >= 1, "at least 1 probe"),
             "memory_share": (0 <= self.memory_share <= 1, "in [0, 1]"),
             "confidence": (0.5 <= self.confidence < 1, "in [0.5, 1)"),
@@ -203,6 +209,12 @@ class Control:
         if self.memory == 1:
             return 0.0
         return 1 - 2 / (max(self.memory, min(self.memory_share * num_probes, LONGEST_MEMORY)) + 1)
+
+    def interval_after(self, num_probes: int) -> int:
+        """Steps from a probe to the next, after ``num_probes`` since the last jump."""
+        if self.interval is not None:
+            return self.interval
+        return max(1, min(int(self.memory_share * num_probes / LONGEST_MEMORY), LONGEST_INTERVAL))
 
     @property
     def certain_below(self) -> float:
@@ -460,12 +472,10 @@ def decide(
     state = replace(state, hold=max(0, state.hold - 1), until_probe=max(0, state.until_probe - 1))
     usable = finite and moments is not None and _usable(moments)
     if moments is not None:
-        # Counted down from each probe instead of a modulus of the step number: it also works if a resumed run has
-        # another interval, or if a step that was due was not measured.
-        state = replace(state, until_probe=control.interval - 1)
         if usable:
             decay = control.decay_after(state.window.num_probes + 1)
             state = replace(state, window=state.window.after(moments, decay=decay))
+        state = replace(state, until_probe=control.interval_after(state.window.num_probes) - 1)
     if timed is not None:
         state = replace(state, times=state.times.after(*timed))
     seen = Observation(

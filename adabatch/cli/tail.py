@@ -11,11 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 from adabatch.batch.control import Reason
 from adabatch.cli.plain_parser import PlainParser
 from adabatch.cli.runs import journal_in
+from adabatch.journal_parts import parts_of
 
 DESCRIPTION = """\
 Follow a run: its last steps, one line each, and every new one, until Ctrl-C. Where the journal is cut by a run that
@@ -64,30 +65,64 @@ def follow(
         once: whether to stop after them.
         sleep: waits between two reads.
     """
-    with journal.open("rb") as file:
-        last: deque[Mapping[str, Any]] = deque(maxlen=lines)
-        begun = b""
-        for text in file:
-            if text.endswith(b"\n"):
-                last.extend(_step(text))
-            else:
-                begun = text
-        yield from last
-        place = file.tell()
+    entries, place, begun, node = _last_of(journal, lines)
+    yield from entries
     while not once:
         sleep(POLL_SECONDS)
-        # Opened again each time, because the file may have been cut or replaced.
-        with journal.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < place:
-                place, begun = size, b""
-                continue
-            file.seek(place)
-            new = begun + file.read()
-            place = file.tell()
-        *whole, begun = new.split(b"\n")
+        try:
+            # Opened again each time: the file may have been cut, or another one may have its name.
+            new, place, node, cut = _since(journal, place, node)
+        except FileNotFoundError:
+            continue  # between two files of a journal that is full
+        *whole, begun = ((b"" if cut else begun) + new).split(b"\n")
         for text in whole:
             yield from _step(text)
+
+
+def _last_of(journal: Path, lines: int) -> tuple[list[Mapping[str, Any]], int, bytes, int]:
+    """The last steps, the place where the newest file ends, the line that is begun there, and the file's inode."""
+    with journal.open("rb") as newest:
+        entries, begun = _steps_of(newest, lines)
+        place, node = newest.tell(), os.fstat(newest.fileno()).st_ino
+    for part in reversed(parts_of(journal)[:-1]):
+        if len(entries) >= lines:
+            break
+        with part.open("rb") as file:
+            entries = _steps_of(file, lines - len(entries))[0] + entries
+    return entries, place, begun, node
+
+
+def _steps_of(file: BinaryIO, lines: int) -> tuple[list[Mapping[str, Any]], bytes]:
+    """The last steps of one file, and the line that is begun at its end."""
+    last: deque[Mapping[str, Any]] = deque(maxlen=lines)
+    begun = b""
+    for text in file:
+        if text.endswith(b"\n"):
+            last.extend(_step(text))
+        else:
+            begun = text
+    return list(last), begun
+
+
+def _since(journal: Path, place: int, node: int) -> tuple[bytes, int, int, bool]:
+    """What came after ``place``; the new place and inode; and whether the journal was cut, so that nothing is begun.
+
+    A file that is full has been put aside under another name, and what was not read of it is still there.
+    """
+    with journal.open("rb") as file:
+        found = os.fstat(file.fileno())
+        before = b""
+        if found.st_ino != node:
+            parts = parts_of(journal)[:-1]
+            aside = next((number for number, part in enumerate(parts) if part.stat().st_ino == node), None)
+            if aside is None:
+                return b"", found.st_size, found.st_ino, True
+            before = b"".join(part.read_bytes()[place * (part == parts[aside]) :] for part in parts[aside:])
+            place = 0
+        if found.st_size < place:
+            return b"", found.st_size, found.st_ino, True
+        file.seek(place)
+        return before + file.read(), file.tell(), found.st_ino, False
 
 
 def _step(text: bytes) -> list[Mapping[str, Any]]:

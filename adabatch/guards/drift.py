@@ -106,6 +106,10 @@ def add_drift_check(
         observers.add(DriftCheck(engine, optimizer, run, every=every, observers=observers))
 
 
+_WHOLE = digest_of([])
+"""The shard of a rank none of whose tensors is sharded."""
+
+
 @torch.no_grad()
 def fingerprint(tensors: Iterable[Tensor]) -> int:
     """A hash of the bits of this rank's pieces of some tensors: one pass over them, and one host sync.
@@ -143,7 +147,8 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
     """Checks that all ranks hold the same plan, and that copies of the same weights have the same bits.
 
     If a model is sharded over all ranks, each weight exists once, and only the plans can be compared. If shards are
-    replicated (HSDP), the copies of each shard are compared. It costs 24 bytes per rank and a pass over the weights.
+    replicated (HSDP), the copies of each shard are compared. It costs a pass over the weights, and 16 bytes where ranks
+    hold whole copies that agree; else 24 bytes per rank, of all ranks on each of them.
 
     Args:
         collectives: the ranks.
@@ -154,7 +159,11 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
     Raises:
         RanksDrifted: on all ranks, if some have drifted.
     """
-    rows, copies = _held(collectives, model, plan)
+    own = _own(model, plan)
+    # Of 10,000 ranks the rows of all are 240 kB on each; where they are the same, one digest of them says so.
+    if own[1] == _WHOLE and collectives.agree(own):
+        return
+    rows, copies = _gathered(collectives, own)
     compared = [
         ({rank: row[0] for rank, row in enumerate(rows)}, "plans"),
         *((held, "weights") for held in copies),
@@ -170,12 +179,12 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
 
 def odd_ranks(collectives: Collectives, model: nn.Module) -> list[int]:
     """The ranks whose weights differ from those of most ranks with copies of the same weights; of two, the second."""
-    _, copies = _held(collectives, model, None)
+    _, copies = _gathered(collectives, _own(model, None))
     return sorted(rank for held in copies for group in _groups(held)[1:] for rank in group)
 
 
-def _held(collectives: Collectives, model: nn.Module, plan: object) -> tuple[list[list[float]], list[dict[int, float]]]:
-    """The plan, shard and weights of each rank, and, for each shard, the weights of the ranks that hold it."""
+def _own(model: nn.Module, plan: object) -> tuple[int, int, int]:
+    """What this rank holds: plan, shard, weights."""
     for unit in units_of(model).values():
         unit.reshard()  # after a forward without a backward its root holds whole parameters
     inner = uncompiled(model)
@@ -183,7 +192,12 @@ def _held(collectives: Collectives, model: nn.Module, plan: object) -> tuple[lis
     own = set(inner.parameters_to_ignore) if isinstance(inner, DistributedDataParallel) else set()
     named = inner.module.named_parameters() if isinstance(inner, DistributedDataParallel) else model.named_parameters()
     tensors = [parameter for name, parameter in named if name not in own]
-    rows = collectives.gather_of(digest_of(plan), shard_of(tensors), fingerprint(tensors))
+    return digest_of(plan), shard_of(tensors), fingerprint(tensors)
+
+
+def _gathered(collectives: Collectives, own: tuple[int, int, int]) -> tuple[list[list[float]], list[dict[int, float]]]:
+    """What each rank holds, and, for each shard, the weights of the ranks that hold it."""
+    rows = collectives.gather_of(*own)
     copies: dict[float, dict[int, float]] = defaultdict(dict)
     for rank, (_, shard, digest) in enumerate(rows):
         copies[shard][rank] = digest

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from adabatch.journal_parts import lines_of
 from adabatch.lr.recorded import OneRun
 
 Journal = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
@@ -175,8 +176,7 @@ def records(journal: Journal) -> Iterator[Mapping[str, Any]]:
 
 def _lines(journal: Journal) -> Iterable[str | Mapping[str, Any]]:
     if isinstance(journal, str | os.PathLike):
-        # Undecodable bytes can only be the torn end of a file: they make its line no JSON.
-        return Path(journal).read_text(encoding="utf-8", errors="replace").split("\n")
+        return lines_of(Path(journal))
     return journal
 
 

@@ -255,6 +255,36 @@ def test_probes_come_at_the_interval(scenario: dict[str, Any]) -> None:
             assert decision.estimate is None
 
 
+def test_the_automatic_interval_grows_with_the_window_and_starts_again_at_a_jump() -> None:
+    control = Control()
+    assert [control.interval_after(n) for n in (0, 499, 500, 749, 750, 2500, 10**6)] == [1, 1, 2, 2, 3, 10, 10]
+    assert {replace(control, memory_share=0.0).interval_after(n) for n in (0, 10**6)} == {1}
+    assert {Control(interval=4).interval_after(n) for n in (0, 10**6)} == {4}
+    assert {Control.direct().interval_after(n) for n in (0, 10**6)} == {1}
+
+    steady, higher = (GradientMoments.from_noise(noise, 1.0, part_size=8, num_examples=64) for noise in (100.0, 900.0))
+    plan, state, probed = BatchPlan(micro_batch_size=8, accumulation_steps=8, dp_size=1), ControlState(), []
+    for step in range(800):
+        measured = state.until_probe == 0
+        probed.append(measured)
+        state = decide(
+            NormTest(0.5),
+            (steady if step < 700 else higher) if measured else None,
+            control=control,
+            limits=Limits(64, 64),
+            grid=PlanGrid(dp_size=1, micro_sizes=(8,)),
+            plan=plan,
+            progress=Progress(examples=64 * (step + 1), steps=step + 1),
+            state=state,
+        ).state
+        if step % 97 == 0:  # a resume in between changes nothing
+            state = ControlState.from_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert all(probed[:500])
+    assert sum(probed[500:700]) == 100
+    assert state.window.num_probes < 500
+    assert all(probed[-80:]), "after the jump every step is probed again"
+
+
 @given(scenarios(), st.data())
 def test_a_saved_state_decides_the_same(scenario: dict[str, Any], data: st.DataObject) -> None:
     measurements = scenario.pop("measurements")

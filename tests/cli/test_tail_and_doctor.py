@@ -79,6 +79,28 @@ def test_new_steps_come_as_they_are_written(tmp_path):
     assert [next(found)["step"] for _ in range(4)] == [1, 2, 3, 2]
 
 
+def test_tail_follows_a_journal_whose_file_is_put_aside(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.with_name("journal.jsonl.1").write_text(text(0, 1))
+    path.write_text(text(2))
+
+    def put_aside(number: int, last: int) -> None:
+        with path.open("a") as file:
+            file.write(text(last))
+        path.rename(path.with_name(f"journal.jsonl.{number}"))
+
+    def full_twice() -> None:
+        put_aside(2, 3)
+        path.write_text(text(4))
+        put_aside(3, 5)
+        path.write_text(text(6))
+
+    later = iter([lambda: put_aside(4, 7), lambda: path.write_text(text(8))])  # nothing has the name for a moment
+    steps = iter([full_twice, lambda: None, *later])
+    found = follow(path, lines=2, once=False, sleep=lambda _: next(steps)())
+    assert [next(found)["step"] for _ in range(8)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_lines_that_are_no_steps_are_passed_over(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text("nothing\n[1]\n" + text(5))

@@ -11,6 +11,7 @@ from adabatch import lr
 from adabatch.batch.plan import Duration, Progress
 from adabatch.checkpointing.newest import newest_checkpoint
 from adabatch.checkpointing.run_state import STATE
+from adabatch.journal_parts import lines_of
 from adabatch.lr.extend import SavedSchedule
 from adabatch.lr.recorded import Clock, Recorded
 from adabatch.lr.shapes import Shape
@@ -40,8 +41,7 @@ def read_recorded(run: Path) -> Recorded:
         ValueError: no journal, and as ``lr.read_recorded`` does.
     """
     path = journal_of(run)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return lr.read_recorded(file, str(path))
+    return lr.read_recorded(lines_of(path), str(path))
 
 
 def read_saved(run: Path) -> SavedSchedule | None:

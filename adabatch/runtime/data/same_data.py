@@ -11,6 +11,7 @@ digest compare all of their data, so that an error cannot come from a coincidenc
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,8 @@ def check_different(batches: Sequence[Any], collectives: Collectives) -> None:
         mine = _digest(batches, limit)
         # A sum with one entry per rank instead of a gather, which a grid of groups does not have.
         digests = collectives.sum_of(*(mine * (rank == collectives.rank) for rank in range(collectives.size)))
-        alike = [rank for rank, digest in enumerate(digests) if digest != _NOTHING and digests.count(digest) > 1]
+        holders = Counter(digests)  # not digests.count(), which takes seconds for 10,000 ranks
+        alike = [rank for rank, digest in enumerate(digests) if digest != _NOTHING and holders[digest] > 1]
         if not alike:
             return
     raise ValueError(
