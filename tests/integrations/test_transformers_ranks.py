@@ -100,6 +100,15 @@ def job(rank: int, port: int, folder: Path, kinds: list[str]) -> dict[str, Any]:
     seen.train()
     found["monitored"], found["noise"] = weights(seen, "DDP"), seen.monitor.noise_scale
 
+    # Before DeepSpeed, which stays on for the process. The folder holds a checkpoint of a run on one process.
+    joined = planned(folder / "alone")
+    joined.train(resume_from_checkpoint=str(folder / "alone" / "checkpoint-4"))
+    found["from one process"] = weights(joined, "DDP")
+    growing = {"criterion": "stages", "batch_stages": "8; 32 from 3 steps", "max_micro_batch_size": 16}
+    larger = trainer_of("DDP", folder / "larger", growing, num_train_epochs=120 / 64)
+    larger.train()
+    found["micro-batch"] = {"weights": weights(larger, "DDP"), "largest": larger.batches.plan.micro_batch_size}
+
     for kind in kinds:
         place = folder / kind.replace(" ", "")
         stages = {"criterion": "stages", "batch_stages": STAGES}
@@ -120,14 +129,6 @@ def job(rank: int, port: int, folder: Path, kinds: list[str]) -> dict[str, Any]:
                 trainer_of(kind, place, {"monitor_only": True}, gradient_accumulation_steps=2).train()
             except ValueError as error:
                 found[kind]["monitor"] = str(error)
-    # The folder holds a checkpoint of a run on one process.
-    joined = planned(folder / "alone")
-    joined.train(resume_from_checkpoint=str(folder / "alone" / "checkpoint-4"))
-    found["from one process"] = weights(joined, "DDP")
-    growing = {"criterion": "stages", "batch_stages": "8; 32 from 3 steps", "max_micro_batch_size": 16}
-    larger = trainer_of("DDP", folder / "larger", growing, num_train_epochs=120 / 64)
-    larger.train()
-    found["micro-batch"] = {"weights": weights(larger, "DDP"), "largest": larger.batches.plan.micro_batch_size}
     return found
 
 
