@@ -33,6 +33,8 @@ TESTS = {
     ],
     "transformers": [
         "tests/integrations/test_transformers.py",
+        "tests/integrations/test_transformers_habits.py",
+        "tests/integrations/test_transformers_refusals.py",
         "tests/integrations/test_transformers_ranks.py",
         "tests/integrations/test_trl.py",
     ],

@@ -73,13 +73,16 @@ class AdaptiveBatch:
         control: how cautiously the criterion is followed; by default the batch grows and shrinks, and waits for the
             end of the schedule's warm-up before it grows.
         lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain" or "sqrt_gain". The default
-            is "sqrt" for ``KFAC`` and ``Shampoo`` (no rule has been derived for them; arXiv 2602.03001 uses this one),
-            "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule, whose decay of the learning rate comes on top of
-            it, and "none" otherwise.
+            is "gain" if the batch follows Euclidean noise, "sqrt" for ``KFAC`` and ``Shampoo`` (no rule has been
+            derived for them; arXiv 2602.03001 uses this one), "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule,
+            whose decay of the learning rate comes on top of it, and "none" otherwise, as for all other schedules. The
+            default was chosen in ``benchmarks/frontier.py``.
         follow: what else follows the batch during an update: "betas", "eps", "weight_decay" (decoupled). The
             optimizer's memory and decay per example then stay what they are at the reference batch size. With "betas",
             the optimizer counts its steps in updates of that size, so that its bias correction stays right. The betas
-            do not fall below floors (0.5 and 0.95), which ``lr.Followers`` changes.
+            do not fall below floors (0.5 and 0.95), which ``lr.Followers`` changes. The default is ``("betas",)`` if
+            ``lr_rule`` is left out, is "gain" by default, and the optimizer is torch's ``Adam`` or ``AdamW``; it is
+            ``()`` otherwise.
         reference_batch_size: the global batch size that the base LR was tuned for; by default the first of the run.
         tokens_per_example: needed for durations in tokens.
         probe: how gradients are measured; by default chosen by the engine.
@@ -112,7 +115,7 @@ class AdaptiveBatch:
         max_micro_batch_size: int | None = None,
         control: Control | None = None,
         lr_rule: LRRule | None = None,
-        follow: Followers | Collection[Setting] = (),
+        follow: Followers | Collection[Setting] | None = None,
         reference_batch_size: int | None = None,
         tokens_per_example: int | None = None,
         probe: Probe | None = None,
@@ -191,6 +194,7 @@ class AdaptiveBatch:
                 journal=self._journal,
                 observers=self._observers,
                 skip_nonfinite=bool(guard.skip_nonfinite),
+                hand_norms=bool(criterion.needs),
             )
             undo.callback(self._updates.remove)
 
@@ -323,6 +327,8 @@ class AdaptiveBatch:
         with failing_together(self.collectives, "steps(...)"):
             if until is not None:
                 check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
+            elif not self.collectives.fixed:
+                raise ValueError("replicas that join later count no passes: give steps(until=), in examples or steps")
             passes = passes_over(
                 loader,
                 self.collectives,
@@ -349,6 +355,7 @@ class AdaptiveBatch:
         """One step from ``feed``, or nothing if its pass is over."""
         self._check_in_place()
         self._updates.flush()
+        self._engine.before_step()
         number = self.consumed.steps
         self._updates_in_a_row.check(number, self.progress.steps)
         self._observers.before(number)
@@ -387,6 +394,9 @@ class AdaptiveBatch:
     def _finish(self, step: Step, *, feed: Feed) -> None:
         """The end of the inner loop: decide, and keep what the update will need."""
         self._updates.inner_loop_over()
+        if not self._engine.commits():
+            self._updates.take_back(step)
+            return
         feed.consumed(step.portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)

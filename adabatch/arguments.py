@@ -1,4 +1,4 @@
-"""Checks of the arguments that a user gives, and words of their messages; every layer may use them.
+"""Checks of the user's arguments, and their messages; every layer may use them.
 
 Only sentences of the form "... must be ..., got ..." are built here. A message that needs more, such as a way out at
 its end or an error other than ``ValueError``, stands where it is raised.

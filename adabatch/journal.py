@@ -1,19 +1,19 @@
-"""The journal: one JSON line a step, with what was measured, what was asked for, and what was decided and why.
+"""The journal: one JSON line per step, with what was measured, what the criterion wanted, the decision and its reason.
 
-Of a step that was probed, ``moments`` holds noise, signal, their ratio, and the squared norms and sizes that they come
-from; beside them ``noise_along`` where inner products were measured, ``noise_at_quantile`` where coordinates were, and
-the ``norm`` where it is not the Euclidean one. ``layers`` holds the first three of each layer by its name
-where they were (``Measure(layers=)``): noises add up to that of the whole, and so do signals.
+For a probed step, ``moments`` holds noise, signal, their ratio, and the squared norms and sizes behind them; also
+``noise_along`` if inner products were measured, ``noise_at_quantile`` if coordinates were, and the ``norm`` if it is
+not the Euclidean one. With ``Measure(layers=)``, ``layers`` holds noise, signal and their ratio for each layer by its
+name; the noises add up to that of the whole model, and so do the signals.
 
-``run`` says whose line it is: a token that is made when a run begins, and goes with it through its checkpoints. By it a
-reader tells two runs in one file apart.
+``run`` identifies the run: a token that is made when a run begins, and saved in its checkpoints. With it a reader can
+distinguish two runs in one file.
 
-``wanted`` is the batch at which the criterion comes to rest, ``low`` and ``high`` its one-sided bounds, and ``freedom``
-the degrees of freedom behind them: parts compared with each other, pooled over the probes in the average.
+``wanted`` is the batch at which the criterion comes to rest, ``low`` and ``high`` are its one-sided bounds, and
+``freedom`` is their number of degrees of freedom, pooled over the probes in the average.
 
-Lines hold no wall time and no machine, so the journals of two equal runs are equal but for that token. A criterion that
-reads step times (`Goodput`) is the exception: ``seconds`` is how long a step lately took. Numbers that are not finite
-are null.
+Lines contain neither wall time nor the machine, so the journals of two equal runs are equal except for that token. The
+exception is a criterion that reads step times (`Goodput`): ``seconds`` is the recent time of a step. Numbers that are
+not finite are null.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _log = logging.getLogger("adabatch")
 
 @runtime_checkable
 class JournalSink(Protocol):
-    """Something that takes the lines of a journal too, such as a tracker (``adabatch.integrations.trackers``)."""
+    """An object that also gets the lines of a journal, such as a tracker (``adabatch.integrations.trackers``)."""
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Takes one line, in which numbers that are not finite are None. Called on the first rank only."""
         ...
 
     def close(self) -> None:
-        """Writes down what is left; called when the run's ``AdaptiveBatch`` is removed."""
+        """Writes what is buffered; called when the run's ``AdaptiveBatch`` is removed."""
         ...
 
 
@@ -72,17 +72,17 @@ def line(
     decision: Decision,
     seconds: float | None = None,
 ) -> dict[str, Any]:
-    """What a step's end says, as the journal writes it; the learning rate joins it when the update is applied.
+    """The journal's entry at the end of a step; the learning rate is added when the update is applied.
 
     Args:
         plan: the plan of the step.
-        num_examples: examples it really took.
+        num_examples: its actual number of examples.
         before: what was consumed when it began.
-        loss: its mean loss, None where it was not measured.
-        moments: what it measured, None where it was not probed.
-        averages: the control's averages with it in them.
-        decision: the plan of the next step, and why.
-        seconds: how long a step lately took, where that was timed.
+        loss: its mean loss; None if it was not measured.
+        moments: its measurement; None if it was not probed.
+        averages: the control's averages, including this step.
+        decision: the plan of the next step, and the reason.
+        seconds: recent time of a step; None if steps are not timed.
     """
     asked = decision.estimate
     return {
@@ -113,7 +113,7 @@ def line(
 
 
 def _measured(moments: GradientMoments) -> dict[str, Any]:
-    """The numbers of a probed step; those that only some probes give are there where they were measured."""
+    """The numbers of a probed step, including those that only some probes measure."""
     norm = None if moments.norm == EUCLIDEAN else moments.norm
     some = {"noise_along": moments.noise_along, "noise_at_quantile": moments.noise_at_quantile, "norm": norm}
     return {
@@ -128,10 +128,10 @@ def _measured(moments: GradientMoments) -> dict[str, Any]:
 
 
 def _l2(moments: GradientMoments) -> float | None:
-    """The Euclidean norm of the gradient, in whatever norm the noise was measured."""
+    """The Euclidean norm of the gradient, even if the noise was measured in another norm."""
     if moments.norm != EUCLIDEAN:
         return moments.grad_l2
-    # A mean of inner products with a gradient of nearly zero may fall below zero.
+    # A mean of inner products with a gradient of nearly zero may be negative.
     return math.sqrt(moments.grad_sq) if moments.grad_sq >= 0 else math.nan
 
 
@@ -147,18 +147,18 @@ class Journal:
     """Appends lines to a JSONL file; each is complete when ``write`` returns, and no file stays open.
 
     Args:
-        target: the file, whose folder is made; or a sink; or a sequence of sinks with one file at most. None writes
-            nothing, which is what all ranks but the first are given.
+        target: the file, whose folder is created; or a sink; or a sequence of sinks with at most one file. None writes
+            nothing; all ranks but the first get None.
 
     Attributes:
         path: the file; None without one.
-        run: the run whose lines are written; a new one, until a checkpoint says which goes on.
-        guard: called before a line is written; raises where this process may not write any more.
+        run: the token of the run; a new one, until a checkpoint of an earlier run is loaded.
+        guard: called before a line is written; raises an error if this process may no longer write.
 
     Raises:
-        OSError: the folder cannot be made or the file not be written.
-        TypeError: a target that is neither a path nor a sink.
-        ValueError: more than one file.
+        OSError: if the folder cannot be created or the file cannot be written.
+        TypeError: if a target is neither a path nor a sink.
+        ValueError: if there is more than one file.
     """
 
     def __init__(self, target: JournalTarget | Sequence[JournalTarget] | None) -> None:
@@ -167,25 +167,25 @@ class Journal:
         self._sinks = sinks
         self.run = secrets.token_hex(
             6
-        )  # from the system: the seeds of a run move nothing here, nor does this move them
+        )  # from the system's randomness, so that it neither depends on the seeds of a run nor changes their state
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.open("a", encoding="utf-8").close()  # what cannot be written fails here, not after a step
+            self.path.open("a", encoding="utf-8").close()  # fails here rather than after a step
 
         self.guard: Callable[[], None] | None = None
 
     def cut(self, num_examples: int) -> int:
-        """Takes out the lines of steps that began at ``num_examples`` or later: a resumed run writes them again.
+        """Removes the lines of steps that began at ``num_examples`` or later, because a resumed run writes them again.
 
-        A last line that was not finished goes with them. They are appended to a file beside the journal, whose name
-        ends in ``.cut``. A kill at any moment leaves the whole journal or the cut one.
+        An unfinished last line is removed too. The removed lines are appended to a file beside the journal, whose name
+        ends in ``.cut``. If the process is killed at any moment, the journal is either whole or cut.
 
         Returns:
-            The examples that the lines left account for: fewer than ``num_examples`` where some are lost, or where this
+            The number of examples in the remaining lines: fewer than ``num_examples`` if lines are lost, or if this
             rank has no journal.
 
         Raises:
-            ValueError: a line that is none of a journal, other than the last.
+            ValueError: if a line other than the last one is not a line of a journal.
         """
         if self.path is None:
             return 0
@@ -198,7 +198,7 @@ class Journal:
                     entry = json.loads(text)
                     begins, after = entry["examples"], entry["examples"] + entry["plan"]["global_batch_size"]
                 except (ValueError, LookupError, TypeError) as error:
-                    damaged = f"{self.path}, line {number}, is no line of a journal, and not the last ({error})"
+                    damaged = f"{self.path}, line {number}, is not a line of a journal, and not the last one ({error})"
                     continue
                 if begins >= num_examples or not text.endswith(b"\n"):
                     break
@@ -213,11 +213,11 @@ class Journal:
         return reached
 
     def last_run(self) -> str | None:
-        """Whose the last whole line of the journal is; None where it has none, or one without the token of a run."""
+        """The token of the run in the last complete line of the journal; None if there is no such line or no token."""
         if self.path is None:
             return None
         with self.path.open("rb") as file:
-            # A line is a few kilobytes; with many layers more.
+            # A line has a few kilobytes, or more with many layers.
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
             for text in reversed(file.read().split(b"\n")):
                 try:
@@ -228,7 +228,7 @@ class Journal:
         return None
 
     def sync(self) -> None:
-        """Makes what was written last through a loss of power."""
+        """Syncs the written lines to the disk, so that they survive a loss of power."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
@@ -236,11 +236,11 @@ class Journal:
     def write(self, entry: Mapping[str, Any]) -> None:
         """Appends one line, and gives it to the sinks.
 
-        A sink that raises is named in the log, and is given no more lines: it must never stop a run.
+        If a sink raises an error, the log names it and it gets no more lines: a sink must never stop a run.
 
         Raises:
-            OSError: a full disk, or another failure; the journal is then as it was before.
-            Exception: what ``guard`` raises.
+            OSError: if the disk is full or fails; the journal is then as it was before.
+            Exception: an error of ``guard``.
         """
         if self.path is None and not self._sinks:
             return
@@ -253,14 +253,14 @@ class Journal:
             self._call(sink, partial(sink.write, said))
 
     def close(self) -> None:
-        """Closes the sinks; what fails then is named in the log."""
+        """Closes the sinks; errors are logged."""
         for sink in list(self._sinks):
             self._call(sink, sink.close)
 
     def _call(self, sink: JournalSink, call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception as error:  # whatever a service, a disk or a package comes up with
+        except Exception as error:  # any error of a service, a disk or a package
             self._sinks.remove(sink)
             _log.warning(
                 "%s failed and is given no more lines (%s: %s); the run goes on",
@@ -280,7 +280,7 @@ class Journal:
         except OSError as error:
             if size is not None:
                 with suppress(OSError):
-                    os.truncate(path, size)  # of a line that was cut short no reader could make anything
+                    os.truncate(path, size)  # no reader could use an incomplete line
             raise OSError(error.errno, f"the journal could not be written: {error.strerror}", str(path)) from error
 
 
@@ -303,7 +303,7 @@ def _sorted_targets(target: JournalTarget | Sequence[JournalTarget] | None) -> t
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, np.generic):  # of a user's learning rate or size
+    if isinstance(value, np.generic):  # numpy's types, from a user's learning rate or size
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -48,7 +48,8 @@ def AdAdaGrad(
         lr: base learning rate.
         eta: tolerance of the norm test. At its rest an example is worth ``eta^2`` of one in a small batch: 1 % at 0.1.
         weight_decay: the L2 penalty of ``torch.optim.Adagrad``.
-        batching: everything else that ``AdaptiveBatch`` takes; ``micro_batch_size`` and ``limits`` must be there.
+        batching: everything else that ``AdaptiveBatch`` takes; ``micro_batch_size`` and ``limits`` must be there, and
+            ``lr_rule`` is "none" by default, as published.
 
     Raises:
         ValueError: as ``AdaptiveBatch``, ``NormTest`` and the optimizer do.
@@ -56,7 +57,7 @@ def AdAdaGrad(
     Source: Lau, Liu, Kolar 2024 (AdAdaGrad), algorithm 1 with AdaGrad.
     """
     optimizer = Adagrad(model.parameters() if params is None else params, lr=lr, weight_decay=weight_decay)
-    return Pair(optimizer, AdaptiveBatch(model, optimizer, NormTest(eta=eta), **batching))
+    return Pair(optimizer, AdaptiveBatch(model, optimizer, NormTest(eta=eta), **{"lr_rule": "none"} | batching))
 
 
 def AdAdaGradNorm(
@@ -80,7 +81,8 @@ def AdAdaGradNorm(
         eta: tolerance of the norm test. At its rest an example is worth ``eta^2`` of one in a small batch: 1 % at 0.1.
         weight_decay: decoupled weight decay of ``AdaGradNorm``.
         momentum: of ``AdaGradNorm``.
-        batching: everything else that ``AdaptiveBatch`` takes; ``micro_batch_size`` and ``limits`` must be there.
+        batching: everything else that ``AdaptiveBatch`` takes; ``micro_batch_size`` and ``limits`` must be there, and
+            ``lr_rule`` is "none" by default, as published.
 
     Raises:
         ValueError: as ``AdaptiveBatch``, ``NormTest`` and the optimizer do.
@@ -90,4 +92,4 @@ def AdAdaGradNorm(
     optimizer = AdaGradNorm(
         model.parameters() if params is None else params, lr=lr, weight_decay=weight_decay, momentum=momentum
     )
-    return Pair(optimizer, AdaptiveBatch(model, optimizer, NormTest(eta=eta), **batching))
+    return Pair(optimizer, AdaptiveBatch(model, optimizer, NormTest(eta=eta), **{"lr_rule": "none"} | batching))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from adabatch.batch.control import Decision, Reason
 from adabatch.batch.plan import BatchPlan
 from adabatch.guards.missing_updates import MissingUpdates
 from adabatch.journal import Journal, line
@@ -39,7 +40,7 @@ class _Update:
     finite: bool
     looked_at: bool  # whether loss and gradient were, so that `finite` is known
     empty: bool  # none of its micro-batches weighs anything
-    entry: dict[str, Any]
+    entry: dict[str, Any] | None  # of the journal; None for a step that does not count
     norm: MeasuredNorm | None  # of the gradients as the step left them, for optimizers that take it
     left_out: bool = False  # the loop said so
 
@@ -54,6 +55,8 @@ class PendingUpdates:
         journal: gets one line per step, once its update is over.
         observers: hear of the end of each inner loop and of each update.
         skip_nonfinite: whether updates whose loss or gradient is not finite are left out.
+        hand_norms: whether optimizers that take the norm that the probe has measured get it. They would add the squares
+            in another order, so under a constant policy, which equals a plain loop to the bit, they do not.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class PendingUpdates:
         journal: Journal,
         observers: StepObserver,
         skip_nonfinite: bool,
+        hand_norms: bool,
     ) -> None:
         self._optimizer = optimizer
         self._groups = optimizer.param_groups
@@ -73,7 +77,7 @@ class PendingUpdates:
         self._journal = journal
         self._observers = observers
         self._skip_nonfinite = skip_nonfinite
-        self._takes_norm = [one for one in each_of(optimizer) if isinstance(one, TakesNorm)]
+        self._takes_norm = [one for one in each_of(optimizer) if hand_norms and isinstance(one, TakesNorm)]
         self._scaled = engine.backward.scale is not None
         self._step: Step | None = None  # the one under way, until it is decided
         self._running = False  # the loop stands inside a step
@@ -164,6 +168,18 @@ class PendingUpdates:
         )
         self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
 
+    def take_back(self, step: Step) -> None:
+        """Ends a step that does not count: without an update, a line of the journal, or a word to the planner."""
+        planner, num_examples = self._planner, step.portion.num_examples
+        step.decision = Decision(planner.plan, Reason.NOT_COMMITTED, None, planner.state)
+        number, scaling = planner.consumed.steps, planner.scaling(num_examples)
+        _log.warning("step %d does not count, and is run again: not all replicas ended it", number)
+        self._update = _Update(
+            number, num_examples, scaling, None, finite=True, looked_at=True, empty=False, entry=None, norm=None
+        )
+        self._update.left_out = True
+        self._observers.at(Phase.BETWEEN, Moment(number, step.plan))
+
     def end_step(self, step: Step) -> None:
         """Checks, when the loop asks for the next step, that this one was run and that its update came.
 
@@ -235,8 +251,9 @@ class PendingUpdates:
         if applied:
             self._planner.applied(update.num_examples, update.gain)
         self.tell_engine()
-        lr = self._lr_entry(update.scaling.factor, rates)
-        self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
+        if update.entry is not None:
+            lr = self._lr_entry(update.scaling.factor, rates)
+            self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
         self._observers.after(update.number)
 
     def _lr_entry(self, factor: float, rates: list[float]) -> dict[str, Any]:
@@ -285,7 +302,8 @@ class PendingUpdates:
         """Writes the line of a step whose update never came (a gradient scaler left it out, or it raised)."""
         self._hooks.forget()
         if self._update is not None:
-            self._journal.write({**self._update.entry, "lr": None, "applied": False})
+            if self._update.entry is not None:
+                self._journal.write({**self._update.entry, "lr": None, "applied": False})
             self._observers.after(self._update.number)
             # Whether it was left out or never came (a loop that only measures): the next step begins without them. They
             # stay until then, for whoever looks at them after the loop.

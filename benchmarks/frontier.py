@@ -10,7 +10,8 @@ on two seeds, and reported as test loss on three others.
 
 Finished runs are kept in ``runs/frontier/runs.jsonl`` (or in the folder that ADABATCH_STUDY names), so the study may
 be interrupted at any time and goes on where it stopped. At the end, or with ``--report`` at once, all that is there is
-read, and written to ``results/frontier.md``, ``.json`` and ``.png``."""
+read, and written to ``results/frontier.md``, ``.json`` and ``.png``. All that a report was made of stands in that
+``.json`` as well, and is not run again if the other file is lost."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ COARSE, FINE, ENDS = (16, 64, 256), (32, 128, 512), (1024, 8)  # constant batche
 SIZES = (*COARSE, *FINE, *ENDS)
 FIRST = 16  # the batch that a person tunes, and that ours begins with
 SEEDS, CHOICE_SEEDS = (0, 1, 2), (TUNING_SEED, TUNING_SEED + 1)
-STORE = STUDY / "runs.jsonl"
+FAR_BEHIND = 1.1  # a setting's loss over the best one's, on the same seed, from which on it is not looked at further
+STORE, RECORD = STUDY / "runs.jsonl", RESULTS / "frontier.json"
 START: Mapping[OptimizerName, float] = {"adamw": 2**-8, "sgd": 2**-6, "adagrad": 2**-5, "adagrad-norm": 2**-1}
 RULES: Mapping[OptimizerName, str] = {"adamw": "sqrt", "sgd": "linear", "adagrad": "sqrt", "adagrad-norm": "linear"}
 
@@ -86,9 +88,6 @@ class Cell(NamedTuple):
         return None if self.examples == short else self._replace(examples=short)
 
 
-Run = Callable[[Job], Outcome]
-
-
 def cells(only: str = "") -> list[Cell]:
     """In the order of their importance; those whose names begin with one of ``only``, separated by commas."""
 
@@ -105,17 +104,28 @@ def cells(only: str = "") -> list[Cell]:
     return [one for one in every if "-".join(map(str, one)).startswith(tuple(only.split(",")))]
 
 
-def tuned(cell: Cell, run: Run, batch: Planned, start: Setting, **others: object) -> Setting:
-    """The best learning rate and warm-up of a batch that is planned beforehand."""
+def tuned(cell: Cell, run: Store, batch: Planned, start: Setting, **others: object) -> Setting:
+    """The best learning rate and warm-up of a batch that is planned beforehand.
+
+    What is far behind on the first seed does not run on the others.
+    """
+    best = [math.inf] * len(CHOICE_SEEDS)
 
     def loss(setting: Setting) -> float:
-        found = outcomes(cell, run, batch, setting, seeds=CHOICE_SEEDS, **others)
-        return statistics.fmean(outcome.validation for outcome in found)
+        nonlocal best
+        seen: list[float] = []
+        for seed in CHOICE_SEEDS:
+            seen.append(run(cell.job(batch, setting, seed, **others)).validation)
+            if seen[0] > FAR_BEHIND * best[0]:
+                break
+        if len(seen) == len(best) and sum(seen) < sum(best):
+            best = seen
+        return statistics.fmean(seen)
 
-    return tune(loss, start)
+    return run.search(cell.job(batch, start, CHOICE_SEEDS[0], **others), lambda: tune(loss, start))
 
 
-def tuned_constant(cell: Cell, run: Run, size: int) -> Setting:
+def tuned_constant(cell: Cell, run: Store, size: int) -> Setting:
     """The best setting of a constant batch, searched from that of the shorter budget, or of a batch near it."""
     if cell.shorter is not None:
         start = tuned_constant(cell.shorter, run, size)
@@ -131,7 +141,7 @@ def tuned_constant(cell: Cell, run: Run, size: int) -> Setting:
 
 def outcomes(
     cell: Cell,
-    run: Run,
+    run: Store,
     batch: Batch,
     setting: Setting,
     *,
@@ -142,7 +152,7 @@ def outcomes(
     return [run(cell.job(batch, setting, seed, **others)) for seed in seeds]
 
 
-def constants(cell: Cell, run: Run, *, sizes: Sequence[int] = SIZES, seeds: Sequence[int] = SEEDS) -> Iterable[Row]:
+def constants(cell: Cell, run: Store, *, sizes: Sequence[int] = SIZES, seeds: Sequence[int] = SEEDS) -> Iterable[Row]:
     """The frontier: each size with its own settings."""
     for size in sizes:
         setting = tuned_constant(cell, run, size)
@@ -150,7 +160,7 @@ def constants(cell: Cell, run: Run, *, sizes: Sequence[int] = SIZES, seeds: Sequ
         yield Row("constant", str(size), setting, found, tuned=True)
 
 
-def rules(cell: Cell, run: Run) -> Iterable[Row]:
+def rules(cell: Cell, run: Store) -> Iterable[Row]:
     """What a person has who tuned the smallest batch only: a larger constant, its learning rate by a rule.
 
     The warm-up is that of the default, so that nothing but the moving batch is between these rows and it.
@@ -186,7 +196,7 @@ def planned(warmup: float) -> dict[str, tuple[Planned, str]]:
 TUNED_TABLES = ("quarters 16 to 128", "quarters 32 to 256", "ramp 16 to 256 over a half")
 
 
-def tables(cell: Cell, run: Run) -> Iterable[Row]:
+def tables(cell: Cell, run: Store) -> Iterable[Row]:
     """With the smallest batch's settings and, some of them, with their own."""
     base = tuned_constant(cell, run, FIRST)
     known = planned(base.warmup)
@@ -205,7 +215,8 @@ class Method(NamedTuple):
         criterion, number: as in ``Measured``.
         warmup: the warm-up is at least so long, as a share of the examples, however long the smallest batch's is.
         hold: the batch stays at its first size for at least this share of the examples; None is until the warm-up is
-            over, and 0 does not wait for that either.
+            over.
+        waits: False holds it for just that share, however long the warm-up is.
     """
 
     criterion: Literal["norm test", "price"]
@@ -214,23 +225,24 @@ class Method(NamedTuple):
     follow: str = ""
     warmup: float = 0.0
     hold: float | None = None
+    waits: bool = True
 
     @property
     def name(self) -> str:
         words = [f"{self.criterion} {self.number:g}", self.rule]
         words += ["betas follow"] if self.follow else []
         words += [f"warm-up >= {100 * self.warmup:g} %"] if self.warmup else []
-        words += [] if self.hold is None else [f"held >= {100 * self.hold:g} %"]
+        words += [] if self.hold is None else [f"held{' >=' * self.waits} {100 * self.hold:g} %"]
         return ", ".join(words)
 
     def following(self, cell: Cell) -> str:
         """What follows of the settings that the cell's optimizer has."""
         return self.follow if cell.optimizer == "adamw" else ""
 
-    def outcomes(self, cell: Cell, run: Run, base: Setting, seeds: Sequence[int]) -> list[Outcome]:
+    def outcomes(self, cell: Cell, run: Store, base: Setting, seeds: Sequence[int]) -> list[Outcome]:
         """Its runs, with the settings of the smallest batch."""
         setting = base._replace(warmup=max(base.warmup, self.warmup))
-        hold = None if self.hold and self.hold <= setting.warmup else self.hold
+        hold = None if self.waits and self.hold and self.hold <= setting.warmup else self.hold
         batch = Measured(self.criterion, self.number, FIRST, hold)
         others = {"rule": self.rule, "follow": self.following(cell), "reference": FIRST}
         return outcomes(cell, run, batch, setting, seeds=seeds, **others)
@@ -245,6 +257,8 @@ def explored() -> list[Method]:
     price = Method("price", 32, hold=0.1)
     return [
         price._replace(follow="betas"),
+        price._replace(follow="betas", waits=False),
+        *(price._replace(follow="betas", number=number) for number in (8, 16, 64)),
         price,
         price._replace(follow="betas", hold=None),
         price._replace(follow="betas", hold=None, warmup=0.25),
@@ -256,7 +270,7 @@ def explored() -> list[Method]:
     ]
 
 
-def ours(cell: Cell, run: Run, *, chosen: Sequence[Method], seeds: Sequence[int] = SEEDS) -> Iterable[Row]:
+def ours(cell: Cell, run: Store, *, chosen: Sequence[Method], seeds: Sequence[int] = SEEDS) -> Iterable[Row]:
     """The batch that follows the noise, with the settings of the smallest constant batch."""
     base = tuned_constant(cell, run, FIRST)
     for method in chosen:
@@ -264,7 +278,7 @@ def ours(cell: Cell, run: Run, *, chosen: Sequence[Method], seeds: Sequence[int]
         yield Row("ours", method.name, base, method.outcomes(cell, run, base, seeds), price=price)
 
 
-PARTS: Mapping[str, Callable[[Cell, Run], Iterable[Row]]] = {
+PARTS: Mapping[str, Callable[[Cell, Store], Iterable[Row]]] = {
     "coarse": partial(constants, sizes=COARSE),
     "fine": partial(constants, sizes=FINE),
     "ends": partial(constants, sizes=ENDS),
@@ -305,7 +319,7 @@ def batch_in_words(batch: Batch) -> str:
 def study(part: str, cell: Cell) -> None:
     """All runs of a part in a cell."""
     torch.set_num_threads(1)
-    for _ in PARTS[part](cell, Store(STORE, say=progress())):
+    for _ in PARTS[part](cell, Store(STORE, results=RECORD, say=progress())):
         pass
 
 
@@ -315,7 +329,7 @@ def kept(rows: Iterable[Row]) -> Iterator[Row]:
         yield from rows
 
 
-def page(cell: Cell, run: Run) -> Page:
+def page(cell: Cell, run: Store) -> Page:
     """All methods that ran on all seeds."""
     parts = (
         *(constants(cell, run, sizes=(size,)) for size in SIZES),
@@ -326,7 +340,7 @@ def page(cell: Cell, run: Run) -> Page:
     return Page(", ".join(map(str, cell)), [row for part in parts for row in kept(part)], DEFAULT.name)
 
 
-def choice(cell: Cell, run: Run) -> Page:
+def choice(cell: Cell, run: Store) -> Page:
     """The settings that were compared, by the loss that a choice may look at: that of validation.
 
     Constants are those of the reported seeds: on the seeds that tuned them each is the luckiest of some eight.
@@ -378,7 +392,7 @@ def report(store: Store, cells: Iterable[Cell], *, save: bool) -> None:
             *(table for each in every for table in (constants_table(each), methods_table(each))),
         ],
         findings=[*findings(every), *setting(store, every)],
-        data={each.title: record(each) for each in every},
+        data={**{each.title: record(each) for each in every}, **store.used},
         save=save,
     )
 
@@ -400,7 +414,7 @@ def main() -> None:
         else:
             with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
                 pool.starmap(study, work, chunksize=1)
-    report(Store(STORE, run=False), chosen, save=not options.no_save)
+    report(Store(STORE, results=RECORD, run=False), chosen, save=not options.no_save)
 
 
 if __name__ == "__main__":

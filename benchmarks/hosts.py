@@ -4,8 +4,9 @@
 
 One process of one thread trains the same 4.8 M-parameter transformer with AdamW and four micro-batches per step, in
 Accelerate (its own ``accumulate`` against ``attach``), Lightning (``accumulate_grad_batches`` against the callback) and
-Fabric (``no_backward_sync`` against the plain API). Limits hold the batch constant, so both do the same work. Aim: at
-most 1.03.
+Fabric (``no_backward_sync`` against the plain API); in the Trainer of Transformers it trains a Llama of that size
+(``gradient_accumulation_steps`` against ``AdaptiveTrainer``). Limits hold the batch constant, so both do the same work.
+Aim: at most 1.03.
 """
 
 from __future__ import annotations
@@ -44,14 +45,19 @@ def made(width: int = 256, depth: int = 6) -> tuple[nn.Module, torch.optim.Optim
 
 
 class Endless(TensorDataset):
-    """Random characters, again and again: no loop comes to its end while it is timed."""
+    """Random characters, again and again: no loop comes to its end while it is timed.
 
-    def __init__(self) -> None:
+    Args:
+        steps: after which it would.
+    """
+
+    def __init__(self, steps: int = STEPS) -> None:
+        self.steps = steps
         text = torch.randint(65, (64, LENGTH + 1), generator=torch.Generator().manual_seed(0))
         super().__init__(text[:, :-1].contiguous(), text[:, 1:].contiguous())
 
     def __len__(self) -> int:
-        return STEPS * SIZE
+        return self.steps * SIZE
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return super().__getitem__(index % 64)
@@ -190,10 +196,68 @@ def lightning_steps(**size: int) -> Steps:
     return {"without": fitted(ACCUMULATION), "with": fitted(1, ours)}
 
 
+def transformers_steps(width: int = 256, depth: int = 6) -> Steps:
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from adabatch.integrations.transformers import AdaptiveArguments, AdaptiveTrainer
+
+    class Gate(TrainerCallback):
+        """Lets a run, which is in a thread of its own, go on by one step at a time.
+
+        It waits at the ends of steps: what the two runs share in Accelerate is set between there and its use.
+        """
+
+        def __init__(self) -> None:
+            self.go, self.done = Semaphore(0), Semaphore(0)
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.go.acquire()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.done.release()
+            self.go.acquire()
+
+        def step(self) -> None:
+            self.go.release()
+            self.done.acquire()
+
+    def batch_of(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        tokens = torch.stack([row[0] for row in rows])
+        return {"input_ids": tokens, "labels": tokens.clone()}
+
+    def trained(kind: Any, accumulation: int, **ours: Any) -> Callable[[], None]:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=depth, num_attention_heads=8,
+            vocab_size=256,
+        )  # fmt: skip
+        gate, steps = Gate(), 4096
+        arguments = TrainingArguments(
+            "unused", per_device_train_batch_size=MICRO, gradient_accumulation_steps=accumulation, max_steps=steps,
+            learning_rate=1e-4, report_to=[], disable_tqdm=True, save_strategy="no", logging_strategy="no",
+            remove_unused_columns=False, use_cpu=True,
+        )  # fmt: skip
+        trainer = kind(
+            LlamaForCausalLM(config), arguments, train_dataset=Endless(steps), data_collator=batch_of, callbacks=[gate],
+            **ours,
+        )  # fmt: skip
+
+        def run() -> None:
+            torch.set_num_threads(1)  # each thread of Python has a number of its own
+            trainer.train()
+
+        Thread(target=run, daemon=True).start()
+        return gate.step
+
+    adaptive = AdaptiveArguments(criterion="norm_test", eta=0.5, min_batch_size=SIZE, max_batch_size=SIZE)
+    return {"without": trained(Trainer, ACCUMULATION), "with": trained(AdaptiveTrainer, 1, adaptive=adaptive)}
+
+
 HOSTS: dict[str, Callable[..., Steps]] = {
     "Accelerate": accelerate_steps,
     "Fabric": fabric_steps,
     "Lightning": lightning_steps,
+    "Trainer": transformers_steps,
 }
 
 

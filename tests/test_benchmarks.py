@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import warnings
 from collections.abc import Callable
@@ -64,7 +65,9 @@ def test_the_frontier_study_goes_on_where_it_stopped_and_reports(
 
     told: list[Any] = []
     found = rows(frontier.Store(path, say=lambda job, outcome: told.append(job)))
-    assert len(told) == len(set(told)) == len(path.read_text().splitlines())
+    lines = path.read_text().splitlines()
+    assert len(told) == len(set(told)) == sum('"outcome"' in line for line in lines)
+    assert len(lines) == len(told) + 2, "and the two searches for settings"
     assert all(0 < row.loss < 3 for row in found)
     assert repr(rows(frontier.Store(path, run=False))) == repr(found)
 
@@ -79,6 +82,33 @@ def test_the_frontier_study_goes_on_where_it_stopped_and_reports(
     again: list[Any] = []
     rows(frontier.Store(path, say=lambda job, outcome: again.append(job)))
     assert again == told[-1:]
+
+
+def test_the_record_of_a_report_stands_for_a_store_that_was_lost(frontier: ModuleType, tmp_path: Path) -> None:
+    cell, results = frontier.Cell("digits", "adamw", 512), tmp_path / "frontier.json"
+    whole = frontier.Store(tmp_path / "runs.jsonl")
+    first = list(frontier.constants(cell, whole, sizes=(64,)))
+    reader = frontier.Store(tmp_path / "runs.jsonl", run=False)
+    assert repr(list(frontier.constants(cell, reader, sizes=(64,)))) == repr(first)
+    assert len(reader.used["runs"]) == len(frontier.SEEDS) < len(whole.outcomes), "tuning left its settings only"
+    results.write_text(json.dumps(reader.used))
+    restored = frontier.Store(tmp_path / "lost.jsonl", results=results, run=False)
+    assert repr(list(frontier.constants(cell, restored, sizes=(64,)))) == repr(first)
+    with pytest.raises(frontier.NotRunError, match="was not run"):
+        list(frontier.constants(cell, restored, sizes=(16,)))
+
+
+def test_a_setting_far_behind_on_the_first_seed_is_not_run_on_the_next(frontier: ModuleType, tmp_path: Path) -> None:
+    cell = frontier.Cell("digits", "adamw", 512)
+    told: list[tuple[Any, float]] = []
+    store = frontier.Store(tmp_path / "runs.jsonl", say=lambda job, outcome: told.append((job, outcome.validation)))
+    frontier.tuned_constant(cell, store, 64)
+    first, second = ([job for job, _ in told if job.seed == seed] for seed in frontier.CHOICE_SEEDS)
+    assert len(second) < len(first)
+    best = min(loss for job, loss in told if job.seed == frontier.CHOICE_SEEDS[0])
+    assert all(
+        any(job.lr == one.lr and job.warmup == one.warmup for job in second) for one, loss in told if loss == best
+    )
 
 
 def test_a_tuned_rate_is_never_at_the_edge_of_its_grid(frontier: ModuleType) -> None:
@@ -127,3 +157,22 @@ def test_early_and_late_growth_take_equal_steps(monkeypatch: pytest.MonkeyPatch,
     claims = importlib.import_module("claims")
     first, later = claims.FIRST, claims.growth(1 / 48, share)
     assert share / first + (1 - share) / later == pytest.approx(1 / 48, rel=0.01)
+
+
+def test_closed_forms_are_compared_with_simulations_and_with_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    study = importlib.import_module("step_time_model")
+    rows = study.compared(rings=(4,), trees=(8,), nodes=(2,))
+    assert [row.algorithm for row in rows] == ["ring", "tree", "hierarchy"] * 2
+    assert all(row.simulated == pytest.approx(row.closed) < min(row.late) for row in rows)
+    table, findings = study.simulations(rows)
+    assert len(table.rows) == 6
+    assert "waits for the slowest" in " ".join(findings)
+    # Made-up times of a ring: the fit finds it, and is nothing off between its ends.
+    timed = [(size, study.ring_seconds(4, size, latency=1e-4, bandwidth=1e9)) for size in study.GLOO_BYTES]
+    found, words = study.rows_of(4, timed)
+    assert [row.closed for row in found] == pytest.approx([seconds for _, seconds in timed])
+    assert "0.0001 s per message, 1e+09 bytes/s" in words
+    table, findings = study.measurements([(found, words)])
+    assert len(table.rows) == len(study.GLOO_BYTES)
+    assert "0% off in the median and 0% at most" in " ".join(findings)

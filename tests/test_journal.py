@@ -224,7 +224,7 @@ def test_a_cut_of_what_is_no_journal_says_so_and_leaves_it_whole(tmp_path: Path)
         Journal(path).write(an_entry(before=Progress(examples=32 * step, steps=step)))
     damaged = path.read_text().replace('"step":1', '"stepp:1')
     path.write_text(damaged)
-    with pytest.raises(ValueError, match=r"run\.jsonl, line 2, is no line of a journal, and not the last"):
+    with pytest.raises(ValueError, match=r"run\.jsonl, line 2, is not a line of a journal, and not the last one"):
         Journal(path).cut(64)
     assert path.read_text() == damaged
     assert Journal(path).cut(0) == 0  # a run that begins anew needs none of it

@@ -316,7 +316,7 @@ def test_legw_keeps_the_steps_of_the_warmup() -> None:
     for share, ratio in ((0.2, 8.0), (1.0, 0.5), (-0.1, 2.0), (math.nan, 2.0)):
         with pytest.raises(ValueError, match="both must lie in"):
             legw_warmup(share, ratio)
-    with pytest.raises(ValueError, match="a warm-up of 10 gain_steps has the batch in it already"):
+    with pytest.raises(ValueError, match="a warm-up of 10 gain_steps already depends on the batch"):
         legw_warmup(gain_steps(10), 2.0)
 
 

@@ -1,11 +1,11 @@
-"""Averages of noise and signal over probes, in which no single probe counts for much.
+"""Averages of noise and signal over probes, in which a single probe has bounded influence.
 
-Noise and signal are averaged apart, in per-example units, so that the averages stay valid when the batch changes, and
-are divided last. The last few probes are kept as they were measured, and judged again at every new one: a probe that
-lies far from the median of its neighbours, before and after it, loses its weight. So one spike is left out whatever
-its size and wherever it comes, the first step included, and several probes in a row that agree are no spike: once they
-are the majority, they are the median. Older probes are one exponential window, whose length grows with the run; where
-the last probes no longer agree with it, it is dropped.
+Noise and signal are averaged separately, in per-example units, so that the averages remain valid if the batch changes,
+and are divided last. The last few probes are kept as they were measured, and weighted again at every new one: a probe
+that lies far from the median of its neighbours, before and after it, loses its weight. One spike is therefore left out
+whatever its size and wherever it comes, the first step included. Several probes in a row that agree are not a spike:
+once they are the majority, they are the median. Older probes form one exponential window, whose length grows with the
+run; if the last probes no longer agree with it, it is dropped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from adabatch.batch.moments import EUCLIDEAN, GradientMoments
 from adabatch.batch.plan import BatchPlan
 
 RECENT = 7
-"""Probes that are kept as they were measured. Four that agree are the majority, and so the rule."""
+"""Probes that are kept as they were measured. Four of them that agree are the majority."""
 
 OUTLIER = 4.0
-"""Standard deviations from the median, on the scale of cube roots, up to which a probe has its whole weight; at twice
-as many it has none."""
+"""Standard deviations from the median, on the scale of cube roots, up to which a probe has its full weight; at twice as
+many its weight is zero."""
 
 CHANGED = 3.5
 """Standard errors between the last probes and the window before them at which that window is dropped."""
@@ -34,14 +34,14 @@ PRIOR = 2.0
 
 
 class Probed(NamedTuple):
-    """What one probe measured, per example.
+    """The measurement of one probe, per example.
 
     Args:
         noise: trace of the per-example covariance.
         grad_sq: squared norm of the gradient.
         size: examples behind that gradient.
         num_parts: parts whose spread gave the noise.
-        noise_along, noise_at_quantile: other measures of the noise, where they were measured.
+        noise_along, noise_at_quantile: other measures of the noise; None if they were not measured.
     """
 
     noise: float
@@ -74,8 +74,8 @@ class Averages:
     """Exponentially weighted averages of noise and signal over probes, with their covariance.
 
     The recursion is West's (1979) for weighted means; ``weight`` and ``weight_sq`` are the sums of weights and of their
-    squares, so the averages need no bias correction and ``num_effective`` equal probes stand behind them. They are of
-    one norm: a measurement in another begins new ones.
+    squares, so the averages need no bias correction and are as certain as ``num_effective`` equal probes. All are in
+    one norm; a measurement in another norm starts new averages.
     """
 
     weight: float = 0.0
@@ -97,12 +97,12 @@ class Averages:
 
     @property
     def freedom(self) -> float:
-        """Degrees of freedom behind the noise: parts compared with each other, ``num_parts - 1`` a probe, pooled."""
+        """Degrees of freedom of the noise: ``num_parts - 1`` per probe, pooled over the probes."""
         return self.num_effective * self.comparisons
 
     @property
     def noise_scale(self) -> float:
-        """``noise / signal`` of the averages, in examples; NaN where the signal is not positive."""
+        """``noise / signal`` of the averages, in examples; NaN if the signal is not positive."""
         return self.noise / self.signal if self.signal > 0 else math.nan
 
     def after(self, moments: GradientMoments, decay: float) -> Averages:
@@ -111,7 +111,8 @@ class Averages:
         return past.with_probe(Probed.of(moments), decay)
 
     def with_probe(self, probe: Probed, decay: float, weight: float = 1.0) -> Averages:
-        """The same of a probe that counts ``weight`` times."""
+        """The averages with one more probe that counts ``weight`` times."""
+        # West's update of mean and spread: no difference of large sums of squares, which would cancel.
         total = decay * self.weight + weight
         share = weight / total if total > 0 else 0.0
         d_noise, d_signal = probe.noise - self.noise, probe.signal - self.signal
@@ -147,7 +148,8 @@ class Averages:
         )._replace(noise_at_quantile=self.noise_at_quantile, norm=self.norm)
 
     def covariance(self) -> tuple[float, float, float]:
-        """Variance of the average noise, of the average signal, and their covariance; infinite from one probe."""
+        """Variance of the average noise, of the average signal, and their covariance; infinite after a single probe."""
+        # Bessel's correction for weights: with n equal ones this is n - 1.
         freedom = self.weight - self.weight_sq / self.weight if self.weight else 0.0
         if freedom <= 1e-12:
             return math.inf, math.inf, 0.0
@@ -156,10 +158,10 @@ class Averages:
 
 
 class _Judged(NamedTuple):
-    """Probes judged by their median; deviations are relative to it, on the scale of cube roots.
+    """Probes compared with their median; deviations are relative to it, on the scale of cube roots.
 
     Cube roots of a mean of squares are nearly normal whatever its degrees of freedom (Wilson and Hilferty 1931), so one
-    bound suits noise from two parts and from two hundred, and cuts nothing off that is only skewed.
+    bound suits noise from two parts and from two hundred, and a skewed distribution loses no probes.
     """
 
     deviations: tuple[float, ...]
@@ -169,13 +171,13 @@ class _Judged(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeWindow:
-    """The probes of a run: the last ones as they were measured, those before them as averages.
+    """The probes of a run: the last ones as they were measured, the earlier ones as averages.
 
     Args:
         past: averages of the probes before the last ones.
         recent: the last probes, at most ``RECENT``, the latest at the end.
-        num_probes: how many probes came since noise or signal last jumped.
-        decay: weight of the past at each new probe; 0 keeps the last one only, and judges none.
+        num_probes: number of probes since noise or signal last jumped.
+        decay: weight of the past at each new probe; 0 keeps the last one only, without a test for outliers.
         scatter_noise, scatter_grad: mean squared deviation of the probes of ``past`` from their neighbours.
     """
 
@@ -188,7 +190,7 @@ class ProbeWindow:
 
     @classmethod
     def of(cls, averages: Averages) -> ProbeWindow:
-        """A window of which nothing but averages is known."""
+        """A window of which only the averages are known."""
         return cls(past=averages, num_probes=round(averages.num_effective))
 
     @cached_property
@@ -202,16 +204,17 @@ class ProbeWindow:
     @cached_property
     def weights(self) -> tuple[float, ...]:
         """How much each of the last probes counts, from 0 (an outlier) to 1."""
-        if self.decay == 0:
+        if self.decay == 0:  # the single probe of `Control.direct()` is followed whatever it says
             return (1.0,) * len(self.recent)
         noise, grad = self._noise, self._grad
+        # The smaller of two weights: a spike of the data may show in the noise or in the length of the gradient only.
         return tuple(
             min(_weight(one, noise.spread), _weight(other, grad.spread))
             for one, other in zip(noise.deviations, grad.deviations, strict=True)
         )
 
     def after(self, moments: GradientMoments, *, decay: float) -> ProbeWindow:
-        """The window with one more measurement in it; one in another norm begins a new one."""
+        """The window with one more measurement; a measurement in another norm starts a new window."""
         same = not self.num_probes or moments.norm == self.past.norm
         window = replace(
             self if same else ProbeWindow(),
@@ -224,12 +227,14 @@ class ProbeWindow:
         if len(window.recent) > RECENT:
             window = window._shortened()
         if window._has_changed():
+            # Only the probes that agree count, so that the memory grows again from there.
             num_probes = round(sum(window.weights))
             window = replace(window, past=Averages(norm=moments.norm), num_probes=num_probes)
         return window
 
     def _shortened(self) -> ProbeWindow:
-        """With the oldest of the last probes among those of the past."""
+        """The window after its oldest recent probe has moved into the past."""
+        # Its weight was computed again at each of the probes after it, and is final now.
         weight = self.weights[0]
         past = self.past.with_probe(self.recent[0], self.decay, weight)
         share = weight / past.weight if past.weight > 0 else 0.0
@@ -266,7 +271,7 @@ class ProbeWindow:
 
     @cached_property
     def _grad(self) -> _Judged:
-        """Squared norms of the gradient over what is expected of a batch of their size."""
+        """Squared norms of the gradient, relative to what is expected for a batch of their size."""
         noise = max(self._noise.center, 0.0)
         signal = max(median(probe.signal for probe in self.recent), 0.0)
         expected = [signal + noise / probe.size for probe in self.recent]
@@ -274,17 +279,19 @@ class ProbeWindow:
         return self._judged(ratios, 1.0, self.scatter_grad)
 
     def _judged(self, values: Sequence[float], prior: float, scatter: float) -> _Judged:
-        """Deviations of ``values`` from their median, and the spread: theirs, that of the past, and a first guess.
+        """Deviations of ``values`` from their median, and the spread, pooled from theirs, that of the past and a prior.
 
         Args:
             prior: one over the degrees of freedom that a value has at least.
         """
         center, number = median(values), len(values)
-        if not center > 0:
+        if not center > 0:  # no scale to compare with, so no probe is an outlier
             return _Judged((0.0,) * number, 0.0, center)
         deviations = tuple(math.cbrt(value / center) - 1 for value in values)
         # The median absolute deviation of few normal numbers, with the usual correction.
         scale = 1.4826 * number / (number - 0.8) * median(map(abs, deviations))
+        # Seven values alone give a poor spread, so it is pooled with that of the past, and with the variance of a
+        # chi-square on the scale of cube roots, 2 / 9 over its degrees of freedom, which matters early in a run.
         sources = ((PRIOR, 2 / 9 * prior), (self.past.num_effective, scatter), (number - 1, scale**2))
         total = sum(weight for weight, _ in sources)
         return _Judged(deviations, math.sqrt(sum(weight * square for weight, square in sources) / total), center)
@@ -309,7 +316,7 @@ class ProbeWindow:
 
 
 def median(values: Iterable[float]) -> float:
-    """The median, without the checks of ``statistics.median``: it is taken several times a probe."""
+    """The median, without the checks of ``statistics.median``: it is computed several times per probe."""
     ordered = sorted(values)
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -1,8 +1,8 @@
 """The control: which batch size a run may have. The only place that decides.
 
-A criterion says what the gradient asks for; noise is large, so what it says is averaged (`averages`), given an error
-bar, and followed only where following is worth it. The batch grows and shrinks: a change that chance brought is taken
-back, where a batch that may only grow would add up every mistake of the run.
+A criterion says which batch size the gradient asks for. Its estimate is noisy, so it is averaged (`averages`), given an
+error bar, and followed only if the change is significant. The batch grows and shrinks, so that a change by chance is
+undone; a batch that may only grow would accumulate every mistake of the run.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ accumulation step in four, far below the error bar of any estimate."""
 
 
 LONGEST_MEMORY = 50
-"""Probes to which the window grows with the run. Over 50 the error bar hardly narrows, while the noise scale moves."""
+"""Probes to which the window grows. Above 50 the error bar hardly narrows, while the noise scale changes."""
 
 UNLIMITED = 2**62
-"""Examples beyond any batch: what an infinite size is cut to, and the ceiling of a schedule without limits."""
+"""More examples than any batch has: the value for an infinite size, and the ceiling of a schedule without limits."""
 
 
 class Reason(StrEnum):
-    """Why the next plan is what it is; the words of the journal."""
+    """The reason for the next plan, in the words of the journal."""
 
     GROW = "grow"
     SHRINK = "shrink"
@@ -45,6 +45,7 @@ class Reason(StrEnum):
     NOT_PROBED = "not probed"
     NOT_FINITE = "not finite"
     WEIGHS_NOTHING = "weighs nothing"
+    NOT_COMMITTED = "not committed"
     NO_NOISE = "no noise"
     NO_SIGNAL = "no signal"
     MONOTONE = "monotone"
@@ -61,7 +62,7 @@ class Limits:
     """The smallest and largest global batch size, in examples; either may be a schedule.
 
     Raises:
-        ValueError: a size below 1, anything but whole numbers and schedules, or limits crossed.
+        ValueError: if a size is below 1, or neither a whole number nor a schedule, or if ``min`` is above ``max``.
     """
 
     min: int | Schedule
@@ -83,15 +84,15 @@ class Limits:
             raise ValueError(f"limits are crossed: min={self.min} is above max={self.max}")
 
     def at(self, progress: Progress) -> tuple[int, int]:
-        """Floor and ceiling at this progress; where schedules cross, the ceiling holds."""
+        """Floor and ceiling at this progress; if the two schedules cross, the ceiling holds."""
         low = self.min if isinstance(self.min, int) else math.ceil(min(self.min.size(progress), UNLIMITED))
         high = self.max if isinstance(self.max, int) else math.floor(min(self.max.size(progress), UNLIMITED))
         return min(low, high), high
 
     def runnable(self, progress: Progress, grid: PlanGrid) -> tuple[int, int]:
-        """Floor and ceiling with a plan between them: where a moving floor leaves none, it yields to the largest plan.
+        """Floor and ceiling with a plan between them: if a moving floor leaves none, it is lowered to the largest plan.
 
-        A ceiling never yields: below the smallest plan, nothing can be run.
+        The ceiling is never raised, because nothing can be run below the smallest plan.
         """
         low, high = self.at(progress)
         return min(low, grid.next_below(high + 1) or low), high
@@ -102,32 +103,33 @@ class Control:
     """How cautiously the plan follows the criterion.
 
     Args:
-        interval: a probe every so many steps.
-        memory: probes in the average at least: an exponential window with the weight of ``memory`` equal ones (a factor
-            of ``(memory - 1) / (memory + 1)`` a probe). 1 keeps only the last and judges none, ``inf`` forgets none.
+        interval: number of steps from one probe to the next.
+        memory: least number of probes in the average: an exponential window with the weight of ``memory`` equal ones (a
+            factor of ``(memory - 1) / (memory + 1)`` per probe). 1 keeps only the last probe, without a test for
+            outliers; ``inf`` forgets none.
         memory_share: the window grows to this share of the probes since noise or signal last jumped, up to 50 of them;
             0 keeps it at ``memory``.
         confidence: one-sided probability with which the wanted batch must lie above the present one before the batch
-            grows, in [0.5, 1). It holds for one decision, not for all of a run. 0.5 asks for no certainty, and is all
-            that ``memory=1`` can give.
-        shrink_confidence: the same with which it must lie below before the batch shrinks; by default half as far from
-            certainty, 0.95 for 0.9. A batch that shrinks and grows again by chance pays for it both ways.
-        hysteresis: relative change below which nothing moves (0.1: AdaptDL's 0.05 on noisier statistics, doubled).
-        hold: a stretch after a change in which no other follows, in steps (a number, or ``adabatch.steps``) or in
-            ``adabatch.examples``.
-        growth: largest factor of one change, either way, above 1; ``inf`` for none.
-        pace: the batch grows to at most this share of all examples consumed so far, so that the first noise of a run,
-            which is seldom that of the rest, cannot move it far: at 0.1 a doubling takes at least ten steps from the
-            beginning on, and is immediate late in the run. ``inf`` for no pace.
-        hold_until: how much of the run must be over before the batch grows; ``adabatch.examples(0)`` for no wait. None
-            leaves it to the caller of ``decide``, for whom a schedule's warm-up is the natural length.
-        monotone: whether the batch may only grow. It then keeps every growth that chance brought: where the noise scale
-            wanders by 30 % it stands at 1.5 to 2 times the right batch after a few hundred probes.
+            grows, in [0.5, 1). It holds for one decision, not for all of a run. 0.5 needs no certainty, and is the only
+            value that is possible with ``memory=1``.
+        shrink_confidence: the probability with which it must lie below before the batch shrinks; by default half as far
+            from certainty, 0.95 for 0.9, because a batch that shrinks and grows again by chance costs twice.
+        hysteresis: relative change below which the plan is kept (0.1: AdaptDL's 0.05, doubled for noisier statistics).
+        hold: length of the stretch after a change in which no other change follows, in steps (a number, or
+            ``adabatch.steps``) or in ``adabatch.examples``.
+        growth: largest factor of one change, in either direction, above 1; ``inf`` for no limit.
+        pace: the batch grows to at most this share of all examples consumed so far, so that the noise at the start of a
+            run, which often differs from that of the rest, cannot move it far: at 0.1 a doubling takes at least ten
+            steps at the beginning, and is immediate late in the run. ``inf`` for no pace.
+        hold_until: how much of the run must be over before the batch grows; ``adabatch.examples(0)`` for no wait. If
+            None, the caller of ``decide`` chooses; ``AdaptiveBatch`` uses the warm-up of its schedule.
+        monotone: whether the batch may only grow. It then keeps every growth that came by chance: if the noise scale
+            varies by 30 %, the batch is at 1.5 to 2 times the right size after a few hundred probes.
 
-    Schedules are followed as they are, and limits move the plan, whatever ``hold``, ``pace`` and ``hold_until`` say.
+    ``hold``, ``pace`` and ``hold_until`` do not apply to schedules, nor to changes that the limits require.
 
     Raises:
-        ValueError: a value outside its range, or a confidence that a memory of one probe cannot give.
+        ValueError: if a value is outside its range, or if ``memory=1`` cannot give the confidence.
     """
 
     interval: int = 1
@@ -166,7 +168,7 @@ class Control:
             )
         if self.memory == 1 and max(self.confidence, shrink) > 0.5:
             raise ValueError(
-                f"memory=1 keeps one probe, whose spread nobody knows, so with confidence={self.confidence} no change "
+                f"memory=1 keeps one probe, whose spread is unknown, so with confidence={self.confidence} no change "
                 f"would ever be significant: use confidence=0.5, or a memory of 2 or more"
             )
 
@@ -174,9 +176,10 @@ class Control:
     def direct(cls, *, interval: int = 1) -> Control:
         """Every test is followed at once and in full: no average, no error bar, no cap, no pace; growth only.
 
-        It is the control of the papers, here to reproduce them, and never won: with eta 0.5 it ended at a loss of 0.086
-        where the default of its time had 0.076 and the best constant batch 0.041 (a small CNN on MNIST), and at 2.44
-        where constant batches of as many steps had 2.1 to 2.2 (a language model of bytes).
+        This is the control of the papers, provided to reproduce them. It was worse in every comparison: with eta 0.5 it
+        ended at a loss of 0.086, against 0.076 for the default at that time and 0.041 for the best constant batch (a
+        small CNN on MNIST), and at 2.44, against 2.1 to 2.2 for constant batches with the same number of steps (a
+        language model of bytes).
         """
         return cls(
             interval=interval,
@@ -192,11 +195,11 @@ class Control:
 
     @property
     def decay(self) -> float:
-        """Weight of the past at each new probe, while the window is of ``memory`` probes."""
+        """Weight of the past at each new probe while the window has ``memory`` probes."""
         return 1 - 2 / (self.memory + 1)
 
     def decay_after(self, num_probes: int) -> float:
-        """The same after ``num_probes`` since the last jump."""
+        """Weight of the past at each new probe, ``num_probes`` after the last jump."""
         if self.memory == 1:
             return 0.0
         return 1 - 2 / (max(self.memory, min(self.memory_share * num_probes, LONGEST_MEMORY)) + 1)
@@ -210,14 +213,14 @@ class Control:
 
     @property
     def hold_steps(self) -> int:
-        """Steps after a change in which no other follows; 0 where the hold is in examples."""
+        """Steps after a change in which no other follows; 0 if the hold is in examples."""
         if isinstance(self.hold, Duration):
             return self.hold.count if self.hold.unit == "steps" else 0
         return self.hold
 
     @property
     def hold_examples(self) -> int:
-        """Examples after a change in which no other follows; 0 where the hold is in steps."""
+        """Examples after a change in which no other follows; 0 if the hold is in steps."""
         return self.hold.count if isinstance(self.hold, Duration) and self.hold.unit == "examples" else 0
 
 
@@ -225,10 +228,10 @@ class Estimate(NamedTuple):
     """A wanted batch size with its error bar, in examples.
 
     Args:
-        wanted: what the criterion asks for; infinite where no signal was seen.
-        low: one-sided bound from below, finite even then; NaN without one.
-        high: one-sided bound from above.
-        freedom: degrees of freedom behind it (`Averages.freedom`); None where nothing was measured.
+        wanted: what the criterion asks for; infinite if no signal was seen.
+        low: one-sided lower bound, finite even then; NaN if there is none.
+        high: one-sided upper bound.
+        freedom: degrees of freedom of the estimate (`Averages.freedom`); None if nothing was measured.
     """
 
     wanted: float
@@ -259,26 +262,26 @@ def estimate(
     shrink_confidence: float | None = None,
     plug_in: bool = False,
 ) -> Estimate:
-    """What ``criterion`` asks for on the averages, with a one-sided error bar either way.
+    """What ``criterion`` asks for on the averages, with a one-sided error bar in each direction.
 
-    A criterion that says where it comes to rest (`Resting`) is asked for that. The norm test itself asks for hardly
-    more than the present batch long before it rests, so that judged by what one test asks for, rounding and hysteresis
-    would stop it on the way: at eta 0.9 at less than half of its batch, or at the first one for ever.
+    If the criterion knows where it comes to rest (`Resting`), that size is used. A single norm test asks for hardly
+    more than the present batch long before it rests, so that rounding and hysteresis would stop the growth too early:
+    with eta 0.9 at less than half of the final batch, or even at the first one.
 
     The bar is that of the logarithm of the wanted size to first order (delta method), so it does not change when all
-    gradients are scaled; the derivatives are taken numerically, so any criterion has one. Either way it reaches at
-    least to what the criterion asks for at the edge of the confidence region, which is exact where the signal is what
-    is uncertain (Fieller 1954 for a quotient): upwards it then has no end where no signal is left there, and downwards
-    it has one where none was seen.
+    gradients are scaled; the derivatives are numerical, so that it works for every criterion. In each direction it
+    reaches at least to what the criterion asks for at the edge of the confidence region, which is exact if the signal
+    is the uncertain part (Fieller 1954 for a quotient). The upper bound is then infinite if no signal is left at that
+    edge, and the lower bound is finite even if no signal was seen.
 
     Args:
         criterion: says what the gradient asks for.
-        averages: noise and signal, which stand in the place of the moments ``seen``.
+        averages: noise and signal, which replace the moments of ``seen``.
         plan: of the step that ends.
-        seen: what is known beside them.
-        confidence: one-sided probability of the bar, downwards (which decides on growth).
-        shrink_confidence: upwards; by default the same.
-        plug_in: ask for what one test asks for, as the papers do, wherever it comes to rest.
+        seen: everything else that is known.
+        confidence: one-sided probability of the lower bound, which decides on growth.
+        shrink_confidence: that of the upper bound; by default the same.
+        plug_in: use the size that a single test asks for, as the papers do, not the one at which it comes to rest.
     """
     asks = criterion.wanted if plug_in else resting_size(criterion)
 
@@ -297,7 +300,7 @@ def estimate(
 
     n, s, freedom = averages.noise, averages.signal, averages.freedom
     center = wanted(n, s)
-    if math.isnan(center) or center <= 0:
+    if math.isnan(center) or center <= 0:  # no logarithm, and so no bar
         return Estimate(center, math.nan, math.nan, freedom)
     below, above = (
         _quantile(one, averages.num_effective - 1)
@@ -306,24 +309,28 @@ def estimate(
     var_noise, var_signal, cov = averages.covariance()
     bounded = math.isfinite(var_noise) and math.isfinite(below) and math.isfinite(above)
     if math.isinf(center):
+        # No signal: the upper bound is infinite too. The lower bound is the size for the largest signal that the data
+        # do not exclude, so that a batch may grow out of pure noise.
         if below == 0 or not bounded or var_signal <= 0:
             return Estimate(center, math.nan, math.inf, freedom)
         error = math.sqrt(var_signal)
         return Estimate(center, wanted(n + below * cov / error, s + below * error), math.inf, freedom)
-    if below == above == 0:
+    if below == above == 0:  # confidence 0.5 asks for no bar, also after a single probe
         return Estimate(center, center, center, freedom)
     if not bounded:
         return Estimate(center, 0.0, math.inf, freedom)
 
     def slope(up: float, down: float, width: float) -> float:
-        if width == 0:  # no noise at all, and a criterion that asks for something nevertheless
+        if width == 0:  # no noise at all, but the criterion still asks for a size
             return 0.0
         if not (math.isfinite(up) and math.isfinite(down) and up > 0 and down > 0):
             return math.inf
         return (math.log(up) - math.log(down)) / width
 
+    # Steps of the differences. The signal may be tiny or zero, so its step is at least on the scale of the noise in
+    # the gradient of the batch.
     dn, ds = 1e-4 * abs(n), 1e-4 * max(abs(s), abs(n) / plan.global_batch_size)
-    if 0 < s <= ds:
+    if 0 < s <= ds:  # both sides of the difference must have a positive signal
         ds = s / 2
     by_noise = slope(wanted(n + dn, s), wanted(n - dn, s), 2 * dn)
     by_signal = slope(wanted(n, s + ds), wanted(n, s - ds), 2 * ds)
@@ -339,6 +346,7 @@ def estimate(
 
     # Past e^50 the interval says nothing; the cap only keeps exp() finite.
     low, high = (center * math.exp(max(-50.0, min(50.0, t * error))) for t in (-below, above))
+    # The linear bar is too short if the signal is uncertain: the exact size at the edge of the region widens it.
     near, far = edge(-below), edge(above)
     return Estimate(
         center,
@@ -350,14 +358,14 @@ def estimate(
 
 @dataclass(frozen=True, kw_only=True)
 class ControlState:
-    """What the control remembers between steps: plain numbers, equal on all ranks.
+    """The state of the control between steps: plain numbers, equal on all ranks.
 
     Args:
-        window: what the probes measured.
-        hold: steps for which no change follows.
+        window: the measurements of the probes.
+        hold: number of steps for which no change follows.
         until_probe: steps until the next probe.
         times: how long steps took.
-        changed_at: examples that were consumed when the batch last changed; None where it never did.
+        changed_at: examples that were consumed when the batch last changed; None if it never did.
     """
 
     window: ProbeWindow = field(default_factory=ProbeWindow)
@@ -383,7 +391,7 @@ class ControlState:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> ControlState:
-        """The inverse of ``state_dict``; also reads states that held nothing but averages of all probes."""
+        """The inverse of ``state_dict``; also reads old states, which held only the averages of all probes."""
         if "window" in state:
             window = ProbeWindow.from_state_dict(state["window"])
         else:
@@ -398,13 +406,13 @@ class ControlState:
 
 
 class Decision(NamedTuple):
-    """The plan of the next step and how it came about.
+    """The plan of the next step, and the reasons for it.
 
     Args:
-        plan: what the next step takes.
+        plan: of the next step.
         reason: why.
-        estimate: what the criterion asked for, with its error bar; None where nothing was asked.
-        state: what the control remembers.
+        estimate: what the criterion asked for, with its error bar; None if it was not evaluated.
+        state: of the control, for the next step.
     """
 
     plan: BatchPlan
@@ -431,26 +439,29 @@ def decide(
     """The plan of the next step.
 
     Args:
-        criterion: says what the gradient asks for; one that needs no probe (a schedule) is followed as it is, inside
-            the limits.
-        moments: what this step measured; None where it was not probed.
-        control, limits, grid: how far and how fast the plan may move, and which plans can be run.
+        criterion: says which size the gradient asks for; one that needs no probe (a schedule) is followed within the
+            limits without any delay.
+        moments: the measurement of this step; None if it was not probed.
+        control, limits, grid: how far and how fast the plan may change, and which plans can be run.
         plan: the plan of the step that ends.
         progress: what is consumed when the next step begins.
-        state: what the control remembers from the steps before.
-        loss: mean loss of the step; None where it was not measured.
-        timed: a plan and how long a step of it took, in seconds; None where nothing was timed.
-        finite: whether loss and gradient of the step are finite on all ranks; else what it measured is not used.
-        hold_until: progress before which the batch does not grow, where ``control`` names none: a schedule's warm-up.
+        state: of the control, from the step before.
+        loss: mean loss of the step; None if it was not measured.
+        timed: a plan and how long a step of it took, in seconds; None if nothing was timed.
+        finite: whether loss and gradient of the step are finite on all ranks; if not, its measurement is not used.
+        hold_until: progress before which the batch does not grow, such as a schedule's warm-up, if ``control`` has no
+            ``hold_until``.
 
     Raises:
-        ValueError: ``hold_until`` in a unit that the run does not count.
+        ValueError: if ``hold_until`` has a unit that the run does not count.
     """
     low, high = limits.runnable(progress, grid)
     held = state.hold > 0 or _held_in_examples(control, state, progress)
     state = replace(state, hold=max(0, state.hold - 1), until_probe=max(0, state.until_probe - 1))
     usable = finite and moments is not None and _usable(moments)
     if moments is not None:
+        # Counted down from each probe instead of a modulus of the step number: it also works if a resumed run has
+        # another interval, or if a step that was due was not measured.
         state = replace(state, until_probe=control.interval - 1)
         if usable:
             decay = control.decay_after(state.window.num_probes + 1)
@@ -478,6 +489,7 @@ def decide(
             plug_in=control.memory == 1,
         )
         goal, reason = _followed(asked, control, plan.global_batch_size, held=held)
+    # A single part has no noise: that is "not probed", not a failure.
     elif moments is not None and not (moments.is_finite and moments.num_parts < 2):
         reason = Reason.NOT_FINITE
     most = control.growth * plan.global_batch_size
@@ -485,14 +497,17 @@ def decide(
         wait = hold_until if control.hold_until is None else control.hold_until
         next_above = grid.next_above(plan.global_batch_size)
         paced = math.inf if control.pace == math.inf else control.pace * progress.examples
+        # The limit first: it lasts, while the warm-up and the pace pass.
         if next_above > high:
             reason = Reason.AT_LIMIT
         elif wait is not None and not progress.reached(wait):
             reason = Reason.WARM_UP
+        # Not in many tiny steps: what the pace allows must exceed the hysteresis too.
         elif paced < max(next_above, plan.global_batch_size * (1 + control.hysteresis)):
             reason = Reason.PACE
         most = min(most, paced)
     if reason not in (Reason.GROW, Reason.SHRINK):
+        # Not the wanted size: a moving limit may still require a change, which starts from the present size.
         goal = plan.global_batch_size
     chosen, reason = _carried_out(min(goal, UNLIMITED), reason, plan, control.growth, most, grid, low, high)
     if chosen != plan:
@@ -505,7 +520,7 @@ def _held_in_examples(control: Control, state: ControlState, progress: Progress)
 
 
 def _usable(moments: GradientMoments) -> bool:
-    """Whether averages can take it in: a number that is not finite, or whose square is not, would never leave them."""
+    """Whether averages may use it: a number that is not finite, or whose square is not, would never leave them."""
     measured = (moments.noise, moments.signal, moments.noise_along or 0.0, moments.noise_at_quantile or 0.0)
     return all(abs(number) < 1e150 for number in measured)
 
@@ -524,10 +539,13 @@ def _followed(asked: Estimate, control: Control, present: int, *, held: bool) ->
         return asked.low, Reason.HOLD if held else Reason.GROW
     if present <= wanted * band and wanted <= present * band:
         return wanted, Reason.HYSTERESIS if control.hysteresis else Reason.AGREES
+    # Monotone before the error bar: the journal then says why the batch never shrinks, however certain the estimate.
     if wanted < present and control.monotone:
         return wanted, Reason.MONOTONE
+    # An empty bar (confidence 0.5) follows every estimate.
     if asked.low <= present <= asked.high and asked.low < asked.high:
         return wanted, Reason.NOT_SIGNIFICANT
+    # Last, so that "hold" in the journal means that the batch would have changed otherwise.
     if held:
         return wanted, Reason.HOLD
     return wanted, Reason.GROW if wanted > present else Reason.SHRINK

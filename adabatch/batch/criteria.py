@@ -1,8 +1,9 @@
-"""Criteria: the global batch size that a measured disagreement of gradients asks for.
+"""Criteria: the global batch size that the measured noise of the gradient asks for.
 
-All are pure functions of an ``Observation``. They return a size in examples *before* rounding, and never raise on a
-measurement: ``inf`` where the denominator is not positive (no signal was seen), zero or less where no noise was seen,
-NaN where something was not measured or not finite. ``control.decide`` names these cases and holds the plan.
+All are pure functions of an ``Observation``. They return a size in examples *before* rounding, and raise no error for
+any measurement: they return ``inf`` if the denominator is not positive (no signal was seen), zero or less if no noise
+was seen, and NaN if something was not measured or not finite. ``control.decide`` handles these cases by holding the
+plan.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from adabatch.batch.step_times import StepTimes
 
 
 class Observation(NamedTuple):
-    """What is known at the end of a step; None where it was not measured.
+    """What is known at the end of a step; None for what was not measured.
 
     Args:
         moments: squared norms of the gradient and its parts, averaged over steps by the control.
         progress: what the run's applied updates consumed so far.
         loss: mean training loss of the step.
-        seconds: how long a step lately took, the mean over the ranks; for criteria that need it.
-        times: the same of all plans that were timed.
+        seconds: recent time of a step, the mean over the ranks; for criteria that need it.
+        times: the times of all plans that were timed.
         grid: the plans that the run can carry out.
     """
 
@@ -55,10 +56,10 @@ class Criterion(Protocol):
 
 @runtime_checkable
 class DecaysLR(Protocol):
-    """A criterion whose batch sizes stand for a decay of the learning rate too (``Seesaw``)."""
+    """A criterion whose growing batch replaces a part of the decay of the learning rate (``Seesaw``)."""
 
     def lr_decay(self, progress: Progress) -> float:
-        """A factor on the learning rate at this progress, beside what the rule makes of the batch; not negative."""
+        """A factor on the learning rate at this progress, in addition to that of the rule; not negative."""
         ...
 
 
@@ -67,15 +68,15 @@ class Resting(Protocol):
     """A criterion that knows at which batch it stops asking for another one."""
 
     def rest(self, observation: Observation) -> float:
-        """The global batch size at which ``wanted`` would ask for that same size; ``inf`` where no signal was seen."""
+        """The global batch size at which ``wanted`` would ask for that same size; ``inf`` if no signal was seen."""
         ...
 
 
 def resting_size(criterion: Criterion) -> Callable[[Observation], float]:
-    """What a control follows: ``rest`` of a criterion that has it (`Resting`), else ``wanted``.
+    """The size that a control follows: ``rest`` if the criterion has it (`Resting`), else ``wanted``.
 
-    Of a subclass that defines ``wanted`` and inherits ``rest`` it is ``wanted`` too: what it inherits belongs to the
-    test that it replaces.
+    If a subclass defines ``wanted`` and inherits ``rest``, it is ``wanted`` too, because the inherited ``rest`` belongs
+    to the test that the subclass replaces.
     """
     if isinstance(criterion, Resting) and _line_of("rest", criterion) <= _line_of("wanted", criterion):
         return criterion.rest
@@ -83,7 +84,7 @@ def resting_size(criterion: Criterion) -> Callable[[Observation], float]:
 
 
 def _line_of(name: str, criterion: Criterion) -> int:
-    """Generations from the criterion's class to that which defines a method; 0 if the object itself has it."""
+    """Number of base classes between the criterion and the definition of a method; 0 if the object itself has it."""
     line = type(criterion).__mro__
     return next((index for index, owner in enumerate(line) if name in vars(owner)), 0)
 
@@ -112,10 +113,10 @@ class NormTest:
         noise / b <= eta^2 |g|^2        wanted: b = noise / (eta^2 |g|^2)
 
     ``|g|^2`` is the squared norm of the batch gradient itself (the plug-in form of the papers), not the unbiased
-    signal: where noise dominates, one test multiplies the batch by at most ``1 / eta^2``, and the batch settles at
+    signal. If noise dominates, one test multiplies the batch by at most ``1 / eta^2``, and the batch comes to rest at
     ``noise_scale * (1 - eta^2) / eta^2``.
 
-    **There an example is worth eta^2 of one in a small batch** (`efficiency`):
+    **At this batch an example is worth eta^2 of one in a small batch** (`efficiency`):
 
         eta     batch over noise scale    worth of an example
         0.1     99                        1 %
@@ -124,7 +125,7 @@ class NormTest:
         0.8     0.56                      64 %
         0.9     0.23                      81 %
 
-    so ``eta`` trades examples for steps. Who knows what a step costs in examples need not choose one: `StepPrice`.
+    so ``eta`` trades examples for steps. If you know what a step costs in examples, use `StepPrice` instead.
 
     The control asks for the size at which the test rests (`rest`), with the unbiased signal; only ``Control.direct()``
     follows single tests.
@@ -133,7 +134,7 @@ class NormTest:
         eta: tolerated ratio of noise to gradient, positive; below 1 for the batch to stop growing. An example is worth
             ``eta^2``. 0.1 (MNIST) and 0.5 (ResNet-18 on CIFAR-10) in Lau et al. 2024.
         population: number of examples in the data set, for the form that counts sampling without replacement,
-            ``b = n noise / (noise + (n - 1) eta^2 |g|^2)``, which never exceeds n. None leaves the factor out, as the
+            ``b = n noise / (noise + (n - 1) eta^2 |g|^2)``, which never exceeds n. None omits the correction, as the
             papers do.
 
     Raises:
@@ -163,7 +164,7 @@ class NormTest:
         return float(min(ratio(n * noise, noise + (n - 1) * allowed), n))  # min: rounding; NaN stays
 
     def rest(self, observation: Observation) -> float:
-        """``noise_scale * (1 - eta^2) / eta^2``, from the unbiased signal: where the test is just passed.
+        """``noise_scale * (1 - eta^2) / eta^2``, from the unbiased signal: the batch that just passes the test.
 
         With a population ``n``, ``noise (n - eta^2 (n - 1)) / (noise + eta^2 (n - 1) signal)``. From ``eta=1`` on the
         test has no such size, and this is ``wanted``.
@@ -184,14 +185,15 @@ class StepPrice:
 
         wanted: b = sqrt(noise_scale * price)
 
-    Where a step of b examples takes ``alpha + beta b``, its price is ``alpha / beta`` examples: the time that it takes
-    whatever its batch is (launching kernels, the optimizer, the network), counted in examples that could be computed
-    meanwhile. To a given loss a run needs steps in proportion to ``1 + noise_scale / b``, so this batch needs the least
-    time. An example in it is worth ``1 / (1 + sqrt(price / noise_scale))`` of one in a small batch (`efficiency`): a
-    half where the price is the noise scale, nearly all where steps are cheap.
+    If a step of b examples takes ``alpha + beta b``, its price is ``alpha / beta`` examples: the time that does not
+    depend on the batch (launching kernels, the optimizer, the network), in examples that could be computed in it. The
+    number of steps to a given loss is proportional to ``1 + noise_scale / b``, so this batch takes the least time. An
+    example in it is worth ``1 / (1 + sqrt(price / noise_scale))`` of one in a small batch (`efficiency`): a half if the
+    price equals the noise scale, nearly all if steps are cheap.
 
-    The time is flat around it: with a price four times too large or small it is at most an eighth longer, so a round
-    number will do. Given, it is the same on every machine and in every resumed run; `Goodput` measures it instead.
+    The minimum is flat: with a price four times too large or too small the run takes at most an eighth longer, so a
+    rough value is enough. A given price is the same on every machine and in every resumed run; `Goodput` measures it
+    instead.
 
     Args:
         examples: the price of a step, in examples over all ranks, positive.
@@ -216,7 +218,7 @@ class StepPrice:
         return Needs(noise=self.norm)
 
     def wanted(self, observation: Observation) -> float:
-        """The geometric mean of noise scale and price; zero or less where no noise was seen."""
+        """The geometric mean of noise scale and price; zero or less if no noise was seen."""
         moments = observation.moments
         if moments is None:
             return math.nan
@@ -231,18 +233,18 @@ class NoiseScale:
     At one times the noise scale a step makes half the progress of a noiseless one, and an example is worth half of one
     in a small batch; at a multiple of m it is worth ``1 / (1 + m)`` (`efficiency`).
 
-    The Euclidean norm is that of gradient descent. Other methods move by other lengths, and noise that they divide away
-    does not slow them, so noise and signal may be measured as the optimizer sees them:
+    The Euclidean norm is that of gradient descent. Other methods rescale the gradient, and with it the noise, so noise
+    and signal can be measured in the norm of the optimizer:
 
     - "adam": of ``g_c / (sqrt(v_c) + eps)``, with Adam's bias-corrected second moments ``v`` from before the step: they
-      do not know its gradient, so noise and signal stay unbiased. Before the first update there are none, and the plan
-      is held; parameters that have none yet are left out. In plain models and DDP it costs an elementwise pass over the
-      gradient and ``v`` in each micro-batch, and no memory that stays. It never won: at a loss of 0.067 it took 314
-      steps where the Euclidean norm took 182 to 0.060 (a small CNN on MNIST), and 711 to 2.03 where that took 489 to
-      1.99 (a language model of bytes).
+      do not depend on its gradient, so noise and signal are unbiased. Before the first update there are no moments, and
+      the plan is held; parameters that have none yet are left out. In plain models and DDP it costs an elementwise pass
+      over the gradient and ``v`` in each micro-batch, and no permanent memory. It was worse in every comparison: it
+      took 314 steps to a loss of 0.067, against 182 steps to 0.060 with the Euclidean norm (a small CNN on MNIST), and
+      711 steps to 2.03, against 489 to 1.99 (a language model of bytes).
     - "sign": ``(sum_c sigma_c)^2 / |G|_1^2``, with ``sigma_c`` the standard deviation of coordinate c, for sign methods
       (signSGD, Signum, Lion). It needs the squares of each coordinate, added up over the parts: on a probed step 4
-      bytes a parameter, 8 while a micro-batch runs, and with DDP a second reduction of the size of the gradient. The
+      bytes per parameter, 8 while a micro-batch runs, and with DDP a second reduction of the size of the gradient. The
       tolerance theta of arXiv 2602.03001 is ``multiple = 1 / theta^2`` (0.6 there, so 2.8).
     - "spectral": ``(sum_l tr C_l^(1/2))^2 / (sum_l |G_l|_*)^2`` over the weight matrices l, with the nuclear norm
       ``|.|_*`` and the covariance ``C_l`` of a matrix over its smaller side, for methods whose steps have a spectral
@@ -250,10 +252,10 @@ class NoiseScale:
       all parameters of two dimensions. It needs whole gradients, in plain models and DDP. On a probed step it costs a
       product ``g g^T`` for each matrix in each micro-batch, ``4 k^2`` bytes for a matrix with a smaller side of k (8 in
       the backward), with DDP a reduction of as many bytes, and the eigenvalues of three k x k matrices for each, of
-      which two are shared out over the ranks.
+      which two are distributed over the ranks.
     - "kfac": of ``P^(1/2) g`` with K-FAC's inverse factors ``P`` from before the step, ``|g|^2 = <g, P g>``. Before the
-      first update there are none, and the plan is held; parameters that K-FAC leaves to another method are left out. It
-      costs two products with a layer's roots in each micro-batch, and a Cholesky factorization of the inverses when
+      first update there are no factors, and the plan is held; parameters that K-FAC does not precondition are left out.
+      It costs two products with a layer's roots in each micro-batch, and a Cholesky factorization of the inverses when
       they change; it needs whole gradients, in plain models and DDP. It asks for larger batches than the Euclidean norm
       (by 2.7 times on a random network of width 4,096), and does not change with width.
 
@@ -295,24 +297,24 @@ class NoiseScale:
 
 @dataclass(frozen=True)
 class CoordinateNormTest:
-    """The norm test of every coordinate c by itself, passed by a share ``quantile`` of them.
+    """The norm test of each coordinate c, which a share ``quantile`` of them must pass.
 
         Var_c / b <= eta^2 g_c^2        wanted: b = quantile_c (Var_c / g_c^2) / eta^2
 
     ``Var_c`` is the unbiased variance over examples and ``g`` the batch gradient itself, as in ``NormTest``.
-    Coordinates in which nothing moves (rows of an embedding that the batch did not look up) have no test and do not
-    count; one without gradient in which examples disagree passes at no batch.
+    Coordinates without gradient and noise (rows of an embedding that the batch did not look up) do not count. A
+    coordinate with noise but without gradient passes at no batch.
 
-    The theory of AdaGrad and Adam asks for all coordinates, ``quantile=1.0``: the worst of millions is one whose
-    gradient happens to be near zero, so that the batch explodes, and where it is zero the plan is held ("not finite").
+    The theory of AdaGrad and Adam requires all coordinates, ``quantile=1.0``. The worst of millions is one whose
+    gradient happens to be near zero, so that the batch explodes; if it is exactly zero the plan is held ("not finite").
     In pure noise a coordinate asks for ``b / eta^2`` over the square of a normal number: half of them for 2.2 times
     what ``NormTest`` asks for, one in ten for 63 times. With few parts ``Var_c`` is uncertain too, and a high quantile
-    finds the coordinates where it came out large: measure many micro-batches, or single examples.
+    selects the coordinates in which it is overestimated: measure many micro-batches, or single examples.
 
-    Averaged over probes is ``|g|^2`` times the quantile, which a change of the batch leaves as it is, like the noise;
-    its error bar is that of the noise.
+    The quantity averaged over probes is ``|g|^2`` times the quantile, which like the noise does not depend on the
+    batch; its error bar is that of the noise.
 
-    Cost on a probed step: the squares of each coordinate are added up over the parts, 4 bytes a parameter, 8 while a
+    Cost on a probed step: the squares of each coordinate are added up over the parts, 4 bytes per parameter, 8 while a
     micro-batch runs; with DDP a second reduction of the size of the gradient, with FSDP2 a second reduce-scatter in
     float32 at each reduction and 4 bytes for each element of a rank's shards. The quantile is found on the device in
     three passes over them, without sorting. Single examples (``PerExampleProbe``) also form their gradients layer by
@@ -321,8 +323,8 @@ class CoordinateNormTest:
     Args:
         eta: tolerated ratio, positive. As in ``NormTest``, an example is worth about ``eta^2`` of one in a small batch.
         quantile: share of the coordinates that must pass, above 0 and up to 1.0, which is the papers' maximum. By
-            default half: the median is the quantile that few parts disturb least, and in training it asked for nearly
-            the batches of ``NormTest`` (118 steps against 125, 282 against 243, at eta 0.5).
+            default half: the median is the quantile that few parts affect least, and in training it asked for nearly
+            the same batches as ``NormTest`` (118 steps against 125, 282 against 243, at eta 0.5).
 
     Raises:
         ValueError: a value outside its range.
@@ -343,7 +345,7 @@ class CoordinateNormTest:
         return Needs(noise=EUCLIDEAN, quantile=self.quantile)
 
     def wanted(self, observation: Observation) -> float:
-        """The smallest batch at which so many coordinates would pass."""
+        """The smallest batch at which that share of the coordinates would pass."""
         moments = observation.moments
         if moments is None or moments.noise_at_quantile is None:
             return math.nan

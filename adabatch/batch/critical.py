@@ -1,8 +1,8 @@
 """The critical batch, measured: branches of one run at several batch sizes, compared after equal examples.
 
-The noise scale predicts up to which size a larger batch costs nothing. This measures it: from one state, branches train
-on equally many examples, each at a batch size of its own, and the critical batch is the largest one whose loss is still
-that of the smallest, within a tolerance.
+The noise scale predicts up to which size a larger batch costs nothing. This module measures it: from one state,
+branches train on equal numbers of examples, each at a different batch size. The critical batch is the largest one whose
+loss equals that of the smallest, within a tolerance.
 
 Source: Merrill, Arora, Groeneveld, Hajishirzi 2025, "Critical Batch Size Revisited" (arXiv:2505.23971).
 """
@@ -21,12 +21,12 @@ TOLERANCE = 0.005
 
 
 class CriticalBatch(NamedTuple):
-    """The outcome of a measurement.
+    """The result of a measurement.
 
     Args:
-        size: the largest global batch size whose loss, and that of all smaller ones, is within the tolerance.
-        crossing: where the loss leaves the tolerance, in examples: between ``size`` and the next size that was tried,
-            by a straight line in the logarithm of the batch size. Infinite if no size left it.
+        size: the largest global batch size whose loss, and that of all smaller sizes, is within the tolerance.
+        crossing: the batch size at which the loss leaves the tolerance, interpolated linearly in its logarithm between
+            ``size`` and the next size that was tried. Infinite if no size left it.
         losses: the smoothed loss of each batch size, in ascending order of the sizes.
         bound: the largest loss within the tolerance.
     """
@@ -42,15 +42,15 @@ class CriticalBatch(NamedTuple):
         return math.isinf(self.crossing)
 
     def ratio(self, noise_scale: float) -> float:
-        """The critical batch over a noise scale in examples; NaN where that is not positive and finite."""
+        """The critical batch over a noise scale in examples; NaN if the noise scale is not positive and finite."""
         return self.size / noise_scale if 0 < noise_scale < math.inf else math.nan
 
 
 def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: float) -> NDArray[np.float64]:
     """The exponential average of a loss over examples, after each step.
 
-    An example's weight halves every ``half_life`` examples, whatever the batch size, so that branches average over the
-    same data. The average begins without a bias: the weights always add up to 1.
+    The weight of an example halves every ``half_life`` examples, at any batch size, so that branches average over the
+    same data. The average has no bias at the beginning: the weights always add up to 1.
 
     Args:
         losses: mean loss of each step, shape (num_steps,).
@@ -61,7 +61,7 @@ def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: flo
         Shape (num_steps,).
 
     Raises:
-        ValueError: shapes that differ, batches or a half-life that are not positive.
+        ValueError: if shapes differ, or batches or the half-life are not positive.
     """
     values, sizes = np.asarray(losses, dtype=np.float64), np.asarray(batch_sizes, dtype=np.float64)
     if values.shape != sizes.shape or values.ndim != 1:
@@ -83,14 +83,15 @@ def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE)
 
         largest b with loss(b') <= loss(b_min) + tolerance |loss(b_min)| for all b' <= b
 
-    A size beyond the first that fails does not count, even if it passes: that is chance.
+    A size above the first one that fails does not count, even if it passes, because that is chance.
 
     Args:
-        losses: by global batch size, the loss at the end of its branch. Not finite is a branch that diverged.
+        losses: by global batch size, the loss at the end of its branch; not finite if the branch diverged.
         tolerance: a share of the loss of the smallest batch.
 
     Raises:
-        ValueError: fewer than two sizes, a size or a tolerance that is not positive, or a smallest batch that diverged.
+        ValueError: if there are fewer than two sizes, a size or the tolerance is not positive, or the smallest batch
+            diverged.
 
     Source: Merrill et al. 2025, where the tolerance is 0.01 and the comparison is with the best of the
     smaller sizes. Here it is with the smallest, so that a learning rate that suits a middle size better than the
@@ -133,15 +134,15 @@ def measure_critical_batch(
     """Runs a branch for each batch size, one after the other, and compares their smoothed losses.
 
     Args:
-        branch: global batch size -> examples and mean loss of each step of a branch at that size. It begins from the
-            same state each time, has a learning rate that suits its size, and consumes as many examples as the others.
+        branch: global batch size -> examples and mean loss of each step of a branch at that size. Each branch begins
+            from the same state, has a learning rate that suits its size, and consumes the same number of examples.
         sizes: global batch sizes, at least two.
         half_life: of the smoothing, in examples.
         tolerance: a share of the loss of the smallest batch.
 
     Raises:
-        ValueError: as ``critical_batch`` does; a branch without a step, or branches whose examples differ by more than
-            the largest batch, so that their losses do not compare.
+        ValueError: as for ``critical_batch``; also if a branch has no step, or if the examples of branches differ by
+            more than the largest batch, so that their losses cannot be compared.
     """
     ends: dict[int, float] = {}
     counts: dict[int, int] = {}

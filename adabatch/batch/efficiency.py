@@ -1,4 +1,4 @@
-"""What an example is worth in a batch, and what any choice of batches can win over a constant one."""
+"""How much an example is worth in a batch, and how much a varying batch can gain over a constant one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from numpy.typing import ArrayLike
 
 
 def efficiency(global_batch_size: float, noise_scale: float, *, reference: float = 0.0) -> float:
-    """Progress of an example, over that of one in a batch of ``reference``.
+    """Progress per example, relative to that in a batch of ``reference``.
 
         (noise_scale + reference) / (noise_scale + global_batch_size)
 
-    Against small batches (``reference=0``) this is ``1 / (1 + b / B)``: a half at the noise scale, and ``eta^2`` where
-    the norm test at ``eta`` comes to rest. 1 where batch and noise scale are both zero, or the noise scale is infinite.
+    Relative to small batches (``reference=0``) this is ``1 / (1 + b / B)``: a half at the noise scale, and ``eta^2`` at
+    the batch at which the norm test comes to rest. It is 1 if batch and noise scale are both zero, or the noise scale
+    is infinite.
 
     Args:
         global_batch_size: b, in examples.
@@ -28,24 +29,26 @@ def efficiency(global_batch_size: float, noise_scale: float, *, reference: float
 
 
 def adaptive_limit(noise_scales: ArrayLike, batch_sizes: ArrayLike | None = None) -> float:
-    """The most that any batch which follows the noise scale can win over the best constant one: ``<B> / <sqrt B>^2``.
+    """The largest gain of a batch that follows the noise scale over the best constant one: ``<B> / <sqrt B>^2``.
 
-    With S steps and E examples to the same loss, over the fewest possible of each, ``(S / S_min - 1) (E / E_min - 1)``
-    is 1 for the best constant batches and one over this limit for the best that vary: so at equal examples (or steps)
-    they save at most this factor of the excess steps (or examples). It is 1 where the noise scale never changes, 1.13
-    where it rises steadily from nothing, and never below 1 (Cauchy and Schwarz).
+    With S steps and E examples to the same loss, relative to the fewest possible of each,
+    ``(S / S_min - 1) (E / E_min - 1)`` is 1 for the best constant batches, and one over this limit for the best varying
+    batches. At equal examples (or steps) a varying batch thus reduces the excess steps (or examples) by at most this
+    factor. The limit is 1 if the noise scale is constant, 1.13 if it rises linearly from zero, and never below 1
+    (Cauchy and Schwarz).
 
     Args:
         noise_scales: B at the steps of a run, in examples, shape (num_steps,). Those that are not positive and finite
             are left out.
-        batch_sizes: the batch of each step, in examples, shape (num_steps,). The averages are over progress, and a step
-            of b examples makes ``b / (b + B)`` of that of one without noise. None counts all steps alike.
+        batch_sizes: the batch of each step, in examples, shape (num_steps,). The averages are then over progress: a
+            step of b examples makes ``b / (b + B)`` of the progress of a step without noise. None weighs all steps
+            equally.
 
     Returns:
-        The limit; NaN without a noise scale to go by.
+        The limit; NaN if no noise scale is usable.
 
     Raises:
-        ValueError: shapes that differ, or batches that are not positive.
+        ValueError: if shapes differ, or batches are not positive.
 
     Source: McCandlish et al. 2018, appendix D.
     """

@@ -1,4 +1,4 @@
-"""Goodput: the batch size at which this hardware makes the most progress a second."""
+"""Goodput: the batch size with which this hardware makes the most progress per second."""
 
 from __future__ import annotations
 
@@ -15,43 +15,44 @@ from adabatch.batch.plan import PlanGrid
 from adabatch.batch.step_times import StepTimeModel
 
 REACH = 4
-"""How far beyond the largest batch that was timed the model of step times is believed."""
+"""Factor above the largest timed batch up to which the model of step times is trusted."""
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """The batch with the most progress a second: examples a second times progress an example.
+    """The batch with the most progress per second: examples per second times progress per example.
 
         goodput(b) = b / seconds(b) * (noise_scale + b_ref) / (noise_scale + b)
 
-    ``seconds`` is a model fitted to this run's own steps (`StepTimes`). Where a step costs ``t_0`` and an example
-    ``t_1`` more, goodput is largest at ``b = sqrt(noise_scale * t_0 / t_1)``: the geometric mean of the noise scale and
-    of the batch whose examples take as long as all else. So the batch grows with the noise only as far as the larger
-    one is faster *here*, and hardware that is busy with small batches keeps them. The reference cancels.
+    ``seconds`` is a model fitted to this run's own steps (`StepTimes`). If a step costs ``t_0``, and each example an
+    additional ``t_1``, goodput is largest at ``b = sqrt(noise_scale * t_0 / t_1)``: the geometric mean of the noise
+    scale and of the batch whose examples take as long as everything else. The batch thus grows with the noise only as
+    far as this makes the run faster on *this* hardware. The reference cancels.
 
-    Around that size goodput is flat: a batch twice or half as large loses a ninth at most. The present batch stands
-    unless ``min_speedup`` is to be gained.
+    Goodput is flat around that size: a batch twice or half as large loses at most a ninth. The batch is kept unless a
+    change would gain ``min_speedup``.
 
-    A batch stands until a step of it was timed. The first one teaches one number only, so the first growth is a trial:
-    a batch that turns out to be no faster is left again (with ``Control(monotone=True)`` it stands, and is the last).
+    A batch is kept until one of its steps was timed. The first plan gives a single time, so the first growth is a
+    trial: if the larger batch is not faster, it shrinks again (with ``Control(monotone=True)`` it is kept, and never
+    grows further).
 
-    Where the price of a step is known, ``StepPrice`` asks for the same batch from a given number, and is deterministic.
+    If the price of a step is known, ``StepPrice`` asks for the same batch from that number, and is deterministic.
 
-    Steps are timed from one measured step to the next, evaluation and waiting for data in between included (the median
-    of the last few counts). The ranks agree on the mean of their times, one measured step late, in the reduction that
-    is made anyway: 8 bytes more, and no wait more. Steps that are not of the plan, and the first after each change, are
-    not timed. A plan's time is the median of its last five steps, so a pause moves nothing. The times are saved with
-    the run, and a resumed one decides on the same ones until it has measured its own. Times are of one machine: two
-    equal runs need not choose equal batches, and their journals differ.
+    Steps are timed from one measured step to the next, including evaluation and waiting for data. The ranks agree on
+    the mean of their times, one measured step late, in the reduction that is made anyway: 8 more bytes, and no
+    additional wait. Steps that differ from the plan, and the first step after each change, are not timed. A plan's time
+    is the median of its last five steps, so that a pause hardly changes it. The times are saved with the run, and a
+    resumed run uses them until it has measured its own. Times depend on the machine: two equal runs need not choose
+    equal batches, and their journals differ.
 
     Args:
-        min_speedup: gain of goodput for which the batch changes, as a share, zero or positive.
+        min_speedup: relative gain of goodput for which the batch changes, zero or positive.
         norm: in which the noise scale is measured, as in `NoiseScale`.
 
     Raises:
-        ValueError: a gain that is negative or not finite, or an unknown norm.
+        ValueError: if the gain is negative or not finite, or the norm is unknown.
 
-    Source: Pollux (Qiao et al. 2021), section 3, with the model of step times said at `StepTimeModel`.
+    Source: Pollux (Qiao et al. 2021), section 3, with the model of step times in `StepTimeModel`.
     """
 
     min_speedup: float = field(default=0.05, kw_only=True)
@@ -68,7 +69,7 @@ class Goodput:
         return Needs(noise=self.norm, seconds=True)
 
     def wanted(self, observation: Observation) -> float:
-        """The batch with the most goodput, or the present one where that is hardly slower."""
+        """The batch with the most goodput, or the present one if that is hardly slower."""
         moments, times, grid = observation.moments, observation.times, observation.grid
         if moments is None or times is None or grid is None:
             return math.nan
@@ -89,7 +90,7 @@ class Goodput:
 
 
 def _seconds_of(model: StepTimeModel, grid: PlanGrid) -> Callable[[float], float]:
-    """The time of a step of any size: the micro-batch grows as far as it may, and then their number."""
+    """The time of a step of any size: the micro-batch grows up to its limit, and then the number of micro-batches."""
     smallest, largest = min(grid.micro_sizes), max(grid.micro_sizes)
 
     def seconds(size: float) -> float:
@@ -101,10 +102,10 @@ def _seconds_of(model: StepTimeModel, grid: PlanGrid) -> Callable[[float], float
 
 
 def _candidates(model: StepTimeModel, grid: PlanGrid, noise_scale: float, reach: float) -> tuple[float, float]:
-    """The best size while the micro-batch grows, and the best once their number does; up to ``reach``."""
+    """The best size while the micro-batch grows, and the best when their number grows; up to ``reach``."""
 
     def optimum(step: float, example: float) -> float:
-        """Where ``b / ((step + example b) (noise_scale + b))`` is largest."""
+        """The b for which ``b / ((step + example b) (noise_scale + b))`` is largest."""
         return math.sqrt(noise_scale * step / example) if example > 0 else math.inf
 
     least, dp_size, micro = grid.min_accumulation, grid.dp_size, max(grid.micro_sizes)

@@ -7,8 +7,8 @@ gradient ``g_j`` of ``n_j`` examples and enters with weight ``w_j`` (the weights
     E[ sum_j w_j |g_j|^2 ]   = |G|^2 + V / part_size       1 / part_size    = sum_j w_j   / n_j
     E[ |sum_j w_j g_j|^2 ]   = |G|^2 + V / num_examples    1 / num_examples = sum_j w_j^2 / n_j
 
-so two squared norms at two sizes give unbiased estimates of both unknowns, whatever the sizes and weights of the parts
-(for two sizes: McCandlish et al. 2018, appendix A.1). Nothing else has to cross the network.
+so two squared norms at two sizes give unbiased estimates of both unknowns, for any sizes and weights of the parts
+(for two sizes: McCandlish et al. 2018, appendix A.1). Nothing else needs to be sent.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from numpy.typing import ArrayLike
 EUCLIDEAN = "euclidean"
 
 Norm = Literal["euclidean", "adam", "sign", "spectral", "kfac"]
-"""In what noise and signal are measured: the Euclidean norm; that of gradients divided by Adam's root mean squares; the
-l1 norm, for methods that step by signs; the nuclear norm of matrices, for Muon; that of K-FAC's curvature."""
+"""The norm in which noise and signal are measured: the Euclidean norm; that of gradients divided by Adam's root mean
+squares; the l1 norm, for methods that step by signs; the nuclear norm of matrices, for Muon; that of K-FAC's
+curvature."""
 
 
 class GradientMoments(NamedTuple):
@@ -34,17 +35,18 @@ class GradientMoments(NamedTuple):
         part_sq: weighted mean of the parts' squared norms, ``sum_j w_j |g_j|^2``.
         part_size: examples in a part (the harmonic mean of the sizes, by weight); may be fractional.
         grad_sq: squared norm of the step's gradient, ``|sum_j w_j g_j|^2``.
-        num_examples: examples behind that gradient; fewer than were counted where the weights are unequal.
-        num_parts: how many parts there were.
-        noise_along: the share of ``noise`` that lies along the gradient (per example, same unit as ``noise``), where it
-            was measured from single examples; else None.
-        grad_l1: l1 norm of the step's gradient, where it was recorded; else None.
-        grad_l2: Euclidean norm of the step's gradient, where ``norm`` is another; else None.
-        noise_at_quantile: ``grad_sq`` times the quantile, over coordinates c, of the noise of c over the square of the
-            gradient's c, where it was measured; else None. The noise at which the norm test asks for what the
-            coordinate-wise test asks for.
-        norm: the norm.
-        layers: the moments of each layer by its name, where they were measured; else None.
+        num_examples: effective number of examples in that gradient; smaller than their count if the weights are
+            unequal.
+        num_parts: number of parts.
+        noise_along: the part of ``noise`` along the gradient (per example, same unit as ``noise``), if it was measured
+            from single examples; else None.
+        grad_l1: l1 norm of the step's gradient, if it was recorded; else None.
+        grad_l2: Euclidean norm of the step's gradient, if ``norm`` is another one; else None.
+        noise_at_quantile: ``grad_sq`` times the quantile, over coordinates, of the noise of a coordinate over its
+            squared gradient, if it was measured; else None. With this noise the norm test would ask for the same batch
+            as the coordinate-wise test.
+        norm: the norm of noise, signal and squared norms.
+        layers: the moments of each layer by its name, if they were measured; else None.
     """
 
     part_sq: float
@@ -61,7 +63,8 @@ class GradientMoments(NamedTuple):
 
     @property
     def noise(self) -> float:
-        """Unbiased trace of the per-example gradient covariance; NaN from fewer than two parts, may be negative."""
+        """Unbiased trace of the per-example gradient covariance; may be negative, and is NaN for fewer than two
+        parts."""
         if self.num_parts < 2 or not 0 < self.part_size < self.num_examples:  # or one part that has all the weight
             return math.nan
         apart = 1 / self.part_size - 1 / self.num_examples
@@ -69,28 +72,28 @@ class GradientMoments(NamedTuple):
 
     @property
     def signal(self) -> float:
-        """Unbiased squared norm of the true gradient; NaN from fewer than two parts, may be negative."""
+        """Unbiased squared norm of the true gradient; may be negative, and is NaN for fewer than two parts."""
         return self.grad_sq - self.noise / self.num_examples
 
     @property
     def noise_scale(self) -> float:
-        """``noise / signal`` in examples (McCandlish et al. 2018); NaN where the signal is not positive."""
+        """``noise / signal`` in examples (McCandlish et al. 2018); NaN if the signal is not positive."""
         noise, signal = self.noise, self.signal
         return noise / signal if signal > 0 else math.nan
 
     @property
     def noise_across(self) -> float:
-        """The share of ``noise`` orthogonal to the gradient; NaN where ``noise_along`` was not measured."""
+        """The part of ``noise`` orthogonal to the gradient; NaN if ``noise_along`` was not measured."""
         return math.nan if self.noise_along is None else self.noise - self.noise_along
 
     @property
     def is_finite(self) -> bool:
-        """Whether every number in here is finite."""
+        """Whether all numbers are finite."""
         return math.isfinite(self.part_sq) and math.isfinite(self.grad_sq)
 
     @property
     def euclidean_sq(self) -> float | None:
-        """Squared Euclidean norm of the step's gradient; None where ``norm`` is another and it was not measured."""
+        """Squared Euclidean norm of the step's gradient; None if ``norm`` is another one and it was not measured."""
         if self.norm == EUCLIDEAN:
             return self.grad_sq
         return None if self.grad_l2 is None else self.grad_l2 * self.grad_l2
@@ -116,7 +119,7 @@ class GradientMoments(NamedTuple):
         """The moments in the norm in which the square of layer l counts ``weights[l]`` times.
 
         Args:
-            weights: one for each of ``layers``, which must have been measured.
+            weights: one per layer of ``layers``, which must have been measured.
         """
         assert self.layers is not None, "the layers were not measured"
         return self._replace(
@@ -134,10 +137,10 @@ class GradientMoments(NamedTuple):
         num_examples: float,
         noise_along: float | None = None,
     ) -> GradientMoments:
-        """The moments that a batch of ``num_examples`` would show in expectation, given noise and signal.
+        """The expected moments of a batch of ``num_examples``, given noise and signal.
 
         Raises:
-            ValueError: parts that are not smaller than the batch, which show no noise.
+            ValueError: if the parts are not smaller than the batch, so that they show no noise.
         """
         if not 0 < part_size < num_examples:
             raise ValueError(f"part_size must lie between 0 and num_examples={num_examples}, got {part_size}")
@@ -168,7 +171,7 @@ def from_parts(
             their sum, which is the gradient of the mean over examples.
 
     Raises:
-        ValueError: no parts, sizes that are not positive, or weights that do not sum to one.
+        ValueError: if there are no parts, sizes are not positive, or weights do not sum to one.
     """
     squares = np.atleast_1d(np.asarray(parts_sq, dtype=np.float64))
     counts = np.broadcast_to(np.asarray(sizes, dtype=np.float64), squares.shape)
@@ -199,7 +202,7 @@ def from_examples(examples_sq: ArrayLike, products: ArrayLike) -> GradientMoment
         products: ``p_i = <g_i, g>`` with the mean gradient ``g``, shape (num_examples,); their mean is ``|g|^2``.
 
     Raises:
-        ValueError: shapes that differ, or fewer than two examples.
+        ValueError: if shapes differ, or there are fewer than two examples.
     """
     squares = np.asarray(examples_sq, dtype=np.float64)
     inner = np.asarray(products, dtype=np.float64)
@@ -217,19 +220,19 @@ def from_signs(
 ) -> GradientMoments:
     """Moments in the norm "sign": the noise is ``(sum_c sigma_c)^2``, the signal ``|G|_1^2``.
 
-    ``sigma_c`` is the standard deviation of coordinate c over single examples. A root of an unbiased variance is too
-    small for few parts; it is divided by what it is short by for normal parts, 0.80 for two, 0.97 for eight. ``|g|_1``
-    is too long by ``sqrt(2 / pi) sigma_c / sqrt(num_examples)`` in each coordinate without a true gradient, so that
-    ``2 / pi`` of ``noise / num_examples`` is taken off its square. What remains is zero in pure noise and right in a
-    large batch; between them it is at most ``1 - 2 / pi`` too small where all coordinates are equally noisy, and too
-    large where few hold most of the gradient.
+    ``sigma_c`` is the standard deviation of coordinate c over single examples. The root of an unbiased variance is too
+    small for few parts, so it is divided by its bias for normal parts, 0.80 for two and 0.97 for eight. ``|g|_1`` is
+    too large by ``sqrt(2 / pi) sigma_c / sqrt(num_examples)`` in each coordinate without a true gradient, so ``2 / pi``
+    of ``noise / num_examples`` is subtracted from its square. The result is zero in pure noise and right in a large
+    batch. In between it is too small by at most ``1 - 2 / pi`` if all coordinates are equally noisy, and too large if a
+    few hold most of the gradient.
 
     Args:
         deviations: ``sum_c sqrt(sum_j w_j (g_jc - g_c)^2)``, over coordinates c.
         grad_l1: l1 norm of the step's gradient, ``sum_c |g_c|``.
         part_size, num_examples, num_parts: as in ``GradientMoments``.
 
-    Source: arXiv 2602.03001 for the norm; it does not take the noise off ``|g|_1``.
+    Source: arXiv 2602.03001 for the norm; the paper does not subtract the noise from ``|g|_1``.
     """
     plain = GradientMoments(deviations * deviations, part_size, 0.0, num_examples, num_parts).noise
     if math.isnan(plain):
@@ -255,21 +258,21 @@ def from_matrices(
     """Moments in the norm "spectral": the noise is ``(sum_l tr C_l^(1/2))^2``, the signal ``(sum_l |G_l|_*)^2``.
 
     ``C_l`` is the mean of ``(g_i - G) (g_i - G)^T`` of matrix l over single examples, and ``|.|_*`` the nuclear norm,
-    the sum of singular values. ``|g|_*`` is too long, as noise fills directions that the true gradient does not have.
-    By how much is seen at two sizes, as for the Euclidean norm: where its square is ``signal + a / b`` at a batch of b,
-    a part and the whole batch give the signal. That is right in pure noise, and to first order in a large batch.
-    Between them the signal is too small where the gradient has full rank (0.73 of the truth at worst; 32 x 32, equal
-    singular values, normal noise), and too large where it has a low rank in noise of full rank: 3.7 times for rank one
-    with five times as much noise, 10 times with fifty.
+    the sum of singular values. ``|g|_*`` is too large, because noise fills directions that the true gradient does not
+    have. Two sizes show by how much, as for the Euclidean norm: if its square is ``signal + a / b`` at a batch of b, a
+    part and the whole batch give the signal. This is right in pure noise, and to first order in a large batch. In
+    between, the signal is too small if the gradient has full rank (0.73 of the truth at worst; 32 x 32, equal singular
+    values, normal noise), and too large if it has a low rank and the noise has full rank: 3.7 times for rank one with
+    five times as much noise, 10 times with fifty.
 
     Args:
         roots: ``sum_l tr D_l^(1/2)`` with ``D_l = sum_j w_j (g_j - g) (g_j - g)^T`` over the parts.
         nuclear: ``sum_l |g_l|_*`` of the step's gradient.
-        first: the same of one part, or the mean over some.
+        first: the same of one part, or the mean over several.
         first_size: examples in that part (the harmonic mean).
         part_size, num_examples, num_parts: as in ``GradientMoments``.
 
-    Source: arXiv 2602.03001 for the norm; it does not take the noise off ``|g|_*``.
+    Source: arXiv 2602.03001 for the norm; the paper does not subtract the noise from ``|g|_*``.
     """
     square = nuclear * nuclear
     noise = GradientMoments(roots * roots, part_size, 0.0, num_examples, num_parts).noise

@@ -1,6 +1,6 @@
-"""What a criterion needs to have measured, and what a probe gives: one frozen type for both.
+"""What a criterion needs, and what a probe measures: one frozen type for both.
 
-A statistic is a field here: its default says that nobody asks for it, and its metadata how an error names it.
+A statistic is a field here: its default means that it is not needed, and its metadata names it in errors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _need(default: Any, words: str, way_out: str = "another probe") -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What must be measured at a step. ``Needs()`` is nothing, as for a schedule, and is false.
+    """What must be measured in a step. ``Needs()`` means nothing, as for a schedule, and is false.
 
         class MyCriterion:
             needs = Needs(noise="euclidean")
@@ -27,12 +27,12 @@ class Needs:
     Args:
         noise: the norm in which noise and signal are measured: one of ``Norm``, or the ``name`` of your own metric.
             None for no noise.
-        products: inner products of single examples with the gradient, hence ``noise_along``.
-        quantile: of the noise over coordinates, hence ``noise_at_quantile``; None for none.
+        products: inner products of single examples with the gradient, for ``noise_along``.
+        quantile: of the noise over coordinates, for ``noise_at_quantile``; None for none.
         l1: the l1 norm of the step's gradient.
         layers: noise and signal of each layer as well.
-        examples: the parts are single examples, so that there is a spread within one micro-batch.
-        seconds: how long steps take. No probe gives it: ``AdaptiveBatch`` times the steps.
+        examples: whether the parts are single examples, so that there is a spread within one micro-batch.
+        seconds: how long steps take. No probe measures it: ``AdaptiveBatch`` times the steps.
     """
 
     noise: str | None = _need(None, "noise in the norm {}", "a probe made with norm= for {!r}, as the default probe is")
@@ -53,7 +53,7 @@ class Needs:
         """Both.
 
         Raises:
-            ValueError: two norms or two quantiles, of which a probe measures one.
+            ValueError: for two norms or two quantiles, because a probe measures only one.
         """
         for each in self._asked():
             mine, theirs = getattr(self, each.name), getattr(other, each.name)
@@ -62,11 +62,11 @@ class Needs:
         return replace(other, **{each.name: getattr(self, each.name) for each in self._asked()})
 
     def with_noise(self) -> Needs:
-        """The same, with noise and signal in the Euclidean norm where no norm is named."""
+        """The same, with noise and signal in the Euclidean norm if no norm is named."""
         return self if self.noise is not None else replace(self, noise=EUCLIDEAN)
 
     def lacking(self, gives: Needs) -> Needs:
-        """What of this a probe with ``gives`` does not measure."""
+        """The needs that a probe with ``gives`` does not measure."""
         missing = {each.name: getattr(self, each.name) for each in self._asked()}
         return Needs(**{name: value for name, value in missing.items() if getattr(gives, name) != value})
 
@@ -77,7 +77,7 @@ class Needs:
         return [each.metadata["words"].format(getattr(self, each.name)) for each in self._asked()]
 
     def ways_out(self) -> list[str]:
-        """What to use where a probe does not give them."""
+        """What to use if a probe does not measure them."""
         return [each.metadata["way_out"].format(getattr(self, each.name)) for each in self._asked()]
 
     def _asked(self) -> list[Field[Any]]:

@@ -1,4 +1,4 @@
-"""The vocabulary of sizes: what a step takes, how far a run has come, and lengths that carry their unit."""
+"""The vocabulary of sizes: the composition of a step, the progress of a run, and durations with a unit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Unit = Literal["examples", "tokens", "steps", "gain_steps"]
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """How one step is put together: fixed before the step begins, the same on every rank.
+    """The composition of one step: fixed before the step begins, the same on every rank.
 
     Args:
         micro_batch_size: examples in one forward and backward on one rank.
@@ -21,7 +21,7 @@ class BatchPlan:
         dp_size: ranks that see different data.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: if a number is below 1.
     """
 
     micro_batch_size: int
@@ -45,10 +45,10 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training that carries its unit; made by ``examples``, ``tokens``, ``steps`` and ``gain_steps``.
+    """A length of training with its unit; made by ``examples``, ``tokens``, ``steps`` and ``gain_steps``.
 
     Raises:
-        ValueError: a count that is negative or not whole, or an unknown unit.
+        ValueError: if the count is negative or not whole, or the unit is unknown.
     """
 
     count: int
@@ -58,7 +58,7 @@ class Duration:
         require_one_of("unit", self.unit, Unit)
         if not (math.isfinite(self.count) and self.count == int(self.count)):
             raise ValueError(f"a duration must be a whole number of {self.unit}, got {self.count!r}")
-        object.__setattr__(self, "count", int(self.count))  # 6e6 is what people write
+        object.__setattr__(self, "count", int(self.count))  # users write 6e6
         if self.count < 0:
             raise ValueError(f"a duration must not be negative, got {self.count} {self.unit}")
 
@@ -84,17 +84,17 @@ def steps(count: int) -> Duration:
 def gain_steps(count: int) -> Duration:
     """A duration of ``count`` gain-steps: steps of the reference batch size that would have made the same progress.
 
-    A step of ``b`` examples counts as ``(noise / b_ref + signal) / (noise / b + signal)`` of them: as many as it holds
-    reference batches where noise dominates, as one where signal does (AdaScale: Johnson et al. 2020, section 3).
+    A step of ``b`` examples counts as ``(noise / b_ref + signal) / (noise / b + signal)`` gain-steps: ``b / b_ref`` if
+    noise dominates, and 1 if signal dominates (AdaScale: Johnson et al. 2020, section 3).
     """
     return Duration(count, "gain_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a run has come: what its applied updates consumed, over all ranks.
+    """The progress of a run: what its applied updates consumed, over all ranks.
 
-    ``tokens`` is None where nobody counts them, ``gain_steps`` where nobody measures the noise.
+    ``tokens`` is None if they are not counted, ``gain_steps`` if the noise is not measured.
     """
 
     examples: int = 0
@@ -103,7 +103,7 @@ class Progress:
     gain_steps: float | None = None
 
     def after(self, num_examples: int, num_tokens: int | None = None, gain: float | None = None) -> Progress:
-        """The progress one applied update later."""
+        """The progress after one more applied update."""
         return Progress(
             examples=self.examples + num_examples,
             steps=self.steps + 1,
@@ -115,7 +115,7 @@ class Progress:
         """The progress in ``unit``.
 
         Raises:
-            ValueError: tokens or gain-steps asked for where they are not counted.
+            ValueError: for tokens or gain-steps, if they are not counted.
         """
         if unit == "examples":
             return self.examples
@@ -137,12 +137,13 @@ class Progress:
 
 
 def micro_batch_sizes(smallest: int, largest: int) -> tuple[int, ...]:
-    """The few micro-batch sizes a run may use, ascending: ``smallest``, doubled until ``largest``, and that.
+    """The few micro-batch sizes that a run may use, ascending: ``smallest``, its doubles below ``largest``, and
+    ``largest``.
 
-    Few sizes keep compiled and autotuned kernels in their caches.
+    With few sizes, compiled and autotuned kernels stay in their caches.
 
     Raises:
-        ValueError: ``smallest`` below 1 or above ``largest``.
+        ValueError: if ``smallest`` is below 1 or above ``largest``.
     """
     if not 1 <= smallest <= largest:
         raise ValueError(f"micro_batch_size must lie between 1 and max_micro_batch_size, got {smallest} and {largest}")
@@ -157,7 +158,7 @@ class PlanGrid:
     Args:
         dp_size: ranks that see different data.
         micro_sizes: micro-batch sizes that may be used, in examples.
-        min_accumulation: accumulation steps at least (2 on a single rank, so that there is a spread to measure).
+        min_accumulation: least number of accumulation steps (2 on a single rank, so that there is a spread to measure).
     """
 
     dp_size: int
@@ -170,7 +171,7 @@ class PlanGrid:
         return min(quantum * max(self.min_accumulation, size // quantum + 1) for quantum in quanta)
 
     def next_below(self, size: int) -> int:
-        """The largest global batch size below ``size`` that can be run, in examples; 0 where there is none."""
+        """The largest global batch size below ``size`` that can be run, in examples; 0 if there is none."""
         quanta = [micro * self.dp_size for micro in self.micro_sizes]
         counts = [(size - 1) // quantum for quantum in quanta]
         able = [q * count for q, count in zip(quanta, counts, strict=True) if count >= self.min_accumulation]
@@ -179,12 +180,12 @@ class PlanGrid:
     def nearest(
         self, wanted: float, *, min_size: float = 1, max_size: float = math.inf, tolerance: float = 0.0
     ) -> BatchPlan:
-        """The plan nearest to a wanted global batch size, with the largest micro-batch that comes near enough.
+        """The plan nearest to a wanted global batch size, with the largest micro-batch that is near enough.
 
         Args:
-            wanted: global batch size asked for, in examples; may be fractional. Outside ``min_size`` and ``max_size``,
-                the nearer of them is meant.
-            min_size, max_size: global batch sizes that the plan must not leave, in examples.
+            wanted: global batch size, in examples; may be fractional. If it is outside ``min_size`` and ``max_size``,
+                the nearer of the two is used.
+            min_size, max_size: smallest and largest global batch size of the plan, in examples.
             tolerance: relative error of the global batch size that is accepted in exchange for a larger micro-batch;
                 0 takes the nearest size that can be run.
 
@@ -192,8 +193,8 @@ class PlanGrid:
             The plan; its global batch size may differ from ``wanted``.
 
         Raises:
-            ValueError: no plan fits between ``min_size`` and ``max_size``, or ``wanted`` is NaN, or infinite as
-                ``max_size`` is.
+            ValueError: if no plan fits between ``min_size`` and ``max_size``, or ``wanted`` is NaN, or both ``wanted``
+                and ``max_size`` are infinite.
         """
         goal = max(min(wanted, max_size), min_size)
         if not math.isfinite(goal):

@@ -1,6 +1,6 @@
 """Batch sizes that read only progress: criteria that need no probe, and floors and ceilings for those that do.
 
-A floor or ceiling is put where a limit stands: ``Limits(min=LinearRamp(...), max=4096)``.
+A floor or ceiling is passed as a limit: ``Limits(min=LinearRamp(...), max=4096)``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Schedule(ABC):
 
     @property
     def fixed_sizes(self) -> tuple[int, ...]:
-        """The global batch sizes that a run must be able to carry out exactly; none for sizes that glide."""
+        """The global batch sizes that a run must be able to run exactly; empty if the size changes continuously."""
         return ()
 
     @abstractmethod
@@ -35,7 +35,7 @@ class Schedule(ABC):
 
     @final
     def wanted(self, observation: Observation) -> float:
-        """The same, as a criterion."""
+        """The size at this progress, as for a criterion."""
         return self.size(observation.progress)
 
 
@@ -149,12 +149,12 @@ class LinearRamp(Schedule):
 class Seesaw(Schedule):
     """A decay of the learning rate traded for growth of the batch.
 
-    Wherever ``shape`` would have fallen by another factor ``alpha``, the batch grows by ``alpha`` instead, and the
-    learning rate falls only by ``sqrt(alpha)``: Adam's invariant ``lr / sqrt(b)`` falls as it would have by ``shape``
-    alone. Meant below the critical batch size, where noise dominates. The run has no other decay; its rule is "sqrt"
-    (the default with this schedule), or for SGD, whose invariant is ``lr / b``, "linear": then all of the decay is the
-    batch's, as far as its limits let it grow. What the batch cannot give, the learning rate does: its factor is what
-    the rule makes of the batch, times ``lr_decay``.
+    Each time ``shape`` has fallen by another factor ``alpha``, the batch grows by ``alpha`` instead, and the learning
+    rate falls only by ``sqrt(alpha)``, so that Adam's invariant ``lr / sqrt(b)`` falls as under ``shape`` alone. It is
+    meant for batches below the critical batch size, where noise dominates. The run has no other decay. Its rule is
+    "sqrt" (the default with this schedule), or "linear" for SGD, whose invariant is ``lr / b``: the batch then takes
+    over the whole decay, within its limits. The learning rate takes the rest: its factor is that of the rule, times
+    ``lr_decay``.
 
     Args:
         first: global batch size at the start, in examples.
@@ -163,7 +163,7 @@ class Seesaw(Schedule):
         alpha: growth at each cut, above 1.
 
     Raises:
-        ValueError: a size below 1, ``alpha`` not above 1, or a total of no length.
+        ValueError: if a size is below 1, ``alpha`` is not above 1, or the total has no length.
 
     Source: Seesaw, arXiv 2510.14717, 2025; for SGD: Smith et al. 2018.
     """
@@ -180,24 +180,24 @@ class Seesaw(Schedule):
             raise ValueError("the total must have a length, got 0")
 
     def cuts(self, progress: Progress) -> float:
-        """How often ``shape`` has fallen by ``alpha`` so far; infinite where it is zero."""
+        """How often ``shape`` has fallen by ``alpha`` so far; infinite if it is zero."""
         factor = self.shape(min(1.0, progress.count(self.total.unit) / self.total.count))
-        if factor < sys.float_info.min:  # zero, or so near to it that its inverse is not a number
+        if factor < sys.float_info.min:  # zero, or so close to it that its inverse overflows
             return math.inf
-        # The tiny push keeps an exact cut (0.5, 0.25, ...) on its own side of the rounding.
+        # The small offset keeps rounding from missing an exact cut (0.5, 0.25, ...).
         return max(0, math.floor(-math.log(factor) / math.log(self.alpha) + 1e-9))
 
     def size(self, progress: Progress) -> float:
-        """``first * alpha ** cuts``; infinite, so up to the limit, where the shape is zero."""
+        """``first * alpha ** cuts``; infinite, and so the upper limit, if the shape is zero."""
         return float(self.first * self.alpha ** self.cuts(progress))
 
     def lr_decay(self, progress: Progress) -> float:
-        """The decay of ``shape`` so far, in steps of ``alpha``, that batch and rate share: ``alpha ** -cuts``."""
+        """The decay of ``shape`` so far, in steps of ``alpha``, which batch and rate share: ``alpha ** -cuts``."""
         return float(self.alpha ** -self.cuts(progress))
 
     def lr_factor(self, progress: Progress) -> float:
-        """What is left of the decay for the learning rate where the batch follows: ``alpha ** (-cuts / 2)``.
+        """The part of the decay that remains for the learning rate if the batch follows: ``alpha ** (-cuts / 2)``.
 
-        A batch that cannot follow, as it is at its limit, leaves more of it: ``lr_decay * sqrt(b / first)``.
+        If the batch is at its limit and cannot follow, it is ``lr_decay * sqrt(b / first)``.
         """
         return float(self.alpha ** (-self.cuts(progress) / 2))

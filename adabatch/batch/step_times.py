@@ -4,13 +4,13 @@ With accumulation steps ``k``, micro-batch size ``m`` and data-parallel size ``p
 
     seconds = overhead + k (micro_batch + example m) + 2 (p - 1) message + 2 (p - 1) / p gradient
 
-that is: what every step costs (the optimizer, the loop, a reduction's start); what a micro-batch and an example cost;
-and a ring all-reduce in the alpha-beta model, of ``2 (p - 1)`` messages that each cost alpha, and of ``2 (p - 1) / p``
-of the gradient's bytes, whose sending takes beta. All five are times and never negative.
+which is the cost of every step (the optimizer, the loop, the start of a reduction), the costs of a micro-batch and of
+an example, and a ring all-reduce in the alpha-beta model: ``2 (p - 1)`` messages, each of which costs alpha, and
+``2 (p - 1) / p`` of the gradient's bytes, whose sending takes beta. All five are times and never negative.
 
-It is linear in what a batch costs beside and per example, which is what the choice of a batch size needs. It leaves out
-that a reduction may run beside the backward: what is hidden shows as a smaller message. A run of one world size cannot
-tell its three constants apart, and need not.
+The model is linear in the fixed cost of a batch and its cost per example, which the choice of a batch size needs. It
+ignores that a reduction may overlap with the backward: overlap shows as a smaller message cost. With a single world
+size, the three constants of the step cannot be distinguished, and need not be.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ import numpy as np
 from adabatch.batch.plan import BatchPlan
 
 SAMPLES = 5
-"""Timed steps kept of a plan. Their median is its time: a pause (a checkpoint, an evaluation) moves it by no more than
-its neighbour."""
+"""Timed steps kept per plan. Their median is its time, so that a pause (a checkpoint, an evaluation) hardly changes
+it."""
 
 PLANS = 16
-"""Plans kept, the latest: more than the model has unknowns, and few enough to be saved as plain numbers."""
+"""Number of latest plans kept: more than the model has unknowns, and few enough to save as plain numbers."""
 
 RESOLUTION = 1e-2
 """Relative difference below which times of different plans count as equal: no timing is exact to a percent."""
 
 
 class StepTimeModel(NamedTuple):
-    """What a step costs, in seconds; the head of this module has the formula.
+    """The cost of a step, in seconds; the head of this module has the formula.
 
     Args:
         overhead: of a step.
@@ -54,12 +54,12 @@ class StepTimeModel(NamedTuple):
     gradient: float
 
     def step(self, dp_size: int) -> float:
-        """What a step costs whatever its micro-batches are."""
+        """The cost of a step without its micro-batches."""
         sent = 2 * (dp_size - 1)
         return self.overhead + sent * self.message + sent / dp_size * self.gradient
 
     def seconds(self, micro_batch_size: float, accumulation_steps: float, dp_size: int) -> float:
-        """The time of a step; sizes between those that can be run are meant too."""
+        """The time of a step, also for sizes between those that can be run."""
         return self.step(dp_size) + accumulation_steps * (self.micro_batch + self.example * micro_batch_size)
 
 
@@ -73,13 +73,13 @@ class PlanTimes(NamedTuple):
 
     @property
     def plan(self) -> tuple[int, int, int]:
-        """What the plan is."""
+        """The plan."""
         return self[:3]
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What was timed so far: plain numbers, the plan timed last at the end."""
+    """The times so far: plain numbers, the plan timed last at the end."""
 
     of: tuple[PlanTimes, ...] = ()
 
@@ -97,13 +97,13 @@ class StepTimes:
 
     @cached_property
     def model(self) -> StepTimeModel:
-        """The model with the least squares of relative errors; of several, that of the least norm.
+        """The model with the least squares of relative errors, and the least norm among several.
 
-        What no two timed plans tell apart is shared out equally between its causes. So one plan alone says that a part
-        of its time would be saved by a larger batch, which is then tried, and timed.
+        If the timed plans cannot distinguish two costs, the time is divided equally between them. With a single plan
+        the model therefore predicts that a larger batch would save time; the larger batch is then tried, and timed.
 
         Raises:
-            ValueError: nothing was timed.
+            ValueError: if nothing was timed.
         """
         if not self.of:
             raise ValueError("a model of step times needs a timed step")
@@ -118,11 +118,11 @@ class StepTimes:
             if solved.min() >= 0:
                 found[used] = solved / scale[used]
                 break
-            used = np.delete(used, np.argmin(solved))  # a time is not negative: the nearest allowed is zero
+            used = np.delete(used, np.argmin(solved))  # times are not negative: the nearest is 0
         return StepTimeModel(*found.tolist())
 
     def state_dict(self) -> list[list[Any]]:
-        """A row a plan, of numbers and lists."""
+        """One row per plan, of numbers and lists."""
         return [[m, k, p, list(seconds)] for m, k, p, seconds in self.of]
 
     @classmethod

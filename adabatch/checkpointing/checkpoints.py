@@ -43,14 +43,14 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Loaded(NamedTuple):
-    """What ``load`` did.
+    """The result of ``load``.
 
     Args:
         path: the checkpoint that was loaded.
-        differences: what was otherwise when it was saved (batch, world size, config, settings that are taken over),
-            and is now as this run has it.
+        differences: what differs from the run that saved (batch, world size, config, settings that are taken over);
+            the values of this run are used.
         damaged: why newer checkpoints could not be used.
-        kept: settings of this run that are not used, since those that were saved stand; also said in the log.
+        kept: settings of this run that are not used, because the saved ones are kept; the log names them too.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Loaded(NamedTuple):
 
 
 class Checkpoints:
-    """Saves a run again and again into one folder, and goes on from what is there.
+    """Saves a run repeatedly into one folder, and resumes it from there.
 
         checkpoints = Checkpoints("runs/one", model=model, optimizer=optimizer, batches=batches, schedule=schedule,
                                   order=order, every=examples(100_000))
@@ -68,36 +68,39 @@ class Checkpoints:
         with checkpoints:
             for step in batches.steps(order, until=total):
                 ...
-                checkpoints.step()  # after optimizer.step(); saves where one is due
+                checkpoints.step()  # after optimizer.step(); saves if a checkpoint is due
             checkpoints.step(now=True)
 
-    Every rank makes the object and calls its methods. The first rank writes, or, of a model sharded by ``fully_shard``,
-    each rank its shards (``torch.distributed.checkpoint``). All ranks must see the same folder. One process at a time
-    writes into it: ``lock.json`` names that and the run, from the first ``load`` or ``save`` until ``close``.
+    Every rank creates the object and calls its methods. The first rank writes; if ``fully_shard`` has sharded the
+    model, each rank writes its shards (``torch.distributed.checkpoint``). All ranks must see the same folder. One
+    process at a time writes into it: ``lock.json`` names the process and the run, from the first ``load`` or ``save``
+    until ``close``.
 
     Args:
         folder: of the run's checkpoints.
         model: plain, in ``DistributedDataParallel``, or sharded.
-        optimizer: its state; of several a list, in the same order whenever it is loaded.
-        batches: the batch sizes; also says at which step the run is, and has the journal.
+        optimizer: one, or a list of several, always in the same order.
+        batches: the ``AdaptiveBatch``, which knows at which step the run is, and has the journal.
         schedule: of the learning rate.
-        order: the place in the data: a ``GlobalOrder``, or a loader with a state of its own, which is saved for each
-            rank and wants as many ranks again.
+        order: the place in the data: a ``GlobalOrder``, or a loader with ``state_dict``, which is saved for each rank
+            and can be loaded with the same number of ranks only.
         scaler: a ``GradScaler``.
-        local_sgd: the workers that step on their own, with a plain model. Each then writes a file with all of its
-            parts, since they differ inside a round, and what optimizers remember mostly does always. Between rounds
-            another number of workers may go on, each from the file of one that was.
+        local_sgd: the ``LocalSGD`` of a plain model. Each worker then writes a file with all of its parts, because
+            they differ within a round, and the states of the optimizers mostly differ between rounds too. Between
+            rounds a run can be resumed with another number of workers, each from the file of one saved worker.
         others: more parts by name, such as an average of the weights; anything with ``state_dict``.
-        config: the run's settings, to be compared when they are loaded: nested mappings of plain values.
-        every: save after so much training; needs ``batches``.
-        every_seconds: save after so much time on the first rank; needs ``batches``.
-        keep: how many checkpoints stay.
-        background: write in a thread, from a copy on the CPU, while the training goes on. One at a time: a save that
-            comes while another is written waits for it. What went wrong is raised by the next save, or by ``close``.
+        config: the run's settings, which are compared on loading: nested mappings of plain values.
+        every: length of training from one checkpoint to the next; needs ``batches``.
+        every_seconds: time from one checkpoint to the next, on the clock of the first rank; needs ``batches``.
+        keep: how many checkpoints to keep.
+        background: whether to write in a thread, from a copy on the CPU, while the training continues. Only one
+            checkpoint is written at a time: the next save waits for it. An error is raised by the next save, or by
+            ``close``.
 
     Raises:
-        ValueError: ``keep`` below 1, an interval of no length or without ``batches``, or a name that is taken.
-        TypeError: a part without state, or an interval without a unit.
+        ValueError: if ``keep`` is below 1, an interval has no length or is given without ``batches``, or a name of
+            ``others`` is taken.
+        TypeError: if a part has no state, or an interval has no unit.
     """
 
     def __init__(
@@ -143,16 +146,16 @@ class Checkpoints:
         self._times.listen(first=self._ranks.rank == 0)
 
     def step(self, *, now: bool = False) -> bool:
-        """Saves where a checkpoint is due; call it at the end of a step, after ``optimizer.step()``.
+        """Saves if a checkpoint is due; call it at the end of a step, after ``optimizer.step()``.
 
         Args:
-            now: save in any case, unless this very step is saved already: before a run ends.
+            now: save in any case, unless this step is saved already; for the end of a run.
 
         Returns:
             Whether it saved.
 
         Raises:
-            ValueError: without ``batches``, which say what was consumed.
+            ValueError: without ``batches``, which count what was consumed.
             CheckpointError: as ``save`` does.
         """
         if not self._times.due(now=now):
@@ -164,15 +167,16 @@ class Checkpoints:
         """Saves the run as it is between two steps.
 
         Raises:
-            CheckpointError: it could not be written, or the one before it, in the background; a part holds what could
-                not be read back, or the weights numbers that are not finite; the folder is another process's or another
-                run's. On all ranks.
-            RuntimeError: a step is not at its end.
+            CheckpointError: on all ranks, if this checkpoint or the previous one (in the background) could not be
+                written, a part contains what could not be read back, weights are not finite, or the folder belongs to
+                another process or run.
+            RuntimeError: if a step has not ended.
         """
         steps, nonce = 0, 0
         if self._batches is not None:
             self._batches.settle(scaled=self._scaled)
             steps = self._batches.consumed.steps
+        # Errors are kept until all ranks have met below: a rank that raised here would leave the others waiting.
         failure, number = self._waited(), 0
         taken: Snapshot | None = None
         try:
@@ -182,6 +186,8 @@ class Checkpoints:
         if failure is None and self._ranks.rank == 0:
             try:
                 self._begin_folder()
+                # From the system: a seeded generator could give the same number to another writer, and would change
+                # the run's random numbers.
                 nonce = secrets.randbits(40)
                 number = begin(self._folder, steps, nonce)
             except (OSError, CheckpointError) as error:
@@ -195,11 +201,11 @@ class Checkpoints:
         self._times.saved()
 
     def start_over(self) -> None:
-        """Begins a new run in the folder: the journal's lines go to its side file; the checkpoints that are there stay
-        until newer ones take their place.
+        """Begins a new run in the folder: the journal's lines move to its side file, and the existing checkpoints are
+        kept until newer ones replace them.
 
         Raises:
-            CheckpointError: the folder is another process's.
+            CheckpointError: if the folder belongs to another process.
         """
         failure: Exception | None = None
         try:
@@ -212,20 +218,21 @@ class Checkpoints:
         self._raise_together(failure)
 
     def load(self, *, missing_ok: bool | None = None) -> Loaded | None:
-        """Goes on from the newest intact checkpoint, the same on all ranks.
+        """Loads the newest intact checkpoint, the same on all ranks.
 
-        Damaged ones are passed over, and named in the log and in what is returned. The journal of the batches is cut to
-        where the run stands, so that it grows into that of a run which was never interrupted.
+        Damaged checkpoints are skipped, and named in the log and in the result. The journal is cut back to the step of
+        the checkpoint, so that it becomes equal to that of an uninterrupted run.
 
         Args:
-            missing_ok: return None where there is no checkpoint at all, rather than raise. By default that is so for a
-                run with ``batches``, whose first start finds none, and not for an evaluation.
+            missing_ok: whether to return None if there is no checkpoint at all, instead of raising an error. The
+                default is True with ``batches``, because a run finds no checkpoint at its first start, and False
+                without, as for an evaluation.
 
         Raises:
-            FileNotFoundError: no checkpoint at all, where that is an error.
-            ValueError: a checkpoint from which these parts and this data cannot go on, of another run than the folder's
-                or the journal's, or of a later release.
-            CheckpointError: checkpoints are there, and all are damaged; or the folder is another process's.
+            FileNotFoundError: if there is no checkpoint at all, and that is an error.
+            ValueError: if these parts and this data cannot continue from the checkpoint, or if it belongs to another
+                run than the folder or the journal, or was written by a later release.
+            CheckpointError: if all checkpoints are damaged, or the folder belongs to another process.
         """
         failure: Exception | None = None
         if self._ranks.rank == 0 and self._batches is not None and self._folder.is_dir():
@@ -245,7 +252,7 @@ class Checkpoints:
             return None
         self._damaged |= found.damaged.keys()
         for problem in found.damaged.values():
-            _log.warning("%s; going on from %s", problem, found.path.name)
+            _log.warning("%s; resuming from %s", problem, found.path.name)
         saved, now = found.manifest.contents, self._run.describe()
         if not (isinstance(saved.get("parts"), dict) and isinstance(saved.get("sharded"), bool)):
             raise CheckpointError(f"{found.path}: {MANIFEST} matches its checksum, and says nothing of a run")
@@ -260,7 +267,7 @@ class Checkpoints:
                 f"{found.path} is what was written, and no part can make use of it ({type(error).__name__}: {error}): "
                 f"restore one from a copy, or move it away"
             )
-        except Exception as error:  # the other ranks must hear of any, before one of them leaves
+        except Exception as error:  # the other ranks must learn of any error before one of them leaves
             failure = error
         if self._ranks.sum_of(failure is not None)[0] and failure is None:
             failure = CheckpointError(f"the checkpoint {found.path} could not be loaded by another rank")
@@ -280,7 +287,7 @@ class Checkpoints:
         """Waits until the last checkpoint is written; nothing can be saved afterwards.
 
         Raises:
-            CheckpointError: it could not be; on all ranks.
+            CheckpointError: on all ranks, if it could not be written.
         """
         failure = self._waited()
         try:
@@ -297,7 +304,7 @@ class Checkpoints:
         if error is None:
             self.close()
             return
-        # The other ranks may be anywhere: what is under way is finished, but nothing can be agreed on.
+        # After an error the other ranks may be anywhere: the current write is finished, but without any collective.
         failure = self._waited()
         self._release()
         if failure is not None:
@@ -306,31 +313,31 @@ class Checkpoints:
     # --- private ----------------------------------------------------------------------------------------------------
 
     def _own_run(self) -> str | None:
-        """The token of this run; None where no batches say which it is."""
+        """The token of this run; None without ``batches``, which hold it."""
         return None if self._batches is None else self._batches.journal.run
 
     def _claim(self, run: str | None) -> None:
         """Takes the folder for this process; on the first rank.
 
         Raises:
-            FolderInUse, OSError: it cannot be had.
+            FolderInUse, OSError: if that is not possible.
         """
         if is_checkpoint(self._folder):
             return  # one checkpoint, to be read
         try:
             self._lock.claim(run)
         except OSError as error:
-            if error.errno not in _READ_ONLY:  # what can only be read nobody else writes beside us
+            if error.errno not in _READ_ONLY:  # in a folder that can only be read, no other process writes either
                 raise
             return
         if self._batches is not None and self._batches.journal.guard is None:
             self._batches.journal.guard = self._lock.check
 
     def _begin_folder(self) -> None:
-        """Before the first checkpoint of an object is written, on the first rank.
+        """Checks the folder before the first checkpoint is written, on the first rank.
 
         Raises:
-            CheckpointError: the folder holds checkpoints of another run, or is another process's.
+            CheckpointError: if the folder holds checkpoints of another run, or belongs to another process.
         """
         if self._lock.held:
             return
@@ -345,10 +352,10 @@ class Checkpoints:
             self._batches.journal.guard = self._lock.check
 
     def _refuse_other_run(self, path: Path, run: str | None) -> None:
-        """That a checkpoint is of the run whose folder and journal these are, as far as they say whose they are.
+        """Checks that a checkpoint belongs to the run of the folder and of the journal, as far as they name one.
 
         Raises:
-            ValueError: it is of another run.
+            ValueError: if it belongs to another run.
         """
         if run is None or self._batches is None:
             return
@@ -388,7 +395,7 @@ class Checkpoints:
             raise
 
     def _raise_together(self, failure: Exception | None, *numbers: float, doing: str = "written to") -> list[float]:
-        """Raises on all ranks what failed on one; returns the sums of the ranks' numbers."""
+        """Raises an error on all ranks if one failed; returns the sums of the ranks' numbers."""
         failed, *sums = self._ranks.sum_of(failure is not None, *numbers)
         if isinstance(failure, FolderInUse):
             raise failure
@@ -403,27 +410,27 @@ def save(folder: str | Path, *, model: nn.Module, keep: int = 3, **parts: Any) -
     """Saves a run between two steps, and returns when it is on the disk; on all ranks.
 
     Args:
-        folder: of the run's checkpoints; the new one is added to those that are there.
-        model: see ``Checkpoints``, as for all others.
-        keep: how many checkpoints stay.
+        folder: of the run's checkpoints; the new one is added to the existing ones.
+        model: see ``Checkpoints``, as for all other parts.
+        keep: how many checkpoints to keep.
         parts: ``optimizer``, ``batches``, ``schedule``, ``order``, ``scaler``, ``local_sgd``, ``others``, ``config``.
 
     Raises:
-        CheckpointError: it could not be written.
-        RuntimeError: a step is not at its end.
+        CheckpointError: if it could not be written.
+        RuntimeError: if a step has not ended.
     """
     with Checkpoints(folder, model=model, keep=keep, background=False, **parts) as checkpoints:
         checkpoints.save()
 
 
 def load(folder: str | Path, *, model: nn.Module, missing_ok: bool | None = None, **parts: Any) -> Loaded | None:
-    """Puts a run back to its newest intact checkpoint, the same on all ranks.
+    """Loads the newest intact checkpoint of a run, the same on all ranks.
 
     Args:
         folder: of the run's checkpoints, or one of them.
-        model: see ``Checkpoints``, as for all others.
-        missing_ok: return None where there is no checkpoint at all, as a run with ``batches`` does by default.
-        parts: as for ``save``; those that are left out stay as they are.
+        model: see ``Checkpoints``, as for all other parts.
+        missing_ok: whether to return None if there is no checkpoint at all; by default True with ``batches``.
+        parts: as for ``save``; those that are left out are not changed.
 
     Raises:
         FileNotFoundError, ValueError, CheckpointError: as ``Checkpoints.load`` does.
@@ -433,7 +440,7 @@ def load(folder: str | Path, *, model: nn.Module, missing_ok: bool | None = None
 
 
 def _failure_of(action: Any, *arguments: Any) -> Exception | None:
-    """What an action raises: for ranks that must hear of each other's failures before any of them leaves."""
+    """The error of an action, for ranks that must learn of each other's errors before any of them leaves."""
     try:
         action(*arguments)
     except Exception as error:

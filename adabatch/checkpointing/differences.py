@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that wrote it, what differs in the run that reads it, and what must not."""
+"""The description of a run in its checkpoint, what differs in the run that loads it, and what must not differ."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from adabatch.runtime.optimizers import JoinedOptimizers, kind_of
 
 
 class Difference(NamedTuple):
-    """Something that was otherwise when the checkpoint was saved.
+    """Something that differs from the run that saved.
 
     Args:
-        name: what, such as "world_size" or "config.limits.max".
-        saved: as it was; None where there was nothing of that name.
-        now: as it is in the run that loads; None where there is nothing of that name.
+        name: such as "world_size" or "config.limits.max".
+        saved: the value in the run that saved; None if there was none.
+        now: the value in the run that loads; None if there is none.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Parameter(NamedTuple):
     """A parameter of an optimizer.
 
     Args:
-        name: in the model; None of one that is not in it.
-        shape: of the whole of it.
+        name: in the model; None if the model does not contain it.
+        shape: of the whole parameter, not of a shard.
     """
 
     name: str | None
@@ -56,7 +56,7 @@ def describe(
     parameters: Sequence[Parameter],
     config: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """A run, as the manifest of a checkpoint says it: ready for JSON.
+    """The description of a run for the manifest of a checkpoint: ready for JSON.
 
     Args:
         parts: what is saved, by name.
@@ -89,14 +89,14 @@ def _kind(part: Any) -> str:
 
 
 def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises where going on would be wrong and no part would notice.
+    """Raises an error if resuming would be wrong and no part would notice.
 
     Args:
         saved, now: descriptions of the run that saved and of the one that loads.
 
     Raises:
-        ValueError: a part that was not saved, an optimizer or an order of another kind, or a sharded model for a whole
-            one.
+        ValueError: if a part was not saved, an optimizer or an order is of another kind, or one model is sharded and
+            the other is not.
     """
     for name, kind in now["parts"].items():
         if name not in saved["parts"]:
@@ -104,7 +104,7 @@ def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 f"the checkpoint holds no {name} (it has {', '.join(saved['parts'])}): leave it out of load, to begin "
                 f"with it as it is"
             )
-        # The others refuse what is not theirs; these would take a stranger's state in silence.
+        # Other parts refuse a state that is not theirs; these would load the state of another class silently.
         if name in ("optimizer", "order") and kind != saved["parts"][name]:
             raise ValueError(
                 f"the checkpoint was saved with the {name} {saved['parts'][name]}, this run has {kind}, which can make "
@@ -119,14 +119,14 @@ def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def refuse_order(saved: Mapping[str, Any], parameters: Sequence[Parameter]) -> None:
-    """Raises where an optimizer's state belongs to other parameters than its place among them says.
+    """Raises an error if the parameters of the optimizer are in another order than in the run that saved.
 
     Args:
-        saved: description of the run that saved; older ones do not name the parameters, and are let pass.
+        saved: description of the run that saved; older ones do not name the parameters, and are not checked.
         parameters: of the optimizer that loads, in its order.
 
     Raises:
-        ValueError: names the first parameter that is another one.
+        ValueError: names the first parameter that differs.
     """
     before = [Parameter(name, tuple(shape)) for name, shape in saved.get("parameters", ())]
     if len(before) != len(parameters):
@@ -141,7 +141,7 @@ def refuse_order(saved: Mapping[str, Any], parameters: Sequence[Parameter]) -> N
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """What else is not as it was: allowed, and worth knowing."""
+    """The other differences, which are allowed."""
     before, after = _flat(saved), _flat(now)
     ignored = ("steps", "examples", "run", "parameters", "data.seed")  # the seed is one of the settings
     names = [name for name in {**before, **after} if name not in ignored and before.get(name) != after.get(name)]
@@ -149,7 +149,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Diffe
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping by dotted names; values that JSON does not know as text."""
+    """A nested mapping with dotted names; values that JSON cannot represent become text."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

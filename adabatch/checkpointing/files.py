@@ -1,9 +1,9 @@
-"""Checkpoints as files: put in place whole or not at all, checked before they are read, the last few of them kept.
+"""Checkpoints as files: written completely or not at all, checked before they are read, and only the last few kept.
 
 A checkpoint is a folder such as ``000012-step-3400``: the twelfth of its run, taken after 3,400 steps. It is written
-under another name, its files and folders are synced to the disk, and only then it is renamed, so a folder of that name
-is whole unless the disk damaged it. Its ``manifest.json`` is two lines: what is in it, with the size and the SHA-256 of
-every file, as JSON; and the SHA-256 of that line.
+under another name, its files and folders are synced to the disk, and only then is it renamed. A folder with such a name
+is therefore complete unless the disk damaged it. Its ``manifest.json`` has two lines: its contents, with the size and
+the SHA-256 of every file, as JSON; and the SHA-256 of that line.
 
 One process at a time writes into a folder of checkpoints.
 """
@@ -36,11 +36,11 @@ Files: TypeAlias = Mapping[str, tuple[int, str]]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none of those that are there can be read."""
+    """A checkpoint could not be written, or none of the existing ones can be read."""
 
 
 class Damaged(CheckpointError):
-    """A checkpoint is not what was written: a file is missing, cut short or changed."""
+    """A checkpoint is damaged: a file is missing, cut short or changed."""
 
 
 class NewerFormat(ValueError):
@@ -51,8 +51,8 @@ class Manifest(NamedTuple):
     """What a checkpoint holds.
 
     Args:
-        contents: what its writer said of it, ready for JSON.
-        files: all others of its files.
+        contents: the description by its writer, ready for JSON.
+        files: all other files of the checkpoint.
     """
 
     contents: Mapping[str, Any]
@@ -60,12 +60,12 @@ class Manifest(NamedTuple):
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """The finished checkpoints of a folder by their number, the newest first; whether they are intact is not said.
+    """The finished checkpoints of a folder by their number, the newest first; their files are not checked.
 
-    A folder that is a checkpoint itself holds that one.
+    If the folder is a checkpoint itself, it is the only one.
 
     Raises:
-        CheckpointError: two of one number, of which nobody knows the right one.
+        CheckpointError: if two have the same number, so that the right one is unknown.
     """
     if not folder.is_dir():
         return {}
@@ -82,25 +82,25 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path has the name of a checkpoint, and is no folder of such."""
+    """Whether a path has the name of a checkpoint, and is not a folder of checkpoints."""
     return _NAME.fullmatch(path.name) is not None
 
 
 def begin(folder: Path, steps: int, nonce: int = 0) -> int:
-    """Makes an empty ``place_of`` the next checkpoint, and returns its number; what others left unfinished is removed.
+    """Makes an empty ``place_of`` the next checkpoint, and returns its number; removes unfinished ones.
 
     Args:
-        folder: of the run's checkpoints; made where it is missing.
+        folder: of the run's checkpoints; created if it is missing.
         steps: of the run so far.
         nonce: as for ``place_of``.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: if the folder cannot be created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number = 1
     for path in folder.iterdir():
-        if _BEING_WRITTEN.fullmatch(path.name):
+        if _BEING_WRITTEN.fullmatch(path.name):  # of a writer that was killed: the lock allows only one at a time
             _remove(path)
         elif match := _NAME.fullmatch(path.name):  # a file of that name too is in the way
             number = max(number, int(match[1]) + 1)
@@ -112,21 +112,22 @@ def place_of(folder: Path, number: int, steps: int, nonce: int = 0) -> Path:
     """Where a checkpoint is written before it is finished.
 
     Args:
-        nonce: a number that no other writer has, so that two never write into one place; 0 where there is one writer.
+        nonce: a number that no other writer has, so that two writers never use one place; 0 if there is one writer.
     """
     mark = f".{nonce:x}" if nonce else ""
     return folder / f"{number:06d}-step-{steps}{mark}{UNFINISHED}"
 
 
 def sealed(unfinished: Path, pattern: str = "**/*") -> Files:
-    """Size and SHA-256 of the files of a checkpoint that is being written, once they are safe on the disk.
+    """Size and SHA-256 of the files of an unfinished checkpoint, after they were synced to the disk.
 
     Raises:
-        OSError: the disk is full or fails.
+        OSError: if the disk is full or fails.
     """
     files = {}
     for path in unfinished.glob(pattern):
         if path.is_file():
+            # opened for writing, because some systems refuse to sync a file that was opened for reading only
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
                 files[path.relative_to(unfinished).as_posix()] = (path.stat().st_size, _digest(file))
@@ -134,10 +135,10 @@ def sealed(unfinished: Path, pattern: str = "**/*") -> Files:
 
 
 def _remove(path: Path) -> None:
-    """Removes what is at a path; of a link the link, and not what it points to.
+    """Removes what is at a path; a link is removed, but not its target.
 
     Raises:
-        OSError: it cannot be removed.
+        OSError: if it cannot be removed.
     """
     if path.is_symlink() or not path.is_dir():
         path.unlink()
@@ -154,18 +155,18 @@ def finish(
     damaged: Collection[Path] = (),
     fence: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Makes a checkpoint of what was written to its place; returns where it is now.
+    """Finishes a checkpoint: writes its manifest and renames it; returns its final path.
 
     Args:
         unfinished: holds all files of the checkpoint.
-        contents: what to say of it in the manifest, ready for JSON.
+        contents: the description for the manifest, ready for JSON.
         files: all of them, as ``sealed`` gave them.
-        keep: how many checkpoints stay, this one among them.
-        damaged: checkpoints that are known to be of no use, and do not count.
-        fence: called before the checkpoint is put in place; raises where this process may not write any more.
+        keep: how many checkpoints to keep, including this one.
+        damaged: checkpoints that are known to be damaged, and do not count.
+        fence: called before the checkpoint is put in place; raises an error if this process may no longer write.
 
     Raises:
-        OSError: the disk is full or fails.
+        OSError: if the disk is full or fails.
     """
     line = json.dumps({"format": CHECKPOINT_FORMAT, "contents": contents, "files": files}, allow_nan=False)
     with (unfinished / MANIFEST).open("w", encoding="utf-8") as file:
@@ -175,32 +176,33 @@ def finish(
     for path in [*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished]:
         _sync_folder(path)
     finished = unfinished.with_name(unfinished.name.partition(".")[0])
+    # As late as possible: whoever has taken the folder over in the meantime must not find this checkpoint in it.
     fence()
     unfinished.rename(finished)
     _sync_folder(finished.parent)
     try:
         _prune(finished.parent, keep, damaged)
-    except (OSError, CheckpointError) as error:  # the new one is in place, and that is what was asked for
+    except (OSError, CheckpointError) as error:  # the new checkpoint is in place, so this is not an error of the save
         _log.warning("checkpoints older than %s could not be removed: %s", finished, error)
     return finished
 
 
 def abandon(unfinished: Path) -> None:
-    """Removes what was written of a checkpoint that will not be finished, as far as that is possible."""
+    """Removes the files of a checkpoint that will not be finished, as far as possible."""
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check(path: Path, *, share: int = 0, of: int = 1) -> Manifest:
-    """The manifest of a checkpoint, once its files are found to be what was written.
+    """The manifest of a checkpoint, after its files were checked against it.
 
     Args:
         path: the checkpoint.
-        share, of: read only each ``of``-th file, from number ``share`` on; that all are there and of the right size is
-            always looked at. So several ranks share the work.
+        share, of: read only every ``of``-th file, from number ``share`` on, so that several ranks share the work.
+            Existence and size of all files are always checked.
 
     Raises:
         Damaged: names the file and what is wrong with it.
-        NewerFormat: a checkpoint of a later release.
+        NewerFormat: if a later release wrote it.
     """
     manifest = _read_manifest(path)
     for index, (name, (size, digest)) in enumerate(sorted(manifest.files.items())):
@@ -220,7 +222,7 @@ def check(path: Path, *, share: int = 0, of: int = 1) -> Manifest:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        # Not by lines: a flipped bit may make a line break of any byte.
+        # Not by splitting lines: a flipped bit may turn any byte into a line break.
         line, _, rest = (path / MANIFEST).read_bytes().partition(b"\n")
     except OSError as error:
         raise Damaged(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from error
@@ -258,7 +260,7 @@ def _prune(folder: Path, keep: int, damaged: Collection[Path]) -> None:
     good = 0
     for path in checkpoints_in(folder).values():
         if good >= keep:
-            # Renamed first: a kill in the middle must not leave what looks like a damaged checkpoint.
+            # Renamed first: if the process is killed in the middle, the rest must not look like a damaged checkpoint.
             doomed = path.with_name(path.name + UNFINISHED)
             path.rename(doomed)
             with suppress(OSError):
@@ -271,7 +273,7 @@ def _digest(file: Any) -> str:
 
 
 def _sync_folder(path: Path) -> None:
-    """Makes the names in a folder last through a loss of power."""
+    """Syncs the names in a folder to the disk, so that they survive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,9 @@
-"""One run, one folder: who may write checkpoints into a folder, and whose they are.
+"""One run, one folder: which process may write checkpoints into a folder, and to which run they belong.
 
-``lock.json`` in a folder of checkpoints names the run that they belong to, by its token, and the process that writes
-them. It is there from that process's first claim until another's, also after the process was killed: a successor reads
-from it whether that is still alive. A process looks again whenever it puts a checkpoint in place and writes a line of
-the journal, so one that was given up for dead and was not cannot write beside its successor.
+``lock.json`` in a folder of checkpoints names the run to which they belong, by its token, and the process that writes
+them. The file stays after the process was killed, so that a successor can find out whether that process is still alive.
+A process checks the lock before it puts a checkpoint in place and before it writes a line of the journal. A process
+that was taken for dead, but was not, therefore cannot write at the same time as its successor.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Holder(NamedTuple):
 
     Args:
         host: its machine.
-        pid: its number there.
-        started: when it started, in the clock ticks of its machine since the boot; None where the system does not say.
-        boot: of the machine.
-        since: when it took the folder, for people.
-        job: the launcher's name for the job, which goes on under that name after a restart; None where it has none.
+        pid: its process id.
+        started: when it started, in clock ticks of its machine since the boot; None if the system does not say.
+        boot: identifier of the machine's boot.
+        since: when it took the folder, for messages.
+        job: the launcher's name for the job, which is the same after a restart; None if it has none.
     """
 
     host: str
@@ -51,7 +51,7 @@ class Holder(NamedTuple):
 
     @classmethod
     def this(cls) -> Self:
-        """The process that asks."""
+        """The current process."""
         boot = ""
         with suppress(OSError):
             boot = _BOOT.read_text().strip()
@@ -59,14 +59,14 @@ class Holder(NamedTuple):
         return cls(platform.node(), os.getpid(), _started(os.getpid()), boot, now, launcher_job())
 
     def same_process(self, other: Holder) -> bool:
-        """Whether both are one process, whenever it took the folder."""
+        """Whether both are the same process, even if it took the folder at different times."""
         return (self.host, self.pid, self.started, self.boot) == (other.host, other.pid, other.started, other.boot)
 
     def may_run(self, me: Holder) -> bool:
-        """Whether it may still run. On another host nobody can say, unless the launcher has restarted the job.
+        """Whether it may still run. On another host this is unknown, unless the launcher has restarted the job.
 
         Args:
-            me: the process that asks.
+            me: the current process.
         """
         if self.host != me.host:
             return self.job is None or self.job != me.job
@@ -87,11 +87,11 @@ class Holder(NamedTuple):
 
 
 class Lock(NamedTuple):
-    """What a folder's lock says.
+    """The contents of a folder's lock.
 
     Args:
-        run: token of the run whose checkpoints are there; None where no process said.
-        holder: who writes; None where nobody does.
+        run: token of the run whose checkpoints are there; None if unknown.
+        holder: the process that writes; None if there is none.
     """
 
     run: str | None
@@ -99,7 +99,7 @@ class Lock(NamedTuple):
 
 
 def read_lock(folder: Path) -> Lock:
-    """What the lock of a folder says; nothing where it has none, or one that is no lock of this kind."""
+    """The lock of a folder; empty if it has none, or a file that is not such a lock."""
     try:
         said = json.loads((folder / LOCK).read_bytes())
         run, holder = said["run"], said["holder"]
@@ -119,7 +119,7 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._me: Holder | None = None  # once it is claimed
+        self._me: Holder | None = None  # None until it is claimed
         self._releases = False
 
     @property
@@ -128,14 +128,14 @@ class FolderLock:
         return self._me is not None
 
     def claim(self, run: str | None) -> None:
-        """Takes the folder, or keeps it; a dead process's is taken over.
+        """Takes the folder, or keeps it; the folder of a dead process is taken over.
 
         Args:
-            run: whose checkpoints it holds from now on; None leaves that as it is.
+            run: token of the run whose checkpoints the folder holds from now on; None does not change it.
 
         Raises:
-            FolderInUse: names the process that has it, and what to do.
-            OSError: the folder cannot be made or written.
+            FolderInUse: names the process that has the folder, and the way out.
+            OSError: if the folder cannot be created or written.
         """
         me = Holder.this()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -147,16 +147,16 @@ class FolderLock:
                     f"{self._folder} is in use by {lock.holder}, and one run at a time writes into a "
                     f"folder: {self._way_out(lock.holder)}"
                 )
-            # Another object of this process may have it already, and then gives it back.
+            # Another object of this process may have claimed it before, and is then the one to release it.
             self._releases = self._releases or not mine
             self._write(Lock(lock.run if run is None else run, lock.holder if mine else me))
         self._me = me
 
     def check(self) -> None:
-        """That the folder is still this process's.
+        """Checks that this process still holds the folder.
 
         Raises:
-            FolderInUse: another process has taken it over, or somebody has removed the lock.
+            FolderInUse: if another process has taken it over, or the lock was removed.
         """
         if self._me is None:
             return
@@ -169,7 +169,7 @@ class FolderLock:
             )
 
     def release(self) -> None:
-        """Gives the folder back, if it is this object's to give."""
+        """Releases the folder, if this object has claimed it."""
         if self._me is not None and self._releases:
             with suppress(OSError), _alone_in(self._folder):
                 lock = read_lock(self._folder)
@@ -199,7 +199,7 @@ class FolderLock:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """While a lock is read and written anew; some file systems of a network do without."""
+    """Excludes other processes while the lock is read and rewritten; some network file systems do not support this."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -218,9 +218,9 @@ def _holder(said: Any) -> Holder:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks since the boot; None where none of that number runs, or nobody can say."""
+    """When a process started, in ticks since the boot; None if it does not run, or the system does not say."""
     try:
-        # The name stands in brackets, and may hold any; the state and nineteen numbers follow.
+        # The name is in brackets and may itself contain brackets; the state and nineteen numbers follow the last one.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else int(fields[19])
     except (OSError, ValueError, IndexError):

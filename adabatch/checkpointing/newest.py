@@ -1,4 +1,4 @@
-"""Which checkpoint to go on from: the newest that every rank finds intact, the same on all."""
+"""Which checkpoint to load: the newest that every rank finds intact, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NewestCheckpoint(NamedTuple):
 
     Args:
         path: where it is.
-        manifest: what it holds.
+        manifest: its contents.
         damaged: newer ones that cannot be read, with the reason.
     """
 
@@ -27,22 +27,23 @@ class NewestCheckpoint(NamedTuple):
 
 
 def newest_checkpoint(folder: Path, ranks: Collectives) -> NewestCheckpoint | None:
-    """The newest checkpoint that is intact for all ranks, which share the reading; None where there is none at all.
+    """The newest checkpoint that is intact for all ranks, which share the reading; None if there is no checkpoint at
+    all.
 
     Args:
         folder: of a run's checkpoints, or one checkpoint.
-        ranks: call this together.
+        ranks: all of them must call this.
 
     Raises:
-        CheckpointError: checkpoints are there, and all are damaged; says how.
-        NewerFormat: the newest was written by a later release. An older one is not taken in its place: the run that
-            left the newer one would be overwritten.
+        CheckpointError: if there are checkpoints but all are damaged; says how.
+        NewerFormat: if a later release wrote the newest one. An older one is not used instead, because that would
+            overwrite the run that wrote the newer one.
     """
     mine = checkpoints_in(folder)
     damaged: dict[Path, str] = {}
     below = math.inf
     while True:
-        # The first rank says which; the others may see a folder of the network a little later.
+        # The first rank decides, because other ranks may see changes of a network folder a little later.
         candidate = next((number for number in mine if number < below), 0) if ranks.rank == 0 else 0
         below = ranks.sum_of(candidate)[0]
         if below == 0:

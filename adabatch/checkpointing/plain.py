@@ -1,4 +1,4 @@
-"""States as plain data: what a checkpoint can hold and read back without running code, or a refusal that names it."""
+"""States as plain data, which a checkpoint can read back without running code; other data is an error that names it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
 class NotPlain(TypeError):
-    """A state holds something that a checkpoint could not read back."""
+    """A state contains something that a checkpoint could not read back."""
 
 
 def plain(state: Any, path: str = "", *, copy: bool = False) -> Any:
     """A state in containers and values that ``torch.load(weights_only=True)`` reads.
 
-    Numbers of numpy become those of Python where that is exact: all but ``np.longdouble`` and dates.
-    Mappings, lists and tuples are rebuilt. Subclasses of them lose what they add, but for the ``_metadata`` of a state
-    dict. Other objects stay as they are if torch reads them, which is tried.
+    Numbers of numpy become those of Python if that is exact: all except ``np.longdouble`` and dates.
+    Mappings, lists and tuples are rebuilt. Subclasses of them lose what they add, except for the ``_metadata`` of a
+    state dict. Other objects are kept if torch can read them, which is tested.
 
     Args:
         state: a state dict, or part of one.
-        path: where it stands, for messages: "optimizer".
-        copy: put copies of tensors on the CPU in the place of tensors, so that training may change the originals.
-            DTensors stay DTensors of the same shards.
+        path: its place, for messages: "optimizer".
+        copy: whether to replace tensors by copies on the CPU, so that training may change the originals. DTensors
+            become DTensors of the same shards.
 
     Raises:
         NotPlain: names the place of what cannot be read back: "optimizer.param_groups[0]['lr']".
@@ -75,7 +75,7 @@ def _below(path: str, key: Any) -> str:
 
 
 def _tried(value: Any, path: str) -> Any:
-    """A value of another type, if torch reads it back."""
+    """A value of another type, if torch can read it back."""
     file = io.BytesIO()
     try:
         torch.save(value, file)

@@ -1,4 +1,4 @@
-"""States that every rank has one of, such as that of a data loader: all together, for one checkpoint."""
+"""States that differ between ranks, such as that of a data loader, gathered for one checkpoint."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def states_of_all(state: Any, ranks: Collectives, *, name: str) -> list[Any]:
 
     Args:
         state: of this rank, plain data and tensors.
-        ranks: call this together.
-        name: of what has the state.
+        ranks: all of them must call this.
+        name: of the part, for messages.
 
     Raises:
-        TypeError: a state that cannot be read back without running code that is in it.
+        TypeError: if a state cannot be read back without running code.
     """
     file = io.BytesIO()
     torch.save(state, file)
@@ -38,10 +38,10 @@ def _read(data: bytes, name: str) -> Any:
 
 
 def state_of_rank(states: Any, ranks: Collectives, *, name: str) -> Any:
-    """This rank's own of the states that ``states_of_all`` gave.
+    """This rank's state among those from ``states_of_all``.
 
     Raises:
-        ValueError: there are more or fewer ranks than were saved.
+        ValueError: if the number of ranks differs from that of the saved states.
     """
     if len(states) != ranks.size:
         raise ValueError(

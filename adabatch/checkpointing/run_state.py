@@ -1,4 +1,4 @@
-"""A run's whole state: taken, written to the files of a checkpoint, and put back."""
+"""The whole state of a run: taken, written to the files of a checkpoint, and restored."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _log = logging.getLogger("adabatch")
 
 
 class Stateful(Protocol):
-    """torch's own protocol: gives its state as plain data and tensors, and takes it back."""
+    """An object with ``state_dict`` and ``load_state_dict``, torch's own protocol."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state."""
         ...
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Goes back to a state."""
+        """Restores a state."""
         ...
 
 
@@ -52,10 +52,10 @@ class Snapshot(NamedTuple):
     """The state of a run at one moment, as one rank has to write it.
 
     Args:
-        contents: what the manifest says of it.
-        state: of all parts by name, and of the random numbers of all ranks; what a sharded model and its optimizer
-            keep in tensors is not in it.
-        tensors: of those, by name.
+        contents: the description for the manifest.
+        state: of all parts by name, and of the random numbers of all ranks, without the tensors of a sharded model and
+            its optimizer.
+        tensors: those tensors, by name.
     """
 
     contents: dict[str, Any]
@@ -64,11 +64,11 @@ class Snapshot(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """What a run that goes on from a checkpoint makes of settings other than those that were saved.
+    """How a resumed run treats settings that differ from the saved ones.
 
     Args:
-        taken_over: those of this run, which hold from now on.
-        kept: those of the checkpoint.
+        taken_over: settings of this run, which are used from now on.
+        kept: settings of the checkpoint, which remain in use.
     """
 
     taken_over: tuple[Difference, ...]
@@ -83,8 +83,8 @@ class RunState:
         config: the run's settings, for the manifest.
 
     Raises:
-        TypeError: a part without state.
-        ValueError: local SGD of a sharded model.
+        TypeError: if a part has no state.
+        ValueError: for local SGD of a sharded model.
     """
 
     def __init__(self, parts: Mapping[str, Any], *, config: Mapping[str, Any] | None) -> None:
@@ -107,17 +107,17 @@ class RunState:
                 "save the state_dict of every part on every rank yourself"
             )
         self.collectives = collectives_of(parts["model"]) if workers is None else workers.collectives
-        # Under local SGD every rank has parts of its own.
+        # Under local SGD every rank has its own parts.
         self._apart = workers is not None and self.collectives.size > 1
         self._was_read = False  # the first of a run's checkpoints is read back
         self._host = HostGroup(self.collectives) if self.sharded or self._apart else None
         self._device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
-        # A loader stands at a place of its own on each rank; a GlobalOrder has one for all.
+        # A loader has its own place on each rank; a GlobalOrder has one place for all.
         order: Stateful | None = parts.get("order")
         self._loader = None if isinstance(order, GlobalOrder) else order
 
     def describe(self) -> dict[str, Any]:
-        """The run as the manifest says it."""
+        """The description of the run for the manifest."""
         return describe(
             self._parts,
             world_size=self.collectives.size,
@@ -127,7 +127,7 @@ class RunState:
         )
 
     def _parameters(self) -> list[Parameter]:
-        """Those of the optimizer, in the order in which its state counts them."""
+        """The parameters of the optimizer, in the order of its state."""
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         groups = [] if self._optimizer is None else self._optimizer.param_groups
         return [Parameter(names.get(id(p)), tuple(p.shape)) for group in groups for p in group["params"]]
@@ -135,14 +135,14 @@ class RunState:
     # --- taking and writing -----------------------------------------------------------------------------------------
 
     def take(self, *, copy: bool) -> Snapshot | None:
-        """The state as this rank has to write it, or None where the first rank writes all; call it on all ranks.
+        """The state that this rank has to write, or None if the first rank writes everything; call it on all ranks.
 
         Args:
-            copy: on the CPU, so that the training may go on; else it shares the run's tensors.
+            copy: whether to copy it to the CPU, so that training may continue; else it shares the run's tensors.
 
         Raises:
-            NotPlain: on some rank, after all exchanges; a part whose state could not be read back.
-            CheckpointError: so too; weights that are not finite.
+            NotPlain: on some rank, after all exchanges, if the state of a part could not be read back.
+            CheckpointError: in the same way, if weights are not finite.
         """
         own = random_state(self._device).to(self.collectives.device)
         state: dict[str, Any] = {"random": self.collectives.gather(own).cpu()}
@@ -170,10 +170,10 @@ class RunState:
         return Snapshot(self.describe(), state, plain(tensors, copy=copy))
 
     def _check_finite(self) -> None:
-        """That this rank's trained weights are finite: a checkpoint of others takes the place of one that is of use.
+        """Checks that this rank's trained weights are finite, so that a useless checkpoint does not replace a good one.
 
         Raises:
-            CheckpointError: names one that is not.
+            CheckpointError: names a weight that is not.
         """
         pieces: dict[str, Tensor] = {}
         for name, parameter in self._model.named_parameters():
@@ -184,22 +184,23 @@ class RunState:
             return
         bad = next((name for name, piece in pieces.items() if not torch.isfinite(piece).all()), "a parameter")
         raise CheckpointError(
-            f"{bad} holds numbers that are not finite, and going on from them would be of no use: the checkpoints that "
+            f"{bad} holds numbers that are not finite, and resuming from them would be of no use: the checkpoints that "
             f"are there stay; resume from the newest with a smaller learning rate"
         )
 
     def write(self, taken: Snapshot, place: Path) -> Files:
-        """Writes this rank's files, and on the first rank returns those of all; may run beside the training.
+        """Writes this rank's files, and on the first rank returns those of all; may run in a thread beside the
+        training.
 
         Raises:
-            Exception: a disk is full or fails; of a sharded run on all ranks.
+            Exception: if a disk is full or fails; in a sharded run on all ranks.
         """
         first = self.collectives.rank == 0
         if first and self._batches is not None:
-            self._batches.journal.sync()  # no checkpoint may know of steps that the journal can still lose
+            self._batches.journal.sync()  # first: a checkpoint must not be ahead of the journal on the disk
         if self._host is None:
             return self._written_and_read(taken.state, place)
-        # Nobody may wait for a rank that failed: before each exchange a failure is kept, and then said to all.
+        # No rank may wait for one that failed: an error is kept until the next exchange, which tells all ranks.
         if self._apart:
             rank = self.collectives.rank
             written = self._heard(_tried(lambda: self._written_and_read(taken.state, place, rank)))
@@ -219,10 +220,10 @@ class RunState:
         return files
 
     def _written_and_read(self, state: dict[str, Any], place: Path, rank: int = 0) -> Files:
-        """Writes this rank's file, and once per run reads it as a resumed run will."""
+        """Writes this rank's file, and once per run reads it as a resumed run would."""
         files = write_state(state, place, rank=rank)
         if not self._was_read:
-            # Mapped: the tensors, whose bytes are checked by their digest, are not read.
+            # Memory-mapped, so that the tensors are not read: a digest checks their bytes.
             try:
                 torch.load(place / _state_file(rank), map_location="cpu", weights_only=True, mmap=True)
             except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -231,7 +232,7 @@ class RunState:
         return files
 
     def _heard(self, own: Files | str) -> list[Files]:
-        """The files of all ranks; raises on all where one could not write."""
+        """The files of all ranks; raises an error on all of them if one could not write."""
         assert self._host is not None
         all_of_them = self._host.gathered(own)
         failures = [f"rank {rank}: {files}" for rank, files in enumerate(all_of_them) if isinstance(files, str)]
@@ -242,16 +243,16 @@ class RunState:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def restore(self, path: Path, contents: Mapping[str, Any]) -> Restored:
-        """Puts everything back as a checkpoint has it, the random numbers last, and cuts the journal to its place.
+        """Restores everything from a checkpoint, the random numbers last, and cuts the journal back to its step.
 
-        Settings that this run was built with are then put in force, where they are taken over.
+        Settings of this run that are taken over are then applied.
 
         Args:
             path: the checkpoint.
-            contents: what its manifest says.
+            contents: of its manifest.
 
         Raises:
-            ValueError: a model or an optimizer of another make than was saved, or what a part refuses.
+            ValueError: if the model or the optimizer differs from the saved one, or a part refuses its state.
         """
         state = self._read(path)
         self._check_model(path, state["model"])
@@ -280,10 +281,10 @@ class RunState:
         return restored
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """This rank's file of a checkpoint, with the state of all parts in it.
+        """This rank's file of a checkpoint, with the state of all parts.
 
         Raises:
-            CheckpointError: it is no such file, though it is the one that was written.
+            CheckpointError: if the file matches its checksum, but is not such a file.
         """
         name = self._own_file(path)
         try:
@@ -298,12 +299,12 @@ class RunState:
         return dict(state)
 
     def _own_file(self, path: Path) -> str:
-        """What this rank reads; of other workers' states than there are now, one of them."""
+        """The file that this rank reads; if the number of workers has changed, that of one of the saved workers."""
         saved = len(list(path.glob(STATE_OF.format("*")))) + 1
         return _state_file(self.collectives.rank % saved if self._apart else 0)
 
     def cut_journal(self) -> None:
-        """Leaves in the journal the steps that the run has behind it, and no others."""
+        """Removes the lines of later steps from the journal."""
         if self._batches is None or self._batches.journal.path is None:
             return
         journal, examples = self._batches.journal, self._batches.consumed.examples
@@ -312,7 +313,7 @@ class RunState:
             _log.warning("%s ends at %d examples, and the run stands at %d", journal.path, reached, examples)
 
     def _check_model(self, path: Path, state: Mapping[str, Any]) -> None:
-        """That names and shapes of the saved tensors are those of the model."""
+        """Checks that names and shapes of the saved tensors are those of the model."""
         saved = {name: value.shape for name, value in state.items() if isinstance(value, Tensor)}
         if self.sharded:
             saved = {
@@ -330,7 +331,7 @@ class RunState:
             )
 
     def release(self) -> None:
-        """Ends what was begun for this run's sake; no more is written or read."""
+        """Releases the resources of this object; it cannot be used afterwards."""
         if self._host is not None:
             self._host.close()
             self._host = None
@@ -341,30 +342,30 @@ def _state_file(rank: int) -> str:
 
 
 def write_state(state: dict[str, Any], place: Path, *, rank: int = 0) -> Files:
-    """Writes what is not sharded of a run's state to the place of a checkpoint.
+    """Writes the part of a run's state that is not sharded.
 
     Args:
         state: by the names of the parts.
         place: of the checkpoint.
-        rank: whose it is; 0 where one is that of all.
+        rank: to which it belongs; 0 if one state is for all ranks.
 
     Raises:
-        OSError: the disk is full or fails.
+        OSError: if the disk is full or fails.
     """
     try:
         with (place / _state_file(rank)).open("wb") as file:
             torch.save(state, file)
     except RuntimeError as error:
-        # torch closes its archive in vain after a failed write, and speaks of that.
+        # After a failed write, torch also fails to close its archive, and reports only that.
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     return sealed(place, _state_file(rank))
 
 
 def _tried(action: Callable[[], Files]) -> Files | str:
-    """What an action returns, or what it raised as text."""
+    """The result of an action, or its error as text."""
     try:
         return action()
-    except Exception as error:  # the other ranks must hear of any
+    except Exception as error:  # the other ranks must learn of any error
         return f"{type(error).__name__}: {error}"
 
 

@@ -1,4 +1,4 @@
-"""When a run is saved: every so much training or time, on the word of the first rank, and before it ends."""
+"""When a run is saved: at intervals of training or of time, which the first rank measures, and before it ends."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ class SaveTimes:
     """Says at the end of a step whether a checkpoint is due; the same on all ranks.
 
     Args:
-        batches: say what was consumed, and carry the word of the first rank's clock; None where nothing is due by
-            itself.
-        every: save after so much training; needs ``batches``.
-        every_seconds: save after so much time on the first rank; needs ``batches``.
+        batches: count what was consumed, and carry the votes of the first rank's clock; None if there is no interval.
+        every: length of training from one checkpoint to the next; needs ``batches``.
+        every_seconds: time from one checkpoint to the next, on the first rank's clock; needs ``batches``.
 
     Raises:
-        ValueError: an interval of no length or without ``batches``.
-        TypeError: an interval without a unit.
+        ValueError: if an interval has no length or is given without ``batches``.
+        TypeError: if an interval has no unit.
     """
 
     def __init__(self, batches: AdaptiveBatch | None, *, every: Duration | None, every_seconds: float | None) -> None:
@@ -33,16 +32,16 @@ class SaveTimes:
         self._saved_at = time.monotonic()
 
     def listen(self, *, first: bool) -> None:
-        """From now on the ranks hear, at each step, whether the first one's time is over.
+        """Starts the votes by which the first rank announces, at each step, that its interval of time is over.
 
         Args:
-            first: whether this is that rank.
+            first: whether this is the first rank.
         """
         if self._batches is not None and self._every_seconds is not None:
             self._batches.votes.listen(self._overdue if first else None)
 
     def due(self, *, now: bool) -> bool:
-        """Whether to save: where an interval is over, or ``now``, but no step twice.
+        """Whether to save: if an interval is over, or ``now``, but no step twice.
 
         Raises:
             ValueError: without ``batches``.
@@ -56,12 +55,12 @@ class SaveTimes:
         return due and consumed != self._saved
 
     def saved(self) -> None:
-        """The run was saved as it is."""
+        """The run was saved in its present state."""
         self._saved_at = time.monotonic()
         self.loaded()
 
     def loaded(self) -> None:
-        """The run was put back to a checkpoint, and stands where that stood."""
+        """The run was restored from a checkpoint."""
         if self._batches is not None:
             self._saved = self._counted_from = self._batches.consumed
 
@@ -75,7 +74,7 @@ def _check(batches: AdaptiveBatch | None, every: Duration | None, every_seconds:
             raise TypeError(f"every must be a duration, such as adabatch.examples({every!r}), got {every!r}")
         require(every.count >= 1, "every must be 1 at least", every)
         if batches is not None:
-            batches.consumed.count(every.unit)  # a unit that is not counted fails here
+            batches.consumed.count(every.unit)  # raises an error for a unit that the run does not count
     require(every_seconds is None or every_seconds > 0, "every_seconds must be positive", every_seconds)
     if batches is None and (every is not None or every_seconds is not None):
         raise ValueError("every= and every_seconds= are counted by the AdaptiveBatch: pass batches= too")

@@ -1,8 +1,8 @@
-"""What a resumed run makes of settings that are not those of the run that was saved: of each, which of the two stands.
+"""Which value a resumed run uses if a setting differs from that of the run that saved.
 
 The table is in docs/checkpoints.md. Of an optimizer, the base learning rate under a ``ProgressLR`` and the weight decay
-are taken over from the run that loads. All its other settings stay as they were saved, as ``Optimizer.load_state_dict``
-has it: they may be moved by schedules of the user's own, or be state under another name.
+are taken over from the run that loads. All its other settings are kept as they were saved, as in
+``Optimizer.load_state_dict``, because the user's own schedules may change them, or because they are state.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ TAKEN_OVER = ("weight_decay",)
 
 
 class KeptSetting(NamedTuple):
-    """A setting of the run that loads that is not used, since the saved one stands.
+    """A setting of the run that loads that is not used, because the saved one is kept.
 
     Args:
         name: such as "optimizer.betas".
-        saved: what stands.
-        given: what this run was built with.
+        saved: the value that is used.
+        given: the value with which this run was built.
         way_out: how to change it nevertheless.
     """
 
@@ -46,7 +46,7 @@ class KeptSetting(NamedTuple):
 
 
 class Settings:
-    """The settings that a run was built with, taken before its parts are loaded, and put in force afterwards.
+    """The settings with which a run was built, read before its parts are loaded, and applied afterwards.
 
     Args:
         parts: of the run, by name.
@@ -61,13 +61,13 @@ class Settings:
         self._seed = _seed_of(order)
 
     def refuse(self, saved: Mapping[str, Any]) -> None:
-        """Raises, before anything is changed, for a learning rate that a scheduler would overrule.
+        """Raises an error, before anything is changed, if a scheduler would override the learning rate.
 
         Args:
             saved: the state of all parts.
 
         Raises:
-            ValueError: another learning rate than was saved, under a scheduler that is no ``ProgressLR``.
+            ValueError: if the learning rate differs from the saved one, and the scheduler is not a ``ProgressLR``.
         """
         if self._schedule is None or isinstance(self._schedule, ProgressLR):
             return
@@ -81,7 +81,8 @@ class Settings:
                 )
 
     def enforce(self, saved: Mapping[str, Any]) -> tuple[tuple[Difference, ...], tuple[KeptSetting, ...]]:
-        """Puts into the loaded parts what is taken over; returns that, and what is kept."""
+        """Applies the settings that are taken over to the loaded parts; returns those, and the settings that are
+        kept."""
         taken: list[Difference] = []
         kept: list[KeptSetting] = []
         if isinstance(self._schedule, ProgressLR) and "schedule" in saved:
@@ -112,7 +113,7 @@ class Settings:
         return tuple(taken), tuple(kept)
 
     def _differing(self, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-        """Names of the optimizer's settings that are not as they were saved, with both values."""
+        """Names of the optimizer's settings that differ from the saved ones, with both values."""
         if self._optimizer is None:
             return
         groups = saved["optimizer"]["param_groups"]
@@ -129,9 +130,9 @@ def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]]:
 
 
 def _settings_of(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """What a group was given, not what its optimizer keeps there: the arguments of the constructor, in plain values.
+    """The constructor arguments of a group, in plain values, without what its optimizer stores there.
 
-    The learning rate is the base one, where a scheduler has left it in the group.
+    The learning rate is the base one, if a scheduler has stored it in the group.
     """
     names = [name for name in inspect.signature(type(optimizer)).parameters if name in group and name != "params"]
     settings = {name: _plain(group[name]) for name in names}

@@ -1,8 +1,8 @@
 """Model and optimizer of a sharded run (FSDP2) through ``torch.distributed.checkpoint``: each rank writes its shards.
 
-Tensors only go that way, under the names ``model/NAME`` and ``optimizer/INDEX/KEY`` (the parameter's place among all of
-the optimizer's). What else a state dict holds is a few numbers, which the caller keeps. Another world size reads the
-same files. Nothing is unpickled but torch's own records of names, shapes and offsets.
+Only tensors are written in this way, under the names ``model/NAME`` and ``optimizer/INDEX/KEY`` (the index of the
+parameter among all of the optimizer's). The rest of a state dict is a few numbers, which the caller stores. Another
+world size can read the same files. Only torch's own records of names, shapes and offsets are unpickled.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _RECORDS = {
 
 
 class Shards(NamedTuple):
-    """A state taken apart.
+    """A state, split into tensors and the rest.
 
     Args:
         tensors: by name, plain or distributed.
-        model: what else the model's state dict holds, by name.
-        optimizer: what else the optimizer's does, as its state dict is built.
+        model: the rest of the model's state dict, by name.
+        optimizer: the rest of the optimizer's, in the structure of its state dict.
     """
 
     tensors: dict[str, Tensor]
@@ -51,10 +51,10 @@ class Shards(NamedTuple):
 
 
 def taken_apart(model: nn.Module, optimizer: Optimizer | None) -> Shards:
-    """The state of a sharded model, its tensors those of the model itself, and of its optimizer.
+    """The state of a sharded model and its optimizer; the tensors are not copied.
 
     Raises:
-        ValueError: an optimizer that keeps distributed tensors of another shape than their parameter.
+        ValueError: if an optimizer keeps distributed tensors of another shape than their parameter.
     """
     for unit in units_of(model).values():
         unit.reshard()  # after a forward without a backward the root still holds whole parameters
@@ -88,7 +88,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
     """Writes the tensors, each rank its own shards; a plain tensor is written once.
 
     Raises:
-        CheckpointException: a rank could not write; on all ranks, with the reason of each.
+        CheckpointException: on all ranks, if one could not write; with the reason of each.
     """
     state_dict_saver.save(dict(tensors), storage_writer=FileSystemWriter(folder), process_group=group)
 
@@ -97,7 +97,7 @@ def shapes_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Whole shape and type of each tensor that was saved, by its name.
 
     Raises:
-        Damaged: a record of something else than tensors.
+        Damaged: if something other than tensors was recorded.
     """
     shapes = {}
     for name, entry in _Reader(folder).read_metadata().state_dict_metadata.items():
@@ -109,11 +109,11 @@ def shapes_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def put_back(
     model: nn.Module, optimizer: Optimizer | None, shards: Shards, folder: Path, group: dist.ProcessGroup
 ) -> None:
-    """Reads what was saved into a sharded model and its optimizer, of this or another world size.
+    """Reads a saved state into a sharded model and its optimizer, at this or another world size.
 
     Args:
         model: its tensors are overwritten.
-        optimizer: gets the saved state, or stays as it is where None.
+        optimizer: gets the saved state; None for no optimizer.
         shards: of the model as it is now (``taken_apart``), with the saved ``model`` and ``optimizer`` in them.
         folder: where ``write_shards`` wrote.
         group: of all ranks, for host tensors.
@@ -138,12 +138,12 @@ def put_back(
 
 
 def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """In the order in which its state dict counts them."""
+    """The optimizer's parameters, in the order of its state dict."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class _Reader(FileSystemReader):
-    """Torch's reader, whose record of what is where is unpickled without the right to run anything."""
+    """Torch's reader, except that the metadata is unpickled without the permission to run code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:

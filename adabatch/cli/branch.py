@@ -19,28 +19,28 @@ from adabatch.guards.left_out import UpdatesLeftOut
 from adabatch.runtime.launch.world import World
 
 Judge = Literal["train", "test"]
-"""By which loss branches are compared."""
+"""The loss by which branches are compared."""
 
 FACTORS = (1, 2, 4, 8, 16)
 LEAST_STEPS = 16
-"""Steps that the largest batch makes by default at least: fewer hardly move the loss at any learning rate."""
+"""Default minimum of steps at the largest batch: fewer hardly change the loss at any learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriticalOptions:
-    """What ``adabatch cbs`` is asked for beside the job.
+    """Options of ``adabatch cbs`` beside the job.
 
     Args:
-        branch_from: a checkpoint, or a folder of checkpoints, of which the newest; by default that of the job.
-        factors: sizes of the branches, over that of the smallest.
+        branch_from: a checkpoint, or a folder whose newest checkpoint is used; by default that of the job.
+        factors: sizes of the branches, relative to the smallest.
         smallest: smallest global batch size; by default the one at the checkpoint.
-        examples: how many each branch trains on; by default a twentieth of the job, and 16 steps of the largest batch
-            at least.
+        examples: how many each branch trains on; by default a twentieth of the job, but at least 16 steps of the
+            largest batch.
         half_life: of the smoothing, in examples; by default an eighth of ``examples``.
         tolerance: a share of the smallest batch's loss.
         judge: compare the smoothed training loss, or the loss on the test data at the end.
-        processes: branches that run side by side, each in a process of its own.
-        max_minutes: when this time is over, branches that are not finished are left out.
+        processes: number of branches that run at the same time, each in its own process.
+        max_minutes: after this time, unfinished branches are left out.
     """
 
     branch_from: Path | None = None
@@ -69,10 +69,10 @@ class CriticalOptions:
 
 
 class State(NamedTuple):
-    """Where the branches begin.
+    """The state of the run at the checkpoint.
 
     Args:
-        batch: the global batch size of the run there.
+        batch: its global batch size.
         steps: of the run so far.
         examples: of the run so far.
         noise_scale: averaged by then, in examples; NaN if it was not measured.
@@ -91,10 +91,10 @@ class Branch(NamedTuple):
         size: its global batch size.
         losses: of each step, up to the first that is not finite.
         batch_sizes: of each step.
-        lr: what the optimizer applied at its first step, in its first parameter group.
+        lr: the learning rate of its first step, in the first parameter group.
         noise_scale: averaged at its end, in examples; NaN if nothing was measured.
         test_loss: at its end; NaN without test data.
-        diverged: a loss was not finite, or updates were left out until nothing trained any more.
+        diverged: whether a loss was not finite, or so many updates were left out that it no longer trained.
         seconds: of training.
     """
 
@@ -109,19 +109,19 @@ class Branch(NamedTuple):
 
 
 def state_at(job: Job, world: World, checkpoint: Path) -> State:
-    """What a checkpoint says of the run.
+    """The state of the run in a checkpoint.
 
     Raises:
-        ValueError: another job's checkpoint, one at which the learning rate is 0, or local SGD.
+        ValueError: if the checkpoint belongs to another job or has a learning rate of 0, or for local SGD.
     """
-    # The rule is that of the branches, and may not suit the criterion of the run, which asks for nothing here.
+    # The rule is that of the branches, and may not suit the criterion of the run, which is not evaluated here.
     plain_job = replace(job, lr_rule="none", follow=(), measure=replace(job.measure, monitor=True))
     parts = _loaded(plain_job, world, checkpoint)
     batches = parts.batches
     try:
         if not any(group["lr"] for group in parts.engine.optimizer.param_groups):
             raise ValueError(
-                f"{checkpoint} stands where the learning rate is 0, so that no branch could move: take an earlier one "
+                f"the learning rate at {checkpoint} is 0, so that no branch could train: choose an earlier one "
                 f"with --branch_from; --checkpoint.every and --checkpoint.keep of `adabatch train` leave more of them"
             )
         return State(
@@ -134,22 +134,22 @@ def state_at(job: Job, world: World, checkpoint: Path) -> State:
 def run_branch(
     job: Job, world: World, checkpoint: Path, size: int, *, examples: int, deadline: float | None, display: Display
 ) -> Branch | None:
-    """Trains a branch, with the learning rate's schedule held where it is.
+    """Trains a branch, with the learning rate's schedule held at its present value.
 
     Args:
-        job: the run that the checkpoint is of.
-        world: where this process stands.
+        job: the run of the checkpoint.
+        world: rank and world size of this process.
         checkpoint: where the branch begins.
         size: global batch size.
         examples: how many it trains on.
         deadline: when to give up, in seconds of ``time.time``.
-        display: what a person sees.
+        display: shows progress.
 
     Returns:
         None if the time was over before its end.
 
     Raises:
-        ValueError: a size that plans of the job cannot make.
+        ValueError: if no plan of the job has this size.
     """
     fixed = replace(
         job,

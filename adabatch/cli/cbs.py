@@ -56,17 +56,17 @@ def measure(
     Args:
         make: builds the job again.
         world: where this process stands.
-        options: what is asked for.
-        arguments: the command line, by which other processes build the job.
-        settings: the job in plain values, by which finished branches are known again.
-        display: what a person sees.
+        options: of the command.
+        arguments: the command line, from which other processes build the job.
+        settings: the job in plain values, by which finished branches are recognized.
+        display: shows progress.
 
     Returns:
-        The critical batch, or None where the time was over before two branches were finished.
+        The critical batch, or None if the time was over before two branches were finished.
 
     Raises:
-        ValueError: options that do not fit the job or the checkpoint.
-        CheckpointError: the checkpoint is damaged.
+        ValueError: if the options do not fit the job or the checkpoint.
+        CheckpointError: if the checkpoint is damaged.
     """
     if options.processes > 1 and world.size > 1:
         raise ValueError(
@@ -109,7 +109,7 @@ def measure(
     missing = [size for size in sizes if size not in branches]
     if missing:
         display.say(
-            f"the time was over before batch {', '.join(f'{size:,}' for size in missing)}; the same command goes on "
+            f"the time was over before batch {', '.join(f'{size:,}' for size in missing)}; the same command continues "
             f"with what is missing"
         )
     if len(branches) < 2:
@@ -139,7 +139,7 @@ def _sizes(smallest: int, factors: Sequence[float]) -> list[int]:
 
 
 def _examples(asked: int | None, job: Job, largest: int) -> int:
-    """As many for each branch, a multiple of the largest batch."""
+    """The examples of each branch, a multiple of the largest batch."""
     if asked is not None and asked < 2 * largest:
         raise ValueError(
             f"examples={asked:,} are not two steps of the largest batch, {largest:,}: give more, or smaller factors"
@@ -199,7 +199,7 @@ def _beside(
 def _alone(
     arguments: list[str], checkpoint: Path, size: int, examples: int, deadline: float | None, threads: int
 ) -> Branch | None:
-    """A branch in a process of its own."""
+    """Runs a branch in its own process."""
     if deadline is not None and time.time() > deadline:
         return None
     torch.set_num_threads(threads)
@@ -209,7 +209,7 @@ def _alone(
 
 
 def _ends(branches: Mapping[int, Branch], options: CriticalOptions, half_life: float) -> dict[int, float]:
-    """The loss by which each branch is judged."""
+    """The loss by which each branch is compared."""
     ends = {}
     for size, branch in branches.items():
         if branch.diverged:
@@ -298,7 +298,7 @@ def _panels(
     half_life: float,
     options: CriticalOptions,
 ) -> list[Any]:
-    """Loss against batch size with the tolerance, and each branch's loss on its way."""
+    """Loss against batch size with the tolerance, and the loss of each branch over time."""
     finite = {size: loss for size, loss in outcome.losses.items() if math.isfinite(loss)}
     first = next(iter(finite.values()))
     sizes = list(finite)
@@ -342,14 +342,14 @@ def _read(folder: Path, size: int, known: Mapping[str, Any]) -> Branch | None:
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
-    """In one move, so that what was interrupted is not taken for a finished branch."""
+    """Writes atomically, so that an interrupted write does not look like a finished branch."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.write_text(json.dumps(_finite(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     new.replace(path)
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:
-    """As they come back from a file."""
+    """The values as they would be read back from a file."""
     return json.loads(json.dumps(settings, default=str))
 
 

@@ -1,4 +1,4 @@
-"""What each command does with its arguments: builds the job and trains, compares or verifies; or hands them on."""
+"""Runs a command with its arguments: builds the job and trains, compares or verifies; or passes them on."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def job_in(path: Path) -> Job:
     """The job of a config file.
 
     Raises:
-        SystemExit: a mistake in it, with status 2.
-        ValueError: its settings or objects cannot be made.
+        SystemExit: for a mistake in it, with status 2.
+        ValueError: if its settings or objects cannot be made.
     """
     parser = build_parser("train")
     config = parser.parse_args(["train", "--config", str(path)])
@@ -48,13 +48,14 @@ def run_command(arguments: Sequence[str]) -> int:
     """Runs the command with its arguments; its exit status.
 
     Raises:
-        SystemExit: a mistake that the parser finds (status 2), or what it answers itself, such as ``--print_config``.
-        Exception: whatever ends the run.
+        SystemExit: for a mistake that the parser finds (status 2), or an option that it handles itself, such as
+            ``--print_config``.
+        Exception: the error that ends the run.
     """
     parser = build_parser(arguments[0])
     try:
         config = parser.parse_args(arguments)
-    except ValueError as error:  # its own it tells itself; this is of a text that was tried as a path
+    except ValueError as error:  # the parser reports its own errors; this one is about a text that it tried as a path
         parser.error(f"a text of the config or the command line is not a path, nor what should stand there: {error}")
     command = config.subcommand
     if command == "schedule":
@@ -85,7 +86,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 class _Start:
-    """The ranks before there is a run: where a rank that raises, or dies, is named to the others already."""
+    """The ranks before there is a run, so that a rank that raises an error or dies is already named to the others."""
 
     def __init__(self, device: torch.device) -> None:
         groups = [dist.group.WORLD] if dist.group.WORLD is not None else []
@@ -95,9 +96,9 @@ class _Start:
 
 @contextmanager
 def _watched(world: World, timeout: float | None) -> Iterator[None]:
-    """Tells all ranks of one that raises while it builds its job, loads, or tests; the training loop's own watchdog
-    knows more, and is first there."""
-    if timeout is None or world.size == 1 or not 0 < timeout < float("inf"):  # the job says what is wrong with it
+    """Tells all ranks if one raises an error while it builds its job, loads, or tests; within the training loop its own
+    watchdog knows more, and reports first."""
+    if timeout is None or world.size == 1 or not 0 < timeout < float("inf"):  # the job itself reports what is wrong
         yield
         return
     with Watchdog(_Start(world.device), timeout=timeout):
@@ -105,10 +106,10 @@ def _watched(world: World, timeout: float | None) -> Iterator[None]:
 
 
 def _check_given(fields: Namespace) -> None:
-    """What the parser lets pass: null for any field, and anything for one whose fields all have defaults.
+    """Checks what the parser accepts: null for any field, and anything for one whose fields all have defaults.
 
     Raises:
-        ValueError: a field of a job is null that has to be something, or has no fields where it should.
+        ValueError: if a required field of a job is null, or has no fields although it should.
     """
     for name, kind in get_type_hints(Job).items():
         value = fields[name]
@@ -131,14 +132,14 @@ def _critical_batch(
     display.check_read()
     if found is not None:
         return 0
-    display.note("fewer than two branches were finished: the same command goes on")
+    display.note("fewer than two branches were finished: the same command continues")
     return EXIT_PREEMPTED
 
 
 def _train(make: Callable[[], Job], world: World, settings: dict[str, Any], display: Display) -> int:
     result = run(make(), world, display=display, label="train", config=settings)
     if result.preempted:
-        display.note(f"{_why_stopped(display)}: saved at {result.examples:,} examples; the same command goes on")
+        display.note(f"{_why_stopped(display)}: saved at {result.examples:,} examples; the same command continues")
         return EXIT_PREEMPTED
     display.table("Result", HEADER, [row(result)])
     if world.rank == 0:

@@ -26,27 +26,28 @@ HEADER = ("run", "steps", "mean batch", "examples", "test loss", "test accuracy"
 def compare(
     make: Callable[[], Job], world: World, *, display: Display, tune: bool = False, settings: Any = None
 ) -> list[Result] | None:
-    """Runs the job as it is, then constant at either limit, each from the same weights and in the same order.
+    """Runs the job as it is, then with each limit as a constant batch, all from the same weights and in the same order.
 
     Without ``tune`` the base LR belongs to the reference batch size of the job in all three, so the constant large
-    batch gets the learning rate that the job's rule gives to its size. With it each of the three gets the base LR that
-    is best for it on a validation split of the training data, which none of them trains on. Journals and checkpoints of
-    the baselines go into folders inside the job's; ``comparison.json`` holds the table. Each run begins anew, whatever
-    is in its folder: times would not compare otherwise. Finished trials of the tuning are kept.
+    batch gets the learning rate that the job's rule gives to its size. With ``tune`` each of the three gets the base LR
+    that is best for it on a validation split of the training data, on which none of them trains. Journals and
+    checkpoints of the baselines go into folders inside that of the job; ``comparison.json`` contains the table. Each
+    run starts from the beginning, whatever is in its folder, because times could not be compared otherwise. Finished
+    trials of the tuning are kept.
 
     Args:
         make: builds the job again.
-        world: where this process stands.
-        display: what a person sees.
-        tune: whether each run gets a learning rate of its own.
-        settings: the job in plain values, by which trials are known again.
+        world: rank and world size of this process.
+        display: shows progress and results.
+        tune: whether each run gets its own learning rate.
+        settings: the job in plain values, by which trials are recognized.
 
     Returns:
-        The three results, or None where a signal ended one of the runs.
+        The three results, or None if a signal ended one of the runs.
 
     Raises:
-        ValueError: limits that are schedules or left out, between which there is no constant to compare with; with
-            ``tune``, too little data to split, a job without a folder of its own, or one that always diverges.
+        ValueError: if limits are schedules or left out, so that there is no constant to compare with; with ``tune``,
+            if there is too little data to split, the job has no folder, or it always diverges.
     """
     job = make()
     limits = job.limits
@@ -78,7 +79,7 @@ def compare(
         trials = folder / "tune" / label.replace(" ", "_")
         best = tuned(partial(validated, size), world, trials, label=label, settings=_plain(settings), display=display)
         if best is None:
-            display.say(f"{label} was stopped by a signal while it was tuned; the same command goes on")
+            display.say(f"{label} was stopped by a signal while it was tuned; the same command continues")
             return None
         found[label] = best
     results = []
@@ -137,7 +138,7 @@ def row(result: Result) -> tuple[str, ...]:
 
 
 def _plain(settings: Any) -> Any:
-    """As they come back from a file."""
+    """The values as they would be read back from a file."""
     return json.loads(json.dumps(settings, default=str))
 
 

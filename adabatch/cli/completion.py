@@ -31,7 +31,7 @@ PLAIN: Mapping[str, str] = MappingProxyType(
         "init": "adabatch.cli.init",
     }
 )
-"""Commands with a parser of their own, which their module makes."""
+"""Commands with their own parser, which their module makes."""
 
 
 class Field(NamedTuple):
@@ -50,8 +50,8 @@ def run_completion(arguments: Sequence[str]) -> int:
     """Runs the command with the arguments after its name; its exit status.
 
     Raises:
-        ImportError: the extra "cli" is not installed.
-        SystemExit: a mistake on the command line, with status 2.
+        ImportError: if the extra "cli" is not installed.
+        SystemExit: for a mistake on the command line, with status 2.
     """
     parser = _parser()
     shell = parser.parse_args(arguments).shell
@@ -66,7 +66,7 @@ def run_completion(arguments: Sequence[str]) -> int:
 
 
 def _tree(jobs: argparse.ArgumentParser, file: Any) -> argparse.ArgumentParser:
-    """One plain parser of all commands, which knows names, options and choices, and nothing else."""
+    """One plain parser of all commands, with only their names, options and choices."""
     root = argparse.ArgumentParser(prog="adabatch", description=DESCRIPTION)
     root.add_argument("--version", action="store_true", help="print the version")
     commands = root.add_subparsers()
@@ -118,7 +118,7 @@ def _copy(source: argparse.ArgumentParser, into: argparse.ArgumentParser, file: 
 
 
 def _choices(kind: Any) -> list[str] | None:
-    """The words of a type that lists them."""
+    """The choices of a literal type."""
     if kind is bool:
         return ["true", "false"]
     for each in (kind, *(part for part in get_args(kind) if part is not NoneType)):
@@ -128,7 +128,7 @@ def _choices(kind: Any) -> list[str] | None:
 
 
 def _fields(kind: Any) -> list[Field]:
-    """Name and type of each field of an object that an option takes by its fields, such as ``Limits``."""
+    """Name and type of each field of an option that is given by its fields, such as ``Limits``."""
     for each in (kind, *get_args(kind)):
         if isinstance(each, type) and is_dataclass(each):
             hints = get_type_hints(each)
@@ -137,7 +137,7 @@ def _fields(kind: Any) -> list[Field]:
 
 
 def _first_sentence(text: str | None) -> str:
-    """What a shell shows beside an option; a percent sign would be a format there."""
+    """The text that a shell shows beside an option, without percent signs, which would be formats."""
     return (text or "").split(";")[0].split(". ")[0].replace("%", "%%")
 
 

@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: one live line in a terminal, plain lines in a log; and tables."""
+"""Progress of a job, as one live line in a terminal or as plain lines in a log; and tables."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from rich.table import Table
 from adabatch.batch.plan import Duration
 
 LOG_PARTS = 10
-"""Lines that a run leaves in a log that is not a terminal."""
+"""Number of progress lines per run in a log that is not a terminal."""
 
 LOG_WIDTH = 100
 REDRAW_SECONDS = 0.1
 
 RATE_SECONDS = 20.0
-"""The stretch of time over which the rate of a run is taken: it changes as the batch grows."""
+"""Time over which the rate of a run is averaged, in seconds: the rate changes as the batch grows."""
 
 
 class Pace:
-    """How fast a run is, and how long it still takes, from where it stood over the last seconds.
+    """The speed of a run, and the time that is left, from its progress over the last seconds.
 
     Args:
-        total: where it ends, in the unit of ``done``.
+        total: its end, in the unit of ``done``.
     """
 
     def __init__(self, total: float) -> None:
@@ -41,7 +41,7 @@ class Pace:
         self._seen: deque[tuple[float, float, float]] = deque()
 
     def add(self, now: float, done: float, examples: float) -> None:
-        """Notes where the run stands: the clock in seconds, the unit of the total, and examples."""
+        """Adds the progress of the run: the clock in seconds, the unit of the total, and examples."""
         self._seen.append((now, done, examples))
         while len(self._seen) > 2 and now - self._seen[1][0] >= RATE_SECONDS:
             self._seen.popleft()
@@ -65,11 +65,11 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 class PlainConsole(Console):
-    """A console that takes every text as it is, and outlives its reader.
+    """A console that prints every text unchanged, and survives the end of its reader.
 
-    Names and paths of a user's own may hold brackets, which are not rich's markup. A reader that is gone (``| head``)
-    is noted in ``unread``, where rich would end the process: a run has to save itself first. What is written after
-    that goes nowhere.
+    The user's names and paths may contain brackets, which must not be read as rich's markup. If the reader has ended
+    (``| head``), rich would end the process; this class sets ``unread`` instead, because a run has to save itself
+    first. Later output is dropped.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -77,10 +77,10 @@ class PlainConsole(Console):
         self.unread = False
 
     def on_broken_pipe(self) -> None:
-        """Called by rich in place of a BrokenPipeError."""
+        """Called by rich instead of a BrokenPipeError."""
         self.unread = True
         self.quiet = True
-        with suppress(OSError, ValueError):  # a stream that is not a file has nothing to stumble over at the end
+        with suppress(OSError, ValueError):  # a stream that is not a file raises no error at the end of the process
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
@@ -91,10 +91,10 @@ class Shown:
 
     Args:
         console: where plain lines go; None for silence.
-        draw: shows a count and a text in a live line; None where there is none.
+        draw: shows a count and a text in a live line; None without a live line.
         label: the run's name in plain lines.
         total: the length of the run.
-        log_every: steps from one plain line to the next; by default there are ten in a run that has no live line.
+        log_every: steps from one plain line to the next; by default there are ten lines in a run without a live line.
         clock: seconds.
     """
 
@@ -122,7 +122,7 @@ class Shown:
     def update(
         self, done: float, *, examples: float, loss: float | None, global_batch_size: int, lr: float, noise_scale: float
     ) -> None:
-        """Shows where the run stands.
+        """Shows the progress of the run.
 
         Args:
             done: in the unit of the run's total.
@@ -161,14 +161,14 @@ class Shown:
 
 
 def _console() -> Console:
-    """Standard output; a log has no width, and a table that is cut off there is of no use."""
+    """Standard output; a log gets a large width, so that tables are not cut off."""
     console = PlainConsole()
     return console if console.is_terminal else PlainConsole(width=LOG_WIDTH)
 
 
 def _notebook_line(label: str, total: Duration) -> Callable[[float, str], None]:
-    """Draws a bar into one output of a notebook's cell, again and again; rich's own needs widgets."""
-    from IPython.display import display  # only a notebook comes here, and it has IPython
+    """Draws a bar repeatedly into one output of a notebook's cell; rich's own bar needs widgets."""
+    from IPython.display import display  # only notebooks call this, and they have IPython
 
     handle = display(  # type: ignore[no-untyped-call]
         {"text/plain": f"{label}: begins"}, raw=True, display_id=True
@@ -188,11 +188,11 @@ class Display:
     Args:
         rank: of this process.
         console: where to write; standard output by default.
-        quiet: shows no progress, only results and what went wrong.
-        log_every: steps from one line of progress to the next, which a terminal shows beside its live line.
+        quiet: whether to show only results and errors, without progress.
+        log_every: steps from one line of progress to the next, in a terminal in addition to the live line.
 
     Raises:
-        ValueError: ``log_every`` is below 1.
+        ValueError: if ``log_every`` is below 1.
     """
 
     def __init__(
@@ -206,21 +206,21 @@ class Display:
 
     @property
     def unread(self) -> bool:
-        """Whether the reader of standard output is gone, on the first rank."""
+        """Whether the reader of standard output has ended, on the first rank."""
         return isinstance(self._console, PlainConsole) and self._console.unread
 
     def check_read(self) -> None:
         """At the end of a command that has nothing to save.
 
         Raises:
-            BrokenPipeError: the reader of standard output is gone.
+            BrokenPipeError: if the reader of standard output has ended.
         """
         if self.unread:
             raise BrokenPipeError
 
     @contextmanager
     def progress(self, label: str, total: Duration) -> Iterator[Shown]:
-        """A line for one run, for the time of the block."""
+        """A progress line for one run, within the block."""
         console = None if self._quiet else self._console
         if console is None or not (console.is_terminal or console.is_jupyter):
             yield Shown(console, None, label, total, log_every=self._log_every)
@@ -249,9 +249,9 @@ class Display:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """One line of text on standard error, for what concerns the run's end rather than its results."""
+        """One line of text on standard error, about the end of a run rather than its results."""
         if self._console is not None:
-            with suppress(OSError):  # nobody may be reading that either
+            with suppress(OSError):  # its reader may have ended too
                 print(text, file=sys.stderr, flush=True)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,4 +1,4 @@
-"""``adabatch doctor``: what is installed, where this process runs, and what stands in the way."""
+"""``adabatch doctor``: what is installed, where this process runs, and what is missing or too old."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONAL = (
     ("mlflow", "trackers"),
     ("trackio", "trackers"),
 )
-"""What no extra asks for, or what a reader looks for by its name."""
+"""Packages that no extra requires, or that users look for by name."""
 
 SKIPPED_EXTRAS = ("dev", "docs", "test", "all")
 
@@ -38,8 +38,8 @@ class Package(NamedTuple):
 
     Args:
         name: of its distribution.
-        version: that is installed; None where it is not.
-        least: the oldest that is supported; "" for any.
+        version: the installed version; None if it is not installed.
+        least: the oldest supported version; "" for any.
         needed_for: "adabatch" itself, or the extra or use that needs it.
     """
 
@@ -50,7 +50,7 @@ class Package(NamedTuple):
 
     @property
     def too_old(self) -> bool:
-        """Whether it is there, and older than supported."""
+        """Whether it is installed, and older than supported."""
         return self.version is not None and bool(self.least) and _numbers(self.version) < _numbers(self.least)
 
 
@@ -75,11 +75,11 @@ def run_doctor(arguments: Sequence[str]) -> int:
 
 
 def packages(requirements: Sequence[str] | None = None, version: Version | None = None) -> list[Package]:
-    """What adabatch's own metadata asks for, and what else it can use.
+    """The packages in adabatch's own metadata, and others that it can use.
 
     Args:
-        requirements: as in a distribution's metadata; by default those of adabatch as it is installed.
-        version: of a distribution by its name, None where it is not installed.
+        requirements: as in a distribution's metadata; by default those of the installed adabatch.
+        version: of a distribution by its name; None if it is not installed.
     """
     version = version or installed
     if requirements is None:
@@ -101,7 +101,7 @@ def packages(requirements: Sequence[str] | None = None, version: Version | None 
 
 
 def installed(name: str) -> str | None:
-    """The version of a distribution; None where it is not installed."""
+    """The version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -109,7 +109,7 @@ def installed(name: str) -> str | None:
 
 
 def surroundings() -> dict[str, Any]:
-    """Where this process runs: versions, launcher, backends, devices; nothing that names the machine or its user."""
+    """Versions, launcher, backends and devices of this process; nothing that identifies the machine or its user."""
     try:
         world = World.from_environment()
         launched: dict[str, Any] = {
@@ -144,7 +144,7 @@ def surroundings() -> dict[str, Any]:
 
 
 def advice(found: Sequence[Package], place: dict[str, Any]) -> list[str]:
-    """What to do, in sentences; none where all is well."""
+    """What to do, in sentences; empty if all is well."""
     said = [
         f"{package.name} {package.version} is older than {package.least}, which {package.needed_for} needs: "
         f"pip install '{package.name}>={package.least}'"

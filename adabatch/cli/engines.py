@@ -20,24 +20,24 @@ from adabatch.options import EngineOptions
 from adabatch.runtime.launch.world import World
 
 EngineName = Literal["ddp", "fsdp2", "deepspeed"]
-"""What averages gradients over the processes of a job."""
+"""The engine that averages gradients over the processes of a job."""
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 class Saving(Protocol):
-    """What a job needs of checkpoints."""
+    """The methods of checkpoints that a job uses."""
 
     def load(self, *, missing_ok: bool | None = None) -> Loaded | None:
-        """Goes on from what is there."""
+        """Loads the newest checkpoint."""
         ...
 
     def start_over(self) -> None:
-        """Begins a new run, whatever is there."""
+        """Begins a new run, whatever is in the folder."""
         ...
 
     def step(self, *, now: bool = False) -> bool:
-        """Saves where a checkpoint is due."""
+        """Saves if a checkpoint is due."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -51,10 +51,10 @@ class JobEngine(NamedTuple):
     Args:
         model: as the engine holds it.
         forward: inputs -> outputs.
-        optimizer: whose learning rates a schedule writes.
+        optimizer: a schedule writes its learning rates.
         batches: criterion and options -> the ``AdaptiveBatch`` around it.
-        update: what comes after a step's micro-batches.
-        checkpoints: folder and parts -> what saves them.
+        update: called after a step's micro-batches.
+        checkpoints: folder and parts -> the object that saves them.
         runs_alone: whether a rank can run a micro-batch without the others.
     """
 
@@ -87,13 +87,13 @@ def engine_of(
         world: the processes.
         config: the JSON file of DeepSpeed.
         options: of the others.
-        micro_batch_size: where DeepSpeed begins if its config says nothing.
-        averages: False where local SGD averages, and the engine leaves the model as it is.
+        micro_batch_size: that of DeepSpeed, if its config does not contain one.
+        averages: False if local SGD averages, and the engine does not wrap the model.
 
     Raises:
-        ValueError: a config for an engine that has none, or none for DeepSpeed, or what DeepSpeed refuses.
-        ImportError: DeepSpeed is not installed.
-        FileNotFoundError: the config is not there.
+        ValueError: if a config is given for an engine without one, or missing for DeepSpeed, or DeepSpeed refuses it.
+        ImportError: if DeepSpeed is not installed.
+        FileNotFoundError: if the config does not exist.
     """
     if name != "ddp" and not averages:
         raise ValueError(f"local_sgd trains a plain model on each process, got engine: {name}: leave one of them out")
@@ -157,8 +157,8 @@ def _deepspeed(
     from adabatch.integrations.deepspeed import attach
     from adabatch.integrations.deepspeed_checkpoints import DeepSpeedCheckpoints
 
-    # On a CPU DeepSpeed starts by compiling an operator that only inference uses: a minute and a half, under a lock for
-    # which all others wait for good if this process is killed meanwhile.
+    # On a CPU, DeepSpeed first compiles an operator that only inference uses. This takes a minute and a half, under a
+    # lock that blocks all other processes forever if this process is killed in the meantime.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not any(key in settings for key in BATCH_KEYS):
         settings["train_micro_batch_size_per_gpu"] = micro_batch_size
@@ -166,12 +166,12 @@ def _deepspeed(
     precision = next(engine.module.parameters()).dtype
 
     def forward(inputs: Tensor) -> Tensor:
-        # The loss is taken in float32, as it is wherever autocast decides.
+        # The loss is computed in float32, as autocast would do.
         outputs: Tensor = engine(inputs.to(precision) if inputs.is_floating_point() else inputs).float()
         return outputs
 
     def checkpoints(folder: Path, *, local_sgd: None, config: object, background: bool, **parts: Any) -> Saving:
-        # DeepSpeed writes at once, unless its own config says otherwise, and compares no configs.
+        # DeepSpeed writes synchronously unless its own config says otherwise, and does not compare configs.
         return DeepSpeedCheckpoints(folder, engine=engine, **parts)
 
     return JobEngine(

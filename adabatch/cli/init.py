@@ -1,4 +1,4 @@
-"""``adabatch init``: a commented config for a person's own model file, checked; or one that is shipped, written out."""
+"""``adabatch init``: a commented config for the user's own model file, checked; or a shipped config, written out."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ STEPS_OF_TRIAL = 2
 
 
 class Found(NamedTuple):
-    """What a model file has.
+    """The contents of a model file.
 
     Args:
         model, data: class paths.
@@ -97,10 +97,10 @@ def run_init(arguments: Sequence[str]) -> int:
     """Runs the command with the arguments after its name; its exit status.
 
     Raises:
-        ValueError: the file lacks what a config needs, or does not work as written.
-        FileExistsError: what would be written is there already.
-        ImportError: the check needs the extra "cli".
-        SystemExit: a mistake on the command line, with status 2.
+        ValueError: if the file lacks what a config needs, or does not work as written.
+        FileExistsError: if a file that would be written exists already.
+        ImportError: if the check needs the extra "cli".
+        SystemExit: for a mistake on the command line, with status 2.
     """
     parser = _parser()
     asked = parser.parse_args(arguments)
@@ -133,12 +133,12 @@ def look(file: Path, *, model: str | None = None, data: str | None = None, loss:
 
     Args:
         file: a Python file in the working folder or below.
-        model, data: which class, where the file has several.
-        loss: a class of the file, or a path such as torch.nn.MSELoss, which is not looked for here.
+        model, data: which class, if the file has several.
+        loss: a class of the file, or a path such as torch.nn.MSELoss, which is not checked here.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not below the working folder, cannot be imported, or lacks a class or has several.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not below the working folder, cannot be imported, or has no class or several.
     """
     if not file.is_file():
         raise FileNotFoundError(2, "no such file: name the Python file that has your model", str(file))
@@ -174,14 +174,14 @@ def config_text(found: Found, file: Path, out: Path, *, loss: str | None, optimi
     """The config, with comments.
 
     Args:
-        found: in the file.
+        found: the contents of the model file.
         file: the model file.
-        out: where the config will stand.
+        out: the path of the config.
         loss: class path of a loss that is not in the file.
         optimizer: its class path.
 
     Raises:
-        ValueError: there are too few examples.
+        ValueError: if there are too few examples.
     """
     if found.num_examples < 32:
         raise ValueError(f"{found.data} has {found.num_examples} examples: 32 are the least for a batch that can grow")
@@ -213,11 +213,11 @@ def config_text(found: Found, file: Path, out: Path, *, loss: str | None, optimi
 
 
 def check(text: str) -> Iterator[str]:
-    """Makes the job of a config and runs a little of it, in a temporary folder; says what it found, line by line.
+    """Builds the job of a config and runs a few steps in a temporary folder; prints the results line by line.
 
     Raises:
-        ValueError: an object cannot be made, or a step cannot be run; the part is named.
-        ImportError: the extra "cli" is not installed.
+        ValueError: if an object cannot be made, or a step cannot be run; names the part.
+        ImportError: if the extra "cli" is not installed.
     """
     try:
         from adabatch.cli.commands import job_in
@@ -274,7 +274,7 @@ def _imported(name: str, file: Path) -> Any:
         raise ValueError(f"{file} has the name of a module of Python itself: give it another one")
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # whatever the file does
+    except Exception as error:  # any error of the user's file
         raise ValueError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
     where = getattr(module, "__file__", None)
     if where is None or Path(where).resolve() != file.resolve():
@@ -283,7 +283,7 @@ def _imported(name: str, file: Path) -> Any:
 
 
 def _classes(module: Any, base: type[Any]) -> list[type[Any]]:
-    """The classes that a module itself defines, in its order."""
+    """The classes that a module itself defines, in their order."""
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
     made = [getattr(module, name, None) for name in names]
@@ -299,7 +299,7 @@ def _one(classes: Sequence[type[Any]], name: str | None, file: Path, what: str, 
     if not classes:
         raise ValueError(f"{file} has no class that is {what}: define one there")
     if len(classes) > 1:
-        # The last one is often the whole, made of those before it; but a guess would be silent.
+        # The last class is often the whole model, made of those before it, but a wrong guess would go unnoticed.
         raise ValueError(
             f"{file} has several classes that are {what}: say which with {flag}, one of {', '.join(names)}"
         )
@@ -325,7 +325,7 @@ def _check_arguments(kind: type[Any], file: Path, *, but: set[str]) -> None:
 def _named(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever a person's own code raises
+    except Exception as error:  # any error of the user's code
         raise ValueError(f"{what} failed: {type(error).__name__}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""A training job as a config file describes it, and the loop that runs it."""
+"""A training job as described by a config file, and the loop that runs it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from adabatch.runtime.scheduler import ClockKind, ProgressLR
 CONFIG_FORMAT = 1
 EVALUATION_BATCH = 1024
 STOPPED_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""Ctrl-C too: launchers hand it on, so that a process may get it twice. Ctrl-\\ (SIGQUIT) ends a run at once."""
+"""Also Ctrl-C: launchers forward it, so that a process may get it twice. Ctrl-\\ (SIGQUIT) ends a run at once."""
 MOST = 2**31 - 1
 COUNTS = MappingProxyType(
     {
@@ -60,21 +60,21 @@ COUNTS = MappingProxyType(
         "checkpoint.keep": MOST,
     }
 )
-"""Largest values of the counts of a job. Whatever lies above is a slip of the hand, and some of them, such as a million
-loading processes, would take the machine down before anything else could refuse them."""
+"""Largest values of the counts of a job. A larger value is a mistake, and some, such as a million loading processes,
+would bring down the machine before any other check."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    """Where and how often a job saves itself; `adabatch train` goes on from what is there.
+    """Where and how often a job saves itself; `adabatch train` resumes from the newest checkpoint.
 
     Args:
         directory: folder of the checkpoints; by default checkpoints in the folder of the job.
-        every: save after so much training, beside the end of the run.
-        every_seconds: save after so much time.
-        keep: how many checkpoints stay.
-        background: write beside the training, from a copy in memory.
-        resume: go on from the newest checkpoint in the folder, where there is one; false begins anew.
+        every: length of training from one checkpoint to the next; the end of the run is always saved.
+        every_seconds: time from one checkpoint to the next.
+        keep: how many checkpoints to keep.
+        background: write in a thread while training continues, from a copy in memory.
+        resume: resume from the newest checkpoint in the folder, if there is one; false starts from the beginning.
     """
 
     directory: Path | None = None
@@ -87,7 +87,7 @@ class Checkpointing:
 
 @dataclass(kw_only=True)
 class Job:
-    """One training run: what to train, on what, and how the batch size and the learning rate move.
+    """One training run: model, data, and how the batch size and the learning rate change.
 
     Args:
         format: version of the config file; this release reads version 1.
@@ -101,12 +101,14 @@ class Job:
         micro_batch_size: examples in one forward and backward on one rank.
         limits: smallest and largest global batch size.
         total: length of the run.
-        max_micro_batch_size: how far the micro-batch may grow before steps accumulate; where a larger one runs out of
-            memory, it stays as it is (not under fsdp2 and deepspeed).
+        max_micro_batch_size: how far the micro-batch may grow before steps accumulate; if a larger one runs out of
+            memory, it does not grow further (not under fsdp2 and deepspeed).
         control: how cautiously the criterion is followed.
-        lr_rule: how the learning rate follows the batch; by default "sqrt" for second-order optimizers, else "none".
-        follow: what else follows the batch: betas, eps, weight_decay.
-        reference_batch_size: global batch size that the learning rate is meant for; by default the first one.
+        lr_rule: how the learning rate follows the batch; by default "gain" if the batch follows noise, "sqrt" for
+            second-order optimizers, else "none".
+        follow: what else follows the batch: betas, eps, weight_decay; by default the betas of Adam and AdamW, if
+            lr_rule is left out too and the batch follows noise.
+        reference_batch_size: global batch size for which the learning rate was tuned; by default the first one.
         shape: learning-rate schedule over the run, from adabatch.lr.
         warmup: linear warm-up of the learning rate before the shape, a duration or a share of the total (0.1).
         clock: what the shape's progress counts: "total" the unit of the total, "gain" gain-steps towards it.
@@ -114,20 +116,20 @@ class Job:
         measure: what is measured beside what the criterion needs: noise (monitor), the l1 norm that `adabatch schedule
             refine --kind adam` reads (l1), layers and their weights.
         local_sgd: adabatch.LocalSGD with its arguments, without model and optimizer, for workers that step on their own
-            and average now and then; by default gradients are averaged at every step.
+            and average every few steps; by default gradients are averaged at every step.
         engine: what averages gradients over the processes: "ddp", "fsdp2" or "deepspeed".
         engine_config: the JSON file of DeepSpeed.
-        engine_options: when gradients are reduced (gradient_sync) and by what losses are scaled (scaler, such as
-            torch.amp.GradScaler, for a model that runs in float16 by itself). Not for deepspeed, whose own config says
-            it.
+        engine_options: when gradients are reduced (gradient_sync) and what scales the loss (scaler, such as
+            torch.amp.GradScaler, for a model that runs in float16 by itself). Not for deepspeed, which has its own
+            config.
         seed: of the weights, the order of the data and everything random.
-        num_workers: loading processes a rank.
+        num_workers: loading processes per rank.
         out: folder for journal, checkpoints and picture. By default that of the same job's unfinished run, if it is the
             newest in runs, or a new folder runs/<date>-<n>; runs/latest is a link to it.
-        checkpoint: where and how often to save, and whether to go on from there.
-        hang_timeout: seconds without a move after which a rank counts as hanging, and all end; null for no watchdog.
+        checkpoint: where and how often to save, and whether to resume.
+        hang_timeout: seconds without progress after which a rank counts as hanging, and all end; null for no watchdog.
         guard: what is checked: updates that are not finite (skip_nonfinite), ranks that drift (check_every).
-        trackers: which trackers take the journal's numbers too: tensorboard, wandb, mlflow, trackio.
+        trackers: which trackers also get the journal's numbers: tensorboard, wandb, mlflow, trackio.
     """
 
     format: int = CONFIG_FORMAT
@@ -143,7 +145,7 @@ class Job:
     max_micro_batch_size: int | None = None
     control: Control | None = None
     lr_rule: LRRule | None = None
-    follow: tuple[Setting, ...] = ()
+    follow: tuple[Setting, ...] | None = None
     reference_batch_size: int | None = None
     shape: Shape | None = None
     warmup: Duration | float | None = None
@@ -168,7 +170,7 @@ class Job:
                 f"the config has format {self.format}, this release of adabatch reads format {CONFIG_FORMAT}: "
                 f"write the config for this release, or use the release that it was written for"
             )
-        # The parser makes an object of the base class where a field has arguments, or nothing, but no class.
+        # The parser makes an object of the base class for a field without a class, whether it has arguments or not.
         bases = {"model": nn.Module, "loss": nn.Module, "train_data": Dataset, "test_data": Dataset}
         for name, base in bases.items():
             if type(getattr(self, name)) is base:
@@ -184,7 +186,7 @@ class Job:
 
 
 class Result(NamedTuple):
-    """What came out of a run.
+    """The result of a run.
 
     Args:
         label: its name in tables and pictures.
@@ -192,9 +194,9 @@ class Result(NamedTuple):
         examples: examples consumed over all ranks.
         seconds: wall time of the training loop.
         test_loss: mean loss on the test set; NaN without one.
-        accuracy: share of test targets predicted; NaN where targets are not classes.
+        accuracy: share of test targets that were predicted; NaN if targets are not classes.
         journal: its journal.
-        preempted: a signal ended it early, and it has saved itself.
+        preempted: whether a signal ended it early; it has then saved itself.
     """
 
     label: str
@@ -208,7 +210,7 @@ class Result(NamedTuple):
 
     @property
     def mean_batch(self) -> float:
-        """Examples a step, on average."""
+        """Examples per step, on average."""
         return self.examples / self.steps if self.steps else math.nan
 
 
@@ -233,10 +235,10 @@ class Assembled(NamedTuple):
 
 
 def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
-    """Builds what a job needs for its loop; writes nothing but into the journal.
+    """Builds what a job needs for its loop; writes only into the journal.
 
     Raises:
-        ValueError: settings that do not fit together.
+        ValueError: if settings do not fit together.
     """
     device = world.device
     model = job.model.to(device)
@@ -286,18 +288,18 @@ def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
 
 
 def run(job: Job, world: World, *, display: Display, label: str, config: Mapping[str, Any] | None = None) -> Result:
-    """Trains, tests and writes journal and checkpoints into the job's folder; goes on from a checkpoint that is there.
+    """Trains, tests and writes journal and checkpoints into the job's folder; resumes from the newest checkpoint there.
 
     Args:
         job: what to train.
-        world: where this process stands.
-        display: what a person sees.
-        label: the run's name there.
-        config: the job as it was written down, to be compared with that of the checkpoint.
+        world: rank and world size of this process.
+        display: shows progress and results.
+        label: the run's name in the display.
+        config: the job in plain values, which is compared with that of the checkpoint.
 
     Raises:
-        ValueError: settings that do not fit together, before anything is trained or written.
-        CheckpointError: a checkpoint could not be written, or all that are there are damaged.
+        ValueError: if settings do not fit together, before anything is trained or written.
+        CheckpointError: if a checkpoint could not be written, or all checkpoints are damaged.
     """
     out = job.out
     if out is None:
@@ -366,10 +368,10 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
 
 
 def _say(loaded: Loaded, batches: AdaptiveBatch, display: Display) -> None:
-    """From where the run goes on, and what is not as it was."""
-    display.say(f"going on from {loaded.path} at {batches.consumed.examples:,} examples")
+    """Shows from where the run resumes, and what differs."""
+    display.say(f"resuming from {loaded.path} at {batches.consumed.examples:,} examples")
     for difference in loaded.differences:
-        # What became of these is told by the settings themselves: taken over, or, in the log, kept.
+        # These differences are reported elsewhere: as settings that were taken over, or in the log as kept.
         if not difference.name.startswith(("config.optimizer.", "config.seed")):
             display.say(f"  {difference}")
 
@@ -386,8 +388,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean loss and accuracy over a data set, each rank on its share; the model in eval mode.
 
-    Accuracy is NaN where the targets are not whole numbers, one a prediction. All ranks run the model equally often, as
-    a sharded one gathers its weights meanwhile.
+    Accuracy is NaN if the targets are not whole numbers, one per prediction. All ranks run the model equally often,
+    because a sharded model gathers its weights.
     """
     run = model if forward is None else forward
     share: Subset[Any] = Subset(data, range(collectives.rank, len(data), collectives.size))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The ``adabatch`` command: what it is asked for, and how it ends. Help and version need none of the extras."""
+"""The ``adabatch`` command, and its exit status. Help and version need none of the extras."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from adabatch.guards.watchdog import EXIT_RANK_LOST, RankLost
 FILE_FAILED = 1
 MISTAKE = 2
 INTERRUPTED = 130
-"""As shells have it: 128 and the number of SIGINT."""
+"""As in shells: 128 plus the number of SIGINT."""
 OUTPUT_CLOSED = 141
-"""128 and the number of SIGPIPE."""
+"""128 plus the number of SIGPIPE."""
 
 WITHOUT_EXTRAS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -33,7 +33,7 @@ WITHOUT_EXTRAS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "doctor": ("adabatch.cli.doctor", "run_doctor"),
     }
 )
-"""Commands that need none of the extras: module and function, which is given the arguments after the command."""
+"""Commands that need none of the extras: module and function, which gets the arguments after the command."""
 
 EXTRAS = ("jsonargparse", "yaml", "rich")
 PATH_MISTAKES = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
@@ -43,11 +43,11 @@ USER_ERRORS = (ValueError, TypeError, ImportError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status. docs/checkpoints.md has the table of statuses.
 
-    A mistake of the user, and whatever a path or a disk refuses, is one line on standard error. Errors inside of a
-    model, a loss or a data set that are not of these kinds keep their traceback.
+    A mistake of the user, or an error of a path or a disk, is one line on standard error. Other errors inside a model,
+    a loss or a data set keep their traceback.
 
     Raises:
-        SystemExit: a mistake that the parser finds, with status 2.
+        SystemExit: for a mistake that the parser finds, with status 2.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     given = ["--help-all" if each == "--help=all" else each for each in given]
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: Sequence[str]) -> int:
     if given[0] in WITHOUT_EXTRAS:
-        # Found by name, so that help and version load none of them.
+        # Imported by name, so that help and version load none of them.
         module, function = WITHOUT_EXTRAS[given[0]]
         status: int = getattr(importlib.import_module(module), function)(given[1:])
         sys.stdout.flush()
@@ -84,13 +84,13 @@ def _run(given: Sequence[str]) -> int:
             raise
         raise ImportError(f"the command line needs `pip install adabatch[cli]` ({error})") from error
     status = run_command(given)
-    sys.stdout.flush()  # a reader that is gone shows here at the latest, where it can be said
+    sys.stdout.flush()  # if the reader has ended, this raises the error while it can still be reported
     return status
 
 
 @contextmanager
 def _working_folder_on_path() -> Iterator[None]:
-    """Lets a config name a class in a file of the working folder, as ``python -m adabatch`` does by itself."""
+    """Lets a config name a class in a file of the working folder, as ``python -m adabatch`` does."""
     here = os.getcwd()
     if sys.flags.safe_path or here in sys.path or "" in sys.path:
         yield
@@ -103,7 +103,7 @@ def _working_folder_on_path() -> Iterator[None]:
 
 
 def _ending(error: BaseException) -> tuple[int, str] | None:
-    """Exit status and one line for an error that has them; None for one whose traceback says more."""
+    """Exit status and one line for an error that has them; None for an error that needs its traceback."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if isinstance(error, BrokenPipeError):
@@ -137,7 +137,7 @@ def _say(line: str) -> None:
 
 
 def _drop_output() -> None:
-    """Lets what is still buffered go nowhere, or the interpreter would stumble over it at its end."""
+    """Drops buffered output, which would otherwise raise an error at the end of the interpreter."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 1)

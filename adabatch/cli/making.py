@@ -1,4 +1,4 @@
-"""Jobs from configs: built again from the same seed as often as they are needed, in any process."""
+"""Jobs from configs, which can be built again from the same seed in any process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from adabatch.cli.parser import build_parser
 
 
 def seed_everything(seed: int) -> None:
-    """The generators that models and data sets draw from, numpy's old global one among them.
+    """Seeds the generators of models and data sets, including numpy's legacy global one.
 
     Raises:
-        ValueError: a seed that torch does not take.
+        ValueError: if torch does not accept the seed.
     """
     require(0 <= seed < 2**64, "seed must be a whole number from 0 to 2**64 - 1", seed)
     torch.manual_seed(seed)
@@ -41,13 +41,13 @@ def job_maker(parser: ArgumentParser, config: Namespace, command: str) -> Callab
 
 
 def job_of(arguments: Sequence[str]) -> Job:
-    """The job of a command line, in a process of its own."""
+    """The job of a command line, for a separate process."""
     parser = build_parser(arguments[0])
     return job_maker(parser, parser.parse_args(arguments), arguments[0])()
 
 
 def job_settings(parser: ArgumentParser, config: Namespace, command: str) -> dict[str, Any]:
-    """The job as it was asked for, in plain values; where it writes is not part of it."""
+    """The settings of the job in plain values, without the folders that it writes to."""
     asked: dict[str, Any] = yaml.safe_load(parser.dump(config))[command]
     names = Job.__dataclass_fields__.keys() - {"out", "checkpoint"}
     return {name: value for name, value in asked.items() if name in names}
@@ -57,7 +57,7 @@ def _made(kind: type[Any], *arguments: Any, **named: Any) -> Any:
     """An object of the config.
 
     Raises:
-        ValueError: its class refuses the arguments; in front of its reason, which may name none of them, the class.
+        ValueError: if its class refuses the arguments; names the class in front of the reason.
     """
     try:
         return kind(*arguments, **named)

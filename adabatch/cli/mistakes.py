@@ -1,4 +1,4 @@
-"""A mistake in a config or on the command line, said in one line: which field, what stands there, what may."""
+"""A mistake in a config or on the command line, in one line: the field, its value, and what is allowed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ TYPES = {
 }
 VALUE = re.compile(r"(?:Given value|Got value): (.*?)(?=\. Got value: |$)", re.MULTILINE)
 LONGEST = 300
-"""Characters of a message that is passed on as it came."""
+"""Characters of a message that is passed on unchanged."""
 
 
 def one_line(message: str, *, known: Iterable[str] = (), help_command: str = "adabatch train --help-all") -> str:
-    """What the parser says over up to 30 lines, in one.
+    """The parser's message of up to 30 lines, in one line.
 
     Args:
-        message: the parser's.
+        message: of the parser.
         known: names of all options, to find the one that was meant.
-        help_command: what lists them.
+        help_command: the command that lists them.
 
     Returns:
-        The field, its value, and what to write instead, wherever the message tells them.
+        The field, its value, and what to write instead, as far as the message contains them.
     """
     field = _field(message)
     if found := re.search(r"unrecognized arguments: (.*)", message):
@@ -42,7 +42,7 @@ def one_line(message: str, *, known: Iterable[str] = (), help_command: str = "ad
     value = VALUE.search(message) or re.search(r"dot import path string: (.*)", message)
     got = "" if value is None else f", got {value[1]!r}"
     expected = re.findall(r"Expected an? (.+?)(?=\. Got value|: |\n|$)", message)
-    if expected == ["<class 'NoneType'>"]:  # of a class the parser says only that it expected none of this
+    if expected == ["<class 'NoneType'>"]:  # for a class, the parser only says that it expected none of these
         expected.insert(0, "dot import path string")
     if expected:
         return f"{field} must be {' or '.join(dict.fromkeys(map(_type, expected)))}{got}"
@@ -59,7 +59,7 @@ def one_line(message: str, *, known: Iterable[str] = (), help_command: str = "ad
 
 
 def _field(message: str) -> str:
-    """The path of the field: that of the config, and what lies inside of a class's arguments."""
+    """The path of the field: that in the config, and that inside the arguments of a class."""
     path: list[str] = []
     for name in re.findall(r"[Pp]arser key [\"'](.*?)[\"']", message):
         if not path or (name != path[-1] and len(path) < 2):
@@ -68,7 +68,7 @@ def _field(message: str) -> str:
 
 
 def _way_in(reason: str, field: str, path: str | None) -> str:
-    """The reason, and what lists the arguments of the class."""
+    """The reason, and the command that lists the arguments of the class."""
     if "required" in reason or "not accepted" in reason:
         which = f" {path}" if path else " CLASS"
         return f"{reason} (adabatch train --{field.split('.')[0]}.help{which} lists the arguments)"
@@ -83,7 +83,7 @@ def _unknown(text: str, known: Iterable[str], help_command: str) -> str:
 
 
 def _type(name: str) -> str:
-    """A type as a person would call it."""
+    """A type in plain words."""
     if literal := re.fullmatch(r"typing.Literal\[(.*)\]", name):
         return "one of " + literal[1].replace("'", "")
     return TYPES.get(name, name)

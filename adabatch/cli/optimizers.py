@@ -1,4 +1,4 @@
-"""The optimizer of a job: what K-FAC and Shampoo take beside parameters, and what K-FAC is shown before a backward."""
+"""The optimizer of a job: the additional arguments of K-FAC and Shampoo, and the outputs that K-FAC observes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from adabatch.optim import KFAC, Shampoo
 from adabatch.runtime.matrix_owners import across_ranks
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer] | Callable[[Iterable[Tensor], nn.Module], KFAC]
-"""Parameters, and for K-FAC the model, -> what trains them."""
+"""Parameters, and for K-FAC the model, -> the optimizer."""
 
 
 def optimizer_of(make: MakeOptimizer, model: nn.Module, *, averages: bool = True) -> Optimizer:
-    """The optimizer of a model as it is wrapped.
+    """The optimizer of a wrapped model.
 
     Args:
-        make: a class, or a ``functools.partial`` of one, by which second-order optimizers are known.
+        make: a class, or a ``functools.partial`` of one, which shows whether the optimizer is of second order.
         model: as it is called.
-        averages: False where each process trains a model of its own (local SGD), with curvature of its own.
+        averages: False if each process trains its own model (local SGD), with its own curvature.
 
     Raises:
-        ValueError: what the optimizer refuses.
+        ValueError: if the optimizer refuses its arguments.
     """
     arguments: list[Any] = [model.parameters()]
     ranks: dict[str, Any] = {}
@@ -42,13 +42,13 @@ def is_second_order(make: MakeOptimizer) -> bool:
 
 
 def observe(optimizer: Optimizer, outputs: Tensor, targets: Tensor) -> None:
-    """Shows K-FAC what the model returned; the loss is a mean over its first dimension."""
+    """Lets K-FAC observe the outputs of the model; the loss must be a mean over their first dimension."""
     if isinstance(optimizer, KFAC):
         optimizer.observe(outputs, targets)
 
 
 def optimizer_class(make: MakeOptimizer) -> type:
-    """The class that a partial makes; the parser's hold the class as an argument of a function of its own."""
+    """The class that a partial makes; those of the parser hold the class as an argument of the parser's function."""
     made: Any = make
     while isinstance(made, partial):
         made = next((argument for argument in made.args if isinstance(argument, type)), made.func)

@@ -1,4 +1,4 @@
-"""The commands and what they are for, which can be read without any of the extras."""
+"""The commands and their descriptions, which need none of the extras."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ DESCRIPTION = "Batch sizes that grow with the noise of the gradient, and learnin
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "init": "write a commented config for your own model file, or a shipped one",
-        "train": "train a model as a config file says",
-        "compare": "train beside the constant smallest and largest batch size",
+        "train": "train the model of a config file",
+        "compare": "compare a run with the constant smallest and largest batch size",
         "cbs": "measure the critical batch by branches from a checkpoint",
-        "verify": "check on a job's model, data and processes that adaptive batches do what they should",
-        "report": "tell of runs what happened and why, as one HTML page",
-        "plan": "say before a run which batch to take, and what it will cost on a cluster",
+        "verify": "check that adaptive batches work on a job's model, data and processes",
+        "report": "report what happened in runs, and why, as one HTML page",
+        "plan": "plan a run: which batch to use, and what it will cost on a cluster",
         "tail": "follow a run in a terminal",
         "schedule": "compare, refine, transfer and extend learning-rate schedules",
         "mup": "plan and check settings that survive a change of width",
@@ -27,7 +27,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 
 
 def overview() -> str:
-    """What `adabatch --help` prints."""
+    """The text of `adabatch --help`."""
     commands = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
     return (
         f"usage: adabatch COMMAND [OPTION ...]\n\n{DESCRIPTION}\n\n{commands}\n\n"

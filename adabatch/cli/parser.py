@@ -25,10 +25,10 @@ usage: adabatch {command} --config FILE [--FIELD VALUE ...]
 
 {description}
 
-A config names everything; a flag overrides one field of it. What people change first:
+A config file sets all fields; a flag overrides one of them. The most common fields:
 
-  --config FILE              YAML file with the fields; several are laid over each other
-  --model CLASS              the network; its arguments are --model.NAME
+  --config FILE              YAML file with the fields; later files override earlier ones
+  --model CLASS              the network; pass its arguments as --model.NAME
   --train_data CLASS         data set of (input, target); --test_data CLASS for a test at the end
   --loss CLASS               a module (outputs, targets) -> mean loss
   --optimizer CLASS          such as torch.optim.AdamW, with --optimizer.lr
@@ -37,17 +37,18 @@ A config names everything; a flag overrides one field of it. What people change 
   --max_micro_batch_size N   how far the micro-batch may grow before steps accumulate
   --limits.min N             smallest global batch size; --limits.max N the largest
   --total.count N            length of the run, in --total.unit examples, tokens, steps or gain_steps
-  --lr_rule RULE             how the learning rate follows the batch: none, linear, sqrt, gain, ...
+  --lr_rule RULE             how the learning rate follows the batch: none, linear, sqrt, gain, ...;
+                             left out, gain and the betas of Adam follow if the batch follows noise
   --shape SHAPE              schedule of the learning rate, such as adabatch.lr.cosine; --warmup before it
   --engine NAME              ddp (default), fsdp2 or deepspeed
   --seed N                   of weights, order of the data and everything random
   --out FOLDER               where journal, checkpoints and picture go
-  --checkpoint.every_seconds S   how often to save; the same command goes on from there
+  --checkpoint.every_seconds S   how often to save; the same command resumes the run
   --quiet                    no progress; --log_every N for a line every N steps
 {own}
-  --help-all                 every field, with its type and default (or --help=all)
-  --criterion.help CLASS     the arguments of a class; the same with --model.help, --optimizer.help, ...
-  --print_config             the config as it was understood
+  --help-all                 list every field, with its type and default (or --help=all)
+  --criterion.help CLASS     list the arguments of a class; also --model.help, --optimizer.help, ...
+  --print_config             print the config with all defaults
 
 examples:
   adabatch {command} --config configs/quickstart.yaml --limits.max=512
@@ -55,22 +56,22 @@ examples:
 """
 
 COMPARE_OPTIONS = """\
-  --tune                     a base LR of its own for each of the three, by validation loss: a grid of 2 that grows
-                             until the best lies inside; finished trials are kept
+  --tune                     search the best base LR of each of the three runs, by validation loss, on a grid of factors
+                             of 2 that grows until the best lies inside; finished trials are kept
 """
 
 CBS_OPTIONS = """\
-  --branch_from PATH         checkpoint to begin at, or a folder of them; by default the newest of the run in --out
-  --factors 1 2 4 8 16       sizes of the branches, over the smallest; --smallest N, by default that of the checkpoint
-  --examples N               each branch trains on as many; by default a twentieth of --total.count
+  --branch_from PATH         first checkpoint, or a folder whose newest is used; by default that of the run in --out
+  --factors 1 2 4 8 16       sizes of the branches, over the smallest; --smallest N, by default the checkpoint's
+  --examples N               examples of each branch; by default a twentieth of --total.count
   --tolerance X              share of the smallest batch's loss (0.005); --half_life N of its smoothing, in examples
-  --judge NAME               by the smoothed training loss (train), or by the loss on --test_data (test)
-  --processes N              branches side by side; --max_minutes X ends what is not finished by then
+  --judge NAME               compare the smoothed training loss (train), or the loss on --test_data (test)
+  --processes N              branches at the same time; --max_minutes X stops those that are unfinished by then
 """
 
 VERIFY_OPTIONS = """\
   --steps N                  steps beside the hand-written loop; timed pairs
-  --max_cost X               largest time of a probed step over one without
+  --max_cost X               largest allowed time of a step with a probe over one without
 """
 
 
@@ -85,20 +86,20 @@ class Parser(ArgumentParser):
         super().__init__(*arguments, parser_mode=options.pop("parser_mode", MODE), **options)
         self._short_help = short_help
         self.asked: Parser | None = None
-        """The parser of the command that was asked for, where an error does not say whose it is."""
+        """The parser of the command that was called, for errors that do not name their parser."""
         if short_help is not None:
             self.add_argument("--help-all", action=_HelpAll, help="list every field")
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
-        """What ``--help`` prints."""
+        """The text of ``--help``."""
         return super().format_help(formatter) if self._short_help is None else self._short_help
 
     def format_full_help(self) -> str:
-        """What ``--help-all`` prints."""
+        """The text of ``--help-all``."""
         return super().format_help()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Says what is wrong, in one line, and exits with status 2."""
+        """Prints the error in one line, and exits with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)  # raises
         place: ArgumentParser = getattr(ex, "subcommand_parser", None) or self.asked or self
@@ -126,13 +127,13 @@ def _job_parser(command: str, description: str, own: str = "") -> Parser:
     )
     parser.add_argument("--config", action="config", help="YAML file with the fields below")
     parser.add_class_arguments(Job)
-    parser.add_argument("--quiet", action="store_true", help="show results and mistakes only, no progress")
+    parser.add_argument("--quiet", action="store_true", help="show only results and errors, no progress")
     parser.add_argument(
         "--log_every",
         "--log-every",
         type=int | None,
         default=None,
-        help="steps from one line of progress to the next; by default a live line, or ten lines a run in a log",
+        help="steps from one line of progress to the next; by default a live line, or ten lines per run in a log",
     )
     return parser
 
@@ -161,7 +162,8 @@ def _verify_parser() -> Parser:
     parser = _job_parser(
         "verify",
         "Check on a job's model, data and processes that no rank drifts, that the probe is right, that a constant\n"
-        "policy and a resume change nothing, and what the probe costs; alone or under torchrun. Writes no file.\n"
+        "policy and a resume change nothing, and what the probe costs. Runs on one process or under torchrun, and\n"
+        "writes no file.\n"
         "Status 0: all passed; 1: a check failed; 2: a mistake in the config.",
         VERIFY_OPTIONS,
     )
@@ -169,27 +171,30 @@ def _verify_parser() -> Parser:
         "--steps", type=int, default=DEFAULT_STEPS, help="steps beside the hand-written loop; timed pairs"
     )
     parser.add_argument(
-        "--max_cost", type=float | None, default=None, help="largest time of a probed step over one without"
+        "--max_cost",
+        type=float | None,
+        default=None,
+        help="largest time of a step with a probe over one without",
     )
     return parser
 
 
-@cache  # it takes longer to make than to use
+@cache  # cached, because building it takes longer than using it
 def build_parser(asked: str | None = None) -> Parser:
-    """The parser of the whole command; errors are those of the command ``asked`` where they do not say whose."""
+    """The parser of the whole command; errors that do not name their parser are those of the command ``asked``."""
     parser = Parser(prog="adabatch", description=DESCRIPTION)
     commands = parser.add_subcommands()
-    train = _job_parser("train", "Train a model as a config file says; alone or under torchrun.")
+    train = _job_parser("train", "Train the model of a config file, on one process or under torchrun.")
     compare = _job_parser(
         "compare",
-        "Train, then train the same at constant smallest and largest batch size, and compare. Without --tune nothing\n"
+        "Train the job, and again at constant smallest and largest batch size, and compare. Without --tune nothing\n"
         "is tuned: all have the config's base LR, and the rule gives each its factor.",
         COMPARE_OPTIONS,
     )
     compare.add_argument(
         "--tune",
         action="store_true",
-        help="give each run the base LR that is best for it on a tenth of the training data, which none trains on",
+        help="give each run the base LR that is best for it on a tenth of the training data, on which none trains",
     )
     schedule, mup = Parser(description=SCHEDULE_DESCRIPTION), Parser(description=MUP_DESCRIPTION)
     parsers = {

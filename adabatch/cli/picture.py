@@ -1,4 +1,4 @@
-"""Pictures of runs and of schedules, where the ``report`` extra is installed."""
+"""Pictures of runs and of schedules, if the ``report`` extra is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from adabatch.report import draw, require_matplotlib
 
 
 def picture(journals: Mapping[str, Path], path: Path, *, display: Display, title: str | None = None) -> None:
-    """Draws journals into ``path``; says what to install where it cannot."""
+    """Draws journals into ``path``; says what to install if matplotlib is missing."""
     try:
         draw(journals, path, title=title)
     except ImportError as error:
@@ -21,13 +21,13 @@ def picture(journals: Mapping[str, Path], path: Path, *, display: Display, title
 
 
 def draw_panels(build: Callable[[Any], list[Any]], out: Path, *, title: str | None = None, display: Display) -> None:
-    """Draws what ``build`` makes into ``out``; says what to install where it cannot.
+    """Draws the panels of ``build`` into ``out``; says what to install if matplotlib is missing.
 
     Args:
         build: module ``adabatch.report.shapes`` -> its panels.
-        out: the PNG file; its folder is made.
+        out: the PNG file; its folder is created.
         title: a heading.
-        display: where to say so.
+        display: for that message.
     """
     try:
         require_matplotlib()

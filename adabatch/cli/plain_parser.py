@@ -1,4 +1,4 @@
-"""The parser of commands that need none of the extras: argparse, with mistakes in one line as everywhere."""
+"""The parser of commands that need none of the extras: argparse, with errors in one line."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ class PlainParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong, in one line, and exits with status 2."""
+        """Prints the error in one line, and exits with status 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

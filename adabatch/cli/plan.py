@@ -14,7 +14,7 @@ import numpy as np
 from adabatch.cli.plain_parser import PlainParser
 from adabatch.cli.runs import FoundRun, find_runs
 from adabatch.forecast import Cluster, Evidence, Forecast, Range, StepCost, forecast, kaplan, knee, power_lines
-from adabatch.forecast.costs import ASSUMPTIONS, extended
+from adabatch.forecast.costs import ASSUMPTIONS, LEAST_EFFICIENCY, LEAST_STEPS, extended, largest_sensible
 from adabatch.forecast.network import fitted
 from adabatch.report import require_matplotlib
 from adabatch.report.evidence import evidence_of, has_band, largest_micro_batch, step_cost_of, timed_sizes
@@ -25,8 +25,8 @@ GUESS_BAND = (1 / 3, 3.0)
 """Of a published law on data and models that it was not fitted to: a convention, not a measurement."""
 MEMORY_SHARE = 0.9
 WARMUP = 0.1
-WASTEFUL = 0.25
-"""Efficiency below which the reader is warned: the batch is three noise scales and more."""
+WASTEFUL = 0.5
+"""Efficiency below which the reader is warned: the batch is beyond the noise scale."""
 
 DESCRIPTION = """\
 Plan a run before it begins: batch sizes, criterion, learning-rate rule, and what it costs in steps, hours,
@@ -47,9 +47,10 @@ class Plan(NamedTuple):
 
     source: str
     settings: dict[str, Any]
+    noise_band: tuple[float, float]
     here: Forecast
     scales: list[Forecast]
-    knee: int
+    knee: int | None
     notes: list[str]
 
 
@@ -68,13 +69,15 @@ def run_plan(arguments: Sequence[str]) -> int:
         # torch is loaded only where something is measured.
         from adabatch.cli.measuring import measured
 
-        first, found = measured(asked.run is None)
+        first, found = measured()
     if not first:
         return 0
     made = plan(asked, find_runs([asked.run])[0] if asked.run is not None else None, found)
     print(json.dumps(numbers(made), indent=2) if asked.json else text(made))
     if asked.figure is not None:
         require_matplotlib()
+        if made.knee is None:
+            raise ValueError("a figure over devices needs the network: give --bandwidth and --latency, or --measure it")
         from adabatch.report.costs_picture import draw_costs
 
         asked.figure.parent.mkdir(parents=True, exist_ok=True)
@@ -103,27 +106,49 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> Plan:
     cost = _given_cost(asked, found, cost, bytes_of_gradient, notes)
     micro = _micro_batch(asked, micro, notes)
     cluster = _cluster(asked, found, notes)
-    limits = asked.min_batch, asked.max_batch
+    limits = asked.min_batch, _largest(asked, evidence, notes)
     here = forecast(evidence, cost, cluster, limits=limits)
     if not here.price > 0:
-        raise ValueError("a step costs nothing beside its examples, so no batch pays: give --step_seconds or --latency")
+        raise ValueError("a step costs nothing beside its examples, so no batch pays: give --step_seconds, --latency")
     if here.efficiency.point < WASTEFUL:
         notes.append(
             f"In the batches of the least time an example is worth {here.efficiency.point:.2g} of one in a small "
-            "batch: steps are dear beside examples, and the rule is far beyond the noise scale. Use fewer devices, "
+            "batch: steps are dear beside examples, and the batch is beyond the noise scale. Use fewer devices, "
             "or limit the batch with --max_batch."
         )
-    scales = [forecast(evidence, cost, replace(cluster, devices=count), limits=limits) for count in SCALES]
+    known = not math.isinf(cluster.bandwidth)
+    scales = [forecast(evidence, cost, replace(cluster, devices=count), limits=limits) for count in SCALES if known]
     settings = {
-        "micro_batch_size": micro,
-        "limits.min": max(cluster.devices, _power_of_two(here.smallest_batch)),
-        "limits.max": max(cluster.devices, _power_of_two(here.largest_batch, up=True)),
-        "criterion": "StepPrice",
+        **_batches(here, cluster.devices, micro, asked, limits[1]),
+        "criterion": "adabatch.StepPrice",
         "criterion.examples": float(f"{here.price:.2g}"),
-        "lr_rule": "gain",
-        "warmup": _warmup(run, notes),
+        **_rates(run, notes),
     }
-    return Plan(source, settings, here, scales, knee(evidence, cost, cluster), notes)
+    most = knee(evidence, cost, cluster, limits=limits) if known else None
+    return Plan(source, settings, evidence.band, here, scales, most, notes)
+
+
+def _largest(asked: Any, evidence: Evidence, notes: list[str]) -> float:
+    if asked.max_batch is not None:
+        return float(asked.max_batch)
+    most = max(largest_sensible(evidence), asked.min_batch or 1.0)
+    notes.append(
+        f"No batch is larger than {most:,.0f} examples (but for one per device), so that the run has {LEAST_STEPS} "
+        f"steps at least, and an example is worth {LEAST_EFFICIENCY:g} of one in a small batch where the noise scale "
+        "is largest. Both are conventions; --max_batch puts another number in their place."
+    )
+    return most
+
+
+def _batches(here: Forecast, devices: int, most_micro: int | None, asked: Any, limit: float) -> dict[str, Any]:
+    smallest = max(devices, _power_of_two(here.smallest_batch), math.ceil(asked.min_batch or 0))
+    largest = min(_power_of_two(here.largest_batch, up=True), int(limit))
+    found = {"limits.min": smallest, "limits.max": max(smallest, largest)}
+    if most_micro is None:
+        return found
+    # The smallest batch must hold a micro-batch per device, and two on a single one, whose spread is the noise.
+    micro = max(1, min(most_micro, smallest // (devices if devices > 1 else 2)))
+    return {"micro_batch_size": _power_of_two(micro), "max_micro_batch_size": most_micro, **found}
 
 
 _Source = tuple[Evidence, StepCost | None, int | None, str]
@@ -132,15 +157,25 @@ _Source = tuple[Evidence, StepCost | None, int | None, str]
 def _journal(asked: Any, run: FoundRun, num_bytes: float, notes: list[str]) -> _Source:
     steps = read_steps(run.journal, run.name)
     evidence = evidence_of(steps)
-    if not has_band(evidence):
-        notes.append("The journal has no error bar of the noise scale, so the ranges leave that out.")
+    if has_band(evidence):
+        low, high = evidence.band
+        notes.append(
+            f"The noise scale of the run lies between {low:.2f} and {high:.2f} times what was measured, each with 95 "
+            "%, by its probes' scatter."
+        )
+    else:
+        notes.append("The journal has no error bar of the noise scale (16 probes do), so the ranges leave it out.")
     if asked.examples is not None:
         if asked.examples > steps.num_examples:
             notes.append(
                 f"Beyond the {steps.num_examples:,.0f} examples of the journal, the noise scale is taken to stay as "
-                "it was at the end; it often rises."
+                "it was in their last quarter, with twice the error; it often rises."
             )
         evidence = extended(evidence, asked.examples)
+    else:
+        notes.append(
+            f"The run is as long as the journal, {steps.num_examples:,.0f} examples; --examples plans another."
+        )
     cost = None
     if asked.example_seconds is None:
         cost = step_cost_of(steps, gradient_bytes=num_bytes)
@@ -156,8 +191,10 @@ def _guess(asked: Any, notes: list[str]) -> _Source:
     scale = max(guess.tokens / asked.tokens_per_example, 1.0)
     notes.append(
         f"No run was measured. The critical batch, {guess.tokens:,.0f} tokens, is a first guess from a law of language "
-        f"models: {guess.source}. Its range, a third to three times, is a convention."
+        f"models: {guess.source}. It was fitted to {guess.fitted_to}. Its range, 1/3 to 3 times, is a convention."
     )
+    if not guess.inside:
+        notes.append("What was asked lies outside of what that law was fitted to, so it is a guess beyond its data.")
     notes.append("--examples counts those that would be needed in small batches.")
     # In batches that are next to nothing an example makes the progress of one.
     return (
@@ -175,7 +212,10 @@ def _given_cost(
     flops = asked.flops or found.get("flops")
     if example is None and cost is None and asked.parameters and asked.tokens_per_example and flops:
         example = 6 * asked.parameters * asked.tokens_per_example / flops
-        notes.append(f"An example takes 6 x parameters x tokens operations, at {flops:.3g} per second and device.")
+        what = "" if asked.flops else ", of a product of float32 matrices: a model may do better or worse"
+        notes.append(
+            f"An example takes 6 x parameters x tokens operations, at {flops:.3g} per second and device{what}."
+        )
     if example is not None:
         step = asked.step_seconds
         if step is None:
@@ -194,19 +234,22 @@ def _given_cost(
 def _cluster(asked: Any, found: dict[str, Any], notes: list[str]) -> Cluster:
     timed = found.get("all_reduce")
     latency, bandwidth = asked.latency, asked.bandwidth
-    if timed:
+    if timed and (latency is None or bandwidth is None):
         measured_latency, measured_bandwidth = fitted(found["devices"], timed)
         latency = measured_latency if latency is None else latency
         bandwidth = measured_bandwidth if bandwidth is None else bandwidth
         notes.append(
-            f"Measured over {found['devices']} processes: {measured_latency:.2g} s and {measured_bandwidth:.3g} "
-            "bytes/s."
+            f"Measured over {found['devices']} processes, as a ring: {measured_latency:.2g} s per message and "
+            f"{measured_bandwidth:.3g} bytes/s."
         )
-    if bandwidth is None:
+    devices = asked.devices or found.get("devices") or 1
+    if bandwidth is None and devices > 1:
         raise ValueError("give --bandwidth, in bytes per second and device, or --measure it with two processes or more")
+    if bandwidth is None:
+        notes.append("The network is not known, so more devices are left out: give --bandwidth, and --latency.")
     return Cluster(
-        devices=asked.devices or found.get("devices") or 1,
-        bandwidth=bandwidth,
+        devices=devices,
+        bandwidth=math.inf if bandwidth is None else bandwidth,
         latency=latency or 0.0,
         node_size=asked.node_size,
         node_bandwidth=asked.node_bandwidth,
@@ -231,12 +274,20 @@ def _micro_batch(asked: Any, ran: int | None, notes: list[str]) -> int | None:
     return _power_of_two(left / asked.example_bytes)
 
 
-def _warmup(run: FoundRun | None, notes: list[str]) -> float:
-    given = run.config.get("warmup") if run is not None else None
-    if isinstance(given, int | float) and not isinstance(given, bool):
-        return float(given)
+def _rates(run: FoundRun | None, notes: list[str]) -> dict[str, Any]:
+    """The rule of the learning rate, the batch that the rate is meant for, and the warm-up; those of the run."""
+    config = run.config if run is not None else {}
+    rule, reference, warmup = (config.get(name) for name in ("lr_rule", "reference_batch_size", "warmup"))
+    found: dict[str, Any] = {"lr_rule": rule if isinstance(rule, str) and rule != "none" else "gain"}
+    if run is not None:
+        if not isinstance(reference, int):
+            reference = int(read_steps(run.journal, run.name).batch[0])
+            notes.append("The learning rate of the run is taken to be meant for its first batch, reference_batch_size.")
+        found["reference_batch_size"] = reference
+    if isinstance(warmup, int | float) and not isinstance(warmup, bool):
+        return found | {"warmup": float(warmup)}
     notes.append(f"The warm-up, {WARMUP:.0%} of the run, is a convention and does not come from what was measured.")
-    return WARMUP
+    return found | {"warmup": WARMUP}
 
 
 def _power_of_two(value: float, *, up: bool = False) -> int:
@@ -254,6 +305,7 @@ def numbers(made: Plan) -> dict[str, Any]:
         "format": 1,
         "source": made.source,
         "settings": made.settings,
+        "noise_band": made.noise_band,
         "forecast": of(made.here),
         "scales": [of(each) for each in made.scales],
         "knee_devices": made.knee,
@@ -276,23 +328,33 @@ _ROWS: tuple[tuple[str, Callable[[Forecast], Range]], ...] = (
 def text(made: Plan) -> str:
     """The plan as a person reads it."""
     parts = [f"Plan from {made.source}", ""]
-    parts += [f"  {name:<20} {'-' if value is None else value}" for name, value in made.settings.items()]
-    columns = [made.here, *made.scales]
-    table = [["", "this cluster", *(f"{each.devices:,}" for each in made.scales)]]
-    table += [["price of a step", *(short(each.price) for each in columns)]]
-    table += [[name, *(shown(value(each)) for each in columns)] for name, value in _ROWS]
-    widths = [max(len(row[at]) for row in table) for at in range(len(table[0]))]
-    parts += ["", f"Point (low to high); this cluster has {made.here.devices:,} device(s), the others as many as named"]
-    for row in table:
-        parts.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    parts += [
-        "",
-        f"Knee: {made.knee:,} devices, the most (as a power of two) that cost at most twice the device-hours of one.",
-        "",
-        "Assumptions",
-        *(f"  - {line}" for line in (*made.notes, *ASSUMPTIONS)),
-    ]
+    parts += [f"  {name:<20} {value}" for name, value in made.settings.items()]
+    parts += ["", "As options of `adabatch train`:", f"  {_options(made.settings)}"]
+    parts += ["", "Point (low to high), on this cluster and on others with as many devices as named", *_table(made)]
+    if made.knee is not None:
+        parts += ["", f"Knee: {made.knee:,} devices, the most (as a power of two) that cost at most twice the"]
+        parts[-1] += " device-hours of one."
+    parts += ["", "Assumptions", *(f"  - {line}" for line in (*made.notes, *ASSUMPTIONS))]
     return "\n".join(parts)
+
+
+def _options(settings: dict[str, Any]) -> str:
+    """The criterion goes before its arguments, as the command line has it."""
+    return " ".join(f"--{name}={value}" for name, value in settings.items())
+
+
+def _table(made: Plan) -> list[str]:
+    others = [each for each in made.scales if each.devices != made.here.devices]
+    columns = [made.here, *others]
+    table = [["devices", f"{made.here.devices:,} (this cluster)", *(f"{each.devices:,}" for each in others)]]
+    table += [["price of a step", *(short(each.price) for each in columns)]]
+    table += [
+        [name, *(shown(value(each)) for each in columns)]
+        for name, value in _ROWS
+        if any(value(each).high > 0 for each in columns)  # no money without a price, no bytes from one device
+    ]
+    widths = [max(len(row[at]) for row in table) for at in range(len(table[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
 def shown(value: Range) -> str:

@@ -13,7 +13,7 @@ from adabatch.cli.runs import find_runs
 from adabatch.report import draw
 from adabatch.report.page import numbers, page, report_on
 from adabatch.report.steps import read_steps
-from adabatch.report.what_if import Choice
+from adabatch.report.what_if import USAGE, Choice
 
 DESCRIPTION = """\
 Tell of one run or of several what happened, and why: one HTML page that needs no network, and works on a run that
@@ -97,8 +97,8 @@ def _parser() -> PlainParser:
         "--what_if",
         action="append",
         default=[],
-        metavar="KIND=NUMBER",
-        help="compare with another choice: eta, multiple (of the noise scale), step_price or constant; may be repeated",
+        metavar="KIND=VALUE",
+        help=f"compare with another choice: {', '.join(USAGE.values())}; may be repeated",
     )
     parser.add_argument(
         "--step_price",

@@ -1,4 +1,4 @@
-"""The folder of a run that was given none: the unfinished run of the same config, or a new ``runs/<date>-<n>``."""
+"""The folder of a run without ``--out``: that of the same config's unfinished run, or a new ``runs/<date>-<n>``."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def run_folder(
 ) -> Path:
     """The folder of a run, the same on all ranks; ``runs/latest`` is a link to it.
 
-    The same command goes on where it stopped: the newest run is taken again if it has the same settings, has not come
-    to its end, and no process has it. Else the run gets a folder of its own.
+    The same command resumes its run: the newest folder is used again if it has the same settings, is unfinished, and no
+    process is using it. Otherwise the run gets a new folder.
 
     Args:
-        settings: of the job, in plain values; None for a run that is never taken again.
-        ranks: call this together; the first one decides.
-        resume: whether an unfinished run may be taken.
-        display: what a person sees.
+        settings: of the job, in plain values; None for a run that is never resumed.
+        ranks: all of them must call this; the first one decides.
+        resume: whether an unfinished run may be resumed.
+        display: shows which folder is used.
         runs: where the folders are.
 
     Raises:
-        OSError: no folder can be made there; on the first rank.
+        OSError: on the first rank, if no folder can be created.
     """
     date, number = 0, 0
     failure: OSError | None = None
@@ -58,7 +58,7 @@ def run_folder(
 
 
 def mark_finished(folder: Path) -> None:
-    """Notes in a run's folder that it came to its end, so that the same command begins another one."""
+    """Marks a run's folder as finished, so that the same command begins another run."""
     begun = _read(folder)
     if begun is not None:
         _write(folder, {**begun, "finished": True})
@@ -69,7 +69,7 @@ def _name(date: int, number: int) -> str:
 
 
 def _numbers_of(name: str) -> tuple[int, int]:
-    """Date and number of a folder's name; zeros of one that is not ours."""
+    """Date and number in a folder's name; zeros for other names."""
     with suppress(ValueError):
         year, month, day, number = map(int, name.split("-"))
         date = year * 10_000 + month * 100 + day
@@ -79,7 +79,7 @@ def _numbers_of(name: str) -> tuple[int, int]:
 
 
 def _taken_again(settings: Mapping[str, Any] | None, runs: Path, display: Display) -> tuple[int, int]:
-    """The run that the link points to, if it is this one and waits for it; else zeros."""
+    """Date and number of the run that the link points to, if it can be resumed; else zeros."""
     link = runs / LATEST
     if not link.is_symlink():
         return 0, 0
@@ -98,7 +98,7 @@ def _taken_again(settings: Mapping[str, Any] | None, runs: Path, display: Displa
 
 
 def _new(runs: Path) -> tuple[int, int]:
-    """Makes the next folder of today; two that begin at once get one each."""
+    """Creates the next folder of today; two runs that begin at once get different folders."""
     runs.mkdir(parents=True, exist_ok=True)
     today = datetime.now(UTC).astimezone()
     date = today.year * 10_000 + today.month * 100 + today.day
@@ -135,7 +135,7 @@ def _write(folder: Path, begun: Mapping[str, Any]) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """What a run noted of itself when it began; None of a folder without that."""
+    """The settings that a run wrote when it began; None for a folder without them."""
     try:
         begun = json.loads((folder / BEGUN).read_bytes())
     except (OSError, ValueError):
@@ -144,5 +144,5 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _plain(settings: Mapping[str, Any] | None) -> Any:
-    """As they come back from a file."""
+    """The values as they would be read back from a file."""
     return json.loads(json.dumps(settings, default=str))

@@ -1,4 +1,4 @@
-"""What lies in the folder of a run: its journal, the config that it was started with, results beside it."""
+"""The contents of a run's folder: its journal, its config, and results beside it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ VARIANTS = (".", "smallest", "largest")
 
 
 class FoundRun(NamedTuple):
-    """A run that was asked for.
+    """A run that was given on the command line.
 
     Args:
-        name: what to call it.
+        name: its name in reports.
         journal: its file.
-        config: with dotted names; empty where none lies beside.
-        results: numbers that lie beside it, such as the loss on a test set.
+        config: with dotted names; empty if there is none beside the journal.
+        results: numbers beside it, such as the loss on a test set.
     """
 
     name: str
@@ -38,7 +38,7 @@ def find_runs(asked: list[str]) -> list[FoundRun]:
     The folder of an ``adabatch compare`` stands for all of its runs.
 
     Raises:
-        ValueError: something that is none of these; says what a run is.
+        ValueError: if something is none of these; says what a run is.
     """
     found: list[FoundRun] = []
     for text in asked:
@@ -51,10 +51,10 @@ def find_runs(asked: list[str]) -> list[FoundRun]:
 
 
 def journal_in(path: Path) -> Path:
-    """The journal of a run: of its folder, or the file itself.
+    """The journal of a run, from its folder or the file itself.
 
     Raises:
-        ValueError: neither of these.
+        ValueError: if it is neither.
     """
     journal = path / JOURNAL if path.is_dir() else path
     if not journal.is_file():
@@ -63,7 +63,8 @@ def journal_in(path: Path) -> Path:
 
 
 def config_in(folder: Path) -> dict[str, Any]:
-    """The config of a run with dotted names: what it noted when it began, or its newest readable checkpoint."""
+    """The config of a run with dotted names, from the file that it wrote when it began, or its newest readable
+    checkpoint."""
     with suppress(OSError, ValueError, AttributeError, TypeError):
         begun = json.loads((folder / BEGUN).read_bytes())
         if begun.get("settings"):
@@ -77,7 +78,7 @@ def config_in(folder: Path) -> dict[str, Any]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first; their files need not be intact, as only the manifest is read."""
+    """The checkpoints, newest first; only the manifest is read, so their files need not be intact."""
     with suppress(OSError):
         return [path for _, path in sorted(checkpoints_in(folder).items(), reverse=True)]
     return []
@@ -96,7 +97,7 @@ def _name_of(path: Path) -> str:
 
 
 def _compared(folder: Path, name: str) -> list[FoundRun]:
-    """The runs of a comparison, where the folder holds one that came to its end."""
+    """The runs of a comparison, if the folder contains a finished one."""
     try:
         rows = json.loads((folder / COMPARISON).read_bytes())
         places = [folder / variant for variant in VARIANTS]

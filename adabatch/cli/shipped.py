@@ -1,4 +1,4 @@
-"""The configs and launch scripts that come with the package, and how one is written out."""
+"""The configs and launch scripts that are part of the package, and how to write them out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCRIPTS = (".sh", ".sbatch")
 
 
 def shipped() -> Mapping[str, Traversable]:
-    """Each shipped file by the path that it has in the repository, such as "configs/quickstart.yaml"."""
+    """Each shipped file by its path in the repository, such as "configs/quickstart.yaml"."""
     root = files("adabatch") / "shipped"
     return {
         f"{folder}/{each.name}": each
@@ -27,7 +27,7 @@ def named(name: str) -> Mapping[str, Traversable]:
     """The files that a name stands for: a path, a file's name with or without its ending, or a whole folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if there is no such file.
     """
     there = shipped()
     if name in SHIPPED:
@@ -42,7 +42,7 @@ def named(name: str) -> Mapping[str, Traversable]:
 
 
 def about(file: Traversable) -> str:
-    """What a file's head comment says first, up to the first stop; empty where it has none."""
+    """The beginning of a file's head comment, up to the first stop; empty if it has none."""
     said = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith(("#!", "#SBATCH")):
@@ -54,5 +54,5 @@ def about(file: Traversable) -> str:
 
 
 def is_script(name: str) -> bool:
-    """Whether a file of this name is to be executable."""
+    """Whether a file of this name should be executable."""
     return os.path.splitext(name)[1] in SCRIPTS

@@ -1,4 +1,4 @@
-"""``adabatch tail``: the last steps of a run, and each new one as its journal gets it."""
+"""``adabatch tail``: the last steps of a run, and each new one when it is written to the journal."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ COLORS: Mapping[str, int] = MappingProxyType(
         Reason.WEIGHS_NOTHING: 31,
     }
 )
-"""ANSI colours of the reasons that move the batch, stop it, or are a failure."""
+"""ANSI colours of the reasons that change the batch, hold it, or are a failure."""
 
 
 def run_tail(arguments: Sequence[str]) -> int:
     """Runs the command with the arguments after its name; its exit status.
 
     Raises:
-        ValueError: no run.
-        OSError: its journal cannot be read.
-        KeyboardInterrupt: the way in which following ends.
-        SystemExit: a mistake on the command line, with status 2.
+        ValueError: if there is no run.
+        OSError: if its journal cannot be read.
+        KeyboardInterrupt: when the user ends it.
+        SystemExit: for a mistake on the command line, with status 2.
     """
     asked = _parser().parse_args(arguments)
     journal = journal_in(asked.run)
@@ -56,13 +56,13 @@ def run_tail(arguments: Sequence[str]) -> int:
 def follow(
     journal: Path, *, lines: int, once: bool, sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[Mapping[str, Any]]:
-    """The last steps of a journal, and new ones as they come; an unfinished line waits for its end.
+    """Prints the last steps of a journal, and new ones when they are written; an unfinished line is not printed yet.
 
     Args:
         journal: the file.
-        lines: how many of those that are there.
-        once: end with them.
-        sleep: waits between two looks.
+        lines: number of existing steps to print.
+        once: whether to stop after them.
+        sleep: waits between two reads.
     """
     with journal.open("rb") as file:
         last: deque[Mapping[str, Any]] = deque(maxlen=lines)
@@ -76,7 +76,7 @@ def follow(
         place = file.tell()
     while not once:
         sleep(POLL_SECONDS)
-        # Opened anew each time: the file may have been cut, or another one may have its name.
+        # Opened again each time, because the file may have been cut or replaced.
         with journal.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < place:
@@ -91,7 +91,7 @@ def follow(
 
 
 def _step(text: bytes) -> list[Mapping[str, Any]]:
-    """The line as a step; nothing for what is none."""
+    """The line as a step; None if it is not one."""
     try:
         entry = json.loads(text)
     except ValueError:

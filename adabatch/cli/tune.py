@@ -1,4 +1,4 @@
-"""``adabatch compare --tune``: a learning rate of its own for each run of a comparison, by validation loss."""
+"""``adabatch compare --tune``: a separate learning rate for each run of a comparison, by validation loss."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from adabatch.guards.left_out import UpdatesLeftOut
 from adabatch.runtime.launch.world import World
 
 FURTHEST = 10
-"""Doublings of the learning rate that the search goes from the config's at most, up or down."""
+"""Largest number of doublings or halvings of the config's learning rate in the search."""
 SHARE = 0.1
-"""Of the training data that is kept for validation."""
+"""Share of the training data that is kept for validation."""
 
 
 class Tuned(NamedTuple):
-    """The outcome of a search.
+    """The result of a search.
 
     Args:
         exponent: the best learning rate is that of the config times 2 to this power.
-        losses: validation loss by exponent; infinite where a run diverged.
-        at_edge: the best was the last one that the search may try.
+        losses: validation loss by exponent; infinite if a run diverged.
+        at_edge: whether the best one was the last that the search may try.
     """
 
     exponent: int
@@ -43,14 +43,14 @@ class Tuned(NamedTuple):
 
 
 def search(loss: Callable[[int], float], *, furthest: int = FURTHEST) -> Tuned:
-    """The exponent of the least loss, of a grid that grows until the best lies between two others.
+    """The exponent with the lowest loss on a grid that grows until the best lies between two others.
 
     Args:
-        loss: exponent -> validation loss; not finite is a run that diverged.
-        furthest: exponents to try are -furthest to furthest.
+        loss: exponent -> validation loss; not finite if the run diverged.
+        furthest: exponents are from -furthest to furthest.
 
     Raises:
-        ValueError: all of them diverged.
+        ValueError: if all runs diverged.
     """
     losses: dict[int, float] = {}
 
@@ -64,7 +64,7 @@ def search(loss: Callable[[int], float], *, furthest: int = FURTHEST) -> Tuned:
         best = min(losses, key=lambda exponent: (losses[exponent], exponent))
         if best not in (min(losses), max(losses)) and math.isfinite(losses[best]):
             return Tuned(best, dict(sorted(losses.items())), False)
-        # where everything diverged, a smaller learning rate is what may help
+        # if all runs diverged, only a smaller learning rate can help
         upwards = best == max(losses) and math.isfinite(losses[best])
         following = best + 1 if upwards else min(losses) - 1
         if abs(following) > furthest:
@@ -75,12 +75,12 @@ def search(loss: Callable[[int], float], *, furthest: int = FURTHEST) -> Tuned:
 
 
 def split(job: Job, *, share: float = SHARE) -> tuple[Job, Job]:
-    """The job on the training data without a share of it, tested on its own test data, and tested on that share.
+    """The job without a share of its training data, once with its own test data and once tested on that share.
 
-    The share is drawn from the seed of the job.
+    The share is drawn with the seed of the job.
 
     Raises:
-        ValueError: too few examples.
+        ValueError: if there are too few examples.
     """
     length = len(job.train_data)  # type: ignore[arg-type]
     kept = round(share * length)
@@ -98,7 +98,7 @@ def with_lr(job: Job, exponent: int) -> Job:
 
 
 def _scaled(kind: type[Optimizer], make: MakeOptimizer, factor: float, *arguments: Any, **named: Any) -> Any:
-    """An optimizer with its learning rates times a factor; its class stands first, by which it is known."""
+    """An optimizer with its learning rates times a factor; its class is the first argument, which identifies it."""
     optimizer: Any = make(*arguments, **named)
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * factor
@@ -108,21 +108,21 @@ def _scaled(kind: type[Optimizer], make: MakeOptimizer, factor: float, *argument
 def tuned(
     make: Callable[[], Job], world: World, folder: Path, *, label: str, settings: Any, display: Display
 ) -> Tuned | None:
-    """Searches the learning rate of a job; trials that are in the folder already are not run again.
+    """Searches the learning rate of a job; finished trials in the folder are not run again.
 
     Args:
         make: builds the job, to be tested on the validation split.
-        world: where this process stands.
+        world: rank and world size of this process.
         folder: for the trials of this job.
-        label: the job's name there.
-        settings: plain values; trials of others do not count.
-        display: what a person sees.
+        label: the job's name in the display.
+        settings: plain values; trials with other settings do not count.
+        display: shows progress.
 
     Returns:
         None if a signal ended a trial.
 
     Raises:
-        ValueError: all learning rates diverged.
+        ValueError: if all learning rates diverged.
     """
     path = folder / "trials.json"
     known = _read(path, settings)
@@ -167,7 +167,7 @@ def _read(path: Path, settings: Any) -> dict[int, float]:
 
 
 def _write(path: Path, settings: Any, losses: Mapping[int, float]) -> None:
-    """In one move, so that what was interrupted leaves the trials before it."""
+    """Writes atomically, so that an interrupted write keeps the earlier trials."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {str(exponent): loss if math.isfinite(loss) else None for exponent, loss in losses.items()}
     new = path.with_name(f".{path.name}.new")

@@ -24,13 +24,13 @@ DEFAULT_STEPS = 20
 def verify(
     make: Callable[[], Job], world: World, *, steps: int, max_cost: float | None, display: Display
 ) -> list[Check]:
-    """Runs all checks and shows them as they end; the results are the same on all ranks.
+    """Runs all checks and shows their results; the results are the same on all ranks.
 
-    The criterion, the limits and what belongs to them are checked for mistakes only: the checks bring batch sizes of
-    their own. Nothing is written.
+    The criterion, the limits and related settings are only checked for mistakes, because the checks use their own batch
+    sizes. Nothing is written.
 
     Raises:
-        ValueError: settings that do not fit together, or a job that the checks cannot be made on.
+        ValueError: if settings do not fit together, or the checks cannot be run on the job.
     """
 
     def training_of(job: Job) -> Training:
@@ -79,7 +79,7 @@ def row(check: Check) -> tuple[str, ...]:
 
 
 def _check_settings(job: Job, training: Training) -> None:
-    """Raises what ``train`` would raise."""
+    """Raises the errors that ``train`` would raise."""
     AdaptiveBatch(
         training.model,
         training.optimizer,

@@ -1,4 +1,4 @@
-"""Reads the YAML of configs, of which a few lines with aliases may stand for more than any memory holds."""
+"""Reads the YAML of configs, in which a few lines with aliases could expand to more than fits into memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ MODE = "adabatch"
 """The parser mode, in jsonargparse's sense, in which configs and values of flags are read."""
 
 MAX_NODES = 100_000
-"""Values that a config may hold once its aliases are written out. The largest of ours, a table of 200, holds 300."""
+"""Values that a config may have after its aliases are expanded. Our largest config, with a table of 200, has 300."""
 
 
 class TooManyNodes(ValueError):
-    """A text whose aliases stand for more values than ``MAX_NODES``, or for themselves."""
+    """The aliases of a text expand to more than ``MAX_NODES`` values, or contain themselves."""
 
 
 def load(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        TooManyNodes: see there. The parser writes aliases out, so it would not come to an end.
-        yaml.YAMLError: the text is not YAML.
+        TooManyNodes: see there. The parser expands aliases, so it would not terminate.
+        yaml.YAMLError: if the text is not YAML.
     """
     if "*" in text and "&" in text:
         count = _count(yaml.compose(text, Loader=yaml.SafeLoader), {})
@@ -35,7 +35,7 @@ def load(text: str) -> Any:
 
 
 def _count(node: yaml.Node | None, counted: dict[int, float]) -> float:
-    """Values of a node, those of an alias as often as it stands there; infinitely many if one holds itself."""
+    """Number of values of a node with its aliases expanded; infinite if an alias contains itself."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in counted:

@@ -20,15 +20,22 @@ from adabatch.forecast.network import Cluster, all_reduce_seconds
 
 Floats = NDArray[np.float64]
 
+LEAST_STEPS = 200
+"""Steps that a run has at least: below, a learning rate has no time to warm up and to fall, whatever the noise says."""
+
+LEAST_EFFICIENCY = 0.25
+"""Worth of an example that a plan does not fall below: at three noise scales."""
+
 ASSUMPTIONS = (
     "The noise scale depends on the progress made, and not on the batch by which it was made.",
     "Each batch has the learning rate that is right for it.",
     "A step makes 1 / (1 + B / b) of the progress of one without noise (McCandlish et al. 2018, section 2).",
     "The batch follows the noise at once and unrounded, within its limits, with at least one example per device.",
-    "The all-reduce is the fastest of ring, tree and hierarchy without contention, and nothing of it is hidden behind "
-    "the backward.",
+    "The all-reduce is the fastest of ring, tree and hierarchy without contention or jitter, which make small messages "
+    "take twice as long and more; and nothing of it is hidden behind the backward.",
     "Data-parallel training only: each device holds the whole model, and sends all of its gradient in each step.",
     "Evaluation, checkpoints, data loading and failures are not in the time.",
+    "How far off such a plan is has not been measured yet: the ranges hold the errors of noise and times only.",
 )
 
 
@@ -195,34 +202,73 @@ def forecast(
     )
 
 
-def knee(evidence: Evidence, cost: StepCost, cluster: Cluster, *, most: int = 2**20) -> int:
+def largest_sensible(evidence: Evidence) -> float:
+    """The batch beyond which a plan does not go by itself, in examples.
+
+    ``1 / LEAST_EFFICIENCY - 1`` noise scales, of the largest in the run; and less where the progress of the run would
+    take fewer than ``LEAST_STEPS`` steps. The rule of the least time knows neither: with steps that are dear it asks
+    for batches far beyond the noise scale, in which the model behind it was never checked.
+    """
+    by_noise = (1 / LEAST_EFFICIENCY - 1) * float(evidence.noise_scale.max())
+    by_length = float(evidence.progress().sum()) / LEAST_STEPS
+    return max(1.0, min(by_noise, by_length))
+
+
+def knee(
+    evidence: Evidence,
+    cost: StepCost,
+    cluster: Cluster,
+    *,
+    limits: tuple[float | None, float | None] = (None, None),
+    most: int = 2**20,
+) -> int:
     """The largest power of two of devices whose device-hours are at most twice those of a single one.
 
     Up to there twice the devices still shorten the run; beyond, most of what they add is lost to waiting and to noise.
     """
-    alone = forecast(evidence, cost, replace(cluster, devices=1)).device_hours.point
-    found = 1
+
+    def device_hours(devices: int) -> float:
+        return forecast(evidence, cost, replace(cluster, devices=devices), limits=limits).device_hours.point
+
+    alone, found = device_hours(1), 1
     while 2 * found <= most:
-        if forecast(evidence, cost, replace(cluster, devices=2 * found)).device_hours.point > 2 * alone:
+        if device_hours(2 * found) > 2 * alone:
             break
         found *= 2
     return found
 
 
 def extended(evidence: Evidence, examples: float) -> Evidence:
-    """The evidence for a run of ``examples``: cut, or with its last noise scale and batch for the rest.
+    """The evidence for a run of ``examples``: cut, or with the noise scale and batch of its last quarter for the rest.
+
+    The error of the rest is that of a quarter of the probes, twice that of all (in logarithms), and is taken for the
+    whole of a longer run.
 
     Raises:
         ValueError: a number of examples that is not positive.
     """
     if not 0 < examples < math.inf:
         raise ValueError(f"examples must be positive and finite, got {examples}")
-    before = np.cumsum(evidence.examples) - evidence.examples
+    ends = np.cumsum(evidence.examples)
+    before = ends - evidence.examples
     kept = before < examples
-    taken = np.minimum(evidence.examples, examples - before)[kept]
-    # The last stretch goes on as it ended.
-    taken[-1] += max(0.0, examples - float(taken.sum()))
-    return Evidence(taken, evidence.batch[kept], evidence.noise_scale[kept], evidence.band)
+    cut = evidence._replace(
+        examples=np.minimum(evidence.examples, examples - before)[kept],
+        batch=evidence.batch[kept],
+        noise_scale=evidence.noise_scale[kept],
+    )
+    left = examples - float(ends[-1])
+    if left <= 0:
+        return cut
+    last = ends > 0.75 * ends[-1]
+    taken, batch, scale = evidence.examples[last], evidence.batch[last], evidence.noise_scale[last]
+    low, high = evidence.band
+    return Evidence(
+        np.append(cut.examples, left),
+        np.append(cut.batch, taken.sum() / (taken / batch).sum()),
+        np.append(cut.noise_scale, np.exp(np.average(np.log(scale), weights=taken))),
+        (low**2, high**2),
+    )
 
 
 def _times(range_: Range, factor: float) -> Range:

@@ -1,8 +1,8 @@
 """Connections between the ranks, for short messages and to notice ranks that are gone: a tree with rank 0 at its root.
 
 They are separate from those of the training. The operating system closes the connections of a process that dies,
-whatever killed it, so its neighbours notice at once, and pass it on. No rank holds more than ``DEGREE + 1`` of them:
-of a star of 10,000 ranks, rank 0 would need more files than a process may open.
+whatever the cause, so its neighbours notice at once and tell the others. No rank has more than ``DEGREE + 1``
+connections: in a star of 10,000 ranks, rank 0 would need more files than a process may open.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GREETING = 256
 """Largest number of bytes in a greeting; a longer one does not come from a rank of this run."""
 
 DEGREE = 64
-"""Children of a rank in the tree. Up to 65 ranks are all connected with rank 0; 10,000 are at most three links away."""
+"""Children per rank of the tree. Up to 65 ranks are connected with rank 0 directly, 10,000 over at most three links."""
 
 _PATIENCE = 5.0
 """Seconds that sending a message may block: a rank that is frozen must not freeze the others."""
@@ -69,7 +69,7 @@ class Connections:
         os.register_at_fork(after_in_child=lambda: _close(mine()))
 
     def _meet(self, collectives: Collectives, address: str | None, timeout: float) -> None:
-        """Each rank that has children waits for them; each but rank 0 calls its parent."""
+        """Waits for the connections of the children, and connects with the parent."""
         host, token = socket.gethostname(), secrets.token_hex(16)
         if not self.children:
             invitations = collectives.gather_bytes(b"")
@@ -111,7 +111,7 @@ class Connections:
             self._waker.send(b"!")
 
     def receive(self, timeout: float) -> list[tuple[int, dict[str, Any] | None]]:
-        """Messages that came within ``timeout`` seconds, with their senders; None from a rank that is gone."""
+        """Messages that arrive within ``timeout`` seconds, with their senders; None from a rank that is gone."""
         found: list[tuple[int, dict[str, Any] | None]] = []
         for key, _ in self._selector.select(timeout):
             if key.data is None:

@@ -26,7 +26,7 @@ _BLOCK = 1 << 18
 """Elements that are hashed at a time: 6 MiB of memory."""
 
 AUTOMATIC = 1000
-"""Steps from one check to the next where nobody says how many. A check takes about a fifth of the time of a small step
+"""Default number of steps from one check to the next. A check takes about a fifth of the time of a small step
 (4.8 M parameters, 512 tokens, on a CPU), so 0.02 % of a run, and less of larger steps."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,7 +60,7 @@ class DriftCheck(StepObserver):
     """Checks every ``every`` steps that no rank has drifted.
 
     Args:
-        engine: whose copies of the weights are compared.
+        engine: says which ranks hold copies of the same weights.
         optimizer: whose learning rates are compared.
         run: whose plans are compared.
         every: number of steps between checks.
@@ -91,6 +91,7 @@ class DriftCheck(StepObserver):
         """
         if step % self._every == 0:
             self._observers.at(Phase.DRIFT_CHECK, Moment(step, self._run.plan))
+            # Learning rates too: ranks with different schedules drift in the next update, which is easier to find here.
             rates = [host_value(group["lr"]) for group in self._optimizer.param_groups]
             held = (self._run.held(), rates)
             check_same(self._engine.collectives, self._engine.model, plan=held, when=f"before step {step}")
@@ -174,11 +175,11 @@ def odd_ranks(collectives: Collectives, model: nn.Module) -> list[int]:
 
 
 def _held(collectives: Collectives, model: nn.Module, plan: object) -> tuple[list[list[float]], list[dict[int, float]]]:
-    """What each rank holds (plan, shard, weights), and, for each shard, the weights of the ranks that hold it."""
+    """The plan, shard and weights of each rank, and, for each shard, the weights of the ranks that hold it."""
     for unit in units_of(model).values():
         unit.reshard()  # after a forward without a backward its root holds whole parameters
     inner = uncompiled(model)
-    # Those that DDP was told to leave alone, which each rank may train for itself.
+    # Parameters that DDP was told to ignore, because each rank may train its own.
     own = set(inner.parameters_to_ignore) if isinstance(inner, DistributedDataParallel) else set()
     named = inner.module.named_parameters() if isinstance(inner, DistributedDataParallel) else model.named_parameters()
     tensors = [parameter for name, parameter in named if name not in own]
@@ -198,7 +199,7 @@ def _groups(held: dict[int, float]) -> list[list[int]]:
 
 
 def _apart(held: dict[int, float], what: str) -> str:
-    """Which ranks differ from the majority; all of them if there is none."""
+    """Which ranks differ from the majority; all of them if there is no majority."""
     largest, *others = _groups(held)
     if 2 * len(largest) <= len(held):
         names = " and ".join(str(ranks)[1:-1] for ranks in (largest, *others))

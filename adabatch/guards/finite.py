@@ -38,8 +38,8 @@ def nonfinite_search(optimizer: Optimizer, skip: SkipNonfinite, engine: Engine) 
     Args:
         optimizer: applies the gradients.
         skip: in which steps an update that is not finite is left out.
-        engine: may scale the gradients. A scaler judges each of several optimizers alone, and would leave out a part
-            of an update.
+        engine: may scale the gradients. A scaler checks each of several optimizers separately, and would leave out a
+            part of an update.
     """
     by_parts = engine.backward.scale is not None and len(each_of(optimizer)) > 1
     return nonfinite_in(optimizer) if skip is True or by_parts else None

@@ -36,7 +36,7 @@ class Heartbeat(StepObserver):
         place: what the rank is doing.
         moves: number of phases that it has entered.
         since: when it entered the last one, on this process's monotonic clock, in seconds.
-        between: whether it is between two steps, where a run may stay as long as it likes, to test or to save.
+        between: whether it is between two steps, where a run may take any time, to test or to save.
         alarm: raised when the next phase begins; set by a monitor once a rank is lost.
     """
 

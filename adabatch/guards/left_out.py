@@ -1,4 +1,4 @@
-"""Stops a run whose updates are all left out, since it does not train any more."""
+"""Stops a run whose updates are all left out, because it no longer trains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ EXIT_NO_UPDATES = 77
 
 
 class UpdatesLeftOut(RuntimeError):
-    """Too many updates in a row were left out: the run does not train any more."""
+    """Too many updates in a row were left out: the run no longer trains."""
 
 
 class UpdatesInARow:

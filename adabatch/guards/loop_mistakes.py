@@ -1,9 +1,9 @@
-"""Mistakes of a loop that was ported from another one, said at the first step in which they happen.
+"""Mistakes of a ported loop, reported at the first step in which they happen.
 
-Between the first backward of a step and the end of its micro-batches nobody but the backwards may touch a gradient, and
-none may be there before. A script that cleared, clipped, switched or stepped by itself does one of these, and trains on
-with a wrong gradient. All that is read is which tensor a gradient is, and how often it was written (``_version``): no
-operation on a tensor, and no host sync.
+Between the first backward of a step and the end of its micro-batches only the backwards may change a gradient, and no
+gradient may exist before. A loop that still clears, clips, switches synchronization or steps in the wrong place would
+train with a wrong gradient. The checks read only the identity of each gradient tensor and its count of writes
+(``_version``): they need no operation on a tensor, and no host sync.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.fsdp2 import own_piece
 
 SAMPLE = 16
-"""Parameters that are looked at in a step, but for the first: two microseconds each, in every micro-batch."""
+"""Parameters that are checked per step after the first one: each takes two microseconds in every micro-batch."""
 
 
 class LoopMistakes:
-    """Looks at the gradients that a loop leaves before, between and after the backwards of a step.
+    """Checks the gradients before, between and after the backwards of a step.
 
-    What a loop does, it does to all gradients of an optimizer, in each step: so all parameters are looked at in the
-    first step, and of each later step some ``SAMPLE``, by turns. Operations on lists of FSDP2's gradients, as
-    ``clip_grad_norm_`` makes them, are not counted by torch, and not seen; that they are cleared is.
+    A mistake in a loop affects all gradients of an optimizer in each step. All parameters are therefore checked in the
+    first step, and ``SAMPLE`` of them in each later step, in turn. Torch does not count operations on lists of FSDP2's
+    gradients, such as those of ``clip_grad_norm_``, so they are not noticed; clearing the gradients is.
 
-    Of gradients that are there before the first backward the numbers are looked at, as ``zero_grad(set_to_none=False)``
-    leaves zeros: a host sync and a pass over those few, which no other loop pays.
+    If gradients exist before the first backward, their values are read, because ``zero_grad(set_to_none=False)`` leaves
+    zeros. This costs a host sync and a pass over those gradients, in such loops only.
 
     Args:
         engine: how the model runs, and whether its parameters hold the gradients between micro-batches.
-        optimizer: of the parameters whose gradients are looked at.
+        optimizer: of the parameters whose gradients are checked.
     """
 
     def __init__(self, engine: Engine, optimizer: Optimizer) -> None:
@@ -42,7 +42,7 @@ class LoopMistakes:
         self._parameters: list[Tensor] = []
         self._left: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version after the last backward
         self._first = True
-        self._steps = 0  # begun so far
+        self._steps = 0  # backwards that have begun
 
     def step_begins(self) -> None:
         """The micro-batches of a step begin."""
@@ -59,10 +59,10 @@ class LoopMistakes:
         """A backward of the step begins.
 
         Args:
-            last: it is that of the last micro-batch.
+            last: whether it is that of the last micro-batch.
 
         Raises:
-            RuntimeError: what the loop did before must not be done there.
+            RuntimeError: if the loop made a mistake before it.
         """
         if self._first:
             self._first = False
@@ -77,14 +77,14 @@ class LoopMistakes:
             )
 
     def backward_ended(self) -> None:
-        """A backward of the step is over: what it left must stay as it is."""
+        """A backward of the step is over: its gradients must not change until the next one."""
         self._left = [(p, grad, grad._version) for p in self._parameters if (grad := p.grad) is not None]
 
     def check_untouched(self) -> None:
-        """That the gradients are those which the last backward left.
+        """Checks that the gradients are those of the last backward.
 
         Raises:
-            RuntimeError: some are gone, others or changed.
+            RuntimeError: if some were cleared, replaced or changed.
         """
         for parameter, grad, version in self._left:
             if parameter.grad is grad and grad._version == version:
@@ -101,19 +101,19 @@ class LoopMistakes:
                 f"clipping and scaler.unscale_() belong after `for batch in step`, and another loss must be added to "
                 f"the one that step.backward is given"
             )
-        self._left.clear()  # a gradient that is cleared later must not live on here
+        self._left.clear()  # a reference here would keep the memory of gradients that are cleared later
 
     def forget(self) -> None:
-        """The loop was broken off in the middle of a step."""
+        """The loop ended in the middle of a step."""
         self._left.clear()
 
     def _check_empty(self) -> None:
-        """That no gradient is left of anything before, but for zeros."""
+        """Checks that no gradient is left from before, except for zeros."""
         held = [p for p in self._parameters if p.grad is not None]
         if not held:
             return
         found = self._engine.collectives.sum_of(_any_nonzero(held)) if self._engine.shards else [_any_nonzero(held)]
-        if any(found):  # a shard may be zero on one rank, and the error belongs to all
+        if any(found):  # a shard may be zero on one rank, but all ranks must raise the error
             raise RuntimeError(
                 f"gradients from before the step are left when its first backward begins, among them that of "
                 f"{self._name_of(held[0])}, and would be added to those of the step: call optimizer.zero_grad() after "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Report(NamedTuple):
-    """What is known of a rank.
+    """The last report of a rank.
 
     Args:
         moves: number of phases that it has entered; infinite once it has left, so that the others are behind it.
@@ -31,7 +31,7 @@ class Report(NamedTuple):
 
 
 def lost_ranks(reports: Mapping[int, Report], *, timeout: float) -> str | None:
-    """What is wrong with the run, in words; None if nothing is.
+    """What is wrong with the run, in words; None if all is well.
 
     A rank is lost if it has not reported for ``timeout`` seconds. It hangs if it has not moved for that long while
     another rank is ahead of it and waits. If no rank has moved for that long in the middle of a step, one of them

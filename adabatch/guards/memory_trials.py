@@ -1,4 +1,4 @@
-"""Whether a larger micro-batch fits into memory: all ranks try it before they make a step of it.
+"""Whether a larger micro-batch fits into memory: all ranks try it before they use it in a step.
 
 If an allocation fails inside a training loop, the step is half done on one rank while the others wait for its
 gradients. So before the first step with a new size, each rank runs one micro-batch of that size without a reduction,
@@ -56,7 +56,7 @@ class Trials:
     Args:
         loss_of: the loss of a micro-batch; None for no trials.
         engine: of the model.
-        probe: which needs memory too; None for none.
+        probe: needs memory too; None if there is no probe.
         sizes: micro-batch sizes that a plan may use, ascending. The smallest is never tried.
 
     Raises:
@@ -73,7 +73,7 @@ class Trials:
         self._declared = tuple(sizes)
         self._fits = sizes[0]
         self._too_large: int | None = None
-        self._found: list[int] = []  # too large, since the last line of the journal
+        self._found: list[int] = []  # sizes found too large since the last line of the journal
 
     @property
     def too_large(self) -> int | None:
@@ -105,9 +105,10 @@ class Trials:
             A portion of the same micro-batches, and whether it fitted into the memory of every rank.
 
         Raises:
-            RuntimeError: if the trial failed on another rank for another reason than memory.
-            Exception: whatever failed on this rank, if it was not memory.
+            RuntimeError: if the trial failed on another rank, other than for lack of memory.
+            Exception: the error of this rank, other than for lack of memory.
         """
+        # The micro-batch of the trial is put back in front, so that the step consumes exactly the same data.
         rest = iter(portion.batches)
         first = next(rest)
         outcome, error = self._outcome(first, plan)
@@ -122,6 +123,7 @@ class Trials:
         if worst == -_TOO_LARGE:
             self._too_large = size
             self._found.append(size)
+            # one message per run, and not one per rank
             if self._engine.collectives.rank == 0:
                 _log.warning(
                     "a micro-batch of %d examples ran out of memory: micro-batches stay at %d examples at most, and "
@@ -134,7 +136,7 @@ class Trials:
         return replace(portion, batches=itertools.chain([first], rest)), worst == _FITS
 
     def _outcome(self, batch: Any, plan: BatchPlan) -> tuple[int, Exception | None]:
-        """How the trial goes on this rank. It raises nothing, since the other ranks wait for the outcome.
+        """The outcome of the trial on this rank. It raises no error, because the other ranks wait for the outcome.
 
         An error about memory is dropped here, so that the tensors in its traceback are freed.
         """
@@ -145,6 +147,8 @@ class Trials:
         except Exception as error:
             found = (_TOO_LARGE, None) if is_out_of_memory(error) else (_RAISED, error)
         if found[0] == _TOO_LARGE:
+            # Cycles through the error's traceback may still hold the activations; freed memory goes back to the device,
+            # because the smaller micro-batch needs blocks of other sizes.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -172,7 +176,7 @@ class Trials:
         buffers = [(buffer, buffer.clone()) for buffer in inner.buffers()]
         numbers = random_state(device)
         for p, _ in grads:
-            p.grad = None
+            p.grad = None  # put aside, not cleared: the tensors themselves come back
         try:
             with self._engine.alone():
                 yield
@@ -194,13 +198,13 @@ class Trials:
         return {"out_of_memory": found} if found else {}
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What was found: plain numbers, equal on all ranks; None if there are no trials."""
+        """The results of the trials: plain numbers, equal on all ranks; None if there are no trials."""
         if self._loss_of is None:
             return None
         return {"sizes": list(self._declared), "fits": self._fits, "too_large": self._too_large}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Keeps what a run with the same sizes found. With other sizes, or None, everything is tried again."""
+        """Takes over the results of a run with the same sizes. With other sizes, or None, everything is tried again."""
         if state is None or self._loss_of is None or tuple(state["sizes"]) != self._declared:
             state = {"fits": self._declared[0], "too_large": None}
         self._fits, self._too_large = state["fits"], state["too_large"]

@@ -18,15 +18,15 @@ class MissingUpdates:
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._in_loop = False  # steps() has been called
-        self._strange = 0  # updates while it had not
-        self._missed = 0  # steps in a row whose update never came
+        self._strange = 0  # updates before steps() was called
+        self._missed = 0  # steps in a row without their update
 
     def begin_loop(self) -> None:
         """``steps()`` is called."""
         self._in_loop = True
 
     def strange(self) -> None:
-        """An update outside of ``steps()``: the user's own, or a sign that another framework runs the loop."""
+        """An update outside of ``steps()``: either intended, or a sign that another framework runs the loop."""
         if self._in_loop:
             return
         self._strange += 1
@@ -45,16 +45,16 @@ class MissingUpdates:
         self._missed = 0
 
     def missed(self, parts: list[str], *, moved: bool) -> None:
-        """A step is over, but its update neither came nor was rightly left out. The second in a row is reported.
+        """A step is over without its update, and without a reason to leave it out. The second in a row is reported.
 
         If no weight has moved, this is a warning and not an error, since a loop that only measures needs no update.
 
         Args:
             parts: the classes of the optimizers that did not step.
-            moved: whether the weights changed all the same.
+            moved: whether the weights changed nevertheless.
 
         Raises:
-            RuntimeError: they did, by an optimizer that this run does not know, or by some of several.
+            RuntimeError: if the weights changed, by an unknown optimizer or by only some of several.
         """
         self._missed += 1
         if self._missed < 2:

@@ -1,4 +1,5 @@
-"""The thread of a watchdog: reports towards rank 0, learns which ranks are lost, and ends this rank if it has to."""
+"""The thread of a watchdog: it sends reports towards rank 0, learns which ranks are lost, and ends this rank if
+necessary."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ _STDERR = 2
 class Monitor:
     """Watches one rank, together with the monitors of the other ranks.
 
-    Reports go up the tree of connections to rank 0, which looks for lost ranks. What any rank finds goes to all. Each
-    rank sends one message per interval, of all reports that it knows from below. The training thread raises what was
-    found when it enters its next phase. If it does not within ``grace`` seconds, it waits in a collective, which Python
-    cannot interrupt. Then the process writes the finding and the stacks of its threads to standard error, and exits
-    with ``EXIT_RANK_LOST``.
+    Reports go up the tree of connections to rank 0, which looks for lost ranks. Every finding is sent to all ranks.
+    Each rank sends one message per interval, with all reports that it has from its subtree. The training thread raises
+    the finding when it enters its next phase. If it does not within ``grace`` seconds, it waits in a collective, which
+    Python cannot interrupt. The process then writes the finding and the stacks of its threads to standard error, and
+    exits with ``EXIT_RANK_LOST``.
 
     Args:
         connections: with the other ranks.
@@ -58,9 +59,9 @@ class Monitor:
         self._interval = min(1.0, timeout / 10)
         self._heard: dict[int, tuple[Report, float]] = {}
         self._due = 0.0  # when this rank reports next
-        self._left = False  # this rank, in order
-        self._told = False  # that it has left
-        self._failure: str | None = None  # of this rank, still to be told
+        self._left = False  # moves of this rank, in order
+        self._told = False  # ranks that have left
+        self._failure: str | None = None  # an error of this rank, which the others do not know yet
         self._stopping = False
         self._lost_at = math.inf
         self.finding: str | None = None
@@ -69,7 +70,7 @@ class Monitor:
         self._thread = threading.Thread(target=self._run, name="adabatch watchdog", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread. All ranks count as heard of now."""
+        """Starts the thread. Every rank counts as having reported now."""
         now = time.monotonic()
         others = range(1, self._size) if self._rank == 0 else self._neighbours()
         self._heard = {rank: (Report(0, "the time before its first report", True, 0.0), now) for rank in others}
@@ -81,7 +82,7 @@ class Monitor:
         self._connections.wake()
 
     def fail(self, failure: str) -> None:
-        """This rank ends with an error of its own; returns once the others have been told."""
+        """This rank ends with its own error; returns once the other ranks have been told."""
         self._failure = failure
         self.stop()
 
@@ -102,7 +103,7 @@ class Monitor:
             self._connections.send({"lost": self._failure})
 
     def _turn(self) -> None:
-        """Takes in what came; reports, and looks for lost ranks, once per interval."""
+        """Handles messages; sends a report and looks for lost ranks once per interval."""
         for peer, message in self._connections.receive(max(0.0, self._due - time.monotonic())):
             if message is None:
                 self._hung_up(peer)
@@ -114,7 +115,7 @@ class Monitor:
                 now = time.monotonic()
                 for rank, *fields in message["reports"]:
                     report = Report(*fields)
-                    # As it was when its rank sent it: what passed since then is added where it is used.
+                    # Kept as the rank sent it: the time that has passed since then is added when it is used.
                     self._heard[rank] = report._replace(still=report.still - report.silent), now - report.silent
         now = time.monotonic()
         if self.ended.is_set():
@@ -124,7 +125,7 @@ class Monitor:
             return
         if self._rank == 0 and self._left and all(report.left for report, _ in self._heard.values()):
             self._end_together()
-        # Only then: a rank that answered whatever it hears would be answered again.
+        # Only in this case: if ranks answered every message, two of them would never stop.
         if now >= self._due or (self._left and not self._told):
             self._due, self._told = now + self._interval, self._left
             self._tell_and_look(now)
@@ -174,8 +175,8 @@ class Monitor:
             self._judge(f"rank {peer} has died, last seen in {report.place}")
 
     def _judge(self, found: str) -> None:
-        """A rank is lost: passes it on in the tree."""
-        if self.finding is None:  # later findings follow from the first
+        """A rank is lost: tells the neighbours in the tree."""
+        if self.finding is None:  # later findings are consequences of the first
             self._connections.send({"lost": found})
             self.finding = found
             self._lost_at = time.monotonic()

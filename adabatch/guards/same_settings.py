@@ -1,8 +1,8 @@
-"""Whether all ranks of a run were given the same, and an error of one that shows on all.
+"""Checks that all ranks of a run have the same settings, and raises an error of one rank on all of them.
 
-Ranks that differ in a setting go separate ways: one finishes while the others wait, or each trains on with weights of
-its own. So before the first step of each ``steps()``, that is after a load too, all that decides is compared by one
-digest, in 16 bytes. Where it differs, the settings are exchanged, and every rank raises the same error.
+If ranks differ in a setting, one may finish while the others wait, or each may train its own weights. Before the first
+step of each ``steps()``, and therefore after a load too, everything that affects decisions is compared by one digest
+of 16 bytes. If it differs, the ranks exchange their settings, and all of them raise the same error.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from adabatch.runtime.optimizers import each_of
 from adabatch.runtime.probes.protocol import Probe
 
 _LONGEST = 160
-"""Characters of a value in an error; of a longer one its beginning and a digest are shown."""
+"""Characters of a value in an error; of a longer value its beginning and a digest are shown."""
 
 _NAMED = 4
 """Settings that an error names."""
 
 _DEEPEST = 6
-"""Objects inside of objects that are looked into."""
+"""Levels of nested objects that are compared."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def check_same_settings(collectives: Collectives, settings: Mapping[str, object]) -> None:
-    """That all ranks hold the same settings.
+    """Checks that all ranks hold the same settings.
 
     Args:
         collectives: the ranks.
-        settings: name -> value; compared by what ``text_of`` makes of them.
+        settings: name -> value; compared as text, by ``text_of``.
 
     Raises:
-        ValueError: on every rank, if they do not; names the settings, the values and the ranks that hold them.
+        ValueError: on every rank, if they differ; names the settings, the values and the ranks that hold them.
     """
     if collectives.size == 1:
         return
@@ -72,14 +72,14 @@ def check_same_settings(collectives: Collectives, settings: Mapping[str, object]
 
 @contextmanager
 def failing_together(collectives: Collectives, what: str) -> Iterator[None]:
-    """An error that one rank raises in the block is raised on all; costs a reduction of 8 bytes.
+    """Raises an error that one rank raises in the block on all ranks; costs a reduction of 8 bytes.
 
     Args:
         collectives: the ranks, all of which enter the block.
-        what: is done in the block, for the message of the others.
+        what: what the block does, for the message on the other ranks.
 
     Raises:
-        RuntimeError: on the ranks without an error of their own, with the error of the first that has one.
+        RuntimeError: on the ranks without their own error, with the message of the first rank that has one.
     """
     own: Exception | None = None
     try:
@@ -113,7 +113,7 @@ def loop_settings(
     weigh: Callable[[Any], float] | None,
     allow_same_data: bool,
 ) -> dict[str, object]:
-    """What ``steps()`` was given. Of loaders of the ranks' own, and of functions, only whether they were given."""
+    """The arguments of ``steps()``. For functions, and for loaders that each rank has, only whether they were given."""
     ordered = isinstance(loader, GlobalOrder)
     place = loader.state_dict() if isinstance(loader, GlobalOrder) else {}
     return {
@@ -129,7 +129,7 @@ def loop_settings(
 def run_settings(
     given: Mapping[str, object], optimizer: Optimizer, *, probe: Probe | None, votes: Votes, trials: Trials
 ) -> dict[str, object]:
-    """What a run was given, among it an optimizer, with what measures the run and listens to it."""
+    """The arguments of a run and its optimizer, with what measures the run and listens to it."""
     return {
         "what the probe gives": None if probe is None else probe.gives,
         "whether Preemption or Checkpoints listen": votes.listening,
@@ -140,7 +140,7 @@ def run_settings(
 
 
 def optimizer_settings(optimizer: Optimizer) -> dict[str, object]:
-    """All that the groups of an optimizer, or of several, were given."""
+    """The settings of all groups of an optimizer, or of several."""
     found: dict[str, object] = {}
     for number, one in enumerate(each_of(optimizer)):
         name = "optimizer" if number == 0 else f"optimizer {number + 1}"
@@ -154,16 +154,16 @@ def optimizer_settings(optimizer: Optimizer) -> dict[str, object]:
 
 
 def scaler_settings(scaler: GradScaler | None) -> object:
-    """What a scaler was given; not its scale, which workers of local SGD have one each of."""
+    """The settings of a scaler, without its scale, which differs between workers of local SGD."""
     if scaler is None or not scaler.is_enabled():
         return None
     return scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
 
 
 def text_of(value: object, depth: int = 0) -> str:
-    """What a value says, the same in every process that was given it; addresses are left out.
+    """A text for a value that is the same in every process with that value; memory addresses are left out.
 
-    Of tensors and arrays of more than a few numbers the shape counts; of functions, the name and what they closed over.
+    Tensors and arrays of more than a few numbers are compared by shape, functions by name and by what they close over.
     """
     if isinstance(value, Tensor | np.ndarray):
         if np.prod(value.shape) > 16:

@@ -1,8 +1,8 @@
 """Votes of single ranks on whether to stop or save, which all ranks count after the same step.
 
-A signal reaches ranks at different times, and their clocks differ. So a rank's vote is one number that is added to the
-reduction which a step makes anyway: 8 bytes, and no further wait. If steps reduce nothing, there is a reduction every
-``INTERVAL`` steps.
+A signal reaches ranks at different times, and their clocks differ. A vote is therefore one number that is added to the
+reduction which a step makes anyway: 8 bytes, and no additional wait. If steps reduce nothing, there is a reduction
+every ``INTERVAL`` steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _never() -> bool:
 
 
 class Votes(Rider):
-    """What the ranks of a run have agreed on.
+    """The decisions on which the ranks of a run agree.
 
     Attributes:
         stop: whether all ranks stop after this step. It stays True.
@@ -86,6 +86,7 @@ class Votes(Rider):
 
     def _hear(self, votes: float) -> None:
         self._unheard = 0
+        # Sums of small whole numbers are exact in float64, so that all ranks count the same.
         saves, stops = divmod(votes, _SAVE)
         self.save = saves > 0
-        self.stop = self.stop or stops > 0
+        self.stop = self.stop or stops > 0  # a vote to stop is never withdrawn

@@ -15,7 +15,8 @@ __all__ = ["EXIT_RANK_LOST", "RankLost", "Watchdog"]
 
 
 class RankLost(RuntimeError):
-    """Another rank died, hangs or raised. The message says which one, where it was, and what is known of it."""
+    """Another rank died, hangs or raised an error. The message says which one, in which phase, and what is known about
+    it."""
 
 
 class WatchedRun(Protocol):
@@ -41,24 +42,24 @@ class Watchdog:
 
     If a rank **dies** (killed, out of memory, crashed), the others notice at once. If it **raises** an error in the
     block, it tells them. If it **hangs**, or its process or machine is frozen or cut off, they find out after
-    ``timeout`` seconds in which it did not go on to the next phase of a step (loading, forward, backward, measuring,
+    ``timeout`` seconds in which it did not reach the next phase of a step (loading, forward, backward, measuring,
     update) while others are ahead and wait for it. All ranks then leave the block with a ``RankLost`` that names the
-    lost rank and where it was; the rank that raised, with its own error.
+    lost rank and its phase; a rank that raised an error leaves with that error.
 
-    A rank that waits in a collective cannot be interrupted from Python. If its backend does not give up within
+    A rank that waits in a collective cannot be interrupted from Python. If its backend does not time out within
     ``grace`` seconds, the process writes the same message and the stacks of its threads to standard error, and exits
     with status ``EXIT_RANK_LOST`` (76). Restart such a run from its checkpoint.
 
-    Two things are not found: which rank hangs if all are in the same phase of a step, and a hang in your own
-    collectives between two steps, where a run may test or save for as long as it likes.
+    Two things are not detected: which rank hangs if all are in the same phase of a step, and a hang in your own
+    collectives between two steps, where a run may take any time to test or to save.
 
     At the end of the block each rank waits for the others. The watchdog costs one thread, one connection with rank
-    0, and one message of about 150 bytes per second and way; the training itself sends nothing more. Beyond 65 ranks
-    the connections make a tree, in which no rank has more than 65, and ranks pass on the reports of up to 64 others
-    each. On a single process it does nothing.
+    0, and one message of about 150 bytes per second and direction; the training itself sends nothing more. With more
+    than 65 ranks the connections form a tree, in which each rank has at most 65 connections and forwards the reports of
+    up to 64 others. On a single process the watchdog does nothing.
 
     Args:
-        batches: the run. Every rank makes its watchdog after it.
+        batches: the run. Every rank creates its watchdog after it.
         timeout: in seconds. It must be longer than the longest phase of a step, and than anything that one rank does
             alone between steps.
         grace: in seconds; see above.

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 from adabatch.integrations.versions import require
 
 OLDEST = "0.19"
-"""The release of axolotl whose plugin class was read."""
+"""The release of axolotl whose source was read."""
 
 require("axolotl", OLDEST)
 
@@ -30,6 +30,27 @@ from adabatch.integrations.transformers import AdaptiveMixin  # noqa: E402
 from adabatch.integrations.transformers_arguments import AdaptiveArguments  # noqa: E402
 
 PREFIX = "adabatch_"
+
+_SUPERVISED = "it serves supervised fine-tuning; leave it out of `plugins`, or train with TRL and AdaptiveMixin"
+_SCHEDULE = (
+    "axolotl's own schedule counts steps, and how many the run takes is not known; leave it out, and for a floor use "
+    "lr_scheduler: cosine_with_min_lr with min_lr_rate in lr_scheduler_kwargs"
+)
+_REFUSED = {
+    "rl": _SUPERVISED,
+    "reward_model": _SUPERVISED,
+    "process_reward_model": _SUPERVISED,
+    "sample_packing": (
+        "it deals packed rows in batches of one size; set sample_packing: false, or pack the data set beforehand"
+    ),
+    "trainer_cls": "it would replace that class; put AdaptiveMixin in front of it, and leave the plugin out",
+    "cosine_min_lr_ratio": _SCHEDULE,
+    "cosine_constant_lr_ratio": _SCHEDULE,
+    "lr_quadratic_warmup": _SCHEDULE,
+    "jagged_restart_steps": _SCHEDULE,
+    "relora": "it restarts the learning rate every so many steps; leave it out",
+}
+"""Keys of axolotl that the plugin would leave without effect, or get wrong, and what to do instead."""
 
 _TYPES = get_type_hints(AdaptiveArguments)
 _KEYS: Any = {PREFIX + field.name: (_TYPES[field.name] | None, None) for field in fields(AdaptiveArguments)}
@@ -45,21 +66,22 @@ class AdabatchPlugin(BasePlugin):  # type: ignore[misc]
         """Where the keys of the YAML are described."""
         return f"{__name__}.AdabatchArgs"
 
-    def get_trainer_cls(self, cfg: Any) -> type | None:
-        """axolotl's own trainer with a batch that follows; None for reinforcement learning, which is left as it is.
+    def get_trainer_cls(self, cfg: Any) -> type:
+        """axolotl's own trainer with a batch that follows.
 
         Raises:
-            ValueError: if ``sample_packing`` is on, or as ``AdaptiveArguments`` raises it.
+            ValueError: if the config asks for what the plugin cannot keep, such as ``sample_packing``, or as
+                ``AdaptiveArguments`` raises it.
         """
-        if cfg.get("rl") or cfg.get("reward_model") or cfg.get("process_reward_model"):
+        for key, advice in _REFUSED.items():
+            if cfg.get(key):
+                raise ValueError(f"the adabatch plugin does not run with {key}={cfg.get(key)!r}: {advice}")
+        if cfg.get("model_config_type") == "mamba":
+            raise ValueError("the adabatch plugin does not run with models of type mamba, which need another trainer")
+        if cfg.get("lr_scheduler") in ("one_cycle", "rex"):
             raise ValueError(
-                "the adabatch plugin serves supervised fine-tuning: leave it out of `plugins` with `rl` and reward "
-                "models, or train with TRL and AdaptiveMixin"
-            )
-        if cfg.get("sample_packing"):
-            raise ValueError(
-                "sample_packing deals packed rows in batches of one size: set sample_packing: false, or pack the data "
-                "set beforehand"
+                f"lr_scheduler={cfg.get('lr_scheduler')!r} counts steps, and how many the run takes is not known: use "
+                f"linear, cosine, cosine_with_min_lr or constant_with_warmup"
             )
         from axolotl.core.trainers.base import AxolotlTrainer  # type: ignore[import-not-found]
 
@@ -74,4 +96,6 @@ def arguments_from(cfg: Any) -> AdaptiveArguments:
 
 def adaptive_trainer(trainer: type, arguments: AdaptiveArguments) -> type:
     """A subclass of ``trainer`` with these arguments."""
-    return type(f"Adaptive{trainer.__name__}", (AdaptiveMixin, trainer), {"adaptive": arguments})
+    # axolotl's create_scheduler makes the schedules of the keys that are refused above, and the Trainer's otherwise.
+    members = {"adaptive": arguments, "base_schedule_is_left_out": True}
+    return type(f"Adaptive{trainer.__name__}", (AdaptiveMixin, trainer), members)

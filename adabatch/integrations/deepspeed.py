@@ -259,7 +259,7 @@ def check_options(engine: Any, options: dict[str, Any]) -> None:
                 f"{engine.zero_optimization_stage()} shows the norm only: leave it out, or use ZeRO 0"
             )
     kind = type(engine.basic_optimizer)
-    if "betas" in Followers.of(options.get("follow", ())).settings and not kind.__module__.startswith("torch."):
+    if "betas" in Followers.of(options.get("follow") or ()).settings and not kind.__module__.startswith("torch."):
         raise ValueError(
             f"follow='betas' needs the step counts of torch's own Adam, which {kind.__name__} of {kind.__module__} "
             f'keeps elsewhere: set "torch_adam": true in the config, give torch.optim.AdamW, or leave betas out'

@@ -7,15 +7,12 @@ The Trainer keeps its loop, its flags, its callbacks, its logs and its checkpoin
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.criteria import Criterion
@@ -33,12 +30,12 @@ OLDEST = "5.23"
 
 require("transformers", OLDEST)
 
-from accelerate.data_loader import SeedableRandomSampler  # noqa: E402
 from accelerate.utils import find_batch_size  # noqa: E402
-from transformers import Trainer, TrainerCallback  # noqa: E402
+from transformers import Trainer  # noqa: E402
 
 from adabatch.integrations.accelerate import attach  # noqa: E402
 from adabatch.integrations.transformers_arguments import AdaptiveArguments  # noqa: E402
+from adabatch.integrations.transformers_data import StepLoader, order_of  # noqa: E402
 from adabatch.integrations.transformers_lr import (  # noqa: E402
     OF_A_METRIC,
     ProgressBeforeBatches,
@@ -46,18 +43,12 @@ from adabatch.integrations.transformers_lr import (  # noqa: E402
     warmup_of,
     warmup_start_of,
 )
+from adabatch.integrations.transformers_refusals import refuse  # noqa: E402
+from adabatch.integrations.transformers_state import Bookkeeping, saved_state, write_state  # noqa: E402
 
 __all__ = ["AdaptiveArguments", "AdaptiveMixin", "AdaptiveTrainer"]
 
-STATE_FILE = "adabatch.pt"
-"""What a checkpoint of the Trainer holds beside the Trainer's own files."""
-
-STATE_FORMAT = 1
-
 _Host: Any = object  # any Trainer class, by the order of bases
-
-_ORDERS = {"logging": "should_log", "eval": "should_evaluate", "save": "should_save"}
-"""What the Trainer does every so many steps, and the order for it."""
 
 
 class AdaptiveMixin(_Host):  # type: ignore[misc]
@@ -87,6 +78,8 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
 
     Attributes:
         adaptive: as given; a subclass may set it instead.
+        base_schedule_is_left_out: set to True in a subclass, lets a ``create_scheduler`` of the Trainer class behind
+            have no effect. Otherwise such a class is refused.
         batches: the ``AdaptiveBatch`` of the last call of ``train()``; None before it, and if the run only monitors.
         monitor: the ``NoiseMonitor`` of a run that only monitors.
         order: the order of the examples.
@@ -97,6 +90,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
     """
 
     adaptive: AdaptiveArguments | None = None
+    base_schedule_is_left_out: bool = False
     control: Any
     lr_scheduler: Any
 
@@ -126,16 +120,16 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         self._step_flos = 0.0
         self._step_size = 0  # global batch size of the step that was run last
         self._step_factor = 1.0  # batch factor of its update
-        self._refuse()
+        refuse(self)
         if not self._adaptive.monitor_only:
             # First, so that the others see the right epoch, and the Trainer's own ends the run.
-            self.callback_handler.callbacks.insert(0, _Bookkeeping(self))
+            self.callback_handler.callbacks.insert(0, Bookkeeping(self))
 
     # --- a run ------------------------------------------------------------------------------------------------------
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """As the Trainer's; the hooks on model and optimizer are taken off at its end."""
-        self._refuse()
+        refuse(self)
         try:
             return super().train(*arguments, **options)
         finally:
@@ -147,11 +141,11 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         if self._adaptive.monitor_only:
             return loader
         self.order = order_of(loader, seed=self.args.seed if self.args.data_seed is None else self.args.data_seed)
-        return _StepLoader(self, math.ceil(len(self.order) / self._smallest()) + 1)
+        return StepLoader(self.order, self.steps_of_epoch, math.ceil(len(self.order) / self._smallest()) + 1)
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *more: Any) -> Any:
         """Epochs and steps of the run: bounds, where they are not known beforehand."""
-        if not isinstance(dataloader, _StepLoader):
+        if not isinstance(dataloader, StepLoader):
             return super().set_initial_training_values(args, dataloader, *more)
         order, per_epoch = self._order(), len(dataloader)
         if args.max_steps > 0:
@@ -342,16 +336,28 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         if name in OF_A_METRIC:
             return super().create_scheduler(num_training_steps, optimizer)
         total = self.total_length()
-        self.lr_scheduler = ProgressLR(
-            self._inner_optimizer(),
-            shape_of(self.args, total),
-            self._source,
-            total=total,
-            warmup=warmup_of(self.args),
-            warmup_start=warmup_start_of(self.args),
+        self.lr_scheduler = self.progress_lr(
+            shape_of(self.args, total), warmup=warmup_of(self.args), warmup_start=warmup_start_of(self.args)
         )
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def progress_lr(self, shape: Any, **options: Any) -> ProgressLR:
+        """A schedule over the length of the run, for a ``create_scheduler`` of your own.
+
+        ::
+
+            class MyTrainer(AdaptiveMixin, Trainer):
+                def create_scheduler(self, num_training_steps, optimizer=None):
+                    self.lr_scheduler = self.progress_lr(adabatch.lr.wsd(cooldown=0.2), warmup=adabatch.steps(100))
+                    return self.lr_scheduler
+
+        Args:
+            shape: of ``adabatch.lr``, or a function of the share of the run.
+            options: of ``ProgressLR``, such as ``warmup``.
+        """
+        assert self._source is not None
+        return ProgressLR(self._inner_optimizer(), shape, self._source, total=self.total_length(), **options)
 
     def _get_learning_rate(self) -> Any:
         """What the last update was made with; by now, the schedule's own knows the next batch."""
@@ -379,9 +385,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._host_state is not None:
-            state = {"format": STATE_FORMAT, **self._host_state.state_dict()}
-            if self.args.should_save:
-                torch.save(state, os.path.join(output_dir, STATE_FILE))
+            write_state(self._host_state, output_dir, here=self.args.should_save)
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         if self.batches is not None:
@@ -391,197 +395,6 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
             num_train_samples = consumed * max(self.state.max_steps, 1) / max(here, 1)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
-    # --- what is refused --------------------------------------------------------------------------------------------
-
-    def _refuse(self) -> None:
-        """Refuses arguments under which the run would be wrong."""
-        for reason, holds in _refusals(self).items():
-            if holds:
-                raise ValueError(f"adabatch cannot run in this {type(self).__name__}: {reason}")
-
 
 class AdaptiveTrainer(AdaptiveMixin, Trainer):
     """The ``Trainer`` of Transformers with a batch that follows a criterion; see ``AdaptiveMixin``."""
-
-
-class _StepLoader:
-    """What the Trainer takes for its loader: each batch is a ``Step``.
-
-    Args:
-        trainer: whose steps they are.
-        length: no epoch has more steps.
-    """
-
-    def __init__(self, trainer: AdaptiveMixin, length: int) -> None:
-        self._trainer = trainer
-        self._length = length
-        self.dataset = trainer._order().dataset
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[Step]:
-        return self._trainer.steps_of_epoch()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the epoch's beginning if a callback ended the one before early."""
-        order = self._trainer._order()
-        if order.epoch < epoch:
-            order.start_epoch(epoch)
-
-
-class _Bookkeeping(TrainerCallback):
-    """Tells the Trainer where a run stands whose number of steps is not known."""
-
-    def __init__(self, trainer: AdaptiveMixin) -> None:
-        self._trainer = trainer
-        self._shares: dict[str, float] = {}
-        self._done = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Takes over what is counted in shares of the run (``save_steps=0.1``)."""
-        given = {kind: getattr(args, f"{kind}_steps") for kind in _ORDERS}
-        self._shares = {kind: share for kind, share in given.items() if share is not None and 0 < share < 1}
-        for kind in self._shares:
-            setattr(state, f"{kind}_steps", sys.maxsize)  # never by the Trainer itself
-        self._stand(state)
-        state.num_train_epochs = math.ceil(self._epochs(args, state))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The epoch, the end of the run or an estimate of it, and what is due at a share of it."""
-        before = self._done
-        self._stand(state)
-        for kind, share in self._shares.items():
-            # a little more, as 0.1 + 0.2 is above 0.3
-            if math.floor(self._done / share + 1e-9) > math.floor(before / share + 1e-9) and _is_due(args, state, kind):
-                setattr(
-                    control, {"logging": "should_log", "eval": "should_evaluate", "save": "should_save"}[kind], True
-                )
-
-    def _stand(self, state: Any) -> None:
-        batches, order, total = self._trainer.batches, self._trainer._order(), self._trainer.total_length()
-        assert batches is not None
-        consumed = batches.consumed
-        state.epoch = consumed.examples / len(order)
-        self._done = min(1.0, consumed.count(total.unit) / total.count)
-        if consumed.reached(total):
-            state.max_steps = state.global_step
-        elif total.unit == "examples":
-            left = math.ceil((total.count - consumed.examples) / batches.plan.global_batch_size)
-            state.max_steps = state.global_step + left
-        for callback in self._trainer.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None)
-            if bar is not None:
-                bar.total = state.max_steps
-
-    def _epochs(self, args: Any, state: Any) -> float:
-        if args.max_steps <= 0:
-            return float(args.num_train_epochs)
-        return float(args.max_steps * self._trainer.get_total_train_batch_size(args) / len(self._trainer._order()))
-
-
-def _is_due(args: Any, state: Any, kind: str) -> bool:
-    by_steps = getattr(getattr(args, f"{kind}_strategy"), "value", None) == "steps"
-    return by_steps and (kind != "eval" or args.eval_delay <= state.global_step)
-
-
-def order_of(loader: Any, *, seed: int) -> GlobalOrder:
-    """The examples of a loader in an order that all ranks share, loaded by the same options.
-
-    Args:
-        loader: of a map-style data set, with torch's random or sequential sampler.
-        seed: of the order.
-
-    Raises:
-        ValueError: if the data set is only iterable, or another sampler orders it.
-    """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
-            "a data set that is only iterable cannot be dealt in steps of other sizes, nor resumed at an example: use "
-            "one with __len__ and __getitem__ (datasets: load it without streaming=True)"
-        )
-    batch_sampler: Any = loader.batch_sampler
-    while hasattr(batch_sampler, "batch_sampler"):
-        batch_sampler = batch_sampler.batch_sampler
-    sampler = getattr(batch_sampler, "sampler", batch_sampler)
-    if type(sampler) not in (RandomSampler, SeedableRandomSampler, SequentialSampler):
-        raise ValueError(
-            f"{type(sampler).__name__} orders the examples in batches of one size: use train_sampling_strategy="
-            f"'random' or 'sequential'"
-        )
-    pinned = loader.pin_memory and torch.accelerator.is_available()  # torch warns of it otherwise
-    options = {} if loader.num_workers == 0 else {
-        "prefetch_factor": loader.prefetch_factor,
-        "persistent_workers": loader.persistent_workers,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
-        "timeout": loader.timeout,
-    }  # fmt: skip
-    return GlobalOrder(
-        loader.dataset,
-        seed=seed,
-        shuffle=not isinstance(sampler, SequentialSampler),
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=pinned,
-        **options,
-    )
-
-
-def saved_state(folder: str) -> dict[str, Any]:
-    """What a checkpoint of the Trainer holds of the batch and the data.
-
-    Raises:
-        ValueError: if it holds nothing of it, or was written by a newer version.
-    """
-    path = os.path.join(folder, STATE_FILE)
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"{folder} holds no {STATE_FILE}: it was saved without adabatch, or with save_only_model. Its place in the "
-            f"data and its batch are not known; start from its weights with from_pretrained"
-        )
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    if state["format"] > STATE_FORMAT:
-        raise ValueError(
-            f"{path} was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: upgrade adabatch"
-        )
-    return state
-
-
-def _refusals(trainer: Any) -> dict[str, bool]:
-    """Reasons why a run would be wrong, and whether they hold."""
-    args, adaptive = trainer.args, trainer.adaptive
-    by_threads = {
-        "torch.nn.DataParallel splits each micro-batch over the GPUs of one process; start one process per GPU with "
-        "torchrun, or show one GPU with CUDA_VISIBLE_DEVICES": args.n_gpu > 1,
-    }
-    if adaptive.monitor_only:
-        return by_threads
-    config = getattr(trainer.accelerator, "parallelism_config", None)
-    sizes = [getattr(config, f"{name}_size", 1) or 1 for name in ("tp", "cp", "sp")]
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    lomo = str(getattr(args.optim, "value", args.optim))
-    return by_threads | {
-        f"gradient_accumulation_steps={args.gradient_accumulation_steps} would make windows of its own; use 1, and "
-        f"min_batch_size, adabatch accumulates by the plan": args.gradient_accumulation_steps != 1,
-        "auto_find_batch_size changes the micro-batch in the middle of a run; leave it out, and set "
-        "per_device_train_batch_size (larger ones can be tried with max_micro_batch_size)": args.auto_find_batch_size,
-        "tensor, context and sequence parallelism give several ranks the same examples; use data parallelism (DDP, "
-        "FSDP2 or DeepSpeed)": max(sizes) > 1 or trainer.get_tp_size() > 1,
-        "its model is spread over several devices of one process (device_map), as a pipeline; use FSDP2 or DeepSpeed "
-        "ZeRO 3": bool(getattr(trainer, "is_model_parallel", False)),
-        "FSDP1 does not show the gradients of a rank; set fsdp_version: 2 in fsdp_config": (
-            plugin is not None and getattr(plugin, "fsdp_version", 1) != 2
-        ),
-        "the scheduler of DeepSpeed's JSON counts steps; leave `scheduler` out of it, and set lr_scheduler_type": (
-            deepspeed is not None and "scheduler" in deepspeed.config
-        ),
-        f"optim={lomo!r} updates weights inside the backward of each micro-batch; use adamw_torch": (
-            "lomo" in lomo or "layerwise" in lomo
-        ),
-        "it generates its data for a fixed number of micro-batches (steps_per_generation), and a step that takes more "
-        "would train on rollouts of older weights; train with a constant batch, and monitor_only=True": hasattr(
-            args, "steps_per_generation"
-        ),
-    }

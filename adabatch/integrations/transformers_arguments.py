@@ -62,8 +62,9 @@ class AdaptiveArguments:
         default=None,
         metadata={"help": "How the learning rate follows the batch; by default as AdaptiveBatch says."},
     )
-    follow: list[str] = field(
-        default_factory=list, metadata={"help": "What else follows the batch: betas, eps, weight_decay."}
+    follow: Optional[list[str]] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "What else follows the batch: betas, eps, weight_decay; by default as AdaptiveBatch says."},
     )
     reference_batch_size: Optional[int] = field(  # noqa: UP045
         default=None, metadata={"help": "Global batch size that learning_rate was tuned for; by default the first one."}
@@ -121,7 +122,7 @@ class AdaptiveArguments:
         options: dict[str, Any] = {
             "max_micro_batch_size": self.max_micro_batch_size,
             "lr_rule": self.lr_rule,
-            "follow": tuple(self.follow),
+            "follow": None if self.follow is None else tuple(self.follow),
             "reference_batch_size": self.reference_batch_size,
             "journal": self.journal,
         }

@@ -1,4 +1,4 @@
-"""How far a step goes. Pure: standard library and numpy, no torch."""
+"""The learning rate: shapes, clocks, rules and bounds. Pure: standard library and numpy, no torch."""
 
 from adabatch.lr.bound import (
     BoundTerms,

@@ -1,4 +1,4 @@
-"""The last-iterate bound of convex theory: what it says of a schedule, its best base learning rate.
+"""The last-iterate bound of convex theory, and the best base learning rate of a schedule according to it.
 
 A schedule takes steps ``gamma * eta_t``, t = 1..T: factors ``eta`` and base learning rate ``gamma``. With
 ``G_t`` the gradient's norm at step t and ``D`` the distance from the start to a minimiser, SGD on a convex
@@ -15,9 +15,9 @@ This is Theorem 10 of Defazio et al. (2023, arXiv:2310.07831, appendix F) as eva
 ``eta_k / (eta_{k+1:T} eta_{k:T}) = 1 / eta_{k+1:T} - 1 / eta_{k:T}``: O(T) instead of O(T^2), and no
 difference of nearly equal sums.
 
-**What it is good for**: comparing shapes, ratios of base learning rates, horizons. Its absolute value is not
-a loss (for linear decay it is twice what that schedule's own theorem gives), and bounds compare at equal T
-and G only: across batch sizes, put the batch's noise into ``G_t``.
+**What it is for**: comparing shapes, ratios of base learning rates, and horizons. Its absolute value is not
+a loss (for linear decay it is twice what that schedule's own theorem gives). Bounds can be compared at equal
+T and G only; across batch sizes, include the noise of the batch in ``G_t``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class BoundTerms(NamedTuple):
 
     Args:
         distance: T1, how far the start is from a minimiser.
-        gradient: T2, what the gradients' size and noise cost.
+        gradient: T2, the cost of the gradients' size and noise.
     """
 
     distance: float
@@ -60,7 +60,7 @@ class BoundTerms(NamedTuple):
         """The bound at ``base_lr``.
 
         Raises:
-            ValueError: a base learning rate that is not positive.
+            ValueError: if the base learning rate is not positive.
         """
         require(0 < base_lr < math.inf, "base_lr must be positive and finite", base_lr)
         return self.distance / base_lr + base_lr * self.gradient
@@ -79,21 +79,21 @@ class CooldownLimits(NamedTuple):
 
 
 class Extension(NamedTuple):
-    """How to go on with a finished run so that its base learning rate is right for the longer one.
+    """How to continue a finished run so that its base learning rate is right for the longer run.
 
     Load the checkpoint of ``resume_step``, multiply the base learning rate by ``lr_factor``, and run
     ``num_steps`` more steps with ``shape``, after a ramp of ``ramp_steps`` (a warm-up that starts at ``1 /
     lr_factor``).
 
     Args:
-        resume_step: optimizer steps behind the checkpoint to load; the learning rate was still full there.
+        resume_step: number of optimizer steps before the checkpoint to load, where the learning rate was still full.
         num_steps: optimizer steps from there to the end, ramp included.
-        lr_factor: what to multiply the base learning rate by.
-        ramp_steps: steps over which that factor comes in, linearly; 0 is at once.
+        lr_factor: factor on the base learning rate.
+        ramp_steps: steps over which that factor is introduced linearly; 0 for at once.
         shape: shape over the progress from the ramp's end to the end.
         cooldown: length of the cooldown as a share of the whole longer run after its warm-up.
-        best_base_lr_ratio: best base learning rate of the longer run over that of the finished one. 1 where
-            they match; below 1 where even a cooldown over the whole run cannot raise it enough.
+        best_base_lr_ratio: best base learning rate of the longer run over that of the finished one. 1 if they
+            match; below 1 if even a cooldown over the whole run cannot raise it enough.
         terms: bound of the longer run, for gradient norm 1 and distance 1.
     """
 
@@ -114,17 +114,17 @@ def discretize(
 
     Entry t = 0.. is ``warmup_factor(t / warmup_steps, warmup_start) * shape(0)`` while t is below
     ``warmup_steps``, then ``shape((t - warmup_steps) / (num_steps - warmup_steps))``. Progress 1 would be the
-    entry after the last, so a shape that decays to zero has no zero in here, as the bound needs it. A
-    cooldown is not rounded to whole steps: its knee may lie between two.
+    entry after the last, so a shape that decays to zero has no zero here, as the bound requires. A cooldown
+    is not rounded to whole steps: it may begin between two of them.
 
     Args:
-        shape: what follows the warm-up; its progress runs over what the warm-up leaves.
+        shape: over the steps after the warm-up.
         num_steps: all steps, warm-up included.
-        warmup_steps: length of the warm-up, less than ``num_steps``; 0 has none.
+        warmup_steps: length of the warm-up, less than ``num_steps``; 0 for no warm-up.
         warmup_start: first factor of the warm-up, a ratio of the base learning rate.
 
     Raises:
-        ValueError: no steps, or a warm-up that leaves none.
+        ValueError: if there are no steps, or the warm-up leaves none.
     """
     if num_steps < 1:
         raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
@@ -146,15 +146,14 @@ def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float =
     Time and memory are O(T). The bound after the first t steps is that of ``factors[:t]``.
 
     Args:
-        factors: ``eta_t`` at base learning rate 1, shape (T,), not negative. Zeros at the end are left off:
-            nothing moves there, and the bound would be infinite. A shape whose floor is an absolute learning
-            rate is another shape at every base learning rate, and ``best_base_lr`` does not hold for it.
+        factors: ``eta_t`` at base learning rate 1, shape (T,), not negative. Zeros at the end are removed, because
+            nothing changes there and the bound would be infinite. A shape whose floor is an absolute learning
+            rate changes with the base learning rate, and ``best_base_lr`` does not hold for it.
         norms: ``G_t``, shape (T,) or a number for all, not negative.
         distance: ``D``, positive.
 
     Raises:
-        ValueError: numbers out of these ranges, shapes that differ, or factors or gradients that are zero
-            throughout.
+        ValueError: if numbers are out of these ranges, shapes differ, or all factors or gradients are zero.
     """
     eta, squares = _validated(factors, norms, distance)
     tail = np.cumsum(eta[::-1])[::-1]
@@ -177,7 +176,7 @@ def averaged_bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance
 
         T1 = D^2 / (2 sum_t eta_t)                      T2 = sum_t eta_t^2 G_t^2 / (2 sum_t eta_t)
 
-    It says nothing of the last iterate, and so sees no use in a cooldown. Arguments and errors as for
+    It does not concern the last iterate, so a cooldown does not improve it. Arguments and errors as for
     ``bound_terms``.
     """
     eta, squares = _validated(factors, norms, distance)
@@ -192,16 +191,16 @@ def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
 
         best base learning rate  sqrt(2 / ((2 - c)(2 + l)))           bound  sqrt((4 + 2 l) / (2 - c))
 
-    Derived from the bound by replacing its sums by integrals. At T = 20,000 the bound's own best base
-    learning rate is within 0.13 % of it for a cooldown of 0.05, 0.06 % for 0.2 and more. The ratio of two of
-    these limits transfers a tuned base learning rate between cooldowns, whatever T.
+    Derived from the bound by replacing its sums by integrals. At T = 20,000 the bound's own best base learning rate is
+    within 0.13 % of it for a cooldown of 0.05, 0.06 % for 0.2 and more. The ratio of two     of these limits transfers
+    a tuned base learning rate between cooldowns, at any T.
 
     Args:
         cooldown: the share of the run that cools down, in (0, 1]. There is no limit for 0: the bound of a
             constant schedule grows as ``sqrt(log T / T)``.
 
     Raises:
-        ValueError: a cooldown out of its range.
+        ValueError: if the cooldown is out of its range.
     """
     require(0 < cooldown <= 1, "cooldown must lie in (0, 1]", cooldown)
     log_ratio = math.log((2 - cooldown) / cooldown)
@@ -222,7 +221,7 @@ def linear_cooldown_ratio(
         target_steps: of the new run; by default the same.
 
     Returns:
-        The ratio of the limits ``linear_cooldown_limits`` gives, or None where one of the shapes is not a linear
+        The ratio of the limits from ``linear_cooldown_limits``, or None if one of the shapes is not a linear
         cooldown to zero.
     """
     cooldowns = [_linear_cooldown(shape) for shape in (source, target)]
@@ -233,7 +232,7 @@ def linear_cooldown_ratio(
 
 
 def _linear_cooldown(shape: AnyShape) -> float:
-    """The share of a shape that cools down linearly to zero; 0 for shapes that do not, or not only."""
+    """The share of a shape that cools down linearly to zero; 0 for all other shapes."""
     if not isinstance(shape, Shape):
         return 0.0
     settings = shape.settings
@@ -257,24 +256,23 @@ def transfer(
 ) -> float:
     """The base learning rate for another shape or horizon: ``base_lr * gamma*(target) / gamma*(source)``.
 
-    The distance to a minimiser and the scale of the gradients cancel, so nothing need be known of the problem
-    but that ``base_lr`` was tuned.
+    The distance to a minimiser and the scale of the gradients cancel, so ``base_lr`` must have been tuned, but
+    nothing else about the problem needs to be known.
 
-    How far it holds, on the logs of Schaipp et al. 2025 (124M-parameter language models, AdamW): between
-    cooldowns of 0.1 to 1 at 50,000 steps, 17 of 21 ratios were met within 0.05 in log, and the other four (0.1
-    with 0.4, 0.6, 0.8 and 0.9) within 0.08. Between lengths it does not hold: the bound says ``T ** -0.5``, and
-    runs of 15,000 to 50,000 steps had exponents of -0.2 to -0.4, so that it lowers the rate too far for a longer
-    run. Tune again where the length changes by more than a little, or take the exponent -0.3.
+    Accuracy on the logs of Schaipp et al. 2025 (124M-parameter language models, AdamW): between cooldowns of 0.1
+    to 1 at 50,000 steps, 17 of 21 ratios were predicted within 0.05 in log, and the other four (0.1 with 0.4, 0.6,
+    0.8 and 0.9) within 0.08. Between lengths it does not hold: the bound predicts ``T ** -0.5``, and runs of 15,000
+    to 50,000 steps had exponents of -0.2 to -0.4, so that it lowers the rate too far for a longer run. Tune again if
+    the length changes by more than a little, or use the exponent -0.3.
 
     Args:
         base_lr: tuned for ``source`` over ``num_steps``.
-        source, target: shapes; of the same batch size, as another batch has other gradient norms.
+        source, target: shapes, for the same batch size, because another batch has other gradient norms.
         num_steps: steps of the tuned run, warm-up included.
         target_steps: steps of the new run; by default the same. Longer runs get a lower base learning rate, by more
             than measurements support.
-        norms: gradient norms of the tuned run at equal distances of progress, of any length, or a number.
-            They are taken to be the same function of progress in the new run, which a very different shape
-            would not give.
+        norms: gradient norms of the tuned run at equal distances of progress, of any length, or a number. They are
+            assumed to be the same function of progress in the new run, which is not true for a very different shape.
         warmup_steps: of the tuned run; it starts from zero.
         target_warmup_steps: of the new run; by default the same.
 
@@ -301,7 +299,7 @@ def two_stage(
     ramp_steps: int = 0,
     warmup_steps: int = 0,
 ) -> Extension:
-    """Extend a run tuned with ``wsd(cooldown, decay)``: go on from before its cooldown, at a lower rate.
+    """Extend a run tuned with ``wsd(cooldown, decay)``: continue from before its cooldown, at a lower rate.
 
     The factor on the learning rate is the one for which the base learning rate that was best for
     ``num_steps`` is best for ``new_steps`` too. The new cooldown is the same share of the longer run.
@@ -311,11 +309,11 @@ def two_stage(
         new_steps: steps of the extended run, counted from the same start; more than ``num_steps``.
         cooldown: share of the steps after the warm-up that cools down, in both runs, in (0, 1).
         decay: form of the cooldown.
-        ramp_steps: steps over which the factor comes in; it must fit before the new cooldown.
+        ramp_steps: steps over which the factor is introduced; they must fit before the new cooldown.
         warmup_steps: of the finished run; it starts from zero.
 
     Raises:
-        ValueError: numbers out of these ranges, or no factor that matches.
+        ValueError: if numbers are out of these ranges, or no factor matches.
 
     Source: Schaipp et al. 2025, arXiv:2501.18965, who pick the nearest of 33 factors.
     """
@@ -359,14 +357,14 @@ def longer_cooldown(
     """Extend a run tuned with ``wsd(cooldown, decay)``: keep its learning rate and cool down for longer.
 
     The new cooldown is the one for which the base learning rate that was best for ``num_steps`` is best for
-    ``new_steps`` too. Where none is long enough it is the whole run, and ``best_base_lr_ratio`` says what is
-    missing. A long cooldown may have to begin before the finished run's did: then ``resume_step`` is where it
-    begins, and a checkpoint of that step is needed.
+    ``new_steps`` too. If none is long enough it is the whole run, and ``best_base_lr_ratio`` is below 1. A long
+    cooldown may have to begin before that of the finished run; ``resume_step`` is then its beginning, and a
+    checkpoint of that step is needed.
 
     Arguments and errors as for ``two_stage``.
 
-    Source: Schaipp et al. 2025, arXiv:2501.18965. In their logs of 124M and 210M parameters this gained
-    more than two stages did, where both were tried.
+    Source: Schaipp et al. 2025, arXiv:2501.18965. In their logs of 124M and 210M parameters this gained more
+    than two stages in the cases that tried both.
     """
     stable = _last_full_step(num_steps, cooldown, warmup_steps, new_steps)
     goal = best_base_lr(discretize(wsd(cooldown=cooldown, decay=decay), num_steps, warmup_steps=warmup_steps))
@@ -436,14 +434,14 @@ def _last_full_step(num_steps: int, cooldown: float, warmup_steps: int, new_step
 
 
 def _floor(steps: float) -> int:
-    """Whole steps in ``steps``, forgiving a rounding error below a whole number."""
+    """Whole steps in ``steps``, allowing for a rounding error below a whole number."""
     return math.floor(steps + 1e-6)
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
     """The root of a function that changes sign between low and high, by the Illinois form of false position.
 
-    Each evaluation is O(T), so it is the count that matters: about ten, where bisection takes forty.
+    Each evaluation is O(T), so their number matters: about ten, while bisection takes forty.
     """
     at_low, at_high = function(low), function(high)
     for _ in range(100):

@@ -1,13 +1,14 @@
-"""What progress counts: the way from examples, tokens or steps to the fraction that a shape reads.
+"""What progress counts: from examples, tokens or steps to the fraction that a shape reads.
 
-Two conventions, both at work here:
+Two conventions are used:
 
 - The shape is read at the *left end* of the interval that a step consumes: the first step runs at shape(0), and the
   last batch, which may overshoot the total, still runs above shape(1). Progress is clamped at 1 afterwards.
-- Warm-up is read at the *right end*: the first step already moves, and the step that completes the warm-up runs at 1.
+- Warm-up is read at the *right end*: the first step already has a positive rate, and the step that completes the
+  warm-up runs at 1.
 
 Warm-up may have another unit than the total (steps suit the optimizer's state, examples suit a growing batch). The
-shape starts when the warm-up ends, and runs over what is left of the total then; that instant is the ``anchor``.
+shape starts when the warm-up ends, and runs over the rest of the total; its starting point is the ``anchor``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def share_of(total: Duration, share: float) -> Duration:
     """A part of a duration, in its unit, rounded to a whole number: 0.1 of 6,000,000 examples is 600,000 examples.
 
     Raises:
-        ValueError: a share outside [0, 1).
+        ValueError: if the share is outside [0, 1).
     """
     if not 0 <= share < 1:
         raise ValueError(
@@ -33,12 +34,12 @@ def share_of(total: Duration, share: float) -> Duration:
 
 @dataclass(frozen=True)
 class Anchor:
-    """A point that the shape's progress is counted from.
+    """The point from which the shape's progress is counted.
 
     Args:
-        count: progress there, in the total's unit.
-        fraction: progress of the shape there, in [0, 1]; above 0 where a total was changed in mid-run.
-        gain_steps: gain-steps done there; read by the gain clock only.
+        count: progress at this point, in the total's unit.
+        fraction: progress of the shape at this point, in [0, 1]; above 0 if the total was changed during the run.
+        gain_steps: gain-steps at this point; read by the gain clock only.
     """
 
     count: float
@@ -52,14 +53,14 @@ BEGINNING = Anchor(0, 0.0)
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a run stands between its first step and its total.
+    """The progress of a run between its first step and its total.
 
     Args:
         total: length of the run.
         warmup: length of the warm-up, in its own unit; None for none.
 
     Raises:
-        ValueError: a total of no length, or a warm-up in the total's unit that is not shorter than it.
+        ValueError: if the total has no length, or a warm-up in the same unit is not shorter.
     """
 
     total: Duration
@@ -89,7 +90,7 @@ class Clock:
 
         Args:
             progress: what is consumed.
-            gain_per_unit: gain of a step over what it takes of the total's unit; read by the gain clock only.
+            gain_per_unit: gain of a step per unit of the total that it consumes; read by the gain clock only.
         """
         if self.warmup is None:
             return BEGINNING
@@ -100,7 +101,7 @@ class Clock:
         return Anchor(self.warmup.count, 0.0, gain_steps - overshot * gain_per_unit)
 
     def fraction(self, progress: Progress, anchor: Anchor = BEGINNING) -> float:
-        """Progress of the shape in [0, 1]: from the anchor's fraction there to 1 at the total, in a straight line."""
+        """Progress of the shape in [0, 1]: linear from the anchor's fraction to 1 at the total."""
         left = self.total.count - anchor.count
         if left <= 0:
             return 1.0
@@ -110,13 +111,13 @@ class Clock:
     def gain_fraction(self, progress: Progress, gain_per_unit: float, anchor: Anchor, passed: float) -> float:
         """Progress of the shape on the gain clock, for a total that is given in another unit.
 
-        With ``tau`` gain-steps done since the anchor and ``rem = (total - done) * gain_per_unit`` still to come at the
-        present gain, the fraction is ``tau / (tau + rem)``. It needs no number of steps, and is the fraction of the
-        examples where noise dominates. It would step back where the batch grows; it is kept from that.
+        With ``tau`` gain-steps since the anchor and ``rem = (total - done) * gain_per_unit`` to come at the present
+        gain, the fraction is ``tau / (tau + rem)``. It does not need the number of steps, and equals the fraction of
+        the examples if noise dominates. It would decrease when the batch grows, and stays constant instead.
 
         Args:
             progress: what is consumed; must count gain-steps.
-            gain_per_unit: gain of a step over what it takes of the total's unit.
+            gain_per_unit: gain of a step per unit of the total that it consumes.
             anchor: where the shape started.
             passed: the fraction of the step before.
 

@@ -1,7 +1,7 @@
-"""Two ways to make a finished run longer without tuning its learning rate anew, as schedules of the whole longer run.
+"""Two ways to make a finished run longer without tuning its learning rate again, as schedules of the whole longer run.
 
-``lr.two_stage`` and ``lr.longer_cooldown`` say what to change; here it becomes a shape that a resumed run and one from
-the start both read, with the point where it leaves the schedule of the finished run.
+``lr.two_stage`` and ``lr.longer_cooldown`` compute what to change. This module turns it into a shape that both a
+resumed run and one from the start can use, with the point from which it differs from the schedule of the finished run.
 
 Source: Schaipp et al. 2025, arXiv:2501.18965.
 """
@@ -22,21 +22,21 @@ RAMP_SHARE = 0.02
 """Length of the ramp to the second stage over that of the finished run: 1,000 of 50,000 steps in their logged runs."""
 
 ENTRIES_PER_RUN = 200
-"""Entries of a table of the longer run for each length of the finished one: the ramp is four of them."""
+"""Entries of the longer run's table per length of the finished run: the ramp has four of them."""
 
 EXTENSIONS = ("two stages", "longer cooldown")
 
 
 class SavedSchedule(NamedTuple):
-    """The schedule of a run, as its checkpoint has it.
+    """The schedule of a run, from its checkpoint.
 
     Args:
-        source: what errors call it, such as the path of the checkpoint.
-        shape: what the learning rate followed after its warm-up.
+        source: its name in errors, such as the path of the checkpoint.
+        shape: of the learning rate after its warm-up.
         base_lrs: base learning rate of each parameter group.
         total: length of the run.
         warmup: progress at which the shape began, in the unit of the total; 0 without a warm-up, None while in it.
-        changed: whether the total was changed on the way.
+        changed: whether the total was changed during the run.
         clock: what the shape's progress counted.
         progress: what the applied updates had consumed.
         reference: the reference batch size.
@@ -57,8 +57,8 @@ class FinishedRun(NamedTuple):
     """A run to extend.
 
     Args:
-        num_steps: its steps, warm-up included, as if all were equal parts of its total; so are those of the warm-up.
-        warmup_steps: such steps before its shape began.
+        num_steps: its steps, warm-up included, as if all were equal parts of its total.
+        warmup_steps: the number of such steps before its shape began.
         warmup: the same in the unit of the total.
         cooldown, decay: of its shape.
         total: length of the run.
@@ -72,22 +72,22 @@ class FinishedRun(NamedTuple):
     total: Duration
 
     def steps_of(self, total: Duration) -> int:
-        """The same equal steps in a run of another total."""
+        """The number of steps of the same size in a run of another total."""
         return round(self.num_steps * total.count / self.total.count)
 
     def stable_until(self, total: float, cooldown: float) -> float:
-        """Where a cooldown begins in a run of that total, in its unit."""
+        """The beginning of a cooldown in a run of that total, in its unit."""
         return total - cooldown * (total - self.warmup)
 
 
 class ExtendedSchedule(NamedTuple):
-    """A way to go on, as a schedule of the whole longer run: up to ``resume`` it is that of the finished one.
+    """An extension as a schedule of the whole longer run: up to ``resume`` it is that of the finished run.
 
     Args:
         shape: over the progress from the warm-up to the new total.
-        lr_factor: what the learning rate of the stable part has been multiplied by at its end.
+        lr_factor: factor on the learning rate at the end of the stable part.
         cooldown: share of that progress that cools down.
-        resume: where it leaves the schedule of the finished run, in the unit of the total.
+        resume: the point from which it differs from the schedule of the finished run, in the unit of the total.
     """
 
     shape: Shape
@@ -100,7 +100,7 @@ def finished_run(saved: SavedSchedule) -> FinishedRun:
     """The run of a checkpoint.
 
     Raises:
-        ValueError: a shape that cannot be extended, a clock whose future nobody knows, or a run that has not begun.
+        ValueError: if the shape cannot be extended, the future of its clock is unknown, or the run has not begun.
     """
     shape, total = saved.shape, saved.total
     settings = shape.settings
@@ -111,7 +111,7 @@ def finished_run(saved: SavedSchedule) -> FinishedRun:
             f"it"
         )
     if saved.clock == "gain_steps" and total.unit != "gain_steps":
-        raise ValueError(f"{saved.source}: the run has the gain clock, whose pace over a longer run nobody knows yet")
+        raise ValueError(f"{saved.source}: the run has the gain clock, whose pace over a longer run is not known yet")
     if saved.warmup is None:
         raise ValueError(f"{saved.source}: the run was still warming up, and its shape had not begun: train on first")
     if saved.changed:
@@ -141,8 +141,8 @@ def extended_schedules(run: FinishedRun, total: Duration) -> dict[str, ExtendedS
     ramp = max(0, min(round(RAMP_SHARE * run.num_steps), room))
     stages = two_stage(run.num_steps, new_steps, ramp_steps=ramp, **given)
 
-    # The second stage as a table over the whole run: a resumed run and one from the start read the same schedule. It
-    # begins at an entry of the table, so that before it the factor is 1 and nothing else.
+    # The second stage as a table over the whole run, so that a resumed run and one from the start read the same
+    # schedule. It begins at an entry of the table, so that the factor is exactly 1 before it.
     until = run.stable_until(run.total.count, run.cooldown)
     progress = np.linspace(0, 1, 1 + math.ceil(ENTRIES_PER_RUN * min(new_steps / run.num_steps, 20)))
     begin = (until - run.warmup) / (total.count - run.warmup)
@@ -163,11 +163,11 @@ def extended_schedules(run: FinishedRun, total: Duration) -> dict[str, ExtendedS
 
 
 def steps_done(saved: SavedSchedule, recorded: Recorded, count: float) -> int | None:
-    """How many steps a run had done when it had consumed ``count`` of the unit of its total; None where it has not yet.
+    """How many steps a run had done when it had consumed ``count`` of the unit of its total; None if it has not yet.
 
     Args:
         saved: its schedule.
-        recorded: its journal, which knows how large each step was.
+        recorded: its journal, with the size of each step.
         count: in the unit of the total.
     """
     unit = saved.total.unit
@@ -181,5 +181,5 @@ def steps_done(saved: SavedSchedule, recorded: Recorded, count: float) -> int | 
 
 
 def whole(count: float) -> int:
-    """Whole units in ``count``, forgiving a rounding error below a whole number."""
+    """Whole units in ``count``, allowing for a rounding error below a whole number."""
     return math.floor(count + 1e-6)

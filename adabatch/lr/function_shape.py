@@ -1,4 +1,4 @@
-"""A learning-rate shape of a user's own: a function from progress to factor, known by its name and its values."""
+"""A user's own learning-rate shape: a function from progress to factor, identified by its name and its values."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ NUM_POINTS = 257
 """Values by which a function is checked and recognized: at progress 0, 1/256, ..., 1."""
 
 TOLERANCE = 1e-9
-"""Relative difference that is taken for rounding: another machine's sine may differ in its last digits."""
+"""Relative difference that counts as rounding: the sine of another machine may differ in its last digits."""
 
 SAVED_AS = "function"
 
 
 class FunctionShape:
-    """A function of progress in the place of a ``Shape``: ``factor = function(progress)``, with progress in [0, 1].
+    """A function of progress instead of a ``Shape``: ``factor = function(progress)``, with progress in [0, 1].
 
-    ``ProgressLR`` makes one of any function that it is given, so this class is needed only to give the function a name,
-    or to pass it where several progresses are asked for at once (``lr.discretize``, ``lr.transfer``).
+    ``ProgressLR`` makes one from any function that it gets, so this class is needed only to give the function a name,
+    or for ``lr.discretize`` and ``lr.transfer``, which evaluate a shape at several progresses at once.
 
-    A function cannot be saved as data is. What is saved is its name and its values at 257 progresses, and a resumed run
-    must be built with a function that has the same values (to a relative 1e-9); its name may differ. A difference that
-    lies between those points goes unnoticed.
+    A function cannot be saved as data. Its name and its values at 257 progresses are saved instead, and a resumed run
+    must be built with a function that has the same values (to a relative 1e-9); its name may differ. A difference only
+    between those points is not noticed.
 
     Args:
-        function: progress -> factor on the base learning rate: finite, not negative, the same at each call. It is asked
-            for one number at a time, and never outside [0, 1].
-        name: what errors call it; by default the name of the function.
+        function: progress -> factor on the base learning rate: finite, not negative, the same at each call. It is
+            called with one number at a time, always in [0, 1].
+        name: its name in errors; by default the name of the function.
 
     Raises:
-        TypeError: something that cannot be called with one number, or does not return one.
-        ValueError: a value that is negative or not finite, at any of the 257 progresses; values that are all zero; a
-            function that gives two values at one progress.
+        TypeError: if it cannot be called with one number, or does not return a number.
+        ValueError: if a value is negative or not finite at any of the 257 progresses, all values are zero, or two calls
+            with the same progress give different values.
     """
 
     def __init__(self, function: Callable[[float], float], *, name: str | None = None) -> None:
@@ -57,7 +57,7 @@ class FunctionShape:
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Its name in errors."""
         return self._name
 
     @overload
@@ -68,7 +68,7 @@ class FunctionShape:
         """The factor at ``progress``, a number or an array; clamped to [0, 1].
 
         Raises:
-            ValueError: a progress that is not a number (NaN), or a value that is negative or not finite.
+            ValueError: if a progress is NaN, or a value is negative or not finite.
         """
         if np.isscalar(progress):
             return self._one(float(progress))  # type: ignore[arg-type]
@@ -76,11 +76,11 @@ class FunctionShape:
         return np.array([self._one(each) for each in numbers.ravel().tolist()], dtype=np.float64).reshape(numbers.shape)
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"name": "function", "settings": {"name": ..., "values": [...]}}``: what a checkpoint holds."""
+        """``{"name": "function", "settings": {"name": ..., "values": [...]}}``, as in a checkpoint."""
         return {"name": SAVED_AS, "settings": {"name": self._name, "values": list(self._values)}}
 
     def difference(self, saved: Mapping[str, Any]) -> str:
-        """What sets a saved shape apart from this one, in words; empty for the same shape."""
+        """How a saved shape differs from this one, in words; empty for the same shape."""
         if saved["name"] != SAVED_AS:
             return f"the shape {Shape.from_dict(saved)}, this run has {self}"
         theirs = saved["settings"]["values"]
@@ -113,14 +113,14 @@ class FunctionShape:
 
 
 AnyShape: TypeAlias = Shape | FunctionShape
-"""A shape of this library, or one of a user's own."""
+"""A shape of this library, or a user's own."""
 
 
 def shape_from(shape: AnyShape | Callable[[float], float]) -> AnyShape:
-    """The shape that a user gave: of this library, or a function of progress.
+    """The shape for a user's argument: a shape of this library, or a function of progress.
 
     Raises:
-        TypeError: neither of them, such as a name, or a function of ``adabatch.lr`` that was not called.
+        TypeError: if it is neither, such as a name, or a function of ``adabatch.lr`` that was not called.
         ValueError: see ``FunctionShape``.
     """
     if isinstance(shape, Shape | FunctionShape):
@@ -132,7 +132,7 @@ def shape_from(shape: AnyShape | Callable[[float], float]) -> AnyShape:
 
 
 def check_same_shape(shape: AnyShape, saved: Mapping[str, Any]) -> None:
-    """Raises ValueError for a saved shape (its ``to_dict()``) that is another one than ``shape``, naming both."""
+    """Raises a ValueError that names both if a saved shape (its ``to_dict()``) differs from ``shape``."""
     if isinstance(shape, FunctionShape):
         found = shape.difference(saved)
     elif saved["name"] == SAVED_AS:
@@ -145,6 +145,6 @@ def check_same_shape(shape: AnyShape, saved: Mapping[str, Any]) -> None:
 
 
 def _first_difference(one: Sequence[float], other: Sequence[float]) -> int | None:
-    """Where two lists of values first differ by more than rounding; None where they nowhere do."""
+    """The index at which two lists of values first differ by more than rounding; None if they do not."""
     pairs = enumerate(zip(one, other, strict=True))
     return next((k for k, (a, b) in pairs if not math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-15)), None)

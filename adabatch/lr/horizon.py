@@ -1,4 +1,4 @@
-"""The steps that a schedule is judged over: equal ones, or those of a recorded run."""
+"""The steps over which a schedule is evaluated: equal ones, or those of a recorded run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from adabatch.lr.refine import stretch
 from adabatch.lr.shapes import FloatArray, warmup_factor
 
 DISTANCE = 1.0
-"""From the start to a minimiser. It is never known, and only scales the answers."""
+"""Distance from the start to a minimiser. It is never known, and only scales the results."""
 
 
 class Horizon(NamedTuple):
     """Steps with their progress, batch factor and gradient norm.
 
-    The batch of a recorded run grew, so that its steps are unequal parts of its progress, its learning rate had a batch
-    factor, and its gradient norms have the noise of their batch in them. All three go into the bound as they were.
+    If the batch of a recorded run grew, its steps are unequal parts of its progress, its learning rate had a batch
+    factor, and its gradient norms contain the noise of their batch. The bound uses all three as they were.
 
     Args:
         edges: what was consumed before each step and after the last, in the unit of progress, shape (num_steps + 1,).
@@ -48,7 +48,7 @@ class Horizon(NamedTuple):
         """The steps of a run.
 
         Raises:
-            ValueError: as ``Recorded`` does, for a run without usable norms.
+            ValueError: as for ``Recorded``, if the run has no usable norms.
         """
         norms = recorded.norms("l2").for_each(recorded.num_steps)
         return cls(recorded.edges(clock, reference), recorded.factor, norms)
@@ -59,7 +59,8 @@ class Horizon(NamedTuple):
         return len(self.norms)
 
     def resampled(self, num_steps: int) -> Horizon:
-        """As many steps as wanted, with progress, batch factors and norms as functions of the share of the steps.
+        """The horizon with another number of steps; progress, batch factors and norms are functions of the share of the
+        steps.
 
         Raises:
             ValueError: no steps.
@@ -76,13 +77,13 @@ class Horizon(NamedTuple):
         )
 
     def factors(self, shape: AnyShape, *, warmup_steps: int = 0) -> FloatArray:
-        """What multiplies the base learning rate at each step, shape (num_steps,).
+        """The factor on the base learning rate at each step, shape (num_steps,).
 
-        Each step reads the progress made before it, as ``lr.discretize`` does (which this is, for equal steps): the
-        shape runs over what the warm-up leaves, and the warm-up starts from zero.
+        Each step reads the progress made before it; for equal steps this is ``lr.discretize``. The shape runs over the
+        steps after the warm-up, and the warm-up starts from zero.
 
         Raises:
-            ValueError: a warm-up that leaves no step.
+            ValueError: if the warm-up leaves no step.
         """
         if not 0 <= warmup_steps < self.num_steps:
             raise ValueError(
@@ -101,12 +102,12 @@ class Horizon(NamedTuple):
 
 
 class ScheduleBound(NamedTuple):
-    """A shape over a horizon, and what the last-iterate bound says of it.
+    """A shape over a horizon, and its last-iterate bound.
 
     Args:
         horizon: the steps.
-        factors: what multiplies the base learning rate at each of them, shape (num_steps,).
-        terms: of the bound after all of them.
+        factors: on the base learning rate, at each step, shape (num_steps,).
+        terms: of the bound after all steps.
     """
 
     horizon: Horizon
@@ -114,11 +115,11 @@ class ScheduleBound(NamedTuple):
     terms: BoundTerms
 
     def over_time(self, base_lr: float, *, points: int = 120) -> tuple[FloatArray, FloatArray]:
-        """The bound if the run ended after t steps, for some t, closer together towards the end, since each takes O(t).
+        """The bound if the run ended after t steps, for some t, which are denser towards the end; each takes O(t).
 
         Args:
             base_lr: base learning rate, in the unit of ``terms.best_base_lr``.
-            points: how many t at most.
+            points: largest number of values of t.
 
         Returns:
             The numbers of steps, and the bounds there, both of shape (num_points,).
@@ -134,11 +135,11 @@ class ScheduleBound(NamedTuple):
 def schedule_bound(shape: AnyShape, horizon: Horizon, *, warmup_steps: int = 0) -> ScheduleBound:
     """The bound of a shape over a horizon, after a linear warm-up from zero.
 
-    Ratios of bounds and of best base learning rates rank shapes; the absolute values hold the unknown distance to a
+    Ratios of bounds and of best base learning rates rank shapes; the absolute values contain the unknown distance to a
     minimiser, which is set to 1.
 
     Raises:
-        ValueError: a warm-up that leaves no step.
+        ValueError: if the warm-up leaves no step.
 
     Source: Defazio et al. 2023, arXiv:2310.07831, Theorem 10; as a model of schedules: Schaipp et al. 2025,
     arXiv:2501.18965.

@@ -1,4 +1,4 @@
-"""What a run left behind in its journal: the applied steps as arrays. Pure: it is given lines, and opens no file."""
+"""The applied steps of a run as arrays, from the lines of its journal. Pure: it does not open files."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _HOW_TO_RECORD = {
 
 
 class OneRun:
-    """Sees to it that the lines which a reader takes for one run are of one, and that no step is among them twice.
+    """Checks that lines belong to one run, and that no step is among them twice.
 
-    A run that goes on without its checkpoint's token, its state having been saved by hand, goes on where the lines end.
+    A run that was resumed without the token of its checkpoint, because its state was saved by hand, must continue where
+    the lines end.
 
     Args:
         name: of the journal, for messages.
@@ -42,21 +43,21 @@ class OneRun:
         self._end: float | None = None
 
     def see(self, number: int, entry: Mapping[str, Any]) -> None:
-        """The next line of a step.
+        """Checks the next line of a step.
 
         Args:
             number: of the line, from 1.
-            entry: the line; where it does not say which examples it took, it is let pass.
+            entry: the line; it is not checked if it does not say which examples it took.
 
         Raises:
-            ValueError: it is of another run than those before, or of a step that they hold.
+            ValueError: if it belongs to another run than the lines before, or to a step that they contain.
         """
         plan = entry.get("plan")
         begins, size = entry.get("examples"), plan.get("global_batch_size") if isinstance(plan, Mapping) else None
         if not (isinstance(begins, int | float) and isinstance(size, int | float)):
             return
         run = entry.get("run")
-        if run is None:  # of a release that wrote none
+        if run is None:  # written by a release without tokens
             wrong = begins <= self._begins
         else:
             wrong = self._end is not None and begins != self._end and (begins < self._end or run != self._run)
@@ -71,7 +72,7 @@ class OneRun:
 
 
 class Measured(NamedTuple):
-    """Gradient norms where they were measured.
+    """The gradient norms of the steps that measured them.
 
     Args:
         at: which of the applied steps, shape (num_measured,).
@@ -82,7 +83,7 @@ class Measured(NamedTuple):
     norms: FloatArray
 
     def for_each(self, num_steps: int) -> FloatArray:
-        """One norm a step: the steps between two measured ones are interpolated, shape (num_steps,)."""
+        """One norm per step, shape (num_steps,); steps between two measured ones are interpolated."""
         return np.interp(np.arange(num_steps), self.at, self.norms)
 
 
@@ -90,14 +91,14 @@ class Recorded(NamedTuple):
     """The applied steps of a run, in their order; updates that were left out are not among them.
 
     Args:
-        source: what errors call the journal, such as its path.
+        source: the name of the journal in errors, such as its path.
         base_lrs: base learning rate of each parameter group.
-        line: line of the journal, from 1, shape (num_steps,); so are all others.
+        line: line of the journal, from 1, shape (num_steps,), as of all the following.
         batch: examples that the step took.
-        shape: warm-up times shape, of the first parameter group; NaN where the journal does not say.
+        shape: warm-up times shape, of the first parameter group; NaN if it is not in the journal.
         factor: batch factor on the learning rate.
-        l2, l1: norm of the gradient; NaN where it was not measured, infinite where it was not finite.
-        noise, signal: averages with this step's measurement in them; NaN where there are none yet.
+        l2, l1: norm of the gradient; NaN if it was not measured, infinite if it was not finite.
+        noise, signal: averages that include this step's measurement; NaN if there are none yet.
     """
 
     source: str
@@ -117,10 +118,10 @@ class Recorded(NamedTuple):
         return len(self.batch)
 
     def norms(self, which: Norm) -> Measured:
-        """The norms that a schedule or a bound can be made of.
+        """The norms for a schedule or a bound.
 
         Raises:
-            ValueError: norms that were not measured, only one, or one that is zero or not finite; says what to do.
+            ValueError: if there are fewer than two, or one is zero or not finite; says what to do.
         """
         values = {"l2": self.l2, "l1": self.l1}[which]
         index = np.flatnonzero(~np.isnan(values))
@@ -143,7 +144,7 @@ class Recorded(NamedTuple):
         """The batch factor that a rule would have given at each step, shape (num_steps,).
 
         Raises:
-            ValueError: a rule that reads the noise, where the journal has none.
+            ValueError: if the rule reads the noise, and the journal has none.
         """
         if rule in NOISE_RULES and np.isnan(self.noise).all():
             raise ValueError(
@@ -157,7 +158,7 @@ class Recorded(NamedTuple):
         """What was consumed before each step and after the last, from 0, shape (num_steps + 1,).
 
         Args:
-            clock: what counts: examples, steps, or gain-steps (as much as a step gains over one of the reference size).
+            clock: what is counted: examples, steps, or gain-steps.
             reference: the reference batch size, read for gain-steps only.
         """
         if clock == "gain_steps":
@@ -168,15 +169,15 @@ class Recorded(NamedTuple):
 
 
 def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded:
-    """The applied steps of a run, given the lines of its journal: an open file, or ``text.splitlines()``.
+    """The applied steps of a run, from the lines of its journal: an open file, or ``text.splitlines()``.
 
     Args:
-        lines: JSON lines in format 1, as ``AdaptiveBatch(journal=)`` writes them. The last may be unfinished, and is
-            left out then; empty ones are skipped.
-        source: what errors call the journal.
+        lines: JSON lines in format 1, as ``AdaptiveBatch(journal=)`` writes them. The last is left out if it is
+            unfinished; empty lines are skipped.
+        source: the name of the journal in errors.
 
     Raises:
-        ValueError: a journal that is damaged before its last line, of another format, or without applied steps.
+        ValueError: if the journal is damaged before its last line, has another format, or no applied steps.
     """
     rows: list[tuple[float, ...]] = []
     base_lrs: tuple[float, ...] = ()
@@ -203,7 +204,7 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
 
 
 def _entries(lines: Iterable[str], source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The lines with their numbers; the last may be unfinished, and is left out then."""
+    """The lines with their numbers; the last is left out if it is unfinished."""
     damaged, run = "", OneRun(source)
     for number, text in enumerate(lines, 1):
         if not text.strip():
@@ -227,12 +228,12 @@ def _entries(lines: Iterable[str], source: str) -> Iterator[tuple[int, Mapping[s
 
 
 def _norms_in(entry: Mapping[str, Any]) -> tuple[float, float]:
-    """The l2 and l1 norm of a step; journals without the norms have the square of the first."""
+    """The l2 and l1 norm of a step; journals without norms contain the square of the first."""
     moments, norms = entry.get("moments"), _part(entry, "norms")
     if not isinstance(moments, Mapping):
         return math.nan, math.nan
     l2 = _number(norms["l2"]) if "l2" in norms else math.sqrt(max(_number(moments.get("grad_sq")), 0.0))
-    # what was measured and is not finite is null in the journal
+    # the journal has null for a measurement that is not finite
     return (math.inf, math.inf) if math.isnan(l2) else (l2, _number(norms.get("l1")))
 
 

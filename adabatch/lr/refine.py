@@ -1,19 +1,19 @@
 """A schedule from recorded gradient norms, and last-iterate guarantees for any online learner.
 
-Let ``z_1..z_T`` be the iterates of an online learner that is fed the gradients ``g_t`` times positive weights
-``w_t``. Move the real iterate by a part of each of its moves, with ``w_{a:b}`` the sum over a..b:
+Let ``z_1..z_T`` be the iterates of an online learner that gets the gradients ``g_t`` times positive weights
+``w_t``. Move the real iterate by a part of each of its moves, where ``w_{a:b}`` is the sum over a..b:
 
     x_1 = z_1            x_{t+1} - x_t = (w_{t+1:T} / w_{1:T}) (z_{t+1} - z_t)
 
 Then ``E[f(x_T) - f(u)] <= E[sum_t w_t <g_t, z_t - u>] / w_{1:T}`` for convex f: the learner's regret becomes
-a guarantee for the last iterate, constants intact. For SGD, ``z_{t+1} = z_t - w_t g_t``, the factors are
-``w_t w_{t+1:T} / w_{1:T}`` and the guarantee ``(D^2 + sum_t w_t^2 G_t^2) / (2 w_{1:T})`` is least for ``w_t``
-proportional to ``G_t^-2``. So the norms of a run give the schedule of the next: warm-up where gradients are
-large, annealing by the second factor.
+a guarantee for the last iterate, with the same constants. For SGD, ``z_{t+1} = z_t - w_t g_t``, the factors are
+``w_t w_{t+1:T} / w_{1:T}``, and the guarantee ``(D^2 + sum_t w_t^2 G_t^2) / (2 w_{1:T})`` is smallest for ``w_t``
+proportional to ``G_t^-2``. The norms of a run thus give the schedule of the next one: warm-up while gradients are
+large, and annealing by the second factor.
 
 Source: Defazio, Cutkosky, Mehta and Mishchenko 2023, arXiv:2310.07831, conversion theorem and Algorithms 1
-and 2; with general weights: Defazio et al. 2024, arXiv:2405.15682, appendix B. The proof wants weights that
-do not depend on the noise they weigh, hence norms of a *previous* run, smoothed.
+and 2; with general weights: Defazio et al. 2024, arXiv:2405.15682, appendix B. The proof requires weights that
+do not depend on the noise that they weigh, hence the smoothed norms of a *previous* run.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ _POWERS: Mapping[str, int] = MappingProxyType({"sgd": 2, "adam": 1, "adagrad": 1
 def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, length: int | None = None) -> Shape:
     """The schedule that a finished run's gradient norms ask for: ``w_t * sum_{p>t} w_p``, with maximum 1.
 
-    The norms are median-filtered first, since one tiny norm would otherwise own the whole schedule. The base
-    learning rate must be tuned anew for the new shape (``bound.transfer`` predicts it), and its own warm-up,
-    where the norms ask for one, is inside. Entry t of n is at progress ``t / (n - 1)``, from t = 0; the
-    last is exactly 0.
+    The norms are median-filtered first, because a single tiny norm would otherwise dominate the schedule. The base
+    learning rate must be tuned again for the new shape (``bound.transfer`` predicts it). The shape includes its own
+    warm-up if the norms ask for one. Entry t of n is at progress ``t / (n - 1)``, from t = 0; the last is exactly 0.
 
     Args:
         norms: one per step, or at equal distances of progress, shape (n,) with n >= 2: of the gradient that
@@ -52,20 +51,20 @@ def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, leng
             - ``"sgd"``: ``w = 1 / G^2`` from l2 norms (momentum or not).
             - ``"adam"``: ``w = 1 / G`` from l1 norms, ``sum_i |g_i|``.
             - ``"adagrad"``: ``w = 1 / G`` from norms in the optimizer's own metric, ``sum_i g_i^2 / r_i``
-              with ``r_i`` the root mean square of coordinate i over the run. The l1 norm stands in for it
-              where only that was recorded; it is the same thing when every ``|g_i|`` keeps near its ``r_i``.
+              with ``r_i`` the root mean square of coordinate i over the run. If only the l1 norm was
+              recorded it is used instead; both are equal if every ``|g_i|`` stays near its ``r_i``.
 
-        smoothing: length of the median filter's window as a share of n, in [0, 1]; below 2 / n there is none.
+        smoothing: length of the median filter's window as a share of n, in [0, 1]; below 2 / n there is no filter.
             The default is that of the authors' code.
         length: entries of the table to make, at least 2; by default n. Norms logged at every step of a long
             run need no table of that length.
 
     Raises:
-        ValueError: fewer than two norms; norms that are zero, negative, infinite or not numbers; an unknown
-            kind.
+        ValueError: if there are fewer than two norms, a norm is zero, negative, infinite or NaN, or the kind is
+            unknown.
 
-    What it does not do: correct for a batch that grew while the norms were recorded. Then the growth is
-    inside the shape already, and a rule that scales the learning rate by the batch would count it twice.
+    It does not correct for a batch that grew while the norms were recorded. The shape then already includes the
+    growth, and a rule that scales the learning rate by the batch would count it twice.
     """
     values = _norms(norms)
     require(0 <= smoothing <= 1, "smoothing must lie in [0, 1], a share of the norms", smoothing)
@@ -83,11 +82,11 @@ def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
     ``D / (G_t^2 sqrt(sum_p G_p^-2))``.
 
     Args:
-        norms: shape (n,); which norm is said at ``refine``.
+        norms: shape (n,); see ``refine`` for the choice of the norm.
         kind: the optimizer.
 
     Raises:
-        ValueError: as ``refine``, or norms so far apart that the weights leave the range of float64.
+        ValueError: as for ``refine``, or if norms differ so much that the weights leave the range of float64.
     """
     values = _norms(norms)
     require_one_of("kind", kind, _POWERS)
@@ -104,17 +103,16 @@ def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
 
 
 def last_iterate_multipliers(weights: ArrayLike) -> FloatArray:
-    """What to multiply the moves of any optimizer by: ``w_{t+1:T} / w_{1:T}``, t = 1..T, shape (T,).
+    """The factors on the updates of any optimizer: ``w_{t+1:T} / w_{1:T}``, t = 1..T, shape (T,).
 
-    ``1 - t / T`` for constant weights: linear decay. The last is 0: its move comes after the iterate that the
-    guarantee is for. To be put on updates as they are; for SGD whose gradients are not weighted, multiply by
-    the weights too.
+    For constant weights they are ``1 - t / T``, linear decay. The last is 0, because its update comes after the
+    iterate of the guarantee. For SGD whose gradients are not weighted, multiply by the weights too.
 
     Args:
         weights: ``w_t``, shape (T,), not negative and not all zero; the weights that multiply the gradients.
 
     Raises:
-        ValueError: weights out of that range.
+        ValueError: if the weights are out of this range.
     """
     tails = _tails(_weights(weights))
     return np.asarray(tails[1:] / tails[0])
@@ -131,7 +129,7 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
         ``x_1..x_T``, of the shape of ``iterates``.
 
     Raises:
-        ValueError: weights out of their range, or not as many as iterates.
+        ValueError: if the weights are out of their range, or their number is not that of the iterates.
     """
     z = np.asarray(iterates, dtype=np.float64)
     multipliers = last_iterate_multipliers(weights)
@@ -142,11 +140,11 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
 
 
 def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> float:
-    """What SGD is sure of with the factors ``w_t w_{t+1:T} / w_{1:T}``, for its last iterate.
+    """The guarantee for the last iterate of SGD with the factors ``w_t w_{t+1:T} / w_{1:T}``.
 
-    The guarantee is ``(D^2 + sum_t w_t^2 G_t^2) / (2 w_{1:T})`` above the minimum.
+    It is ``(D^2 + sum_t w_t^2 G_t^2) / (2 w_{1:T})`` above the minimum.
 
-    Sharper than ``bound.bound`` of the same factors, as it knows the weights they came from.
+    It is sharper than ``bound.bound`` of the same factors, because it uses the weights from which they came.
 
     Args:
         weights: ``w_t``, shape (T,), not negative and not all zero. Their scale matters: it is the base
@@ -155,7 +153,7 @@ def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distan
         distance: from the start to a minimiser, ``D``.
 
     Raises:
-        ValueError: weights out of their range, or norms that do not fit them.
+        ValueError: if the weights are out of their range, or the norms do not fit them.
     """
     w = _weights(weights)
     sizes = np.asarray(norms, dtype=np.float64)
@@ -167,15 +165,15 @@ def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distan
 def stretch(values: ArrayLike, length: int) -> FloatArray:
     """Resample to ``length`` entries by linear interpolation in progress; the first and last are kept.
 
-    Entry i of n stands at progress ``i / (n - 1)``. Used where a run had another number of steps, or norms
-    were logged at an interval (repeating each instead would shift them and make steps).
+    Entry i of n is at progress ``i / (n - 1)``. Use this if a run had another number of steps, or norms were
+    logged at an interval (repeating each of them would shift them and create steps).
 
     Args:
         values: shape (n,), n >= 1.
-        length: entries wanted, at least 2, or 1 where n is 1.
+        length: number of entries, at least 2, or 1 if n is 1.
 
     Raises:
-        ValueError: no values, or a length too short to keep both ends.
+        ValueError: if there are no values, or the length is too short to keep both ends.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 1 or table.size == 0:
@@ -187,16 +185,15 @@ def stretch(values: ArrayLike, length: int) -> FloatArray:
 def median_filter(values: ArrayLike, window: int) -> FloatArray:
     """Running median: ``out[i]`` is that of ``values[i - h .. i + h]``, ``h = (window - 1) / 2``.
 
-    Beyond the left edge the first value is repeated, so that a spike at the start stands; beyond the right
-    edge the values are mirrored without repeating the last. Exact, O(n log n) whatever the window, in numpy
-    only.
+    Beyond the left edge the first value is repeated, so that a spike at the start is kept; beyond the right
+    edge the values are mirrored without repeating the last. Exact, O(n log n) for any window, in numpy only.
 
     Args:
         values: shape (n,), n >= 1, finite.
         window: odd, at most ``2 n - 1``.
 
     Raises:
-        ValueError: values that are not finite, or a window that is even or too long.
+        ValueError: if values are not finite, or the window is even or too long.
     """
     series = np.asarray(values, dtype=np.float64)
     if series.ndim != 1 or series.size == 0 or not np.all(np.isfinite(series)):
@@ -213,10 +210,9 @@ def median_filter(values: ArrayLike, window: int) -> FloatArray:
 def _running_order_statistic(values: FloatArray, window: int, order: int) -> FloatArray:
     """The ``order``-th smallest (from 0) of every window, all windows at once.
 
-    A wavelet matrix: values become ranks, and the rank sought is read off bit by bit, from the highest. At
-    each bit the ranks are split stably into those without it and those with it, and ``zeros[i]``, the number
-    of the former before place i, maps every window's interval into either half. Two heaps would be O(n log
-    window) too, but in Python loops.
+    A wavelet matrix: values become ranks, and the wanted rank is found bit by bit, from the highest. At each bit the
+    ranks are split stably into those without and those with the bit, and ``zeros[i]``, the number of the former before
+    place i, maps every window's interval into either half. Two heaps would be O(n log window) too, but in Python loops.
     """
     by_rank = np.argsort(values, kind="stable")
     ranks = np.empty(values.size, dtype=np.int32)
@@ -233,7 +229,7 @@ def _running_order_statistic(values: FloatArray, window: int, order: int) -> Flo
         without = before_stop - before_start
         low = wanted < without
         np.subtract(wanted, without, out=wanted, where=~low)
-        # in the half with the bit, an interval lies behind all the ranks without it
+        # in the half with the bit, intervals come after all ranks without it
         start += zeros[-1] - before_start
         stop += zeros[-1] - before_stop
         np.copyto(start, before_start, where=low)
@@ -244,7 +240,7 @@ def _running_order_statistic(values: FloatArray, window: int, order: int) -> Flo
 
 
 def _tails(weights: FloatArray) -> FloatArray:
-    """``w_{t:T}`` for t = 1..T + 1, shape (T + 1,): one reverse sum, no difference of sums."""
+    """``w_{t:T}`` for t = 1..T + 1, shape (T + 1,): one reverse sum, without differences of sums."""
     return np.append(np.cumsum(weights[::-1])[::-1], 0.0)
 
 

@@ -1,7 +1,7 @@
-"""The schedule that the gradient norms of a recorded run ask for, where its batch may have grown.
+"""The schedule that the gradient norms of a recorded run ask for, even if its batch grew.
 
-``lr.refine`` makes a schedule of bare norms; ``refine_run`` of a journal (``read_recorded``), with its batch factors
-and its progress in the sums.
+``lr.refine`` computes a schedule from norms only; ``refine_run`` computes it from a journal (``read_recorded``), with
+its batch factors and its progress.
 
 Source: Defazio et al. 2023, arXiv:2310.07831, conversion theorem and Algorithms 1 and 2; the batch factors are ours.
 """
@@ -27,7 +27,7 @@ READS: Mapping[Kind, tuple[Norm, int]] = MappingProxyType({"sgd": ("l2", 2), "ad
 
 
 class RefinedRun(NamedTuple):
-    """A refined shape and what it was made of.
+    """A refined shape and the data behind it.
 
     Args:
         shape: a table over progress, with maximum 1 at the steps themselves.
@@ -36,8 +36,8 @@ class RefinedRun(NamedTuple):
         smoothed: the same after the median filter.
         window: of that filter, in measured steps.
         progress: of each step, from 0 for the first to 1 for the last, shape (num_steps,).
-        values: the shape there, before it became a table.
-        factor: batch factor that the shape counts on, shape (num_steps,).
+        values: of the shape at that progress, before it became a table.
+        factor: batch factor that the shape assumes, shape (num_steps,).
     """
 
     shape: Shape
@@ -62,14 +62,14 @@ def refine_run(
     """The shape whose product with the batch factors is the refined schedule of the steps that were taken.
 
     With the norms ``G_t`` at the batch sizes of the run, the schedule is ``w_t * sum_{p>t} w_p``, where ``w = G^-2``
-    (sgd) or ``G^-1``. A growing batch makes the norms smaller and the weights larger: the weights hold a scaling of the
-    learning rate already, for sgd in expectation AdaScale's gain. So the batch factor ``f_t`` of the next run is taken
-    out of the first weight, which is left with the norm at the reference batch size (exactly that, in expectation, for
-    the rule "gain"), and stays in the sum, which is over the steps that will be taken:
+    (sgd) or ``G^-1``. A growing batch makes the norms smaller and the weights larger: the weights already contain a
+    scaling of the learning rate, for sgd in expectation AdaScale's gain. The batch factor ``f_t`` of the next run is
+    therefore taken out of the first weight, which then uses the norm at the reference batch size (exactly that, in
+    expectation, for the rule "gain"). It stays in the sum, which is over the steps that will be taken:
 
         shape_t = w_t / f_t * sum_{p>t} w_p
 
-    For a constant batch this is ``lr.refine``. What is smoothed are the norms at the reference batch size, which do not
+    For a constant batch this is ``lr.refine``. The norms at the reference batch size are smoothed, because they do not
     jump with the batch. Steps between two measured ones are interpolated.
 
     Args:
@@ -79,10 +79,10 @@ def refine_run(
             another rule.
         edges: what was consumed before each step and after the last, shape (num_steps + 1,); by default examples.
         smoothing: window of the median filter as a share of the measured norms, in [0, 1].
-        length: entries of the table at most, at least 2.
+        length: largest number of entries of the table, at least 2.
 
     Raises:
-        ValueError: numbers out of their range, or norms that cannot be used.
+        ValueError: if numbers are out of their range, or the norms cannot be used.
     """
     require(0 <= smoothing <= 1, "smoothing must lie in [0, 1], a share of the norms", smoothing)
     require(length >= 2, "length must be at least 2, for the first and the last value", length)
@@ -100,7 +100,7 @@ def refine_run(
     equal = np.allclose(np.diff(progress), 1 / (recorded.num_steps - 1), rtol=1e-9, atol=0)
     exact = equal and recorded.num_steps <= length
     table = values if exact else np.interp(np.linspace(0, 1, length), progress, values)
-    # six digits are plenty, and what the config file says is what the pictures show
+    # six digits are enough, and the pictures then show exactly what the config file contains
     return RefinedRun(
         tabulated(values=[float(f"{value:.6g}") for value in table.tolist()]),
         measured.at,
@@ -122,7 +122,7 @@ def refined_bounds(recorded: Recorded, made: RefinedRun, edges: FloatArray | Non
         edges: as for ``refine_run``.
 
     Returns:
-        Terms by "the run's own", "refined" and "linear"; empty where the journal holds no l2 norms or no schedule.
+        Terms by "the run's own", "refined" and "linear"; empty if the journal has no l2 norms or no schedule.
     """
     edges = recorded.edges("examples", 1.0) if edges is None else edges
     if np.isnan(recorded.l2).all() or np.isnan(recorded.shape).any() or not recorded.shape.any():

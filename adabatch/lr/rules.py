@@ -10,10 +10,10 @@ With ``k = b / b_ref``:
     sqrt_gain  the square root of that                            Adam-like methods in any regime (AdaptDL)
 
 Under a schedule that runs on examples, "none" is not neutral: each doubling of the batch then acts as a further decay
-of the learning rate, by 2 for SGD and sqrt 2 for Adam. A criterion may bring a decay of its own (``Seesaw``), which
-multiplies the factor of any rule but "none"; see ``lr.follow``.
+of the learning rate, by 2 for SGD and sqrt 2 for Adam. A criterion may have its own decay (``Seesaw``), which
+multiplies the factor of every rule except "none"; see ``lr.follow``.
 
-Other settings of Adam-like methods may follow too (``followed``), so that their memory and decay stay what they were in
+Other settings of Adam-like methods may follow too (``followed``), so that their memory and decay stay constant in
 examples: betas, eps and decoupled weight decay.
 """
 
@@ -34,7 +34,7 @@ Setting = Literal["betas", "eps", "weight_decay"]
 
 
 def check_lr_rule(rule: str) -> None:
-    """Raises ValueError for a rule that does not exist."""
+    """Raises a ValueError if the rule is unknown."""
     if rule == "seesaw":
         raise ValueError(
             "lr_rule='seesaw' is now lr_rule='sqrt' (or 'linear' with SGD), with the criterion Seesaw(...), which "
@@ -44,7 +44,7 @@ def check_lr_rule(rule: str) -> None:
 
 
 def check_follow(names: Collection[str]) -> None:
-    """Raises ValueError for a setting that cannot follow the batch, TypeError for one that is not in a collection."""
+    """Raises a ValueError for a setting that cannot follow the batch, and a TypeError if ``names`` is a string."""
     if isinstance(names, str):
         raise TypeError(f"follow takes a collection of settings, such as ({names!r},), got {names!r}")
     unknown = sorted(set(names) - set(get_args(Setting)))
@@ -59,7 +59,7 @@ def gain(ratio: float, reference: float, *, noise: float, signal: float) -> floa
         ratio: batch size over reference batch size, positive.
         reference: the reference batch size, in examples.
         noise, signal: per-example noise and squared gradient norm. Without signal the gain is ``ratio``, without noise
-            it is 1; not finite (nothing measured yet) is 1.
+            it is 1. If they are not finite (nothing was measured yet), it is 1.
 
     Source: Johnson et al. 2020 (AdaScale SGD), section 3.
     """
@@ -67,9 +67,11 @@ def gain(ratio: float, reference: float, *, noise: float, signal: float) -> floa
         return 1.0
     if signal <= 0:
         return ratio
-    # The signal's share of the reference batch's gradient: no sum of large squares that could overflow into NaN.
+    # The signal's share of the reference batch's gradient. The formula above adds large squares, whose sum could
+    # overflow and make the quotient NaN.
     share = 1 / (1 + noise / reference / signal)
     value = ratio / (1 + (ratio - 1) * share)
+    # rounding must not leave the range between 1 and the ratio
     return min(max(value, min(1.0, ratio)), max(1.0, ratio))
 
 
@@ -86,11 +88,11 @@ def lr_factor(
     Args:
         rule: one of "none", "linear", "sqrt", "gain", "sqrt_gain".
         global_batch_size: examples of the step, positive.
-        reference: the batch size for which the base LR was chosen; there the factor is 1.
-        noise, signal: averages in per-example units, read by "gain" only.
+        reference: the batch size for which the base LR was tuned, and at which the factor is 1.
+        noise, signal: averages in per-example units, read by "gain" and "sqrt_gain" only.
 
     Raises:
-        ValueError: an unknown rule, or sizes that are not positive.
+        ValueError: if the rule is unknown, or sizes are not positive.
     """
     check_lr_rule(rule)
     if not (0 < global_batch_size < math.inf and 0 < reference < math.inf):
@@ -119,23 +121,23 @@ def followed(
 ) -> dict[str, Any]:
     """Settings of an optimizer's parameter group for a step of ``ratio`` reference batches.
 
-        betas          beta ** ratio              the averages forget as much per example (Marek et al. 2025)
+        betas          beta ** ratio              the averages forget equally per example (Marek et al. 2025)
         eps            eps / sqrt(ratio)          as the square root of the second moment falls (Malladi et al. 2022)
-        weight_decay   wd * ratio / factor        lr * wd decays as much per example, whatever the LR does
+        weight_decay   wd * ratio / factor        lr * wd decays equally per example, whatever the LR does
 
     Args:
         settings: the group's values at the reference batch size.
         names: which of them follow.
         ratio: batch size over reference batch size, positive.
-        factor: what the rule makes of the batch in the same step, positive; without the decay of a ``Seesaw``, which
-            the weight decay shares with the learning rate, down to zero.
-        exponents: those of the betas, where floors hold some of them back; by default ``ratio`` for each.
+        factor: the factor of the rule in the same step, positive; without the decay of a ``Seesaw``, which applies to
+            weight decay as to the learning rate, down to zero.
+        exponents: those of the betas, if floors limit some of them; by default ``ratio`` for each.
 
     Returns:
         The settings that change, by name.
 
     Raises:
-        ValueError: a ratio or a factor that is not positive.
+        ValueError: if the ratio or the factor is not positive.
     """
     for name, value in (("ratio", ratio), ("factor", factor)):
         require(0 < value < math.inf, f"{name} must be positive and finite", value)
@@ -156,17 +158,17 @@ def legw_warmup(warmup: Duration, ratio: float) -> Duration: ...
 @overload
 def legw_warmup(warmup: float, ratio: float) -> float: ...
 def legw_warmup(warmup: Duration | float, ratio: float) -> Duration | float:
-    """The warm-up for a batch ``ratio`` times as large: as many steps, so ``ratio`` times the examples.
+    """The warm-up for a batch ``ratio`` times as large: the same number of steps, so ``ratio`` times the examples.
 
-    It goes with the sqrt rule. A warm-up that is given in steps stays as it is.
+    It is meant for the sqrt rule. A warm-up that is given in steps does not change.
 
     Args:
         warmup: tuned for the reference batch size; a number is a share of a total in examples or tokens.
         ratio: batch size over reference batch size, positive.
 
     Raises:
-        ValueError: a ratio out of its range, a share that is not below 1 before and after, or a warm-up in gain-steps,
-            whose worth in steps depends on the noise.
+        ValueError: if the ratio is out of its range, a share is not below 1 before and after, or the warm-up is in
+            gain-steps, whose number of steps depends on the noise.
 
     Source: You et al. 2019, "Large-batch training for LSTM and beyond" (LEGW), section 3.
     """
@@ -181,5 +183,5 @@ def legw_warmup(warmup: Duration | float, ratio: float) -> Duration | float:
     if warmup.unit == "steps":
         return warmup
     if warmup.unit == "gain_steps":
-        raise ValueError(f"a warm-up of {warmup} has the batch in it already: give it in examples, tokens or steps")
+        raise ValueError(f"a warm-up of {warmup} already depends on the batch: give it in examples, tokens or steps")
     return Duration(round(warmup.count * ratio), warmup.unit)

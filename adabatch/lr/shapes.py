@@ -7,19 +7,18 @@ A shape is data: a name and its settings. It can be compared, stored as JSON, pi
     >>> Shape.from_dict(cosine(floor=0.1).to_dict()) == cosine(floor=0.1)
     True
 
-**Progress** is clamped to [0, 1], as the last batch of a run overshoots. What it counts (examples, tokens,
-steps, gain-steps) is the clock's affair, not the shape's. Every shape is 1 at progress 0, except
-``tabulated``, which is what its table says. A ``floor`` is a ratio of the base learning rate: a shape whose
-end is given as a learning rate ``r`` takes ``floor=r / base_lr``, and must be built anew where the base
-learning rate changes.
+**Progress** is clamped to [0, 1], because the last batch of a run may overshoot. The clock, not the shape, determines
+what it counts (examples, tokens, steps, gain-steps). Every shape is 1 at progress 0, except ``tabulated``, which begins
+at the first value of its table. A ``floor`` is a ratio of the base learning rate: for an end at the learning rate ``r``
+use ``floor=r / base_lr``, and build the shape again if the base learning rate changes.
 
 **Warm-up is not in a shape**, because its length is best counted in another unit than the rest (the
-optimizer's own averages warm up in steps, while a run is as long as its examples). The scheduler puts it on:
+optimizer's own averages warm up in steps, while the length of a run is in examples). The scheduler adds it:
 
     factor = warmup_factor(consumed / warmup, start) * shape(0)                       while consumed < warmup
     factor = shape((consumed - warmup) / (total - warmup))                            after it
 
-so that progress runs over what the warm-up left, and the two meet without a jump.
+so that progress runs over the rest after the warm-up, and the factor is continuous.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ Curve: TypeAlias = Callable[[FloatArray], FloatArray]
 class Shape:
     """A learning-rate schedule without its learning rate: ``factor = shape(progress)``. Immutable.
 
-    Made by the functions of this module; ``Shape(name, settings)`` calls the one of that name.
+    The functions of this module make shapes; ``Shape(name, settings)`` calls the one of that name.
 
     Args:
         name: name of a function of this module, such as ``"wsd"``.
         settings: its arguments; those with a default may be left out.
 
     Raises:
-        ValueError: an unknown name, an unknown or missing setting, or a setting out of its range.
+        ValueError: if the name is unknown, or a setting is unknown, missing or out of its range.
     """
 
     __slots__ = ("_curve", "_name", "_settings")
@@ -76,7 +75,7 @@ class Shape:
         self._fill(made._name, made._settings, made._curve)
 
     def __init_subclass__(cls) -> None:
-        # not typing.final: command-line parsers read that mark as "no factory function of this type either"
+        # not typing.final: command-line parsers would then reject functions that return a Shape
         raise TypeError("Shape is final: add a function to this module that makes a new one")
 
     def _fill(self, name: str, settings: Mapping[str, Setting], curve: Curve) -> None:
@@ -105,8 +104,8 @@ class Shape:
             ValueError: a progress that is not a number (NaN).
         """
         numbers = _clamped("progress", progress)
-        # A number goes through numpy as an array of one. A scalar's power or sine would come from another library than
-        # an array's, whose vectorized loops depend on the processor, and differ in the last digit.
+        # A number is evaluated as an array of one. numpy computes the power or sine of a scalar with another library
+        # than that of an array, whose vectorized loops depend on the processor; they differ in the last digit.
         factors = np.asarray(self._curve(numbers.ravel())).reshape(numbers.shape)
         return float(factors) if np.isscalar(progress) else factors
 
@@ -120,7 +119,7 @@ class Shape:
         """The shape that ``to_dict`` described.
 
         Raises:
-            ValueError: other keys than ``name`` and ``settings``, or anything that ``Shape`` refuses.
+            ValueError: for other keys than ``name`` and ``settings``, and as for ``Shape``.
         """
         if set(state) != {"name", "settings"}:
             raise ValueError(f"a shape is described by the keys 'name' and 'settings', got {sorted(map(str, state))}")
@@ -176,12 +175,12 @@ def cosine(*, floor: float = 0.0) -> Shape:
         floor: last value, a ratio of the base learning rate in [0, 1].
     """
     low = _between("floor", floor, 0, 1)
-    # sin^2(pi (1 - p) / 2) is the same, and keeps its digits near p = 1, where the cosine form cancels
+    # equal to the cosine form, but without its cancellation near p = 1: sin^2(pi (1 - p) / 2)
     return _shape("cosine", {"floor": low}, lambda p: low + (1 - low) * np.sin(np.pi / 2 * (1 - p)) ** 2)
 
 
 def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shape:
-    """Warm-up, stable, decay, less the warm-up: 1 until ``p = 1 - cooldown``, then down to ``floor``.
+    """Warm-up, stable, decay, without the warm-up: 1 until ``p = 1 - cooldown``, then down to ``floor``.
 
     With ``q`` in [0, 1] the share of the cooldown that is over, it is ``floor + (1 - floor) * d(q)``, where d
     is
@@ -194,8 +193,8 @@ def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shap
     Sources: Hu et al. 2024, arXiv:2404.06395 (wsd); Haegele et al. 2024, arXiv:2405.18392 (1-sqrt).
 
     Args:
-        cooldown: length of the cooldown as a share of the progress, in [0, 1]; 0 never decays, 1 has no
-            stable part.
+        cooldown: length of the cooldown as a share of the progress, in [0, 1]; with 0 there is no decay, with 1
+            no stable part.
         decay: form of the cooldown.
         floor: last value, a ratio of the base learning rate in [0, 1].
     """
@@ -213,15 +212,15 @@ def inverse_sqrt(*, timescale: float, cooldown: float = 0.0, floor: float = 0.0)
     """Inverse square root: ``max(floor, sqrt(s / (s + p)))``, with a linear cooldown to ``floor`` at the end.
 
     The usual forms count steps. ``timescale = n / R``, with ``R`` the length of the run after its warm-up, is
-    ``sqrt(n / (n + t))`` at ``t`` steps after the warm-up: ``n`` is the length of the warm-up where the
-    schedule is written ``sqrt(warmup / step)``, and 1 where it is ``1 / sqrt(step)`` with steps from one.
+    ``sqrt(n / (n + t))`` at ``t`` steps after the warm-up: ``n`` is the length of the warm-up if the schedule
+    is written ``sqrt(warmup / step)``, and 1 if it is ``1 / sqrt(step)`` with steps from one.
 
     Args:
         timescale: ``s``, positive: the progress at which the factor has fallen to ``1 / sqrt(2)``.
-        cooldown: length of the cooldown as a share of the progress, in [0, 1]; 0 has none. It starts from the
-            value that the curve has there.
-        floor: least and last value, a ratio of the base learning rate in [0, 1]. Without a cooldown the curve
-            is above it at the end if ``sqrt(s / (s + 1))`` is.
+        cooldown: length of the cooldown as a share of the progress, in [0, 1]; 0 for no cooldown. It starts from
+            the value of the curve at that point.
+        floor: smallest and last value, a ratio of the base learning rate in [0, 1]. Without a cooldown the last
+            value is larger if ``sqrt(s / (s + 1))`` is.
     """
     scale = _positive("timescale", timescale)
     length = _between("cooldown", cooldown, 0, 1)
@@ -252,8 +251,8 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
     A batch that jumps over several milestones passes them all.
 
     Args:
-        milestones: progress at which each factor sets in, strictly increasing in (0, 1].
-        factors: what each multiplies the present value by, positive; as many as milestones.
+        milestones: progress from which each factor applies, strictly increasing in (0, 1].
+        factors: positive factors on the value before each milestone; as many as milestones.
     """
     at = _numbers("milestones", milestones)
     by = _numbers("factors", factors)
@@ -278,15 +277,14 @@ def hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> 
 
         h(p) = sqrt((1 - p) / u * (2 - (1 + p) / u)) = sqrt((1 - x / U)^2 - (1 - N / U)^2)
 
-    It ends on ``1 - (1 - infimum) * h(0)``, which is ``infimum`` only if ``u`` is 1 (then the shape is
-    linear), and far above it where ``u`` is large: near ``1 - sqrt(2 / u)``.
+    It ends at ``1 - (1 - infimum) * h(0)``, which is ``infimum`` only if ``u`` is 1 (then the shape is linear),
+    and far above it if ``u`` is large: near ``1 - sqrt(2 / u)``.
 
     Args:
         upper_bound: the paper's U, at least ``max_iter``.
         infimum: the paper's infimum learning rate as a ratio of the base learning rate, in [0, 1).
-        max_iter: the paper's N, in the unit of ``upper_bound`` and less the warm-up (the decay runs over what
-            that leaves); 1 where ``upper_bound`` is the ratio U / N already. Only the ratio is kept in the
-            settings.
+        max_iter: the paper's N, in the unit of ``upper_bound`` and without the warm-up; 1 if ``upper_bound`` is
+            already the ratio U / N. Only the ratio is kept in the settings.
     """
     ratio = _upper_bound(upper_bound, max_iter)
     low = _number("infimum", infimum)
@@ -299,7 +297,7 @@ def hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> 
 def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> Shape:
     """ExpHyperbolicLR (Kim 2024, arXiv:2407.15200): ``infimum^(h(0) - h(p))``.
 
-    The h is that of ``hyperbolic``. It ends on ``infimum^h(0)``, which is ``infimum`` only if U = N (then the
+    The h is that of ``hyperbolic``. It ends at ``infimum^h(0)``, which is ``infimum`` only if U = N (then the
     shape is exponential).
 
     Args:
@@ -321,10 +319,10 @@ def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0)
 def adjusted_infimum(
     infimum: float, last: float, *, upper_bound: float, max_iter: float = 1.0, weight: float = 0.5
 ) -> float:
-    """A new infimum from where a run with ``exp_hyperbolic`` should have ended: the paper's ``adjust_infimum``.
+    """A new infimum from the wanted end of a run with ``exp_hyperbolic``: the paper's ``adjust_infimum``.
 
-    In logarithms, the mean of the old infimum, of weight ``1 - weight``, and of what a straight line from the base
-    learning rate through ``last`` at ``max_iter`` comes to at ``upper_bound``.
+    In logarithms, the mean of the old infimum, with weight ``1 - weight``, and the value at ``upper_bound`` of a
+    straight line from the base learning rate through ``last`` at ``max_iter``.
 
     Args:
         infimum: the present one, as for ``exp_hyperbolic``.
@@ -333,7 +331,7 @@ def adjusted_infimum(
         weight: of the line, in [0, 1]: m / (m + n) in the published code.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: if a number is out of its range.
 
     Source: the official code of Kim 2024, arXiv:2407.15200.
     """
@@ -370,18 +368,18 @@ def warmup_factor(fraction: float, start: float = 0.0) -> float: ...
 @overload
 def warmup_factor(fraction: NDArray[Any] | Sequence[float], start: float = 0.0) -> FloatArray: ...
 def warmup_factor(fraction: float | NDArray[Any] | Sequence[float], start: float = 0.0) -> float | FloatArray:
-    """Linear warm-up: ``start + (1 - start) * fraction``; 1 at the end of it and ever after.
+    """Linear warm-up: ``start + (1 - start) * fraction``; 1 at its end and afterwards.
 
-    How it composes with a shape is said at the head of this module.
+    The head of this module describes how it is combined with a shape.
 
     Args:
-        fraction: share of the warm-up that is over, a number or an array; clamped to [0, 1]. A warm-up of
-            length zero is no warm-up: do not call this.
-        start: first factor, a ratio of the base learning rate, not negative. A start given as a learning rate
-            ``r`` is ``r / base_lr``. One above 1 eases a run down that goes on at a lower base learning rate.
+        fraction: share of the warm-up that is over, a number or an array; clamped to [0, 1]. Do not call this
+            for a warm-up of length zero.
+        start: first factor, a ratio of the base learning rate, not negative. For a learning rate ``r`` use
+            ``r / base_lr``. A start above 1 gives a smooth transition to a lower base learning rate.
 
     Raises:
-        ValueError: a fraction that is not a number (NaN), or a start out of its range.
+        ValueError: if a fraction is NaN, or the start is out of its range.
     """
     low = _number("start", start)
     require(0 <= low < math.inf, "start must be finite and not negative", low)
@@ -391,25 +389,25 @@ def warmup_factor(fraction: float | NDArray[Any] | Sequence[float], start: float
 
 
 def _shape(name: str, settings: Mapping[str, Setting], curve: Curve) -> Shape:
-    """A shape from parts already validated: the one way past its constructor."""
+    """A shape from parts that are already validated, without its constructor."""
     shape = object.__new__(Shape)
     shape._fill(name, settings, curve)
     return shape
 
 
 def _left(p: FloatArray, cooldown: float) -> FloatArray:
-    """The share of the cooldown that is still to come: 1 before it, 0 at the end."""
+    """The remaining share of the cooldown: 1 before it, 0 at the end."""
     if cooldown == 0:
         return np.ones_like(p)
-    # At the knee 1 - p misses the cooldown by the rounding of p, which is nothing but under a square root, where one
-    # unit in the last place is 1.5e-8. The second term keeps cooldowns as short as that rounding.
+    # At the beginning of the cooldown, 1 - p differs from its length by the rounding of p. This matters only under a
+    # square root, which turns one unit in the last place into 1.5e-8. The second term is for cooldowns as short as
+    # that rounding.
     rounding = min(2**-52, cooldown / 1024)
     left = 1 - p
     return np.where(left >= cooldown - rounding, 1.0, np.minimum(left, cooldown) / cooldown)
 
 
-# what a cooldown has left to lose, from the share r = 1 - q of it that is to come; each form keeps its digits
-# as r -> 0
+# the remaining decay as a function of the remaining share r = 1 - q; each form is accurate for r -> 0
 _DECAYS: Mapping[str, Curve] = MappingProxyType(
     {
         "linear": lambda r: r,
@@ -423,7 +421,7 @@ _DECAYS: Mapping[str, Curve] = MappingProxyType(
 def _height(p: FloatArray | float, ratio: float) -> FloatArray:
     """The hyperbola's h in terms of what is left, ``r = 1 - p``: ``sqrt(r (r + 2 (u - 1))) / u``.
 
-    Its difference of squares can go below zero near p = 1, and its factored form still loses digits there.
+    The formula's difference of squares can become negative near p = 1, and its factored form still loses digits there.
     """
     left = 1 - np.asarray(p, dtype=np.float64)
     return np.asarray(np.sqrt(left * (left + 2 * (ratio - 1))) / ratio)

@@ -1,8 +1,8 @@
-"""Data sets that lie in memory, with splits that never change: MNIST and characters of a text.
+"""Data sets in memory, with splits that never change: MNIST and characters of a text.
 
-They are map-style (``dataset[i]`` is a tuple of tensors) and serve any ``DataLoader``. Pass
-``collate_fn=collate`` with them and a batch is one ``index_select`` a tensor instead of a Python loop over
-examples; on other data sets that function does what torch's default does. Nothing is downloaded.
+They are map-style (``dataset[i]`` is a tuple of tensors) and work with any ``DataLoader``. With
+``collate_fn=collate`` a batch is one ``index_select`` per tensor instead of a Python loop over examples; on
+other data sets that function behaves like torch's default. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ IDX_UINT8 = 0x08
 
 
 class Rows(Sequence[tuple[Tensor, ...]]):
-    """Some rows of tensors in memory, not gathered yet: a sequence of examples that ``collate`` turns into a
-    batch.
+    """Some rows of tensors in memory, not gathered yet: a sequence of examples that ``collate`` makes a batch of.
 
     Args:
         tensors: each of shape (num_examples, ...).
@@ -64,15 +63,15 @@ class InMemory(TensorDataset):
     """Torch's ``TensorDataset`` whose batches ``collate`` gathers at once."""
 
     def __getitems__(self, indices: Sequence[int]) -> Rows:
-        """The examples of a batch; ``DataLoader`` calls this where a data set has it."""
+        """The examples of a batch; ``DataLoader`` calls this if a data set has it."""
         return Rows(self.tensors, indices)
 
 
 def collate(batch: list[Any] | Rows) -> Any:
     """A batch from the examples that a ``DataLoader`` fetched: ``collate_fn=collate``.
 
-    Same values and types as ``torch.utils.data.default_collate``, and without its loop over examples where
-    they are rows of an ``InMemory`` data set or of a ``Subset`` of one.
+    Same values and types as ``torch.utils.data.default_collate``, but without its loop over examples if they
+    are rows of an ``InMemory`` data set or of a ``Subset`` of one.
     """
     return batch.gather() if isinstance(batch, Rows) else default_collate(batch)
 
@@ -89,8 +88,8 @@ class Mnist(InMemory):
             ADABATCH_DATA names.
 
     Raises:
-        FileNotFoundError: no such files; lists where they were looked for and how to get them.
-        ValueError: files that are not IDX, are cut short, or do not fit together.
+        FileNotFoundError: if there are no such files; lists the folders and how to get the files.
+        ValueError: if files are not IDX, are cut short, or do not fit together.
     """
 
     def __init__(self, split: Split = "train", root: str | os.PathLike[str] | None = None) -> None:

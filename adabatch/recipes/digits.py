@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn carries: real images without a download."""
+"""The handwritten digits of scikit-learn: real images without a download."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Digits(InMemory):
 def split_digits(labels: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The rows for training and the rows for test, each ascending.
 
-    Rows are sorted by class, in a fixed random order within a class, and every fifth is taken for test: each
-    class gives a fifth of its rows, rounded up or down. The order comes from ``RandomState(1797)``, whose
-    stream numpy keeps for ever (NEP 19); that of ``default_rng`` may change.
+    Rows are sorted by class, in a fixed random order within a class, and every fifth is for the test: each class
+    gives a fifth of its rows, rounded up or down. The order comes from ``RandomState(1797)``, whose stream numpy
+    guarantees forever (NEP 19); that of ``default_rng`` may change.
 
     Args:
         labels: class of each row, shape (num_examples,).

@@ -1,8 +1,8 @@
 """Small models: images to classes, and a decoder-only transformer over characters.
 
-They are initialized from torch's generator alone, so ``torch.manual_seed`` before the constructor fixes every
-weight. None couples the examples of a batch (there is no BatchNorm), and every layer sees the batch as its
-first dimension: per-example gradients exist and have layer rules.
+They are initialized with torch's generator only, so ``torch.manual_seed`` before the constructor fixes every
+weight. None of them couples the examples of a batch (there is no BatchNorm), and every layer sees the batch as
+its first dimension: per-example gradients exist and have layer rules.
 """
 
 from __future__ import annotations
@@ -150,18 +150,18 @@ class Transformer(nn.Module):
     ``Transformer(50257, 1024, width=768, depth=12, num_heads=12, tied=True)``    124,439,808
     ============================================================================  ===========
 
-    Weights start normal with deviation 0.02, those that write into the residual stream with ``0.02 / sqrt(2 *
-    depth)``, biases at zero.
+    Weights start normal with standard deviation 0.02, those that write into the residual stream with
+    ``0.02 / sqrt(2 * depth)``, and biases at zero.
 
     Args:
         vocab_size: number of tokens.
         block_size: longest sequence.
-        width: numbers that stand for a token; divisible by ``num_heads``.
+        width: numbers that represent a token; divisible by ``num_heads``.
         depth: number of blocks.
         tied: whether the head shares the weight of the token embedding.
 
     Raises:
-        ValueError: a width that the heads do not divide; in ``forward``, a sequence longer than
+        ValueError: if ``num_heads`` does not divide the width; in ``forward``, if a sequence is longer than
             ``block_size``.
     """
 
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
         length = tokens.shape[-1]
         if length > self.block_size:
             raise ValueError(f"sequences may have up to block_size={self.block_size} tokens, got {length}")
-        # One row of positions an example, though all rows are equal: a layer without a batch dimension would
+        # One row of positions per example, although all rows are equal: a layer without a batch dimension would
         # have no per-example gradient.
         positions = torch.arange(length, device=tokens.device).expand_as(tokens)
         x = self.token(tokens) + self.position(positions)

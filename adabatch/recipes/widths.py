@@ -1,4 +1,4 @@
-"""A model of any width, and what to try it on: what ``adabatch mup`` takes where it is given nothing else."""
+"""A model of any width, and data for it: the defaults of ``adabatch mup``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = 64
 def mlp(width: int) -> nn.Module:
     """Two hidden layers of this width on the 64 pixels of the digits, with biases that start at zero.
 
-    Weights start normal with deviation 1/sqrt(fan_in).
+    Weights start normal with standard deviation 1/sqrt(fan_in).
     """
     model = MLP((64, width, width, 10))
     for layer in model.layers:

@@ -9,9 +9,18 @@ import numpy as np
 from adabatch.batch.plan import BatchPlan
 from adabatch.batch.step_times import StepTimes
 from adabatch.forecast.costs import Evidence, StepCost
-from adabatch.report.steps import RunSteps
+from adabatch.report.steps import Floats, RunSteps
 from adabatch.report.summary import noise_band
 from adabatch.report.what_if import usable_scale
+
+GROUPS = 8
+"""Of probes, whose scatter tells how certain the noise scale of a run is."""
+
+T_95 = 1.895
+"""One-sided 95 % of Student's t with ``GROUPS - 1`` degrees of freedom."""
+
+WIDEST = 1e3
+"""Factor at which an error bar says that next to nothing is known; there it ends."""
 
 SPREAD = (10, 90)
 """Percentiles of the step times, over the median of their plan, that count as their spread."""
@@ -20,7 +29,8 @@ SPREAD = (10, 90)
 def evidence_of(run: RunSteps) -> Evidence:
     """The noise of a run, step by step; updates that were left out made no progress, and are left out here too.
 
-    Its band is the median over the steps of the journal's bounds over the estimate; 1 and 1 where it has none.
+    Its band comes from the scatter of the probes (``scatter_band``). With too few of them it is the median over the
+    steps of the journal's bounds over the estimate; 1 and 1 where it has none of either.
 
     Raises:
         ValueError: there is no noise scale in the journal, or no update was applied.
@@ -28,13 +38,51 @@ def evidence_of(run: RunSteps) -> Evidence:
     scale, applied = usable_scale(run), run.applied
     if not applied.any():
         raise ValueError(f"{run.name}: no update was applied, so that there is no progress to plan from")
-    factors, bounds = (1.0, 1.0), noise_band(run)
-    if bounds is not None:
-        known = np.isfinite(bounds[0]) & np.isfinite(bounds[1]) & (bounds[0] > 0) & np.isfinite(run.noise_scale)
-        if known.any():
-            low, high = (float(np.median(bound[known] / scale[known])) for bound in bounds)
-            factors = min(low, 1.0), max(high, 1.0)
-    return Evidence(run.batch[applied], run.batch[applied], scale[applied], factors)
+    band = scatter_band(run) or _band_of_bounds(run, scale) or (1.0, 1.0)
+    return Evidence(run.batch[applied], run.batch[applied], scale[applied], band)
+
+
+def scatter_band(run: RunSteps) -> tuple[float, float] | None:
+    """Factors on the noise scale of the whole run: 95 % one-sided either way, from the scatter of its probes.
+
+    Each probe is divided by the averages at its step, so that a noise scale that rises in the run is no scatter, and
+    weighs as many examples as its step. The probes are dealt to eight groups, each over the whole run, and the
+    logarithm of summed noise over summed signal has the jackknife's error over the groups. It needs no criterion, so a
+    run that only records its noise has it too.
+
+    Returns:
+        None with fewer than two probes per group.
+
+    Source: Tukey 1958, "Bias and confidence in not-quite large samples", for the jackknife; one over groups here.
+    """
+    used = np.flatnonzero(
+        np.isfinite(run.measured_noise) & np.isfinite(run.measured_signal) & (run.noise > 0) & (run.signal > 0)
+    )
+    if len(used) < 2 * GROUPS:
+        return None
+    group = np.arange(len(used)) % GROUPS
+    noise, signal = (
+        np.bincount(group, weights=run.batch[used] * measured[used] / averaged[used])
+        for measured, averaged in ((run.measured_noise, run.noise), (run.measured_signal, run.signal))
+    )
+    without_noise, without_signal = noise.sum() - noise, signal.sum() - signal
+    if not ((without_noise > 0).all() and (without_signal > 0).all()):
+        return 1 / WIDEST, WIDEST
+    log_scale = np.log(without_noise / without_signal)
+    error = math.sqrt((GROUPS - 1) * float(np.var(log_scale)))
+    factor = min(math.exp(min(T_95 * error, 50.0)), WIDEST)
+    return 1 / factor, factor
+
+
+def _band_of_bounds(run: RunSteps, scale: Floats) -> tuple[float, float] | None:
+    bounds = noise_band(run)
+    if bounds is None:
+        return None
+    known = np.isfinite(bounds[0]) & np.isfinite(bounds[1]) & (bounds[0] > 0) & np.isfinite(run.noise_scale)
+    if not known.any():
+        return None
+    low, high = (float(np.median(bound[known] / scale[known])) for bound in bounds)
+    return min(low, 1.0), max(high, 1.0)
 
 
 def has_band(evidence: Evidence) -> bool:

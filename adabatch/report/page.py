@@ -73,6 +73,7 @@ REASON_KINDS: Mapping[str, str] = MappingProxyType(
         Reason.NOT_PROBED: "not asked",
         Reason.NOT_FINITE: "failed",
         Reason.WEIGHS_NOTHING: "failed",
+        Reason.NOT_COMMITTED: "failed",
     }
 )
 """The reasons of the journal in the few kinds that a reader can tell apart by colour."""

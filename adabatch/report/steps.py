@@ -17,6 +17,20 @@ from adabatch.report.curves import Journal, records
 Floats = NDArray[np.float64]
 
 
+class Evaluations(NamedTuple):
+    """What was evaluated during a run, such as the loss on a test set.
+
+    Args:
+        examples: consumed before each evaluation, shape (num_evaluations,).
+        steps: taken before it, of the same shape.
+        values: the number, of the same shape.
+    """
+
+    examples: Floats
+    steps: Floats
+    values: Floats
+
+
 class RunSteps(NamedTuple):
     """All steps of a run, those whose update was left out among them; missing numbers are NaN.
 
@@ -38,6 +52,8 @@ class RunSteps(NamedTuple):
         noise: average with this step in it.
         signal: average with this step in it.
         measured: noise scale of this step's gradient alone; not positive where chance has it so.
+        measured_noise: noise of this step's gradient alone.
+        measured_signal: signal of this step's gradient alone; not positive where chance has it so.
         base_lr: of the first parameter group.
         shape: warm-up times shape, of the first parameter group.
         factor: batch factor on the learning rate.
@@ -49,6 +65,7 @@ class RunSteps(NamedTuple):
         layers: names of the layers whose noise was measured apart.
         layer_noise: shape (num_steps, num_layers).
         layer_signal: shape (num_steps, num_layers).
+        evaluations: by name, those that the journal has; in their order.
     """
 
     name: str
@@ -68,6 +85,8 @@ class RunSteps(NamedTuple):
     noise: Floats
     signal: Floats
     measured: Floats
+    measured_noise: Floats
+    measured_signal: Floats
     base_lr: Floats
     shape: Floats
     factor: Floats
@@ -79,6 +98,7 @@ class RunSteps(NamedTuple):
     layers: tuple[str, ...]
     layer_noise: Floats
     layer_signal: Floats
+    evaluations: dict[str, Evaluations]
 
     @property
     def num_steps(self) -> int:
@@ -120,12 +140,14 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
     Raises:
         ValueError: a damaged line before the last, a newer format, two runs in one journal, or no complete step.
     """
-    rows = [row for row in records(journal) if _is_step(row)]
+    lines = list(records(journal))
+    rows = [row for row in lines if _is_step(row)]
     if not rows:
         raise ValueError(f"{name}: the journal holds no complete step yet, so there is nothing to report")
     plans = [_part(row, "plan") for row in rows]
     rates = [_part(row, "lr") for row in rows]
     averages = [_part(row, "averages") for row in rows]
+    moments = [_part(row, "moments") for row in rows]
     groups = max((len(_list(each, "applied")) for each in rates), default=0)
     applied_lr = np.full((len(rows), groups), math.nan)
     for index, each in enumerate(rates):
@@ -163,7 +185,9 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
         reason=tuple(str(row.get("reason") or "") for row in rows),
         noise=of(averages, "noise"),
         signal=of(averages, "signal"),
-        measured=of([_part(row, "moments") for row in rows], "noise_scale"),
+        measured=of(moments, "noise_scale"),
+        measured_noise=of(moments, "noise"),
+        measured_signal=of(moments, "signal"),
         base_lr=np.array([next(iter(_list(each, "base")), math.nan) for each in rates]),
         shape=np.array([next(iter(_list(each, "shape")), math.nan) for each in rates]),
         factor=of(rates, "factor"),
@@ -175,7 +199,20 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
         layers=layers,
         layer_noise=by_layer("noise"),
         layer_signal=by_layer("signal"),
+        evaluations=_evaluations(lines),
     )
+
+
+def _evaluations(lines: list[Mapping[str, Any]]) -> dict[str, Evaluations]:
+    rows = [row for row in lines if _part(row, "evaluation") and math.isfinite(_number(row.get("examples")))]
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in _part(row, "evaluation")):
+        of = [row for row in rows if name in _part(row, "evaluation")]
+        values = ([_number(row.get(key)) for row in of] for key in ("examples", "step"))
+        examples, steps = (np.array(each, dtype=np.float64) for each in values)
+        numbers = [_number(_part(row, "evaluation")[name]) for row in of]
+        found[str(name)] = Evaluations(examples, steps, np.array(numbers, dtype=np.float64))
+    return found
 
 
 def _is_step(row: Mapping[str, Any]) -> bool:

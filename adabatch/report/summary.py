@@ -11,6 +11,7 @@ import numpy as np
 
 from adabatch.batch.control import Reason
 from adabatch.batch.efficiency import adaptive_limit
+from adabatch.batch.moments import EUCLIDEAN
 from adabatch.lr.follow import BETA1_FLOOR, BETA2_FLOOR
 from adabatch.report.curves import moving_mean
 from adabatch.report.steps import Floats, RunSteps
@@ -20,6 +21,21 @@ LOSS_WINDOW = 0.02
 
 UNCERTAIN = 0.5
 """Share of the probes that were "not significant" from which on the reader is told."""
+
+FOLLOW_NOISE = frozenset(
+    f"adabatch.{name}"
+    for name in (
+        "NormTest",
+        "StepPrice",
+        "NoiseScale",
+        "Goodput",
+        "CoordinateNormTest",
+        "InnerProductTest",
+        "OrthogonalityTest",
+        "AugmentedInnerProductTest",
+    )
+)
+"""Criteria, as a config names them, under which a rule that is left out is "gain" and the betas of Adam follow."""
 
 Level = Literal["note", "warning"]
 
@@ -62,7 +78,6 @@ def settings_of(config: Mapping[str, Any]) -> RunSettings:
         config.get("lr_rule"),
         config.get("optimizer.init_args.betas"),
     )
-    follow = config.get("follow.settings", config.get("follow"))
     floors = number("follow.beta1_floor"), number("follow.beta2_floor")
     return RunSettings(
         criterion=kind.rpartition(".")[2] if isinstance(kind, str) else None,
@@ -71,13 +86,24 @@ def settings_of(config: Mapping[str, Any]) -> RunSettings:
         reference=number("reference_batch_size"),
         weight_decay=number("optimizer.init_args.weight_decay"),
         betas=tuple(map(float, betas)) if isinstance(betas, list | tuple) else None,
-        follow=tuple(follow) if isinstance(follow, list | tuple) else (),
+        follow=_followed(config),
         beta_floors=(
             BETA1_FLOOR if floors[0] is None else floors[0],
             BETA2_FLOOR if floors[1] is None else floors[1],
         ),
         tokens_per_example=number("tokens_per_example"),
     )
+
+
+def _followed(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What follows the batch: what the config says, or the default of a run whose batch follows noise."""
+    follow = config.get("follow.settings", config.get("follow"))
+    if isinstance(follow, list | tuple):
+        return tuple(follow)
+    noise = config.get("criterion.class_path") in FOLLOW_NOISE
+    noise &= config.get("criterion.init_args.norm") in (None, EUCLIDEAN)
+    adam = config.get("optimizer.class_path") in ("torch.optim.Adam", "torch.optim.AdamW")
+    return ("betas",) if config.get("lr_rule") is None and noise and adam else ()
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,10 +20,11 @@ import numpy as np
 
 from adabatch.batch.criteria import Criterion, NoiseScale, NormTest, Observation, StepPrice, resting_size
 from adabatch.batch.moments import GradientMoments
-from adabatch.batch.plan import Progress
+from adabatch.batch.plan import Duration, Progress
+from adabatch.batch.schedules import LinearRamp, Schedule, Stage, Stages
 from adabatch.report.steps import Floats, RunSteps
 
-Kind = Literal["eta", "multiple", "step_price", "constant"]
+Kind = Literal["eta", "multiple", "step_price", "constant", "table", "ramp"]
 
 NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -33,6 +34,16 @@ NAMES: Mapping[str, str] = MappingProxyType(
         "constant": "constant {}",
     }
 )
+
+USAGE: Mapping[str, str] = MappingProxyType(
+    {
+        **{each: f"{each}=NUMBER" for each in ("eta", "multiple", "step_price", "constant")},
+        "table": "table=16,64@5000,256@20000",
+        "ramp": "ramp=16,256@20000",
+    }
+)
+"""How each kind is written: of a table the first size, then others with the examples from which on they are taken; of a
+ramp its first and last size, with the examples that it takes."""
 
 ASSUMPTIONS = (
     "The noise scale depends on the progress made, and not on the batch by which it was made.",
@@ -48,30 +59,38 @@ class Choice(NamedTuple):
 
     Args:
         kind: "eta" for ``NormTest(eta)``, "multiple" for ``NoiseScale(multiple)``, "step_price" for
-            ``StepPrice(examples)``, "constant" for one batch size.
-        value: the number.
+            ``StepPrice(examples)``, "constant" for one batch size, "table" and "ramp" for a schedule on examples.
+        value: the number; of a schedule its first size.
+        schedule: of a table or a ramp; None of the others.
     """
 
     kind: Kind
     value: float
+    schedule: Stages | LinearRamp | None = None
 
     @property
     def name(self) -> str:
         """The choice in words."""
+        if isinstance(self.schedule, Stages):
+            later = (f", {each.global_batch_size:,} from {each.after.count:,.0f}" for each in self.schedule.then)
+            return f"table {self.schedule.first:,}{''.join(later)}"
+        if self.schedule is not None:
+            return f"ramp {self.schedule.first:,} to {self.schedule.last:,} over {self.schedule.over.count:,.0f}"
         return NAMES[self.kind].format(f"{self.value:,.0f}" if self.value >= 100 else f"{self.value:.3g}")
 
     @classmethod
     def parse(cls, text: str) -> Choice:
-        """A choice from a text such as ``eta=0.7`` or ``constant=256``.
+        """A choice from a text such as ``eta=0.7``, ``constant=256`` or ``table=16,64@5000``.
 
         Raises:
             ValueError: an unknown kind, or a value outside its range.
         """
         kind, equals, value = text.partition("=")
         if not equals or kind not in get_args(Kind):
-            raise ValueError(
-                f"a choice is one of {', '.join(f'{each}=NUMBER' for each in get_args(Kind))}, got {text!r}"
-            )
+            raise ValueError(f"a choice is one of {', '.join(USAGE.values())}, got {text!r}")
+        if kind in ("table", "ramp"):
+            schedule = _schedule(kind, value)
+            return cls(kind, float(schedule.first), schedule)  # type: ignore[arg-type]  # looked up above
         try:
             number = float(value)
         except ValueError:
@@ -81,11 +100,13 @@ class Choice(NamedTuple):
         return checked
 
     def criterion(self) -> Criterion | None:
-        """The criterion that makes the choice; None for a constant batch.
+        """The criterion that makes the choice; None for a constant batch and a schedule.
 
         Raises:
             ValueError: a value outside its range.
         """
+        if self.schedule is not None:
+            return None
         if self.kind == "constant":
             if not 1 <= self.value < math.inf:
                 raise ValueError(f"a constant batch must be at least 1 example, got {self.value:g}")
@@ -95,6 +116,20 @@ class Choice(NamedTuple):
                 raise ValueError(f"eta must lie between 0 and 1, where a norm test comes to rest, got {self.value:g}")
             return NormTest(self.value)
         return NoiseScale(self.value) if self.kind == "multiple" else StepPrice(self.value)
+
+
+def _schedule(kind: str, text: str) -> Stages | LinearRamp:
+    first, *rest = text.split(",")
+    try:
+        size = int(first)
+        later = [(int(each), int(float(at))) for each, at in (part.split("@") for part in rest)]
+    except ValueError:
+        raise ValueError(f"a {kind} is written as {USAGE[kind]}, got {text!r}") from None
+    if not later or (kind == "ramp" and len(later) > 1):
+        raise ValueError(f"a {kind} is written as {USAGE[kind]}, got {text!r}")
+    if kind == "ramp":
+        return LinearRamp(size, later[0][0], Duration(later[0][1], "examples"))
+    return Stages(size, [Stage(Duration(at, "examples"), each) for each, at in later])
 
 
 class Outcome(NamedTuple):
@@ -194,13 +229,15 @@ def what_if(
         run: the run.
         choice: another criterion, or a constant batch.
         limits: smallest and largest batch that a criterion is given, in examples; None for none. A constant batch is
-            taken as it is.
+            taken as it is, and so is a schedule.
         price: of a step, in examples.
 
     Raises:
         ValueError: no noise scale in the journal, or a choice outside its range.
     """
     pieces = segments(run)
+    if choice.schedule is not None:
+        return _scheduled(choice.name, pieces, choice.schedule, price)
     batch = batches(choice, pieces.noise_scale, limits)
     steps = float((pieces.progress / batch + pieces.progress / pieces.noise_scale).sum())
     examples = float((pieces.progress * (1 + batch / pieces.noise_scale)).sum())
@@ -208,8 +245,21 @@ def what_if(
     return _outcome(choice.name, examples, steps, at_equal, float(pieces.progress.sum()), price)
 
 
+def _scheduled(name: str, pieces: Segments, schedule: Schedule, price: float) -> Outcome:
+    """A schedule goes by the examples that it consumed itself, so the segments come one after another."""
+    steps, examples, begun, at_equal = 0.0, 0.0, 0.0, 0.0
+    for consumed, progress, scale in zip(pieces.examples, pieces.progress, pieces.noise_scale, strict=True):
+        batch = max(1.0, schedule.size(Progress(examples=int(examples))))
+        steps += progress / batch + progress / scale
+        examples += progress * (1 + batch / scale)
+        at_equal += consumed / max(1.0, schedule.size(Progress(examples=int(begun))))
+        begun += consumed
+    return _outcome(name, examples, steps, at_equal, float(pieces.progress.sum()), price)
+
+
 def batches(choice: Choice, noise_scale: Floats, limits: tuple[float | None, float | None]) -> Floats:
-    """The batch that a choice takes at each noise scale, in examples, of the same shape.
+    """The batch that a choice takes at each noise scale, in examples, of the same shape; not that of a schedule, which
+    goes by examples.
 
     Raises:
         ValueError: a choice outside its range.

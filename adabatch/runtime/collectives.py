@@ -1,9 +1,9 @@
-"""The few reductions adabatch needs: the only caller of ``torch.distributed`` collectives."""
+"""The few reductions that adabatch needs: the only caller of ``torch.distributed`` collectives."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,11 @@ from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.fsdp2 import data_parallel_mesh, is_sharded
 
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""In the messages of collectives whose other end is gone; they are plain RuntimeErrors."""
+"""Parts of the messages of collectives whose peer has ended; these are plain RuntimeErrors."""
 
 
 def is_connection_lost(error: BaseException) -> bool:
-    """Whether an error of a collective follows from the end of another rank, rather than from this one."""
+    """Whether an error of a collective is caused by the end of another rank."""
     said = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(words in said for words in _LOST)
@@ -31,7 +31,7 @@ def is_connection_lost(error: BaseException) -> bool:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """To the error of a collective whose other end is gone, a note is added that says what to look for."""
+    """Adds a note to the error of a collective whose peer has ended, which says what to look for."""
     try:
         yield
     except RuntimeError as error:
@@ -43,35 +43,54 @@ def explained() -> Iterator[None]:
         raise
 
 
+Reducer = Callable[[Tensor, Any], Tensor]
+"""Reduces a tensor over the ranks that are there, in place, by a ``dist.ReduceOp``; returns it."""
+
+
 class Collectives:
     """Reductions over the ranks that see different data.
 
+    Attributes:
+        rank, size: this rank's number, and how many there are.
+        fixed: whether both stay what they are.
+
     Args:
-        groups: their process group; none for a single process. Ranks in a grid that no single group spans (HSDP beside
-            pipeline stages) give one group for each of its dimensions, the outermost first, and reduce over one after
-            the other.
+        groups: their process group; empty for a single process. If no single group spans the grid of ranks (HSDP beside
+            pipeline stages), one group per dimension, the outermost first; reductions then run over one after the
+            other.
         device: where the groups' backend expects its tensors.
+        reducer: of a host whose ranks come and go, in the place of groups. Until the host says otherwise by
+            ``stand_at``, this rank is alone. Only reductions go over such ranks.
     """
 
-    def __init__(self, *groups: dist.ProcessGroup, device: torch.device | None = None) -> None:
+    def __init__(
+        self, *groups: dist.ProcessGroup, device: torch.device | None = None, reducer: Reducer | None = None
+    ) -> None:
         self._device = device or torch.device("cpu")
         self._groups = groups
+        self._reducer = reducer
+        self.fixed = reducer is None
         self.rank, self.size = 0, 1
         for group in groups:
             size = dist.get_world_size(group)
             self.rank, self.size = self.rank * size + dist.get_rank(group), self.size * size
 
+    def stand_at(self, rank: int, size: int) -> None:
+        """Which of how many ranks this one is from now on, where they come and go."""
+        assert not self.fixed, "the ranks of process groups stay what they are"
+        self.rank, self.size = rank, size
+
     @property
     def device(self) -> torch.device:
-        """Where the tensors live that are reduced."""
+        """The device of tensors that are reduced."""
         return self._device
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, the same bits on each; ``values`` is left as it is."""
+        """Sum over the ranks, with the same bits on each; ``values`` is not changed."""
         return values if self.size == 1 else self._reduced(values.clone(), dist.ReduceOp.SUM)
 
     def sum_in_place(self, values: Tensor) -> Tensor:
-        """The same into ``values`` itself, for what is too large to be held twice."""
+        """Sum over the ranks into ``values`` itself, for tensors too large to be held twice."""
         return values if self.size == 1 else self._reduced(values, dist.ReduceOp.SUM)
 
     def sum_of(self, *numbers: float) -> list[float]:
@@ -82,7 +101,7 @@ class Collectives:
         return [float(number) for number in self.sum(local).tolist()]  # host sync
 
     def minimum_of(self, *numbers: float) -> list[float]:
-        """The least over the ranks of each of a few host numbers."""
+        """The minimum over the ranks of each of a few host numbers."""
         if self.size == 1:
             return [float(number) for number in numbers]
         local = torch.tensor(numbers, dtype=torch.float64, device=self._device)
@@ -90,14 +109,14 @@ class Collectives:
 
     def gather_of(self, *numbers: float) -> list[list[float]]:
         """A few host numbers of every rank, by rank."""
-        # Summed with the zeros of the others, not gathered: reductions alone go over a grid of groups.
+        # A sum with zeros for the other ranks, not a gather: only reductions work over a grid of groups.
         rows = torch.zeros(self.size, len(numbers), dtype=torch.float64, device=self._device)
         rows[self.rank] = torch.tensor(numbers, dtype=torch.float64)
         found: list[list[float]] = self.sum(rows).tolist()  # host sync
         return found
 
     def gather(self, row: Tensor) -> Tensor:
-        """The rows of all ranks, shape (size, n), where each gives one, shape (n,)."""
+        """The rows of all ranks, shape (size, n), from one row per rank, shape (n,)."""
         rows = torch.empty(self.size, row.numel(), dtype=row.dtype, device=row.device)
         if self.size == 1:
             return rows.copy_(row.view(1, -1))
@@ -113,7 +132,7 @@ class Collectives:
         return output
 
     def exchange(self, rows: Tensor) -> Tensor:
-        """Row r of ``rows``, shape (size, n), goes to rank r; what comes back are the rows for this rank, by sender."""
+        """Sends row r of ``rows``, shape (size, n), to rank r; returns the rows for this rank, by sender."""
         if self.size == 1:
             return rows
         received = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -140,7 +159,7 @@ class Collectives:
         return None if pieces is None else torch.stack(pieces)
 
     def scatter_from(self, rank: int, values: Tensor | None, like: Tensor) -> Tensor:
-        """The row of ``values``, shape (size, ...), that one rank has for this one; ``like`` has its shape."""
+        """This rank's row of the ``values``, shape (size, ...), of one rank; ``like`` has the shape of a row."""
         if self.size == 1:
             assert values is not None
             return values[0]
@@ -150,7 +169,8 @@ class Collectives:
         return piece
 
     def over(self, inner: Collectives) -> Collectives:
-        """All ranks of a grid of which these are the outer dimension, and those of ``inner`` the inner one."""
+        """All ranks of a grid whose outer dimension are these ranks, and whose inner dimension are those of
+        ``inner``."""
         return Collectives(*self._groups, *inner._groups, device=self._device)
 
     @property
@@ -163,7 +183,7 @@ class Collectives:
         return self._groups[0]
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
-        """The bytes of every rank, by rank; they may be of different lengths."""
+        """The bytes of every rank, by rank; their lengths may differ."""
         sizes = [int(size) for (size,) in self.gather_of(len(data))]
         rows = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
         if data:
@@ -172,15 +192,15 @@ class Collectives:
         return [row[:size].tobytes() for row, size in zip(gathered, sizes, strict=True)]
 
     def agree(self, value: object) -> bool:
-        """Whether ``repr(value)`` is the same on all ranks; the answer is. Costs 16 bytes.
-
-        A sum would not do: of ranks that hold 0, 1 and 2 the middle one sees the sum that it expects.
-        """
+        """Whether ``repr(value)`` is the same on all ranks; every rank gets the same answer. Costs 16 bytes."""
+        # Minimum and maximum, not a sum: of ranks that hold 0, 1 and 2, rank 1 would see the sum that it expects.
         digest = float(digest_of(value))
         least, minus_largest = self.minimum_of(digest, -digest)
         return least == -minus_largest
 
     def _reduced(self, values: Tensor, op: Any) -> Tensor:
+        if self._reducer is not None:
+            return self._reducer(values, op)
         with explained():
             for group in reversed(self._groups):
                 dist.all_reduce(values, op=op, group=group)
@@ -188,18 +208,18 @@ class Collectives:
 
 
 def digest_of(value: object) -> int:
-    """48 bits of what ``repr`` says, which a float64 holds exactly."""
+    """A digest of ``repr(value)`` of 48 bits, which a float64 holds exactly."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6])
 
 
 class HostGroup:
-    """All ranks once more, over gloo: for what is said beside the training, in another thread.
+    """A second group of all ranks, over gloo, for exchanges in another thread beside the training.
 
     Args:
-        collectives: the data-parallel ranks; all of the job's.
+        collectives: the data-parallel ranks, which must be all ranks of the job.
 
     Raises:
-        ValueError: some ranks of the job are not among them.
+        ValueError: if some ranks of the job are not among them.
     """
 
     def __init__(self, collectives: Collectives) -> None:
@@ -223,10 +243,8 @@ class HostGroup:
 
 
 def mean_future(values: Tensor, group: dist.ProcessGroup) -> Future[Tensor]:
-    """Mean over the ranks of ``group``, in place and in the background: what DDP does to a bucket by itself.
-
-    Multiplied by the inverse of the size before the sum, as DDP does: a division would round otherwise.
-    """
+    """Mean over the ranks of ``group``, in place and in the background, as DDP reduces a bucket."""
+    # Multiplied by the inverse of the size before the sum, as DDP does: a division would round differently.
     work = dist.all_reduce(values.mul_(1 / dist.get_world_size(group)), group=group, async_op=True)
     reduced: Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
     return reduced
@@ -237,17 +255,17 @@ def reduce_scatter(output: Tensor, values: Tensor, *, op: Any, group: dist.Proce
     return _reduce_scatter(output, values, op=op, group=group, async_op=async_op)
 
 
-# torch 2.13 gave them these names, and warns at the old ones.
+# torch 2.13 introduced these names, and warns about the old ones.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def collectives_of(model: torch.nn.Module) -> Collectives:
-    """The data-parallel ranks of a model, from the way it is wrapped.
+    """The data-parallel ranks of a model, from its wrapper.
 
     Raises:
-        ValueError: several processes run, and nothing says how this model's gradients are reduced over them; or a
-            sharded model some of whose parameters are sharded otherwise.
+        ValueError: if several processes run but the model has no wrapper that reduces its gradients, or if some
+            parameters of a sharded model are sharded differently.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     inner = uncompiled(model)
@@ -267,10 +285,10 @@ def collectives_of(model: torch.nn.Module) -> Collectives:
 
 
 def workers_of(place: dist.ProcessGroup | DeviceMesh | None, *, device: torch.device) -> Collectives:
-    """The ranks of a process group or of a mesh of one dimension; all ranks where neither is given.
+    """The ranks of a process group or of a mesh of one dimension; all ranks if neither is given.
 
     Raises:
-        ValueError: a mesh of several dimensions.
+        ValueError: if the mesh has several dimensions.
     """
     if isinstance(place, DeviceMesh):
         if place.ndim != 1:
@@ -287,7 +305,7 @@ def workers_of(place: dist.ProcessGroup | DeviceMesh | None, *, device: torch.de
 
 
 def shards_and_replicas(mesh: DeviceMesh, num_shards: int) -> tuple[Collectives, Collectives]:
-    """Of a data-parallel mesh, the ranks between which parameters are cut, and those that hold the same pieces."""
+    """The ranks of a data-parallel mesh over which parameters are sharded, and those that hold the same shards."""
     groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
     shards = groups[-1:] if num_shards > 1 else []
     device = torch.device(mesh.device_type)
@@ -295,7 +313,7 @@ def shards_and_replicas(mesh: DeviceMesh, num_shards: int) -> tuple[Collectives,
 
 
 def _groups_of(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, ...]:
-    """One group where one spans the mesh, else one for each dimension."""
+    """One group if one spans the mesh, else one per dimension."""
     whole = dist.group.WORLD
     if whole is not None and mesh.size() == dist.get_world_size():
         return (whole,)

@@ -6,10 +6,10 @@ from torch import nn
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile(model)``, which holds the same parameters; any other model itself.
+    """The model inside ``torch.compile(model)``, which holds the same parameters; other models are returned unchanged.
 
-    A ``DistributedDataParallel`` that was compiled is the model inside; ``fully_shard`` marks what it is given.
+    For a compiled ``DistributedDataParallel`` this is the wrapper; ``fully_shard`` marks the model that it gets.
     """
-    inner = getattr(model, "_orig_mod", model)  # OptimizedModule, of which torch has no public name
+    inner = getattr(model, "_orig_mod", model)  # OptimizedModule, which has no public name in torch
     assert isinstance(inner, nn.Module)
     return inner

@@ -1,8 +1,8 @@
-"""Micro-batches that count for nothing, such as those whose labels are all masked.
+"""Micro-batches of weight 0, such as those whose labels are all masked.
 
-Their loss is a mean over no terms, so it may be NaN, and so would be every gradient of it, times zero too. But ranks
-that reduce their gradients together wait for each other, so its backward runs all the same: from the model's outputs,
-which are finite, with a gradient of exactly zero. Every hook of the engine fires as in any other backward.
+Their loss is a mean over no terms, so it may be NaN, and then every gradient of it would be NaN too, even times zero.
+But ranks that reduce their gradients together wait for each other, so a backward must run nevertheless. It starts from
+the model's outputs, which are finite, with a gradient of exactly zero, and all hooks of the engine run as usual.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class EmptyParts:
-    """Remembers what the model gives in the forward of such a micro-batch.
+    """Keeps the outputs of the model in the forward of such a micro-batch.
 
     Args:
         model: as the loop calls it.
@@ -28,7 +28,7 @@ class EmptyParts:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While the micro-batch is run."""
+        """A context in which the micro-batch runs."""
         handle = self._model.register_forward_hook(self._note)
         try:
             yield
@@ -40,12 +40,12 @@ class EmptyParts:
         self._outputs += [tensor for tensor in _tensors(output) if tensor.requires_grad]
 
     def zero(self) -> Tensor | None:
-        """A loss, shape (), whose gradient is zero at every output; None where there is none.
+        """A loss, shape (), whose gradient is zero at every output; None if there is no such loss.
 
-        That is so where the model was not called, or gives nothing but a loss that is not finite, through which zero
-        would become NaN.
+        There is none if the model was not called, or if its only output is a loss that is not finite, through which a
+        zero gradient would become NaN.
         """
-        # A loss among other outputs, as models of Hugging Face give it, is the one tensor that may not be gone through.
+        # Models of Hugging Face return a loss among other outputs: a backward through it would give NaN.
         chosen = [tensor for tensor in self._outputs if tensor.ndim] or self._outputs
         if not chosen or not all(tensor.ndim or math.isfinite(float(tensor.detach())) for tensor in chosen):
             return None

@@ -1,7 +1,7 @@
-"""What the library has to know of Lightning Fabric: what is inside the model and the optimizer that it hands out.
+"""Lightning Fabric: finds the model and the optimizer inside its wrappers.
 
 Fabric's wrappers are recognized by their classes in the modules that define them. If those modules are not loaded, no
-object is of these classes, so nothing of Lightning is imported here.
+object has these classes, so Lightning is not imported here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FabricModel(NamedTuple):
 
 
 def inside_fabric(model: nn.Module) -> FabricModel | None:
-    """What ``fabric.setup`` made of a model; None if the model was not set up by Fabric.
+    """The model inside the wrapper of ``fabric.setup``; None if Fabric did not set up the model.
 
     Raises:
         ValueError: if its strategy is FSDP (the first version) or DeepSpeed.
@@ -47,7 +47,7 @@ def inside_fabric(model: nn.Module) -> FabricModel | None:
 
 
 def without_fabric(optimizer: Any) -> Any:
-    """The optimizer inside that of ``fabric.setup``; anything else as it is."""
+    """The optimizer inside the wrapper of ``fabric.setup``; other optimizers are returned unchanged."""
     for wrappers in _loaded():
         if isinstance(optimizer, wrappers._FabricOptimizer):
             return optimizer.optimizer
@@ -73,7 +73,7 @@ def _check(inner: nn.Module, strategy: Any) -> None:
 
 
 def _backward_of(model: Any, wrappers: Any) -> Backward:
-    """What ``fabric.backward`` does, which needs no more than the model for one strategy."""
+    """The backward of ``fabric.backward``, which one strategy restricts to the model's outputs."""
     strategy, inner = model._strategy, model._forward_module
     scaler: GradScaler | None = getattr(strategy.precision, "scaler", None)
 

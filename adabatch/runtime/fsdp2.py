@@ -1,4 +1,4 @@
-"""What the library has to know of FSDP2 (``torch.distributed.fsdp.fully_shard``): its units, and who shares what."""
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``): its units, and how parameters are sharded."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before ``fully_shard``, which puts one of its own over it."""
+    """The class of a module before ``fully_shard``, which replaces it by a subclass."""
     kind = type(module)
     return kind.__bases__[1] if kind.__bases__[0] is FSDPModule else kind
 
 
 def units_of(model: nn.Module) -> dict[str, FSDPModule]:
-    """The modules that were given to ``fully_shard``, by their names in the model ("" is the model itself)."""
+    """The modules to which ``fully_shard`` was applied, by their names in the model ("" is the model itself)."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
 
 
 def reduces(unit: FSDPModule) -> bool:
     """Whether the next backward through a unit reduces its gradients (``set_requires_gradient_sync``).
 
-    FSDP2 has no public way to ask; where a release keeps the switch elsewhere, it is taken to be on.
+    FSDP2 has no public way to read this; if a release keeps the switch elsewhere, it is assumed to be on.
     """
     state = unit._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; one group in releases before
@@ -40,13 +40,13 @@ def reduces(unit: FSDPModule) -> bool:
 
 
 def data_parallel_mesh(model: nn.Module) -> DeviceMesh:
-    """The mesh over which a sharded model's gradients are reduced: every rank of it sees other data.
+    """The mesh over which a sharded model's gradients are reduced: each of its ranks sees different data.
 
     The model is resharded first: after a forward without a backward its root still holds whole parameters.
 
     Raises:
-        ValueError: a trainable parameter that is not sharded, or parameters on several meshes, or a mesh that other
-            kinds of parallelism share.
+        ValueError: if a trainable parameter is not sharded, parameters are on several meshes, or other kinds of
+            parallelism share the mesh.
     """
     for unit in units_of(model).values():
         unit.reshard()
@@ -79,7 +79,7 @@ def data_parallel_mesh(model: nn.Module) -> DeviceMesh:
 
 @torch.no_grad()
 def own_piece(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank holds of a tensor, and how many ranks of its mesh hold the same; all and 1 for a plain one."""
+    """This rank's piece of a tensor, and how many ranks of its mesh hold the same; a plain tensor itself, and 1."""
     if not isinstance(tensor, DTensor):
         return tensor, 1
     holders = 1
@@ -90,13 +90,13 @@ def own_piece(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def shards_in(mesh: DeviceMesh, parameters: list[Tensor]) -> int:
-    """Into how many pieces the parameters are cut."""
+    """The number of pieces into which the parameters are sharded."""
     cut = any(isinstance(p, DTensor) and p.placements[-1].is_shard() for p in parameters)
     return mesh.size(mesh.ndim - 1) if cut else 1
 
 
 def padded_length(parameter: Tensor, num_shards: int) -> int:
-    """How many elements each of so many ranks gets of a parameter's gradient, with the zeros that make shares equal."""
+    """Elements of a parameter's gradient per rank, including the zeros that make all shares equal."""
     if isinstance(parameter, DTensor):
         placement = parameter.placements[-1]
         if placement.is_shard(0):

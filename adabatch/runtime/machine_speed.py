@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices, and its ranks sum numbers: a few timed seconds for a plan."""
+"""How fast this machine multiplies matrices and its ranks sum numbers: a few seconds of measurements for a plan."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def all_reduce_times(
 ) -> list[tuple[float, float]]:
     """Median seconds of an all-reduce of float32 numbers over the default group: pairs of bytes and seconds.
 
-    All ranks must call it. The times are the slowest rank's, so all ranks get the same ones.
+    All ranks must call it. The times are those of the slowest rank, the same on all ranks.
 
     Raises:
-        RuntimeError: there is no process group.
+        RuntimeError: if there is no process group.
     """
     if not dist.is_initialized():
         raise RuntimeError("all-reduces are timed between processes: start two or more, such as with torchrun")
@@ -45,7 +45,7 @@ def matmul_flops(
 
 
 def _median_seconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """After one call that is not timed: kernels load, buffers are made, connections open."""
+    """The median time, after one call that is not timed and that loads kernels, makes buffers and opens connections."""
     taken = []
     for _ in range(rounds + 1):
         begin = time.perf_counter()

@@ -1,7 +1,8 @@
-"""Which rank inverts which layer's statistics, and how gradients and roots travel: K-FAC and Shampoo on DDP and FSDP2.
+"""Which rank inverts which layer's statistics, and how gradients and roots are sent: K-FAC and Shampoo on DDP and
+FSDP2.
 
-Inverses and roots cost the cube of a layer's sides, so each is computed by one rank, its owner; the layers (of Shampoo,
-the parameters) are dealt out so that the ranks' costs are as equal as they can be.
+Inverses and roots cost the cube of a layer's sides, so each is computed by one rank, its owner. The layers (for
+Shampoo, the parameters) are distributed so that the costs of the ranks are as equal as possible.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from adabatch.runtime.fsdp2 import is_sharded
 
 
 class AcrossRanks(TypedDict):
-    """The arguments of a second-order optimizer that know of ranks."""
+    """The arguments of a second-order optimizer that concern ranks."""
 
     reduce: Callable[[Tensor], Tensor] | None
     owner: ReplicatedMatrices | ShardedMatrices | None
 
 
 def across_ranks(model: nn.Module) -> AcrossRanks:
-    """What a second-order optimizer needs to run on a model's ranks.
+    """The arguments with which a second-order optimizer runs on a model's ranks.
 
     ``KFAC(params, model, **across_ranks(model))``, or ``Shampoo(params, **across_ranks(model))``. Under DDP the owner's
     inverses or roots are sent to all ranks when they are computed. Under FSDP2 the gradient of a matrix is gathered at
@@ -35,8 +36,8 @@ def across_ranks(model: nn.Module) -> AcrossRanks:
         model: plain on one process, in ``DistributedDataParallel``, or sharded by ``fully_shard``.
 
     Raises:
-        ValueError: a DeepSpeed engine that partitions gradients or optimizer state (ZeRO 1 to 3): they are cut flat,
-            and no matrix is left; a plain model on several processes.
+        ValueError: for a DeepSpeed engine that partitions gradients or optimizer state into flat pieces (ZeRO 1 to 3),
+            and for a plain model on several processes.
     """
     stage = getattr(model, "zero_optimization_stage", None)
     if callable(stage) and stage() > 0:
@@ -52,7 +53,7 @@ def across_ranks(model: nn.Module) -> AcrossRanks:
 
 
 def dealt_out(costs: Mapping[str, float], num_ranks: int) -> dict[str, int]:
-    """A rank for each name: the dearest first, each to the rank that has the least so far."""
+    """A rank for each name: in order of falling cost, each goes to the rank with the lowest cost so far."""
     loads = [0.0] * num_ranks
     owners = {}
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
@@ -93,7 +94,7 @@ class ReplicatedMatrices(_Owners):
     """Every rank holds the whole gradient (DDP), and preconditions it with the owner's inverses."""
 
     def catch_up(self, layer: str, statistics: Sequence[Tensor]) -> None:
-        """Nothing to do: every rank has followed the same gradients."""
+        """Nothing to do: every rank has seen the same gradients."""
 
     def gather(self, layer: str, grad: Tensor) -> Tensor:
         """The gradient itself."""
@@ -151,7 +152,7 @@ def _rows_a_rank(grad: DTensor, size: int) -> int:
 
 
 def _padded(grad: DTensor, size: int) -> Tensor:
-    """This rank's rows, with zeros below them where the last ranks hold fewer."""
+    """This rank's rows, with zeros below them if the last ranks hold fewer."""
     local = grad.to_local()
     padded = local.new_zeros(_rows_a_rank(grad, size), *local.shape[1:])
     padded[: len(local)] = local

@@ -1,4 +1,4 @@
-"""The norm of a step's gradient and the tensors that it was measured of, for whoever would read them again."""
+"""The norm of a step's gradient and its tensors, for an optimizer that would otherwise read them again."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 NUM_SAMPLED = 8
-"""Gradients of which some elements are kept."""
+"""Number of gradients of which some elements are kept."""
 
 SAMPLE = 4
 """Elements kept of each of them."""
 
 
 class MeasuredNorm:
-    """The squared norm of a gradient over all ranks, and how to tell whether gradients are still those it was taken of.
+    """The squared norm of a gradient over all ranks, and whether gradients are still those that were measured.
 
     A gradient is the same if it is the same tensor, and torch has counted no change of it (``_version``). Torch does
-    not count what a gradient scaler's ``unscale_`` and writes through ``.data`` do. So a few elements are compared as
-    well, which shows all that is done to whole gradients; a write through ``.data`` to single elements, as in
-    ``p.grad.data.clamp_(...)``, goes unseen unless it meets one of them.
+    not count a gradient scaler's ``unscale_`` and writes through ``.data``. A few elements are therefore compared as
+    well, which shows every operation on whole gradients. A write through ``.data`` to single elements, as in
+    ``p.grad.data.clamp_(...)``, is not noticed unless it changes one of them.
 
     The elements are read on the CPU only, where reading does not wait. On other devices, and for gradients that are
-    sharded, no norm is handed on.
+    sharded, the norm is not passed on.
 
     Args:
         grad_sq: squared Euclidean norm of all gradients together.
@@ -32,13 +32,13 @@ class MeasuredNorm:
 
     def __init__(self, grad_sq: float, grads: Sequence[Tensor]) -> None:
         self.grad_sq = grad_sq
-        self._grads = grads  # held: the number of a tensor that is gone may be given to another
+        self._grads = grads  # held, because the id of a freed tensor may be used for another one
         self._versions = {id(grad): grad._version for grad in grads}
         self._sample = self._sampled()
 
     @classmethod
     def of(cls, grad_sq: float, parameters: Iterable[Tensor]) -> MeasuredNorm | None:
-        """What was measured of the gradients of these parameters; None where a change of them could not be seen."""
+        """The measurement of these parameters' gradients; None if a change of them could not be noticed."""
         grads = [p.grad for p in parameters if p.grad is not None]
         readable = all(type(grad) is Tensor and grad.is_cpu and grad.layout is torch.strided for grad in grads)
         return cls(grad_sq, grads) if grads and readable else None
@@ -48,7 +48,7 @@ class MeasuredNorm:
         versions = self._versions
         if len(grads) != len(versions) or any(versions.get(id(grad)) != grad._version for grad in grads):
             return False
-        # Zeros stay what they are under any factor, and show nothing.
+        # Zeros are the same under any factor, and show nothing.
         return bool(self._sample.any()) and torch.equal(self._sample, self._sampled())
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class MeasuredNorm:
 
 
 def _first(grad: Tensor) -> Tensor:
-    """Some elements of a gradient that does not lie in one piece, without a copy of it."""
+    """Some elements of a gradient that is not contiguous, without a copy of it."""
     while grad.dim() > 1:
         grad = grad[0]
     return grad[:SAMPLE]

@@ -1,4 +1,4 @@
-"""Who looks on while a step runs, and what rides on its one reduction: the protocols of both, and the phases."""
+"""Observers of a step, and riders on its one reduction: the protocols of both, and the phases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adabatch.runtime.collectives import Collectives
 
 
 class Phase(StrEnum):
-    """What a rank is doing; the words of a watchdog's errors."""
+    """What a rank is doing, in the words of a watchdog's errors."""
 
     START = "the time before the first step"
     DRIFT_CHECK = "the check for drift"
@@ -33,7 +33,7 @@ class Moment(NamedTuple):
     Args:
         step: number of the step, as in the journal.
         plan: of the step.
-        micro_batch: number of the micro-batch in it; None where the phase belongs to no single one.
+        micro_batch: number of the micro-batch in it; None if the phase does not belong to a single one.
         num_examples: of the step over all ranks, once its portion is known.
     """
 
@@ -44,7 +44,7 @@ class Moment(NamedTuple):
 
 
 class StepObserver(Protocol):
-    """Looks on while steps run, on every rank alike; subclass it and define what you need."""
+    """Observes steps, in the same way on every rank; subclass it and override the methods that you need."""
 
     def before(self, step: int) -> None:
         """Step number ``step`` is about to be taken from the data."""
@@ -60,17 +60,17 @@ class StepObserver(Protocol):
 
 
 class Observers(StepObserver):
-    """Several observers as one, asked in their order.
+    """Several observers as one, called in their order.
 
     Args:
-        observers: may be added to until the first step.
+        observers: the first ones; more can be added until the first step.
     """
 
     def __init__(self, *observers: StepObserver) -> None:
         self._observers = list(observers)
 
     def add(self, observer: StepObserver) -> None:
-        """One more."""
+        """Adds an observer."""
         self._observers.append(observer)
 
     def before(self, step: int) -> None:
@@ -90,7 +90,7 @@ class Observers(StepObserver):
 
 
 class Rider(Protocol):
-    """Numbers that the ranks add up on a reduction which a step makes anyway: 8 bytes each, and no further wait."""
+    """Numbers that the ranks sum in a reduction which a step makes anyway: 8 bytes each, and no additional wait."""
 
     def outgoing(self, device: torch.device) -> Tensor:
         """This rank's numbers, shape (k,), float64, on the device."""
@@ -105,11 +105,11 @@ class RankMean(Rider):
     """The mean over the ranks of one number each.
 
     Attributes:
-        value: the mean, once it has come in.
+        value: the mean, after the reduction.
 
     Args:
         number: of this rank, shape ().
-        size: how many ranks there are.
+        size: number of ranks.
     """
 
     def __init__(self, number: Tensor, size: int) -> None:
@@ -127,7 +127,7 @@ class RankMean(Rider):
 
 
 def summed(collectives: Collectives, numbers: Tensor, riders: Sequence[Rider]) -> list[float]:
-    """The sums over the ranks of ``numbers``, shape (k,), float64; the riders hear theirs.
+    """The sums over the ranks of ``numbers``, shape (k,), float64; the riders receive theirs.
 
     One reduction and one host sync.
     """

@@ -1,4 +1,4 @@
-"""What an optimizer may say of itself; one that says nothing is an optimizer like torch's own."""
+"""Optional protocols of an optimizer; one that implements none is treated like torch's own."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from adabatch.runtime.measured_norm import MeasuredNorm
 
 @runtime_checkable
 class PrefersLRRule(Protocol):
-    """An optimizer that names the rule by which its learning rate follows the batch, where its user names none."""
+    """An optimizer with its own default for the rule by which its learning rate follows the batch."""
 
     preferred_lr_rule: str
 
 
 @runtime_checkable
 class ChecksRanks(Protocol):
-    """An optimizer that has to be told how ranks that share a model share its statistics."""
+    """An optimizer that must know how the ranks of a model share its statistics."""
 
     def check_ranks(self, num_ranks: int) -> None:
-        """Raises a ``ValueError`` if each of so many ranks would step by statistics of its own."""
+        """Raises a ``ValueError`` if each of the ranks would step by its own statistics."""
         ...
 
 
 @runtime_checkable
 class NeedsWholeGradients(Protocol):
-    """An optimizer that looks at whole gradients or layers, of which some engines have flat pieces only."""
+    """An optimizer that needs whole gradients or layers, which some engines cut into flat pieces."""
 
     needs_whole_gradients: bool
 
@@ -44,5 +44,5 @@ class TakesNorm(Protocol):
     """An optimizer that needs the norm of the gradient, and does not read it again if a probe has just measured it."""
 
     def take_norm(self, measured: MeasuredNorm) -> None:
-        """Told before a step. The step uses the norm if the gradients are still those that were measured."""
+        """Called before a step. The step uses the norm if the gradients are still those that were measured."""
         ...

@@ -14,22 +14,22 @@ from adabatch.runtime.fabric import without_fabric
 
 
 class JoinedOptimizers(Optimizer):
-    """Several optimizers of one model, seen as one: their groups, their state, one ``step()`` and one checkpoint.
+    """Several optimizers of one model as a single one: their groups, their state, one ``step()`` and one checkpoint.
 
         optimizer = JoinedOptimizers([Muon(matrices, lr=0.02), AdamW(others, lr=1e-3)])
 
-    ``AdaptiveBatch``, ``ProgressLR`` and ``Checkpoints`` make it of a list by themselves. Step either the whole or each
-    of its optimizers, in any order.
+    ``AdaptiveBatch``, ``ProgressLR`` and ``Checkpoints`` make it from a list. Call ``step()`` of this object, or of
+    each of its optimizers, in any order.
 
     Args:
-        optimizers: each with parameters of its own.
+        optimizers: each with its own parameters.
 
     Attributes:
         each: the optimizers.
 
     Raises:
-        ValueError: no optimizer, one that is given twice, or a parameter that two of them hold.
-        TypeError: something that is no optimizer.
+        ValueError: if there is no optimizer, one is given twice, or two hold the same parameter.
+        TypeError: if something is not an optimizer.
     """
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
@@ -50,12 +50,12 @@ class JoinedOptimizers(Optimizer):
                 f"{' and '.join(self.names)} hold the same parameter, which would be updated twice: give each "
                 f"parameter to one of them"
             )
-        # Torch's constructor makes the dictionaries of hooks, and would make groups too: ours are those of the parts.
+        # Torch's constructor is needed for its dictionaries of hooks, not for groups: those are the optimizers' own.
         super().__init__([{"params": []}], {})
 
     @property
     def names(self) -> list[str]:
-        """What the optimizers are called in errors."""
+        """The names of the optimizers in errors."""
         kinds = [type(one).__name__ for one in self.each]
         return [kind if kinds.count(kind) == 1 else f"{kind} (number {n + 1})" for n, kind in enumerate(kinds)]
 
@@ -78,12 +78,12 @@ class JoinedOptimizers(Optimizer):
         pass
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused, as nobody could say whose group it is.
+        """Raises an error, because it is unknown to which optimizer the group belongs.
 
         Raises:
             RuntimeError: for any group with parameters; add it to one of the optimizers.
         """
-        if param_group["params"]:  # torch's constructor comes here with none
+        if param_group["params"]:  # torch's constructor calls this without parameters
             raise RuntimeError(f"add the group to one of the optimizers: {', '.join(self.names)}")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -97,12 +97,12 @@ class JoinedOptimizers(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As each optimizer does it."""
+        """Calls ``zero_grad`` of each optimizer."""
         for one in self.each:
             one.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's format for one optimizer, with the parameters of all counted through; and the names of them."""
+        """Torch's format for one optimizer, with the parameters of all in one numbering, and the optimizers' names."""
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         start = 0
@@ -117,7 +117,7 @@ class JoinedOptimizers(Optimizer):
         """Gives each optimizer its part.
 
         Raises:
-            ValueError: a state of other optimizers, or of the same in another order or with other groups.
+            ValueError: if the state belongs to other optimizers, or to the same in another order or with other groups.
         """
         mine = [type(one).__name__ for one in self.each]
         saved = state_dict.get("optimizers", mine)
@@ -153,7 +153,7 @@ class JoinedOptimizers(Optimizer):
 
 
 def joined(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
-    """One optimizer as it is, several of a list or tuple as one; without the wrapper of Lightning's Fabric.
+    """One optimizer for a single one, a list or a tuple; without the wrapper of Lightning's Fabric.
 
     Raises:
         ValueError, TypeError: as ``JoinedOptimizers`` does.
@@ -161,7 +161,7 @@ def joined(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
     if isinstance(optimizer, list | tuple):
         inner: list[Optimizer] = [without_fabric(one) for one in optimizer]
         return inner[0] if len(inner) == 1 else JoinedOptimizers(inner)
-    whole: Optimizer = without_fabric(optimizer)  # what is no optimizer is refused by whoever takes it
+    whole: Optimizer = without_fabric(optimizer)  # the caller checks that it is an optimizer
     return whole
 
 
@@ -171,18 +171,18 @@ def each_of(optimizer: Optimizer) -> Sequence[Optimizer]:
 
 
 def kind_of(optimizer: Optimizer) -> str:
-    """What an optimizer is called: its class, or those of several."""
+    """The name of an optimizer: its class, or those of several."""
     return " and ".join(type(one).__name__ for one in each_of(optimizer))
 
 
 def weight_versions(optimizer: Optimizer) -> list[int]:
-    """How often torch has counted a change of the first trained parameter of each group; read without a device."""
+    """Torch's count of changes of the first trained parameter of each group; reading it needs no device."""
     firsts = (next((p for p in group["params"] if p.requires_grad), None) for group in optimizer.param_groups)
     return [p._version for p in firsts if p is not None]
 
 
 def without_rate(optimizer: Optimizer) -> str | None:
-    """The class of an optimizer that sets its learning rate itself (``lr=None``); None where all have one."""
+    """The class of an optimizer that sets its learning rate itself (``lr=None``); None if all have a rate."""
     for one in each_of(optimizer):
         if any(group.get("lr") is None for group in one.param_groups):
             return type(one).__name__

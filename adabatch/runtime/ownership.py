@@ -1,4 +1,4 @@
-"""One owner for each optimizer and model: a new object of a kind takes the place of its predecessor."""
+"""One owner per optimizer and model: a new object of a kind replaces its predecessor."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Owner(Protocol):
-    """Something that has put hooks on an optimizer or a model."""
+    """An object that has put hooks on an optimizer or a model."""
 
     def give_way(self) -> None:
-        """A successor is being made: take every hook off, and raise by name when used again."""
+        """A successor is being made: remove every hook, and raise an error that names it when used again."""
         ...
 
 
@@ -24,19 +24,19 @@ class _Claim(NamedTuple):
     hosts: list[ReferenceType[Any]]
 
 
-# The one table of the package that outlives a call. It holds nothing that a run reads, and keeps nothing alive: an
-# owner that is dropped is gone from it. An attribute on the user's optimizer or model would travel with its copies and
-# pickles, and torch's dictionaries of hooks, where the predecessor could be found too, are private.
+# The only global table of the package. It holds nothing that a run reads, and keeps nothing alive: an owner that is
+# dropped disappears from it. An attribute on the user's optimizer or model would be copied and pickled with it, and
+# torch's dictionaries of hooks, in which the predecessor could be found too, are private.
 _CLAIMS: WeakKeyDictionary[Owner, _Claim] = WeakKeyDictionary()
 
 
 def take_over(owner: Owner, hosts: Iterable[object], *, kind: str) -> None:
-    """Makes ``owner`` the only one of its kind on its hosts; those before it give way first.
+    """Makes ``owner`` the only one of its kind on its hosts; earlier owners give way first.
 
     Args:
-        owner: has a hook on each of the hosts, or is about to put one there.
-        hosts: optimizers, parameters or modules, told apart by identity.
-        kind: owners of different kinds live side by side.
+        owner: has a hook on each of the hosts, or is about to add one.
+        hosts: optimizers, parameters or modules, compared by identity.
+        kind: owners of different kinds may share a host.
     """
     mine = {id(host): host for host in hosts}
     for other, claim in list(_CLAIMS.items()):
@@ -47,7 +47,7 @@ def take_over(owner: Owner, hosts: Iterable[object], *, kind: str) -> None:
 
 
 def release(owner: Owner) -> None:
-    """Forgets what ``owner`` has taken over, without asking it to give way: for a constructor that fails."""
+    """Removes ``owner`` from the table without asking it to give way, for a constructor that fails."""
     _CLAIMS.pop(owner, None)
 
 
@@ -69,12 +69,12 @@ def remove_all(handles: list[RemovableHandle]) -> None:
 
 
 def held_weakly(call: Callable[..., Any]) -> Callable[[], Callable[..., Any] | None]:
-    """A method without its object, None once that is gone; any other callable as it is."""
+    """A weak reference to a method, which gives None after its object was dropped; other callables are kept."""
     return WeakMethod(call) if isinstance(call, MethodType) else lambda: call
 
 
 def called_weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that calls a method without keeping its object alive; it does nothing once that is gone."""
+    """A hook that calls a method without keeping its object alive; it does nothing after the object was dropped."""
     held = held_weakly(method)
 
     def hook(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The state of a process's random numbers as one row of bytes, so that the rows of all ranks make a tensor."""
+"""The state of a process's random numbers as one row of bytes, so that the rows of all ranks form a tensor."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_WORDS = 625  # of Python's and of numpy's Mersenne Twister, its position among them
+_WORDS = 625  # of the Mersenne Twister of Python and of numpy, including its position
 
 
 def random_state(device: torch.device) -> Tensor:
-    """What Python's ``random``, numpy's global generator, torch on the CPU and torch on ``device`` draw next.
+    """The states of Python's ``random``, numpy's global generator, torch on the CPU and torch on ``device``.
 
     Returns:
         uint8, shape (num_bytes,), on the CPU; as many bytes on each rank with the same kind of device.
     """
     _, words, gauss = random.getstate()
-    # The global generator is numpy's old one, and user code draws from it.
+    # numpy's legacy global generator, because user code draws from it.
     _, keys, position, has_gauss, cached = cast("Any", np.random.get_state())  # noqa: NPY002
     whole = torch.tensor([*words, *keys.tolist(), position, has_gauss], dtype=torch.int64)
     real = torch.tensor([math.nan if gauss is None else gauss, cached], dtype=torch.float64)
@@ -32,7 +32,7 @@ def random_state(device: torch.device) -> Tensor:
 
 
 def restore_random_state(rows: Tensor, rank: int, device: torch.device) -> bool:
-    """Goes on with the random numbers that a rank drew; a rank that was not there begins with ones of its own.
+    """Restores the random numbers of a rank; a rank that was not saved gets new ones.
 
     Args:
         rows: of all ranks that were saved, shape (num_ranks, num_bytes).
@@ -40,10 +40,10 @@ def restore_random_state(rows: Tensor, rank: int, device: torch.device) -> bool:
         device: as in ``random_state``.
 
     Returns:
-        Whether this rank's own numbers go on.
+        Whether this rank's own numbers were restored.
     """
     if rank >= len(rows) or rows.shape[1] != len(random_state(device)):
-        # Of the first rank's state and the rank: the same at each attempt, and no two ranks alike.
+        # Seeded by the first rank's state and the rank: the same at each attempt, and different on each rank.
         digest = hashlib.sha256(rows[0].numpy().tobytes() + rank.to_bytes(8)).digest()
         seed = int.from_bytes(digest[:4])
         torch.manual_seed(seed)

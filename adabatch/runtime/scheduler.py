@@ -28,7 +28,7 @@ ClockKind = Literal["total", "gain"]
 
 
 class ProgressSource(Protocol):
-    """Where a schedule reads how far the run is; ``AdaptiveBatch`` is one."""
+    """The source of a schedule's progress; ``AdaptiveBatch`` is one."""
 
     @property
     def progress(self) -> Progress:
@@ -37,7 +37,7 @@ class ProgressSource(Protocol):
 
     @property
     def progress_after_next(self) -> Progress:
-        """The same, one step later."""
+        """The progress after the next step."""
         ...
 
     @property
@@ -48,15 +48,15 @@ class ProgressSource(Protocol):
 
 @runtime_checkable
 class GrowthHold(ProgressSource, Protocol):
-    """A source whose batch may wait for the warm-up; ``AdaptiveBatch`` is one."""
+    """A source whose batch can wait for the end of the warm-up; ``AdaptiveBatch`` is one."""
 
     def hold_growth_until(self, duration: Duration | None) -> None:
-        """Lets the batch not grow before so much of the run is over."""
+        """Keeps the batch from growing before this much of the run is over."""
         ...
 
 
 class CountedSteps:
-    """A progress source for runs without ``AdaptiveBatch``: it counts the optimizer's steps, and nothing else."""
+    """A progress source for runs without ``AdaptiveBatch``: it only counts the optimizer's steps."""
 
     lr_factor = 1.0
 
@@ -64,7 +64,7 @@ class CountedSteps:
         self.progress = Progress() if progress is None else progress
         self._handles: list[RemovableHandle] = []
         self._num_optimizers = 1
-        self._applied: dict[int, bool] = {}  # of several optimizers those that made their part of the update
+        self._applied: dict[int, bool] = {}  # those of several optimizers that have made their part of the update
 
     def __getstate__(self) -> Progress:
         return self.progress
@@ -73,7 +73,8 @@ class CountedSteps:
         CountedSteps.__init__(self, progress)
 
     def listen(self, optimizer: Optimizer) -> None:
-        """Counts the steps of ``optimizer`` from now on; a copy of it has no hooks, and must be listened to again."""
+        """Counts the steps of ``optimizer`` from now on. A copy of the optimizer has no hooks: call this again for
+        it."""
         self._num_optimizers = len(each_of(optimizer))
         self._handles = hook_step(optimizer, self._begin, self._count)
 
@@ -88,7 +89,7 @@ class CountedSteps:
             self._applied.clear()
 
     def stop(self) -> None:
-        """Takes the hooks off the optimizer."""
+        """Removes the hooks from the optimizer."""
         remove_all(self._handles)
 
     @property
@@ -100,36 +101,37 @@ class CountedSteps:
 class ProgressLR(LRScheduler):
     """``base LR x shape(progress)``, with progress in examples, tokens or steps: a torch ``LRScheduler``.
 
-    Call ``step()`` after ``optimizer.step()``, as with any scheduler. It reads progress rather than counting calls, so
-    calling it twice, or after an update that was skipped, changes nothing. The batch factor is not in
+    Call ``step()`` after ``optimizer.step()``, as with any scheduler. It reads progress instead of counting calls, so
+    a second call, or one after an update that was skipped, changes nothing. The batch factor is not in
     ``group["lr"]``; ``get_last_lr`` includes it.
 
-    A group that is added to the optimizer in mid-run follows the shape from the next ``step()`` on, with the LR that it
-    was added with as its base LR. Call ``step()`` once after ``add_param_group``, and its first update does too.
+    A group that is added to the optimizer during the run follows the shape from the next ``step()`` on, with its
+    initial LR as its base LR. Call ``step()`` right after ``add_param_group``, so that its first update follows the
+    shape too.
 
-    A second schedule on the same optimizer takes the place of the first, whose ``step()`` raises from then on.
+    A second schedule on the same optimizer replaces the first, whose ``step()`` raises an error from then on.
 
     Args:
-        optimizer: its groups keep their own base LRs; of several optimizers a list, or one schedule for each.
-        shape: progress in [0, 1] -> factor, from ``adabatch.lr`` or a function of your own, finite and not negative.
-            Of a function its name and some of its values are saved, and compared on resume (``lr.FunctionShape``).
-        source: where progress comes from, an ``AdaptiveBatch``; None counts optimizer steps.
+        optimizer: its groups keep their own base LRs. Several optimizers need a list, or one schedule each.
+        shape: progress in [0, 1] -> factor, from ``adabatch.lr`` or your own function, finite and not negative. For a
+            function, its name and some of its values are saved, and compared on resume (``lr.FunctionShape``).
+        source: of progress, an ``AdaptiveBatch``; None counts optimizer steps.
         total: length of the run.
         warmup: length of a linear warm-up before the shape, in any unit, or as a share of the total, such as 0.1; the
-            shape runs over the rest. Where the batch grows, a number of steps is a small part of the examples.
-        warmup_start: factor that the warm-up starts from, in [0, 1]. The first update is already one step past it.
+            shape runs over the rest. If the batch grows, a number of steps is a smaller share of the examples.
+        warmup_start: first factor of the warm-up, in [0, 1]. The first update is already one step past it.
         clock: "total" counts progress in the unit of the total. "gain" counts gain-steps towards a total in any unit:
-            each step advances the shape by what it is worth, and no number of steps need be known.
+            each step advances the shape by its gain, and the number of steps need not be known.
 
     Attributes:
-        built_lrs: the base LRs that the optimizer was built with, one a group; by them a resumed run knows whether its
-            user has changed them.
+        built_lrs: the base LRs with which the optimizer was built, one per group; a resumed run compares them to find
+            out whether the user has changed them.
 
     Raises:
-        ValueError: a total of no length, a warm-up not shorter than the total, a total in examples or tokens where
-            nobody counts those, a learning rate that is not finite, or that the optimizer sets itself (``lr=None``), or
-            a function whose values are no factors.
-        TypeError: a shape that is neither a ``Shape`` nor a function, or a length without a unit.
+        ValueError: if the total has no length, the warm-up is not shorter than the total, a total is in examples or
+            tokens without a source that counts them, a learning rate is not finite or set by the optimizer itself
+            (``lr=None``), or a value of the function is not a factor.
+        TypeError: if the shape is neither a ``Shape`` nor a function, or a length has no unit.
     """
 
     def __init__(
@@ -156,8 +158,10 @@ class ProgressLR(LRScheduler):
                 f"{kind} sets its learning rate itself (lr=None), so no schedule can: leave ProgressLR out, or give "
                 f"the optimizer a learning rate (Adafactor: relative_step=False)"
             )
-        for group in optimizer.param_groups if isinstance(optimizer, Optimizer) else ():  # torch names what is none
-            if not math.isfinite(group["lr"]):  # its optimizers take NaN
+        for group in (
+            optimizer.param_groups if isinstance(optimizer, Optimizer) else ()
+        ):  # torch's own error names what is not an optimizer
+            if not math.isfinite(group["lr"]):  # torch's optimizers accept NaN
                 raise ValueError(f"the learning rate of {type(optimizer).__name__} must be finite, got {group['lr']}")
         self.shape = shape_from(shape)
         self._warmup_share = warmup if isinstance(warmup, float) else None
@@ -188,7 +192,7 @@ class ProgressLR(LRScheduler):
 
     @property
     def warmup(self) -> Duration | None:
-        """Length of the warm-up, also where it was given as a share; None for none."""
+        """Length of the warm-up, even if it was given as a share; None for none."""
         return self._clock.warmup
 
     def give_way(self) -> None:
@@ -204,7 +208,7 @@ class ProgressLR(LRScheduler):
             )
 
     def _take_in_groups(self) -> None:
-        """Groups that were added to an optimizer get their own rate as their base rate."""
+        """Groups that were added to an optimizer get their initial rate as their base rate."""
         start = 0
         for number, one in enumerate(each_of(self.optimizer)):
             known = self._num_groups[number]
@@ -226,7 +230,7 @@ class ProgressLR(LRScheduler):
         self._source.progress_after_next.count(unit)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickled or copied: its optimizer has come along, without the hooks."""
+        """After unpickling or copying: the copied optimizer has no hooks yet."""
         self.__dict__.update(state)
         if isinstance(self._source, CountedSteps):
             self._source.listen(self.optimizer)
@@ -240,7 +244,7 @@ class ProgressLR(LRScheduler):
         return float(self.shape(self._fraction()))
 
     def _fraction(self) -> float:
-        """Progress of the shape, after the warm-up; does not step back."""
+        """Progress of the shape, after the warm-up; it never decreases."""
         clock, progress = self._clock, self._source.progress
         if self._kind == "total":
             if self._anchor is None:
@@ -255,15 +259,16 @@ class ProgressLR(LRScheduler):
         return self._passed
 
     def set_total(self, total: Duration) -> None:
-        """Changes the length of a run under way. The rate does not jump: what is left of the shape takes what is left.
+        """Changes the total during a run. The rate does not jump: the rest of the shape is stretched over the rest of
+        the run.
 
-        A run whose shape is over stays at its end; to extend it, see ``lr.two_stage`` and ``lr.longer_cooldown``. A run
-        that is resumed after this is built with the new total.
+        If the shape is over, the rate stays at its end; to extend such a run, see ``lr.two_stage`` and
+        ``lr.longer_cooldown``. To resume the run after this, build it with the new total.
 
         Raises:
-            TypeError: a total without a unit.
-            ValueError: a total that is already over, not longer than a warm-up under way, or in a unit that nobody
-                counts.
+            TypeError: if the total has no unit.
+            ValueError: if the total is already over, not longer than the present warm-up, or in a unit that is not
+                counted.
         """
         if not isinstance(total, Duration):
             raise TypeError(f"total must be a duration, such as adabatch.steps({total}), got {total!r}")
@@ -281,13 +286,13 @@ class ProgressLR(LRScheduler):
         self._write()
 
     def set_base_lrs(self, base_lrs: Sequence[float]) -> None:
-        """Changes the base LRs of a run under way, and writes the rates of the next update.
+        """Changes the base LRs during a run, and writes the rates of the next update.
 
         Args:
-            base_lrs: one for each parameter group.
+            base_lrs: one per parameter group.
 
         Raises:
-            ValueError: another number of rates than of groups, or one that is not finite.
+            ValueError: if their number is not that of the groups, or one is not finite.
         """
         rates = [float(rate) for rate in base_lrs]
         if len(rates) != len(self.optimizer.param_groups) or not all(map(math.isfinite, rates)):
@@ -300,11 +305,11 @@ class ProgressLR(LRScheduler):
         self._write()
 
     def step(self, epoch: int | None = None) -> None:
-        """Writes the rates of the next update: after ``optimizer.step()``, or where a step was left without one."""
+        """Writes the rates of the next update; call it after ``optimizer.step()``, also if the update was skipped."""
         self._check_in_place()
         self._take_in_groups()
-        # torch warns of a first call without an update before it, which is what a gradient scaler makes on overflow,
-        # and loses a rate by counting calls. Progress is read here, not counted.
+        # torch's step() counts calls, so that it would lose a rate for an update that a gradient scaler skips, and
+        # warns about a first call without an update. Progress is read here, not counted.
         self._step_count += self._step_count == 1
         super().step(epoch)
 
@@ -314,7 +319,7 @@ class ProgressLR(LRScheduler):
         return [base * factor for base in self.base_lrs]
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """What ``optimizer.step()`` applies next to each group: the groups' rates times the batch factor."""
+        """The rates that ``optimizer.step()`` applies next: those of the groups, times the batch factor."""
         factor = self._source.lr_factor
         return [lr * factor for lr in super().get_last_lr()]
 
@@ -344,7 +349,8 @@ class ProgressLR(LRScheduler):
         Load the ``AdaptiveBatch`` first: the rates depend on its progress.
 
         Raises:
-            ValueError: a newer format, another number of groups, or another shape, total or warm-up than was saved.
+            ValueError: if the format is newer, or the number of groups, the shape, the total, the warm-up or the clock
+                differs from the saved one.
         """
         if state_dict["format"] > STATE_FORMAT:
             raise ValueError(
@@ -361,7 +367,7 @@ class ProgressLR(LRScheduler):
         mine = self.state_dict()
         check_same_shape(self.shape, state_dict["shape"])
         if self._warmup_share is not None and state_dict.get("warmup_share") == self._warmup_share:
-            mine["warmup"] = state_dict["warmup"]  # of the total that it was a share of, before set_total
+            mine["warmup"] = state_dict["warmup"]  # a share of the original total, before set_total
         for name in ("total", "warmup", "warmup_start", "clock"):
             if state_dict[name] != mine[name]:
                 raise ValueError(

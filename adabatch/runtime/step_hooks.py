@@ -1,4 +1,4 @@
-"""What happens around ``optimizer.step()``: the batch's changes to the update, on while it runs and off after."""
+"""Hooks around ``optimizer.step()``: changes to the update by the batch, in force only while it runs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from adabatch.runtime.ownership import held_weakly, remove_all
 def hook_step(
     optimizer: Optimizer, before: Callable[[Optimizer], None], after: Callable[[Optimizer], None]
 ) -> list[RemovableHandle]:
-    """Calls around ``optimizer.step()``, or around that of each of several; once for steps that run inside each other.
+    """Calls ``before`` and ``after`` around ``optimizer.step()``, or around that of each of several; once if steps are
+    nested.
 
-    An optimizer whose ``step()`` calls its parent's runs torch's hooks of both, one inside the other: the outermost
-    counts. One that raised never runs those after it, and counts no more once it is left.
+    If the ``step()`` of an optimizer calls that of its parent, torch's hooks of both run, one inside the other: only
+    the outermost counts. A step that raised an error never runs the hooks after it, and is ignored once it has
+    returned.
 
-    Where ``before`` and ``after`` are methods, their object is not kept alive, and its hooks go when it is dropped.
+    If ``before`` and ``after`` are methods, their object is not kept alive, and its hooks are removed when it is
+    dropped.
 
     Raises:
-        TypeError: a wrapper that is an ``Optimizer`` by type only.
+        TypeError: for a wrapper that is an ``Optimizer`` by type only.
     """
     handles: list[RemovableHandle] = []
     for one in each_of(optimizer):
@@ -57,10 +60,10 @@ def _runs_inside(call: FrameType | None, outer: FrameType | None) -> bool:
 
 
 class _Around:
-    """The hooks of one optimizer, which know whether a step runs inside another one.
+    """The hooks of one optimizer, which detect nested steps.
 
-    A count of the steps begun would not do: it is one too high for ever after a step that raised. What is kept is the
-    call of ``step()`` itself: it runs as long as it is among the callers.
+    A counter of steps that have begun would stay one too high after a step that raised an error. The frame of the
+    outermost ``step()`` is kept instead: the step runs as long as this frame is among the callers.
     """
 
     def __init__(self, before: Callable[..., None], after: Callable[..., None]) -> None:
@@ -82,14 +85,14 @@ class _Around:
         caller = sys._getframe(1)  # inspect.currentframe() would have to be kept in a variable of the frame itself
         if caller is not self._outermost and _runs_inside(caller, self._outermost):
             return
-        self._outermost = None  # frames keep what they worked on
+        self._outermost = None  # a frame keeps its local variables alive
         after = self._after()
         if after is not None:
             after(optimizer)
 
 
 def put_setting(group: dict[str, Any], name: str, value: Any) -> None:
-    """Writes a setting into a group, in place where it is a tensor (capturable optimizers hold on to it)."""
+    """Writes a setting into a group, in place if it is a tensor, to which capturable optimizers keep a reference."""
     if isinstance(group[name], Tensor):
         group[name].fill_(value)
     else:
@@ -109,13 +112,13 @@ def _once(group: Mapping[str, Any]) -> float:
 
 
 class StepOverrides(NamedTuple):
-    """What the batch changes about an update.
+    """The changes of an update by the batch.
 
     Args:
         factor: the batch factor on the learning rate.
         settings: other settings of a parameter group -> those of them that change, with their values.
-        averaged: a parameter group -> updates of the reference batch size that this one counts as in the memory of
-            Adam's averages, where the betas follow the batch; 1 where they do not.
+        averaged: a parameter group -> as how many updates of the reference batch size this one counts in Adam's
+            averages, if the betas follow the batch; 1 if they do not.
     """
 
     factor: float
@@ -124,14 +127,15 @@ class StepOverrides(NamedTuple):
 
 
 def host_value(lr: float | Tensor | None) -> float:
-    """A rate for the journal; NaN for none, and for one on an accelerator, as reading it would stall the step."""
+    """A rate for the journal; NaN for None, and for a rate on an accelerator, because reading it would stall the
+    step."""
     if lr is None:
         return math.nan
     return float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else math.nan
 
 
 def _counting(optimizer: Optimizer, averaged: Sequence[float]) -> list[tuple[dict[str, Any], float]]:
-    """The states that the optimizer is about to step, of those that count the steps of averages, with a number each.
+    """The states that the optimizer is about to step and that count the steps of averages, with one number each.
 
     Args:
         averaged: as how many updates this one counts, one number per group; states of a group with 1 are left out.
@@ -146,7 +150,7 @@ def _counting(optimizer: Optimizer, averaged: Sequence[float]) -> list[tuple[dic
 
 
 class _Changes:
-    """What is changed while an update runs, and how it was; kept apart, so that it outlives whoever changed it."""
+    """The changes during an update, and the original values; a separate object, so that it outlives ``StepHooks``."""
 
     def __init__(self) -> None:
         self._settings: list[tuple[dict[str, Any], str, Any]] = []
@@ -178,30 +182,31 @@ class _Changes:
 
 
 class StepHooks:
-    """What happens around ``optimizer.step()``, by its public hooks: what the batch moves is moved while it runs only.
+    """Changes the settings of an update by the public hooks around ``optimizer.step()``, and restores them afterwards.
 
-    ``group["lr"]`` and what follows with it are changed before and put back after, so no scheduler, checkpoint or log
-    ever stores them. An update that raises runs no hook after it; all is then put back before the optimizer's state is
-    saved, before the next update, and at ``restore()``. A rate that is one tensor in several groups is changed once.
+    ``group["lr"]`` and the settings that follow are changed before the update and restored after it, so schedulers,
+    checkpoints and logs never store the changed values. If an update raises an error, its hook afterwards does not run;
+    everything is then restored before the optimizer's state is saved, before the next update, and by ``restore()``. A
+    rate that is one tensor in several groups is changed once.
 
-    Several optimizers make one update, which is done when each of them has stepped, in any order.
+    Several optimizers make one update, which is complete when each of them has stepped, in any order.
 
-    Adam corrects its averages by ``1 - beta ** step``, which is wrong once beta changes. With ``beta_t = beta ** r_t``
-    the right correction is ``1 - beta ** sum(r)``, that is ``1 - beta_t ** (sum(r) / r_t)``. So where the betas follow,
-    the step count of each parameter's state is the sum of its ``r``: updates of the reference batch size, in which it
-    stays right for an optimizer that stepped before, for a parameter that sat out, after a resume, and for a run that
-    goes on with fixed betas. While an update runs it is divided by ``r_t``.
+    Adam corrects its averages by ``1 - beta ** step``, which is wrong if beta changes. With ``beta_t = beta ** r_t``
+    the right correction is ``1 - beta ** sum(r)``, that is ``1 - beta_t ** (sum(r) / r_t)``. If the betas follow, the
+    step count of each parameter's state is therefore the sum of its ``r``, in updates of the reference batch size. In
+    this unit it remains right for an optimizer that stepped before, for a parameter that had no gradient in some steps,
+    after a resume, and if the run continues with fixed betas. While an update runs it is divided by ``r_t``.
 
-    Where the three calls are methods of an object, it is not kept alive: once it is dropped all is put back and the
-    hooks are gone.
+    If the three callables are methods of an object, the object is not kept alive: when it is dropped, everything is
+    restored and the hooks are removed.
 
     Args:
         optimizer: the optimizer, or several (``JoinedOptimizers``).
         moved: called before each update.
-        skip: called before each update, says whether to leave it out: the gradients are dropped, so that the optimizer
-            finds nothing to do.
-        done: called after each update with the optimizer, the rates that were in force, one a group, and whether it was
-            applied, which it is not where ``skip`` said so, or a gradient scaler to a fused optimizer.
+        skip: called before each update; returns whether to leave it out. The gradients are then dropped, so that the
+            optimizer has nothing to do.
+        done: called after each update with the optimizer, the rates that were in force, one per group, and whether it
+            was applied. It was not if ``skip`` returned True, or if a gradient scaler made a fused optimizer skip it.
     """
 
     def __init__(
@@ -215,8 +220,8 @@ class StepHooks:
         self._optimizer = optimizer
         self._moved, self._skip, self._done = held_weakly(moved), held_weakly(skip), held_weakly(done)
         self._changes = changes = _Changes()
-        self._came: dict[Optimizer, tuple[list[float], bool]] = {}  # optimizers that made their part of the update
-        self._averaged: list[float] = []  # of the groups of the optimizer that is stepping
+        self._came: dict[Optimizer, tuple[list[float], bool]] = {}  # optimizers that have made their part of the update
+        self._averaged: list[float] = []  # rates of the groups of the optimizer that is stepping
         self._skipped = False
         changes.handles += hook_step(optimizer, self._before, self._after)
         changes.handles += [one.register_state_dict_pre_hook(changes.restore) for one in each_of(optimizer)]
@@ -239,19 +244,21 @@ class StepHooks:
                 changes["lr"] = group["lr"] * moved.factor
             for name, value in changes.items():
                 if isinstance(group[name], Tensor):
-                    if id(group[name]) in tensors:  # torch gives lr=torch.tensor(...) to all groups
+                    if id(group[name]) in tensors:  # torch puts the same tensor lr=torch.tensor(...) into all groups
                         continue
                     tensors.add(id(group[name]))
                 self._changes.put(group, name, value)
         if self._averaged:
-            for state, count in _counting(optimizer, self._averaged):  # the optimizer adds one before it reads
+            for state, count in _counting(
+                optimizer, self._averaged
+            ):  # minus one, because the optimizer adds one before it reads the count
                 self._changes.put_count(state, state["step"] / count)
 
     def _after(self, optimizer: Optimizer) -> None:
         rates = [host_value(group.get("lr")) for group in optimizer.param_groups]
         if self._averaged:
             self._changes.keep_counts()
-            for state, count in _counting(optimizer, self._averaged):  # among them those that this update began
+            for state, count in _counting(optimizer, self._averaged):  # including states that this update created
                 put_setting(state, "step", state["step"] * count)
         self._averaged = []
         self.restore()
@@ -269,14 +276,14 @@ class StepHooks:
         return [type(one).__name__ for one in each_of(self._optimizer) if one not in self._came]
 
     def restore(self, *_: Any) -> None:
-        """Puts back what the batch moved, where an update raised before it could be."""
+        """Restores the settings, if an update raised an error before they were restored."""
         self._changes.restore()
 
     def forget(self) -> None:
-        """Puts all back, and forgets an update of which some optimizers only made their part."""
+        """Restores the settings, and discards an update of which only some optimizers have made their part."""
         self.restore()
         self._came.clear()
 
     def remove(self) -> None:
-        """Takes the hooks off the optimizer, and a factor that is still on."""
+        """Removes the hooks from the optimizer, and restores settings that are still changed."""
         self._changes.remove()

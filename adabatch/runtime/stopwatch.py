@@ -1,8 +1,8 @@
 """How long the steps of a plan take, agreed on by all ranks.
 
-The host knows what the device does only where it waits for it, which is at the reduction of a measured step. From one
-such wait to the next the steps between are timed, with all that belongs to them: data, updates, reductions. What each
-rank found rides on the next such reduction, so that it costs 8 bytes and no wait, and is known one measured step late.
+The host knows what the device does only when it waits for it, which it does in the reduction of a measured step. The
+steps from one such wait to the next are timed together, including data, updates and reductions. Each rank's time is
+sent in the next such reduction, so that it costs 8 bytes and no wait, and is known one measured step late.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from adabatch.runtime.observers import Moment, Phase, Rider, StepObserver
 class Stopwatch(StepObserver, Rider):
     """Times steps from one measured step to the next.
 
-    Not timed, on all ranks alike, are spans in which the plan changed or a step was not of its plan, and the first one
-    after a change, which pays for new shapes (kernels chosen, memory taken).
+    Some spans are not timed, on all ranks: those in which the plan changed or a step differed from its plan, and the
+    first one after a change, which includes the cost of new shapes (selecting kernels, allocating memory).
 
     Attributes:
         timed: a plan, and the mean over the ranks of the seconds that a step of it took, from the last reduction; None
-            where nothing was timed.
+            if nothing was timed.
 
     Args:
-        size: how many ranks there are.
+        size: number of ranks.
     """
 
     def __init__(self, size: int) -> None:
@@ -38,11 +38,11 @@ class Stopwatch(StepObserver, Rider):
         self._mark: float | None = None  # when the span began, on the host's clock
         self._plan: BatchPlan | None = None  # of the step that ended it
         self._steady = False  # whether all steps of the span were of that plan
-        self._num_steps = 0  # in the span
-        self._pending: tuple[BatchPlan, float] | None = None  # what this rank found, and the others do not know yet
+        self._num_steps = 0  # steps in the span
+        self._pending: tuple[BatchPlan, float] | None = None  # the time of this rank, which the others do not know yet
 
     def at(self, phase: Phase, moment: Moment) -> None:
-        """Counts a step whose micro-batches are run; a trial takes time that no step of the plan takes."""
+        """Counts a step when its micro-batches run; a trial spoils the span, because it takes additional time."""
         if phase is Phase.TRIAL:
             self._steady = False
         if phase is Phase.MEASURING:
@@ -57,10 +57,12 @@ class Stopwatch(StepObserver, Rider):
         return torch.tensor([seconds / self._size], dtype=torch.float64, device=device)
 
     def incoming(self, totals: Sequence[float]) -> None:
-        """The mean of what the ranks sent; a new span begins."""
+        """The mean of the ranks' times; a new span begins."""
         (seconds,) = totals
         self.timed = None
-        if self._pending is not None and 0 < seconds < math.inf:  # not where a rank that was resumed alone had none
+        if (
+            self._pending is not None and 0 < seconds < math.inf
+        ):  # not if a rank had no time, because it alone was resumed
             self.timed = self._pending[0], seconds
         now = perf_counter()
         self._pending = None

@@ -1,4 +1,4 @@
-"""Whether the parameters that train are still those for which a run was set up."""
+"""Checks that the trained parameters are still those for which a run was set up."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from adabatch.runtime.fsdp2 import is_sharded
 class TrainedParameters:
     """The parameters that require a gradient and are updated, as they were when this was made.
 
-    Probes and engines look for them once. A layer that is thawed, frozen, replaced or added to the optimizer in mid-run
-    would be measured, averaged or reduced wrongly from then on, and no step would say so.
+    Probes and engines look for them once. A layer that is unfrozen, frozen, replaced or added to the optimizer during
+    the run would be measured, averaged or reduced wrongly from then on, without any error.
 
-    A check costs a walk over the modules, and no operation on a tensor.
+    A check walks over the modules, without any operation on a tensor.
 
     Args:
         model: as it is trained.
         optimizer: whose parameters are updated.
-        all_of_model: all that requires a gradient is measured, whoever updates it: for probes that look at the whole
-            model, and engines whose optimizers hold other tensors.
+        all_of_model: whether all parameters that require a gradient count, whichever optimizer updates them: for probes
+            of the whole model, and for engines whose optimizers hold other tensors.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, all_of_model: bool = False) -> None:
         self._model = model
         self._optimizer = optimizer
         self._all = all_of_model
-        # FSDP2 registers whole parameters in place of its shards while a module runs; the optimizer's stay the same.
+        # While a module runs, FSDP2 replaces its shards by whole parameters; those of the optimizer stay the same.
         self._sharded = is_sharded(model)
         self._in_ddp = isinstance(uncompiled(model), DistributedDataParallel)
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._then = self._now()  # kept alive, so that no id can come back as another parameter's
+        self._then = self._now()  # kept alive, so that their ids cannot be reused for other parameters
 
     def _now(self) -> list[Tensor]:
         if self._sharded:
@@ -43,13 +43,13 @@ class TrainedParameters:
         return [p for p in self._model.parameters() if p.requires_grad and (self._all or id(p) in held)]
 
     def check(self, what: str) -> None:
-        """That they are the same as at the beginning.
+        """Checks that they are the same as at the beginning.
 
         Args:
             what: the class of the object that was set up for them, for the message.
 
         Raises:
-            RuntimeError: some have joined or left; names them and the way out.
+            RuntimeError: if parameters were added or removed; names them and the way out.
         """
         now = self._now()
         if len(now) == len(self._then) and all(a is b for a, b in zip(now, self._then, strict=True)):

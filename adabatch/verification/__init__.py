@@ -1,7 +1,7 @@
-"""Checks that adaptive batches do on your model, loader and ranks what they do in this library's own tests.
+"""Checks that adaptive batches work on your model, loader and ranks as they do in this library's own tests.
 
-Each check is a function of ``make``, which builds a ``Training`` anew, with the same weights every time. On several
-ranks all call the same checks in the same order, and all get the same answer. Nothing is written to disk.
+Each check is a function of ``make``, which builds a new ``Training`` with the same weights every time. On several ranks
+all call the same checks in the same order, and all get the same result. Nothing is written to disk.
 """
 
 from adabatch.verification.checks import all_checks

@@ -17,12 +17,12 @@ def all_checks(make: Make, *, num_steps: int = 20, max_cost: float | None = None
     """The checks of this package one after the other, the cheapest first.
 
     Args:
-        make: builds a training anew.
+        make: builds a new training.
         num_steps: steps beside the hand-written loop, and pairs of steps whose time is compared.
-        max_cost: largest time of a probed step over one without; None reports it only.
+        max_cost: largest time of a probed step over one without a probe; None only reports it.
 
     Raises:
-        ValueError: something that cannot be checked, see each check; or fewer than 4 steps.
+        ValueError: if something cannot be checked, see each check; or if there are fewer than 4 steps.
     """
     if num_steps < 4:
         raise ValueError(f"the checks need at least 4 steps, got {num_steps}")

@@ -1,4 +1,4 @@
-"""Whether a constant policy changes anything about a loop."""
+"""Whether a constant policy leaves a loop unchanged."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from adabatch.verification.running import (
 from adabatch.verification.training import Check, Make, Training
 
 UNEVEN_ACCUMULATION = 3
-"""Micro-batches a rank where the bits of the weighting count: a third is not a number of float32, a quarter is."""
+"""Micro-batches per rank in tests of exact bits: a third cannot be represented in float32, a quarter can."""
 
 
 def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
-    """Whether training around ``AdaptiveBatch`` with a constant batch is a hand-written loop, to the bit.
+    """Whether training with ``AdaptiveBatch`` and a constant batch equals a hand-written loop, to the bit.
 
     It measures the largest difference in weights, buffers or optimizer state on any rank. The loop is plain gradient
-    accumulation over the same micro-batches with the same random numbers. The probe is on: it changes nothing either.
-    With a scaler the loop scales, and its scale is compared as well; both leave out the same updates.
+    accumulation over the same micro-batches with the same random numbers. The probe is on, which must not change
+    anything. With a scaler the loop scales too, and the scales are compared; both must leave out the same updates.
 
     Raises:
-        ValueError: a data set smaller than the step, a scaler so large that every step overflows, or a ``make`` that
-            does not give the same weights again.
+        ValueError: if the data set is smaller than the step, every step overflows, or ``make`` does not give the same
+            weights again.
     """
     training, ranks = begin(make)
     start = fingerprint(training.model.parameters())
@@ -65,14 +65,14 @@ def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
 
 
 def _by_hand(training: Training, seen: Sequence[Sequence[Part]], ranks: Collectives) -> None:
-    """Gradient accumulation as a person writes it, without this library."""
+    """Gradient accumulation by hand, without this library."""
     for parts in seen:
         (total,) = ranks.sum_of(sum(part.weight for part in parts))
         for part in parts:
             part.randomness.restore()
             with nullcontext() if part is parts[-1] else unreduced(training.model):
                 loss = part.loss(training)
-                weight = part.weight * ranks.size  # DDP takes the mean over the ranks, and total is a sum
+                weight = part.weight * ranks.size  # DDP averages over the ranks, while total is a sum
                 whole, rest = divmod(total, weight)
                 backward(training, loss * (weight / total) if rest else loss / whole)
         update(training)

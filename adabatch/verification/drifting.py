@@ -27,19 +27,20 @@ STEPS_AFTER_CHANGE = 4
 def drift(make: Make) -> Check:
     """Whether all ranks hold the same parameters, to the bit, after the accumulation went from 1 to 4 at step 4.
 
-    It measures the ranks that differ from the others. Also checked: that every rank made the steps that were planned.
-    Sharded parameters are held once, so of those only the steps are compared. With a scaler, step 2 is made to overflow
-    on the last rank, and must be left out on all; as must those that overflow because the first scale is too large.
+    It measures the number of ranks that differ from the others, and also checks that every rank made the planned steps.
+    Sharded parameters exist only once, so for those only the steps are compared. With a scaler, step 2 is made to
+    overflow on the last rank, and all ranks must leave it out, like the steps that overflow because the first scale is
+    too large.
 
     Raises:
-        ValueError: a data set smaller than the largest step, a loader whose pass ends within the check, or a scaler so
-            large that every step overflows.
+        ValueError: if the data set is smaller than the largest step, the loader's pass ends within the check, or every
+            step overflows.
     """
     training, ranks = begin(make)
     small, large = size_of(training, ranks, 1), size_of(training, ranks, ACCUMULATION)
     schedule = Stages(small, [Stage(steps(STEPS_BEFORE_CHANGE), large)])
     differed_before = odd_ranks(ranks, training.model)
-    # One micro-batch on one rank has no spread to measure.
+    # A single micro-batch on a single rank has no spread to measure.
     batches = adaptive(training, schedule, probed=ranks.size > 1)
     total = STEPS_BEFORE_CHANGE + STEPS_AFTER_CHANGE
     made: list[int] = []

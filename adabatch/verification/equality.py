@@ -1,4 +1,4 @@
-"""How far two states are apart, on all ranks together."""
+"""The difference between two states, over all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adabatch.verification.training import Training
 
 
 def state_of(training: Training, batches: AdaptiveBatch | None = None) -> dict[str, Any]:
-    """What a checkpoint would hold."""
+    """The state that a checkpoint would contain."""
     state: dict[str, Any] = {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
     if training.scaler is not None:
         state["scaler"] = training.scaler.state_dict()
@@ -43,7 +43,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def largest_difference(found: Mapping[str, Any], expected: Mapping[str, Any], ranks: Collectives) -> float:
-    """The largest difference of any number on any rank; infinite where the structures or non-finite values differ."""
+    """The largest difference of any number on any rank; infinite if the structures or non-finite values differ."""
     mine, other = dict(_leaves(found)), dict(_leaves(expected))
     worst = 0.0 if mine.keys() == other.keys() else math.inf
     for path in mine.keys() & other.keys():
@@ -54,7 +54,7 @@ def largest_difference(found: Mapping[str, Any], expected: Mapping[str, Any], ra
 def _apart(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return math.inf
-    unequal = (a != b) & ~((a != a) & (b != b))  # two NaN are equal here
+    unequal = (a != b) & ~((a != a) & (b != b))  # two NaN count as equal
     if not bool(unequal.any()):
         return 0.0
     apart = (a[unequal].to(torch.complex128) - b[unequal].to(torch.complex128)).abs().max().item()

@@ -1,4 +1,4 @@
-"""Whether the probe measures what gradients computed part by part give."""
+"""Whether the probe agrees with gradients that are computed part by part."""
 
 from __future__ import annotations
 
@@ -31,30 +31,31 @@ from adabatch.verification.training import Check, Make, Training
 PROBED_STEPS = 3
 
 MOST_OVERFLOWS = 20
-"""From the first scale of a ``GradScaler``, 2 ** 16, halvings as many lead below any that helps."""
+"""Largest number of overflows: after as many halvings of 2 ** 16, the scale is too small to be of use."""
 
 PROBE_TOLERANCE = 1e-4
-"""Relative, for float32: sums of a million float32 squares in another order differ by 1e-6 to 1e-5."""
+"""Relative tolerance for float32: sums of a million squares in another order differ by 1e-6 to 1e-5."""
 
 ROUNDINGS = 4
-"""Roundings of the coarsest parameter type that a probe may be off by, where those are more than the tolerance."""
+"""Error that a probe may have in roundings of the coarsest parameter type, if that is more than the tolerance."""
 
 
 def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
-    """Whether the probe's moments are those of gradients computed part by part, in backward passes of their own.
+    """Whether the probe's moments are those of gradients computed part by part, in separate backward passes.
 
-    It measures the largest relative error of any of the moments in three steps, each with the weights and the random
-    numbers (dropout) of the step itself. The gradients are added up in float64: twice to four times the memory of the
-    gradient. With FSDP2 every rank runs every part, weighted by zero but for one rank. With a scaler they are computed
-    as it scales them and then unscaled; a step that overflows must be not finite to the probe, and is made up for.
+    It measures the largest relative error of the moments in three steps, each with the weights and the random numbers
+    (dropout) of the step itself. The gradients are added up in float64, which takes twice to four times the memory of
+    the gradient. With FSDP2 every rank runs every part, with weight zero except on one rank. With a scaler the
+    gradients are scaled as in the step and then unscaled; for a step that overflows the probe must report numbers that
+    are not finite, and another step is checked instead.
 
     Args:
-        make: builds a training anew.
+        make: builds a new training.
         allowed: largest relative error; by default 1e-4, or 4 roundings of the coarsest type among the parameters.
 
     Raises:
-        ValueError: a data set smaller than the step, a probe whose parts are single examples, or a scaler so large that
-            more than 20 steps overflow.
+        ValueError: if the data set is smaller than the step, the parts of the probe are single examples, or more than
+            20 steps overflow.
     """
     training, ranks = begin(make)
     if training.probe is not None and training.probe.gives.examples:
@@ -73,7 +74,7 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
         assert step.moments is not None
         if training.scales and not step.finite:
             overflowed += 1
-            if not update(training):  # the scaler found it finite
+            if not update(training):  # the scaler found the gradient finite
                 worst = math.inf
             continue
         after = Randomness.now(parameters[0].device)
@@ -112,9 +113,9 @@ def _trained(training: Training) -> list[Tensor]:
 
 
 def _gradient(training: Training, part: Part, parameters: Sequence[Tensor], share: float) -> list[Tensor]:
-    """What one backward of a share of the loss leaves in each parameter, this rank's piece in float64, shape (n,).
+    """The gradient of a share of the loss in each parameter, this rank's piece in float64, shape (n,).
 
-    Of the step's own share, not of the whole loss: in float16 that might overflow, where the step does not.
+    The loss is weighted as in the step: in float16 the gradient of the whole loss might overflow.
     """
     for parameter in training.model.parameters():
         parameter.grad = None
@@ -134,7 +135,7 @@ def _flat(grad: Tensor) -> Tensor:
 def _local_moments(
     training: Training, parts: Sequence[Part], parameters: Sequence[Tensor], ranks: Collectives
 ) -> GradientMoments:
-    """Each rank takes its own parts, and the ranks add up gradients; plain models and DDP."""
+    """Each rank runs its own parts, and the ranks add up their gradients; plain models and DDP."""
     total, num_examples = ranks.sum_of(sum(part.weight for part in parts), sum(part.size for part in parts))
     mean: Tensor | None = None
     part_sq = 0.0
@@ -153,7 +154,7 @@ def _local_moments(
 def _sharded_moments(
     training: Training, parts: Sequence[Part], parameters: Sequence[Tensor], ranks: Collectives
 ) -> GradientMoments:
-    """Every rank runs a pass for each part of each rank, weighted by zero on all but one; FSDP2."""
+    """Every rank runs a pass for each part of each rank, with weight zero on all but one; FSDP2."""
     holders = [own_piece(p.detach())[1] for p in parameters]
     (num_examples,) = ranks.sum_of(sum(part.size for part in parts))
     table = ranks.sum_of(*(p.weight if rank == ranks.rank else 0 for rank in range(ranks.size) for p in parts))
@@ -162,7 +163,7 @@ def _sharded_moments(
     for index, weight in enumerate(table):
         owner, number = divmod(index, len(parts))
         weight /= sum(table)
-        # The reduction takes the mean over the ranks; all but one give zero.
+        # The reduction averages over the ranks; all but one contribute zero.
         share = weight * ranks.size if owner == ranks.rank else 0.0
         grads = [grad / weight for grad in _gradient(training, parts[number], parameters, share)]
         part_sq += weight * sum(float(g.square().sum()) / held for g, held in zip(grads, holders, strict=True))
@@ -175,12 +176,13 @@ def _sharded_moments(
 
 
 def _moments_of(part_sq: float, grad_sq: float, num_examples: float, num_parts: int) -> GradientMoments:
-    """Each part counts for as many examples as it weighs, so their harmonic mean by weight is the plain mean."""
+    """The moments; each part has as many examples as its weight says, so the weighted harmonic mean is the plain
+    mean."""
     return GradientMoments(part_sq, num_examples / num_parts, grad_sq, num_examples, num_parts)
 
 
 def _relative_error(found: float, expected: float) -> float:
-    """Infinite where either is not a number."""
+    """The relative error; infinite if either number is NaN."""
     error = abs(found - expected)
     if error == 0:
         return 0.0

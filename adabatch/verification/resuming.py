@@ -1,4 +1,4 @@
-"""Whether a checkpoint loses anything."""
+"""Whether a run can be resumed from a checkpoint without any difference."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ STEPS_AFTER_SAVE = 3
 
 
 def resume(make: Make) -> Check:
-    """Whether 3 steps, a checkpoint, and 3 steps of a fresh copy that loaded it are 6 steps without one, to the bit.
+    """Whether 3 steps, a checkpoint, and 3 steps of a fresh copy that loaded it equal 6 uninterrupted steps, to the
+    bit.
 
     It measures the largest difference in weights, buffers, the states of optimizer, batch and scaler, or the place in
-    the data. The batch grows one step after the checkpoint. The random numbers of torch are put back to those of the
-    checkpoint, as your script has to do; augmentation in loading processes draws others after a resume.
+    the data. The batch grows one step after the checkpoint. The random numbers of torch are restored to those of the
+    checkpoint, as your script must do; augmentation in loading processes draws other numbers after a resume.
 
     Raises:
-        ValueError: a loader that is not a ``GlobalOrder``, whose place in the data cannot be saved; a data set smaller
-            than the largest step; a scaler so large that every step overflows; or a ``make`` that does not give the
-            same weights again.
+        ValueError: if the loader is not a ``GlobalOrder``, so that its place in the data cannot be saved, the data set
+            is smaller than the largest step, every step overflows, or ``make`` does not give the same weights again.
     """
     whole, ranks = begin(make)
     if not isinstance(whole.loader, GlobalOrder):
         raise ValueError(
             f"a resume can be checked with a GlobalOrder only: the place in a {type(whole.loader).__name__} is its own"
         )
-    first = 1 if ranks.size > 1 else 2  # with two parts at least there is a spread to measure
+    first = 1 if ranks.size > 1 else 2  # at least two parts, so that there is a spread to measure
     small, large = size_of(whole, ranks, first), size_of(whole, ranks, ACCUMULATION)
     schedule = Stages(small, [Stage(steps(STEPS_BEFORE_SAVE + 1), large)])
     total = STEPS_BEFORE_SAVE + STEPS_AFTER_SAVE

@@ -1,4 +1,4 @@
-"""Runs of a training, which the checks look at."""
+"""Runs of a training for the checks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from adabatch.step import Step
 from adabatch.verification.training import Make, Training
 
 ACCUMULATION = 4
-"""Micro-batches a rank in the largest step of any check."""
+"""Micro-batches per rank in the largest step of any check."""
 
 OVERFLOWING_STEP = 2
-"""The step of a run with a scaler whose loss is made infinite. Whether one overflows by itself hangs on the scale."""
+"""The step of a run with a scaler whose loss is made infinite, because overflow by itself depends on the scale."""
 
 
 class Randomness(NamedTuple):
-    """Where torch's random numbers stand."""
+    """The states of torch's random number generators."""
 
     host: Tensor
     accelerator: Tensor | None
@@ -39,12 +39,12 @@ class Randomness(NamedTuple):
 
     @classmethod
     def now(cls, device: torch.device) -> Randomness:
-        """The present place."""
+        """The present state."""
         cuda = device.type == "cuda"
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None, device)
 
     def restore(self) -> None:
-        """Back to this place."""
+        """Restores this state."""
         torch.set_rng_state(self.host)
         if self.accelerator is not None:
             torch.cuda.set_rng_state(self.accelerator, self.device)
@@ -54,10 +54,10 @@ class Part(NamedTuple):
     """A micro-batch of this rank, as it was run.
 
     Args:
-        batch: what the loader gave.
-        size: its examples.
-        weight: what it counts for.
-        randomness: where its forward began.
+        batch: from the loader.
+        size: its number of examples.
+        weight: its weight in the gradient.
+        randomness: at the beginning of its forward.
         overflows: whether its loss is made infinite.
     """
 
@@ -74,13 +74,13 @@ class Part(NamedTuple):
 
 
 def begin(make: Make) -> tuple[Training, Collectives]:
-    """A training and the ranks it runs on."""
+    """A new training and its ranks."""
     training = make()
     return training, collectives_of(training.model)
 
 
 def again(make: Make, first: Training, start: int, ranks: Collectives) -> Training:
-    """A copy of a training as it began, with the weights of digest ``start``."""
+    """A copy of a training at its beginning, whose weights have the digest ``start``."""
     training = make()
     anew = training.model is not first.model and training.optimizer is not first.optimizer
     anew &= training.scaler is None or training.scaler is not first.scaler
@@ -106,7 +106,7 @@ def size_of(training: Training, ranks: Collectives, accumulation: int) -> int:
 
 
 def adaptive(training: Training, policy: Schedule, *, probed: bool) -> AdaptiveBatch:
-    """A run of the training with batch sizes of the check's own."""
+    """A run of the training with the batch sizes of the check."""
     return AdaptiveBatch(
         training.model,
         training.optimizer,
@@ -116,7 +116,7 @@ def adaptive(training: Training, policy: Schedule, *, probed: bool) -> AdaptiveB
         probe=training.probe if probed else None,
         measure=Measure(monitor=probed),
         engine=EngineOptions(scaler=training.scaler),
-        guard=Guard(check_every=None),  # whether ranks drift is what is found out
+        guard=Guard(check_every=None),  # a check tests whether ranks drift
     )
 
 
@@ -136,7 +136,7 @@ def steps_of(training: Training, batches: AdaptiveBatch, until: int) -> Iterator
 
 
 def update(training: Training) -> bool:
-    """As a person writes it; whether a scaler left it out."""
+    """An update as in a hand-written loop; returns whether a scaler left it out."""
     scaler = training.scaler
     if scaler is None:
         training.optimizer.step()
@@ -150,19 +150,19 @@ def update(training: Training) -> bool:
 
 
 def backward(training: Training, loss: Tensor) -> None:
-    """The same; of a loss that is not scaled yet."""
+    """A backward as in a hand-written loop, from a loss that is not scaled yet."""
     scaled = loss if training.scaler is None else training.scaler.scale(loss)
     scaled.backward()  # type: ignore[no-untyped-call]
 
 
 def check_updated(training: Training, batches: AdaptiveBatch) -> None:
-    """Raises a ``ValueError`` where a scaler left out every update, so that there is nothing to compare."""
+    """Raises a ``ValueError`` if a scaler left out every update, so that there is nothing to compare."""
     if training.scales and batches.progress.steps == 0:
         raise nothing_fits(batches.consumed.steps)
 
 
 def nothing_fits(num_steps: int) -> ValueError:
-    """What to do about gradients that are too large for float16 in every step."""
+    """The error for gradients that are too large for float16 in every step."""
     return ValueError(
         f"the gradients of {num_steps} steps overflowed, so there is nothing to compare: start the GradScaler at a "
         f"smaller init_scale"
@@ -170,7 +170,7 @@ def nothing_fits(num_steps: int) -> ValueError:
 
 
 def and_left_out(left_out: int) -> str:
-    """What to add to the number of steps made."""
+    """The part of an explanation about updates that were left out."""
     return f", {left_out} of them left out for overflow," if left_out else ""
 
 

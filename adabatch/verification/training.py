@@ -1,4 +1,4 @@
-"""What is checked, and what a check says of it."""
+"""The training that is checked, and the result of a check."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from adabatch.runtime.probes.protocol import Probe
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a run consists of, before ``AdaptiveBatch`` is put around it.
+    """The parts of a run, without ``AdaptiveBatch``.
 
     Args:
         model: as it is trained: plain, in ``DistributedDataParallel`` or sharded by ``fully_shard``.
         optimizer: over its parameters.
-        loader: a ``GlobalOrder``, or any iterable of micro-batches that can be passed over again.
-        loss: (model, micro-batch) -> mean loss over its examples, shape (). Not scaled; autocast belongs in here.
+        loader: a ``GlobalOrder``, or any iterable of micro-batches that can be iterated several times.
+        loss: (model, micro-batch) -> mean loss over its examples, shape (), not scaled. Use autocast inside it.
         micro_batch_size: examples in one forward and backward on one rank.
         probe: to be checked; by default the one that suits the model.
         count: examples in a micro-batch.
-        weigh: what a micro-batch counts for in the gradient, where not for its examples; see ``AdaptiveBatch.steps``.
-        scaler: of a run in float16. The second step of a check is then made to overflow, on the last rank alone.
+        weigh: weight of a micro-batch in the gradient, if not its number of examples; see ``AdaptiveBatch.steps``.
+        scaler: of a run in float16. The second step of a check is then made to overflow, on the last rank only.
     """
 
     model: nn.Module
@@ -42,22 +42,22 @@ class Training:
 
     @property
     def scales(self) -> bool:
-        """Whether losses are scaled, so that an update may be left out."""
+        """Whether losses are scaled, so that updates may be left out."""
         return self.scaler is not None and self.scaler.is_enabled()
 
 
 Make = Callable[[], Training]
-"""Builds a training anew: another model, optimizer and scaler, the same weights, the same data from its beginning."""
+"""Builds a new training: new model, optimizer and scaler, the same weights, the same data from its beginning."""
 
 
 class Check(NamedTuple):
-    """What a check found; the same on all ranks.
+    """The result of a check; the same on all ranks.
 
     Args:
         name: of the check.
-        passed: whether what was measured is allowed.
+        passed: whether the measured number is allowed.
         measured: the number that decides; its meaning is in the explanation.
-        allowed: the largest that passes; None where the number is only reported.
+        allowed: the largest number that passes; None if it is only reported.
         explanation: a sentence.
     """
 

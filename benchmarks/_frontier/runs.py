@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 import adabatch
+from _frontier.search import Setting
 from _frontier.workloads import WORKLOADS, Pair, splits_of
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.efficiency import adaptive_limit, efficiency
@@ -117,8 +118,16 @@ class Job:
         kind = type(self.batch).__name__
         about = WORKLOADS[self.workload].about
         decides = DECIDES if isinstance(self.batch, Measured) else ""
-        text = json.dumps([about, kind, {**asdict(self), "batch": self.batch._asdict()}, decides])
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return _hash([about, kind, {**asdict(self), "batch": self.batch._asdict()}, decides])
+
+    def search_key(self) -> str:
+        """Of the search for the best learning rate and warm-up of such a run, on whatever seeds."""
+        others = {**asdict(self), "batch": self.batch._asdict(), "lr": 0, "warmup": 0, "seed": 0}
+        return _hash([WORKLOADS[self.workload].about, type(self.batch).__name__, others, "search"])
+
+
+def _hash(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:20]
 
 
 class Noise(NamedTuple):
@@ -347,27 +356,49 @@ class NotRunError(LookupError):
 
 
 class Store:
-    """Outcomes by job in a file of JSON lines, one written as soon as a run ends.
+    """Outcomes by job, and settings by search, in a file of JSON lines, one written as soon as a run or a search ends.
 
     Args:
         path: the file; several processes may append to it.
+        results: the record of a report, which stands for whatever of it the file lacks: so a lost file is no loss.
         run: False only looks up.
         say: told of each run.
     """
 
-    def __init__(self, path: Path, *, run: bool = True, say: Callable[[Job, Outcome], None] = lambda *_: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        results: Path | None = None,
+        run: bool = True,
+        say: Callable[[Job, Outcome], None] = lambda *_: None,
+    ) -> None:
         self.path = path
         self.run = run
         self.commit = Machine.here().commit if run else ""
         self.say = say
         self._read = 0
         self._outcomes: dict[str, Outcome] = {}
+        self._settings: dict[str, Setting] = {}
+        self._used: dict[str, Any] = {}
+        if results is not None and results.exists():
+            record = json.loads(results.read_text())
+            self._outcomes = {key: _outcome(plain) for key, plain in record.get("runs", {}).items()}
+            self._settings = {key: Setting(*pair) for key, pair in record.get("settings", {}).items()}
 
     @property
     def outcomes(self) -> Mapping[str, Outcome]:
         """All that the file holds, by the keys of their jobs."""
         self._catch_up()
         return self._outcomes
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """What was asked for so far, ready for JSON: all that is needed to repeat the answers."""
+        return {
+            "runs": {key: _plain(self._outcomes[key]) for key in self._used if key in self._outcomes},
+            "settings": {key: self._settings[key] for key in self._used if key in self._settings},
+        }
 
     def __call__(self, job: Job) -> Outcome:
         """The outcome of a job, run now if it was not run before.
@@ -378,18 +409,33 @@ class Store:
         key = job.key()
         if key not in self._outcomes:
             self._catch_up()
-        if key in self._outcomes:
-            return self._outcomes[key]
-        if not self.run:
-            raise NotRunError(f"{job} was not run")
-        outcome = train(job)._replace(commit=self.commit)
+        if key not in self._outcomes:
+            if not self.run:
+                raise NotRunError(f"{job} was not run")
+            plain = _plain(train(job)._replace(commit=self.commit))
+            self._append({"key": key, "job": _described(job), "outcome": plain})
+            self._outcomes[key] = _outcome(plain)  # rounded, as whoever reads it will see it
+            self.say(job, self._outcomes[key])
+        self._used[key] = None
+        return self._outcomes[key]
+
+    def search(self, job: Job, find: Callable[[], Setting]) -> Setting:
+        """The setting that a search found for runs like this one; it is made now if it was not made before."""
+        key = job.search_key()
+        if key not in self._settings:
+            self._catch_up()
+        if key not in self._settings:
+            found = find()
+            if self.run:
+                self._append({"search": key, "job": _described(job), "setting": found})
+            self._settings[key] = found
+        self._used[key] = None
+        return self._settings[key]
+
+    def _append(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"key": key, "job": {**asdict(job), "batch": job.batch._asdict()}, "outcome": _plain(outcome)}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        self._outcomes[key] = outcome
-        self.say(job, outcome)
-        return outcome
 
     def _catch_up(self) -> None:
         """Reads what this or another process wrote since; a line that was cut short is left for its process to end."""
@@ -405,16 +451,24 @@ class Store:
                     record = json.loads(line)
                 except json.JSONDecodeError:  # the process was killed while it wrote
                     continue
-                self._outcomes[record["key"]] = _outcome(record["outcome"])
+                if "search" in record:
+                    self._settings[record["search"]] = Setting(*record["setting"])
+                else:
+                    self._outcomes[record["key"]] = _outcome(record["outcome"])
+
+
+def _described(job: Job) -> dict[str, Any]:
+    return {**asdict(job), "batch": job.batch._asdict()}
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:
     """Ready for JSON, which has no infinities."""
 
     def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None
+        return round(value, 6) if math.isfinite(value) else None
 
-    values = {**outcome._asdict(), "noise": None if outcome.noise is None else outcome.noise._asdict()}
+    noise = outcome.noise and {name: round(value, 4) for name, value in outcome.noise._asdict().items()}
+    values = {**outcome._asdict(), "noise": noise}
     return {name: number(value) if isinstance(value, float) else value for name, value in values.items()}
 
 

@@ -502,7 +502,7 @@ def test_damaged_checkpoints_are_passed_over_and_named(tmp_path: Path, caplog: p
     assert loaded.path == good
     assert len(loaded.damaged) == 2
     assert "000003-step-0: state.pt has 0 bytes" in caplog.text
-    assert f"going on from {good.name}" in caplog.text
+    assert f"resuming from {good.name}" in caplog.text
 
 
 def test_a_journal_that_lost_lines_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -116,7 +116,7 @@ def test_time_that_is_over_leaves_branches_for_the_next_time(
     assert main([*command, "--max_minutes=1e-9"]) == 75
     said = capsys.readouterr()
     assert "the time was over before batch 16, 64, 256" in said.out
-    assert "the same command goes on" in said.err
+    assert "the same command continues" in said.err
     assert main(command) == 0
 
 

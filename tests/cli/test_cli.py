@@ -172,7 +172,7 @@ def test_a_run_that_was_cut_off_and_resumed_equals_one_that_was_not(config: Any,
     with pytest.raises(Interrupted):
         main(["train", "--config", parts])
     assert main(["train", "--config", parts]) == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert journal_text(tmp_path / "whole/journal.jsonl") == journal_text(tmp_path / "parts/journal.jsonl")
     one, two = (saved_state(tmp_path / name) for name in ("whole", "parts"))
     assert one["batches"] == two["batches"]
@@ -276,7 +276,7 @@ def test_a_run_without_a_folder_goes_on_in_its_own(
         main(["train", "--config", job])
     first = (tmp_path / "runs" / "latest").resolve()
     assert main(["train", "--config", job]) == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert (tmp_path / "runs" / "latest").resolve() == first
     assert read_recorded(tmp_path / "runs" / "latest").num_steps > 0
     assert main(["train", "--config", job]) == 0

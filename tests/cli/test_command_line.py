@@ -315,7 +315,7 @@ def test_ctrl_c_saves_says_one_line_and_exits_75(config: Any, tmp_path: Path, ho
             running.send_signal(signal.SIGINT)
         _, error = running.communicate(timeout=60)
     assert running.returncode == adabatch.EXIT_PREEMPTED
-    assert re.fullmatch(r"stopped by a signal: saved at [\d,]+ examples; the same command goes on\n", error)
+    assert re.fullmatch(r"stopped by a signal: saved at [\d,]+ examples; the same command continues\n", error)
     check_saved_and_goes_on(path, tmp_path / "run")
 
 
@@ -331,7 +331,7 @@ def test_a_reader_that_leaves_ends_the_run_after_it_is_saved(config: Any, tmp_pa
         _, error = running.communicate(timeout=200)
     assert running.returncode == adabatch.EXIT_PREEMPTED
     assert re.fullmatch(
-        r"the reader of its output is gone: saved at [\d,]+ examples; the same command goes on\n", error
+        r"the reader of its output is gone: saved at [\d,]+ examples; the same command continues\n", error
     )
     assert list((tmp_path / "run" / "checkpoints").iterdir())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,21 +12,33 @@ import pytest
 from adabatch.cli.main import main
 
 STEP, EXAMPLE, NOISE = 0.02, 0.001, 400.0
+CONFIG = {
+    "format": 1,
+    "model": {"class_path": "adabatch.recipes.models.DigitsCNN"},
+    "loss": {"class_path": "torch.nn.CrossEntropyLoss"},
+    "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+    "train_data": {"class_path": "adabatch.recipes.digits.Digits"},
+    "criterion": {"class_path": "adabatch.NormTest", "init_args": {"eta": 0.5}},
+    "micro_batch_size": 8,
+    "limits": {"min": 16, "max": 64},
+    "total": {"count": 64, "unit": "examples"},
+}
 CLUSTER = ["--devices=8", "--bandwidth=1e9", "--latency=1e-5", "--parameters=1e6", "--price_per_hour=3"]
 
 
-def write_run(folder: Path, *, timed: bool = True, noise: float | None = NOISE) -> Path:
+def write_run(
+    folder: Path, *, timed: bool = True, noise: float | None = NOISE, scatter: float = 0.3, steps: int = 40
+) -> Path:
     """Steps of 32 and 64 examples, whose times are exactly those of the model."""
     folder.mkdir()
-    lines, examples = [], 0
-    for step in range(40):
+    lines, examples, chance = [], 0, random.Random(1)
+    for step in range(steps):
         micro = 32 if step % 2 else 64
-        measured = None if noise is None else {"noise": noise, "signal": 1.0, "noise_scale": noise}
+        averages = None if noise is None else {"noise": noise, "signal": 1.0, "noise_scale": noise}
+        alone = None if noise is None else {"noise": noise * (1 + scatter * chance.uniform(-1, 1)), "signal": 1.0}
         plan = {"micro_batch_size": micro, "accumulation_steps": 1, "dp_size": 1, "global_batch_size": micro}
         line = {"format": 1, "step": step, "examples": examples, "plan": plan, "loss": 1.0, "applied": True}
-        line |= {"moments": measured, "averages": measured, "next": micro, "reason": "hold"}
-        if noise is not None:
-            line |= {"wanted": noise, "low": 0.5 * noise, "high": 2 * noise}
+        line |= {"moments": alone, "averages": averages, "next": micro, "reason": "hold"}
         if timed:
             line["seconds"] = STEP + EXAMPLE * micro
         lines.append(json.dumps(line))
@@ -39,9 +53,9 @@ def planned(capsys, *arguments: str) -> dict:
 
 
 def test_numbers_of_a_journal(tmp_path, capsys):
-    told = planned(capsys, str(write_run(tmp_path / "a")), *CLUSTER)
+    told = planned(capsys, str(write_run(tmp_path / "a")), *CLUSTER, "--max_batch=4096")
     assert set(told) == {
-        "format", "source", "settings", "forecast", "scales", "knee_devices", "notes", "assumptions"
+        "format", "source", "settings", "noise_band", "forecast", "scales", "knee_devices", "notes", "assumptions"
     }  # fmt: skip
     assert told["source"] == "the journal of a"
     assert [each["devices"] for each in told["scales"]] == [8, 64, 1000, 10_000]
@@ -52,10 +66,11 @@ def test_numbers_of_a_journal(tmp_path, capsys):
     assert here["price"] == pytest.approx(8 * (STEP + reduce) / EXAMPLE, rel=0.05)
     assert here["batch"]["point"] == pytest.approx((NOISE * here["price"]) ** 0.5)
     for name in ("steps", "hours", "batch"):
-        assert here[name]["low"] <= here[name]["point"] <= here[name]["high"]
+        assert here[name]["low"] < here[name]["point"] < here[name]["high"]
     assert here["money"]["point"] == pytest.approx(3 * here["device_hours"]["point"])
     assert told["settings"]["criterion.examples"] == pytest.approx(here["price"], rel=0.05)
-    assert told["settings"]["micro_batch_size"] == 64
+    assert told["settings"]["max_micro_batch_size"] == 64
+    assert told["settings"]["reference_batch_size"] == 64
     assert told["settings"]["limits.min"] <= here["batch"]["point"] <= told["settings"]["limits.max"]
 
 
@@ -71,25 +86,90 @@ def test_text_and_figure(tmp_path, capsys):
 
 def test_a_first_guess_says_that_it_is_one(capsys):
     told = planned(
-        capsys, "--examples=1e6", "--tokens_per_example=2048", "--flops=1e14", "--step_seconds=0.1", *CLUSTER
+        capsys, "--examples=2e6", "--tokens_per_example=2048", "--flops=1e14", "--step_seconds=0.1", *CLUSTER
     )
     assert "2505.13738" in told["source"]
     assert any(note.startswith("No run was measured.") for note in told["notes"])
+    assert not any("beyond its data" in note for note in told["notes"])
     steps = told["forecast"]["steps"]
     assert steps["high"] > 1.5 * steps["low"]
 
 
+def test_a_first_guess_outside_of_its_law_says_so(capsys):
+    told = planned(capsys, "--examples=1e6", "--tokens_per_example=2048", "--flops=1e14", "--loss=1.5", *CLUSTER)
+    assert "2001.08361" in told["source"]
+    assert any("beyond its data" in note for note in told["notes"])
+
+
 def test_a_longer_run_is_told_of(tmp_path, capsys):
     run = str(write_run(tmp_path / "a"))
-    short, long = planned(capsys, run, *CLUSTER), planned(capsys, run, *CLUSTER, "--examples=19200")
+    short = planned(capsys, run, *CLUSTER, "--max_batch=64")
+    long = planned(capsys, run, *CLUSTER, "--max_batch=64", "--examples=19200")
     assert long["forecast"]["steps"]["point"] == pytest.approx(10 * short["forecast"]["steps"]["point"], rel=0.05)
     assert any(note.startswith("Beyond the 1,920 examples") for note in long["notes"])
+    assert any(note.startswith("The run is as long as the journal") for note in short["notes"])
+    # A tenth of the run was measured, by a quarter of its probes at the end.
+    assert long["noise_band"] == pytest.approx([each**2 for each in short["noise_band"]])
+
+
+@pytest.mark.parametrize("option", ["--max_batch=4096", "--examples=1e6"])
+def test_ranges_follow_the_scatter_of_the_probes(option, tmp_path, capsys):
+    widths = []
+    for name, scatter in (("none", 0.0), ("some", 0.3), ("much", 0.9)):
+        run = write_run(tmp_path / name, scatter=scatter, steps=160)
+        steps = planned(capsys, str(run), *CLUSTER, option)["forecast"]["steps"]
+        widths.append(steps["high"] / steps["low"])
+    assert widths[0] == pytest.approx(1)
+    assert widths[0] < 1.01 < widths[1] < widths[2]
+
+
+def test_few_probes_have_no_error_bar(tmp_path, capsys):
+    told = planned(capsys, str(write_run(tmp_path / "a", steps=15)), *CLUSTER)
+    assert told["noise_band"] == [1, 1]
+    assert any("no error bar" in note for note in told["notes"])
+
+
+def test_the_largest_batch_is_sensible(tmp_path, capsys):
+    run = str(write_run(tmp_path / "a"))
+    dear = [run, *CLUSTER, "--step_seconds=100", "--example_seconds=0.001"]
+    for examples in ("2e4", "1e6"):
+        told = planned(capsys, *dear, f"--examples={examples}")
+        assert told["forecast"]["steps"]["point"] >= 200
+        assert told["settings"]["limits.max"] <= 3 * NOISE
+        assert any(note.startswith("No batch is larger than") for note in told["notes"])
+    assert planned(capsys, *dear, "--max_batch=50000")["settings"]["limits.max"] > 3 * NOISE
+    told = planned(capsys, *dear, "--min_batch=100", "--max_batch=100")
+    assert (told["settings"]["limits.min"], told["settings"]["limits.max"]) == (100, 100)
+
+
+def test_its_options_are_those_of_a_config(tmp_path, capsys, config):
+    """What it prints is taken by ``train``: a config with the settings, written down and read."""
+    assert main(["plan", str(write_run(tmp_path / "a")), *CLUSTER, "--max_batch=4096"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    options = shlex.split(told[told.index("As options of `adabatch train`:") + 1])
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", config(), *options, "--print_config"])
+    assert ended.value.code in (None, 0)
+    assert "class_path: adabatch.StepPrice" in capsys.readouterr().out
+
+
+def test_one_device_needs_no_network(tmp_path, capsys):
+    run = str(write_run(tmp_path / "a"))
+    told = planned(capsys, run)
+    assert (told["forecast"]["devices"], told["scales"], told["knee_devices"]) == (1, [], None)
+    assert any(note.startswith("The network is not known") for note in told["notes"])
+    assert main(["plan", run]) == 0
+    said = capsys.readouterr().out
+    assert "Knee" not in said
+    assert "money" not in said
+    assert main(["plan", run, "--figure", str(tmp_path / "plan.png")]) == 2
+    assert "--bandwidth" in capsys.readouterr().err
 
 
 def test_memory_gives_the_micro_batch(tmp_path, capsys):
     run = str(write_run(tmp_path / "a"))
     told = planned(capsys, run, *CLUSTER, "--memory=1e9", "--example_bytes=1e7")
-    assert told["settings"]["micro_batch_size"] == 64  # (0.9e9 - 16e6) / 1e7 = 88
+    assert told["settings"]["max_micro_batch_size"] == 64  # (0.9e9 - 16e6) / 1e7 = 88
     assert main(["plan", run, *CLUSTER, "--memory=1e7", "--example_bytes=1e7"]) == 2
     assert "not one example fits" in capsys.readouterr().err
 
@@ -99,6 +179,12 @@ def test_memory_gives_the_micro_batch(tmp_path, capsys):
     [
         ([], "give --examples and --tokens_per_example"),
         (["--examples=1e6", "--tokens_per_example=10", "--bandwidth=1e9"], "nothing says how long a step takes"),
+        (["--examples=1e6", "--tokens_per_example=10", "--example_seconds=1"], "no batch pays"),
+        (["--examples=1e6", "--tokens_per_example=10", "--example_seconds=1", "--devices=2"], "give --bandwidth"),
+        (["--examples=1e6", "--tokens_per_example=10", "--example_seconds=0", *CLUSTER], "positive time"),
+        (["--examples=1e6", "--tokens_per_example=10", "--loss=0", *CLUSTER], "loss must be positive"),
+        (["--examples=0", "--tokens_per_example=10", *CLUSTER], "tokens must be positive"),
+        (["no_such_folder", *CLUSTER], "no_such_folder has no journal"),
     ],
 )
 def test_too_little_to_go_by(arguments, message, capsys):
@@ -106,10 +192,40 @@ def test_too_little_to_go_by(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devices=2"], "give --bandwidth"),
+        (["--devices=2", "--bandwidth=0"], "bandwidth must be a positive number"),
+        (["--min_batch=64", "--max_batch=32"], "must not exceed"),
+        (["--examples=0"], "examples must be positive"),
+        (["--step_seconds=0"], "no batch pays"),
+        (["--memory=1e7", "--example_bytes=1e8"], "not one example fits"),
+    ],
+)
+def test_what_a_plan_refuses_of_a_run(options, message, tmp_path, capsys):
+    assert main(["plan", str(write_run(tmp_path / "a")), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["--devices=0", "--devices=1.5", "--bandwidth=-1", "--latency=fast", "--bandwith=1"])
+def test_what_is_no_number_is_a_mistake_on_the_command_line(wrong, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", wrong])
+    assert ended.value.code == 2
+    assert wrong.partition("=")[0] in capsys.readouterr().err
+
+
 def test_a_journal_that_lacks_something(tmp_path, capsys):
     assert main(["plan", str(write_run(tmp_path / "a", timed=False)), *CLUSTER]) == 2
     assert "no step times" in capsys.readouterr().err
     assert main(["plan", str(write_run(tmp_path / "b", noise=None)), *CLUSTER]) == 2
     assert "no noise scale" in capsys.readouterr().err
-    assert main(["plan", str(tmp_path / "a"), "--example_seconds=0.001", "--step_seconds=0.1"]) == 2
-    assert "--bandwidth" in capsys.readouterr().err
+    for name, before, after, message in (
+        ("c", '"applied": true', '"applied": false', "no update was applied"),
+        ("d", '"seconds": 0.084', '"seconds": 0.052', "took no longer with more examples"),
+    ):
+        journal = write_run(tmp_path / name) / "journal.jsonl"
+        journal.write_text(journal.read_text().replace(before, after))
+        assert main(["plan", str(journal.parent), *CLUSTER]) == 2
+        assert message in capsys.readouterr().err

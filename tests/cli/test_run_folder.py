@@ -1,4 +1,4 @@
-"""Where a run goes that is given no folder: the same command goes on, and everything else has a folder of its own."""
+"""Where a run goes that is given no folder: the same command continues, and everything else has a folder of its own."""
 
 from __future__ import annotations
 

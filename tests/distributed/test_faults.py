@@ -59,7 +59,7 @@ def test_a_preempted_run_saves_itself_exits_75_and_goes_on_by_the_same_command(
         assert next(iter(checkpoints_in(tmp_path / "run" / "checkpoints"))) == count
     assert Attempt(tmp_path, arguments, 2).join() == [0, 0]
     check_equal(tmp_path, uninterrupted)
-    assert "the same command goes on" in (tmp_path / "output").read_text()
+    assert "the same command continues" in (tmp_path / "output").read_text()
 
 
 @pytest.mark.timeout(600)  # agents wait for each other's silence
@@ -87,5 +87,5 @@ def test_a_full_disk_is_one_clear_line_and_the_checkpoint_before_is_gone_on_from
         newest, *older = checkpoints_in(folder).values()
         shutil.rmtree(older[-1])  # room for one
         assert main(command(tmp_path, checkpoint={**saving, "keep": 1}, total=short)) == 0
-    assert f"going on from {newest}" in capsys.readouterr().out
+    assert f"resuming from {newest}" in capsys.readouterr().out
     assert sum(line["plan"]["global_batch_size"] for line in lines(tmp_path)) >= 1000

@@ -1,4 +1,4 @@
-"""The code of docs/engines.md runs as it stands, on the engines that it names, and its tables say what happens."""
+"""The code of the pages about engines runs as it stands, on those that they name, and their tables say what happens."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ from adabatch.runtime.launch.world import World, connected
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
-GUIDE = ROOT / "docs" / "engines.md"
-TEXT = GUIDE.read_text(encoding="utf-8")
-SCRIPT = "\n\n".join(re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL))
+PAGES = {
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("engines", "ddp", "fsdp2", "deepspeed", "launchers")
+}
+BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for name, text in PAGES.items()}
+SCRIPT = "\n\n".join([*BLOCKS["engines"][:-1], *BLOCKS["deepspeed"], BLOCKS["engines"][-1]])
 COLUMNS = ["plain", "DDP", "FSDP2", "ZeRO 0", "ZeRO 1 to 3", "local SGD"]
 FLAT = "hand it flat pieces; use ZeRO 0, DDP or FSDP2"
 BY_NORM = "known by its norm only, .*use ZeRO 0, DDP or FSDP2, or a criterion in the Euclidean norm"
@@ -60,7 +63,7 @@ REFUSED: dict[str, dict[str, str]] = {
 
 def table() -> dict[str, dict[str, str]]:
     """Habit -> column -> cell, as the guide has it."""
-    part = TEXT.split("## In one table")[1].split("## DeepSpeed")[0]
+    part = PAGES["engines"].split("## In one table")[1]
     header, _, *rows = [line for line in part.splitlines() if line.startswith("|")]
     names = [cell.strip() for cell in header.strip("|").split("|")][1:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
@@ -80,13 +83,19 @@ def everything(folder: str) -> dict[str, Any]:
     world = World.from_environment()
     with connected(world, device=torch.device("cpu")):
         guide = runpy.run_path("train.py")
+        grown: dict[str, int] = {}
         for engine in ("ddp", "fsdp2"):
             guide["on_torch"](engine)
         guide["on_deepspeed"](2)
+        for page in ("ddp", "fsdp2"):
+            (block,) = BLOCKS[page]
+            own: dict[str, Any] = {}
+            exec(compile(block, f"docs/{page}.md", "exec"), own)
+            grown[page] = own["batches"].plan.global_batch_size
         cells = {name: {engine: tried(engine, habit) for engine in RANKED} for name, habit in HABITS.items()}
         sharded = engine_of(3, adamw_of, zero_optimization={"stage3_param_persistence_threshold": 0})
         held = sum(parameter.numel() for parameter in sharded.module.parameters())
-    return {"launcher": world.launcher, "cells": cells, "held between steps": held}
+    return {"launcher": world.launcher, "cells": cells, "held between steps": held, "grown": grown}
 
 
 # --- what they found -------------------------------------------------------------------------------------------------
@@ -121,6 +130,10 @@ def test_the_loop_takes_the_same_run_on_every_engine(found: dict[str, Any], plac
         assert sizes(place / "runs" / f"{name}.jsonl") == reference, name
     saved = sorted(path.name for path in (place / "runs" / "zero2").glob("step*"))
     assert len(saved) == 2
+
+
+def test_the_page_of_each_engine_of_torch_has_a_loop_of_its_own(found: dict[str, Any]) -> None:
+    assert found["grown"]["ddp"] == found["grown"]["fsdp2"] > 32
 
 
 def test_the_script_runs_under_mpi(tmp_path: Path) -> None:
@@ -166,8 +179,9 @@ def test_a_rank_of_zero_3_holds_no_large_weights_to_compare_between_steps(found:
 
 
 def test_every_engine_script_variable_and_status_is_named() -> None:
-    assert all(f"`{name}`" in TEXT for name in get_args(EngineName))
-    cells = " ".join(line for line in TEXT.splitlines() if line.startswith("|"))
+    text = "\n".join(PAGES.values())
+    assert all(f"`{name}`" in text for name in get_args(EngineName))
+    cells = " ".join(line for line in text.splitlines() if line.startswith("|"))
     for script in (ROOT / "launch").iterdir():
         if script.suffix == ".json":
             assert isinstance(json.loads(script.read_text()), dict)

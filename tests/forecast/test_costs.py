@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adabatch.forecast import Cluster, Evidence, StepCost, forecast, kaplan, knee, power_lines
-from adabatch.forecast.costs import extended
+from adabatch.forecast.costs import LEAST_EFFICIENCY, LEAST_STEPS, extended, largest_sensible
 from adabatch.forecast.network import all_reduce_seconds
 
 CLUSTER = Cluster(devices=8, bandwidth=1e10, latency=1e-5, price_per_hour=2.0)
@@ -94,15 +94,45 @@ def test_limits_are_kept():
         forecast(noise(), COST, CLUSTER, limits=(64, 32))
 
 
-def test_a_run_is_cut_and_goes_on_as_it_ended():
+def test_a_run_is_cut_and_goes_on_as_its_last_quarter():
     run = Evidence(np.array([10.0, 20, 30]), np.array([10.0, 20, 30]), np.array([1.0, 2, 3]), (0.5, 2))
     shorter, longer = extended(run, 15), extended(run, 100)
     assert shorter.examples.tolist() == [10, 5]
-    assert longer.examples.tolist() == [10, 20, 70]
-    assert longer.noise_scale.tolist() == [1, 2, 3]
-    assert longer.band == (0.5, 2)
+    assert shorter.band == (0.5, 2)
+    assert longer.examples.tolist() == [10, 20, 30, 40]
+    assert longer.noise_scale.tolist() == pytest.approx([1, 2, 3, 3])
+    assert longer.batch.tolist() == [10, 20, 30, 30]
+    assert longer.band == (0.25, 4)
+    assert extended(run, 60).examples.tolist() == [10, 20, 30]
     with pytest.raises(ValueError, match="examples"):
         extended(run, 0)
+
+
+def test_a_wider_band_widens_every_range():
+    def widths(band: tuple[float, float]) -> list[float]:
+        found = forecast(noise(band=band), COST._replace(spread=(1.0, 1.0)), CLUSTER)
+        ranges = (found.batch, found.steps, found.examples, found.efficiency, found.hours)
+        return [each.high / each.low for each in ranges]
+
+    none, narrow, wide = widths((1.0, 1.0)), widths((0.8, 1.25)), widths((0.5, 2.0))
+    assert none == [1.0] * 5
+    assert all(1 < small < large for small, large in zip(narrow, wide, strict=True))
+    # The batch of the least time goes with the root of the noise scale.
+    assert wide[0] == pytest.approx(2.0)
+
+
+def test_the_largest_batch_leaves_steps_and_efficiency():
+    # 1 / LEAST_EFFICIENCY - 1 noise scales, where the run is long enough.
+    long = Evidence(np.full(10, 1e6), np.full(10, 64.0), np.linspace(100, 500, 10))
+    assert largest_sensible(long) == pytest.approx(500 * (1 / LEAST_EFFICIENCY - 1))
+    short = noise(1e5, 64.0)
+    most = largest_sensible(short)
+    assert most == pytest.approx(6400 / (1 + 64 / 1e5) / LEAST_STEPS)
+    dear = COST._replace(step=1e3)
+    assert forecast(short, dear, CLUSTER, limits=(None, most)).steps.point >= LEAST_STEPS
+    assert forecast(short, dear, CLUSTER).steps.point < LEAST_STEPS
+    found = forecast(long, dear, CLUSTER, limits=(None, largest_sensible(long)))
+    assert 1 / (1 + found.largest_batch / 500) >= LEAST_EFFICIENCY * (1 - 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +152,21 @@ def test_what_cannot_be_is_refused(evidence, cost):
 
 
 def test_published_laws():
-    # Twice the tokens: 2^0.462 times the batch. At 1e9 tokens it is some hundreds of sequences.
+    # The numbers that the papers print. Kaplan et al. have 1 to 2 million tokens for their largest models, and a batch
+    # that doubles with each 13 % of the loss.
+    assert kaplan(1.0).tokens == 2.1e8
+    assert kaplan(0.87).tokens / kaplan(1.0).tokens == pytest.approx(2, rel=0.05)
+    assert 1e6 < kaplan(3.0).tokens < kaplan(2.6).tokens < 2.5e6
+    # Sequences of 2048 tokens: 676 of them at a billion tokens.
+    assert power_lines(1e9).tokens / 2048 == pytest.approx(0.0471 * 1e9**0.462)
     assert power_lines(2e9).tokens / power_lines(1e9).tokens == pytest.approx(2**0.462)
-    assert 500 < power_lines(1e9).tokens / 2048 < 1000
-    # Kaplan et al. have about 1e6 tokens near a loss of 3.
-    assert 5e5 < kaplan(3.0).tokens < 2e6
     assert "2505.13738" in power_lines(1e9).source
+    assert "2001.08361" in kaplan(3.0).source
     for law in (power_lines, kaplan):
         with pytest.raises(ValueError, match="positive"):
             law(0)
+
+
+def test_a_law_says_where_it_was_fitted():
+    assert [power_lines(tokens).inside for tokens in (1e9, 1e10, 1e12)] == [False, True, False]
+    assert [kaplan(loss).inside for loss in (2.0, 4.0, 20.0)] == [False, True, False]

@@ -48,8 +48,11 @@ def test_a_hierarchy_takes_what_its_messages_take(nodes, size):
     assert taken == pytest.approx(hierarchy_seconds(cluster, 1e8), rel=1e-9)
 
 
-def test_jitter_only_adds():
-    assert simulated_network.ring(16, 1e6, LINK, jitter=1e-5) > simulated_network.ring(16, 1e6, LINK)
+def test_jitter_adds_more_than_its_mean():
+    """A round waits for its slowest message, so a closed form with the mean lateness in it is still too short."""
+    for jitter in (1.0, 3.0):
+        late = simulated_network.ring(16, 1e6, LINK, jitter=jitter)
+        assert late > ring_seconds(16, 1e6, latency=(1 + jitter) * LINK[0], bandwidth=LINK[1])
 
 
 def test_the_fastest_is_taken():

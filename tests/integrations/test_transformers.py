@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from support.causal_lm import NUM_EXAMPLES, Sentences, by_hand, llama, training_arguments, whole
 from support.hosts import environment_kept, needs
 from support.loops import lines
+from support.trainers import SIZES, adaptive, fresh_state, grown, logged
 
 import adabatch
 from adabatch import Constant, Limits, ProgressLR
@@ -26,42 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 os.environ["HF_HUB_OFFLINE"] = "1"
 environment = pytest.fixture(autouse=True)(environment_kept)
 
-STAGES = "4; 16 from 3 steps; 8 from 6 steps; 20 from 8 steps"
-SIZES = [4] * 3 + [16] * 3 + [8] * 2 + [20] * 2
-"""To 4 micro-batches after 3 steps, which is no multiple of 4, to 2, to 5; 116 examples."""
-
-EPOCHS = sum(SIZES) / NUM_EXAMPLES
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def adaptive(**options: Any) -> Any:
-    from adabatch.integrations.transformers import AdaptiveArguments
-
-    return AdaptiveArguments(**options)
-
-
-def grown(
-    folder: Path, *, base: Any = None, model: Any = None, data: Any = None, others: Any = None, **options: Any
-) -> Any:
-    from transformers import Trainer
-
-    from adabatch.integrations.transformers import AdaptiveMixin
-
-    made = type("Mixed", (AdaptiveMixin, base or Trainer), {})
-    arguments = training_arguments(folder, **{"num_train_epochs": EPOCHS, **options})
-    stages = adaptive(criterion="stages", batch_stages=STAGES, journal=str(folder / "journal.jsonl"))
-    return made(model or llama(), arguments, train_dataset=data or Sentences(), eval_dataset=others, adaptive=stages)
-
-
-def logged(trainer: Any, name: str) -> list[Any]:
-    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+fresh = pytest.fixture(autouse=True)(fresh_state)
 
 
 def test_a_constant_batch_is_the_trainers_own_run_to_the_bit(tmp_path: Path) -> None:
@@ -182,16 +146,21 @@ def test_a_loss_of_ones_own_and_one_that_reads_the_number_of_items(tmp_path: Pat
     "options",
     [
         {"bf16": True},
-        {"activation_checkpointing": True},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {"checkpointing": True},
+        {"checkpointing": True, "checkpointing_kwargs": {"use_reentrant": False}},
         {"torch_compile": True, "torch_compile_backend": "eager"},
         {"dataloader_num_workers": 1},
     ],
     ids=["bf16", "checkpointing", "checkpointing-not-reentrant", "compiled", "workers"],
 )
 def test_flags_of_the_trainer(tmp_path: Path, options: dict[str, Any]) -> None:
+    from transformers import TrainingArguments
+
     from adabatch.integrations.transformers import AdaptiveTrainer
 
+    # Transformers renamed gradient_checkpointing.
+    kind = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
+    options = {name.replace("checkpointing", f"{kind}_checkpointing"): value for name, value in options.items()}
     arguments = training_arguments(tmp_path, max_steps=6, **options)
     trainer = AdaptiveTrainer(
         llama(),
@@ -248,36 +217,6 @@ def test_a_callback_may_end_an_epoch_early(tmp_path: Path) -> None:
     assert trainer.order.epoch == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"gradient_accumulation_steps": 2}, "use 1, and min_batch_size"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size changes the micro-batch"),
-        ({"optim": "adalomo"}, "use adamw_torch"),
-        ({"lr_scheduler_type": "cosine_with_restarts"}, "use one of constant"),
-        ({"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3}}, "set max_steps"),
-        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}}, "use 0.5"),
-        ({"train_sampling_strategy": "group_by_length"}, "'random' or 'sequential'"),
-    ],
-)
-def test_what_cannot_be_right_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        grown(tmp_path, **options).train()
-
-
-def test_data_that_is_only_iterable_is_refused(tmp_path: Path) -> None:
-    class Stream(torch.utils.data.IterableDataset[Any]):
-        def __iter__(self) -> Iterator[Any]:
-            yield from (Sentences()[index] for index in range(8))
-
-    with pytest.raises(ValueError, match="only iterable"):
-        grown(tmp_path, data=Stream(), max_steps=2).train()
-    from adabatch.integrations.transformers import AdaptiveTrainer
-
-    with pytest.raises(TypeError, match="needs adaptive=AdaptiveArguments"):
-        AdaptiveTrainer(llama(), training_arguments(tmp_path), train_dataset=Sentences())
-
-
 def test_arguments_come_from_the_command_line_and_from_files(tmp_path: Path) -> None:
     from transformers import HfArgumentParser, TrainingArguments
 
@@ -314,59 +253,6 @@ def test_options_of_adaptive_batch_overrule_the_arguments(tmp_path: Path) -> Non
     trainer.train()
     assert logged(trainer, "batch_size") == [12, 12]
     assert trainer.batches.noise_scale > 0
-
-
-# --- axolotl ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def axolotl(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """axolotl's plugin base class, its trainer and its config, as far as the plugin touches them.
-
-    axolotl 0.19 pins other versions of torch, transformers and trl than ours, so that it cannot be installed beside
-    them. What stands here are the names and signatures of its `integrations/base.py`, `core/trainers/base.py` and
-    `utils/dict.py`: `plugins` are classes with `get_input_args` and `get_trainer_cls`, whose results axolotl imports,
-    merges into its pydantic config, and builds with the arguments of a Trainer.
-    """
-    from transformers import Trainer
-
-    class BasePlugin:
-        def get_input_args(self) -> str | None: ...
-        def get_trainer_cls(self, cfg: Any) -> Any: ...
-
-    class AxolotlTrainer(Trainer):
-        def __init__(self, *arguments: Any, bench_data_collator: Any = None, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-
-    for name in ("axolotl", "axolotl.integrations", "axolotl.core", "axolotl.core.trainers"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    for name, found in (("integrations.base", BasePlugin), ("core.trainers.base", AxolotlTrainer)):
-        module = types.ModuleType(f"axolotl.{name}")
-        setattr(module, found.__name__, found)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("adabatch.integrations.versions.version", lambda package: "0.19.0")
-    monkeypatch.delitem(sys.modules, "adabatch.integrations.axolotl", raising=False)
-    import adabatch.integrations.axolotl as plugin
-
-    yield plugin
-    sys.modules.pop("adabatch.integrations.axolotl", None)
-
-
-def test_the_plugin_of_axolotl_trains(axolotl: Any, tmp_path: Path) -> None:
-    plugin = axolotl.AdabatchPlugin()
-    module, _, name = plugin.get_input_args().rpartition(".")
-    keys = getattr(sys.modules[module], name)
-    given = keys(adabatch_criterion="constant", adabatch_min_batch_size=12)
-    with pytest.raises(ValueError, match="adabatch_eta"):
-        keys(adabatch_eta="much")
-    kind = plugin.get_trainer_cls(given.model_dump())
-    trainer = kind(model=llama(), args=training_arguments(tmp_path, max_steps=3), train_dataset=Sentences())
-    trainer.train()
-    assert kind.__name__ == "AdaptiveAxolotlTrainer"
-    assert logged(trainer, "batch_size") == [12] * 3
-    for key, words in (("rl", "supervised"), ("sample_packing", "sample_packing: false")):
-        with pytest.raises(ValueError, match=words):
-            plugin.get_trainer_cls({key: True})
 
 
 def test_a_host_that_is_too_old_or_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.causal_lm import MICRO, Sentences, by_hand, llama, training_arguments, whole
-from support.hosts import free_port, needs, rank_variables
+from support.hosts import environment_kept, free_port, needs, rank_variables
 from support.ranks import run_ranks
+from support.trainers import fresh_state
 
 from adabatch import GlobalOrder
 
@@ -38,8 +41,6 @@ def trainer_of(kind: str, folder: Path, adaptive: dict[str, Any] | None, **optio
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-    if kind == "FSDP2":
-        options |= {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}}
     arguments = training_arguments(folder, **options)
     made = {"args": arguments, "train_dataset": Sentences()}
     if adaptive is None:
@@ -59,11 +60,13 @@ def trainer_of(kind: str, folder: Path, adaptive: dict[str, Any] | None, **optio
                 self.is_fsdp_enabled = True
 
         kinds = OnCPU
-        del made["args"]
-        made["args"] = training_arguments(
-            folder, **{name: value for name, value in options.items() if not name.startswith("fsdp")}
-        )
     return kinds(llama(), adaptive=ours.AdaptiveArguments(**adaptive), **made)
+
+
+def planned(folder: Path, **options: Any) -> Any:
+    """A trainer with the plan of this module, on as many ranks as there are."""
+    plan = {"criterion": "stages", "batch_stages": STAGES}
+    return trainer_of("DDP", folder, plan, num_train_epochs=EPOCHS, **options)
 
 
 def weights(trainer: Any, kind: str) -> Any:
@@ -112,6 +115,15 @@ def job(rank: int, port: int, folder: Path, kinds: list[str]) -> dict[str, Any]:
         resumed = trainer_of(kind, place, stages, **saving)
         resumed.train(resume_from_checkpoint=str(place / "checkpoint-6"))
         found[kind]["resumed"] = weights(resumed, kind)
+        if kind in ("FSDP2", "ZeRO 0"):
+            try:
+                trainer_of(kind, place, {"monitor_only": True}, gradient_accumulation_steps=2).train()
+            except ValueError as error:
+                found[kind]["monitor"] = str(error)
+    # The folder holds a checkpoint of a run on one process.
+    joined = planned(folder / "alone")
+    joined.train(resume_from_checkpoint=str(folder / "alone" / "checkpoint-4"))
+    found["from one process"] = weights(joined, "DDP")
     growing = {"criterion": "stages", "batch_stages": "8; 32 from 3 steps", "max_micro_batch_size": 16}
     larger = trainer_of("DDP", folder / "larger", growing, num_train_epochs=120 / 64)
     larger.train()
@@ -119,12 +131,32 @@ def job(rank: int, port: int, folder: Path, kinds: list[str]) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def accelerate_at_rest() -> Iterator[None]:
+    """Nothing that Accelerate keeps of this process, nor variables that it leaves, reach other tests."""
+    kept = (fresh_state(), environment_kept())
+    for each in kept:
+        next(each)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    for each in kept:
+        next(each, None)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank of the job found."""
     folder = tmp_path_factory.mktemp("ranks")
+    with accelerate_at_rest():
+        planned(folder / "alone", save_strategy="steps", save_steps=4).train()
     kinds = ["DDP", "FSDP2"] + (["ZeRO 0", "ZeRO 2", "ZeRO 3"] if HAS_DEEPSPEED else [])
-    return run_ranks(job, 2, folder, free_port(), folder, kinds, timeout=240.0, connect=False)
+    found = run_ranks(job, 2, folder, free_port(), folder, kinds, timeout=240.0, connect=False)
+    with accelerate_at_rest():
+        left = planned(folder / "DDP")
+        left.train(resume_from_checkpoint=str(folder / "DDP" / "checkpoint-6"))
+        found[0]["on one process"] = weights(left, "DDP")
+    return found
 
 
 @pytest.mark.distributed
@@ -143,6 +175,15 @@ def test_measuring_alone_changes_no_bit(found: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["FSDP2", "ZeRO 0"])
+def test_measuring_alone_is_refused_where_gradients_are_not_seen(found: list[dict[str, Any]], kind: str) -> None:
+    if kind not in found[0]:
+        pytest.skip("needs DeepSpeed")
+    for rank in found:
+        assert "FSDP2 and DeepSpeed do not show: use" in rank[kind]["monitor"]
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2", "ZeRO 0", "ZeRO 2", "ZeRO 3"])
 def test_a_batch_that_grows_is_the_run_by_hand_on_every_engine(found: list[dict[str, Any]], kind: str) -> None:
     if kind not in found[0]:
@@ -156,6 +197,15 @@ def test_a_batch_that_grows_is_the_run_by_hand_on_every_engine(found: list[dict[
         assert got["weights"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
         assert got["resumed"] == got["weights"]
     assert found[0]["FSDP2"]["model"].startswith("FSDP")
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_with_another_number_of_ranks(found: list[dict[str, Any]]) -> None:
+    """From one process to two, and from two to one, each in mid-epoch."""
+    expected = pytest.approx(by_hand(SIZES).tolist(), rel=1e-4, abs=1e-5)
+    assert found[0]["on one process"] == expected
+    for rank in found:
+        assert rank["from one process"] == expected
 
 
 @pytest.mark.distributed

@@ -174,7 +174,7 @@ def test_a_slurm_job_is_told_saves_and_goes_on(mode: str, by_torchrun: list[dict
     assert f"(restart 0), {CONFIG}" in said
     assert "requeueing" in said
     assert "(restart 1)" in said
-    assert "going on from" in said
+    assert "resuming from" in said
     check_same(lines(out / "journal.jsonl"), by_torchrun)
 
 

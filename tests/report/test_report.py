@@ -365,3 +365,29 @@ def test_a_name_cannot_leave_the_numbers():
 def test_no_runs_no_page():
     with pytest.raises(ValueError, match="at least one run"):
         page([])
+
+
+def test_a_schedule_goes_by_the_examples_that_it_took_itself():
+    run = read_steps([line(step, 64 * step, 64) for step in range(50)], "a")
+    # A table of one size is that constant batch.
+    constant, table = (what_if(run, Choice.parse(text), price=5.0) for text in ("constant=48", "table=48,48@1000"))
+    assert table[1:] == pytest.approx(constant[1:])
+    table = what_if(run, Choice.parse("table=16,64@500"))
+    # The progress of a step is 64 / 1.64 examples of small batches, at a noise scale of 100: until 500 examples are
+    # consumed each costs 1.16 of them, and then 1.64.
+    moved = 50 * 64 / 1.64
+    small = np.ceil(500 / (1.16 * 64 / 1.64)) * 64 / 1.64
+    assert table.examples == pytest.approx(1.16 * small + 1.64 * (moved - small))
+    assert table.steps == pytest.approx(small * (1 / 16 + 1 / 100) + (moved - small) * (1 / 64 + 1 / 100))
+    assert table.steps_at_equal_examples == pytest.approx(8 * 64 / 16 + 42)
+    ramp = what_if(run, Choice.parse("ramp=16,64@2000"))
+    assert what_if(run, Choice("constant", 64)).steps < ramp.steps < what_if(run, Choice("constant", 16)).steps
+
+
+def test_schedules_are_written_as_sizes_and_examples():
+    assert Choice.parse("table=16,64@5000,256@2e4").name == "table 16, 64 from 5,000, 256 from 20,000"
+    assert Choice.parse("ramp=16,256@20000").name == "ramp 16 to 256 over 20,000"
+    wrong = ("table=16", "table=16,64", "ramp=16,64@1,128@2", "table=a,64@10", "table=16,64@20,128@10", "ramp=0,4@9")
+    for text in wrong:
+        with pytest.raises(ValueError, match=r"written as|ascend|at least 1"):
+            Choice.parse(text)

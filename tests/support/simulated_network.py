@@ -24,7 +24,10 @@ class Message:
 
 
 class Network:
-    """Messages between devices, and when the last of them arrives."""
+    """Messages between devices, and when the last of them arrives.
+
+    With jitter each is late by an exponential time, of ``jitter`` latencies of its link in the mean.
+    """
 
     def __init__(self, *, jitter: float = 0.0, seed: int = 0) -> None:
         self.messages: list[Message] = []
@@ -34,7 +37,7 @@ class Network:
     def send(self, source: int, target: int, num_bytes: float, after: Sequence[int], link: tuple[float, float]) -> int:
         """A message over a link of (latency, bandwidth) after others; its number."""
         latency, bandwidth = link
-        late = self.random.expovariate(1 / self.jitter) if self.jitter else 0.0
+        late = self.jitter * latency * self.random.expovariate(1.0)
         number = len(self.messages)
         self.messages.append(Message(source, target, latency + num_bytes / bandwidth + late, len(after)))
         for each in after:

@@ -32,7 +32,7 @@ class Command(NamedTuple):
 
 
 def add_mup_commands(parser: ArgumentParser) -> None:
-    """Adds the sub-commands to the parser of ``adabatch mup``, which must stand in its own parent already."""
+    """Adds the sub-commands to the parser of ``adabatch mup``, which must already be part of its parent."""
     commands = parser.add_subcommands()
     for name, command in COMMANDS.items():
         own = type(parser)(description=command.description)
@@ -41,11 +41,11 @@ def add_mup_commands(parser: ArgumentParser) -> None:
 
 
 def run_mup(config: Namespace) -> int:
-    """Runs the sub-command that was asked for; its exit status.
+    """Runs the sub-command; returns its exit status.
 
     Raises:
-        ValueError: whatever is wrong with its arguments.
-        OSError: a file cannot be written, or nobody reads what is printed.
+        ValueError: if something is wrong with its arguments.
+        OSError: if a file cannot be written, or the reader of its output has ended.
     """
     console = PlainConsole()
     display = Display(0, console if console.is_terminal else PlainConsole(width=PLAIN_WIDTH))
@@ -67,7 +67,7 @@ def _add_model(parser: ArgumentParser) -> None:
         metavar="PATH",
         help="import path of a function: width -> model",
     )
-    parser.add_argument("--base", type=int, default=64, metavar="WIDTH", help="width at which the settings are meant")
+    parser.add_argument("--base", type=int, default=64, metavar="WIDTH", help="width at which the settings were tuned")
 
 
 def _add_subject(parser: ArgumentParser, *, widths: list[int], steps: int, seeds: int) -> None:

@@ -1,4 +1,4 @@
-"""What a user of ``adabatch mup`` names by an import path, and methods by their name."""
+"""Objects that a user of ``adabatch mup`` names by an import path, and methods by their name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from adabatch.optim.mup.methods import METHODS, TrainingMethod
 
 
 def method_of(name: str) -> TrainingMethod:
-    """A method by its name, or a function of the user's by its import path.
+    """A method by its name, or a user's function by its import path.
 
     Raises:
-        ValueError: neither.
+        ValueError: if it is neither.
     """
     if "." in name:
         found: TrainingMethod = imported(name)
@@ -26,10 +26,10 @@ def method_of(name: str) -> TrainingMethod:
 
 
 def imported(path: str) -> Any:
-    """What an import path names, such as ``package.module.function``.
+    """The object of an import path, such as ``package.module.function``.
 
     Raises:
-        ValueError: nothing that can be imported and called.
+        ValueError: if it cannot be imported or called.
     """
     module, _, name = path.rpartition(".")
     try:

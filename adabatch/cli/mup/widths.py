@@ -1,4 +1,4 @@
-"""What ``adabatch mup`` does: shows a plan, checks updates and sweeps settings over widths."""
+"""The work of ``adabatch mup``: shows a plan, checks updates and sweeps settings over widths."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from adabatch.optim import mup
 from adabatch.optim.mup.methods import FIRST_LRS
 
 MOST_LINES = 6
-"""Parameters in a picture: those of the steepest slopes."""
+"""Parameters in a picture: those with the steepest slopes."""
 
 HIGHEST = 300
-"""Times the best loss, above which a sweep's picture is cut off."""
+"""Multiple of the best loss above which a sweep's picture is cut off."""
 
 SHOWN = MappingProxyType({"mup": "width plan", "standard": "standard parameterization (control)"})
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tried, as a user names it.
+    """The object of a check or a sweep, in the user's terms.
 
     Args:
         model: import path of width -> model.
@@ -37,9 +37,9 @@ class Subject:
         loss: import path of (outputs, targets) -> scalar.
         method: a name in ``METHODS``, or an import path.
         widths: to compare.
-        base: width at which the settings are meant.
+        base: width at which the settings were tuned.
         steps: of training.
-        seeds: how many.
+        seeds: number of seeds.
         device: where to train.
     """
 
@@ -67,7 +67,7 @@ class Subject:
 
 
 def show_plan(*, model: str, width: int, base: int, out: Path | None, display: Display) -> int:
-    """Prints the plan of a model, and writes it as JSON where ``out`` is given."""
+    """Prints the plan of a model, and writes it as JSON if ``out`` is given."""
     make = imported(model)
     with torch.device("meta"):
         plan = mup.plan(make(width), make(base))
@@ -81,10 +81,10 @@ def show_plan(*, model: str, width: int, base: int, out: Path | None, display: D
 def check(
     *, subject: Subject, lr: float | None, damping: float | None, tolerance: float, out: Path, display: Display
 ) -> int:
-    """The coordinate check under the plan, which must pass, and under the standard parameterization, which ought not.
+    """The coordinate check under the plan, which must pass, and under the standard parameterization, which should fail.
 
     Returns:
-        0 where the plan passes, 1 where it does not.
+        0 if the plan passes, else 1.
     """
     make, batches, method = imported(subject.model), imported(subject.data), method_of(subject.method)
     rate = FIRST_LRS.get(subject.method, 0.05) if lr is None else lr

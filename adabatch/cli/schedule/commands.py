@@ -1,4 +1,4 @@
-"""``adabatch schedule``: which learning-rate schedule, at which base learning rate, and how to go on with a run."""
+"""``adabatch schedule``: which learning-rate schedule, at which base learning rate, and how to continue a run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Command(NamedTuple):
 
 
 def add_schedule_commands(parser: ArgumentParser) -> None:
-    """Adds the sub-commands to the parser of ``adabatch schedule``, which must stand in its own parent already."""
+    """Adds the sub-commands to the parser of ``adabatch schedule``, which must already be part of its parent."""
     commands = parser.add_subcommands()
     for name, command in COMMANDS.items():
         own = type(parser)(description=command.description)
@@ -48,11 +48,11 @@ def add_schedule_commands(parser: ArgumentParser) -> None:
 
 
 def run_schedule(config: Namespace) -> None:
-    """Runs the sub-command that was asked for.
+    """Runs the sub-command.
 
     Raises:
-        ValueError: whatever is wrong with its arguments.
-        OSError: a file cannot be read or written, or nobody reads what is printed.
+        ValueError: if something is wrong with its arguments.
+        OSError: if a file cannot be read or written, or the reader of its output has ended.
     """
     console = PlainConsole()
     display = Display(0, console if console.is_terminal else PlainConsole(width=PLAIN_WIDTH))

@@ -1,4 +1,4 @@
-"""``adabatch schedule compare`` and ``transfer``: what the last-iterate bound says of shapes."""
+"""``adabatch schedule compare`` and ``transfer``: shapes by their last-iterate bound."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from adabatch.lr.horizon import Horizon, ScheduleBound, schedule_bound
 from adabatch.lr.recorded import Clock
 
 STEPS = 1000
-"""Length of a schedule where none is given: the ratios between shapes hardly depend on it."""
+"""Default length of a schedule: the ratios between shapes hardly depend on it."""
 
 BOUND_SOURCE = (
     "Defazio et al. 2023, arXiv:2310.07831, Theorem 10, as evaluated by Schaipp et al. 2025, arXiv:2501.18965"
@@ -162,7 +162,7 @@ def transfer(
 
 
 def _horizons(norms: Path | None, clock: Clock | None) -> Callable[[int | None], Horizon]:
-    """Equal steps, or those of a run, as many as will be asked for."""
+    """Equal steps, or those of a run, for each of the lengths."""
     if norms is None:
         if clock is not None:
             raise ValueError(f"clock={clock} says what the progress of a run counts: give the run, with --norms RUN")
@@ -174,7 +174,7 @@ def _horizons(norms: Path | None, clock: Clock | None) -> Callable[[int | None],
 
 
 def _compared(draw: Any, bounded: dict[str, ScheduleBound], *, constant: bool) -> list[Any]:
-    """Learning rates at their best, the bound over time, and the norms where they are not constant."""
+    """Learning rates at their best base LR, the bound over time, and the norms if they are not constant."""
     rates = [
         draw.Line(label, np.arange(one.horizon.num_steps), one.terms.best_base_lr * one.factors)
         for label, one in bounded.items()

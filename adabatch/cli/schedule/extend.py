@@ -1,4 +1,4 @@
-"""``adabatch schedule extend``: two ways to make a finished run longer without tuning its learning rate anew."""
+"""``adabatch schedule extend``: two ways to make a finished run longer without tuning its learning rate again."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def extend(
 
     Args:
         run: its folder.
-        factor: the new length over the old; 2 where neither is given.
+        factor: the new length over the old; 2 if neither is given.
         new_total: the new length, in the unit of the run's total.
         checkpoint: of the run, from before an extension leaves its schedule: it is copied into a folder for each
             extension that it can begin, under the new schedule.
@@ -127,7 +127,7 @@ def _new_total(total: Duration, factor: float | None, new_total: int | None) -> 
 
 
 def _steps_text(finished: FinishedRun, saved: SavedSchedule, recorded: Recorded | None, resume: float) -> str:
-    """How many of its steps the run had done by then; a guess where only the examples are known and no journal is."""
+    """How many of its steps the run had done by then; an estimate if there are only examples and no journal."""
     unit = finished.total.unit
     if unit == "steps":
         return f"{whole(resume):,}"
@@ -157,7 +157,7 @@ def _write_checkpoints(
     *,
     display: Display,
 ) -> None:
-    """A checkpoint under the new schedule for each option that it can begin."""
+    """Writes a checkpoint with the new schedule for each option that can resume from it."""
     there = read_checkpoint(checkpoint)
     if (there.shape, there.total, there.base_lrs) != (saved.shape, saved.total, saved.base_lrs):
         raise ValueError(
@@ -182,7 +182,7 @@ def _write_checkpoints(
 
 
 def _write_again(checkpoint: Path, state: dict[str, Any], folder: Path, *, steps: int) -> Path:
-    """A checkpoint with another state in a folder of its own."""
+    """Writes a copy of a checkpoint with another state into a new folder."""
     contents = check(checkpoint).contents
     place = place_of(folder, begin(folder, steps), steps)
     return finish(place, contents, write_state(state, place), keep=3)
@@ -216,7 +216,7 @@ def _panels(
     options: dict[str, ExtendedSchedule],
     bounded: dict[str, ScheduleBound],
 ) -> list[Any]:
-    """Learning rates with the points where they part, and the bounds on the way."""
+    """Learning rates with the points from which they differ, and the bounds over time."""
     base_lr, tuned = saved.base_lrs[0], own.terms.best_base_lr
     per_step = finished.total.count / finished.num_steps
     runs = {"finished run": own} | bounded

@@ -1,4 +1,4 @@
-"""What a run left behind: the applied steps of its journal as arrays, and the schedule of its checkpoint."""
+"""The record of a run: the applied steps of its journal as arrays, and the schedule of its checkpoint."""
 
 from __future__ import annotations
 

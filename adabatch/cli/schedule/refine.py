@@ -21,7 +21,7 @@ from adabatch.lr.refine_run import READS, RefinedRun, refine_run, refined_bounds
 from adabatch.lr.shapes import FloatArray
 
 LATE = 0.6
-"""A peak after this share of the run is called suspicious: the published refined schedules peak before it."""
+"""A peak after this share of the run gives a warning: the published refined schedules peak before it."""
 
 NextRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain"]
 
@@ -92,7 +92,7 @@ def refine(
 
 
 def say_summary(recorded: Recorded, kind: Kind, made: RefinedRun, *, rule: str, display: Display) -> None:
-    """What the shape looks like, and what it is."""
+    """Shows a summary of the shape."""
     which, power = READS[kind]
     peak = int(np.argmax(made.values))
     header = ("kind", f"{which} norms", "median of", "peak at", "90 % of it from", "mean", "at half-way")

@@ -1,4 +1,4 @@
-"""Shapes as a person types them: ``cosine``, ``wsd(cooldown=0.2)``, or a YAML file with a ``shape`` in it."""
+"""Shapes on the command line: ``cosine``, ``wsd(cooldown=0.2)``, or a YAML file with a ``shape``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = (
 
 
 class Named(NamedTuple):
-    """A shape, and what tables and pictures call it."""
+    """A shape, and its name in tables and pictures."""
 
     label: str
     shape: Shape
@@ -40,7 +40,7 @@ def known_shapes() -> str:
 
 
 def parse_shape(text: str) -> Named:
-    """The shape that ``text`` names. Nothing is evaluated but literals.
+    """The shape that ``text`` names. Only literals are evaluated.
 
     Args:
         text: the name of a shape with its settings by keyword, as a shape prints itself (``linear()`` or ``linear``,
@@ -48,7 +48,7 @@ def parse_shape(text: str) -> Named:
             ``shape`` as a job's config has it.
 
     Raises:
-        ValueError: a text or file that holds no shape, an unknown name or setting, or a setting out of its range.
+        ValueError: if the text or file contains no shape, or a name or setting is unknown or out of its range.
     """
     if text.endswith((".yaml", ".yml")):
         return Named(Path(text).name, _from_file(Path(text)))
@@ -65,7 +65,7 @@ def parse_shape(text: str) -> Named:
 
 
 def class_path(shape: Shape) -> dict[str, Any]:
-    """The same shape as a job's config has it."""
+    """The shape in the form of a job's config."""
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in shape.settings.items()}
     return {"class_path": f"adabatch.lr.{shape.name}"} | ({"init_args": settings} if settings else {})
 

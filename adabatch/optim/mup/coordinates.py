@@ -28,8 +28,8 @@ from adabatch.optim.mup.trial import (
 )
 
 TOLERANCE = 0.12
-"""Largest slope that passes: within what finite width and few seeds leave of a slope of zero; a wrong law gives 0.25 to
-1 in one layer at least."""
+"""Largest slope that passes: finite width and few seeds leave smaller slopes; a wrong law gives 0.25 to 1 in some
+layer."""
 
 
 class Coordinate(NamedTuple):
@@ -37,9 +37,9 @@ class Coordinate(NamedTuple):
 
     Args:
         name: of the parameter.
-        own: root mean square over the outputs of its layer of how much its own change moves them, the layer's inputs
-            held at their first values; one number a width.
-        total: the same of how much the layer's outputs have moved in all.
+        own: root mean square of the change in its layer's outputs by the change of this parameter alone, with the
+            layer's inputs held at their first values; one number per width.
+        total: the same for the whole change of the layer's outputs.
     """
 
     name: str
@@ -53,7 +53,7 @@ class CoordinateCheck:
 
     Args:
         widths: that were compared.
-        coordinates: one a parameter.
+        coordinates: one per parameter.
         tolerance: largest own slope that passes.
     """
 
@@ -62,17 +62,17 @@ class CoordinateCheck:
     tolerance: float = TOLERANCE
 
     def own_slope(self, coordinate: Coordinate) -> float:
-        """Slope of log own update over log width: 0 where the law is right."""
+        """Slope of log own update over log width: 0 if the law is right."""
         return slope(self.widths, coordinate.own)
 
     def total_slope(self, coordinate: Coordinate) -> float:
-        """The same of the total, which also holds what the layers before have learnt."""
+        """The same for the total, which also includes what earlier layers have learnt."""
         return slope(self.widths, coordinate.total)
 
     def steepest(self, count: int) -> list[Coordinate]:
         """The parameters whose own update changes most with width, at most ``count``, the steepest first.
 
-        Those without a slope are left out: an update that is zero or not finite at some width.
+        Parameters whose update is zero or not finite at some width have no slope and are left out.
         """
         sloped = [each for each in self.coordinates if math.isfinite(self.own_slope(each))]
         return sorted(sloped, key=lambda each: -abs(self.own_slope(each)))[:count]
@@ -80,7 +80,7 @@ class CoordinateCheck:
     @property
     def failures(self) -> list[Coordinate]:
         """Parameters whose own update grows or shrinks with width, does not exist, or is not finite."""
-        # Written so that NaN fails.
+        # written so that NaN fails
         return [each for each in self.coordinates if not abs(self.own_slope(each)) <= self.tolerance]
 
     @property
@@ -89,10 +89,10 @@ class CoordinateCheck:
         return not self.failures
 
     def require(self) -> None:
-        """Nothing where the check passed; for a test of one's own.
+        """Does nothing if the check passed; for your own tests.
 
         Raises:
-            ValueError: names the parameters that fail, and their slopes.
+            ValueError: names the parameters that failed, and their slopes.
         """
         if self.failures:
             named = ", ".join(f"{each.name} {self.own_slope(each):+.2f}" for each in self.failures)
@@ -133,17 +133,17 @@ def coordinate_check(
 ) -> CoordinateCheck:
     """Trains models of several widths for a few steps and measures how far each parameter moves its layer's outputs.
 
-    Under a right law a parameter's *own* update, ``(W_new - W_old) h_old``, is as large in every coordinate at every
-    width. Models are initialized by ``make`` and then by ``init_``. A check that cannot fail shows nothing: run
-    ``parameterization="standard"`` too and see it fail. Turn dropout off.
+    With the right law a parameter's *own* update, ``(W_new - W_old) h_old``, has the same size per coordinate at every
+    width. Models are initialized by ``make`` and then by ``init_``. A check that cannot fail shows nothing: also run
+    ``parameterization="standard"``, which must fail. Turn dropout off.
 
     Args:
         make: width -> model, from torch's generator, which is seeded.
         optimizer: a model and its plan -> an optimizer, or several.
-        data: seed -> inputs and targets, the same for every width. Inputs of zero mean tell most.
+        data: seed -> inputs and targets, the same for every width. Inputs of zero mean are best.
         loss: of outputs and targets.
-        widths: to compare, 64 to 1,024 or more: slopes are laws of large widths only.
-        base: width at which the optimizer's settings are meant; or a plan of any width, where roles must be given.
+        widths: to compare, 64 to 1,024 or more, because the laws hold for large widths only.
+        base: width at which the optimizer's settings were tuned; or a plan of any width, if roles must be given.
         steps: on the same batch.
         seeds: of model and data; the root mean squares are averaged over them.
         parameterization: "mup", or "standard" for the control.
@@ -152,7 +152,7 @@ def coordinate_check(
         device: where to train.
 
     Raises:
-        ValueError: fewer than two widths, no seed or no step; whatever ``plan`` refuses.
+        ValueError: if there are fewer than two widths, no seed or no step; also as for ``plan``.
     """
     check_widths(widths, seeds)
     require(steps >= 1, "steps must be 1 or more", steps)
@@ -171,7 +171,7 @@ def coordinate_check(
 
 
 def slope(widths: Sequence[int], values: Sequence[float]) -> float:
-    """Least-squares slope of log value over log width; NaN where a value is zero or not finite."""
+    """Least-squares slope of log value over log width; NaN if a value is zero or not finite."""
     if not all(0 < value < math.inf for value in values):
         return math.nan
     x, y = ([math.log2(value) for value in sequence] for sequence in (widths, values))
@@ -195,7 +195,7 @@ class _Moved(NamedTuple):
 
 @torch.no_grad()
 def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> dict[str, _Moved]:
-    """How far every parameter of one model moves its layer."""
+    """How much every parameter of one model changes the outputs of its layer."""
     model, optimizers = trial.start(width, seed)
     layers = {name: module for name, module in named_modules(model) if module._parameters}
     inputs = batch[0].to(trial.device)
@@ -219,7 +219,7 @@ def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> d
 
 
 def _own(module: nn.Module, key: str, old: dict[str, Tensor], calls: Sequence[_Call]) -> float:
-    """How far the change of one parameter alone moves the layer on its old inputs."""
+    """How much the change of one parameter alone changes the layer's outputs on its old inputs."""
     new = module._parameters[key]
     assert new is not None
     moved = [
@@ -231,7 +231,7 @@ def _own(module: nn.Module, key: str, old: dict[str, Tensor], calls: Sequence[_C
 
 
 def _calls(model: nn.Module, layers: dict[str, nn.Module], inputs: Tensor) -> dict[str, list[_Call]]:
-    """What every layer was called with in a forward pass, and what it gave."""
+    """The inputs and outputs of every layer in a forward pass."""
     calls: dict[str, list[_Call]] = {name: [] for name in layers}
     with _hooks(layers, lambda name, call: calls[name].append(call)):
         model(inputs)
@@ -242,7 +242,7 @@ def _calls(model: nn.Module, layers: dict[str, nn.Module], inputs: Tensor) -> di
 def _hooks(layers: dict[str, nn.Module], record: Callable[[str, _Call], None]) -> Iterator[None]:
     def hook(name: str) -> Callable[..., None]:
         def after(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            # Copies: an activation may work in place.
+            # Copies, because an activation may work in place.
             record(name, _Call(_copies(arguments), dict(keywords), _first(output).clone()))
 
         return after
@@ -260,7 +260,7 @@ def _copies(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _first(output: Any) -> Tensor:
-    """A layer's output; of several, as attention has, the first."""
+    """A layer's output; the first if it has several, as attention does."""
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
 

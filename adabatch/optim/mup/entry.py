@@ -1,4 +1,4 @@
-"""What a plan knows of one parameter: its shape, the base model's, which dimensions are fans, and its role."""
+"""One parameter in a plan: its shape, that in the base model, which dimensions are fans, and its role."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Entry:
 
     Args:
         shape: in the model.
-        base_shape: in the base model; a dimension that the role says is no width is the model's own.
+        base_shape: in the base model; a dimension that is not width according to the role is that of the model.
         layout: what each dimension is.
         kind: what the parameter does.
         role: which fans grow with width.
@@ -52,12 +52,12 @@ class Entry:
 
     @property
     def fan_in(self) -> int:
-        """Numbers that one output sums over."""
+        """Number of inputs of one output."""
         return _product(self.shape, self.layout, "in", "kernel")
 
     @property
     def fan_out(self) -> int:
-        """Outputs."""
+        """Number of outputs."""
         return _product(self.shape, self.layout, "out")
 
     @property
@@ -107,10 +107,10 @@ class Entry:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Entry:
-        """What ``to_dict`` gave.
+        """The inverse of ``to_dict``.
 
         Raises:
-            ValueError: an unknown dimension, kind or role, shapes that do not match, or a field that is missing.
+            ValueError: if a dimension, kind or role is unknown, shapes do not match, or a field is missing.
         """
         try:
             entry = cls(
@@ -136,7 +136,7 @@ class Entry:
 
 
 def role_of(layout: Sequence[Dim], shape: Sequence[int], base_shape: Sequence[int]) -> Role:
-    """The role that shapes alone tell: which fans differ from the base model's."""
+    """The role according to the shapes: which fans differ from those of the base model."""
     if not {"in", "kernel"} & set(layout):
         return "vector"
     grows = {dim for dim, size, before in zip(layout, shape, base_shape, strict=True) if size != before}

@@ -1,4 +1,4 @@
-"""A watch over the ratios of a plan's learning rates, which a scheduler that sets absolute rates would undo."""
+"""Checks the ratios of a plan's learning rates, which a scheduler that sets absolute rates would change."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 TOLERANCE = 1e-5
-"""Relative; float32 rates that were multiplied many times stay well inside."""
+"""Relative tolerance; float32 rates that were multiplied many times stay well within it."""
 
 
 def guard(optimizer: Optimizer) -> RemovableHandle:
-    """From now on, every step checks the learning rates as ``check_ratios`` does, before it is taken.
+    """Makes every step of the optimizer check the learning rates first, as ``check_ratios`` does.
 
     Returns:
-        A handle; its ``remove()`` ends it.
+        A handle, whose ``remove()`` ends the checks.
     """
 
     def before(optimizer: Optimizer, *_: Any) -> None:
@@ -26,12 +26,12 @@ def guard(optimizer: Optimizer) -> RemovableHandle:
 
 
 def check_ratios(optimizer: Optimizer) -> None:
-    """That the rates of groups tuned as one still have the plan's ratios to each other.
+    """Checks that the rates of groups from one call of ``Plan.groups`` still have the plan's ratios.
 
-    Schedules that multiply keep them: ``ProgressLR``, ``LambdaLR``, ``CosineAnnealingLR(eta_min=0)``, a warm-up. Those
-    that set a rate do not: ``OneCycleLR`` or ``CyclicLR`` with one number, a floor such as ``eta_min=1e-5`` or
-    ``min_lr``, a loop that writes ``group["lr"]``. Groups without a plan, and of other ``groups`` calls with another
-    ``lr``, are free. A rate that is a tensor on an accelerator is not read, which would wait for it.
+    Schedules that multiply keep the ratios: ``ProgressLR``, ``LambdaLR``, ``CosineAnnealingLR(eta_min=0)``, a warm-up.
+    Schedules that set a rate do not: ``OneCycleLR`` or ``CyclicLR`` with one number, a floor such as ``eta_min=1e-5``
+    or ``min_lr``, a loop that writes ``group["lr"]``. Groups without a plan, and groups of other calls with another
+    ``lr``, are not compared. A rate that is a tensor on an accelerator is not read, because reading it would wait.
 
     Raises:
         ValueError: names the rate, the one it should be, and the way out.
@@ -43,7 +43,7 @@ def check_ratios(optimizer: Optimizer) -> None:
             continue
         common = float(rate) / group["mup_lr"]
         expected = first.setdefault(group["mup_base_lr"], common)
-        # Written so that NaN is refused too.
+        # written so that NaN fails too
         if not abs(common - expected) <= TOLERANCE * abs(expected):
             raise ValueError(
                 f"parameter group {number} has the learning rate {float(rate):.6g}, but its width asks for "

@@ -1,4 +1,4 @@
-"""What a width plan asks of a model before it is trained: its deviations, and the scale of its attention."""
+"""What a width plan requires of a model before training: standard deviations, and the scale of attention."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from adabatch.optim.mup.plans import Plan, matching
 
 @torch.no_grad()
 def init_(model: nn.Module, plan: Plan, *, std: Mapping[str, float] | None = None) -> None:
-    """Gives the readout, and what ``std`` names, the deviation that the plan asks for.
+    """Gives the readout, and the weights that ``std`` names, the standard deviation of the plan.
 
-    A weight is scaled to the root mean square ``deviation at the base width x entry.init``; where it is zero it is
-    drawn from a normal distribution first. Nothing is remembered, so a second call changes nothing. At the base width a
-    model that starts with these deviations stays as it is.
+    A weight is scaled to the root mean square ``deviation at the base width x entry.init``; if it is zero, it is drawn
+    from a normal distribution first. A second call changes nothing. At the base width, a model that starts with these
+    deviations is not changed.
 
-    Readouts that ``std`` leaves out get 1/sqrt(fan_in) at the base width. All other weights are left alone: torch's
-    layers, and most models', start them in proportion to 1/sqrt(fan_in), as the plan asks. A model that starts them
-    with one deviation whatever its width (0.02, as GPT-2 does) needs them named: ``std={"*.weight": 0.02}``.
+    Readouts that ``std`` does not name get 1/sqrt(fan_in) at the base width. All other weights are left alone: torch's
+    layers, and those of most models, start them in proportion to 1/sqrt(fan_in), as the plan requires. If a model
+    starts them with one deviation at every width (0.02, as GPT-2 does), name them: ``std={"*.weight": 0.02}``.
 
     Args:
         model: of the plan's width, wrapped or not; before training.
         plan: its plan.
-        std: name or pattern -> deviation at the base width; of several that match a name, the last counts. Vectors
-            that it matches are left alone: gains and biases start alike at every width.
+        std: name or pattern -> deviation at the base width; if several match a name, the last one is used. Vectors that
+            it matches are left alone: gains and biases start equally at every width.
 
     Raises:
-        ValueError: a model that is not the plan's, a pattern without a match, or a deviation that is not positive.
+        ValueError: if the model is not that of the plan, a pattern has no match, or a deviation is not positive.
     """
     named = plan.parameters_of(model)
     deviations = {
@@ -53,14 +53,14 @@ def _scale_to(weight: Tensor, deviation: float) -> None:
 
 
 def attention_scale(head_width: int, base_head_width: int) -> float:
-    """The factor on attention's logits where heads grow with width: ``sqrt(base) / width``, 1/sqrt(width) at the base.
+    """The factor on attention's logits if heads grow with width: ``sqrt(base) / width``, 1/sqrt(width) at the base.
 
     For ``scaled_dot_product_attention(scale=...)``. Queries and keys that have learnt are correlated, so their product
-    grows like the width of a head and not like its root (Yang et al. 2021, section 4). Where width adds heads of one
-    width, nothing changes.
+    grows like the width of a head and not like its square root (Yang et al. 2021, section 4). If width adds heads of
+    the same width, nothing changes.
 
     Raises:
-        ValueError: a width below 1.
+        ValueError: if a width is below 1.
     """
     if head_width < 1 or base_head_width < 1:
         raise ValueError(f"heads are 1 or more wide, got {head_width} and {base_head_width}")

@@ -1,8 +1,8 @@
 """How learning rate and damping of each method follow the width: the fan ratios of a parameter to two multipliers.
 
-The laws demand that every layer's own update keep its size per coordinate while the width grows (maximal update
-parameterization), and that damping stay in proportion to the eigenvalues it damps. Weights are neither scaled in the
-forward pass nor edited: all is in init, learning rate and damping. At the base width every multiplier is one.
+The laws keep the size of every layer's own update per coordinate constant while the width grows (maximal update
+parameterization), and the damping in proportion to the eigenvalues that it damps. Weights are not scaled in the forward
+pass: the laws change only initialization, learning rate and damping. At the base width every multiplier is one.
 
 Sources: Ishikawa and Karakida (2024), arXiv:2312.12226 (K-FAC, Shampoo); Yang et al. (2021), arXiv:2203.03466 (SGD,
 Adam); Everett et al. (2024), arXiv:2407.05872 (Adam's epsilon); Qiu et al. (2025), arXiv:2512.05620 (Muon, blocks).
@@ -41,7 +41,7 @@ class Law(ABC):
             damping: tuned at the base width; None for the method's default.
 
         Raises:
-            ValueError: a damping where the method has none, or none where one is needed.
+            ValueError: if a damping is given but the method has none, or is missing but needed.
         """
 
     @abstractmethod
@@ -60,7 +60,7 @@ class SGDLaw(Law):
         return entry.r_out / entry.r_in
 
     def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
-        """None: SGD divides by nothing."""
+        """No options: SGD has no damping."""
         if damping is not None:
             raise ValueError(f"sgd has no damping, got damping={damping}: leave it out")
         return {}
@@ -72,7 +72,7 @@ class SGDLaw(Law):
 
 @dataclass(frozen=True)
 class AdamLaw(Law):
-    """Adam: learning rate / r_in, epsilon / r_out. ``AdamW`` differs in its decay only.
+    """Adam: learning rate / r_in, epsilon / r_out. ``AdamW`` differs only in its decay.
 
     Args:
         decoupled: whether the weight decay is AdamW's.
@@ -98,10 +98,10 @@ class AdamLaw(Law):
 class MuonLaw(Law):
     """Muon: each update has spectral norm one, so the learning rate is x sqrt(r_out / r_in).
 
-    Torch's Muon multiplies the rate by a function of the shape; the law takes out how that differs from the base model.
+    Torch's Muon multiplies the rate by a function of the shape; the law compensates the difference to the base model.
 
     Args:
-        adjust_lr_fn: the one that ``torch.optim.Muon`` is given; None is its default, "original".
+        adjust_lr_fn: the argument of ``torch.optim.Muon``; None is its default, "original".
     """
 
     adjust_lr_fn: MuonAdjust | None = None
@@ -139,12 +139,12 @@ class MuonLaw(Law):
 class ShampooLaw(Law):
     """Shampoo: learning rate x (r_out / r_in)^(1 - 2e); with e = 1/4 that is Muon's square root.
 
-    An update of the block form has as many blocks of norm one as the matrix; ratios of their numbers enter. Where the
-    block size is fixed, the law has a kink at the width that it begins to cut at.
+    An update of the block form consists of blocks of norm one, so the ratio of their numbers enters the law. If the
+    block size is fixed, the law has a kink at the width from which matrices are cut into blocks.
 
     Args:
         exponent: of each side, 1/4 or 1/2. Vectors have one side, always with 1/2.
-        relative: whether epsilon is in units of the largest eigenvalue; such an epsilon does not move.
+        relative: whether epsilon is in units of the largest eigenvalue; it then does not change with width.
         block_size: longest side of a block; None for no blocks.
     """
 
@@ -160,7 +160,7 @@ class ShampooLaw(Law):
             raise ValueError(f"block_size must be 1 or more, or None for no blocks, got {self.block_size}")
 
     def lr(self, entry: Entry) -> float:
-        """``(r_out / r_in)^(1 - 2e) x blocks^(-2e)``, ``blocks`` being the ratio of the numbers of blocks."""
+        """``(r_out / r_in)^(1 - 2e) x blocks^(-2e)``, where ``blocks`` is the ratio of the numbers of blocks."""
         both = 0.5 if entry.role == "vector" else 2 * self.exponent
         return float((entry.r_out / entry.r_in) ** (1 - both) * self._blocks(entry) ** -both)
 
@@ -175,7 +175,7 @@ class ShampooLaw(Law):
         return {"epsilon": damping * scale, **settings}
 
     def takes(self, entry: Entry) -> bool:
-        """Everything but stacks of matrices, which it would take for one."""
+        """Everything except stacks of matrices, which it would treat as one matrix."""
         return "stack" not in entry.layout
 
     def _blocks(self, entry: Entry) -> float:
@@ -210,7 +210,7 @@ class KFACLaw(Law):
         return float(entry.r_out ** (1 - e_b) * entry.r_in ** (e_a - 1))
 
     def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
-        """The damping as it is, and the ratios, by which the optimizer scales forms that are no share of a trace."""
+        """The damping, and the ratios with which the optimizer scales forms that are not a share of a trace."""
         given = {} if damping is None else {"damping": damping}
         return {**given, "fan_in_ratio": entry.r_in, "fan_out_ratio": entry.r_out}
 
@@ -234,10 +234,10 @@ LAWS: Mapping[str, Law] = MappingProxyType(
 
 
 def law_of(method: Method | Law) -> Law:
-    """A law, by its name or as it is.
+    """A law, by its name or the law itself.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: if the name is unknown.
     """
     if isinstance(method, Law):
         return method

@@ -1,4 +1,5 @@
-"""Optimizers for a model under a width plan, by name: the one method, and AdamW for what it does not take."""
+"""Optimizers for a model under a width plan, by name: the method, and AdamW for the parameters that it does not
+take."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from adabatch.optim.shampoo import Shampoo
 
 Made = Optimizer | Sequence[Optimizer]
 TrainingMethod = Callable[[nn.Module, Plan, float, float | None], Made]
-"""A model, its plan, learning rate and damping (None: the method's default) -> what trains it."""
+"""A model, its plan, learning rate and damping (None: the method's default) -> the optimizer, or several."""
 
 OTHERS_LR = 1e-3
 """Learning rate of AdamW, for the parameters that a method does not take."""
@@ -65,18 +66,18 @@ FIRST_LRS: Mapping[str, float] = MappingProxyType(
 def optimizers_for(
     method: str, model: nn.Module, plan: Plan, *, lr: float, damping: float | None = None
 ) -> list[Optimizer]:
-    """What trains a model under its plan: one optimizer, or two where a method takes matrices only.
+    """The optimizer of a model under its plan, or two if the method does not take all parameters.
 
     Args:
         method: "sgd", "adamw", "muon", "shampoo" or "kfac".
         model: the model.
         plan: of this model, from ``mup.plan``.
-        lr: learning rate at the base width. Parameters that the method does not take (for Muon all but matrices, for
-            K-FAC all but the layers that it knows) are trained by AdamW at 1e-3 at the base width.
+        lr: learning rate at the base width. AdamW trains the parameters that the method does not take (for Muon all but
+            matrices, for K-FAC all but the layers that it supports), with 1e-3 at the base width.
         damping: eps, epsilon or damping at the base width; None for the method's default.
 
     Raises:
-        ValueError: an unknown method, or Muon with a torch that has none (it came with torch 2.9).
+        ValueError: if the method is unknown, or for Muon with a torch before 2.9.
     """
     require_one_of("method", method, METHODS)
     made = METHODS[method](model, plan, lr, damping)

@@ -1,4 +1,4 @@
-"""Parameters by names that no wrapper changes: DDP, FSDP2, ``torch.compile`` and checkpoint wrappers leave no trace."""
+"""Parameters by names without those of wrappers: DDP, FSDP2, ``torch.compile`` and checkpoint wrappers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from torch import nn
 
 INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""What ``torch.compile``, activation checkpointing and FSDP1 call the module that they wrap, anywhere in a model."""
+"""Names of the inner module in ``torch.compile``, activation checkpointing and FSDP1, anywhere in a model."""
 
 AROUND = (*INSIDE, "module")
 """The same for wrappers around a whole model: DDP, DataParallel, AveragedModel, DeepSpeed's engine."""
@@ -16,8 +16,9 @@ AROUND = (*INSIDE, "module")
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers around the whole of it.
 
-    A wrapper is told by what it holds: no parameter of its own, and one child, under a wrapper's name. A model whose
-    one part is called ``module`` looks the same, and loses that part of its names with and without a wrapper alike.
+    A wrapper is recognized by its contents: no parameter of its own, and one child with the name of a wrapped module. A
+    model whose only part is called ``module`` looks the same, and loses that part of its names with and without a
+    wrapper.
     """
     while (inner := _inner(model, AROUND)) is not None:
         model = inner
@@ -25,17 +26,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by name, those of two names twice."""
+    """All modules by name; a module with two names comes twice."""
     yield from _below("", unwrapped(model))
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by name, each once, under the first name it has."""
+    """All parameters by name, each once, under its first name."""
     return {names[0]: parameter for names, parameter in all_names(model)}
 
 
 def all_names(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Parameter]]:
-    """Each parameter with all its names, more than one where weights are tied."""
+    """Each parameter with all its names, of which tied weights have more than one."""
     found: dict[int, tuple[list[str], nn.Parameter]] = {}
     for prefix, module in named_modules(model):
         for key, parameter in module._parameters.items():
@@ -45,7 +46,7 @@ def all_names(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Parameter]]:
 
 
 def joined(prefix: str, key: str) -> str:
-    """The name of what a module calls ``key``."""
+    """The full name of ``key`` in a module."""
     return f"{prefix}.{key}" if prefix else key
 
 
@@ -59,7 +60,7 @@ def _below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _inner(module: nn.Module, names: Collection[str]) -> nn.Module | None:
-    """What a wrapper wraps; None for a module that is no wrapper."""
+    """The module inside a wrapper; None for a module that is not a wrapper."""
     children = [(key, child) for key, child in module._modules.items() if child is not None]
     if len(children) != 1 or module._parameters or children[0][0] not in names:
         return None

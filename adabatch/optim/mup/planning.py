@@ -24,27 +24,26 @@ def plan(
     roles: Mapping[str, Role] | None = None,
     layouts: Mapping[str, str] | None = None,
 ) -> Plan:
-    """How settings tuned on ``base`` move to ``model``, the same architecture at another width.
+    """The plan by which settings tuned on ``base`` are used for ``model``, the same architecture at another width.
 
     Only shapes and module types are read, so ``base`` may be built under ``torch.device("meta")``. A dimension is width
     if and only if it differs between the two: features, classes, vocabulary and kernels are not, whatever their size.
-    For the base model itself, or a third width, take ``plan(...).at(model)``.
+    For the base model itself, or a third width, use ``plan(...).at(model)``.
 
     Args:
-        model: wrapped or not; no attribute of it is read but shapes, and none is written.
-        base: the model that settings are tuned on.
-        roles: name or pattern (``"blocks.*.router"``) -> role, where shapes tell the wrong one: "input" and "output"
-            say that the fan-in, the fan-out is no width although it differs, such as the number of classes.
+        model: wrapped or not; only shapes are read, and nothing is written.
+        base: the model on which settings were tuned.
+        roles: name or pattern (``"blocks.*.router"``) -> role, if shapes give the wrong one: "input" and "output" say
+            that the fan-in or the fan-out is not width although it differs, such as the number of classes.
         layouts: name or pattern -> what each dimension is, such as ``"in out"`` or ``"stack out in"``, for parameters
-            of modules that torch does not define. A stack of matrices (scanned layers, experts) is no fan.
+            of modules that torch does not define. A stack of matrices (scanned layers, experts) is not a fan.
 
     Returns:
         A plan for ``model``.
 
     Raises:
-        ValueError: a base of the same width or another architecture; weights that are tied across roles; a parameter
-            whose layout its module does not tell; torch's MultiheadAttention with heads that grow; a pattern without a
-            match.
+        ValueError: if the base has the same width or another architecture, weights are tied across roles, the layout of
+            a parameter is unknown, torch's MultiheadAttention has heads that grow, or a pattern has no match.
     """
     ours, theirs = _used(model), _used(base)
     check_names(list(theirs), list(ours), "the base model")
@@ -67,7 +66,7 @@ def plan(
 
 
 class _Used(NamedTuple):
-    """A parameter with all its names, and what it is used for under each."""
+    """A parameter with all its names, and its use under each of them."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -85,7 +84,7 @@ def _used(model: nn.Module) -> dict[str, _Used]:
 
 
 def _by_name(overrides: Mapping[str, T] | None, names: Mapping[str, object]) -> dict[str, T]:
-    """Overrides by pattern as overrides by name; of several that match, the last counts."""
+    """Overrides by name from overrides by pattern; if several match, the last one is used."""
     return {name: value for pattern, value in (overrides or {}).items() for name in matching(names, [pattern])}
 
 
@@ -127,7 +126,7 @@ def _untied(
 
 
 def _guessed(name: str, shape: tuple[int, ...], base_shape: tuple[int, ...]) -> tuple[Dim, ...]:
-    """A layout for a parameter of an unknown module, where it makes no difference which one."""
+    """A layout for a parameter of an unknown module, if it makes no difference which one."""
     ratios = {size / before for size, before in zip(shape, base_shape, strict=True)}
     if ratios == {1.0} or (len(ratios) == 1 and len(shape) == 2):
         fan_in: Dim = "in"
@@ -139,7 +138,8 @@ def _guessed(name: str, shape: tuple[int, ...], base_shape: tuple[int, ...]) -> 
 
 
 def _check_heads(model: nn.Module, base: nn.Module) -> None:
-    """That torch's attention, which divides by the root of the head's width, has heads of one width."""
+    """Checks that torch's attention, which divides by the square root of a head's width, has heads of the same
+    width."""
     before = dict(named_modules(base))
     for name, module in named_modules(model):
         other = before.get(name)

@@ -1,4 +1,4 @@
-"""A width plan: pure data that says, parameter by parameter, how settings of a base model move to a wider one."""
+"""A width plan: pure data that says, for each parameter, how settings of a base model change for a wider one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adabatch.optim.mup.names import named_parameters
 
 FORMAT = 1
 SHOWN = 8
-"""Names in a message at most."""
+"""Largest number of names in a message."""
 
 DecayScaling = Literal["constant", "1/width"]
 
@@ -30,7 +30,7 @@ class Plan:
     base. ``print`` shows it as a table.
 
     Args:
-        entries: parameter name, without the names of wrappers -> what the laws read.
+        entries: parameter name, without the names of wrappers -> its entry, which the laws read.
     """
 
     entries: Mapping[str, Entry]
@@ -67,12 +67,12 @@ class Plan:
         decay_scaling: DecayScaling = "constant",
         only: Collection[str] | None = None,
     ) -> list[dict[str, Any]]:
-        """Parameter groups for a torch optimizer, with the settings tuned at the base width moved to this one.
+        """Parameter groups for a torch optimizer, with the settings tuned at the base width changed for this one.
 
         Each group has ``params``, ``lr``, ``weight_decay``, the options that its law sets (damping, and for Shampoo and
-        Muon the settings that the law was told), and two plain numbers for the journal and for ``guard``:
-        ``mup_base_lr`` and ``mup_lr``, the multiplier in its ``lr``. Parameters of equal settings share a group; frozen
-        ones are left out.
+        Muon the settings of the law), and two plain numbers for the journal and for ``guard``: ``mup_base_lr``, and
+        ``mup_lr``, the multiplier in its ``lr``. Parameters with equal settings share a group; frozen ones are left
+        out.
 
         Args:
             model: of the plan's architecture and width, wrapped or not.
@@ -81,15 +81,15 @@ class Plan:
             lr: learning rate tuned at the base width.
             damping: Adam's and Muon's ``eps``, Shampoo's ``epsilon``, K-FAC's ``damping``, tuned at the base width;
                 None for the optimizer's default.
-            weight_decay: tuned at the base width, for decay by ``lr x weight_decay`` a step, as torch has it.
-            decay_scaling: "constant" keeps that product, the share that decays in a step, the same at every width;
+            weight_decay: tuned at the base width, for a decay by ``lr x weight_decay`` per step, as in torch.
+            decay_scaling: "constant" keeps that product, the share that decays per step, the same at every width;
                 "1/width" divides it by r_in, for language models trained longer the wider they are (Qiu et al. 2025).
-            only: names or patterns of the parameters to take; by default all.
+            only: names or patterns of the parameters to include; by default all.
 
         Raises:
-            ValueError: a parameter that the plan does not know, of another shape, or that the method cannot take; a
-                pattern without a match; weight decay for "adam", whose coupled decay has no width law; an unknown
-                method or ``decay_scaling``.
+            ValueError: if a parameter is unknown to the plan, has another shape, or is not supported by the method, a
+                pattern has no match, weight decay is given for "adam", whose coupled decay has no width law, or the
+                method or ``decay_scaling`` is unknown.
         """
         law = law_of(method)
         if weight_decay and isinstance(law, AdamLaw) and not law.decoupled:
@@ -130,11 +130,11 @@ class Plan:
         return [name for name in self.entries if name not in taken]
 
     def layer_weights(self) -> dict[str, float]:
-        """How often each parameter's squared gradient norm counts where widths are to be compared: its SGD multiplier.
+        """Weights of the parameters' squared gradient norms that make widths comparable: their SGD multipliers.
 
-        For ``Measure(layer_weights=)``. Squared gradient norms go like 1/width in the input layer and like width
-        in the readout, so that of a wide model the plain norm is the readout's alone; weighted by ``r_out / r_in``,
-        every layer keeps its share at every width.
+        For ``Measure(layer_weights=)``. Squared gradient norms scale like 1/width in the input layer and like width in
+        the readout, so the plain norm of a wide model is dominated by its readout; weighted by ``r_out / r_in``, every
+        layer keeps its share at every width.
         """
         return {name: LAWS["sgd"].lr(entry) for name, entry in self.entries.items()}
 
@@ -145,10 +145,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """What ``to_json`` gave.
+        """The inverse of ``to_json``.
 
         Raises:
-            ValueError: other text, or a newer format.
+            ValueError: if the text is not a plan, or has a newer format.
         """
         data = json.loads(text)
         if not isinstance(data, dict) or not isinstance(data.get("format"), int) or "parameters" not in data:
@@ -201,7 +201,7 @@ def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
     """The names that a pattern matches, in their order.
 
     Raises:
-        ValueError: a pattern that matches none.
+        ValueError: if the pattern matches none.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -210,7 +210,7 @@ def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
 
 
 def check_names(known: Collection[str], found: Collection[str], what: str) -> None:
-    """That a model has the parameters of another one.
+    """Checks that a model has the same parameters as another one.
 
     Raises:
         ValueError: names both differences.

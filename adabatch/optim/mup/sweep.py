@@ -1,4 +1,4 @@
-"""Do the best learning rate and the best damping stay where they are while the width grows? Short training runs."""
+"""Short training runs that test whether the best learning rate and damping stay the same while the width grows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FINAL = 0.1
 """Share of the steps at the end whose mean loss is a run's result."""
 
 DIVERGED = 1e6
-"""Times the first loss, above which a run is given up."""
+"""Multiple of the first loss above which a run is stopped as diverged."""
 
 MakeTuned = Callable[[nn.Module, Plan, float, float | None], Optimizer | Sequence[Optimizer]]
 """A model, its plan, learning rate and damping -> what trains it."""
@@ -32,7 +32,7 @@ class Run(NamedTuple):
     Args:
         width: of the model.
         lr, damping: at the base width.
-        loss: mean of the last tenth of the steps, over the seeds; infinite where a run diverged.
+        loss: mean of the last tenth of the steps, over the seeds; infinite if a run diverged.
     """
 
     width: int
@@ -94,8 +94,8 @@ def transfer_sweep(
 ) -> Sweep:
     """Trains models of several widths with every learning rate and damping; the rates decay linearly to zero.
 
-    Seeds decide the initial model and the data; runs of a seed share both, as far as widths can. A difference of one
-    grid step between the best settings of two widths is no evidence with fewer than three seeds.
+    Seeds determine the initial model and the data; runs of a seed share both, as far as widths can. With fewer than
+    three seeds, a difference of one grid step between the best settings of two widths is not significant.
 
     Args:
         make: width -> model.
@@ -103,7 +103,7 @@ def transfer_sweep(
         data: seed -> batches, ``steps`` of them at least.
         loss: of outputs and targets.
         widths: to compare.
-        base: width at which the settings are meant; or a plan of any width.
+        base: width at which the settings were tuned; or a plan of any width.
         lrs: learning rates.
         dampings: damping values; None for the optimizer's default.
         steps: of each run.
@@ -114,7 +114,7 @@ def transfer_sweep(
         done: called after each setting.
 
     Raises:
-        ValueError: fewer than two widths, no seed, step, learning rate or damping, or data that end too soon.
+        ValueError: if there are fewer than two widths, no seed, step, learning rate or damping, or too little data.
     """
     check_widths(widths, seeds)
     for name, values in (("lrs", lrs), ("dampings", dampings)):

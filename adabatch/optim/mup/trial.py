@@ -1,4 +1,4 @@
-"""What the checks of a width plan share: models of several widths, prepared and trained alike."""
+"""Common parts of the checks of a width plan: models of several widths, prepared and trained in the same way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adabatch.optim.mup.planning import plan
 from adabatch.optim.mup.plans import Plan
 
 Parameterization = Literal["mup", "standard"]
-"""A width plan, or every multiplier one: the control that ought to fail."""
+"""A width plan, or every multiplier one: the control, which should fail."""
 
 MakeModel = Callable[[int], nn.Module]
 """Width -> model, initialized from torch's global generator."""
@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs and targets -> a scalar."""
 
 Observe = Callable[[Optimizer, Tensor, Tensor], object]
-"""Called for each optimizer with outputs and targets between forward and backward, for methods that look there."""
+"""Called for each optimizer with outputs and targets between forward and backward, for methods that need them."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Trial:
 
     Args:
         make: width -> model.
-        optimizer: a model and its plan -> what trains it.
+        optimizer: a model and its plan -> an optimizer, or several.
         loss: of outputs and targets.
-        base: width at which the settings are those given; or a plan of any width, where roles must be given.
+        base: width at which the settings were tuned; or a plan of any width, if roles must be given.
         parameterization: "mup", or "standard", in which every width has the settings of the base.
         observe: see ``Observe``.
         device: where to train.
@@ -67,7 +67,7 @@ class Trial:
         return model, [made] if isinstance(made, Optimizer) else list(made)
 
     def step(self, model: nn.Module, optimizers: Sequence[Optimizer], batch: Batch) -> Tensor:
-        """One step of all optimizers, none where the loss is not finite; the loss before it."""
+        """One step of all optimizers, or none if the loss is not finite; returns the loss before it."""
         inputs, targets = (tensor.to(self.device) for tensor in batch)
         outputs = model(inputs)
         value = self.loss(outputs, targets)
@@ -83,7 +83,7 @@ class Trial:
         return value.detach()
 
     def _plan(self, model: nn.Module) -> Plan:
-        """The plan of a model, which may be as wide as the base: another width tells the roles."""
+        """The plan of a model, which may be as wide as the base: another width then gives the roles."""
         if isinstance(self.base, Plan):
             found = self.base.at(model)
         else:
@@ -94,17 +94,17 @@ class Trial:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's generators from a seed, put back afterwards."""
+    """Seeds torch's generators, and restores them afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
 def check_widths(widths: Sequence[int], seeds: Sequence[int]) -> None:
-    """That there is something to compare.
+    """Checks that there is something to compare.
 
     Raises:
-        ValueError: fewer than two different widths, or no seed.
+        ValueError: if there are fewer than two different widths, or no seed.
     """
     if len(set(widths)) < 2 or len(set(widths)) != len(widths) or min(widths) < 1:
         raise ValueError(f"widths must be two or more different positive numbers, got {list(widths)}")

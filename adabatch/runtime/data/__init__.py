@@ -1,4 +1,4 @@
-"""Feeding steps: one global order of examples for all ranks and batch sizes, and loaders of the user's own."""
+"""Feeding steps: one global order of examples for all ranks and batch sizes, and the user's own loaders."""
 
 from adabatch.runtime.data.counting import num_examples_in
 from adabatch.runtime.data.epochs import EpochCounters

@@ -1,4 +1,4 @@
-"""How many examples a micro-batch holds, where its structure says so in one way only."""
+"""How many examples a micro-batch holds, if its structure leaves no doubt."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ WAY_OUT = "pass count=, a function from micro-batch to number of examples, to Ad
 
 
 def num_examples_in(batch: Any) -> int:
-    """Examples in a micro-batch: what all its entries agree on.
+    """Examples in a micro-batch: the number on which all its entries agree.
 
-    A tensor or array holds one example per row of its first dimension; one without dimensions says nothing. The values
-    of a mapping, and the entries of the micro-batch itself, are columns, which must hold equally many. A list inside of
-    them is either columns again or one entry per example, whichever agrees with the others.
+    A tensor or array holds one example per row of its first dimension; one without dimensions is ignored. The values
+    of a mapping, and the entries of the micro-batch itself, are columns, which must have equal numbers of examples. A
+    list inside them is either columns again or one entry per example, whichever agrees with the others.
 
     Raises:
-        TypeError: nothing in it says how many.
-        ValueError: its entries disagree, or can be read in two ways.
+        TypeError: if no entry has a number of examples.
+        ValueError: if its entries disagree, or can be read in two ways.
     """
     found = _readings(batch, nested=False)
     if found is None:
@@ -32,10 +32,9 @@ def num_examples_in(batch: Any) -> int:
 
 
 def _readings(entry: Any, *, nested: bool) -> frozenset[int] | None:
-    """The numbers of examples that an entry can hold; None where it says nothing of it, empty where it contradicts
-    itself."""
+    """The possible numbers of examples in an entry; None if it has none, empty if it contradicts itself."""
     if isinstance(entry, Tensor | np.ndarray):
-        # Not `shape[0]`: a nested tensor has a size and no shape.
+        # Not `shape[0]`: a nested tensor has a size but no shape.
         return _one(entry.size(0) if isinstance(entry, Tensor) else len(entry)) if entry.ndim else None
     if isinstance(entry, Mapping):
         return _agreed(entry.values())

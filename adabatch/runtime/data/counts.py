@@ -1,4 +1,4 @@
-"""Whole numbers that a user gives, within bounds."""
+"""Checks of whole numbers from the user."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def checked_count(name: str, value: Any, *, least: int, most: int, why: str = ""
 
     Args:
         name: of the argument, for errors.
-        value: as it was given.
-        least: the smallest that is allowed.
+        value: the user's value.
+        least: the smallest value that is allowed.
         most: the largest.
-        why: there is a largest.
+        why: the reason for the largest value.
 
     Raises:
-        TypeError: something that is no whole number.
-        ValueError: one out of bounds.
+        TypeError: if it is not a whole number.
+        ValueError: if it is out of bounds.
     """
     if isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number, got {value}")

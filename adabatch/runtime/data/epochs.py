@@ -1,4 +1,4 @@
-"""What inside a loader counts epochs, and goes to its next one after a pass."""
+"""Advances the epoch of a loader's samplers and data set after a pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _CountsEpochs(Protocol):
 
 
 class EpochCounters:
-    """The samplers and data sets of a loader that count epochs, as they stand when a pass begins.
+    """The samplers and data sets of a loader that count epochs, with their epochs at the beginning of a pass.
 
     They are the loader itself, its data set, its samplers, and the samplers inside of those (a ``DistributedSampler``
     inside a ``batch_sampler``); each once.
@@ -31,10 +31,10 @@ class EpochCounters:
         self._found = [(part, part.epoch) for part in _parts(loader) if isinstance(part, _CountsEpochs)]
 
     def advance(self) -> None:
-        """After the pass: each goes to its next epoch, unless somebody has moved it meanwhile.
+        """After the pass: sets each to its next epoch, unless the user has set it in the meantime.
 
-        A ``DistributedSampler`` shuffles again; a streaming data set of Hugging Face too, and forgets the place that it
-        was resumed at, to which it would return in every pass.
+        A ``DistributedSampler`` then shuffles again. So does a streaming data set of Hugging Face, which otherwise
+        would also return to the place at which it was resumed in every pass.
         """
         for part, epoch in self._found:
             if part.epoch == epoch:

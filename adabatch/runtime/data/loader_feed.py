@@ -18,33 +18,33 @@ from adabatch.runtime.data.same_data import check_different
 _END = object()
 
 _HEARD = 500
-"""Bytes of an error that the other ranks are told."""
+"""Bytes of an error message that are sent to the other ranks."""
 
 
 class LoaderFeed:
-    """Portions from any loader, by accumulation alone: one pass over it.
+    """Portions from any loader, by accumulation only: one pass over it.
 
-    The micro-batches of a step are fetched before it begins, none beyond it, and the ranks agree (16 bytes) on how many
-    each has. So a loader that runs dry in the middle of a step makes a last, shorter step on all ranks at once; what a
-    rank has beyond the others is left out. A loader with a ``state_dict`` of its own stands, between steps, exactly
-    behind what was consumed.
+    Exactly the micro-batches of a step are fetched before it begins, and the ranks agree (16 bytes) on how many each
+    has. If a loader ends in the middle of a step, the last step is therefore shorter on all ranks; what a rank has
+    beyond the others is left out. Between steps, a loader with its own ``state_dict`` is exactly after what was
+    consumed.
 
-    Where examples are counted by ``num_examples_in``, every micro-batch but the last of the pass must hold
-    ``micro_batch_size`` of them: another number says that something else was counted. Loading processes of a stream
-    have a last one each.
+    If ``num_examples_in`` counts the examples, every micro-batch but the last of the pass must hold
+    ``micro_batch_size`` of them: another number shows that something else was counted. Each loading process of a stream
+    has a last micro-batch.
 
     Args:
         loader: yields micro-batches of this rank.
         collectives: the data-parallel ranks.
         count: examples in a micro-batch; micro-batches may then be smaller at any place.
-        may_be_empty: whether nothing at all may come, as from a loader whose state was saved behind its last batch.
-        allow_same_data: ranks may hold the same micro-batches, see ``check_different``.
+        may_be_empty: whether the pass may be empty, as for a loader whose state was saved after its last batch.
+        allow_same_data: whether ranks may hold the same micro-batches, see ``check_different``.
 
     Raises:
-        ValueError: nothing comes out of the loader on some rank, or micro-batches of another size than the plan says,
-            or without examples, or the same on several ranks; on all ranks at once.
-        RuntimeError: the loader of another rank raised.
-        TypeError: something that cannot be iterated, or a data set of single examples.
+        ValueError: on all ranks at once, if the loader of some rank is empty, or yields micro-batches of another size
+            than that of the plan, without examples, or equal to those of another rank.
+        RuntimeError: if the loader of another rank raised an error.
+        TypeError: if it cannot be iterated, or is a data set of single examples.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class LoaderFeed:
         self._count = count
         self._any = may_be_empty
         self._compares = not allow_same_data
-        self._num_seen = 0  # micro-batches
-        self._num_short = 0  # of them, those below micro_batch_size
-        self._short: str | None = None  # what is said of the last of them, should another follow
+        self._num_seen = 0  # micro-batches of this pass
+        self._num_short = 0  # those among them below micro_batch_size
+        self._short: str | None = None  # the error about the last of them, in case another follows
         self._may_be_short = _num_last_ones(loader)
 
     def take(self, plan: BatchPlan) -> Portion | None:
         """As many micro-batches as the plan accumulates, fewer at the end of the loader, then None."""
         batches, sizes, error = self._fetch(plan)
-        # Not a number where a count is impossible: then all ranks see it, and raise together. Infinite where a loader
-        # raised.
+        # NaN for an impossible count and infinite for an error of the loader: both survive the sum over the ranks, so
+        # that all of them see it and raise together.
         local = sum(sizes) if all(size >= 1 for size in sizes) else math.nan
         full, num_examples = self._collectives.sum_of(
             len(batches) == plan.accumulation_steps if error is None else math.inf, local
@@ -96,7 +96,7 @@ class LoaderFeed:
         return Portion(batches, sizes, int(num_examples))
 
     def _fetch(self, plan: BatchPlan) -> tuple[list[Any], list[int], Exception | None]:
-        """The next micro-batches and their sizes; and what the user's loader or count raised meanwhile."""
+        """The next micro-batches and their sizes, and an error of the user's loader or count."""
         batches: list[Any] = []
         sizes: list[int] = []
         try:
@@ -111,9 +111,9 @@ class LoaderFeed:
             return [], [], error
 
     def _next(self) -> Any:
-        """The next micro-batch of the pass, or ``_END``, whatever the loader would give after its end."""
-        # One iterator a pass, and one `next()` after the other: `itertools.islice` calls `iter()` again, at which a
-        # loader that is its own iterator begins a new pass.
+        """The next micro-batch of the pass, or ``_END``; after its end the loader is not asked again."""
+        # One iterator per pass, and one `next()` after the other: `itertools.islice` calls `iter()` again, at which
+        # a loader that is its own iterator begins a new pass.
         if self._batches is None:
             self._batches = iter(self._loader)
         batch = _END if self._over else next(self._batches, _END)
@@ -134,14 +134,14 @@ class LoaderFeed:
         if size < micro:
             self._short = _misfit(batch, size, micro, "came before the last one of a pass")
             self._num_short += 1
-            # A first one is the only one of the pass, or something else was counted: which of them must be known before
-            # a step is made of it.
+            # If the first micro-batch is too small, it is either the only one of the pass, or something else was
+            # counted. Which of the two must be known before a step uses it.
             if self._num_seen == self._may_be_short == 1 and self._next() is not _END:
                 raise ValueError(self._short)
         return size
 
     def _raise_together(self, error: Exception | None) -> NoReturn:
-        """An error of one rank ends all, each with what it knows, rather than leave the others waiting."""
+        """Raises an error on all ranks if one has an error, so that the others do not wait for it."""
         mine = math.inf if error is None else self._collectives.rank
         (first,) = self._collectives.minimum_of(mine)
         text = b"" if error is None or self._collectives.rank != first else f"{type(error).__name__}: {error}".encode()
@@ -169,7 +169,7 @@ class LoaderFeed:
         return "is its data set too small, or is it at its end, and cannot be passed over again?"
 
     def consumed(self, portion: Portion) -> None:
-        """Nothing to note: the loader's place is its own."""
+        """Nothing to do: the loader keeps its own place."""
 
 
 def _check_loader(loader: Any) -> None:
@@ -185,7 +185,7 @@ def _check_loader(loader: Any) -> None:
 
 
 def _num_last_ones(loader: Iterable[Any]) -> int:
-    """How many micro-batches of a pass may be its last ones: of a stream, each loading process has one."""
+    """How many micro-batches of a pass may be the last of something: each loading process of a stream has one."""
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
         return max(1, loader.num_workers)
     return 1

@@ -1,12 +1,13 @@
-"""Micro-batches that weigh what their losses are means over: tokens, where examples are of unequal length.
+"""Weights of micro-batches whose losses are means over unequal numbers of terms, such as tokens.
 
-A loss that is a mean over tokens must count for as many tokens as it has, or a micro-batch of short examples pulls as
-hard as one of long ones. The step's gradient is ``sum_j w_j g_j / sum_j w_j`` over the micro-batches of all ranks only
-where the sum of weights is known before the first backward, so a step's micro-batches are fetched before it begins.
+A loss that is a mean over tokens must be weighted by their number, or a micro-batch of short examples has the same
+weight as one of long examples. The gradient of the step can be ``sum_j w_j g_j / sum_j w_j`` over the micro-batches of
+all ranks only if the sum of the weights is known before the first backward, so the micro-batches of a step are fetched
+before it begins.
 
-In the moments a micro-batch of weight ``w`` counts for ``w N / W`` of the step's ``N`` examples, ``W`` being the sum of
-weights: what a mean over so many terms averages away. So the noise is that of an example of ``W / N`` terms (tokens),
-and divided by them it is the noise of a single term.
+In the moments a micro-batch of weight ``w`` counts for ``w N / W`` of the step's ``N`` examples, where ``W`` is the sum
+of the weights, because a mean over that share of the terms reduces the noise accordingly. The noise is then that of an
+example of ``W / N`` terms (tokens); divided by ``W / N`` it is the noise of a single term.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from adabatch.runtime.data import Feed, LossWeights, Portion
 class LossWeightedFeed:
     """The portions of another feed, with the weights of their micro-batches and the sum of them over all ranks.
 
-    It costs 16 bytes a step and rank, and a host sync where the collectives run on an accelerator.
+    It costs 16 bytes per step and rank, and a host sync if the collectives run on an accelerator.
 
     Args:
-        feed: deals the micro-batches.
+        feed: gives the micro-batches.
         weigh: micro-batch -> the number of terms (tokens) that its mean loss is taken over.
         collectives: the data-parallel ranks.
 
-    A micro-batch of weight 0 counts for nothing: its loss is a mean over no terms. Such ones are dealt first, since the
-    last micro-batch of a step is the one in which ranks reduce their gradients.
+    A micro-batch of weight 0 counts for nothing: its loss is a mean over no terms. Such micro-batches come first,
+    because the ranks reduce their gradients in the last micro-batch of a step.
 
     Raises:
-        ValueError: a weight that is negative or not finite on some rank; on all ranks at once.
-        RuntimeError: ``weigh`` or the data set raised an error on another rank, which raises that error itself.
+        ValueError: on all ranks at once, if a weight is negative or not finite on some rank.
+        RuntimeError: if ``weigh`` or the data set raised an error on another rank, which raises that error itself.
     """
 
     def __init__(self, feed: Feed, weigh: Callable[[Any], float], collectives: Collectives) -> None:
@@ -50,7 +51,7 @@ class LossWeightedFeed:
         if portion is None:
             return None
         batches, weights, error = self._weighed(portion)
-        # Not a number where a weight is impossible: then all ranks see it, and raise together.
+        # NaN for an impossible weight survives the sum over the ranks, so that all of them see it and raise together.
         local = sum(weights) if all(0 <= weight < math.inf for weight in weights) else math.nan
         total, failed = self._collectives.sum_of(local, error is not None)
         if failed:
@@ -67,7 +68,7 @@ class LossWeightedFeed:
         return replace(portion, batches=batches, weights=LossWeights(weights, total))
 
     def _weighed(self, portion: Portion) -> tuple[list[Any], list[float], Exception | None]:
-        """The micro-batches and their weights, or what was raised, which must not leave the other ranks waiting."""
+        """The micro-batches and their weights, or an error, which is raised after the exchange with the other ranks."""
         try:
             batches = list(portion.batches)
             return batches, [float(self._weigh(batch)) for batch in batches], None

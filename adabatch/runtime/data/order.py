@@ -1,7 +1,7 @@
-"""``GlobalOrder``: one order of examples for all ranks and batch sizes, around a data set of the user's own.
+"""``GlobalOrder``: one order of examples for all ranks and batch sizes, around the user's data set.
 
-Step by step, each rank takes its slice of the next examples; how many those are changes nothing about the order, so
-batch sizes, ranks and resumes can change while every example is still seen exactly once an epoch.
+In each step, each rank takes its slice of the next examples. Their number does not affect the order, so batch sizes and
+ranks can change, and a run can be resumed, while every example is still seen exactly once per epoch.
 """
 
 from __future__ import annotations
@@ -13,48 +13,51 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.counts import checked_count
-from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed
+from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed, ShareDealer, SliceDealer
 from adabatch.runtime.data.sequence import ExampleSequence, Subset, shuffle_of
 from adabatch.runtime.data.shuffles import Shuffle
 
 STATE_FORMAT = 2
 
 MOST_WORKERS = 1024
-"""Loading processes of a rank; a number above it was meant for something else."""
+"""Most loading processes per rank; a larger number must be a mistake."""
 
 MOST_SEED = 2**64 - 1
 MOST_EPOCH = 2**31 - 1
 
 
 class GlobalOrder:
-    """One order of examples for all ranks, batch sizes and world sizes; given to ``AdaptiveBatch.steps`` as the loader.
+    """One order of examples for all ranks, batch sizes and world sizes; passed to ``AdaptiveBatch.steps`` as the
+    loader.
 
-    Position g of the order is place ``g % n`` of epoch ``g // n``: epochs are joined, so no batch is cut short by the
-    end of an epoch. A step of B examples takes the next B positions, micro-batch by micro-batch, and of each the ranks
-    take consecutive slices. The micro-batch may grow (``AdaptiveBatch(max_micro_batch_size=)``), which makes a growing
-    batch cheap; with loaders of your own only the number of accumulation steps can grow.
+    Position g of the order is place ``g % n`` of epoch ``g // n``: epochs are joined, so that the end of an epoch does
+    not shorten a batch. A step of B examples takes the next B positions, micro-batch by micro-batch, and the ranks take
+    consecutive slices of each micro-batch. The micro-batch may grow (``AdaptiveBatch(max_micro_batch_size=)``), which
+    makes a growing batch cheap; with your own loader only the number of accumulation steps can grow.
 
     Args:
-        dataset: map-style, with ``__len__`` and ``__getitem__`` (or ``__getitems__``); no sampler of its own.
+        dataset: map-style, with ``__len__`` and ``__getitem__`` (or ``__getitems__``), and without a sampler.
         seed: of the order; must be the same on all ranks.
-        shuffle: a new order each epoch, or False for the data set's own; or how to make one: ``FullShuffle()``,
-            ``ScatteredShuffle()`` and ``BlockShuffle(size=, mixed=)`` (constant memory), ``WeightedShuffle(weights)``.
+        shuffle: True for a new order in each epoch, False for the order of the data set; or a shuffle:
+            ``FullShuffle()``, ``ScatteredShuffle()`` and ``BlockShuffle(size=, mixed=)`` (constant memory),
+            ``WeightedShuffle(weights)``.
         subset: the examples that take part, each once; all by default.
-        join_epochs: False makes the last step of an epoch shorter, so that the next begins with a new one. Where the
-            ranks cannot share what is left equally, it takes the first few of the next epoch too, fewer than there are
-            ranks.
+        join_epochs: False makes the last step of an epoch shorter, so that the next step begins a new epoch. If the
+            ranks cannot share the rest equally, the step also takes the first few examples of the next epoch, fewer
+            than there are ranks.
         collate_fn: as in ``torch.utils.data.DataLoader``.
-        num_workers: loading processes a rank. What they prefetched in a size that is no longer wanted is loaded anew;
+        num_workers: loading processes per rank. Micro-batches that they prefetched in an old size are loaded again;
             steps are the same as without them.
         loader_options: more keyword arguments for ``DataLoader`` (``pin_memory``, ``prefetch_factor``,
             ``persistent_workers``, ``worker_init_fn``, ``timeout``, ``multiprocessing_context``).
 
     Raises:
-        ValueError: an empty data set, a subset or weights that do not fit it, loader options that would order the
-            data anew, or a seed or number of workers out of bounds (0 to 2^64 - 1, 0 to 1,024).
-        TypeError: a data set without a length, or one that is only iterable; a shuffle that is none; a number that is
-            not whole.
+        ValueError: if the data set is empty, a subset or weights do not fit it, loader options would change the order,
+            or a seed or number of workers is out of bounds (0 to 2^64 - 1, 0 to 1,024).
+        TypeError: if the data set has no length or is only iterable, ``shuffle`` is not a shuffle, or a number is not
+            whole.
     """
 
     _FORBIDDEN = frozenset({"batch_size", "sampler", "batch_sampler", "drop_last", "generator", "in_order"})
@@ -100,7 +103,7 @@ class GlobalOrder:
 
     @property
     def seed(self) -> int:
-        """The seed of the order: the one given, or that of the state loaded."""
+        """The seed of the order, or that of a loaded state."""
         return self._place.sequence.seed
 
     @property
@@ -110,13 +113,13 @@ class GlobalOrder:
 
     @property
     def examples_seen(self) -> int:
-        """Examples of the present epoch that all ranks together have consumed."""
+        """Examples of the current epoch that all ranks together have consumed."""
         return self._place.seen % len(self)
 
     def state_dict(self) -> dict[str, int | str]:
         """The place in the data, valid at any batch, world size and number of workers; equal on all ranks.
 
-        Three numbers (seed, epoch, examples), and what they count in: the length of the data set and the kind of order.
+        It holds three numbers (seed, epoch, examples), and the length of the data set and the kind of order.
         """
         sequence = self._place.sequence
         return {
@@ -129,11 +132,11 @@ class GlobalOrder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved place, and takes over its seed.
+        """Restores a saved place and its seed.
 
         Raises:
-            ValueError: a state of a newer format, or of another data set or kind of order, in which the place would be
-                another one.
+            ValueError: if the state has a newer format, or belongs to another data set or kind of order, in which the
+                same numbers would be a different place.
         """
         if state["format"] > STATE_FORMAT:
             raise ValueError(
@@ -142,7 +145,7 @@ class GlobalOrder:
             )
         sequence = self._place.sequence
         here = {"length": sequence.num_examples, "order": sequence.name}
-        saved = {**here, **state}  # format 1 says nothing of them
+        saved = {**here, **state}  # format 1 does not contain them
         other = [f"{name} {saved[name]!r}, now {value!r}" for name, value in here.items() if saved[name] != value]
         if other:
             raise ValueError(
@@ -157,7 +160,7 @@ class GlobalOrder:
         self._move(sequence.seeded(state["seed"]), state["epoch"], state["examples"])
 
     def start_epoch(self, epoch: int) -> None:
-        """Goes to the beginning of an epoch: for a run that goes on with other data than it began with.
+        """Sets the place to the beginning of an epoch: for a run that continues with other data than before.
 
         Raises:
             ValueError: a negative epoch.
@@ -175,8 +178,19 @@ class GlobalOrder:
         return torch.from_numpy(self._place.sequence.at(epoch * len(self), (epoch + 1) * len(self)).copy())
 
     def feed(self, rank: int, dp_size: int) -> OrderFeed:
-        """The portions of one rank, from the present place on."""
-        return OrderFeed(self._place, self._loader, rank=rank, dp_size=dp_size, join_epochs=self._join_epochs)
+        """The portions of one rank, from the current place on."""
+        return self._feed(
+            lambda sequence: SliceDealer(sequence, rank, dp_size, join_epochs=self._join_epochs), rank, dp_size
+        )
+
+    def shared_feed(self, ranks: Collectives) -> OrderFeed:
+        """The portions of one rank of those that come and go: its share of each step, from the current place on."""
+        return self._feed(
+            lambda sequence: ShareDealer(sequence, ranks, join_epochs=self._join_epochs), ranks.rank, ranks.size
+        )
+
+    def _feed(self, make_dealer: Callable[[ExampleSequence], Dealer], rank: int, dp_size: int) -> OrderFeed:
+        return OrderFeed(self._place, self._loader, make_dealer=make_dealer, ranks=(rank, dp_size))
 
     def _loader(self, dealer: Dealer, seeds: torch.Generator) -> DataLoader[Any]:
         return DataLoader(self.dataset, batch_sampler=cast("Any", dealer), generator=seeds, **self._loader_options)

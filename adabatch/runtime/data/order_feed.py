@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple, final
 
 import torch
 from torch.utils.data import DataLoader
 
 from adabatch.batch.plan import BatchPlan
+from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.portions import Portion
 from adabatch.runtime.data.sequence import ExampleSequence
 from adabatch.runtime.data.shuffles import generator
@@ -24,7 +28,7 @@ class DataPosition:
 
     Args:
         sequence: the examples.
-        seen: places consumed, from the beginning of the first epoch.
+        seen: number of places consumed since the beginning of the first epoch.
         moves: how often the place was set from outside.
     """
 
@@ -33,71 +37,205 @@ class DataPosition:
     moves: int = 0
 
 
-class Dealer:
-    """The batch sampler inside a ``DataLoader``: lists of this rank's examples, without end.
+class Cut(NamedTuple):
+    """What a step takes from the sequence.
 
-    It cuts the sequence into micro-batches, of which the ranks take consecutive slices. Where epochs are not joined,
-    the last micro-batch of each is cut short. The cuts depend on the place alone, so they are known however far loading
-    processes run ahead.
+    Args:
+        sizes: of this rank's micro-batches, in examples.
+        num_examples: of the step, over all ranks.
+        plan: what the step is made of, if it is not what was planned.
     """
 
-    def __init__(self, sequence: ExampleSequence, rank: int, dp_size: int, *, join_epochs: bool) -> None:
-        self._sequence = sequence
-        self._rank = rank
-        self._dp_size = dp_size
-        self._join_epochs = join_epochs
-        self.place = 0  # of the next micro-batch to be dealt
-        self.micro_batch_size = 0
+    sizes: list[int]
+    num_examples: int
+    plan: BatchPlan | None = None
+
+
+class Dealer(ABC):
+    """The batch sampler inside a ``DataLoader``: lists of this rank's examples, without end.
+
+    Attributes:
+        place: of the next micro-batches to be dealt.
+        in_flight: micro-batches that were dealt and have not arrived.
+    """
+
+    def __init__(self, sequence: ExampleSequence, *, join_epochs: bool) -> None:
+        self.sequence = sequence
+        self.place = 0
         self.in_flight = 0
+        self._join_epochs = join_epochs
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:
-            size = self.size_at(self.place)
-            first = self.place + self._rank * size
-            self.place += size * self._dp_size
+            first, size = self.next_piece()
             self.in_flight += 1
-            yield self._sequence.at(first, first + size).tolist()
+            yield self.sequence.at(first, first + size).tolist()
 
-    def size_at(self, place: int) -> int:
+    def left_in_epoch(self, place: int) -> int:
+        """Examples from ``place`` to the end of its epoch."""
+        return self.sequence.length - place % self.sequence.length
+
+    @abstractmethod
+    def next_piece(self) -> tuple[int, int]:
+        """The first example of this rank's next micro-batch, and its size."""
+
+    @abstractmethod
+    def rule(self, plan: BatchPlan) -> Hashable:
+        """What the cuts depend on beside the place: if it changes, what was dealt before is of no use."""
+
+    @abstractmethod
+    def aim(self, place: int, plan: BatchPlan) -> None:
+        """Deals from this place on, for this plan."""
+
+    @abstractmethod
+    def cut(self, place: int, plan: BatchPlan) -> Cut:
+        """What the step at ``place`` takes."""
+
+
+@final
+class SliceDealer(Dealer):
+    """Cuts the sequence into micro-batches, of which the ranks take consecutive slices.
+
+    Where epochs are not joined, the last micro-batch of each is cut short. The cuts depend on the place and the size of
+    the micro-batch alone, so they are known however far loading processes run ahead.
+    """
+
+    def __init__(self, sequence: ExampleSequence, rank: int, dp_size: int, *, join_epochs: bool) -> None:
+        super().__init__(sequence, join_epochs=join_epochs)
+        self._rank = rank
+        self._dp_size = dp_size
+        self._micro_batch_size = 0
+
+    def next_piece(self) -> tuple[int, int]:
+        size = self._size_at(self.place)
+        first = self.place + self._rank * size
+        self.place += size * self._dp_size
+        return first, size
+
+    def rule(self, plan: BatchPlan) -> Hashable:
+        return plan.micro_batch_size
+
+    def aim(self, place: int, plan: BatchPlan) -> None:
+        self.place, self._micro_batch_size = place, plan.micro_batch_size
+
+    def cut(self, place: int, plan: BatchPlan) -> Cut:
+        """That of the plan, or fewer micro-batches where the epoch ends."""
+        sizes: list[int] = []
+        start, epoch = place, place // self.sequence.length
+        while len(sizes) < plan.accumulation_steps and (self._join_epochs or place // self.sequence.length == epoch):
+            sizes.append(self._size_at(place))
+            place += sizes[-1] * self._dp_size
+        return Cut(sizes, place - start)
+
+    def _size_at(self, place: int) -> int:
         """Examples that each rank takes in the micro-batch at ``place``."""
         if self._join_epochs:
-            return self.micro_batch_size
-        left = self._sequence.length - place % self._sequence.length
-        return min(self.micro_batch_size, -(-left // self._dp_size))
+            return self._micro_batch_size
+        return min(self._micro_batch_size, -(-self.left_in_epoch(place) // self._dp_size))
 
-    def sizes_from(self, place: int, count: int) -> list[int]:
-        """The sizes of a step of ``count`` micro-batches, or of fewer where the epoch ends."""
-        sizes: list[int] = []
-        epoch = place // self._sequence.length
-        while len(sizes) < count and (self._join_epochs or place // self._sequence.length == epoch):
-            sizes.append(self.size_at(place))
-            place += sizes[-1] * self._dp_size
+
+@final
+class ShareDealer(Dealer):
+    """Cuts the sequence into steps, and those into micro-batches, of which each rank takes a consecutive share.
+
+    For ranks that come and go: plans are made for a single rank, and the same micro-batches are shared by however many
+    ranks there are. Shares differ by one micro-batch at most, and their sum is the plan's global batch. Only a step
+    that has fewer micro-batches than there are ranks is cut into smaller ones, one for each rank.
+
+    Args:
+        ranks: as they are at the moment.
+    """
+
+    def __init__(self, sequence: ExampleSequence, ranks: Collectives, *, join_epochs: bool) -> None:
+        super().__init__(sequence, join_epochs=join_epochs)
+        self._ranks = ranks
+        self._plan: BatchPlan | None = None
+        self._pieces: deque[tuple[int, int]] = deque()  # of the step whose micro-batches are being dealt
+
+    def next_piece(self) -> tuple[int, int]:
+        if not self._pieces:
+            assert self._plan is not None, "aim() comes first"
+            sizes = self._sizes(self.place, self._plan)
+            starts = list(accumulate(sizes, initial=self.place))
+            self._pieces += [(starts[index], sizes[index]) for index in self._share(len(sizes))]
+            self.place = starts[-1]
+        return self._pieces.popleft()
+
+    def rule(self, plan: BatchPlan) -> Hashable:
+        return plan, self._ranks.rank, self._ranks.size
+
+    def aim(self, place: int, plan: BatchPlan) -> None:
+        self.place, self._plan = place, plan
+        self._pieces.clear()
+
+    def cut(self, place: int, plan: BatchPlan) -> Cut:
+        sizes = self._sizes(place, plan)
+        largest = -(-len(sizes) // self._ranks.size)
+        made_of = BatchPlan(
+            micro_batch_size=plan.micro_batch_size, accumulation_steps=largest, dp_size=self._ranks.size
+        )
+        return Cut([sizes[index] for index in self._share(len(sizes))], sum(sizes), made_of)
+
+    def _sizes(self, place: int, plan: BatchPlan) -> list[int]:
+        """Examples in each micro-batch of the step at ``place``, over all ranks."""
+        num_examples, num_ranks = plan.global_batch_size, self._ranks.size
+        if not self._join_epochs:  # a few of the next epoch if there is less than one for each rank
+            num_examples = min(num_examples, max(self.left_in_epoch(place), num_ranks))
+        if num_examples < num_ranks:
+            raise ValueError(
+                f"a step of {num_examples} examples cannot be shared by {num_ranks} ranks: raise the lower limit of "
+                f"the batch to as many examples as there may be ranks"
+            )
+        full, rest = divmod(num_examples, plan.micro_batch_size)
+        sizes = [plan.micro_batch_size] * full + [rest] * (rest > 0)
+        if len(sizes) < num_ranks:
+            least, more = divmod(num_examples, num_ranks)
+            sizes = [least + (index < more) for index in range(num_ranks)]
         return sizes
+
+    def _share(self, count: int) -> range:
+        """Which of a step's micro-batches this rank takes."""
+        rank = self._ranks.rank
+        least, more = divmod(count, self._ranks.size)
+        first = rank * least + min(rank, more)
+        return range(first, first + least + (rank < more))
 
 
 class OrderFeed:
-    """Portions of a ``GlobalOrder`` for one rank. Endless: the caller says when an epoch is enough.
+    """Portions of a ``GlobalOrder`` for one rank. Endless: the caller decides where a pass ends.
 
-    A step is exactly its plan, whatever loading processes prepared ahead: micro-batches of a size that is no longer
+    A step is exactly its plan, whatever loading processes prepared ahead: micro-batches of a cut that is no longer
     wanted are thrown away when they arrive, and their examples dealt anew. So neither limits nor the repetition of a
     run depend on how much was under way; a change of the micro-batch costs one filling of the loading queue.
+
+    Args:
+        place: of all ranks.
+        make_loader: makes a loader around a dealer.
+        make_dealer: makes the dealer of a sequence.
+        ranks: whose rank and size the seeds of the loading processes differ by.
     """
 
     def __init__(
-        self, place: DataPosition, make_loader: MakeLoader, *, rank: int, dp_size: int, join_epochs: bool
+        self,
+        place: DataPosition,
+        make_loader: MakeLoader,
+        *,
+        make_dealer: Callable[[ExampleSequence], Dealer],
+        ranks: tuple[int, int],
     ) -> None:
         self._place = place
         self._make_loader = make_loader
-        self._rank = rank
-        self._dp_size = dp_size
-        self._join_epochs = join_epochs
+        self._make_dealer = make_dealer
+        self._rank, self._dp_size = ranks
         self._moves = -1
-        self._arriving = 0  # the place of the next micro-batch that the loader will hand over
+        self._rule: Hashable = None
+        self._arriving = 0  # the place of the step whose micro-batches the loader hands over next
 
     def _restart(self) -> None:
         self._moves = self._place.moves
         sequence = self._place.sequence
-        self._dealer = Dealer(sequence, self._rank, self._dp_size, join_epochs=self._join_epochs)
+        self._dealer = self._make_dealer(sequence)
+        self._rule = None
         # A generator of its own keeps torch's global one untouched: the loader draws the seeds of its workers from it,
         # which must differ between ranks and passes, or all would augment alike.
         seeds = generator(sequence.seed, -1 - self._place.seen * self._dp_size - self._rank)
@@ -107,21 +245,21 @@ class OrderFeed:
     def take(self, plan: BatchPlan) -> Portion:
         """The next ``plan.global_batch_size`` examples; fewer at the end of an epoch that is not joined to the next.
 
-        Taken again before the step counts as consumed, it begins at the same examples, whatever the plan.
+        If called again before the step is consumed, it begins at the same examples, whatever the plan.
         """
         if self._moves != self._place.moves:
             self._restart()
-        if (self._arriving, self._dealer.micro_batch_size) != (self._place.seen, plan.micro_batch_size):
-            self._redeal(plan.micro_batch_size)
+        if (self._arriving, self._rule) != (self._place.seen, self._dealer.rule(plan)):
+            self._redeal(plan)
         if self._batches is None:
             self._batches = iter(self._loader)
-        sizes = self._dealer.sizes_from(self._place.seen, plan.accumulation_steps)
-        return Portion(self._arrivals(sizes), sizes, sum(sizes) * self._dp_size)
+        cut = self._dealer.cut(self._place.seen, plan)
+        return Portion(self._arrivals(cut), cut.sizes, cut.num_examples, plan=cut.plan)
 
-    def _redeal(self, micro_batch_size: int) -> None:
+    def _redeal(self, plan: BatchPlan) -> None:
         """Deals from the present place on, and lets what was dealt before arrive for nothing."""
-        self._dealer.place = self._arriving = self._place.seen
-        self._dealer.micro_batch_size = micro_batch_size
+        self._arriving, self._rule = self._place.seen, self._dealer.rule(plan)
+        self._dealer.aim(self._place.seen, plan)
         for _ in range(self._dealer.in_flight):
             self._next()
 
@@ -131,11 +269,10 @@ class OrderFeed:
         self._dealer.in_flight -= 1
         return batch
 
-    def _arrivals(self, sizes: list[int]) -> Iterator[Any]:
-        for size in sizes:
-            batch = self._next()
-            self._arriving += size * self._dp_size
-            yield batch
+    def _arrivals(self, cut: Cut) -> Iterator[Any]:
+        self._arriving += cut.num_examples  # at once: a step that is broken off must be dealt anew
+        for _ in cut.sizes:
+            yield self._next()
 
     def consumed(self, portion: Portion) -> None:
         """Moves the order's place past the step."""

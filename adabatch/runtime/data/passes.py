@@ -19,29 +19,29 @@ from adabatch.runtime.data.whole_steps import WholeSteps, WholeStepsFeed
 
 
 class Passes(Feed, Protocol):
-    """A feed that goes over its data again and again; ``take`` gives None at the end of a loader's pass."""
+    """A feed for several passes over its data; ``take`` returns None at the end of a loader's pass."""
 
     @property
     def ended(self) -> bool:
-        """Whether the pass under way is over."""
+        """Whether the current pass is over."""
         ...
 
     def end_pass(self) -> None:
-        """The pass is over, or broken off; another begins with the next portion."""
+        """The pass is over, or was interrupted; the next portion begins another one."""
         ...
 
 
 class OrderPasses:
-    """Passes of a ``GlobalOrder``, whose epochs are joined: the step that crosses the end of one ends the pass.
+    """Passes of a ``GlobalOrder``, whose epochs are joined: the step that crosses the end of an epoch ends the pass.
 
     Args:
         order: the order.
         collectives: the ranks that share it.
-        weigh: of micro-batches in the gradient; None for their examples.
+        weigh: weight of a micro-batch in the gradient; None for its number of examples.
         largest: the largest global batch size that is known beforehand.
 
     Raises:
-        ValueError: a batch larger than the data set, here or when it comes.
+        ValueError: if a batch is larger than the data set, now or in a later step.
     """
 
     def __init__(
@@ -49,12 +49,14 @@ class OrderPasses:
     ) -> None:
         check_fits(largest, order)
         self._order = order
-        self._feed = weighed(order.feed(collectives.rank, collectives.size), weigh, collectives)
+        fixed = collectives.fixed
+        feed = order.feed(collectives.rank, collectives.size) if fixed else order.shared_feed(collectives)
+        self._feed = weighed(feed, weigh, collectives)
         self._epoch = order.epoch
 
     def take(self, plan: BatchPlan) -> Portion | None:
         """The portion of the next step."""
-        check_fits(plan.global_batch_size, self._order)  # a schedule without limits gets there in time
+        check_fits(plan.global_batch_size, self._order)  # a schedule without limits may become too large later
         return self._feed.take(plan)
 
     def consumed(self, portion: Portion) -> None:
@@ -67,22 +69,22 @@ class OrderPasses:
         return self._order.epoch != self._epoch
 
     def end_pass(self) -> None:
-        """The next begins where this one stopped."""
+        """The next pass begins where this one ended."""
         self._epoch = self._order.epoch
 
 
 class LoaderPasses:
-    """Passes over a loader of the user's own; after each, what counts its epochs goes to the next one.
+    """Passes over the user's own loader; after each pass its samplers and data set go to their next epoch.
 
     Args:
         loader: yields micro-batches of this rank.
         collectives: the ranks.
         count: examples in a micro-batch.
-        weigh: of micro-batches in the gradient; None for their examples.
-        may_be_empty: whether the first pass may give nothing, as from a loader whose state was saved behind its last
+        weigh: weight of a micro-batch in the gradient; None for its number of examples.
+        may_be_empty: whether the first pass may be empty, as for a loader whose state was saved after its last
             micro-batch.
         allow_same_data: whether ranks may hold the same micro-batches.
-        together: whether the ranks run each micro-batch together; of interest for ``WholeSteps``.
+        together: whether the ranks run each micro-batch together; used for ``WholeSteps``.
     """
 
     def __init__(
@@ -135,11 +137,11 @@ class LoaderPasses:
 
     @property
     def ended(self) -> bool:
-        """Whether the loader ran dry."""
+        """Whether the loader has ended."""
         return self._ended
 
     def end_pass(self) -> None:
-        """Lets the loader's sampler or data set count the epoch."""
+        """Sets the loader's samplers and data set to their next epoch."""
         if self._feed is not None:
             self._epochs.advance()
         self._feed, self._ended = None, False
@@ -158,7 +160,7 @@ def passes_over(
     allow_same_data: bool,
     together: bool,
 ) -> Passes:
-    """The passes over what ``steps()`` was given; the arguments are those of the two classes above.
+    """The passes over the data of ``steps()``; the arguments are those of the two classes above.
 
     Args:
         plan: of the next step.
@@ -167,6 +169,11 @@ def passes_over(
     Raises:
         ValueError: if the loader cannot run the plans.
     """
+    if not collectives.fixed and not isinstance(loader, GlobalOrder):
+        raise ValueError(
+            f"replicas that come and go share the steps of a GlobalOrder: a {type(loader).__name__} knows nothing of "
+            f"those that are there; use adabatch.GlobalOrder(dataset)"
+        )
     if isinstance(loader, GlobalOrder):
         return OrderPasses(loader, collectives, weigh=weigh, largest=largest)
     if grows_micro_batch:
@@ -187,15 +194,15 @@ def passes_over(
 
 
 def weighed(feed: Feed, weigh: Callable[[Any], float] | None, collectives: Collectives) -> Feed:
-    """The feed with micro-batches that count for what ``weigh`` says, if it is given."""
+    """The feed, with micro-batches weighted by ``weigh`` if it is given."""
     return feed if weigh is None else LossWeightedFeed(feed, weigh, collectives)
 
 
 def check_fits(size: int, order: GlobalOrder) -> None:
-    """That a batch holds no example of the data set twice.
+    """Checks that a batch does not hold an example of the data set twice.
 
     Raises:
-        ValueError: it would.
+        ValueError: if it would.
     """
     if size > len(order):
         raise ValueError(
@@ -205,10 +212,10 @@ def check_fits(size: int, order: GlobalOrder) -> None:
 
 
 def check_loader(loader: Iterable[Any], micro_batch_size: int) -> None:
-    """That a ``DataLoader`` gives micro-batches of the size that the plan counts with.
+    """Checks that a ``DataLoader`` yields micro-batches of the size that the plan assumes.
 
     Raises:
-        ValueError: it gives others.
+        ValueError: if it does not.
     """
     if isinstance(loader, DataLoader) and loader.batch_size not in (None, micro_batch_size):
         raise ValueError(

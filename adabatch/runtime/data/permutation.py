@@ -1,6 +1,6 @@
-"""Pseudo-random numbers and permutations that are functions of a place: nothing is stored, any place costs the same.
+"""Pseudo-random numbers and permutations as functions of a place: nothing is stored, and any place costs the same.
 
-So an order of a thousand million examples takes no memory, and a resume in its middle computes nothing twice.
+An order of a billion examples therefore takes no memory, and a run that resumes in its middle computes nothing twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 
 ROUNDS = 8
-"""Of the Feistel network. Four make it pseudo-random (Luby and Rackoff 1988); small sets need more to mix well."""
+"""Rounds of the Feistel network. Four are pseudo-random (Luby and Rackoff 1988); small sets need more to mix well."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -59,11 +59,11 @@ class Permutation:
         self._keys = [np.uint64(key_of(key, number)) for number in range(ROUNDS)]
 
     def __call__(self, places: Integers) -> Integers:
-        """What stands at ``places``; of the same shape."""
+        """The values at ``places``; of the same shape."""
         return self._walked(places, backwards=False)
 
     def inverse(self, values: Integers) -> Integers:
-        """At which places ``values`` stand; of the same shape."""
+        """The places of ``values``; of the same shape."""
         return self._walked(values, backwards=True)
 
     def _walked(self, places: Integers, *, backwards: bool) -> Integers:

@@ -1,4 +1,4 @@
-"""What a step is given: this rank's micro-batches, and how many examples they hold."""
+"""The data of a step: this rank's micro-batches, and how many examples they hold."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from adabatch.batch.plan import BatchPlan
 
 
 class LossWeights(NamedTuple):
-    """How much micro-batches count for in the step's gradient, in one unit.
+    """Weights of micro-batches in the step's gradient, all in one unit.
 
     Args:
-        of_each: micro-batch of this rank.
-        total: of all ranks and micro-batches.
+        of_each: the weight of each micro-batch of this rank.
+        total: sum of the weights of all micro-batches of all ranks.
     """
 
     of_each: Sequence[float]
@@ -23,14 +23,14 @@ class LossWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Portion:
-    """What one step takes on this rank.
+    """The data of one step on this rank.
 
     Args:
         batches: the micro-batches, to be iterated once.
         sizes: examples in each, known before the first is run.
         num_examples: examples of the whole step, over all ranks.
-        weights: of the micro-batches in the step's gradient, where those are not their examples.
-        plan: what the step is made of, where it is not what was planned.
+        weights: of the micro-batches in the step's gradient; None if they are weighted by their examples.
+        plan: the actual composition of the step, if it differs from the planned one.
     """
 
     batches: Iterable[Any]
@@ -41,12 +41,12 @@ class Portion:
 
 
 class Feed(Protocol):
-    """Hands out the portions of steps; None when the pass over the data is over, on all ranks at once."""
+    """Gives the portions of steps; None at the end of a pass over the data, on all ranks at once."""
 
     def take(self, plan: BatchPlan) -> Portion | None:
         """The portion of the next step."""
         ...
 
     def consumed(self, portion: Portion) -> None:
-        """The step has run: what it took counts as seen."""
+        """The step has run: its examples count as seen."""
         ...

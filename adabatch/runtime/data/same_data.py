@@ -1,11 +1,11 @@
-"""Ranks that train on the same examples, found by the micro-batches themselves.
+"""Finds ranks that train on the same examples, from the micro-batches themselves.
 
-A ``DataLoader`` without a ``DistributedSampler`` gives each rank of a job the same examples, in the same order where it
-does not shuffle or the ranks are seeded alike. Then a step of n ranks holds 1/n of the examples that it seems to hold,
-and the gradients of the ranks do not differ, so that the noise comes out too small, or 0. Nothing fails.
+A ``DataLoader`` without a ``DistributedSampler`` gives each rank of a job the same examples, and in the same order if
+it does not shuffle or the ranks have the same seed. A step of n ranks then holds only 1/n of the examples that it seems
+to hold, and the gradients of the ranks do not differ, so that the estimated noise is too small, or 0. Nothing fails.
 
-At the first step of a pass each rank sums its micro-batches up in 48 bits. Ranks with the same sum compare again, all
-of their data this time, so that an error is never a coincidence of what was looked at.
+In the first step of a pass each rank computes a digest of 48 bits of a sample of its micro-batches. Ranks with the same
+digest compare all of their data, so that an error cannot come from a coincidence in the sample.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import Tensor
 
 from adabatch.runtime.collectives import Collectives
 
-# Numbers of a tensor that are looked at first: enough to tell any two micro-batches apart, and read in far less time
-# than a forward takes. All are, where ranks seem to hold the same.
+# Numbers of a tensor in the sample: enough to distinguish any two micro-batches, and read in far less time than a
+# forward takes. All numbers are read only if the samples of two ranks are equal.
 _GLANCE = 4096
 
 _NOTHING = -1.0
 
 
 def check_different(batches: Sequence[Any], collectives: Collectives) -> None:
-    """Raises, on all ranks at once, where some of them hold the same micro-batches to the bit.
+    """Raises an error on all ranks at once, if some of them hold the same micro-batches to the bit.
 
-    It takes a reduction of 8 bytes per rank. Data that says nothing is passed over: a rank whose examples or whose
-    micro-batches are all the same (the constant data of a benchmark, one batch that is learned by heart), and
-    micro-batches in which there is nothing that can be compared.
+    It takes a reduction of 8 bytes per rank. Some data is not checked: that of a rank whose examples or micro-batches
+    are all the same (the constant data of a benchmark, or one batch that is learned by heart), and micro-batches
+    without anything that can be compared.
 
     Args:
         batches: this rank's micro-batches of one step.
@@ -45,7 +45,7 @@ def check_different(batches: Sequence[Any], collectives: Collectives) -> None:
         return
     for limit in (_GLANCE, None):
         mine = _digest(batches, limit)
-        # A sum in which each rank has a place of its own, since ranks in a grid of groups can gather nothing.
+        # A sum with one entry per rank instead of a gather, which a grid of groups does not have.
         digests = collectives.sum_of(*(mine * (rank == collectives.rank) for rank in range(collectives.size)))
         alike = [rank for rank, digest in enumerate(digests) if digest != _NOTHING and digests.count(digest) > 1]
         if not alike:
@@ -59,10 +59,10 @@ def check_different(batches: Sequence[Any], collectives: Collectives) -> None:
 
 
 def _digest(batches: Sequence[Any], limit: int | None) -> float:
-    """48 bits of the micro-batches, exact in float64; ``_NOTHING`` where they say nothing of what others hold."""
+    """A digest of 48 bits of the micro-batches, exact in float64; ``_NOTHING`` if they cannot be compared."""
     try:
         return _sum_up(batches, limit)
-    except Exception:  # of a tensor or class that cannot be read; other ranks wait for an answer
+    except Exception:  # of a tensor or class that cannot be read; the other ranks wait for this rank's digest
         return _NOTHING
 
 
@@ -74,7 +74,7 @@ def _sum_up(batches: Sequence[Any], limit: int | None) -> float:
 
 
 def _leaves(entry: Any) -> Iterator[Any]:
-    """Tensors, arrays, numbers and text in a micro-batch, those in objects of classes of its own too."""
+    """Tensors, arrays, numbers and text in a micro-batch, including those in objects of custom classes."""
     if isinstance(entry, Tensor | np.ndarray | str | bytes | int | float):
         yield entry
     elif isinstance(entry, Mapping):
@@ -101,12 +101,12 @@ def _bytes_of(batch: Any, limit: int | None) -> Iterator[bytes]:
 
 
 def _host(tensor: Tensor, limit: int | None) -> Tensor:
-    """Its numbers, or some of them from all over it, in host memory; shape (n,)."""
+    """Its numbers, or an evenly spaced sample of them, in host memory; shape (n,)."""
     tensor = tensor.detach()
     if tensor.layout != torch.strided:
         tensor = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.to_dense()
     flat = tensor.reshape(-1)
-    return flat[:: _stride(flat.numel(), limit)].contiguous().cpu()  # host sync where data lies on an accelerator
+    return flat[:: _stride(flat.numel(), limit)].contiguous().cpu()  # host sync if the data is on an accelerator
 
 
 def _stride(count: int, limit: int | None) -> int:
@@ -114,13 +114,13 @@ def _stride(count: int, limit: int | None) -> int:
 
 
 def _varies(batch: Any) -> bool:
-    """Whether anything in a micro-batch differs from example to example, as far as a glance tells."""
+    """Whether anything in the sample of a micro-batch differs from example to example."""
     words: set[object] = set()
     for leaf in _leaves(batch):
         if isinstance(leaf, Tensor | np.ndarray):
             rows = torch.as_tensor(leaf).detach()
             if rows.layout != torch.strided or (rows.ndim and rows.size(0) == 1 and rows.numel()):
-                return True  # a single example can be compared with those of other ranks only
+                return True  # a single example can only be compared with those of other ranks
             if rows.ndim and rows.numel():
                 some = rows[:64].flatten(1) if rows.ndim > 1 else rows[:64, None]
                 if not bool((some == some[:1]).all()):

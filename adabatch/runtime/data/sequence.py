@@ -11,14 +11,14 @@ from adabatch.runtime.data.permutation import Integers
 from adabatch.runtime.data.shuffles import Epoch, FullShuffle, InOrder, ScatteredShuffle, Shuffle
 
 IN_MEMORY = 2**24
-"""Examples up to which ``shuffle=True`` draws a permutation in memory: 128 MiB an epoch."""
+"""Examples up to which ``shuffle=True`` draws a permutation in memory: 128 MiB per epoch."""
 
 
 def shuffle_of(choice: bool | Shuffle, num_examples: int) -> Shuffle:
-    """The shuffle that a user's ``shuffle=`` means.
+    """The shuffle for a user's ``shuffle=``.
 
     Raises:
-        TypeError: neither a bool nor a shuffle.
+        TypeError: if it is neither a bool nor a shuffle.
     """
     if isinstance(choice, bool):
         if not choice:
@@ -30,15 +30,15 @@ def shuffle_of(choice: bool | Shuffle, num_examples: int) -> Shuffle:
 
 
 class Subset:
-    """Some examples of a data set; the others do not exist for the order.
+    """Some examples of a data set; the order ignores the others.
 
     Args:
         indices: their numbers in the data set, each once; a ``range`` takes no memory.
         num_examples: examples in the data set.
 
     Raises:
-        ValueError: no example, or one that the data set does not have, or one twice.
-        TypeError: something else than whole numbers, such as a mask.
+        ValueError: if there is no example, one that the data set does not have, or one twice.
+        TypeError: if they are not whole numbers, such as a mask.
     """
 
     def __init__(self, indices: Sequence[int], num_examples: int) -> None:
@@ -78,7 +78,7 @@ class Subset:
 
 
 class ExampleSequence:
-    """Which example stands at place g: the one at place ``g % length`` of epoch ``g // length``.
+    """Which example is at place g: the one at place ``g % length`` of epoch ``g // length``.
 
     Args:
         num_examples: examples in the data set.
@@ -113,7 +113,7 @@ class ExampleSequence:
         return found if self._subset is None else self._subset.at(found)
 
     def _epoch(self, epoch: int) -> Epoch:
-        """At most two are held, as micro-batches cross from one into the next."""
+        """The order of an epoch; two are cached, because micro-batches cross from one epoch into the next."""
         if epoch not in self._epochs:
             self._epochs = {number: order for number, order in self._epochs.items() if number == epoch - 1}
             self._epochs[epoch] = self._shuffle.epoch(self._taking_part, seed=self.seed, epoch=epoch)

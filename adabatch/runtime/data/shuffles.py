@@ -1,4 +1,4 @@
-"""In which order the examples of an epoch come: all from a seed and the number of the epoch, the same on every rank."""
+"""The order of the examples in an epoch: a function of a seed and the number of the epoch, the same on every rank."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Epoch = Callable[[int, int], Integers]
 
 @runtime_checkable
 class Shuffle(Protocol):
-    """A way to order the examples of an epoch. A function of seed and epoch: it holds nothing that moves.
+    """A way to order the examples of an epoch. A function of seed and epoch, without state.
 
     Attributes:
-        name: what tells its orders from those of another; saved with the place in the data, and compared at loading.
+        name: identifies the kind of order; saved with the place in the data, and compared at loading.
     """
 
     @property
@@ -61,10 +61,10 @@ class InOrder:
 
 @dataclass(frozen=True)
 class FullShuffle:
-    """A uniformly random permutation, drawn by ``torch.randperm``: 8 bytes an example on every rank.
+    """A uniformly random permutation, drawn by ``torch.randperm``: 8 bytes per example on every rank.
 
-    What ``shuffle=True`` means up to 16,777,216 examples. torch promises the same draws on all machines for one of its
-    versions; a run that is to be resumed across versions is safer with a ``ScatteredShuffle``.
+    ``shuffle=True`` uses it up to 16,777,216 examples. torch guarantees the same draws on all machines for one of its
+    versions; use a ``ScatteredShuffle`` for a run that will be resumed across versions.
     """
 
     @property
@@ -84,11 +84,11 @@ class FullShuffle:
 
 @dataclass(frozen=True)
 class ScatteredShuffle:
-    """A pseudo-random permutation in constant memory; what ``shuffle=True`` means above 16,777,216 examples.
+    """A pseudo-random permutation in constant memory; ``shuffle=True`` uses it above 16,777,216 examples.
 
-    Each place is computed by itself (a Feistel network of 8 rounds), so neither the size of the data set nor a resume
-    costs anything. Neighbours in the order lie anywhere in the data set, which is what the noise of the gradient needs,
-    and what storage that reads in long stretches does not like: see ``BlockShuffle``.
+    Each place is computed independently (a Feistel network of 8 rounds), so neither the size of the data set nor a
+    resume costs anything. Neighbours in the order lie anywhere in the data set, which the measurement of the noise
+    needs, but which is slow on storage that reads in long stretches: see ``BlockShuffle``.
     """
 
     @property
@@ -111,21 +111,20 @@ class BlockShuffle:
     """Blocks of neighbouring examples in random order, a few of them shuffled into each other; constant memory.
 
     For storage that reads in stretches (shards, memory maps, disks). The data set is cut into blocks of ``size``
-    examples, the last of which may be shorter. The blocks are permuted, and each ``mixed`` that follow each other are
-    shuffled together, example by example; so at any time reading moves inside ``mixed`` blocks.
+    examples, the last of which may be shorter. The blocks are permuted, and every ``mixed`` consecutive blocks are
+    shuffled together, example by example, so that reading stays within ``mixed`` blocks at any time.
 
-    It mixes less than the other shuffles. Where neighbours in the data set are alike (sorted by class, document or
-    day), so are the examples of a batch, and the noise that is measured in it is not that of the whole data set: choose
-    ``mixed`` so large that ``mixed`` random blocks represent the data set, and ``size * mixed`` several times the
-    largest batch.
+    It mixes less than the other shuffles. If neighbours in the data set are similar (sorted by class, document or
+    day), so are the examples of a batch, and the noise in the batch is not that of the whole data set: choose ``mixed``
+    so large that ``mixed`` random blocks represent the data set, and ``size * mixed`` several times the largest batch.
 
     Args:
         size: examples in a block.
         mixed: blocks that are shuffled together.
 
     Raises:
-        ValueError: a number below 1, or above 2^40.
-        TypeError: one that is not whole.
+        ValueError: if a number is below 1, or above 2^40.
+        TypeError: if a number is not whole.
     """
 
     size: int
@@ -151,8 +150,7 @@ class BlockShuffle:
 
 
 class _Blocks:
-    """One epoch of a ``BlockShuffle``: windows of ``mixed`` blocks, of which one holds the shorter block, and the last
-    may hold fewer."""
+    """One epoch of a ``BlockShuffle``: windows of ``mixed`` blocks, one of which contains the shorter block."""
 
     def __init__(self, num_examples: int, size: int, mixed: int, *, seed: int, epoch: int) -> None:
         self._num_examples = num_examples
@@ -162,8 +160,8 @@ class _Blocks:
         self._key = key_of(seed, epoch)
         self._num_blocks = -(-num_examples // size)
         self._blocks = Permutation(self._num_blocks, key=self._key)
-        self._lacking = self._num_blocks * size - num_examples  # examples that the last block is short of
-        self._short = int(self._blocks.inverse(np.array([self._num_blocks - 1]))[0])  # where it stands
+        self._lacking = self._num_blocks * size - num_examples  # examples missing in the last block
+        self._short = int(self._blocks.inverse(np.array([self._num_blocks - 1]))[0])  # its place after the permutation
 
     def _begin(self, window: int) -> int:
         """The first place of a window."""
@@ -187,12 +185,12 @@ class _Blocks:
         """The examples at places of a window, counted from its begin."""
         places = Permutation(length, key=key_of(self._key, window))(places)
         short = self._short - window * self._mixed
-        if 0 <= short < self._mixed:  # what stands behind the shorter block moves up to where it would be full
+        if 0 <= short < self._mixed:  # blocks after the shorter one are shifted, as if that block were full
             places[places >= (short + 1) * self._size - self._lacking] += self._lacking
         number, offset = np.divmod(places, self._size)
         return self._blocks(window * self._mixed + number) * self._size + offset
 
 
 def generator(seed: int, stream: int) -> torch.Generator:
-    """torch's random numbers for a seed: one stream an epoch, and negative ones for loading processes."""
+    """torch's random numbers for a seed: one stream per epoch, and negative streams for loading processes."""
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + stream) % 2**63)

@@ -1,4 +1,4 @@
-"""Examples that come more often, or sooner, than others."""
+"""A shuffle in which some examples come more often, or earlier, than others."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from adabatch.runtime.data.permutation import Integers, key_of, uniforms
 from adabatch.runtime.data.shuffles import Epoch
 
 MOST_DRAWS = 2**40
-"""In an epoch; above any data set."""
+"""Most draws per epoch; more than any data set needs."""
 
 
 class WeightedShuffle:
     """Draws examples with probabilities proportional to weights, with or without replacement.
 
-    With replacement, every place of the order is a draw of its own: example ``i`` comes with probability
-    ``w_i / sum(w)``, in an epoch of ``n`` places ``n w_i / sum(w)`` times on average; some come twice, some not at all.
+    With replacement, every place of the order is an independent draw: example ``i`` has probability ``w_i / sum(w)``,
+    and comes ``n w_i / sum(w)`` times on average in an epoch of ``n`` places; some come twice, some not at all.
 
     Without replacement, no example comes twice in an epoch: each place is drawn with probabilities proportional to the
-    weights of those that are left. An epoch over all examples holds each once, the heavy ones early; one over fewer
+    weights of the remaining examples. An epoch over all examples holds each once, the heavy ones early; a shorter epoch
     (``length=``) is a weighted choice.
 
-    An example of weight 0 never comes. Both take 8 bytes an example on every rank, as the weights do.
+    An example of weight 0 never comes. Both take 8 bytes per example on every rank, as the weights do.
 
     Args:
-        weights: one for each example (of the subset, where there is one), shape (num_examples,).
+        weights: one per example (of the subset, if there is one), shape (num_examples,).
         replacement: see above.
-        length: places in an epoch; by default as many as there are examples (without replacement, of weight above 0).
+        length: places in an epoch; by default the number of examples (without replacement, of weight above 0).
 
     Raises:
-        ValueError: weights that are negative or not finite, or all 0; an epoch longer than there are examples to draw.
+        ValueError: if weights are negative, not finite, or all 0, or an epoch is longer than the number of examples
+            that can be drawn.
 
     Source: Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir" (keys without replacement).
     """
@@ -69,7 +70,7 @@ class WeightedShuffle:
         """Places in an epoch.
 
         Raises:
-            ValueError: another number of examples than of weights.
+            ValueError: if the number of examples differs from that of the weights.
         """
         if num_examples != len(self._weights):
             raise ValueError(
@@ -91,7 +92,8 @@ class WeightedShuffle:
         return lambda begin, end: order[begin:end]
 
     def _race(self, key: int) -> Integers:
-        """Each example arrives after an exponential time of rate w_i; the first to arrive is i with w_i / sum(w)."""
+        """Each example gets an exponential time of rate w_i; the shortest is that of i with probability w_i /
+        sum(w)."""
         with np.errstate(divide="ignore", invalid="ignore"):  # weights of 0
             times = -np.log1p(-uniforms(key, np.arange(len(self._weights)))) / self._weights
         times[self._weights == 0] = np.inf

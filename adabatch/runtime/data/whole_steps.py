@@ -1,4 +1,4 @@
-"""Steps whose size is imposed from outside: each item of the data is everything that one step takes."""
+"""Steps whose size is given from outside: each item of the data contains all micro-batches of one step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adabatch.runtime.data.portions import Portion
 
 
 class WholeSteps:
-    """Data that comes step by step, such as the rollouts of reinforcement learning; given to ``AdaptiveBatch.steps``.
+    """Data that comes in steps, such as the rollouts of reinforcement learning; passed to ``AdaptiveBatch.steps``.
 
     ::
 
@@ -25,10 +25,10 @@ class WholeSteps:
                 step.backward(loss_of(batch))
             optimizer.step(); optimizer.zero_grad()
 
-    How many examples a step has is then what its micro-batches hold, on all ranks together: the loss, the gradient, the
-    noise, the progress and the learning rate go by that number, and ``step.plan`` says it. The plan of
-    ``AdaptiveBatch`` is advice: ``batches.plan.global_batch_size`` is how many examples the criterion would take next.
-    An item is asked for when its step begins, after the update of the step before.
+    The size of a step is then the number of examples in its micro-batches, over all ranks. The loss, the gradient, the
+    noise, the progress and the learning rate use that number, and it is in ``step.plan``. The plan of ``AdaptiveBatch``
+    is only advice: ``batches.plan.global_batch_size`` is how many examples the criterion would take next. An item is
+    requested when its step begins, after the update of the step before.
 
     Args:
         steps: yields, for each step, a list of this rank's micro-batches, of at most ``micro_batch_size`` examples
@@ -43,9 +43,9 @@ class WholeSteps:
 
 
 class WholeStepsFeed:
-    """Portions that are what comes, whatever the plan: one pass over ``WholeSteps``.
+    """Portions as the data gives them, whatever the plan: one pass over ``WholeSteps``.
 
-    The ranks agree on what a step holds, in 40 bytes. Where the data of one rank ends, the pass ends on all.
+    The ranks agree on the size of a step, in 40 bytes. If the data of one rank ends, the pass ends on all ranks.
 
     Args:
         data: the steps.
@@ -98,7 +98,7 @@ class WholeStepsFeed:
         return Portion([batch for batch, _ in found], sizes, int(num_examples), plan=plan)
 
     def _next(self) -> tuple[list[tuple[Any, int]] | None, Exception | None]:
-        """The next item with the sizes of its micro-batches, None at the end; or what the user's code raised."""
+        """The next item with the sizes of its micro-batches, None at the end; or an error of the user's code."""
         assert self._items is not None
         try:
             item = next(self._items, None)
@@ -107,7 +107,7 @@ class WholeStepsFeed:
             return None, error
 
     def _wrong(self, found: list[Any] | None, sizes: list[int], plan: BatchPlan) -> Exception | None:
-        """What cannot be run about a step of this rank."""
+        """Why a step of this rank cannot be run; None if it can."""
         if found is None:
             return None
         if not sizes:
@@ -123,4 +123,4 @@ class WholeStepsFeed:
         return None
 
     def consumed(self, portion: Portion) -> None:
-        """Nothing to note: the place of the data is its own."""
+        """Nothing to do: the data keeps its own place."""

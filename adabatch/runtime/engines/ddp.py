@@ -32,6 +32,7 @@ class DDPEngine(Engine):
                 "micro-batch, and save no memory: leave it out"
             )
         super().__init__(model, collectives_of(model), backward)
+        # torch.compile may be outside of DDP, which alone has no_sync and the switch.
         inner = uncompiled(model)
         assert isinstance(inner, DistributedDataParallel)
         self._ddp = inner
@@ -61,6 +62,7 @@ class DDPEngine(Engine):
     def alone(self) -> Iterator[None]:
         """Bypasses DDP's own forward, which broadcasts buffers, for which all ranks are needed."""
         module = self._ddp.module
+        # On the instance, and removed afterwards: the class keeps its forward for other models.
         vars(self._ddp)["forward"] = lambda *inputs, **options: module(*inputs, **options)
         try:
             yield

@@ -63,6 +63,9 @@ class Engine(ABC):
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
+    def before_step(self) -> None:  # noqa: B027  (most engines do nothing then)
+        """Called before a step is planned and taken from the data. The host may load another state of the run in it."""
+
     def begin(self, plan: BatchPlan) -> None:  # noqa: B027  (most engines do nothing then)
         """Called before the first micro-batch of a step with this plan."""
 
@@ -75,10 +78,10 @@ class Engine(ABC):
         return self.no_sync()
 
     def switched_off(self, *, last: bool) -> str | None:
-        """What keeps the backward to come from reducing, though it has to; None where nothing does.
+        """The switch that keeps the next backward from reducing although it has to; None if there is none.
 
         Args:
-            last: the backward is that of a step's last micro-batch.
+            last: whether the backward is that of a step's last micro-batch.
         """
         return None
 
@@ -93,8 +96,12 @@ class Engine(ABC):
             weight: of this rank's micro-batches: their number of examples, or what ``steps(weigh=)`` returned.
         """
 
+    def commits(self) -> bool:
+        """Whether the step counts, asked once its gradient is measured. One that does not is as if it had not been."""
+        return True
+
     def inner_loop_ended(self) -> None:  # noqa: B027  (most engines do nothing then)
-        """Called when a step's micro-batches have been run, after its decision if its gradient is reduced by then."""
+        """Called after a step's micro-batches, and after its decision if its gradient is reduced by then."""
 
     def steps_alone(self) -> bool:
         """Whether the next step uses this rank's own gradient instead of the mean over the ranks."""

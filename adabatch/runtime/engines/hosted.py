@@ -1,4 +1,4 @@
-"""An engine inside a host, which is told where a step stands."""
+"""An engine inside a host, which it informs about the progress of a step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from adabatch.runtime.probes.protocol import Probe, ProbeOptions
 
 @final
 class HostedEngine(Engine):
-    """Does what another engine does, and tells a host what it counts by itself otherwise.
+    """Behaves as another engine, and tells the host what the host would otherwise count itself.
 
     Args:
         inner: how the model runs.
         synchronizes: called before each micro-batch of a step, with whether the step ends with it.
-        ended: called when a step's micro-batches have been run and, if its gradient is reduced by then, it has been
-            decided: a host whose update follows the last backward by itself makes it here.
+        ended: called after a step's micro-batches and, if its gradient is reduced by then, after its decision. A host
+            that updates by itself after the last backward does so here.
     """
 
     def __init__(self, inner: Engine, *, synchronizes: Callable[[bool], None], ended: Callable[[], None]) -> None:
@@ -37,11 +37,17 @@ class HostedEngine(Engine):
         self._ended = ended
 
     def inner_model(self) -> nn.Module:
-        """That of the inner engine, as everything below."""
+        """That of the inner engine, like everything below."""
         return self._inner.inner_model()
 
     def trained(self, optimizer: Optimizer) -> list[Tensor]:
         return self._inner.trained(optimizer)
+
+    def before_step(self) -> None:
+        self._inner.before_step()
+
+    def commits(self) -> bool:
+        return self._inner.commits()
 
     def begin(self, plan: BatchPlan) -> None:
         """Also tells the host: a step of one micro-batch never enters ``no_sync``."""

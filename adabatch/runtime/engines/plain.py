@@ -15,10 +15,10 @@ from adabatch.runtime.probes.protocol import Probe, ProbeOptions
 
 @final
 class PlainEngine(Engine):
-    """A model as it is, whose gradients nobody reduces."""
+    """A model without a wrapper, whose gradients are not reduced."""
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """Nothing to hold back."""
+        """An empty context: nothing is synchronized."""
         return nullcontext()
 
     def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:

@@ -1,1 +1,1 @@
-"""Who this process is, under each launcher: the only readers of its environment variables; and MPI."""
+"""Rank and world size of this process under each launcher: the only readers of their variables; and MPI."""

@@ -1,4 +1,4 @@
-"""What launchers say in the environment: who this process is, in the words of each of them. Pure: reads a mapping."""
+"""Rank and world size of this process from the variables of each launcher. Pure: reads a mapping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MPI = "mpiexec"
 """Any MPI's launcher."""
 
 BY_HAND = "the caller"
-"""Who set torchrun's variables where torchrun did not."""
+"""The source of torchrun's variables if torchrun did not set them."""
 
 MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # Open MPI
@@ -22,23 +22,23 @@ MPI_VARIABLES = (
 
 
 class ProcessPlace(NamedTuple):
-    """A number among so many."""
+    """A rank and the number of ranks."""
 
     rank: int
     size: int
 
 
 class Claim(NamedTuple):
-    """What one launcher says.
+    """The information from one launcher.
 
     Args:
         launcher: its name.
         place: of this process among all that it started.
         local_rank: number of this process on its node, from 0.
-        variables: where that stands, for messages.
-        node: of a launcher that itself runs once a node (torchrun, deepspeed): the place of that node. An outer
-            launcher, which starts one such launcher a node, is then right to say this.
-        address: "host:port" where the processes can meet; None where ``MASTER_ADDR`` and ``MASTER_PORT`` say it.
+        variables: their names, for messages.
+        node: for a launcher that runs once per node (torchrun, deepspeed): the place of that node. An outer launcher
+            that starts one such launcher per node gives this place.
+        address: "host:port" where the processes can meet; None if ``MASTER_ADDR`` and ``MASTER_PORT`` give it.
     """
 
     launcher: str
@@ -53,10 +53,10 @@ class Claim(NamedTuple):
 
 
 def torch_claim(environment: Environment) -> Claim | None:
-    """What torchrun says, the deepspeed launcher, or a person who sets the same variables.
+    """The claim of torchrun, the deepspeed launcher, or a user who sets the same variables.
 
     Raises:
-        ValueError: variables that are incomplete or not numbers.
+        ValueError: if variables are incomplete or not numbers.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
@@ -71,10 +71,10 @@ def torch_claim(environment: Environment) -> Claim | None:
 
 
 def mpi_claim(environment: Environment) -> Claim | None:
-    """What ``mpiexec`` says; mpi4py says it better, but importing it starts MPI.
+    """The claim of ``mpiexec``. mpi4py is more reliable, but importing it starts MPI.
 
     Raises:
-        ValueError: variables that are incomplete or not numbers.
+        ValueError: if variables are incomplete or not numbers.
     """
     for names in MPI_VARIABLES:
         if names[1] in environment:
@@ -83,14 +83,13 @@ def mpi_claim(environment: Environment) -> Claim | None:
 
 
 def slurm_claim(environment: Environment) -> Claim | None:
-    """What ``srun`` says. The batch script of ``sbatch`` is no task of a step, and is one process.
+    """The claim of ``srun``. The batch script of ``sbatch`` is not a task of a step, and is one process.
 
-    The ranks meet on the first node of the step, where ``srun`` puts rank 0 unless told otherwise (over the loopback
-    where there is one node), at a port that follows from the job's number; ``MASTER_ADDR`` and ``MASTER_PORT`` overrule
-    either.
+    The ranks meet on the first node of the step, where ``srun`` puts rank 0 by default (over the loopback if there is
+    one node), at a port that is computed from the number of the job; ``MASTER_ADDR`` and ``MASTER_PORT`` override both.
 
     Raises:
-        ValueError: variables that are incomplete or not numbers.
+        ValueError: if variables are incomplete or not numbers.
     """
     if "SLURM_STEP_NUM_TASKS" not in environment:
         return None
@@ -104,9 +103,9 @@ def slurm_claim(environment: Environment) -> Claim | None:
 
 
 def job_named(environment: Environment) -> str | None:
-    """The launcher's name for a job that it starts again, the same after a restart; None where it has none.
+    """The launcher's name for a job, which is the same after a restart; None if it has none.
 
-    torchrun's is ``--rdzv-id``, and "none" unless that is given; Slurm's is the job's number, also after a requeue.
+    For torchrun it is ``--rdzv-id`` ("none" by default), for Slurm the number of the job, also after a requeue.
     """
     names = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
     found = [f"{name}={environment[name]}" for name in names if environment.get(name, "none") not in ("", "none")]
@@ -122,7 +121,7 @@ def first_host(nodes: str) -> str:
 
 
 def _slurm_port(environment: Environment) -> int:
-    """Another one for each job and step, below the ports that Linux hands out by itself."""
+    """A port that differs between jobs and steps, below the range from which Linux assigns ports."""
     job, step = (re.sub(r"\D", "", environment.get(name, "")) or "0" for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return 12_000 + (131 * int(job) + int(step)) % 20_000
 

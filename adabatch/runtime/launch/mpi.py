@@ -1,4 +1,4 @@
-"""MPI by mpi4py, as far as a launched process asks it who it is. Imported where it is needed: its import starts MPI."""
+"""MPI by mpi4py, to find the rank of a process. Imported only when it is needed, because the import starts MPI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def started_mpi() -> Any:
     """mpi4py's MPI; its first import starts it.
 
     Raises:
-        ValueError: mpi4py is not installed, or finds no MPI.
+        ValueError: if mpi4py is not installed, or finds no MPI.
     """
     try:
         from mpi4py import MPI
@@ -27,7 +27,7 @@ def started_mpi() -> Any:
 
 
 class Communicator:
-    """The processes of ``mpiexec``, and the few questions that they ask each other before anything else is there.
+    """The processes of ``mpiexec``, with the few exchanges that are needed before there is a process group.
 
     Args:
         comm: mpi4py's communicator.
@@ -58,7 +58,7 @@ def world_communicator(said: Claim) -> Communicator:
     """All processes of ``mpiexec``.
 
     Raises:
-        ValueError: see ``started_mpi``; or MPI knows of another number of them than ``mpiexec`` said, since mpi4py runs
+        ValueError: see ``started_mpi``; or if MPI has another number of processes than ``mpiexec``, because mpi4py runs
             another MPI.
     """
     mpi = started_mpi()
@@ -75,6 +75,6 @@ def world_communicator(said: Claim) -> Communicator:
 def abort_at_exit() -> None:
     """Ends all processes of ``mpiexec`` when this one ends.
 
-    For a rank that failed: MPI waits at the end of each process for all others, which may wait for this one.
+    For a rank that failed: at the end of a process MPI waits for all others, which may be waiting for this one.
     """
     atexit.register(started_mpi().COMM_WORLD.Abort, 1)

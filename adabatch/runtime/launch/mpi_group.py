@@ -1,7 +1,6 @@
 """A backend of ``torch.distributed`` that carries collectives over MPI, by mpi4py.
 
-As a backend it serves whatever calls ``torch.distributed``: the statistics of a step, DDP, averaging between local
-steps.
+As a backend it works for everything that calls ``torch.distributed``: the statistics of a step, DDP, and local SGD.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ BACKEND = "mpi4py"
 """Its name in ``torch.distributed.init_process_group``."""
 
 SPIN_S = 1e-3
-"""How long a rank asks without a pause whether a collective is over, before it lets others have the core."""
+"""How long a rank polls for the end of a collective without a pause, before it yields the core to other processes."""
 
 
 def connect(*, rank: int, size: int, timeout: timedelta) -> None:
     """Makes the default process group of ``torch.distributed``, over MPI.
 
     Raises:
-        ValueError: see ``started_mpi``; or the job was not started by ``mpiexec`` with ``size`` processes.
+        ValueError: see ``started_mpi``; or if the job was not started by ``mpiexec`` with ``size`` processes.
     """
     comm = started_mpi().COMM_WORLD
     if (comm.rank, comm.size) != (rank, size):
@@ -43,13 +42,13 @@ def connect(*, rank: int, size: int, timeout: timedelta) -> None:
 
 
 def register() -> None:
-    """Tells ``torch.distributed`` of the backend; again is harmless."""
+    """Registers the backend in ``torch.distributed``; calling it again is harmless."""
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(BACKEND, _group_of, extended_api=True, devices=["cpu", "cuda"])
 
 
 def _group_of(options: Any, _: Any) -> MPIGroup:
-    """A process group for ``torch.distributed``: of all ranks, or of some, which all of those make together."""
+    """A process group for ``torch.distributed``, of all ranks or of some; its members create it together."""
     comm = started_mpi().COMM_WORLD
     ranks = list(options.global_ranks_in_group)
     if ranks and len(ranks) < comm.size:
@@ -67,19 +66,19 @@ class _Done(dist._Work):  # the name by which Python may derive from it
         self._future.set_result(result)
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """There is nothing to wait for."""
+        """Returns at once."""
         return True
 
     def is_completed(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def is_success(self) -> bool:
-        """A failure raised before."""
+        """True: a failure has raised an error before."""
         return True
 
     def result(self) -> list[Tensor]:
-        """What came out."""
+        """The tensors of the collective."""
         return self._result
 
     def get_future(self) -> Any:
@@ -90,8 +89,8 @@ class _Done(dist._Work):  # the name by which Python may derive from it
 class MPIGroup(dist.ProcessGroup):
     """Collectives of ``torch.distributed`` over MPI. Each runs to its end before it returns.
 
-    Tensors go through the host: those on an accelerator are copied there and back, 16-bit floats are added up in
-    float32. A rank that waits longer than ``timeout`` raises, and ends the job when it ends.
+    Tensors go through the host: those on an accelerator are copied there and back, and 16-bit floats are added up in
+    float32. A rank that waits longer than ``timeout`` raises an error, and ends the whole job when it exits.
 
     Args:
         comm: mpi4py's communicator.
@@ -167,7 +166,7 @@ class MPIGroup(dist.ProcessGroup):
         return _Done([])
 
     def shutdown(self) -> None:
-        """The communicator is MPI's to end."""
+        """Does nothing: MPI itself ends the communicator."""
 
     def _allreduce(self, tensor: Tensor, opts: Any) -> None:
         mpi, op = started_mpi(), dist.ReduceOp.SUM if opts is None else opts.reduceOp
@@ -186,7 +185,7 @@ class MPIGroup(dist.ProcessGroup):
         """Starts a collective and waits for its end.
 
         Raises:
-            RuntimeError: not all ranks were there in time.
+            RuntimeError: if not all ranks came within the timeout.
         """
         request = start(*buffers, **options)
         began = time.monotonic()

@@ -24,21 +24,21 @@ Backend = Literal["nccl", "gloo", "mpi4py"]
 
 
 def launcher_job(environment: Mapping[str, str] | None = None) -> str | None:
-    """What the launcher calls the job of this process, the same after a restart; None where it has no name for it."""
+    """The launcher's name for the job of this process, which is the same after a restart; None if it has none."""
     return job_named(os.environ if environment is None else environment)
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Where this process stands among those that were launched together.
+    """Rank and world size of this process among those that were launched together.
 
     Args:
         rank: number of this process, from 0.
-        size: how many there are.
+        size: number of processes.
         local_rank: number of this process on its node, from 0.
-        launcher: who started them.
-        address: "host:port" where they meet; None where the environment says it to torch.
-        backend: what carries their collectives; None for what suits the device.
+        launcher: the name of the launcher.
+        address: "host:port" where they meet; None if torch reads it from the environment.
+        backend: of their collectives; None for the default of the device.
     """
 
     rank: int = 0
@@ -50,21 +50,21 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> World:
-        """What the launcher says: torchrun, deepspeed, mpiexec or srun; one process where none says anything.
+        """The world of the launcher: torchrun, deepspeed, mpiexec or srun; one process if there is no launcher.
 
-        Launchers may be nested: one torchrun or deepspeed a node inside mpiexec or srun, or mpiexec inside srun. Under
-        mpiexec the ranks ask mpi4py. ``ADABATCH_BACKEND`` picks the backend.
+        Launchers may be nested: one torchrun or deepspeed per node inside mpiexec or srun, or mpiexec inside srun.
+        Under mpiexec the ranks are those of mpi4py. ``ADABATCH_BACKEND`` chooses the backend.
 
         Raises:
-            ValueError: variables that are incomplete, not numbers, or contradict each other; mpiexec without mpi4py, or
-                with an mpi4py that runs another MPI; an unknown backend.
+            ValueError: if variables are incomplete, not numbers, or contradict each other, if mpi4py is missing under
+                mpiexec or runs another MPI, or if the backend is unknown.
         """
         source = os.environ if environment is None else environment
         backend = _backend(source)
         torch_says, mpi_says, slurm_says = torch_claim(source), mpi_claim(source), slurm_claim(source)
         if mpi_says is not None and mpi_says.place.size > 1 and (torch_says is None or torch_says.node is None):
             if mpi_says.place == (slurm_says.place if slurm_says else None) and backend != MPI_BACKEND:
-                mpi_says = None  # srun speaks MPI's language too, to programs that may not be MPI's
+                mpi_says = None  # srun also sets MPI's variables, for programs that may not use MPI
             else:
                 return cls._of_mpi(source, mpi_says, [claim for claim in (torch_says, slurm_says) if claim])
         outer = [claim for claim in (mpi_says, slurm_says) if claim is not None]
@@ -85,7 +85,7 @@ class World:
 
     @classmethod
     def _of_mpi(cls, source: Mapping[str, str], said: Claim, others: list[Claim]) -> World:
-        """The ranks under mpiexec, as MPI itself counts them; all of them raise if one has a reason to."""
+        """The ranks under mpiexec, as MPI itself counts them; an error of one is raised on all."""
         communicator = world_communicator(said)
         found = said._replace(place=communicator.place, node=communicator.node)
         objections = [_objection(found, other) for other in others]
@@ -103,14 +103,14 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """The accelerator of this process where there is one, else the CPU."""
+        """The accelerator of this process if there is one, else the CPU."""
         if torch.cuda.is_available():
             return torch.device("cuda", self.local_rank % torch.cuda.device_count())
         return torch.device("cpu")
 
 
 def _objection(found: Claim, other: Claim) -> str:
-    """What is wrong with two claims about one process; nothing where they agree, or one runs inside the other."""
+    """What is wrong with two claims about one process; empty if they agree, or one launcher runs inside the other."""
     outer = other.place == found.node or (other.place.size == 1 and other.launcher != BY_HAND)
     if outer or other.place == found.place:
         return ""
@@ -128,7 +128,7 @@ def _backend(source: Mapping[str, str]) -> Backend | None:
 
 
 def _meeting_point(source: Mapping[str, str], communicator: Communicator) -> str:
-    """A free port on the node of rank 0, the same for all; over the loopback where there is one node."""
+    """A free port on the node of rank 0, the same for all; over the loopback if there is one node."""
     host = source.get("MASTER_ADDR") or ("127.0.0.1" if communicator.node.size == 1 else socket.gethostname())
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -140,11 +140,11 @@ def _meeting_point(source: Mapping[str, str], communicator: Communicator) -> str
 def connected(world: World, *, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Iterator[None]:
     """The default process group for the time of the block; nothing for a single process.
 
-    NCCL on CUDA, gloo elsewhere, and MPI (through mpi4py) where torch has neither or ``world.backend`` asks for it. A
-    rank that waits longer than ``timeout`` in a collective raises.
+    NCCL on CUDA, gloo elsewhere, and MPI (through mpi4py) if torch has neither or ``world.backend`` asks for it. A
+    rank that waits longer than ``timeout`` in a collective raises an error.
 
     Raises:
-        ValueError: a backend that this torch or this launcher does not have.
+        ValueError: if this torch or this launcher does not have the backend.
     """
     if world.size == 1:
         yield
@@ -169,11 +169,11 @@ def connected(world: World, *, device: torch.device, timeout: timedelta = timede
 
 
 def _end_threads_of_the_group() -> None:
-    """Joins the threads of a destroyed gloo group, whose models and loops are garbage by now.
+    """Joins the threads of a destroyed gloo group, by collecting the models and loops that refer to it.
 
-    Such a thread frees the tensors of the last collective, for which it needs the interpreter: if it comes to that
-    while the interpreter ends, it aborts the process (status -6) after all its work was done. The group ends its
-    threads when nothing refers to it any more, and what it was given to does so in cycles.
+    Such a thread frees the tensors of the last collective, for which it needs the interpreter. If it does so while the
+    interpreter ends, it aborts the process (status -6) after all its work was done. The group ends its threads when
+    nothing refers to it any longer, but models and loops refer to it in cycles.
     """
     gc.collect()
 

@@ -1,7 +1,7 @@
-"""Local SGD: workers step on their own and average now and then.
+"""Local SGD: workers take several steps on their own, and then average their parameters.
 
-``LocalSGD`` goes around a training loop; the rest are its options: how often (``Fixed``, ``Table``, ``Quadratic``), and
-what becomes of the average (``Average``, ``Nesterov``, ``SlowMo``).
+``LocalSGD`` goes around a training loop. The other classes are its options: how often to average (``Fixed``, ``Table``,
+``Quadratic``), and how to use the average (``Average``, ``Nesterov``, ``SlowMo``).
 """
 
 from adabatch.runtime.local_sgd.averaging import LocalSGD

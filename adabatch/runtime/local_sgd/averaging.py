@@ -62,10 +62,10 @@ class LocalSGD:
         sync_every: number of local steps in a round: an integer, or ``Fixed``, ``Table`` or ``Quadratic``.
         warmup: how long to average at every step first (post-local SGD). The outer optimizer and compression are off
             until it is over.
-        outer: what is done with the average: ``Average``, ``Nesterov`` (DiLoCo) or ``SlowMo``.
+        outer: the outer optimizer: ``Average``, ``Nesterov`` (DiLoCo) or ``SlowMo``.
         average_state: whether to average the optimizer's state too. This sends as many bytes again for momentum, and
             twice as many for Adam.
-        compression: how what is exchanged is encoded: "none", "bf16" or "int8". The latter two send the change since
+        compression: encoding of the exchange: "none", "bf16" or "int8". The latter two send the change since
             the round began, with error feedback.
         weights: "examples" weighs each worker in the average by the examples that it consumed in the round, if they are
             counted (``AdaptiveBatch`` counts them, or tokens if it weighs by tokens; otherwise call ``count``).
@@ -73,8 +73,8 @@ class LocalSGD:
         measure: when ``AdaptiveBatch`` measures the gradient: at the "first" local step of a round, when all workers
             hold the same parameters, or at the "last", as in Lau et al. 2024, when their drift counts as noise.
         spread: which parts are compared: "across" compares those of all workers, which needs the mean of their
-            gradients (as many bytes as one average). "within" compares those of each worker by itself, which sends a
-            few numbers only, and needs at least two micro-batches on each worker.
+            gradients (as many bytes as one average). "within" compares those of each worker separately, which sends
+            only a few numbers, and needs at least two micro-batches on each worker.
         workers: process group or one-dimensional mesh of the ranks that average with each other; by default all ranks.
 
     Raises:
@@ -130,7 +130,7 @@ class LocalSGD:
                 f"a number of steps as sync_every and outer=Average(), or give the optimizer a learning rate"
             )
         self._trained = TrainedParameters(model, optimizer)
-        self._stepped: set[Optimizer] = set()  # of several, since the last local step
+        self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._replaced = False
         take_over(self, [*each_of(optimizer), *replica.parameters], kind="LocalSGD")
         for tensor in replica.everything():
@@ -205,7 +205,7 @@ class LocalSGD:
         remove_all(self._handles)
 
     def give_way(self) -> None:
-        """Stops averaging, since a newer object averages these workers."""
+        """Stops averaging, because a newer object averages these workers."""
         self._replaced = True
         self.remove()
 
@@ -241,7 +241,7 @@ class LocalSGD:
             scaler: must be None.
 
         Raises:
-            ValueError: if model or optimizer are others, or a gradient scaler is given.
+            ValueError: if model or optimizer differ, or a gradient scaler is given.
         """
         if scaler is not None:
             raise ValueError(
@@ -289,7 +289,7 @@ class LocalSGD:
 def _who(
     model: nn.Module, place: ProcessGroup | DeviceMesh | None, device: torch.device
 ) -> tuple[Collectives, Collectives]:
-    """The workers, and the ranks that share this one's model."""
+    """The workers, and the ranks that share this worker's model."""
     if not is_sharded(model):
         return workers_of(place, device=device), Collectives(device=device)
     node = collectives_of(model)

@@ -1,4 +1,4 @@
-"""Fewer bits for what workers exchange: encodings of float32 numbers as bytes."""
+"""Compression of the exchange between workers: encodings of float32 numbers as bytes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 Compression = Literal["none", "bf16", "int8"]
-"""How what is exchanged is encoded."""
+"""Encoding of the exchange."""
 
 BLOCK = 256
 """Numbers that share one scale in int8: the scales add 1.6 % to the bytes."""
 
 
 class Encoding(Protocol):
-    """Float32 numbers as bytes; a multiple of ``BLOCK`` of them in a row."""
+    """An encoding of float32 numbers as bytes; each row has a multiple of ``BLOCK`` numbers."""
 
     def encode(self, rows: Tensor) -> Tensor:
         """Bytes, shape (num_rows, num_bytes), uint8, of ``rows``, shape (num_rows, n), float32."""

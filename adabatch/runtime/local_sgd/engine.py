@@ -1,4 +1,4 @@
-"""The engine of local SGD: workers that step on their own, each on an engine of its own."""
+"""The engine of local SGD: workers that step on their own, each with its own engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from adabatch.runtime.probes.protocol import Probe, ProbeOptions, given_with
 
 @final
 class LocalWorkers(Engine):
-    """Workers that average now and then; ``LocalSGD.engine`` makes it.
+    """The engine of workers that average every few steps; ``LocalSGD.engine`` makes it.
 
     Args:
         inner: the engine of one worker.
@@ -58,7 +58,7 @@ class LocalWorkers(Engine):
         self._rounds.average_gradient()
 
     def steps_alone(self) -> bool:
-        """But for rounds of one step, which average the gradient."""
+        """True except in rounds of one step, which average the gradient."""
         return not self._rounds.present().by_gradient
 
     def stands_at(self, progress: Progress, lr_factor: float) -> None:
@@ -66,7 +66,7 @@ class LocalWorkers(Engine):
         self._rounds.stands_at(progress, lr_factor)
 
     def journal_entry(self) -> dict[str, Any]:
-        """The worker's place, as things stand after a step."""
+        """The worker's place in the round, after a step."""
         memory, exchange = self._rounds.memory, self._rounds.exchange
         return {
             "local_sgd": {
@@ -78,19 +78,19 @@ class LocalWorkers(Engine):
         }
 
     def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
-        """The probe of one worker, made to measure all of them.
+        """The probe of one worker, adapted to measure all of them.
 
         Raises:
-            ValueError: something that cannot be measured over workers.
+            ValueError: if something cannot be measured over workers.
         """
         _check_gives(given_with(**options))
         return self.fit_probe(self._inner.make_probe(parameters, **options))
 
     def fit_probe(self, probe: Probe) -> Probe:
-        """A probe of one worker, made to measure all of them.
+        """Adapts a probe of one worker, so that it measures all of them.
 
         Raises:
-            ValueError: a probe that gives what cannot be measured over workers.
+            ValueError: if the probe gives something that cannot be measured over workers.
         """
         _check_gives(probe.gives)
         rounds = self._rounds
@@ -116,7 +116,7 @@ class LocalWorkers(Engine):
 
 
 def _check_gives(gives: Needs) -> None:
-    """That what a probe gives of one worker adds up to what it gives of all."""
+    """Checks that the measurements of single workers can be combined into that of all workers."""
     if gives.noise != EUCLIDEAN or gives.quantile is not None:
         said = Needs(quantile=gives.quantile) or Needs(noise=gives.noise)
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Means over the workers, in place, and the bytes they take."""
+"""Means over the workers, in place, and the bytes that they send."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adabatch.runtime.local_sgd.compression import BLOCK, ENCODINGS, Compression
 
 @dataclass
 class Errors:
-    """What compression has left out so far on this worker, to be sent with the next exchange (error feedback).
+    """The compression errors of this worker, which are added to the next exchange (error feedback).
 
     Args:
         sent: of the numbers that this worker sends, shape (num_workers * piece,), float32; empty before the first.
@@ -25,7 +25,7 @@ class Errors:
     returned: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def fit(self, rows: Tensor) -> None:
-        """Zeros where nothing was exchanged yet."""
+        """Fills in zeros if nothing was exchanged yet."""
         if self.sent.numel() == 0:
             self.sent = torch.zeros_like(rows).flatten()
             self.returned = torch.zeros_like(rows[0])
@@ -34,11 +34,11 @@ class Errors:
 class Exchange:
     """Weighted means over the workers.
 
-    Bytes are those that this worker sends when reductions run as a ring, the least they can take: ``2 (n - 1) / n``
-    times what is reduced over n workers. A few dozen bytes of host numbers a round are not counted.
+    Bytes are those that this worker sends if reductions run as a ring, which is the minimum: ``2 (n - 1) / n`` times
+    what is reduced over n workers. A few dozen bytes of host numbers per round are not counted.
 
     Args:
-        workers: who exchanges.
+        workers: the ranks that exchange.
     """
 
     def __init__(self, workers: Collectives) -> None:
@@ -52,7 +52,7 @@ class Exchange:
 
     @torch.no_grad()
     def mean(self, tensors: Sequence[Tensor], *, weight: float) -> None:
-        """Overwrites the tensors by their weighted mean over the workers: one reduction for each type of number.
+        """Overwrites the tensors with their weighted mean over the workers: one reduction per data type.
 
         Args:
             tensors: the same shapes in the same order on every worker.
@@ -79,10 +79,10 @@ class Exchange:
         compression: Compression,
         errors: Errors,
     ) -> None:
-        """The same, of which only the change since ``anchors``, equal on all workers, is sent, in fewer bits.
+        """The same, but sends only the change since ``anchors``, which are equal on all workers, in fewer bits.
 
-        It goes in two halves, as a ring would: every worker gets one piece of all changes, takes its mean, and sends
-        that to all. Both are encoded, and what an encoding leaves out stays in ``errors``.
+        It has two halves, as in a ring: every worker receives one piece of all changes, computes its mean, and sends
+        that to all. Both halves are encoded, and their rounding errors are kept in ``errors``.
         """
         size = self._workers.size
         if size == 1 or compression == "none":

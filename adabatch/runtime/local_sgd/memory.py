@@ -1,4 +1,4 @@
-"""What a worker of local SGD remembers between steps, and how it is saved."""
+"""The state of a worker of local SGD between steps, and how it is saved."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ STATE_FORMAT = 1
 
 @dataclass
 class Memory:
-    """Where a worker is.
+    """The state of a worker.
 
     Args:
         steps: local steps so far.
         rounds: averages so far.
-        step_in_round: local steps since the last.
+        step_in_round: local steps since the last average.
         examples: consumed by this rank since then.
-        states_agree: whether the optimizers of all workers remember the same.
-        bytes_synchronous: what averaging the gradient at every step would have sent so far.
-        round: the one under way; None before its first step.
-        anchors: where it began, one tensor a parameter, where its end needs them.
+        states_agree: whether the optimizer states of all workers are equal.
+        bytes_synchronous: bytes that averaging the gradient at every step would have sent so far.
+        round: the current round; None before its first step.
+        anchors: the parameters at its beginning, one tensor per parameter, if its end needs them.
         momenta: of the outer optimizer.
         errors: of the compression.
     """
@@ -43,7 +43,7 @@ class Memory:
     errors: Errors = field(default_factory=Errors)
 
     def end_round(self) -> None:
-        """The next begins with the next step."""
+        """The round is over; the next one begins with the next step."""
         self.rounds += 1
         self.step_in_round, self.examples, self.round = 0, 0.0, None
 
@@ -70,14 +70,14 @@ class Memory:
         """The inverse.
 
         Args:
-            state: what was saved.
-            num_workers: how many there are now.
+            state: the saved state.
+            num_workers: the present number of workers.
             pieces: the parameters, as this rank holds them.
-            settings: of the run that goes on.
+            settings: of the run that loads.
 
         Raises:
-            ValueError: a state of a newer format, of another model or outer optimizer, or of another number of workers,
-                where it is of the middle of a round or has compression errors in it.
+            ValueError: if the state has a newer format, or belongs to another model or outer optimizer, or to another
+                number of workers although it was saved in the middle of a round or contains compression errors.
         """
         if state["format"] > STATE_FORMAT:
             raise ValueError(

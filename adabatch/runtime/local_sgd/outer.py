@@ -1,8 +1,8 @@
-"""Outer optimizers: what becomes of the workers' average at the end of a round.
+"""Outer optimizers: how the next round begins after the workers' parameters were averaged.
 
-A round takes the workers from the *anchor*, where they all began, to parameters of their own, whose mean is given. The
-way from one to the other is the outer gradient, ``anchor - mean``. All numbers are the same on every worker, so each
-takes the outer step by itself and nothing more is sent.
+A round takes the workers from the *anchor*, their common parameters at its beginning, to different parameters, of which
+the mean is given. The difference is the outer gradient, ``anchor - mean``. All these numbers are equal on all workers,
+so each of them computes the outer step and nothing more is sent.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from adabatch.arguments import require
 
 @runtime_checkable
 class OuterOptimizer(Protocol):
-    """An outer optimizer: settings only; its momentum is held by ``LocalSGD``, one tensor a parameter."""
+    """An outer optimizer: settings only; ``LocalSGD`` holds its momentum, one tensor per parameter."""
 
     @property
     def needs_anchor(self) -> bool:
-        """Whether it looks at where the round began; if not, the mean is all there is to it."""
+        """Whether it needs the parameters at the beginning of the round; if not, it only uses the mean."""
         ...
 
     def step(
         self, parameters: Sequence[Tensor], anchors: Sequence[Tensor], momenta: list[Tensor], *, lr: float
     ) -> None:
-        """Moves ``parameters``, which hold the mean, to where the next round begins, in place.
+        """Changes ``parameters``, which hold the mean, in place to those with which the next round begins.
 
         Args:
-            parameters, anchors: the mean, and where the round began.
+            parameters, anchors: the mean, and the parameters at the beginning of the round.
             momenta: updated in place; empty before the first step.
             lr: the largest learning rate of the inner optimizer's groups in the round.
         """
@@ -49,7 +49,7 @@ class Average:
     def step(
         self, parameters: Sequence[Tensor], anchors: Sequence[Tensor], momenta: list[Tensor], *, lr: float
     ) -> None:
-        """Nothing: the mean is there already."""
+        """Nothing: the parameters already hold the mean."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class SlowMo:
 
         m = momentum m + (anchor - mean) / inner lr;  next = anchor - lr (inner lr) m
 
-    The momentum keeps its meaning while the inner learning rate changes. ``lr=1, momentum=0`` is ``Average``.
+    The momentum has the same meaning at any inner learning rate. ``lr=1, momentum=0`` is ``Average``.
 
     Args:
         momentum: in [0, 1); the source finds 0.4 to 0.8 best.
@@ -102,8 +102,8 @@ class SlowMo:
     Raises:
         ValueError: a value outside its range.
 
-    Source: Wang, Tantia, Ballas, Rabbat 2020 (SlowMo), algorithm 1. Of what it does with the inner optimizer's state,
-    "maintain" is the default of ``LocalSGD`` and "average" its ``average_state``.
+    Source: Wang, Tantia, Ballas, Rabbat 2020 (SlowMo), algorithm 1. Of its choices for the inner optimizer's state,
+    "maintain" is the default of ``LocalSGD``, and "average" is ``average_state=True``.
     """
 
     momentum: float
@@ -117,7 +117,7 @@ class SlowMo:
     def step(
         self, parameters: Sequence[Tensor], anchors: Sequence[Tensor], momenta: list[Tensor], *, lr: float
     ) -> None:
-        """The outer step; with an inner rate of zero nobody has moved, and nothing does."""
+        """The outer step; with an inner rate of zero no worker has moved, and nothing changes."""
         if lr == 0:
             return
         begin(momenta, parameters)
@@ -127,7 +127,7 @@ class SlowMo:
 
 
 def begin(momenta: list[Tensor], parameters: Sequence[Tensor]) -> None:
-    """Zeros for every parameter, where there is no momentum yet."""
+    """Zeros for every parameter, if there is no momentum yet."""
     if not momenta:
         momenta.extend(torch.zeros_like(parameter) for parameter in parameters)
 

@@ -1,4 +1,4 @@
-"""How many local steps a round takes, the H of local SGD: pure functions of what is known when the round begins."""
+"""How many local steps a round has, the H of local SGD: pure functions of what is known when the round begins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from adabatch.batch.plan import Duration, Progress
 
 NEVER = 2**62
-"""Local steps beyond any run: the round ends with the training."""
+"""More local steps than any run has: the round ends with the training."""
 
 
 class RoundStart(NamedTuple):
@@ -19,8 +19,8 @@ class RoundStart(NamedTuple):
 
     Args:
         progress: what the run's applied updates consumed so far.
-        lr: the largest learning rate of the optimizer's groups, as the first local step will apply it.
-        peak_lr: the same without its shape: the base LR times the batch factor.
+        lr: the largest learning rate of the optimizer's groups in the first local step.
+        peak_lr: the same without the shape: the base LR times the batch factor.
     """
 
     progress: Progress
@@ -30,11 +30,11 @@ class RoundStart(NamedTuple):
 
 @runtime_checkable
 class Period(Protocol):
-    """Says how long a round is."""
+    """Decides how many local steps a round has."""
 
     @property
     def durations(self) -> tuple[Duration, ...]:
-        """What it compares progress with."""
+        """The durations with which it compares progress."""
         ...
 
     def local_steps(self, start: RoundStart) -> int:
@@ -43,10 +43,10 @@ class Period(Protocol):
 
 
 def check_period(name: str, steps: int) -> None:
-    """That a number of local steps can be one.
+    """Checks a number of local steps.
 
     Raises:
-        ValueError: anything but a whole number of at least 1.
+        ValueError: if it is not a whole number of at least 1.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(
@@ -57,10 +57,10 @@ def check_period(name: str, steps: int) -> None:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Always the same number of local steps; what a plain number stands for.
+    """Always the same number of local steps; a plain number means the same.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: if the number is below 1.
     """
 
     sync_every: int
@@ -97,7 +97,7 @@ class Table:
         then: the milestones, ascending, all in one unit.
 
     Raises:
-        ValueError: numbers below 1, milestones of mixed units or out of order.
+        ValueError: if a number is below 1, or milestones have different units or do not ascend.
     """
 
     first: int
@@ -119,7 +119,7 @@ class Table:
         return tuple(change.after for change in self.then)
 
     def local_steps(self, start: RoundStart) -> int:
-        """The number of the last milestone passed."""
+        """The number after the last milestone that was passed."""
         steps = self.first
         for change in self.then:
             if start.progress.reached(change.after):
@@ -131,18 +131,18 @@ class Table:
 class Quadratic:
     """Rounds that grow as the learning rate falls: ``H = max(base, floor((alpha / lr)^2))``.
 
-    While the learning rate warms up it is small too, for another reason; then the peak stands in its place, and H is
-    that of the first round after the warm-up. A rate of zero makes one round of the rest of the run.
+    During the warm-up the learning rate is small for another reason. The rule then uses the peak rate, and H is that of
+    the first round after the warm-up. With a rate of zero the rest of the run is one round.
 
     Args:
         alpha: growth coefficient, in units of the learning rate: at ``lr = alpha`` the rule asks for one step, at a
-            quarter of it for sixteen. To be tuned.
-        base: fewest local steps of a round.
-        warmup: how long the learning rate warms up.
-        longest: most local steps of a round; None for no limit.
+            quarter of it for sixteen. It must be tuned.
+        base: smallest number of local steps in a round.
+        warmup: length of the learning rate's warm-up.
+        longest: largest number of local steps in a round; None for no limit.
 
     Raises:
-        ValueError: an ``alpha`` that is not positive, ``base`` below 1 or above ``longest``.
+        ValueError: if ``alpha`` is not positive, or ``base`` is below 1 or above ``longest``.
 
     Source: Gu, Lyu, Arora, Zhang, Huang 2024, "A Quadratic Synchronization Rule for Distributed Deep Learning".
     """
@@ -161,7 +161,7 @@ class Quadratic:
 
     @property
     def durations(self) -> tuple[Duration, ...]:
-        """The warm-up, where there is one."""
+        """The warm-up, if there is one."""
         return () if self.warmup is None else (self.warmup,)
 
     def local_steps(self, start: RoundStart) -> int:

@@ -1,9 +1,9 @@
-"""The noise of the gradient under local SGD, where nobody forms the gradient of all workers.
+"""The noise of the gradient under local SGD, in which no rank has the mean gradient of all workers.
 
-Any probe of one worker serves: it measures this worker's parts. What has to be added is the gradient that they are
-parts of. Across workers that is the mean of all workers' gradients, one reduction as large as the model. Within a
-worker it is the worker's own gradient, whose spread needs no vector of anybody else; then each worker estimates noise
-and signal by itself, without bias, and a few numbers are averaged.
+Any probe of one worker can measure this worker's parts. In addition it needs the gradient whose parts they are. Across
+workers that is the mean of all workers' gradients, one reduction of the size of the model. Within a worker it is the
+worker's own gradient, for which no vector is sent: each worker then estimates noise and signal from its own parts,
+without bias, and a few numbers are averaged.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.probes.protocol import Probe
 
 Spread = Literal["across", "within"]
-"""Whose parts are compared: those of all workers, or those of each worker by itself."""
+"""Which parts are compared: those of all workers, or those within each worker."""
 
 
 class WorkerProbe(Probe):
-    """A probe of one worker, made to measure all of them.
+    """A probe of one worker, adapted to measure all of them.
 
     Args:
-        inner: measures this worker; with the ranks of a sharded worker.
-        replica: whose gradients the inner probe reads.
-        exchange: carries them.
-        num_workers: how many there are.
+        inner: measures this worker, with all ranks of a sharded worker.
+        replica: holds the gradients that the inner probe reads.
+        exchange: averages them.
+        num_workers: number of workers.
         worker_size: ranks that share one worker's model.
-        across: asked at every probed step: whether to compare the parts of all workers.
-        averaged: asked when a step's gradient is complete: whether it is the mean of all workers already.
+        across: called at every probed step: whether to compare the parts of all workers.
+        averaged: called when a step's gradient is complete: whether it is already the mean of all workers.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class WorkerProbe(Probe):
 
     def start(self, dp_size: int) -> None:
         self._whole = self._across()
-        # A probe of plain models divides what all ranks hold alike by their number, so it may count all workers. One
-        # of sharded models adds up shards: it counts its own worker's, and the workers' numbers are averaged.
+        # A probe of plain models divides what all ranks hold equally by their number, so it may count all workers. A
+        # probe of sharded models adds up the shards of its own worker, and the workers' numbers are averaged.
         alike = self._whole and self._worker_size == 1
         self._share = 1.0 if alike else 1 / self._num_workers
         self._inner.start(dp_size if alike else self._worker_size)
@@ -80,12 +80,12 @@ class WorkerProbe(Probe):
             return self._inner.collect() * self._share
 
     def moments(self, totals: list[float]) -> GradientMoments:
-        """The step's moments: of the global gradient, or of one worker's as an average of all."""
+        """The step's moments: of the global gradient, or the average of those of each worker."""
         moments = self._inner.moments(totals)
         return self._of_all(moments) if self._whole and self._worker_size > 1 else moments
 
     def _of_all(self, moments: GradientMoments) -> GradientMoments:
-        """What is known of one sharded worker, of all."""
+        """The average over all workers of the numbers of one sharded worker."""
         layers = moments.layers
         return moments._replace(
             num_examples=moments.num_examples * self._num_workers,

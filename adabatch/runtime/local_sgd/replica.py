@@ -1,4 +1,4 @@
-"""What a worker holds of a model under local SGD, and what of it is averaged."""
+"""The model of a worker under local SGD, and which parts of it are averaged."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from adabatch.runtime.fsdp2 import own_piece
 from adabatch.runtime.local_sgd.exchange import Exchange
 
 COUNT = "step"
-"""What optimizers call their count of steps, equal on all workers: not averaged."""
+"""Name of the optimizers' count of steps, which is equal on all workers and not averaged."""
 
 
 class Replica:
-    """The model of one worker; of a sharded one, what this rank holds of it.
+    """The model of one worker, or this rank's part of it if it is sharded.
 
     Args:
         model: plain, or sharded by ``fully_shard`` over the ranks of the worker.
-        optimizer: whose parameters are averaged.
+        optimizer: its parameters are averaged.
 
     Raises:
-        ValueError: a model in ``DistributedDataParallel``, or an optimizer of another model.
-        TypeError: an optimizer that is none.
+        ValueError: if the model is in ``DistributedDataParallel``, or the optimizer belongs to another model.
+        TypeError: if ``optimizer`` is not an ``Optimizer``.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -54,15 +54,15 @@ class Replica:
         return [own_piece(p.detach())[0] for p in self.parameters]
 
     def buffers(self) -> list[Tensor]:
-        """The model's buffers of real numbers, such as running averages; others count alike on all workers."""
+        """The model's buffers of real numbers, such as running averages; integer buffers are equal on all workers."""
         return [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
 
     def everything(self) -> list[Tensor]:
-        """All that must be equal where training begins: parameters, those that do not train among them, and buffers."""
+        """Everything that must be equal when training begins: buffers and all parameters, including frozen ones."""
         return [own_piece(each.detach())[0] for each in (*self._model.parameters(), *self._model.buffers())]
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The real numbers that the optimizer remembers (momentum, second moments), by place and name."""
+        """The real numbers in the optimizer's state (momentum, second moments), by place and name."""
         return {
             f"{index}.{name}": own_piece(value)[0]
             for index, parameter in enumerate(self.parameters)
@@ -72,10 +72,10 @@ class Replica:
 
     @torch.no_grad()
     def mean_gradients(self, exchange: Exchange, *, weight: float) -> list[Tensor | None]:
-        """The mean of the workers' gradients, one a parameter; None where no worker has any.
+        """The mean of the workers' gradients, one per parameter; None if no worker has a gradient.
 
         Raises:
-            ValueError: a sparse gradient.
+            ValueError: if a gradient is sparse.
         """
         grads = [p.grad for p in self.parameters]
         if any(grad is not None and grad.is_sparse for grad in grads):
@@ -91,7 +91,7 @@ class Replica:
         shares = present.to(pieces[0])
         exchange.mean([*pieces, shares], weight=weight)
         if not present.all():
-            present = shares.cpu()  # host sync: what this worker lacks, another may have
+            present = shares.cpu()  # host sync: another worker may have a gradient that this one lacks
         return [
             _as_gradient(p, piece) if share > 0 else None
             for p, piece, share in zip(self.parameters, pieces, present.tolist(), strict=True)
@@ -99,7 +99,7 @@ class Replica:
 
     @contextmanager
     def with_gradients(self, gradients: Sequence[Tensor | None]) -> Iterator[None]:
-        """The parameters have these gradients for the time of the block."""
+        """The parameters have these gradients within the block."""
         own = [p.grad for p in self.parameters]
         self.put_gradients(gradients)
         try:
@@ -114,7 +114,7 @@ class Replica:
 
 
 def _as_gradient(parameter: Tensor, piece: Tensor) -> Tensor:
-    """This rank's piece of a gradient in the form that the parameter has."""
+    """This rank's piece of a gradient, as a tensor of the same kind as the parameter."""
     if not isinstance(parameter, DTensor):
         return piece
     return DTensor.from_local(

@@ -1,4 +1,4 @@
-"""The rounds of local SGD: when they begin and end, and what is averaged then."""
+"""The rounds of local SGD: when they begin and end, and what they average."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Rounds:
     """The rounds of one worker.
 
     Attributes:
-        memory: where it is.
+        memory: the state of the worker.
         exchange: with the other workers.
-        replica: what it holds.
-        workers: those who average with each other.
-        node: the ranks that share this one's model.
+        replica: the model of the worker.
+        workers: the ranks that average with each other.
+        node: the ranks that share this worker's model.
         everyone: all ranks of all workers.
 
     Args:
-        settings: what ``LocalSGD`` was given.
-        replica: what this worker holds of the model.
-        optimizer: whose steps are counted.
+        settings: of ``LocalSGD``.
+        replica: the model of this worker.
+        optimizer: its steps are counted.
         workers, node: see above.
     """
 
@@ -50,15 +50,16 @@ class Rounds:
 
     @property
     def gradient_averaged(self) -> bool:
-        """Whether the gradient of the step under way is the mean of all workers already."""
+        """Whether the gradient of the current step is already the mean of all workers."""
         return self._gradient_averaged
 
     def stands_at(self, progress: Progress, lr_factor: float) -> None:
-        """Where the run stands, in units that a worker does not count by itself, and the batch factor on its rates."""
+        """Sets the progress of the run, in units that a worker does not count itself, and the batch factor on its
+        rates."""
         self._standing = progress, lr_factor
 
     def present(self) -> Round:
-        """The round under way; it begins when it is first asked for."""
+        """The current round; it begins when this is first read."""
         if self.memory.round is None:
             self.memory.round = self._begin_round()
         return self.memory.round
@@ -67,12 +68,12 @@ class Rounds:
         if self._standing is None:
             self._check_units()
         progress, factor = self._standing or (Progress(steps=self.memory.steps), 1.0)
-        # Host sync where a rate lies on an accelerator, once a round.
+        # Host sync if a rate is on an accelerator, once per round.
         rates = [group for group in self._optimizer.param_groups if group.get("lr") is not None]
         lr = factor * max((float(group["lr"]) for group in rates), default=0.0)
         peak = factor * max((float(group.get("initial_lr", group["lr"])) for group in rates), default=0.0)
         begun = self.settings.begin(RoundStart(progress, lr, peak), states_agree=self.memory.states_agree)
-        # Rounds of different lengths would send different things at the same time, and wait for each other for ever.
+        # Rounds of different lengths would send different things at the same time, and wait for each other forever.
         told = (begun.local_steps, begun.by_gradient, lr if begun.needs_anchor else None)
         if not (isinstance(self.settings.period, Fixed) and begun.local_steps == 1) and not self.everyone.agree(told):
             raise ValueError(
@@ -92,7 +93,7 @@ class Rounds:
                 )
 
     def average_gradient(self) -> None:
-        """Before a step: averages its gradient, where that takes the place of averaging what comes of it."""
+        """Before a step: averages its gradient, if that replaces the average of the parameters after it."""
         if self.present().by_gradient:
             with self._reporting():
                 mean = self.replica.mean_gradients(self.exchange, weight=1 / self.workers.size)
@@ -114,7 +115,7 @@ class Rounds:
             self.end_round()
 
     def end_round(self) -> None:
-        """Averages, and begins another round with the next step."""
+        """Averages; the next step begins another round."""
         ended = self.present()
         weight = 1 / self.workers.size if ended.by_gradient else self._weight(ended)
         with self._reporting():
@@ -124,7 +125,7 @@ class Rounds:
         self.memory.end_round()
 
     def _average(self, ended: Round, weight: float) -> None:
-        """What the workers' parameters become at the end of a round of steps of their own."""
+        """Averages the workers' parameters at the end of a round of local steps, and takes the outer step."""
         pieces = self.replica.pieces()
         self.exchange.compressed_mean(
             pieces, self.memory.anchors, weight=weight, compression=ended.compression, errors=self.memory.errors
@@ -141,7 +142,7 @@ class Rounds:
         self.memory.states_agree = self.settings.average_state or not state
 
     def _weight(self, ended: Round) -> float:
-        """This worker's share; also checks that all workers are at the same step."""
+        """This worker's weight in the average; also checks that all workers are at the same step."""
         (examples,) = self.node.sum_of(self.memory.examples)
         with self._reporting():
             rows = self.workers.gather_of(examples, self.memory.rounds, self.memory.steps, ended.local_steps)
@@ -158,7 +159,7 @@ class Rounds:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Says what a failed exchange means."""
+        """Explains the error of a failed exchange."""
         try:
             yield
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The settings of local SGD, checked, and what they make of a round that begins."""
+"""The settings of local SGD, checked, and the round that follows from them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from adabatch.runtime.local_sgd.periods import Fixed, Period, RoundStart, Table,
 from adabatch.runtime.local_sgd.probe import Spread
 
 AverageWeights = Literal["examples", "equal"]
-"""What the share of a worker in the average follows."""
+"""What determines the weight of a worker in the average."""
 
 MeasuredStep = Literal["first", "last"]
 """The local step of a round at which the gradient is measured."""
 
 
 class Round(NamedTuple):
-    """What is fixed when a round begins.
+    """The properties of a round, which are fixed when it begins.
 
     Args:
         local_steps: steps of each worker until the average.
         lr: largest learning rate of the optimizer's groups at its first step.
         outer: the outer optimizer at its end.
         compression: of what is exchanged at its end.
-        by_gradient: the workers average the gradient of its only step instead of what came of it.
+        by_gradient: whether the workers average the gradient of its only step instead of the parameters after it.
     """
 
     local_steps: int
@@ -38,17 +38,17 @@ class Round(NamedTuple):
 
     @property
     def needs_anchor(self) -> bool:
-        """Whether its end looks back at its beginning."""
+        """Whether its end needs the parameters at its beginning."""
         return self.outer.needs_anchor or self.compression != "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What ``LocalSGD`` was given; see there.
+    """The arguments of ``LocalSGD``; see there.
 
     Raises:
-        ValueError: an unknown word.
-        TypeError: a period, an outer optimizer or a duration that is none.
+        ValueError: if a word is unknown.
+        TypeError: if the period, the outer optimizer or a duration has another type.
     """
 
     period: Period
@@ -78,7 +78,7 @@ class Settings:
 
     @property
     def durations(self) -> tuple[Duration, ...]:
-        """What progress is compared with."""
+        """The durations with which progress is compared."""
         return (*self.period.durations, *(() if self.warmup is None else (self.warmup,)))
 
     @property
@@ -90,12 +90,12 @@ class Settings:
         """The round that begins.
 
         Args:
-            start: what is known then.
-            states_agree: the optimizers of all workers remember the same, so that the same gradient takes them the same
-                way.
+            start: what is known at its beginning.
+            states_agree: whether the optimizer states of all workers are equal, so that the same gradient gives the
+                same step on each of them.
 
         Raises:
-            ValueError: a period of the user's own that gives no number of steps.
+            ValueError: if the user's own period does not give a number of steps.
         """
         if self.warmup is not None and not start.progress.reached(self.warmup):
             return Round(1, start.lr, Average(), "none", states_agree)
@@ -105,16 +105,16 @@ class Settings:
         return Round(local_steps, start.lr, self.outer, self.compression, local_steps == 1 and plain and states_agree)
 
     def words(self) -> list[str]:
-        """The settings as all ranks write them."""
+        """The settings as text, to be compared between ranks."""
         return [_words(getattr(self, name)) for name in self.__dataclass_fields__]
 
 
 def period_of(sync_every: int | Period | Any) -> Period:
-    """A number stands for rounds that are all alike."""
+    """A period; a number means rounds of that many local steps."""
     return Fixed(sync_every) if isinstance(sync_every, int | float) else sync_every  # type: ignore[arg-type]
 
 
 def _words(setting: object) -> str:
-    """Of a class of the user's own its name only, as the rest may be an address."""
+    """The text of a setting; only the name for the user's own class, because its ``repr`` may contain an address."""
     plain = setting is None or is_dataclass(setting) or isinstance(setting, str | int)
     return repr(setting) if plain else type(setting).__name__
