@@ -106,10 +106,10 @@ class Control:
     """How cautiously the plan follows the criterion.
 
     Args:
-        interval: a probe every so many steps. None: every step at first, and rarer as the window grows: once it has its
-            50 probes, the interval is ``memory_share`` of the probes since noise or signal last jumped, over 50, and at
-            most 10. By default every 2nd step after 500 probes, every 10th after 2,500, and every step again after a
-            jump. Averages stay unbiased, since which steps are probed does not depend on what they show.
+        interval: a probe every so many steps. None is automatic: every step at first, and rarer as the window grows.
+            Once it has its 50 probes, the interval is ``memory_share`` of the probes since noise or signal last jumped,
+            over 50, and at most 10. With the other defaults this is every 2nd step after 500 probes, every 10th after
+            2,500, and every step again after a jump.
         memory: least number of probes in the average: an exponential window with the weight of ``memory`` equal ones (a
             factor of ``(memory - 1) / (memory + 1)`` per probe). 1 keeps only the last probe, without a test for
             outliers; ``inf`` forgets none.
@@ -138,7 +138,7 @@ class Control:
         ValueError: if a value is outside its range, or if ``memory=1`` cannot give the confidence.
     """
 
-    interval: int | None = None
+    interval: int | None = 1
     memory: float = 10
     memory_share: float = 0.2
     confidence: float = 0.9

@@ -256,7 +256,7 @@ def test_probes_come_at_the_interval(scenario: dict[str, Any]) -> None:
 
 
 def test_the_automatic_interval_grows_with_the_window_and_starts_again_at_a_jump() -> None:
-    control = Control()
+    control = Control(interval=None)
     assert [control.interval_after(n) for n in (0, 499, 500, 749, 750, 2500, 10**6)] == [1, 1, 2, 2, 3, 10, 10]
     assert {replace(control, memory_share=0.0).interval_after(n) for n in (0, 10**6)} == {1}
     assert {Control(interval=4).interval_after(n) for n in (0, 10**6)} == {4}

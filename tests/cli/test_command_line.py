@@ -75,7 +75,7 @@ def test_help_and_version_need_no_extras(tmp_path: Path) -> None:
     """With modules of the extras' names that fail, first on the path."""
     for name in command.EXTRAS:
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('not here', name='{name}')")
-    for option, word in (("--help", "train a model"), ("--version", adabatch.__version__)):
+    for option, word in (("--help", "train the model"), ("--version", adabatch.__version__)):
         ended = subprocess.run(
             [sys.executable, "-m", "adabatch", option], env=environment(), cwd=tmp_path, capture_output=True, text=True
         )
