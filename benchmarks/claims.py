@@ -27,13 +27,13 @@ from frontier import (
     COARSE,
     DEFAULT,
     FIRST,
+    RECORD,
     RULES,
     SEEDS,
     START,
     STORE,
     Cell,
     Method,
-    Run,
     cells,
     constants,
     kept,
@@ -50,7 +50,7 @@ SHORT_WARMUP = 0.02
 README = Method("norm test", 0.5, "sqrt", hold=0.0)  # what the README showed before there was a price
 
 
-def equal_warmup(cell: Cell, run: Run) -> Iterable[Row]:
+def equal_warmup(cell: Cell, run: Store) -> Iterable[Row]:
     """Constants whose rate alone is tuned, at a warm-up that is short for all, and ours with the smallest one's."""
     start = Setting(START[cell.optimizer], SHORT_WARMUP)
     for size in COARSE:
@@ -72,7 +72,7 @@ def growth(steps_per_example: float, share: float) -> int:
     return round((1 - share) / (steps_per_example - share / FIRST))
 
 
-def switches(cell: Cell, run: Run) -> Iterable[Row]:
+def switches(cell: Cell, run: Store) -> Iterable[Row]:
     """One growth from ``FIRST``, early or late, its size such that all take as many steps as a constant batch of 48."""
     base, others = tuned_constant(cell, run, FIRST), {"rule": RULES[cell.optimizer], "reference": FIRST}
     equal = 3 * FIRST
@@ -223,10 +223,10 @@ def main() -> None:
     torch.set_num_threads(1)
     if not options.report:
         for cell in cells(options.only):
-            run = Store(STORE, say=progress())
+            run = Store(STORE, results=RECORD, say=progress())
             for _ in (*switches(cell, run), *equal_warmup(cell, run)):
                 pass
-    report(Store(STORE, run=False), cells(), save=not options.no_save)
+    report(Store(STORE, results=RECORD, run=False), cells(), save=not options.no_save)
 
 
 if __name__ == "__main__":

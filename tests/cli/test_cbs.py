@@ -145,7 +145,7 @@ def test_branches_side_by_side_are_those_in_turn(trained: tuple[str, Path], tmp_
         (["--tolerance=0"], "tolerance must be a positive share"),
         (["--judge=validation"], "judge must be one of train, test"),
         (["--branch_from=nowhere"], "there is no checkpoint in nowhere"),
-        ([], "where the learning rate is 0"),
+        ([], "is 0, so that no branch could train"),
     ],
 )
 def test_mistakes_are_one_line(options: list[str], words: str, trained: tuple[str, Path], capsys: Any) -> None:
