@@ -36,6 +36,7 @@ torch.set_num_threads(1)
 NOT_OURS = (
     "PYTEST_",  # pytest names the current test there
     "TORCHINDUCTOR_",  # the compiler's cache folder is set when it is first imported
+    "_MLFLOW_",  # MLflow numbers the process there
     "KMP_",  # scikit-learn and OpenMP set theirs when they are first imported
 )
 
