@@ -92,7 +92,7 @@ DIFFERENCES: dict[str, tuple[Callable[[Case], None], str]] = {
     "max_micro_batch_size": (_option("max_micro_batch_size", 16), "micro-batch sizes is [4, 8]"),
     "control": (_option("control", Control(memory=5)), "control is Control("),
     "lr_rule": (_option("lr_rule", "sqrt"), "lr_rule is 'gain' on rank 0 and 'sqrt' on rank 1"),
-    "follow": (_option("follow", ("betas",)), "follow is Followers("),
+    "follow": (_option("follow", ("betas", "eps")), "follow is Followers("),
     "floor of the betas": (_option("follow", Followers(("betas",), beta2_floor=0.9)), "follow is Followers("),
     "reference_batch_size": (_option("reference_batch_size", 64), "reference batch size is 16"),
     "tokens_per_example": (_option("tokens_per_example", 5), "tokens_per_example is None"),
