@@ -43,8 +43,6 @@ def monitor(
 ) -> NoiseMonitor:
     """Measures the noise scale of a run, in whatever loop or host trains the model.
 
-    ::
-
         adabatch.monitor(model, optimizer, micro_batch_size=16, journal="runs/noise.jsonl")
 
     The loop stays as it is, and trains to the same bits. What is compared are the gradients of the micro-batches of a

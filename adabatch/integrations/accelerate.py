@@ -47,8 +47,6 @@ def attach(
 ) -> AdaptiveBatch:
     """An ``AdaptiveBatch`` around what ``accelerator.prepare`` returned.
 
-    ::
-
         accelerator = Accelerator()
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         batches = attach(accelerator, model, optimizer, NormTest(eta=0.7), micro_batch_size=16,

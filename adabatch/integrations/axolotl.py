@@ -1,7 +1,5 @@
 """axolotl: a plugin that lets the batch of a supervised fine-tuning follow a criterion.
 
-::
-
     plugins:
       - adabatch.integrations.axolotl.AdabatchPlugin
     adabatch_max_batch_size: 256

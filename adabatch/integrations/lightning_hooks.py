@@ -18,8 +18,6 @@ from adabatch.runtime.engines.engine import GradientSync
 class AdaptiveHooks:
     """Lets the batch of ``Trainer.fit`` follow a criterion; for modules with automatic optimization.
 
-    ::
-
         adaptive = AdaptiveBatchCallback(NormTest(eta=0.7), micro_batch_size=16, limits=Limits(min=64, max=1024))
         trainer = Trainer(max_epochs=3, callbacks=[adaptive])
         trainer.fit(module, DataLoader(dataset, batch_size=16, shuffle=True))
@@ -133,8 +131,6 @@ class AdaptiveHooks:
 
 class MonitorHooks:
     """Measures the noise of the gradient in ``Trainer.fit``, and changes nothing: ``adabatch.monitor`` as a callback.
-
-    ::
 
         Trainer(accumulate_grad_batches=4, callbacks=[NoiseMonitorCallback(micro_batch_size=16, journal="noise.jsonl")])
 

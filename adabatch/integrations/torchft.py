@@ -60,8 +60,6 @@ def attach(
 ) -> AdaptiveBatch:
     """An ``AdaptiveBatch`` whose global batch is shared by the replicas that are in torchft's quorum.
 
-    ::
-
         manager = torchft.Manager(pg=torchft.ProcessGroupGloo(), min_replica_size=1, use_async_quorum=False,
                                   load_state_dict=load, state_dict=save)  # of model and optimizer
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -250,16 +248,18 @@ def average_gradients(manager: Any, parameters: Sequence[Tensor]) -> None:
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
     manager.allreduce(used, reduce_op=dist.ReduceOp.SUM).wait()
     together: list[Tensor] = []
+    num_elements = 0
     for parameter, found in zip(parameters, used.tolist(), strict=True):  # host sync
         if not found:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         grad = parameter.grad
-        if together and (grad.dtype != together[0].dtype or sum(map(Tensor.numel, together)) + grad.numel() > BUCKET):
+        if together and (grad.dtype != together[0].dtype or num_elements + grad.numel() > BUCKET):
             _average(manager, together)
-            together = []
+            together, num_elements = [], 0
         together.append(grad)
+        num_elements += grad.numel()
     if together:
         _average(manager, together)
 

@@ -54,8 +54,6 @@ _Host: Any = object  # any Trainer class, by the order of bases
 class AdaptiveMixin(_Host):  # type: ignore[misc]
     """Put in front of a Trainer class, lets the global batch size follow a criterion.
 
-    ::
-
         class MyAdaptiveTrainer(AdaptiveMixin, MyTrainer): ...
 
         trainer = MyAdaptiveTrainer(model, args, train_dataset=data, adaptive=AdaptiveArguments(max_batch_size=1024))
@@ -344,8 +342,6 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
 
     def progress_lr(self, shape: Any, **options: Any) -> ProgressLR:
         """A schedule over the length of the run, for a ``create_scheduler`` of your own.
-
-        ::
 
             class MyTrainer(AdaptiveMixin, Trainer):
                 def create_scheduler(self, num_training_steps, optimizer=None):

@@ -17,20 +17,6 @@ from adabatch.report.curves import Journal, records
 Floats = NDArray[np.float64]
 
 
-class Evaluations(NamedTuple):
-    """What was evaluated during a run, such as the loss on a test set.
-
-    Args:
-        examples: consumed before each evaluation, shape (num_evaluations,).
-        steps: taken before it, of the same shape.
-        values: the number, of the same shape.
-    """
-
-    examples: Floats
-    steps: Floats
-    values: Floats
-
-
 class RunSteps(NamedTuple):
     """All steps of a run, those whose update was left out among them; missing numbers are NaN.
 
@@ -65,7 +51,6 @@ class RunSteps(NamedTuple):
         layers: names of the layers whose noise was measured apart.
         layer_noise: shape (num_steps, num_layers).
         layer_signal: shape (num_steps, num_layers).
-        evaluations: by name, those that the journal has; in their order.
     """
 
     name: str
@@ -98,7 +83,6 @@ class RunSteps(NamedTuple):
     layers: tuple[str, ...]
     layer_noise: Floats
     layer_signal: Floats
-    evaluations: dict[str, Evaluations]
 
     @property
     def num_steps(self) -> int:
@@ -140,8 +124,7 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
     Raises:
         ValueError: a damaged line before the last, a newer format, two runs in one journal, or no complete step.
     """
-    lines = list(records(journal))
-    rows = [row for row in lines if _is_step(row)]
+    rows = [row for row in records(journal) if _is_step(row)]
     if not rows:
         raise ValueError(f"{name}: the journal holds no complete step yet, so there is nothing to report")
     plans = [_part(row, "plan") for row in rows]
@@ -199,20 +182,7 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
         layers=layers,
         layer_noise=by_layer("noise"),
         layer_signal=by_layer("signal"),
-        evaluations=_evaluations(lines),
     )
-
-
-def _evaluations(lines: list[Mapping[str, Any]]) -> dict[str, Evaluations]:
-    rows = [row for row in lines if _part(row, "evaluation") and math.isfinite(_number(row.get("examples")))]
-    found = {}
-    for name in dict.fromkeys(name for row in rows for name in _part(row, "evaluation")):
-        of = [row for row in rows if name in _part(row, "evaluation")]
-        values = ([_number(row.get(key)) for row in of] for key in ("examples", "step"))
-        examples, steps = (np.array(each, dtype=np.float64) for each in values)
-        numbers = [_number(_part(row, "evaluation")[name]) for row in of]
-        found[str(name)] = Evaluations(examples, steps, np.array(numbers, dtype=np.float64))
-    return found
 
 
 def _is_step(row: Mapping[str, Any]) -> bool:

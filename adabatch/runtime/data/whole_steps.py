@@ -14,8 +14,6 @@ from adabatch.runtime.data.portions import Portion
 class WholeSteps:
     """Data that comes in steps, such as the rollouts of reinforcement learning; passed to ``AdaptiveBatch.steps``.
 
-    ::
-
         def rollouts():
             while True:
                 yield [collate(samples) for samples in chunks(sample(policy), 16)]
