@@ -315,7 +315,7 @@ def reduction(ranks: int) -> Reduction:
                 tree_seconds(ranks, STEP_BYTES, **flat),
                 hierarchy_seconds(cluster(ranks), STEP_BYTES),
                 simulated_network.tree(ranks, STEP_BYTES, LINK),
-                simulated_network.tree(ranks, STEP_BYTES, LINK, jitter=LINK[0]),
+                simulated_network.tree(ranks, STEP_BYTES, LINK, jitter=1.0),
             )
         ),
     )
