@@ -414,6 +414,26 @@ class AdaptiveBatch:
         """
         self._updates.leave_out()
 
+    def record_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Writes numbers of an evaluation, such as ``{"loss": 0.31, "accuracy": 0.92}``, into the journal.
+
+        Call it between steps, after ``optimizer.step()``. ``adabatch report`` draws them, and trackers get them as
+        ``evaluation/loss`` and so on. The first rank writes its numbers; what other ranks give is checked and dropped,
+        so average over the ranks before. Nothing else depends on them.
+
+        Args:
+            metrics: numbers by name; also tensors and arrays of one element.
+
+        Raises:
+            ValueError: if there are no numbers, or a name is empty.
+            TypeError: if a name is not a text, or a value is not a number.
+            RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
+        """
+        self._updates.settle_for_evaluation()
+        self._journal.record_evaluation(metrics, after=self.consumed)
+        for watch in self._stopwatches:
+            watch.interrupted()
+
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

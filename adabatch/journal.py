@@ -1,5 +1,8 @@
 """The journal: one JSON line per step, with what was measured, what the criterion wanted, the decision and its reason.
 
+An evaluation has a line of its own, without a ``plan``: ``evaluation`` holds its numbers by name, ``step`` and
+``examples`` what was consumed before it.
+
 For a probed step, ``moments`` holds noise, signal, their ratio, and the squared norms and sizes behind them; also
 ``noise_along`` if inner products were measured, ``noise_at_quantile`` if coordinates were, and the ``norm`` if it is
 not the Euclidean one. With ``Measure(layers=)``, ``layers`` holds noise, signal and their ratio for each layer by its
@@ -110,6 +113,44 @@ def line(
     }
 
 
+def evaluation_line(metrics: Mapping[str, Any], after: Progress) -> dict[str, Any]:
+    """The journal's entry of an evaluation.
+
+    Args:
+        metrics: numbers by name, such as ``{"loss": 0.31, "accuracy": 0.92}``; also tensors and arrays of one element.
+        after: what was consumed before it.
+
+    Raises:
+        ValueError: if there are none, or a name is empty.
+        TypeError: if a name is not a text, or a value is not a number.
+    """
+    if not metrics:
+        raise ValueError('an evaluation needs at least one number by name, such as {"loss": 0.31}, got none')
+    return {
+        "format": LINE_FORMAT,
+        "step": after.steps,
+        "examples": after.examples,
+        "evaluation": {_checked_name(name): _checked_number(name, value) for name, value in metrics.items()},
+    }
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a metric must be a text, got {name!r}")
+    if not name:
+        raise ValueError("the name of a metric must not be empty")
+    return name
+
+
+def _checked_number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"the metric {name!r} must be one number, got {value!r:.80}") from error
+
+
 def _measured(moments: GradientMoments) -> dict[str, Any]:
     """The numbers of a probed step, including those that only some probes measure."""
     norm = None if moments.norm == EUCLIDEAN else moments.norm
@@ -180,6 +221,7 @@ class Journal:
     def cut(self, num_examples: int) -> int:
         """Removes the lines of steps that began at ``num_examples`` or later, because a resumed run writes them again.
 
+        Evaluations after more examples than that are removed too; one after exactly as many is of the resumed weights.
         An unfinished last line is removed too. The removed lines are appended to a file beside the journal, whose name
         ends in ``.cut``. If the process is killed at any moment, the journal is either whole or cut.
 
@@ -222,6 +264,16 @@ class Journal:
             self._append(self.path, json.dumps(said, separators=(",", ":"), allow_nan=False))
         for sink in list(self._sinks):
             self._call(sink, partial(sink.write, said))
+
+    def record_evaluation(self, metrics: Mapping[str, Any], *, after: Progress) -> None:
+        """Appends the line of an evaluation, and gives it to the sinks; see ``evaluation_line``.
+
+        Raises:
+            ValueError: if there are no numbers, or a name is empty.
+            TypeError: if a name is not a text, or a value is not a number.
+            OSError: as ``write`` does.
+        """
+        self.write(evaluation_line(metrics, after))
 
     def close(self) -> None:
         """Closes the sinks; errors are logged."""

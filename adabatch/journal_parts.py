@@ -106,11 +106,13 @@ def _kept(part: Path, num_examples: int) -> _Kept:
                 raise ValueError(damaged)
             try:
                 entry = json.loads(text)
-                begins, after = entry["examples"], entry["examples"] + entry["plan"]["global_batch_size"]
+                begins, evaluation = entry["examples"], "evaluation" in entry
+                after = begins if evaluation else begins + entry["plan"]["global_batch_size"]
             except (ValueError, LookupError, TypeError) as error:
                 damaged = f"{part}, line {number}, is not a line of a journal, and not the last one ({error})"
                 continue
-            if begins >= num_examples or not text.endswith(b"\n"):
+            late = begins > num_examples if evaluation else begins >= num_examples
+            if late or not text.endswith(b"\n"):
                 break
             end, reached = end + len(text), after
     return _Kept(end, reached)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -139,6 +139,15 @@ class NoiseMonitor:
     def journal(self) -> Journal:
         """The journal; its ``path`` is None on all ranks but the first."""
         return self._journal
+
+    def record_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Writes numbers of an evaluation, such as ``{"loss": 0.31}``, into the journal; see ``AdaptiveBatch``.
+
+        Raises:
+            ValueError: if there are no numbers, or a name is empty.
+            TypeError: if a name is not a text, or a value is not a number.
+        """
+        self._journal.record_evaluation(metrics, after=self.consumed)
 
     def remove(self) -> None:
         """Takes all hooks off model and optimizer."""

@@ -277,8 +277,21 @@ class PendingUpdates:
             raise RuntimeError("leave_out belongs after `for batch in step`, and before optimizer.step()")
         self._update.left_out = True
 
+    def settle_for_evaluation(self) -> None:
+        """Makes sure that no step is unfinished, before the weights are judged.
+
+        Raises:
+            RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
+        """
+        self._settle(
+            "an evaluation",
+            "record it after optimizer.step(), and give AdaptiveBatch your GradScaler, if you have one, by "
+            "engine=EngineOptions(scaler=)",
+            scaled=self._scaled,
+        )
+
     def settle(self, *, scaled: bool) -> None:
-        """Makes sure that no step is unfinished.
+        """Makes sure that no step is unfinished, before the state is taken for a checkpoint.
 
         Args:
             scaled: whether a gradient scaler is in use, which may have left the update out.
@@ -286,16 +299,18 @@ class PendingUpdates:
         Raises:
             RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
         """
+        self._settle(
+            "a checkpoint", "save after optimizer.step(), and give save your GradScaler, if you have one", scaled=scaled
+        )
+
+    def _settle(self, what: str, way_out: str, *, scaled: bool) -> None:
         if self._step is not None and self._step.waits and self._engine.left_out():
             self._settle_left_out(self._step)
             scaled = True
         scaled = scaled or (self._update is not None and self._update.left_out)
         if self._step is not None or (self._update is not None and not scaled):
             left = "`for batch in step`" if self._step is not None else "optimizer.step()"
-            raise RuntimeError(
-                f"a checkpoint belongs between two steps, and {left} has not been run to its end: save after "
-                f"optimizer.step(), and give save your GradScaler, if you have one"
-            )
+            raise RuntimeError(f"{what} belongs between two steps, and {left} has not been run to its end: {way_out}")
         self.flush()
 
     def flush(self) -> None:

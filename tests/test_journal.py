@@ -354,3 +354,54 @@ def test_equal_runs_write_equal_files(tmp_path: Path) -> None:
     assert {each["reason"] for each in read(tmp_path / "one")} >= {"grow"}
     *_, last = read(tmp_path / "one")
     assert last["freedom"] > 8 * 3, "eight probes of four parts and more"
+
+
+def test_an_evaluation_has_a_line_of_its_own_which_readers_of_steps_pass_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal(path)
+    journal.write(an_entry(num_examples=32, before=Progress(examples=0, steps=0)))
+    journal.record_evaluation({"loss": np.float32(0.5), "accuracy": math.nan}, after=Progress(examples=32, steps=1))
+    journal.write(an_entry(num_examples=32, before=Progress(examples=32, steps=1)))
+    assert read(path)[1] == {
+        "format": LINE_FORMAT,
+        "step": 1,
+        "examples": 32,
+        "evaluation": {"loss": 0.5, "accuracy": None},
+        "run": journal.run,
+    }
+    assert read_recorded(path).num_steps == len(read_curves(path).examples) == 2
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error", "said"),
+    [
+        ({}, ValueError, "at least one number by name"),
+        ({"": 1.0}, ValueError, "must not be empty"),
+        ({3: 1.0}, TypeError, "must be a text, got 3"),
+        ({"loss": "low"}, TypeError, "the metric 'loss' must be one number, got 'low'"),
+        ({"loss": [1.0, 2.0]}, TypeError, r"one number, got \[1.0, 2.0\]"),
+        ({"loss": np.ones(2)}, TypeError, "one number, got array"),
+    ],
+)
+def test_an_evaluation_is_numbers_by_name(tmp_path: Path, metrics: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        Journal(tmp_path / "run.jsonl").record_evaluation(metrics, after=Progress())
+    assert read(tmp_path / "run.jsonl") == []
+
+
+@pytest.mark.parametrize("per_part", [2, 1000])
+def test_a_cut_keeps_the_evaluation_of_the_weights_that_are_resumed(tmp_path: Path, per_part: int) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = full_journal(path, 0, per_part=per_part)
+    for step in range(4):
+        journal.write(an_entry(num_examples=32, before=Progress(examples=32 * step, steps=step)))
+        journal.record_evaluation({"loss": 1.0 / (1 + step)}, after=Progress(examples=32 * (step + 1), steps=step + 1))
+    assert Journal(path).cut(64) == 64
+    assert [("evaluation" in entry, entry["step"]) for entry in records(path)] == [
+        (False, 0),
+        (True, 1),
+        (False, 1),
+        (True, 2),
+    ]
+    assert Journal(path).cut(0) == 0
+    assert list(records(path)) == []

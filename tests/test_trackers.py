@@ -127,6 +127,53 @@ def test_the_numbers_have_their_names():
     assert metrics_of({"step": 0, "lr": None, "averages": None, "applied": False}) == {"update/applied": 0}
 
 
+def test_an_evaluation_has_its_names_and_stands_at_the_step_before_it():
+    logged = []
+
+    class Tracked(TensorBoardTracker):
+        def __init__(self) -> None:
+            self._opened = False
+
+        def _open(self, run: str, step: int) -> None:
+            logged.append(step)
+
+        def _log(self, step: int, metrics: Any) -> None:
+            logged.append((step, dict(metrics)))
+
+    evaluation = {"format": 1, "step": 4, "examples": 128, "evaluation": {"loss": 0.25, "top 5": None}}
+    assert metrics_of(evaluation) == {"evaluation/loss": 0.25}
+    # A run that resumes at step 4 purges what was logged at that step and later.
+    Tracked().write(evaluation)
+    assert logged == [4, (3, {"evaluation/loss": 0.25})]
+
+
+def test_a_loop_records_its_evaluations_between_steps(tmp_path):
+    sink = Kept()
+    batches = trained([tmp_path / "journal.jsonl", sink])
+    batches.record_evaluation({"loss": torch.tensor(0.5)})
+    assert sink.entries[-1]["evaluation"] == {"loss": 0.5}
+    assert (sink.entries[-1]["step"], sink.entries[-1]["examples"]) == (4, batches.consumed.examples)
+    assert json.loads((tmp_path / "journal.jsonl").read_text().splitlines()[-1]) == sink.entries[-1]
+
+
+def test_an_evaluation_inside_a_step_is_refused(tmp_path):
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sink = Kept()
+    batches = adabatch.AdaptiveBatch(model, optimizer, adabatch.Constant(8), micro_batch_size=4, journal=sink)
+    for step in batches.steps([torch.randn(4, 4) for _ in range(4)]):
+        for x in step:
+            with pytest.raises(RuntimeError, match="an evaluation belongs between two steps, and `for batch in step`"):
+                batches.record_evaluation({"loss": 1.0})
+            step.backward(model(x).square().mean())
+        with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) has not been run to its end: record it after"):
+            batches.record_evaluation({"loss": 1.0})
+        optimizer.step()
+        optimizer.zero_grad()
+        batches.record_evaluation({"loss": 0.25})
+    assert [entry["step"] for entry in sink.entries if "evaluation" in entry] == [1, 2]
+
+
 def test_a_sink_gets_what_the_file_gets(tmp_path):
     sink = Kept()
     trained([tmp_path / "run.jsonl", sink]).remove()

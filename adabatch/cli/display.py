@@ -151,6 +151,11 @@ class Shown:
         if line:
             self._console.print(f"{self._label}: {done:,.0f} of {self._total}  {text}", highlight=False, soft_wrap=True)
 
+    def say(self, text: str) -> None:
+        """A line about the run, above a live line."""
+        if self._console is not None:
+            self._console.print(f"{self._label}: {text}", highlight=False, soft_wrap=True)
+
     def _line_is_due(self, done: float) -> bool:
         if self._log_every is not None:
             return self._steps % self._log_every == 0

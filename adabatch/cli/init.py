@@ -188,7 +188,11 @@ def config_text(found: Found, file: Path, out: Path, *, loss: str | None, optimi
     most = min(1024, 2 ** int(math.log2(found.num_examples / 8)))
     micro = min(8, most // 2)
     arguments = "\n  init_args: {split: %s}"
-    test = f"test_data: # the test at the end of the run\n  class_path: {found.data}{arguments % 'test'}\n"
+    test = (
+        f"test_data: # evaluated at the end of the run, and every so many examples in it\n"
+        f"  class_path: {found.data}{arguments % 'test'}\n"
+        f"evaluate_every: {{count: {found.num_examples}, unit: examples}}\n"
+    )
     return TEMPLATE.substitute(
         file=file,
         out=out,
@@ -201,7 +205,7 @@ def config_text(found: Found, file: Path, out: Path, *, loss: str | None, optimi
         train_arguments=arguments % "train" if found.splits else "",
         test_data=test
         if found.splits
-        else "# test_data: {class_path: ...} # the same for a test at the end of the run\n",
+        else "# test_data: {class_path: ...} # the same to be evaluated at the end; evaluate_every for more\n",
         micro=micro,
         max_micro=max(micro, min(128, most // 2)),
         min=2 * micro,

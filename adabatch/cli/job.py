@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
-from adabatch.batch.plan import Duration
+from adabatch.batch.plan import Duration, Progress
 from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.cli.display import Display
 from adabatch.cli.engines import EngineName, JobEngine, engine_of
@@ -96,7 +96,9 @@ class Job:
         optimizer: an optimizer class path with its arguments, without the parameters (for adabatch.optim.KFAC, without
             the model; it observes the outputs of each micro-batch).
         train_data: map-style data set of (input, target).
-        test_data: the same for the test at the end of the run; may be left out.
+        test_data: the same for the evaluation at the end of the run, and in it (evaluate_every); may be left out.
+        evaluate_every: length of training from one evaluation on test_data to the next; by default only at the end. It
+            changes nothing else in the run. Workers of local_sgd evaluate weights of their own, each on its share.
         criterion: which global batch size to ask for.
         micro_batch_size: examples in one forward and backward on one rank.
         limits: smallest and largest global batch size.
@@ -138,6 +140,7 @@ class Job:
     optimizer: MakeOptimizer
     train_data: Dataset  # type: ignore[type-arg]  # the parser does not take Dataset[Any] for a class
     test_data: Dataset | None = None  # type: ignore[type-arg]
+    evaluate_every: Duration | None = None
     criterion: Criterion
     micro_batch_size: int
     limits: Limits | None = None
@@ -179,6 +182,14 @@ class Job:
             count = attrgetter(name)(self) if self.control or "control" not in name else None
             if isinstance(count, int) and count > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
+        if self.evaluate_every is not None:
+            if self.test_data is None:
+                raise ValueError("evaluate_every needs test_data, which is evaluated: give it, or leave out both")
+            if self.evaluate_every.count < 1:
+                raise ValueError(
+                    f"evaluate_every must be at least 1 {self.evaluate_every.unit}, or left out for one evaluation at "
+                    f"the end, got {self.evaluate_every}"
+                )
         if self.hang_timeout is not None and not 0 < self.hang_timeout < math.inf:
             raise ValueError(
                 f"hang_timeout must be a positive number of seconds, or null for no watchdog, got {self.hang_timeout}"
@@ -192,7 +203,7 @@ class Result(NamedTuple):
         label: its name in tables and pictures.
         steps: optimizer steps applied.
         examples: examples consumed over all ranks.
-        seconds: wall time of the training loop.
+        seconds: wall time of the training loop, without evaluations.
         test_loss: mean loss on the test set; NaN without one.
         accuracy: share of test targets that were predicted; NaN if targets are not classes.
         journal: its journal.
@@ -326,6 +337,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
             checkpoints.start_over()
         elif (loaded := checkpoints.load(missing_ok=True)) is not None:
             _say(loaded, batches, display)
+        evaluations = _Evaluations(job, parts, world.device)
         began = time.perf_counter()
         watch = nullcontext() if job.hang_timeout is None else Watchdog(batches, timeout=job.hang_timeout)
         with display.progress(label, job.total) as shown, watch:
@@ -342,6 +354,8 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                     lr=float(schedule.get_last_lr()[0]),
                     noise_scale=batches.noise_scale,
                 )
+                if evaluations.due():
+                    shown.say(f"evaluated at {batches.consumed.examples:,} examples: {evaluations.run()}")
                 checkpoints.step()
                 if display.unread:
                     preemption.request()
@@ -350,21 +364,16 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         preempted = not batches.consumed.reached(job.total)
         if local is not None and not preempted:
             local.synchronize()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - evaluations.seconds
         checkpoints.step(now=True)
-    test_loss, accuracy = math.nan, math.nan
-    if job.test_data is not None and not preempted:
-        ranks = batches.collectives
-        test_loss, accuracy = evaluate(
-            engine.model, job.loss, job.test_data, ranks, device=world.device, forward=engine.forward
-        )
+    last = Evaluated() if job.test_data is None or preempted else evaluations.run()
     batches.remove()
     if local is not None:
         local.remove()
     if world.rank == 0 and not preempted and job.out is None:
         mark_finished(out)
     num_steps, num_examples = batches.progress.steps, batches.consumed.examples
-    return Result(label, num_steps, num_examples, seconds, test_loss, accuracy, journal, preempted)
+    return Result(label, num_steps, num_examples, seconds, last.loss, last.accuracy, journal, preempted)
 
 
 def _say(loaded: Loaded, batches: AdaptiveBatch, display: Display) -> None:
@@ -374,6 +383,71 @@ def _say(loaded: Loaded, batches: AdaptiveBatch, display: Display) -> None:
         # These differences are reported elsewhere: as settings that were taken over, or in the log as kept.
         if not difference.name.startswith(("config.optimizer.", "config.seed")):
             display.say(f"  {difference}")
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation found.
+
+    Args:
+        loss: mean over the examples; NaN if nothing was evaluated.
+        accuracy: share of targets that were predicted; NaN if targets are not classes.
+    """
+
+    loss: float = math.nan
+    accuracy: float = math.nan
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """By name, as the journal has them."""
+        return {"loss": self.loss, **({} if math.isnan(self.accuracy) else {"accuracy": self.accuracy})}
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4g}" + ("" if math.isnan(self.accuracy) else f", accuracy {self.accuracy:.2%}")
+
+
+class _Evaluations:
+    """The evaluations of a run on its test data.
+
+    Attributes:
+        seconds: what those that were due took.
+    """
+
+    def __init__(self, job: Job, parts: Assembled, device: torch.device) -> None:
+        self._job = job
+        self._parts = parts
+        self._device = device
+        self._every = job.evaluate_every
+        self._passed = self._intervals()
+        self._kept: tuple[Progress, Evaluated] | None = None
+        self.seconds = 0.0
+
+    def due(self) -> bool:
+        """Whether the last step completed an interval; the same on all ranks."""
+        before, self._passed = self._passed, self._intervals()
+        return self._passed > before
+
+    def run(self) -> Evaluated:
+        """Evaluates the weights and writes the result into the journal; those of a step only once."""
+        now, job = self._parts.batches.consumed, self._job
+        if self._kept is not None and self._kept[0] == now:
+            return self._kept[1]
+        assert job.test_data is not None
+        began = time.perf_counter()
+        engine, batches = self._parts.engine, self._parts.batches
+        found = Evaluated(
+            *evaluate(
+                engine.model, job.loss, job.test_data, batches.collectives, device=self._device, forward=engine.forward
+            )
+        )
+        batches.record_evaluation(found.metrics)
+        # Workers of local SGD are averaged at the end of the run, which changes the weights after its last step.
+        self._kept = None if self._parts.local is not None else (now, found)
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def _intervals(self) -> int:
+        every = self._every
+        return 0 if every is None else int(self._parts.batches.consumed.count(every.unit) // every.count)
 
 
 @torch.no_grad()
@@ -396,9 +470,10 @@ def evaluate(
     total_loss = correct = predictions = 0.0
     num_examples = 0
     classes = True
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # parts of a model may be frozen in eval mode
     model.eval()
-    loader = DataLoader(share, batch_size=EVALUATION_BATCH, collate_fn=collate)
+    # A loader without a generator of its own would draw from the global one, on which the training depends.
+    loader = DataLoader(share, batch_size=EVALUATION_BATCH, collate_fn=collate, generator=torch.Generator())
     batches = iter(loader)
     for _ in range(-int(collectives.minimum_of(-len(loader))[0])):
         batch = next(batches, None)
@@ -412,7 +487,8 @@ def evaluate(
             if classes:
                 correct += int((outputs.argmax(-1) == targets).sum())
                 predictions += targets.numel()
-    model.train(training)
+    for module, training in modes:
+        module.training = training
     sums = collectives.sum_of(total_loss, num_examples, correct, predictions)
     accuracy = math.nan
     with suppress(ZeroDivisionError):

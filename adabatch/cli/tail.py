@@ -126,12 +126,13 @@ def _since(journal: Path, place: int, node: int) -> tuple[bytes, int, int, bool]
 
 
 def _step(text: bytes) -> list[Mapping[str, Any]]:
-    """The line as a step; None if it is not one."""
+    """The line as a step or an evaluation; none if it is neither."""
     try:
         entry = json.loads(text)
     except ValueError:
         return []
-    return [entry] if isinstance(entry, Mapping) and isinstance(entry.get("plan"), Mapping) else []
+    known = isinstance(entry, Mapping) and any(isinstance(entry.get(key), Mapping) for key in ("plan", "evaluation"))
+    return [entry] if known else []
 
 
 COLUMNS = (("step", 9), ("examples", 13), ("batch", 8), ("wanted", 9), ("noise scale", 12), ("loss", 10), ("lr", 10))
@@ -139,12 +140,15 @@ HEADER = "".join(f"{name:>{width}}" for name, width in COLUMNS) + "  next"
 
 
 def shown(entry: Mapping[str, Any], *, colored: bool) -> str:
-    """A step as one line.
+    """A step or an evaluation as one line.
 
     Args:
         entry: a line of the journal.
         colored: with ANSI colours.
     """
+    if "evaluation" in entry:
+        metrics = ", ".join(f"{name} {_short(value, 4)}" for name, value in entry["evaluation"].items())
+        return f"{_whole(entry.get('step')):>9}{_whole(entry.get('examples')):>13}  evaluation: {metrics}"
     averages, lr = entry.get("averages") or {}, entry.get("lr") or {}
     applied = next(iter(lr.get("applied") or ()), None)
     values = (

@@ -48,14 +48,18 @@ NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a step, by the names that they have in every tracker; those that are missing are left out.
+    """The numbers of a line, by the names that they have in every tracker; those that are missing are left out.
 
-    Beside ``NAMES``: ``lr/applied``, ``lr/base`` and ``lr/shape`` (of further parameter groups ``lr/applied_1``),
-    ``update/applied`` (1 or 0), ``efficiency`` (1 / (1 + batch / noise scale)) and ``layers/NAME/noise_scale``.
+    Of a step, beside ``NAMES``: ``lr/applied``, ``lr/base`` and ``lr/shape`` (of further parameter groups
+    ``lr/applied_1``), ``update/applied`` (1 or 0), ``efficiency`` (1 / (1 + batch / noise scale)) and
+    ``layers/NAME/noise_scale``. Of an evaluation ``evaluation/NAME`` for each of its metrics, and nothing else.
 
     Args:
         entry: a line of the journal.
     """
+    if "evaluation" in entry:
+        values = {f"evaluation/{name}": _number(value) for name, value in _part(entry, "evaluation").items()}
+        return {name: value for name, value in values.items() if value is not None}
     found = {name: _at(entry, path) for name, path in NAMES.items()}
     found["update/applied"] = float(entry["applied"]) if isinstance(entry.get("applied"), bool) else None
     for part in ("base", "shape", "applied"):
@@ -104,11 +108,13 @@ class Tracker(ABC):
         self._opened = False
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Logs a line of the journal under the number of its step."""
+        """Logs a line of the journal under the number of its step, and an evaluation under that of the last step."""
+        step = int(entry["step"])
         if not self._opened:
-            self._open(str(entry.get("run", "")), int(entry["step"]))
+            self._open(str(entry.get("run", "")), step)
             self._opened = True
-        self._log(int(entry["step"]), metrics_of(entry))
+        # A resumed run hides what is logged from its first step on, which an evaluation before that step outlives.
+        self._log(max(0, step - 1) if "evaluation" in entry else step, metrics_of(entry))
 
     def close(self) -> None:
         """Writes down what is left; a later line opens the tracker again."""

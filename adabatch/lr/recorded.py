@@ -182,7 +182,7 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
     rows: list[tuple[float, ...]] = []
     base_lrs: tuple[float, ...] = ()
     for number, entry in _entries(lines, source):
-        if entry.get("applied") is False:
+        if entry.get("applied") is False or "evaluation" in entry:
             continue
         batch = _number(_part(entry, "plan").get("global_batch_size"))
         if not batch > 0:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adabatch.batch.control import Reason
+from adabatch.report.evaluations import Metric, extremes
 from adabatch.report.heat import layer_bins
 from adabatch.report.steps import Floats, RunSteps
 from adabatch.report.summary import (
@@ -36,6 +37,7 @@ from adabatch.report.summary import (
     summarize,
     time_before,
     time_constant,
+    total_seconds,
 )
 from adabatch.report.what_if import (
     ASSUMPTIONS,
@@ -50,6 +52,7 @@ from adabatch.report.what_if import (
 MOST_POINTS = 12_000
 """Points of all runs together on one page, of which a run has at most 1,200: the page stays below 3 MB."""
 
+MOST_EVALUATIONS = 300
 MOST_SEGMENTS = 400
 MOST_CHANGES = 300
 MOST_CELLS = 16_000
@@ -164,6 +167,7 @@ def numbers(reports: Sequence[Reported]) -> dict[str, Any]:
                     "name": each.run.name,
                     "summary": each.summary._asdict(),
                     "results": dict(each.results),
+                    "evaluations": {metric.name: extremes(metric)._asdict() for metric in each.run.metrics},
                     "rule": rule_of(each.run, each.settings),
                     "flags": [flag._asdict() for flag in each.flags],
                     "reasons": reason_shares(each.run),
@@ -229,7 +233,7 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
     band = noise_band(run)
     tau, betas, seconds = time_constant(run, settings), betas_of(run, settings), time_before(run)
     smallest, largest = settings.limits[0], largest_allowed(run, settings)
-    end = float(run.examples[-1] + run.batch[-1])
+    end = run.end
     drawn: dict[str, Any] = {
         "x": {
             "examples": run.examples[at],
@@ -263,6 +267,7 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
         "loss": run.loss[at],
         "smooth_loss": smooth_loss(run)[at],
         "efficiency": run.efficiency[at],
+        "metrics": [_metric(metric, run, settings.tokens_per_example, seconds) for metric in run.metrics],
         "heat": None,
         "segments": None,
     }
@@ -281,6 +286,25 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
         pieces = segments(run, at_most=MOST_SEGMENTS)
         drawn["segments"] = {name: values for name, values in pieces._asdict().items()}
     return drawn
+
+
+def _metric(metric: Metric, run: RunSteps, tokens_per_example: float | None, seconds: Floats | None) -> dict[str, Any]:
+    """The evaluations of a metric, at most ``MOST_EVALUATIONS`` of them."""
+    at = np.unique(np.linspace(0, len(metric.values) - 1, MOST_EVALUATIONS).astype(int))
+    examples = metric.examples[at]
+    return {
+        "name": metric.name,
+        "x": {
+            "examples": examples,
+            "steps": metric.step[at],
+            "tokens": None if not tokens_per_example else examples * tokens_per_example,
+            # Steps were timed, evaluations not: this is the time of training before each.
+            "time": None
+            if seconds is None
+            else np.interp(examples, np.append(run.examples, run.end), np.append(seconds, total_seconds(run))),
+        },
+        "y": metric.values[at],
+    }
 
 
 def _open_ended(high: Floats) -> Floats:

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adabatch.report.curves import Journal, records
-
-Floats = NDArray[np.float64]
+from adabatch.report.evaluations import Floats, Metric, finite_number, read_metrics
 
 
 class RunSteps(NamedTuple):
@@ -22,7 +21,8 @@ class RunSteps(NamedTuple):
 
     Args:
         name: what the run is called in tables and legends.
-        step: number of the step, shape (num_steps,); so are all others, but for ``applied_lr`` and the layers.
+        step: number of the step, shape (num_steps,); so are all others, but for ``applied_lr``, the layers and
+            the metrics.
         examples: consumed before it.
         batch: examples that it took.
         micro_batch: examples in one forward and backward on one rank.
@@ -51,6 +51,7 @@ class RunSteps(NamedTuple):
         layers: names of the layers whose noise was measured apart.
         layer_noise: shape (num_steps, num_layers).
         layer_signal: shape (num_steps, num_layers).
+        metrics: of the evaluations; empty without any.
     """
 
     name: str
@@ -83,6 +84,7 @@ class RunSteps(NamedTuple):
     layers: tuple[str, ...]
     layer_noise: Floats
     layer_signal: Floats
+    metrics: tuple[Metric, ...]
 
     @property
     def num_steps(self) -> int:
@@ -93,6 +95,11 @@ class RunSteps(NamedTuple):
     def num_examples(self) -> float:
         """Examples that the steps in the journal took."""
         return float(self.batch.sum())
+
+    @property
+    def end(self) -> float:
+        """Examples consumed after the last step."""
+        return float(self.examples[-1] + self.batch[-1])
 
     @property
     def noise_scale(self) -> Floats:
@@ -124,7 +131,8 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
     Raises:
         ValueError: a damaged line before the last, a newer format, two runs in one journal, or no complete step.
     """
-    rows = [row for row in records(journal) if _is_step(row)]
+    lines = list(records(journal))
+    rows = [row for row in lines if _is_step(row)]
     if not rows:
         raise ValueError(f"{name}: the journal holds no complete step yet, so there is nothing to report")
     plans = [_part(row, "plan") for row in rows]
@@ -141,10 +149,10 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
     floors = tuple(dict.fromkeys(beta for row in rows for beta in _part(row, "beta_floors")))
 
     def of(parts: list[Mapping[str, Any]], key: str) -> Floats:
-        return np.array([_number(part.get(key)) for part in parts], dtype=np.float64)
+        return np.array([finite_number(part.get(key)) for part in parts], dtype=np.float64)
 
     def by_layer(key: str) -> Floats:
-        values = [[_number(layer.get(key)) for layer in row] for row in of_layers]
+        values = [[finite_number(layer.get(key)) for layer in row] for row in of_layers]
         return np.array(values, dtype=np.float64).reshape(len(rows), len(layers))
 
     wanted, low, high = of(rows, "wanted"), of(rows, "low"), of(rows, "high")
@@ -182,11 +190,14 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
         layers=layers,
         layer_noise=by_layer("noise"),
         layer_signal=by_layer("signal"),
+        metrics=read_metrics(lines),
     )
 
 
 def _is_step(row: Mapping[str, Any]) -> bool:
-    return _number(_part(row, "plan").get("global_batch_size")) > 0 and math.isfinite(_number(row.get("examples")))
+    return finite_number(_part(row, "plan").get("global_batch_size")) > 0 and math.isfinite(
+        finite_number(row.get("examples"))
+    )
 
 
 def _part(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -196,10 +207,4 @@ def _part(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _list(row: Mapping[str, Any], key: str) -> list[float]:
     value = row.get(key)
-    return [_number(item) for item in value] if isinstance(value, list) else []
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return math.nan
-    return float(value)
+    return [finite_number(item) for item in value] if isinstance(value, list) else []

@@ -169,7 +169,6 @@ def summarize(run: RunSteps) -> Summary:
     worth, known = run.efficiency, ~np.isnan(run.efficiency)
     loss = smooth_loss(run)
     finite = loss[np.isfinite(loss)]
-    timed = np.isfinite(run.seconds)
     return Summary(
         num_steps=run.num_steps,
         num_left_out=int((~run.applied).sum()),
@@ -185,13 +184,18 @@ def summarize(run: RunSteps) -> Summary:
         num_changes=len(changes(run)),
         probed=float(np.isfinite(run.measured).mean()),
         accumulated=_share(run, run.accumulation > 1),
-        seconds=float(_filled(run.seconds).sum()) if timed.any() else math.nan,
+        seconds=total_seconds(run),
     )
 
 
 def smooth_loss(run: RunSteps) -> Floats:
     """The loss, averaged over 2 % of the examples around each step, shape (num_steps,)."""
     return moving_mean(run, run.loss, window=LOSS_WINDOW * run.num_examples)
+
+
+def total_seconds(run: RunSteps) -> float:
+    """Time of all steps together; NaN where none was timed."""
+    return float(_filled(run.seconds).sum()) if np.isfinite(run.seconds).any() else math.nan
 
 
 def time_before(run: RunSteps) -> Floats | None:

@@ -51,6 +51,10 @@ class Stopwatch(StepObserver, Rider):
             self._steady = self._steady and whole and moment.plan == self._plan
             self._plan = moment.plan
 
+    def interrupted(self) -> None:
+        """Something else than steps took time, such as an evaluation: the present span is not timed."""
+        self._steady = False
+
     def outgoing(self, device: torch.device) -> Tensor:
         """This rank's share of the mean, shape (1,)."""
         seconds = math.nan if self._pending is None else self._pending[1]

@@ -45,6 +45,15 @@ def test_the_last_steps_of_a_run(tmp_path, capsys):
     assert len(lines[0].partition("  64")[0]) == len(HEADER.partition("  next")[0])
 
 
+def test_evaluations_stand_between_the_steps(tmp_path, capsys):
+    evaluation = {"format": 1, "step": 2, "examples": 64, "evaluation": {"loss": 0.25, "accuracy": None}}
+    (tmp_path / "journal.jsonl").write_text(text(0, 1) + json.dumps(evaluation) + "\n" + text(2))
+    assert main(["tail", str(tmp_path), "--lines", "2", "--once"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first.split() == ["2", "64", "evaluation:", "loss", "0.25,", "accuracy", "-"]
+    assert second.split()[:2] == ["2", "64"]
+
+
 def test_a_terminal_has_colours():
     assert shown(step_line(0), colored=True).endswith("\x1b[32m64 grow\x1b[0m")
     assert shown(step_line(0, reason="hold"), colored=True) == shown(step_line(0, reason="hold"), colored=False)

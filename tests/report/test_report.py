@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from adabatch.batch import adaptive_limit
+from adabatch.report.evaluations import Extremes, extremes
 from adabatch.report.heat import layer_bins
 from adabatch.report.page import Reported, numbers, page, report_on, thinned
 from adabatch.report.steps import RunSteps, read_steps
@@ -109,6 +110,36 @@ def test_a_run_without_measurements_has_totals_and_says_so():
     assert report_on(run).outcomes == ()
     with pytest.raises(ValueError, match=r"has no noise scale.*monitor"):
         report_on(run, choices=[Choice("eta", 0.5)])
+
+
+def evaluated(step: int, examples: int, **metrics: float | None) -> dict:
+    return {"format": 1, "step": step, "examples": examples, "evaluation": metrics}
+
+
+def test_evaluations_have_a_best_and_a_last_value():
+    steps = [line(0, 0, 32), line(1, 32, 32), line(2, 64, 32)]
+    lines = [
+        steps[0],
+        evaluated(1, 32, accuracy=0.5, loss=2.0),
+        steps[1],
+        evaluated(2, 64, accuracy=0.8, loss=None, val_perplexity=3.0),
+        steps[2],
+        evaluated(3, 96, accuracy=0.1, loss=1.0),
+        evaluated(3, 96, accuracy=0.7, loss=1.0),  # the run was started again at its end
+    ]
+    run = read_steps(lines, "evaluated")
+    assert run.num_steps == 3
+    assert [metric.name for metric in run.metrics] == ["loss", "accuracy", "val_perplexity"]
+    found = {metric.name: extremes(metric) for metric in run.metrics}
+    assert found["loss"] == Extremes(1.0, 96, 1.0, 96, 3, True)
+    assert found["accuracy"] == Extremes(0.8, 64, 0.7, 96, 3, False)
+    assert found["val_perplexity"] == Extremes(3.0, 64, 3.0, 64, 1, True)
+    never = extremes(read_steps([steps[0], evaluated(1, 32, f1=None)], "never").metrics[0])
+    assert math.isnan(never.best)
+    assert math.isnan(never.last)
+    (told,) = numbers([report_on(run)])["runs"]
+    assert told["evaluations"]["accuracy"]["best_at"] == 64
+    assert numbers([report_on(read_steps(steps, "plain"))])["runs"][0]["evaluations"] == {}
 
 
 def test_changes_are_sentences():

@@ -119,3 +119,11 @@ def test_a_span_with_something_else_in_it_is_not_timed(time: Time) -> None:
         measured(watch)
         seconds.append(None if watch.timed is None else watch.timed[1])
     assert seconds == [None, None, 2.0, None]
+
+
+def test_a_span_with_an_evaluation_in_it_is_not_timed(time: Time) -> None:
+    watch = Stopwatch(1)
+    assert run(time, watch, [SMALL] * 4, took=lambda plan: 1.0)[-1] == (SMALL, 1.0)
+    time.now += 50.0
+    watch.interrupted()
+    assert run(time, watch, [SMALL] * 3, took=lambda plan: 1.0) == [(SMALL, 1.0), None, (SMALL, 1.0)]

@@ -256,6 +256,13 @@
   const each = (make) => () => runs.flatMap((run, index) => (run.x[axis] ? make(run, index, run.x[axis], many ? `${run.name}: ` : "") : []));
   const has = (test) => runs.some(test);
   const any = (values) => values != null && values.some((value) => value != null);
+  const metricOf = (run, name) => run.metrics.find((metric) => metric.name === name);
+  const evaluations = (run, index, name, label) => {
+    const metric = metricOf(run, name);
+    if (!metric || !metric.x[axis]) return [];
+    const drawn = { run: index, x: metric.x[axis], y: metric.y, color: color(index) };
+    return [{ ...drawn, kind: "line", bridge: true, dash: "5 4", thick: 1.2, label }, { ...drawn, kind: "dots", thick: 6 }];
+  };
   const INK = "var(--soft)";
   const swatch = (style) => `background:${style}`;
   const of = () => (many ? INK : color(0));
@@ -278,13 +285,22 @@
         { run: index, kind: "step", x, y: run.batch, until: run.end[axis], color: color(index), thick: 2, label: `${name}taken`, tell: (at) => `${whole(run.batch[at])} · ${run.reason[at]}` },
       ]),
     }));
+    const evaluated = has((run) => metricOf(run, "loss"));
+    const losses = (run) => [run.loss, metricOf(run, "loss")?.y || []].flat();
     found.push(chart({
-      id: "loss", title: "Training loss", note: "Faint: of single steps. Line: the mean over 2 % of the run.", trim: 0.005, log: has((run) => run.loss.some((value) => value != null && value <= 0)) ? 0 : 10,
+      id: "loss", title: evaluated ? "Loss: training and evaluations" : "Training loss", trim: 0.005, log: has((run) => losses(run).some((value) => value != null && value <= 0)) ? 0 : 10,
+      note: `Faint: of single steps. Line: the mean over 2 % of the run.${evaluated ? " Dashed, with dots: evaluations." : ""}`,
       series: each((run, index, x, name) => [
         { run: index, kind: "dots", loose: true, x, y: run.loss, color: color(index), opacity: 0.25, thick: 2 },
         { run: index, kind: "line", bridge: true, x, y: run.smooth_loss, color: color(index), label: `${name}loss` },
+        ...evaluations(run, index, "loss", `${name}evaluation`),
       ]),
     }));
+    const others = [...new Set(runs.flatMap((run) => run.metrics.map((metric) => metric.name)))].filter((name) => name !== "loss");
+    others.forEach((metric, number) => found.push(chart({
+      id: `metric${number}`, title: `Evaluation: ${metric}`, note: "Measured between steps, on data that the run does not train on.",
+      series: each((run, index, x, name) => evaluations(run, index, metric, `${name}${metric}`)),
+    })));
     found.push(chart({
       id: "noise", log: 10, title: "Noise scale (examples)", note: "Averaged noise over averaged signal; gaps: no signal was seen.", trim: 0.01,
       empty: "the noise was not measured",
@@ -390,12 +406,13 @@
   const named = (run, index) => element("span", { class: "run" }, element("i", { class: "swatch", style: swatch(color(index)) }), run.name);
 
   function totals() {
+    const metrics = [...new Set(runs.flatMap((run) => Object.keys(run.evaluations)))];
     const extra = [...new Set(runs.flatMap((run) => Object.keys(run.results)))];
     const timed = runs.some((run) => run.summary.seconds != null);
-    const header = ["run", "steps", "examples", "mean batch", "smallest", "largest", "changes", "efficiency", "adaptive limit", "best loss", "last loss", ...extra, "steps measured", "accumulated", ...(timed ? ["time"] : [])];
+    const header = ["run", "steps", "examples", "mean batch", "smallest", "largest", "changes", "efficiency", "adaptive limit", "best loss", "last loss", ...metrics.flatMap((name) => [`best ${name}, evaluated`, `last ${name}, evaluated`]), ...extra, "steps measured", "accumulated", ...(timed ? ["time"] : [])];
     return table(header, runs.map((run, index) => {
       const s = run.summary;
-      return [named(run, index), whole(s.num_steps), whole(s.num_examples), precise(s.mean_batch), whole(s.smallest_batch), whole(s.largest_batch), whole(s.num_changes), percent(s.efficiency), s.adaptive_limit == null ? "-" : `${s.adaptive_limit.toFixed(2)} x`, precise(s.best_loss), precise(s.last_loss), ...extra.map((name) => precise(run.results[name])), percent(s.probed), percent(s.accumulated), ...(timed ? [duration(s.seconds)] : [])];
+      return [named(run, index), whole(s.num_steps), whole(s.num_examples), precise(s.mean_batch), whole(s.smallest_batch), whole(s.largest_batch), whole(s.num_changes), percent(s.efficiency), s.adaptive_limit == null ? "-" : `${s.adaptive_limit.toFixed(2)} x`, precise(s.best_loss), precise(s.last_loss), ...metrics.flatMap((name) => [precise(run.evaluations[name]?.best), precise(run.evaluations[name]?.last)]), ...extra.map((name) => precise(run.results[name])), percent(s.probed), percent(s.accumulated), ...(timed ? [duration(s.seconds)] : [])];
     }), { id: "totals" });
   }
 
