@@ -10,14 +10,14 @@ from pathlib import Path
 
 from adabatch.cli.plain_parser import PlainParser
 from adabatch.cli.runs import find_runs
-from adabatch.report import draw
-from adabatch.report.page import numbers, page, report_on
+from adabatch.report import AXES, draw, write_charts
+from adabatch.report.page import drawn, numbers, page, report_on
 from adabatch.report.steps import read_steps
 from adabatch.report.what_if import USAGE, Choice
 
 DESCRIPTION = """\
 Tell of one run or of several what happened, and why: one HTML page that needs no network, and works on a run that
-still runs. Its numbers as JSON (--json), its curves as a picture (--png)."""
+still runs. Its numbers as JSON (--json), its charts as pictures (--png)."""
 
 PICTURE = "report.png"
 
@@ -56,7 +56,8 @@ def run_report(arguments: Sequence[str]) -> int:
         asked.png.mkdir(parents=True, exist_ok=True)
         several = {run.name: run.journal for run in found} if len(found) > 1 else {"": found[0].journal}
         picture = draw(several, asked.png / PICTURE, title=None if len(found) > 1 else found[0].name)
-        _say(f"picture: {picture}", quiet=asked.json)
+        charts = write_charts(drawn(reports), asked.png, over=asked.over)
+        _say(f"pictures: {picture} and {', '.join(path.name for path in charts)}", quiet=asked.json)
     if asked.out is not None or not (asked.json or asked.png is not None):
         out = asked.out or Path("report.html")
         _write(out, page(reports, title=asked.title or ""))
@@ -91,7 +92,15 @@ def _parser() -> PlainParser:
     )
     parser.add_argument("--out", type=Path, metavar="HTML", help="page to write; report.html by default")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_argument("--png", type=Path, metavar="FOLDER", help=f"write the curves to {PICTURE} in this folder")
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="FOLDER",
+        help=f"write a picture of each chart into this folder, and {PICTURE}, the main ones above each other",
+    )
+    parser.add_argument(
+        "--over", choices=AXES, default="examples", help="axis of the pictures of single charts (examples)"
+    )
     parser.add_argument("--title", help="title of the page")
     parser.add_argument(
         "--what_if",

@@ -10,10 +10,12 @@ import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from adabatch.report.charts import AXES
 from adabatch.report.curves import Journal
 
-__all__ = ["draw", "require_matplotlib"]
+__all__ = ["AXES", "draw", "require_matplotlib", "write_charts"]
 
 
 def require_matplotlib() -> None:
@@ -54,4 +56,26 @@ def draw(runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, 
     require_matplotlib()
     # Imported by name here, so that the page, which needs no matplotlib, can be made without it.
     written: Path = importlib.import_module("adabatch.report.picture").write_picture(runs, out, title=title)
+    return written
+
+
+def write_charts(numbers: Mapping[str, Any], folder: str | os.PathLike[str], *, over: str = "examples") -> list[Path]:
+    """Write a PNG for each chart of a report; one for each metric that was evaluated, and for each run with layers.
+
+    Args:
+        numbers: what the page draws (``page.drawn``).
+        folder: where the pictures go; it exists.
+        over: the axis: "examples", "steps", "tokens" or "time".
+
+    Returns:
+        The pictures.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: no run counts what the axis asks for.
+    """
+    require_matplotlib()
+    written: list[Path] = importlib.import_module("adabatch.report.chart_pictures").write_charts(
+        numbers, Path(folder), over=over
+    )
     return written

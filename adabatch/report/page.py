@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adabatch.batch.control import Reason
+from adabatch.report.charts import AXES, charts_of, heat_chart
 from adabatch.report.evaluations import Metric, extremes
 from adabatch.report.heat import layer_bins
 from adabatch.report.steps import Floats, RunSteps
@@ -202,7 +203,7 @@ def page(reports: Sequence[Reported], *, title: str = "") -> str:
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     name = title or ", ".join(each.run.name for each in reports)
     # Inside of a script element nothing but "</script" and "<!--" has a meaning, and neither is left.
-    data = json.dumps(_drawn(reports), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(drawn(reports), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -214,7 +215,8 @@ def page(reports: Sequence[Reported], *, title: str = "") -> str:
     )
 
 
-def _drawn(reports: Sequence[Reported]) -> dict[str, Any]:
+def drawn(reports: Sequence[Reported]) -> dict[str, Any]:
+    """The numbers of the reports with what their charts show, ready for JSON; a bound that is not there is -1."""
     most = max(60, min(1200, MOST_POINTS // len(reports)))
     every = numbers(reports)
     for run, each in zip(every["runs"], reports, strict=True):
@@ -222,7 +224,9 @@ def _drawn(reports: Sequence[Reported]) -> dict[str, Any]:
         run["changes_left_out"] = max(0, left)
         run["changes"] = run["changes"][: MOST_CHANGES // len(reports) + 1] if left > 0 else run["changes"]
         run |= plain(_series(each, most, MOST_CELLS // len(reports)), digits=6)
-    return {**every, "reason_kinds": dict(REASON_KINDS)}
+        run["heat_chart"] = heat_chart(run, many=len(reports) > 1)._asdict() if run["heat"] else None
+    charts = {name: chart._asdict() for name, chart in charts_of(every["runs"]).items()}
+    return {**every, "axes": dict(AXES), "charts": charts, "reason_kinds": dict(REASON_KINDS)}
 
 
 def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
@@ -234,7 +238,7 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
     tau, betas, seconds = time_constant(run, settings), betas_of(run, settings), time_before(run)
     smallest, largest = settings.limits[0], largest_allowed(run, settings)
     end = run.end
-    drawn: dict[str, Any] = {
+    series: dict[str, Any] = {
         "x": {
             "examples": run.examples[at],
             "steps": run.step[at],
@@ -257,12 +261,12 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
         "noise_low": None if band is None else band[0][at],
         "noise_high": None if band is None else _open_ended(band[1])[at],
         "measured": run.measured[at],
-        "freedom": run.freedom[at] if np.isfinite(run.freedom).any() else None,
+        "freedom": _any(run.freedom[at]),
         "base_lr": run.base_lr[at],
         "shape": run.shape[at],
         "factor": run.factor[at],
         "applied_lr": [run.applied_lr[at, group] for group in range(run.applied_lr.shape[1])],
-        "tau": None if tau is None else tau[at],
+        "tau": None if tau is None else _any(tau[at]),
         "betas": None if betas is None else [betas[at, index] for index in range(betas.shape[1])],
         "loss": run.loss[at],
         "smooth_loss": smooth_loss(run)[at],
@@ -272,11 +276,11 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
         "segments": None,
     }
     if run.layers:
-        drawn["heat"] = heat = layer_bins(run, cells)
+        series["heat"] = heat = layer_bins(run, cells)
         edges = heat["edges"][:-1]
         heat["x"] = {
             "examples": [*run.examples[edges], end],
-            "steps": [*run.step[edges], drawn["end"]["steps"]],
+            "steps": [*run.step[edges], series["end"]["steps"]],
             "tokens": [settings.tokens_per_example * x for x in (*run.examples[edges], end)]
             if settings.tokens_per_example
             else None,
@@ -284,8 +288,8 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
         }
     if report.outcomes:
         pieces = segments(run, at_most=MOST_SEGMENTS)
-        drawn["segments"] = {name: values for name, values in pieces._asdict().items()}
-    return drawn
+        series["segments"] = {name: values for name, values in pieces._asdict().items()}
+    return series
 
 
 def _metric(metric: Metric, run: RunSteps, tokens_per_example: float | None, seconds: Floats | None) -> dict[str, Any]:
@@ -305,6 +309,11 @@ def _metric(metric: Metric, run: RunSteps, tokens_per_example: float | None, sec
         },
         "y": metric.values[at],
     }
+
+
+def _any(values: Floats) -> Floats | None:
+    """The values; None where none is finite."""
+    return values if np.isfinite(values).any() else None
 
 
 def _open_ended(high: Floats) -> Floats:

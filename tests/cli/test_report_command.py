@@ -90,8 +90,13 @@ def test_a_comparison_stands_for_its_runs(tmp_path, capsys):
 def test_pictures(tmp_path, capsys):
     run = write_run(tmp_path / "a")
     assert main(["report", str(run), "--png", str(tmp_path / "pictures")]) == 0
-    assert (tmp_path / "pictures" / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert "picture: " in capsys.readouterr().out
+    written = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
+    charts = {"batch", "loss", "noise", "efficiency", "lr", "shape", "factor"}
+    assert set(written) == {"report.png", *(f"{chart}.png" for chart in charts)}
+    assert all(picture.startswith(b"\x89PNG") for picture in written.values())
+    assert "pictures: " in capsys.readouterr().out
+    assert main(["report", str(run), "--png", str(tmp_path), "--over", "time"]) == 2
+    assert "no run counts time, which needs a criterion that reads step times" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,66 +9,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from support.reports import journal, two_runs
 
-from adabatch.report.page import Reported, page, report_on
+from adabatch.report.page import page, report_on
 from adabatch.report.steps import read_steps
 from adabatch.report.what_if import Choice, what_if
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def journal(num_steps: int, *, layers: int = 0, seed: int = 0, **other) -> list[dict]:
-    """Lines of a run in which everything is there that a page can show."""
-    random = np.random.default_rng(seed)
-    lines, examples, batch = [], 0, 16
-    for step in range(num_steps):
-        scale = float(40 * (1 + step / 50) * random.lognormal(0, 0.2))
-        after = 2 * batch if step % max(1, num_steps // 5) == max(1, num_steps // 5) - 1 and batch < 256 else batch
-        measured = {"noise": scale, "signal": 1.0, "noise_scale": scale}
-        lines.append(
-            {
-                "format": 1,
-                "step": step,
-                "examples": examples,
-                "plan": {"micro_batch_size": 8, "accumulation_steps": 2, "dp_size": 1, "global_batch_size": batch},
-                "loss": 2 / (1 + step / 20) * float(random.lognormal(0, 0.1)),
-                "moments": measured,
-                "averages": measured,
-                "wanted": 3 * scale,
-                "low": 2 * scale,
-                "high": None if step < 3 else 5 * scale,
-                "freedom": 4.0 + step,
-                "next": after,
-                "reason": ("grow" if after > batch else ("not significant", "within hysteresis", "hold")[step % 3]),
-                "lr": {"base": [0.1], "shape": [1 - step / num_steps], "factor": (batch / 16) ** 0.5, "applied": [0.1]},
-                "applied": step != 5,
-                "layers": {
-                    f"blocks.{i}.mlp": {"noise": scale * (i + 1), "signal": 1.0 - 0.4 * i, "noise_scale": scale}
-                    for i in range(layers)
-                },
-                "seconds": 0.1 * batch,
-                "run": f"{seed}",
-                **other,
-            }
-        )
-        examples, batch = examples + batch, after
-    return lines
-
-
-def two_runs() -> list[Reported]:
-    config = {
-        "limits.min": 16,
-        "limits.max": 256,
-        "tokens_per_example": 128,
-        "optimizer.init_args.weight_decay": 0.1,
-        "optimizer.init_args.betas": [0.9, 0.95],
-        "lr_rule": "sqrt",
-    }
-    first = read_steps(journal(300, layers=3), "first <run>")
-    second = read_steps(journal(200, seed=1), "second")
-    return [report_on(first, {**config, "seed": 0}, price=64), report_on(second, {**config, "seed": 1}, price=64)]
 
 
 class Parts(HTMLParser):
@@ -148,12 +96,14 @@ def test_a_browser_draws_it_and_its_switches_work(browser, tmp_path):
     path.write_text(page(reports), encoding="utf-8")
     opened = Opened(browser, path)
     tab = opened.tab
-    charts = {"batch", "loss", "noise", "efficiency", "lr", "shape", "factor", "tau", "betas", "freedom", "layers"}
+    charts = {"batch", "loss", "metric0", "noise", "efficiency", "lr", "shape", "factor", "tau", "betas", "freedom"}
+    charts.add("layers")
     assert set(tab.eval_on_selector_all("[data-chart]", "all => all.map(each => each.dataset.chart)")) == charts
     assert all(opened.count(f'[data-chart="{chart}"] svg path') for chart in charts - {"layers"})
     assert opened.count('[data-chart="layers"] svg rect') > 100
     assert "first <run>" in opened.text("#totals")
     assert "1 update was left out" in opened.text('[data-kind="updates_left_out"] >> nth=0')
+    assert "best accuracy, evaluated" in opened.text("#totals th >> nth=13")
     assert "seed" in opened.text("#differences")
 
     curve = '[data-chart="batch"] svg path >> nth=-1'

@@ -4,7 +4,7 @@
   const runs = data.runs;
   const many = runs.length > 1;
   const hidden = new Set();
-  const AXES = { examples: "examples", steps: "steps", tokens: "tokens", time: "seconds" };
+  const AXES = data.axes;
   const REASONS = {
     "moved up": "--up", "moved down": "--down", scheduled: "--scheduled", "at a limit": "--limit",
     waits: "--waits", uncertain: "--uncertain", "in place": "--place", "not asked": "--none", failed: "--failed",
@@ -118,10 +118,10 @@
       low /= margin;
       high *= spec.headroom || margin;
     } else {
-      if (spec.from != null) low = Math.min(spec.from, low);
+      if (spec.start != null) low = Math.min(spec.start, low);
       const margin = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
       high += margin;
-      low -= low === 0 || (spec.from != null && low === spec.from) ? 0 : margin;
+      low -= low === 0 || (spec.start != null && low === spec.start) ? 0 : margin;
     }
     const inner = height - top;
     const scaled = spec.log ? (value) => Math.log(value / low) / Math.log(high / low) : (value) => (value - low) / (high - low);
@@ -255,7 +255,6 @@
 
   const each = (make) => () => runs.flatMap((run, index) => (run.x[axis] ? make(run, index, run.x[axis], many ? `${run.name}: ` : "") : []));
   const has = (test) => runs.some(test);
-  const any = (values) => values != null && values.some((value) => value != null);
   const metricOf = (run, name) => run.metrics.find((metric) => metric.name === name);
   const evaluations = (run, index, name, label) => {
     const metric = metricOf(run, name);
@@ -267,83 +266,52 @@
   const swatch = (style) => `background:${style}`;
   const of = () => (many ? INK : color(0));
 
+  // What each chart draws; its title, its note and its scale come with the numbers.
   function charts() {
-    const found = [];
     const limits = has((run) => run.limits.some((limit) => limit != null));
-    found.push(chart({
-      id: "batch", wide: true, log: 2, headroom: 3, height: 280, strips: true, title: "Global batch size (examples)",
-      note: "The strip below tells why the next batch was what it was.",
-      key: [
-        ["taken", swatch(of())], ["wanted", `background:${of()};opacity:.45`], ["its bounds", `background:${of()};opacity:.2;height:9px`],
-        ...(limits ? [["limits", `background:repeating-linear-gradient(90deg,${INK} 0 4px,transparent 4px 7px);height:2px`]] : []),
-        ...Object.entries(REASONS).filter(([kind]) => has((run) => run.reason.some((word) => (data.reason_kinds[word] || "not asked") === kind))).map(([kind, name]) => [kind, `background:var(${name})`, true]),
-      ],
-      series: each((run, index, x, name) => [
-        { run: index, kind: "band", loose: true, x, y: run.low, upper: run.high, color: color(index), opacity: many ? 0.08 : 0.15 },
-        { run: index, kind: "line", loose: true, bridge: true, x, y: run.wanted, color: color(index), opacity: 0.45, thick: 1.2, label: `${name}wanted` },
-        ...run.limits.filter((limit) => limit != null).map((limit) => ({ run: index, kind: "line", x: [0, run.end[axis]], y: [limit, limit], color: INK, dash: "4 3", thick: 1 })),
-        { run: index, kind: "step", x, y: run.batch, until: run.end[axis], color: color(index), thick: 2, label: `${name}taken`, tell: (at) => `${whole(run.batch[at])} · ${run.reason[at]}` },
-      ]),
-    }));
-    const evaluated = has((run) => metricOf(run, "loss"));
-    const losses = (run) => [run.loss, metricOf(run, "loss")?.y || []].flat();
-    found.push(chart({
-      id: "loss", title: evaluated ? "Loss: training and evaluations" : "Training loss", trim: 0.005, log: has((run) => losses(run).some((value) => value != null && value <= 0)) ? 0 : 10,
-      note: `Faint: of single steps. Line: the mean over 2 % of the run.${evaluated ? " Dashed, with dots: evaluations." : ""}`,
-      series: each((run, index, x, name) => [
-        { run: index, kind: "dots", loose: true, x, y: run.loss, color: color(index), opacity: 0.25, thick: 2 },
-        { run: index, kind: "line", bridge: true, x, y: run.smooth_loss, color: color(index), label: `${name}loss` },
-        ...evaluations(run, index, "loss", `${name}evaluation`),
-      ]),
-    }));
-    const others = [...new Set(runs.flatMap((run) => run.metrics.map((metric) => metric.name)))].filter((name) => name !== "loss");
-    others.forEach((metric, number) => found.push(chart({
-      id: `metric${number}`, title: `Evaluation: ${metric}`, note: "Measured between steps, on data that the run does not train on.",
-      series: each((run, index, x, name) => evaluations(run, index, metric, `${name}${metric}`)),
-    })));
-    found.push(chart({
-      id: "noise", log: 10, title: "Noise scale (examples)", note: "Averaged noise over averaged signal; gaps: no signal was seen.", trim: 0.01,
-      empty: "the noise was not measured",
-      key: [["average", swatch(of())], ...(has((run) => run.noise_low) ? [["its band", `background:${of()};opacity:.2;height:9px`]] : []), ["single steps", `background:${of()};opacity:.3;width:4px`], ["batch taken", `background:repeating-linear-gradient(90deg,${of()} 0 4px,transparent 4px 7px);height:2px`]],
-      series: each((run, index, x, name) => [
-        ...(run.noise_low ? [{ run: index, kind: "band", loose: true, x, y: run.noise_low, upper: run.noise_high, color: color(index) }] : []),
-        { run: index, kind: "dots", loose: true, x, y: run.measured, color: color(index), opacity: 0.22, thick: 2 },
-        { run: index, kind: "step", loose: true, x, y: run.batch, until: run.end[axis], color: color(index), dash: "4 3", thick: 1, opacity: 0.8, label: `${name}batch` },
-        { run: index, kind: "line", x, y: run.noise_scale, color: color(index), label: `${name}noise scale` },
-      ]),
-    }));
-    found.push(chart({
-      id: "efficiency", percent: true, from: 0, title: "Efficiency: worth of an example", note: "1 / (1 + batch / noise scale), against one in a small batch.", empty: "the noise was not measured",
-      series: each((run, index, x, name) => [{ run: index, kind: "line", x, y: run.efficiency, color: color(index), label: `${name}efficiency`, tell: (at) => percent(run.efficiency[at]) }]),
-    }));
-    found.push(chart({
-      id: "lr", title: "Learning rate applied", note: "Base LR x shape x batch factor; one line per parameter group.", log: has((run) => run.applied_lr.some((group) => group.some((value) => value > 0))) ? 10 : 0, trim: 0.01,
-      series: each((run, index, x, name) => run.applied_lr.map((group, number) => ({ run: index, kind: "line", bridge: true, x, y: group, color: color(index), opacity: number ? 0.5 : 1, label: `${name}${run.applied_lr.length > 1 ? `group ${number} ` : ""}LR` }))),
-    }));
-    found.push(chart({
-      id: "shape", title: "Shape, with warm-up", from: 0, note: `Times the base LR: ${runs.map((run) => short((run.base_lr || []).findLast((value) => value != null))).join(", ")}.`,
-      series: each((run, index, x, name) => [{ run: index, kind: "line", bridge: true, x, y: run.shape, color: color(index), label: `${name}shape` }]),
-    }));
-    found.push(chart({
-      id: "factor", title: "Batch factor", from: 0, note: `What the rule makes of the batch: ${runs.map((run) => run.rule || "unknown").join(", ")}.`,
-      series: each((run, index, x, name) => [{ run: index, kind: "step", x, y: run.factor, until: run.end[axis], color: color(index), label: `${name}factor` }]),
-    }));
-    if (has((run) => any(run.tau)))
-      found.push(chart({
-        id: "tau", log: 10, trim: 0.02, title: "tau: memory of weight decay, as a share of the run", note: "batch / (learning rate x decay x examples).",
-        series: each((run, index, x, name) => (run.tau ? [{ run: index, kind: "line", bridge: true, x, y: run.tau, color: color(index), label: `${name}tau` }] : [])),
-      }));
-    if (has((run) => run.betas))
-      found.push(chart({
-        id: "betas", title: "Betas", note: "As they were in each step, where they follow the batch down to their floors.",
-        series: each((run, index, x, name) => (run.betas || []).map((beta, number) => ({ run: index, kind: "step", x, y: beta, until: run.end[axis], color: color(index), opacity: number ? 0.55 : 1, label: `${name}beta${number + 1}` }))),
-      }));
-    if (has((run) => any(run.freedom)))
-      found.push(chart({
-        id: "freedom", log: 10, title: "Degrees of freedom behind the band", note: "Parts compared with each other, pooled over the probes in the average.",
-        series: each((run, index, x, name) => (run.freedom ? [{ run: index, kind: "line", bridge: true, x, y: run.freedom, color: color(index), label: `${name}freedom` }] : [])),
-      }));
-    return found;
+    const band = `background:${of()};opacity:.2;height:9px`;
+    const dashed = (style) => `background:repeating-linear-gradient(90deg,${style} 0 4px,transparent 4px 7px);height:2px`;
+    const kinds = Object.entries(REASONS).filter(([kind]) => has((run) => run.reason.some((word) => (data.reason_kinds[word] || "not asked") === kind)));
+    const line = (index, x, y, label) => ({ run: index, kind: "line", bridge: true, x, y, color: color(index), label });
+    const specs = {
+      batch: {
+        wide: true, height: 280, strips: true,
+        key: [["taken", swatch(of())], ["wanted", `background:${of()};opacity:.45`], ["its bounds", band], ...(limits ? [["limits", dashed(INK)]] : []), ...kinds.map(([kind, name]) => [kind, `background:var(${name})`, true])],
+        series: (run, index, x, name) => [
+          { run: index, kind: "band", loose: true, x, y: run.low, upper: run.high, color: color(index), opacity: many ? 0.08 : 0.15 },
+          { ...line(index, x, run.wanted, `${name}wanted`), loose: true, opacity: 0.45, thick: 1.2 },
+          ...run.limits.filter((limit) => limit != null).map((limit) => ({ run: index, kind: "line", x: [0, run.end[axis]], y: [limit, limit], color: INK, dash: "4 3", thick: 1 })),
+          { run: index, kind: "step", x, y: run.batch, until: run.end[axis], color: color(index), thick: 2, label: `${name}taken`, tell: (at) => `${whole(run.batch[at])} · ${run.reason[at]}` },
+        ],
+      },
+      loss: {
+        series: (run, index, x, name) => [
+          { run: index, kind: "dots", loose: true, x, y: run.loss, color: color(index), opacity: 0.25, thick: 2 },
+          line(index, x, run.smooth_loss, `${name}loss`),
+          ...evaluations(run, index, "loss", `${name}evaluation`),
+        ],
+      },
+      noise: {
+        key: [["average", swatch(of())], ...(has((run) => run.noise_low) ? [["its band", band]] : []), ["single steps", `background:${of()};opacity:.3;width:4px`], ["batch taken", dashed(of())]],
+        series: (run, index, x, name) => [
+          ...(run.noise_low ? [{ run: index, kind: "band", loose: true, x, y: run.noise_low, upper: run.noise_high, color: color(index) }] : []),
+          { run: index, kind: "dots", loose: true, x, y: run.measured, color: color(index), opacity: 0.22, thick: 2 },
+          { run: index, kind: "step", loose: true, x, y: run.batch, until: run.end[axis], color: color(index), dash: "4 3", thick: 1, opacity: 0.8, label: `${name}batch` },
+          { ...line(index, x, run.noise_scale, `${name}noise scale`), bridge: false },
+        ],
+      },
+      efficiency: { series: (run, index, x, name) => [{ ...line(index, x, run.efficiency, `${name}efficiency`), bridge: false, tell: (at) => percent(run.efficiency[at]) }] },
+      lr: { series: (run, index, x, name) => run.applied_lr.map((group, number) => ({ ...line(index, x, group, `${name}${run.applied_lr.length > 1 ? `group ${number} ` : ""}LR`), opacity: number ? 0.5 : 1 })) },
+      shape: { series: (run, index, x, name) => [line(index, x, run.shape, `${name}shape`)] },
+      factor: { series: (run, index, x, name) => [{ ...line(index, x, run.factor, `${name}factor`), kind: "step", until: run.end[axis] }] },
+      tau: { series: (run, index, x, name) => (run.tau ? [line(index, x, run.tau, `${name}tau`)] : []) },
+      betas: { series: (run, index, x, name) => (run.betas || []).map((beta, number) => ({ ...line(index, x, beta, `${name}beta${number + 1}`), kind: "step", until: run.end[axis], opacity: number ? 0.55 : 1 })) },
+      freedom: { series: (run, index, x, name) => (run.freedom ? [line(index, x, run.freedom, `${name}freedom`)] : []) },
+    };
+    return Object.entries(data.charts).map(([id, said]) => {
+      const spec = specs[id] || { series: (run, index, x, name) => evaluations(run, index, said.metric, `${name}${said.metric}`) };
+      return chart({ ...spec, ...said, id, series: each(spec.series) });
+    });
   }
 
   // --- the heat map of the layers ---
@@ -358,8 +326,7 @@
   function heatMap(run) {
     const heat = run.heat, rows = heat.names.length;
     const box = element("section", { class: "chart wide", "data-chart": "layers" });
-    box.append(element("h3", {}, `Noise scale by layer${many ? `: ${run.name}` : ""}`));
-    box.append(element("p", { class: "note" }, `Mean noise over mean signal in each stretch; %: share of the noise. Grey: no signal was seen.${heat.left_out ? ` ${heat.left_out} layers with less noise are left out.` : ""}`));
+    box.append(element("h3", {}, run.heat_chart.title), element("p", { class: "note" }, run.heat_chart.note));
     const plot = element("div", { style: "position:relative" });
     const all = heat.values.flat().filter((value) => value > 0).sort((a, b) => a - b);
     const low = all[Math.floor(all.length * 0.02)] || 1, high = Math.max(low * 1.01, all[Math.floor(all.length * 0.98)] || low);
