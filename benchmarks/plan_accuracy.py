@@ -1,8 +1,8 @@
 """How far off is `adabatch plan` on runs that were then made?
 
-For each of some shipped configs a measuring run takes a fifth of the examples under ``Goodput``. `adabatch plan` reads its
-journal, and says how to set the run of all examples and what it will cost. That run is made with those settings, for as
-many examples as the plan names, and its steps, mean batch and time are set beside the plan's numbers and ranges.
+For each of some shipped configs a measuring run takes a fifth of the examples under ``Goodput``. `adabatch plan` reads
+its journal, and says how to set the run of all examples and what it will cost. That run is made with those settings,
+for as many examples as the plan names, and its steps, mean batch and time are set beside the plan's numbers and ranges.
 
 All runs are on one process of one thread; the time of a run is that of its loop, without evaluations. Configs whose
 batches the published algorithm drives (``control``) are run with the default control, as a plan assumes.
@@ -95,7 +95,7 @@ def main() -> None:
                 print(each, flush=True)
     publish(
         "plan_accuracy",
-        question="How far off is `adabatch plan`, from a fifth of a run, on the whole run that is made by its settings?",
+        question="How far off is `adabatch plan`, from a fifth of a run, on the whole run that it sets?",
         machine=machine,
         tables=[table(found, accuracies)],
         findings=findings(found),

@@ -69,7 +69,7 @@ def run_command(arguments: Sequence[str]) -> int:
     seed_everything(own.seed)
     display = Display(world.rank, quiet=own.quiet, log_every=own.log_every)
     make = job_maker(parser, config, command)
-    with connected(world, device=world.device), _watched(world, config[command].hang_timeout):
+    with connected(world, device=world.device), watched(world, config[command].hang_timeout):
         if command == "verify":
             checks = verify(make, world, steps=config.verify.steps, max_cost=config.verify.max_cost, display=display)
             display.check_read()
@@ -85,17 +85,25 @@ def run_command(arguments: Sequence[str]) -> int:
         return _train(make, world, job_settings(parser, config, command), display)
 
 
+class _Outside(Heartbeat):
+    """Of a rank outside of its training loops, which may take any time there, as to draw when the others have ended."""
+
+    @property
+    def still(self) -> float:
+        return 0.0
+
+
 class _Start:
     """The ranks before there is a run, so that a rank that raises an error or dies is already named to the others."""
 
     def __init__(self, device: torch.device) -> None:
         groups = [dist.group.WORLD] if dist.group.WORLD is not None else []
         self.collectives = Collectives(*groups, device=device)
-        self.heartbeat = Heartbeat()
+        self.heartbeat = _Outside()
 
 
 @contextmanager
-def _watched(world: World, timeout: float | None) -> Iterator[None]:
+def watched(world: World, timeout: float | None) -> Iterator[None]:
     """Tells all ranks if one raises an error while it builds its job, loads, or tests; within the training loop its own
     watchdog knows more, and reports first."""
     if timeout is None or world.size == 1 or not 0 < timeout < float("inf"):  # the job itself reports what is wrong

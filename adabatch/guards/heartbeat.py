@@ -47,6 +47,11 @@ class Heartbeat(StepObserver):
         self.between = True
         self.alarm: BaseException | None = None
 
+    @property
+    def still(self) -> float:
+        """Seconds since the rank entered its last phase."""
+        return time.monotonic() - self.since
+
     def at(self, phase: Phase, moment: Moment) -> None:
         """The rank enters a phase.
 

@@ -165,7 +165,7 @@ class Monitor:
     def _report(self) -> Report:
         where = self._heartbeat
         moves = math.inf if self._left else where.moves
-        return Report(moves, str(where.place), where.between, time.monotonic() - where.since)
+        return Report(moves, str(where.place), where.between, where.still)
 
     def _hung_up(self, peer: int) -> None:
         report, _ = self._heard.pop(peer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from support.ranks import run_ranks
 from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Constant, Watchdog
+from adabatch.cli.commands import watched as watched_command
 from adabatch.guards import EXIT_RANK_LOST, RankLost
+from adabatch.runtime.launch.world import World
 
 pytestmark = pytest.mark.distributed
 
@@ -87,3 +90,15 @@ def test_times_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
         Watchdog(batches, **wrong)
     assert issubclass(RankLost, RuntimeError)
+
+
+def drawing_alone(rank: int) -> str:
+    with watched_command(World(rank=rank, size=2), 0.5):
+        if rank == 0:
+            time.sleep(1.6)  # which no event can stand for: it is the time that is watched
+    return "in order"
+
+
+def test_a_rank_may_take_its_time_after_the_last_loop_of_a_command(tmp_path: Path) -> None:
+    """As the first one does when it draws the picture of a long comparison, and the others have ended."""
+    assert run_ranks(drawing_alone, 2, tmp_path) == ["in order"] * 2
