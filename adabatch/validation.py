@@ -125,9 +125,7 @@ def preferred_rule(optimizer: Optimizer, criterion: Criterion) -> LRRule:
     preferred = [one.preferred_lr_rule for one in each_of(optimizer) if isinstance(one, PrefersLRRule)]
     if preferred:
         return cast("LRRule", preferred[0])
-    needs = criterion.needs
-    euclidean = needs.noise == EUCLIDEAN or (needs.seconds and needs.noise is None)
-    return "gain" if euclidean and without_rate(optimizer) is None else "none"
+    return "gain" if criterion.needs.euclidean and without_rate(optimizer) is None else "none"
 
 
 def has_betas_of_adam(optimizer: Optimizer) -> bool:

@@ -16,7 +16,7 @@ import adabatch
 from adabatch import Goodput, InnerProductTest, Limits, NoiseScale, NormTest, StepPrice, examples
 from adabatch.integrations.deepspeed import check_options
 from adabatch.lr import Followers
-from adabatch.report.summary import FOLLOW_NOISE, settings_of
+from adabatch.report.summary import settings_of
 from adabatch.validation import checked_rules
 
 LIMITS = Limits(min=8, max=64)
@@ -167,19 +167,34 @@ def test_the_pairs_are_as_they_were_published() -> None:
 
 
 def test_a_report_knows_the_default() -> None:
-    config: dict[str, Any] = {"criterion.class_path": "adabatch.NormTest", "optimizer.class_path": "torch.optim.AdamW"}
+    config: dict[str, Any] = {
+        "criterion.class_path": "adabatch.NormTest",
+        "criterion.init_args.eta": 0.5,
+        "optimizer.class_path": "torch.optim.AdamW",
+    }
     assert settings_of(config).follow == ("betas",)
     changes: list[dict[str, Any]] = [
         {"lr_rule": "gain"},
         {"follow": []},
         {"optimizer.class_path": "torch.optim.SGD"},
         {"criterion.class_path": "adabatch.Constant"},
-        {"criterion.init_args.norm": "adam"},
+        {"criterion.class_path": "adabatch.Limits"},
+        {"criterion.class_path": "mine.NormTest"},
+        {"criterion.init_args.of_another_release": 1},
+        {
+            "criterion.class_path": "adabatch.NoiseScale",
+            "criterion.init_args.eta": 2,
+            "criterion.init_args.norm": "adam",
+        },
     ]
     for change in changes:
         assert settings_of(config | change).follow == ()
     assert settings_of(config | {"follow": ["eps"]}).follow == ("eps",)
-    assert all(hasattr(adabatch, name.removeprefix("adabatch.")) for name in FOLLOW_NOISE)
+    others = ("StepPrice", {"examples": 64}), ("Goodput", {}), ("InnerProductTest", {"theta": 0.9}), ("NoiseScale", {})
+    for name, arguments in others:
+        asked = {f"criterion.init_args.{key}": value for key, value in arguments.items()}
+        without = {key: value for key, value in config.items() if not key.startswith("criterion.")}
+        assert settings_of(without | asked | {"criterion.class_path": f"adabatch.{name}"}).follow == ("betas",)
 
 
 def test_the_arguments_of_transformers_leave_the_default_alone() -> None:

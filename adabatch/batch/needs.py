@@ -45,6 +45,14 @@ class Needs:
     examples: bool = _need(False, "single examples", "another probe, such as PerExampleProbe(model)")
     seconds: bool = _need(False, "the seconds of a step")
 
+    @property
+    def euclidean(self) -> bool:
+        """Whether a criterion with these needs lets the batch follow the Euclidean noise, which the rule "gain" reads.
+
+        One that reads step times and names no norm (`Goodput`) does too.
+        """
+        return self.noise == EUCLIDEAN or (self.seconds and self.noise is None)
+
     def __bool__(self) -> bool:
         """Whether anything is needed."""
         return any(True for _ in self._asked())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from adabatch.batch import criteria, goodput
 from adabatch.batch.control import Reason
+from adabatch.batch.criteria import Criterion
 from adabatch.batch.efficiency import adaptive_limit
-from adabatch.batch.moments import EUCLIDEAN
 from adabatch.lr.follow import BETA1_FLOOR, BETA2_FLOOR
 from adabatch.report.curves import moving_mean
 from adabatch.report.steps import Floats, RunSteps
@@ -21,21 +23,6 @@ LOSS_WINDOW = 0.02
 
 UNCERTAIN = 0.5
 """Share of the probes that were "not significant" from which on the reader is told."""
-
-FOLLOW_NOISE = frozenset(
-    f"adabatch.{name}"
-    for name in (
-        "NormTest",
-        "StepPrice",
-        "NoiseScale",
-        "Goodput",
-        "CoordinateNormTest",
-        "InnerProductTest",
-        "OrthogonalityTest",
-        "AugmentedInnerProductTest",
-    )
-)
-"""Criteria, as a config names them, under which a rule that is left out is "gain" and the betas of Adam follow."""
 
 Level = Literal["note", "warning"]
 
@@ -100,10 +87,23 @@ def _followed(config: Mapping[str, Any]) -> tuple[str, ...]:
     follow = config.get("follow.settings", config.get("follow"))
     if isinstance(follow, list | tuple):
         return tuple(follow)
-    noise = config.get("criterion.class_path") in FOLLOW_NOISE
-    noise &= config.get("criterion.init_args.norm") in (None, EUCLIDEAN)
+    noise = (criterion := _criterion_in(config)) is not None and criterion.needs.euclidean
     adam = config.get("optimizer.class_path") in ("torch.optim.Adam", "torch.optim.AdamW")
     return ("betas",) if config.get("lr_rule") is None and noise and adam else ()
+
+
+def _criterion_in(config: Mapping[str, Any]) -> Criterion | None:
+    """The criterion of a config; None if it is a user's own, or cannot be made from what the config says."""
+    package, _, name = str(config.get("criterion.class_path")).rpartition(".")
+    kind = getattr(criteria, name, None) or getattr(goodput, name, None)
+    if package != "adabatch" or not isinstance(kind, type):
+        return None
+    begin = "criterion.init_args."
+    arguments = {key.removeprefix(begin): value for key, value in config.items() if key.startswith(begin)}
+    with suppress(TypeError, ValueError):  # of another release
+        made = kind(**arguments)
+        return made if isinstance(made, Criterion) else None
+    return None
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
