@@ -181,20 +181,22 @@ def test_a_report_knows_the_default() -> None:
         {"criterion.class_path": "adabatch.Limits"},
         {"criterion.class_path": "mine.NormTest"},
         {"criterion.init_args.of_another_release": 1},
-        {
-            "criterion.class_path": "adabatch.NoiseScale",
-            "criterion.init_args.eta": 2,
-            "criterion.init_args.norm": "adam",
-        },
     ]
     for change in changes:
         assert settings_of(config | change).follow == ()
     assert settings_of(config | {"follow": ["eps"]}).follow == ("eps",)
-    others = ("StepPrice", {"examples": 64}), ("Goodput", {}), ("InnerProductTest", {"theta": 0.9}), ("NoiseScale", {})
+    others = (
+        ("StepPrice", {"examples": 64}),
+        ("Goodput", {}),
+        ("InnerProductTest", {"theta": 0.9}),
+        ("NoiseScale", {"norm": "euclidean"}),
+    )
     for name, arguments in others:
         asked = {f"criterion.init_args.{key}": value for key, value in arguments.items()}
         without = {key: value for key, value in config.items() if not key.startswith("criterion.")}
         assert settings_of(without | asked | {"criterion.class_path": f"adabatch.{name}"}).follow == ("betas",)
+    in_another_norm = {"criterion.class_path": "adabatch.NoiseScale", "criterion.init_args.norm": "adam"}
+    assert settings_of(without | in_another_norm).follow == ()
 
 
 def test_the_arguments_of_transformers_leave_the_default_alone() -> None:
