@@ -1,11 +1,12 @@
-"""How far off is `adabatch plan` on runs that were then made?
+"""How far off is `adabatch plan`, made from the first fifth of a run, on the whole run?
 
-For each of some shipped configs a measuring run takes a fifth of the examples under ``Goodput``. `adabatch plan` reads
-its journal, and says how to set the run of all examples and what it will cost. That run is made with those settings,
-for as many examples as the plan names, and its steps, mean batch and time are set beside the plan's numbers and ranges.
+Some shipped configs are run under ``Goodput``, which takes the batches of the least time, as a plan does. `adabatch
+plan` reads the first fifth of the journal, with the limits of the config, and says what all examples will cost. Its
+steps, mean batch and seconds are set beside those of the whole run.
 
-All runs are on one process of one thread; the time of a run is that of its loop, without evaluations. Configs whose
-batches the published algorithm drives (``control``) are run with the default control, as a plan assumes.
+All runs are on one process of one thread. Times are those of the processor, so that other programs on the machine do
+not count: those of the steps, as the run itself takes them, and that of the whole loop without evaluations. Configs
+whose batches the published algorithm drives (``control``) are run with the default control, as a plan assumes.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import math
 import os
 import statistics
 import tempfile
+import time
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from _harness import ROOT, Machine, Table, publish
 
-from adabatch import Goodput, Limits, StepPrice, examples
+from adabatch import Goodput, examples
 from adabatch.cli.commands import job_in
 from adabatch.cli.display import Display
 from adabatch.cli.job import Checkpointing, Job, Result, run
@@ -34,7 +38,7 @@ from adabatch.runtime.launch.world import World
 
 NAMES = {"steps": "steps", "batch": "mean batch", "seconds": "seconds"}
 SHARE = 5
-"""The measuring run takes one of so many parts of the examples."""
+"""A plan is made from one of so many parts of the examples."""
 
 
 class Case(NamedTuple):
@@ -46,10 +50,10 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("quickstart", 57_480),
-    Case("digits_adamw", 28_740),
-    Case("mnist_logistic_adadagrad", 300_000, needs_data=True),
-    Case("mnist_cnn_adagrad", 60_000, needs_data=True),
+    Case("quickstart", 28_740),
+    Case("digits_adamw", 14_370),
+    Case("mnist_logistic_adadagrad", 120_000, needs_data=True),
+    Case("mnist_cnn_adagrad", 30_000, needs_data=True),
 )
 SEEDS = (0, 1)
 
@@ -83,61 +87,52 @@ def main() -> None:
     logging.getLogger("adabatch").setLevel(logging.ERROR)
     found: list[Compared] = []
     accuracies: list[tuple[str, int, float]] = []
+    refused: list[str] = []
     for case in CASES:
         if case.needs_data and "ADABATCH_DATA" not in os.environ:
             print(f"{case.config} is left out: ADABATCH_DATA names no folder with mnist/")
             continue
         for seed in SEEDS:
-            compared, accuracy = compare(case, seed)
+            try:
+                compared, accuracy = compare(case, seed)
+            except ValueError as error:
+                refused.append(f"no plan for {case.config}, seed {seed}: {error}")
+                continue
             found += compared
             accuracies.append((case.config, seed, accuracy))
             for each in compared:
                 print(each, flush=True)
     publish(
         "plan_accuracy",
-        question="How far off is `adabatch plan`, from a fifth of a run, on the whole run that it sets?",
+        question="How far off is `adabatch plan`, made from the first fifth of a run, on the whole run?",
         machine=machine,
         tables=[table(found, accuracies)],
-        findings=findings(found),
+        findings=[*findings(found), *refused],
         data={"compared": [asdict(each) | {"held": each.held, "off": each.off} for each in found]},
     )
 
 
 def compare(case: Case, seed: int) -> tuple[list[Compared], float]:
-    """Measures, plans and runs; the numbers of the plan beside those of the run, and its test accuracy."""
+    """The numbers of a plan from the beginning of a run beside those of the run, and its test accuracy.
+
+    Raises:
+        ValueError: if there is no plan from what the beginning holds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         made = job(case, seed)
+        processor = partial(patch, new=time.process_time)
+        with processor("time.perf_counter"), processor("adabatch.runtime.stopwatch.perf_counter"):
+            result = run(
+                replace(made, out=Path(folder)), World.from_environment(), display=Display(1), label=case.config
+            )
+        first = Path(folder) / "first.jsonl"
+        lines = [json.loads(text) for text in result.journal.read_text(encoding="utf-8").splitlines()]
+        taken = [json.dumps(line) for line in lines if "plan" in line and line["examples"] < case.examples / SHARE]
+        first.write_text("\n".join(taken) + "\n", encoding="utf-8")
         limits = made.limits
-        probe = Path(folder) / "probe"
-        trained(
-            replace(
-                made,
-                criterion=Goodput(),
-                total=examples(case.examples // SHARE),
-                limits=replace(limits, max=min(limits.max, case.examples // SHARE // 10)),  # type: ignore[type-var]
-                test_data=None,
-                evaluate_every=None,
-            ),
-            probe,
-        )
-        said = planned(probe, case.examples)
-        forecast, settings = said["forecast"], said["settings"]
-        result = trained(
-            replace(
-                job(case, seed),
-                criterion=StepPrice(settings["criterion.examples"]),
-                micro_batch_size=settings["micro_batch_size"],
-                max_micro_batch_size=settings["max_micro_batch_size"],
-                limits=Limits(min=settings["limits.min"], max=settings["limits.max"]),
-                lr_rule=settings["lr_rule"],
-                reference_batch_size=settings["reference_batch_size"],
-                warmup=settings["warmup"],
-                total=examples(round(forecast["examples"]["point"])),
-                evaluate_every=None,
-            ),
-            Path(folder) / "run",
-        )
-    return compared(case.config, seed, forecast, result), result.accuracy
+        assert limits is not None
+        said = planned(first, case.examples, f"--min_batch={limits.min}", f"--max_batch={limits.max}")
+    return compared(case.config, seed, said["forecast"], result), result.accuracy
 
 
 def compared(config: str, seed: int, forecast: dict[str, Any], result: Result) -> list[Compared]:
@@ -156,22 +151,25 @@ def compared(config: str, seed: int, forecast: dict[str, Any], result: Result) -
 
 
 def job(case: Case, seed: int) -> Job:
-    """The job of a config, whose weights and data are those of the seed."""
+    """The job of a config under ``Goodput``, whose weights and data are those of the seed, without checkpoints."""
     torch.manual_seed(seed)
     made = job_in(ROOT / "configs" / f"{case.config}.yaml")
-    return replace(made, seed=seed, control=None, hang_timeout=None)
+    return replace(
+        made,
+        criterion=Goodput(),
+        total=examples(case.examples),
+        control=None,
+        evaluate_every=None,
+        seed=seed,
+        hang_timeout=None,
+        checkpoint=Checkpointing(resume=False),
+    )
 
 
-def trained(made: Job, out: Path) -> Result:
-    """Runs a job into a folder, without checkpoints."""
-    made = replace(made, out=out, checkpoint=Checkpointing(resume=False))
-    return run(made, World.from_environment(), display=Display(1), label="run")
-
-
-def planned(probe: Path, num_examples: int) -> dict[str, Any]:
+def planned(journal: Path, num_examples: int, *options: str) -> dict[str, Any]:
     """What `adabatch plan` says."""
     with redirect_stdout(io.StringIO()) as said:
-        run_plan([str(probe), f"--examples={num_examples}", "--json"])
+        run_plan([str(journal), f"--examples={num_examples}", "--json", *options])
     return dict(json.loads(said.getvalue()))
 
 
@@ -179,7 +177,7 @@ def table(found: list[Compared], accuracies: list[tuple[str, int, float]]) -> Ta
     """A row per number of a plan."""
     by_run = {(config, seed): accuracy for config, seed, accuracy in accuracies}
     return Table(
-        "A plan from a fifth of the examples, and the run that was made by it",
+        "Plans from the first fifth of a run, and the whole run",
         ("config", "seed", "what", "planned (low to high)", "measured", "off by", "range held", "test accuracy"),
         [
             (
