@@ -71,6 +71,13 @@ def compare(
             made = replace(made, criterion=Constant(size), measure=Measure(monitor=True), checkpoint=saving)
         return replace(made, reference_batch_size=reference)
 
+    def settings_of(size: int | None) -> dict[str, Any] | None:
+        """The settings of a variant, which its checkpoints hold, for whoever reports on it."""
+        if settings is None:
+            return None
+        constant = {"class_path": "adabatch.Constant", "init_args": {"global_batch_size": size}}
+        return {**settings, "reference_batch_size": reference, **({} if size is None else {"criterion": constant})}
+
     def validated(size: int | None) -> Job:
         return split(variant(size))[1]
 
@@ -88,7 +95,7 @@ def compare(
         if tune:
             job = with_lr(split(job)[0], found[label].exponent)
         job = replace(job, out=out, checkpoint=replace(job.checkpoint, resume=False))
-        results.append(run(job, world, display=display, label=label))
+        results.append(run(job, world, display=display, label=label, config=settings_of(size)))
         if results[-1].preempted:
             display.say(f"{label} was stopped by a signal")
             return None

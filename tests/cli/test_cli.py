@@ -15,6 +15,7 @@ from support.loops import journal_text
 
 from adabatch.checkpointing.files import checkpoints_in
 from adabatch.cli.main import main
+from adabatch.cli.runs import find_runs
 from adabatch.cli.schedule.recorded import read_recorded
 from adabatch.lr.rules import gain
 
@@ -192,6 +193,10 @@ def test_compare_runs_the_job_and_both_constants(config: Any, tmp_path: Path, ca
     first, small = (lines(tmp_path / "run" / name)[0]["loss"] for name in ("journal.jsonl", "smallest/journal.jsonl"))
     assert first == small
     assert "At equal examples" in capsys.readouterr().out
+    # A report finds the settings of each.
+    configs = [run.config for run in find_runs([str(tmp_path / "run")])]
+    assert [config["criterion.class_path"].rpartition(".")[2] for config in configs] == ["NormTest", *["Constant"] * 2]
+    assert [config["reference_batch_size"] for config in configs] == [16] * 3
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_browser_draws_it_and_its_switches_work(browser, tmp_path):
     assert opened.count('[data-chart="layers"] svg rect') > 100
     assert "first <run>" in opened.text("#totals")
     assert "1 update was left out" in opened.text('[data-kind="updates_left_out"] >> nth=0')
-    assert "best accuracy, evaluated" in opened.text("#totals th >> nth=13")
+    assert "best accuracy, evaluated\t" in opened.text("#totals")
     assert "seed" in opened.text("#differences")
 
     curve = '[data-chart="batch"] svg path >> nth=-1'

@@ -9,6 +9,7 @@
     "moved up": "--up", "moved down": "--down", scheduled: "--scheduled", "at a limit": "--limit",
     waits: "--waits", uncertain: "--uncertain", "in place": "--place", "not asked": "--none", failed: "--failed",
   };
+  const MOST_COLUMNS = 5;
   let axis = "examples";
 
   // --- small helpers ---
@@ -377,10 +378,13 @@
     const extra = [...new Set(runs.flatMap((run) => Object.keys(run.results)))];
     const timed = runs.some((run) => run.summary.seconds != null);
     const header = ["run", "steps", "examples", "mean batch", "smallest", "largest", "changes", "efficiency", "adaptive limit", "best loss", "last loss", ...metrics.flatMap((name) => [`best ${name}, evaluated`, `last ${name}, evaluated`]), ...extra, "steps measured", "accumulated", ...(timed ? ["time"] : [])];
-    return table(header, runs.map((run, index) => {
+    const rows = runs.map((run, index) => {
       const s = run.summary;
       return [named(run, index), whole(s.num_steps), whole(s.num_examples), precise(s.mean_batch), whole(s.smallest_batch), whole(s.largest_batch), whole(s.num_changes), percent(s.efficiency), s.adaptive_limit == null ? "-" : `${s.adaptive_limit.toFixed(2)} x`, precise(s.best_loss), precise(s.last_loss), ...metrics.flatMap((name) => [precise(run.evaluations[name]?.best), precise(run.evaluations[name]?.last)]), ...extra.map((name) => precise(run.results[name])), percent(s.probed), percent(s.accumulated), ...(timed ? [duration(s.seconds)] : [])];
-    }), { id: "totals" });
+    });
+    // A few runs stand beside each other, so that nothing lies outside of a narrow window.
+    if (runs.length > MOST_COLUMNS) return table(header, rows, { id: "totals" });
+    return table(header.slice(0, 1).concat(rows.map((row) => row[0])), header.slice(1).map((name, i) => [name, ...rows.map((row) => row[i + 1])]), { id: "totals" });
   }
 
   function flagCards() {
