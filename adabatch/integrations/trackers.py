@@ -58,8 +58,8 @@ def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
         entry: a line of the journal.
     """
     if "evaluation" in entry:
-        values = {f"evaluation/{name}": _number(value) for name, value in _part(entry, "evaluation").items()}
-        return {name: value for name, value in values.items() if value is not None}
+        metrics = {f"evaluation/{name}": _number(value) for name, value in _part(entry, "evaluation").items()}
+        return {name: value for name, value in metrics.items() if value is not None}
     found = {name: _at(entry, path) for name, path in NAMES.items()}
     found["update/applied"] = float(entry["applied"]) if isinstance(entry.get("applied"), bool) else None
     for part in ("base", "shape", "applied"):

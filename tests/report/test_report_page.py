@@ -101,9 +101,10 @@ def test_a_browser_draws_it_and_its_switches_work(browser, tmp_path):
     assert set(tab.eval_on_selector_all("[data-chart]", "all => all.map(each => each.dataset.chart)")) == charts
     assert all(opened.count(f'[data-chart="{chart}"] svg path') for chart in charts - {"layers"})
     assert opened.count('[data-chart="layers"] svg rect') > 100
-    assert "first <run>" in opened.text("#totals")
+    assert "first <run>" in opened.text("#totals-narrow")
     assert "1 update was left out" in opened.text('[data-kind="updates_left_out"] >> nth=0')
-    assert "best accuracy, evaluated\t" in opened.text("#totals")
+    assert "best accuracy, evaluated\t" in opened.text("#totals-narrow")
+    assert not tab.is_visible("#totals")
     assert "seed" in opened.text("#differences")
 
     curve = '[data-chart="batch"] svg path >> nth=-1'

@@ -375,16 +375,21 @@
 
   function totals() {
     const metrics = [...new Set(runs.flatMap((run) => Object.keys(run.evaluations)))];
-    const extra = [...new Set(runs.flatMap((run) => Object.keys(run.results)))];
+    // What `adabatch compare` measured at the end is its last evaluation.
+    const extra = [...new Set(runs.flatMap((run) => Object.keys(run.results)))].filter((name) => !metrics.includes(name.replace(/^test /, "")));
     const timed = runs.some((run) => run.summary.seconds != null);
     const header = ["run", "steps", "examples", "mean batch", "smallest", "largest", "changes", "efficiency", "adaptive limit", "best loss", "last loss", ...metrics.flatMap((name) => [`best ${name}, evaluated`, `last ${name}, evaluated`]), ...extra, "steps measured", "accumulated", ...(timed ? ["time"] : [])];
     const rows = runs.map((run, index) => {
       const s = run.summary;
       return [named(run, index), whole(s.num_steps), whole(s.num_examples), precise(s.mean_batch), whole(s.smallest_batch), whole(s.largest_batch), whole(s.num_changes), percent(s.efficiency), s.adaptive_limit == null ? "-" : `${s.adaptive_limit.toFixed(2)} x`, precise(s.best_loss), precise(s.last_loss), ...metrics.flatMap((name) => [precise(run.evaluations[name]?.best), precise(run.evaluations[name]?.last)]), ...extra.map((name) => precise(run.results[name])), percent(s.probed), percent(s.accumulated), ...(timed ? [duration(s.seconds)] : [])];
     });
-    // A few runs stand beside each other, so that nothing lies outside of a narrow window.
-    if (runs.length > MOST_COLUMNS) return table(header, rows, { id: "totals" });
-    return table(header.slice(0, 1).concat(rows.map((row) => row[0])), header.slice(1).map((name, i) => [name, ...rows.map((row) => row[i + 1])]), { id: "totals" });
+    const wide = table(header, rows, { id: "totals" });
+    if (runs.length > MOST_COLUMNS) return wide;
+    // In a narrow window a few runs stand beside each other, so that no number lies outside of it.
+    wide.classList.add("in-wide");
+    const turned = table(["run", ...runs.map(named)], header.slice(1).map((name, i) => [name, ...rows.map((row) => row[i + 1])]), { id: "totals-narrow" });
+    turned.classList.add("in-narrow");
+    return [wide, turned];
   }
 
   function flagCards() {
