@@ -84,7 +84,7 @@ class RunState:
 
     Raises:
         TypeError: if a part has no state.
-        ValueError: for local SGD of a sharded model.
+        ValueError: if local SGD is used with a sharded model.
     """
 
     def __init__(self, parts: Mapping[str, Any], *, config: Mapping[str, Any] | None) -> None:
@@ -173,7 +173,7 @@ class RunState:
         """Checks that this rank's trained weights are finite, so that a useless checkpoint does not replace a good one.
 
         Raises:
-            CheckpointError: names a weight that is not.
+            CheckpointError: if one is not; names it.
         """
         pieces: dict[str, Tensor] = {}
         for name, parameter in self._model.named_parameters():

@@ -100,7 +100,7 @@ def run_init(arguments: Sequence[str]) -> int:
         ValueError: if the file lacks what a config needs, or does not work as written.
         FileExistsError: if a file that would be written exists already.
         ImportError: if the check needs the extra "cli".
-        SystemExit: for a mistake on the command line, with status 2.
+        SystemExit: with status 2, if there is a mistake on the command line.
     """
     parser = _parser()
     asked = parser.parse_args(arguments)

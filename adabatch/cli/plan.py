@@ -58,10 +58,10 @@ def run_plan(arguments: Sequence[str]) -> int:
     """Runs the command with the arguments after its name; its exit status.
 
     Raises:
-        ValueError: a run without a noise scale, numbers outside their range, or too few to plan from.
-        OSError: a file cannot be read or written.
-        ImportError: a figure was asked for, and matplotlib is not installed.
-        SystemExit: a mistake on the command line, with status 2.
+        ValueError: if a run has no noise scale, or numbers are outside their range or too few for a plan.
+        OSError: if a file cannot be read or written.
+        ImportError: if a figure is requested, but matplotlib is not installed.
+        SystemExit: with status 2, if there is a mistake on the command line.
     """
     asked = _parser().parse_args(arguments)
     first, found = True, dict[str, Any]()
@@ -96,7 +96,7 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> Plan:
         found: what was measured, as `adabatch.cli.measuring.measured` has it.
 
     Raises:
-        ValueError: as ``run_plan`` does.
+        ValueError: for the same reasons as ``run_plan``.
     """
     notes: list[str] = []
     bytes_of_gradient = asked.gradient_bytes if asked.gradient_bytes is not None else 4 * (asked.parameters or 0)

@@ -154,7 +154,7 @@ def forecast(
         the times' spread.
 
     Raises:
-        ValueError: noise scales, times or a batch that are not positive and finite, or limits that cross.
+        ValueError: if noise scales, times or the batch are not positive and finite, or the limits cross.
     """
     _check(evidence, cost, limits, batch)
     reduce = all_reduce_seconds(cluster, cost.gradient_bytes)
@@ -245,7 +245,7 @@ def extended(evidence: Evidence, examples: float) -> Evidence:
     whole of a longer run.
 
     Raises:
-        ValueError: a number of examples that is not positive.
+        ValueError: if the number of examples is not positive.
     """
     if not 0 < examples < math.inf:
         raise ValueError(f"examples must be positive and finite, got {examples}")

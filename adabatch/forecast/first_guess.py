@@ -44,7 +44,7 @@ def power_lines(tokens: float) -> FirstGuess:
             ``D (1 + b / (0.0471 D^0.462))`` of them.
 
     Raises:
-        ValueError: a number of tokens that is not positive.
+        ValueError: if the number of tokens is not positive.
 
     Source: Bergsma et al. 2025, "Power Lines" (arXiv 2505.13738v2), figure 1 (right) for the two numbers, equation 6
     for the hyperbola and equation 7 for the law in D_min.
@@ -66,7 +66,7 @@ def kaplan(loss: float) -> FirstGuess:
     critical batch is that at the loss, which a run has at its end: before it, the batches are smaller.
 
     Raises:
-        ValueError: a loss that is not positive.
+        ValueError: if the loss is not positive.
 
     Source: Kaplan et al. 2020 (arXiv 2001.08361), equations 1.4 and 5.3 (with 2e8 tokens), figure 10 and table 5 (with
     2.1e8), after McCandlish et al. 2018.

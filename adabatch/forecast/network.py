@@ -29,7 +29,7 @@ class Cluster:
         price_per_hour: of a device, in any currency, zero or positive.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: if a number is outside its range.
     """
 
     devices: int
@@ -107,7 +107,7 @@ def fitted(devices: int, timed: Sequence[tuple[float, float]]) -> tuple[float, f
         timed: pairs of bytes and seconds, both positive, of two sizes at least.
 
     Raises:
-        ValueError: fewer than two devices or sizes, or times that do not grow with the size.
+        ValueError: if there are fewer than two devices or sizes, or the times do not grow with the size.
     """
     if devices < 2 or len({num_bytes for num_bytes, _ in timed}) < 2:
         raise ValueError(f"a network is fitted to two devices and two sizes or more, got {devices} and {len(timed)}")

@@ -56,6 +56,7 @@ class Monitor:
         self._make_alarm = make_alarm
         self._timeout = timeout
         self._grace = grace
+        # A tenth, so that a report or two may be late without a false alarm.
         self._interval = min(1.0, timeout / 10)
         self._heard: dict[int, tuple[Report, float]] = {}
         self._due = 0.0  # when this rank reports next
@@ -67,6 +68,7 @@ class Monitor:
         self.finding: str | None = None
         self.ended = threading.Event()
         """Set once a rank is lost, or all ranks have left."""
+        # A daemon, so that a run that leaves without stop() can end.
         self._thread = threading.Thread(target=self._run, name="adabatch watchdog", daemon=True)
 
     def start(self) -> None:
@@ -120,6 +122,7 @@ class Monitor:
         now = time.monotonic()
         if self.ended.is_set():
             self._due = now + self._interval
+            # The training thread has not raised the alarm, so it hangs in a call that Python cannot interrupt.
             if now >= self._lost_at + self._grace:
                 self._end_process()
             return
@@ -136,6 +139,8 @@ class Monitor:
             rank: report._replace(silent=now - at, still=report.still + now - at)
             for rank, (report, at) in self._heard.items()
         }
+        # Only this rank's own report goes down: children need to know that their parent lives, not where all others
+        # are.
         below = {rank: report for rank, report in reports.items() if rank != self._connections.parent}
         self._connections.send({"reports": [[self._rank, *here]]}, up=False)
         self._connections.send(
@@ -184,6 +189,8 @@ class Monitor:
             self.ended.set()
 
     def _end_process(self) -> None:
+        # Not print(), and os._exit() instead of sys.exit(): the main thread hangs, and may hold the lock of sys.stderr;
+        # handlers at exit would wait for it, or for the other ranks.
         os.write(_STDERR, f"adabatch: rank {self._rank} ends: {self.finding}\n".encode())
         faulthandler.dump_traceback(file=_STDERR)
         os._exit(EXIT_RANK_LOST)

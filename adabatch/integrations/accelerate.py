@@ -124,7 +124,7 @@ class _Watch:
         """That nobody else accumulates.
 
         Raises:
-            RuntimeError: ``accelerator.accumulate`` was entered, or accumulation was set.
+            RuntimeError: if ``accelerator.accumulate`` was entered, or accumulation was set.
         """
         if self._accelerator.step != self._counted:
             raise RuntimeError(

@@ -61,10 +61,10 @@ def attach(
             norm.
 
     Raises:
-        ValueError: as ``AdaptiveBatch`` does; and an engine whose gradients cannot be measured: pipeline, tensor,
-            sequence or expert parallelism, DeepCompile, ZenFlow, optimizers that compress gradients or train by
-            orthogonal updates, ``compute_grad_norm: false``.
-        TypeError: no engine, or one without an optimizer.
+        ValueError: for the reasons of ``AdaptiveBatch``; and if the gradients of the engine cannot be measured: with
+            pipeline, tensor, sequence or expert parallelism, DeepCompile, ZenFlow, optimizers that compress gradients
+            or use orthogonal updates, or ``compute_grad_norm: false``.
+        TypeError: if it is not an engine, or has no optimizer.
     """
     check_engine(engine)
     check_options(engine, options)
@@ -245,7 +245,7 @@ def check_options(engine: Any, options: dict[str, Any]) -> None:
     """Checks options of ``AdaptiveBatch`` against what an engine shows of its gradients.
 
     Raises:
-        ValueError: as ``attach`` does.
+        ValueError: for the same reasons as ``attach``.
     """
     for name in ("probe", "engine", "local_sgd"):
         if options.get(name) is not None:

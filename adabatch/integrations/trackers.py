@@ -95,7 +95,7 @@ class Tracker(ABC):
         packages: of which one must be installed.
 
     Raises:
-        ImportError: none of them is installed; says what to install.
+        ImportError: if none of them is installed; says what to install.
     """
 
     def __init__(self, *packages: str) -> None:
@@ -138,7 +138,7 @@ class TensorBoardTracker(Tracker):
         folder: for the event files.
 
     Raises:
-        ImportError: neither package is installed.
+        ImportError: if neither package is installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -169,7 +169,7 @@ class WandbTracker(Tracker):
         mode: "online", "offline" or "disabled"; by default what the environment variable WANDB_MODE says.
 
     Raises:
-        ImportError: wandb is not installed.
+        ImportError: if wandb is not installed.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class MLflowTracker(Tracker):
         name: of the run.
 
     Raises:
-        ImportError: mlflow is not installed.
+        ImportError: if mlflow is not installed.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class TrackioTracker(Tracker):
         name: of the run; by default the run's token in the journal, so that a resumed run goes on in it.
 
     Raises:
-        ImportError: trackio is not installed.
+        ImportError: if trackio is not installed.
     """
 
     def __init__(self, project: str = "adabatch", *, name: str | None = None) -> None:
@@ -281,8 +281,8 @@ def tracker_of(name: str, folder: Path) -> Tracker:
     TensorBoard and Weights & Biases keep their files in it; MLflow and trackio where their own settings say.
 
     Raises:
-        ValueError: an unknown name.
-        ImportError: its package is not installed.
+        ValueError: if the name is unknown.
+        ImportError: if its package is not installed.
     """
     if name == "tensorboard":
         return TensorBoardTracker(folder / "tensorboard")

@@ -192,8 +192,8 @@ def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
         best base learning rate  sqrt(2 / ((2 - c)(2 + l)))           bound  sqrt((4 + 2 l) / (2 - c))
 
     Derived from the bound by replacing its sums by integrals. At T = 20,000 the bound's own best base learning rate is
-    within 0.13 % of it for a cooldown of 0.05, 0.06 % for 0.2 and more. The ratio of two     of these limits transfers
-    a tuned base learning rate between cooldowns, at any T.
+    within 0.13 % of it for a cooldown of 0.05, 0.06 % for 0.2 and more. The ratio of two of these limits transfers a
+    tuned base learning rate between cooldowns, at any T.
 
     Args:
         cooldown: the share of the run that cools down, in (0, 1]. There is no limit for 0: the bound of a
@@ -277,7 +277,7 @@ def transfer(
         target_warmup_steps: of the new run; by default the same.
 
     Raises:
-        ValueError: a base learning rate that is not positive, and as ``discretize`` and ``bound_terms`` say.
+        ValueError: if the base learning rate is not positive, and for the reasons of ``discretize`` and ``bound_terms``.
     """
     require(0 < base_lr < math.inf, "base_lr must be positive and finite", base_lr)
     there = num_steps if target_steps is None else target_steps

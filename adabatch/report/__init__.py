@@ -20,7 +20,7 @@ def require_matplotlib() -> None:
     """Says what to install where pictures cannot be drawn.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     try:
         importlib.import_module("matplotlib")
@@ -48,8 +48,8 @@ def draw(runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, 
         ``out`` as a path.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no runs, a journal without a complete step, or a damaged one; names it.
+        ImportError: if matplotlib is not installed.
+        ValueError: if there are no runs, or a journal is damaged or has no complete step; names it.
     """
     require_matplotlib()
     # Imported by name here, so that the page, which needs no matplotlib, can be made without it.

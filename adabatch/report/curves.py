@@ -60,8 +60,8 @@ def read_curves(journal: Journal) -> Curves:
     steps); a step may lack anything else.
 
     Raises:
-        ValueError: a damaged line before the last, a journal of a newer format or of two runs, a step that is there
-            twice, or no steps at all.
+        ValueError: if a line before the last is damaged, or the journal has a newer format, two runs, a step twice, or no
+            steps at all.
     """
     rows = [row for row in map(_row, records(journal)) if row is not None]
     if not rows:
@@ -147,7 +147,7 @@ def records(journal: Journal) -> Iterator[Mapping[str, Any]]:
     """The decoded lines of one run, in their order; the last may be unfinished, and is left out then.
 
     Raises:
-        ValueError: as ``read_curves`` does.
+        ValueError: for the same reasons as ``read_curves``.
     """
     damaged, run = "", OneRun(_name(journal))
     for number, line in enumerate(_lines(journal), 1):

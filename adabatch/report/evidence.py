@@ -33,7 +33,7 @@ def evidence_of(run: RunSteps) -> Evidence:
     steps of the journal's bounds over the estimate; 1 and 1 where it has none of either.
 
     Raises:
-        ValueError: there is no noise scale in the journal, or no update was applied.
+        ValueError: if there is no noise scale in the journal, or no update was applied.
     """
     scale, applied = usable_scale(run), run.applied
     if not applied.any():
@@ -98,7 +98,7 @@ def step_cost_of(run: RunSteps, *, gradient_bytes: float) -> StepCost | None:
     of the fitted ring (`StepTimeModel`), and is left out here: a forecast puts the cluster's own in its place.
 
     Raises:
-        ValueError: the times do not grow with the examples, so that an example would cost nothing.
+        ValueError: if the times do not grow with the examples, so that an example would cost nothing.
     """
     timed = np.flatnonzero(np.isfinite(run.seconds) & (run.seconds > 0))
     if not timed.size:

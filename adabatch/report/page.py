@@ -190,7 +190,7 @@ def page(reports: Sequence[Reported], *, title: str = "") -> str:
     """The whole page.
 
     Raises:
-        ValueError: no reports.
+        ValueError: if there are no reports.
     """
     if not reports:
         raise ValueError("a report needs at least one run, got none")

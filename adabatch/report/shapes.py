@@ -96,7 +96,7 @@ def compose_panels(panels: Sequence[Panel], *, title: str | None = None) -> Figu
     """The picture as a matplotlib figure with an Agg canvas of its own; pyplot's state is not touched.
 
     Raises:
-        ValueError: no panels.
+        ValueError: if there are no panels.
     """
     if not panels:
         raise ValueError("a picture needs at least one panel, got none")

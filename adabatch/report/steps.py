@@ -122,7 +122,7 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
         name: what to call the run.
 
     Raises:
-        ValueError: a damaged line before the last, a newer format, two runs in one journal, or no complete step.
+        ValueError: if a line before the last is damaged, or the journal has a newer format, two runs or no complete step.
     """
     rows = [row for row in records(journal) if _is_step(row)]
     if not rows:

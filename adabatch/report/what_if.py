@@ -83,7 +83,7 @@ class Choice(NamedTuple):
         """A choice from a text such as ``eta=0.7``, ``constant=256`` or ``table=16,64@5000``.
 
         Raises:
-            ValueError: an unknown kind, or a value outside its range.
+            ValueError: if the kind is unknown, or a value is outside its range.
         """
         kind, equals, value = text.partition("=")
         if not equals or kind not in get_args(Kind):
@@ -103,7 +103,7 @@ class Choice(NamedTuple):
         """The criterion that makes the choice; None for a constant batch and a schedule.
 
         Raises:
-            ValueError: a value outside its range.
+            ValueError: if a value is outside its range.
         """
         if self.schedule is not None:
             return None
@@ -175,7 +175,7 @@ def usable_scale(run: RunSteps) -> Floats:
     """The noise scale at each step, positive and finite: where it is not, the one before; before the first, that one.
 
     Raises:
-        ValueError: there is none in the journal.
+        ValueError: if there is none in the journal.
     """
     scale = run.noise_scale
     usable = np.flatnonzero(np.isfinite(scale) & (scale > 0))
@@ -193,7 +193,7 @@ def segments(run: RunSteps, *, at_most: int | None = None) -> Segments:
     """The run step by step, or put together to ``at_most`` segments of about as many examples.
 
     Raises:
-        ValueError: as ``usable_scale`` does.
+        ValueError: for the same reasons as ``usable_scale``.
     """
     scale = usable_scale(run)
     # An update that was left out consumed its examples, and made no progress.
@@ -213,7 +213,7 @@ def recorded(run: RunSteps, *, price: float = 0.0) -> Outcome:
     """The run itself, in the same numbers.
 
     Raises:
-        ValueError: as ``usable_scale`` does.
+        ValueError: for the same reasons as ``usable_scale``.
     """
     pieces = segments(run)
     examples, steps = float(pieces.examples.sum()), float(pieces.steps.sum())
@@ -233,7 +233,7 @@ def what_if(
         price: of a step, in examples.
 
     Raises:
-        ValueError: no noise scale in the journal, or a choice outside its range.
+        ValueError: if the journal has no noise scale, or a choice is outside its range.
     """
     pieces = segments(run)
     if choice.schedule is not None:
@@ -262,7 +262,7 @@ def batches(choice: Choice, noise_scale: Floats, limits: tuple[float | None, flo
     goes by examples.
 
     Raises:
-        ValueError: a choice outside its range.
+        ValueError: if a choice is outside its range.
     """
     criterion = choice.criterion()
     if criterion is None:
@@ -284,7 +284,7 @@ def constant_at_equal_examples(run: RunSteps) -> Choice | None:
     Beside it stands what following the noise is worth: the run took fewer steps than it, or did not.
 
     Raises:
-        ValueError: as ``usable_scale`` does.
+        ValueError: for the same reasons as ``usable_scale``.
     """
     pieces = segments(run)
     lost = float(pieces.examples.sum() - pieces.progress.sum())

@@ -40,6 +40,7 @@ def take_over(owner: Owner, hosts: Iterable[object], *, kind: str) -> None:
     """
     mine = {id(host): host for host in hosts}
     for other, claim in list(_CLAIMS.items()):
+        # id() of a dead reference is that of None, which is never a host.
         if other is not owner and claim.kind == kind and any(id(host()) in mine for host in claim.hosts):
             del _CLAIMS[other]
             other.give_way()

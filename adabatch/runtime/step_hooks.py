@@ -32,7 +32,7 @@ def hook_step(
     dropped.
 
     Raises:
-        TypeError: for a wrapper that is an ``Optimizer`` by type only.
+        TypeError: if it is a wrapper that is an ``Optimizer`` by type only.
     """
     handles: list[RemovableHandle] = []
     for one in each_of(optimizer):
@@ -233,6 +233,8 @@ class StepHooks:
         if skip is None or overrides is None:
             return
         self._skipped = skip()
+        # Gradients are dropped instead of the step being suppressed, because torch's hook cannot suppress it, and an
+        # optimizer ignores parameters without a gradient.
         if self._skipped:
             optimizer.zero_grad(set_to_none=True)
         moved = overrides()

@@ -92,7 +92,7 @@ class CoordinateCheck:
         """Does nothing if the check passed; for your own tests.
 
         Raises:
-            ValueError: names the parameters that failed, and their slopes.
+            ValueError: if it failed; names the parameters that failed, and their slopes.
         """
         if self.failures:
             named = ", ".join(f"{each.name} {self.own_slope(each):+.2f}" for each in self.failures)

@@ -213,7 +213,7 @@ def check_names(known: Collection[str], found: Collection[str], what: str) -> No
     """Checks that a model has the same parameters as another one.
 
     Raises:
-        ValueError: names both differences.
+        ValueError: if it does not; names the differences.
     """
     more = [name for name in found if name not in known]
     less = [name for name in known if name not in found]

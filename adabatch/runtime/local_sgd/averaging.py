@@ -133,6 +133,8 @@ class LocalSGD:
         self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._replaced = False
         take_over(self, [*each_of(optimizer), *replica.parameters], kind="LocalSGD")
+        # All workers begin with the weights of the first, as DDP does it: with different seeds the average would be
+        # meaningless.
         for tensor in replica.everything():
             group.copy_from_first(tensor)
         self._handles = hook_step(optimizer, self._before_step, self._after_step)

@@ -139,6 +139,8 @@ class Rounds:
                     "average them: a parameter got a gradient on some workers only; leave average_state out"
                 )
             self.exchange.mean(list(state.values()), weight=weight)
+        # If states differ, the same gradient would step workers differently: a round of one step then averages
+        # parameters.
         self.memory.states_agree = self.settings.average_state or not state
 
     def _weight(self, ended: Round) -> float:
