@@ -156,6 +156,8 @@ def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float =
         ValueError: if numbers are out of these ranges, shapes differ, or all factors or gradients are zero.
     """
     eta, squares = _validated(factors, norms, distance)
+    # Summed from the end, so that the small sums there keep their digits; a difference of sums from the start would
+    # lose them.
     tail = np.cumsum(eta[::-1])[::-1]
     after = np.append(tail[1:], tail[-1])  # eta_{min(t+1,T):T}
     return _terms(distance * distance / (2 * tail[0]), float(np.sum(eta * (eta / after) * squares)) / 2)
@@ -277,7 +279,8 @@ def transfer(
         target_warmup_steps: of the new run; by default the same.
 
     Raises:
-        ValueError: if the base learning rate is not positive, and for the reasons of ``discretize`` and ``bound_terms``.
+        ValueError: if the base learning rate is not positive, and for the reasons of ``discretize`` and
+            ``bound_terms``.
     """
     require(0 < base_lr < math.inf, "base_lr must be positive and finite", base_lr)
     there = num_steps if target_steps is None else target_steps
@@ -439,10 +442,8 @@ def _floor(steps: float) -> int:
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """The root of a function that changes sign between low and high, by the Illinois form of false position.
-
-    Each evaluation is O(T), so their number matters: about ten, while bisection takes forty.
-    """
+    """The root of a function that changes sign between low and high, by the Illinois form of false position."""
+    # Each evaluation is O(T), so their number matters: about ten, where bisection takes forty.
     at_low, at_high = function(low), function(high)
     for _ in range(100):
         middle = high - at_high * (high - low) / (at_high - at_low)
@@ -452,6 +453,7 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
         if (at_middle > 0) != (at_high > 0):
             low, at_low = high, at_high
         else:
+            # The Illinois step: plain false position keeps one end fixed on a convex function, and converges slowly.
             at_low /= 2
         high, at_high = middle, at_middle
     raise AssertionError(f"no root found between {low} and {high}")

@@ -214,6 +214,7 @@ def _entries(lines: Iterable[str], source: str) -> Iterator[tuple[int, Mapping[s
         try:
             entry = json.loads(text)
         except ValueError as error:
+            # Raised at the next line only: the last line of a run that still writes, or was killed, may be incomplete.
             damaged = f"{source}, line {number}, is not JSON and not the last line: {error}"
             continue
         if not isinstance(entry, dict):

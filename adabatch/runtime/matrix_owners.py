@@ -36,8 +36,8 @@ def across_ranks(model: nn.Module) -> AcrossRanks:
         model: plain on one process, in ``DistributedDataParallel``, or sharded by ``fully_shard``.
 
     Raises:
-        ValueError: if a DeepSpeed engine partitions gradients or optimizer state into flat pieces (ZeRO 1 to 3), or if a
-            plain model runs on several processes.
+        ValueError: if a DeepSpeed engine partitions gradients or optimizer state into flat pieces (ZeRO 1 to 3), or if
+            a plain model runs on several processes.
     """
     stage = getattr(model, "zero_optimization_stage", None)
     if callable(stage) and stage() > 0:

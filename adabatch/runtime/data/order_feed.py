@@ -81,7 +81,7 @@ class Dealer(ABC):
 
     @abstractmethod
     def rule(self, plan: BatchPlan) -> Hashable:
-        """What the cuts depend on besides the place. If it changes, micro-batches that were dealt before are useless."""
+        """What the cuts depend on besides the place. If it changes, micro-batches must be dealt again."""
 
     @abstractmethod
     def aim(self, place: int, plan: BatchPlan) -> None:

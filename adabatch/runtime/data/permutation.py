@@ -40,10 +40,10 @@ def uniforms(key: int, places: Integers) -> NDArray[np.float64]:
 class Permutation:
     """A pseudo-random permutation of 0 to ``size - 1``, place by place, in constant memory.
 
-    A place is a cell of a grid of ``rows x columns`` cells, which has at least ``size`` cells and few more. Rounds shift
-    its row by a hash of its column, and its column by a hash of its row, in turn. Each round can be undone, so together
-    they permute the cells. If a place lands on a cell past ``size``, the rounds are repeated until it lands on one
-    below.
+    A place is a cell of a grid of ``rows x columns`` cells, which has at least ``size`` cells and few more. The rounds
+    shift its row by a hash of its column, and its column by a hash of its row, in turn. Each round can be undone, so
+    together they permute the cells. If a place lands on a cell past ``size``, the rounds are repeated until it lands on
+    one below.
 
     Args:
         size: how many places, at least 1.
