@@ -14,7 +14,7 @@ import adabatch
 from adabatch.integrations.torchft import attach
 
 
-def train(name, lighthouse, may_start, steps):
+def train(name, address, may_start, steps):
     torch.manual_seed(0)
     inputs = torch.randn(4096, 20)
     targets = (inputs[:, :2].prod(1) > 0).long()
@@ -23,10 +23,9 @@ def train(name, lighthouse, may_start, steps):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     may_start.wait()
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    manager = torchft.Manager(
-        pg=torchft.ProcessGroupGloo(), load_state_dict=None, state_dict=None, min_replica_size=1, replica_id=name, rank=0,
-        world_size=1, store_addr="localhost", store_port=store.port, lighthouse_addr=lighthouse, use_async_quorum=False,
-    )  # fmt: skip
+    own = {"replica_id": name, "rank": 0, "world_size": 1, "store_addr": "localhost", "store_port": store.port}
+    own |= {"lighthouse_addr": address, "load_state_dict": None, "state_dict": None, "use_async_quorum": False}
+    manager = torchft.Manager(torchft.ProcessGroupGloo(), min_replica_size=1, **own)
     manager.register_state_dict_fn("model", model.load_state_dict, model.state_dict)
     manager.register_state_dict_fn("optimizer", optimizer.load_state_dict, optimizer.state_dict)
     limits = adabatch.Limits(min=32, max=512)  # of all replicas together
