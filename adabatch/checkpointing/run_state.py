@@ -20,7 +20,7 @@ from adabatch.checkpointing.differences import Difference, Parameter, describe, 
 from adabatch.checkpointing.files import CheckpointError, Files, sealed
 from adabatch.checkpointing.plain import NotPlain, plain
 from adabatch.checkpointing.rank_states import state_of_rank, states_of_all
-from adabatch.checkpointing.settings import KeptSetting, Settings
+from adabatch.checkpointing.settings import BuiltSettings, KeptSetting
 from adabatch.checkpointing.sharded_state import Shards, put_back, shapes_in, taken_apart, write_shards
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.compiled import uncompiled
@@ -256,7 +256,7 @@ class RunState:
         """
         state = self._read(path)
         self._check_model(path, state["model"])
-        settings = Settings(self._parts)
+        settings = BuiltSettings(self._parts)
         if self._optimizer is not None:
             _check_groups(state["optimizer"]["param_groups"], self._optimizer)
             refuse_order(contents, self._parameters())

@@ -42,7 +42,7 @@ With the network and the speed of this machine measured, under any launcher:
   torchrun --nproc-per-node=8 -m adabatch plan runs/probe --measure --parameters 124e6"""
 
 
-class Plan(NamedTuple):
+class RunPlan(NamedTuple):
     """A plan and what it rests on."""
 
     source: str
@@ -87,7 +87,7 @@ def run_plan(arguments: Sequence[str]) -> int:
     return 0
 
 
-def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> Plan:
+def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     """The plan for what was asked; the command line goes before what was measured.
 
     Args:
@@ -125,7 +125,7 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> Plan:
         **_rates(run, notes),
     }
     most = knee(evidence, cost, cluster, limits=limits) if known else None
-    return Plan(source, settings, evidence.band, here, scales, most, notes)
+    return RunPlan(source, settings, evidence.band, here, scales, most, notes)
 
 
 def _largest(asked: Any, evidence: Evidence, notes: list[str]) -> float:
@@ -295,7 +295,7 @@ def _power_of_two(value: float, *, up: bool = False) -> int:
     return int(2 ** (math.ceil(exponent - 1e-9) if up else math.floor(exponent + 1e-9)))
 
 
-def numbers(made: Plan) -> dict[str, Any]:
+def numbers(made: RunPlan) -> dict[str, Any]:
     """The plan as JSON has it; ranges are objects of low, point and high."""
 
     def of(each: Forecast) -> dict[str, Any]:
@@ -325,7 +325,7 @@ _ROWS: tuple[tuple[str, Callable[[Forecast], Range]], ...] = (
 )
 
 
-def text(made: Plan) -> str:
+def text(made: RunPlan) -> str:
     """The plan as a person reads it."""
     parts = [f"Plan from {made.source}", ""]
     parts += [f"  {name:<20} {value}" for name, value in made.settings.items()]
@@ -343,7 +343,7 @@ def _options(settings: dict[str, Any]) -> str:
     return " ".join(f"--{name}={value}" for name, value in settings.items())
 
 
-def _table(made: Plan) -> list[str]:
+def _table(made: RunPlan) -> list[str]:
     others = [each for each in made.scales if each.devices != made.here.devices]
     columns = [made.here, *others]
     table = [["devices", f"{made.here.devices:,} (this cluster)", *(f"{each.devices:,}" for each in others)]]

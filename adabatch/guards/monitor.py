@@ -110,7 +110,7 @@ class Monitor:
             if message is None:
                 self._hung_up(peer)
             elif "lost" in message:
-                self._judge(message["lost"])
+                self._declare_lost(message["lost"])
             elif "all left" in message:
                 self._end_together()
             else:
@@ -156,7 +156,7 @@ class Monitor:
             }
         found = lost_ranks(reports, timeout=self._timeout)
         if found is not None:
-            self._judge(found)
+            self._declare_lost(found)
 
     def _neighbours(self) -> list[int]:
         parent = self._connections.parent
@@ -177,9 +177,9 @@ class Monitor:
         if self.ended.is_set():
             return
         if not (report.left and self._left):
-            self._judge(f"rank {peer} has died, last seen in {report.place}")
+            self._declare_lost(f"rank {peer} has died, last seen in {report.place}")
 
-    def _judge(self, found: str) -> None:
+    def _declare_lost(self, found: str) -> None:
         """A rank is lost: tells the neighbours in the tree."""
         if self.finding is None:  # later findings are consequences of the first
             self._connections.send({"lost": found})

@@ -9,7 +9,7 @@ from typing import Any
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
-from adabatch.integrations.lightning_loop import Host, MakeSchedule, Run, settings_of
+from adabatch.integrations.lightning_loop import Fit, Host, MakeSchedule, settings_of
 from adabatch.journal import JournalTarget
 from adabatch.monitoring import NoiseMonitor, monitor
 from adabatch.runtime.engines.engine import GradientSync
@@ -81,7 +81,7 @@ class AdaptiveHooks:
             log=log,
             options=options,
         )
-        self._run: Run | None = None
+        self._run: Fit | None = None
 
     @property
     def batches(self) -> AdaptiveBatch:
@@ -97,7 +97,7 @@ class AdaptiveHooks:
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Replaces the training loader by one that yields whole steps."""
         if stage == "fit":
-            self._run = Run(trainer, self.host, self._settings)
+            self._run = Fit(trainer, self.host, self._settings)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Makes the batches, now that model and optimizer exist."""

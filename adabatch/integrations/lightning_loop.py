@@ -61,7 +61,7 @@ class Host:
         return importlib.import_module(f"{self._fabric}.utilities.data")
 
 
-class Settings(NamedTuple):
+class CallbackSettings(NamedTuple):
     """The arguments of the callback.
 
     Args:
@@ -85,7 +85,7 @@ class Settings(NamedTuple):
     batches: Mapping[str, Any]
 
 
-class Run:
+class Fit:
     """One ``fit``: the trainer, the batches, and the current step.
 
     Args:
@@ -97,7 +97,7 @@ class Run:
         batches: the batches; None until model and optimizer exist.
     """
 
-    def __init__(self, trainer: Any, host: Host, settings: Settings) -> None:
+    def __init__(self, trainer: Any, host: Host, settings: CallbackSettings) -> None:
         check_trainer(trainer, host)
         self._trainer = trainer
         self._host = host
@@ -270,7 +270,7 @@ class Run:
         mean: Tensor | None = None
         for index, weight in enumerate(weights):
             if index > 0:
-                kwargs["batch"] = self._moved(next(self._micro_batches))
+                kwargs["batch"] = self._on_device(next(self._micro_batches))
             result = loop._training_step(kwargs)
             if result.closure_loss is None:
                 raise RuntimeError(
@@ -293,7 +293,7 @@ class Run:
         self._show_total(self._expected_steps())
         return {**result.asdict(), "loss": mean}
 
-    def _moved(self, batch: Any) -> Any:
+    def _on_device(self, batch: Any) -> Any:
         """Moves a micro-batch after the first to the device, as the loop over the epoch does with a batch."""
         trainer = self._trainer
         batch = trainer.precision_plugin.convert_input(batch)
@@ -349,7 +349,7 @@ class Run:
 class _Source:
     """Lightning's source of training loaders, wrapped so that the loaders yield steps."""
 
-    def __init__(self, run: Run, source: Any) -> None:
+    def __init__(self, run: Fit, source: Any) -> None:
         self._run = run
         self._source = source
         self.instance = source.instance
@@ -368,7 +368,7 @@ class _Source:
 class _Steps:
     """The training loader for Lightning. Its length is a bound."""
 
-    def __init__(self, run: Run, inner: Any) -> None:
+    def __init__(self, run: Fit, inner: Any) -> None:
         self._run = run
         self._inner = inner
 
@@ -404,7 +404,7 @@ def settings_of(
     gradient_sync: GradientSync | None,
     log: bool,
     options: Mapping[str, Any],
-) -> Settings:
+) -> CallbackSettings:
     """The settings of a callback, checked as far as possible without a trainer.
 
     Raises:
@@ -414,7 +414,7 @@ def settings_of(
         if options.get(name) is not None:
             raise ValueError(f"the callback chooses {name}= from the trainer: leave it out")
     loop = {"count": num_examples_in if count is None else count, "weigh": weigh}
-    return Settings(criterion, micro_batch_size, schedule, until, gradient_sync, log, loop, dict(options))
+    return CallbackSettings(criterion, micro_batch_size, schedule, until, gradient_sync, log, loop, dict(options))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

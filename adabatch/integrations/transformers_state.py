@@ -57,7 +57,7 @@ def write_state(state: HostState, folder: str, *, here: bool) -> None:
         torch.save(numbers, os.path.join(folder, STATE_FILE))
 
 
-class Run(Protocol):
+class TrainerRun(Protocol):
     """The part of a trainer that ``Bookkeeping`` reads."""
 
     batches: AdaptiveBatch | None
@@ -74,7 +74,7 @@ class Run(Protocol):
 class Bookkeeping(TrainerCallback):
     """Keeps the Trainer's state up to date for a run whose number of steps is not known."""
 
-    def __init__(self, trainer: Run) -> None:
+    def __init__(self, trainer: TrainerRun) -> None:
         self._trainer = trainer
         self._shares: dict[str, float] = {}
         self._done = 0.0

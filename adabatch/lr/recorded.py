@@ -71,7 +71,7 @@ class OneRun:
         self._run, self._begins, self._end = run, begins, begins + size
 
 
-class Measured(NamedTuple):
+class MeasuredNorms(NamedTuple):
     """The gradient norms of the steps that measured them.
 
     Args:
@@ -117,7 +117,7 @@ class Recorded(NamedTuple):
         """Applied steps."""
         return len(self.batch)
 
-    def norms(self, which: Norm) -> Measured:
+    def norms(self, which: Norm) -> MeasuredNorms:
         """The norms for a schedule or a bound.
 
         Raises:
@@ -138,7 +138,7 @@ class Recorded(NamedTuple):
             )
         if norms.size < 2:
             raise ValueError(f"{self.source} holds one {which} norm of the gradient: a schedule needs two at least")
-        return Measured(index, norms)
+        return MeasuredNorms(index, norms)
 
     def factors(self, rule: LRRule, reference: float) -> FloatArray:
         """The batch factor that a rule would have given at each step, shape (num_steps,).

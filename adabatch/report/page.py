@@ -20,7 +20,7 @@ from adabatch.batch.control import Reason
 from adabatch.report.heat import layer_bins
 from adabatch.report.steps import Floats, RunSteps
 from adabatch.report.summary import (
-    Change,
+    BatchChange,
     Flag,
     RunSettings,
     Summary,
@@ -98,7 +98,7 @@ class Reported(NamedTuple):
     settings: RunSettings
     summary: Summary
     flags: tuple[Flag, ...]
-    changes: tuple[Change, ...]
+    changes: tuple[BatchChange, ...]
     outcomes: tuple[Outcome, ...]
     results: Mapping[str, float]
 
@@ -294,8 +294,8 @@ def thinned(run: RunSteps, most: int) -> list[int]:
     if run.num_steps <= most:
         return list(range(run.num_steps))
     even = np.searchsorted(run.examples, np.linspace(run.examples[0], run.examples[-1], 2 * most // 3))
-    moved = np.flatnonzero(np.diff(run.batch) != 0)
-    corners = np.unique(np.concatenate([moved, moved + 1])) if len(moved) else moved
+    jumps = np.flatnonzero(np.diff(run.batch) != 0)
+    corners = np.unique(np.concatenate([jumps, jumps + 1])) if len(jumps) else jumps
     room = most - len(even)
     if len(corners) > room:
         corners = corners[np.linspace(0, len(corners) - 1, room).astype(int)]

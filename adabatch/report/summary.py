@@ -292,7 +292,7 @@ def noise_band(run: RunSteps) -> tuple[Floats, Floats] | None:
     return low, high
 
 
-class Change(NamedTuple):
+class BatchChange(NamedTuple):
     """A change of the planned batch size.
 
     Args:
@@ -312,7 +312,7 @@ class Change(NamedTuple):
     text: str
 
 
-def changes(run: RunSteps) -> list[Change]:
+def changes(run: RunSteps) -> list[BatchChange]:
     """All changes of the planned batch size, in their order."""
     planned = np.concatenate([run.batch[:1], run.next_batch[:-1]])
     found = []
@@ -322,7 +322,7 @@ def changes(run: RunSteps) -> list[Change]:
         verb = "grew" if after > before else "shrank"
         text = f"After step {run.step[index]:,.0f} the batch {verb} from {before:,.0f} to {after:,.0f} examples"
         text += _why(reason, wanted, low, high)
-        found.append(Change(int(run.step[index]), float(run.examples[index]), before, after, reason, text))
+        found.append(BatchChange(int(run.step[index]), float(run.examples[index]), before, after, reason, text))
     return found
 
 
@@ -492,14 +492,16 @@ def _estimates(run: RunSteps) -> list[Flag]:
     if bad := counts[Reason.NOT_FINITE]:
         text = f"{counted(bad, 'step')} had a loss or a gradient that was not finite, or too large to be averaged."
         found.append(Flag("not_finite", "warning", text))
-    judged = sum(number for reason, number in counts.items() if reason not in (Reason.NOT_PROBED, Reason.SCHEDULED, ""))
-    if judged and (unsure := counts[Reason.NOT_SIGNIFICANT] / judged) > UNCERTAIN:
+    decided = sum(
+        number for reason, number in counts.items() if reason not in (Reason.NOT_PROBED, Reason.SCHEDULED, "")
+    )
+    if decided and (unsure := counts[Reason.NOT_SIGNIFICANT] / decided) > UNCERTAIN:
         text = (
             f"In {percent(unsure)} of the decisions the estimate was too uncertain for a change of the batch. More "
             f"parts per step (smaller micro-batches) or a longer Control(memory=) narrow its error bar."
         )
         found.append(Flag("uncertain", "note", text))
-    if judged and (silent := counts[Reason.NO_SIGNAL] / judged) > 0.1:
+    if decided and (silent := counts[Reason.NO_SIGNAL] / decided) > 0.1:
         text = f"In {percent(silent)} of the decisions no signal was seen above the noise, so the batch was held."
         found.append(Flag("no_signal", "note", text))
     return found

@@ -203,10 +203,10 @@ def segments(run: RunSteps, *, at_most: int | None = None) -> Segments:
     consumed = np.cumsum(run.batch) - run.batch
     bins = np.minimum((consumed / run.num_examples * at_most).astype(int), at_most - 1)
     first = np.flatnonzero(np.diff(bins, prepend=-1))
-    moved, over = np.add.reduceat(progress, first), np.add.reduceat(progress / scale, first)
+    made, over = np.add.reduceat(progress, first), np.add.reduceat(progress / scale, first)
     with np.errstate(divide="ignore", invalid="ignore"):
-        mean = np.where(over > 0, moved / over, scale[first])
-    return Segments(np.add.reduceat(run.batch, first), np.diff(first, append=run.num_steps) * 1.0, moved, mean)
+        mean = np.where(over > 0, made / over, scale[first])
+    return Segments(np.add.reduceat(run.batch, first), np.diff(first, append=run.num_steps) * 1.0, made, mean)
 
 
 def recorded(run: RunSteps, *, price: float = 0.0) -> Outcome:

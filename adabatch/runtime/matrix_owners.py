@@ -8,7 +8,7 @@ Shampoo, the parameters) are distributed so that the costs of the ranks are as e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.fsdp2 import is_sharded
+
+Name = TypeVar("Name", str, int)
 
 
 class AcrossRanks(TypedDict):
@@ -52,7 +54,7 @@ def across_ranks(model: nn.Module) -> AcrossRanks:
     return {"reduce": collectives.sum, "owner": kind(collectives)}
 
 
-def dealt_out(costs: Mapping[str, float], num_ranks: int) -> dict[str, int]:
+def dealt_out(costs: Mapping[Name, float], num_ranks: int) -> dict[Name, int]:
     """A rank for each name: in order of falling cost, each goes to the rank with the lowest cost so far."""
     loads = [0.0] * num_ranks
     owners = {}

@@ -12,7 +12,7 @@ from adabatch.optim.kfac.layers import EmbeddingLayer, Layer, layer_of
 from adabatch.optim.mup.names import all_names, named_modules
 
 
-class Found(NamedTuple):
+class FoundLayer(NamedTuple):
     """A layer that K-FAC takes.
 
     Args:
@@ -47,7 +47,7 @@ class Survey(NamedTuple):
         names: the names of all parameters, by ``id``.
     """
 
-    layers: list[Found]
+    layers: list[FoundLayer]
     refused: dict[str, str]
     names: dict[int, str]
 
@@ -71,7 +71,7 @@ def survey(model: nn.Module, exclude: Sequence[str]) -> Survey:
         if isinstance(kind, str):
             found.refused.update({uses[id(parameter)][0]: kind for parameter in own.values()})
         else:
-            found.layers.append(Found(name, module, kind))
+            found.layers.append(FoundLayer(name, module, kind))
     return found
 
 

@@ -78,8 +78,8 @@ class Permutation:
     def _through(self, cells: NDArray[np.uint64], backwards: bool) -> NDArray[np.uint64]:
         pair: list[NDArray[np.uint64]] = list(np.divmod(cells, self._shape[1]))  # row, column
         for number in reversed(range(ROUNDS)) if backwards else range(ROUNDS):
-            moved, fixed = number % 2, 1 - number % 2
-            size = self._shape[moved]
+            shifted, fixed = number % 2, 1 - number % 2
+            size = self._shape[shifted]
             shift = mixed(pair[fixed] + self._keys[number]) % size
-            pair[moved] = (pair[moved] + (size - shift if backwards else shift)) % size
+            pair[shifted] = (pair[shifted] + (size - shift if backwards else shift)) % size
         return pair[0] * self._shape[1] + pair[1]

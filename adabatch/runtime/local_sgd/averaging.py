@@ -27,7 +27,7 @@ from adabatch.runtime.local_sgd.periods import Period
 from adabatch.runtime.local_sgd.probe import Spread
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.rounds import Rounds
-from adabatch.runtime.local_sgd.settings import AverageWeights, MeasuredStep, Settings, period_of
+from adabatch.runtime.local_sgd.settings import AverageWeights, LocalSGDSettings, MeasuredStep, period_of
 from adabatch.runtime.optimizers import each_of, joined, without_rate
 from adabatch.runtime.ownership import remove_all, take_over
 from adabatch.runtime.step_hooks import hook_step
@@ -102,7 +102,7 @@ class LocalSGD:
         spread: Spread = "across",
         workers: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
-        settings = Settings(
+        settings = LocalSGDSettings(
             period=period_of(sync_every),
             outer=Average() if outer is None else outer,
             warmup=warmup,

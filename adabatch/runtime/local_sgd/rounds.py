@@ -13,7 +13,7 @@ from adabatch.runtime.local_sgd.exchange import Exchange
 from adabatch.runtime.local_sgd.memory import Memory
 from adabatch.runtime.local_sgd.periods import Fixed, RoundStart
 from adabatch.runtime.local_sgd.replica import Replica
-from adabatch.runtime.local_sgd.settings import Round, Settings
+from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
 
 
 class Rounds:
@@ -35,7 +35,13 @@ class Rounds:
     """
 
     def __init__(
-        self, settings: Settings, replica: Replica, optimizer: Optimizer, *, workers: Collectives, node: Collectives
+        self,
+        settings: LocalSGDSettings,
+        replica: Replica,
+        optimizer: Optimizer,
+        *,
+        workers: Collectives,
+        node: Collectives,
     ) -> None:
         self.settings = settings
         self.replica = replica

@@ -86,7 +86,7 @@ class _Keep(torch.autograd.Function):
         return torch.empty_like(anchor)
 
 
-class _Kept:
+class _SavedTensors:
     """Tensors kept for one backward, freed when they are taken."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -291,7 +291,7 @@ class Measurement:
             inputs = inputs.expand(num_examples, *inputs.shape[1:])
         kept = None
         if not self._keys[site].keys() <= site.rule.inputless:
-            kept = _Kept([_as_computed(inputs, output)])
+            kept = _SavedTensors([_as_computed(inputs, output)])
         backward = partial(self._on_ruled_grad, site, kept, num_examples)
         self._handles.append(output.register_hook(backward))  # type: ignore[no-untyped-call]
         return widened
@@ -317,7 +317,7 @@ class Measurement:
             self._on_replayed_grads,
             site,
             map_tensors(lambda _: torch.empty(0), call),
-            _Kept(tensors_of(call)),
+            _SavedTensors(tensors_of(call)),
             [leaf.requires_grad for leaf in leaves],
             Autocast.now(wanted[0].device.type),
             num_examples,
@@ -335,7 +335,7 @@ class Measurement:
                 f"test from micro-batches"
             )
 
-    def _on_ruled_grad(self, site: Site, kept: _Kept | None, num_examples: int, grad: Tensor) -> None:
+    def _on_ruled_grad(self, site: Site, kept: _SavedTensors | None, num_examples: int, grad: Tensor) -> None:
         assert site.rule is not None
         self._check_number(site, num_examples)
         inputs = grad.new_empty(0) if kept is None else kept.take()[0]
@@ -359,7 +359,7 @@ class Measurement:
         self,
         site: Site,
         arguments: object,
-        kept: _Kept,
+        kept: _SavedTensors,
         has_grad: Sequence[bool],
         autocast: Autocast,
         num_examples: int,

@@ -30,7 +30,7 @@ Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]
 """How DDP reduces a bucket: the second argument of ``DistributedDataParallel.register_comm_hook``."""
 
 
-class Cut(NamedTuple):
+class BucketSlice(NamedTuple):
     """Where the gradient of a parameter lies in a flat bucket."""
 
     number: int
@@ -38,11 +38,11 @@ class Cut(NamedTuple):
     length: int
 
 
-def _norms_of(flat: Tensor, cuts: list[Cut] | None) -> list[tuple[int, Tensor]]:
+def _norms_of(flat: Tensor, slices: list[BucketSlice] | None) -> list[tuple[int, Tensor]]:
     """Norms of a bucket (as that of parameter 0), or of each gradient in it, with the numbers of the parameters."""
-    if cuts is None:
+    if slices is None:
         return [(0, norms(flat))]
-    return [(cut.number, norms(flat[cut.offset : cut.offset + cut.length])) for cut in cuts]
+    return [(piece.number, norms(flat[piece.offset : piece.offset + piece.length])) for piece in slices]
 
 
 class CommHookProbe(Probe):
@@ -135,29 +135,31 @@ class CommHookProbe(Probe):
         if listening:
             if bucket.buffer().is_sparse:
                 raise RuntimeError("CommHookProbe does not measure sparse gradients: use MicroBatchProbe")
-            cuts = self._cuts_of(bucket)
-            self._before += _norms_of(bucket.buffer(), cuts)
+            slices = self._slices_of(bucket)
+            self._before += _norms_of(bucket.buffer(), slices)
         if self._hook is None or (listening and self._plain_when_probed):
             reduced = mean_future(bucket.buffer(), self._group)
         else:
             reduced = self._hook(self._state, bucket)
         # In the future's callback, and not after a wait: waiting here would end the overlap with the backward.
-        return reduced.then(partial(self._note, cuts)) if listening else reduced
+        return reduced.then(partial(self._note, slices)) if listening else reduced
 
     def _count(self, number: int, _: Tensor) -> None:
         self._pieces[number] += self._listening
 
-    def _cuts_of(self, bucket: dist.GradBucket) -> list[Cut] | None:
+    def _slices_of(self, bucket: dist.GradBucket) -> list[BucketSlice] | None:
         """Where each parameter's gradient lies in the bucket; None without layers."""
         if self._number is None:
             return None
         start = bucket.buffer().storage_offset()
         pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        return [Cut(self._number[p], int(grad.storage_offset() - start), int(grad.numel())) for p, grad in pairs]
+        return [
+            BucketSlice(self._number[p], int(grad.storage_offset() - start), int(grad.numel())) for p, grad in pairs
+        ]
 
-    def _note(self, cuts: list[Cut] | None, reduced: Future[Tensor]) -> Tensor:
+    def _note(self, slices: list[BucketSlice] | None, reduced: Future[Tensor]) -> Tensor:
         grad: Tensor = reduced.value()
-        self._after += _norms_of(grad, cuts)
+        self._after += _norms_of(grad, slices)
         if self._record_l1:
             self._after_l1.append(norms(grad, 1))
         return grad

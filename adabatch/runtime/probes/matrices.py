@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.matrix_owners import dealt_out
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.layers import LayerSums
 
@@ -69,7 +70,7 @@ class MatrixGrams:
         wide = (torch.float64, torch.complex128)
         self._dtype = torch.float64 if any(p.dtype in wide for p in parameters) else torch.float32
         self._shapes = {n: (min(p.shape), max(p.shape)) for n, p in enumerate(parameters) if takes(p) and p.numel()}
-        self._owner = _dealt({number: k**3 for number, (k, _) in self._shapes.items()}, same.size)
+        self._owner = dealt_out({number: float(k) ** 3 for number, (k, _) in self._shapes.items()}, same.size)
         self._flat = torch.zeros(0)
         self._sums: dict[int, Tensor] = {}
         self._first: list[tuple[int, Tensor]] = []
@@ -178,13 +179,3 @@ def newton_schulz(gram: Tensor, iterations: int = ITERATIONS) -> Tensor:
         y, z = y @ step, step @ z
     trace: Tensor = y.diagonal().double().sum() * scale.double().sqrt()
     return trace
-
-
-def _dealt(costs: dict[int, int], num_ranks: int) -> dict[int, int]:
-    """The rank that works on each matrix: the most expensive first, each to the rank with the least work so far."""
-    loads = [0] * num_ranks
-    owner = {}
-    for number, cost in sorted(costs.items(), key=lambda each: -each[1]):
-        owner[number] = min(range(num_ranks), key=loads.__getitem__)
-        loads[owner[number]] += cost
-    return owner
