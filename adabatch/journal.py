@@ -31,6 +31,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from adabatch.arguments import checked
 from adabatch.batch.averages import Averages
 from adabatch.batch.control import Decision
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments
@@ -163,6 +164,7 @@ class Journal:
         ValueError: if there is more than one file.
     """
 
+    @checked
     def __init__(self, target: JournalTarget | Sequence[JournalTarget] | None, *, part_bytes: int = PART_BYTES) -> None:
         paths, sinks = _sorted_targets(target)
         self.path = paths[0] if paths else None

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Adagrad, Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import checked
 from adabatch.batch.criteria import NormTest
 from adabatch.optim.adagrad_norm import AdaGradNorm
 
@@ -25,6 +26,7 @@ class Pair(NamedTuple):
     batches: AdaptiveBatch
 
 
+@checked
 def AdAdaGrad(
     model: torch.nn.Module,
     params: Iterable[Any] | None = None,
@@ -60,6 +62,7 @@ def AdAdaGrad(
     return Pair(optimizer, AdaptiveBatch(model, optimizer, NormTest(eta=eta), **{"lr_rule": "none"} | batching))
 
 
+@checked
 def AdAdaGradNorm(
     model: torch.nn.Module,
     params: Iterable[Any] | None = None,

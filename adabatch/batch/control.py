@@ -15,7 +15,7 @@ from enum import StrEnum
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from adabatch.arguments import require
+from adabatch.arguments import check_fields, checked, require
 from adabatch.batch.averages import Averages, ProbeWindow
 from adabatch.batch.criteria import Criterion, Observation, resting_size
 from adabatch.batch.moments import GradientMoments
@@ -151,6 +151,7 @@ class Control:
     monotone: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         hold = self.hold.count if isinstance(self.hold, Duration) else self.hold
         shrink = self.confidence if self.shrink_confidence is None else self.shrink_confidence
         checks = {
@@ -179,6 +180,7 @@ class Control:
             )
 
     @classmethod
+    @checked
     def direct(cls, *, interval: int = 1) -> Control:
         """Every test is followed at once and in full: no average, no error bar, no cap, no pace; growth only.
 

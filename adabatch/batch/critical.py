@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adabatch.arguments import checked
+
 TOLERANCE = 0.005
 """Of the loss of the smallest batch."""
 
@@ -46,6 +48,7 @@ class CriticalBatch(NamedTuple):
         return self.size / noise_scale if 0 < noise_scale < math.inf else math.nan
 
 
+@checked
 def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: float) -> NDArray[np.float64]:
     """The exponential average of a loss over examples, after each step.
 
@@ -78,6 +81,7 @@ def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: flo
     return averages
 
 
+@checked
 def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE) -> CriticalBatch:
     """The critical batch of branches that trained on equally many examples.
 
@@ -124,6 +128,7 @@ def _crossing(size: int, larger: int, losses: Mapping[int, float], bound: float)
     return size * math.exp(math.log(larger / size) * (bound - below) / (above - below))
 
 
+@checked
 def measure_critical_batch(
     branch: Callable[[int], Iterable[tuple[int, float]]],
     sizes: Sequence[int],

@@ -7,7 +7,10 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from adabatch.arguments import checked
 
+
+@checked
 def efficiency(global_batch_size: float, noise_scale: float, *, reference: float = 0.0) -> float:
     """Progress per example, relative to that in a batch of ``reference``.
 
@@ -28,6 +31,7 @@ def efficiency(global_batch_size: float, noise_scale: float, *, reference: float
     return 1.0 if whole == 0 or math.isinf(noise_scale) else (noise_scale + reference) / whole
 
 
+@checked
 def adaptive_limit(noise_scales: ArrayLike, batch_sizes: ArrayLike | None = None) -> float:
     """The largest gain of a batch that follows the noise scale over the best constant one: ``<B> / <sqrt B>^2``.
 

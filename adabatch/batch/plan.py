@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import check_fields, require, require_one_of
 
 Unit = Literal["examples", "tokens", "steps", "gain_steps"]
 
@@ -29,6 +29,7 @@ class BatchPlan:
     dp_size: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("micro_batch_size", "accumulation_steps", "dp_size"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
 
@@ -102,6 +103,9 @@ class Progress:
     tokens: int | None = None
     gain_steps: float | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def after(self, num_examples: int, num_tokens: int | None = None, gain: float | None = None) -> Progress:
         """The progress after one more applied update."""
         return Progress(
@@ -164,6 +168,9 @@ class PlanGrid:
     dp_size: int
     micro_sizes: tuple[int, ...]
     min_accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def next_above(self, size: int) -> int:
         """The smallest global batch size above ``size`` that can be run, in examples."""

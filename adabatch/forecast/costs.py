@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adabatch.arguments import checked
 from adabatch.forecast.network import Cluster, all_reduce_seconds
 
 Floats = NDArray[np.float64]
@@ -132,6 +133,7 @@ class _Totals(NamedTuple):
     largest: float
 
 
+@checked
 def forecast(
     evidence: Evidence,
     cost: StepCost,
@@ -214,6 +216,7 @@ def largest_sensible(evidence: Evidence) -> float:
     return max(1.0, min(by_noise, by_length))
 
 
+@checked
 def knee(
     evidence: Evidence,
     cost: StepCost,

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adabatch.arguments import require
+from adabatch.arguments import checked, require
 from adabatch.lr.function_shape import AnyShape
 from adabatch.lr.refine import stretch
 from adabatch.lr.shapes import Decay, Shape, warmup_factor, wsd
@@ -56,6 +56,7 @@ class BoundTerms(NamedTuple):
         """The bound at ``best_base_lr``, ``2 sqrt(T1 T2)``: proportional to ``D * G``."""
         return 2 * math.sqrt(self.distance) * math.sqrt(self.gradient)
 
+    @checked
     def at(self, base_lr: float) -> float:
         """The bound at ``base_lr``.
 
@@ -107,6 +108,7 @@ class Extension(NamedTuple):
     terms: BoundTerms
 
 
+@checked
 def discretize(
     shape: AnyShape, num_steps: int, *, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> NDArray[np.float64]:
@@ -140,6 +142,7 @@ def discretize(
     return factors
 
 
+@checked
 def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> BoundTerms:
     """The last-iterate bound of a schedule, split in its two terms; the head of this module has the formula.
 
@@ -161,16 +164,19 @@ def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float =
     return _terms(distance * distance / (2 * tail[0]), float(np.sum(eta * (eta / after) * squares)) / 2)
 
 
+@checked
 def bound(factors: ArrayLike, norms: ArrayLike = 1.0, *, base_lr: float = 1.0, distance: float = 1.0) -> float:
     """The last-iterate bound at ``base_lr``; arguments and errors as for ``bound_terms``."""
     return bound_terms(factors, norms, distance=distance).at(base_lr)
 
 
+@checked
 def best_base_lr(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> float:
     """The base learning rate with the least last-iterate bound; arguments as for ``bound_terms``."""
     return bound_terms(factors, norms, distance=distance).best_base_lr
 
 
+@checked
 def averaged_bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> BoundTerms:
     """The classical bound for the average of the iterates, weighted by their steps, or for the best of them.
 
@@ -184,6 +190,7 @@ def averaged_bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance
     return _terms(distance * distance / (2 * total), float(np.sum(eta**2 * squares)) / (2 * total))
 
 
+@checked
 def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
     """Limits for T to infinity of the bound of ``wsd(cooldown=c)`` with constant gradient norm.
 
@@ -210,6 +217,7 @@ def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
     )
 
 
+@checked
 def linear_cooldown_ratio(
     source: AnyShape, target: AnyShape, num_steps: int, target_steps: int | None = None
 ) -> float | None:
@@ -243,6 +251,7 @@ def _linear_cooldown(shape: AnyShape) -> float:
     return 0.0
 
 
+@checked
 def transfer(
     base_lr: float,
     source: AnyShape,
@@ -290,6 +299,7 @@ def transfer(
     return base_lr * best(target, there, warmup_there) / best(source, num_steps, warmup_steps)
 
 
+@checked
 def two_stage(
     num_steps: int,
     new_steps: int,
@@ -351,6 +361,7 @@ def two_stage(
     )
 
 
+@checked
 def longer_cooldown(
     num_steps: int, new_steps: int, *, cooldown: float, decay: Decay = "linear", warmup_steps: int = 0
 ) -> Extension:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adabatch.arguments import require
+from adabatch.arguments import check_fields, require
 from adabatch.batch.plan import Progress
 from adabatch.lr.rules import LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
 
@@ -59,6 +59,7 @@ class Followers:
     beta2_floor: float = BETA2_FLOOR
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_follow(self.settings)
         for name in ("beta1_floor", "beta2_floor"):
             floor = getattr(self, name)
@@ -170,6 +171,7 @@ class UpdateRules:
     lr_decay: Callable[[Progress], float] = _no_decay
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_lr_rule(self.rule)
 
     def at(

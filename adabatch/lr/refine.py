@@ -25,7 +25,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import checked, require, require_one_of
 from adabatch.lr.shapes import Shape, tabulated
 
 Kind = Literal["sgd", "adam", "adagrad"]
@@ -35,6 +35,7 @@ FloatArray: TypeAlias = NDArray[np.float64]
 _POWERS: Mapping[str, int] = MappingProxyType({"sgd": 2, "adam": 1, "adagrad": 1})
 
 
+@checked
 def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, length: int | None = None) -> Shape:
     """The schedule that a finished run's gradient norms ask for: ``w_t * sum_{p>t} w_p``, with maximum 1.
 
@@ -75,6 +76,7 @@ def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, leng
     return tabulated(values=(factors if length is None else stretch(factors, length)).tolist())
 
 
+@checked
 def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
     """The weights ``G_t^-2`` (sgd) or ``G_t^-1`` (adam, adagrad); the median norm has weight 1.
 
@@ -102,6 +104,7 @@ def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
     return weights
 
 
+@checked
 def last_iterate_multipliers(weights: ArrayLike) -> FloatArray:
     """The factors on the updates of any optimizer: ``w_{t+1:T} / w_{1:T}``, t = 1..T, shape (T,).
 
@@ -118,6 +121,7 @@ def last_iterate_multipliers(weights: ArrayLike) -> FloatArray:
     return np.asarray(tails[1:] / tails[0])
 
 
+@checked
 def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
     """The iterates x of the conversion from the iterates z of an online learner.
 
@@ -139,6 +143,7 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
     return np.concatenate([z[:1], z[:1] + np.cumsum(moves, axis=0)])
 
 
+@checked
 def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> float:
     """The guarantee for the last iterate of SGD with the factors ``w_t w_{t+1:T} / w_{1:T}``.
 
@@ -162,6 +167,7 @@ def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distan
     return float((distance**2 + np.sum((w * sizes) ** 2)) / (2 * np.sum(w)))
 
 
+@checked
 def stretch(values: ArrayLike, length: int) -> FloatArray:
     """Resample to ``length`` entries by linear interpolation in progress; the first and last are kept.
 
@@ -182,6 +188,7 @@ def stretch(values: ArrayLike, length: int) -> FloatArray:
     return np.interp(np.linspace(0, table.size - 1, length), np.arange(table.size), table)
 
 
+@checked
 def median_filter(values: ArrayLike, window: int) -> FloatArray:
     """Running median: ``out[i]`` is that of ``values[i - h .. i + h]``, ``h = (window - 1) / 2``.
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.arguments import require
+from adabatch.arguments import checked, require
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.horizon import Horizon
 from adabatch.lr.recorded import Norm, Recorded
@@ -50,6 +50,7 @@ class RefinedRun(NamedTuple):
     factor: FloatArray
 
 
+@checked
 def refine_run(
     recorded: Recorded,
     kind: Kind = "sgd",
@@ -113,6 +114,7 @@ def refine_run(
     )
 
 
+@checked
 def refined_bounds(recorded: Recorded, made: RefinedRun, edges: FloatArray | None = None) -> dict[str, BoundTerms]:
     """The last-iterate bound of a run's own schedule, of the refined one and of linear decay, at the run's l2 norms.
 

@@ -23,7 +23,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import checked, require, require_one_of
 from adabatch.batch.plan import Duration
 
 LRRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain"]
@@ -157,6 +157,7 @@ def followed(
 def legw_warmup(warmup: Duration, ratio: float) -> Duration: ...
 @overload
 def legw_warmup(warmup: float, ratio: float) -> float: ...
+@checked
 def legw_warmup(warmup: Duration | float, ratio: float) -> Duration | float:
     """The warm-up for a batch ``ratio`` times as large: the same number of steps, so ``ratio`` times the examples.
 

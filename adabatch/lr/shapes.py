@@ -32,7 +32,7 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import checked, require, require_one_of
 
 Decay = Literal["linear", "1-sqrt", "exponential", "cosine"]
 Setting: TypeAlias = float | str | tuple[float, ...]
@@ -153,6 +153,7 @@ def constant() -> Shape:
     return _shape("constant", {}, np.ones_like)
 
 
+@checked
 def linear(*, floor: float = 0.0) -> Shape:
     """Linear decay: ``floor + (1 - floor) * (1 - p)``.
 
@@ -166,6 +167,7 @@ def linear(*, floor: float = 0.0) -> Shape:
     return _shape("linear", {"floor": low}, lambda p: low + (1 - low) * (1 - p))
 
 
+@checked
 def cosine(*, floor: float = 0.0) -> Shape:
     """Half a cosine: ``floor + (1 - floor) * (1 + cos(pi p)) / 2``.
 
@@ -179,6 +181,7 @@ def cosine(*, floor: float = 0.0) -> Shape:
     return _shape("cosine", {"floor": low}, lambda p: low + (1 - low) * np.sin(np.pi / 2 * (1 - p)) ** 2)
 
 
+@checked
 def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shape:
     """Warm-up, stable, decay, without the warm-up: 1 until ``p = 1 - cooldown``, then down to ``floor``.
 
@@ -208,6 +211,7 @@ def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shap
     return _shape("wsd", {"cooldown": length, "decay": decay, "floor": low}, curve)
 
 
+@checked
 def inverse_sqrt(*, timescale: float, cooldown: float = 0.0, floor: float = 0.0) -> Shape:
     """Inverse square root: ``max(floor, sqrt(s / (s + p)))``, with a linear cooldown to ``floor`` at the end.
 
@@ -233,6 +237,7 @@ def inverse_sqrt(*, timescale: float, cooldown: float = 0.0, floor: float = 0.0)
     return _shape("inverse_sqrt", {"timescale": scale, "cooldown": length, "floor": low}, curve)
 
 
+@checked
 def polynomial(*, power: float, floor: float = 0.0) -> Shape:
     """Polynomial decay: ``floor + (1 - floor) * (1 - p)^power``.
 
@@ -245,6 +250,7 @@ def polynomial(*, power: float, floor: float = 0.0) -> Shape:
     return _shape("polynomial", {"power": exponent, "floor": low}, lambda p: low + (1 - low) * (1 - p) ** exponent)
 
 
+@checked
 def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape:
     """Steps: the product of the factors whose milestone is reached, those with ``p >= milestones[i]``.
 
@@ -270,6 +276,7 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
     return _shape("piecewise", {"milestones": at, "factors": by}, curve)
 
 
+@checked
 def hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> Shape:
     """HyperbolicLR (Kim 2024, arXiv:2407.15200): ``1 + (1 - infimum) * (h(p) - h(0))``.
 
@@ -294,6 +301,7 @@ def hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> 
     return _shape("hyperbolic", {"upper_bound": ratio, "infimum": low}, lambda p: end + (1 - low) * _height(p, ratio))
 
 
+@checked
 def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> Shape:
     """ExpHyperbolicLR (Kim 2024, arXiv:2407.15200): ``infimum^(h(0) - h(p))``.
 
@@ -316,6 +324,7 @@ def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0)
     )
 
 
+@checked
 def adjusted_infimum(
     infimum: float, last: float, *, upper_bound: float, max_iter: float = 1.0, weight: float = 0.5
 ) -> float:
@@ -344,6 +353,7 @@ def adjusted_infimum(
     return float(low ** (1 - share) * end ** (ratio * share))
 
 
+@checked
 def tabulated(*, values: Sequence[float]) -> Shape:
     """A table, such as a refined schedule: linear interpolation of ``values`` at ``p * (len(values) - 1)``.
 

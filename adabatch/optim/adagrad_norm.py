@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from adabatch.arguments import require
+from adabatch.arguments import checked, require
 from adabatch.optim import multi_tensor
 
 # On the CPU torch adds up the squares of a tensor in a few float32 lanes and in one thread, whatever its
@@ -129,6 +129,7 @@ class AdaGradNorm(Optimizer):
     needs_whole_gradients: ClassVar[bool] = True
     """It looks at the norm of the whole gradient."""
 
+    @checked
     def __init__(
         self,
         params: ParamsT,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from adabatch.arguments import require
+from adabatch.arguments import checked, require
 
 Split = Literal["train", "test"]
 
@@ -67,6 +67,7 @@ class InMemory(TensorDataset):
         return Rows(self.tensors, indices)
 
 
+@checked
 def collate(batch: list[Any] | Rows) -> Any:
     """A batch from the examples that a ``DataLoader`` fetched: ``collate_fn=collate``.
 
@@ -92,6 +93,7 @@ class Mnist(InMemory):
         ValueError: if files are not IDX, are cut short, or do not fit together.
     """
 
+    @checked
     def __init__(self, split: Split = "train", root: str | os.PathLike[str] | None = None) -> None:
         prefix = "train" if check_split(split) == "train" else "t10k"
         folders = _folders(root, "mnist", "MNIST/raw")
@@ -135,6 +137,7 @@ class Text(InMemory):
         ValueError: a text that is not UTF-8, or too short for one example.
     """
 
+    @checked
     def __init__(
         self, split: Split = "train", block_size: int = 128, *, root: str | os.PathLike[str] | None = None
     ) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adabatch.arguments import checked
+
 
 class LogisticRegression(nn.Module):
     """One linear layer on the flattened input: 7,850 parameters for MNIST.
@@ -23,6 +25,7 @@ class LogisticRegression(nn.Module):
         num_classes: width of the logits, shape (batch, num_classes).
     """
 
+    @checked
     def __init__(self, in_features: int = 784, num_classes: int = 10) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, num_classes)
@@ -84,6 +87,7 @@ class MLP(nn.Module):
         ValueError: fewer than two widths, or one below 1.
     """
 
+    @checked
     def __init__(self, widths: Sequence[int] = (64, 128, 10)) -> None:
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
@@ -165,6 +169,7 @@ class Transformer(nn.Module):
             ``block_size``.
     """
 
+    @checked
     def __init__(
         self,
         vocab_size: int = 65,

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import checked, require, require_one_of
 from adabatch.batch.plan import Duration, Progress, Unit
 from adabatch.lr.clock import Anchor, Clock, share_of
 from adabatch.lr.function_shape import AnyShape, check_same_shape, shape_from
@@ -27,6 +27,7 @@ STATE_FORMAT = 1
 ClockKind = Literal["total", "gain"]
 
 
+@runtime_checkable
 class ProgressSource(Protocol):
     """The source of a schedule's progress; ``AdaptiveBatch`` is one."""
 
@@ -134,6 +135,7 @@ class ProgressLR(LRScheduler):
         TypeError: if the shape is neither a ``Shape`` nor a function, or a length has no unit.
     """
 
+    @checked
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -258,6 +260,7 @@ class ProgressLR(LRScheduler):
         self._passed = clock.gain_fraction(progress, gain_per_unit, self._anchor, self._passed)
         return self._passed
 
+    @checked
     def set_total(self, total: Duration) -> None:
         """Changes the total during a run. The rate does not jump: the rest of the shape is stretched over the rest of
         the run.
@@ -285,6 +288,7 @@ class ProgressLR(LRScheduler):
         self._clock = clock
         self._write()
 
+    @checked
     def set_base_lrs(self, base_lrs: Sequence[float]) -> None:
         """Changes the base LRs during a run, and writes the rates of the next update.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from adabatch.arguments import checked
 from adabatch.batch.schedules import Constant
 from adabatch.guards.drift import fingerprint
 from adabatch.runtime.collectives import Collectives
@@ -28,6 +29,7 @@ UNEVEN_ACCUMULATION = 3
 """Micro-batches per rank in tests of exact bits: a third cannot be represented in float32, a quarter can."""
 
 
+@checked
 def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
     """Whether training with ``AdaptiveBatch`` and a constant batch equals a hand-written loop, to the bit.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.schedules import Constant
 from adabatch.runtime.collectives import Collectives
@@ -40,6 +41,7 @@ ROUNDINGS = 4
 """Error that a probe may have in roundings of the coarsest parameter type, if that is more than the tolerance."""
 
 
+@checked
 def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
     """Whether the probe's moments are those of gradients computed part by part, in separate backward passes.
 

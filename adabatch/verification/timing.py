@@ -9,6 +9,7 @@ from collections.abc import Generator
 import torch
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import checked
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Constant
 from adabatch.guards.drift import fingerprint
@@ -18,6 +19,7 @@ from adabatch.verification.training import Check, Make, Training
 WARM_UP_PAIRS = 3
 
 
+@checked
 def cost(make: Make, *, num_pairs: int = 20, max_cost: float | None = None) -> Check:
     """The time of a step with the probe over one without: median and quartiles of pairs of steps in turn.
 

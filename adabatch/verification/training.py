@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from adabatch.arguments import check_fields
 from adabatch.runtime.data import GlobalOrder, num_examples_in
 from adabatch.runtime.probes.protocol import Probe
 
@@ -39,6 +40,9 @@ class Training:
     count: Callable[[Any], int] = num_examples_in
     weigh: Callable[[Any], float] | None = None
     scaler: GradScaler | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def scales(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
+from adabatch.arguments import checked
 from adabatch.optim.kfac import averages, curvature, inversion
 from adabatch.optim.kfac.averages import WatchedLayer
 from adabatch.optim.kfac.capture import Capture
@@ -129,6 +130,7 @@ class KFAC(Optimizer):
     needs_whole_gradients: ClassVar[bool] = True
     """It looks at the matrices of layers."""
 
+    @checked
     def __init__(
         self,
         params: ParamsT,

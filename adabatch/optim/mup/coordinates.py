@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adabatch.arguments import require
+from adabatch.arguments import check_fields, checked, require
 from adabatch.optim.mup.names import joined, named_modules
 from adabatch.optim.mup.plans import Plan
 from adabatch.optim.mup.trial import (
@@ -60,6 +60,9 @@ class CoordinateCheck:
     widths: tuple[int, ...]
     coordinates: tuple[Coordinate, ...]
     tolerance: float = TOLERANCE
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def own_slope(self, coordinate: Coordinate) -> float:
         """Slope of log own update over log width: 0 if the law is right."""
@@ -116,6 +119,7 @@ class CoordinateCheck:
         return "\n".join(line.rstrip() for line in lines)
 
 
+@checked
 def coordinate_check(
     make: MakeModel,
     optimizer: MakeOptimizers,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from adabatch.arguments import check_fields
+
 Dim = Literal["in", "out", "kernel", "stack"]
 """What a dimension of a parameter is: summed over by the layer, one number an output, a place of a kernel, which counts
 as summed over but never as width, or a stack of matrices, which belongs to neither fan."""
@@ -49,6 +51,9 @@ class Entry:
     kind: Kind
     role: Role
     tied: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def fan_in(self) -> int:

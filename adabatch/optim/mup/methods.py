@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from adabatch.arguments import require_one_of
+from adabatch.arguments import checked, require_one_of
 from adabatch.optim.kfac import KFAC
 from adabatch.optim.mup.laws import Method as LawName
 from adabatch.optim.mup.plans import Plan
@@ -63,6 +63,7 @@ FIRST_LRS: Mapping[str, float] = MappingProxyType(
 """A learning rate at which one step can be measured."""
 
 
+@checked
 def optimizers_for(
     method: str, model: nn.Module, plan: Plan, *, lr: float, damping: float | None = None
 ) -> list[Optimizer]:

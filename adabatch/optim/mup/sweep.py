@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from adabatch.arguments import require
+from adabatch.arguments import check_fields, checked, require
 from adabatch.optim.mup.plans import Plan
 from adabatch.optim.mup.trial import Batch, Loss, MakeModel, Observe, Parameterization, Trial, check_widths, seeded
 
@@ -51,6 +51,9 @@ class Sweep:
 
     runs: tuple[Run, ...]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Widths, ascending."""
@@ -75,6 +78,7 @@ class Sweep:
         return stable[-1] if stable else None
 
 
+@checked
 def transfer_sweep(
     make: MakeModel,
     optimizer: MakeTuned,

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
+from adabatch.arguments import checked
 from adabatch.optim import multi_tensor
 from adabatch.optim.mup.guard import check_ratios
 from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
@@ -93,6 +94,7 @@ class Shampoo(Optimizer):
     needs_whole_gradients: ClassVar[bool] = True
     """It looks at the matrices of parameters."""
 
+    @checked
     def __init__(
         self,
         params: ParamsT,

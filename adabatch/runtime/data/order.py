@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from adabatch.arguments import checked
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.counts import checked_count
 from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed, ShareDealer, SliceDealer
@@ -62,6 +63,7 @@ class GlobalOrder:
 
     _FORBIDDEN = frozenset({"batch_size", "sampler", "batch_sampler", "drop_last", "generator", "in_order"})
 
+    @checked
     def __init__(
         self,
         dataset: Dataset[Any],
@@ -159,6 +161,7 @@ class GlobalOrder:
             )
         self._move(sequence.seeded(state["seed"]), state["epoch"], state["examples"])
 
+    @checked
     def start_epoch(self, epoch: int) -> None:
         """Sets the place to the beginning of an epoch: for a run that continues with other data than before.
 
@@ -173,6 +176,7 @@ class GlobalOrder:
         self._place.seen = epoch * sequence.length + examples
         self._place.moves += 1
 
+    @checked
     def permutation(self, epoch: int) -> Tensor:
         """The examples of an epoch in their order, shape (length,), int64; the same on every rank."""
         return torch.from_numpy(self._place.sequence.at(epoch * len(self), (epoch + 1) * len(self)).copy())

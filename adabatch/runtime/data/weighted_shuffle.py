@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adabatch.arguments import checked
 from adabatch.runtime.data.counts import checked_count
 from adabatch.runtime.data.permutation import Integers, key_of, uniforms
 from adabatch.runtime.data.shuffles import Epoch
@@ -42,6 +43,7 @@ class WeightedShuffle:
     Source: Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir" (keys without replacement).
     """
 
+    @checked
     def __init__(
         self,
         weights: Sequence[float] | NDArray[np.float64] | Tensor,

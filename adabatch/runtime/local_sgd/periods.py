@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from adabatch.arguments import check_fields
 from adabatch.batch.plan import Duration, Progress
 
 NEVER = 2**62
@@ -66,6 +67,7 @@ class Fixed:
     sync_every: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_period("sync_every", self.sync_every)
 
     @property
@@ -84,6 +86,9 @@ class Change:
 
     after: Duration
     sync_every: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ class Table:
     then: Sequence[Change]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_period("first", self.first)
         for change in self.then:
             check_period("sync_every", change.sync_every)
@@ -153,6 +159,7 @@ class Quadratic:
     longest: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be a positive number, in units of the learning rate, got {self.alpha}")
         check_period("base", self.base)

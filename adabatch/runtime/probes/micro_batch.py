@@ -12,6 +12,7 @@ from weakref import finalize
 
 from torch import Tensor
 
+from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.ownership import called_weakly, remove_all
@@ -51,6 +52,7 @@ class MicroBatchProbe(Probe):
             gives.
     """
 
+    @checked
     def __init__(
         self,
         parameters: Iterable[Tensor],

@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import reduce_scatter, shards_and_replicas
 from adabatch.runtime.fsdp2 import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
@@ -33,6 +34,7 @@ TOO_LONG = 1.05
 """A mean is never longer than its parts are on average. Rounding to a low precision may add a little."""
 
 
+@runtime_checkable
 class ReduceScatter(Protocol):
     """How FSDP2 reduces the gradient of a unit; the interface of ``FSDPModule.set_custom_reduce_scatter``."""
 
@@ -150,6 +152,7 @@ class ReduceScatterProbe(Probe):
             trainable parameter in no layer, or a metric that is not diagonal.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
