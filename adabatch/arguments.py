@@ -26,6 +26,7 @@ import inspect
 import math
 import numbers
 import operator
+import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,8 +53,11 @@ R = TypeVar("R")
 LONGEST = 160
 """Characters of a value in an error; longer ones are cut."""
 
-MOST = 2**62
-"""The largest whole number that is accepted anywhere: it fits in an int64, also times two."""
+MOST = 2**64 - 1
+"""The largest whole number that is accepted anywhere: the largest seed."""
+
+MOST_STEPS = 10**8
+"""The most steps between two of anything, and the most entries of a table: 800 MB of float64."""
 
 
 def require(holds: bool, rule: str, value: object) -> None:
@@ -97,23 +101,22 @@ def require_type(holds: bool, rule: str, value: object) -> None:
         raise TypeError(f"{rule}, got {shown(value)} (of type {type(value).__name__})")
 
 
-def whole(name: str, value: Any, *, at_least: int = 0, at_most: int = MOST, way_out: str = "") -> int:
+def whole(name: str, value: Any, *, at_least: int = 0, at_most: int = MOST, why: str = "") -> int:
     """The whole number as an ``int``.
 
     Args:
         name: of the argument.
         value: what was given.
         at_least, at_most: the bounds, which are allowed.
-        way_out: the end of the rule, such as ", or None for no limit".
+        why: the reason for the upper bound, or what is counted.
 
     Raises:
         TypeError: if it is not a whole number, as the head of this module says.
         ValueError: if it is out of bounds.
     """
     found = _whole(value)
-    require_type(found is not _WRONG, f"{name} must be a whole number{way_out}", value)
-    bounds = f"at least {at_least}" if at_most == MOST else f"from {at_least} to {at_most:,}"
-    require(at_least <= found <= at_most, f"{name} must be {bounds}{way_out}", found)
+    require_type(found is not _WRONG, f"{name} must be a whole number", value)
+    require(at_least <= found <= at_most, f"{name} must be from {at_least} to {at_most}{why and f' ({why})'}", found)
     return int(found)
 
 
@@ -141,8 +144,27 @@ def number(
         "finite": at_most == sys.float_info.max,
     }
     told = [bound for bound, holds in bounds.items() if holds]
-    require(above < found and at_least <= found <= at_most, f"{name} must be {' and '.join(told) or 'a number'}", found)
+    holds = above < found and at_least <= found <= at_most and (isinstance(found, float) or abs(found) <= MOST)
+    require(holds, f"{name} must be {' and '.join(told) or 'a number'}", found)
     return float(found) if isinstance(found, float) else int(found)
+
+
+def require_state(state: Any, *names: str, of: str, argument: str = "state") -> None:
+    """Raises an error unless a saved state holds some entries; what is in them is not looked at.
+
+    Args:
+        state: what was given to ``load_state_dict``.
+        names: of the entries.
+        of: whose state it should be.
+        argument: its name.
+
+    Raises:
+        TypeError: if it is not a mapping.
+        ValueError: if entries are missing.
+    """
+    require_type(isinstance(state, Mapping), f"{argument} must be what state_dict() of {of} returned", state)
+    missing = [name for name in names if name not in state]
+    require(not missing, f"{argument} must be what state_dict() of {of} returned, with {', '.join(names)}", list(state))
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
@@ -150,13 +172,13 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def shown(value: object, form: Callable[[object], str] = repr) -> str:
-    """A value as text for an error: one line, not too long, and whatever its own ``repr`` does."""
+def shown(value: object, form: Callable[[object], str] = repr, *, most: int = LONGEST) -> str:
+    """A value as text for an error: one line, at most so many characters, and whatever its own ``repr`` does."""
     try:
         text = " ".join(form(value).split(None)) if not isinstance(value, str) else form(value)
     except Exception:  # the repr of a user's object, or of a whole number of 5,000 digits
         text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 # --- types, as annotations say them -----------------------------------------------------------------------------------
@@ -187,8 +209,12 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     return with_checks
 
 
-def check_fields(instance: Any) -> None:
+def check_fields(instance: Any, prefix: str = "") -> None:
     """Checks the types of the fields of a dataclass as ``checked`` does; call it first in ``__post_init__``.
+
+    Args:
+        instance: the dataclass, which may be frozen.
+        prefix: what errors put before the name of a field, such as "limits.".
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -196,7 +222,7 @@ def check_fields(instance: Any) -> None:
     """
     for name, kind in _field_kinds(type(instance)).items():
         value = getattr(instance, name)
-        found = conform(name, value, kind)
+        found = conform(prefix + name, value, kind)
         if found is not value:
             object.__setattr__(instance, name, found)
 
@@ -240,6 +266,7 @@ SUCH_AS: dict[str, str] = {
     "Module": "a torch.nn.Module",
     "Tensor": "a tensor",
     "Limits": "Limits(min=..., max=...)",
+    "Schedule": "a schedule, such as LinearRamp(...)",
     "Shape": "a shape from adabatch.lr, such as adabatch.lr.cosine()",
     "Criterion": "a criterion or a schedule, such as NormTest(eta=0.7)",
     "GradScaler": "a torch.amp.GradScaler",
@@ -253,24 +280,24 @@ SUCH_AS: dict[str, str] = {
 def _kinds_of(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Kind]:
     hints = get_type_hints(function, include_extras=True)
     named = (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) if (p := inspect.Parameter) else ()
-    return {name: kind_of(hints[name]) for name, each in parameters.items() if name in hints and each.kind in named}
+    return {name: allowed_by(hints[name]) for name, each in parameters.items() if name in hints and each.kind in named}
 
 
 @functools.cache
 def _field_kinds(cls: type) -> dict[str, Kind]:
     hints = get_type_hints(cls, include_extras=True)
-    return {field.name: kind_of(hints[field.name]) for field in dataclasses.fields(cls)}
+    return {field.name: allowed_by(hints[field.name]) for field in dataclasses.fields(cls)}
 
 
-def kind_of(hint: Any) -> Kind:
+def allowed_by(hint: Any) -> Kind:
     """What an annotation allows; everything, if it is of a form that cannot be checked."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return kind_of(inside[0])
+        return allowed_by(inside[0])
     if hint == ArrayLike or origin is np.ndarray:
         return Kind("numbers, as an array or a list of them", _array)
     if origin in (Union, types.UnionType):
-        return _union([kind_of(each) for each in sorted(inside, key=_order)])
+        return _union([allowed_by(each) for each in sorted(_in_arrays(inside), key=_order)])
     if origin is Literal:
         words = ", ".join(map(str, inside))
         return Kind(f"one of {words}", lambda value: value if _is_one_of(value, inside) else _WRONG, is_word=True)
@@ -284,8 +311,10 @@ def kind_of(hint: Any) -> Kind:
         return Kind("something to call, such as a function", lambda value: value if callable(value) else _WRONG)
     if origin is type:
         return Kind("a class", lambda value: value if isinstance(value, type) else _WRONG)
+    if origin is os.PathLike:
+        return allowed_by(os.PathLike)
     if isinstance(origin, type):
-        return _container(origin, inside)
+        return _container(origin, inside) if issubclass(origin, collections.abc.Iterable) else _ANY
     if isinstance(hint, type) and not is_typeddict(hint):
         if getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False):
             return _ANY
@@ -299,6 +328,14 @@ def _order(hint: Any) -> int:
     return {int: 1, float: 2}.get(hint, 0)
 
 
+def _in_arrays(inside: Sequence[Any]) -> list[Any]:
+    """The members of a union, with those of ``ArrayLike``, which is a union itself, put together again."""
+    parts = set(get_args(ArrayLike))
+    if not parts <= set(inside):
+        return list(inside)
+    return [ArrayLike, *(each for each in inside if each not in parts)]
+
+
 def _union(kinds: Sequence[Kind]) -> Kind:
     def take(value: Any) -> Any:
         return next((found for kind in kinds if (found := kind.take(value)) is not _WRONG), _WRONG)
@@ -310,7 +347,7 @@ def _union(kinds: Sequence[Kind]) -> Kind:
 
 
 def _tuple(inside: tuple[Any, ...]) -> Kind:
-    each = [kind_of(one) for one in inside if one is not Ellipsis]
+    each = [allowed_by(one) for one in inside if one is not Ellipsis]
     any_length = Ellipsis in inside
 
     def take(value: Any) -> Any:
@@ -326,7 +363,7 @@ def _tuple(inside: tuple[Any, ...]) -> Kind:
 
 def _container(origin: type, inside: tuple[Any, ...]) -> Kind:
     """A collection, whose members are looked at if that does not use it up."""
-    members = [kind_of(one) for one in inside]
+    members = [allowed_by(one) for one in inside]
 
     def take(value: Any) -> Any:
         if isinstance(value, str | bytes) or not _is_a(value, origin):
@@ -341,14 +378,24 @@ def _container(origin: type, inside: tuple[Any, ...]) -> Kind:
                 if all(_unchanged(old, new) is old for old, new in zip(pairs, found, strict=True))
                 else dict(found)
             )
-        if len(members) != 1 or members[0] is _ANY or not isinstance(value, list | tuple):
+        if isinstance(value, Mapping) and len(members) == 1:  # not its keys, as if they were all of it
+            return _WRONG
+        if len(members) != 1 or members[0] is _ANY:
             return value
-        taken = [members[0].take(one) for one in value]
-        return _WRONG if any(one is _WRONG for one in taken) else _unchanged(value, type(value)(taken))
+        if hasattr(value, "dtype"):  # by its type, as it may be long
+            return value if _NUMBERS.get(members[0], lambda dtype: False)(str(value.dtype)) else _WRONG
+        if not isinstance(value, list | tuple | set | frozenset):
+            return value
+        taken = type(value)(members[0].take(one) for one in value)
+        return _WRONG if any(one is _WRONG for one in taken) else _unchanged(value, taken)
 
     name = {"Mapping": "a mapping", "Iterable": "an iterable"}.get(origin.__name__, f"a {origin.__name__.lower()}")
-    words = f" of {' to '.join(kind.words for kind in members)}" if members and _ANY not in members else ""
+    words = f" of {' to '.join(map(_plural, members))}" if members and _ANY not in members else ""
     return Kind(f"{name}{words}", take)
+
+
+def _plural(kind: Kind) -> str:
+    return f"{kind.words.removeprefix('a ')}s" if kind.words.endswith("number") else kind.words
 
 
 def _is_a(value: Any, origin: type) -> bool:
@@ -369,15 +416,8 @@ def _is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
 def _whole(value: Any) -> Any:
     if type(value) is int:
         return value
-    if (
-        isinstance(value, bool | np.bool_)
-        or getattr(value, "shape", ()) != ()
-        or str(getattr(value, "dtype", ""))
-        in (
-            "bool",
-            "torch.bool",
-        )
-    ):
+    truth = isinstance(value, bool | np.bool_) or str(getattr(value, "dtype", "")) == "torch.bool"
+    if truth or isinstance(value, type) or getattr(value, "shape", ()) != ():
         return _WRONG
     try:
         return operator.index(value)
@@ -400,7 +440,7 @@ def _number(value: Any) -> Any:
 
 
 def _in_range(found: Any) -> Any:
-    """The number, unless it is NaN, which no argument may be, or has too many digits for an int64."""
+    """The number, unless it is NaN, which no argument may be, or above all that is counted."""
     return _WRONG if found is _WRONG or _out_of_range(found) else found
 
 
@@ -425,3 +465,9 @@ _SIMPLE: dict[Any, Kind] = {
     int: Kind("a whole number", lambda value: _in_range(_whole(value))),
     float: Kind("a number", lambda value: _in_range(_number(value))),
 }
+
+_NUMBERS: dict[Kind, Callable[[str], bool]] = {
+    _SIMPLE[int]: lambda dtype: "int" in dtype,
+    _SIMPLE[float]: lambda dtype: "int" in dtype or "float" in dtype,
+}
+"""Whether an array of this type holds such numbers."""

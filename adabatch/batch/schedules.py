@@ -76,6 +76,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        _check_size("global_batch_size", self.global_batch_size)
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,6 @@ class Stages(Schedule):
     def __post_init__(self) -> None:
         check_fields(self)
         _check_size("first", self.first)
-        for stage in self.then:
-            _check_size("global_batch_size", stage.global_batch_size)
         ends = [stage.after for stage in self.then]
         if len({end.unit for end in ends}) > 1:
             raise ValueError(f"the milestones of stages must share one unit, got {', '.join(map(str, ends))}")

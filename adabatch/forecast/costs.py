@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.arguments import checked
+from adabatch.arguments import checked, require
 from adabatch.forecast.network import Cluster, all_reduce_seconds
 
 Floats = NDArray[np.float64]
@@ -229,6 +229,8 @@ def knee(
 
     Up to there twice the devices still shorten the run; beyond, most of what they add is lost to waiting and to noise.
     """
+
+    require(most >= 1, "most must be at least 1 device", most)
 
     def device_hours(devices: int) -> float:
         return forecast(evidence, cost, replace(cluster, devices=devices), limits=limits).device_hours.point

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adabatch.arguments import check_fields, checked
+from adabatch.arguments import check_fields, checked, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,7 @@ def all_reduce_seconds(cluster: Cluster, num_bytes: float) -> float:
         cluster: the devices and their network.
         num_bytes: that are summed, on each device.
     """
+    require(0 <= num_bytes < math.inf, "num_bytes must be zero or positive", num_bytes)
     flat = {"latency": cluster.latency, "bandwidth": cluster.bandwidth}
     return min(
         ring_seconds(cluster.devices, num_bytes, **flat),

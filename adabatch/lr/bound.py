@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adabatch.arguments import checked, require
+from adabatch.arguments import MOST_STEPS, checked, require
 from adabatch.lr.function_shape import AnyShape
 from adabatch.lr.refine import stretch
 from adabatch.lr.shapes import Decay, Shape, warmup_factor, wsd
@@ -129,7 +129,9 @@ def discretize(
         ValueError: if there are no steps, or the warm-up leaves none.
     """
     if num_steps < 1:
-        raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
+        raise ValueError(f"a schedule needs at least 1 step, got num_steps={num_steps}")
+    require(num_steps <= MOST_STEPS, f"num_steps must be at most {MOST_STEPS:,}", num_steps)
+    require(0 <= warmup_start < math.inf, "warmup_start must be finite and not negative", warmup_start)
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
             f"warmup_steps must lie in [0, {num_steps - 1}] for {num_steps} steps, got {warmup_steps}: "
@@ -232,6 +234,8 @@ def linear_cooldown_ratio(
         The ratio of the limits from ``linear_cooldown_limits``, or None if one of the shapes is not a linear
         cooldown to zero.
     """
+    for name, count in (("num_steps", num_steps), ("target_steps", target_steps)):
+        require(count is None or count >= 1, f"{name} must be at least 1", count)
     cooldowns = [_linear_cooldown(shape) for shape in (source, target)]
     if not all(cooldowns):
         return None
@@ -289,8 +293,18 @@ def transfer(
         ValueError: a base learning rate that is not positive, and as ``discretize`` and ``bound_terms`` say.
     """
     require(0 < base_lr < math.inf, "base_lr must be positive and finite", base_lr)
+    require(np.ndim(norms) < 2 and np.size(norms) > 0, "norms must be a number or a flat array", norms)
+    for name, count in (("num_steps", num_steps), ("target_steps", target_steps)):
+        require(
+            count is None or 1 <= count <= MOST_STEPS, f"{name} must be from 1 to {MOST_STEPS}: at least 1 step", count
+        )
     there = num_steps if target_steps is None else target_steps
     warmup_there = warmup_steps if target_warmup_steps is None else target_warmup_steps
+    require(
+        0 <= warmup_there < there,
+        f"{'' if target_warmup_steps is None else 'target_'}warmup_steps must lie in [0, {there - 1}]",
+        warmup_there,
+    )
 
     def best(shape: AnyShape, steps: int, warmup: int) -> float:
         profile = norms if np.ndim(norms) == 0 else stretch(norms, steps)
@@ -411,7 +425,7 @@ def _validated(
     if eta.ndim != 1 or not np.all(np.isfinite(eta) & (eta >= 0)):
         raise ValueError("factors must be a flat array of finite numbers that are not negative")
     if not np.any(eta):
-        raise ValueError(f"a schedule needs a positive factor, got {eta.size} that are all zero")
+        raise ValueError(f"a schedule needs a positive factor, got {eta.size} factors that are all zero")
     if sizes.shape not in ((), eta.shape):
         raise ValueError(
             f"norms must be a number or as many as the {eta.size} factors, got shape {sizes.shape}: "
@@ -438,9 +452,10 @@ def _last_full_step(num_steps: int, cooldown: float, warmup_steps: int, new_step
     require(0 < cooldown < 1, "the cooldown of a run to extend must lie in (0, 1)", cooldown)
     if not 0 <= warmup_steps < num_steps < new_steps:
         raise ValueError(
-            "an extension needs 0 <= warmup_steps < num_steps < new_steps, "
+            "an extension needs 0 <= warmup_steps < num_steps < new_steps (of its new total), "
             f"got {warmup_steps}, {num_steps} and {new_steps}"
         )
+    require(new_steps <= MOST_STEPS, f"new_steps must be at most {MOST_STEPS}", new_steps)
     return _floor(num_steps - cooldown * (num_steps - warmup_steps))
 
 

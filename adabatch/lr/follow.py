@@ -59,8 +59,8 @@ class Followers:
     beta2_floor: float = BETA2_FLOOR
 
     def __post_init__(self) -> None:
-        check_fields(self)
         check_follow(self.settings)
+        check_fields(self)
         for name in ("beta1_floor", "beta2_floor"):
             floor = getattr(self, name)
             require(0 <= floor <= 1, f"{name} must lie in [0, 1], where 0 sets no floor", floor)
@@ -171,8 +171,8 @@ class UpdateRules:
     lr_decay: Callable[[Progress], float] = _no_decay
 
     def __post_init__(self) -> None:
-        check_fields(self)
         check_lr_rule(self.rule)
+        check_fields(self)
 
     def at(
         self,

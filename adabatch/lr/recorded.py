@@ -203,7 +203,7 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
         noise, signal = _number(averages.get("noise")), _number(averages.get("signal"))
         rows.append((number, batch, shape, factor, *_norms_in(entry), noise, signal))
     if not rows:
-        raise ValueError(f"{source} holds no applied step")
+        raise ValueError(f"{source} holds no applied step in its lines")
     line, *columns = np.array(rows, dtype=np.float64).T
     return Recorded(source, base_lrs, line.astype(np.int64), *columns)
 

@@ -18,6 +18,7 @@ do not depend on the noise that they weigh, hence the smoothed norms of a *previ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -25,7 +26,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adabatch.arguments import checked, require, require_one_of
+from adabatch.arguments import MOST_STEPS, checked, require, require_one_of
 from adabatch.lr.shapes import Shape, tabulated
 
 Kind = Literal["sgd", "adam", "adagrad"]
@@ -138,7 +139,7 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
     z = np.asarray(iterates, dtype=np.float64)
     multipliers = last_iterate_multipliers(weights)
     if z.ndim < 1 or z.shape[0] != multipliers.size:
-        raise ValueError(f"need one weight an iterate, got {multipliers.size} for iterates of shape {z.shape}")
+        raise ValueError(f"need one weight an iterate, got {multipliers.size} weights for iterates of shape {z.shape}")
     moves = multipliers[:-1].reshape(-1, *(1,) * (z.ndim - 1)) * np.diff(z, axis=0)
     return np.concatenate([z[:1], z[:1] + np.cumsum(moves, axis=0)])
 
@@ -160,6 +161,7 @@ def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distan
     Raises:
         ValueError: if the weights are out of their range, or the norms do not fit them.
     """
+    require(0 < distance < math.inf, "distance must be positive and finite", distance)
     w = _weights(weights)
     sizes = np.asarray(norms, dtype=np.float64)
     if sizes.shape not in ((), w.shape):
@@ -183,7 +185,8 @@ def stretch(values: ArrayLike, length: int) -> FloatArray:
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 1 or table.size == 0:
-        raise ValueError(f"stretch needs a flat array with at least one value, got shape {table.shape}")
+        raise ValueError(f"stretch needs a flat array of values, at least one, got shape {table.shape}")
+    require(length <= MOST_STEPS, f"length must be at most {MOST_STEPS}", length)
     require(length >= min(2, table.size), "length must be at least 2 to keep the first and the last value", length)
     return np.interp(np.linspace(0, table.size - 1, length), np.arange(table.size), table)
 
@@ -206,7 +209,9 @@ def median_filter(values: ArrayLike, window: int) -> FloatArray:
     if series.ndim != 1 or series.size == 0 or not np.all(np.isfinite(series)):
         raise ValueError("a median filter needs a flat array of finite values, at least one")
     if window < 1 or window % 2 == 0 or window > 2 * series.size - 1:
-        raise ValueError(f"window must be odd and within 1 to {2 * series.size - 1}, got {window}")
+        raise ValueError(
+            f"window must be odd and within 1 to {2 * series.size - 1} for {series.size} values, got {window}"
+        )
     half = window // 2
     if half == 0:
         return series.copy()

@@ -30,9 +30,9 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from adabatch.arguments import checked, require, require_one_of
+from adabatch.arguments import allowed_by, checked, conform, require, require_one_of, require_type, shown
 
 Decay = Literal["linear", "1-sqrt", "exponential", "cosine"]
 Setting: TypeAlias = float | str | tuple[float, ...]
@@ -60,17 +60,18 @@ class Shape:
     _curve: Curve
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
-        factory = _FACTORIES.get(name)
-        if factory is None:
-            raise ValueError(f"there is no shape {name!r}: use one of {', '.join(_FACTORIES)}")
+        if not isinstance(name, str) or name not in _FACTORIES:
+            raise ValueError(f"there is no shape {shown(name)}: use one of {', '.join(_FACTORIES)}, by its name")
+        factory = _FACTORIES[name]
+        require_type(isinstance(settings, Mapping), "settings must be a mapping", settings)
         parameters = inspect.signature(factory).parameters
         unknown = set(settings) - set(parameters)
         if unknown:
             names = ", ".join(map(repr, sorted(map(str, unknown))))
-            raise ValueError(f"{name} has no setting {names}: it takes {', '.join(parameters) or 'none'}")
+            raise ValueError(f"{name} has no setting {names}: its settings are {', '.join(parameters) or 'none'}")
         missing = [key for key, value in parameters.items() if value.default is value.empty and key not in settings]
         if missing:
-            raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))}")
+            raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))} in its settings")
         made = factory(**settings)
         self._fill(made._name, made._settings, made._curve)
 
@@ -451,16 +452,15 @@ def _upper_bound(upper_bound: float, max_iter: float) -> float:
 
 
 def _clamped(name: str, value: float | NDArray[Any] | Sequence[float]) -> FloatArray:
-    numbers = np.asarray(value, dtype=np.float64)
+    plain = isinstance(value, float) or (isinstance(value, np.ndarray) and value.dtype == np.float64)
+    numbers = np.asarray(value if plain else conform(name, value, allowed_by(ArrayLike)), dtype=np.float64)
     if np.isnan(numbers).any():
         raise ValueError(f"{name} must be a number, got NaN: a total of zero or a missing count gives this")
     return np.clip(numbers, 0.0, 1.0)
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    return float(conform(name, value, allowed_by(float)))
 
 
 def _between(name: str, value: object, low: float, high: float) -> float:
@@ -476,10 +476,7 @@ def _positive(name: str, value: object) -> float:
 
 
 def _numbers(name: str, values: object) -> tuple[float, ...]:
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a sequence of numbers, got {_brief(values)}") from None
+    array = conform(name, values, allowed_by(ArrayLike))
     if array.ndim != 1 or not np.isfinite(array).all():
         raise ValueError(f"{name} must be a flat sequence of finite numbers, got {_brief(values)}")
     return tuple(array.tolist())

@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from adabatch.arguments import checked, require
 from adabatch.optim import multi_tensor
+from adabatch.optim.parameters import listed
 
 # On the CPU torch adds up the squares of a tensor in a few float32 lanes and in one thread, whatever its
 # size: for standard normal numbers |x|^2 came out 0.07 % too small at 10 million elements and 0.8 % at 50
@@ -145,7 +146,7 @@ class AdaGradNorm(Optimizer):
         reduce: Reduce | None = None,
     ) -> None:
         if differentiable:
-            raise NotImplementedError(
+            raise ValueError(
                 "AdaGradNorm cannot differentiate through its step: leave differentiable=False, "
                 "or unroll the update by hand on functional parameters"
             )
@@ -160,7 +161,7 @@ class AdaGradNorm(Optimizer):
             "foreach": foreach,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
+        super().__init__(listed(params), defaults)
 
     @property
     def accumulator(self) -> Tensor:

@@ -74,7 +74,13 @@ def collate(batch: list[Any] | Rows) -> Any:
     Same values and types as ``torch.utils.data.default_collate``, but without its loop over examples if they
     are rows of an ``InMemory`` data set or of a ``Subset`` of one.
     """
-    return batch.gather() if isinstance(batch, Rows) else default_collate(batch)
+    if isinstance(batch, Rows):
+        return batch.gather()
+    require(len(batch) > 0, "batch must hold one example at least", batch)
+    try:
+        return default_collate(batch)
+    except (TypeError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"batch must hold examples of equal form, which torch can put together: {error}") from None
 
 
 class Mnist(InMemory):

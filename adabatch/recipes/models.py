@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adabatch.arguments import checked
+from adabatch.arguments import checked, whole
+
+MOST_SIZE = 2**20
+"""The largest width, vocabulary, length or depth: enough for any model that these recipes are for."""
 
 
 class LogisticRegression(nn.Module):
@@ -28,6 +31,8 @@ class LogisticRegression(nn.Module):
     @checked
     def __init__(self, in_features: int = 784, num_classes: int = 10) -> None:
         super().__init__()
+        for name, size in (("in_features", in_features), ("num_classes", num_classes)):
+            whole(name, size, at_least=1, at_most=MOST_SIZE)
         self.linear = nn.Linear(in_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,6 +186,9 @@ class Transformer(nn.Module):
         tied: bool = False,
     ) -> None:
         super().__init__()
+        sizes = {"vocab_size": vocab_size, "block_size": block_size, "width": width, "depth": depth}
+        for name, size in sizes.items():
+            whole(name, size, at_least=1, at_most=MOST_SIZE)
         if num_heads < 1 or width % num_heads:
             raise ValueError(f"width must be a multiple of num_heads, got {width} and {num_heads}")
         self.block_size = block_size

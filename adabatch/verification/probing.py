@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adabatch.arguments import checked
+from adabatch.arguments import checked, require
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.schedules import Constant
 from adabatch.runtime.collectives import Collectives
@@ -59,6 +59,7 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
         ValueError: if the data set is smaller than the step, the parts of the probe are single examples, or more than
             20 steps overflow.
     """
+    require(allowed is None or 0 < allowed < math.inf, "allowed must be positive and finite", allowed)
     training, ranks = begin(make)
     if training.probe is not None and training.probe.gives.examples:
         raise ValueError(

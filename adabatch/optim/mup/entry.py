@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from adabatch.arguments import check_fields
+from adabatch.arguments import check_fields, require
 
 Dim = Literal["in", "out", "kernel", "stack"]
 """What a dimension of a parameter is: summed over by the layer, one number an output, a place of a kernel, which counts
@@ -54,6 +54,8 @@ class Entry:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("shape", "base_shape"):
+            require(all(size >= 0 for size in getattr(self, name)), f"{name} must not be negative", getattr(self, name))
 
     @property
     def fan_in(self) -> int:

@@ -66,5 +66,5 @@ def attention_scale(head_width: int, base_head_width: int) -> float:
         ValueError: if a width is below 1.
     """
     if head_width < 1 or base_head_width < 1:
-        raise ValueError(f"heads are 1 or more wide, got {head_width} and {base_head_width}")
+        raise ValueError(f"heads are 1 or more wide, got head_width={head_width} and base_head_width={base_head_width}")
     return math.sqrt(base_head_width) / head_width

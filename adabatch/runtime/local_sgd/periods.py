@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from adabatch.arguments import check_fields
+from adabatch.arguments import MOST_STEPS, check_fields, shown
 from adabatch.batch.plan import Duration, Progress
 
 NEVER = 2**62
@@ -49,9 +49,9 @@ def check_period(name: str, steps: int) -> None:
     Raises:
         ValueError: if it is not a whole number of at least 1.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
         raise ValueError(
-            f"{name} must be a whole number of at least 1 local step, got {steps!r}: 1 averages at every step, 8 at "
+            f"{name} must be a whole number of at least 1 local step, got {shown(steps)}: 1 averages at every step, 8 at "
             f"every eighth"
         )
 
@@ -89,6 +89,7 @@ class Change:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_period("sync_every", self.sync_every)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ class PerExampleProbe(Probe):
         quantile: float | None = None,
         examples_first: bool = False,
     ) -> None:
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"the model has no parameter that requires a gradient, got {type(model).__name__}")
         if leave_one_out and not products:
             raise ValueError("leave_one_out corrects inner products: pass products=True with it")
         if products and norm is not None:
