@@ -357,7 +357,7 @@ CALLS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "adabatch.forecast.knee": _evidence,
     "adabatch.forecast.power_lines": _shape(tokens=1e9),
     "adabatch.verification.Training": lambda: {
-        field: getattr(_training(), field) for field in ("model", "optimizer", "loader", "loss", "micro_batch_size")
+        name: value for name, value in vars(_training()).items() if name not in ("probe", "weigh", "scaler", "count")
     },
     "adabatch.verification.all_checks": None,  # the checks one by one
     "adabatch.verification.constant_policy": lambda: {"make": _training, "num_steps": 2},
@@ -503,7 +503,7 @@ def answer(case: Case) -> Answer:
             if _is_users(value, hint):
                 return Answer("theirs", _text_of(error))
             return Answer("unclear", f"{type(error).__name__}: {_text_of(error)}")
-    unknown = case.call == "adabatch.batch.efficiency" and case.value == "NaN"  # that of a run before its first probe
+    unknown = case.call == "adabatch.batch.efficiency" and case.value == "NaN"  # before the first probe
     if (
         not fits(value, hint)
         and not unknown
@@ -583,9 +583,9 @@ def fits(value: Any, hint: Any) -> bool:
             value = value.item()
         if origin is np.ndarray:
             return isinstance(value, np.ndarray | torch.Tensor | list | tuple)
-        return (
-            isinstance(value, allowed) and not isinstance(value, bool) and value == value and abs(value) < 2**64
-        ) or (hint is float and isinstance(value, float) and math.isinf(value))
+        if not isinstance(value, allowed) or isinstance(value, bool) or value != value:
+            return False
+        return bool(abs(value) < 2**64) or (hint is float and value in (math.inf, -math.inf))
     if hint is bool:
         return isinstance(value, bool | np.bool_)
     if hint is None or hint is types.NoneType:

@@ -217,7 +217,7 @@ class LocalSGD:
 
     def _before_step(self, optimizer: Optimizer) -> None:
         if not self._stepped:
-            self._trained.check("LocalSGD")
+            self._rounds.parameters_changed(self._trained.changes("LocalSGD"))
         self._rounds.before_step()
 
     def _after_step(self, optimizer: Optimizer) -> None:

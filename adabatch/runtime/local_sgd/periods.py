@@ -51,8 +51,8 @@ def check_period(name: str, steps: int) -> None:
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
         raise ValueError(
-            f"{name} must be a whole number of at least 1 local step, got {shown(steps)}: 1 averages at every step, 8 at "
-            f"every eighth"
+            f"{name} must be a whole number of at least 1 local step, got {shown(steps)}: 1 averages at every step, "
+            f"8 at every eighth"
         )
 
 
