@@ -266,6 +266,7 @@ def check(text: str) -> Iterator[str]:
             job_in(config),
             out=Path(folder, "run"),
             test_data=None,
+            evaluate_every=None,
             total=examples(STEPS_OF_TRIAL * smallest),
             checkpoint=Checkpointing(resume=False),
         )
