@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
@@ -157,7 +158,9 @@ def _chart(
     values = np.concatenate([value for brush in brushes for value in brush.steers] or [np.array([])])
     if any_finite(panel, values, chart["empty"]):
         _y_axis(panel, values, chart)
-    handles = [Line2D([], [], color=color, linewidth=2.5, label=run["name"]) for run, color in runs if len(runs) > 1]
+    handles: list[Artist] = [
+        Line2D([], [], color=color, linewidth=2.5, label=run["name"]) for run, color in runs if len(runs) > 1
+    ]
     if name == "batch":
         seen = [
             _strip(panel, run, brush, row, kinds)

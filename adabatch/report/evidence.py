@@ -9,7 +9,8 @@ import numpy as np
 from adabatch.batch.plan import BatchPlan
 from adabatch.batch.step_times import StepTimes
 from adabatch.forecast.costs import Evidence, StepCost
-from adabatch.report.steps import Floats, RunSteps
+from adabatch.report.evaluations import Floats
+from adabatch.report.steps import RunSteps
 from adabatch.report.summary import noise_band
 from adabatch.report.what_if import usable_scale
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from adabatch.batch.control import Reason
 from adabatch.report.charts import AXES, charts_of, heat_chart
-from adabatch.report.evaluations import Metric, extremes
+from adabatch.report.evaluations import Floats, Metric, extremes
 from adabatch.report.heat import layer_bins
-from adabatch.report.steps import Floats, RunSteps
+from adabatch.report.steps import RunSteps
 from adabatch.report.summary import (
     BatchChange,
     Flag,

@@ -16,7 +16,8 @@ from adabatch.batch.criteria import Criterion
 from adabatch.batch.efficiency import adaptive_limit
 from adabatch.lr.follow import BETA1_FLOOR, BETA2_FLOOR
 from adabatch.report.curves import moving_mean
-from adabatch.report.steps import Floats, RunSteps
+from adabatch.report.evaluations import Floats
+from adabatch.report.steps import RunSteps
 
 LOSS_WINDOW = 0.02
 """Share of the run over which the loss is averaged before its best value is taken."""

@@ -22,7 +22,8 @@ from adabatch.batch.criteria import Criterion, NoiseScale, NormTest, Observation
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import Duration, Progress
 from adabatch.batch.schedules import LinearRamp, Schedule, Stage, Stages
-from adabatch.report.steps import Floats, RunSteps
+from adabatch.report.evaluations import Floats
+from adabatch.report.steps import RunSteps
 
 Kind = Literal["eta", "multiple", "step_price", "constant", "table", "ramp"]
 
