@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from adabatch.arguments import require, shown
 from adabatch.batch.averages import Averages
@@ -147,7 +148,7 @@ def _checked_number(name: str, value: Any) -> float:
     try:
         if isinstance(value, str):
             raise TypeError
-        return float(value)
+        return float(value.item() if isinstance(value, Tensor | np.ndarray) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"the metric {name!r} must be one number, got {value!r:.80}") from error
 
