@@ -25,7 +25,9 @@ def test_the_python_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         "closed",
     ]
     lines = (tmp_path / "runs/tracked/journal.jsonl").read_text().splitlines()
-    assert sum(json.loads(line)["plan"]["global_batch_size"] for line in lines) == 256
+    *steps, evaluation = map(json.loads, lines)
+    assert sum(step["plan"]["global_batch_size"] for step in steps) == 256
+    assert list(evaluation["evaluation"]) == ["loss"]
 
 
 def test_the_table_names_every_tracker() -> None:
