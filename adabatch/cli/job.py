@@ -28,7 +28,7 @@ from adabatch.cli.display import Display
 from adabatch.cli.engines import EngineName, JobEngine, engine_of
 from adabatch.cli.optimizers import MakeOptimizer, observe
 from adabatch.cli.run_folder import mark_finished, run_folder
-from adabatch.cli.schedule.recorded import CHECKPOINTS, JOURNAL
+from adabatch.cli.runs import CHECKPOINTS, JOURNAL
 from adabatch.guards.preemption import Preemption
 from adabatch.guards.watchdog import Watchdog
 from adabatch.integrations.trackers import TrackerName, tracker_of

@@ -16,8 +16,9 @@ from adabatch.checkpointing.files import begin, check, finish, place_of
 from adabatch.checkpointing.run_state import STATE, write_state
 from adabatch.cli.display import Display
 from adabatch.cli.picture import draw_panels
+from adabatch.cli.runs import CHECKPOINTS, JOURNAL
 from adabatch.cli.schedule.compare import BOUND_SOURCE
-from adabatch.cli.schedule.recorded import CHECKPOINTS, JOURNAL, read_checkpoint, read_recorded, read_saved
+from adabatch.cli.schedule.recorded import read_checkpoint, read_recorded, read_saved
 from adabatch.cli.schedule.shape_text import class_path
 from adabatch.lr.extend import (
     ExtendedSchedule,

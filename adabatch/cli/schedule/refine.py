@@ -11,8 +11,9 @@ import yaml
 
 from adabatch.cli.display import Display
 from adabatch.cli.picture import draw_panels
+from adabatch.cli.runs import journal_in
 from adabatch.cli.schedule.compare import BOUND_SOURCE
-from adabatch.cli.schedule.recorded import journal_of, read_recorded, read_saved, reference_of
+from adabatch.cli.schedule.recorded import read_recorded, read_saved, reference_of
 from adabatch.cli.schedule.shape_text import class_path
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.recorded import Clock, Recorded
@@ -69,7 +70,7 @@ def refine(
     if bounded:
         _say_bounds(recorded, bounded, display=display)
 
-    folder = out or journal_of(run).parent
+    folder = out or journal_in(run).parent
     folder.mkdir(parents=True, exist_ok=True)
     snippet = folder / "refined.yaml"
     base_lrs = _scaled(recorded, bounded)
