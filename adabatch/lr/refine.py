@@ -203,6 +203,7 @@ def median_filter(values: ArrayLike, window: int) -> FloatArray:
     half = window // 2
     if half == 0:
         return series.copy()
+    # as in the authors' code: repeated on the left, mirrored on the right
     padded = np.concatenate([np.full(half, series[0]), series, series[-2 : -2 - half : -1]])
     return _running_order_statistic(padded, window, half)
 
@@ -212,8 +213,9 @@ def _running_order_statistic(values: FloatArray, window: int, order: int) -> Flo
 
     A wavelet matrix: values become ranks, and the wanted rank is found bit by bit, from the highest. At each bit the
     ranks are split stably into those without and those with the bit, and ``zeros[i]``, the number of the former before
-    place i, maps every window's interval into either half. Two heaps would be O(n log window) too, but in Python loops.
+    place i, maps every window's interval into either half.
     """
+    # Not two heaps, which are O(n log window) too, but in Python loops; and not scipy's, since scipy is no dependency.
     by_rank = np.argsort(values, kind="stable")
     ranks = np.empty(values.size, dtype=np.int32)
     ranks[by_rank] = np.arange(values.size, dtype=np.int32)

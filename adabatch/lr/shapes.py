@@ -71,6 +71,7 @@ class Shape:
         missing = [key for key, value in parameters.items() if value.default is value.empty and key not in settings]
         if missing:
             raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))}")
+        # through the function, so that a shape from a config or a checkpoint passes the same checks as one from code
         made = factory(**settings)
         self._fill(made._name, made._settings, made._curve)
 
@@ -139,6 +140,7 @@ class Shape:
         return f"{self._name}({', '.join(given)})"
 
     def __reduce__(self) -> tuple[Callable[[dict[str, Any]], Shape], tuple[dict[str, Any]]]:
+        # the curve is a closure, which cannot be pickled
         return Shape.from_dict, (self.to_dict(),)
 
     def __setattr__(self, name: str, value: object) -> None:
