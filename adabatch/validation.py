@@ -159,7 +159,7 @@ def check_types(optimizer: Any, criterion: Any) -> None:
 
 
 def check_kinds(**given: tuple[Any, type, str]) -> None:
-    """Checks that arguments are objects of the kinds that they must be; None is left to whoever allows it.
+    """Checks the types of arguments; the caller must not pass a None that is allowed.
 
     Args:
         given: by the argument's name, its value, its type and how one is made.

@@ -36,6 +36,7 @@ from adabatch.cli.picture import draw_panels
 from adabatch.cli.run_folder import LATEST, RUNS
 from adabatch.cli.runs import CHECKPOINTS
 from adabatch.cli.text_files import json_values, write_atomically
+from adabatch.journal import finite_or_null
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.launch.world import World
 
@@ -349,15 +350,4 @@ def _read(folder: Path, size: int, known: Mapping[str, Any]) -> Branch | None:
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
     # atomically: half a file must not look like a finished branch
-    write_atomically(path, json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    # JSON has no infinity and no NaN: Python would write them as words that other readers reject
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    write_atomically(path, json.dumps(finite_or_null(record), indent=2, allow_nan=False) + "\n")

@@ -134,6 +134,15 @@ def host_value(lr: float | Tensor | None) -> float:
     return float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else math.nan
 
 
+def rates_of(groups: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float], list[float]]:
+    """The learning rates of parameter groups for the journal: as stored, the base, and their ratio (the shape)."""
+    stored = [host_value(group.get("lr")) for group in groups]
+    # a schedule of torch keeps the base as initial_lr; without a schedule the rate is its own base
+    base = [host_value(group.get("initial_lr", group.get("lr"))) for group in groups]
+    shape = [lr / first if first else math.nan for lr, first in zip(stored, base, strict=True)]
+    return stored, base, shape
+
+
 def _counting(optimizer: Optimizer, averaged: Sequence[float]) -> list[tuple[dict[str, Any], float]]:
     """The states that the optimizer is about to step and that count the steps of averages, with one number each.
 
