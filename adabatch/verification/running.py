@@ -146,6 +146,7 @@ def update(training: Training) -> bool:
     scaler.step(training.optimizer)
     scaler.update()
     training.optimizer.zero_grad()
+    # GradScaler does not say whether it left a step out, but it lowers its scale exactly then
     return scaler.get_scale() < scale
 
 
