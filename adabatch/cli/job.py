@@ -264,6 +264,7 @@ def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
 
     guard = job.guard
     if guard.trial is None and (job.max_micro_batch_size or 0) > job.micro_batch_size and engine.runs_alone:
+        # not counted: K-FAC must not learn from a micro-batch of a trial
         guard = replace(guard, trial=partial(loss_of, counts=False))
     batches = engine.batches(
         job.criterion,
@@ -343,6 +344,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                     noise_scale=batches.noise_scale,
                 )
                 checkpoints.step()
+                # nobody reads the output any more (| head): end like a signal would, with a checkpoint
                 if display.unread:
                     preemption.request()
                 if preemption.agreed:
@@ -361,6 +363,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     batches.remove()
     if local is not None:
         local.remove()
+    # a folder that the user named is never taken again by itself, and needs no mark
     if world.rank == 0 and not preempted and job.out is None:
         mark_finished(out)
     num_steps, num_examples = batches.progress.steps, batches.consumed.examples
@@ -400,6 +403,7 @@ def evaluate(
     model.eval()
     loader = DataLoader(share, batch_size=EVALUATION_BATCH, collate_fn=collate)
     batches = iter(loader)
+    # as often as the rank with the most batches; the others repeat an example, which does not count
     for _ in range(-int(collectives.minimum_of(-len(loader))[0])):
         batch = next(batches, None)
         counts = batch is not None

@@ -95,6 +95,7 @@ def _working_folder_on_path() -> Iterator[None]:
     if sys.flags.safe_path or here in sys.path or "" in sys.path:
         yield
         return
+    # in front, as Python puts a script's folder
     sys.path.insert(0, here)
     try:
         yield

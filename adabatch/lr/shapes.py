@@ -60,9 +60,9 @@ class Shape:
     _curve: Curve
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
-        factory = _FACTORIES.get(name)
+        factory = FACTORIES.get(name)
         if factory is None:
-            raise ValueError(f"there is no shape {name!r}: use one of {', '.join(_FACTORIES)}")
+            raise ValueError(f"there is no shape {name!r}: use one of {', '.join(FACTORIES)}")
         parameters = inspect.signature(factory).parameters
         unknown = set(settings) - set(parameters)
         if unknown:
@@ -135,7 +135,7 @@ class Shape:
         return hash((self._name, tuple(self._settings.items())))
 
     def __repr__(self) -> str:
-        defaults = {k: v.default for k, v in inspect.signature(_FACTORIES[self._name]).parameters.items()}
+        defaults = {k: v.default for k, v in inspect.signature(FACTORIES[self._name]).parameters.items()}
         given = [f"{k}={_brief(v)}" for k, v in self._settings.items() if v != defaults[k]]
         return f"{self._name}({', '.join(given)})"
 
@@ -483,7 +483,7 @@ def _brief(value: object) -> str:
     return repr(list(value)) if isinstance(value, tuple) else repr(value)
 
 
-_FACTORIES: Mapping[str, Callable[..., Shape]] = MappingProxyType(
+FACTORIES: Mapping[str, Callable[..., Shape]] = MappingProxyType(
     {
         factory.__name__: factory
         for factory in (
@@ -500,3 +500,4 @@ _FACTORIES: Mapping[str, Callable[..., Shape]] = MappingProxyType(
         )
     }
 )
+"""The functions that make shapes, by name."""

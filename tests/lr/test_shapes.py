@@ -59,7 +59,7 @@ FLOORED = ["linear", "cosine", "wsd", "inverse_sqrt", "polynomial"]
 
 
 def test_every_shape_is_in_the_contract() -> None:
-    assert set(SHAPES) == set(shapes._FACTORIES)
+    assert set(SHAPES) == set(shapes.FACTORIES)
 
 
 @given(shape=any_shape, p=progress)

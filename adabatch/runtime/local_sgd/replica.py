@@ -122,6 +122,7 @@ def _as_gradient(parameter: Tensor, piece: Tensor) -> Tensor:
         piece,
         parameter.device_mesh,
         parameter.placements,
+        # the check would be a collective
         run_check=False,
         shape=parameter.shape,
         stride=parameter.stride(),
