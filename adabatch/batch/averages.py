@@ -159,11 +159,7 @@ class Averages:
 
 
 class _Deviations(NamedTuple):
-    """Probes compared with their median; deviations are relative to it, on the scale of cube roots.
-
-    Cube roots of a mean of squares are nearly normal whatever its degrees of freedom (Wilson and Hilferty 1931), so one
-    bound suits noise from two parts and from two hundred, and a skewed distribution loses no probes.
-    """
+    """Probes compared with their median; deviations are relative to it, on the scale of cube roots."""
 
     deviations: tuple[float, ...]
     spread: float
@@ -289,7 +285,9 @@ class ProbeWindow:
         center, number = median(values), len(values)
         if not center > 0:  # no scale to compare with, so no probe is an outlier
             return _Deviations((0.0,) * number, 0.0, center)
-        # cbrt, unlike a power, also takes the negative noise of a small sample
+        # Cube roots of a mean of squares are nearly normal whatever its degrees of freedom (Wilson and Hilferty 1931),
+        # so one bound suits noise from two parts and from two hundred, and a skewed distribution loses no probes. cbrt,
+        # unlike a power, also takes the negative noise of a small sample.
         deviations = tuple(math.cbrt(value / center) - 1 for value in values)
         # The median absolute deviation of few normal numbers, with the usual correction.
         scale = 1.4826 * number / (number - 0.8) * median(map(abs, deviations))

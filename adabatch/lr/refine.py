@@ -209,12 +209,10 @@ def median_filter(values: ArrayLike, window: int) -> FloatArray:
 
 
 def _running_order_statistic(values: FloatArray, window: int, order: int) -> FloatArray:
-    """The ``order``-th smallest (from 0) of every window, all windows at once.
-
-    A wavelet matrix: values become ranks, and the wanted rank is found bit by bit, from the highest. At each bit the
-    ranks are split stably into those without and those with the bit, and ``zeros[i]``, the number of the former before
-    place i, maps every window's interval into either half.
-    """
+    """The ``order``-th smallest (from 0) of every window, all windows at once."""
+    # A wavelet matrix: values become ranks, and the wanted rank is found bit by bit, from the highest. At each bit the
+    # ranks are split stably into those without and those with the bit, and zeros[i], the number of the former before
+    # place i, maps every window's interval into either half.
     # Not two heaps, which are O(n log window) too, but in Python loops; and not scipy's, since scipy is no dependency.
     by_rank = np.argsort(values, kind="stable")
     ranks = np.empty(values.size, dtype=np.int32)

@@ -421,10 +421,8 @@ _DECAYS: Mapping[str, Curve] = MappingProxyType(
 
 
 def _height(p: FloatArray | float, ratio: float) -> FloatArray:
-    """The hyperbola's h in terms of what is left, ``r = 1 - p``: ``sqrt(r (r + 2 (u - 1))) / u``.
-
-    The formula's difference of squares can become negative near p = 1, and its factored form still loses digits there.
-    """
+    """The hyperbola's h in terms of what is left, ``r = 1 - p``: ``sqrt(r (r + 2 (u - 1))) / u``."""
+    # The paper's difference of squares can become negative near p = 1, and its factored form still loses digits there.
     left = 1 - np.asarray(p, dtype=np.float64)
     return np.asarray(np.sqrt(left * (left + 2 * (ratio - 1))) / ratio)
 

@@ -60,11 +60,10 @@ def _runs_inside(call: FrameType | None, outer: FrameType | None) -> bool:
 
 
 class _Around:
-    """The hooks of one optimizer, which detect nested steps.
+    """The hooks of one optimizer, which detect nested steps."""
 
-    A counter of steps that have begun would stay one too high after a step that raised an error. The frame of the
-    outermost ``step()`` is kept instead: the step runs as long as this frame is among the callers.
-    """
+    # A counter of steps that have begun would stay one too high after a step that raised an error. The frame of the
+    # outermost step() is kept instead: the step runs as long as this frame is among the callers.
 
     def __init__(self, before: Callable[..., None], after: Callable[..., None]) -> None:
         self._before, self._after = held_weakly(before), held_weakly(after)

@@ -52,6 +52,7 @@ class TrainedParameters:
             RuntimeError: if parameters were added or removed; names them and the way out.
         """
         now = self._now()
+        # by identity: tensors compare by value, which would read the device
         if len(now) == len(self._then) and all(a is b for a, b in zip(now, self._then, strict=True)):
             return
         before, after = {id(p) for p in self._then}, {id(p) for p in now}
