@@ -391,8 +391,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean loss and accuracy over a data set, each rank on its share; the model in eval mode.
 
-    Accuracy is NaN if the targets are not whole numbers, one per prediction. All ranks run the model equally often,
-    because a sharded model gathers its weights.
+    Accuracy is NaN if the targets are not whole numbers, one per prediction.
     """
     run = model if forward is None else forward
     share: Subset[Any] = Subset(data, range(collectives.rank, len(data), collectives.size))  # type: ignore[arg-type]
@@ -403,7 +402,8 @@ def evaluate(
     model.eval()
     loader = DataLoader(share, batch_size=EVALUATION_BATCH, collate_fn=collate)
     batches = iter(loader)
-    # as often as the rank with the most batches; the others repeat an example, which does not count
+    # All ranks run the model equally often, because a sharded model gathers its weights in each forward: those with
+    # fewer batches repeat an example, which does not count.
     for _ in range(-int(collectives.minimum_of(-len(loader))[0])):
         batch = next(batches, None)
         counts = batch is not None

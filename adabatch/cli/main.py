@@ -138,7 +138,7 @@ def _say(line: str) -> None:
 
 
 def _drop_output() -> None:
-    """Drops buffered output, which would otherwise raise an error at the end of the interpreter."""
+    # buffered output would raise another error when the interpreter ends
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 1)

@@ -259,9 +259,9 @@ class StepHooks:
                     tensors.add(id(group[name]))
                 self._changes.put(group, name, value)
         if self._averaged:
-            for state, count in _counting(
-                optimizer, self._averaged
-            ):  # minus one, because the optimizer adds one before it reads the count
+            # In updates of this size: the optimizer adds one, and reads the result for its bias correction. _after
+            # counts in updates of the reference size again, of which this one was `count`.
+            for state, count in _counting(optimizer, self._averaged):
                 self._changes.put_count(state, state["step"] / count)
 
     def _after(self, optimizer: Optimizer) -> None:
