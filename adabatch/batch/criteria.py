@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import check_fields, require, require_one_of
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments, Norm
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import PlanGrid, Progress
@@ -149,6 +149,7 @@ class NormTest:
     needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("eta", self.eta)
         if self.population is not None and not self.population >= 2:
             raise ValueError(f"population must be the size of the data set, at least 2, got {self.population}")
@@ -210,6 +211,7 @@ class StepPrice:
     norm: Norm = field(default="euclidean", kw_only=True)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("examples", self.examples)
         _check_norm(self.norm)
 
@@ -282,6 +284,7 @@ class NoiseScale:
     norm: Norm = "euclidean"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("multiple", self.multiple)
         _check_norm(self.norm)
 
@@ -337,6 +340,7 @@ class CoordinateNormTest:
     quantile: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("eta", self.eta)
         require(0 < self.quantile <= 1, "quantile must lie above 0 and up to 1.0 (all coordinates)", self.quantile)
 
@@ -374,6 +378,7 @@ class InnerProductTest:
     needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("theta", self.theta)
 
     def wanted(self, observation: Observation) -> float:
@@ -403,6 +408,7 @@ class OrthogonalityTest:
     needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("nu", self.nu)
 
     def wanted(self, observation: Observation) -> float:
@@ -432,6 +438,7 @@ class AugmentedInnerProductTest:
     needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("theta", self.theta)
         _check_positive("nu", self.nu)
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.arguments import require
+from adabatch.arguments import checked, require
 from adabatch.batch.plan import Duration
 from adabatch.checkpointing.background import Background
 from adabatch.checkpointing.differences import Difference, differences, refuse
@@ -103,6 +103,7 @@ class Checkpoints:
         TypeError: if a part has no state, or an interval has no unit.
     """
 
+    @checked
     def __init__(
         self,
         folder: str | Path,
@@ -145,6 +146,7 @@ class Checkpoints:
         self._lock = FolderLock(self._folder)
         self._times.listen(first=self._ranks.rank == 0)
 
+    @checked
     def step(self, *, now: bool = False) -> bool:
         """Saves if a checkpoint is due; call it at the end of a step, after ``optimizer.step()``.
 
@@ -219,6 +221,7 @@ class Checkpoints:
             failure = error
         self._raise_together(failure)
 
+    @checked
     def load(self, *, missing_ok: bool | None = None) -> Loaded | None:
         """Loads the newest intact checkpoint, the same on all ranks.
 
@@ -411,6 +414,7 @@ class Checkpoints:
         return sums
 
 
+@checked
 def save(folder: str | Path, *, model: nn.Module, keep: int = 3, **parts: Any) -> None:
     """Saves a run between two steps, and returns when it is on the disk; on all ranks.
 
@@ -428,6 +432,7 @@ def save(folder: str | Path, *, model: nn.Module, keep: int = 3, **parts: Any) -
         checkpoints.save()
 
 
+@checked
 def load(folder: str | Path, *, model: nn.Module, missing_ok: bool | None = None, **parts: Any) -> Loaded | None:
     """Loads the newest intact checkpoint of a run, the same on all ranks.
 

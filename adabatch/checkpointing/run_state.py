@@ -7,7 +7,7 @@ import math
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ SHARDS = "shards"
 _log = logging.getLogger("adabatch")
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """An object with ``state_dict`` and ``load_state_dict``, torch's own protocol."""
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adabatch.arguments import checked, require
 from adabatch.forecast.network import Cluster, all_reduce_seconds
 
 Floats = NDArray[np.float64]
@@ -133,6 +134,7 @@ class _Totals(NamedTuple):
     largest: float
 
 
+@checked
 def forecast(
     evidence: Evidence,
     cost: StepCost,
@@ -216,6 +218,7 @@ def largest_sensible(evidence: Evidence) -> float:
     return max(1.0, min(by_noise, by_length))
 
 
+@checked
 def knee(
     evidence: Evidence,
     cost: StepCost,
@@ -229,6 +232,8 @@ def knee(
     Up to this number, more devices still shorten the run considerably; beyond it, most of what they add is lost to
     waiting and to noise.
     """
+
+    require(most >= 1, "most must be at least 1 device", most)
 
     def device_hours(devices: int) -> float:
         return forecast(evidence, cost, replace(cluster, devices=devices), limits=limits).device_hours.point

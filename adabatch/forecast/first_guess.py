@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from adabatch.arguments import checked
+
 SEQUENCE = 2048
 """Tokens in a sequence of Bergsma et al. 2025, who count batches in sequences and data in tokens."""
 
@@ -36,6 +38,7 @@ class FirstGuess(NamedTuple):
     inside: bool
 
 
+@checked
 def power_lines(tokens: float) -> FirstGuess:
     """``0.0471 D^0.462`` sequences of 2048 tokens, whatever the size of the model.
 
@@ -59,6 +62,7 @@ def power_lines(tokens: float) -> FirstGuess:
     )
 
 
+@checked
 def kaplan(loss: float) -> FirstGuess:
     """``2.1e8 / L^(1 / 0.21)`` tokens at the loss L, in nats per token, whatever the size of the model.
 

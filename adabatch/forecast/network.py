@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from adabatch.arguments import check_fields, checked, require
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
@@ -41,6 +43,7 @@ class Cluster:
     price_per_hour: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("devices", "node_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
@@ -77,6 +80,7 @@ def hierarchy_seconds(cluster: Cluster, num_bytes: float) -> float:
     return inside + ring_seconds(nodes, num_bytes / size, latency=cluster.latency, bandwidth=cluster.bandwidth)
 
 
+@checked
 def all_reduce_seconds(cluster: Cluster, num_bytes: float) -> float:
     """The fastest of ring, tree and hierarchy, in seconds; zero for one device.
 
@@ -84,6 +88,7 @@ def all_reduce_seconds(cluster: Cluster, num_bytes: float) -> float:
         cluster: the devices and their network.
         num_bytes: bytes to be summed, on each device.
     """
+    require(0 <= num_bytes < math.inf, "num_bytes must be zero or positive", num_bytes)
     flat = {"latency": cluster.latency, "bandwidth": cluster.bandwidth}
     return min(
         ring_seconds(cluster.devices, num_bytes, **flat),

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from adabatch.arguments import shown
 from adabatch.guards.memory_trials import Trials
 from adabatch.guards.votes import Votes
 from adabatch.runtime.collectives import Collectives, digest_of
@@ -195,7 +196,7 @@ def text_of(value: object, depth: int = 0) -> str:
     elif type(value).__repr__ is object.__repr__:
         parts = getattr(value, "__dict__", {})
     else:
-        return _ADDRESS.sub("", repr(value))
+        return _ADDRESS.sub("", shown(value, most=10**6))
     inside = ", ".join(f"{name}={text_of(each, depth + 1)}" for name, each in parts.items())
     return f"{type(value).__qualname__}({inside})"
 

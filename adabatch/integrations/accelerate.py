@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import checked
 from adabatch.batch.criteria import Criterion
 from adabatch.integrations.host_state import HostState
 from adabatch.integrations.versions import require
@@ -34,6 +35,7 @@ from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 
 
+@checked
 def attach(
     accelerator: Accelerator,
     model: torch.nn.Module,

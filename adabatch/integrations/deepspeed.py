@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import checked
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan
 from adabatch.lr.follow import Followers
@@ -32,6 +33,7 @@ HELD = ("bit16_groups", "fp16_groups", "bf16_groups")
 """Attributes of DeepSpeed's optimizers that list the model's parameters. The optimizer inside holds copies of them."""
 
 
+@checked
 def attach(
     engine: DeepSpeedEngine, criterion: Criterion, /, *, micro_batch_size: int | None = None, **options: Any
 ) -> AdaptiveBatch:

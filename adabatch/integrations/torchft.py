@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import checked
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.guards.same_settings import text_of
@@ -46,6 +47,7 @@ STATE = "adabatch"
 """The name under which the manager knows the state of the batches."""
 
 
+@checked
 def attach(
     manager: Any,
     model: torch.nn.Module,

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from adabatch.arguments import checked
+
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -141,6 +143,7 @@ class TensorBoardTracker(Tracker):
         ImportError: if neither package is installed.
     """
 
+    @checked
     def __init__(self, folder: str | Path) -> None:
         super().__init__("tensorboard", "tensorboardX")
         self._folder = str(folder)
@@ -172,6 +175,7 @@ class WandbTracker(Tracker):
         ImportError: if wandb is not installed.
     """
 
+    @checked
     def __init__(
         self,
         project: str = "adabatch",
@@ -216,6 +220,7 @@ class MLflowTracker(Tracker):
         ImportError: if mlflow is not installed.
     """
 
+    @checked
     def __init__(
         self, tracking_uri: str | Path | None = None, *, experiment: str = "adabatch", name: str | None = None
     ) -> None:
@@ -260,6 +265,7 @@ class TrackioTracker(Tracker):
         ImportError: if trackio is not installed.
     """
 
+    @checked
     def __init__(self, project: str = "adabatch", *, name: str | None = None) -> None:
         super().__init__("trackio")
         self._project, self._name = project, name
@@ -276,6 +282,7 @@ class TrackioTracker(Tracker):
         self._run.finish()
 
 
+@checked
 def tracker_of(name: str, folder: Path) -> Tracker:
     """The tracker with this name in a config, for the run in this folder.
 

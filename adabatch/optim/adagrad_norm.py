@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from adabatch.arguments import require
+from adabatch.arguments import checked, require
 from adabatch.optim import multi_tensor
+from adabatch.optim.parameters import listed
 
 # On the CPU, torch sums the squares of a tensor in a few float32 lanes and in one thread, whatever its size: for
 # standard normal numbers, |x|^2 came out 0.07 % too small at 10 million elements and 0.8 % at 50 million. So large
@@ -120,6 +121,7 @@ class AdaGradNorm(Optimizer):
     needs_whole_gradients: ClassVar[bool] = True
     """Each step reads the norm of the whole gradient."""
 
+    @checked
     def __init__(
         self,
         params: ParamsT,
@@ -135,7 +137,7 @@ class AdaGradNorm(Optimizer):
         reduce: Reduce | None = None,
     ) -> None:
         if differentiable:
-            raise NotImplementedError(
+            raise ValueError(
                 "AdaGradNorm cannot differentiate through its step: leave differentiable=False, "
                 "or unroll the update by hand on functional parameters"
             )
@@ -150,7 +152,7 @@ class AdaGradNorm(Optimizer):
             "foreach": foreach,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
+        super().__init__(listed(params), defaults)
 
     @property
     def accumulator(self) -> Tensor:

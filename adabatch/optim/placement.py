@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the ranks that see different data, and returns the sum."""
 
 
+@runtime_checkable
 class Owner(Protocol):
     """Decides which rank decomposes the statistics of a layer or matrix, and sends the results to the others."""
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from adabatch.arguments import require
+from adabatch.arguments import checked, require
 
 Split = Literal["train", "test"]
 
@@ -67,13 +67,20 @@ class InMemory(TensorDataset):
         return Rows(self.tensors, indices)
 
 
+@checked
 def collate(batch: list[Any] | Rows) -> Any:
     """A batch from the examples that a ``DataLoader`` fetched: ``collate_fn=collate``.
 
     Same values and types as ``torch.utils.data.default_collate``, but without its loop over examples if they
     are rows of an ``InMemory`` data set or of a ``Subset`` of one.
     """
-    return batch.gather() if isinstance(batch, Rows) else default_collate(batch)
+    if isinstance(batch, Rows):
+        return batch.gather()
+    require(len(batch) > 0, "batch must hold one example at least", batch)
+    try:
+        return default_collate(batch)
+    except (TypeError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"batch must hold examples of equal form, which torch can put together: {error}") from None
 
 
 class Mnist(InMemory):
@@ -92,6 +99,7 @@ class Mnist(InMemory):
         ValueError: if files are not IDX, are cut short, or do not fit together.
     """
 
+    @checked
     def __init__(self, split: Split = "train", root: str | os.PathLike[str] | None = None) -> None:
         prefix = "train" if check_split(split) == "train" else "t10k"
         folders = _folders(root, "mnist", "MNIST/raw")
@@ -135,6 +143,7 @@ class Text(InMemory):
         ValueError: if the text is not UTF-8, or is too short for one example.
     """
 
+    @checked
     def __init__(
         self, split: Split = "train", block_size: int = 128, *, root: str | os.PathLike[str] | None = None
     ) -> None:

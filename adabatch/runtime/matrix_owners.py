@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from adabatch.arguments import checked
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.fsdp2 import is_sharded
 
@@ -27,6 +28,7 @@ class AcrossRanks(TypedDict):
     owner: ReplicatedMatrices | ShardedMatrices | None
 
 
+@checked
 def across_ranks(model: nn.Module) -> AcrossRanks:
     """The arguments with which a second-order optimizer runs on a model's ranks.
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adabatch.arguments import require
+from adabatch.arguments import MOST_STEPS, require
 from adabatch.optim.kfac.inversion import Exponents
 from adabatch.optim.kfac.survey import Survey
+from adabatch.optim.parameters import listed
 from adabatch.optim.placement import Reduce
 
 
@@ -27,6 +28,7 @@ def check_factors(exponents: Exponents, *, exact: bool, memory: float, refresh: 
     if exact and memory == 0:
         raise ValueError("damping_form='kronecker' needs whole factors: memory must be positive, got 0")
     require(observe_every >= 1, "observe_every must be at least 1 step", observe_every)
+    require(observe_every <= MOST_STEPS, f"observe_every must be at most {MOST_STEPS} steps", observe_every)
 
 
 def check_step(*, momentum: float, kl_clip: float | None, others: str | None, **not_negative: float) -> None:
@@ -41,7 +43,7 @@ def check_step(*, momentum: float, kl_clip: float | None, others: str | None, **
 
 def plain_groups(params: ParamsT) -> list[dict[str, Any]]:
     """Parameter groups, from any form that torch's optimizers accept: tensors, named tensors, or dictionaries."""
-    given: list[Any] = list(params)
+    given = listed(params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     result = []
     for group in groups:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
+from adabatch.arguments import MOST_STEPS, checked, require, whole
 from adabatch.optim.kfac import averages, curvature, inversion
 from adabatch.optim.kfac.averages import WatchedLayer
 from adabatch.optim.kfac.capture import Capture
@@ -133,6 +134,7 @@ class KFAC(Optimizer):
     needs_whole_gradients: ClassVar[bool] = True
     """Each step reads the whole gradient matrices of layers."""
 
+    @checked
     def __init__(
         self,
         params: ParamsT,
@@ -159,6 +161,8 @@ class KFAC(Optimizer):
         owner: Owner | None = None,
         allow_zero_weights: bool = False,
     ) -> None:
+        if isinstance(lr, Tensor):
+            require(lr.numel() == 1, "lr must be a number or a tensor of one element", lr)
         form = form_of(damping_form)
         self._exponents = Exponents(*exponents)
         check_factors(self._exponents, exact=form is None, memory=memory, refresh=refresh, observe_every=observe_every)
@@ -174,6 +178,8 @@ class KFAC(Optimizer):
         curvature.check(fisher, likelihood)
         self._fisher: Fisher = fisher
         self._likelihood: Likelihood = likelihood
+        seed = whole("seed", seed)
+        warmup_refreshes = whole("warmup_refreshes", warmup_refreshes, at_most=MOST_STEPS)
         self._memory, self._refresh, self._warmup_refreshes = memory, refresh, warmup_refreshes
         self._observe_every, self._kl_clip = observe_every, kl_clip
         self._seed, self._reduce = seed, reduce

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adabatch.arguments import require
+from adabatch.arguments import MOST_STEPS, check_fields, checked, require
 from adabatch.optim.mup.names import joined, named_modules
 from adabatch.optim.mup.plans import Plan
 from adabatch.optim.mup.table import aligned
@@ -61,6 +61,9 @@ class CoordinateCheck:
     widths: tuple[int, ...]
     coordinates: tuple[Coordinate, ...]
     tolerance: float = TOLERANCE
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def own_slope(self, coordinate: Coordinate) -> float:
         """Slope of log own update over log width: 0 if the law is right."""
@@ -115,6 +118,7 @@ class CoordinateCheck:
         return aligned([header, *rows])
 
 
+@checked
 def coordinate_check(
     make: MakeModel,
     optimizer: MakeOptimizers,
@@ -154,7 +158,8 @@ def coordinate_check(
         ValueError: if there are fewer than two widths, no seed or no step; also as for ``plan``.
     """
     check_widths(widths, seeds)
-    require(steps >= 1, "steps must be 1 or more", steps)
+    require(1 <= steps <= MOST_STEPS, f"steps must be 1 or more, up to {MOST_STEPS}", steps)
+    require(0 < tolerance < math.inf, "tolerance must be positive and finite", tolerance)
     trial = Trial(make, optimizer, loss, base, parameterization, observe, device)
     measured = [[_measure(trial, width, seed, data(seed), steps) for seed in seeds] for width in widths]
     names = list(measured[0][0])

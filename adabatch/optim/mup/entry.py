@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from adabatch.arguments import check_fields, require
+
 Dim = Literal["in", "out", "kernel", "stack"]
 """What a dimension of a parameter is. "in": the layer sums over it. "out": one number per output. "kernel": a position
 in a kernel, which the layer sums over too, but which is never width. "stack": one of several matrices, part of neither
@@ -51,6 +53,11 @@ class Entry:
     kind: Kind
     role: Role
     tied: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("shape", "base_shape"):
+            require(all(size >= 0 for size in getattr(self, name)), f"{name} must not be negative", getattr(self, name))
 
     @property
     def fan_in(self) -> int:

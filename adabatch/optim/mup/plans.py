@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from adabatch.arguments import require_one_of, some
+from adabatch.arguments import check_fields, checked, require_one_of, some
 from adabatch.optim.mup.entry import Entry
 from adabatch.optim.mup.laws import LAWS, AdamLaw, Law, Method, law_of
 from adabatch.optim.mup.names import named_parameters
@@ -36,6 +36,10 @@ class Plan:
 
     entries: Mapping[str, Entry]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @checked
     def at(self, model: nn.Module) -> Plan:
         """The plan of the same architecture at another width, such as that of the base, where every multiplier is 1.
 
@@ -57,6 +61,7 @@ class Plan:
         """Every multiplier one, the standard parameterization of this width: the control of a coordinate check."""
         return Plan({name: replace(entry, base_shape=entry.shape) for name, entry in self.entries.items()})
 
+    @checked
     def groups(
         self,
         model: nn.Module,
@@ -147,6 +152,7 @@ class Plan:
         return json.dumps({"format": FORMAT, "parameters": parameters})
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> Plan:
         """The inverse of ``to_json``.
 

@@ -11,8 +11,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
+from adabatch.arguments import checked
 from adabatch.optim import multi_tensor
 from adabatch.optim.mup.guard import check_ratios
+from adabatch.optim.parameters import listed
 from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
 from adabatch.optim.shampoo import statistics
 from adabatch.optim.shampoo.blocks import Blocks
@@ -97,6 +99,7 @@ class Shampoo(Optimizer):
     needs_whole_gradients: ClassVar[bool] = True
     """Each step reads the whole gradient matrices of parameters."""
 
+    @checked
     def __init__(
         self,
         params: ParamsT,
@@ -133,7 +136,7 @@ class Shampoo(Optimizer):
             "foreach": foreach,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
+        super().__init__(listed(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters.

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from adabatch.arguments import shown
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.counting import WAY_OUT, num_examples_in, outline
@@ -180,9 +181,14 @@ def _check_loader(loader: Any) -> None:
             f"steps() takes micro-batches, and a {type(loader).__name__} is a data set: give GlobalOrder(dataset), or "
             f"a DataLoader around it (with batch_size=None where its items are micro-batches)"
         )
-    if isinstance(loader, str | bytes | Mapping) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+    empty = getattr(loader, "shape", None) == ()  # a tensor or a number of numpy cannot be iterated, but has the method
+    if (
+        empty
+        or isinstance(loader, str | bytes | Mapping)
+        or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__"))
+    ):
         raise TypeError(
-            f"steps() takes a GlobalOrder or an iterable of micro-batches, such as a DataLoader, got {loader!r}"
+            f"steps() takes a GlobalOrder or an iterable of micro-batches, such as a DataLoader, got {shown(loader)}"
         )
 
 

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from adabatch.arguments import checked
 from adabatch.batch.plan import Duration
 from adabatch.runtime.collectives import Collectives, collectives_of, workers_of
 from adabatch.runtime.engines.choice import engine_for
@@ -87,6 +88,7 @@ class LocalSGD:
     (adaptive local batch sizes).
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -217,7 +219,7 @@ class LocalSGD:
 
     def _before_step(self, optimizer: Optimizer) -> None:
         if not self._stepped:
-            self._trained.check("LocalSGD")
+            self._rounds.parameters_changed(self._trained.changes("LocalSGD"))
         self._rounds.before_step()
 
     def _after_step(self, optimizer: Optimizer) -> None:

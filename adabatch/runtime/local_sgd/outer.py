@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from adabatch.arguments import require
+from adabatch.arguments import check_fields, require
 
 
 @runtime_checkable
@@ -73,6 +73,7 @@ class Nesterov:
     needs_anchor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check(self.lr, self.momentum)
 
     @torch.no_grad()
@@ -111,6 +112,7 @@ class SlowMo:
     needs_anchor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check(self.lr, self.momentum)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import mean_future
 from adabatch.runtime.compiled import uncompiled
@@ -72,6 +73,7 @@ class CommHookProbe(Probe):
             or if a trainable parameter is in no layer.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,

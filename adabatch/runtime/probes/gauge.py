@@ -8,6 +8,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from adabatch.arguments import require
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.probes.coordinates import SINGLE, CoordinateSquares
@@ -50,6 +51,7 @@ class Gauge:
         **options: Unpack[ProbeOptions],
     ) -> None:
         norm, quantile = options.get("norm"), options.get("quantile")
+        require(quantile is None or 0 < quantile <= 1, "quantile must lie above 0 and up to 1.0", quantile)
         if not whole_parts:
             check_diagonal(norm, type(owner).__name__)
         self.gives = given_with(**options)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, NAdam, Optimizer
 
+from adabatch.arguments import checked
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.runtime.fsdp2 import own_piece
 from adabatch.runtime.optimizers import each_of
 
 
+@runtime_checkable
 class Metric(Protocol):
     """A norm that an optimizer's state defines: the Euclidean norm of a linear image of the gradient.
 
@@ -112,6 +114,7 @@ class AdamMetric:
     name = "adam"
     diagonal = True
 
+    @checked
     def __init__(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Adam | AdamW | NAdam):
             raise ValueError(
@@ -180,6 +183,7 @@ class KFACMetric:
     name = "kfac"
     diagonal = False
 
+    @checked
     def __init__(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Whitens):
             raise ValueError(

@@ -13,6 +13,7 @@ from weakref import finalize
 
 from torch import Tensor
 
+from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.ownership import called_weakly, remove_all
@@ -53,6 +54,7 @@ class MicroBatchProbe(Probe):
             combined with ``grad_sq``.
     """
 
+    @checked
     def __init__(
         self,
         parameters: Iterable[Tensor],

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import collectives_of
 from adabatch.runtime.fsdp2 import is_sharded, own_piece
@@ -56,6 +57,7 @@ class PerExampleProbe(Probe):
     Source: the tests of Bollapragada, Byrd, Nocedal 2018 and Lau, Liu, Kolar 2024; for the norms see `PerExampleNorms`.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -68,6 +70,8 @@ class PerExampleProbe(Probe):
         quantile: float | None = None,
         examples_first: bool = False,
     ) -> None:
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"the model has no parameter that requires a gradient, got {type(model).__name__}")
         if leave_one_out and not products:
             raise ValueError("leave_one_out corrects inner products: pass products=True with it")
         if products and norm is not None:

@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import reduce_scatter, shards_and_replicas
 from adabatch.runtime.fsdp2 import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
@@ -34,6 +35,7 @@ TOO_LONG = 1.05
 it; the rest is for reductions in low precision."""
 
 
+@runtime_checkable
 class ReduceScatter(Protocol):
     """How FSDP2 reduces the gradient of a unit; the interface of ``FSDPModule.set_custom_reduce_scatter``."""
 
@@ -149,6 +151,7 @@ class ReduceScatterProbe(Probe):
             if a trainable parameter is in no layer, or if the metric is not diagonal.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
