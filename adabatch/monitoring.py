@@ -30,6 +30,7 @@ from adabatch.runtime.fsdp2 import is_sharded
 from adabatch.runtime.ownership import remove_all
 from adabatch.runtime.probes.norms import norms
 from adabatch.runtime.step_hooks import rates_of
+from adabatch.runtime.trained_parameters import held_parameters
 
 _log = logging.getLogger("adabatch")
 
@@ -93,13 +94,7 @@ class NoiseMonitor:
         model = model if fabric is None else fabric.model
         _check(model, optimizer, micro_batch_size)
         self._collectives = engine_for(model).collectives
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._parameters = [p for p in model.parameters() if p.requires_grad and id(p) in held]
-        if not self._parameters:
-            raise ValueError(
-                f"the optimizer holds none of the model's parameters that require a gradient: build the "
-                f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
-            )
+        self._parameters = held_parameters(model, optimizer)
         self._optimizer = optimizer
         self._micro_batch_size = micro_batch_size
         self._scale = None if scaler is None else factor_of(scaler)

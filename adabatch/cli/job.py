@@ -234,6 +234,25 @@ class Assembled(NamedTuple):
     loss_of: Callable[[tuple[Tensor, Tensor]], Tensor]
 
 
+BATCHING = (
+    "micro_batch_size",
+    "limits",
+    "max_micro_batch_size",
+    "control",
+    "lr_rule",
+    "follow",
+    "reference_batch_size",
+    "tokens_per_example",
+    "measure",
+)
+"""Fields of a job that are arguments of ``AdaptiveBatch`` under the same name."""
+
+
+def batching_of(job: Job) -> dict[str, Any]:
+    """The arguments of ``AdaptiveBatch`` that a job has as fields, without the criterion and the guard."""
+    return {name: getattr(job, name) for name in BATCHING}
+
+
 def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
     """Builds what a job needs for its loop; writes only into the journal.
 
@@ -268,15 +287,7 @@ def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
         guard = replace(guard, trial=partial(loss_of, counts=False))
     batches = engine.batches(
         job.criterion,
-        micro_batch_size=job.micro_batch_size,
-        limits=job.limits,
-        max_micro_batch_size=job.max_micro_batch_size,
-        control=job.control,
-        lr_rule=job.lr_rule,
-        follow=job.follow,
-        reference_batch_size=job.reference_batch_size,
-        tokens_per_example=job.tokens_per_example,
-        measure=job.measure,
+        **batching_of(job),
         guard=guard,
         local_sgd=local,
         journal=list(journal),
