@@ -201,7 +201,7 @@ class Display:
         self, rank: int, console: Console | None = None, *, quiet: bool = False, log_every: int | None = None
     ) -> None:
         if log_every is not None and log_every < 1:
-            raise ValueError(f"log_every must be at least 1 step, or left out for ten lines a run, got {log_every}")
+            raise ValueError(f"log_every must be at least 1 step, or left out for ten lines per run, got {log_every}")
         self._console = (console or _console()) if rank == 0 else None
         self._quiet = quiet
         self._log_every = log_every

@@ -139,7 +139,7 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
     z = np.asarray(iterates, dtype=np.float64)
     multipliers = last_iterate_multipliers(weights)
     if z.ndim < 1 or z.shape[0] != multipliers.size:
-        raise ValueError(f"need one weight an iterate, got {multipliers.size} weights for iterates of shape {z.shape}")
+        raise ValueError(f"need one weight per iterate, got {multipliers.size} weights for iterates of shape {z.shape}")
     moves = multipliers[:-1].reshape(-1, *(1,) * (z.ndim - 1)) * np.diff(z, axis=0)
     return np.concatenate([z[:1], z[:1] + np.cumsum(moves, axis=0)])
 

@@ -266,7 +266,7 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
     at = _numbers("milestones", milestones)
     by = _numbers("factors", factors)
     if len(at) != len(by):
-        raise ValueError(f"piecewise needs one factor a milestone, got {len(at)} milestones and {len(by)} factors")
+        raise ValueError(f"piecewise needs one factor per milestone, got {len(at)} milestones and {len(by)} factors")
     if any(np.diff((0.0, *at)) <= 0) or max(at, default=0.0) > 1:
         raise ValueError(f"milestones must increase strictly within (0, 1], got {list(at)}")
     require(all(factor > 0 for factor in by), "factors must be positive", list(by))

@@ -54,5 +54,5 @@ def check_ratios(optimizer: Optimizer) -> None:
                 f"parameter group {number} has the learning rate {float(rate):.6g}, but its width asks for "
                 f"{expected * group['mup_lr']:.6g}, {group['mup_lr']:.4g} times the common one: a scheduler that sets "
                 f"absolute rates has undone the plan's ratios. Use one that multiplies (adabatch.ProgressLR, LambdaLR, "
-                f"cosine with eta_min=0), or give it one rate a group, each times the group's mup_lr"
+                f"cosine with eta_min=0), or give it one rate per group, each times the group's mup_lr"
             )

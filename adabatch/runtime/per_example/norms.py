@@ -195,8 +195,8 @@ class PerExampleNorms:
         if seen is not None and seen != num_examples:
             raise ValueError(
                 f"the micro-batch holds {num_examples} examples, and the model was called with a first dimension of "
-                f"{seen}: views, tokens or positions in it would be taken for examples. Call the model with an example "
-                f"a row (once for each view), pass count= to AdaptiveBatch.steps if the first number is wrong, or use "
+                f"{seen}: views, tokens or positions in it would be taken for examples. Call the model with one example "
+                f"per row (once for each view), pass count= to AdaptiveBatch.steps if the first number is wrong, or use "
                 f"the norm test from micro-batches"
             )
 
