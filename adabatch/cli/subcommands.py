@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser
 
@@ -14,7 +14,7 @@ class Command(NamedTuple):
     help: str
     description: str
     add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[..., int | None]
+    run: Callable[..., Any]
 
 
 def add_subcommands(parser: ArgumentParser, commands: Mapping[str, Command]) -> None:

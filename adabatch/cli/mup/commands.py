@@ -36,9 +36,9 @@ def run_mup(config: Namespace) -> int:
     if names.keys() <= arguments.keys():
         subject = Subject(**{name: arguments.pop(name) for name in names})
         arguments["subject"] = subject
-    status = SUBCOMMANDS[config.subcommand].run(**arguments, display=display)
+    status: int = SUBCOMMANDS[config.subcommand].run(**arguments, display=display)
     display.check_read()
-    return status or 0
+    return status
 
 
 def _add_model(parser: ArgumentParser) -> None:
