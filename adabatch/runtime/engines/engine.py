@@ -35,6 +35,7 @@ class Engine(ABC):
         runs_alone: whether a rank can run a micro-batch without the other ranks.
         holds_gradients: whether the gradients that a step has accumulated so far are in the optimizer's parameters, if
             they are anywhere that a loop can reach.
+        gives_closures: whether the host calls ``optimizer.step()`` with a closure that leaves the gradient as it is.
         reduced: when the mean gradient of a step is available: after the "backward" of its last micro-batch, or only
             when its "update" begins.
     """
@@ -43,6 +44,7 @@ class Engine(ABC):
     copies: bool = True
     runs_alone: bool = True
     holds_gradients: bool = True
+    gives_closures: bool = False
     reduced: Literal["backward", "update"] = "backward"
 
     def __init__(self, model: nn.Module, collectives: Collectives, backward: Backward = PLAIN) -> None:
