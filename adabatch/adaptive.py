@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from adabatch.arguments import allowed_by, checked, conform, require_type, whole
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
@@ -142,7 +143,10 @@ class AdaptiveBatch:
         model, backward = (model, None) if fabric is None else fabric
         self._engine = engine_of(model, optimizer, engine, local_sgd, backward)
         with undone_on_error() as undo, failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
-            largest = micro_batch_size if max_micro_batch_size is None else max_micro_batch_size
+            micro_batch_size = whole("micro_batch_size", micro_batch_size, at_least=1)
+            largest = micro_batch_size
+            if max_micro_batch_size is not None:
+                largest = whole("max_micro_batch_size", max_micro_batch_size, at_least=1)
             self._planner, needs, layers = prepared(
                 model,
                 optimizer,
@@ -153,8 +157,8 @@ class AdaptiveBatch:
                 control=control,
                 lr_rule=lr_rule,
                 follow=follow,
-                reference_batch_size=reference_batch_size,
-                tokens_per_example=tokens_per_example,
+                reference_batch_size=_count("reference_batch_size", reference_batch_size),
+                tokens_per_example=_count("tokens_per_example", tokens_per_example),
                 measure=measure,
                 probe=probe,
             )
@@ -261,6 +265,7 @@ class AdaptiveBatch:
         """The ranks' votes on whether to stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
         return self._votes
 
+    @checked
     def hold_growth_until(self, duration: Duration | None) -> None:
         """Keeps the batch from growing before ``duration`` has passed, unless ``Control(hold_until=)`` says otherwise.
 
@@ -331,6 +336,11 @@ class AdaptiveBatch:
         given |= run_settings(fixed, self._optimizer, probe=self._probe, votes=self._votes, trials=self._trials)
         check_same_settings(self.collectives, given)
         with failing_together(self.collectives, "steps(...)"):
+            require_type(
+                callable(count), "count must be a function from a micro-batch to its number of examples", count
+            )
+            require_type(weigh is None or callable(weigh), "weigh must be a function of a micro-batch, or None", weigh)
+            allow_same_data = conform("allow_same_data", allow_same_data, allowed_by(bool))
             if until is not None:
                 check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
             elif not self.collectives.fixed:
@@ -480,3 +490,7 @@ class AdaptiveBatch:
     def check_reference(self, saved: int) -> None:
         """Checks the reference batch size of a saved run, before anything is loaded."""
         self._planner.check_reference(saved)
+
+
+def _count(name: str, value: Any) -> int | None:
+    return None if value is None else whole(name, value, at_least=1)

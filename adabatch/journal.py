@@ -31,6 +31,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from adabatch.arguments import require, shown
 from adabatch.batch.averages import Averages
 from adabatch.batch.control import Decision
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments
@@ -263,14 +264,18 @@ def _sorted_targets(target: JournalTarget | Sequence[JournalTarget] | None) -> t
     paths: list[Path] = []
     sinks: list[JournalSink] = []
     if not isinstance(given, Sequence):
-        raise TypeError(f"journal must be a path, a sink with write() and close(), or a list of them, got {target!r}")
+        raise TypeError(
+            f"journal must be a path, a sink with write() and close(), or a list of them, got {shown(target)}"
+        )
     for each in given:
         if isinstance(each, str | Path):
+            usable = str(each) not in ("", ".") and "\0" not in str(each)
+            require(usable, "journal must be the path of a file, such as 'runs/noise.jsonl'", each)
             paths.append(Path(each))
         elif isinstance(each, JournalSink):
             sinks.append(each)
         else:
-            raise TypeError(f"journal takes paths and sinks with write() and close(), got {each!r}")
+            raise TypeError(f"journal takes paths and sinks with write() and close(), got {shown(each)}")
     if len(paths) > 1:
         raise ValueError(f"a run has one journal, got {' and '.join(map(str, paths))}")
     return paths, sinks

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from adabatch.arguments import checked
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import NoiseScale
 from adabatch.batch.efficiency import efficiency
@@ -33,6 +34,7 @@ from adabatch.runtime.step_hooks import host_value
 _log = logging.getLogger("adabatch")
 
 
+@checked
 def monitor(
     model: torch.nn.Module,
     optimizer: Optimizer,

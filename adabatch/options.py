@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch.amp.grad_scaler import GradScaler
 
+from adabatch.arguments import MOST_STEPS, check_fields, require
 from adabatch.guards.finite import SkipNonfinite, check_skip_nonfinite
 from adabatch.guards.memory_trials import TrialLoss
 from adabatch.runtime.engines.engine import GradientSync
@@ -40,6 +41,7 @@ class Measure:
     layer_weights: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.layers is not None and self.layer_weights is not None:
             raise ValueError(
                 f"layer_weights groups the parameters by weight, layers={self.layers!r} groups them otherwise: give "
@@ -78,6 +80,15 @@ class Guard:
     check_every: int | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
+        check_skip_nonfinite(self.skip_nonfinite)
+        check_fields(self)
+        for name in ("check_every", "max_left_out"):
+            most = getattr(self, name)
+            require(
+                not isinstance(most, int) or most <= MOST_STEPS,
+                f"{name} must be at most {MOST_STEPS} steps, or None",
+                most,
+            )
         if isinstance(self.check_every, int) and self.check_every < 1:
             raise ValueError(f"check_every must be at least 1 step, or None for no checks, got {self.check_every}")
         if not isinstance(self.check_every, int | None) and self.check_every != "auto":
@@ -107,3 +118,6 @@ class EngineOptions:
 
     gradient_sync: GradientSync | None = None
     scaler: GradScaler | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ import torch
 from torch.optim import Adagrad, Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import checked, require
 from adabatch.batch.criteria import NormTest
 from adabatch.optim.adagrad_norm import AdaGradNorm
+from adabatch.optim.parameters import listed
 
 
 class Pair(NamedTuple):
@@ -25,6 +28,7 @@ class Pair(NamedTuple):
     batches: AdaptiveBatch
 
 
+@checked
 def AdAdaGrad(
     model: torch.nn.Module,
     params: Iterable[Any] | None = None,
@@ -52,14 +56,17 @@ def AdAdaGrad(
             ``lr_rule`` is "none" by default, as published.
 
     Raises:
-        ValueError: as ``AdaptiveBatch``, ``NormTest`` and the optimizer do.
+        ValueError: for the reasons of ``AdaptiveBatch``, ``NormTest`` and the optimizer.
 
     Source: Lau, Liu, Kolar 2024 (AdAdaGrad), algorithm 1 with AdaGrad.
     """
-    optimizer = Adagrad(model.parameters() if params is None else params, lr=lr, weight_decay=weight_decay)
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        require(0 <= value < math.inf, f"{name} must be finite and not negative", value)
+    optimizer = Adagrad(_parameters(model, params), lr=lr, weight_decay=weight_decay)
     return Pair(optimizer, AdaptiveBatch(model, optimizer, NormTest(eta=eta), **{"lr_rule": "none"} | batching))
 
 
+@checked
 def AdAdaGradNorm(
     model: torch.nn.Module,
     params: Iterable[Any] | None = None,
@@ -85,11 +92,17 @@ def AdAdaGradNorm(
             ``lr_rule`` is "none" by default, as published.
 
     Raises:
-        ValueError: as ``AdaptiveBatch``, ``NormTest`` and the optimizer do.
+        ValueError: for the reasons of ``AdaptiveBatch``, ``NormTest`` and the optimizer.
 
     Source: Lau, Liu, Kolar 2024 (AdAdaGrad), algorithm 1 with AdaGrad-Norm; Ward, Wu, Bottou 2020.
     """
-    optimizer = AdaGradNorm(
-        model.parameters() if params is None else params, lr=lr, weight_decay=weight_decay, momentum=momentum
-    )
+    optimizer = AdaGradNorm(_parameters(model, params), lr=lr, weight_decay=weight_decay, momentum=momentum)
     return Pair(optimizer, AdaptiveBatch(model, optimizer, NormTest(eta=eta), **{"lr_rule": "none"} | batching))
+
+
+def _parameters(model: torch.nn.Module, params: Iterable[Any] | None) -> list[Any]:
+    if params is not None:
+        return listed(params)
+    every = list(model.parameters())
+    require(len(every) > 0, "the model must have parameters", type(model).__name__)
+    return every

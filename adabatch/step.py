@@ -23,7 +23,7 @@ from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.measured_norm import MeasuredNorm
 from adabatch.runtime.observers import Moment, Phase, RankMean, Rider, StepObserver, summed
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.trained_parameters import TrainedParameters
+from adabatch.runtime.trained_parameters import Changed, TrainedParameters
 
 
 class Step:
@@ -87,6 +87,10 @@ class Step:
         # The ranks would have to agree on it, and local steps are there to save that communication.
         self._find_nonfinite = None if alone else find_nonfinite
         self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
+        # Without a reduction at the end of the step, no rank could tell the others.
+        tells = engine.waits_for_gradients and engine.collectives.size > 1 and trained is not None
+        reduces = probe is not None or self._find_nonfinite is not None
+        self._changed = Changed(engine.collectives) if tells and reduces else None
         self._weight: float | None = None  # of the micro-batch that is being run; None outside the inner loop
         self._num_backward = 0
         self._begun = False
@@ -208,9 +212,13 @@ class Step:
         if self._weight is None:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
         if self._num_backward == 0 and self._trained is not None:  # by now the loop has frozen and thawed what it will
-            self._trained.check("AdaptiveBatch")
+            self._check_trained(self._trained)
         self._mistakes.backward_begins(last=self._num_backward == len(self.portion.sizes) - 1)
         self._enter(Phase.BACKWARD, self._num_backward)
+        if self._changed is not None and self._changed.own is not None:
+            self._backward_as_before()
+            self._num_backward += 1
+            return
         if self._weight == 0:
             self._backward_of_nothing()
             self._mistakes.backward_ended()
@@ -231,6 +239,28 @@ class Step:
             self._losses = value if self._losses is None else self._losses + value
         self._enter(Phase.AFTER_BACKWARD, self._num_backward)
         self._num_backward += 1
+
+    def _check_trained(self, trained: TrainedParameters) -> None:
+        """Whether the parameters are those of the run; if they are not, the ranks raise the error at the step's end.
+
+        An error that was raised here would leave the other ranks waiting for this one's gradients.
+        """
+        if self._changed is None:
+            if not self._engine.steps_alone():  # LocalSGD tells the workers at their next average
+                trained.check("AdaptiveBatch")
+        else:
+            self._changed.own = trained.changes("AdaptiveBatch")
+
+    def _backward_as_before(self) -> None:
+        """The backward of a rank whose parameters have changed: it sends zeros for those that the others wait for."""
+        assert self._trained is not None
+        if self._probe is not None:
+            self._probe.begin_part()
+        if self._num_backward == len(self.portion.sizes) - 1:
+            with self._trained.zero() as zero:
+                self._run_backward(zero)
+        if self._probe is not None:
+            self._probe.end_part(0.0, 0.0)
 
     def _run_backward(self, loss: Tensor) -> None:
         with explained():  # DDP and FSDP2 reduce in it
@@ -274,8 +304,16 @@ class Step:
     def _look_through(self, find_nonfinite: FindNonfinite) -> None:
         """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
         found = find_nonfinite(self._own_loss(self._engine.collectives.device))
-        (total,) = summed(self._engine.collectives, found, [self._votes])
+        (total,) = summed(self._engine.collectives, found, [self._votes, *self._told()])
+        self._raise_together()
         self._all_finite = total == 0
+
+    def _told(self) -> list[Rider]:
+        return [] if self._changed is None else [self._changed]
+
+    def _raise_together(self) -> None:
+        if self._changed is not None:
+            self._changed.raise_together()
 
     def _own_loss(self, device: torch.device) -> Tensor:
         """This rank's share of the mean loss; 0 if all its micro-batches have weight 0."""
@@ -290,7 +328,8 @@ class Step:
         scale = self._engine.backward.scale
         # Averaged as well, so that all ranks divide by the same bits.
         scales = [] if scale is None else [RankMean(scale(local.device), ranks.size)]
-        totals = summed(ranks, local, [loss, *scales, self._votes, *self._riders])
+        totals = summed(ranks, local, [loss, *scales, self._votes, *self._riders, *self._told()])
+        self._raise_together()
         self.loss, self.measured = loss.value, True
         self.moments = probe.moments(totals)
         for factor in scales:  # a scale that was backed off to 0 makes the moments infinite

@@ -91,7 +91,7 @@ class PendingUpdates:
         self._missing = MissingUpdates(kind_of(optimizer))
         self._schedules: list[ReferenceType[WritesRates]] = []
         self._repeated = RepeatedUpdates(engine, optimizer)  # whose hooks run before the others
-        self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips, done=self._done)
+        self._hooks = StepHooks(optimizer, overrides=self._overrides, skip=self._skips, done=self._done)
 
     @property
     def lr_factor(self) -> float:
@@ -224,7 +224,7 @@ class PendingUpdates:
     def _each_schedule(self) -> Iterator[WritesRates]:
         return (schedule for held in self._schedules if (schedule := held()) is not None)
 
-    def _moved(self) -> StepOverrides:
+    def _overrides(self) -> StepOverrides:
         """What the batch changes about the update that is about to run."""
         check_before_step(self._optimizer)
         update = self._update or self._begun

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, Optimizer
 
-from adabatch.arguments import require
+from adabatch.arguments import require, shown
 from adabatch.batch.control import UNLIMITED, Control, Limits
 from adabatch.batch.criteria import CoordinateNormTest, Criterion, DecaysLR, NormTest
 from adabatch.batch.moments import EUCLIDEAN
@@ -52,7 +52,7 @@ def engine_of(
     if isinstance(given, Engine):
         return given
     if not isinstance(given, EngineOptions):
-        raise TypeError(f"engine must be EngineOptions(...), or the Engine of a host, got {given!r}")
+        raise TypeError(f"engine must be EngineOptions(...), or the Engine of a host, got {shown(given)}")
     if local_sgd is not None:
         if backward is not None:
             raise ValueError(
@@ -81,8 +81,11 @@ def check_before_step(optimizer: Optimizer) -> None:
 def check_until(until: Any, consumed: Progress) -> None:
     """Checks that ``until`` is a duration in a unit that the run counts."""
     if not isinstance(until, Duration):
-        raise TypeError(f"until must be a duration, such as adabatch.examples({until!r}), got {until!r}")
-    consumed.count(until.unit)
+        raise TypeError(f"until must be a duration, such as adabatch.examples({shown(until)}), got {shown(until)}")
+    try:
+        consumed.count(until.unit)
+    except ValueError as error:
+        raise ValueError(f"until={until} cannot be reached: {error}") from None
 
 
 def checked_rules(
@@ -109,7 +112,9 @@ def checked_rules(
     for name, value in at_least_one.items():
         require(value is None or value >= 1, f"{name} must be at least 1", value)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing can train")
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires a gradient: nothing can train in this model"
+        )
     return rules
 
 
@@ -156,11 +161,13 @@ def check_types(optimizer: Any, criterion: Any) -> None:
             "SGD or AdamW"
         )
     if isinstance(criterion, type) or not isinstance(criterion, Criterion):
-        raise TypeError(f"criterion must be a criterion or a schedule, such as NormTest(eta=0.7), got {criterion!r}")
+        raise TypeError(
+            f"criterion must be a criterion or a schedule, such as NormTest(eta=0.7), got {shown(criterion)}"
+        )
     if not isinstance(criterion.needs, Needs):
         raise TypeError(
             f"the needs of {type(criterion).__name__} must be an adabatch.batch.Needs, such as "
-            f"Needs(noise='euclidean'), or Needs() if nothing is to be measured, got {criterion.needs!r}"
+            f"Needs(noise='euclidean'), or Needs() if nothing is to be measured, got {shown(criterion.needs)}"
         )
 
 
@@ -175,7 +182,7 @@ def check_kinds(**given: tuple[Any, type, str]) -> None:
     """
     for name, (value, kind, such_as) in given.items():
         if not isinstance(value, kind):
-            raise TypeError(f"{name} must be {such_as}, got {value!r}")
+            raise TypeError(f"{name} must be {such_as}, got {shown(value)}")
 
 
 def check_followers(optimizer: Optimizer, follow: Collection[str]) -> None:
@@ -437,7 +444,7 @@ def limits_and_grid(
             raise ValueError(f"{type(criterion).__name__} needs limits=Limits(min=..., max=...)")
         limits = Limits(min=smallest, max=UNLIMITED)
     if not isinstance(limits, Limits):
-        raise TypeError(f"limits must be Limits(min=..., max=...), got {limits!r}")
+        raise TypeError(f"limits must be Limits(min=..., max=...), got {shown(limits)}")
     for name, limit in (("min", limits.min), ("max", limits.max)):
         if isinstance(limit, int) and limit < UNLIMITED and limit % dp_size:
             raise ValueError(

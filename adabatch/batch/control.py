@@ -8,14 +8,13 @@ undone; a batch that may only grow would accumulate every mistake of the run.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from adabatch.arguments import require
+from adabatch.arguments import MOST_STEPS, check_fields, checked, require
 from adabatch.batch.averages import Averages, ProbeWindow
 from adabatch.batch.criteria import Criterion, Observation, resting_size
 from adabatch.batch.moments import GradientMoments
@@ -72,17 +71,11 @@ class Limits:
     max: int | Schedule
 
     def __post_init__(self) -> None:
+        check_fields(self, "limits.")
         for name, limit in (("min", self.min), ("max", self.max)):
             if isinstance(limit, Schedule):
                 continue
-            try:
-                size = operator.index(limit)  # numpy's integers are whole numbers too
-            except TypeError:
-                raise ValueError(
-                    f"limits.{name} must be a whole number of examples or a schedule, got {limit!r}"
-                ) from None
-            require(size >= 1, f"limits.{name} must be at least 1 example", limit)
-            object.__setattr__(self, name, size)
+            require(limit >= 1, f"limits.{name} must be at least 1 example", limit)
         if isinstance(self.min, int) and isinstance(self.max, int) and self.min > self.max:
             raise ValueError(f"limits are crossed: min={self.min} is above max={self.max}")
 
@@ -151,10 +144,14 @@ class Control:
     monotone: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         hold = self.hold.count if isinstance(self.hold, Duration) else self.hold
         shrink = self.confidence if self.shrink_confidence is None else self.shrink_confidence
         checks = {
-            "interval": (self.interval is None or self.interval >= 1, "at least 1 step, or None"),
+            "interval": (
+                self.interval is None or 1 <= self.interval <= MOST_STEPS,
+                f"at least 1 step (at most {MOST_STEPS:,}), or None",
+            ),
             "memory": (self.memory >= 1, "at least 1 probe"),
             "memory_share": (0 <= self.memory_share <= 1, "in [0, 1]"),
             "confidence": (0.5 <= self.confidence < 1, "in [0.5, 1)"),
@@ -179,6 +176,7 @@ class Control:
             )
 
     @classmethod
+    @checked
     def direct(cls, *, interval: int = 1) -> Control:
         """Every test is followed at once and in full: no average, no error bar, no cap, no pace; growth only.
 
@@ -301,14 +299,14 @@ def estimate(
         # Other measures of the noise are taken to be as uncertain, relatively, as the noise.
         times = noise / averages.noise if averages.noise else 1.0
         along, quantile = averages.noise_along, averages.noise_at_quantile
-        moved = replace(
+        shifted = replace(
             averages,
             noise=noise,
             signal=signal,
             noise_along=None if along is None else along * times,
             noise_at_quantile=None if quantile is None else quantile * times,
         )
-        return asks(seen._replace(moments=moved.moments(plan)))
+        return asks(seen._replace(moments=shifted.moments(plan)))
 
     n, s, freedom = averages.noise, averages.signal, averages.freedom
     center = wanted(n, s)

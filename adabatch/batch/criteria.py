@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import check_fields, require, require_one_of
 from adabatch.batch.moments import EUCLIDEAN, GradientMoments, Norm
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import PlanGrid, Progress
@@ -138,7 +138,7 @@ class NormTest:
             papers do.
 
     Raises:
-        ValueError: ``eta`` not positive, or a population below 2.
+        ValueError: if ``eta`` is not positive, or the population is below 2.
 
     Source: Byrd et al. 2012, section 2; Bollapragada et al. 2018, section 1; Lau, Liu, Kolar 2024 (AdAdaGrad).
     """
@@ -148,6 +148,7 @@ class NormTest:
     needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("eta", self.eta)
         if self.population is not None and not self.population >= 2:
             raise ValueError(f"population must be the size of the data set, at least 2, got {self.population}")
@@ -200,7 +201,7 @@ class StepPrice:
         norm: in which the noise scale is measured, as in `NoiseScale`.
 
     Raises:
-        ValueError: a price that is not positive, or an unknown norm.
+        ValueError: if the price is not positive, or the norm is unknown.
 
     Source: McCandlish et al. 2018, appendix D, for a price in time.
     """
@@ -209,6 +210,7 @@ class StepPrice:
     norm: Norm = field(default="euclidean", kw_only=True)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("examples", self.examples)
         _check_norm(self.norm)
 
@@ -271,7 +273,7 @@ class NoiseScale:
         norm: "euclidean", "adam", "sign", "spectral" or "kfac".
 
     Raises:
-        ValueError: ``multiple`` not positive, or an unknown norm.
+        ValueError: if ``multiple`` is not positive, or the norm is unknown.
 
     Source: McCandlish et al. 2018, section 2.2 and appendix A.1; "adam" as in AdaptDL (Qiao et al. 2021); "sign" and
     "spectral": arXiv 2602.03001, with the noise taken off the signal (`from_signs`, `from_matrices`).
@@ -281,6 +283,7 @@ class NoiseScale:
     norm: Norm = "euclidean"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("multiple", self.multiple)
         _check_norm(self.norm)
 
@@ -327,7 +330,7 @@ class CoordinateNormTest:
             the same batches as ``NormTest`` (118 steps against 125, 282 against 243, at eta 0.5).
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: if a value is outside its range.
 
     Source: Lau, Liu, Kolar 2024 (AdAdaGrad), the coordinate-wise norm test; the quantile is ours.
     """
@@ -336,6 +339,7 @@ class CoordinateNormTest:
     quantile: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("eta", self.eta)
         require(0 < self.quantile <= 1, "quantile must lie above 0 and up to 1.0 (all coordinates)", self.quantile)
 
@@ -364,7 +368,7 @@ class InnerProductTest:
         theta: tolerated ratio, positive (0.9 in Bollapragada et al. 2018).
 
     Raises:
-        ValueError: ``theta`` not positive.
+        ValueError: if ``theta`` is not positive.
 
     Source: Bollapragada, Byrd, Nocedal 2018, section 2.
     """
@@ -373,6 +377,7 @@ class InnerProductTest:
     needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("theta", self.theta)
 
     def wanted(self, observation: Observation) -> float:
@@ -393,7 +398,7 @@ class OrthogonalityTest:
         nu: tolerated ratio, positive (tan 80 degrees = 5.84 in Bollapragada et al. 2018).
 
     Raises:
-        ValueError: ``nu`` not positive.
+        ValueError: if ``nu`` is not positive.
 
     Source: Bollapragada, Byrd, Nocedal 2018, section 3.1.
     """
@@ -402,6 +407,7 @@ class OrthogonalityTest:
     needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("nu", self.nu)
 
     def wanted(self, observation: Observation) -> float:
@@ -421,7 +427,7 @@ class AugmentedInnerProductTest:
         nu: tolerance of the orthogonality test, positive.
 
     Raises:
-        ValueError: a tolerance that is not positive.
+        ValueError: if a tolerance is not positive.
 
     Source: Bollapragada, Byrd, Nocedal 2018, section 3.
     """
@@ -431,6 +437,7 @@ class AugmentedInnerProductTest:
     needs: ClassVar[Needs] = Needs(noise=EUCLIDEAN, products=True)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_positive("theta", self.theta)
         _check_positive("nu", self.nu)
 

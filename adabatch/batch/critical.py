@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adabatch.arguments import checked, require
+
 TOLERANCE = 0.005
 """Of the loss of the smallest batch."""
 
@@ -46,6 +48,7 @@ class CriticalBatch(NamedTuple):
         return self.size / noise_scale if 0 < noise_scale < math.inf else math.nan
 
 
+@checked
 def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: float) -> NDArray[np.float64]:
     """The exponential average of a loss over examples, after each step.
 
@@ -65,9 +68,12 @@ def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: flo
     """
     values, sizes = np.asarray(losses, dtype=np.float64), np.asarray(batch_sizes, dtype=np.float64)
     if values.shape != sizes.shape or values.ndim != 1:
-        raise ValueError(f"need a loss and a batch size for each step, got shapes {values.shape} and {sizes.shape}")
+        raise ValueError(
+            f"need a loss and a batch size for each step (losses and batch_sizes), got shapes {values.shape} and "
+            f"{sizes.shape}"
+        )
     if not (sizes > 0).all():
-        raise ValueError(f"batch sizes must be positive, got {sizes.min()}")
+        raise ValueError(f"batch_sizes: batch sizes must be positive, got {sizes.min()}")
     if not 0 < half_life < math.inf:
         raise ValueError(f"half_life must be a positive number of examples, got {half_life}")
     averages = np.empty_like(values)
@@ -78,6 +84,7 @@ def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: flo
     return averages
 
 
+@checked
 def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE) -> CriticalBatch:
     """The critical batch of branches that trained on equally many examples.
 
@@ -99,7 +106,7 @@ def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE)
     """
     known = dict(sorted(losses.items()))
     if len(known) < 2:
-        raise ValueError(f"a critical batch needs branches at two batch sizes at least, got {list(known)}")
+        raise ValueError(f"losses: a critical batch needs branches at two batch sizes at least, got {list(known)}")
     sizes = list(known)
     if sizes[0] < 1:
         raise ValueError(f"batch sizes must be at least 1 example, got {sizes[0]}")
@@ -124,6 +131,7 @@ def _crossing(size: int, larger: int, losses: Mapping[int, float], bound: float)
     return size * math.exp(math.log(larger / size) * (bound - below) / (above - below))
 
 
+@checked
 def measure_critical_batch(
     branch: Callable[[int], Iterable[tuple[int, float]]],
     sizes: Sequence[int],
@@ -144,6 +152,7 @@ def measure_critical_batch(
         ValueError: as for ``critical_batch``; also if a branch has no step, or if the examples of branches differ by
             more than the largest batch, so that their losses cannot be compared.
     """
+    require(len(sizes) > 0 and min(sizes) >= 1, "sizes must be batch sizes of at least 1 example", list(sizes))
     ends: dict[int, float] = {}
     counts: dict[int, int] = {}
     for size in sorted(set(sizes)):

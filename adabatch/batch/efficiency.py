@@ -7,6 +7,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from adabatch.arguments import checked, number
+
 
 def efficiency(global_batch_size: float, noise_scale: float, *, reference: float = 0.0) -> float:
     """Progress per example, relative to that in a batch of ``reference``.
@@ -24,10 +26,15 @@ def efficiency(global_batch_size: float, noise_scale: float, *, reference: float
 
     Source: McCandlish et al. 2018, equation 2.11; Pollux (Qiao et al. 2021), section 3.1.
     """
+    given = {"global_batch_size": global_batch_size, "noise_scale": noise_scale, "reference": reference}
+    for name, size in given.items():
+        if not isinstance(size, float) or not math.isnan(size):  # NaN is that of a run that has measured nothing yet
+            number(name, size, at_least=0, at_most=math.inf)
     whole = noise_scale + global_batch_size
     return 1.0 if whole == 0 or math.isinf(noise_scale) else (noise_scale + reference) / whole
 
 
+@checked
 def adaptive_limit(noise_scales: ArrayLike, batch_sizes: ArrayLike | None = None) -> float:
     """The largest gain of a batch that follows the noise scale over the best constant one: ``<B> / <sqrt B>^2``.
 
@@ -58,9 +65,12 @@ def adaptive_limit(noise_scales: ArrayLike, batch_sizes: ArrayLike | None = None
     if batch_sizes is not None:
         sizes = np.atleast_1d(np.asarray(batch_sizes, dtype=np.float64))
         if sizes.shape != scales.shape:
-            raise ValueError(f"need a batch size for each noise scale, got shapes {sizes.shape} and {scales.shape}")
+            raise ValueError(
+                f"batch_sizes must be one for each of noise_scales: need a batch size for each noise scale, got "
+                f"shapes {sizes.shape} and {scales.shape}"
+            )
         if not np.all(sizes > 0):
-            raise ValueError(f"batch sizes must be positive, got {sizes.min()}")
+            raise ValueError(f"batch_sizes: batch sizes must be positive, got {sizes.min()}")
         weights = sizes / (sizes + np.where(usable, scales, 0.0))
     if not usable.any():
         return math.nan

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from adabatch.arguments import require_one_of
+from adabatch.arguments import check_fields, require_one_of
 from adabatch.batch.criteria import Observation, ratio
 from adabatch.batch.efficiency import efficiency
 from adabatch.batch.moments import Norm
@@ -59,6 +59,7 @@ class Goodput:
     norm: Norm = field(default="euclidean", kw_only=True)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.min_speedup < math.inf:
             raise ValueError(f"min_speedup must be zero or positive, such as 0.05, got {self.min_speedup}")
         require_one_of("norm", self.norm, Norm)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
+from adabatch.arguments import check_fields, require
 from adabatch.batch.moments import EUCLIDEAN
 
 
@@ -45,6 +46,12 @@ class Needs:
     examples: bool = _need(False, "single examples", "another probe, such as PerExampleProbe(model)")
     seconds: bool = _need(False, "the seconds of a step")
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            self.quantile is None or 0 < self.quantile <= 1, "quantile must lie above 0 and up to 1.0", self.quantile
+        )
+
     def __bool__(self) -> bool:
         """Whether anything is needed."""
         return any(True for _ in self._asked())
@@ -53,7 +60,7 @@ class Needs:
         """Both.
 
         Raises:
-            ValueError: for two norms or two quantiles, because a probe measures only one.
+            ValueError: if there are two norms or two quantiles, because a probe measures only one.
         """
         for each in self._asked():
             mine, theirs = getattr(self, each.name), getattr(other, each.name)

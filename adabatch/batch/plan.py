@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import MOST, check_fields, number, require, require_one_of
 
 Unit = Literal["examples", "tokens", "steps", "gain_steps"]
 
@@ -29,6 +29,7 @@ class BatchPlan:
     dp_size: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("micro_batch_size", "accumulation_steps", "dp_size"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
 
@@ -56,9 +57,10 @@ class Duration:
 
     def __post_init__(self) -> None:
         require_one_of("unit", self.unit, Unit)
-        if not (math.isfinite(self.count) and self.count == int(self.count)):
+        count = number("the count of a duration", self.count, at_most=MOST)
+        if count != int(count):
             raise ValueError(f"a duration must be a whole number of {self.unit}, got {self.count!r}")
-        object.__setattr__(self, "count", int(self.count))  # users write 6e6
+        object.__setattr__(self, "count", int(count))  # users write 6e6
         if self.count < 0:
             raise ValueError(f"a duration must not be negative, got {self.count} {self.unit}")
 
@@ -102,6 +104,12 @@ class Progress:
     tokens: int | None = None
     gain_steps: float | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("examples", "steps", "tokens", "gain_steps"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name} must not be negative", value)
+
     def after(self, num_examples: int, num_tokens: int | None = None, gain: float | None = None) -> Progress:
         """The progress after one more applied update."""
         return Progress(
@@ -115,7 +123,7 @@ class Progress:
         """The progress in ``unit``.
 
         Raises:
-            ValueError: for tokens or gain-steps, if they are not counted.
+            ValueError: if the unit is tokens or gain-steps, and these are not counted.
         """
         if unit == "examples":
             return self.examples
@@ -165,6 +173,16 @@ class PlanGrid:
     micro_sizes: tuple[int, ...]
     min_accumulation: int = 1
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("dp_size", "min_accumulation"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        require(
+            len(self.micro_sizes) > 0 and min(self.micro_sizes) >= 1,
+            "micro_sizes must be at least 1 example each",
+            self.micro_sizes,
+        )
+
     def next_above(self, size: int) -> int:
         """The smallest global batch size above ``size`` that can be run, in examples."""
         quanta = [micro * self.dp_size for micro in self.micro_sizes]
@@ -203,6 +221,7 @@ class PlanGrid:
         for micro in sorted(self.micro_sizes, reverse=True):
             quantum = micro * self.dp_size
             lowest = max(self.min_accumulation, math.ceil(min_size / quantum))
+            # This micro-batch cannot make a batch below the limit at all.
             if lowest * quantum > max_size:
                 continue
             count = max(round(goal / quantum), lowest)

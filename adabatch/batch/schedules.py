@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from adabatch.arguments import require
+from adabatch.arguments import check_fields, require
 from adabatch.batch.criteria import Observation
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import Duration, Progress
@@ -48,12 +48,13 @@ class Constant(Schedule):
     """Always the same global batch size.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: if the size is below 1.
     """
 
     global_batch_size: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_size("global_batch_size", self.global_batch_size)
 
     @property
@@ -73,6 +74,10 @@ class Stage:
     after: Duration
     global_batch_size: int
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_size("global_batch_size", self.global_batch_size)
+
 
 @dataclass(frozen=True)
 class Stages(Schedule):
@@ -85,16 +90,15 @@ class Stages(Schedule):
         then: the milestones, ascending, all in one unit.
 
     Raises:
-        ValueError: sizes below 1, milestones of mixed units or out of order.
+        ValueError: if a size is below 1, or milestones have different units or do not ascend.
     """
 
     first: int
     then: Sequence[Stage]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_size("first", self.first)
-        for stage in self.then:
-            _check_size("global_batch_size", stage.global_batch_size)
         ends = [stage.after for stage in self.then]
         if len({end.unit for end in ends}) > 1:
             raise ValueError(f"the milestones of stages must share one unit, got {', '.join(map(str, ends))}")
@@ -124,7 +128,7 @@ class LinearRamp(Schedule):
         over: how long the ramp takes.
 
     Raises:
-        ValueError: sizes below 1, or a ramp of no length.
+        ValueError: if a size is below 1, or the ramp has no length.
 
     Source: the batch ramp of GPT-3 (Brown et al. 2020, appendix B), in any unit.
     """
@@ -134,6 +138,7 @@ class LinearRamp(Schedule):
     over: Duration
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_size("first", self.first)
         _check_size("last", self.last)
         if self.over.count == 0:
@@ -174,6 +179,7 @@ class Seesaw(Schedule):
     alpha: float = 2.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_size("first", self.first)
         require(1 < self.alpha < math.inf, "alpha must be above 1 and finite", self.alpha)
         if self.total.count == 0:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.arguments import require
+from adabatch.arguments import checked, require
 from adabatch.batch.plan import Duration
 from adabatch.checkpointing.background import Background
 from adabatch.checkpointing.differences import Difference, differences, refuse
@@ -103,6 +103,7 @@ class Checkpoints:
         TypeError: if a part has no state, or an interval has no unit.
     """
 
+    @checked
     def __init__(
         self,
         folder: str | Path,
@@ -145,6 +146,7 @@ class Checkpoints:
         self._lock = FolderLock(self._folder)
         self._times.listen(first=self._ranks.rank == 0)
 
+    @checked
     def step(self, *, now: bool = False) -> bool:
         """Saves if a checkpoint is due; call it at the end of a step, after ``optimizer.step()``.
 
@@ -155,8 +157,8 @@ class Checkpoints:
             Whether it saved.
 
         Raises:
-            ValueError: without ``batches``, which count what was consumed.
-            CheckpointError: as ``save`` does.
+            ValueError: if there are no ``batches``, which count what was consumed.
+            CheckpointError: for the same reasons as ``save``.
         """
         if not self._times.due(now=now):
             return False
@@ -217,6 +219,7 @@ class Checkpoints:
             failure = error
         self._raise_together(failure)
 
+    @checked
     def load(self, *, missing_ok: bool | None = None) -> Loaded | None:
         """Loads the newest intact checkpoint, the same on all ranks.
 
@@ -406,6 +409,7 @@ class Checkpoints:
         return sums
 
 
+@checked
 def save(folder: str | Path, *, model: nn.Module, keep: int = 3, **parts: Any) -> None:
     """Saves a run between two steps, and returns when it is on the disk; on all ranks.
 
@@ -423,6 +427,7 @@ def save(folder: str | Path, *, model: nn.Module, keep: int = 3, **parts: Any) -
         checkpoints.save()
 
 
+@checked
 def load(folder: str | Path, *, model: nn.Module, missing_ok: bool | None = None, **parts: Any) -> Loaded | None:
     """Loads the newest intact checkpoint of a run, the same on all ranks.
 

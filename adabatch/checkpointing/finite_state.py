@@ -46,7 +46,7 @@ def check_finite(named: Iterable[Named]) -> None:
     """Checks this rank's pieces of tensors, so that a useless checkpoint does not take the place of a good one.
 
     Raises:
-        CheckpointError: names a tensor that is not finite.
+        CheckpointError: if one is not finite; names it.
     """
     pieces = [(name, own_piece(tensor)[0]) for name, tensor in named]
     pieces = [(name, each) for name, each in pieces if each.numel() and (each.is_floating_point() or each.is_complex())]

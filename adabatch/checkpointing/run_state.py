@@ -6,7 +6,7 @@ import logging
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from adabatch.checkpointing.files import CheckpointError, Files, sealed
 from adabatch.checkpointing.finite_state import check_finite, optimizer_states, trained_weights
 from adabatch.checkpointing.plain import NotPlain, plain
 from adabatch.checkpointing.rank_states import state_of_rank, states_of_all
-from adabatch.checkpointing.settings import KeptSetting, Settings
+from adabatch.checkpointing.settings import BuiltSettings, KeptSetting
 from adabatch.checkpointing.sharded_state import Shards, put_back, shapes_in, taken_apart, write_shards
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.compiled import uncompiled
@@ -35,6 +35,7 @@ SHARDS = "shards"
 _log = logging.getLogger("adabatch")
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """An object with ``state_dict`` and ``load_state_dict``, torch's own protocol."""
 
@@ -83,7 +84,7 @@ class RunState:
 
     Raises:
         TypeError: if a part has no state.
-        ValueError: for local SGD of a sharded model.
+        ValueError: if local SGD is used with a sharded model.
     """
 
     def __init__(self, parts: Mapping[str, Any], *, config: Mapping[str, Any] | None) -> None:
@@ -237,7 +238,7 @@ class RunState:
         """
         state = self._read(path)
         self._check_model(path, state["model"])
-        settings = Settings(self._parts)
+        settings = BuiltSettings(self._parts)
         if self._optimizer is not None:
             _check_groups(state["optimizer"]["param_groups"], self._optimizer)
             refuse_order(contents, self._parameters())

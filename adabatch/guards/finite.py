@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from adabatch.arguments import shown
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.fsdp2 import own_piece
 from adabatch.runtime.optimizers import each_of
@@ -28,8 +30,8 @@ def check_skip_nonfinite(value: object) -> None:
     Raises:
         ValueError: if it is not True, False or "probed".
     """
-    if not (isinstance(value, bool) or value == "probed"):
-        raise ValueError(f"skip_nonfinite must be True, False or 'probed', got {value!r}")
+    if not (isinstance(value, bool | np.bool_) or (isinstance(value, str) and value == "probed")):
+        raise ValueError(f"skip_nonfinite must be True, False or 'probed', got {shown(value)}")
 
 
 def nonfinite_search(optimizer: Optimizer, skip: SkipNonfinite, engine: Engine) -> FindNonfinite | None:

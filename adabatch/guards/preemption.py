@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from adabatch.arguments import checked
 from adabatch.guards.votes import Votes
 
 EXIT_PREEMPTED = 75
@@ -16,6 +17,7 @@ This is EX_TEMPFAIL of sysexits.h ("try again"). 143 would be ambiguous: it is a
 """
 
 
+@runtime_checkable
 class StoppableRun(Protocol):
     """A run that ``Preemption`` can stop, such as an ``AdaptiveBatch``."""
 
@@ -50,12 +52,15 @@ class Preemption:
         ValueError: if the block is entered in another thread than the main one, in which Python delivers no signals.
     """
 
+    @checked
     def __init__(
         self, batches: StoppableRun, *, signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1)
     ) -> None:
         self._votes = batches.votes
         self._signals = tuple(signals)
         self._before: dict[signal.Signals, Any] = {}
+        # From the constructor on, not when a signal comes: all ranks must add the same number of votes to their
+        # reductions, and a signal may reach only one of them.
         self._votes.listen()
 
     @property

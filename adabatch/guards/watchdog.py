@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from adabatch.arguments import checked
 from adabatch.guards.connections import Connections
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.monitor import EXIT_RANK_LOST, Monitor
@@ -19,6 +20,7 @@ class RankLost(RuntimeError):
     it."""
 
 
+@runtime_checkable
 class WatchedRun(Protocol):
     """A run that a ``Watchdog`` can watch, such as an ``AdaptiveBatch``."""
 
@@ -70,6 +72,7 @@ class Watchdog:
         ValueError: if ``timeout`` is not positive and finite, or ``grace`` is negative.
     """
 
+    @checked
     def __init__(
         self, batches: WatchedRun, *, timeout: float = 300.0, grace: float = 10.0, address: str | None = None
     ) -> None:
@@ -108,6 +111,8 @@ class Watchdog:
         if error is None:
             monitor.leave()
             monitor.ended.wait()
+        # The error only says that some peer has gone. The monitors soon tell which rank, and that is what the user
+        # needs.
         elif is_connection_lost(error):
             monitor.ended.wait(self._grace)
         if monitor.finding is not None:
@@ -117,5 +122,6 @@ class Watchdog:
         elif error is None:
             monitor.stop()
         else:
+            # The first line only: the rank prints its whole error itself.
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             monitor.fail(f"rank {self._collectives.rank} raised {said}, in {self._heartbeat.place}")

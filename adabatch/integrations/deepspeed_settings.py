@@ -17,7 +17,7 @@ from torch import Tensor
 from adabatch.checkpointing.differences import Difference, Parameter, describe, differences, refuse, refuse_order
 from adabatch.checkpointing.files import CheckpointError
 from adabatch.checkpointing.plain import plain
-from adabatch.checkpointing.settings import KeptSetting, Settings, settings_of
+from adabatch.checkpointing.settings import BuiltSettings, KeptSetting, settings_of
 from adabatch.integrations.deepspeed import HELD, trained_parameters
 from adabatch.runtime.scheduler import ProgressLR
 from adabatch.runtime.step_hooks import put_setting
@@ -40,7 +40,7 @@ class EngineSettings:
         self._optimizer = engine.basic_optimizer
         self._scheduler = parts.get("schedule", engine.lr_scheduler)
         built = {"optimizer": self._optimizer, "schedule": self._scheduler, "order": parts.get("order")}
-        self._built = Settings({name: part for name, part in built.items() if part is not None})
+        self._built = BuiltSettings({name: part for name, part in built.items() if part is not None})
         self._other_scheduler = self._scheduler is not None and not isinstance(self._scheduler, ProgressLR)
         # A scheduler of DeepSpeed's notes no base rate, and the groups hold its present one.
         self._rates = [settings_of(group, self._optimizer).get("lr") for group in self._optimizer.param_groups]
@@ -100,7 +100,7 @@ class EngineSettings:
             What ``enforce`` needs; None for a checkpoint of an earlier release, which has no description.
 
         Raises:
-            ValueError: names what must not differ.
+            ValueError: if this run cannot continue from it; names what must not differ.
             CheckpointError: if the description is damaged.
             OSError: if it cannot be read.
         """

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adabatch.arguments import require
+from adabatch.arguments import MOST_STEPS, checked, require
 from adabatch.lr.function_shape import AnyShape
 from adabatch.lr.refine import stretch
 from adabatch.lr.shapes import Decay, Shape, warmup_factor, wsd
@@ -56,6 +56,7 @@ class BoundTerms(NamedTuple):
         """The bound at ``best_base_lr``, ``2 sqrt(T1 T2)``: proportional to ``D * G``."""
         return 2 * math.sqrt(self.distance) * math.sqrt(self.gradient)
 
+    @checked
     def at(self, base_lr: float) -> float:
         """The bound at ``base_lr``.
 
@@ -107,6 +108,7 @@ class Extension(NamedTuple):
     terms: BoundTerms
 
 
+@checked
 def discretize(
     shape: AnyShape, num_steps: int, *, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> NDArray[np.float64]:
@@ -127,7 +129,9 @@ def discretize(
         ValueError: if there are no steps, or the warm-up leaves none.
     """
     if num_steps < 1:
-        raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
+        raise ValueError(f"a schedule needs at least 1 step, got num_steps={num_steps}")
+    require(num_steps <= MOST_STEPS, f"num_steps must be at most {MOST_STEPS:,}", num_steps)
+    require(0 <= warmup_start < math.inf, "warmup_start must be finite and not negative", warmup_start)
     if not 0 <= warmup_steps < num_steps:
         raise ValueError(
             f"warmup_steps must lie in [0, {num_steps - 1}] for {num_steps} steps, got {warmup_steps}: "
@@ -140,6 +144,7 @@ def discretize(
     return factors
 
 
+@checked
 def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> BoundTerms:
     """The last-iterate bound of a schedule, split in its two terms; the head of this module has the formula.
 
@@ -156,21 +161,26 @@ def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float =
         ValueError: if numbers are out of these ranges, shapes differ, or all factors or gradients are zero.
     """
     eta, squares = _validated(factors, norms, distance)
+    # Summed from the end, so that the small sums there keep their digits; a difference of sums from the start would
+    # lose them.
     tail = np.cumsum(eta[::-1])[::-1]
     after = np.append(tail[1:], tail[-1])  # eta_{min(t+1,T):T}
     return _terms(distance * distance / (2 * tail[0]), float(np.sum(eta * (eta / after) * squares)) / 2)
 
 
+@checked
 def bound(factors: ArrayLike, norms: ArrayLike = 1.0, *, base_lr: float = 1.0, distance: float = 1.0) -> float:
     """The last-iterate bound at ``base_lr``; arguments and errors as for ``bound_terms``."""
     return bound_terms(factors, norms, distance=distance).at(base_lr)
 
 
+@checked
 def best_base_lr(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> float:
     """The base learning rate with the least last-iterate bound; arguments as for ``bound_terms``."""
     return bound_terms(factors, norms, distance=distance).best_base_lr
 
 
+@checked
 def averaged_bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> BoundTerms:
     """The classical bound for the average of the iterates, weighted by their steps, or for the best of them.
 
@@ -184,6 +194,7 @@ def averaged_bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance
     return _terms(distance * distance / (2 * total), float(np.sum(eta**2 * squares)) / (2 * total))
 
 
+@checked
 def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
     """Limits for T to infinity of the bound of ``wsd(cooldown=c)`` with constant gradient norm.
 
@@ -192,8 +203,8 @@ def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
         best base learning rate  sqrt(2 / ((2 - c)(2 + l)))           bound  sqrt((4 + 2 l) / (2 - c))
 
     Derived from the bound by replacing its sums by integrals. At T = 20,000 the bound's own best base learning rate is
-    within 0.13 % of it for a cooldown of 0.05, 0.06 % for 0.2 and more. The ratio of two     of these limits transfers
-    a tuned base learning rate between cooldowns, at any T.
+    within 0.13 % of it for a cooldown of 0.05, 0.06 % for 0.2 and more. The ratio of two of these limits transfers a
+    tuned base learning rate between cooldowns, at any T.
 
     Args:
         cooldown: the share of the run that cools down, in (0, 1]. There is no limit for 0: the bound of a
@@ -210,6 +221,7 @@ def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
     )
 
 
+@checked
 def linear_cooldown_ratio(
     source: AnyShape, target: AnyShape, num_steps: int, target_steps: int | None = None
 ) -> float | None:
@@ -224,6 +236,8 @@ def linear_cooldown_ratio(
         The ratio of the limits from ``linear_cooldown_limits``, or None if one of the shapes is not a linear
         cooldown to zero.
     """
+    for name, count in (("num_steps", num_steps), ("target_steps", target_steps)):
+        require(count is None or count >= 1, f"{name} must be at least 1", count)
     cooldowns = [_linear_cooldown(shape) for shape in (source, target)]
     if not all(cooldowns):
         return None
@@ -243,6 +257,7 @@ def _linear_cooldown(shape: AnyShape) -> float:
     return 0.0
 
 
+@checked
 def transfer(
     base_lr: float,
     source: AnyShape,
@@ -277,11 +292,22 @@ def transfer(
         target_warmup_steps: of the new run; by default the same.
 
     Raises:
-        ValueError: a base learning rate that is not positive, and as ``discretize`` and ``bound_terms`` say.
+        ValueError: if the base learning rate is not positive, and for the reasons of ``discretize`` and
+            ``bound_terms``.
     """
     require(0 < base_lr < math.inf, "base_lr must be positive and finite", base_lr)
+    require(np.ndim(norms) < 2 and np.size(norms) > 0, "norms must be a number or a flat array", norms)
+    for name, count in (("num_steps", num_steps), ("target_steps", target_steps)):
+        require(
+            count is None or 1 <= count <= MOST_STEPS, f"{name} must be from 1 to {MOST_STEPS}: at least 1 step", count
+        )
     there = num_steps if target_steps is None else target_steps
     warmup_there = warmup_steps if target_warmup_steps is None else target_warmup_steps
+    require(
+        0 <= warmup_there < there,
+        f"{'' if target_warmup_steps is None else 'target_'}warmup_steps must lie in [0, {there - 1}]",
+        warmup_there,
+    )
 
     def best(shape: AnyShape, steps: int, warmup: int) -> float:
         profile = norms if np.ndim(norms) == 0 else stretch(norms, steps)
@@ -290,6 +316,7 @@ def transfer(
     return base_lr * best(target, there, warmup_there) / best(source, num_steps, warmup_steps)
 
 
+@checked
 def two_stage(
     num_steps: int,
     new_steps: int,
@@ -351,6 +378,7 @@ def two_stage(
     )
 
 
+@checked
 def longer_cooldown(
     num_steps: int, new_steps: int, *, cooldown: float, decay: Decay = "linear", warmup_steps: int = 0
 ) -> Extension:
@@ -400,7 +428,7 @@ def _validated(
     if eta.ndim != 1 or not np.all(np.isfinite(eta) & (eta >= 0)):
         raise ValueError("factors must be a flat array of finite numbers that are not negative")
     if not np.any(eta):
-        raise ValueError(f"a schedule needs a positive factor, got {eta.size} that are all zero")
+        raise ValueError(f"a schedule needs a positive factor, got {eta.size} factors that are all zero")
     if sizes.shape not in ((), eta.shape):
         raise ValueError(
             f"norms must be a number or as many as the {eta.size} factors, got shape {sizes.shape}: "
@@ -427,9 +455,10 @@ def _last_full_step(num_steps: int, cooldown: float, warmup_steps: int, new_step
     require(0 < cooldown < 1, "the cooldown of a run to extend must lie in (0, 1)", cooldown)
     if not 0 <= warmup_steps < num_steps < new_steps:
         raise ValueError(
-            "an extension needs 0 <= warmup_steps < num_steps < new_steps, "
+            "an extension needs 0 <= warmup_steps < num_steps < new_steps (of its new total), "
             f"got {warmup_steps}, {num_steps} and {new_steps}"
         )
+    require(new_steps <= MOST_STEPS, f"new_steps must be at most {MOST_STEPS}", new_steps)
     return _floor(num_steps - cooldown * (num_steps - warmup_steps))
 
 
@@ -439,10 +468,8 @@ def _floor(steps: float) -> int:
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """The root of a function that changes sign between low and high, by the Illinois form of false position.
-
-    Each evaluation is O(T), so their number matters: about ten, while bisection takes forty.
-    """
+    """The root of a function that changes sign between low and high, by the Illinois form of false position."""
+    # Each evaluation is O(T), so their number matters: about ten, where bisection takes forty.
     at_low, at_high = function(low), function(high)
     for _ in range(100):
         middle = high - at_high * (high - low) / (at_high - at_low)
@@ -452,6 +479,7 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
         if (at_middle > 0) != (at_high > 0):
             low, at_low = high, at_high
         else:
+            # The Illinois step: plain false position keeps one end fixed on a convex function, and converges slowly.
             at_low /= 2
         high, at_high = middle, at_middle
     raise AssertionError(f"no root found between {low} and {high}")

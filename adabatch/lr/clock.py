@@ -26,7 +26,7 @@ def share_of(total: Duration, share: float) -> Duration:
     """
     if not 0 <= share < 1:
         raise ValueError(
-            f"a share of the total must lie in [0, 1), got {share}: give a length as a duration, such as "
+            f"a share of the total must lie in [0, 1), got {share}: give a length (of a warmup) as a duration, such as "
             f"adabatch.steps(100)"
         )
     return Duration(round(share * total.count), total.unit)
@@ -128,4 +128,5 @@ class Clock:
         if done + remaining <= 0:
             return 1.0
         share = min(1.0, max(0.0, done / (done + remaining)))
+        # A growing batch would move the fraction back, and the learning rate up again.
         return max(passed, anchor.fraction + (1 - anchor.fraction) * share)

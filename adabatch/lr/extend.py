@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from adabatch.arguments import checked
 from adabatch.batch.plan import Duration, Progress
 from adabatch.lr.bound import longer_cooldown, two_stage
 from adabatch.lr.recorded import Clock, Recorded
@@ -96,6 +97,7 @@ class ExtendedSchedule(NamedTuple):
     resume: float
 
 
+@checked
 def finished_run(saved: SavedSchedule) -> FinishedRun:
     """The run of a checkpoint.
 
@@ -127,11 +129,12 @@ def finished_run(saved: SavedSchedule) -> FinishedRun:
     return FinishedRun(num_steps, warmup_steps, saved.warmup, cooldown, decay, total)
 
 
+@checked
 def extended_schedules(run: FinishedRun, total: Duration) -> dict[str, ExtendedSchedule]:
     """The run's own shape over a new total, and the two that keep its base learning rate the best one.
 
     Raises:
-        ValueError: as ``lr.two_stage`` does.
+        ValueError: for the same reasons as ``lr.two_stage``.
     """
     new_steps = run.steps_of(total)
     given: dict[str, Any] = {"cooldown": run.cooldown, "decay": run.decay, "warmup_steps": run.warmup_steps}

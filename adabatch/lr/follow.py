@@ -28,7 +28,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from adabatch.arguments import require
+from adabatch.arguments import check_fields, require
 from adabatch.batch.plan import Progress
 from adabatch.lr.rules import LRRule, Setting, check_follow, check_lr_rule, followed, gain, lr_factor
 
@@ -60,6 +60,7 @@ class Followers:
 
     def __post_init__(self) -> None:
         check_follow(self.settings)
+        check_fields(self)
         for name in ("beta1_floor", "beta2_floor"):
             floor = getattr(self, name)
             require(0 <= floor <= 1, f"{name} must lie in [0, 1], where 0 sets no floor", floor)
@@ -171,6 +172,7 @@ class UpdateRules:
 
     def __post_init__(self) -> None:
         check_lr_rule(self.rule)
+        check_fields(self)
 
     def at(
         self,

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from adabatch.arguments import checked
 from adabatch.lr.shapes import FloatArray, Shape
 
 NUM_POINTS = 257
@@ -41,6 +42,7 @@ class FunctionShape:
             with the same progress give different values.
     """
 
+    @checked
     def __init__(self, function: Callable[[float], float], *, name: str | None = None) -> None:
         if not callable(function):
             raise TypeError(f"a shape must be a function of progress, got {function!r}")

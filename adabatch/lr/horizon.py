@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adabatch.arguments import checked
 from adabatch.lr.bound import BoundTerms, bound_terms
 from adabatch.lr.function_shape import AnyShape
 from adabatch.lr.recorded import Clock, Recorded
@@ -33,17 +34,19 @@ class Horizon(NamedTuple):
     norms: FloatArray
 
     @classmethod
+    @checked
     def of_equal_steps(cls, num_steps: int) -> Horizon:
         """Steps of one batch size, with gradient norm 1.
 
         Raises:
-            ValueError: no steps.
+            ValueError: if there are no steps.
         """
         if num_steps < 1:
             raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
         return cls(np.arange(num_steps + 1.0), np.ones(num_steps), np.ones(num_steps))
 
     @classmethod
+    @checked
     def of_run(cls, recorded: Recorded, clock: Clock, reference: float) -> Horizon:
         """The steps of a run.
 
@@ -58,12 +61,13 @@ class Horizon(NamedTuple):
         """Steps in all, warm-up included."""
         return len(self.norms)
 
+    @checked
     def resampled(self, num_steps: int) -> Horizon:
         """The horizon with another number of steps; progress, batch factors and norms are functions of the share of the
         steps.
 
         Raises:
-            ValueError: no steps.
+            ValueError: if there are no steps.
         """
         if num_steps < 1:
             raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
@@ -76,6 +80,7 @@ class Horizon(NamedTuple):
             np.interp(share, np.arange(self.num_steps), self.norms),
         )
 
+    @checked
     def factors(self, shape: AnyShape, *, warmup_steps: int = 0) -> FloatArray:
         """The factor on the base learning rate at each step, shape (num_steps,).
 
@@ -114,6 +119,7 @@ class ScheduleBound(NamedTuple):
     factors: FloatArray
     terms: BoundTerms
 
+    @checked
     def over_time(self, base_lr: float, *, points: int = 120) -> tuple[FloatArray, FloatArray]:
         """The bound if the run ended after t steps, for some t, which are denser towards the end; each takes O(t).
 
@@ -132,6 +138,7 @@ class ScheduleBound(NamedTuple):
         return times.astype(np.float64), np.array(bounds)
 
 
+@checked
 def schedule_bound(shape: AnyShape, horizon: Horizon, *, warmup_steps: int = 0) -> ScheduleBound:
     """The bound of a shape over a horizon, after a linear warm-up from zero.
 

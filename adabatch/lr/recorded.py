@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adabatch.arguments import checked
 from adabatch.lr.rules import NOISE_RULES, LRRule, lr_factor
 from adabatch.lr.shapes import FloatArray
 
@@ -71,7 +72,7 @@ class OneRun:
         self._run, self._begins, self._end = run, begins, begins + size
 
 
-class Measured(NamedTuple):
+class MeasuredNorms(NamedTuple):
     """The gradient norms of the steps that measured them.
 
     Args:
@@ -117,7 +118,8 @@ class Recorded(NamedTuple):
         """Applied steps."""
         return len(self.batch)
 
-    def norms(self, which: Norm) -> Measured:
+    @checked
+    def norms(self, which: Norm) -> MeasuredNorms:
         """The norms for a schedule or a bound.
 
         Raises:
@@ -138,8 +140,9 @@ class Recorded(NamedTuple):
             )
         if norms.size < 2:
             raise ValueError(f"{self.source} holds one {which} norm of the gradient: a schedule needs two at least")
-        return Measured(index, norms)
+        return MeasuredNorms(index, norms)
 
+    @checked
     def factors(self, rule: LRRule, reference: float) -> FloatArray:
         """The batch factor that a rule would have given at each step, shape (num_steps,).
 
@@ -154,6 +157,7 @@ class Recorded(NamedTuple):
         numbers = zip(self.batch.tolist(), self.noise.tolist(), self.signal.tolist(), strict=True)
         return np.array([lr_factor(rule, b, reference=reference, noise=n, signal=s) for b, n, s in numbers])
 
+    @checked
     def edges(self, clock: Clock, reference: float) -> FloatArray:
         """What was consumed before each step and after the last, from 0, shape (num_steps + 1,).
 
@@ -168,6 +172,7 @@ class Recorded(NamedTuple):
         return np.concatenate([[0.0], np.cumsum(taken)])
 
 
+@checked
 def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded:
     """The applied steps of a run, from the lines of its journal: an open file, or ``text.splitlines()``.
 
@@ -198,7 +203,7 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
         noise, signal = _number(averages.get("noise")), _number(averages.get("signal"))
         rows.append((number, batch, shape, factor, *_norms_in(entry), noise, signal))
     if not rows:
-        raise ValueError(f"{source} holds no applied step")
+        raise ValueError(f"{source} holds no applied step in its lines")
     line, *columns = np.array(rows, dtype=np.float64).T
     return Recorded(source, base_lrs, line.astype(np.int64), *columns)
 
@@ -214,6 +219,7 @@ def _entries(lines: Iterable[str], source: str) -> Iterator[tuple[int, Mapping[s
         try:
             entry = json.loads(text)
         except ValueError as error:
+            # Raised at the next line only: the last line of a run that still writes, or was killed, may be incomplete.
             damaged = f"{source}, line {number}, is not JSON and not the last line: {error}"
             continue
         if not isinstance(entry, dict):

@@ -18,6 +18,7 @@ do not depend on the noise that they weigh, hence the smoothed norms of a *previ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -25,7 +26,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import MOST_STEPS, checked, require, require_one_of
 from adabatch.lr.shapes import Shape, tabulated
 
 Kind = Literal["sgd", "adam", "adagrad"]
@@ -35,6 +36,7 @@ FloatArray: TypeAlias = NDArray[np.float64]
 _POWERS: Mapping[str, int] = MappingProxyType({"sgd": 2, "adam": 1, "adagrad": 1})
 
 
+@checked
 def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, length: int | None = None) -> Shape:
     """The schedule that a finished run's gradient norms ask for: ``w_t * sum_{p>t} w_p``, with maximum 1.
 
@@ -75,6 +77,7 @@ def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, leng
     return tabulated(values=(factors if length is None else stretch(factors, length)).tolist())
 
 
+@checked
 def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
     """The weights ``G_t^-2`` (sgd) or ``G_t^-1`` (adam, adagrad); the median norm has weight 1.
 
@@ -102,6 +105,7 @@ def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
     return weights
 
 
+@checked
 def last_iterate_multipliers(weights: ArrayLike) -> FloatArray:
     """The factors on the updates of any optimizer: ``w_{t+1:T} / w_{1:T}``, t = 1..T, shape (T,).
 
@@ -118,6 +122,7 @@ def last_iterate_multipliers(weights: ArrayLike) -> FloatArray:
     return np.asarray(tails[1:] / tails[0])
 
 
+@checked
 def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
     """The iterates x of the conversion from the iterates z of an online learner.
 
@@ -134,11 +139,12 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
     z = np.asarray(iterates, dtype=np.float64)
     multipliers = last_iterate_multipliers(weights)
     if z.ndim < 1 or z.shape[0] != multipliers.size:
-        raise ValueError(f"need one weight an iterate, got {multipliers.size} for iterates of shape {z.shape}")
+        raise ValueError(f"need one weight an iterate, got {multipliers.size} weights for iterates of shape {z.shape}")
     moves = multipliers[:-1].reshape(-1, *(1,) * (z.ndim - 1)) * np.diff(z, axis=0)
     return np.concatenate([z[:1], z[:1] + np.cumsum(moves, axis=0)])
 
 
+@checked
 def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distance: float = 1.0) -> float:
     """The guarantee for the last iterate of SGD with the factors ``w_t w_{t+1:T} / w_{1:T}``.
 
@@ -155,6 +161,7 @@ def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distan
     Raises:
         ValueError: if the weights are out of their range, or the norms do not fit them.
     """
+    require(0 < distance < math.inf, "distance must be positive and finite", distance)
     w = _weights(weights)
     sizes = np.asarray(norms, dtype=np.float64)
     if sizes.shape not in ((), w.shape):
@@ -162,6 +169,7 @@ def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distan
     return float((distance**2 + np.sum((w * sizes) ** 2)) / (2 * np.sum(w)))
 
 
+@checked
 def stretch(values: ArrayLike, length: int) -> FloatArray:
     """Resample to ``length`` entries by linear interpolation in progress; the first and last are kept.
 
@@ -177,11 +185,13 @@ def stretch(values: ArrayLike, length: int) -> FloatArray:
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 1 or table.size == 0:
-        raise ValueError(f"stretch needs a flat array with at least one value, got shape {table.shape}")
+        raise ValueError(f"stretch needs a flat array of values, at least one, got shape {table.shape}")
+    require(length <= MOST_STEPS, f"length must be at most {MOST_STEPS}", length)
     require(length >= min(2, table.size), "length must be at least 2 to keep the first and the last value", length)
     return np.interp(np.linspace(0, table.size - 1, length), np.arange(table.size), table)
 
 
+@checked
 def median_filter(values: ArrayLike, window: int) -> FloatArray:
     """Running median: ``out[i]`` is that of ``values[i - h .. i + h]``, ``h = (window - 1) / 2``.
 
@@ -199,7 +209,9 @@ def median_filter(values: ArrayLike, window: int) -> FloatArray:
     if series.ndim != 1 or series.size == 0 or not np.all(np.isfinite(series)):
         raise ValueError("a median filter needs a flat array of finite values, at least one")
     if window < 1 or window % 2 == 0 or window > 2 * series.size - 1:
-        raise ValueError(f"window must be odd and within 1 to {2 * series.size - 1}, got {window}")
+        raise ValueError(
+            f"window must be odd and within 1 to {2 * series.size - 1} for {series.size} values, got {window}"
+        )
     half = window // 2
     if half == 0:
         return series.copy()

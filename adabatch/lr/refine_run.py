@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.arguments import require
+from adabatch.arguments import MOST_STEPS, checked, require
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.horizon import Horizon
 from adabatch.lr.recorded import Norm, Recorded
@@ -50,6 +50,7 @@ class RefinedRun(NamedTuple):
     factor: FloatArray
 
 
+@checked
 def refine_run(
     recorded: Recorded,
     kind: Kind = "sgd",
@@ -88,6 +89,8 @@ def refine_run(
     require(length >= 2, "length must be at least 2, for the first and the last value", length)
     factor = recorded.factor if factor is None else factor
     edges = recorded.edges("examples", 1.0) if edges is None else edges
+    require(length <= MOST_STEPS, f"length must be at most {MOST_STEPS}", length)
+    _check_arrays(recorded, factor, edges)
     which, power = READS[kind]
     measured = recorded.norms(which)
     norms = measured.norms * factor[measured.at] ** (1 / power)
@@ -96,6 +99,7 @@ def refine_run(
     weights = refined_weights(measured._replace(norms=smoothed).for_each(recorded.num_steps), kind)
     values = weights * last_iterate_multipliers(weights * factor)
     values /= values.max()
+    # The last step is at progress 1, as the last entry of a table is.
     progress = edges[:-1] / edges[-2]
     equal = np.allclose(np.diff(progress), 1 / (recorded.num_steps - 1), rtol=1e-9, atol=0)
     exact = equal and recorded.num_steps <= length
@@ -113,6 +117,7 @@ def refine_run(
     )
 
 
+@checked
 def refined_bounds(recorded: Recorded, made: RefinedRun, edges: FloatArray | None = None) -> dict[str, BoundTerms]:
     """The last-iterate bound of a run's own schedule, of the refined one and of linear decay, at the run's l2 norms.
 
@@ -125,6 +130,7 @@ def refined_bounds(recorded: Recorded, made: RefinedRun, edges: FloatArray | Non
         Terms by "the run's own", "refined" and "linear"; empty if the journal has no l2 norms or no schedule.
     """
     edges = recorded.edges("examples", 1.0) if edges is None else edges
+    _check_arrays(recorded, made.factor, edges)
     if np.isnan(recorded.l2).all() or np.isnan(recorded.shape).any() or not recorded.shape.any():
         return {}
     horizon = Horizon(edges, made.factor, recorded.norms("l2").for_each(recorded.num_steps))
@@ -133,3 +139,11 @@ def refined_bounds(recorded: Recorded, made: RefinedRun, edges: FloatArray | Non
         "refined": horizon.terms(horizon.factors(made.shape)),
         "linear": horizon.terms(horizon.factors(linear())),
     }
+
+
+def _check_arrays(recorded: Recorded, factor: FloatArray, edges: FloatArray) -> None:
+    steps = recorded.num_steps
+    fits = factor.shape == (steps,) and bool(np.all(np.isfinite(factor) & (factor > 0)))
+    require(fits, f"factor must be {steps} positive numbers, one per step", factor)
+    fits = edges.shape == (steps + 1,) and bool(np.all(np.isfinite(edges))) and bool(np.all(np.diff(edges) > 0))
+    require(fits, f"edges must be {steps + 1} finite numbers that ascend, one per step and the end", edges)

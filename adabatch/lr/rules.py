@@ -23,7 +23,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args, overload
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import checked, require, require_one_of, require_type
 from adabatch.batch.plan import Duration
 
 LRRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain"]
@@ -35,7 +35,7 @@ Setting = Literal["betas", "eps", "weight_decay"]
 
 def check_lr_rule(rule: str) -> None:
     """Raises a ValueError if the rule is unknown."""
-    if rule == "seesaw":
+    if isinstance(rule, str) and rule == "seesaw":
         raise ValueError(
             "lr_rule='seesaw' is now lr_rule='sqrt' (or 'linear' with SGD), with the criterion Seesaw(...), which "
             "brings its decay of the learning rate itself: leave lr_rule out, or give one of those"
@@ -47,6 +47,13 @@ def check_follow(names: Collection[str]) -> None:
     """Raises a ValueError for a setting that cannot follow the batch, and a TypeError if ``names`` is a string."""
     if isinstance(names, str):
         raise TypeError(f"follow takes a collection of settings, such as ({names!r},), got {names!r}")
+    words = (
+        isinstance(names, Collection)
+        and not isinstance(names, Mapping)
+        and not hasattr(names, "dtype")
+        and all(isinstance(name, str) for name in names)
+    )
+    require_type(words, f"follow must be a collection of settings ({', '.join(get_args(Setting))})", names)
     unknown = sorted(set(names) - set(get_args(Setting)))
     if unknown:
         raise ValueError(f"follow takes {', '.join(get_args(Setting))}, got {', '.join(map(repr, unknown))}")
@@ -157,6 +164,7 @@ def followed(
 def legw_warmup(warmup: Duration, ratio: float) -> Duration: ...
 @overload
 def legw_warmup(warmup: float, ratio: float) -> float: ...
+@checked
 def legw_warmup(warmup: Duration | float, ratio: float) -> Duration | float:
     """The warm-up for a batch ``ratio`` times as large: the same number of steps, so ``ratio`` times the examples.
 

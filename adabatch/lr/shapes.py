@@ -30,9 +30,9 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import allowed_by, checked, conform, require, require_one_of, require_type, shown
 
 Decay = Literal["linear", "1-sqrt", "exponential", "cosine"]
 Setting: TypeAlias = float | str | tuple[float, ...]
@@ -60,17 +60,18 @@ class Shape:
     _curve: Curve
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
-        factory = _FACTORIES.get(name)
-        if factory is None:
-            raise ValueError(f"there is no shape {name!r}: use one of {', '.join(_FACTORIES)}")
+        if not isinstance(name, str) or name not in _FACTORIES:
+            raise ValueError(f"there is no shape {shown(name)}: use one of {', '.join(_FACTORIES)}, by its name")
+        factory = _FACTORIES[name]
+        require_type(isinstance(settings, Mapping), "settings must be a mapping", settings)
         parameters = inspect.signature(factory).parameters
         unknown = set(settings) - set(parameters)
         if unknown:
             names = ", ".join(map(repr, sorted(map(str, unknown))))
-            raise ValueError(f"{name} has no setting {names}: it takes {', '.join(parameters) or 'none'}")
+            raise ValueError(f"{name} has no setting {names}: its settings are {', '.join(parameters) or 'none'}")
         missing = [key for key, value in parameters.items() if value.default is value.empty and key not in settings]
         if missing:
-            raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))}")
+            raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))} in its settings")
         made = factory(**settings)
         self._fill(made._name, made._settings, made._curve)
 
@@ -101,7 +102,7 @@ class Shape:
         """The factor at ``progress``, a number or an array of any dimensions; clamped to [0, 1].
 
         Raises:
-            ValueError: a progress that is not a number (NaN).
+            ValueError: if a progress is NaN.
         """
         numbers = _clamped("progress", progress)
         # A number is evaluated as an array of one. numpy computes the power or sine of a scalar with another library
@@ -119,7 +120,7 @@ class Shape:
         """The shape that ``to_dict`` described.
 
         Raises:
-            ValueError: for other keys than ``name`` and ``settings``, and as for ``Shape``.
+            ValueError: if there are other keys than ``name`` and ``settings``, and for the reasons of ``Shape``.
         """
         if set(state) != {"name", "settings"}:
             raise ValueError(f"a shape is described by the keys 'name' and 'settings', got {sorted(map(str, state))}")
@@ -153,6 +154,7 @@ def constant() -> Shape:
     return _shape("constant", {}, np.ones_like)
 
 
+@checked
 def linear(*, floor: float = 0.0) -> Shape:
     """Linear decay: ``floor + (1 - floor) * (1 - p)``.
 
@@ -166,6 +168,7 @@ def linear(*, floor: float = 0.0) -> Shape:
     return _shape("linear", {"floor": low}, lambda p: low + (1 - low) * (1 - p))
 
 
+@checked
 def cosine(*, floor: float = 0.0) -> Shape:
     """Half a cosine: ``floor + (1 - floor) * (1 + cos(pi p)) / 2``.
 
@@ -179,6 +182,7 @@ def cosine(*, floor: float = 0.0) -> Shape:
     return _shape("cosine", {"floor": low}, lambda p: low + (1 - low) * np.sin(np.pi / 2 * (1 - p)) ** 2)
 
 
+@checked
 def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shape:
     """Warm-up, stable, decay, without the warm-up: 1 until ``p = 1 - cooldown``, then down to ``floor``.
 
@@ -208,6 +212,7 @@ def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shap
     return _shape("wsd", {"cooldown": length, "decay": decay, "floor": low}, curve)
 
 
+@checked
 def inverse_sqrt(*, timescale: float, cooldown: float = 0.0, floor: float = 0.0) -> Shape:
     """Inverse square root: ``max(floor, sqrt(s / (s + p)))``, with a linear cooldown to ``floor`` at the end.
 
@@ -233,6 +238,7 @@ def inverse_sqrt(*, timescale: float, cooldown: float = 0.0, floor: float = 0.0)
     return _shape("inverse_sqrt", {"timescale": scale, "cooldown": length, "floor": low}, curve)
 
 
+@checked
 def polynomial(*, power: float, floor: float = 0.0) -> Shape:
     """Polynomial decay: ``floor + (1 - floor) * (1 - p)^power``.
 
@@ -245,6 +251,7 @@ def polynomial(*, power: float, floor: float = 0.0) -> Shape:
     return _shape("polynomial", {"power": exponent, "floor": low}, lambda p: low + (1 - low) * (1 - p) ** exponent)
 
 
+@checked
 def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape:
     """Steps: the product of the factors whose milestone is reached, those with ``p >= milestones[i]``.
 
@@ -270,6 +277,7 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
     return _shape("piecewise", {"milestones": at, "factors": by}, curve)
 
 
+@checked
 def hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> Shape:
     """HyperbolicLR (Kim 2024, arXiv:2407.15200): ``1 + (1 - infimum) * (h(p) - h(0))``.
 
@@ -294,6 +302,7 @@ def hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> 
     return _shape("hyperbolic", {"upper_bound": ratio, "infimum": low}, lambda p: end + (1 - low) * _height(p, ratio))
 
 
+@checked
 def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0) -> Shape:
     """ExpHyperbolicLR (Kim 2024, arXiv:2407.15200): ``infimum^(h(0) - h(p))``.
 
@@ -316,6 +325,7 @@ def exp_hyperbolic(*, upper_bound: float, infimum: float, max_iter: float = 1.0)
     )
 
 
+@checked
 def adjusted_infimum(
     infimum: float, last: float, *, upper_bound: float, max_iter: float = 1.0, weight: float = 0.5
 ) -> float:
@@ -344,6 +354,7 @@ def adjusted_infimum(
     return float(low ** (1 - share) * end ** (ratio * share))
 
 
+@checked
 def tabulated(*, values: Sequence[float]) -> Shape:
     """A table, such as a refined schedule: linear interpolation of ``values`` at ``p * (len(values) - 1)``.
 
@@ -441,16 +452,15 @@ def _upper_bound(upper_bound: float, max_iter: float) -> float:
 
 
 def _clamped(name: str, value: float | NDArray[Any] | Sequence[float]) -> FloatArray:
-    numbers = np.asarray(value, dtype=np.float64)
+    plain = isinstance(value, float) or (isinstance(value, np.ndarray) and value.dtype == np.float64)
+    numbers = np.asarray(value if plain else conform(name, value, allowed_by(ArrayLike)), dtype=np.float64)
     if np.isnan(numbers).any():
         raise ValueError(f"{name} must be a number, got NaN: a total of zero or a missing count gives this")
     return np.clip(numbers, 0.0, 1.0)
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    return float(conform(name, value, allowed_by(float)))
 
 
 def _between(name: str, value: object, low: float, high: float) -> float:
@@ -466,10 +476,7 @@ def _positive(name: str, value: object) -> float:
 
 
 def _numbers(name: str, values: object) -> tuple[float, ...]:
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a sequence of numbers, got {_brief(values)}") from None
+    array = conform(name, values, allowed_by(ArrayLike))
     if array.ndim != 1 or not np.isfinite(array).all():
         raise ValueError(f"{name} must be a flat sequence of finite numbers, got {_brief(values)}")
     return tuple(array.tolist())

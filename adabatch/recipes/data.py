@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from adabatch.arguments import require
+from adabatch.arguments import checked, require
 
 Split = Literal["train", "test"]
 
@@ -67,13 +67,20 @@ class InMemory(TensorDataset):
         return Rows(self.tensors, indices)
 
 
+@checked
 def collate(batch: list[Any] | Rows) -> Any:
     """A batch from the examples that a ``DataLoader`` fetched: ``collate_fn=collate``.
 
     Same values and types as ``torch.utils.data.default_collate``, but without its loop over examples if they
     are rows of an ``InMemory`` data set or of a ``Subset`` of one.
     """
-    return batch.gather() if isinstance(batch, Rows) else default_collate(batch)
+    if isinstance(batch, Rows):
+        return batch.gather()
+    require(len(batch) > 0, "batch must hold one example at least", batch)
+    try:
+        return default_collate(batch)
+    except (TypeError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"batch must hold examples of equal form, which torch can put together: {error}") from None
 
 
 class Mnist(InMemory):
@@ -92,6 +99,7 @@ class Mnist(InMemory):
         ValueError: if files are not IDX, are cut short, or do not fit together.
     """
 
+    @checked
     def __init__(self, split: Split = "train", root: str | os.PathLike[str] | None = None) -> None:
         prefix = "train" if check_split(split) == "train" else "t10k"
         folders = _folders(root, "mnist", "MNIST/raw")
@@ -131,10 +139,11 @@ class Text(InMemory):
             ``text`` in the directory that the environment variable ADABATCH_DATA names.
 
     Raises:
-        FileNotFoundError: no such file; lists where it was looked for and how to get it.
-        ValueError: a text that is not UTF-8, or too short for one example.
+        FileNotFoundError: if there is no such file; lists where it was searched for and how to get it.
+        ValueError: if the text is not UTF-8, or is too short for one example.
     """
 
+    @checked
     def __init__(
         self, split: Split = "train", block_size: int = 128, *, root: str | os.PathLike[str] | None = None
     ) -> None:
@@ -169,7 +178,7 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     big-endian 32-bit number, then the elements. Only unsigned bytes (code 0x08) are read.
 
     Raises:
-        ValueError: another magic number, or more or fewer bytes than the header says; names the file.
+        ValueError: if the magic number or the number of bytes is wrong; names the file.
     """
     data = Path(path).read_bytes()
     if data.startswith(GZIP_MAGIC):
@@ -200,7 +209,7 @@ def check_split(split: str) -> str:
     """``split`` itself, if there is one of that name.
 
     Raises:
-        ValueError: another name.
+        ValueError: if the name is unknown.
     """
     if split not in get_args(Split):
         raise ValueError(f'split must be "train" or "test", got {split!r}')

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adabatch.arguments import checked, whole
+
+MOST_SIZE = 2**20
+"""The largest width, vocabulary, length or depth: enough for any model that these recipes are for."""
+
 
 class LogisticRegression(nn.Module):
     """One linear layer on the flattened input: 7,850 parameters for MNIST.
@@ -23,8 +28,11 @@ class LogisticRegression(nn.Module):
         num_classes: width of the logits, shape (batch, num_classes).
     """
 
+    @checked
     def __init__(self, in_features: int = 784, num_classes: int = 10) -> None:
         super().__init__()
+        for name, size in (("in_features", in_features), ("num_classes", num_classes)):
+            whole(name, size, at_least=1, at_most=MOST_SIZE)
         self.linear = nn.Linear(in_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,9 +89,10 @@ class MLP(nn.Module):
             handwritten digits (8x8 images, ten classes) with one hidden layer.
 
     Raises:
-        ValueError: fewer than two widths, or one below 1.
+        ValueError: if there are fewer than two widths, or one is below 1.
     """
 
+    @checked
     def __init__(self, widths: Sequence[int] = (64, 128, 10)) -> None:
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
@@ -165,6 +174,7 @@ class Transformer(nn.Module):
             ``block_size``.
     """
 
+    @checked
     def __init__(
         self,
         vocab_size: int = 65,
@@ -176,6 +186,9 @@ class Transformer(nn.Module):
         tied: bool = False,
     ) -> None:
         super().__init__()
+        sizes = {"vocab_size": vocab_size, "block_size": block_size, "width": width, "depth": depth}
+        for name, size in sizes.items():
+            whole(name, size, at_least=1, at_most=MOST_SIZE)
         if num_heads < 1 or width % num_heads:
             raise ValueError(f"width must be a multiple of num_heads, got {width} and {num_heads}")
         self.block_size = block_size

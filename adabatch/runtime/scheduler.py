@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from adabatch.arguments import require, require_one_of
+from adabatch.arguments import checked, require, require_one_of, require_state
 from adabatch.batch.plan import Duration, Progress, Unit
 from adabatch.lr.clock import Anchor, Clock, share_of
 from adabatch.lr.function_shape import AnyShape, check_same_shape, shape_from
@@ -25,9 +25,13 @@ from adabatch.runtime.step_hooks import hook_step, host_value, put_setting
 
 STATE_FORMAT = 1
 
+_ENTRIES = ("format", "base_lrs", "shape", "total", "warmup", "warmup_start", "clock", "anchor", "passed", "last_epoch")
+"""What a saved schedule holds at least."""
+
 ClockKind = Literal["total", "gain"]
 
 
+@runtime_checkable
 class ProgressSource(Protocol):
     """The source of a schedule's progress; ``AdaptiveBatch`` is one."""
 
@@ -163,6 +167,7 @@ class ProgressLR(LRScheduler):
         TypeError: if the shape is neither a ``Shape`` nor a function, or a length has no unit.
     """
 
+    @checked
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -203,9 +208,9 @@ class ProgressLR(LRScheduler):
         self._passed = 0.0
         counted = CountedSteps()
         self._source: ProgressSource = counted if source is None else source
-        for length in (total, warmup):
+        for name, length in (("total", total), ("warmup", warmup)):
             if length is not None:
-                self._check_unit(length.unit, f"{length} cannot be counted")
+                self._check_unit(length.unit, f"{name}: {length} cannot be counted")
         if clock == "gain":
             self._check_unit("gain_steps", "clock='gain' cannot be read")
         self._replaced = False
@@ -326,12 +331,14 @@ class ProgressLR(LRScheduler):
             return clock.fraction(progress, self._anchor)
         after, unit = self._source.progress_after_next, clock.total.unit
         gain = after.count("gain_steps") - progress.count("gain_steps")
+        # The rate of the next step stands for the rest of the run: how many steps are left is not known.
         gain_per_unit = gain / (after.count(unit) - progress.count(unit))
         if self._anchor is None:
             self._anchor = clock.anchor(progress, gain_per_unit)
         self._passed = clock.gain_fraction(progress, gain_per_unit, self._anchor, self._passed)
         return self._passed
 
+    @checked
     def set_total(self, total: Duration) -> None:
         """Changes the total during a run. The rate does not jump: the rest of the shape is stretched over the rest of
         the run.
@@ -346,7 +353,7 @@ class ProgressLR(LRScheduler):
         """
         if not isinstance(total, Duration):
             raise TypeError(f"total must be a duration, such as adabatch.steps({total}), got {total!r}")
-        self._check_unit(total.unit, f"{total} cannot be counted")
+        self._check_unit(total.unit, f"total: {total} cannot be counted")
         if self._source.progress.reached(total):
             raise ValueError(f"the run is already past {total}: give a total that lies ahead")
         self._check_in_place()
@@ -359,6 +366,7 @@ class ProgressLR(LRScheduler):
         self._clock = clock
         self._write()
 
+    @checked
     def set_base_lrs(self, base_lrs: Sequence[float]) -> None:
         """Changes the base LRs during a run, and writes the rates of the next update.
 
@@ -369,6 +377,7 @@ class ProgressLR(LRScheduler):
             ValueError: if their number is not that of the groups, or one is not finite.
         """
         rates = [float(rate) for rate in base_lrs]
+        require(all(rate >= 0 for rate in rates if math.isfinite(rate)), "base_lrs must not be negative", rates)
         if len(rates) != len(self.optimizer.param_groups) or not all(map(math.isfinite, rates)):
             raise ValueError(
                 f"base_lrs must be {len(self.optimizer.param_groups)} finite rate(s), one for each group, got {rates}"
@@ -427,6 +436,7 @@ class ProgressLR(LRScheduler):
             ValueError: if the format is newer, or the number of groups, the shape, the total, the warm-up or the clock
                 differs from the saved one.
         """
+        require_state(state_dict, *_ENTRIES, of="a ProgressLR", argument="state_dict")
         if state_dict["format"] > STATE_FORMAT:
             raise ValueError(
                 f"the schedule was saved in format {state_dict['format']}, this version reads up to {STATE_FORMAT}: "

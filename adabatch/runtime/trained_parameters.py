@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from adabatch.arguments import some
+from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.fsdp2 import is_sharded
+from adabatch.runtime.observers import Rider
 
 
 class TrainedParameters:
@@ -51,17 +58,80 @@ class TrainedParameters:
         Raises:
             RuntimeError: if parameters were added or removed; names them and the way out.
         """
+        changes = self.changes(what)
+        if changes is not None:
+            raise RuntimeError(changes)
+
+    def changes(self, what: str) -> str | None:
+        """The message of ``check``; None if they are the same as at the beginning."""
         now = self._now()
         if len(now) == len(self._then) and all(a is b for a, b in zip(now, self._then, strict=True)):
-            return
+            return None
         before, after = {id(p) for p in self._then}, {id(p) for p in now}
         names = {**self._names, **{id(p): name for name, p in self._model.named_parameters()}}
         joined = [names.get(id(p), "one outside the model") for p in now if id(p) not in before]
         left = [self._names.get(id(p), "one outside the model") for p in self._then if id(p) not in after]
         changes = [f"{some(which)} {verb}" for which, verb in ((joined, "joined"), (left, "left")) if which]
         first = "wrap the model in DistributedDataParallel again, " if self._in_ddp and joined else ""
-        raise RuntimeError(
+        return (
             f"the parameters that train are not those that this {what} was made for "
             f"({' and '.join(changes) or 'their order changed'}): {first}make a new {what} on the same optimizer and "
             f"load the state_dict() of this one into it"
         )
+
+    @contextmanager
+    def zero(self) -> Iterator[Tensor]:
+        """A loss of zero through the parameters as they were, in whose backward each has a gradient again, of zero.
+
+        Ranks whose parameters did not change wait for all of these gradients.
+        """
+        frozen = [p for p in self._then if not p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(True)
+        try:
+            yield torch.stack([(p * 0).sum() for p in self._then]).sum()
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+
+class Changed(Rider):
+    """Whether some rank's parameters are no longer those of its run: one number in a reduction, and then an error.
+
+    Args:
+        collectives: the ranks.
+    """
+
+    def __init__(self, collectives: Collectives) -> None:
+        self._collectives = collectives
+        self.own: str | None = None
+        """What changed on this rank; None if nothing did."""
+        self._any = False
+
+    def outgoing(self, device: torch.device) -> Tensor:
+        """1 if something changed on this rank, shape (1,)."""
+        return torch.tensor([float(self.own is not None)], dtype=torch.float64, device=device)
+
+    def incoming(self, totals: Sequence[float]) -> None:
+        """The number of ranks on which something changed."""
+        self._any = totals[0] != 0
+
+    def raise_together(self) -> None:
+        """Raises the error of the first rank that has one, on all ranks.
+
+        Raises:
+            RuntimeError: if something changed on some rank; it names that rank on the others.
+        """
+        if self._any:
+            raise_first(self.own, self._collectives)
+
+
+def raise_first(own: str | None, collectives: Collectives) -> NoReturn:
+    """Raises an error on all ranks, of which at least one has a message of its own; the others get the first of these.
+
+    Raises:
+        RuntimeError: always.
+    """
+    told = [each.decode() for each in collectives.gather_bytes((own or "").encode())]
+    rank = next(rank for rank, each in enumerate(told) if each)
+    raise RuntimeError(own or f"on rank {rank}, {told[rank]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
+from adabatch.arguments import MOST_STEPS, checked, whole
 from adabatch.batch.schedules import Constant
 from adabatch.guards.drift import fingerprint
 from adabatch.runtime.collectives import Collectives
@@ -28,6 +29,7 @@ UNEVEN_ACCUMULATION = 3
 """Micro-batches per rank in tests of exact bits: a third cannot be represented in float32, a quarter can."""
 
 
+@checked
 def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
     """Whether training with ``AdaptiveBatch`` and a constant batch equals a hand-written loop, to the bit.
 
@@ -39,6 +41,7 @@ def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
         ValueError: if the data set is smaller than the step, every step overflows, or ``make`` does not give the same
             weights again.
     """
+    num_steps = whole("num_steps", num_steps, at_least=1, at_most=MOST_STEPS)
     training, ranks = begin(make)
     start = fingerprint(training.model.parameters())
     batches = adaptive(training, Constant(size_of(training, ranks, UNEVEN_ACCUMULATION)), probed=True)

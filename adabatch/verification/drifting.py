@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from adabatch.arguments import checked
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
 from adabatch.guards.drift import odd_ranks
@@ -24,6 +25,7 @@ STEPS_BEFORE_CHANGE = 3
 STEPS_AFTER_CHANGE = 4
 
 
+@checked
 def drift(make: Make) -> Check:
     """Whether all ranks hold the same parameters, to the bit, after the accumulation went from 1 to 4 at step 4.
 

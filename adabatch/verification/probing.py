@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adabatch.arguments import checked, require
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.schedules import Constant
 from adabatch.runtime.collectives import Collectives
@@ -40,6 +41,7 @@ ROUNDINGS = 4
 """Error that a probe may have in roundings of the coarsest parameter type, if that is more than the tolerance."""
 
 
+@checked
 def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
     """Whether the probe's moments are those of gradients computed part by part, in separate backward passes.
 
@@ -57,6 +59,7 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
         ValueError: if the data set is smaller than the step, the parts of the probe are single examples, or more than
             20 steps overflow.
     """
+    require(allowed is None or 0 < allowed < math.inf, "allowed must be positive and finite", allowed)
     training, ranks = begin(make)
     if training.probe is not None and training.probe.gives.examples:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import checked
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
 from adabatch.guards.drift import fingerprint
@@ -30,6 +31,7 @@ STEPS_BEFORE_SAVE = 3
 STEPS_AFTER_SAVE = 3
 
 
+@checked
 def resume(make: Make) -> Check:
     """Whether 3 steps, a checkpoint, and 3 steps of a fresh copy that loaded it equal 6 uninterrupted steps, to the
     bit.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import require_type
 from adabatch.batch.control import Limits
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Schedule
@@ -76,6 +77,7 @@ class Part(NamedTuple):
 def begin(make: Make) -> tuple[Training, Collectives]:
     """A new training and its ranks."""
     training = make()
+    require_type(isinstance(training, Training), "make must return an adabatch.verification.Training", training)
     return training, collectives_of(training.model)
 
 

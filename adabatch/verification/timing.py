@@ -9,6 +9,7 @@ from collections.abc import Generator
 import torch
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.arguments import MOST_STEPS, checked, require
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Constant
 from adabatch.guards.drift import fingerprint
@@ -18,6 +19,7 @@ from adabatch.verification.training import Check, Make, Training
 WARM_UP_PAIRS = 3
 
 
+@checked
 def cost(make: Make, *, num_pairs: int = 20, max_cost: float | None = None) -> Check:
     """The time of a step with the probe over one without: median and quartiles of pairs of steps in turn.
 
@@ -25,10 +27,12 @@ def cost(make: Make, *, num_pairs: int = 20, max_cost: float | None = None) -> C
     a rank, its data and its update; a probe at every step, which ``Control(interval=)`` makes rarer.
 
     Raises:
-        ValueError: a data set smaller than the step, or fewer than 2 pairs.
+        ValueError: if the data set is smaller than the step, or there are fewer than 2 pairs.
     """
     if num_pairs < 2:
-        raise ValueError(f"quartiles need at least 2 pairs of steps, got {num_pairs}")
+        raise ValueError(f"quartiles need at least 2 pairs of steps, got num_pairs={num_pairs}")
+    require(max_cost is None or max_cost > 0, "max_cost must be positive", max_cost)
+    require(num_pairs <= MOST_STEPS, f"num_pairs must be at most {MOST_STEPS}", num_pairs)
     probed, ranks = begin(make)
     plain = again(make, probed, fingerprint(probed.model.parameters()), ranks)
     policy = Constant(size_of(probed, ranks, ACCUMULATION))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from adabatch.arguments import check_fields, require
 from adabatch.runtime.data import GlobalOrder, num_examples_in
 from adabatch.runtime.probes.protocol import Probe
 
@@ -39,6 +40,10 @@ class Training:
     count: Callable[[Any], int] = num_examples_in
     weigh: Callable[[Any], float] | None = None
     scaler: GradScaler | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.micro_batch_size >= 1, "micro_batch_size must be at least 1", self.micro_batch_size)
 
     @property
     def scales(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adabatch.arguments import require
+from adabatch.arguments import MOST_STEPS, check_fields, checked, require
 from adabatch.optim.mup.names import joined, named_modules
 from adabatch.optim.mup.plans import Plan
 from adabatch.optim.mup.trial import (
@@ -61,6 +61,9 @@ class CoordinateCheck:
     coordinates: tuple[Coordinate, ...]
     tolerance: float = TOLERANCE
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def own_slope(self, coordinate: Coordinate) -> float:
         """Slope of log own update over log width: 0 if the law is right."""
         return slope(self.widths, coordinate.own)
@@ -92,7 +95,7 @@ class CoordinateCheck:
         """Does nothing if the check passed; for your own tests.
 
         Raises:
-            ValueError: names the parameters that failed, and their slopes.
+            ValueError: if it failed; names the parameters that failed, and their slopes.
         """
         if self.failures:
             named = ", ".join(f"{each.name} {self.own_slope(each):+.2f}" for each in self.failures)
@@ -116,6 +119,7 @@ class CoordinateCheck:
         return "\n".join(line.rstrip() for line in lines)
 
 
+@checked
 def coordinate_check(
     make: MakeModel,
     optimizer: MakeOptimizers,
@@ -155,7 +159,8 @@ def coordinate_check(
         ValueError: if there are fewer than two widths, no seed or no step; also as for ``plan``.
     """
     check_widths(widths, seeds)
-    require(steps >= 1, "steps must be 1 or more", steps)
+    require(1 <= steps <= MOST_STEPS, f"steps must be 1 or more, up to {MOST_STEPS}", steps)
+    require(0 < tolerance < math.inf, "tolerance must be positive and finite", tolerance)
     trial = Trial(make, optimizer, loss, base, parameterization, observe, device)
     measured = [[_measure(trial, width, seed, data(seed), steps) for seed in seeds] for width in widths]
     names = list(measured[0][0])
@@ -188,13 +193,13 @@ class _Call(NamedTuple):
     output: Tensor
 
 
-class _Moved(NamedTuple):
+class _OutputChange(NamedTuple):
     own: float
     total: float
 
 
 @torch.no_grad()
-def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> dict[str, _Moved]:
+def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> dict[str, _OutputChange]:
     """How much every parameter of one model changes the outputs of its layer."""
     model, optimizers = trial.start(width, seed)
     layers = {name: module for name, module in named_modules(model) if module._parameters}
@@ -214,7 +219,7 @@ def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> d
         for key in old[name]:
             parameter = module._parameters[key]
             if parameter is not None and parameter.requires_grad:
-                found[joined(name, key)] = _Moved(_own(module, key, old[name], before[name]), total)
+                found[joined(name, key)] = _OutputChange(_own(module, key, old[name], before[name]), total)
     return found
 
 
@@ -222,12 +227,13 @@ def _own(module: nn.Module, key: str, old: dict[str, Tensor], calls: Sequence[_C
     """How much the change of one parameter alone changes the layer's outputs on its old inputs."""
     new = module._parameters[key]
     assert new is not None
-    moved = [
+    # The old outputs are computed again, not taken from `calls`, so that both sides differ in the parameter only.
+    outputs = [
         _first(functional_call(module, values, call.arguments, call.keywords))
         for call in calls
         for values in ({**old, key: new}, old)
     ]
-    return _rms([changed - first for changed, first in zip(moved[::2], moved[1::2], strict=True)])
+    return _rms([changed - first for changed, first in zip(outputs[::2], outputs[1::2], strict=True)])
 
 
 def _calls(model: nn.Module, layers: dict[str, nn.Module], inputs: Tensor) -> dict[str, list[_Call]]:

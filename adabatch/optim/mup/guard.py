@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from adabatch.arguments import checked
+
 TOLERANCE = 1e-5
 """Relative tolerance; float32 rates that were multiplied many times stay well within it."""
 
 
+@checked
 def guard(optimizer: Optimizer) -> RemovableHandle:
     """Makes every step of the optimizer check the learning rates first, as ``check_ratios`` does.
 
@@ -25,6 +28,7 @@ def guard(optimizer: Optimizer) -> RemovableHandle:
     return optimizer.register_step_pre_hook(before)
 
 
+@checked
 def check_ratios(optimizer: Optimizer) -> None:
     """Checks that the rates of groups from one call of ``Plan.groups`` still have the plan's ratios.
 
@@ -34,7 +38,7 @@ def check_ratios(optimizer: Optimizer) -> None:
     ``lr``, are not compared. A rate that is a tensor on an accelerator is not read, because reading it would wait.
 
     Raises:
-        ValueError: names the rate, the one it should be, and the way out.
+        ValueError: if they do not; names the rate, the right one, and what to do.
     """
     first: dict[float, float] = {}
     for number, group in enumerate(optimizer.param_groups):

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from adabatch.arguments import checked
 from adabatch.optim.mup.plans import Plan, matching
 
 
 @torch.no_grad()
+@checked
 def init_(model: nn.Module, plan: Plan, *, std: Mapping[str, float] | None = None) -> None:
     """Gives the readout, and the weights that ``std`` names, the standard deviation of the plan.
 
@@ -52,6 +54,7 @@ def _scale_to(weight: Tensor, deviation: float) -> None:
     weight.mul_(deviation / float(rms))
 
 
+@checked
 def attention_scale(head_width: int, base_head_width: int) -> float:
     """The factor on attention's logits if heads grow with width: ``sqrt(base) / width``, 1/sqrt(width) at the base.
 
@@ -63,5 +66,5 @@ def attention_scale(head_width: int, base_head_width: int) -> float:
         ValueError: if a width is below 1.
     """
     if head_width < 1 or base_head_width < 1:
-        raise ValueError(f"heads are 1 or more wide, got {head_width} and {base_head_width}")
+        raise ValueError(f"heads are 1 or more wide, got head_width={head_width} and base_head_width={base_head_width}")
     return math.sqrt(base_head_width) / head_width

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from adabatch.arguments import require
+from adabatch.arguments import check_fields, require
 from adabatch.optim.mup.entry import Entry
 
 MuonAdjust = Literal["original", "match_rms_adamw"]
@@ -81,6 +81,9 @@ class AdamLaw(Law):
     decoupled: bool = True
     name = "adam"
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def lr(self, entry: Entry) -> float:
         """``1 / r_in``."""
         return 1 / entry.r_in
@@ -108,6 +111,7 @@ class MuonLaw(Law):
     name = "muon"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         """Refuses an adjustment that torch does not have."""
         if self.adjust_lr_fn not in (None, *get_args(MuonAdjust)):
             raise ValueError(
@@ -154,6 +158,7 @@ class ShampooLaw(Law):
     name = "shampoo"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         """Refuses settings out of range."""
         require(0 < self.exponent <= 0.5, "exponent must be in (0, 0.5], 0.25 for classical Shampoo", self.exponent)
         if self.block_size is not None and self.block_size < 1:
@@ -200,6 +205,7 @@ class KFACLaw(Law):
     name = "kfac"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         """Refuses exponents out of range."""
         if any(not 0 <= e <= 1 for e in self.exponents):
             raise ValueError(f"exponents (e_B, e_A) must be in [0, 1], (1, 1) for K-FAC, got {self.exponents}")

@@ -3,6 +3,7 @@ take."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from adabatch.arguments import require_one_of
+from adabatch.arguments import checked, require, require_one_of
 from adabatch.optim.kfac import KFAC
 from adabatch.optim.mup.laws import Method as LawName
 from adabatch.optim.mup.plans import Plan
@@ -63,6 +64,7 @@ FIRST_LRS: Mapping[str, float] = MappingProxyType(
 """A learning rate at which one step can be measured."""
 
 
+@checked
 def optimizers_for(
     method: str, model: nn.Module, plan: Plan, *, lr: float, damping: float | None = None
 ) -> list[Optimizer]:
@@ -80,5 +82,6 @@ def optimizers_for(
         ValueError: if the method is unknown, or for Muon with a torch before 2.9.
     """
     require_one_of("method", method, METHODS)
+    require(0 <= lr < math.inf, "lr must be finite and not negative", lr)
     made = METHODS[method](model, plan, lr, damping)
     return [made] if isinstance(made, Optimizer) else list(made)

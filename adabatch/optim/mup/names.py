@@ -1,10 +1,12 @@
-"""Parameters by names without those of wrappers: DDP, FSDP2, ``torch.compile`` and checkpoint wrappers."""
+"""Names of parameters without those of wrappers: DDP, FSDP2, ``torch.compile`` and checkpoint wrappers."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
 from torch import nn
+
+from adabatch.arguments import checked
 
 INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Names of the inner module in ``torch.compile``, activation checkpointing and FSDP1, anywhere in a model."""
@@ -25,11 +27,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+@checked
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules by name; a module with two names comes twice."""
     yield from _below("", unwrapped(model))
 
 
+@checked
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by name, each once, under its first name."""
     return {names[0]: parameter for names, parameter in all_names(model)}

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar, get_args
 
 from torch import nn
 
-from adabatch.arguments import some
+from adabatch.arguments import checked, some
 from adabatch.optim.mup.entry import Dim, Entry, Role, role_of
 from adabatch.optim.mup.layouts import Use, parsed_layout, use_of
 from adabatch.optim.mup.names import all_names, joined, named_modules
@@ -17,6 +17,7 @@ from adabatch.optim.mup.plans import Plan, check_names, matching
 T = TypeVar("T")
 
 
+@checked
 def plan(
     model: nn.Module,
     base: nn.Module,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from adabatch.arguments import require
+from adabatch.arguments import MOST_STEPS, check_fields, checked, require
 from adabatch.optim.mup.plans import Plan
 from adabatch.optim.mup.trial import Batch, Loss, MakeModel, Observe, Parameterization, Trial, check_widths, seeded
 
@@ -51,6 +51,9 @@ class Sweep:
 
     runs: tuple[Run, ...]
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Widths, ascending."""
@@ -75,6 +78,7 @@ class Sweep:
         return stable[-1] if stable else None
 
 
+@checked
 def transfer_sweep(
     make: MakeModel,
     optimizer: MakeTuned,
@@ -118,9 +122,11 @@ def transfer_sweep(
     """
     check_widths(widths, seeds)
     for name, values in (("lrs", lrs), ("dampings", dampings)):
-        if not values:
+        if len(values) == 0:
             raise ValueError(f"{name} must hold one value at least, got none")
-    require(steps >= 1, "steps must be 1 or more", steps)
+        wrong = [value for value in values if value is not None and not 0 <= value < math.inf]
+        require(not wrong, f"{name} must be finite and not negative", wrong)
+    require(1 <= steps <= MOST_STEPS, f"steps must be 1 or more, up to {MOST_STEPS}", steps)
     runs = []
     for width in widths:
         for lr in lrs:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adabatch.arguments import require, shown
 from adabatch.optim.mup.init import init_
 from adabatch.optim.mup.planning import plan
 from adabatch.optim.mup.plans import Plan
@@ -34,6 +35,10 @@ Observe = Callable[[Optimizer, Tensor, Tensor], object]
 """Called for each optimizer with outputs and targets between forward and backward, for methods that need them."""
 
 
+MOST_WIDTH = 2**20
+"""The largest width of a model that is tried here."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """How models of every width are made and trained.
@@ -55,6 +60,16 @@ class Trial:
     parameterization: Parameterization = "mup"
     observe: Observe | None = None
     device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        fits = isinstance(self.base, Plan) or 1 <= self.base <= MOST_WIDTH
+        require(fits, f"base must be a width from 1 to {MOST_WIDTH}, or a plan", self.base)
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(
+                f"device must be one of torch, such as 'cpu' or 'cuda', got {shown(self.device)}"
+            ) from None
 
     def start(self, width: int, seed: int) -> tuple[nn.Module, list[Optimizer]]:
         """A model of this width from a seed, prepared by ``init_``, with its optimizers."""
@@ -83,10 +98,12 @@ class Trial:
         return value.detach()
 
     def _plan(self, model: nn.Module) -> Plan:
-        """The plan of a model, which may be as wide as the base: another width then gives the roles."""
+        """The plan of a model, of any width."""
         if isinstance(self.base, Plan):
             found = self.base.at(model)
         else:
+            # From a model of twice the width, because shapes show roles only if widths differ, and this model may be as
+            # wide as the base.
             with torch.device("meta"):
                 found = plan(self.make(2 * self.base), self.make(self.base)).at(model)
         return found if self.parameterization == "mup" else found.standard()
@@ -110,3 +127,4 @@ def check_widths(widths: Sequence[int], seeds: Sequence[int]) -> None:
         raise ValueError(f"widths must be two or more different positive numbers, got {list(widths)}")
     if not seeds:
         raise ValueError("seeds must hold one seed at least, got none")
+    require(min(seeds) >= 0, "seeds must not be negative", list(seeds))

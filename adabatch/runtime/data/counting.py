@@ -22,7 +22,10 @@ def num_examples_in(batch: Any) -> int:
         TypeError: if no entry has a number of examples.
         ValueError: if its entries disagree, or can be read in two ways.
     """
-    found = _readings(batch, nested=False)
+    try:
+        found = _readings(batch, nested=False)
+    except RecursionError:
+        raise TypeError(f"a micro-batch holds itself, so that its examples cannot be counted: {WAY_OUT}") from None
     if found is None:
         raise TypeError(f"cannot tell how many examples a micro-batch of type {type(batch).__name__} holds: {WAY_OUT}")
     if len(found) != 1:

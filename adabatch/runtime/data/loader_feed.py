@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from adabatch.arguments import shown
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.counting import WAY_OUT, num_examples_in, outline
@@ -145,6 +146,7 @@ class LoaderFeed:
         mine = math.inf if error is None else self._collectives.rank
         (first,) = self._collectives.minimum_of(mine)
         text = b"" if error is None or self._collectives.rank != first else f"{type(error).__name__}: {error}".encode()
+        # The other ranks contribute zeros, so the sum is the message; a broadcast does not work over a grid of groups.
         heard = self._collectives.sum_of(*text[:_HEARD].ljust(_HEARD, b"\0"))
         if error is not None:
             raise error
@@ -178,9 +180,14 @@ def _check_loader(loader: Any) -> None:
             f"steps() takes micro-batches, and a {type(loader).__name__} is a data set: give GlobalOrder(dataset), or "
             f"a DataLoader around it (with batch_size=None where its items are micro-batches)"
         )
-    if isinstance(loader, str | bytes | Mapping) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+    empty = getattr(loader, "shape", None) == ()  # a tensor or a number of numpy cannot be iterated, but has the method
+    if (
+        empty
+        or isinstance(loader, str | bytes | Mapping)
+        or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__"))
+    ):
         raise TypeError(
-            f"steps() takes a GlobalOrder or an iterable of micro-batches, such as a DataLoader, got {loader!r}"
+            f"steps() takes a GlobalOrder or an iterable of micro-batches, such as a DataLoader, got {shown(loader)}"
         )
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from adabatch.arguments import checked, require_state, whole
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.data.counts import checked_count
 from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed, ShareDealer, SliceDealer
 from adabatch.runtime.data.sequence import ExampleSequence, Subset, shuffle_of
 from adabatch.runtime.data.shuffles import Shuffle
@@ -62,6 +62,7 @@ class GlobalOrder:
 
     _FORBIDDEN = frozenset({"batch_size", "sampler", "batch_sampler", "drop_last", "generator", "in_order"})
 
+    @checked
     def __init__(
         self,
         dataset: Dataset[Any],
@@ -74,7 +75,12 @@ class GlobalOrder:
         num_workers: int = 0,
         **loader_options: Any,
     ) -> None:
-        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        sized = (
+            isinstance(dataset, Sized)
+            and not isinstance(dataset, str | bytes)
+            and getattr(dataset, "shape", True) != ()
+        )
+        if isinstance(dataset, IterableDataset) or not sized:
             raise TypeError(
                 f"GlobalOrder needs a map-style data set with a length, got {type(dataset).__name__}: "
                 f"give an iterable data set to AdaptiveBatch.steps in a DataLoader of its own"
@@ -84,8 +90,8 @@ class GlobalOrder:
         misplaced = self._FORBIDDEN & loader_options.keys()
         if misplaced:
             raise ValueError(f"GlobalOrder itself decides {', '.join(sorted(misplaced))}: leave them out")
-        seed = checked_count("seed", seed, least=0, most=MOST_SEED)
-        num_workers = checked_count("num_workers", num_workers, least=0, most=MOST_WORKERS, why="processes per rank")
+        seed = whole("seed", seed, at_least=0, at_most=MOST_SEED)
+        num_workers = whole("num_workers", num_workers, at_least=0, at_most=MOST_WORKERS, why="processes per rank")
         if not isinstance(join_epochs, bool):
             raise TypeError(f"join_epochs must be True or False, got {join_epochs!r}")
         self.dataset = dataset
@@ -138,6 +144,7 @@ class GlobalOrder:
             ValueError: if the state has a newer format, or belongs to another data set or kind of order, in which the
                 same numbers would be a different place.
         """
+        require_state(state, "format", "seed", "epoch", "examples", of="a GlobalOrder")
         if state["format"] > STATE_FORMAT:
             raise ValueError(
                 f"the data order was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: "
@@ -159,13 +166,14 @@ class GlobalOrder:
             )
         self._move(sequence.seeded(state["seed"]), state["epoch"], state["examples"])
 
+    @checked
     def start_epoch(self, epoch: int) -> None:
         """Sets the place to the beginning of an epoch: for a run that continues with other data than before.
 
         Raises:
-            ValueError: a negative epoch.
+            ValueError: if the epoch is negative.
         """
-        epoch = checked_count("epoch", epoch, least=0, most=MOST_EPOCH)
+        epoch = whole("epoch", epoch, at_least=0, at_most=MOST_EPOCH)
         self._move(self._place.sequence, epoch, 0)
 
     def _move(self, sequence: ExampleSequence, epoch: int, examples: int) -> None:
@@ -173,8 +181,10 @@ class GlobalOrder:
         self._place.seen = epoch * sequence.length + examples
         self._place.moves += 1
 
+    @checked
     def permutation(self, epoch: int) -> Tensor:
         """The examples of an epoch in their order, shape (length,), int64; the same on every rank."""
+        epoch = whole("epoch", epoch, at_least=0, at_most=MOST_EPOCH)
         return torch.from_numpy(self._place.sequence.at(epoch * len(self), (epoch + 1) * len(self)).copy())
 
     def feed(self, rank: int, dp_size: int) -> OrderFeed:
@@ -184,7 +194,7 @@ class GlobalOrder:
         )
 
     def shared_feed(self, ranks: Collectives) -> OrderFeed:
-        """The portions of one rank of those that come and go: its share of each step, from the current place on."""
+        """The portions of one rank if ranks come and go: its share of each step, from the current place on."""
         return self._feed(
             lambda sequence: ShareDealer(sequence, ranks, join_epochs=self._join_epochs), ranks.rank, ranks.size
         )

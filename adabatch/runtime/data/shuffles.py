@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from adabatch.runtime.data.counts import checked_count
+from adabatch.arguments import check_fields, whole
 from adabatch.runtime.data.permutation import Integers, Permutation, key_of
 
 MOST_IN_BLOCKS = 2**40
@@ -131,8 +131,9 @@ class BlockShuffle:
     mixed: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("size", "mixed"):
-            checked = checked_count(f"BlockShuffle({name}=)", getattr(self, name), least=1, most=MOST_IN_BLOCKS)
+            checked = whole(f"BlockShuffle({name}=)", getattr(self, name), at_least=1, at_most=MOST_IN_BLOCKS)
             object.__setattr__(self, name, checked)
 
     @property

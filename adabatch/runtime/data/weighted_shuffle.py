@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from adabatch.runtime.data.counts import checked_count
+from adabatch.arguments import allowed_by, checked, conform, require, whole
 from adabatch.runtime.data.permutation import Integers, key_of, uniforms
 from adabatch.runtime.data.shuffles import Epoch
 
@@ -42,6 +41,7 @@ class WeightedShuffle:
     Source: Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir" (keys without replacement).
     """
 
+    @checked
     def __init__(
         self,
         weights: Sequence[float] | NDArray[np.float64] | Tensor,
@@ -49,17 +49,20 @@ class WeightedShuffle:
         replacement: bool = True,
         length: int | None = None,
     ) -> None:
-        self._weights = torch.as_tensor(weights, dtype=torch.float64).flatten().numpy()
+        if isinstance(weights, Tensor):
+            weights = weights.detach().cpu()
+        self._weights = conform("weights", weights, allowed_by(ArrayLike)).ravel()
+        require(np.ndim(weights) == 1, "weights must be a flat array or list, one number per example", weights)
         if not (np.isfinite(self._weights).all() and (self._weights >= 0).all() and self._weights.any()):
             raise ValueError("weights must be finite, not negative, and not all 0")
         drawn = int(np.count_nonzero(self._weights))
         if length is None:
             length = len(self._weights) if replacement else drawn
-        self._length = checked_count(
+        self._length = whole(
             "length",
             length,
-            least=1,
-            most=MOST_DRAWS if replacement else drawn,
+            at_least=1,
+            at_most=MOST_DRAWS if replacement else drawn,
             why="" if replacement else "the examples of weight above 0, as none comes twice",
         )
         self._replacement = replacement
@@ -95,6 +98,7 @@ class WeightedShuffle:
         """Each example gets an exponential time of rate w_i; the shortest is that of i with probability w_i /
         sum(w)."""
         with np.errstate(divide="ignore", invalid="ignore"):  # weights of 0
+            # log1p(-u) and not log(u): u may be 0, but it is never 1.
             times = -np.log1p(-uniforms(key, np.arange(len(self._weights)))) / self._weights
         times[self._weights == 0] = np.inf
         return np.argsort(times, kind="stable")[: self._length]

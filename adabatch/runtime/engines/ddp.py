@@ -37,6 +37,8 @@ class DDPEngine(Engine):
         assert isinstance(inner, DistributedDataParallel)
         self._ddp = inner
         self._learns = bool(inner.static_graph)
+        # Else DDP itself looks for the parameters that take part.
+        self.waits_for_gradients = not (inner.static_graph or inner.find_unused_parameters)
 
     def inner_model(self) -> nn.Module:
         """The module inside DDP."""

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from adabatch.arguments import checked
 from adabatch.batch.plan import Duration
 from adabatch.runtime.collectives import Collectives, collectives_of, workers_of
 from adabatch.runtime.engines.choice import engine_for
@@ -27,7 +28,7 @@ from adabatch.runtime.local_sgd.periods import Period
 from adabatch.runtime.local_sgd.probe import Spread
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.rounds import Rounds
-from adabatch.runtime.local_sgd.settings import AverageWeights, MeasuredStep, Settings, period_of
+from adabatch.runtime.local_sgd.settings import AverageWeights, LocalSGDSettings, MeasuredStep, period_of
 from adabatch.runtime.optimizers import each_of, joined, without_rate
 from adabatch.runtime.ownership import remove_all, take_over
 from adabatch.runtime.step_hooks import hook_step
@@ -87,6 +88,7 @@ class LocalSGD:
     (adaptive local batch sizes).
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -102,7 +104,7 @@ class LocalSGD:
         spread: Spread = "across",
         workers: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
-        settings = Settings(
+        settings = LocalSGDSettings(
             period=period_of(sync_every),
             outer=Average() if outer is None else outer,
             warmup=warmup,
@@ -133,6 +135,8 @@ class LocalSGD:
         self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._replaced = False
         take_over(self, [*each_of(optimizer), *replica.parameters], kind="LocalSGD")
+        # All workers begin with the weights of the first, as DDP does it: with different seeds the average would be
+        # meaningless.
         for tensor in replica.everything():
             group.copy_from_first(tensor)
         self._handles = hook_step(optimizer, self._before_step, self._after_step)
@@ -215,7 +219,7 @@ class LocalSGD:
 
     def _before_step(self, optimizer: Optimizer, _: object) -> None:
         if not self._stepped:
-            self._trained.check("LocalSGD")
+            self._rounds.parameters_changed(self._trained.changes("LocalSGD"))
         self._rounds.before_step()
 
     def _after_step(self, optimizer: Optimizer) -> None:

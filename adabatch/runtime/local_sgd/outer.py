@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from adabatch.arguments import require
+from adabatch.arguments import check_fields, require
 
 
 @runtime_checkable
@@ -63,7 +63,7 @@ class Nesterov:
         momentum: in [0, 1); 0.9 in DiLoCo.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: if a value is outside its range.
 
     Source: Douillard et al. 2023 (DiLoCo), algorithm 1 and section 3.1.
     """
@@ -73,6 +73,7 @@ class Nesterov:
     needs_anchor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check(self.lr, self.momentum)
 
     @torch.no_grad()
@@ -100,7 +101,7 @@ class SlowMo:
         lr: outer learning rate; 1 in most of the source.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: if a value is outside its range.
 
     Source: Wang, Tantia, Ballas, Rabbat 2020 (SlowMo), algorithm 1. Of its choices for the inner optimizer's state,
     "maintain" is the default of ``LocalSGD``, and "average" is ``average_state=True``.
@@ -111,6 +112,7 @@ class SlowMo:
     needs_anchor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check(self.lr, self.momentum)
 
     @torch.no_grad()

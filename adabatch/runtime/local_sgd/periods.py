@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from adabatch.arguments import MOST_STEPS, check_fields, shown
 from adabatch.batch.plan import Duration, Progress
 
 NEVER = 2**62
@@ -48,10 +49,10 @@ def check_period(name: str, steps: int) -> None:
     Raises:
         ValueError: if it is not a whole number of at least 1.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
         raise ValueError(
-            f"{name} must be a whole number of at least 1 local step, got {steps!r}: 1 averages at every step, 8 at "
-            f"every eighth"
+            f"{name} must be a whole number of at least 1 local step, got {shown(steps)}: 1 averages at every step, "
+            f"8 at every eighth"
         )
 
 
@@ -66,6 +67,7 @@ class Fixed:
     sync_every: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_period("sync_every", self.sync_every)
 
     @property
@@ -84,6 +86,10 @@ class Change:
 
     after: Duration
     sync_every: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_period("sync_every", self.sync_every)
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class Table:
     then: Sequence[Change]
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_period("first", self.first)
         for change in self.then:
             check_period("sync_every", change.sync_every)
@@ -153,6 +160,7 @@ class Quadratic:
     longest: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be a positive number, in units of the learning rate, got {self.alpha}")
         check_period("base", self.base)

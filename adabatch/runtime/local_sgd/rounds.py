@@ -13,7 +13,8 @@ from adabatch.runtime.local_sgd.exchange import Exchange
 from adabatch.runtime.local_sgd.memory import Memory
 from adabatch.runtime.local_sgd.periods import Fixed, RoundStart
 from adabatch.runtime.local_sgd.replica import Replica
-from adabatch.runtime.local_sgd.settings import Round, Settings
+from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
+from adabatch.runtime.trained_parameters import raise_first
 
 
 class Rounds:
@@ -35,7 +36,13 @@ class Rounds:
     """
 
     def __init__(
-        self, settings: Settings, replica: Replica, optimizer: Optimizer, *, workers: Collectives, node: Collectives
+        self,
+        settings: LocalSGDSettings,
+        replica: Replica,
+        optimizer: Optimizer,
+        *,
+        workers: Collectives,
+        node: Collectives,
     ) -> None:
         self.settings = settings
         self.replica = replica
@@ -47,6 +54,7 @@ class Rounds:
         self._optimizer = optimizer
         self._standing: tuple[Progress, float] | None = None
         self._gradient_averaged = False
+        self._changed: str | None = None
 
     @property
     def gradient_averaged(self) -> bool:
@@ -57,6 +65,16 @@ class Rounds:
         """Sets the progress of the run, in units that a worker does not count itself, and the batch factor on its
         rates."""
         self._standing = progress, lr_factor
+
+    def parameters_changed(self, changes: str | None) -> None:
+        """Takes down what has changed in this worker's parameters, which is an error of all workers at their average.
+
+        Raises:
+            RuntimeError: if something changed, and the others would not hear of it: where gradients are averaged.
+        """
+        if changes is not None and (self.workers.size == 1 or self.present().by_gradient):
+            raise RuntimeError(changes)
+        self._changed = changes
 
     def present(self) -> Round:
         """The current round; it begins when this is first read."""
@@ -139,14 +157,19 @@ class Rounds:
                     "average them: a parameter got a gradient on some workers only; leave average_state out"
                 )
             self.exchange.mean(list(state.values()), weight=weight)
+        # If states differ, the same gradient would step workers differently: a round of one step then averages
+        # parameters.
         self.memory.states_agree = self.settings.average_state or not state
 
     def _weight(self, ended: Round) -> float:
         """This worker's weight in the average; also checks that all workers are at the same step."""
         (examples,) = self.node.sum_of(self.memory.examples)
         with self._reporting():
-            rows = self.workers.gather_of(examples, self.memory.rounds, self.memory.steps, ended.local_steps)
-        if any(row[1:] != rows[0][1:] for row in rows):
+            at = self.memory.rounds, self.memory.steps, ended.local_steps
+            rows = self.workers.gather_of(examples, *at, float(self._changed is not None))
+        if any(row[-1] for row in rows):
+            raise_first(self._changed, self.workers)
+        if any(row[1:-1] != rows[0][1:-1] for row in rows):
             places = "; ".join(f"worker {index}: {row[2]:.0f}" for index, row in enumerate(rows))
             raise RuntimeError(
                 f"workers came to the average after different numbers of steps ({places}): all must call "

@@ -1,0 +1,90 @@
+"""A layer that one rank alone freezes, thaws or replaces during the run: every rank says so, and none waits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.loops import loss_of, network, regression
+from support.ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
+
+from adabatch import AdaptiveBatch, Constant, GlobalOrder, Guard, Limits, LocalSGD, Measure, steps
+
+pytestmark = pytest.mark.distributed
+
+CHANGES_AT = 2
+
+
+def changed(model: nn.Module, change: str) -> None:
+    """Changes the last layer."""
+    if change == "frozen":
+        model[-1].requires_grad_(False)
+    else:
+        model[-1] = nn.Linear(model[-1].in_features, model[-1].out_features)
+
+
+def ended(batches: AdaptiveBatch, model: nn.Module, inner: nn.Module, optimizer: Any, change: str | None) -> str:
+    """The error of the loop, in which a layer is changed before the third step, unless ``change`` is None."""
+    try:
+        for number, step in enumerate(batches.steps(GlobalOrder(regression(96)), until=steps(8))):
+            if number == CHANGES_AT and change is not None:
+                changed(inner, change)
+            for batch in step:
+                step.backward(loss_of(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+    except RuntimeError as error:
+        return f"{batches.progress.steps} steps: {error}"
+    return "no error"
+
+
+def in_ddp(rank: int) -> dict[str, str]:
+    found = {}
+    for change in ("frozen", "replaced"):
+        for measured in ("probe", "finite"):
+            inner = network()
+            model = DistributedDataParallel(inner)
+            optimizer = SGD(model.parameters(), lr=0.01)
+            batches = AdaptiveBatch(
+                model,
+                optimizer,
+                Constant(16),
+                micro_batch_size=4,
+                limits=Limits(16, 16),
+                measure=Measure(monitor=measured == "probe"),
+                guard=Guard(check_every=None),
+            )
+            found[f"{change}, {measured}"] = ended(batches, model, inner, optimizer, change if rank else None)
+            batches.remove()
+    return found
+
+
+def of_workers(rank: int) -> str:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    workers = LocalSGD(model, optimizer, sync_every=4)
+    batches = AdaptiveBatch(
+        model, optimizer, Constant(16), micro_batch_size=4, local_sgd=workers, guard=Guard(skip_nonfinite=False)
+    )
+    return ended(batches, model, model, optimizer, "frozen" if rank else None)
+
+
+def test_a_layer_frozen_by_one_worker_of_local_sgd_is_an_error_at_the_average(tmp_path: Path) -> None:
+    other, own = run_ranks(of_workers, 2, tmp_path)
+    assert "steps: the parameters that train are not those that this LocalSGD was made for" in own
+    assert "on rank 1, the parameters that train are not those that this LocalSGD was made for" in other
+
+
+def test_a_layer_changed_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    own, other = run_ranks(in_ddp, 2, tmp_path)[::-1]
+    for name, error in own.items():
+        assert error.startswith(f"{CHANGES_AT} steps: the parameters that train are not those"), (name, error)
+        assert other[name].startswith(f"{CHANGES_AT} steps: on rank 1, the parameters that train are not"), (
+            name,
+            error,
+        )
+        assert "left" in error, (name, error)
