@@ -30,6 +30,12 @@ class _Applied(NamedTuple):
         return now is not None and now is self.grad() and now._version == self.version
 
 
+def _of_lightning(closure: Callable[[], Any]) -> bool:
+    """Whether Lightning made a closure, as it does for each ``step()`` of manual optimization, to clip in it."""
+    inner = getattr(closure, "func", closure)  # of a partial
+    return str(getattr(inner, "__module__", "")).partition(".")[0] in ("lightning", "pytorch_lightning")
+
+
 class RepeatedUpdates:
     """Checks that each update of a step is the first one of its gradient, and that no closure computes another.
 
@@ -85,7 +91,7 @@ class RepeatedUpdates:
             self._applied[optimizer] = [_Applied(p, ref(p.grad), p.grad._version) for p in islice(held, SAMPLE)]
 
     def _refuse_closure(self, closure: Callable[[], Any] | None) -> None:
-        if closure is not None and self._inside and not self._engine.gives_closures:
+        if closure is not None and self._inside and not self._engine.gives_closures and not _of_lightning(closure):
             raise RuntimeError(
                 f"optimizer.step(closure) of the {self._kind}: a closure computes a gradient of its own, and that of "
                 f"the step, which was measured and averaged over its micro-batches, would be lost or counted twice. "
