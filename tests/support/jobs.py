@@ -250,7 +250,7 @@ def _state_in(checkpoints: Path) -> dict[str, Any]:
 def _plain(state: Any) -> Any:
     """A state without the objects in it, which do not say whether they are equal."""
     if isinstance(state, dict):
-        return {key: _plain(value) for key, value in state.items()}
+        return {key: _plain(value) for key, value in state.items() if key != "run"}  # a token, drawn for each run
     if isinstance(state, list | tuple):
         return [_plain(value) for value in state]
     return state if isinstance(state, Tensor | int | float | str | bytes | None) else type(state).__name__
