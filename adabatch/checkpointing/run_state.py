@@ -246,6 +246,7 @@ class RunState:
         if self._batches is not None:
             self._batches.check_reference(state["batches"]["reference_batch_size"])
         for name, part in self._parts.items():
+            # model and optimizer together, since they share the tensors of one set of files
             if name == "model" and self.sharded:
                 assert self._host is not None
                 now = taken_apart(self._model, self._optimizer)
@@ -255,6 +256,7 @@ class RunState:
                 self._loader.load_state_dict(state_of_rank(state[name], self.collectives, name=name))
             elif name != "optimizer" or not self.sharded:
                 _inner(part).load_state_dict(state[name])
+        # last: loading a part may draw random numbers
         restore_random_state(state["random"], self.collectives.rank, self._device)
         restored = Restored(*settings.enforce(state))
         if self._batches is not None:
