@@ -39,6 +39,7 @@ from adabatch.runtime.observers import Moment, Observers, Phase
 from adabatch.runtime.optimizers import each_of, joined, kind_of
 from adabatch.runtime.ownership import release, take_over, undone_on_error
 from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.scheduler import WritesRates
 from adabatch.runtime.stopwatch import Stopwatch
 from adabatch.runtime.trained_parameters import TrainedParameters
 from adabatch.step import Step
@@ -277,6 +278,11 @@ class AdaptiveBatch:
         if duration is not None:
             self.progress.count(duration.unit)
         self._planner.hold_until = duration
+
+    def add_schedule(self, schedule: WritesRates) -> None:
+        """Tells a schedule of each update, and of a state that is loaded, until it is dropped; ``ProgressLR`` asks for
+        it."""
+        self._updates.add_schedule(schedule)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 from torch.optim import Optimizer
 
 from adabatch.batch.control import Decision, Reason
 from adabatch.batch.plan import BatchPlan
 from adabatch.guards.missing_updates import MissingUpdates
+from adabatch.guards.repeated_updates import RepeatedUpdates
 from adabatch.journal import Journal, line
 from adabatch.lr.follow import UpdateScaling
 from adabatch.planning import Measured, Planner
@@ -21,6 +23,7 @@ from adabatch.runtime.measured_norm import MeasuredNorm
 from adabatch.runtime.observers import Moment, Phase, StepObserver
 from adabatch.runtime.optimizer_traits import TakesNorm
 from adabatch.runtime.optimizers import each_of, kind_of, weight_versions
+from adabatch.runtime.scheduler import WritesRates
 from adabatch.runtime.step_hooks import StepHooks, StepOverrides, rates_of
 from adabatch.step import Step
 from adabatch.validation import check_before_step
@@ -85,6 +88,8 @@ class PendingUpdates:
         self._unapplied = False  # the gradients of the last step had no update, and are none of the next step's
         self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
         self._missing = MissingUpdates(kind_of(optimizer))
+        self._schedules: list[ReferenceType[WritesRates]] = []
+        self._repeated = RepeatedUpdates(engine, optimizer)  # whose hooks run before the others
         self._hooks = StepHooks(optimizer, overrides=self._overrides, skip=self._skips, done=self._done)
 
     @property
@@ -117,6 +122,7 @@ class PendingUpdates:
         """A context in which the loop runs the step's micro-batches and its update."""
         self._step = step
         self._running = True
+        self._repeated.step_begins()
         try:
             yield
         except BaseException:  # the loop was broken off, by `break` among others, and its generator dropped
@@ -125,6 +131,7 @@ class PendingUpdates:
             raise
         finally:
             self._hooks.restore()
+            self._repeated.step_over()
             self._running = False
 
     def inner_loop_over(self) -> None:
@@ -211,12 +218,22 @@ class PendingUpdates:
 
     # --- around optimizer.step() ------------------------------------------------------------------------------------
 
+    def add_schedule(self, schedule: WritesRates) -> None:
+        """Tells a schedule of each update from now on, until it is dropped."""
+        self._schedules = [*(held for held in self._schedules if held() is not None), ref(schedule)]
+
+    def _each_schedule(self) -> Iterator[WritesRates]:
+        return (schedule for held in self._schedules if (schedule := held()) is not None)
+
     def _overrides(self) -> StepOverrides:
         """What the batch changes about the update that is about to run."""
         check_before_step(self._optimizer)
         update = self._update or self._begun
         if update is None:  # an update outside of steps()
             return StepOverrides(1.0)
+        if self._update is not None:  # and not another piece of it
+            for schedule in self._each_schedule():
+                schedule.check_rates()
         if update.norm is not None:
             for one in self._takes_norm:
                 one.take_norm(update.norm)
@@ -331,7 +348,10 @@ class PendingUpdates:
         """Forgets the pending update: another state of the run is loaded."""
         self._update = None
         self.tell_engine()
+        for schedule in self._each_schedule():
+            schedule.write_rates()
 
     def remove(self) -> None:
         """Takes the hooks off the optimizer."""
+        self._repeated.remove()
         self._hooks.remove()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, Optimizer
 
 from adabatch.arguments import require, shown
 from adabatch.batch.control import UNLIMITED, Control, Limits
@@ -153,6 +153,12 @@ def check_types(optimizer: Any, criterion: Any) -> None:
     """Checks for common mistakes: parameters instead of an optimizer, or a criterion's class or name."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if any(isinstance(one, LBFGS) for one in each_of(optimizer)):
+        raise ValueError(
+            "LBFGS computes gradients itself, several times per step, by a closure: they would neither be measured nor "
+            "averaged over the micro-batches. Use an optimizer that steps along the gradient that it finds, such as "
+            "SGD or AdamW"
+        )
     if isinstance(criterion, type) or not isinstance(criterion, Criterion):
         raise TypeError(
             f"criterion must be a criterion or a schedule, such as NormTest(eta=0.7), got {shown(criterion)}"

@@ -1,27 +1,30 @@
 """Is anything lost when a run is killed, ranks come, go or fail, numbers go wrong, or checkpoints and configs do?
 
-    python benchmarks/faults.py [--kills 100] [--configs 10000] [--only PART] [--no-save]
+    python benchmarks/faults.py [--kills 100] [--engine-kills 10] [--configs 10000] [--only PART] [--no-save]
 
 *Kills*: `adabatch train` on two processes is killed with SIGKILL at random instants, one process or both; every second
 kill waits for the next moment at which a checkpoint is being written. Each time the same command goes on. A run that is
 through is compared with one that nobody disturbed: weights, optimizer, batch sizes, schedule, place in the data and
 random numbers of the last checkpoint, the journal, and which examples each rank was given in each step; to the bit.
-*Workers*: the same under torchrun's agents, on 2, 1, 3 and 2 processes. *Damage*: checkpoints are cut, changed and
-taken apart, and loaded. *Folders*: two runs start in one folder, a frozen one wakes up beside its successor, and a disk
-fills under the journal. *Ranks*: of three gloo ranks one is killed, hangs, freezes or raises in each part of a step,
-under a watchdog. *Settings*: of two ranks the second is given one
-setting that differs, each setting in turn. *Numbers*: one that is not finite comes up on one of two ranks, in each
-micro-batch of a step. *Configs*: random ones, most of them spoilt, go through `adabatch train` to their first plan or
-an error.
+*Engines*: the same with FSDP2 and with DeepSpeed, whose own checkpoints are not checked for damage. *Loaders*: ranks
+read an IterableDataset, a loader with a DistributedSampler and a GlobalOrder by loading processes that are forked or
+spawned, and are forked or spawned themselves; the IterableDataset raises, loses a loading process, is shorter on one
+rank or the same on all. *Workers*: kills under torchrun's agents, on 2, 1, 3 and 2 processes. *Damage*: checkpoints are
+cut, changed and taken apart, and loaded. *Folders*: two runs start in one folder, a frozen one wakes up beside its
+successor, and a disk fills under the journal. *Ranks*: of three gloo ranks one is killed, hangs, freezes or raises in
+each part of a step, under a watchdog. *Settings*: of two ranks the second is given one setting that differs, each
+setting in turn. *Numbers*: one that is not finite comes up on one of two ranks, in each micro-batch of a step.
+*Configs*: random ones, most of them spoilt, go through `adabatch train` to their first plan or an error.
 
-The job of the first two is that of tests/support/jobs.py: a network of 129 parameters with dropout, 200 examples, 127
-steps, a checkpoint every five of them.
+The job of kills and workers is that of tests/support/jobs.py: a network of 129 parameters with dropout, 200 examples,
+127 steps, a checkpoint every five of them; that of engines is a third as long.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import multiprocessing
 import os
@@ -39,12 +42,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from _harness import ROOT, Machine, Table, publish
+from torch.multiprocessing import start_processes
 
 sys.path.insert(0, str(ROOT / "tests"))
 
 from support.elastic import check_order, two_one_three_two
-from support.jobs import Attempt, Ended, Killed, Net, command, ended, killed_runs, same, steps_run
+from support.jobs import PRELOADED, Attempt, Ended, Killed, Net, command, ended, kill_once, killed_runs, same, steps_run
+from support.loading import KINDS as LOADERS
+from support.loading import STARTS, STREAM_FAULTS, by_itself, several, stream_with
 from support.lost_ranks import BOUND, PLACES, TIMEOUT, ends_of
 from support.nonfinite import POISONS, POLICIES, all_cases, outcomes
 from support.random_configs import outcome, random_config
@@ -58,7 +65,13 @@ from adabatch.journal import Journal
 from adabatch.report.curves import read_curves
 
 FLIPS = 200
-PARTS = ("kills", "workers", "damage", "folders", "ranks", "settings", "numbers", "configs")
+PARTS = ("kills", "engines", "loaders", "workers", "damage", "folders", "ranks", "settings", "numbers", "configs")
+ENGINES: dict[str, dict[str, Any]] = {
+    "FSDP2": {"engine": "fsdp2"},
+    "DeepSpeed, ZeRO 2": {"zero_optimization": {"stage": 2}},
+    "DeepSpeed, ZeRO 3": {"zero_optimization": {"stage": 3}},
+}
+DEEPSPEED_ON_A_CPU = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
 FAULTS = {"kill": "killed", "hang": "hangs", "freeze": "frozen", "raise": "raises an error"}
 KINDS = {
     "planned": "a plan that can be run, in a run that begins",
@@ -115,6 +128,76 @@ def kills(folder: Path, count: int) -> tuple[list[tuple[str, ...]], list[str], d
         )
     ]
     return rows, told, {"kills": [kill._asdict() for kill in done], "equal": equal}
+
+
+def engines(folder: Path, count: int) -> tuple[list[tuple[str, ...]], list[str], dict[str, Any]]:
+    """Kills of a run on each engine with checkpoints of another kind, and whether it ends as if it had not been."""
+    rows, raw = [], {}
+    for number, (name, settings) in enumerate(ENGINES.items()):
+        place = folder / str(number)
+        place.mkdir(parents=True)
+        changes: dict[str, Any] = {**settings, "total": {"count": 2000, "unit": "examples"}}
+        if "zero_optimization" in settings:
+            config = place / "deepspeed.json"
+            config.write_text(json.dumps({"gradient_clipping": 0.0, "steps_per_print": 10**9, **settings}))
+            changes = {"engine": "deepspeed", "engine_config": str(config), "total": changes["total"]}
+        whole, run, patience = place / "whole", place / "run", 400
+        arguments = command(whole, **changes)
+        undisturbed = Attempt(whole, arguments, 2, variables=DEEPSPEED_ON_A_CPU)
+        assert undisturbed.join(patience) == [0, 0], (whole / "output").read_text()
+        chance, killed, arguments = random.Random(1), [], command(run, **changes)
+        while len(killed) < count:
+            kill = kill_once(
+                run,
+                arguments,
+                chance,
+                in_a_write=len(killed) % 2 == 1,
+                most_steps=max(2, 40 // count),
+                variables=DEEPSPEED_ON_A_CPU,
+            )
+            if kill is None:
+                break
+            killed.append(kill)
+        if len(killed) == count:
+            last = Attempt(run, arguments, 2, variables=DEEPSPEED_ON_A_CPU)
+            assert last.join(patience) == [0, 0], (run / "output").read_text()
+        found, expected = ended(run), ended(whole)
+        equal = [same(getattr(found, each), getattr(expected, each)) for each in Ended._fields]
+        raw[name] = {"kills": [kill._asdict() for kill in killed], "equal": equal}
+        writing = sum(kill.writing for kill in killed)
+        rows.append((name, str(len(killed)), str(writing), *("yes" if each else "no" for each in equal)))
+    through = sum("no" not in row for row in rows)
+    told = f"{through} of {len(rows)} killed runs on FSDP2 and DeepSpeed ended as undisturbed ones, to the bit."
+    return rows, [told], raw
+
+
+def loaders(folder: Path) -> list[Outcome]:
+    """Kinds of loaders and start methods that must give the same, and streams with a fault that must be named."""
+    folder.mkdir()
+    found = run_ranks(several, 2, folder, ("none", *STARTS), LOADERS, timeout=900)
+    outcomes: list[Outcome] = []
+    for kind in LOADERS:
+        equal = [all(each[kind, start] == each[kind, "none"] for each in found) for start in STARTS]
+        what = f"{kind}, loading processes forked and spawned: examples and weights as without, to the bit"
+        outcomes.append((what, len(equal), sum(equal)))
+    for start in STARTS:
+        results = folder / start
+        arguments = (2, f"{results}.meeting", str(results), "GlobalOrder")
+        start_processes(by_itself, arguments, nprocs=2, start_method=start)
+        good = [
+            torch.load(f"{results}.{rank}", weights_only=True) == tuple(found[rank]["GlobalOrder", "none"])
+            for rank in range(2)
+        ]
+        outcomes.append((f"ranks that are started by {start}: examples and weights the same", len(good), sum(good)))
+    for fault, words in STREAM_FAULTS.items():
+        good = [
+            stream_with(folder / f"{fault}-{start}", start, fault)
+            for start in STARTS
+            if not (start == "spawn" and fault in ("shorter", "same"))  # of no process
+        ]
+        right = "both end together" if fault == "shorter" else "both ranks name it"
+        outcomes.append((f"IterableDataset: {words}: {right}", len(good), sum(good)))
+    return outcomes
 
 
 def workers(folder: Path) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -354,12 +437,16 @@ def configs(count: int) -> tuple[list[tuple[str, ...]], list[str], list[tuple[in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="how often a run is killed")
+    parser.add_argument("--engine-kills", type=int, default=10, help="how often a run on another engine is; 0 for none")
     parser.add_argument("--configs", type=int, default=10_000, help="random configs; 0 leaves them out")
     parser.add_argument("--folders", type=int, default=3, help="how often a folder is contended for")
     parser.add_argument("--only", choices=PARTS, help="one part, into a file of its own")
     parser.add_argument("--no-save", action="store_true", help="print only")
     options = parser.parse_args()
     machine = Machine.here()
+    if options.only == "engines":  # it is imported once then, and by no part that has nothing to do with it
+        os.environ |= DEEPSPEED_ON_A_CPU
+        PRELOADED.append("deepspeed")
     tables, told, raw = [], [], {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -368,6 +455,21 @@ def main() -> None:
             columns = ("killed", "times", "while a checkpoint was written", "before there was any")
             tables.append(Table("SIGKILL at random instants", columns, rows))
             told += said
+        if options.only in (None, "engines") and options.engine_kills:
+            rows, said, killed = engines(folder / "engines", options.engine_kills)
+            columns = ("engine", "killed, times", "in a write", "state", "journal", "order of examples")
+            tables.append(Table("SIGKILL on FSDP2 and DeepSpeed, and what was as undisturbed", columns, rows))
+            told += said
+            raw = {**raw, "engines": killed}
+        if options.only in (None, "loaders"):
+            read = loaders(folder / "loaders")
+            table = [(what, str(tries), str(good)) for what, tries, good in read]
+            tables.append(Table("Loaders and start methods", ("what should happen", "tries", "happened"), table))
+            told.append(
+                f"{sum(good for *_, good in read)} of {sum(tries for _, tries, _ in read)} cases of loaders and start "
+                f"methods went as they should."
+            )
+            raw = {**raw, "loaders": read}
         if options.only in (None, "workers"):
             rows, said = workers(folder / "workers")
             columns = ("processes", "steps", "batch sizes", "examples before its last step")

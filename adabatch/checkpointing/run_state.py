@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.checkpointing.differences import Difference, Parameter, describe, refuse_order
 from adabatch.checkpointing.files import CheckpointError, Files, sealed
+from adabatch.checkpointing.finite_state import check_finite, optimizer_states, trained_weights
 from adabatch.checkpointing.plain import NotPlain, plain
 from adabatch.checkpointing.rank_states import state_of_rank, states_of_all
 from adabatch.checkpointing.settings import BuiltSettings, KeptSetting
@@ -25,7 +24,7 @@ from adabatch.checkpointing.sharded_state import Shards, put_back, shapes_in, ta
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.fsdp2 import is_sharded, own_piece
+from adabatch.runtime.fsdp2 import is_sharded
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.random_state import random_state, restore_random_state
 
@@ -143,7 +142,7 @@ class RunState:
 
         Raises:
             NotPlain: on some rank, after all exchanges, if the state of a part could not be read back.
-            CheckpointError: in the same way, if weights are not finite.
+            CheckpointError: in the same way, if weights or the optimizer's state are not finite.
         """
         own = random_state(self._device).to(self.collectives.device)
         state: dict[str, Any] = {"random": self.collectives.gather(own).cpu()}
@@ -157,7 +156,8 @@ class RunState:
             state["order"] = states_of_all(mine, self.collectives, name="order")
         if failure is not None:
             raise failure
-        self._check_finite()
+        states = () if self._optimizer is None else optimizer_states(self._optimizer, self._model)
+        check_finite([*trained_weights(self._model), *states])
         if self.collectives.rank > 0 and not (self.sharded or self._apart):
             return None
         tensors: dict[str, Tensor] = {}
@@ -169,27 +169,6 @@ class RunState:
                 state[name] = _inner(part).state_dict()
         state = {name: plain(value, name, copy=copy) for name, value in state.items()}
         return Snapshot(self.describe(), state, plain(tensors, copy=copy))
-
-    def _check_finite(self) -> None:
-        """Checks that this rank's trained weights are finite.
-
-        Raises:
-            CheckpointError: if one is not; names it.
-        """
-        pieces: dict[str, Tensor] = {}
-        for name, parameter in self._model.named_parameters():
-            piece = own_piece(parameter.detach())[0]
-            if parameter.requires_grad and piece.numel() and (piece.is_floating_point() or piece.is_complex()):
-                pieces[name] = piece
-        # one norm over all weights and one host sync; without this check, useless checkpoints would replace the good
-        # ones
-        if not pieces or torch.isfinite(get_total_norm(list(pieces.values()), norm_type=math.inf)):
-            return
-        bad = next((name for name, piece in pieces.items() if not torch.isfinite(piece).all()), "a parameter")
-        raise CheckpointError(
-            f"{bad} holds numbers that are not finite, and resuming from them would be of no use: the checkpoints that "
-            f"are there stay; resume from the newest with a smaller learning rate"
-        )
 
     def write(self, taken: Snapshot, place: Path) -> Files:
         """Writes this rank's files, and on the first rank returns those of all; may run in a thread beside the

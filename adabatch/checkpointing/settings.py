@@ -57,7 +57,7 @@ class BuiltSettings:
         self._optimizer: Optimizer | None = optimizer if isinstance(optimizer, Optimizer) else None
         self._schedule = schedule
         self._order = order
-        self._groups = [] if self._optimizer is None else [_settings_of(g, self._optimizer) for g in _groups(optimizer)]
+        self._groups = [] if self._optimizer is None else [settings_of(g, self._optimizer) for g in _groups(optimizer)]
         self._seed = _seed_of(order)
 
     def refuse(self, saved: Mapping[str, Any]) -> None:
@@ -112,13 +112,26 @@ class BuiltSettings:
             kept.append(KeptSetting("data.seed", seed, self._seed, way_out))
         return tuple(taken), tuple(kept)
 
+    def put_back(self, groups: Sequence[Mapping[str, Any]], *, rates: bool) -> None:
+        """Writes the saved settings that are kept into the optimizer, where loading it does not.
+
+        Args:
+            groups: the saved settings of each parameter group.
+            rates: whether the learning rates are among them.
+        """
+        assert self._optimizer is not None
+        for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
+            for name, value in settings_of(saved, self._optimizer).items():
+                if name not in TAKEN_OVER and (rates or name != "lr") and _plain(group[name]) != value:
+                    put_setting(group, name, tuple(value) if isinstance(value, list) else value)
+
     def _differing(self, saved: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         """Names of the optimizer's settings that differ from the saved ones, with both values."""
         if self._optimizer is None:
             return
         groups = saved["optimizer"]["param_groups"]
         for index, (group, built) in enumerate(zip(groups, self._groups, strict=True)):
-            before = _settings_of(group, self._optimizer)
+            before = settings_of(group, self._optimizer)
             for name, now in built.items():
                 if name in before and before[name] != now:
                     yield _name(name, index, len(groups)), before[name], now
@@ -129,7 +142,7 @@ def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]]:
     return groups
 
 
-def _settings_of(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+def settings_of(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """The constructor arguments of a group, in plain values, without what its optimizer stores there.
 
     The learning rate is the base one, if a scheduler has stored it in the group.

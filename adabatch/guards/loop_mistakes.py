@@ -2,8 +2,9 @@
 
 Between the first backward of a step and the end of its micro-batches only the backwards may change a gradient, and no
 gradient may exist before. A loop that still clears, clips, switches synchronization or steps in the wrong place would
-train with a wrong gradient. The checks read only the identity of each gradient tensor and its count of writes
-(``_version``): they need no operation on a tensor, and no host sync.
+train with a wrong gradient, and one that steps its scheduler there with a wrong learning rate. The checks read only the
+identity of each gradient tensor and its count of writes (``_version``): they need no operation on a tensor, and no host
+sync.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.fsdp2 import own_piece
+from adabatch.runtime.optimizers import kind_of
 
 SAMPLE = 16
 """Parameters that are checked per step after the first one: each takes two microseconds in every micro-batch."""
@@ -41,6 +43,7 @@ class LoopMistakes:
         self._optimizer = optimizer
         self._parameters: list[Tensor] = []
         self._left: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version after the last backward
+        self._rates: list[object] = []  # of the parameter groups, when the first backward began
         self._first = True
         self._steps = 0  # backwards that have begun
 
@@ -67,6 +70,7 @@ class LoopMistakes:
         if self._first:
             self._first = False
             self._check_empty()
+            self._rates = self._rates_now()
         else:
             self.check_untouched()
         switch = self._engine.switched_off(last=last)
@@ -81,11 +85,17 @@ class LoopMistakes:
         self._left = [(p, grad, grad._version) for p in self._parameters if (grad := p.grad) is not None]
 
     def check_untouched(self) -> None:
-        """Checks that the gradients are those of the last backward.
+        """Checks that the gradients are those of the last backward, and the learning rates those of the first.
 
         Raises:
             RuntimeError: if some were cleared, replaced or changed.
         """
+        if not self._first and self._rates_now() != self._rates:
+            raise RuntimeError(
+                f"the learning rate of the {kind_of(self._optimizer)} was changed while the step's micro-batches were "
+                f"being run: the scheduler's step() belongs after `for batch in step`, once for each step. One that "
+                f"counts its calls would count micro-batches"
+            )
         for parameter, grad, version in self._left:
             if parameter.grad is grad and grad._version == version:
                 continue
@@ -120,6 +130,11 @@ class LoopMistakes:
                 f"optimizer.step(), or before `for batch in step` if another loss (such as the other network of a GAN) "
                 f"leaves gradients in between"
             )
+
+    def _rates_now(self) -> list[object]:
+        rates = [group.get("lr") for group in self._optimizer.param_groups]
+        # A rate on an accelerator is not read: its count of writes tells.
+        return [(id(lr), lr._version) if isinstance(lr, Tensor) else lr for lr in rates]
 
     def _name_of(self, parameter: Tensor) -> str:
         named = {id(p): name for name, p in self._engine.model.named_parameters()}

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-untyped]
+from torch import Tensor
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.arguments import require
 from adabatch.batch.plan import Duration
 from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.checkpointing.files import CheckpointError
+from adabatch.checkpointing.finite_state import check_finite, optimizer_states
 from adabatch.checkpointing.lock import FolderLock, read_lock
 from adabatch.checkpointing.plain import NotPlain, plain
 from adabatch.checkpointing.run_state import Stateful
 from adabatch.checkpointing.save_times import SaveTimes
+from adabatch.integrations.deepspeed_settings import EngineSettings
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.random_state import random_state, restore_random_state
+
+_log = logging.getLogger("adabatch")
 
 KEY = "adabatch"
 """Where in ``client_state`` our parts are."""
@@ -33,7 +40,9 @@ class DeepSpeedCheckpoints:
 
     It does for ``engine.save_checkpoint`` what ``Checkpoints`` does by itself: says when, keeps a few, and takes the
     batches, the schedule, the place in the data and the random numbers along. Files are DeepSpeed's, so its tools read
-    them; they are not checked for damage, and another number of ranks needs DeepSpeed's universal checkpoints.
+    them; they are not checked for damage, and another number of ranks needs DeepSpeed's universal checkpoints. Settings
+    that differ on resume are taken over, kept or refused as ``Checkpoints`` does it, if the object is made before the
+    run begins.
 
     Args:
         folder: of the run's checkpoints.
@@ -65,6 +74,7 @@ class DeepSpeedCheckpoints:
         require(keep >= 1, "keep must be at least 1 checkpoint", keep)
         named = {"order": order, "batches": batches, "schedule": schedule}
         self._parts: dict[str, Any] = {name: part for name, part in named.items() if part is not None}
+        self._settings = EngineSettings(engine, self._parts)
         self._folder = Path(folder)
         self._engine = engine
         self._batches = batches
@@ -92,30 +102,40 @@ class DeepSpeedCheckpoints:
         """Saves the run as it is between two steps; on all ranks.
 
         Raises:
-            CheckpointError: a part holds what could not be read back, or the folder is another process's or another
-                run's; on all ranks.
+            CheckpointError: a part holds what could not be read back, weights or the optimizer's state are not finite,
+                or the folder is another process's or another run's; on all ranks.
         """
         self._batches.settle()
         rows = self._ranks.gather(random_state(self._engine.device).to(self._ranks.device)).cpu()
         failure: Exception | None = None
         state: dict[str, Any] = {}
+        again = 0
         try:
             state = {name: plain(part.state_dict(), name) for name, part in self._parts.items()}
             state |= {"random": rows, "run": self._batches.journal.run}
+            check_finite(_numbers_of(self._engine))
+        except (NotPlain, CheckpointError) as error:
+            failure = error
+        self._raise_together(failure)  # before anything is written
+        try:
             if self._ranks.rank == 0:
                 if not self._lock.held:
                     self._refuse_other_run()
                     self._claim()
                 self._lock.check()
+                again = self._make_room()
+                self._settings.write(self._place(again))
+                self._batches.journal.sync()  # no checkpoint may know of steps that the journal can still lose
         except (NotPlain, CheckpointError, OSError) as error:
             failure = error
-        self._raise_together(failure)
-        tag = f"step{self._batches.consumed.steps:08d}"
+        (again,) = map(int, self._raise_together(failure, again))
+        place = self._place(again)
+        self._engine.save_checkpoint(str(self._folder), tag=place.name, client_state={KEY: state})
         if self._ranks.rank == 0:
-            self._batches.journal.sync()  # no checkpoint may know of steps that the journal can still lose
-        self._engine.save_checkpoint(str(self._folder), tag=tag, client_state={KEY: state})
-        if self._ranks.rank == 0:
-            for old in sorted(self._folder.glob("step*"))[: -self._keep]:
+            # By time: a run that begins again in this folder counts its steps from the first.
+            others = [path for path in self._folder.glob("step*") if path != place]
+            others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for old in others[self._keep - 1 :]:
                 shutil.rmtree(old)
         self._times.saved()
 
@@ -142,7 +162,8 @@ class DeepSpeedCheckpoints:
 
         Raises:
             FileNotFoundError: there is none, where that is an error.
-            ValueError: one that DeepSpeed cannot load, or that was saved without ``DeepSpeedCheckpoints``.
+            ValueError: one that DeepSpeed cannot load, or that was saved without ``DeepSpeedCheckpoints``; or this run
+                cannot continue from it.
             CheckpointError: the folder is another process's.
         """
         failure: Exception | None = None
@@ -157,6 +178,12 @@ class DeepSpeedCheckpoints:
                 raise FileNotFoundError(f"there is no checkpoint in {self._folder.absolute()}: check the path")
             self._batches.journal.cut(0)
             return None
+        saved: dict[str, Any] | None = None
+        try:
+            saved = self._settings.refuse(self._folder / self._newest())
+        except (ValueError, CheckpointError, OSError) as error:
+            failure = error
+        self._raise_together(failure)
         path, client = self._engine.load_checkpoint(str(self._folder))
         if path is None or KEY not in client:
             raise ValueError(
@@ -166,13 +193,16 @@ class DeepSpeedCheckpoints:
         state = client[KEY]
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
+        taken, kept = ((), ()) if saved is None else self._settings.enforce(saved, state)
         restore_random_state(state["random"], self._ranks.rank, self._engine.device)
         self._batches.journal.run = state.get("run", self._batches.journal.run)
         if self._ranks.rank == 0:
             self._claim()
             self._batches.journal.cut(self._batches.consumed.examples)
+            for setting in kept:
+                _log.warning("%s", setting)
         self._times.loaded()
-        return Loaded(Path(path).parent, (), ())
+        return Loaded(Path(path).parent, taken, (), kept)
 
     def __enter__(self) -> Self:
         """Nothing is open."""
@@ -185,6 +215,26 @@ class DeepSpeedCheckpoints:
         self._lock.release()
         if error[0] is None and dist.is_initialized():
             dist.barrier()
+
+    def _newest(self) -> str:
+        """The name of the checkpoint that DeepSpeed loads; the file of the shared folder may be gone."""
+        return (self._folder / LATEST).read_text(encoding="utf-8").strip()
+
+    def _place(self, again: int) -> Path:
+        return self._folder / f"step{self._batches.consumed.steps:08d}{f'-{again}' if again else ''}"
+
+    def _make_room(self) -> int:
+        """The number of checkpoints of this step that must stay, as the newest of another run may be one.
+
+        Files of a checkpoint that was never finished are removed: DeepSpeed would read those of ranks that are gone.
+        """
+        newest = self._newest() if (self._folder / LATEST).exists() else ""
+        again = 0
+        while self._place(again).name == newest:
+            again += 1
+        if self._place(again).exists():
+            shutil.rmtree(self._place(again))
+        return again
 
     def _claim(self) -> None:
         self._lock.claim(self._batches.journal.run)
@@ -199,10 +249,24 @@ class DeepSpeedCheckpoints:
                 f"of them: load() to go on with that run, start_over() to take its folder, or use another folder"
             )
 
-    def _raise_together(self, failure: Exception | None) -> None:
-        """Raises on all ranks what failed on one."""
-        failed = self._ranks.sum_of(failure is not None)[0]
+    def _raise_together(self, failure: Exception | None, *numbers: float) -> list[float]:
+        """Raises on all ranks what failed on one; returns the sums of the ranks' numbers."""
+        failed, *sums = self._ranks.sum_of(failure is not None, *numbers)
+        if isinstance(failure, ValueError):
+            raise failure
         if failure is not None:
             raise CheckpointError(f"a checkpoint in {self._folder}: {failure}") from failure
         if failed:
             raise CheckpointError(f"another rank could not use the checkpoints in {self._folder}")
+        return sums
+
+
+def _numbers_of(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
+    """The trained weights of a model, the copies of them in the optimizer, and its state, as far as this rank holds
+    them."""
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            yield name, getattr(parameter, "ds_tensor", parameter.detach())  # ZeRO 3 leaves a shard
+    for parameter in engine.basic_optimizer.state:
+        yield "the optimizer's copy of a parameter", parameter.detach()
+    yield from optimizer_states(engine.basic_optimizer, engine.module)

@@ -129,12 +129,14 @@ class Fit:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         backward = Backward(partial(self._backward, optimizer), None if scaler is None else factor_of(scaler))
         model = trainer.strategy.model
+        engine = engine_for(model, settings.gradient_sync, backward=backward)
+        engine.gives_closures = True  # Lightning clips in it
         self.batches = AdaptiveBatch(
             model,
             optimizer,
             settings.criterion,
             micro_batch_size=settings.micro_batch_size,
-            engine=engine_for(model, settings.gradient_sync, backward=backward),
+            engine=engine,
             **settings.batches,
         )
         order = self._loader if isinstance(self._loader, GlobalOrder) else None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, Literal, Protocol, runtime_checkable
+from weakref import ref
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,7 +21,7 @@ from adabatch.lr.shapes import warmup_factor
 from adabatch.runtime.engines.backward import left_out
 from adabatch.runtime.optimizers import each_of, joined, kind_of, without_rate
 from adabatch.runtime.ownership import remove_all, take_over
-from adabatch.runtime.step_hooks import hook_step, put_setting
+from adabatch.runtime.step_hooks import hook_step, host_value, put_setting
 
 STATE_FORMAT = 1
 
@@ -59,6 +60,27 @@ class GrowthHold(ProgressSource, Protocol):
         ...
 
 
+class WritesRates(Protocol):
+    """A schedule that a source tells of its updates; ``ProgressLR`` is one."""
+
+    def check_rates(self) -> None:
+        """Called before each update."""
+        ...
+
+    def write_rates(self) -> None:
+        """Called when another progress was loaded."""
+        ...
+
+
+@runtime_checkable
+class TellsSchedules(ProgressSource, Protocol):
+    """A source that tells its schedules of updates; ``AdaptiveBatch`` is one."""
+
+    def add_schedule(self, schedule: WritesRates) -> None:
+        """Tells a schedule from now on, until it is dropped."""
+        ...
+
+
 class CountedSteps:
     """A progress source for runs without ``AdaptiveBatch``: it only counts the optimizer's steps."""
 
@@ -68,6 +90,7 @@ class CountedSteps:
         self.progress = Progress() if progress is None else progress
         self._handles: list[RemovableHandle] = []
         self._num_optimizers = 1
+        self._schedule: Callable[[], WritesRates | None] = lambda: None
         self._applied: dict[int, bool] = {}  # those of several optimizers that have made their part of the update
 
     def __getstate__(self) -> Progress:
@@ -82,8 +105,14 @@ class CountedSteps:
         self._num_optimizers = len(each_of(optimizer))
         self._handles = hook_step(optimizer, self._begin, self._count)
 
-    def _begin(self, optimizer: Optimizer) -> None:
-        pass
+    def add_schedule(self, schedule: WritesRates) -> None:
+        """Tells the schedule of each step from now on, until it is dropped."""
+        self._schedule = ref(schedule)
+
+    def _begin(self, optimizer: Optimizer, _: object) -> None:
+        schedule = self._schedule()
+        if schedule is not None:
+            schedule.check_rates()
 
     def _count(self, optimizer: Optimizer) -> None:
         self._applied[id(optimizer)] = not left_out(optimizer)
@@ -184,6 +213,8 @@ class ProgressLR(LRScheduler):
         if clock == "gain":
             self._check_unit("gain_steps", "clock='gain' cannot be read")
         self._replaced = False
+        self._written: list[float] = []  # the rates in the groups after the last step(); NaN where unknown
+        self._written_at = 0  # number of updates before it
         if source is None:
             counted.listen(optimizer)
         if isinstance(optimizer, Optimizer):
@@ -192,6 +223,7 @@ class ProgressLR(LRScheduler):
         if self._clock.warmup is not None and isinstance(source, GrowthHold):
             source.hold_growth_until(self._clock.warmup)
         super().__init__(optimizer)
+        self._listen()
         self.built_lrs = [float(base) for base in self.base_lrs]
 
     @property
@@ -204,6 +236,47 @@ class ProgressLR(LRScheduler):
         self._replaced = True
         if isinstance(self._source, CountedSteps):
             self._source.stop()
+
+    def _listen(self) -> None:
+        if isinstance(self._source, TellsSchedules):
+            self._source.add_schedule(self)
+
+    def _note_written(self) -> None:
+        self._written = [host_value(group["lr"]) for group in self.optimizer.param_groups]
+        self._written_at = self._source.progress.steps
+
+    def write_rates(self) -> None:
+        """Writes the rates of the next update again, if this schedule was not replaced."""
+        if not self._replaced:
+            self._write()
+
+    def check_rates(self) -> None:
+        """Checks, before an update, that its rates are those of this schedule.
+
+        Raises:
+            RuntimeError: if ``step()`` was not called since the last update, or something else has changed the rates.
+        """
+        rates = [host_value(group["lr"]) for group in self.optimizer.param_groups]
+        if self._replaced or len(rates) != len(self._written):  # an engine may show only some of the groups
+            return
+        for number, (rate, written) in enumerate(zip(rates, self._written, strict=True)):
+            if rate != written and not math.isnan(rate) and not math.isnan(written):
+                raise RuntimeError(
+                    f"the learning rate of parameter group {number} is {rate:g}, and ProgressLR has set it to "
+                    f"{written:g}: something else changes it too, such as a torch scheduler on the same optimizer, a "
+                    f"framework, a line of the loop, or load_state_dict() of the optimizer after that of the schedule. "
+                    f"Leave that out, or ProgressLR; set_base_lrs() of ProgressLR changes the rate during a run"
+                )
+        behind = self._source.progress.steps - self._written_at
+        if behind <= 0:
+            return
+        # Calling step() seldom does no harm as long as the rate is constant.
+        due = [host_value(lr) for lr in self.get_lr()]
+        if any(abs(rate - now) > 1e-6 * abs(now) for rate, now in zip(rates, due, strict=True)):
+            raise RuntimeError(
+                f"the learning rate is {rates[0]:g}, as ProgressLR has set it {behind} update(s) ago, and is to be "
+                f"{due[0]:g} now: call step() of the ProgressLR after each optimizer.step(), not once an epoch"
+            )
 
     def _check_in_place(self) -> None:
         if self._replaced:
@@ -238,6 +311,7 @@ class ProgressLR(LRScheduler):
         self.__dict__.update(state)
         if isinstance(self._source, CountedSteps):
             self._source.listen(self.optimizer)
+            self._listen()
 
     def factor(self) -> float:
         """``warm-up x shape`` for the next update."""
@@ -320,6 +394,7 @@ class ProgressLR(LRScheduler):
         # warns about a first call without an update. Progress is read here, not counted.
         self._step_count += self._step_count == 1
         super().step(epoch)
+        self._note_written()
 
     def get_lr(self) -> list[float | Tensor]:
         """``base LR x warm-up x shape`` of each group."""
@@ -400,3 +475,4 @@ class ProgressLR(LRScheduler):
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             put_setting(group, "lr", lr)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self._note_written()

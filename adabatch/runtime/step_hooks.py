@@ -19,10 +19,12 @@ from adabatch.runtime.ownership import held_weakly, remove_all
 
 
 def hook_step(
-    optimizer: Optimizer, before: Callable[[Optimizer], None], after: Callable[[Optimizer], None]
+    optimizer: Optimizer,
+    before: Callable[[Optimizer, Callable[[], Any] | None], None],
+    after: Callable[[Optimizer], None],
 ) -> list[RemovableHandle]:
     """Calls ``before`` and ``after`` around ``optimizer.step()``, or around that of each of several; once if steps are
-    nested.
+    nested. ``before`` is also given the closure of the call, or None.
 
     If the ``step()`` of an optimizer calls that of its parent, torch's hooks of both run, one inside the other: only
     the outermost counts. A step that raised an error never runs the hooks after it, and is ignored once it has
@@ -69,7 +71,7 @@ class _Around:
         self._before, self._after = held_weakly(before), held_weakly(after)
         self._outermost: FrameType | None = None
 
-    def enter(self, optimizer: Optimizer, *_: Any) -> None:
+    def enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Torch's hook before a step."""
         caller = sys._getframe(1)  # inspect.currentframe() would have to be kept in a variable of the frame itself
         if _runs_inside(caller, self._outermost):
@@ -77,7 +79,7 @@ class _Around:
         self._outermost = caller
         before = self._before()
         if before is not None:
-            before(optimizer)
+            before(optimizer, args[1] if len(args) > 1 else kwargs.get("closure"))
 
     def leave(self, optimizer: Optimizer, *_: Any) -> None:
         """Torch's hook after a step."""
@@ -235,7 +237,7 @@ class StepHooks:
         changes.handles += [one.register_state_dict_pre_hook(changes.restore) for one in each_of(optimizer)]
         finalize(self, changes.remove).atexit = False
 
-    def _before(self, optimizer: Optimizer) -> None:
+    def _before(self, optimizer: Optimizer, _: object) -> None:
         self.restore()
         skip, overrides_of = self._skip(), self._overrides()
         if skip is None or overrides_of is None:

@@ -290,6 +290,27 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     assert list(checkpoints_in(tmp_path / "saved")) == [2]
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_optimizer_states_that_are_not_finite_are_not_saved(tmp_path: Path, name: str, bad: float) -> None:
+    """The weights are still good, and the next update would spoil them."""
+    run = made(tmp_path)
+    train(run, until=adabatch.steps(2))
+    state = run.optimizer.state[run.model[0][0].bias]
+    with Checkpoints(tmp_path / "saved", **run.parts(), keep=1) as checkpoints:
+        checkpoints.save()
+        good = state[name][1].clone()
+        state[name][1] = bad
+        words = (
+            rf"the optimizer's state\['{name}'\] of 0\.0\.bias holds numbers that are not finite.*that are there stay"
+        )
+        with pytest.raises(CheckpointError, match=words):
+            checkpoints.save()
+        state[name][1] = good
+        checkpoints.save()
+    assert list(checkpoints_in(tmp_path / "saved")) == [2]
+
+
 # --- when -------------------------------------------------------------------------------------------------------------
 
 

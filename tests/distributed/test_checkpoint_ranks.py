@@ -259,6 +259,29 @@ def test_a_disk_that_fails_on_one_rank_is_heard_of_on_all(tmp_path: Path) -> Non
     assert list(checkpoints_in(tmp_path / "saved")) == [1]
 
 
+def not_finite_on_one_rank(rank: int, folder: Path, kind: str) -> str:
+    """A number that is not finite in the optimizer's state of the second rank, in its own shard under FSDP2."""
+    run = parts(folder / "run", kind)
+    train(run, adabatch.steps(2))
+    adabatch.save(folder / "saved", **run, keep=1)
+    state = next(iter(run["optimizer"].state.values()))["exp_avg"]
+    if rank == 1:
+        (state.to_local() if kind == "fsdp" else state)[0, 0] = torch.inf
+    try:
+        adabatch.save(folder / "saved", **run, keep=1)
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_state_that_is_not_finite_on_one_rank_is_saved_by_none(tmp_path: Path, kind: str) -> None:
+    first, second = run_ranks(not_finite_on_one_rank, 2, tmp_path, tmp_path, kind)
+    assert "by another rank" in first
+    assert "the optimizer's state['exp_avg'] of 0.0.weight holds numbers that are not finite" in second
+    assert list(checkpoints_in(tmp_path / "saved")) == [1]
+
+
 LOST = ["shards/__0_0.distcp", "shards/__1_0.distcp", "shards/.metadata"]
 
 

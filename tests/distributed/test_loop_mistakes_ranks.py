@@ -15,8 +15,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import ExponentialLR
 
-from adabatch import AdaptiveBatch, Constant, EngineOptions, GlobalOrder, LocalSGD, Measure, steps
+from adabatch import AdaptiveBatch, Constant, EngineOptions, GlobalOrder, LocalSGD, Measure, ProgressLR, lr, steps
 
 pytestmark = pytest.mark.distributed
 
@@ -175,3 +176,47 @@ def test_workers_of_local_sgd_are_told_too(tmp_path: Path) -> None:
     for found in run_ranks(local, 2, tmp_path):
         assert found["right"] == "2"
         assert "gradients from before the step" in found["forgotten"]
+
+
+def around_updates(rank: int) -> dict[str, str]:
+    """Mistakes around the update, each with its name; a second one of the same run would be said too."""
+    found = {}
+    models: dict[str, Callable[[], nn.Module]] = {"ddp": in_ddp, "fsdp2": sharded}
+    for name, make in models.items():
+        run = made(make(), accumulation=2)
+        schedule = ProgressLR(run[2], lr.linear(), run[0], total=steps(10))
+        found[f"{name} not stepped"] = ran(run)
+        schedule.give_way()
+        run = made(make(), accumulation=2)
+        schedule = ProgressLR(run[2], lr.linear(), run[0], total=steps(10))
+        found[f"{name} right"] = ran(run, zero=lambda run=run, by=schedule: (run[2].zero_grad(), by.step()))
+        run = made(make(), accumulation=2)
+        schedule = ProgressLR(run[2], lr.linear(), run[0], total=steps(10))
+        other = ExponentialLR(run[2], 0.5)
+
+        def both(run: Made = run, by: ProgressLR = schedule, other: ExponentialLR = other) -> None:
+            run[2].zero_grad()
+            by.step()
+            other.step()
+
+        found[f"{name} beside"] = ran(run, zero=both)
+        run = made(make(), accumulation=2)
+        found[f"{name} twice"] = ran(run, zero=lambda run=run: run[2].step())
+        run = made(make(), accumulation=2)
+        found[f"{name} closure"] = ran(run, zero=lambda run=run: run[2].step(lambda: 0.0))
+    return found
+
+
+def test_mistakes_around_the_update_are_said_on_every_rank(tmp_path: Path) -> None:
+    words = {
+        "stepped": "call step() of the ProgressLR after each optimizer.step()",
+        "right": "2",
+        "beside": "something else changes it too",
+        "twice": "was called a second time in one step",
+        "closure": "optimizer.step(closure) of the SGD",
+    }
+    first, second = run_ranks(around_updates, 2, tmp_path)
+    assert first == second
+    assert len(first) == 10
+    for case, said in first.items():
+        assert words[case.split()[-1]] in said, (case, said)

@@ -12,8 +12,9 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils.data import Dataset
 
 from adabatch import NormTest
@@ -121,9 +123,18 @@ class Attempt:
         arguments: of the command.
         size: number of processes.
         sync_seconds: what it takes the disk at least to make a file safe.
+        variables: of the environment, beside those of a launcher.
     """
 
-    def __init__(self, folder: Path, arguments: Sequence[str], size: int, *, sync_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        size: int,
+        *,
+        sync_seconds: float = 0.0,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         # What the tests' own starter of ranks preloads is a part of this, and whoever comes first decides.
         PROCESSES.set_forkserver_preload(PRELOADED)
         port = free_port()
@@ -135,6 +146,7 @@ class Attempt:
                     {
                         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GIVEN": str(folder / "given"),
+                        **(variables or {}),
                     },
                     folder / "output",
                     sync_seconds,
@@ -211,15 +223,37 @@ def ended(folder: Path) -> Ended:
     Raises:
         AssertionError: a step was run twice, after a kill, with other examples.
     """
-    newest = next(iter(checkpoints_in(folder / "run" / "checkpoints").values()))
     given: dict[tuple[int, int], list[int]] = {}
     for path in sorted(folder.glob("given.*")):
         for told in map(json.loads, path.read_text().splitlines()):
             key = (told["end"], told["rank"])
             assert given.setdefault(key, told["given"]) == told["given"], f"step to {key[0]}, rank {key[1]}"
     assert given, "no rank said what it was given"
-    state = torch.load(newest / "state.pt", weights_only=True)
+    state = _state_in(folder / "run" / "checkpoints")
     return Ended(state, journal_text(folder / "run" / "journal.jsonl"), given)
+
+
+def _state_in(checkpoints: Path) -> dict[str, Any]:
+    """The tensors and plain values of the newest checkpoint of a run, on whatever engine."""
+    newest = newest_of_deepspeed(checkpoints)
+    if newest is not None:  # trusted files, with objects of DeepSpeed's in them
+        return {path.name: _plain(torch.load(path, weights_only=False)) for path in sorted(newest.glob("*.pt"))}
+    newest = next(iter(checkpoints_in(checkpoints).values()))
+    state: dict[str, Any] = torch.load(newest / "state.pt", weights_only=True)
+    if (newest / "shards").exists():
+        with tempfile.TemporaryDirectory() as place:
+            dcp_to_torch_save(newest / "shards", Path(place) / "whole.pt")
+            state["shards"] = torch.load(Path(place) / "whole.pt", weights_only=True)
+    return state
+
+
+def _plain(state: Any) -> Any:
+    """A state without the objects in it, which do not say whether they are equal."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items() if key != "run"}  # a token, drawn for each run
+    if isinstance(state, list | tuple):
+        return [_plain(value) for value in state]
+    return state if isinstance(state, Tensor | int | float | str | bytes | None) else type(state).__name__
 
 
 def same(one: Any, two: Any) -> bool:
@@ -297,7 +331,15 @@ def killed_runs(
             return
 
 
-def kill_once(folder: Path, arguments: Sequence[str], chance: random.Random, *, in_a_write: bool) -> Killed | None:
+def kill_once(
+    folder: Path,
+    arguments: Sequence[str],
+    chance: random.Random,
+    *,
+    in_a_write: bool,
+    most_steps: int = 40,
+    variables: Mapping[str, str] | None = None,
+) -> Killed | None:
     """Starts the command on two processes and kills it at a random instant; None where it was through before that.
 
     One kill in five comes in the first second, before or while the run is set up. The others come some milliseconds
@@ -308,18 +350,23 @@ def kill_once(folder: Path, arguments: Sequence[str], chance: random.Random, *, 
         arguments: of the command.
         chance: decides when, and which rank is killed, or both.
         in_a_write: after the steps, wait until there is a place for the next checkpoint, and a moment longer.
+        most_steps: before a kill.
+        variables: of the environment, for the processes.
     """
     checkpoints = folder / "run" / "checkpoints"
 
     def unfinished() -> set[tuple[str, int]]:
-        return {(path.name, path.stat().st_ctime_ns) for path in checkpoints.glob(f"*-step-*{UNFINISHED}")}
+        latest = newest_of_deepspeed(checkpoints)
+        later = (path for path in checkpoints.glob("step*") if latest is None or path.name > latest.name)
+        paths = [*checkpoints.glob(f"*-step-*{UNFINISHED}"), *later]
+        return {(path.name, path.stat().st_ctime_ns) for path in paths}
 
     left = unfinished()  # by attempts before this one
-    early, steps, pause = chance.random() < 0.2, chance.randrange(40), chance.uniform(0, 0.01)
+    early, steps, pause = chance.random() < 0.2, chance.randrange(most_steps), chance.uniform(0, 0.01)
     ranks = chance.choice([(0, 1), (0,), (1,)])
     in_a_write = in_a_write and not early
     # On a slow disk a write outlasts every pause, whatever the machine.
-    attempt = Attempt(folder, arguments, 2, sync_seconds=0.02 if in_a_write else 0.0)
+    attempt = Attempt(folder, arguments, 2, sync_seconds=0.02 if in_a_write else 0.0, variables=variables)
     began = time.monotonic()
     if early:
         pause *= 100
@@ -335,9 +382,8 @@ def kill_once(folder: Path, arguments: Sequence[str], chance: random.Random, *, 
         assert codes == [0, 0], (folder / "output").read_text()
         return None
     attempt.kill(ranks)
-    killed = Killed(
-        time.monotonic() - began, ranks, _beyond(unfinished, left), max(checkpoints_in(checkpoints), default=0)
-    )
+    newest = max(checkpoints_in(checkpoints), default=int(newest_of_deepspeed(checkpoints) is not None))
+    killed = Killed(time.monotonic() - began, ranks, _beyond(unfinished, left), newest)
     attempt.join(timeout=3)  # a launcher ends the others; those that wait for the dead one while they start wait long
     return killed
 
@@ -346,6 +392,12 @@ def steps_run(folder: Path) -> int:
     """Steps that the first rank has run in all attempts, some of them again."""
     given = folder / "given.0"
     return given.read_bytes().count(b"\n") if given.exists() else 0
+
+
+def newest_of_deepspeed(checkpoints: Path) -> Path | None:
+    """The checkpoint that DeepSpeed would load; None if there is none, or if another engine writes them."""
+    latest = checkpoints / "latest"
+    return checkpoints / latest.read_text().strip() if latest.exists() else None
 
 
 def _beyond(unfinished: Callable[[], set[tuple[str, int]]], left: set[tuple[str, int]]) -> bool:

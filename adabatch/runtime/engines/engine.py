@@ -35,6 +35,7 @@ class Engine(ABC):
         runs_alone: whether a rank can run a micro-batch without the other ranks.
         holds_gradients: whether the gradients that a step has accumulated so far are in the optimizer's parameters, if
             they are anywhere that a loop can reach.
+        gives_closures: whether the host calls ``optimizer.step()`` with a closure that leaves the gradient as it is.
         waits_for_gradients: whether the other ranks wait in a step's last backward for gradients of all parameters that
             required one when the model was wrapped, and for nothing else.
         reduced: when the mean gradient of a step is available: after the "backward" of its last micro-batch, or only
@@ -45,6 +46,7 @@ class Engine(ABC):
     copies: bool = True
     runs_alone: bool = True
     holds_gradients: bool = True
+    gives_closures: bool = False
     waits_for_gradients: bool = False
     reduced: Literal["backward", "update"] = "backward"
 

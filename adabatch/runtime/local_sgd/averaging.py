@@ -217,7 +217,7 @@ class LocalSGD:
         if self._replaced:
             raise RuntimeError("this LocalSGD was replaced by a newer one on the same optimizer or model: use that one")
 
-    def _before_step(self, optimizer: Optimizer) -> None:
+    def _before_step(self, optimizer: Optimizer, _: object) -> None:
         if not self._stepped:
             self._rounds.parameters_changed(self._trained.changes("LocalSGD"))
         self._rounds.before_step()
