@@ -184,10 +184,19 @@ def shown(value: object, form: Callable[[object], str] = repr, *, most: int = LO
 # --- types, as annotations say them -----------------------------------------------------------------------------------
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
+def checked_but(*left: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """``checked``, except for some arguments, about whose types the function itself can say more."""
+    return functools.partial(checked, left=left)
+
+
+def checked(function: Callable[P, R], *, left: Sequence[str] = ()) -> Callable[P, R]:
     """Checks the types of the arguments of a function against its annotations, and makes numbers those of Python.
 
     A default is not checked. Errors of the function itself, such as of a range, are raised as they are.
+
+    Args:
+        function: with annotations.
+        left: arguments that are left to the function.
 
     Raises:
         TypeError: from the function that is returned, if an argument has the wrong type.
@@ -202,7 +211,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             kinds.update(_kinds_of(function, signature.parameters))
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
-            if name in kinds:
+            if name in kinds and name not in left:
                 bound.arguments[name] = conform(name, value, kinds[name])
         return function(*bound.args, **bound.kwargs)
 
@@ -238,7 +247,8 @@ def conform(name: str, value: Any, kind: Kind) -> Any:
     if found is _WRONG:
         rule = f"{name} must be {kind.words}"
         require(not (kind.is_word and isinstance(value, str)), rule, shown(value))
-        require(_number(value) is _WRONG or not _out_of_range(value), f"{rule}, and neither NaN nor huge", value)
+        whole = _whole(value)
+        require(whole is _WRONG or abs(whole) <= MOST, f"{rule}, up to {MOST}", whole)
         require_type(False, rule, value)
     return found
 
@@ -440,12 +450,8 @@ def _number(value: Any) -> Any:
 
 
 def _in_range(found: Any) -> Any:
-    """The number, unless it is NaN, which no argument may be, or above all that is counted."""
-    return _WRONG if found is _WRONG or _out_of_range(found) else found
-
-
-def _out_of_range(number: Any) -> bool:
-    return math.isnan(number) if isinstance(number, float) else abs(number) > MOST
+    """The number, unless it is a whole one above all that is counted; NaN is left to the ranges, which refuse it."""
+    return _WRONG if isinstance(found, int) and abs(found) > MOST else found
 
 
 def _array(value: Any) -> Any:

@@ -3,8 +3,8 @@
     python benchmarks/arguments.py
 
 Each argument of each public function and class, and of the methods that a script calls, is replaced by each of the
-wrong values in tests/support/wrong_arguments.py, one at a time, in a call that otherwise works. The answer is ours if it
-is a ValueError or TypeError raised in the package that names the argument. A value that the annotation allows may be
+wrong values in tests/support/wrong_arguments.py, one at a time, in a call that otherwise works. The answer is ours if
+it is a ValueError or TypeError raised in the package that names the argument. A value that the annotation allows may be
 accepted, except for NaN and most negative numbers. If a function that the user passed raises the error itself, or
 returns nonsense, the error is the user's. All else is unclear."""
 

@@ -611,7 +611,7 @@ def fits(value: Any, hint: Any) -> bool:
             return False
         if isinstance(value, Mapping) and len(inside) == 2:
             return all(fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items())
-        if isinstance(value, list | tuple) and inside:
+        if isinstance(value, list | tuple) and inside and origin is not collections.abc.Iterable:
             return all(fits(each, inside[0]) for each in value)
         return isinstance(value, origin) or (isinstance(value, np.ndarray | torch.Tensor) and origin is not dict)
     return isinstance(hint, type) and (getattr(hint, "_is_protocol", False) or isinstance(value, hint))

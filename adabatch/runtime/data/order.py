@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from adabatch.arguments import checked, require_state, whole
+from adabatch.arguments import checked, checked_but, require_state, whole
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed, ShareDealer, SliceDealer
 from adabatch.runtime.data.sequence import ExampleSequence, Subset, shuffle_of
@@ -62,7 +62,7 @@ class GlobalOrder:
 
     _FORBIDDEN = frozenset({"batch_size", "sampler", "batch_sampler", "drop_last", "generator", "in_order"})
 
-    @checked
+    @checked_but("dataset", "subset", "shuffle")
     def __init__(
         self,
         dataset: Dataset[Any],
