@@ -289,12 +289,14 @@ SUCH_AS: dict[str, str] = {
 
 def _kinds_of(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Kind]:
     hints = get_type_hints(function, include_extras=True)
-    named = (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) if (p := inspect.Parameter) else ()
-    return {name: allowed_by(hints[name]) for name, each in parameters.items() if name in hints and each.kind in named}
+    spread = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name: allowed_by(hints[name]) for name, each in parameters.items() if name in hints and each.kind not in spread
+    }
 
 
 @functools.cache
-def _field_kinds(cls: type) -> dict[str, Kind]:
+def _field_kinds(cls: Any) -> dict[str, Kind]:
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: allowed_by(hints[field.name]) for field in dataclasses.fields(cls)}
 
@@ -383,17 +385,15 @@ def _container(origin: type, inside: tuple[Any, ...]) -> Kind:
             found = [tuple(kind.take(one) for kind, one in zip(members, pair, strict=True)) for pair in pairs]
             if any(one is _WRONG for pair in found for one in pair):
                 return _WRONG
-            return (
-                value
-                if all(_unchanged(old, new) is old for old, new in zip(pairs, found, strict=True))
-                else dict(found)
-            )
+            kept = all(_unchanged(old, new) is old for old, new in zip(pairs, found, strict=True))
+            return value if kept else dict(found)
         if isinstance(value, Mapping) and len(members) == 1:  # not its keys, as if they were all of it
             return _WRONG
         if len(members) != 1 or members[0] is _ANY:
             return value
         if hasattr(value, "dtype"):  # by its type, as it may be long
-            return value if _NUMBERS.get(members[0], lambda dtype: False)(str(value.dtype)) else _WRONG
+            holds = _NUMBERS.get(members[0])
+            return value if holds is not None and holds(str(value.dtype)) else _WRONG
         if not isinstance(value, list | tuple | set | frozenset):
             return value
         taken = type(value)(members[0].take(one) for one in value)

@@ -75,12 +75,9 @@ class GlobalOrder:
         num_workers: int = 0,
         **loader_options: Any,
     ) -> None:
-        sized = (
-            isinstance(dataset, Sized)
-            and not isinstance(dataset, str | bytes)
-            and getattr(dataset, "shape", True) != ()
-        )
-        if isinstance(dataset, IterableDataset) or not sized:
+        unusual: Any = dataset  # text, or a tensor without dimensions, whose length cannot be asked for
+        no_items = isinstance(unusual, str | bytes) or getattr(unusual, "shape", True) == ()
+        if no_items or isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
             raise TypeError(
                 f"GlobalOrder needs a map-style data set with a length, got {type(dataset).__name__}: "
                 f"give an iterable data set to AdaptiveBatch.steps in a DataLoader of its own"
