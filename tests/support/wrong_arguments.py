@@ -552,6 +552,7 @@ CALLED: Mapping[str, tuple[str, ...]] = {
     "loader": ("micro-batch", "micro-batches"),
     "norms": ("norm",),
     "parameters": ("parameter",),
+    "roles": ("parameter",),
     "rule": ("lr_rule",),
     "settings": ("follow",),
     "shape": ("a function",),

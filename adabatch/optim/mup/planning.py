@@ -54,7 +54,8 @@ def plan(
             "of another width, and take plan(...).at(model) for a model as wide as the base"
         )
     _check_heads(model, base)
-    require_type(roles is None or isinstance(roles, Mapping), "roles must be a mapping of names, or None", roles)
+    named = roles is None or (isinstance(roles, Mapping) and all(isinstance(name, str) for name in roles))
+    require_type(named, "roles must be a mapping of names, or None", roles)
     given_roles = _by_name(roles, ours)
     for role in given_roles.values():
         if role not in get_args(Role):
