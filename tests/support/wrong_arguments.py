@@ -496,7 +496,7 @@ def answer(case: Case) -> Answer:
             made = function(**given)
             if isinstance(made, types.GeneratorType):
                 next(made)
-        except (ValueError, TypeError, FileNotFoundError) as error:
+        except (ValueError, TypeError, FileNotFoundError, NotImplementedError) as error:
             judged = _judged(error, case.argument)
             return Answer("theirs", judged.told) if judged.kind == "unclear" and _is_users(value, hint) else judged
         except Exception as error:  # of any other type: not ours
