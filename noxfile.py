@@ -7,6 +7,8 @@
 CI runs the newest releases (constraints.txt). What was run of this matrix stands in the pages of the hosts.
 """
 
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = "venv"
@@ -50,6 +52,7 @@ BESIDE = {"accelerate": ["deepspeed"], "transformers": ["deepspeed"]}
 @nox.parametrize("host", list(RELEASES))
 def hosts(session: nox.Session, host: str, release: str) -> None:
     """One host, in one release."""
-    session.install(".[cli]", "hypothesis", "pytest>=8", "pytest-timeout", *BESIDE.get(host, []))
-    session.install(*RELEASES[host][release])
+    pinned = [line for line in Path("constraints.txt").read_text().splitlines() if line.startswith("torch==")]
+    session.install(".[cli]", "hypothesis", "pytest>=8", "pytest-timeout", *pinned, *BESIDE.get(host, []))
+    session.install(*RELEASES[host][release], *pinned)
     session.run("pytest", "-q", *TESTS[host], *session.posargs)

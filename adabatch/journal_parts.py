@@ -39,7 +39,7 @@ def lines_of(path: Path) -> Iterator[str]:
     """The lines of a journal with their ends, from all of its files.
 
     Raises:
-        OSError: there is no journal.
+        OSError: if there is no journal.
     """
     for part in parts_of(path):
         # Undecodable bytes can only be the torn end of a file: they make its line no JSON.

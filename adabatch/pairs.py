@@ -56,7 +56,7 @@ def AdAdaGrad(
             ``lr_rule`` is "none" by default, as published.
 
     Raises:
-        ValueError: as ``AdaptiveBatch``, ``NormTest`` and the optimizer do.
+        ValueError: for the reasons of ``AdaptiveBatch``, ``NormTest`` and the optimizer.
 
     Source: Lau, Liu, Kolar 2024 (AdAdaGrad), algorithm 1 with AdaGrad.
     """
@@ -92,7 +92,7 @@ def AdAdaGradNorm(
             ``lr_rule`` is "none" by default, as published.
 
     Raises:
-        ValueError: as ``AdaptiveBatch``, ``NormTest`` and the optimizer do.
+        ValueError: for the reasons of ``AdaptiveBatch``, ``NormTest`` and the optimizer.
 
     Source: Lau, Liu, Kolar 2024 (AdAdaGrad), algorithm 1 with AdaGrad-Norm; Ward, Wu, Bottou 2020.
     """

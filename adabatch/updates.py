@@ -86,7 +86,7 @@ class PendingUpdates:
         self._unapplied = False  # the gradients of the last step had no update, and are none of the next step's
         self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
         self._missing = MissingUpdates(kind_of(optimizer))
-        self._hooks = StepHooks(optimizer, moved=self._moved, skip=self._skips, done=self._done)
+        self._hooks = StepHooks(optimizer, overrides=self._overrides, skip=self._skips, done=self._done)
 
     @property
     def lr_factor(self) -> float:
@@ -210,7 +210,7 @@ class PendingUpdates:
 
     # --- around optimizer.step() ------------------------------------------------------------------------------------
 
-    def _moved(self) -> StepOverrides:
+    def _overrides(self) -> StepOverrides:
         """What the batch changes about the update that is about to run."""
         check_before_step(self._optimizer)
         update = self._update or self._begun

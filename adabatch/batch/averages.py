@@ -157,7 +157,7 @@ class Averages:
         return self.spread_noise * scale, self.spread_signal * scale, self.spread_both * scale
 
 
-class _Judged(NamedTuple):
+class _Deviations(NamedTuple):
     """Probes compared with their median; deviations are relative to it, on the scale of cube roots.
 
     Cube roots of a mean of squares are nearly normal whatever its degrees of freedom (Wilson and Hilferty 1931), so one
@@ -239,8 +239,8 @@ class ProbeWindow:
         past = self.past.with_probe(self.recent[0], self.decay, weight)
         share = weight / past.weight if past.weight > 0 else 0.0
 
-        def scatter(before: float, judged: _Judged) -> float:
-            return before + share * (min(judged.deviations[0] ** 2, (OUTLIER * judged.spread) ** 2) - before)
+        def scatter(before: float, compared: _Deviations) -> float:
+            return before + share * (min(compared.deviations[0] ** 2, (OUTLIER * compared.spread) ** 2) - before)
 
         return replace(
             self,
@@ -260,25 +260,25 @@ class ProbeWindow:
         grad = median(probe.grad_sq / (signal + past.noise / probe.size) for probe in self.recent)
         # The median of a skewed noise lies below its mean, on this scale by its variance.
         return any(
-            judged.center > 0 and abs(math.cbrt(ratio) - 1 + judged.spread**2) > CHANGED * judged.spread * certain
-            for judged, ratio in ((self._noise, self._noise.center / past.noise), (self._grad, grad))
+            compared.center > 0 and abs(math.cbrt(ratio) - 1 + compared.spread**2) > CHANGED * compared.spread * certain
+            for compared, ratio in ((self._noise, self._noise.center / past.noise), (self._grad, grad))
         )
 
     @cached_property
-    def _noise(self) -> _Judged:
+    def _noise(self) -> _Deviations:
         parts = median(probe.num_parts for probe in self.recent) - 1
-        return self._judged([probe.noise for probe in self.recent], 1 / max(parts, 1), self.scatter_noise)
+        return self._deviations_of([probe.noise for probe in self.recent], 1 / max(parts, 1), self.scatter_noise)
 
     @cached_property
-    def _grad(self) -> _Judged:
+    def _grad(self) -> _Deviations:
         """Squared norms of the gradient, relative to what is expected for a batch of their size."""
         noise = max(self._noise.center, 0.0)
         signal = max(median(probe.signal for probe in self.recent), 0.0)
         expected = [signal + noise / probe.size for probe in self.recent]
         ratios = [probe.grad_sq / each if each > 0 else 0.0 for probe, each in zip(self.recent, expected, strict=True)]
-        return self._judged(ratios, 1.0, self.scatter_grad)
+        return self._deviations_of(ratios, 1.0, self.scatter_grad)
 
-    def _judged(self, values: Sequence[float], prior: float, scatter: float) -> _Judged:
+    def _deviations_of(self, values: Sequence[float], prior: float, scatter: float) -> _Deviations:
         """Deviations of ``values`` from their median, and the spread, pooled from theirs, that of the past and a prior.
 
         Args:
@@ -286,7 +286,7 @@ class ProbeWindow:
         """
         center, number = median(values), len(values)
         if not center > 0:  # no scale to compare with, so no probe is an outlier
-            return _Judged((0.0,) * number, 0.0, center)
+            return _Deviations((0.0,) * number, 0.0, center)
         deviations = tuple(math.cbrt(value / center) - 1 for value in values)
         # The median absolute deviation of few normal numbers, with the usual correction.
         scale = 1.4826 * number / (number - 0.8) * median(map(abs, deviations))
@@ -294,7 +294,7 @@ class ProbeWindow:
         # chi-square on the scale of cube roots, 2 / 9 over its degrees of freedom, which matters early in a run.
         sources = ((PRIOR, 2 / 9 * prior), (self.past.num_effective, scatter), (number - 1, scale**2))
         total = sum(weight for weight, _ in sources)
-        return _Judged(deviations, math.sqrt(sum(weight * square for weight, square in sources) / total), center)
+        return _Deviations(deviations, math.sqrt(sum(weight * square for weight, square in sources) / total), center)
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers as a nested dict."""

@@ -299,14 +299,14 @@ def estimate(
         # Other measures of the noise are taken to be as uncertain, relatively, as the noise.
         times = noise / averages.noise if averages.noise else 1.0
         along, quantile = averages.noise_along, averages.noise_at_quantile
-        moved = replace(
+        shifted = replace(
             averages,
             noise=noise,
             signal=signal,
             noise_along=None if along is None else along * times,
             noise_at_quantile=None if quantile is None else quantile * times,
         )
-        return asks(seen._replace(moments=moved.moments(plan)))
+        return asks(seen._replace(moments=shifted.moments(plan)))
 
     n, s, freedom = averages.noise, averages.signal, averages.freedom
     center = wanted(n, s)

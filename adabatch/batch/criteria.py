@@ -138,7 +138,7 @@ class NormTest:
             papers do.
 
     Raises:
-        ValueError: ``eta`` not positive, or a population below 2.
+        ValueError: if ``eta`` is not positive, or the population is below 2.
 
     Source: Byrd et al. 2012, section 2; Bollapragada et al. 2018, section 1; Lau, Liu, Kolar 2024 (AdAdaGrad).
     """
@@ -201,7 +201,7 @@ class StepPrice:
         norm: in which the noise scale is measured, as in `NoiseScale`.
 
     Raises:
-        ValueError: a price that is not positive, or an unknown norm.
+        ValueError: if the price is not positive, or the norm is unknown.
 
     Source: McCandlish et al. 2018, appendix D, for a price in time.
     """
@@ -273,7 +273,7 @@ class NoiseScale:
         norm: "euclidean", "adam", "sign", "spectral" or "kfac".
 
     Raises:
-        ValueError: ``multiple`` not positive, or an unknown norm.
+        ValueError: if ``multiple`` is not positive, or the norm is unknown.
 
     Source: McCandlish et al. 2018, section 2.2 and appendix A.1; "adam" as in AdaptDL (Qiao et al. 2021); "sign" and
     "spectral": arXiv 2602.03001, with the noise taken off the signal (`from_signs`, `from_matrices`).
@@ -330,7 +330,7 @@ class CoordinateNormTest:
             the same batches as ``NormTest`` (118 steps against 125, 282 against 243, at eta 0.5).
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: if a value is outside its range.
 
     Source: Lau, Liu, Kolar 2024 (AdAdaGrad), the coordinate-wise norm test; the quantile is ours.
     """
@@ -368,7 +368,7 @@ class InnerProductTest:
         theta: tolerated ratio, positive (0.9 in Bollapragada et al. 2018).
 
     Raises:
-        ValueError: ``theta`` not positive.
+        ValueError: if ``theta`` is not positive.
 
     Source: Bollapragada, Byrd, Nocedal 2018, section 2.
     """
@@ -398,7 +398,7 @@ class OrthogonalityTest:
         nu: tolerated ratio, positive (tan 80 degrees = 5.84 in Bollapragada et al. 2018).
 
     Raises:
-        ValueError: ``nu`` not positive.
+        ValueError: if ``nu`` is not positive.
 
     Source: Bollapragada, Byrd, Nocedal 2018, section 3.1.
     """
@@ -427,7 +427,7 @@ class AugmentedInnerProductTest:
         nu: tolerance of the orthogonality test, positive.
 
     Raises:
-        ValueError: a tolerance that is not positive.
+        ValueError: if a tolerance is not positive.
 
     Source: Bollapragada, Byrd, Nocedal 2018, section 3.
     """

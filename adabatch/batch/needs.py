@@ -60,7 +60,7 @@ class Needs:
         """Both.
 
         Raises:
-            ValueError: for two norms or two quantiles, because a probe measures only one.
+            ValueError: if there are two norms or two quantiles, because a probe measures only one.
         """
         for each in self._asked():
             mine, theirs = getattr(self, each.name), getattr(other, each.name)

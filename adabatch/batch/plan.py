@@ -123,7 +123,7 @@ class Progress:
         """The progress in ``unit``.
 
         Raises:
-            ValueError: for tokens or gain-steps, if they are not counted.
+            ValueError: if the unit is tokens or gain-steps, and these are not counted.
         """
         if unit == "examples":
             return self.examples
@@ -221,6 +221,7 @@ class PlanGrid:
         for micro in sorted(self.micro_sizes, reverse=True):
             quantum = micro * self.dp_size
             lowest = max(self.min_accumulation, math.ceil(min_size / quantum))
+            # This micro-batch cannot make a batch below the limit at all.
             if lowest * quantum > max_size:
                 continue
             count = max(round(goal / quantum), lowest)

@@ -48,7 +48,7 @@ class Constant(Schedule):
     """Always the same global batch size.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: if the size is below 1.
     """
 
     global_batch_size: int
@@ -90,7 +90,7 @@ class Stages(Schedule):
         then: the milestones, ascending, all in one unit.
 
     Raises:
-        ValueError: sizes below 1, milestones of mixed units or out of order.
+        ValueError: if a size is below 1, or milestones have different units or do not ascend.
     """
 
     first: int
@@ -128,7 +128,7 @@ class LinearRamp(Schedule):
         over: how long the ramp takes.
 
     Raises:
-        ValueError: sizes below 1, or a ramp of no length.
+        ValueError: if a size is below 1, or the ramp has no length.
 
     Source: the batch ramp of GPT-3 (Brown et al. 2020, appendix B), in any unit.
     """

@@ -157,8 +157,8 @@ class Checkpoints:
             Whether it saved.
 
         Raises:
-            ValueError: without ``batches``, which count what was consumed.
-            CheckpointError: as ``save`` does.
+            ValueError: if there are no ``batches``, which count what was consumed.
+            CheckpointError: for the same reasons as ``save``.
         """
         if not self._times.due(now=now):
             return False

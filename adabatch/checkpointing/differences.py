@@ -126,7 +126,7 @@ def refuse_order(saved: Mapping[str, Any], parameters: Sequence[Parameter]) -> N
         parameters: of the optimizer that loads, in its order.
 
     Raises:
-        ValueError: names the first parameter that differs.
+        ValueError: if a parameter differs; names the first.
     """
     before = [Parameter(name, tuple(shape)) for name, shape in saved.get("parameters", ())]
     if len(before) != len(parameters):

@@ -261,10 +261,10 @@ def _prune(folder: Path, keep: int, damaged: Collection[Path]) -> None:
     for path in checkpoints_in(folder).values():
         if good >= keep:
             # Renamed first: if the process is killed in the middle, the rest must not look like a damaged checkpoint.
-            doomed = path.with_name(path.name + UNFINISHED)
-            path.rename(doomed)
+            expired = path.with_name(path.name + UNFINISHED)
+            path.rename(expired)
             with suppress(OSError):
-                _remove(doomed)
+                _remove(expired)
         good += path not in damaged
 
 

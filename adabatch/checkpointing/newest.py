@@ -9,7 +9,7 @@ from typing import NamedTuple
 from adabatch.checkpointing.files import CheckpointError, Damaged, Manifest, NewerFormat, check, checkpoints_in
 from adabatch.runtime.collectives import Collectives
 
-_INTACT, _DAMAGED, _NEWER = 2.0, 1.0, 0.0
+_READABLE, _DAMAGED, _NEWER = 2.0, 1.0, 0.0
 
 
 class NewestCheckpoint(NamedTuple):
@@ -49,15 +49,15 @@ def newest_checkpoint(folder: Path, ranks: Collectives) -> NewestCheckpoint | No
         if below == 0:
             break
         path = mine.get(int(below), folder / f"{int(below):06d}")
-        verdict, manifest, problem = _INTACT, None, ""
+        condition, manifest, problem = _READABLE, None, ""
         try:
             manifest = check(path, share=ranks.rank, of=ranks.size)
         except Damaged as error:
-            verdict, problem = _DAMAGED, str(error)
+            condition, problem = _DAMAGED, str(error)
         except NewerFormat as error:
-            verdict, problem = _NEWER, str(error)
-        worst = ranks.minimum_of(verdict)[0]
-        if worst == _INTACT:
+            condition, problem = _NEWER, str(error)
+        worst = ranks.minimum_of(condition)[0]
+        if worst == _READABLE:
             assert manifest is not None
             return NewestCheckpoint(path, manifest, damaged)
         if worst == _NEWER:

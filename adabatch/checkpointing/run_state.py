@@ -20,7 +20,7 @@ from adabatch.checkpointing.differences import Difference, Parameter, describe, 
 from adabatch.checkpointing.files import CheckpointError, Files, sealed
 from adabatch.checkpointing.plain import NotPlain, plain
 from adabatch.checkpointing.rank_states import state_of_rank, states_of_all
-from adabatch.checkpointing.settings import KeptSetting, Settings
+from adabatch.checkpointing.settings import BuiltSettings, KeptSetting
 from adabatch.checkpointing.sharded_state import Shards, put_back, shapes_in, taken_apart, write_shards
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.compiled import uncompiled
@@ -85,7 +85,7 @@ class RunState:
 
     Raises:
         TypeError: if a part has no state.
-        ValueError: for local SGD of a sharded model.
+        ValueError: if local SGD is used with a sharded model.
     """
 
     def __init__(self, parts: Mapping[str, Any], *, config: Mapping[str, Any] | None) -> None:
@@ -174,7 +174,7 @@ class RunState:
         """Checks that this rank's trained weights are finite, so that a useless checkpoint does not replace a good one.
 
         Raises:
-            CheckpointError: names a weight that is not.
+            CheckpointError: if one is not; names it.
         """
         pieces: dict[str, Tensor] = {}
         for name, parameter in self._model.named_parameters():
@@ -257,7 +257,7 @@ class RunState:
         """
         state = self._read(path)
         self._check_model(path, state["model"])
-        settings = Settings(self._parts)
+        settings = BuiltSettings(self._parts)
         if self._optimizer is not None:
             _check_groups(state["optimizer"]["param_groups"], self._optimizer)
             refuse_order(contents, self._parameters())

@@ -44,7 +44,7 @@ class SaveTimes:
         """Whether to save: if an interval is over, or ``now``, but no step twice.
 
         Raises:
-            ValueError: without ``batches``.
+            ValueError: if there are no ``batches``.
         """
         if self._batches is None:
             raise ValueError("step() counts by the AdaptiveBatch: pass batches=, or call save() where it suits you")

@@ -45,7 +45,7 @@ class KeptSetting(NamedTuple):
         )
 
 
-class Settings:
+class BuiltSettings:
     """The settings with which a run was built, read before its parts are loaded, and applied afterwards.
 
     Args:

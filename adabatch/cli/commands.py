@@ -35,7 +35,7 @@ def job_in(path: Path) -> Job:
     """The job of a config file.
 
     Raises:
-        SystemExit: for a mistake in it, with status 2.
+        SystemExit: with status 2, if there is a mistake in it.
         ValueError: if its settings or objects cannot be made.
     """
     parser = build_parser("train")
@@ -48,8 +48,7 @@ def run_command(arguments: Sequence[str]) -> int:
     """Runs the command with its arguments; its exit status.
 
     Raises:
-        SystemExit: for a mistake that the parser finds (status 2), or an option that it handles itself, such as
-            ``--print_config``.
+        SystemExit: if the parser finds a mistake (status 2), or handles an option itself, such as ``--print_config``.
         Exception: the error that ends the run.
     """
     parser = build_parser(arguments[0])

@@ -51,7 +51,7 @@ def run_completion(arguments: Sequence[str]) -> int:
 
     Raises:
         ImportError: if the extra "cli" is not installed.
-        SystemExit: for a mistake on the command line, with status 2.
+        SystemExit: with status 2, if there is a mistake on the command line.
     """
     parser = _parser()
     shell = parser.parse_args(arguments).shell

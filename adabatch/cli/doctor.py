@@ -58,7 +58,7 @@ def run_doctor(arguments: Sequence[str]) -> int:
     """Runs the command with the arguments after its name; its exit status.
 
     Raises:
-        SystemExit: a mistake on the command line, with status 2.
+        SystemExit: with status 2, if there is a mistake on the command line.
     """
     parser = PlainParser(prog="adabatch doctor", description=DESCRIPTION)
     parser.add_argument("--json", action="store_true", help="print it as JSON")

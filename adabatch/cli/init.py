@@ -76,7 +76,7 @@ PASSES = 10
 STEPS_OF_TRIAL = 2
 
 
-class Found(NamedTuple):
+class ModelFile(NamedTuple):
     """The contents of a model file.
 
     Args:
@@ -100,7 +100,7 @@ def run_init(arguments: Sequence[str]) -> int:
         ValueError: if the file lacks what a config needs, or does not work as written.
         FileExistsError: if a file that would be written exists already.
         ImportError: if the check needs the extra "cli".
-        SystemExit: for a mistake on the command line, with status 2.
+        SystemExit: with status 2, if there is a mistake on the command line.
     """
     parser = _parser()
     asked = parser.parse_args(arguments)
@@ -128,7 +128,7 @@ def run_init(arguments: Sequence[str]) -> int:
     return 0
 
 
-def look(file: Path, *, model: str | None = None, data: str | None = None, loss: str | None = None) -> Found:
+def look(file: Path, *, model: str | None = None, data: str | None = None, loss: str | None = None) -> ModelFile:
     """Imports a model file, which runs it, and finds what a config needs.
 
     Args:
@@ -167,10 +167,10 @@ def look(file: Path, *, model: str | None = None, data: str | None = None, loss:
     if not hasattr(made, "__len__"):
         raise ValueError(f"{examples_of.__name__} in {file} has no length: give it __len__ and __getitem__")
     path = None if own is None else f"{name}.{own.__name__}"
-    return Found(f"{name}.{chosen.__name__}", f"{name}.{examples_of.__name__}", path, splits, len(made))
+    return ModelFile(f"{name}.{chosen.__name__}", f"{name}.{examples_of.__name__}", path, splits, len(made))
 
 
-def config_text(found: Found, file: Path, out: Path, *, loss: str | None, optimizer: str) -> str:
+def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, optimizer: str) -> str:
     """The config, with comments.
 
     Args:

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a loss or a data set keep their traceback.
 
     Raises:
-        SystemExit: for a mistake that the parser finds, with status 2.
+        SystemExit: with status 2, if the parser finds a mistake.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     given = ["--help-all" if each == "--help=all" else each for each in given]

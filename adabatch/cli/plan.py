@@ -42,7 +42,7 @@ With the network and the speed of this machine measured, under any launcher:
   torchrun --nproc-per-node=8 -m adabatch plan runs/probe --measure --parameters 124e6"""
 
 
-class Plan(NamedTuple):
+class RunPlan(NamedTuple):
     """A plan and what it rests on."""
 
     source: str
@@ -58,10 +58,10 @@ def run_plan(arguments: Sequence[str]) -> int:
     """Runs the command with the arguments after its name; its exit status.
 
     Raises:
-        ValueError: a run without a noise scale, numbers outside their range, or too few to plan from.
-        OSError: a file cannot be read or written.
-        ImportError: a figure was asked for, and matplotlib is not installed.
-        SystemExit: a mistake on the command line, with status 2.
+        ValueError: if a run has no noise scale, or numbers are outside their range or too few for a plan.
+        OSError: if a file cannot be read or written.
+        ImportError: if a figure is requested, but matplotlib is not installed.
+        SystemExit: with status 2, if there is a mistake on the command line.
     """
     asked = _parser().parse_args(arguments)
     first, found = True, dict[str, Any]()
@@ -87,7 +87,7 @@ def run_plan(arguments: Sequence[str]) -> int:
     return 0
 
 
-def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> Plan:
+def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     """The plan for what was asked; the command line goes before what was measured.
 
     Args:
@@ -96,7 +96,7 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> Plan:
         found: what was measured, as `adabatch.cli.measuring.measured` has it.
 
     Raises:
-        ValueError: as ``run_plan`` does.
+        ValueError: for the same reasons as ``run_plan``.
     """
     notes: list[str] = []
     bytes_of_gradient = asked.gradient_bytes if asked.gradient_bytes is not None else 4 * (asked.parameters or 0)
@@ -125,7 +125,7 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> Plan:
         **_rates(run, notes),
     }
     most = knee(evidence, cost, cluster, limits=limits) if known else None
-    return Plan(source, settings, evidence.band, here, scales, most, notes)
+    return RunPlan(source, settings, evidence.band, here, scales, most, notes)
 
 
 def _largest(asked: Any, evidence: Evidence, notes: list[str]) -> float:
@@ -295,7 +295,7 @@ def _power_of_two(value: float, *, up: bool = False) -> int:
     return int(2 ** (math.ceil(exponent - 1e-9) if up else math.floor(exponent + 1e-9)))
 
 
-def numbers(made: Plan) -> dict[str, Any]:
+def numbers(made: RunPlan) -> dict[str, Any]:
     """The plan as JSON has it; ranges are objects of low, point and high."""
 
     def of(each: Forecast) -> dict[str, Any]:
@@ -325,7 +325,7 @@ _ROWS: tuple[tuple[str, Callable[[Forecast], Range]], ...] = (
 )
 
 
-def text(made: Plan) -> str:
+def text(made: RunPlan) -> str:
     """The plan as a person reads it."""
     parts = [f"Plan from {made.source}", ""]
     parts += [f"  {name:<20} {value}" for name, value in made.settings.items()]
@@ -343,7 +343,7 @@ def _options(settings: dict[str, Any]) -> str:
     return " ".join(f"--{name}={value}" for name, value in settings.items())
 
 
-def _table(made: Plan) -> list[str]:
+def _table(made: RunPlan) -> list[str]:
     others = [each for each in made.scales if each.devices != made.here.devices]
     columns = [made.here, *others]
     table = [["devices", f"{made.here.devices:,} (this cluster)", *(f"{each.devices:,}" for each in others)]]

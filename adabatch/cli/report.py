@@ -26,10 +26,10 @@ def run_report(arguments: Sequence[str]) -> int:
     """Runs the command with the arguments after its name; its exit status.
 
     Raises:
-        ValueError: a run that cannot be read, or a choice outside its range.
-        OSError: a file cannot be read or written.
-        ImportError: a picture was asked for, and matplotlib is not installed.
-        SystemExit: a mistake on the command line, with status 2.
+        ValueError: if a run cannot be read, or a choice is outside its range.
+        OSError: if a file cannot be read or written.
+        ImportError: if a picture is requested, but matplotlib is not installed.
+        SystemExit: with status 2, if there is a mistake on the command line.
     """
     asked = _parser().parse_args(arguments)
     found = find_runs(asked.runs)

@@ -43,7 +43,7 @@ def run_tail(arguments: Sequence[str]) -> int:
         ValueError: if there is no run.
         OSError: if its journal cannot be read.
         KeyboardInterrupt: when the user ends it.
-        SystemExit: for a mistake on the command line, with status 2.
+        SystemExit: with status 2, if there is a mistake on the command line.
     """
     asked = _parser().parse_args(arguments)
     journal = journal_in(asked.run)

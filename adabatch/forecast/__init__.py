@@ -1,4 +1,4 @@
-"""What a run costs on a cluster: steps, time, money and bytes, from a noise scale and step times. Pure."""
+"""The cost of a run on a cluster: steps, time, money and bytes, from a noise scale and step times. Pure."""
 
 from adabatch.forecast.costs import Evidence, Forecast, Range, StepCost, forecast, knee
 from adabatch.forecast.first_guess import FirstGuess, kaplan, power_lines

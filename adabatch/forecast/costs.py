@@ -1,9 +1,9 @@
-"""What a run costs on a cluster, in the batches that take the least time there. Pure.
+"""The cost of a run on a cluster, with the batches that take the least time there. Pure.
 
-A step of b examples on p devices takes ``s + r(p) + e b / p`` seconds: what a step costs on a device whatever its batch
-is, an all-reduce, and its share of the examples. To make the progress P (in examples of small batches) at the noise
-scale B takes ``P (1 / b + 1 / B)`` steps (McCandlish et al. 2018, section 2), so the batch of the least time is
-``sqrt(B price)``, where the price ``p (s + r(p)) / e`` is what a step costs in examples.
+A step of b examples on p devices takes ``s + r(p) + e b / p`` seconds: a fixed time per device, an all-reduce, and the
+device's share of the examples. The progress P (in examples of small batches) at the noise scale B takes
+``P (1 / b + 1 / B)`` steps (McCandlish et al. 2018, section 2). So the batch with the least time is ``sqrt(B price)``,
+where the price ``p (s + r(p)) / e`` is the fixed cost of a step in examples.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from adabatch.forecast.network import Cluster, all_reduce_seconds
 Floats = NDArray[np.float64]
 
 LEAST_STEPS = 200
-"""Steps that a run has at least: below, a learning rate has no time to warm up and to fall, whatever the noise says."""
+"""Least number of steps of a run. With fewer, the learning rate has no time to warm up and to fall, whatever the
+noise."""
 
 LEAST_EFFICIENCY = 0.25
-"""Worth of an example that a plan does not fall below: at three noise scales."""
+"""Least worth of an example in a plan; it is reached at three noise scales."""
 
 ASSUMPTIONS = (
     "The noise scale depends on the progress made, and not on the batch by which it was made.",
@@ -41,7 +42,7 @@ ASSUMPTIONS = (
 
 
 class Range(NamedTuple):
-    """A number with the least and the most that the measured spreads allow."""
+    """A number, with the lowest and highest values that the measured spreads allow."""
 
     low: float
     point: float
@@ -49,18 +50,18 @@ class Range(NamedTuple):
 
     @classmethod
     def around(cls, point: float, values: Sequence[float]) -> Range:
-        """The range that holds the point and all values."""
+        """The range of the point and all values."""
         return cls(min(point, *values), point, max(point, *values))
 
 
 class Evidence(NamedTuple):
-    """What is known of the noise.
+    """The measured noise of a run in segments.
 
     Args:
-        examples: that were consumed in each segment of the run, shape (num_segments,).
-        batch: examples per step in it, of the same shape.
-        noise_scale: in it, in examples, positive and finite, of the same shape.
-        band: factors on the noise scale, at most and at least 1: its error bar.
+        examples: examples consumed in each segment, shape (num_segments,).
+        batch: examples per step in it, same shape.
+        noise_scale: noise scale in it, in examples, positive and finite, same shape.
+        band: the error bar of the noise scale, as two factors, one at most 1 and one at least 1.
     """
 
     examples: Floats
@@ -69,19 +70,19 @@ class Evidence(NamedTuple):
     band: tuple[float, float] = (1.0, 1.0)
 
     def progress(self, factor: float = 1.0) -> Floats:
-        """In examples of small batches, if the noise scale is ``factor`` times what was measured."""
-        moved: Floats = self.examples / (1 + self.batch / (factor * self.noise_scale))
-        return moved
+        """Progress in examples of small batches, if the noise scale is ``factor`` times the measured one."""
+        progress: Floats = self.examples / (1 + self.batch / (factor * self.noise_scale))
+        return progress
 
 
 class StepCost(NamedTuple):
-    """What a step costs on one device.
+    """The cost of a step on one device.
 
     Args:
-        step: seconds beside its examples and the network, zero or positive.
+        step: seconds per step without its examples and the network, zero or positive.
         example: seconds per example, positive.
-        gradient_bytes: that are summed over the devices in each step.
-        spread: factors on both times, at most and at least 1.
+        gradient_bytes: bytes that are summed over the devices in each step.
+        spread: the spread of both times, as two factors, one at most 1 and one at least 1.
     """
 
     step: float
@@ -91,22 +92,22 @@ class StepCost(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """What the run costs on a cluster.
+    """The cost of a run on a cluster.
 
     Args:
-        devices: of the cluster.
-        price: of a step, in examples over all devices: the number of ``StepPrice``.
+        devices: devices of the cluster.
+        price: price of a step, in examples over all devices, as in ``StepPrice``.
         batch: examples per step, the mean over the steps.
-        smallest_batch: of the run.
-        largest_batch: of the run, at the upper end of the noise scale's band.
-        examples: to the same progress.
+        smallest_batch: the smallest batch of the run.
+        largest_batch: the largest batch of the run, at the upper end of the noise scale's band.
+        examples: examples to the same progress.
         steps: optimizer steps.
-        efficiency: worth of an example over one in a small batch.
-        hours: of the whole run.
+        efficiency: worth of an example relative to one in a small batch.
+        hours: hours of the whole run.
         device_hours: hours times devices.
-        money: device-hours times the price of one.
-        sent_bytes: by all devices together.
-        all_reduce: seconds of one.
+        money: device-hours times their price.
+        sent_bytes: bytes that all devices send together.
+        all_reduce: seconds of one all-reduce.
     """
 
     devices: int
@@ -142,21 +143,21 @@ def forecast(
     limits: tuple[float | None, float | None] = (None, None),
     batch: float | None = None,
 ) -> Forecast:
-    """What the run costs, in the batches of the least time or in a constant one.
+    """The cost of a run, with the batches of the least time or with a constant batch.
 
     Args:
         evidence: the noise.
         cost: the time of a step on one device.
         cluster: devices and network.
-        limits: smallest and largest batch, in examples; None for none.
-        batch: a constant one, in examples, instead of the best.
+        limits: smallest and largest batch, in examples; None for no limit.
+        batch: a constant batch, in examples, instead of the best ones.
 
     Returns:
-        The point is for the numbers as measured; the range spans both ends of the noise scale's band with both ends of
-        the times' spread.
+        Ranges whose point is for the numbers as measured. They span all combinations of the ends of the noise scale's
+        band and of the times' spread.
 
     Raises:
-        ValueError: noise scales, times or a batch that are not positive and finite, or limits that cross.
+        ValueError: if noise scales, times or the batch are not positive and finite, or the limits cross.
     """
     _check(evidence, cost, limits, batch)
     reduce = all_reduce_seconds(cluster, cost.gradient_bytes)
@@ -164,9 +165,9 @@ def forecast(
 
     def totals(noise: float, time: float) -> _Totals:
         scale = evidence.noise_scale * noise
-        # The price is chosen once, before the run: a spread of the times changes what it costs, not what is done.
+        # The price is chosen once, before the run: a spread of the times changes its cost, not its batches.
         taken = np.sqrt(scale * price) if batch is None else np.full(len(scale), batch)
-        # A device has one example at least, whatever the limits say.
+        # Each device has at least one example, whatever the limits.
         taken = np.maximum(np.clip(taken, limits[0], math.inf if limits[1] is None else limits[1]), cluster.devices)
         progress = evidence.progress(noise)
         steps = progress * (1 / taken + 1 / scale)
@@ -198,18 +199,19 @@ def forecast(
         hours=hours,
         device_hours=device_hours,
         money=_times(device_hours, cluster.price_per_hour),
-        # The least that any all-reduce sends, and what rings and hierarchies send: 2 (p - 1) / p of the gradient each.
+        # Each device sends 2 (p - 1) / p of the gradient: the minimum for any all-reduce, and exact for rings and
+        # hierarchies.
         sent_bytes=_times(steps, 2 * (cluster.devices - 1) * cost.gradient_bytes),
         all_reduce=reduce,
     )
 
 
 def largest_sensible(evidence: Evidence) -> float:
-    """The batch beyond which a plan does not go by itself, in examples.
+    """The largest batch of a plan without limits, in examples.
 
-    ``1 / LEAST_EFFICIENCY - 1`` noise scales, of the largest in the run; and less where the progress of the run would
-    take fewer than ``LEAST_STEPS`` steps. The rule of the least time knows neither: with steps that are dear it asks
-    for batches far beyond the noise scale, in which the model behind it was never checked.
+    This is ``1 / LEAST_EFFICIENCY - 1`` times the largest noise scale of the run, or less if the progress of the run
+    would otherwise take fewer than ``LEAST_STEPS`` steps. The rule of the least time alone has no such limits: if steps
+    are expensive, it asks for batches far beyond the noise scale, for which the model behind it was never checked.
     """
     by_noise = (1 / LEAST_EFFICIENCY - 1) * float(evidence.noise_scale.max())
     by_length = float(evidence.progress().sum()) / LEAST_STEPS
@@ -225,9 +227,10 @@ def knee(
     limits: tuple[float | None, float | None] = (None, None),
     most: int = 2**20,
 ) -> int:
-    """The largest power of two of devices whose device-hours are at most twice those of a single one.
+    """The largest power of two of devices whose device-hours are at most twice those of a single device.
 
-    Up to there twice the devices still shorten the run; beyond, most of what they add is lost to waiting and to noise.
+    Up to this number, more devices still shorten the run considerably; beyond it, most of what they add is lost to
+    waiting and to noise.
     """
 
     require(most >= 1, "most must be at least 1 device", most)
@@ -244,13 +247,13 @@ def knee(
 
 
 def extended(evidence: Evidence, examples: float) -> Evidence:
-    """The evidence for a run of ``examples``: cut, or with the noise scale and batch of its last quarter for the rest.
+    """The evidence for a run of ``examples``: cut, or extended by the noise scale and batch of its last quarter.
 
-    The error of the rest is that of a quarter of the probes, twice that of all (in logarithms), and is taken for the
-    whole of a longer run.
+    The extension has the error of a quarter of the probes, which is twice that of all (in logarithms). This error is
+    used for the whole of a longer run.
 
     Raises:
-        ValueError: a number of examples that is not positive.
+        ValueError: if the number of examples is not positive.
     """
     if not 0 < examples < math.inf:
         raise ValueError(f"examples must be positive and finite, got {examples}")

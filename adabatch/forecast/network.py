@@ -31,7 +31,7 @@ class Cluster:
         price_per_hour: of a device, in any currency, zero or positive.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: if a number is outside its range.
     """
 
     devices: int
@@ -58,19 +58,19 @@ class Cluster:
 
 
 def ring_seconds(devices: int, num_bytes: float, *, latency: float, bandwidth: float) -> float:
-    """A ring: ``2 (p - 1)`` messages of ``n / p`` bytes, one after another."""
+    """Time of a ring: ``2 (p - 1)`` messages of ``n / p`` bytes, one after another."""
     return 2 * (devices - 1) * (latency + num_bytes / devices / bandwidth)
 
 
 def tree_seconds(devices: int, num_bytes: float, *, latency: float, bandwidth: float) -> float:
-    """A binomial tree to one device and back: ``2 ceil(log2 p)`` messages of all n bytes, one after another."""
+    """Time of a binomial tree to one device and back: ``2 ceil(log2 p)`` messages of n bytes, one after another."""
     return 2 * math.ceil(math.log2(devices)) * (latency + num_bytes / bandwidth)
 
 
 def hierarchy_seconds(cluster: Cluster, num_bytes: float) -> float:
-    """A reduce-scatter within each node, a ring between the nodes for each share, and an all-gather within each node.
+    """Time of a reduce-scatter in each node, a ring between nodes for each share, and an all-gather in each node.
 
-    Where the devices do not fill their nodes, the time is that of full ones.
+    Nodes that are not full count as full.
     """
     size = min(cluster.node_size, cluster.devices)
     nodes = math.ceil(cluster.devices / size)
@@ -86,7 +86,7 @@ def all_reduce_seconds(cluster: Cluster, num_bytes: float) -> float:
 
     Args:
         cluster: the devices and their network.
-        num_bytes: that are summed, on each device.
+        num_bytes: bytes to be summed, on each device.
     """
     require(0 <= num_bytes < math.inf, "num_bytes must be zero or positive", num_bytes)
     flat = {"latency": cluster.latency, "bandwidth": cluster.bandwidth}
@@ -98,21 +98,21 @@ def all_reduce_seconds(cluster: Cluster, num_bytes: float) -> float:
 
 
 def modelled_time(batch: int, devices: int, *, fixed: float) -> float:
-    """Time of a step in units of an example's, ``fixed + ceil(batch / devices)``: a network in one number."""
+    """Time of a step in units of an example's time, ``fixed + ceil(batch / devices)``; one number for the network."""
     return fixed + math.ceil(batch / devices)
 
 
 def fitted(devices: int, timed: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Latency in seconds and bandwidth in bytes per second, from all-reduces that were timed, as if each was a ring.
+    """Latency in seconds and bandwidth in bytes per second, fitted to timed all-reduces as if each were a ring.
 
-    The fit has the least squares of relative errors; where it would make the latency negative, it is zero.
+    The fit minimizes the squares of relative errors. If the latency would be negative, it is zero.
 
     Args:
-        devices: that took part, two or more.
-        timed: pairs of bytes and seconds, both positive, of two sizes at least.
+        devices: devices that took part, two or more.
+        timed: pairs of bytes and seconds, both positive, with at least two sizes.
 
     Raises:
-        ValueError: fewer than two devices or sizes, or times that do not grow with the size.
+        ValueError: if there are fewer than two devices or sizes, or the times do not grow with the size.
     """
     if devices < 2 or len({num_bytes for num_bytes, _ in timed}) < 2:
         raise ValueError(f"a network is fitted to two devices and two sizes or more, got {devices} and {len(timed)}")

@@ -55,6 +55,7 @@ class Connections:
         self._buffers: dict[int, bytes] = {}
         self._peers: dict[int, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
+        # A socket, because select() cannot wait for an event of Python and for sockets at once.
         self._waker, woken = socket.socketpair()
         woken.setblocking(False)
         self._selector.register(woken, selectors.EVENT_READ, None)

@@ -118,6 +118,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
     hash is 48 bits of the SHA-256 of these sums, so a difference is missed once in 2^48 times.
     """
     sums: list[Tensor] = []
+    # Odd numbers are invertible modulo 2^64, so a change of a single element always changes the sum.
     odd = torch.from_numpy(mixed(np.arange(_BLOCK, dtype=np.uint64)).view(np.int64) | 1)
     for tensor in tensors:
         bits = _bits_of(own_piece(tensor)[0])
@@ -128,6 +129,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
 
 def _bits_of(tensor: Tensor) -> Tensor:
     """The elements as integers of the same width, shape (num_elements,)."""
+    # Bits, not numbers: 0.0 and -0.0 must differ, and equal NaNs must not.
     values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return values.detach().contiguous().view(-1).view(_INTEGERS[values.element_size()])
 

@@ -37,6 +37,8 @@ class UpdatesInARow:
         Raises:
             UpdatesLeftOut: if too many were left out since the last one that was applied.
         """
+        # Compared, not incremented: after a load the counts may be smaller, and the stretch then begins at the loaded
+        # step.
         if applied != self._applied:
             self._applied, self._since = applied, consumed
         left_out = consumed - self._since

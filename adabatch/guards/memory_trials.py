@@ -112,6 +112,7 @@ class Trials:
         rest = iter(portion.batches)
         first = next(rest)
         outcome, error = self._outcome(first, plan)
+        # The worst outcome of all ranks. It is also how they agree: all go on with the same plan, or all raise.
         (worst,) = self._engine.collectives.minimum_of(-outcome)
         if error is not None:
             raise error

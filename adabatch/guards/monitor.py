@@ -56,6 +56,7 @@ class Monitor:
         self._make_alarm = make_alarm
         self._timeout = timeout
         self._grace = grace
+        # A tenth, so that a report or two may be late without a false alarm.
         self._interval = min(1.0, timeout / 10)
         self._heard: dict[int, tuple[Report, float]] = {}
         self._due = 0.0  # when this rank reports next
@@ -67,6 +68,7 @@ class Monitor:
         self.finding: str | None = None
         self.ended = threading.Event()
         """Set once a rank is lost, or all ranks have left."""
+        # A daemon, so that a run that leaves without stop() can end.
         self._thread = threading.Thread(target=self._run, name="adabatch watchdog", daemon=True)
 
     def start(self) -> None:
@@ -108,7 +110,7 @@ class Monitor:
             if message is None:
                 self._hung_up(peer)
             elif "lost" in message:
-                self._judge(message["lost"])
+                self._declare_lost(message["lost"])
             elif "all left" in message:
                 self._end_together()
             else:
@@ -120,6 +122,7 @@ class Monitor:
         now = time.monotonic()
         if self.ended.is_set():
             self._due = now + self._interval
+            # The training thread has not raised the alarm, so it hangs in a call that Python cannot interrupt.
             if now >= self._lost_at + self._grace:
                 self._end_process()
             return
@@ -136,6 +139,8 @@ class Monitor:
             rank: report._replace(silent=now - at, still=report.still + now - at)
             for rank, (report, at) in self._heard.items()
         }
+        # Only this rank's own report goes down: children need to know that their parent lives, not where all others
+        # are.
         below = {rank: report for rank, report in reports.items() if rank != self._connections.parent}
         self._connections.send({"reports": [[self._rank, *here]]}, up=False)
         self._connections.send(
@@ -151,7 +156,7 @@ class Monitor:
             }
         found = lost_ranks(reports, timeout=self._timeout)
         if found is not None:
-            self._judge(found)
+            self._declare_lost(found)
 
     def _neighbours(self) -> list[int]:
         parent = self._connections.parent
@@ -172,9 +177,9 @@ class Monitor:
         if self.ended.is_set():
             return
         if not (report.left and self._left):
-            self._judge(f"rank {peer} has died, last seen in {report.place}")
+            self._declare_lost(f"rank {peer} has died, last seen in {report.place}")
 
-    def _judge(self, found: str) -> None:
+    def _declare_lost(self, found: str) -> None:
         """A rank is lost: tells the neighbours in the tree."""
         if self.finding is None:  # later findings are consequences of the first
             self._connections.send({"lost": found})
@@ -184,6 +189,8 @@ class Monitor:
             self.ended.set()
 
     def _end_process(self) -> None:
+        # Not print(), and os._exit() instead of sys.exit(): the main thread hangs, and may hold the lock of sys.stderr;
+        # handlers at exit would wait for it, or for the other ranks.
         os.write(_STDERR, f"adabatch: rank {self._rank} ends: {self.finding}\n".encode())
         faulthandler.dump_traceback(file=_STDERR)
         os._exit(EXIT_RANK_LOST)

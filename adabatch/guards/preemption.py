@@ -59,6 +59,8 @@ class Preemption:
         self._votes = batches.votes
         self._signals = tuple(signals)
         self._before: dict[signal.Signals, Any] = {}
+        # From the constructor on, not when a signal comes: all ranks must add the same number of votes to their
+        # reductions, and a signal may reach only one of them.
         self._votes.listen()
 
     @property

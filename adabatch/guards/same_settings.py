@@ -57,6 +57,7 @@ def check_same_settings(collectives: Collectives, settings: Mapping[str, object]
     if collectives.size == 1:
         return
     mine = {name: text_of(value) for name, value in settings.items()}
+    # The digest first, since settings agree in nearly every run, and their texts may be long.
     if collectives.agree(sorted(mine.items())):
         return
     shown = {name: _short(text) for name, text in mine.items()}
@@ -87,6 +88,7 @@ def failing_together(collectives: Collectives, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         own = error
+    # Also without an error: the other ranks may have one, and wait in this reduction.
     if collectives.size > 1 and any(collectives.sum_of(float(own is not None))):
         said = "" if own is None else f"{type(own).__name__}: {own}"
         told = [each.decode() for each in collectives.gather_bytes(said.encode())]
@@ -178,6 +180,7 @@ def text_of(value: object, depth: int = 0) -> str:
         return str(value)
     if depth == _DEEPEST:
         return type(value).__qualname__
+    # By name, because repr() of a function contains its address, which differs between processes.
     if isinstance(value, FunctionType | type):
         cells = getattr(value, "__closure__", None) or ()
         held = "".join(f" with {text_of(cell.cell_contents, depth + 1)}" for cell in cells)

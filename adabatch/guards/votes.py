@@ -78,6 +78,7 @@ class Votes(Rider):
         """Called at the end of a step that reduces nothing."""
         self.save = False
         self._unheard += 1
+        # A single rank needs no exchange, so it hears itself at every step.
         if self._listening and (self._unheard >= INTERVAL or self._collectives.size == 1):
             self._hear(*self._collectives.sum_of(self._votes()))
 

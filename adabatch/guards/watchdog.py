@@ -111,6 +111,8 @@ class Watchdog:
         if error is None:
             monitor.leave()
             monitor.ended.wait()
+        # The error only says that some peer has gone. The monitors soon tell which rank, and that is what the user
+        # needs.
         elif is_connection_lost(error):
             monitor.ended.wait(self._grace)
         if monitor.finding is not None:
@@ -120,5 +122,6 @@ class Watchdog:
         elif error is None:
             monitor.stop()
         else:
+            # The first line only: the rank prints its whole error itself.
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             monitor.fail(f"rank {self._collectives.rank} raised {said}, in {self._heartbeat.place}")

@@ -1,7 +1,8 @@
-"""Accelerate: an ``AdaptiveBatch`` around what ``accelerator.prepare`` made, on one process, DDP, FSDP2 or DeepSpeed.
+"""Accelerate: an ``AdaptiveBatch`` around the results of ``accelerator.prepare``, on one process, DDP, FSDP2 or
+DeepSpeed.
 
-The accelerator keeps its precision, its clipping, its checkpoints and its loaders. Accumulation is ours, so its own
-stays at 1 and ``accelerator.accumulate`` is left out.
+The accelerator keeps its precision, clipping, checkpoints and loaders. adabatch accumulates, so the accelerator's own
+accumulation stays at 1, and ``accelerator.accumulate`` is not used.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def attach(
     gradient_sync: GradientSync | None = None,
     **options: Any,
 ) -> AdaptiveBatch:
-    """An ``AdaptiveBatch`` around what ``accelerator.prepare`` returned.
+    """An ``AdaptiveBatch`` around the results of ``accelerator.prepare``.
 
         accelerator = Accelerator()
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -60,30 +61,30 @@ def attach(
             optimizer.step()
             optimizer.zero_grad()
 
-    The same loop runs on one process, DDP, FSDP2 (``fsdp_version=2``) and DeepSpeed. ``step.backward`` takes the place
-    of ``accelerator.backward``. ``accelerator.sync_gradients`` is True in the last micro-batch of a step and after it.
-    On DeepSpeed the engine steps when the inner loop ends, and ``optimizer.step()`` has no effect, as always with
+    The same loop runs on one process, DDP, FSDP2 (``fsdp_version=2``) and DeepSpeed. ``step.backward`` replaces
+    ``accelerator.backward``. ``accelerator.sync_gradients`` is True in the last micro-batch of a step and after it. On
+    DeepSpeed the engine steps when the inner loop ends, and ``optimizer.step()`` has no effect, as always with
     Accelerate.
 
-    ``accelerator.save_state`` and ``load_state`` save and restore the batches, and the order if it is given. A
-    ``ProgressLR`` is built from ``batches.optimizer`` after this call, is not prepared, and is given to
+    ``accelerator.save_state`` and ``load_state`` save and restore the batches, and the order if it is given. Build a
+    ``ProgressLR`` from ``batches.optimizer`` after this call, do not prepare it, and pass it to
     ``accelerator.register_for_checkpointing``.
 
     Args:
-        accelerator: with ``gradient_accumulation_steps=1``.
-        model: as ``prepare`` returned it.
-        optimizer: as ``prepare`` returned it, or as it was before; several in a list.
+        accelerator: an accelerator with ``gradient_accumulation_steps=1``.
+        model: the model, as returned by ``prepare``.
+        optimizer: the optimizer, as returned by ``prepare`` or before; a list for several.
         criterion: which batch size to ask for.
         micro_batch_size: examples in one forward and backward on one rank: the ``batch_size`` of the loader that was
-            given to ``prepare`` (with ``split_batches`` or ``dispatch_batches`` a rank's share of it).
-        order: a ``GlobalOrder`` that the loop takes its data from, if it does, so that its place is saved.
+            passed to ``prepare`` (with ``split_batches`` or ``dispatch_batches``, a rank's share of it).
+        order: the ``GlobalOrder`` from which the loop takes its data, if any, so that its place is saved.
         gradient_sync: as in ``EngineOptions``, for FSDP2.
-        options: everything else that ``AdaptiveBatch`` takes, but for ``engine`` and ``local_sgd``. The accelerator's
+        options: all other arguments of ``AdaptiveBatch``, except ``engine`` and ``local_sgd``. The accelerator's
             ``scaler`` is used if it has one.
 
     Raises:
-        ValueError: if the accelerator accumulates, if its kind of parallelism is none of the four, if a prepared
-            loader would lose examples, or as ``AdaptiveBatch`` raises it.
+        ValueError: if the accelerator accumulates, if its kind of parallelism is not one of the four, if a prepared
+            loader would lose examples, and for the reasons of ``AdaptiveBatch``.
         TypeError: if ``accelerator`` is not an ``Accelerator``.
     """
     _check_accelerator(accelerator)
@@ -107,7 +108,7 @@ def attach(
 
 
 class _Watch:
-    """Says to an accelerator where a step stands, and notices what would count beside it."""
+    """Tells an accelerator about the progress of a step, and detects other accumulation."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
@@ -115,7 +116,7 @@ class _Watch:
         self._num_loaders = -1
 
     def synchronizes(self, last: bool) -> None:
-        """The next micro-batch is the last of its step, or not."""
+        """Called before each micro-batch, with whether it is the last of its step."""
         if self._num_loaders != len(self._accelerator._dataloaders):  # those that were prepared since
             _check_loaders(self._accelerator)
             self._num_loaders = len(self._accelerator._dataloaders)
@@ -123,10 +124,10 @@ class _Watch:
         self._accelerator.sync_gradients = last
 
     def check(self) -> None:
-        """That nobody else accumulates.
+        """Checks that nothing else accumulates.
 
         Raises:
-            RuntimeError: ``accelerator.accumulate`` was entered, or accumulation was set.
+            RuntimeError: if ``accelerator.accumulate`` was entered, or accumulation was set.
         """
         if self._accelerator.step != self._counted:
             raise RuntimeError(
@@ -209,11 +210,9 @@ def _check_accumulation(accelerator: Any) -> None:
 
 
 def _check_loaders(accelerator: Any) -> None:
-    """That no prepared loader leaves out batches of other sizes than the first.
-
-    ``BatchSamplerShard`` deals whole batches to the ranks, and hands a round of them out if the last has ``batch_size``
-    examples. Batches that grow never have: 24 of 48 examples were served in a trial, without a word.
-    """
+    """Checks that no prepared loader skips batches of varying size."""
+    # BatchSamplerShard distributes whole batches to the ranks, and yields a round of them only if the last one has
+    # `batch_size` examples. Growing batches never have: in a trial 24 of 48 examples were yielded, without any message.
     for loader in accelerator._dataloaders:
         shard = getattr(loader, "batch_sampler", None)
         if not isinstance(loader, DataLoader) or not isinstance(shard, BatchSamplerShard):

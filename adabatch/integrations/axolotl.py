@@ -1,4 +1,4 @@
-"""axolotl: a plugin that lets the batch of a supervised fine-tuning follow a criterion.
+"""axolotl: a plugin with which the batch of a supervised fine-tuning follows a criterion.
 
     plugins:
       - adabatch.integrations.axolotl.AdabatchPlugin
@@ -6,7 +6,7 @@
     gradient_accumulation_steps: 1
     sample_packing: false
 
-axolotl validates the keys, which are those of ``AdaptiveArguments`` with ``adabatch_`` in front.
+axolotl validates the keys, which are the fields of ``AdaptiveArguments`` with the prefix ``adabatch_``.
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ _REFUSED = {
     "jagged_restart_steps": _SCHEDULE,
     "relora": "it restarts the learning rate every so many steps; leave it out",
 }
-"""Keys of axolotl that the plugin would leave without effect, or get wrong, and what to do instead."""
+"""Keys of axolotl that would have no effect or a wrong one with the plugin -> what to do instead."""
 
 _TYPES = get_type_hints(AdaptiveArguments)
 _KEYS: Any = {PREFIX + field.name: (_TYPES[field.name] | None, None) for field in fields(AdaptiveArguments)}
 
 AdabatchArgs: type[BaseModel] = create_model("AdabatchArgs", __module__=__name__, **_KEYS)
-"""The keys of axolotl's YAML, of the types of ``AdaptiveArguments``."""
+"""The keys of axolotl's YAML, with the types of ``AdaptiveArguments``."""
 
 
 class AdabatchPlugin(BasePlugin):  # type: ignore[misc]
-    """Puts ``AdaptiveMixin`` in front of axolotl's trainer for supervised fine-tuning."""
+    """Adds ``AdaptiveMixin`` to axolotl's trainer for supervised fine-tuning."""
 
     def get_input_args(self) -> str:
-        """Where the keys of the YAML are described."""
+        """The path of the class that describes the keys of the YAML."""
         return f"{__name__}.AdabatchArgs"
 
     def get_trainer_cls(self, cfg: Any) -> type:
-        """axolotl's own trainer with a batch that follows.
+        """axolotl's own trainer with ``AdaptiveMixin``.
 
         Raises:
-            ValueError: if the config asks for what the plugin cannot keep, such as ``sample_packing``, or as
-                ``AdaptiveArguments`` raises it.
+            ValueError: if the config contains something that is not possible with the plugin, such as
+                ``sample_packing``, and for the reasons of ``AdaptiveArguments``.
         """
         for key, advice in _REFUSED.items():
             if cfg.get(key):
@@ -94,6 +94,6 @@ def arguments_from(cfg: Any) -> AdaptiveArguments:
 
 def adaptive_trainer(trainer: type, arguments: AdaptiveArguments) -> type:
     """A subclass of ``trainer`` with these arguments."""
-    # axolotl's create_scheduler makes the schedules of the keys that are refused above, and the Trainer's otherwise.
+    # axolotl's create_scheduler only adds the schedules of keys that are refused above, so it may be ignored.
     members = {"adaptive": arguments, "base_schedule_is_left_out": True}
     return type(f"Adaptive{trainer.__name__}", (AdaptiveMixin, trainer), members)

@@ -1,7 +1,7 @@
 """DeepSpeed: an ``AdaptiveBatch`` around an engine of ``deepspeed.initialize``, with ZeRO 0, 1, 2 or 3.
 
-The engine keeps its JSON config, its precision, its clipping, its schedulers and its checkpoints. Batch sizes, windows
-of accumulation and the batch factor on the learning rate are ours.
+The engine keeps its JSON config, precision, clipping, schedulers and checkpoints. adabatch controls the batch size, the
+accumulation and the batch factor on the learning rate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions
 
 HELD = ("bit16_groups", "fp16_groups", "bf16_groups")
-"""Where DeepSpeed's optimizers list the model's parameters, of which the optimizer inside them holds copies."""
+"""Attributes of DeepSpeed's optimizers that list the model's parameters. The optimizer inside holds copies of them."""
 
 
 @checked
@@ -46,10 +46,10 @@ def attach(
                 step.backward(loss_fn(engine(x), y))
             engine.step()
 
-    Each ``engine.step()`` is an update, whatever the engine's own count of micro-batches; the config's batch size is
-    where the engine starts from, and follows the plan. A step's loss, moments and decision are there after
-    ``engine.step()``. An update that the engine leaves out, as gradients in float16 overflow, consumes its data and
-    moves neither the learning rate's progress nor the averages.
+    Each ``engine.step()`` is an update, whatever the engine's own count of micro-batches. The engine's batch size
+    starts at that of the config, and then follows the plan. A step's loss, moments and decision are available after
+    ``engine.step()``. An update that the engine skips because float16 gradients overflow consumes its data, but changes
+    neither the progress of the learning rate nor the averages.
 
     Save with the engine: ``engine.save_checkpoint(folder, client_state={"batches": batches.state_dict()})``, and load
     with ``_, state = engine.load_checkpoint(folder)`` and ``batches.load_state_dict(state["batches"])``.
@@ -58,15 +58,14 @@ def attach(
         engine: as ``deepspeed.initialize`` returned it, with an optimizer.
         criterion: which batch size to ask for.
         micro_batch_size: examples in one forward and backward on one rank; by default the engine's.
-        options: everything else that ``AdaptiveBatch`` takes, but for ``probe``, ``engine`` and ``local_sgd``.
-            ``Measure(l1=, layers=)`` only with ZeRO 0: with the others all that is known of a step's gradient is its
-            norm.
+        options: all other arguments of ``AdaptiveBatch``, except ``probe``, ``engine`` and ``local_sgd``.
+            ``Measure(l1=, layers=)`` needs ZeRO 0, because the other stages reveal only the norm of a step's gradient.
 
     Raises:
-        ValueError: as ``AdaptiveBatch`` does; and an engine whose gradients cannot be measured: pipeline, tensor,
-            sequence or expert parallelism, DeepCompile, ZenFlow, optimizers that compress gradients or train by
-            orthogonal updates, ``compute_grad_norm: false``.
-        TypeError: no engine, or one without an optimizer.
+        ValueError: for the reasons of ``AdaptiveBatch``; and if the gradients of the engine cannot be measured: with
+            pipeline, tensor, sequence or expert parallelism, DeepCompile, ZenFlow, optimizers that compress gradients
+            or use orthogonal updates, or ``compute_grad_norm: false``.
+        TypeError: if it is not an engine, or has no optimizer.
     """
     check_engine(engine)
     check_options(engine, options)
@@ -82,7 +81,7 @@ def attach(
 
 @final
 class AttachedEngine(Engine):
-    """What ``AdaptiveBatch`` has to know of a DeepSpeed engine."""
+    """A DeepSpeed engine as an ``Engine`` of ``AdaptiveBatch``."""
 
     runs_alone = False
     holds_gradients = False  # the engine clears, clips and keeps them itself
@@ -97,7 +96,8 @@ class AttachedEngine(Engine):
         if self._manages:
             engine.set_gradient_accumulation_boundary(True)
         self._whole = engine.zero_optimization_stage() == 0
-        # Early: the gradient lies in the parameters after the backward, and is not clipped yet.
+        # With ZeRO 0 the mean gradient is in the parameters after the backward, not yet clipped. The other stages
+        # partition it, and show its norm only when they step.
         self.reduced = "backward" if self._whole and self._manages else "update"
         self.shards = engine.zero_optimization_stage() == 3
 
@@ -107,22 +107,22 @@ class AttachedEngine(Engine):
         return [p for p in self.model.parameters() if id(p) in held]
 
     def begin(self, plan: BatchPlan) -> None:
-        """Tells the engine how large the batch is."""
+        """Tells the engine the size of the batch."""
         self._began = self._engine.global_steps
         self._engine.set_train_micro_batch_size(plan.micro_batch_size)
         self._engine.set_train_batch_size(plan.global_batch_size)
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        """The window of accumulation goes on."""
+        """Keeps the window of accumulation open."""
         return self._within_window() if self._manages else nullcontext()
 
     def switched_off(self, *, last: bool) -> str | None:
-        """The window of accumulation, which a loop may keep open by itself."""
+        """The window of accumulation, which the user's loop may have left open."""
         on = not last or not self._manages or self._engine.is_gradient_accumulation_boundary()
         return None if on else "set_gradient_accumulation_boundary(False) is in force at the last micro-batch"
 
     def left_out(self) -> bool:
-        """Whether ``engine.step()`` has come and gone without a step of the optimizer."""
+        """Whether ``engine.step()`` was called without a step of the optimizer."""
         return bool(self._engine.global_steps > self._began)
 
     def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
@@ -133,7 +133,7 @@ class AttachedEngine(Engine):
 
     @contextmanager
     def _within_window(self) -> Iterator[None]:
-        """A micro-batch after which the window of accumulation goes on, where the engine would count by itself."""
+        """A context for a micro-batch that does not end the window of accumulation."""
         self._engine.set_gradient_accumulation_boundary(False)
         try:
             yield
@@ -141,8 +141,8 @@ class AttachedEngine(Engine):
             self._engine.set_gradient_accumulation_boundary(True)
 
     def _backward(self, loss: Tensor) -> None:
-        # The gradient of the loss that we hand over is the factor by which the engine scaled it, whatever the engine's
-        # precision keeps it in. Read now, as it may be another one by the time the update begins.
+        # The gradient of the loss that is passed to the engine equals the factor by which the engine scales it, in
+        # every precision. It is read now, because the engine may change the factor before the update.
         hook = loss.register_hook(self._note_scale) if loss.requires_grad else None  # type: ignore[no-untyped-call]
         try:
             self._engine.backward(loss, scale_wrt_gas=False)
@@ -157,13 +157,13 @@ class AttachedEngine(Engine):
         return self._scale.to(device)
 
     def _grad_sq(self) -> Tensor:
-        """The squared norm that the engine is about to clip by, with the scale put back on; shape ()."""
+        """The squared norm by which the engine is about to clip, multiplied by the loss scale again; shape ()."""
         norm = torch.as_tensor(self._engine.optimizer._global_grad_norm, dtype=torch.float64, device=self._scale.device)
         return (norm * self._scale).square()
 
 
 def manages_accumulation(engine: DeepSpeedEngine) -> bool:
-    """Whether the engine counts micro-batches: the default, and all that releases before 0.19.6 can do."""
+    """Whether the engine counts micro-batches itself: the default, and the only mode of releases before 0.19.6."""
     managed: Callable[[], bool] | None = getattr(engine, "managed_gradient_accumulation", None)
     return managed is None or managed()
 
@@ -193,7 +193,7 @@ def check_engine(engine: Any) -> None:
 
 
 def _refusals(engine: Any) -> dict[str, bool]:
-    """Reasons why an engine's gradients cannot be measured, and whether they hold."""
+    """Reasons why an engine's gradients cannot be measured, and whether each applies."""
     stage, half = engine.zero_optimization_stage(), engine.fp16_enabled() or engine.bfloat16_enabled()
     late = stage == 0 and not manages_accumulation(engine)
     return {
@@ -238,16 +238,16 @@ def _refusals(engine: Any) -> dict[str, bool]:
 
 
 def _asked(engine: Any, question: str) -> bool:
-    """A yes-or-no method that older releases lack."""
+    """The result of a method that returns a bool; False if an older release does not have it."""
     ask = getattr(engine, question, None)
     return ask is not None and bool(ask())
 
 
 def check_options(engine: Any, options: dict[str, Any]) -> None:
-    """Checks options of ``AdaptiveBatch`` against what an engine shows of its gradients.
+    """Checks that options of ``AdaptiveBatch`` are possible with what the engine reveals of its gradients.
 
     Raises:
-        ValueError: as ``attach`` does.
+        ValueError: for the same reasons as ``attach``.
     """
     for name in ("probe", "engine", "local_sgd"):
         if options.get(name) is not None:

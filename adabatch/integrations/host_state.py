@@ -1,4 +1,4 @@
-"""What a host's own checkpoint holds of a run: the batches, the order of the data, and the place in the journal."""
+"""The part of a run in a host's own checkpoint: the batches, the order of the data, and the place in the journal."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from adabatch.runtime.data import GlobalOrder
 class HostState:
     """The state of a run for a host that saves and restores by ``state_dict`` and ``load_state_dict``.
 
-    Only plain numbers, equal on all ranks. Lines that the journal holds beyond the place that is loaded are moved to a
-    file beside it, whose name ends in ``.cut``.
+    It consists of plain numbers that are equal on all ranks. When it is loaded, later lines of the journal are moved to
+    a file beside it, whose name ends in ``.cut``.
 
     Args:
-        batches: of the run.
-        order: whose place is saved too; None if the host saves that of its own loader.
-        scaled: whether a gradient scaler is in use, which may leave an update out.
+        batches: the batches of the run.
+        order: the order whose place is saved too; None if the host saves the place of its own loader.
+        scaled: whether a gradient scaler is used, which may skip an update.
     """
 
     def __init__(self, batches: AdaptiveBatch, *, order: GlobalOrder | None = None, scaled: bool = False) -> None:
@@ -30,18 +30,18 @@ class HostState:
         """The state of the next step.
 
         Raises:
-            RuntimeError: if a step is under way, or its update has not been made.
+            RuntimeError: if a step has not ended, or its update has not been made.
         """
         self.batches.settle(scaled=self._scaled)
-        self.batches.journal.sync()  # no checkpoint may know of steps that the journal can still lose
+        self.batches.journal.sync()  # a checkpoint must not be ahead of the journal on the disk
         state = {"batches": self.batches.state_dict(), "run": self.batches.journal.run}
         return state if self.order is None else {**state, "order": self.order.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved place.
+        """Restores a saved state.
 
         Raises:
-            ValueError: if the state has a newer format, another reference batch size or another order than this run.
+            ValueError: if the state has a newer format, or another reference batch size or order than this run.
         """
         self.batches.load_state_dict(state["batches"])
         if self.order is not None and "order" in state:

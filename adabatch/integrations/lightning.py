@@ -15,11 +15,11 @@ from lightning.pytorch import Callback  # noqa: E402
 
 @final
 class AdaptiveBatchCallback(AdaptiveHooks, Callback):
-    """``AdaptiveHooks``, which tells what it does and takes, for trainers of ``lightning.pytorch``."""
+    """The callback of ``AdaptiveHooks``, which documents it, for trainers of ``lightning.pytorch``."""
 
     host = Host("lightning.pytorch", "lightning.fabric")
 
 
 @final
 class NoiseMonitorCallback(MonitorHooks, Callback):
-    """``MonitorHooks``, which tells what it does and takes, for trainers of ``lightning.pytorch``."""
+    """The callback of ``MonitorHooks``, which documents it, for trainers of ``lightning.pytorch``."""

@@ -1,4 +1,4 @@
-"""The hooks of the callbacks, apart from the class of the Lightning that they are for."""
+"""The hooks of the callbacks, independent of the name under which Lightning is installed."""
 
 from __future__ import annotations
 
@@ -9,48 +9,49 @@ from typing import Any
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
-from adabatch.integrations.lightning_loop import Host, MakeSchedule, Run, settings_of
+from adabatch.integrations.lightning_loop import Fit, Host, MakeSchedule, settings_of
 from adabatch.journal import JournalTarget
 from adabatch.monitoring import NoiseMonitor, monitor
 from adabatch.runtime.engines.engine import GradientSync
 
 
 class AdaptiveHooks:
-    """Lets the batch of ``Trainer.fit`` follow a criterion; for modules with automatic optimization.
+    """A callback with which the batch of ``Trainer.fit`` follows a criterion; for automatic optimization.
 
         adaptive = AdaptiveBatchCallback(NormTest(eta=0.7), micro_batch_size=16, limits=Limits(min=64, max=1024))
         trainer = Trainer(max_epochs=3, callbacks=[adaptive])
         trainer.fit(module, DataLoader(dataset, batch_size=16, shuffle=True))
 
-    The loader, or ``train_dataloader`` of the module or a data module, yields micro-batches, or is a ``GlobalOrder``,
-    with which the micro-batch can grow and a run resumes in the middle of an epoch. ``training_step`` is called for
-    each micro-batch; clipping, precision, ``optimizer_step``, schedulers with ``interval="step"``, ``max_steps``,
-    validation, other callbacks, loggers and checkpoints are Lightning's, once per step. ``batch_idx`` counts steps, and
-    ``on_train_batch_start`` and ``on_train_batch_end`` are called once per step, with its first micro-batch.
+    The loader (or ``train_dataloader`` of the module or a data module) yields micro-batches, or is a ``GlobalOrder``,
+    with which the micro-batch can grow and a run can resume in the middle of an epoch. ``training_step`` is called for
+    each micro-batch. Clipping, precision, ``optimizer_step``, schedulers with ``interval="step"``, ``max_steps``,
+    validation, other callbacks, loggers and checkpoints remain Lightning's, once per step. ``batch_idx`` counts steps,
+    and ``on_train_batch_start`` and ``on_train_batch_end`` are called once per step, with its first micro-batch.
 
-    Runs on one device, ``DDPStrategy`` and ``ModelParallelStrategy`` (FSDP2, over the data alone). The number of steps
-    is not known beforehand: ``estimated_stepping_batches`` and the length of the progress bar are bounds.
+    It works on one device, with ``DDPStrategy``, and with ``ModelParallelStrategy`` (FSDP2, data parallelism only). The
+    number of steps is not known beforehand, so ``estimated_stepping_batches`` and the length of the progress bar are
+    bounds.
 
     Attributes:
-        host: the modules of the Lightning that the trainer is of.
+        host: the modules of the trainer's Lightning.
 
     Args:
         criterion: which batch size to ask for.
         micro_batch_size: examples in one forward and backward on one rank: the ``batch_size`` of the loader.
         schedule: optimizer, batches -> scheduler that steps after each update, such as
             ``lambda optimizer, batches: ProgressLR(optimizer, lr.cosine(), batches, total=examples(1_000_000))``. None
-            leaves the schedulers that ``configure_optimizers`` returns.
+            keeps the schedulers that ``configure_optimizers`` returns.
         until: ends the run, in addition to ``max_steps``, ``max_epochs`` and the others.
         count: as in ``AdaptiveBatch.steps``.
         weigh: as in ``AdaptiveBatch.steps``.
         gradient_sync: as in ``EngineOptions``, for FSDP2.
         log: whether ``adabatch/global_batch_size``, ``adabatch/loss`` (the mean over all ranks and micro-batches) and
-            ``adabatch/noise_scale`` go to the loggers.
-        options: everything else that ``AdaptiveBatch`` takes, but for ``engine`` and ``local_sgd``.
+            ``adabatch/noise_scale`` are logged.
+        options: all other arguments of ``AdaptiveBatch``, except ``engine`` and ``local_sgd``.
 
     Raises:
-        ValueError: if an option is chosen by the callback; in ``fit`` if trainer or module do not go with it, or as
-            ``AdaptiveBatch`` raises it.
+        ValueError: if an option is chosen by the callback; in ``fit``, if trainer or module are not supported, and for
+            the reasons of ``AdaptiveBatch``.
     """
 
     host: Host
@@ -80,7 +81,7 @@ class AdaptiveHooks:
             log=log,
             options=options,
         )
-        self._run: Run | None = None
+        self._run: Fit | None = None
 
     @property
     def batches(self) -> AdaptiveBatch:
@@ -94,56 +95,56 @@ class AdaptiveHooks:
         return self._run.batches
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Puts whole steps in the place of the training loader."""
+        """Replaces the training loader by one that yields whole steps."""
         if stage == "fit":
-            self._run = Run(trainer, self.host, self._settings)
+            self._run = Fit(trainer, self.host, self._settings)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Model and optimizer exist."""
+        """Makes the batches, now that model and optimizer exist."""
         assert self._run is not None
         self._run.build()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A step is over."""
+        """Logs the step."""
         assert self._run is not None
         if found := self._run.logged():
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leaves trainer and model as they were."""
+        """Restores trainer and model."""
         if stage == "fit" and self._run is not None:
             self._run.remove()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same after an error."""
+        """Restores trainer and model after an error."""
         if self._run is not None:
             self._run.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """For Lightning's checkpoint."""
+        """The state for Lightning's checkpoint."""
         return {} if self._run is None else self._run.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From Lightning's checkpoint, before or after model and optimizer exist."""
+        """Restores the state from Lightning's checkpoint, before or after model and optimizer exist."""
         assert self._run is not None
         self._run.load_state_dict(state)
 
 
 class MonitorHooks:
-    """Measures the noise of the gradient in ``Trainer.fit``, and changes nothing: ``adabatch.monitor`` as a callback.
+    """A callback that measures the noise of the gradient in ``Trainer.fit`` and changes nothing (``adabatch.monitor``).
 
         Trainer(accumulate_grad_batches=4, callbacks=[NoiseMonitorCallback(micro_batch_size=16, journal="noise.jsonl")])
 
-    A step needs two micro-batches at least: ``accumulate_grad_batches``, or two ranks. On one device or with
-    ``DDPStrategy``.
+    A step needs at least two micro-batches, from ``accumulate_grad_batches`` or two ranks. It works on one device or
+    with ``DDPStrategy``.
 
     Args:
         micro_batch_size: examples in one ``training_step`` on one rank.
         journal: as in ``adabatch.monitor``.
-        log: whether ``adabatch/noise_scale`` and ``adabatch/efficiency`` go to the loggers.
+        log: whether ``adabatch/noise_scale`` and ``adabatch/efficiency`` are logged.
 
     Raises:
-        ValueError: in ``fit``, as ``adabatch.monitor`` raises it.
+        ValueError: in ``fit``, for the reasons of ``adabatch.monitor``.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class MonitorHooks:
         return self._monitors
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Model and optimizers exist."""
+        """Makes the monitors, now that model and optimizers exist."""
         if len(trainer.optimizers) > 1 and self._target is not None:
             raise ValueError(
                 f"the module has {len(trainer.optimizers)} optimizers, whose lines one journal cannot tell apart: "
@@ -178,7 +179,7 @@ class MonitorHooks:
         ]
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A batch is over."""
+        """Logs the noise scale."""
         for number, found in enumerate(self._monitors if self._log else []):
             if math.isfinite(found.noise_scale):
                 suffix = f"_{number}" if number else ""
@@ -187,6 +188,6 @@ class MonitorHooks:
                 pl_module.log_dict(named, on_step=True, on_epoch=False)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         for found in self._monitors:
             found.remove()

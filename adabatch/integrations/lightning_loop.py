@@ -1,11 +1,11 @@
-"""What the callbacks for ``lightning`` and for ``pytorch_lightning`` share: one batch of Lightning is one whole step.
+"""The common part of the callbacks for ``lightning`` and ``pytorch_lightning``: one batch of Lightning is one step.
 
-Lightning's loop over an epoch stays as it is, and with it its counters, its schedulers, its other callbacks and its
-checkpoints. Two things are put in: the loader hands out the first micro-batch of each step, and the ``run`` method of
-the loop's automatic optimization, which turns a batch into an update, runs all micro-batches of that step.
+Lightning's loop over an epoch is not changed, nor are its counters, schedulers, other callbacks and checkpoints. Two
+things are replaced: the loader yields the first micro-batch of each step, and the ``run`` method of the loop's
+automatic optimization, which turns a batch into an update, runs all micro-batches of that step.
 
-How many steps an epoch takes is not known beforehand, so Lightning is told a bound, and at the end of an epoch what it
-does after a last batch is done here: the schedulers that step per epoch, and the validation.
+The number of steps in an epoch is not known beforehand. So Lightning is given a bound, and what it does after the last
+batch of an epoch is done here: stepping the schedulers that step per epoch, and the validation.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ class Host:
         return importlib.import_module(f"{self._fabric}.utilities.data")
 
 
-class Settings(NamedTuple):
-    """What the callback was given.
+class CallbackSettings(NamedTuple):
+    """The arguments of the callback.
 
     Args:
         criterion: which batch size to ask for.
-        micro_batch_size: of the loader.
+        micro_batch_size: the batch size of the loader.
         schedule: makes the scheduler of the learning rate; None for the module's own.
-        until: where the run ends; None for Lightning's own ends.
-        gradient_sync: of FSDP2.
-        log: whether batch size, loss and noise scale go to Lightning's loggers.
+        until: where the run ends; None if only Lightning decides.
+        gradient_sync: the option for FSDP2.
+        log: whether batch size, loss and noise scale are logged.
         loop: keyword arguments of ``AdaptiveBatch.steps``.
         batches: keyword arguments of ``AdaptiveBatch``.
     """
@@ -85,19 +85,19 @@ class Settings(NamedTuple):
     batches: Mapping[str, Any]
 
 
-class Run:
-    """One ``fit``: the trainer, the batches, and the step under way.
+class Fit:
+    """One ``fit``: the trainer, the batches, and the current step.
 
     Args:
-        trainer: of the fit.
-        host: the name under which its Lightning was imported.
-        settings: what the callback was given.
+        trainer: the trainer.
+        host: the modules of its Lightning.
+        settings: the arguments of the callback.
 
     Attributes:
-        batches: once model and optimizer exist.
+        batches: the batches; None until model and optimizer exist.
     """
 
-    def __init__(self, trainer: Any, host: Host, settings: Settings) -> None:
+    def __init__(self, trainer: Any, host: Host, settings: CallbackSettings) -> None:
         check_trainer(trainer, host)
         self._trainer = trainer
         self._host = host
@@ -114,15 +114,15 @@ class Run:
         self._saved: Mapping[str, Any] | None = None
         self._put_in_loader()
 
-    # --- what is put into the trainer -------------------------------------------------------------------------------
+    # --- replacements in the trainer --------------------------------------------------------------------------------
 
     def _put_in_loader(self) -> None:
-        """Puts whole steps in the place of the training loader, before anything asks for its length."""
+        """Replaces the training loader by one that yields whole steps, before anything reads its length."""
         self._source = self._trainer.fit_loop._data_source
         self._trainer.fit_loop._data_source = _Source(self, self._source)
 
     def build(self) -> None:
-        """Model and optimizer exist: makes the batches, and takes over the updates."""
+        """Makes the batches and takes over the updates, once model and optimizer exist."""
         trainer, settings = self._trainer, self._settings
         check_module(trainer, self._host)
         optimizer = trainer.optimizers[0]
@@ -148,7 +148,7 @@ class Run:
             self.load_state_dict(self._saved)
 
     def remove(self) -> None:
-        """The fit is over: everything is as it was, and the batches take no more steps."""
+        """Restores the trainer after the fit. The batches cannot take any more steps."""
         loop = self._trainer.fit_loop
         loop._data_source = self._source
         vars(loop.epoch_loop.automatic_optimization).pop("run", None)
@@ -175,7 +175,7 @@ class Run:
         return _StatefulSteps(self, inner) if stateful else _Steps(self, inner)
 
     def most_steps(self) -> float:
-        """A number of steps that no epoch exceeds; one more than it can take, so that only its data end an epoch."""
+        """A bound for the steps of an epoch, which no epoch reaches, so that an epoch only ends with its data."""
         loader, limits = self._loader, self._settings.batches.get("limits")
         smallest = getattr(limits, "min", None)
         ranks: int = self._trainer.world_size
@@ -190,7 +190,7 @@ class Run:
         return math.ceil(micro_batches / accumulation) + 1
 
     def pass_over_data(self) -> Iterator[Any]:
-        """The first micro-batch of each step of an epoch."""
+        """Yields the first micro-batch of each step of an epoch."""
         assert self.batches is not None
         loader, trainer = self._loader, self._trainer
         order = loader if isinstance(loader, GlobalOrder) else None
@@ -207,7 +207,7 @@ class Run:
         self._end_epoch()
 
     def _end_epoch(self) -> None:
-        """What Lightning does after the last batch of an epoch, which it did not know to be the last."""
+        """Does what Lightning does after the last batch of an epoch, which it cannot recognize here."""
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         loop.batch_progress.is_last_batch = True
         self._show_total(loop.batch_progress.current.ready)
@@ -223,7 +223,7 @@ class Run:
             trainer._logger_connector._first_loop_iter = first
 
     def _show_total(self, num_steps: float) -> None:
-        """Tells the progress bar how many steps the epoch takes, as far as is known."""
+        """Updates the total of the progress bar, as far as it is known."""
         trainer = self._trainer
         trainer.fit_loop.max_batches = num_steps
         bar, bars = trainer.progress_bar_callback, self._host["callbacks"]
@@ -235,7 +235,7 @@ class Run:
             bar.progress.update(bar.train_progress_bar_id, total=total)
 
     def _expected_steps(self) -> float:
-        """Steps of the epoch if the batch stayed as it is now, at least one more than were begun."""
+        """Steps of the epoch if the batch stays as it is now; at least one more than have begun."""
         assert self.batches is not None
         loader, done = self._loader, int(self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         if not isinstance(loader, GlobalOrder):
@@ -246,15 +246,15 @@ class Run:
     # --- an update --------------------------------------------------------------------------------------------------
 
     def update(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
-        """In the place of ``_AutomaticOptimization.run``: all micro-batches of a step, and its update.
+        """Replaces ``_AutomaticOptimization.run``: runs all micro-batches of a step, and its update.
 
         Args:
-            optimizer: Lightning's only one.
+            optimizer: Lightning's only optimizer.
             batch_idx: number of the step in the epoch.
-            kwargs: of ``training_step``, with the first micro-batch of the step.
+            kwargs: arguments of ``training_step``, with the first micro-batch of the step.
 
         Returns:
-            The mean loss over this rank's micro-batches, and what the last ``training_step`` returned beside its loss.
+            The mean loss over this rank's micro-batches, and what else the last ``training_step`` returned.
         """
         assert self.batches is not None
         step, trainer = self._step, self._trainer
@@ -270,7 +270,7 @@ class Run:
         mean: Tensor | None = None
         for index, weight in enumerate(weights):
             if index > 0:
-                kwargs["batch"] = self._moved(next(self._micro_batches))
+                kwargs["batch"] = self._on_device(next(self._micro_batches))
             result = loop._training_step(kwargs)
             if result.closure_loss is None:
                 raise RuntimeError(
@@ -284,7 +284,8 @@ class Run:
             step.backward(result.closure_loss)
             loss = result.loss * (weight / whole)
             mean = loss if mean is None else mean + loss
-        assert next(self._micro_batches, None) is None  # the step measures and decides as its inner loop ends
+        # The step measures and decides when its iterator is exhausted, which must be before the update.
+        assert next(self._micro_batches, None) is None
         loop._optimizer_step(batch_idx, lambda: mean)
         until = self._settings.until
         if until is not None and self.batches.consumed.reached(until):
@@ -292,8 +293,8 @@ class Run:
         self._show_total(self._expected_steps())
         return {**result.asdict(), "loss": mean}
 
-    def _moved(self, batch: Any) -> Any:
-        """A micro-batch after the first, on the device: what the loop over the epoch does with a batch."""
+    def _on_device(self, batch: Any) -> Any:
+        """Moves a micro-batch after the first to the device, as the loop over the epoch does with a batch."""
         trainer = self._trainer
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -303,11 +304,11 @@ class Run:
         return batch
 
     def _backward(self, optimizer: Optimizer, loss: Tensor) -> None:
-        """Lightning's own, with its precision, its hooks, and the module's ``backward``."""
+        """Lightning's own backward, with its precision, its hooks, and the module's ``backward``."""
         self._host["trainer.call"]._call_strategy_hook(self._trainer, "backward", loss, optimizer)
 
     def logged(self) -> dict[str, float]:
-        """What goes to Lightning's loggers after a step."""
+        """The numbers to log after a step."""
         batches, step = self.batches, self._step
         if not self._settings.log or batches is None or step is None:
             return {}
@@ -321,7 +322,7 @@ class Run:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """For Lightning's checkpoint: the state of the next step."""
+        """The state of the next step, for Lightning's checkpoint."""
         if self._state is None:
             return {}
         over = self._exhausted
@@ -330,7 +331,7 @@ class Run:
         return {**self._state.state_dict(), "passed": self._epoch if over else -1}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to a saved place; kept until there are batches."""
+        """Restores a saved state, which is kept until the batches exist."""
         self._saved = state
         if self._state is not None:
             self._state.order = self._state.order or self._order_to_come()
@@ -339,16 +340,16 @@ class Run:
             self._saved = None
 
     def _order_to_come(self) -> GlobalOrder | None:
-        """The order that Lightning will ask for; it is asked now, if it was not yet."""
+        """The order that Lightning will use; makes Lightning set up its data now, if it has not done so."""
         if self._loader is None:
             self._trainer.fit_loop.setup_data()
         return self._loader if isinstance(self._loader, GlobalOrder) else None
 
 
 class _Source:
-    """Where Lightning asks for its training loader: its own source, whose loaders become steps."""
+    """Lightning's source of training loaders, wrapped so that the loaders yield steps."""
 
-    def __init__(self, run: Run, source: Any) -> None:
+    def __init__(self, run: Fit, source: Any) -> None:
         self._run = run
         self._source = source
         self.instance = source.instance
@@ -365,9 +366,9 @@ class _Source:
 
 
 class _Steps:
-    """What Lightning takes for the training loader. Its length is a bound."""
+    """The training loader for Lightning. Its length is a bound."""
 
-    def __init__(self, run: Run, inner: Any) -> None:
+    def __init__(self, run: Fit, inner: Any) -> None:
         self._run = run
         self._inner = inner
 
@@ -382,7 +383,7 @@ class _Steps:
 
 
 class _StatefulSteps(_Steps):
-    """The same over a loader whose place Lightning saves."""
+    """The same for a loader whose place Lightning saves."""
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self._inner.state_dict()
@@ -403,8 +404,8 @@ def settings_of(
     gradient_sync: GradientSync | None,
     log: bool,
     options: Mapping[str, Any],
-) -> Settings:
-    """The settings of a callback, checked as far as they can be without a trainer.
+) -> CallbackSettings:
+    """The settings of a callback, checked as far as possible without a trainer.
 
     Raises:
         ValueError: if an option is chosen by the callback.
@@ -413,7 +414,7 @@ def settings_of(
         if options.get(name) is not None:
             raise ValueError(f"the callback chooses {name}= from the trainer: leave it out")
     loop = {"count": num_examples_in if count is None else count, "weigh": weigh}
-    return Settings(criterion, micro_batch_size, schedule, until, gradient_sync, log, loop, dict(options))
+    return CallbackSettings(criterion, micro_batch_size, schedule, until, gradient_sync, log, loop, dict(options))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -423,7 +424,7 @@ def check_trainer(trainer: Any, host: Host) -> None:
     """Checks the trainer's own settings, before anything is set up.
 
     Raises:
-        ValueError: if one of them does not go with steps of many micro-batches.
+        ValueError: if one of them is not possible for steps of several micro-batches.
     """
     strategies = host["strategies"]
     known: Sequence[str] = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")

@@ -15,11 +15,11 @@ from pytorch_lightning import Callback  # noqa: E402
 
 @final
 class AdaptiveBatchCallback(AdaptiveHooks, Callback):
-    """``AdaptiveHooks``, which tells what it does and takes, for trainers of ``pytorch_lightning``."""
+    """The callback of ``AdaptiveHooks``, which documents it, for trainers of ``pytorch_lightning``."""
 
     host = Host("pytorch_lightning", "lightning_fabric")
 
 
 @final
 class NoiseMonitorCallback(MonitorHooks, Callback):
-    """``MonitorHooks``, which tells what it does and takes, for trainers of ``pytorch_lightning``."""
+    """The callback of ``MonitorHooks``, which documents it, for trainers of ``pytorch_lightning``."""

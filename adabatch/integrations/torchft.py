@@ -1,8 +1,7 @@
-"""torchft: the global batch is held while replicas come and go, with torchft's ``Manager``.
+"""torchft: the global batch stays the same while replicas come and go, with torchft's ``Manager``.
 
-Plans are made for the run as a whole. Before each step the manager forms a quorum, and the micro-batches of the step
-are shared by the replicas that are in it. A step that the manager does not commit leaves nothing behind, and its
-examples are dealt again.
+Plans are made for the run as a whole. Before each step the manager forms a quorum, and the replicas in it share the
+micro-batches of the step. A step that the manager does not commit has no effect, and its examples are dealt again.
 """
 
 from __future__ import annotations
@@ -74,27 +73,27 @@ def attach(
             optimizer.step()
             optimizer.zero_grad()
 
-    The quorum is formed before each step, and ``should_commit`` is asked at the end of its inner loop, both by
-    adabatch: ``torchft.Optimizer``, which does the same, is left out. ``optimizer.step()`` has no effect in a step that
-    was not committed. A replica that joins or heals gets plan, averages, progress and place in the data from a replica
-    that is ahead, together with what you registered with the manager.
+    adabatch forms the quorum before each step, and calls ``should_commit`` at the end of its inner loop. Do not use
+    ``torchft.Optimizer``, which does the same. ``optimizer.step()`` has no effect in a step that was not committed. A
+    replica that joins or recovers receives plan, averages, progress and the place in the data from a replica that is
+    ahead, together with the state that you registered with the manager.
 
     Args:
-        manager: a ``torchft.Manager`` with ``use_async_quorum=False``, of a replica of one process.
-        model: as it is; its gradients are then averaged over the replicas at the end of each step. Or in
-            ``torchft.DistributedDataParallel``, which averages them during the last backward. (That of torchft 0.2.0
-            raises if a replica dies during a reduction over Gloo.)
-        optimizer: of the model's parameters.
+        manager: a ``torchft.Manager`` with ``use_async_quorum=False``, for a replica of one process.
+        model: a plain model, whose gradients are then averaged over the replicas at the end of each step; or a model in
+            ``torchft.DistributedDataParallel``, which averages them during the last backward. (The one of torchft 0.2.0
+            raises an error if a replica dies during a reduction over Gloo.)
+        optimizer: the optimizer of the model's parameters.
         criterion: which batch size to ask for.
         micro_batch_size: examples in one forward and backward on one replica.
-        order: the ``GlobalOrder`` that ``steps`` is given; equal on all replicas.
-        options: everything else that ``AdaptiveBatch`` takes, but for ``engine``, ``probe`` and ``local_sgd``. Every
-            replica writes a ``journal`` of its own.
+        order: the ``GlobalOrder`` that is passed to ``steps``, the same on all replicas.
+        options: all other arguments of ``AdaptiveBatch``, except ``engine``, ``probe`` and ``local_sgd``. Every replica
+            writes its own ``journal``.
 
     Raises:
         ValueError: if the manager forms its quorum in the background, keeps spares or has a group of several
-            processes, if the model is wrapped or sharded otherwise, if an option cannot be held by replicas that come
-            and go, or as ``AdaptiveBatch`` raises it.
+            processes, if the model is wrapped or sharded in another way, if an option is not possible for replicas that
+            come and go, and for the reasons of ``AdaptiveBatch``.
         TypeError: if ``manager`` is not a ``torchft.Manager``, or ``order`` is not a ``GlobalOrder``.
     """
     _check_manager(manager)
@@ -115,11 +114,11 @@ def attach(
 
 
 class _ReplicaState:
-    """What a replica that joins gets beside the weights.
+    """The state that a joining replica receives in addition to the weights.
 
     Args:
-        batches, order: of this replica.
-        settings: by name, as text; must be equal on all replicas.
+        batches, order: those of this replica.
+        settings: settings by name, as text; they must be equal on all replicas.
     """
 
     def __init__(self, batches: AdaptiveBatch, order: GlobalOrder, settings: Mapping[str, str]) -> None:
@@ -136,10 +135,10 @@ class _ReplicaState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where another replica is.
+        """Restores the state of another replica.
 
         Raises:
-            ValueError: if it was given other settings than this one.
+            ValueError: if the other replica has other settings than this one.
         """
         theirs = state["settings"]
         names = sorted(set(theirs) | set(self._settings))
@@ -159,8 +158,8 @@ class ReplicatedEngine(Engine):
     """A model, plain or in ``torchft.DistributedDataParallel``, on the replicas of the present quorum.
 
     Args:
-        manager: asked before each step who is there, and after it whether it counts.
-        model: whose gradients are averaged over the replicas.
+        manager: says before each step which replicas are present, and after it whether the step counts.
+        model: the model whose gradients are averaged over the replicas.
     """
 
     def __init__(self, manager: Any, model: torch.nn.Module) -> None:
@@ -195,7 +194,7 @@ class ReplicatedEngine(Engine):
         """Forms the quorum. A replica that is behind loads the state of one that is not.
 
         Raises:
-            RuntimeError: if somebody else counts the manager's steps, or model and optimizer are not registered.
+            RuntimeError: if something else counts the manager's steps, or model and optimizer are not registered.
         """
         manager = self._manager
         if self._steps is None:
@@ -220,7 +219,7 @@ class ReplicatedEngine(Engine):
         return committed
 
     def inner_loop_ended(self) -> None:
-        """Between two steps a replica is alone, since nobody knows who is still there."""
+        """Between two steps a replica counts as alone, because it is not known which others are still there."""
         self.collectives.stand_at(0, 1)
 
     def journal_entry(self) -> dict[str, Any]:
@@ -234,8 +233,8 @@ class ReplicatedEngine(Engine):
         return MicroBatchProbe(parameters, collectives=self.collectives, **options)
 
     def _reduce(self, values: Tensor, op: Any) -> Tensor:
-        # After an error the manager hands out what a broken reduction left, and the step will not count. This replica's
-        # own numbers then stand in, so that nothing is computed from rubbish until it is taken back.
+        # After an error the manager returns whatever the broken reduction left, and the step will not count. This
+        # replica's own numbers are used instead, so that nothing raises on garbage until the step is taken back.
         own = values.clone()
         self._manager.allreduce(values, reduce_op=op).wait()
         return values if self._manager.errored() is None else values.copy_(own)
@@ -243,9 +242,9 @@ class ReplicatedEngine(Engine):
 
 @torch.no_grad()
 def average_gradients(manager: Any, parameters: Sequence[Tensor]) -> None:
-    """Averages gradients over the replicas, in buckets of one type and at most ``BUCKET`` elements.
+    """Averages gradients over the replicas, in buckets of one dtype and at most ``BUCKET`` elements.
 
-    Parameters that no replica has a gradient of keep none; where some have one, the others' counts as zero.
+    A parameter that has a gradient on some replicas only counts as zero on the others; one without any keeps none.
     """
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
     manager.allreduce(used, reduce_op=dist.ReduceOp.SUM).wait()

@@ -1,11 +1,10 @@
 """Trackers: the journal's numbers in TensorBoard, Weights & Biases, MLflow and trackio, by the same names in each.
 
-Give one to ``AdaptiveBatch(journal=[path, tracker])``, or name it in a config (``trackers: [tensorboard]``). Each
-package is optional, and is loaded when the first step is written; a tracker opens on the first rank only, as the
-journal does.
-A tracker that fails is named in the log once and left out from there on: it never stops a run.
+Pass one to ``AdaptiveBatch(journal=[path, tracker])``, or name it in a config (``trackers: [tensorboard]``). Each
+package is optional, and is imported when the first step is written. Like the journal, a tracker is opened on the first
+rank only. A tracker that fails is logged once and not used any more; it never stops a run.
 
-``metrics_of`` says which numbers there are.
+``metrics_of`` lists the numbers.
 """
 
 from __future__ import annotations
@@ -46,14 +45,15 @@ NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "lr/factor": ("lr", "factor"),
     }
 )
-"""The numbers of every tracker, and where they stand in a line of the journal."""
+"""The numbers of every tracker, and their places in a line of the journal."""
 
 
 def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a step, by the names that they have in every tracker; those that are missing are left out.
+    """The numbers of a step by their names in every tracker; missing ones are omitted.
 
-    Beside ``NAMES``: ``lr/applied``, ``lr/base`` and ``lr/shape`` (of further parameter groups ``lr/applied_1``),
-    ``update/applied`` (1 or 0), ``efficiency`` (1 / (1 + batch / noise scale)) and ``layers/NAME/noise_scale``.
+    In addition to ``NAMES`` these are ``lr/applied``, ``lr/base`` and ``lr/shape`` (``lr/applied_1`` for the second
+    parameter group), ``update/applied`` (1 or 0), ``efficiency`` (1 / (1 + batch / noise scale)) and
+    ``layers/NAME/noise_scale``.
 
     Args:
         entry: a line of the journal.
@@ -89,15 +89,15 @@ def _number(value: object) -> float | None:
 
 
 class Tracker(ABC):
-    """Hands the numbers of each step to a tracker, which is opened when the first of them comes.
+    """Logs the numbers of each step to a tracker, which is opened with the first step.
 
-    A subclass says how to open it, to log and to close it.
+    A subclass implements how to open it, to log and to close it.
 
     Args:
-        packages: of which one must be installed.
+        packages: packages of which at least one must be installed.
 
     Raises:
-        ImportError: none of them is installed; says what to install.
+        ImportError: if none of them is installed; says what to install.
     """
 
     def __init__(self, *packages: str) -> None:
@@ -113,14 +113,14 @@ class Tracker(ABC):
         self._log(int(entry["step"]), metrics_of(entry))
 
     def close(self) -> None:
-        """Writes down what is left; a later line opens the tracker again."""
+        """Writes what is left, and closes the tracker; a later line opens it again."""
         if self._opened:
             self._opened = False
             self._close()
 
     @abstractmethod
     def _open(self, run: str, step: int) -> None:
-        """Opens it for the run with this token, whose next step has this number."""
+        """Opens the tracker for the run with this token, whose next step has this number."""
 
     @abstractmethod
     def _log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -128,19 +128,19 @@ class Tracker(ABC):
 
     @abstractmethod
     def _close(self) -> None:
-        """Closes what was opened."""
+        """Closes the tracker."""
 
 
 class TensorBoardTracker(Tracker):
-    """Event files for TensorBoard, by ``torch.utils.tensorboard``, or tensorboardX where only that is installed.
+    """Event files for TensorBoard, by ``torch.utils.tensorboard``, or by tensorboardX if only that is installed.
 
-    A resumed run hides what it writes again, as TensorBoard's purge_step does.
+    A resumed run replaces the steps that it repeats (TensorBoard's purge_step).
 
     Args:
-        folder: for the event files.
+        folder: the folder of the event files.
 
     Raises:
-        ImportError: neither package is installed.
+        ImportError: if neither package is installed.
     """
 
     @checked
@@ -163,16 +163,16 @@ class TensorBoardTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """A run of Weights & Biases. Its id is the run's token in the journal, so that a resumed run goes on in it.
+    """A run of Weights & Biases. Its id is the run's token in the journal, so a resumed run continues it.
 
     Args:
-        project: of Weights & Biases.
-        folder: where its files go.
-        name: of the run; by default one that the service makes up.
-        mode: "online", "offline" or "disabled"; by default what the environment variable WANDB_MODE says.
+        project: the project of Weights & Biases.
+        folder: the folder of its files.
+        name: the name of the run; by default the service chooses one.
+        mode: "online", "offline" or "disabled"; by default as in the environment variable WANDB_MODE.
 
     Raises:
-        ImportError: wandb is not installed.
+        ImportError: if wandb is not installed.
     """
 
     @checked
@@ -190,7 +190,7 @@ class WandbTracker(Tracker):
             "dir": None if folder is None else str(folder),
             "name": name,
             "mode": mode,
-            # A run that is kept on this machine has nothing to be resumed from.
+            # An offline run cannot be resumed, since the service does not know it.
             "resume": None if mode in ("offline", "disabled") else "allow",
         }
         self._run: Any = None
@@ -207,16 +207,17 @@ class WandbTracker(Tracker):
 
 
 class MLflowTracker(Tracker):
-    """A run of MLflow, on a server or in a folder. A resumed run goes on in the run that has its token.
+    """A run of MLflow, on a server or in a folder. A resumed run continues the run with its token.
 
     Args:
-        tracking_uri: address of a server, or a folder (which recent releases of MLflow take only where the environment
-            says MLFLOW_ALLOW_FILE_STORE=true). None for what MLflow's own settings say, such as MLFLOW_TRACKING_URI.
-        experiment: of MLflow; made where it does not exist.
-        name: of the run.
+        tracking_uri: the address of a server, or a folder (for which recent releases of MLflow need
+            MLFLOW_ALLOW_FILE_STORE=true in the environment). By default MLflow's own settings are used, such as
+            MLFLOW_TRACKING_URI.
+        experiment: the experiment; created if it does not exist.
+        name: the name of the run.
 
     Raises:
-        ImportError: mlflow is not installed.
+        ImportError: if mlflow is not installed.
     """
 
     @checked
@@ -254,14 +255,14 @@ class MLflowTracker(Tracker):
 
 
 class TrackioTracker(Tracker):
-    """A run of trackio, which keeps its numbers on this machine.
+    """A run of trackio, which stores its numbers on this machine.
 
     Args:
-        project: of trackio.
-        name: of the run; by default the run's token in the journal, so that a resumed run goes on in it.
+        project: the project of trackio.
+        name: the name of the run; by default the run's token in the journal, so that a resumed run continues it.
 
     Raises:
-        ImportError: trackio is not installed.
+        ImportError: if trackio is not installed.
     """
 
     @checked
@@ -283,13 +284,13 @@ class TrackioTracker(Tracker):
 
 @checked
 def tracker_of(name: str, folder: Path) -> Tracker:
-    """The tracker that a config names, for the run in this folder.
+    """The tracker with this name in a config, for the run in this folder.
 
-    TensorBoard and Weights & Biases keep their files in it; MLflow and trackio where their own settings say.
+    TensorBoard and Weights & Biases store their files in the folder; MLflow and trackio use their own settings.
 
     Raises:
-        ValueError: an unknown name.
-        ImportError: its package is not installed.
+        ValueError: if the name is unknown.
+        ImportError: if its package is not installed.
     """
     if name == "tensorboard":
         return TensorBoardTracker(folder / "tensorboard")

@@ -1,7 +1,7 @@
-"""Transformers: a mixin that lets the batch of any ``Trainer`` follow a criterion, and one that only measures.
+"""Transformers: a mixin with which the batch of any ``Trainer`` follows a criterion, or is only measured.
 
-The Trainer keeps its loop, its flags, its callbacks, its logs and its checkpoints. One of its batches is a whole
-``Step``: its own accumulation stays at 1, and its backward goes to ``step.backward``.
+The Trainer keeps its loop, flags, callbacks, logs and checkpoints. One of its batches is a whole ``Step``; its own
+accumulation stays at 1, and its backward is passed to ``step.backward``.
 """
 
 from __future__ import annotations
@@ -52,38 +52,38 @@ _Host: Any = object  # any Trainer class, by the order of bases
 
 
 class AdaptiveMixin(_Host):  # type: ignore[misc]
-    """Put in front of a Trainer class, lets the global batch size follow a criterion.
+    """A mixin for a Trainer class, with which the global batch size follows a criterion.
 
         class MyAdaptiveTrainer(AdaptiveMixin, MyTrainer): ...
 
         trainer = MyAdaptiveTrainer(model, args, train_dataset=data, adaptive=AdaptiveArguments(max_batch_size=1024))
         trainer.train()
 
-    ``per_device_train_batch_size`` is the micro-batch. Works with ``Trainer`` and its subclasses, also those with a
-    ``compute_loss`` of their own, and with the SFT, DPO, KTO and reward trainers of TRL. The data set must be
-    map-style; its examples come in a ``GlobalOrder`` of the Trainer's seed, whose epochs are joined.
+    ``per_device_train_batch_size`` is the micro-batch. The mixin works with ``Trainer`` and its subclasses, also those
+    with their own ``compute_loss``, and with the SFT, DPO, KTO and reward trainers of TRL. The data set must be
+    map-style. Its examples come in a ``GlobalOrder`` with the Trainer's seed, whose epochs are joined.
 
     ``max_steps`` counts optimizer steps. With ``num_train_epochs`` the run ends with the step that consumes the last
-    example. The progress bar and ``state.max_steps`` show an estimate until then. ``lr_scheduler_type`` becomes a
+    example; until then the progress bar and ``state.max_steps`` show an estimate. ``lr_scheduler_type`` becomes a
     ``ProgressLR`` over the same length.
 
     Args:
-        arguments: those of the Trainer.
+        arguments: arguments of the Trainer.
         adaptive: which batch size to ask for.
-        adaptive_options: arguments of ``AdaptiveBatch`` that overrule those of ``adaptive``, such as ``criterion``,
+        adaptive_options: arguments of ``AdaptiveBatch`` that override those of ``adaptive``, such as ``criterion``,
             ``control``, ``measure`` or ``guard``.
         options: keyword arguments of the Trainer.
 
     Attributes:
-        adaptive: as given; a subclass may set it instead.
-        base_schedule_is_left_out: set to True in a subclass, lets a ``create_scheduler`` of the Trainer class behind
-            have no effect. Otherwise such a class is refused.
+        adaptive: the argument; a subclass may set it instead.
+        base_schedule_is_left_out: set it to True in a subclass to ignore the ``create_scheduler`` of the Trainer class.
+            By default a class with its own ``create_scheduler`` is an error.
         batches: the ``AdaptiveBatch`` of the last call of ``train()``; None before it, and if the run only monitors.
         monitor: the ``NoiseMonitor`` of a run that only monitors.
         order: the order of the examples.
 
     Raises:
-        ValueError: if ``TrainingArguments`` ask for what cannot be carried out, with the way out in the message.
+        ValueError: if something in ``TrainingArguments`` is not possible; the message says what to do.
         TypeError: if ``adaptive`` is missing.
     """
 
@@ -120,13 +120,13 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         self._step_factor = 1.0  # batch factor of its update
         refuse(self)
         if not self._adaptive.monitor_only:
-            # First, so that the others see the right epoch, and the Trainer's own ends the run.
+            # First, so that other callbacks see the right epoch, and the Trainer's own callback ends the run.
             self.callback_handler.callbacks.insert(0, Bookkeeping(self))
 
     # --- a run ------------------------------------------------------------------------------------------------------
 
     def train(self, *arguments: Any, **options: Any) -> Any:
-        """As the Trainer's; the hooks on model and optimizer are taken off at its end."""
+        """The Trainer's ``train``; afterwards the hooks on model and optimizer are removed."""
         refuse(self)
         try:
             return super().train(*arguments, **options)
@@ -134,7 +134,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
             self._release()
 
     def get_train_dataloader(self) -> Any:
-        """The Trainer's data set, dealt in whole steps."""
+        """A loader over the Trainer's data set that yields whole steps."""
         loader = super().get_train_dataloader()
         if self._adaptive.monitor_only:
             return loader
@@ -142,7 +142,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         return StepLoader(self.order, self.steps_of_epoch, math.ceil(len(self.order) / self._smallest()) + 1)
 
     def set_initial_training_values(self, args: Any, dataloader: Any, *more: Any) -> Any:
-        """Epochs and steps of the run: bounds, where they are not known beforehand."""
+        """Numbers of epochs and steps of the run; bounds if they are not known beforehand."""
         if not isinstance(dataloader, StepLoader):
             return super().set_initial_training_values(args, dataloader, *more)
         order, per_epoch = self._order(), len(dataloader)
@@ -210,7 +210,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         )
 
     def _release(self) -> None:
-        """Takes all hooks off; what was measured can still be read."""
+        """Removes all hooks. Measurements can still be read."""
         for made in (self.batches, self.monitor):
             if made is not None:
                 made.remove()
@@ -241,10 +241,10 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Runs the micro-batches of a step, each by the Trainer's own ``training_step``; the step's mean loss.
+        """Runs the micro-batches of a step, each by the Trainer's own ``training_step``; returns the step's mean loss.
 
-        The mean is that of this rank, times the number of ranks and over the items of all ranks, so that the mean over
-        the ranks, which the Trainer logs, is that of the step.
+        This rank's sum is multiplied by the number of ranks and divided by the items of all ranks, so that the mean
+        over the ranks, which the Trainer logs, is that of the step.
         """
         if not isinstance(inputs, Step):
             plain: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -253,7 +253,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         step, self._step_flos, self._step_size = inputs, 0.0, inputs.global_batch_size
         self._step_factor = self.batches.lr_factor
         weights, total = step.portion.weights or (step.portion.sizes, step.portion.num_examples)
-        # Each micro-batch hands over the mean of its own loss, and is weighed by the step.
+        # Each micro-batch gives its own mean loss, without the Trainer's division; the step applies the weights.
         self.current_gradient_accumulation_steps = 1
         loss = torch.zeros((), device=self.args.device)
         with self._backward_of(step), self._own_items():
@@ -266,13 +266,14 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
                 part = super().training_step(model, micro_batch, num_items if self._counts_items() else None)
                 if weights[index]:
                     loss = loss + part.to(loss) * (weights[index] * self.args.world_size / total)
-        if not step.waits and not self.is_deepspeed_enabled:  # that of "gain" knows the noise of this step by now
+        # The factor of the rule "gain" uses the noise of this step, which is known once it is measured.
+        if not step.waits and not self.is_deepspeed_enabled:
             self._step_factor = self.batches.lr_factor
         return loss
 
     @contextmanager
     def _backward_of(self, step: Step) -> Iterator[None]:
-        """Sends the backward of every trainer to the step: all of them call ``accelerator.backward``."""
+        """Redirects ``accelerator.backward``, which all trainers call, to the step."""
         accelerator: Any = self.accelerator
         accelerator.backward = lambda loss, **_: step.backward(loss)
         try:
@@ -282,7 +283,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
 
     @contextmanager
     def _own_items(self) -> Iterator[None]:
-        """Items are counted on this rank, as adabatch weighs micro-batches of all ranks by itself."""
+        """A context in which the Trainer counts items on this rank only, because adabatch sums them over the ranks."""
         asked, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
             yield
@@ -290,8 +291,8 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
             self.args.average_tokens_across_devices = asked
 
     def _counts_items(self) -> bool:
-        """Whether the Trainer takes losses as means over items (tokens) of the whole step, not of micro-batches."""
-        own = getattr(self, "loss_is_scaled_for_ga", None) is False  # a loss that is a mean over the micro-batch
+        """Whether losses are means over the items (tokens) of the whole step, not of micro-batches."""
+        own = getattr(self, "loss_is_scaled_for_ga", None) is False  # the loss is a mean over the micro-batch
         return not own and bool(self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
 
     def _num_items(self, micro_batch: Any) -> float:
@@ -305,11 +306,11 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         return None if of_steps else super()._get_num_items_in_batch(batch_samples, device)
 
     def floating_point_ops(self, inputs: Any) -> Any:
-        """Of all micro-batches of a step."""
+        """Operations of all micro-batches of a step."""
         return self._step_flos if isinstance(inputs, Step) else super().floating_point_ops(inputs)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        if not isinstance(inputs, Step):  # those of a step were counted as they came
+        if not isinstance(inputs, Step):  # those of a step have been counted per micro-batch
             super()._track_num_input_tokens(inputs)
 
     # --- the learning rate ------------------------------------------------------------------------------------------
@@ -318,7 +319,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         """``lr_scheduler_type`` as a ``ProgressLR`` over the length of the run.
 
         Raises:
-            ValueError: if the schedule counts steps of which nobody knows how many there will be.
+            ValueError: if the schedule counts steps, whose number is not known.
         """
         name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
         if self._adaptive.monitor_only:
@@ -341,7 +342,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         return self.lr_scheduler
 
     def progress_lr(self, shape: Any, **options: Any) -> ProgressLR:
-        """A schedule over the length of the run, for a ``create_scheduler`` of your own.
+        """A schedule over the length of the run, for your own ``create_scheduler``.
 
             class MyTrainer(AdaptiveMixin, Trainer):
                 def create_scheduler(self, num_training_steps, optimizer=None):
@@ -349,14 +350,15 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
                     return self.lr_scheduler
 
         Args:
-            shape: of ``adabatch.lr``, or a function of the share of the run.
-            options: of ``ProgressLR``, such as ``warmup``.
+            shape: a shape of ``adabatch.lr``, or a function of the share of the run.
+            options: arguments of ``ProgressLR``, such as ``warmup``.
         """
         assert self._source is not None
         return ProgressLR(self._inner_optimizer(), shape, self._source, total=self.total_length(), **options)
 
     def _get_learning_rate(self) -> Any:
-        """What the last update was made with; by now, the schedule's own knows the next batch."""
+        """The learning rate of the last update."""
+        # Not the schedule's get_last_lr(), which already contains the factor of the next batch.
         if isinstance(self.lr_scheduler, ProgressLR):
             return self.lr_scheduler.optimizer.param_groups[0]["lr"] * self._step_factor
         return super()._get_learning_rate()
@@ -385,7 +387,8 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         if self.batches is not None:
-            # The Trainer takes the share of this call in all steps; what was consumed in it is known.
+            # The Trainer multiplies by the share of this call in all steps. The examples of this call are known, so
+            # that share is divided out beforehand.
             consumed = self.batches.consumed.examples - self._first_examples
             here = self.state.global_step - self._initial_global_step
             num_train_samples = consumed * max(self.state.max_steps, 1) / max(here, 1)
@@ -393,4 +396,4 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
 
 
 class AdaptiveTrainer(AdaptiveMixin, Trainer):
-    """The ``Trainer`` of Transformers with a batch that follows a criterion; see ``AdaptiveMixin``."""
+    """The ``Trainer`` of Transformers, whose batch follows a criterion; see ``AdaptiveMixin``."""

@@ -1,4 +1,4 @@
-"""What a run with the Trainer of Transformers is told about its batch: a dataclass beside ``TrainingArguments``."""
+"""The arguments of a run with the Trainer of Transformers that concern its batch, beside ``TrainingArguments``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NEXT = re.compile(r"\s*(\d+)\s+from\s+(\d+)\s+(examples|steps)\s*")
 # HfArgumentParser reads Optional[...] in every release, and `X | None` in some.
 @dataclass
 class AdaptiveArguments:
-    """Which batch size a run takes, and how its learning rate follows.
+    """Which batch size a run uses, and how its learning rate follows.
 
     For ``HfArgumentParser((AdaptiveArguments, TrainingArguments))``, which reads them from the command line, JSON or
     YAML. Batch sizes are in examples over all ranks.
@@ -102,7 +102,7 @@ class AdaptiveArguments:
         """The criterion.
 
         Args:
-            smallest: the smallest global batch that the run can carry out, in examples.
+            smallest: the smallest global batch that can be run, in examples.
         """
         if self.criterion == "norm_test":
             return NormTest(eta=self.eta)
@@ -116,8 +116,8 @@ class AdaptiveArguments:
         """Keyword arguments of ``AdaptiveBatch``.
 
         Args:
-            criterion: of the run.
-            smallest: as above.
+            criterion: the criterion of the run.
+            smallest: the smallest global batch that can be run, in examples.
         """
         options: dict[str, Any] = {
             "max_micro_batch_size": self.max_micro_batch_size,
@@ -135,7 +135,7 @@ def stages_from(text: str) -> Stages:
     """A table of batch sizes from a line of text, such as "32; 64 from 10000 examples; 128 from 40000 examples".
 
     Raises:
-        ValueError: if it cannot be read, or as ``Stages`` does.
+        ValueError: if it cannot be read, and for the reasons of ``Stages``.
     """
     first, *rest = text.split(";")
     begin, steps = _FIRST.fullmatch(first), [_NEXT.fullmatch(part) for part in rest]

@@ -1,4 +1,4 @@
-"""The data of a run with the Trainer of Transformers: its loader, dealt in whole steps."""
+"""The data of a run with the Trainer of Transformers: its loader, which yields whole steps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from adabatch.step import Step
 
 
 class StepLoader:
-    """What the Trainer takes for its loader: each batch is a ``Step``.
+    """The loader of the Trainer, whose batches are ``Step`` objects.
 
     Args:
-        order: of the examples.
-        steps: gives the steps from the present place on, to the end of the epoch or of the run.
-        length: no epoch has more steps.
+        order: the order of the examples.
+        steps: returns the steps from the present place on, to the end of the epoch or of the run.
+        length: an upper bound for the steps of an epoch.
     """
 
     def __init__(self, order: GlobalOrder, steps: Callable[[], Iterator[Step]], length: int) -> None:
@@ -35,17 +35,17 @@ class StepLoader:
         return self._steps()
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the epoch's beginning if a callback ended the one before early."""
+        """Goes to the beginning of the epoch, if a callback ended the previous one early."""
         if self._order.epoch < epoch:
             self._order.start_epoch(epoch)
 
 
 def order_of(loader: Any, *, seed: int) -> GlobalOrder:
-    """The examples of a loader in an order that all ranks share, loaded by the same options.
+    """The data set of a loader in an order that all ranks share, loaded with the same options.
 
     Args:
-        loader: of a map-style data set, with torch's random or sequential sampler.
-        seed: of the order.
+        loader: a loader of a map-style data set, with torch's random or sequential sampler.
+        seed: the seed of the order.
 
     Raises:
         ValueError: if the data set is only iterable, or another sampler orders it.

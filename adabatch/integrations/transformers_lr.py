@@ -11,19 +11,18 @@ from adabatch.lr.shapes import Shape
 from adabatch.runtime.scheduler import GrowthHold
 
 OF_A_METRIC = ("reduce_lr_on_plateau", "greedy")
-"""Schedules of the host that read losses, and count no steps of the run."""
+"""Schedules of the host that read losses and do not count steps."""
 
 
 class ProgressBeforeBatches:
-    """Where a schedule reads progress before the ``AdaptiveBatch`` of the run exists, and from it afterwards.
-
-    The Trainer makes its schedule in the same call as the wrapped model, before a hook can see that model.
+    """A progress source for a schedule that is made before the ``AdaptiveBatch`` of the run, which it follows later.
 
     Args:
-        progress: of the run so far.
+        progress: the progress of the run so far.
         batch_size: global batch size of the next step.
     """
 
+    # The Trainer makes its schedule in the same call as the wrapped model, before any hook can see that model.
     def __init__(self, progress: Progress, batch_size: int) -> None:
         self._progress = progress
         self._batch_size = batch_size
@@ -31,7 +30,7 @@ class ProgressBeforeBatches:
         self._batches: GrowthHold | None = None
 
     def follow(self, batches: GrowthHold) -> None:
-        """Reads ``batches`` from now on."""
+        """Reads progress from ``batches`` from now on."""
         self._batches = batches
         if self._hold is not None:
             batches.hold_growth_until(self._hold)
@@ -54,7 +53,7 @@ class ProgressBeforeBatches:
         return 1.0 if self._batches is None else self._batches.lr_factor
 
     def hold_growth_until(self, duration: Duration | None) -> None:
-        """Lets the batch not grow before so much of the run is over."""
+        """Keeps the batch from growing before this much of the run is over."""
         self._hold = duration
         if self._batches is not None:
             self._batches.hold_growth_until(duration)
@@ -76,15 +75,14 @@ def warmup_start_of(args: Any) -> float:
 
 
 def shape_of(args: Any, total: Duration) -> Shape:
-    """The shape that ``lr_scheduler_type`` stands for.
+    """The shape for ``lr_scheduler_type``.
 
     Args:
         args: ``TrainingArguments``.
         total: length of the run.
 
     Raises:
-        ValueError: if the schedule has no such shape, or has settings that count steps of which nobody knows how many
-            there will be.
+        ValueError: if the schedule has no such shape, or has settings that count steps, whose number is not known.
     """
     name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     settings = dict(args.lr_scheduler_kwargs or {})

@@ -1,4 +1,4 @@
-"""What is refused before a run with the Trainer of Transformers, by name and with the way out."""
+"""Checks before a run with the Trainer of Transformers; each error names what to change."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from transformers import Trainer
 
 
 def refuse(trainer: Any) -> None:
-    """Refuses arguments under which the run would be wrong.
+    """Refuses arguments with which the run would be wrong.
 
     Args:
-        trainer: with ``AdaptiveMixin`` in front.
+        trainer: a trainer with ``AdaptiveMixin``.
 
     Raises:
-        ValueError: if there are any, with the way out.
+        ValueError: if there are any; says what to do.
     """
     for reason, holds in _refusals(trainer).items():
         if holds:
@@ -31,7 +31,7 @@ def _base_with_a_schedule(trainer: Any) -> str | None:
 
 
 def _refusals(trainer: Any) -> dict[str, bool]:
-    """Reasons why a run would be wrong, and whether they hold."""
+    """Reasons why a run would be wrong, and whether each applies."""
     args, adaptive = trainer.args, trainer.adaptive
     by_threads = {
         "torch.nn.DataParallel splits each micro-batch over the GPUs of one process; start one process per GPU with "

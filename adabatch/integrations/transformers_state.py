@@ -1,4 +1,4 @@
-"""Where a run with the Trainer of Transformers stands: its state in checkpoints, and what the Trainer is told of it."""
+"""The state of a run with the Trainer of Transformers: in checkpoints, and as the Trainer is told."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from adabatch.integrations.host_state import HostState
 from adabatch.runtime.data import GlobalOrder
 
 STATE_FILE = "adabatch.pt"
-"""What a checkpoint of the Trainer holds beside the Trainer's own files."""
+"""The file that is added to a checkpoint of the Trainer."""
 
 STATE_FORMAT = 1
 
 _ORDERS = {"logging": "should_log", "eval": "should_evaluate", "save": "should_save"}
-"""What the Trainer does every so many steps, and the order for it."""
+"""What the Trainer does at intervals of steps -> the flag of its control that orders it."""
 
 
 def saved_state(folder: str) -> dict[str, Any]:
-    """What a checkpoint of the Trainer holds of the batch and the data.
+    """The state of batches and data in a checkpoint of the Trainer.
 
     Raises:
-        ValueError: if it holds nothing of it, or was written by a newer version.
+        ValueError: if the checkpoint does not contain it, or was written by a newer version.
     """
     path = os.path.join(folder, STATE_FILE)
     if not os.path.isfile(path):
@@ -45,11 +45,11 @@ def saved_state(folder: str) -> dict[str, Any]:
 
 
 def write_state(state: HostState, folder: str, *, here: bool) -> None:
-    """Adds the state of the next step to a checkpoint of the Trainer; called on all ranks.
+    """Adds the state of the next step to a checkpoint of the Trainer. All ranks must call it.
 
     Args:
-        state: of the run.
-        folder: of the checkpoint.
+        state: the state of the run.
+        folder: the folder of the checkpoint.
         here: whether this rank writes.
     """
     numbers = {"format": STATE_FORMAT, **state.state_dict()}
@@ -57,8 +57,8 @@ def write_state(state: HostState, folder: str, *, here: bool) -> None:
         torch.save(numbers, os.path.join(folder, STATE_FILE))
 
 
-class Run(Protocol):
-    """What ``Bookkeeping`` reads of a trainer."""
+class TrainerRun(Protocol):
+    """The part of a trainer that ``Bookkeeping`` reads."""
 
     batches: AdaptiveBatch | None
     order: GlobalOrder | None
@@ -72,15 +72,15 @@ class Run(Protocol):
 
 
 class Bookkeeping(TrainerCallback):
-    """Tells the Trainer where a run stands whose number of steps is not known."""
+    """Keeps the Trainer's state up to date for a run whose number of steps is not known."""
 
-    def __init__(self, trainer: Run) -> None:
+    def __init__(self, trainer: TrainerRun) -> None:
         self._trainer = trainer
         self._shares: dict[str, float] = {}
         self._done = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Takes over what is counted in shares of the run (``save_steps=0.1``)."""
+        """Takes over intervals that are shares of the run (``save_steps=0.1``)."""
         self._shares = {}
         if self._trainer.total_length().unit == "examples":  # else the Trainer knows the number of steps, and counts
             given = {kind: getattr(args, f"{kind}_steps") for kind in _ORDERS}
@@ -91,11 +91,11 @@ class Bookkeeping(TrainerCallback):
         state.num_train_epochs = math.ceil(self._epochs(args, state))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The epoch, the end of the run or an estimate of it, and what is due at a share of it."""
+        """Updates the epoch and the (estimated) end of the run, and orders what is due at a share of it."""
         before = self._done
         self._stand(state)
         for kind, share in self._shares.items():
-            # a little more, as 0.1 + 0.2 is above 0.3
+            # A little more than the share, because 3 * 0.1 is not exactly 0.3.
             if math.floor(self._done / share + 1e-9) > math.floor(before / share + 1e-9) and _is_due(args, state, kind):
                 setattr(control, _ORDERS[kind], True)
 

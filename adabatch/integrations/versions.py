@@ -1,4 +1,4 @@
-"""Whether a host is installed, and new enough: one clear error, at the import of its module here."""
+"""Checks that a host is installed and new enough, when its integration is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def require(package: str, oldest: str) -> None:
     """Checks the version of a package before it is imported.
 
     Args:
-        package: as pip names it.
+        package: its name for pip.
         oldest: the oldest release that works, such as "1.1".
 
     Raises:

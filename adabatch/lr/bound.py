@@ -161,6 +161,8 @@ def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float =
         ValueError: if numbers are out of these ranges, shapes differ, or all factors or gradients are zero.
     """
     eta, squares = _validated(factors, norms, distance)
+    # Summed from the end, so that the small sums there keep their digits; a difference of sums from the start would
+    # lose them.
     tail = np.cumsum(eta[::-1])[::-1]
     after = np.append(tail[1:], tail[-1])  # eta_{min(t+1,T):T}
     return _terms(distance * distance / (2 * tail[0]), float(np.sum(eta * (eta / after) * squares)) / 2)
@@ -201,8 +203,8 @@ def linear_cooldown_limits(cooldown: float) -> CooldownLimits:
         best base learning rate  sqrt(2 / ((2 - c)(2 + l)))           bound  sqrt((4 + 2 l) / (2 - c))
 
     Derived from the bound by replacing its sums by integrals. At T = 20,000 the bound's own best base learning rate is
-    within 0.13 % of it for a cooldown of 0.05, 0.06 % for 0.2 and more. The ratio of two     of these limits transfers
-    a tuned base learning rate between cooldowns, at any T.
+    within 0.13 % of it for a cooldown of 0.05, 0.06 % for 0.2 and more. The ratio of two of these limits transfers a
+    tuned base learning rate between cooldowns, at any T.
 
     Args:
         cooldown: the share of the run that cools down, in (0, 1]. There is no limit for 0: the bound of a
@@ -290,7 +292,8 @@ def transfer(
         target_warmup_steps: of the new run; by default the same.
 
     Raises:
-        ValueError: a base learning rate that is not positive, and as ``discretize`` and ``bound_terms`` say.
+        ValueError: if the base learning rate is not positive, and for the reasons of ``discretize`` and
+            ``bound_terms``.
     """
     require(0 < base_lr < math.inf, "base_lr must be positive and finite", base_lr)
     require(np.ndim(norms) < 2 and np.size(norms) > 0, "norms must be a number or a flat array", norms)
@@ -465,10 +468,8 @@ def _floor(steps: float) -> int:
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """The root of a function that changes sign between low and high, by the Illinois form of false position.
-
-    Each evaluation is O(T), so their number matters: about ten, while bisection takes forty.
-    """
+    """The root of a function that changes sign between low and high, by the Illinois form of false position."""
+    # Each evaluation is O(T), so their number matters: about ten, where bisection takes forty.
     at_low, at_high = function(low), function(high)
     for _ in range(100):
         middle = high - at_high * (high - low) / (at_high - at_low)
@@ -478,6 +479,7 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
         if (at_middle > 0) != (at_high > 0):
             low, at_low = high, at_high
         else:
+            # The Illinois step: plain false position keeps one end fixed on a convex function, and converges slowly.
             at_low /= 2
         high, at_high = middle, at_middle
     raise AssertionError(f"no root found between {low} and {high}")

@@ -128,4 +128,5 @@ class Clock:
         if done + remaining <= 0:
             return 1.0
         share = min(1.0, max(0.0, done / (done + remaining)))
+        # A growing batch would move the fraction back, and the learning rate up again.
         return max(passed, anchor.fraction + (1 - anchor.fraction) * share)

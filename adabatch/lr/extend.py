@@ -134,7 +134,7 @@ def extended_schedules(run: FinishedRun, total: Duration) -> dict[str, ExtendedS
     """The run's own shape over a new total, and the two that keep its base learning rate the best one.
 
     Raises:
-        ValueError: as ``lr.two_stage`` does.
+        ValueError: for the same reasons as ``lr.two_stage``.
     """
     new_steps = run.steps_of(total)
     given: dict[str, Any] = {"cooldown": run.cooldown, "decay": run.decay, "warmup_steps": run.warmup_steps}

@@ -39,7 +39,7 @@ class Horizon(NamedTuple):
         """Steps of one batch size, with gradient norm 1.
 
         Raises:
-            ValueError: no steps.
+            ValueError: if there are no steps.
         """
         if num_steps < 1:
             raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
@@ -67,7 +67,7 @@ class Horizon(NamedTuple):
         steps.
 
         Raises:
-            ValueError: no steps.
+            ValueError: if there are no steps.
         """
         if num_steps < 1:
             raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")

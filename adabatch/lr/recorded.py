@@ -72,7 +72,7 @@ class OneRun:
         self._run, self._begins, self._end = run, begins, begins + size
 
 
-class Measured(NamedTuple):
+class MeasuredNorms(NamedTuple):
     """The gradient norms of the steps that measured them.
 
     Args:
@@ -119,7 +119,7 @@ class Recorded(NamedTuple):
         return len(self.batch)
 
     @checked
-    def norms(self, which: Norm) -> Measured:
+    def norms(self, which: Norm) -> MeasuredNorms:
         """The norms for a schedule or a bound.
 
         Raises:
@@ -140,7 +140,7 @@ class Recorded(NamedTuple):
             )
         if norms.size < 2:
             raise ValueError(f"{self.source} holds one {which} norm of the gradient: a schedule needs two at least")
-        return Measured(index, norms)
+        return MeasuredNorms(index, norms)
 
     @checked
     def factors(self, rule: LRRule, reference: float) -> FloatArray:
@@ -219,6 +219,7 @@ def _entries(lines: Iterable[str], source: str) -> Iterator[tuple[int, Mapping[s
         try:
             entry = json.loads(text)
         except ValueError as error:
+            # Raised at the next line only: the last line of a run that still writes, or was killed, may be incomplete.
             damaged = f"{source}, line {number}, is not JSON and not the last line: {error}"
             continue
         if not isinstance(entry, dict):

@@ -99,6 +99,7 @@ def refine_run(
     weights = refined_weights(measured._replace(norms=smoothed).for_each(recorded.num_steps), kind)
     values = weights * last_iterate_multipliers(weights * factor)
     values /= values.max()
+    # The last step is at progress 1, as the last entry of a table is.
     progress = edges[:-1] / edges[-2]
     equal = np.allclose(np.diff(progress), 1 / (recorded.num_steps - 1), rtol=1e-9, atol=0)
     exact = equal and recorded.num_steps <= length

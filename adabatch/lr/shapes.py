@@ -102,7 +102,7 @@ class Shape:
         """The factor at ``progress``, a number or an array of any dimensions; clamped to [0, 1].
 
         Raises:
-            ValueError: a progress that is not a number (NaN).
+            ValueError: if a progress is NaN.
         """
         numbers = _clamped("progress", progress)
         # A number is evaluated as an array of one. numpy computes the power or sine of a scalar with another library
@@ -120,7 +120,7 @@ class Shape:
         """The shape that ``to_dict`` described.
 
         Raises:
-            ValueError: for other keys than ``name`` and ``settings``, and as for ``Shape``.
+            ValueError: if there are other keys than ``name`` and ``settings``, and for the reasons of ``Shape``.
         """
         if set(state) != {"name", "settings"}:
             raise ValueError(f"a shape is described by the keys 'name' and 'settings', got {sorted(map(str, state))}")

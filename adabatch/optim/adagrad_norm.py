@@ -1,8 +1,8 @@
-"""AdaGrad-Norm: gradient descent whose one step size is set by the gradients it has seen.
+"""AdaGrad-Norm: gradient descent with one step size, determined by the norms of all gradients so far.
 
-One number is accumulated for the whole model, the sum of the squared gradient norms, where AdaGrad keeps one
-for every coordinate. So it has no gradient-sized state, and its step costs as much as SGD's and one more read
-of the gradient.
+It accumulates one number for the whole model, the sum of the squared gradient norms, where AdaGrad accumulates one per
+coordinate. So it has no state of the size of the gradient, and a step costs as much as one of SGD plus another read of
+the gradient.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from adabatch.arguments import checked, require
 from adabatch.optim import multi_tensor
 from adabatch.optim.parameters import listed
 
-# On the CPU torch adds up the squares of a tensor in a few float32 lanes and in one thread, whatever its
-# size: for standard normal numbers |x|^2 came out 0.07 % too small at 10 million elements and 0.8 % at 50
-# million. So large tensors are cut into blocks, which threads share and whose norms are added in float64. At
-# the limit for one thread the error is 3e-6, or 3e-5 where all elements are equal; cutting smaller tensors
-# too costs it a quarter more time.
+# On the CPU, torch sums the squares of a tensor in a few float32 lanes and in one thread, whatever its size: for
+# standard normal numbers, |x|^2 came out 0.07 % too small at 10 million elements and 0.8 % at 50 million. So large
+# tensors are cut into blocks, which threads share and whose norms are added in float64. At the limit for one thread the
+# error is 3e-6, or 3e-5 if all elements are equal. Cutting smaller tensors too takes a quarter more time.
 _BLOCK = 1 << 14
 _LIMIT_ONE_THREAD = 1 << 18
 _LIMIT_THREADS = 1 << 15
@@ -35,15 +34,15 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 class KnownNorm(Protocol):
-    """A norm that was measured of some gradients, and knows them."""
+    """The measured norm of certain gradients."""
 
     @property
     def grad_sq(self) -> float:
-        """Squared Euclidean norm of all of them together."""
+        """The squared Euclidean norm of all these gradients together."""
         ...
 
     def is_of(self, grads: Sequence[Tensor]) -> bool:
-        """Whether these are the gradients that were measured, all of them, and unchanged."""
+        """Whether ``grads`` are exactly the gradients that were measured, unchanged since."""
         ...
 
 
@@ -60,75 +59,67 @@ class AdaGradNorm(Optimizer):
         v   <- momentum * v + g / (b + eps)       v_0 = 0
         x   <- (1 - lr / (b + eps) * weight_decay) * x - lr * v
 
-    No step is longer than ``lr`` where momentum and weight decay are off. Multiplying the loss by a constant
-    changes nothing once ``b`` has outgrown its start.
+    Without momentum and weight decay, no step is longer than ``lr``. Multiplying the loss by a constant has no effect
+    once ``b`` is much larger than its initial value. A norm that is already known is not computed again
+    (``take_norm``).
 
-    *Momentum* is the heavy ball on the normalized gradient: every gradient keeps the ``b`` of its own time,
-    and a new ``lr`` acts on the whole buffer at once, as in ``torch.optim.SGD`` (dampening 0). The stationary
-    step is ``1 / (1 - momentum)`` times as long.
+    *Momentum* is heavy-ball momentum on the normalized gradient. Each gradient is divided by the ``b`` of its own step,
+    and a new ``lr`` applies to the whole buffer at once, as in ``torch.optim.SGD`` (with dampening 0). In a stationary
+    state, steps are ``1 / (1 - momentum)`` times as long.
 
-    *Weight decay* is decoupled: it enters neither ``|g|^2`` nor the momentum. It is scaled by ``lr / b`` and
-    not by ``lr``. ``1 / b`` is this method's own schedule, falling as one over the square root of the steps,
-    and decoupled decay follows the schedule of the step (Loshchilov and Hutter 2019, algorithm 2); a decay by
-    ``lr`` alone would stand still while the gradient's part fades, and in the end pull every weight to zero.
-    Scaled alike, the two balance where ``g + (1 - momentum) * weight_decay * x = 0`` for every ``b``, and
-    ``weight_decay`` means what it means to SGD. With ``lr * weight_decay <= b_0`` no step overshoots zero.
+    *Weight decay* is decoupled: it enters neither ``|g|^2`` nor the momentum. It is scaled by ``lr / b``, not by
+    ``lr``, because decoupled decay follows the schedule of the step (Loshchilov and Hutter 2019, algorithm 2), and
+    ``1 / b`` is a schedule, which falls as one over the square root of the steps. A decay by ``lr`` alone would stay
+    constant while the gradient's part fades, and finally pull every weight to zero. With the same scale, decay and
+    gradient balance where ``g + (1 - momentum) * weight_decay * x = 0`` for every ``b``, so ``weight_decay`` means the
+    same as in SGD. With ``lr * weight_decay <= b_0`` no step overshoots zero.
 
     Args:
-        params: parameters, named parameters or groups of them, as for every torch optimizer. Groups may
-            differ in all options but ``initial_accumulator_value``; the norm is always that of all groups
-            together.
-        lr: longest step, in the unit of the parameters; a number or a tensor of one element.
+        params: parameters, named parameters or groups of them, as for every torch optimizer. Groups may differ in all
+            options except ``initial_accumulator_value``; the norm is always that of all groups together.
+        lr: length of the longest step, in the unit of the parameters; a number or a tensor of one element.
         momentum: heavy-ball factor in [0, 1).
         weight_decay: coefficient of the decoupled decay.
-        initial_accumulator_value: ``b_0^2``, in squared units of the gradient. It damps the first steps and
-            is forgotten once the accumulated norms exceed it.
-        eps: added to ``b``; matters only where ``b`` is zero.
-        foreach: True for the multi-tensor path, False for a loop over the parameters; None takes the
-            multi-tensor path wherever all tensors of a group are plain ones. On the CPU both give the same
-            numbers, bit for bit. On accelerators the multi-tensor path needs memory for one more gradient.
-            Half precision always takes the loop, which alone keeps the step size in float32.
-        maximize: ascend instead of descend.
-        differentiable: must be False; it is here to say so.
-        reduce: sums a 0-dim tensor over the ranks that hold different pieces of the model, and returns the
-            sum. Needed only where a rank's *plain* gradients are a piece of the whole one (ZeRO's flat
-            partitions, pipeline stages); it is called once in every step, also by a rank without gradients.
-            Leave it None on one process, under DDP (each rank's gradient is already the mean) and for
-            DTensors (FSDP2, tensor parallelism), whose placements say which pieces are shared: shards are
-            summed over their mesh, replicas counted once.
+        initial_accumulator_value: ``b_0^2``, in squared units of the gradient. It damps the first steps, and loses its
+            influence once the accumulated norms exceed it.
+        eps: added to ``b``; it matters only if ``b`` is zero.
+        foreach: True for the multi-tensor path, False for a loop over the parameters; None selects the multi-tensor
+            path if all tensors of a group are plain ones. On the CPU both give the same numbers, bit for bit. On
+            accelerators the multi-tensor path needs memory for another gradient. Half precision always uses the loop,
+            which keeps the step size in float32.
+        maximize: maximize the objective instead of minimizing it.
+        differentiable: must be False; present for compatibility with torch's optimizers.
+        reduce: sums a 0-dim tensor over the ranks that hold different pieces of the model, and returns the sum. Needed
+            only if a rank's *plain* gradients are a piece of the whole gradient (ZeRO's flat partitions, pipeline
+            stages). It is called once in every step, also by a rank without gradients. Leave it None on one process,
+            under DDP (where each rank's gradient is already the mean) and for DTensors (FSDP2, tensor parallelism),
+            whose placements tell which pieces are shared: shards are summed over their mesh, and replicas are counted
+            once.
 
     Raises:
-        ValueError: an option out of its range, ``initial_accumulator_value`` and ``eps`` both zero, or a
-            group with a start of its own.
-        NotImplementedError: ``differentiable=True``.
-        RuntimeError: at ``step``, for sparse gradients.
+        ValueError: if an option is out of its range, if ``initial_accumulator_value`` and ``eps`` are both zero, or if
+            a group has its own ``initial_accumulator_value``.
+        NotImplementedError: if ``differentiable=True``.
+        RuntimeError: at ``step``, if a gradient is sparse.
 
-    Limits: a gradient that is not finite is not skipped. As in torch's optimizers it spoils the state, but
-    never in silence: infinity in the norm (in float32 a norm above 1e19 is) turns every parameter to NaN
-    instead of shrinking all later steps to zero. Guard before the step (``GradScaler``, ``clip_grad_norm_``
-    with ``error_if_nonfinite=True``). There is no ``lr_decay`` (use a scheduler), no Nesterov momentum, no
-    fused or capturable form, no autograd through the step. Parameters whose gradient is None are left alone,
-    decay included; where there is no gradient at all, nothing happens. Norms are taken in float32 at least
-    and added in float64 (float32 on MPS). ``step`` never waits for a device.
+    Limits: a gradient that is not finite is not skipped. As in torch's optimizers it ruins the state, but it does so
+    visibly: an infinite norm (in float32, above 1e19) turns every parameter into NaN instead of shrinking all later
+    steps to zero. Check before the step (``GradScaler``, ``clip_grad_norm_`` with ``error_if_nonfinite=True``). There
+    is no ``lr_decay`` (use a scheduler), no Nesterov momentum, no fused or capturable form, and no autograd through the
+    step. Parameters whose gradient is None do not change, not even by decay; without any gradient, a step does nothing.
+    Norms are taken in float32 at least and added in float64 (float32 on MPS). ``step`` never waits for a device.
 
-    State: the accumulator stands in the state of every parameter, as one shared tensor ``sum`` of shape (1,).
-    A model-wide number has no place of its own in torch's format. In the state of one parameter it would be
-    lost with it (frozen, on another pipeline stage, left out of a partial checkpoint); in ``param_groups`` it
-    would leave the state empty, and ``torch.distributed.checkpoint`` then fills it by a step of its own that
-    fires the step hooks; under a key that is no parameter that module fails. With one element instead of
-    none, its ``full_state_dict=True`` works without momentum buffers too. FSDP1 flattens such state and is
-    not supported.
+    State: the accumulator is in the state of every parameter, as one shared tensor ``sum`` of shape (1,). FSDP1
+    flattens such state and is not supported.
 
-    Source: Ward, Wu and Bottou (2020), "AdaGrad stepsizes: sharp convergence over nonconvex landscapes", JMLR
-    21(219), algorithm 1 (``lr`` is its eta; it has neither eps, momentum nor decay). The defaults 1.0, 1e-2
-    and 1e-10 are those of the AdaGrad-Norm in the AdAdaGrad experiments (Lau, Liu and Kolar 2024, public
-    code), which unlike this one keeps a number for every output row.
-
-    A norm that is already known is not computed again (``take_norm``).
+    Source: Ward, Wu and Bottou (2020), "AdaGrad stepsizes: sharp convergence over nonconvex landscapes", JMLR 21(219),
+    algorithm 1 (``lr`` is its eta; it has neither eps, momentum nor decay). The defaults 1.0, 1e-2 and 1e-10 are those
+    of the AdaGrad-Norm in the AdAdaGrad experiments (Lau, Liu and Kolar 2024, public code), which accumulates one
+    number per output row instead.
     """
 
     needs_whole_gradients: ClassVar[bool] = True
-    """It looks at the norm of the whole gradient."""
+    """Each step reads the norm of the whole gradient."""
 
     @checked
     def __init__(
@@ -173,10 +164,10 @@ class AdaGradNorm(Optimizer):
         return total
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; they join the one accumulator at its present value.
+        """Add a group of parameters, which share the accumulator at its present value.
 
         Raises:
-            ValueError: an option out of its range, or an ``initial_accumulator_value`` of the group's own.
+            ValueError: if an option is out of its range, or if the group has its own ``initial_accumulator_value``.
         """
         start = self.defaults["initial_accumulator_value"]
         _validate({**self.defaults, **param_group}, start)
@@ -190,16 +181,21 @@ class AdaGradNorm(Optimizer):
             total = torch.full((1,), start, dtype=_sum_dtype(device), device=device)
         else:
             total = self.state[first]["sum"]
+        # In the state of every parameter, because torch's format has no place for a number of the whole model. In the
+        # state of one parameter it would be lost with it (frozen, on another pipeline stage, missing from a partial
+        # checkpoint). In param_groups it would leave the state empty, and torch.distributed.checkpoint then fills it by
+        # an additional step, which fires the step hooks; with a key that is not a parameter, that module fails. Shape
+        # (1,) and not (): its full_state_dict=True then works without momentum buffers too.
         for param in group["params"]:
             self.state[param]["sum"] = total
-            if group["momentum"] != 0:  # now and not at the first step: a checkpoint loads into what it finds
+            if group["momentum"] != 0:  # now, not at the first step: checkpoints are loaded into existing tensors
                 self.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
     def take_norm(self, measured: KnownNorm) -> None:
-        """Offers a norm that was measured of the gradients of all parameters; the next step only may use it.
+        """Offers the measured norm of the gradients of all parameters to the next step.
 
-        The step does if ``measured.is_of(...)`` these very gradients, and ``reduce`` was not given. Otherwise it reads
-        the gradients itself, as it does without the offer.
+        The step uses it if ``measured.is_of(...)`` its gradients and ``reduce`` was not given. Otherwise it computes
+        the norm itself.
         """
         self._known = measured
 
@@ -214,16 +210,16 @@ class AdaGradNorm(Optimizer):
         """Take one step.
 
         Args:
-            closure: computes the loss and its gradients anew and returns the loss.
+            closure: computes the loss and its gradients again, and returns the loss.
 
         Returns:
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a sparse gradient.
+            RuntimeError: if a gradient is sparse.
         """
         loss = None
-        known, self._known = self._known, None  # which holds gradients
+        known, self._known = self._known, None  # it holds references to gradients, so it must not outlive the step
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -235,17 +231,14 @@ class AdaGradNorm(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load what ``state_dict`` gave, the accumulator to the last bit.
-
-        Where its copies differ the largest counts: ``b`` only grows, so one that lags behind belongs to a
-        parameter that the checkpoint did not know.
+        """Load the result of ``state_dict``; the accumulator is restored exactly.
 
         Raises:
-            ValueError: the state of another optimizer.
+            ValueError: if the state is that of another optimizer.
         """
         saved: list[Tensor] = []
 
-        # Read before torch casts it: Optimizer.load_state_dict turns all state to the dtype of its parameter.
+        # Read before torch casts it: Optimizer.load_state_dict casts all state to the dtype of its parameter.
         def remember(_: Optimizer, loaded: StateDict) -> None:
             saved.extend(entry["sum"] for entry in loaded["state"].values() if "sum" in entry)
             if not saved or any(total.numel() != 1 for total in saved):
@@ -256,6 +249,8 @@ class AdaGradNorm(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        # If the copies differ, the largest is right: b only grows, so a smaller one belongs to a parameter that the
+        # checkpoint did not contain.
         self._share(torch.stack([total.detach().cpu().double().reshape(1) for total in saved]).amax(0))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -265,7 +260,7 @@ class AdaGradNorm(Optimizer):
         return (param for group in self.param_groups for param in group["params"])
 
     def _share(self, total: Tensor) -> Tensor:
-        """Make ``total`` the accumulator, on the device of the first parameter."""
+        """Makes ``total`` the accumulator, on the device of the first parameter."""
         device = next(self._params()).device
         shared = total.to(device, _sum_dtype(device))
         for param in self._params():
@@ -273,7 +268,7 @@ class AdaGradNorm(Optimizer):
         return shared
 
     def _collect(self, group: dict[str, Any]) -> list[_Batch]:
-        """What this process has of the group's tensors that have a gradient, by device, dtype and spread."""
+        """This process's pieces of the group's tensors that have a gradient, by device, dtype and spread."""
         batches: dict[_Kind, _Batch] = {}
         kind: _Kind | None = None
         momentum = group["momentum"] != 0
@@ -303,30 +298,30 @@ class AdaGradNorm(Optimizer):
         return [batch.real() for batch in batches.values()]
 
     def _checked(self, known: KnownNorm) -> float | None:
-        """The known squared norm, if it is that of the gradients of this step."""
+        """The known squared norm if it is that of this step's gradients; else None."""
         grads = [param.grad for param in self._params() if param.grad is not None]
         return known.grad_sq if self._reduce is None and known.is_of(grads) else None
 
     def _accumulate(self, batches: list[_Batch], grad_sq: float | None) -> float | Tensor:
-        """Add the squared norm of the whole gradient to the accumulator, read here if not given; the new ``b``.
+        """Adds the squared norm of the whole gradient, computed here if not given, and returns the new ``b``.
 
-        A number on the CPU, where reading one waits for nobody, elsewhere a tensor of shape (1,).
+        It is a number on the CPU, and a tensor of shape (1,) elsewhere, where reading a number would wait.
         """
         total = self.accumulator
         device = next(self._params()).device
         if total.device != device:  # the model was moved after this optimizer was made
             total = self._share(total)
         total.add_(self._read(batches, total) if grad_sq is None else grad_sq)
-        # An infinite norm shall show at once, as NaN, and not make this and every later step zero.
+        # An infinite norm must show at once, as NaN. As infinity it would silently make all steps zero from now on.
         if total.is_cpu:
             value = total.item()
             return math.sqrt(value) if math.isfinite(value) else math.nan
         return torch.add(total.sqrt(), total, alpha=0)  # 0 x inf is NaN
 
     def _read(self, batches: list[_Batch], total: Tensor) -> Tensor:
-        """The squared norm of the whole gradient, 0-dim, of ``total``'s device and dtype."""
+        """The squared norm of the whole gradient, 0-dim, on the device and in the dtype of ``total``."""
         norms: dict[_Spread | None, list[Tensor]] = {}
-        if self._reduce is not None:  # first and always: others wait for it even if this rank has no gradient
+        if self._reduce is not None:  # first and always: the other ranks wait even if this one has no gradient
             norms[None] = [torch.zeros_like(total)]
         for batch in batches:
             norms.setdefault(batch.spread, []).extend(_norms(batch.grads, total))
@@ -334,7 +329,7 @@ class AdaGradNorm(Optimizer):
         return sum(grads_sq[1:], start=grads_sq[0])
 
     def _piece_sq(self, spread: _Spread | None, norms: Tensor) -> Tensor:
-        """The squared norm of a piece of the gradient, over all processes that have a share of it; 0-dim."""
+        """The squared norm of a piece of the gradient, summed over all processes that hold a part of it; 0-dim."""
         local = torch.dot(norms, norms)
         if spread is not None:
             return spread.sum(local).to(norms)
@@ -342,7 +337,7 @@ class AdaGradNorm(Optimizer):
 
 
 class _Spread(NamedTuple):
-    """How a DTensor's pieces add up: over the mesh dimensions that are Partial here, not over replicas."""
+    """How the pieces of a DTensor are summed: over the mesh dimensions that are Partial here, not over replicas."""
 
     mesh: DeviceMesh
     placements: tuple[Partial | Replicate, ...]
@@ -383,12 +378,15 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def _real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What to compute in for tensors of ``dtype``: never less than float32."""
+    """The dtype to compute in for tensors of ``dtype``: float32 at least."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _norms(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
-    """Norms of pieces of the tensors (all of one device and dtype), 1-dim, of ``like``'s device and dtype."""
+    """Norms of pieces of the tensors, 1-dim, in the dtype and on the device of ``like``.
+
+    The tensors must have the same device and dtype.
+    """
     dtype = _real_dtype(tensors[0].dtype)
     norms: list[Tensor] = []
     if tensors[0].is_cpu:
@@ -405,7 +403,7 @@ def _norms(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
                 short.append(tensor)
             else:
                 wholes.append(tensor)
-        # One call for all short vectors: they are most of a model's tensors and the least of its elements.
+        # One call for all short vectors: they are most of a model's tensors, but few of its elements.
         tensors = [*wholes, *torch.split(torch.cat(short), limit)] if short else wholes
     if multi_tensor.are_plain(tensors):
         norms.append(torch.stack(torch._foreach_norm(tensors, 2, dtype)))
@@ -415,7 +413,7 @@ def _norms(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
 
 
 def _update(batch: _Batch, b: float | Tensor) -> None:
-    """Apply the formula to a batch."""
+    """Applies the formula to a batch."""
     group, _, params, grads, buffers = batch
     first = params[0]
     foreach = multi_tensor.are_plain(params) if group["foreach"] is None else group["foreach"]
@@ -437,12 +435,10 @@ def _update(batch: _Batch, b: float | Tensor) -> None:
 
 
 def _factor(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """``value`` as a factor for tensors like this one: a number where that needs no waiting, else a tensor.
-
-    The tensor is 0-dim for float32 and float64. Half precision needs one, of float32 and shape (1,): numbers
-    and 0-dim tensors are rounded to the dtype of the others before torch computes, small ones to zero.
-    """
+    """``value`` as a factor for tensors like this one: a number if that needs no sync, else a tensor."""
     dtype = _real_dtype(like.dtype)
+    # Half precision needs a float32 tensor of shape (1,): torch rounds numbers and 0-dim tensors to the dtype of the
+    # other operand before it computes, and small ones become zero.
     if like.dtype != dtype:
         return torch.as_tensor(value, dtype=dtype, device=like.device).reshape(1)
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What an update does to many tensors at once: by torch's multi-tensor kernels, or by a loop that gives the same."""
+"""Updates of many tensors at once, by torch's multi-tensor kernels or by a loop that gives the same numbers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are tensors and parameters of torch's own, which its multi-tensor kernels take."""
+    """Whether all are plain tensors and parameters, not subclasses, so that torch's multi-tensor kernels take them."""
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def multiply(targets: list[Tensor], factor: float | Tensor, *, foreach: bool) -> None:
-    """``target <- factor * target`` for each; a factor that is a tensor has one element."""
+    """``target <- factor * target`` for each target. A tensor as a factor must have one element."""
     if foreach:
         torch._foreach_mul_(targets, factor)
     else:
@@ -24,7 +24,8 @@ def multiply(targets: list[Tensor], factor: float | Tensor, *, foreach: bool) ->
 
 
 def add(targets: list[Tensor], vectors: list[Tensor], factor: float | Tensor, *, foreach: bool) -> None:
-    """``target <- target + factor * vector`` for each pair; a factor that is a tensor has one element."""
+    """``target <- target + factor * vector`` for each pair. A tensor as a factor must have one element."""
+    # `alpha` must be a number, and reading a tensor's would wait for the device; so a tensor is multiplied first.
     if isinstance(factor, Tensor):
         if foreach:
             torch._foreach_add_(targets, torch._foreach_mul(vectors, factor))
@@ -39,5 +40,5 @@ def add(targets: list[Tensor], vectors: list[Tensor], factor: float | Tensor, *,
 
 
 def _fit(factor: Any, target: Tensor) -> Any:
-    """A factor that does not give ``target`` a dimension."""
+    """The factor, without the dimension that it would add to a 0-dim ``target``."""
     return factor.squeeze() if isinstance(factor, Tensor) and target.dim() == 0 else factor

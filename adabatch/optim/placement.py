@@ -1,4 +1,4 @@
-"""What second-order optimizers ask of the ranks they run on: nothing, on one process."""
+"""The interface through which second-order optimizers divide work among ranks, and its form for one process."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Reduce = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class Owner(Protocol):
-    """Which rank decomposes the statistics of a layer or matrix, and how what it computed reaches the others."""
+    """Decides which rank decomposes the statistics of a layer or matrix, and sends the results to the others."""
 
     @property
     def rank(self) -> int:
-        """Number of this rank among those that see different data."""
+        """The number of this rank among those that see different data."""
         ...
 
     def deal(self, costs: Mapping[str, float]) -> None:
-        """Gives each layer, by its name, one owner, in the place of those before; ``costs`` is what each costs it."""
+        """Assigns one owner to each layer, replacing earlier assignments; ``costs`` maps the layers to their cost."""
         ...
 
     def owns(self, layer: str) -> bool:
@@ -29,15 +29,15 @@ class Owner(Protocol):
         ...
 
     def share(self, layer: str, roots: Sequence[Tensor]) -> None:
-        """Overwrites ``roots`` by those of the layer's owner, on the ranks that precondition the layer too."""
+        """Overwrites ``roots`` with those of the layer's owner, on all ranks that precondition the layer."""
         ...
 
     def catch_up(self, layer: str, statistics: Sequence[Tensor]) -> None:
-        """Overwrites ``statistics`` of whole gradients by the owner's, where this rank has not seen those whole."""
+        """Overwrites ``statistics`` with the owner's, on ranks that have not seen the layer's whole gradients."""
         ...
 
     def gather(self, layer: str, grad: Tensor) -> Tensor | None:
-        """The whole gradient on a rank that preconditions it, None elsewhere."""
+        """The whole gradient on the ranks that precondition it; None on the others."""
         ...
 
     def scatter(self, layer: str, direction: Tensor | None, grad: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Alone:
 
 
 def check_in_place(params: Iterable[Tensor], known: Container[Tensor], method: str) -> None:
-    """Raises ``RuntimeError`` where others stand in the place of the parameters that an optimizer was made for."""
+    """Raises ``RuntimeError`` if the parameters are not the ones that the optimizer was made for."""
     if any(param not in known for param in params):
         raise RuntimeError(
             f"the optimizer's parameters were replaced by others, in which no layer's matrix can be found. "

@@ -139,8 +139,8 @@ class Text(InMemory):
             ``text`` in the directory that the environment variable ADABATCH_DATA names.
 
     Raises:
-        FileNotFoundError: no such file; lists where it was looked for and how to get it.
-        ValueError: a text that is not UTF-8, or too short for one example.
+        FileNotFoundError: if there is no such file; lists where it was searched for and how to get it.
+        ValueError: if the text is not UTF-8, or is too short for one example.
     """
 
     @checked_but("split")
@@ -178,7 +178,7 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     big-endian 32-bit number, then the elements. Only unsigned bytes (code 0x08) are read.
 
     Raises:
-        ValueError: another magic number, or more or fewer bytes than the header says; names the file.
+        ValueError: if the magic number or the number of bytes is wrong; names the file.
     """
     data = Path(path).read_bytes()
     if data.startswith(GZIP_MAGIC):
@@ -209,7 +209,7 @@ def check_split(split: str) -> str:
     """``split`` itself, if there is one of that name.
 
     Raises:
-        ValueError: another name.
+        ValueError: if the name is unknown.
     """
     if not isinstance(split, str) or split not in get_args(Split):
         raise ValueError(f'split must be "train" or "test", got {shown(split)}')

@@ -27,7 +27,7 @@ class Digits(InMemory):
         flatten: shape (64,) if true, otherwise (1, 8, 8).
 
     Raises:
-        ImportError: scikit-learn is not installed.
+        ImportError: if scikit-learn is not installed.
     """
 
     def __init__(self, split: Split = "train", *, flatten: bool = False) -> None:

@@ -89,7 +89,7 @@ class MLP(nn.Module):
             handwritten digits (8x8 images, ten classes) with one hidden layer.
 
     Raises:
-        ValueError: fewer than two widths, or one below 1.
+        ValueError: if there are fewer than two widths, or one is below 1.
     """
 
     @checked

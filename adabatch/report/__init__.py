@@ -17,10 +17,10 @@ __all__ = ["draw", "require_matplotlib"]
 
 
 def require_matplotlib() -> None:
-    """Says what to install where pictures cannot be drawn.
+    """Checks that pictures can be drawn.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     try:
         importlib.import_module("matplotlib")
@@ -33,23 +33,23 @@ def require_matplotlib() -> None:
 def draw(runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, title: str | None = None) -> Path:
     """Write a PNG with panels over the examples consumed: batch size, learning rate, noise scale, loss.
 
-    The batch size is a step line on a base-2 axis; the learning rate is the applied one, a line for each
-    parameter group; the noise scale shows each step's own estimate as a dot and the quotient of the averages
-    as a line, on a log axis, without estimates that are not positive or lie far off; the loss shows each
-    step's faintly, and its mean over 2 % of the longest run. Where a journal has noise by layer
-    (``Measure(layers=)``), a fifth panel below the noise scale shows the layers of the first run that has.
+    The batch size is a step line on a base-2 axis. The learning rate is the applied one, with one line per parameter
+    group. The noise scale has a dot for each step's own estimate and a line for the quotient of the averages, on a log
+    axis; estimates that are not positive are omitted, and outliers do not set the axis. The loss of each step is faint,
+    with its mean over 2 % of the longest run. If a journal contains noise per layer (``Measure(layers=)``), a fifth
+    panel below the noise scale shows the layers of the first such run.
 
     Args:
         runs: the journal of a run (a path, or its lines), or several by label; the first is drawn on top.
-        out: the PNG file, overwritten where it exists.
+        out: the PNG file; an existing one is overwritten.
         title: a heading.
 
     Returns:
         ``out`` as a path.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no runs, a journal without a complete step, or a damaged one; names it.
+        ImportError: if matplotlib is not installed.
+        ValueError: if there are no runs, or a journal is damaged or has no complete step; names it.
     """
     require_matplotlib()
     # Imported by name here, so that the page, which needs no matplotlib, can be made without it.

@@ -1,4 +1,4 @@
-"""A forecast as a picture: hours and device-hours over devices, with their ranges and the knee."""
+"""The picture of a forecast: hours and device-hours over devices, with their ranges and the knee."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The curves of a run, read from its journal: one number a step, NaN where the journal has none."""
+"""The curves of a run, read from its journal: one number per step, NaN if the journal has none."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ FORMAT = 1
 
 
 class Curves(NamedTuple):
-    """What a journal says of each step, in the order of the steps; missing numbers are NaN.
+    """The numbers of each step in a journal, in the order of the steps; missing numbers are NaN.
 
     Args:
-        examples: consumed before the step, shape (num_steps,).
+        examples: examples consumed before the step, shape (num_steps,).
         batch: global batch size of the step, in examples, shape (num_steps,).
         lr: learning rate that the step applied, shape (num_steps, num_groups).
-        noise_scale: of this step's gradient alone, in examples, shape (num_steps,).
+        noise_scale: noise scale of this step's gradient alone, in examples, shape (num_steps,).
         noise_scale_average: averaged noise divided by averaged signal, in examples, shape (num_steps,);
-            infinite where that signal is not positive.
+            infinite if that signal is not positive.
         loss: mean training loss of the step, shape (num_steps,).
-        layers: names of the layers whose noise was measured apart, in the order of the journal; most runs have none.
-        layer_noise: of this step's gradient, in each of them, shape (num_steps, num_layers).
-        layer_signal: the same.
+        layers: names of the layers whose noise was measured separately, in the order of the journal; most runs have
+            none.
+        layer_noise: noise of this step's gradient in each layer, shape (num_steps, num_layers).
+        layer_signal: signal of this step's gradient in each layer, same shape.
     """
 
     examples: NDArray[np.float64]
@@ -60,8 +61,8 @@ def read_curves(journal: Journal) -> Curves:
     steps); a step may lack anything else.
 
     Raises:
-        ValueError: a damaged line before the last, a journal of a newer format or of two runs, a step that is there
-            twice, or no steps at all.
+        ValueError: if a line before the last is damaged, or if the journal has a newer format, two runs, a step twice,
+            or no steps at all.
     """
     rows = [row for row in map(_row, records(journal)) if row is not None]
     if not rows:
@@ -144,10 +145,10 @@ def _row(record: Mapping[str, Any]) -> _Row | None:
 
 
 def records(journal: Journal) -> Iterator[Mapping[str, Any]]:
-    """The decoded lines of one run, in their order; the last may be unfinished, and is left out then.
+    """The decoded lines of one run, in order. The last line is ignored if it is unfinished.
 
     Raises:
-        ValueError: as ``read_curves`` does.
+        ValueError: for the same reasons as ``read_curves``.
     """
     damaged, run = "", OneRun(_name(journal))
     for number, line in enumerate(_lines(journal), 1):

@@ -1,4 +1,4 @@
-"""What a journal says of the noise and of the time of a step, for a forecast of another run. Pure."""
+"""Noise and step times from a journal, for the forecast of another run. Pure."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from adabatch.report.summary import noise_band
 from adabatch.report.what_if import usable_scale
 
 GROUPS = 8
-"""Of probes, whose scatter tells how certain the noise scale of a run is."""
+"""Groups of probes, whose scatter tells how certain the noise scale of a run is."""
 
 T_95 = 1.895
 """One-sided 95 % of Student's t with ``GROUPS - 1`` degrees of freedom."""
 
 WIDEST = 1e3
-"""Factor at which an error bar says that next to nothing is known; there it ends."""
+"""Largest factor of an error bar; at this width next to nothing is known."""
 
 SPREAD = (10, 90)
-"""Percentiles of the step times, over the median of their plan, that count as their spread."""
+"""Percentiles of the step times, relative to the median of their plan, that are used as their spread."""
 
 
 def evidence_of(run: RunSteps) -> Evidence:
-    """The noise of a run, step by step; updates that were left out made no progress, and are left out here too.
+    """The noise of a run, step by step, without the updates that were left out, which made no progress.
 
-    Its band comes from the scatter of the probes (``scatter_band``). With too few of them it is the median over the
-    steps of the journal's bounds over the estimate; 1 and 1 where it has none of either.
+    The band comes from the scatter of the probes (``scatter_band``). If there are too few, it is the median over the
+    steps of the journal's bounds relative to the estimate, or (1, 1) if the journal has no bounds.
 
     Raises:
-        ValueError: there is no noise scale in the journal, or no update was applied.
+        ValueError: if there is no noise scale in the journal, or no update was applied.
     """
     scale, applied = usable_scale(run), run.applied
     if not applied.any():
@@ -43,17 +43,17 @@ def evidence_of(run: RunSteps) -> Evidence:
 
 
 def scatter_band(run: RunSteps) -> tuple[float, float] | None:
-    """Factors on the noise scale of the whole run: 95 % one-sided either way, from the scatter of its probes.
+    """Factors on the noise scale of the whole run, 95 % one-sided in each direction, from the scatter of its probes.
 
-    Each probe is divided by the averages at its step, so that a noise scale that rises in the run is no scatter, and
-    weighs as many examples as its step. The probes are dealt to eight groups, each over the whole run, and the
-    logarithm of summed noise over summed signal has the jackknife's error over the groups. It needs no criterion, so a
-    run that only records its noise has it too.
+    Each probe is divided by the averages at its step, so that a rising noise scale does not count as scatter, and is
+    weighted by the examples of its step. The probes are assigned to eight groups in turn, each of which covers the
+    whole run. The error of the logarithm of summed noise over summed signal is then that of a jackknife over the
+    groups. No criterion is needed, so this also works for a run that only records its noise.
 
     Returns:
-        None with fewer than two probes per group.
+        The two factors; None if there are fewer than two probes per group.
 
-    Source: Tukey 1958, "Bias and confidence in not-quite large samples", for the jackknife; one over groups here.
+    Source: Tukey 1958, "Bias and confidence in not-quite large samples", for the jackknife; here it is over groups.
     """
     used = np.flatnonzero(
         np.isfinite(run.measured_noise) & np.isfinite(run.measured_signal) & (run.noise > 0) & (run.signal > 0)
@@ -91,14 +91,14 @@ def has_band(evidence: Evidence) -> bool:
 
 
 def step_cost_of(run: RunSteps, *, gradient_bytes: float) -> StepCost | None:
-    """What a step cost on one rank, from its timed steps; None where none was timed.
+    """The cost of a step on one rank, from the timed steps of a run; None if none was timed.
 
-    A micro-batch's own cost is shared out over the largest that was run; where all timed steps had as many of them, it
-    counts as the step's. With several ranks the network's part is that
-    of the fitted ring (`StepTimeModel`), and is left out here: a forecast puts the cluster's own in its place.
+    The fixed cost of a micro-batch is divided among the examples of the largest that ran; if all timed steps had
+    equally many micro-batches, it is added to the cost of the step. With several ranks, the network's part is that of
+    the fitted ring (`StepTimeModel`), and is not included: a forecast uses the network of its cluster.
 
     Raises:
-        ValueError: the times do not grow with the examples, so that an example would cost nothing.
+        ValueError: if the times do not grow with the examples, so that an example would cost nothing.
     """
     timed = np.flatnonzero(np.isfinite(run.seconds) & (run.seconds > 0))
     if not timed.size:
@@ -113,7 +113,7 @@ def step_cost_of(run: RunSteps, *, gradient_bytes: float) -> StepCost | None:
     micro = max(key[0] for key in of_plan)
     step, example = model.overhead, model.example + model.micro_batch / micro
     if len({key[1] for key in of_plan}) == 1:
-        # Steps of one number of micro-batches do not tell what one costs from what a step costs: it is all the step's.
+        # If all steps have equally many micro-batches, their fixed cost cannot be told from that of the step.
         step, example = step + next(iter(of_plan))[1] * model.micro_batch, model.example
     if not example > 0:
         raise ValueError(
@@ -126,7 +126,7 @@ def step_cost_of(run: RunSteps, *, gradient_bytes: float) -> StepCost | None:
 
 
 def timed_sizes(run: RunSteps) -> int:
-    """How many different batch sizes were timed: one alone cannot tell a step from its examples."""
+    """How many different batch sizes were timed. One alone cannot tell the cost of a step from that of its examples."""
     return len(set(run.batch[np.isfinite(run.seconds)].tolist()))
 
 

@@ -1,4 +1,4 @@
-"""The noise scale of each layer over the run, in few enough cells for a heat map. Pure: numpy only."""
+"""The noise scale of each layer over the run, in the cells of a heat map. Pure: numpy only."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ FEWEST_ROWS = 8
 
 
 def layer_bins(run: RunSteps, cells: int) -> dict[str, Any]:
-    """Noise scale by layer: mean noise over mean signal of the steps in each of some stretches of the run.
+    """The noise scale per layer and stretch of the run: mean noise over mean signal of the steps in it.
 
     Args:
-        run: with layers.
-        cells: how many there may be, over all layers; those with the least noise are left out.
+        run: a run with layers.
+        cells: largest number of cells over all layers; layers with the least noise are left out.
 
     Returns:
-        "names" of the layers, those with the most noise first; "shares" of the noise; "edges" as numbers of steps,
-        one more than there are columns; "values" of shape (num_layers, num_columns), NaN without measurement,
-        -1 without signal; "left_out", the number of other layers.
+        "names" of the layers, those with the most noise first; their "shares" of the noise; "edges" of the columns as
+        numbers of steps, one more than there are columns; "values", shape (num_layers, num_columns), NaN without a
+        measurement and -1 without signal; and "left_out", the number of other layers.
     """
     columns = min(MOST_COLUMNS, run.num_steps)
     edges = np.unique(np.linspace(0, run.num_steps, columns + 1).astype(int))

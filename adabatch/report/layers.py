@@ -1,4 +1,4 @@
-"""The panel of the noise scale by layer: the layers that hold most of the noise by name, and all others in grey."""
+"""The panel of the noise scale per layer: the layers with most of the noise by name, and all others in grey."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from adabatch.report.curves import Curves, moving_mean
 from adabatch.report.style import COLORS, any_finite, heading, log_axis, positive
 
 MOST_LINES = 6
-"""Named in the panel, in two columns; with more layers the last of them stands for the rest."""
+"""Entries in the legend, in two columns. If there are more layers, the last entry stands for the rest."""
 
 LAYER_WINDOW = 0.1
 OTHERS = "#BDBDBD"
 COLUMNS = 2
 LONGEST_NAME, LONGEST_LABEL = 32, 18
 ROW_POINTS = 13.0
-"""What a row of names takes above the axes."""
+"""Height of a row of names above the axes."""
 
 
 def layer_panel(panel: Axes, run: Curves, *, label: str) -> None:
     """Draw the noise scale of each layer of one run: mean noise over mean signal within 10 % of the run.
 
-    One step's estimate of one layer says next to nothing, so unlike that of the whole gradient it is not shown.
+    Unlike that of the whole gradient, one step's estimate for one layer is not shown, because it is too noisy.
 
     Args:
         panel: an empty panel.
-        run: with the noise of layers.
-        label: of the run, "" where there is one only.
+        run: a run with noise per layer.
+        label: the label of the run; "" if there is only one run.
     """
     scales, shares = layer_scales(run), noise_shares(run)
     order = np.argsort(-shares, kind="stable")
@@ -44,7 +44,7 @@ def layer_panel(panel: Axes, run: Curves, *, label: str) -> None:
     visible = positive(scales)
     if not any_finite(panel, visible, "no positive estimate"):
         return
-    # Where a mean signal nears zero a quotient has no bound, which is all on one side.
+    # Quotients whose mean signal is near zero are arbitrarily large, so they must not set the axis.
     log_axis(panel, np.nanpercentile(visible, (1, 95)), base=10)
     for place, layer in enumerate(named):
         text = f"{100 * shares[layer]:.0f} %  {_shortened(run.layers[layer], LONGEST_NAME)}"
@@ -66,10 +66,10 @@ def layer_panel(panel: Axes, run: Curves, *, label: str) -> None:
 
 
 def layer_scales(run: Curves) -> NDArray[np.float64]:
-    """Mean noise over mean signal around each step, in examples; infinite where that signal is not positive.
+    """Mean noise over mean signal around each step, in examples; infinite if that signal is not positive.
 
     Returns:
-        shape (num_steps, num_layers); NaN at steps where a layer was not measured.
+        Shape (num_steps, num_layers); NaN at steps at which a layer was not measured.
     """
     scales = np.full_like(run.layer_noise, np.nan)
     for layer in range(len(run.layers)):
@@ -85,7 +85,7 @@ def layer_scales(run: Curves) -> NDArray[np.float64]:
 
 
 def noise_shares(run: Curves) -> NDArray[np.float64]:
-    """Each layer's share in the noise of all, averaged over the run, shape (num_layers,); zero for one without."""
+    """Each layer's share of the total noise, averaged over the run, shape (num_layers,)."""
     finite = np.isfinite(run.layer_noise)
     sums = np.where(finite, run.layer_noise, 0.0).sum(axis=0)
     means = np.maximum(sums / np.maximum(finite.sum(axis=0), 1), 0.0)
@@ -95,11 +95,11 @@ def noise_shares(run: Curves) -> NDArray[np.float64]:
 
 
 def _line(panel: Axes, run: Curves, scales: NDArray[np.float64], **style: Any) -> None:
-    """Joins the steps that were measured; its gaps are signals that are not positive."""
+    """A line through the measured steps, with gaps where the signal is not positive."""
     measured = ~np.isnan(scales)
     panel.plot(run.examples[measured], positive(scales[measured]), **style)
 
 
 def _shortened(name: str, longest: int) -> str:
-    """Its end, by which the names of modules differ."""
+    # The end is kept, because names of modules differ there.
     return name if len(name) <= longest else "\N{HORIZONTAL ELLIPSIS}" + name[1 - longest :]

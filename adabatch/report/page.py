@@ -1,7 +1,7 @@
 """The report of runs as one self-contained HTML page: its numbers as JSON, and the script that draws them.
 
-The page loads nothing. It draws SVG by a script of its own, of some 20 kB, and not by plotly, whose bundle alone is
-4.5 MB: a page is then as large as its numbers, prints as vectors, and follows the colours of the reader's system.
+The page loads nothing. Its own script of about 20 kB draws SVG. (The bundle of plotly alone has 4.5 MB.) So a page is
+not much larger than its numbers, prints as vectors, and follows the colour scheme of the reader's system.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adabatch.batch.control import Reason
 from adabatch.report.heat import layer_bins
 from adabatch.report.steps import Floats, RunSteps
 from adabatch.report.summary import (
-    Change,
+    BatchChange,
     Flag,
     RunSettings,
     Summary,
@@ -48,7 +48,7 @@ from adabatch.report.what_if import (
 )
 
 MOST_POINTS = 12_000
-"""Points of all runs together on one page, of which a run has at most 1,200: the page stays below 3 MB."""
+"""Points of all runs on one page, at most 1,200 per run. The page then stays below 3 MB."""
 
 MOST_SEGMENTS = 400
 MOST_CHANGES = 300
@@ -76,21 +76,21 @@ REASON_KINDS: Mapping[str, str] = MappingProxyType(
         Reason.NOT_COMMITTED: "failed",
     }
 )
-"""The reasons of the journal in the few kinds that a reader can tell apart by colour."""
+"""The reasons of the journal, grouped into a few kinds that can be distinguished by colour."""
 
 
 class Reported(NamedTuple):
-    """A run with all that is said of it.
+    """A run and its analysis.
 
     Args:
         run: its steps.
-        config: with dotted names; empty where none was found.
-        settings: what a report reads of that.
+        config: its config with dotted names; empty if none was found.
+        settings: the settings that a report reads from the config.
         summary: its totals.
-        flags: what a reader should know.
-        changes: of the batch size.
-        outcomes: what other choices would have cost, the run itself first; empty where it has no noise scale.
-        results: numbers of its own that lie beside the journal, such as the loss on a test set.
+        flags: flags for the reader.
+        changes: the changes of the batch size.
+        outcomes: what other choices would have cost, the run itself first; empty if the run has no noise scale.
+        results: the run's own numbers from a file beside the journal, such as the loss on a test set.
     """
 
     run: RunSteps
@@ -98,7 +98,7 @@ class Reported(NamedTuple):
     settings: RunSettings
     summary: Summary
     flags: tuple[Flag, ...]
-    changes: tuple[Change, ...]
+    changes: tuple[BatchChange, ...]
     outcomes: tuple[Outcome, ...]
     results: Mapping[str, float]
 
@@ -112,15 +112,15 @@ def report_on(
     results: Mapping[str, float] = MappingProxyType({}),
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Reported:
-    """All that is said of a run.
+    """Analyses a run.
 
     Args:
         run: its steps.
-        config: with dotted names (``summary.flat``).
-        choices: what to compare it with beside the choices that every report has.
-        price: of a step, in examples; 0 for none.
-        results: numbers that lie beside the journal.
-        overrides: fields of ``RunSettings`` that the config does not say, or says wrongly.
+        config: its config with dotted names (``summary.flat``).
+        choices: choices to compare it with, in addition to those of every report.
+        price: the price of a step, in examples; 0 for none.
+        results: numbers from a file beside the journal.
+        overrides: fields of ``RunSettings`` that replace those of the config.
     """
     settings = settings_of(config)._replace(**overrides)
     return Reported(
@@ -139,7 +139,7 @@ def _outcomes(run: RunSteps, settings: RunSettings, choices: Sequence[Choice], p
     try:
         found = [recorded(run, price=price)]
         equal = constant_at_equal_examples(run)
-    except ValueError:  # without a noise scale, of which a flag tells the reader
+    except ValueError:  # there is no noise scale, and a flag tells the reader
         if choices:
             raise
         return []
@@ -156,7 +156,7 @@ def _outcomes(run: RunSteps, settings: RunSettings, choices: Sequence[Choice], p
 
 
 def numbers(reports: Sequence[Reported]) -> dict[str, Any]:
-    """All that the reports say, ready for JSON; what is not finite is None."""
+    """The contents of the reports, ready for JSON; numbers that are not finite become None."""
     said: dict[str, Any] = plain(
         {
             "runs": [
@@ -190,14 +190,14 @@ def page(reports: Sequence[Reported], *, title: str = "") -> str:
     """The whole page.
 
     Raises:
-        ValueError: no reports.
+        ValueError: if there are no reports.
     """
     if not reports:
         raise ValueError("a report needs at least one run, got none")
     assets = resources.files("adabatch.report") / "assets"
     style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     name = title or ", ".join(each.run.name for each in reports)
-    # Inside of a script element nothing but "</script" and "<!--" has a meaning, and neither is left.
+    # Inside a script element only "</script" and "<!--" have a meaning, and neither is left after this.
     data = json.dumps(_drawn(reports), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -222,7 +222,7 @@ def _drawn(reports: Sequence[Reported]) -> dict[str, Any]:
 
 
 def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
-    """What the charts show of a run, at ``most`` of its steps."""
+    """The data of a run's charts, at no more than ``most`` of its steps."""
     run, settings = report.run, report.settings
     at = thinned(run, most)
     scale = run.noise_scale
@@ -284,17 +284,18 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
 
 
 def _open_ended(high: Floats) -> Floats:
-    """JSON has no infinity: a bound that is not there is -1."""
+    """Marks missing bounds by -1, because JSON has no infinity."""
     return np.where(np.isinf(high), -1.0, high)
 
 
 def thinned(run: RunSteps, most: int) -> list[int]:
-    """Which steps to show: evenly over the examples, and where the batch changed as long as there is room."""
+    """The steps to show: evenly spaced over the examples, and those at which the batch changed as long as there is
+    room."""
     if run.num_steps <= most:
         return list(range(run.num_steps))
     even = np.searchsorted(run.examples, np.linspace(run.examples[0], run.examples[-1], 2 * most // 3))
-    moved = np.flatnonzero(np.diff(run.batch) != 0)
-    corners = np.unique(np.concatenate([moved, moved + 1])) if len(moved) else moved
+    jumps = np.flatnonzero(np.diff(run.batch) != 0)
+    corners = np.unique(np.concatenate([jumps, jumps + 1])) if len(jumps) else jumps
     room = most - len(even)
     if len(corners) > room:
         corners = corners[np.linspace(0, len(corners) - 1, room).astype(int)]
@@ -303,7 +304,7 @@ def thinned(run: RunSteps, most: int) -> list[int]:
 
 
 def plain(value: Any, *, digits: int | None = None) -> Any:
-    """Arrays and numbers ready for JSON; what is not finite is None, others are rounded to so many digits."""
+    """Arrays and numbers ready for JSON, rounded to ``digits``; numbers that are not finite become None."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, np.generic):

@@ -29,7 +29,7 @@ Fill = Callable[[Axes, Sequence[Curves], Sequence[str]], None]
 def write_picture(
     runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, title: str | None = None
 ) -> Path:
-    """What ``adabatch.report.draw`` does; it says what the arguments are."""
+    """The implementation of ``adabatch.report.draw``, with the same arguments."""
     labelled = dict(runs) if isinstance(runs, Mapping) else {"": runs}
     if not labelled:
         raise ValueError("draw needs at least one run, got none")
@@ -40,7 +40,7 @@ def write_picture(
 
 
 def compose(runs: Mapping[str, Curves], *, title: str | None = None) -> Figure:
-    """The picture as a matplotlib figure with an Agg canvas of its own; pyplot's state is not touched."""
+    """The picture as a matplotlib figure with its own Agg canvas; pyplot's state is not touched."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     curves = list(runs.values())
     colors = [COLORS[i % len(COLORS)] for i in range(len(curves))]
@@ -107,11 +107,11 @@ def _noise_scale(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -
     otherwise = "no positive estimate" if lost else "not measured"
     if not any_finite(panel, np.concatenate([raw, averages]), otherwise):
         return
-    # A quotient of two estimates has outliers without bound; they shall not set the axis.
+    # A quotient of two estimates has arbitrarily large outliers, which must not set the axis.
     usual = [np.nanpercentile(part, (2, 98)) for part in (raw, averages) if np.isfinite(part).any()]
     log_axis(panel, np.concatenate(usual), base=10)
     for run, style in _styled(curves, colors):
-        # The more steps, the finer: thousands must not merge into one block.
+        # Finer with more steps, so that thousands do not merge into one block.
         fine = min(1.0, (1000 / len(run.examples)) ** 0.5)
         dots = {"markersize": 3 + 3 * fine, "alpha": max(0.35 * fine, 0.03), "zorder": style["zorder"] - 1}
         line = {**style, "linewidth": max(style["linewidth"] * fine, 0.8)}
@@ -130,7 +130,7 @@ def _loss(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
     window = LOSS_WINDOW * max(run.end for run in curves)
     means = [moving_mean(run, run.loss, window=window) for run in curves]
     everything = np.concatenate(means)
-    # A loss that falls by more than a decade is unreadable on a linear axis, one with zeros on any other.
+    # A loss that falls by more than a decade needs a log axis, and one with zeros a linear axis.
     if np.nanmin(everything) > 0 and np.nanmax(everything) > 10 * np.nanmin(everything):
         log_axis(panel, everything, base=10)
     else:
@@ -143,7 +143,7 @@ def _loss(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:
 
 
 def _styled(curves: Sequence[Curves], colors: Sequence[str]) -> list[tuple[Curves, dict[str, Any]]]:
-    """The runs with how to draw them, the first last: it comes out on top, and a little thicker."""
+    """The runs with their styles. The first is on top, and a little thicker."""
     styles = [
         {"color": color, "linewidth": 2.0 if place == 0 else 1.5, "zorder": 3.0 + 2 * (len(curves) - place)}
         for place, color in enumerate(colors)

@@ -1,4 +1,4 @@
-"""Schedules in pictures: shapes and their bounds, a shape beside the norms it was made of, ways to extend a run."""
+"""Pictures of schedules: shapes and their bounds, a shape beside the norms behind it, and ways to extend a run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from numpy.typing import ArrayLike
 from adabatch.report.style import COLORS, INK, heading, log_axis, log_ticks, prepare, short_number
 
 MOST_POINTS = 4000
-"""Points of a line that are drawn: more than a picture has pixels."""
+"""Points of a line that are drawn; more than a picture has pixels."""
 
 REFERENCE = "#999999"
-"""Colour of what is there for comparison only."""
+"""Colour of lines that are only there for comparison."""
 
-# Lines that lie on each other stay apart by their dashes, also in black and white.
+# Dashes distinguish lines that lie on each other, also in black and white.
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (1, 1)), (0, (9, 2, 2, 2, 2, 2)))
 
 
@@ -57,13 +57,13 @@ class Panel(NamedTuple):
 
     Args:
         title: what it shows, with the unit.
-        lines: back to front.
-        marks: points on top of them.
-        x_title: of its axis; only the last panel and those that share no axis need one.
-        note: how to read it.
-        log: which axes are logarithmic, "", "x", "y" or "xy".
-        top: where the y axis is cut off; None shows everything.
-        own_x: whether the x axis is this panel's own.
+        lines: the lines, from back to front.
+        marks: points on top of the lines.
+        x_title: title of the x axis; only needed for the last panel and for panels with their own x axis.
+        note: how to read the panel.
+        log: which axes are logarithmic: "", "x", "y" or "xy".
+        top: upper end of the y axis; None shows everything.
+        own_x: whether the panel has its own x axis.
     """
 
     title: str
@@ -77,11 +77,11 @@ class Panel(NamedTuple):
 
 
 def draw_panels(panels: Sequence[Panel], out: str | os.PathLike[str], *, title: str | None = None) -> Path:
-    """Write a PNG with the panels under each other and one legend for all.
+    """Write a PNG with the panels below each other and one legend for all.
 
     Args:
         panels: from top to bottom.
-        out: the PNG file, overwritten where it exists.
+        out: the PNG file; an existing one is overwritten.
         title: a heading.
 
     Returns:
@@ -93,10 +93,10 @@ def draw_panels(panels: Sequence[Panel], out: str | os.PathLike[str], *, title: 
 
 
 def compose_panels(panels: Sequence[Panel], *, title: str | None = None) -> Figure:
-    """The picture as a matplotlib figure with an Agg canvas of its own; pyplot's state is not touched.
+    """The picture as a matplotlib figure with its own Agg canvas; pyplot's state is not touched.
 
     Raises:
-        ValueError: no panels.
+        ValueError: if there are no panels.
     """
     if not panels:
         raise ValueError("a picture needs at least one panel, got none")
@@ -124,7 +124,7 @@ def compose_panels(panels: Sequence[Panel], *, title: str | None = None) -> Figu
 
 
 def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
-    """Colour and dashes of each label, in the order in which they appear."""
+    """Colour and dashes of each label, in the order of appearance."""
     styles: dict[str, dict[str, Any]] = {}
     for line in (line for panel in panels for line in panel.lines):
         if line.label in styles:
@@ -162,7 +162,7 @@ def _fill(axes: Axes, panel: Panel, styles: dict[str, dict[str, Any]]) -> None:
 def _draw(axes: Axes, line: Line, style: dict[str, Any]) -> None:
     x, y = np.asarray(line.x, dtype=np.float64), np.asarray(line.y, dtype=np.float64)
     if line.style == "dots":
-        # The more, the finer: thousands must not merge into one block.
+        # Finer with more points, so that thousands do not merge into one block.
         fine = min(1.0, (1000 / max(1, x.size)) ** 0.5)
         size, alpha = 3 + 3 * fine, 0.08 + 0.27 * fine
         axes.plot(x, y, ".", color=style["color"], markersize=size, markeredgewidth=0, alpha=alpha)

@@ -1,6 +1,6 @@
-"""The steps of a run as its journal tells them, with what was asked for, decided and applied. Pure: numpy only.
+"""The steps of a run from its journal: what was requested, decided and applied in each. Pure: numpy only.
 
-``curves`` holds what pictures show; this holds what a report reasons about.
+``curves`` holds the data of pictures; this module holds the data that a report analyses.
 """
 
 from __future__ import annotations
@@ -18,37 +18,39 @@ Floats = NDArray[np.float64]
 
 
 class RunSteps(NamedTuple):
-    """All steps of a run, those whose update was left out among them; missing numbers are NaN.
+    """All steps of a run, including those whose update was left out. Missing numbers are NaN.
+
+    All arrays have shape (num_steps,), except ``applied_lr`` and those of layers.
 
     Args:
-        name: what the run is called in tables and legends.
-        step: number of the step, shape (num_steps,); so are all others, but for ``applied_lr`` and the layers.
-        examples: consumed before it.
-        batch: examples that it took.
+        name: the name of the run in tables and legends.
+        step: number of the step.
+        examples: examples consumed before the step.
+        batch: examples of the step.
         micro_batch: examples in one forward and backward on one rank.
-        accumulation: micro-batches that a rank ran for it.
+        accumulation: micro-batches per rank.
         dp_size: ranks that saw different data.
-        loss: its mean loss.
-        wanted: batch size at which the criterion comes to rest; infinite where it was asked, and no signal was seen.
-        low: one-sided bound of that from below.
-        high: from above; infinite where it has no end.
-        freedom: degrees of freedom behind the bounds.
+        loss: mean loss of the step.
+        wanted: batch size at which the criterion comes to rest; infinite if it was evaluated but no signal was seen.
+        low: one-sided lower bound of ``wanted``.
+        high: one-sided upper bound; infinite if there is none.
+        freedom: degrees of freedom of the bounds.
         next_batch: batch size of the plan for the next step.
-        reason: why that, in the words of ``adabatch.batch.control.Reason``.
-        noise: average with this step in it.
-        signal: average with this step in it.
-        measured: noise scale of this step's gradient alone; not positive where chance has it so.
+        reason: the reason for that plan, as in ``adabatch.batch.control.Reason``.
+        noise: averaged noise, including this step.
+        signal: averaged signal, including this step.
+        measured: noise scale of this step's gradient alone, which may be negative by chance.
         measured_noise: noise of this step's gradient alone.
-        measured_signal: signal of this step's gradient alone; not positive where chance has it so.
-        base_lr: of the first parameter group.
+        measured_signal: signal of this step's gradient alone, which may be negative by chance.
+        base_lr: base learning rate of the first parameter group.
         shape: warm-up times shape, of the first parameter group.
         factor: batch factor on the learning rate.
-        applied_lr: of all parameter groups, shape (num_steps, num_groups).
+        applied_lr: learning rates of all parameter groups, shape (num_steps, num_groups).
         applied: whether the update was applied.
-        seconds: how long a step lately took, where that was timed.
-        floors: for "beta1" and "beta2", the floor that held it back at the step; only those that ever did.
-        out_of_memory: steps at which a trial of a larger micro-batch ran out of memory, with what the journal says.
-        layers: names of the layers whose noise was measured apart.
+        seconds: recent time of a step, if it was timed.
+        floors: "beta1" and "beta2" -> the floor that applied at the step; only the betas to which one ever applied.
+        out_of_memory: steps at which a trial of a larger micro-batch ran out of memory -> the journal's entry.
+        layers: names of the layers whose noise was measured separately.
         layer_noise: shape (num_steps, num_layers).
         layer_signal: shape (num_steps, num_layers).
     """
@@ -91,13 +93,13 @@ class RunSteps(NamedTuple):
 
     @property
     def num_examples(self) -> float:
-        """Examples that the steps in the journal took."""
+        """Examples of all steps in the journal."""
         return float(self.batch.sum())
 
     @property
     def noise_scale(self) -> Floats:
-        """Averaged noise over averaged signal, in examples: infinite without signal, zero without noise, NaN while
-        unknown; shape (num_steps,)."""
+        """Averaged noise over averaged signal, in examples, shape (num_steps,): infinite without signal, zero without
+        noise, NaN while unknown."""
         known = np.isfinite(self.noise) & np.isfinite(self.signal)
         noise = np.where(known, np.maximum(self.noise, 0.0), math.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -106,7 +108,7 @@ class RunSteps(NamedTuple):
 
     @property
     def efficiency(self) -> Floats:
-        """Worth of an example in each step over that of one in a small batch, ``1 / (1 + b / B)``, shape (num_steps,);
+        """Worth of an example in each step relative to one in a small batch, ``1 / (1 + b / B)``, shape (num_steps,);
         NaN while the noise scale is unknown."""
         scale = self.noise_scale
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -115,14 +117,15 @@ class RunSteps(NamedTuple):
 
 
 def read_steps(journal: Journal, name: str) -> RunSteps:
-    """The steps of one run, also of one that still runs: an unfinished last line is left out.
+    """The steps of one run, which may still be running: an unfinished last line is ignored.
 
     Args:
         journal: a path to JSON lines, or the lines.
-        name: what to call the run.
+        name: the name of the run.
 
     Raises:
-        ValueError: a damaged line before the last, a newer format, two runs in one journal, or no complete step.
+        ValueError: if a line before the last is damaged, or if the journal has a newer format, two runs, or no complete
+            step.
     """
     rows = [row for row in records(journal) if _is_step(row)]
     if not rows:
@@ -148,7 +151,8 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
         return np.array(values, dtype=np.float64).reshape(len(rows), len(layers))
 
     wanted, low, high = of(rows, "wanted"), of(rows, "low"), of(rows, "high")
-    # The journal has null for what is not finite: of the bounds of an estimate that is an end that is not there.
+    # JSON has no infinity, so the journal writes null for it. If there is a lower bound, the estimate was made, and a
+    # missing number means infinity.
     wanted = np.where(np.isnan(wanted) & np.isfinite(low), math.inf, wanted)
     high = np.where(np.isnan(high) & np.isfinite(low), math.inf, high)
     return RunSteps(

@@ -1,4 +1,4 @@
-"""How all pictures of the package look: colours, axes, headings and the numbers at their ticks."""
+"""The style of all pictures of the package: colours, axes, headings and tick labels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def short_number(value: float, *, like: float | None = None) -> str:
 
 
 def prepare(panel: Axes) -> None:
-    """An empty panel: two faint spines, a grid behind everything, no margin along x."""
+    """Styles an empty panel: two faint spines, a grid behind everything, no margin along x."""
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -40,7 +40,7 @@ def prepare(panel: Axes) -> None:
 
 
 def heading(panel: Axes, text: str, note: str = "", *, pad: float = 6) -> None:
-    """What the panel shows, at its top left, and how to read it, at its top right; ``pad`` points above the axes."""
+    """Writes the title of a panel at its top left and a note at its top right, ``pad`` points above the axes."""
     panel.set_title(text, loc="left", fontsize=11, color=INK, pad=pad)
     if note:
         panel.set_title(note, loc="right", fontsize=9, color=FAINT_INK, pad=pad)
@@ -56,12 +56,12 @@ def any_finite(panel: Axes, values: NDArray[np.float64], otherwise: str) -> bool
 
 
 def positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """NaN in the place of what a log axis cannot show."""
+    """The values, with NaN for those that a log axis cannot show."""
     return np.where((values > 0) & np.isfinite(values), values, np.nan)
 
 
 def log_axis(panel: Axes, values: NDArray[np.float64], *, base: int) -> None:
-    """A log axis that shows all positive values, with plain numbers at its ticks."""
+    """Makes the y axis logarithmic, for all positive values, with plain numbers as tick labels."""
     positive = values[np.isfinite(values) & (values > 0)]
     low, high = float(positive.min()), float(positive.max())
     panel.set_yscale("log", base=base)
@@ -71,7 +71,7 @@ def log_axis(panel: Axes, values: NDArray[np.float64], *, base: int) -> None:
 
 
 def log_ticks(axis: Axis, low: float, high: float, *, base: int) -> None:
-    """Plain numbers at powers of the base; where an axis of base 10 holds few of them, between them too."""
+    """Puts plain numbers at powers of the base, and in between if an axis of base 10 has few of them."""
     subs: tuple[float, ...] = (1,)
     if base == 10 and high <= 100 * low:
         subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)

@@ -1,4 +1,4 @@
-"""A run in numbers and sentences: its totals, the changes of its batch, and what a reader should know of it. Pure."""
+"""A run in numbers and sentences: its totals, the changes of its batch, and flags for the reader. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOSS_WINDOW = 0.02
 """Share of the run over which the loss is averaged before its best value is taken."""
 
 UNCERTAIN = 0.5
-"""Share of the probes that were "not significant" from which on the reader is told."""
+"""Share of "not significant" decisions above which the reader is told."""
 
 FOLLOW_NOISE = frozenset(
     f"adabatch.{name}"
@@ -35,23 +35,23 @@ FOLLOW_NOISE = frozenset(
         "AugmentedInnerProductTest",
     )
 )
-"""Criteria, as a config names them, under which a rule that is left out is "gain" and the betas of Adam follow."""
+"""Criteria, as named in a config, for which the default rule is "gain", and the betas of Adam follow by default."""
 
 Level = Literal["note", "warning"]
 
 
 class RunSettings(NamedTuple):
-    """What the config of a run says, as far as a report reads it; None where it does not say.
+    """The settings in the config of a run that a report reads; None if the config does not contain them.
 
     Args:
-        criterion: name of its class.
-        limits: smallest and largest global batch size, where they are constant.
+        criterion: the name of the criterion's class.
+        limits: smallest and largest global batch size, if they are constant.
         lr_rule: how the learning rate follows the batch.
-        reference: the batch size that the base learning rate is meant for.
-        weight_decay: of the optimizer.
-        betas: of the optimizer.
+        reference: the batch size for which the base learning rate was tuned.
+        weight_decay: weight decay of the optimizer.
+        betas: betas of the optimizer.
         follow: which settings follow the batch.
-        beta_floors: below which the betas do not fall by following.
+        beta_floors: the floors of betas that follow.
         tokens_per_example: tokens in one example.
     """
 
@@ -67,7 +67,7 @@ class RunSettings(NamedTuple):
 
 
 def settings_of(config: Mapping[str, Any]) -> RunSettings:
-    """The settings that a report reads, from a config with dotted names (``flat``)."""
+    """The settings of a report, from a config with dotted names (``flat``)."""
 
     def number(name: str) -> float | None:
         value = config.get(name)
@@ -96,7 +96,8 @@ def settings_of(config: Mapping[str, Any]) -> RunSettings:
 
 
 def _followed(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What follows the batch: what the config says, or the default of a run whose batch follows noise."""
+    """The settings that follow the batch: those in the config, or else the default."""
+    # The default of AdaptiveBatch, which a config does not repeat.
     follow = config.get("follow.settings", config.get("follow"))
     if isinstance(follow, list | tuple):
         return tuple(follow)
@@ -118,27 +119,27 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The settings in which configs differ: name -> the value of each config, None where it has none."""
+    """The settings in which configs differ: name -> its value in each config, None if it is not there."""
     names = sorted({name for config in configs for name in config})
     rows = {name: [config.get(name) for config in configs] for name in names}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 
 
 class Summary(NamedTuple):
-    """A run's totals; NaN where the journal does not say.
+    """A run's totals; NaN if the journal does not contain them.
 
     Args:
-        num_steps: steps, those left out among them.
+        num_steps: all steps, including those whose update was left out.
         num_left_out: steps whose update was not applied.
         num_examples: examples consumed.
         mean_batch: examples per step.
-        smallest_batch: of all steps.
-        largest_batch: of all steps.
-        efficiency: worth of an example over that of one in a small batch, ``1 / (1 + b / B)``, the mean over the
+        smallest_batch: the smallest batch of all steps.
+        largest_batch: the largest batch of all steps.
+        efficiency: worth of an example relative to one in a small batch, ``1 / (1 + b / B)``, as a mean over the
             examples for which the noise scale is known.
-        adaptive_limit: the most that a batch which follows the noise scales of this run could save over the best
-            constant one (``adabatch.batch.adaptive_limit``).
-        known: share of the examples for which the noise scale is.
+        adaptive_limit: how much a batch that follows the noise scales of this run could save at most, compared with the
+            best constant batch (``adabatch.batch.adaptive_limit``).
+        known: share of the examples for which the noise scale is known.
         best_loss: lowest mean loss over 2 % of the run.
         last_loss: mean loss over the last 2 % of the run.
         num_changes: how often the batch size changed.
@@ -195,7 +196,7 @@ def smooth_loss(run: RunSteps) -> Floats:
 
 
 def time_before(run: RunSteps) -> Floats | None:
-    """Seconds before each step, shape (num_steps,); None where less than half of the steps were timed."""
+    """Seconds before each step, shape (num_steps,); None if less than half of the steps were timed."""
     if np.isfinite(run.seconds).mean() < 0.5:
         return None
     taken = _filled(run.seconds)
@@ -203,7 +204,7 @@ def time_before(run: RunSteps) -> Floats | None:
 
 
 def _filled(values: Floats) -> Floats:
-    """The value before in the place of one that is missing; the first one before that."""
+    """Missing values replaced by the last known one; before the first known value, by that one."""
     known = np.flatnonzero(np.isfinite(values))
     if not known.size:
         return values
@@ -215,18 +216,18 @@ def _filled(values: Floats) -> Floats:
 def time_constant(run: RunSteps, settings: RunSettings) -> Floats | None:
     """``tau = batch / (lr x decay x examples)``: the memory of decoupled weight decay, as a share of the run.
 
-    AdamW's weights are an average of its past updates over ``1 / (lr x decay)`` steps; in examples, over those of the
-    run, that is the number which stays the same between well-tuned runs of other sizes.
+    AdamW's weights are an average of its past updates over ``1 / (lr x decay)`` steps. Measured in examples, as a share
+    of those of the run, this number is about the same in well-tuned runs of different sizes.
 
     Returns:
-        Shape (num_steps,); None where the config names no weight decay, or it is zero.
+        Shape (num_steps,); None if the config has no weight decay, or it is zero.
 
     Source: Wang and Aitchison 2024 (arXiv 2405.13698); as a share of the data: Bergsma et al. 2025 (arXiv 2505.13738).
     """
     if not settings.weight_decay or not run.applied_lr.shape[1]:
         return None
     decay = np.full(run.num_steps, settings.weight_decay)
-    if "weight_decay" in settings.follow:  # as `lr.rules.followed` has it
+    if "weight_decay" in settings.follow:  # the formula of `lr.rules.followed`
         decay = decay * run.batch / reference_of(run, settings) / run.factor
     rate = run.applied_lr[:, 0] * decay * run.num_examples
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -234,9 +235,9 @@ def time_constant(run: RunSteps, settings: RunSettings) -> Floats | None:
 
 
 def betas_of(run: RunSteps, settings: RunSettings) -> Floats | None:
-    """The betas of each step, shape (num_steps, num_betas); None where the config names none.
+    """The betas of each step, shape (num_steps, num_betas); None if the config has none.
 
-    Where they follow the batch they are ``beta ** (batch / reference)``, not below their floors.
+    If they follow the batch, they are ``beta ** (batch / reference)``, but not below their floors.
     """
     if not settings.betas:
         return None
@@ -249,19 +250,19 @@ def betas_of(run: RunSteps, settings: RunSettings) -> Floats | None:
 
 
 def reference_of(run: RunSteps, settings: RunSettings) -> float:
-    """The reference batch size; where the config leaves it out, it is the first batch of the run."""
+    """The reference batch size; by default, the first batch of the run."""
     return settings.reference or float(run.batch[0])
 
 
 def criterion_factor(run: RunSteps) -> tuple[float, int] | None:
-    """What the criterion asked for, as ``factor x noise scale ^ (1 / root)``: the two, where one pair fits all steps.
+    """A factor and a root with which the criterion asked for ``factor x noise scale ^ (1 / root)`` in all steps.
 
-    A norm test or a multiple of the noise scale has the root 1, a price of a step the root 2, and the factor is then
-    the square root of the price. Others, and those that read more than noise and signal, have none.
+    A norm test or a multiple of the noise scale has root 1. A price of a step has root 2, and the factor is the square
+    root of the price. For other criteria, and those that read more than noise and signal, this is None.
     """
     scale = run.noise_scale
     usable = np.isfinite(scale) & (scale > 0) & np.isfinite(run.wanted) & np.isfinite(run.freedom) & (run.wanted > 0)
-    # Journals of older releases have no degrees of freedom beside the bounds.
+    # Only steps that evaluated the criterion, which have degrees of freedom; older journals do not contain those.
     if not usable.any():
         usable = np.isfinite(scale) & (scale > 0) & np.isfinite(run.wanted) & (run.wanted > 0)
     # On a few steps, any law fits.
@@ -278,8 +279,8 @@ def criterion_factor(run: RunSteps) -> tuple[float, int] | None:
 def noise_band(run: RunSteps) -> tuple[Floats, Floats] | None:
     """One-sided bounds of the noise scale, from those of the wanted batch, each of shape (num_steps,).
 
-    The journal has bounds of what the criterion asks for. Where that is a multiple of the noise scale, or of its root,
-    they are turned back; with another criterion there is no band, and this is None.
+    The journal contains bounds of the size that the criterion asks for. If that is a multiple of the noise scale, or of
+    its root, they are converted back. For other criteria this is None.
     """
     found = criterion_factor(run)
     if found is None:
@@ -291,16 +292,16 @@ def noise_band(run: RunSteps) -> tuple[Floats, Floats] | None:
     return low, high
 
 
-class Change(NamedTuple):
+class BatchChange(NamedTuple):
     """A change of the planned batch size.
 
     Args:
         step: number of the step after which it was decided.
-        examples: consumed before that step.
+        examples: examples consumed before that step.
         before: batch size until then, in examples.
-        after: from then on.
-        reason: in the words of the journal.
-        text: the same as a sentence.
+        after: batch size from then on.
+        reason: the reason in the journal.
+        text: the change and its reason as a sentence.
     """
 
     step: int
@@ -311,7 +312,7 @@ class Change(NamedTuple):
     text: str
 
 
-def changes(run: RunSteps) -> list[Change]:
+def changes(run: RunSteps) -> list[BatchChange]:
     """All changes of the planned batch size, in their order."""
     planned = np.concatenate([run.batch[:1], run.next_batch[:-1]])
     found = []
@@ -321,7 +322,7 @@ def changes(run: RunSteps) -> list[Change]:
         verb = "grew" if after > before else "shrank"
         text = f"After step {run.step[index]:,.0f} the batch {verb} from {before:,.0f} to {after:,.0f} examples"
         text += _why(reason, wanted, low, high)
-        found.append(Change(int(run.step[index]), float(run.examples[index]), before, after, reason, text))
+        found.append(BatchChange(int(run.step[index]), float(run.examples[index]), before, after, reason, text))
     return found
 
 
@@ -346,9 +347,9 @@ class Flag(NamedTuple):
 
     Args:
         kind: a name that stays the same between releases.
-        level: "warning" where something should be changed.
+        level: "warning" if something should be changed.
         text: a sentence or two.
-        share: of the examples that it concerns; NaN where it is not a matter of examples.
+        share: the share of the examples that it concerns; NaN if it does not concern examples.
     """
 
     kind: str
@@ -358,7 +359,7 @@ class Flag(NamedTuple):
 
 
 def flags(run: RunSteps, settings: RunSettings) -> list[Flag]:
-    """What a reader should know of a run, warnings first."""
+    """The flags of a run, warnings first."""
     found = [
         *_left_out(run),
         *_at_limits(run, settings),
@@ -397,7 +398,8 @@ def _left_out(run: RunSteps) -> list[Flag]:
 
 
 def largest_allowed(run: RunSteps, settings: RunSettings) -> float | None:
-    """The largest batch: the config's ``limits.max``, or the size at which the journal says that a limit held it."""
+    """The largest batch: ``limits.max`` of the config, or the size at which a limit held it according to the
+    journal."""
     if settings.limits[1] is not None:
         return settings.limits[1]
     held = np.array([reason == Reason.AT_LIMIT for reason in run.reason]) & (run.wanted > run.batch)
@@ -434,7 +436,8 @@ def _past_the_noise_scale(run: RunSteps) -> list[Flag]:
 
 
 def rule_of(run: RunSteps, settings: RunSettings) -> str | None:
-    """The rule by which the learning rate followed the batch: the config's, or the simple one that fits the factors."""
+    """The rule by which the learning rate followed the batch: that of the config, or a simple one that matches the
+    factors."""
     if settings.lr_rule is not None:
         return settings.lr_rule
     known = np.isfinite(run.factor) & run.applied
@@ -489,14 +492,16 @@ def _estimates(run: RunSteps) -> list[Flag]:
     if bad := counts[Reason.NOT_FINITE]:
         text = f"{counted(bad, 'step')} had a loss or a gradient that was not finite, or too large to be averaged."
         found.append(Flag("not_finite", "warning", text))
-    judged = sum(number for reason, number in counts.items() if reason not in (Reason.NOT_PROBED, Reason.SCHEDULED, ""))
-    if judged and (unsure := counts[Reason.NOT_SIGNIFICANT] / judged) > UNCERTAIN:
+    decided = sum(
+        number for reason, number in counts.items() if reason not in (Reason.NOT_PROBED, Reason.SCHEDULED, "")
+    )
+    if decided and (unsure := counts[Reason.NOT_SIGNIFICANT] / decided) > UNCERTAIN:
         text = (
             f"In {percent(unsure)} of the decisions the estimate was too uncertain for a change of the batch. More "
             f"parts per step (smaller micro-batches) or a longer Control(memory=) narrow its error bar."
         )
         found.append(Flag("uncertain", "note", text))
-    if judged and (silent := counts[Reason.NO_SIGNAL] / judged) > 0.1:
+    if decided and (silent := counts[Reason.NO_SIGNAL] / decided) > 0.1:
         text = f"In {percent(silent)} of the decisions no signal was seen above the noise, so the batch was held."
         found.append(Flag("no_signal", "note", text))
     return found

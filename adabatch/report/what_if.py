@@ -1,12 +1,12 @@
-"""What another choice of batch sizes would have made of a run, from its journal alone. Pure.
+"""What a run would have cost with other batch sizes, computed from its journal alone. Pure.
 
-In a batch of b examples at the noise scale B, a step makes as much progress as ``p = b / (1 + b / B)`` examples in
-small batches. To make the progress p of a step in batches of b' takes ``p / b' + p / B`` steps, and
-``p (1 + b' / B)`` examples (McCandlish et al. 2018, section 2). So a journal that has b and B at each step
-says what any other b' would have cost.
+A step of b examples at the noise scale B makes as much progress as ``p = b / (1 + b / B)`` examples in small batches.
+The same progress in batches of b' takes ``p / b' + p / B`` steps and ``p (1 + b' / B)`` examples (McCandlish et al.
+2018, section 2). So a journal with b and B of each step tells what any other b' would have cost.
 
-What is assumed, and a reader must be told (`ASSUMPTIONS`): the noise scale belongs to the progress made, and not to the
-batch; each batch had the learning rate that is right for it; and the choice is followed at once, within the limits.
+This assumes (`ASSUMPTIONS`, which a reader must be told) that the noise scale depends on the progress and not on the
+batch, that each batch has the learning rate that is right for it, and that the choice is followed at once, within the
+limits.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ USAGE: Mapping[str, str] = MappingProxyType(
         "ramp": "ramp=16,256@20000",
     }
 )
-"""How each kind is written: of a table the first size, then others with the examples from which on they are taken; of a
-ramp its first and last size, with the examples that it takes."""
+"""How each kind is written. A table has the first size, then further sizes with the examples from which they apply; a
+ramp has its first and last size, with its length in examples."""
 
 ASSUMPTIONS = (
     "The noise scale depends on the progress made, and not on the batch by which it was made.",
@@ -60,8 +60,8 @@ class Choice(NamedTuple):
     Args:
         kind: "eta" for ``NormTest(eta)``, "multiple" for ``NoiseScale(multiple)``, "step_price" for
             ``StepPrice(examples)``, "constant" for one batch size, "table" and "ramp" for a schedule on examples.
-        value: the number; of a schedule its first size.
-        schedule: of a table or a ramp; None of the others.
+        value: the number; for a schedule its first size.
+        schedule: the schedule of a table or a ramp; None for the others.
     """
 
     kind: Kind
@@ -83,7 +83,7 @@ class Choice(NamedTuple):
         """A choice from a text such as ``eta=0.7``, ``constant=256`` or ``table=16,64@5000``.
 
         Raises:
-            ValueError: an unknown kind, or a value outside its range.
+            ValueError: if the kind is unknown, or a value is outside its range.
         """
         kind, equals, value = text.partition("=")
         if not equals or kind not in get_args(Kind):
@@ -100,10 +100,10 @@ class Choice(NamedTuple):
         return checked
 
     def criterion(self) -> Criterion | None:
-        """The criterion that makes the choice; None for a constant batch and a schedule.
+        """The criterion of the choice; None for a constant batch or a schedule.
 
         Raises:
-            ValueError: a value outside its range.
+            ValueError: if a value is outside its range.
         """
         if self.schedule is not None:
             return None
@@ -138,10 +138,10 @@ class Outcome(NamedTuple):
     Args:
         name: the choice in words.
         mean_batch: examples per step, to the same progress.
-        steps_at_equal_examples: steps, had it taken as many examples as the run.
+        steps_at_equal_examples: steps for as many examples as the run consumed.
         steps: steps to the same progress.
         examples: examples to the same progress.
-        efficiency: worth of its examples over those in small batches.
+        efficiency: worth of its examples relative to examples in small batches.
         cost: ``examples + price x steps``, in examples; NaN without a price.
     """
 
@@ -155,14 +155,14 @@ class Outcome(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """What is needed of a run: its steps, or several of them put together.
+    """A run in segments of one or several steps each; all arrays have shape (num_segments,).
 
     Args:
-        examples: that were consumed, shape (num_segments,).
-        steps: how many steps that were.
-        progress: in examples of small batches.
-        noise_scale: in examples, positive and finite; of several steps the harmonic mean by progress, which leaves the
-            outcome of a constant batch and of a multiple of the noise scale as it is.
+        examples: examples consumed in the segment.
+        steps: steps in it.
+        progress: progress made in it, in examples of small batches.
+        noise_scale: noise scale, in examples, positive and finite. For several steps it is the harmonic mean by
+            progress, with which the outcome of a constant batch, or of a multiple of the noise scale, stays the same.
     """
 
     examples: Floats
@@ -172,10 +172,10 @@ class Segments(NamedTuple):
 
 
 def usable_scale(run: RunSteps) -> Floats:
-    """The noise scale at each step, positive and finite: where it is not, the one before; before the first, that one.
+    """The noise scale at each step, where unusable values are replaced by the last usable one (or else the first).
 
     Raises:
-        ValueError: there is none in the journal.
+        ValueError: if the journal has no noise scale that is positive and finite.
     """
     scale = run.noise_scale
     usable = np.flatnonzero(np.isfinite(scale) & (scale > 0))
@@ -190,30 +190,30 @@ def usable_scale(run: RunSteps) -> Floats:
 
 
 def segments(run: RunSteps, *, at_most: int | None = None) -> Segments:
-    """The run step by step, or put together to ``at_most`` segments of about as many examples.
+    """The run step by step, or combined into ``at_most`` segments of about equally many examples.
 
     Raises:
-        ValueError: as ``usable_scale`` does.
+        ValueError: for the same reasons as ``usable_scale``.
     """
     scale = usable_scale(run)
-    # An update that was left out consumed its examples, and made no progress.
+    # An update that was left out consumed its examples but made no progress.
     progress = np.where(run.applied, run.batch / (1 + run.batch / scale), 0.0)
     if at_most is None or run.num_steps <= at_most:
         return Segments(run.batch, np.ones(run.num_steps), progress, scale)
     consumed = np.cumsum(run.batch) - run.batch
     bins = np.minimum((consumed / run.num_examples * at_most).astype(int), at_most - 1)
     first = np.flatnonzero(np.diff(bins, prepend=-1))
-    moved, over = np.add.reduceat(progress, first), np.add.reduceat(progress / scale, first)
+    made, over = np.add.reduceat(progress, first), np.add.reduceat(progress / scale, first)
     with np.errstate(divide="ignore", invalid="ignore"):
-        mean = np.where(over > 0, moved / over, scale[first])
-    return Segments(np.add.reduceat(run.batch, first), np.diff(first, append=run.num_steps) * 1.0, moved, mean)
+        mean = np.where(over > 0, made / over, scale[first])
+    return Segments(np.add.reduceat(run.batch, first), np.diff(first, append=run.num_steps) * 1.0, made, mean)
 
 
 def recorded(run: RunSteps, *, price: float = 0.0) -> Outcome:
-    """The run itself, in the same numbers.
+    """The outcome of the run itself.
 
     Raises:
-        ValueError: as ``usable_scale`` does.
+        ValueError: for the same reasons as ``usable_scale``.
     """
     pieces = segments(run)
     examples, steps = float(pieces.examples.sum()), float(pieces.steps.sum())
@@ -223,17 +223,17 @@ def recorded(run: RunSteps, *, price: float = 0.0) -> Outcome:
 def what_if(
     run: RunSteps, choice: Choice, *, limits: tuple[float | None, float | None] = (None, None), price: float = 0.0
 ) -> Outcome:
-    """What a choice would have cost in the place of what was done.
+    """What another choice of batch sizes would have cost.
 
     Args:
         run: the run.
-        choice: another criterion, or a constant batch.
-        limits: smallest and largest batch that a criterion is given, in examples; None for none. A constant batch is
-            taken as it is, and so is a schedule.
-        price: of a step, in examples.
+        choice: another criterion, a constant batch or a schedule.
+        limits: smallest and largest batch for a criterion, in examples; None for no limit. They do not apply to
+            constant batches and schedules.
+        price: the price of a step, in examples.
 
     Raises:
-        ValueError: no noise scale in the journal, or a choice outside its range.
+        ValueError: if the journal has no noise scale, or a choice is outside its range.
     """
     pieces = segments(run)
     if choice.schedule is not None:
@@ -246,7 +246,7 @@ def what_if(
 
 
 def _scheduled(name: str, pieces: Segments, schedule: Schedule, price: float) -> Outcome:
-    """A schedule goes by the examples that it consumed itself, so the segments come one after another."""
+    # One segment after the other, because a schedule reads the examples that it has consumed itself.
     steps, examples, begun, at_equal = 0.0, 0.0, 0.0, 0.0
     for consumed, progress, scale in zip(pieces.examples, pieces.progress, pieces.noise_scale, strict=True):
         batch = max(1.0, schedule.size(Progress(examples=int(examples))))
@@ -258,17 +258,16 @@ def _scheduled(name: str, pieces: Segments, schedule: Schedule, price: float) ->
 
 
 def batches(choice: Choice, noise_scale: Floats, limits: tuple[float | None, float | None]) -> Floats:
-    """The batch that a choice takes at each noise scale, in examples, of the same shape; not that of a schedule, which
-    goes by examples.
+    """The batch of a choice at each noise scale, in examples, same shape; not for schedules, which read examples.
 
     Raises:
-        ValueError: a choice outside its range.
+        ValueError: if a choice is outside its range.
     """
     criterion = choice.criterion()
     if criterion is None:
         return np.full(len(noise_scale), choice.value)
     asks = resting_size(criterion)
-    # Squared norms at one and two examples of a gradient whose signal is 1: the criteria read nothing but the ratio.
+    # Moments of batches of one and two examples for a signal of 1: these criteria depend only on noise over signal.
     wanted = [
         asks(Observation(GradientMoments(1 + scale, 1.0, 1 + scale / 2, 2.0, 2), Progress()))
         for scale in noise_scale.tolist()
@@ -279,12 +278,12 @@ def batches(choice: Choice, noise_scale: Floats, limits: tuple[float | None, flo
 
 
 def constant_at_equal_examples(run: RunSteps) -> Choice | None:
-    """The constant batch that would have made the same progress from as many examples; None where there is none.
+    """The constant batch that would have made the same progress with as many examples; None if there is none.
 
-    Beside it stands what following the noise is worth: the run took fewer steps than it, or did not.
+    It shows what following the noise was worth: whether the run took fewer steps than this batch.
 
     Raises:
-        ValueError: as ``usable_scale`` does.
+        ValueError: for the same reasons as ``usable_scale``.
     """
     pieces = segments(run)
     lost = float(pieces.examples.sum() - pieces.progress.sum())

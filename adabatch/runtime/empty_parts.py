@@ -49,6 +49,7 @@ class EmptyParts:
         chosen = [tensor for tensor in self._outputs if tensor.ndim] or self._outputs
         if not chosen or not all(tensor.ndim or math.isfinite(float(tensor.detach())) for tensor in chosen):
             return None
+        # All outputs, not one: DDP waits for the gradient of every parameter, and each output may reach different ones.
         return sum(((tensor * 0).sum() for tensor in chosen[1:]), start=(chosen[0] * 0).sum())
 
 

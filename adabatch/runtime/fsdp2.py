@@ -18,6 +18,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class of a module before ``fully_shard``, which replaces it by a subclass."""
+    # fully_shard() makes a class FSDPLinear(FSDPModule, Linear) on the fly, so the original is the second base.
     kind = type(module)
     return kind.__bases__[1] if kind.__bases__[0] is FSDPModule else kind
 
@@ -100,5 +101,7 @@ def padded_length(parameter: Tensor, num_shards: int) -> int:
     if isinstance(parameter, DTensor):
         placement = parameter.placements[-1]
         if placement.is_shard(0):
+            # FSDP2 pads dimension 0 so that all ranks reduce-scatter equal pieces; other dimensions must be divisible
+            # anyhow.
             return -(-parameter.shape[0] // num_shards) * math.prod(parameter.shape[1:])
     return parameter.numel() // num_shards

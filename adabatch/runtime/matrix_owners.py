@@ -8,7 +8,7 @@ Shampoo, the parameters) are distributed so that the costs of the ranks are as e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from adabatch.arguments import checked
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.fsdp2 import is_sharded
+
+Name = TypeVar("Name", str, int)
 
 
 class AcrossRanks(TypedDict):
@@ -38,8 +40,8 @@ def across_ranks(model: nn.Module) -> AcrossRanks:
         model: plain on one process, in ``DistributedDataParallel``, or sharded by ``fully_shard``.
 
     Raises:
-        ValueError: for a DeepSpeed engine that partitions gradients or optimizer state into flat pieces (ZeRO 1 to 3),
-            and for a plain model on several processes.
+        ValueError: if a DeepSpeed engine partitions gradients or optimizer state into flat pieces (ZeRO 1 to 3), or if
+            a plain model runs on several processes.
     """
     stage = getattr(model, "zero_optimization_stage", None)
     if callable(stage) and stage() > 0:
@@ -54,10 +56,11 @@ def across_ranks(model: nn.Module) -> AcrossRanks:
     return {"reduce": collectives.sum, "owner": kind(collectives)}
 
 
-def dealt_out(costs: Mapping[str, float], num_ranks: int) -> dict[str, int]:
+def dealt_out(costs: Mapping[Name, float], num_ranks: int) -> dict[Name, int]:
     """A rank for each name: in order of falling cost, each goes to the rank with the lowest cost so far."""
     loads = [0.0] * num_ranks
     owners = {}
+    # By name among equals, so that all ranks compute the same assignment.
     for name in sorted(costs, key=lambda name: (-costs[name], name)):
         rank = loads.index(min(loads))
         owners[name], loads[rank] = rank, loads[rank] + costs[name]
@@ -86,6 +89,7 @@ class _Owners:
 
     def share(self, layer: str, roots: Sequence[Tensor]) -> None:
         """One broadcast of all roots of the layer."""
+        # One broadcast instead of several: most roots are small, and each broadcast costs a latency.
         flat = torch.cat([root.reshape(-1) for root in roots])
         self._collectives.copy_from(self._owners[layer], flat)
         for root, values in zip(roots, torch.split(flat, [root.numel() for root in roots]), strict=True):
@@ -121,6 +125,7 @@ class ShardedMatrices(_Owners):
             return grad
         if not _in_rows(grad):
             return grad.full_tensor()
+        # Gathered at one rank, where full_tensor() would send the whole gradient to all of them.
         rows = self._collectives.gather_at(self._owners[layer], _padded(grad, self._collectives.size))
         return None if rows is None else rows.flatten(0, 1)[: grad.shape[0]]
 

@@ -81,7 +81,7 @@ class JoinedOptimizers(Optimizer):
         """Raises an error, because it is unknown to which optimizer the group belongs.
 
         Raises:
-            RuntimeError: for any group with parameters; add it to one of the optimizers.
+            RuntimeError: if the group has parameters; add it to one of the optimizers.
         """
         if param_group["params"]:  # torch's constructor calls this without parameters
             raise RuntimeError(f"add the group to one of the optimizers: {', '.join(self.names)}")

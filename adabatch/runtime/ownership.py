@@ -11,7 +11,7 @@ from weakref import ReferenceType, WeakKeyDictionary, WeakMethod, ref
 from torch.utils.hooks import RemovableHandle
 
 
-class Owner(Protocol):
+class HookOwner(Protocol):
     """An object that has put hooks on an optimizer or a model."""
 
     def give_way(self) -> None:
@@ -27,10 +27,10 @@ class _Claim(NamedTuple):
 # The only global table of the package. It holds nothing that a run reads, and keeps nothing alive: an owner that is
 # dropped disappears from it. An attribute on the user's optimizer or model would be copied and pickled with it, and
 # torch's dictionaries of hooks, in which the predecessor could be found too, are private.
-_CLAIMS: WeakKeyDictionary[Owner, _Claim] = WeakKeyDictionary()
+_CLAIMS: WeakKeyDictionary[HookOwner, _Claim] = WeakKeyDictionary()
 
 
-def take_over(owner: Owner, hosts: Iterable[object], *, kind: str) -> None:
+def take_over(owner: HookOwner, hosts: Iterable[object], *, kind: str) -> None:
     """Makes ``owner`` the only one of its kind on its hosts; earlier owners give way first.
 
     Args:
@@ -40,13 +40,14 @@ def take_over(owner: Owner, hosts: Iterable[object], *, kind: str) -> None:
     """
     mine = {id(host): host for host in hosts}
     for other, claim in list(_CLAIMS.items()):
+        # id() of a dead reference is that of None, which is never a host.
         if other is not owner and claim.kind == kind and any(id(host()) in mine for host in claim.hosts):
             del _CLAIMS[other]
             other.give_way()
     _CLAIMS[owner] = _Claim(kind, [ref(host) for host in mine.values()])
 
 
-def release(owner: Owner) -> None:
+def release(owner: HookOwner) -> None:
     """Removes ``owner`` from the table without asking it to give way, for a constructor that fails."""
     _CLAIMS.pop(owner, None)
 

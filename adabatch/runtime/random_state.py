@@ -24,6 +24,7 @@ def random_state(device: torch.device) -> Tensor:
     # numpy's legacy global generator, because user code draws from it.
     _, keys, position, has_gauss, cached = cast("Any", np.random.get_state())  # noqa: NPY002
     whole = torch.tensor([*words, *keys.tolist(), position, has_gauss], dtype=torch.int64)
+    # NaN stands for "none": Python's generator keeps the second of two normal numbers, or nothing.
     real = torch.tensor([math.nan if gauss is None else gauss, cached], dtype=torch.float64)
     pieces = [whole.view(torch.uint8), real.view(torch.uint8), torch.get_rng_state()]
     if device.type == "cuda":

@@ -259,6 +259,7 @@ class ProgressLR(LRScheduler):
             return clock.fraction(progress, self._anchor)
         after, unit = self._source.progress_after_next, clock.total.unit
         gain = after.count("gain_steps") - progress.count("gain_steps")
+        # The rate of the next step stands for the rest of the run: how many steps are left is not known.
         gain_per_unit = gain / (after.count(unit) - progress.count(unit))
         if self._anchor is None:
             self._anchor = clock.anchor(progress, gain_per_unit)

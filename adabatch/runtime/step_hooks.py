@@ -32,7 +32,7 @@ def hook_step(
     dropped.
 
     Raises:
-        TypeError: for a wrapper that is an ``Optimizer`` by type only.
+        TypeError: if it is a wrapper that is an ``Optimizer`` by type only.
     """
     handles: list[RemovableHandle] = []
     for one in each_of(optimizer):
@@ -202,7 +202,7 @@ class StepHooks:
 
     Args:
         optimizer: the optimizer, or several (``JoinedOptimizers``).
-        moved: called before each update.
+        overrides: called before each update; returns its changes.
         skip: called before each update; returns whether to leave it out. The gradients are then dropped, so that the
             optimizer has nothing to do.
         done: called after each update with the optimizer, the rates that were in force, one per group, and whether it
@@ -213,12 +213,12 @@ class StepHooks:
         self,
         optimizer: Optimizer,
         *,
-        moved: Callable[[], StepOverrides],
+        overrides: Callable[[], StepOverrides],
         skip: Callable[[], bool],
         done: Callable[[Optimizer, list[float], bool], None],
     ) -> None:
         self._optimizer = optimizer
-        self._moved, self._skip, self._done = held_weakly(moved), held_weakly(skip), held_weakly(done)
+        self._overrides, self._skip, self._done = held_weakly(overrides), held_weakly(skip), held_weakly(done)
         self._changes = changes = _Changes()
         self._came: dict[Optimizer, tuple[list[float], bool]] = {}  # optimizers that have made their part of the update
         self._averaged: list[float] = []  # rates of the groups of the optimizer that is stepping
@@ -229,19 +229,21 @@ class StepHooks:
 
     def _before(self, optimizer: Optimizer) -> None:
         self.restore()
-        skip, overrides = self._skip(), self._moved()
-        if skip is None or overrides is None:
+        skip, overrides_of = self._skip(), self._overrides()
+        if skip is None or overrides_of is None:
             return
         self._skipped = skip()
+        # Gradients are dropped instead of the step being suppressed, because torch's hook cannot suppress it, and an
+        # optimizer ignores parameters without a gradient.
         if self._skipped:
             optimizer.zero_grad(set_to_none=True)
-        moved = overrides()
-        self._averaged = [] if self._skipped else [moved.averaged(group) for group in optimizer.param_groups]
+        overrides = overrides_of()
+        self._averaged = [] if self._skipped else [overrides.averaged(group) for group in optimizer.param_groups]
         tensors: set[int] = set()
         for group in optimizer.param_groups:
-            changes = moved.settings(group)
-            if moved.factor != 1.0:
-                changes["lr"] = group["lr"] * moved.factor
+            changes = overrides.settings(group)
+            if overrides.factor != 1.0:
+                changes["lr"] = group["lr"] * overrides.factor
             for name, value in changes.items():
                 if isinstance(group[name], Tensor):
                     if id(group[name]) in tensors:  # torch puts the same tensor lr=torch.tensor(...) into all groups

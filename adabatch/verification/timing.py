@@ -27,7 +27,7 @@ def cost(make: Make, *, num_pairs: int = 20, max_cost: float | None = None) -> C
     a rank, its data and its update; a probe at every step, which ``Control(interval=)`` makes rarer.
 
     Raises:
-        ValueError: a data set smaller than the step, or fewer than 2 pairs.
+        ValueError: if the data set is smaller than the step, or there are fewer than 2 pairs.
     """
     if num_pairs < 2:
         raise ValueError(f"quartiles need at least 2 pairs of steps, got num_pairs={num_pairs}")

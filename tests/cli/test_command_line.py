@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.jobs import free_port
+from support.ports import free_port
 
 import adabatch
 from adabatch.batch import Duration

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.jobs import free_port
+from support.ports import free_port
 from support.ranks import run_ranks
 
 from adabatch.cli.main import main

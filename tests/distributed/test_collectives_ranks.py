@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.loops import network
+from support.ports import free_port
 from support.ranks import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -122,12 +122,6 @@ def referred_to(rank: int, port: int) -> tuple[int, int]:
         del cycle
         within = threads_of_gloo()
     return within, threads_of_gloo()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_processes_connect_for_a_block(tmp_path):

@@ -19,6 +19,8 @@ CHANCE = 0.693
 @pytest.mark.distributed
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_runs_by_the_command_at_its_head(path: Path) -> None:
+    if path.stem.startswith("torchft"):
+        pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
     shown = re.search(r"^(python|torchrun \S.*) examples/(\w+)\.py$", path.read_text(), flags=re.MULTILINE)
     assert shown is not None
     assert shown[2] == path.stem
@@ -42,7 +44,8 @@ def test_every_engine_and_host_has_an_example() -> None:
         "lightning_fit",
         "local_sgd",
         "one_process",
+        "torchft_replicas",
         "transformers_trainer",
         "trl_sft",
     ]
-    assert all(len(path.read_text().splitlines()) < 50 for path in SCRIPTS)
+    assert all(len(path.read_text().splitlines()) <= 60 for path in SCRIPTS), "a screen"

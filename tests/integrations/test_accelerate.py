@@ -16,12 +16,12 @@ from support.hosts import (
     awkward,
     check_awkward,
     environment_kept,
-    free_port,
     loss_of,
     needs,
     rank_variables,
 )
 from support.loops import lines, network
+from support.ports import free_port
 from support.ranks import run_ranks
 from torch import Tensor
 from torch.optim import SGD, AdamW

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.hosts import LR, MICRO, Numbered, awkward, check_awkward, free_port, loss_of, needs, rank_variables
+from support.hosts import LR, MICRO, Numbered, awkward, check_awkward, loss_of, needs, rank_variables
 from support.loops import network
+from support.ports import free_port
 from support.ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from support.causal_lm import MICRO, Sentences, by_hand, llama, training_arguments, whole
-from support.hosts import environment_kept, free_port, needs, rank_variables
+from support.hosts import environment_kept, needs, rank_variables
+from support.ports import free_port
 from support.ranks import run_ranks
 from support.trainers import fresh_state
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 from support.launched import run_whole
 from support.loops import lines
 from support.mpi import mpich
+from support.ports import free_port
 from support.slurm import cluster
 
 pytestmark = pytest.mark.distributed
@@ -41,12 +41,6 @@ def launch(script: str, out: Path, **variables: str) -> tuple[list[dict[str, Any
     ended = run_whole(command, environment=environment(**variables), cwd=Path("/"), timeout=200)
     assert ended.returncode == 0, ended.stdout[-9000:]
     return lines(out / "journal.jsonl"), ended.stdout
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +74,7 @@ def test_mpirun(by_torchrun: list[dict[str, Any]], tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 def test_deepspeed(by_torchrun: list[dict[str, Any]], tmp_path: Path) -> None:
-    journal, said = launch("deepspeed.sh", tmp_path, NPROC="2", MASTER_PORT=free_port())
+    journal, said = launch("deepspeed.sh", tmp_path, NPROC="2", MASTER_PORT=str(free_port()))
     check_same(journal, by_torchrun)
     assert f"deepspeed: {CONFIG} with {ROOT}/launch/deepspeed.json, cpu, 1 thread(s) each" in said
 

@@ -240,7 +240,7 @@ def test_a_step_count_that_is_a_plain_number() -> None:
     ratio = 1.0
     hooks = StepHooks(
         optimizer,
-        moved=lambda: StepOverrides(
+        overrides=lambda: StepOverrides(
             1.0, lambda group: {"betas": with_betas(ratio, group["betas"])}, lambda group: ratio
         ),
         skip=lambda: False,

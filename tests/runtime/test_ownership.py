@@ -369,7 +369,10 @@ def test_an_inner_step_that_raises_is_no_step_under_way() -> None:
     optimizer = Twice(model.parameters(), lr=0.01)
     told: list[Any] = []
     hooks = StepHooks(
-        optimizer, moved=lambda: StepOverrides(4.0), skip=lambda: False, done=lambda _, rates, ok: told.append(rates)
+        optimizer,
+        overrides=lambda: StepOverrides(4.0),
+        skip=lambda: False,
+        done=lambda _, rates, ok: told.append(rates),
     )
     with pytest.raises(MemoryError):
         optimizer.step()
@@ -386,7 +389,10 @@ def test_closures_that_evaluate_again_run_under_one_factor() -> None:
     rates: list[float] = []
     told: list[Any] = []
     hooks = StepHooks(
-        optimizer, moved=lambda: StepOverrides(4.0), skip=lambda: False, done=lambda _, rates, ok: told.append(rates)
+        optimizer,
+        overrides=lambda: StepOverrides(4.0),
+        skip=lambda: False,
+        done=lambda _, rates, ok: told.append(rates),
     )
 
     def closure() -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.loops import network, regression
+from support.ports import free_port
 from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional
@@ -155,10 +155,7 @@ def on_two_ranks(rank: int, port: int) -> dict[str, list[float]]:
 @needs("accelerate")
 @pytest.mark.distributed
 def test_accelerate_on_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for found in run_ranks(on_two_ranks, 2, tmp_path, port, connect=False, timeout=120):
+    for found in run_ranks(on_two_ranks, 2, tmp_path, free_port(), connect=False, timeout=120):
         assert found["ours"] == pytest.approx(rates(5), rel=1e-12)
         assert found["torch"] == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02]), "two steps of the schedule an update"
 

@@ -131,7 +131,9 @@ def test_past_the_total_the_last_value_stays() -> None:
 def test_get_last_lr_includes_the_batch_factor_and_the_groups_do_not() -> None:
     optimizer, run = two_groups(), Run([10] * 4, [1.0, 2.0, 3.0, 4.0])
     schedule = ProgressLR(optimizer, lr.constant(), run, total=examples(100))
-    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(run.lr_factor), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(
+        optimizer, overrides=lambda: StepOverrides(run.lr_factor), skip=lambda: False, done=lambda *_: None
+    )
     said = drive(optimizer, schedule, run, 4)
     assert optimizer.applied == said == [[0.1 * f, 0.01 * f] for f in (1.0, 2.0, 3.0, 4.0)]
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.01]
@@ -275,7 +277,9 @@ def test_a_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
     run = Run([10] * 3, [1.0, 2.0, 4.0])
     optimizer = Recorder(network().parameters(), lr=rate)
     schedule = ProgressLR(optimizer, lr.linear(), run, total=examples(100))
-    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(run.lr_factor), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(
+        optimizer, overrides=lambda: StepOverrides(run.lr_factor), skip=lambda: False, done=lambda *_: None
+    )
     said = drive(optimizer, schedule, run, 3)
     assert optimizer.param_groups[0]["lr"] is rate
     assert optimizer.applied == said == [pytest.approx([x]) for x in (0.1, 0.2 * 0.9, 0.4 * 0.8)]
@@ -296,7 +300,7 @@ def test_the_optimizer_can_be_copied() -> None:
     optimizer = two_groups(Adam)
     run = Run([10])
     schedule = ProgressLR(optimizer, lr.linear(), run, total=examples(100))
-    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(2.0), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, overrides=lambda: StepOverrides(2.0), skip=lambda: False, done=lambda *_: None)
     drive(optimizer, schedule, run, 2)
     copied = copy.deepcopy(optimizer)
     assert copied.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
@@ -323,7 +327,9 @@ def test_beside_a_scheduler_of_torchs_own_the_rate_is_its_rate_times_the_factor(
     optimizer, reference = two_groups(), two_groups()
     schedule, expected = make(optimizer), make(reference)
     present = iter(factors)
-    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(next(present)), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(
+        optimizer, overrides=lambda: StepOverrides(next(present)), skip=lambda: False, done=lambda *_: None
+    )
     for _ in factors:
         for each in (optimizer, reference):
             each.step()
@@ -341,7 +347,7 @@ def test_beside_a_scheduler_of_torchs_own_the_rate_is_its_rate_times_the_factor(
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["float", "tensor"])
 def test_an_update_that_raises_leaves_no_factor_in_a_checkpoint_or_the_next_update(rate: Any) -> None:
     optimizer = Recorder(network().parameters(), lr=rate)
-    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(8.0), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, overrides=lambda: StepOverrides(8.0), skip=lambda: False, done=lambda *_: None)
     optimizer.fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
@@ -364,7 +370,7 @@ def test_an_update_that_raises_leaves_no_factor_in_a_checkpoint_or_the_next_upda
 
 def test_remove_takes_the_hooks_off_and_the_factor_with_them() -> None:
     optimizer = Recorder(network().parameters(), lr=0.1)
-    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(8.0), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, overrides=lambda: StepOverrides(8.0), skip=lambda: False, done=lambda *_: None)
     optimizer.fails = True
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step()
@@ -381,7 +387,7 @@ def test_an_optimizer_that_calls_its_parents_step_gets_the_factor_once() -> None
     SGD(network().parameters(), lr=1.0)
     model = nn.Linear(1, 1, bias=False)
     optimizer = Decayed(model.parameters(), lr=0.5)
-    hooks = StepHooks(optimizer, moved=lambda: StepOverrides(3.0), skip=lambda: False, done=lambda *_: None)
+    hooks = StepHooks(optimizer, overrides=lambda: StepOverrides(3.0), skip=lambda: False, done=lambda *_: None)
     before = model.weight.item()
     model(torch.ones(1, 1)).sum().backward()
     optimizer.step()
@@ -397,7 +403,7 @@ def test_a_skipped_update_leaves_weights_and_state_alone() -> None:
     told = []
     hooks = StepHooks(
         optimizer,
-        moved=lambda: StepOverrides(1.0),
+        overrides=lambda: StepOverrides(1.0),
         skip=lambda: skips.pop(0),
         done=lambda _, rates, applied: told.append((rates, applied)),
     )

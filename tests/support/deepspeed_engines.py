@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 
 from support.launched import start
 from support.loops import network
+from support.ports import free_port
 
 OPTIMIZERS = Callable[[Iterable[Any]], Optimizer]
 
@@ -27,11 +27,8 @@ def run_deepspeed(size: int, function: Callable[..., Any], *arguments: str, time
     launcher = str(beside) if beside.exists() else shutil.which("deepspeed")
     if launcher is None:
         pytest.skip("no DeepSpeed: pip install deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    command = [launcher, "--num_gpus", str(size), "--master_port", str(port), "--no_local_rank"]
+    command = [launcher, "--num_gpus", str(size), "--master_port", str(free_port()), "--no_local_rank"]
     variables = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "PATH": path, "PYTHONWARNINGS": "ignore::FutureWarning"}
     return start(command, function, *arguments, variables=variables, timeout=timeout).results()
 

@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 
 from adabatch import GlobalOrder
 from adabatch.cli.main import main
-from support.jobs import NUM_EXAMPLES, PRELOADED, PROCESSES, SEED, await_lines, command, free_port, lines, prepare
+from support.jobs import NUM_EXAMPLES, PRELOADED, PROCESSES, SEED, await_lines, command, lines, prepare
+from support.ports import free_port
 
 TOTAL = 4000
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,13 +41,6 @@ def needs(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package} (pip install {package})", allow_module_level=True)
-
-
-def free_port() -> int:
-    """A port for a process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def rank_variables(rank: int, size: int, port: int) -> None:

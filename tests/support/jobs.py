@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from adabatch.batch.needs import Needs
 from adabatch.checkpointing.files import UNFINISHED, checkpoints_in
 from adabatch.cli.main import main
 from support.loops import journal_text
+from support.ports import free_port
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PRELOADED = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main"]
@@ -167,14 +167,6 @@ class Attempt:
             self.processes[rank].kill()
         for rank in ranks:
             self.processes[rank].join()
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def _run(arguments: list[str], environment: dict[str, str], output: Path, sync_seconds: float) -> None:

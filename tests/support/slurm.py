@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from support.ports import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -63,7 +65,7 @@ def cluster(place: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     host = socket.gethostname().split(".")[0]
-    (place / "slurm.conf").write_text(CONFIG.format(host=host, place=place, ports=_free_ports(2)))
+    (place / "slurm.conf").write_text(CONFIG.format(host=host, place=place, ports=[free_port(), free_port()]))
     environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(place / "slurm.conf")}
     munge = [
         "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={place}/munge.socket",
@@ -96,11 +98,3 @@ def _await_node(environment: dict[str, str], place: Path) -> None:
         time.sleep(0.5)
     logs = "\n".join(path.read_text(errors="replace")[-1500:] for path in sorted(place.glob("*.log")))
     pytest.skip(f"Slurm does not run here: {state.stdout} {state.stderr}\n{logs}")
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

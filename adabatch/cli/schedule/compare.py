@@ -48,7 +48,7 @@ def compare(
         display: where the table goes.
 
     Raises:
-        ValueError: whatever does not fit.
+        ValueError: if arguments and run do not match.
     """
     horizon = _horizons(norms, clock)(steps)
     bounded = {
@@ -118,7 +118,7 @@ def transfer(
         The base learning rate.
 
     Raises:
-        ValueError: whatever does not fit.
+        ValueError: if arguments and run do not match.
     """
     require(0 < base_lr < math.inf, "base_lr must be positive and finite", base_lr)
     (old_label, old), (new_label, new) = parse_shape(source), parse_shape(target)

@@ -57,7 +57,7 @@ def extend(
         display: where the table goes.
 
     Raises:
-        ValueError: whatever does not fit.
+        ValueError: if arguments and run do not match.
     """
     saved = read_saved(run)
     if saved is None:

@@ -24,7 +24,7 @@ def journal_of(run: Path) -> Path:
     """The journal of a run: of its folder, or the file itself.
 
     Raises:
-        ValueError: neither of these.
+        ValueError: if it is neither of these.
     """
     journal = run / JOURNAL if run.is_dir() else run
     if not journal.is_file():
@@ -38,7 +38,7 @@ def read_recorded(run: Path) -> Recorded:
     """The applied steps of a run, given its folder or its journal.
 
     Raises:
-        ValueError: no journal, and as ``lr.read_recorded`` does.
+        ValueError: if there is no journal, and for the reasons of ``lr.read_recorded``.
     """
     path = journal_of(run)
     return lr.read_recorded(lines_of(path), str(path))
@@ -48,8 +48,8 @@ def read_saved(run: Path) -> SavedSchedule | None:
     """The schedule of a run, given its folder; None where that holds no checkpoint, or is a journal.
 
     Raises:
-        ValueError: as ``read_checkpoint`` does.
-        CheckpointError: all checkpoints are damaged.
+        ValueError: for the same reasons as ``read_checkpoint``.
+        CheckpointError: if all checkpoints are damaged.
     """
     found = newest_checkpoint(run / CHECKPOINTS, Collectives())
     return None if found is None else read_checkpoint(found.path)
@@ -59,7 +59,7 @@ def read_checkpoint(path: Path) -> SavedSchedule:
     """The schedule in a checkpoint.
 
     Raises:
-        ValueError: a checkpoint that cannot be read, or that holds no schedule of ``ProgressLR``.
+        ValueError: if the checkpoint cannot be read, or holds no schedule of ``ProgressLR``.
     """
     if not (path / STATE).is_file():
         raise ValueError(

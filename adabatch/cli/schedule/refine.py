@@ -52,7 +52,7 @@ def refine(
         display: where the summary goes.
 
     Raises:
-        ValueError: whatever does not fit.
+        ValueError: if arguments and run do not match.
     """
     recorded, saved = read_recorded(run), read_saved(run)
     reference = reference_of(recorded, saved)

@@ -1,4 +1,4 @@
-"""The factors of the layers: averages over observations, whose memory is in examples."""
+"""The factors of the layers: averages over observations, with a memory counted in examples."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class WatchedLayer:
     """A layer whose factors are kept.
 
     Args:
-        name: in the model, without the names of wrappers.
+        name: its name in the model, without the names of wrappers.
         kind: what it does with its weight.
-        diagonal_input: whether its input factor is a diagonal.
+        diagonal_input: whether its input factor is diagonal.
         dims: d_in, d_out.
         holder: the layer's first parameter in the optimizer.
-        state: the holder's state, where the factors stand.
+        state: the optimizer's state of the holder, which contains the factors.
     """
 
     name: str
@@ -38,20 +38,20 @@ class WatchedLayer:
 
     @property
     def cost(self) -> float:
-        """Of inverting both factors, in units of a multiplication or so: the cubes of their sides."""
+        """The cost of inverting both factors, in multiplications: the cubes of their sides."""
         d_in, d_out = self.dims
         return float(d_out) ** 3 + (float(d_in) if self.diagonal_input else float(d_in) ** 3)
 
 
 @dataclass
 class FactorSums:
-    """Sums over all rows that one layer gave since the last step.
+    """Sums over all rows of one layer since the last step.
 
     Args:
         num_rows: rows of inputs: examples times positions, over all calls of the layer.
-        input_sum: sum of ``h h^T``, shape (d_in, d_in), or (d_in,) where it is diagonal.
+        input_sum: sum of ``h h^T``, shape (d_in, d_in), or (d_in,) if it is diagonal.
         output_sum: sum of ``delta delta^T``, shape (d_out, d_out).
-        input_rows, output_rows: the rows themselves instead of the sums, where few enough were asked for.
+        input_rows, output_rows: the rows themselves instead of the sums, if rows are kept.
     """
 
     num_rows: float = 0.0
@@ -63,14 +63,14 @@ class FactorSums:
 
 @dataclass
 class Sums:
-    """What a step's micro-batches gave: the number of examples, and sums for each layer."""
+    """The number of examples in a step's micro-batches, and sums for each layer."""
 
     num_examples: float = 0.0
     layers: dict[str, FactorSums] = field(default_factory=dict)
 
 
 def allocate(layer: WatchedLayer, *, dtype: torch.dtype, device: torch.device) -> None:
-    """Zeros for the factors of a layer, so that its state has its shape before the first observation."""
+    """Allocates the factors of a layer, so that a checkpoint can be loaded before the first observation."""
     d_in, d_out = layer.dims
     shape = (d_in,) if layer.diagonal_input else (d_in, d_in)
     layer.state["input_moment"] = torch.zeros(shape, dtype=dtype, device=device)
@@ -80,13 +80,13 @@ def allocate(layer: WatchedLayer, *, dtype: torch.dtype, device: torch.device) -
 
 
 def factor(layer: WatchedLayer, side: str, trace: float) -> Factor:
-    """The factor of one side as it stands."""
+    """The present factor of one side."""
     rows = layer.state.get(f"{side}_rows")
     return Factor(layer.state[f"{side}_moment"], trace) if rows is None else Factor(rows, trace, in_rows=True)
 
 
 def traces(layers: Sequence[WatchedLayer]) -> Tensor:
-    """Trace of each layer's input and output factor, and its counters; shape (num_layers, 4), float64."""
+    """The traces of each layer's input and output factors, and its two counters; shape (num_layers, 4), float64."""
     values = []
     for layer in layers:
         for side in SIDES:
@@ -101,21 +101,19 @@ def _trace(moment: Tensor) -> Tensor:
 
 
 def share_of(num_examples: float, *, memory: float) -> float:
-    """The share of an observation of ``num_examples`` in an exponential average over ``memory`` examples."""
+    """The weight of an observation of ``num_examples`` in an exponential average over ``memory`` examples."""
     return 1 - math.exp(-num_examples / memory) if memory > 0 else 1.0
 
 
 def average_in(layer: WatchedLayer, seen: FactorSums, *, num_examples: float, share: float) -> None:
-    """Takes one observation into a layer's averages; one that is not finite is left out and counted.
-
-    The averages begin at the first observation, and are not corrected for that: curvature falls fast at first, and what
-    is remembered of its beginning keeps the early steps short. On MNIST at width 256 corrected averages diverged at a
-    learning rate of 1/8, three seeds of three, where these train.
-    """
+    """Adds one observation to a layer's averages; one that is not finite is skipped and counted."""
     assert seen.input_sum is not None
     assert seen.output_sum is not None
     new = {"input": seen.input_sum / seen.num_rows, "output": seen.output_sum / num_examples}
     finite = torch.isfinite(_trace(new["input"]) + _trace(new["output"]))
+    # The first observation is taken whole, and the averages are not corrected for that. Curvature falls fast at first,
+    # and the memory of its beginning keeps the early steps short: on MNIST at width 256, corrected averages diverged at
+    # a learning rate of 1/8 with three seeds of three, where these train.
     part = torch.where(layer.state["observed"] > 0, share, 1.0)
     for side, value in new.items():
         old = layer.state[f"{side}_moment"]
@@ -125,7 +123,7 @@ def average_in(layer: WatchedLayer, seen: FactorSums, *, num_examples: float, sh
 
 
 def keep_rows(layer: WatchedLayer, seen: FactorSums, *, num_examples: float) -> None:
-    """Puts one observation in the place of all before it: its rows, or their moment where they are many."""
+    """Replaces all earlier observations by this one: by its rows, or by their moment if there are many rows."""
     for side, rows, number in (
         ("input", seen.input_rows, seen.num_rows),
         ("output", seen.output_rows, num_examples),
@@ -136,6 +134,7 @@ def keep_rows(layer: WatchedLayer, seen: FactorSums, *, num_examples: float) -> 
             layer.state[f"{side}_moment"].copy_(seen.input_sum / number)
             continue
         stacked = torch.cat(rows) / math.sqrt(number)
+        # With fewer rows than columns, the Gram matrix of the rows is the smaller one to decompose.
         if len(stacked) < stacked.shape[1]:
             layer.state[f"{side}_rows"] = stacked
         else:
@@ -144,7 +143,7 @@ def keep_rows(layer: WatchedLayer, seen: FactorSums, *, num_examples: float) -> 
 
 
 def pack(layers: Sequence[WatchedLayer], sums: Sums) -> Tensor:
-    """All sums in one tensor: two counts a layer and the upper triangles, for one reduction over the ranks."""
+    """All sums in one tensor, for one reduction over the ranks: two counts per layer, and upper triangles."""
     pieces = []
     for layer in layers:
         seen = sums.layers.get(layer.name, FactorSums())

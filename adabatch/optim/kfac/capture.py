@@ -1,8 +1,8 @@
-"""Watches a model's forward, and turns what it saw into sums over per-example gradients.
+"""Records a model's forward, and computes sums over per-example gradients from it.
 
-While the model given to K-FAC runs forward, each layer's input and output are noted. `Capture.observe` then sends
-cotangents from the model's output back to those outputs. The recomputed forward of activation checkpointing runs
-outside the model's own forward, and so is not noted twice.
+While the model given to K-FAC runs forward, the input and output of each layer are recorded. `Capture.observe` then
+propagates cotangents from the model's output back to the outputs of the layers. The recomputed forward of activation
+checkpointing runs outside the model's own forward, and is therefore not recorded twice.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from adabatch.optim.kfac.averages import FactorSums, Sums, WatchedLayer
 
 
 class Noted(NamedTuple):
-    """One call of a layer: its name, its input (detached), and where its output stands in the graph.
-
-    The place and not the tensor, which an in-place activation would overwrite.
-    """
+    """One call of a layer: its name, its input (detached), and its output's edge in the graph."""
 
     name: str
     input: Tensor
-    output: GradientEdge
+    output: GradientEdge  # not the tensor, which an in-place activation would overwrite
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
@@ -44,24 +41,24 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
         if call is not None:
             call(*arguments)
 
-    # What it notes is outside of the graph, and a weak reference cannot be traced.
+    # torch.compile cannot trace a weak reference, and what the hook records is not part of the compiled graph anyway.
     disabled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return disabled
 
 
-# A second K-FAC on a model, as of a notebook cell that is run again, must find the first, which torch does not tell.
-# Nothing is kept alive by it, and no number of a run depends on it.
+# A second K-FAC on a model (from a notebook cell that is run again) must find the first one, for which torch has no
+# registry. The references are weak, so nothing is kept alive.
 _WATCHING: WeakKeyDictionary[nn.Module, ref[Capture]] = WeakKeyDictionary()
 
 
 class Capture:
-    """Hooks on a model and its layers, which go when this is dropped, or a newer one watches a layer of them.
+    """Hooks on a model and its layers. They are removed when this object is dropped, or replaced by a newer one.
 
     Args:
-        model: the module that is called with the inputs; nothing is noted outside its forward.
-        layers: those to watch, by module.
-        due: whether the forward that begins is to be noted.
-        in_rows: keep rows, not their moments.
+        model: the module that is called with the inputs; nothing is recorded outside its forward.
+        layers: the layers to watch, by module.
+        due: returns whether the forward that begins is to be recorded.
+        in_rows: keep rows instead of their moments.
     """
 
     def __init__(
@@ -86,7 +83,7 @@ class Capture:
             if older is not None and (capture := older()) is not None:
                 capture.give_way()
             _WATCHING[module] = ref(self)
-        # The layers' hooks first: the model may be a layer itself, whose hooks run in this order.
+        # The layers' hooks first: the model may itself be a layer, and its hooks run in this order.
         self._handles = [
             *(module.register_forward_hook(_weakly(self._note)) for module in layers),
             model.register_forward_pre_hook(_weakly(self._begin), prepend=True),
@@ -95,7 +92,7 @@ class Capture:
         finalize(self, _remove, self._handles).atexit = False
 
     def _begin(self, module: nn.Module, args: object) -> None:
-        if module is not self._model:  # a copy of it, such as an average of its weights, which has the hooks too
+        if module is not self._model:  # a deep copy of it (an average of its weights) has the hooks too
             return
         self._noted.clear()
         self._watching = torch.is_grad_enabled() and self._due()
@@ -108,16 +105,16 @@ class Capture:
             self._noted.append(Noted(self._layers[module].name, args[0].detach(), get_gradient_edge(output)))
 
     def give_way(self) -> None:
-        """A newer K-FAC watches these layers."""
+        """Called when a newer K-FAC takes over these layers."""
         self._replaced = True
         self.remove()
 
     @property
     def noted(self) -> bool:
-        """Whether a forward has been noted and not observed yet.
+        """Whether a forward has been recorded but not observed.
 
         Raises:
-            RuntimeError: a newer K-FAC watches these layers.
+            RuntimeError: if a newer K-FAC has taken over these layers.
         """
         if self._replaced:
             raise RuntimeError(
@@ -126,11 +123,11 @@ class Capture:
         return bool(self._noted)
 
     def observe(self, outputs: Tensor, cotangents: Iterable[Tensor]) -> None:
-        """Adds what the last forward of the model gave to the sums of this step.
+        """Adds the last forward of the model to the sums of this step.
 
         Args:
-            outputs: what the model returned, shape (examples, ...), still with its graph, which stays.
-            cotangents: of ``outputs``, of their shape each.
+            outputs: the outputs of the model, shape (examples, ...), with their graph, which is kept.
+            cotangents: cotangents of ``outputs``, each in their shape.
         """
         noted, self._noted = self._noted, []
         where = [each.output for each in noted]
@@ -168,11 +165,11 @@ class Capture:
         sums.output_sum = moment if sums.output_sum is None else sums.output_sum.add_(moment)
 
     def take(self) -> Sums:
-        """The sums since the last call, which begin anew."""
+        """Returns the sums since the last call, and resets them."""
         taken, self._sums = self._sums, Sums()
         return taken
 
     def remove(self) -> None:
-        """Takes every hook off the model."""
+        """Removes every hook from the model."""
         _remove(self._handles)
         self._noted.clear()

@@ -1,4 +1,4 @@
-"""What K-FAC refuses before it begins."""
+"""Checks of the arguments of K-FAC."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from adabatch.optim.placement import Reduce
 
 
 def check_factors(exponents: Exponents, *, exact: bool, memory: float, refresh: float, observe_every: int) -> None:
-    """Raises ``ValueError`` for settings of the factors that are out of range or do not go together."""
+    """Raises ``ValueError`` if settings of the factors are out of range or exclude each other."""
     if any(not 0 <= exponent <= 1 for exponent in exponents):
         raise ValueError(f"exponents (e_B, e_A) must be in [0, 1], got {tuple(exponents)}")
     if exact and exponents != Exponents():
@@ -32,7 +32,7 @@ def check_factors(exponents: Exponents, *, exact: bool, memory: float, refresh: 
 
 
 def check_step(*, momentum: float, kl_clip: float | None, others: str | None, **not_negative: float) -> None:
-    """Raises ``ValueError`` for settings of the step that are out of range."""
+    """Raises ``ValueError`` if settings of the step are out of range."""
     for name, value in not_negative.items():
         require(0 <= value < math.inf, f"{name} must be zero or positive and finite", value)
     require(0 <= momentum < 1, "momentum must be in [0, 1)", momentum)
@@ -42,7 +42,7 @@ def check_step(*, momentum: float, kl_clip: float | None, others: str | None, **
 
 
 def plain_groups(params: ParamsT) -> list[dict[str, Any]]:
-    """Groups, as torch's optimizers take them: tensors, named tensors, or dictionaries."""
+    """Parameter groups, from any form that torch's optimizers accept: tensors, named tensors, or dictionaries."""
     given = listed(params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     result = []
@@ -54,13 +54,14 @@ def plain_groups(params: ParamsT) -> list[dict[str, Any]]:
 
 
 def refuse_zeros(found: Survey, groups: Sequence[Mapping[str, Any]], reduce: Reduce | None) -> None:
-    """Raises ``ValueError`` for a trained weight that is all zeros, on all ranks: one alone may hold no row of it."""
+    """Raises ``ValueError`` if a trained weight is all zeros."""
     trained = {id(p) for group in groups for p in group["params"]}
     every = [(each.name, each.module.get_parameter("weight")) for each in found.layers]
     weights = {name: weight.detach() for name, weight in every if id(weight) in trained}
     if not weights:
         return
-    flags = [float(weight.any()) for weight in weights.values()]  # of a shard, in a sharded model
+    # In a sharded model a rank sees its shard only, and may hold no row of a weight: the sum over the ranks decides.
+    flags = [float(weight.any()) for weight in weights.values()]
     some = torch.tensor(flags, device=next(iter(weights.values())).device)
     some = some if reduce is None else reduce(some)
     zeros = [name for name, count in zip(weights, some.tolist(), strict=True) if not count]

@@ -1,4 +1,4 @@
-"""What K-FAC counts between steps."""
+"""The counts that K-FAC keeps between steps."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass
 class StepCounts:
-    """Counts that belong to the whole optimizer; equal on all ranks.
+    """Counts of the whole optimizer, the same on all ranks.
 
     Args:
-        steps: taken.
+        steps: steps so far.
         observations: calls of ``observe`` that measured.
-        refreshes: computations of the inverses.
+        refreshes: how often the inverses were computed.
         since_refresh: examples observed since the inverses were computed.
-        last_batch: examples of the last step that observed.
+        last_batch: examples in the last step that observed.
     """
 
     steps: float = 0.0
@@ -27,7 +27,7 @@ class StepCounts:
     last_batch: float = 0.0
 
     def tensor(self) -> Tensor:
-        """The counts, shape (5,), float64: what an optimizer's state can hold."""
+        """The counts as a tensor, which an optimizer's state can hold; shape (5,), float64."""
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     @classmethod

@@ -1,7 +1,8 @@
-"""What is sent back from the model's output to measure the curvature of the loss there.
+"""Cotangents of the model's outputs, from which the curvature of the loss is measured.
 
-Each function gives cotangents: gradients of a loss, summed over the examples, with respect to the outputs. Sent back to
-a layer's output they are per-example gradients: no mean over the batch, no accumulation and no loss scale is in them.
+A cotangent is the gradient, with respect to the outputs, of a loss that is summed over the examples. Propagated back to
+a layer's output it gives per-example gradients, which do not depend on the mean over the batch, on accumulation or on a
+loss scale.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import Tensor
 from adabatch.arguments import require_one_of
 
 Likelihood = Literal["categorical", "gaussian"]
-"""What the loss is the negative logarithm of: cross-entropy on logits, or half the squared error."""
+"""The likelihood whose negative logarithm is the loss: cross-entropy on logits, or half the squared error."""
 
 Fisher = Literal["monte-carlo", "empirical", "gauss-newton"]
-"""Which gradients the output factor is made of."""
+"""The gradients from which the output factor is computed."""
 
 
 def cotangents(
@@ -29,14 +30,17 @@ def cotangents(
     likelihood: Likelihood,
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
-    """Cotangents of the outputs, each of their shape; the last dimension holds the classes or the coordinates.
+    """Cotangents of the outputs, each in their shape; the last dimension holds the classes or coordinates.
 
-    * "monte-carlo": one, for targets drawn from the model's own likelihood. The Fisher matrix in expectation.
-    * "empirical": one, for the given targets. Vanishes with the residual, and is not a curvature of the loss.
-    * "gauss-newton": one for each class or coordinate. The Fisher matrix itself, for as many backward passes.
+    * "monte-carlo": one cotangent, for targets drawn from the model's own likelihood. In expectation it gives the
+      Fisher matrix.
+    * "empirical": one cotangent, for the given targets. It vanishes with the residual, and does not give a curvature of
+      the loss.
+    * "gauss-newton": one cotangent for each class or coordinate. Together they give the Fisher matrix itself, at the
+      cost of as many backward passes.
 
     Raises:
-        ValueError: "empirical" without targets, or with targets of another shape than the outputs take.
+        ValueError: for "empirical", if there are no targets or their shape does not match the outputs.
     """
     values = outputs.detach()
     values = values if values.dtype is torch.float64 else values.float()
@@ -66,7 +70,8 @@ def _drawn(values: Tensor, likelihood: Likelihood, generator: torch.Generator | 
     if likelihood == "gaussian":
         noise = torch.empty_like(values)
         return values + noise.normal_(generator=generator)
-    # Where the outputs are not finite any draw will do: what is sent back is not finite either, and is left out.
+    # multinomial() raises on NaN. If the outputs are not finite any draw will do: the cotangent is not finite either,
+    # and the observation is skipped.
     flat = values.softmax(-1).nan_to_num(nan=1.0).flatten(0, -2)
     return torch.multinomial(flat, 1, generator=generator).view(values.shape[:-1])
 
@@ -87,6 +92,6 @@ def _checked(values: Tensor, targets: Tensor | None, likelihood: Likelihood) -> 
 
 
 def check(fisher: str, likelihood: str) -> None:
-    """Raises ``ValueError`` for a name that is none of ours."""
+    """Raises ``ValueError`` if a name is unknown."""
     for name, value, allowed in (("fisher", fisher, Fisher), ("likelihood", likelihood, Likelihood)):
         require_one_of(name, value, allowed)

@@ -1,4 +1,4 @@
-"""The first-order update of the parameters that K-FAC does not take: torch's own."""
+"""The first-order update of the parameters that K-FAC does not take, by torch's own functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 
 
 def update_others(group: dict[str, Any], state: MutableMapping[Tensor, Any]) -> None:
-    """One step of AdamW or SGD on the parameters of a group, their state in the optimizer's."""
+    """One step of AdamW or SGD on the parameters of a group."""
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
@@ -50,7 +50,7 @@ def update_others(group: dict[str, Any], state: MutableMapping[Tensor, Any]) -> 
 def _sgd(params: list[Tensor], grads: list[Tensor], group: dict[str, Any], state: MutableMapping[Tensor, Any]) -> None:
     lr = float(group["lr"])
     for p in params:
-        p.mul_(1 - lr * group["weight_decay"])  # decoupled, as everywhere in K-FAC
+        p.mul_(1 - lr * group["weight_decay"])  # decoupled, as everywhere in K-FAC; torch's sgd() couples it
     buffers: list[Tensor | None] = [state[p].get("momentum_buffer") for p in params]
     sgd(
         params,

@@ -1,4 +1,4 @@
-"""From factors to the operators that precondition a gradient, with a way out where a factorization fails."""
+"""Computes the operators that precondition a gradient from the factors, with fallbacks for failed factorizations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from adabatch.optim.kfac.roots import EigenBasis, Inverted, Root, eigen_basis, i
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError
 
 TRACE_FLOOR = 1e-30
-"""Trace below which a factor counts as zero: dead units, or a readout at zero. Its layer takes no step."""
+"""Trace up to which a factor counts as zero (dead units, or a zero readout). Its layer then takes no step."""
 
 
 class Exponents(NamedTuple):
-    """Powers of the inverse factors: (1, 1) is K-FAC, (0, 1) input side only, (1, 0) output side only, (0, 0) SGD."""
+    """Powers of the inverse factors: (1, 1) for K-FAC, (0, 1) input side only, (1, 0) output side only, (0, 0) SGD."""
 
     output: float = 1.0
     input: float = 1.0
@@ -29,11 +29,14 @@ class Exponents(NamedTuple):
 
 @dataclass(eq=False)
 class FactorBlock:
-    """A parameter with a preconditioner of its own: a layer's weight, or its bias.
+    """A parameter with its own preconditioner: the weight or the bias of a layer.
 
     Args:
-        state: where the optimizer keeps its roots.
-        group: its parameter group, for the damping.
+        layer: the layer.
+        param: the parameter.
+        is_bias: whether it is the bias.
+        state: the optimizer's state of the parameter, which contains its roots.
+        group: its parameter group, which contains the damping.
     """
 
     layer: WatchedLayer
@@ -46,7 +49,7 @@ class FactorBlock:
 def allocate(
     block: FactorBlock, exponents: Exponents, *, exact: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Zeros for the roots of a block: what has not been inverted yet takes no step."""
+    """Allocates the roots of a block. They are zeros, so a block takes no step before its first inversion."""
     d_in, d_out = block.layer.dims
     shapes: dict[str, tuple[int, ...]] = {"output_root": (d_out, d_out) if exponents.output else ()}
     if not block.is_bias:
@@ -59,13 +62,13 @@ def allocate(
 
 
 def roots_of(block: FactorBlock) -> list[Tensor]:
-    """The tensors that precondition the block, in a fixed order."""
+    """The tensors that precondition the block, in the same order on all ranks."""
     names = ("output_root", "output_scale", "input_root", "input_scale", "output_basis", "input_basis", "inverse")
     return [block.state[name] for name in names if name in block.state]
 
 
 def precondition(block: FactorBlock, grad: Tensor) -> Tensor:
-    """The block's roots on a gradient of the shape of its parameter."""
+    """Applies the block's roots to a gradient of the shape of its parameter."""
     state = block.state
     if block.is_bias:
         return Root(state["output_root"], state.get("output_scale")).of_rows(grad.unsqueeze(-1)).squeeze(-1)
@@ -83,9 +86,9 @@ class Inversion:
     """Computes the roots of blocks.
 
     Args:
-        form: of the damping; None for the exact one of the product.
-        exponents: of the inverse factors.
-        fallbacks: counts what was replaced, by kind.
+        form: the form of the damping; None for the exact inverse of the damped product.
+        exponents: powers of the inverse factors.
+        fallbacks: counts the fallbacks, by kind.
     """
 
     def __init__(self, form: DampingForm | None, exponents: Exponents, fallbacks: Counter[str]) -> None:
@@ -94,7 +97,10 @@ class Inversion:
         self._fallbacks = fallbacks
 
     def run(self, pairs: Iterable[tuple[FactorBlock, FactorPair]]) -> None:
-        """New roots for the blocks, from their factors; the old ones stay where nothing can be computed."""
+        """Computes new roots for the blocks from their factors; a block whose factorization fails keeps the old ones.
+
+        All Cholesky factorizations are queued before the first is checked, so that one host sync serves all of them.
+        """
         tried: dict[tuple[str, str, float], Inverted] = {}
         requests: list[tuple[FactorBlock, str, tuple[str, str, float], Factor]] = []
         for block, pair in pairs:

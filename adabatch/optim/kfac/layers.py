@@ -1,4 +1,4 @@
-"""Which layers K-FAC takes, and how their inputs and output gradients become rows of factors."""
+"""The kinds of layers that K-FAC supports, and how their inputs and output gradients become rows of factors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Layer(Protocol):
     """What one kind of layer does with its weight, seen as a matrix of shape (d_out, d_in)."""
 
     def input_moment(self, value: Tensor) -> Tensor:
-        """Sum of ``h h^T`` over the rows ``h`` of a layer input, shape (d_in, d_in); (d_in,) where it is diagonal."""
+        """Sum of ``h h^T`` over the rows ``h`` of a layer input, shape (d_in, d_in), or (d_in,) if it is diagonal."""
         ...
 
     def input_rows(self, value: Tensor) -> Tensor | None:
-        """The rows ``h`` themselves, shape (num_rows, d_in); None where the moment is diagonal."""
+        """The rows ``h``, shape (num_rows, d_in); None if the moment is diagonal."""
         ...
 
     def output_rows(self, value: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class Layer(Protocol):
         ...
 
     def num_rows(self, value: Tensor) -> int:
-        """Rows that an input gives: its examples times their positions."""
+        """The number of rows of an input: examples times positions."""
         ...
 
     def matrix(self, grad: Tensor) -> Tensor:
@@ -33,12 +33,12 @@ class Layer(Protocol):
         ...
 
     def shaped(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """The inverse of ``matrix``: in the shape of the weight ``like``."""
+        """The inverse of ``matrix``: the gradient in the shape of the weight ``like``."""
         ...
 
 
 class LinearLayer:
-    """``nn.Linear``, with or without positions between the first and the last dimension of its input."""
+    """``nn.Linear``; its input may have positions between the first and the last dimension."""
 
     def input_moment(self, value: Tensor) -> Tensor:
         """Sum over examples and positions."""
@@ -46,7 +46,7 @@ class LinearLayer:
         return rows.T @ rows
 
     def input_rows(self, value: Tensor) -> Tensor:
-        """One row an example and position."""
+        """One row per example and position."""
         return value.flatten(0, -2).float() if value.dtype is not torch.float64 else value.flatten(0, -2)
 
     output_rows = input_rows
@@ -56,19 +56,19 @@ class LinearLayer:
         return value.numel() // value.shape[-1]
 
     def matrix(self, grad: Tensor) -> Tensor:
-        """As it is."""
+        """The gradient itself."""
         return grad
 
     def shaped(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """As it is."""
+        """The matrix itself."""
         return matrix
 
 
 class Conv2dLayer:
-    """``nn.Conv2d``: each output position is a row, its input the patch that the kernel sees there.
+    """``nn.Conv2d``: each output position is a row, and its input is the patch under the kernel.
 
     Args:
-        module: the layer; one group.
+        module: the layer, with one group.
     """
 
     def __init__(self, module: nn.Conv2d) -> None:
@@ -91,7 +91,7 @@ class Conv2dLayer:
         return patches.transpose(1, 2).flatten(0, 1)
 
     def output_rows(self, value: Tensor) -> Tensor:
-        """One row an example and output position, shape (examples * positions, C_out)."""
+        """One row per example and output position, shape (examples * positions, C_out)."""
         rows = value.flatten(2).transpose(1, 2).flatten(0, 1)
         return rows if rows.dtype is torch.float64 else rows.float()
 
@@ -116,10 +116,10 @@ class Conv2dLayer:
 
 
 class EmbeddingLayer:
-    """``nn.Embedding``: a linear layer on one-hot inputs, whose input moment is the diagonal of token counts.
+    """``nn.Embedding``: a linear layer on one-hot inputs, whose input moment is a diagonal matrix of token counts.
 
     Args:
-        module: the layer; dense gradients, no ``max_norm``.
+        module: the layer, with dense gradients and without ``max_norm``.
     """
 
     def __init__(self, module: nn.Embedding) -> None:
@@ -134,11 +134,11 @@ class EmbeddingLayer:
         return
 
     def output_rows(self, value: Tensor) -> Tensor:
-        """One row a token that was looked up, shape (tokens, d)."""
+        """One row per looked-up token, shape (tokens, d)."""
         return value.flatten(0, -2) if value.dtype is torch.float64 else value.flatten(0, -2).float()
 
     def num_rows(self, value: Tensor) -> int:
-        """Tokens looked up."""
+        """The number of looked-up tokens."""
         return value.numel()
 
     def matrix(self, grad: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class EmbeddingLayer:
 
 
 def layer_of(module: nn.Module) -> Layer | str:
-    """How K-FAC takes a module that holds parameters of its own, or why it cannot."""
+    """The kind of a module with parameters, or the reason why K-FAC does not support it."""
     if isinstance(module, nn.Linear):
         return LinearLayer()
     if isinstance(module, nn.Conv2d):

@@ -27,11 +27,11 @@ from adabatch.optim.mup.guard import check_ratios
 from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
 
 BATCH_CHANGE = 0.1
-"""Relative change of the batch at which the inverses are computed anew."""
+"""Relative change of the batch beyond which the inverses are computed again."""
 
 
 class KFAC(Optimizer):
-    r"""K-FAC with factors from per-example gradients, and damping that holds at every width.
+    r"""K-FAC with factors from per-example gradients, and a damping that suits every width.
 
     For the weight of a layer with inputs ``h``, per-example gradients ``delta`` at its output, and the gradient ``G``,
     each step computes
@@ -42,82 +42,86 @@ class KFAC(Optimizer):
         v <- momentum v + D
         w <- (1 - lr weight_decay) w - lr v
 
-    A bias is a block of its own, with A = 1: ``(B + rho_B)^-e_B g``. (Appended to the weight as one more input, it
-    would stop learning as the width grows.)
+    A bias is a separate block with A = 1: ``(B + rho_B)^-e_B g``. (If it were appended to the weight as another input,
+    it would stop learning as the width grows.)
 
-    The loop tells the optimizer what the model returned, before the loss is sent back:
+    The loop passes the model's outputs to the optimizer before the backward of the loss:
 
         outputs = model(x)
-        optimizer.observe(outputs)            # one more backward to the layers' outputs, where factors are due
+        optimizer.observe(outputs)            # another backward to the layers' outputs if factors are due
         loss_fn(outputs, y).backward()
         optimizer.step()
 
-    *Per-example, whatever surrounds it.* Cotangents are sent from the outputs back to each layer, summed over the
-    examples: neither the mean of the loss, nor accumulation, nor a loss scale, nor the number of ranks enters B, so a
-    step does not change with how a batch is cut. (Taken from the gradient of a mean loss, B falls with the square of
-    the batch size, and the step grows with it.) Call ``observe`` in each micro-batch; the sums are pooled at ``step``.
+    *Per-example factors.* Cotangents that are summed over the examples are propagated from the outputs back to each
+    layer. So B does not depend on the mean in the loss, on accumulation, on a loss scale or on the number of ranks, and
+    a step does not depend on how a batch is divided. (Computed from the gradient of a mean loss, B would fall with the
+    square of the batch size, and the step would grow with it.) Call ``observe`` in each micro-batch; the sums are
+    pooled at ``step``.
 
-    *Width.* Neither the learning rate nor the damping, in the unit of the trace, scales with it. What needs care is the
-    readout: small at initialization, and not zero (``adabatch.optim.mup`` sets it).
+    *Width.* The learning rate does not change with width, nor does the damping in units of the trace. The readout needs
+    care: it must be small at initialization, and not zero (``adabatch.optim.mup`` sets it).
 
     Args:
-        params: parameters or groups of them; those of layers that K-FAC does not take need ``others``. Groups may have
-            their own ``lr``, ``damping``, ``momentum`` and ``weight_decay``; a width plan makes such groups.
-        model: the module that is called with the inputs, wrapped as it is called. Its layers are watched.
-        lr: step size. With the default damping and batches of 128 on MNIST, falling to zero, 0.03 was best at widths
-            256 and 1,024, and 0.06 at 64. A constant rate wants less, a larger batch more (``docs/kfac.md``).
-        damping: added to the factors, in the unit of ``damping_form``. The learning rate and it are one knob with two
-            handles: a direction far below it moves by lr / damping^2 of its gradient.
+        params: parameters or groups of them; parameters of layers that K-FAC does not take need ``others``. Groups may
+            have their own ``lr``, ``damping``, ``momentum`` and ``weight_decay``; a width plan makes such groups.
+        model: the module that is called with the inputs, with its wrappers. Its layers get hooks.
+        lr: step size. With the default damping and batches of 128 on MNIST, and a rate that falls to zero, 0.03 was
+            best at widths 256 and 1,024, and 0.06 at 64. A constant rate should be smaller; with larger batches it can
+            be larger (``docs/kfac.md``).
+        damping: added to the factors, in the unit of ``damping_form``. It interacts with the learning rate: a direction
+            whose curvature is far below the damping moves by lr / damping^2 times its gradient.
         damping_form: "trace" (relative to each factor's trace), "absolute" (scaled by the groups' fan ratios),
-            "kronecker" (the same on the product of the factors, through their eigenvectors), "split" (the textbook's,
-            by mean eigenvalues; for comparison), or a function of a ``FactorPair`` and the group.
-        exponents: powers of the inverse output and input factor, (e_B, e_A); (0, 1) is input side only.
-        fisher: "monte-carlo" draws targets from the model's own likelihood (one extra backward to the layers' outputs);
-            "gauss-newton" is exact for as many as there are classes; "empirical" uses the true targets, and explodes
-            as the residual vanishes: its step grows with one over it.
-        likelihood: what the loss is the negative logarithm of: "categorical" (cross-entropy) or "gaussian" (half the
-            squared error). Another constant factor in the loss only changes the unit of the learning rate.
-        memory: examples after which an average of the factors has forgotten a share of 1 - 1/e. The default is the
-            customary 0.95 a step at a batch of 128 (Martens and Grosse 2015). At 0 only the last step's examples count;
-            where they are then fewer than a layer is wide, on one process, a matrix of their number is decomposed
-            instead of the factor.
-        refresh: examples between two computations of the inverses. In examples, so that they follow the batch: at the
-            default every 10 steps of 128, at each step from 1,280 on. A step whose batch differs by a tenth from the
-            one before refreshes too.
-        warmup_refreshes: steps at the start that each refresh.
-        observe_every: steps between two observations; more is cheaper and staler.
+            "kronecker" (the same on the product of the factors, in their eigenbasis), "split" (the textbook's, by mean
+            eigenvalues; for comparison), or a function of a ``FactorPair`` and the group.
+        exponents: powers of the inverse output and input factors, (e_B, e_A); (0, 1) is the input side only.
+        fisher: "monte-carlo" draws targets from the model's own likelihood, at one additional backward to the layers'
+            outputs; "gauss-newton" is exact, at one backward per class; "empirical" uses the true targets, and diverges
+            as the residual vanishes, since its step grows with one over the residual.
+        likelihood: the likelihood whose negative logarithm is the loss: "categorical" (cross-entropy) or "gaussian"
+            (half the squared error). A constant factor in the loss only changes the unit of the learning rate.
+        memory: the memory of the factors' exponential average, in examples: after so many, old observations have a
+            weight of 1/e. The default is the customary 0.95 per step at a batch of 128 (Martens and Grosse 2015). With
+            0 only the last step counts; if it has fewer examples than a layer's width, on one process, the matrix to
+            decompose has the size of their number.
+        refresh: examples between two computations of the inverses. Counted in examples, so that it adapts to the batch:
+            by default every 10 steps at a batch of 128, and every step from 1,280 on. A step whose batch differs by
+            more than a tenth from the previous one also refreshes.
+        warmup_refreshes: number of first steps that all refresh.
+        observe_every: steps between two observations. More steps are cheaper, with older factors.
         momentum: heavy-ball factor on the preconditioned direction, in [0, 1).
-        weight_decay: decoupled.
-        kl_clip: largest sum of ``lr^2 <D, G>`` of a step, beyond which the directions are scaled down; 1e-3 is
-            customary, and wanted where batches are small (``docs/kfac.md``). Under the width plan it does not depend on
-            width, as a Euclidean clip does. Momentum is added after it.
-        others: "adamw" or "sgd" (with ``momentum``) for the parameters that K-FAC does not take; None refuses them.
-        others_lr: their learning rate.
-        exclude: name patterns (as of ``fnmatch``) of layers to leave to ``others``.
-        seed: of the drawn targets; each rank and each observation draws its own.
-        reduce: sums a tensor over the ranks that see different data, the same bits on each; None for one process.
-            Called once at each step that observes, by all.
-        owner: which rank inverts which layer; None where each inverts all.
-        allow_zero_weights: take layers whose weight is all zeros.
+        weight_decay: coefficient of the decoupled decay.
+        kl_clip: the largest sum of ``lr^2 <D, G>`` in a step; beyond it the directions are scaled down. 1e-3 is
+            customary, and needed for small batches (``docs/kfac.md``). Under the width plan it does not depend on width
+            (a clip of the Euclidean norm would). Momentum is added after it.
+        others: "adamw" or "sgd" (with ``momentum``) for the parameters that K-FAC does not take; with None such
+            parameters are an error.
+        others_lr: the learning rate of ``others``.
+        exclude: ``fnmatch`` patterns of the names of layers to leave to ``others``.
+        seed: the seed of the drawn targets; each rank and each observation draws different ones.
+        reduce: sums a tensor over the ranks that see different data, with the same bits on each; None for one process.
+            All ranks call it once at each step that observes.
+        owner: decides which rank inverts which layer; by default each rank inverts all.
+        allow_zero_weights: accept layers whose weight is all zeros.
 
     Raises:
-        ValueError: an option out of its range; a layer that K-FAC cannot take, by name, without ``others``; a parameter
-            that is not the model's; a weight that is all zeros; "kronecker" with other exponents or without memory.
-        RuntimeError: at ``step``, a layer with a gradient that no ``observe`` has seen, or parameters that were
-            replaced (DeepSpeed flattens them from ZeRO 1 on: use stage 0, DDP or FSDP2).
+        ValueError: if an option is out of its range, if K-FAC cannot take a layer and there are no ``others``, if a
+            parameter does not belong to the model, if a weight is all zeros, or if "kronecker" is used with other
+            exponents or without memory.
+        RuntimeError: at ``step``, if a layer with a gradient has not been observed, or if parameters were replaced
+            (DeepSpeed flattens them from ZeRO 1 on: use stage 0, DDP or FSDP2).
 
     Attributes:
-        fallbacks: how often, by kind, something was replaced: "float64 inverse", "kept inverse" (float64 failed too),
-            "no curvature" (a factor of trace zero: its layer took no step), "not finite" (an observation that was left
-            out). Of the layers that this rank inverts.
+        fallbacks: the number of fallbacks in the layers that this rank inverts, by kind: "float64 inverse", "kept
+            inverse" (float64 failed too), "no curvature" (a factor has trace zero, so its layer took no step), "not
+            finite" (an observation was skipped).
 
-    Limits: Linear, Conv2d (one group) and Embedding (dense gradients), each weight in one layer. Factors are square in
-    a layer's fan-in and fan-out. Not capturable: an observing step waits for the device once where there is a
-    ``reduce``, a refreshing one twice. Under ``torch.compile`` run steps with ``due`` eagerly
-    (``torch.compiler.set_stance("force_eager")``). Reentrant activation checkpointing hides the layers; use
+    Limits: Linear, Conv2d (one group) and Embedding (dense gradients), each weight in one layer. The sizes of factors
+    are the squares of a layer's fan-in and fan-out. Not capturable: a step that observes waits for the device once if
+    there is a ``reduce``, and a step that refreshes waits twice. Under ``torch.compile``, run steps with ``due``
+    eagerly (``torch.compiler.set_stance("force_eager")``). Reentrant activation checkpointing hides the layers; use
     ``use_reentrant=False``.
 
-    State: factors and inverses stand in the state of the parameters, whole on every rank.
+    State: factors and inverses are in the state of the parameters, whole on every rank.
 
     Source: Martens and Grosse 2015; Grosse and Martens 2016 (convolutions); Eschenhagen et al. 2023 (positions);
     Ishikawa and Karakida 2024 (exponents and damping across widths); Benzing 2022 (input side only); kl-clip: Ba,
@@ -125,10 +129,10 @@ class KFAC(Optimizer):
     """
 
     preferred_lr_rule: ClassVar[str] = "sqrt"
-    """How its learning rate follows the batch where nobody says."""
+    """The default rule by which the learning rate follows the batch."""
 
     needs_whole_gradients: ClassVar[bool] = True
-    """It looks at the matrices of layers."""
+    """Each step reads the whole gradient matrices of layers."""
 
     @checked
     def __init__(
@@ -196,27 +200,27 @@ class KFAC(Optimizer):
         self._owner.deal({layer.name: layer.cost for layer in self._layers})
         self._inversion = Inversion(form, self._exponents, self.fallbacks)
         self._whitening = Whitening()
-        # Rows save work where no other rank's have to be added to them.
+        # Rows save work only on one process: the sum over ranks would be of matrices again.
         self._in_rows = memory == 0 and reduce is None
         self._capture = Capture(model, modules, due=lambda: self.due, in_rows=self._in_rows)
 
-    # --- what the loop calls ----------------------------------------------------------------------------------------
+    # --- called by the loop -----------------------------------------------------------------------------------------
 
     @property
     def due(self) -> bool:
-        """Whether the coming step is to observe; at the others ``observe`` costs nothing."""
+        """Whether the next step needs an observation; in other steps ``observe`` does nothing."""
         return int(self._clock.steps) % self._observe_every == 0
 
     @property
     def reduces(self) -> bool:
-        """Whether factors are those of all ranks, by ``reduce``; else of this process."""
+        """Whether the factors are summed over all ranks by ``reduce``."""
         return self._reduce is not None
 
     def check_ranks(self, num_ranks: int) -> None:
-        """That ranks which share a model share the factors that precondition its gradient.
+        """Checks that the ranks that train one model also share its factors.
 
         Raises:
-            ValueError: each of several ranks would take them from its own examples.
+            ValueError: if each of several ranks would use the factors of its own examples.
         """
         if num_ranks > 1 and not self.reduces:
             raise ValueError(
@@ -225,17 +229,17 @@ class KFAC(Optimizer):
             )
 
     def observe(self, outputs: Tensor, targets: Tensor | None = None) -> None:
-        """Measures the curvature at what the model just returned; call it once a forward, before the backward.
+        """Measures the curvature at the model's outputs. Call it once per forward, before the backward.
 
         Args:
-            outputs: what the model returned, shape (examples, ..., classes or coordinates), still in its graph. Its
-                first dimension is what the loss averages over: where a loss averages over tokens, flatten examples and
-                positions first, as for the loss.
+            outputs: the outputs of the model, shape (examples, ..., classes or coordinates), with their graph. The loss
+                must be a mean over the first dimension: if it averages over tokens, flatten examples and positions
+                first, as for the loss.
             targets: for ``fisher="empirical"``: class numbers, or values in the shape of ``outputs``.
 
         Raises:
-            RuntimeError: the model has not run, with gradients, since the last call.
-            ValueError: outputs without a graph or examples, or targets that do not fit them.
+            RuntimeError: if the model has not run with gradients since the last call.
+            ValueError: if the outputs have no graph or no examples, or if the targets do not match them.
         """
         if not self.due:
             return
@@ -261,7 +265,7 @@ class KFAC(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step. A closure is called first, with gradients; ``observe`` belongs into it then."""
+        """Take one step. A closure is called first, with gradients enabled, and must then call ``observe``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -285,7 +289,7 @@ class KFAC(Optimizer):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Computes the inverses from the factors as they stand; ``step`` does it when it is due."""
+        """Computes the inverses from the present factors. ``step`` calls it when it is due."""
         numbers = averages.traces(self._layers).tolist() if self._layers else []  # host sync
         measured = dict(zip([layer.name for layer in self._layers], numbers, strict=True))
         self._check_observed(measured)
@@ -302,44 +306,45 @@ class KFAC(Optimizer):
         self._clock.since_refresh = 0.0
 
     def precondition(self, param: Tensor, grad: Tensor) -> Tensor:
-        """The direction of a gradient under the inverses as they stand, of the shape of ``param``.
+        """The gradient preconditioned by the present inverses, in the shape of ``param``.
 
-        ``<grad, precondition(param, grad)>`` is the squared norm of a gradient in the metric of K-FAC. For a parameter
-        that K-FAC does not take it is the gradient itself.
+        ``<grad, precondition(param, grad)>`` is the squared norm of a gradient in the metric of K-FAC. A gradient of a
+        parameter that K-FAC does not take is returned unchanged.
         """
         block = self._blocks.get(param)
         return grad if block is None else inversion.precondition(block, grad)
 
     @property
     def whitens(self) -> bool:
-        """Whether there are inverses yet, by which ``whiten`` can measure."""
+        """Whether there are inverses yet, which ``whiten`` needs."""
         return self._clock.refreshes > 0
 
     def whiten(self, param: Tensor, grad: Tensor) -> Tensor:
         """A gradient whose Euclidean norm is that of ``grad`` in the metric of K-FAC, ``<grad, precondition(grad)>``.
 
-        It is the square root of the preconditioner on ``grad``; for a parameter that K-FAC does not take, zero. The
-        roots of the inverses are kept until they are computed anew.
+        It is the square root of the preconditioner applied to ``grad``; zero for a parameter that K-FAC does not take.
+        The roots are cached until the next refresh.
         """
         block = self._blocks.get(param)
         return torch.zeros_like(grad) if block is None else self._whitening.of(block, grad)
 
     def remove(self) -> None:
-        """Takes every hook off the model; the optimizer is not usable afterwards."""
+        """Removes every hook from the model; the optimizer cannot be used afterwards."""
         self._capture.remove()
 
     # --- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> StateDict:
-        """Torch's format; the counts stand beside the factors of each layer."""
+        """The state in torch's format; the counts are saved beside the factors of each layer."""
         for layer in self._layers:
             layer.state["clock"] = self._clock.tensor()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Restores a run, bit for bit: factors, inverses and counts keep the precision that they were saved in."""
+        """Restores a run exactly: factors, inverses and counts keep the precision in which they were saved."""
         super().load_state_dict(state_dict)
         self._whitening = Whitening()
+        # Optimizer.load_state_dict has cast all state to the dtype of its parameter: copied again, uncast.
         saved = state_dict["state"]
         params = [p for group in self.param_groups for p in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -359,7 +364,7 @@ class KFAC(Optimizer):
     # --- private ----------------------------------------------------------------------------------------------------
 
     def _take_layers(self, found: Survey, *, exact: bool) -> Iterator[tuple[nn.Module, WatchedLayer]]:
-        """Layers with a parameter in the groups, and blocks for those parameters."""
+        """Allocates layers that have a parameter in the groups, and blocks for those parameters."""
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for each in found.layers:
             own = [(key, p) for key, p in each.module.named_parameters(recurse=False) if id(p) in groups]
@@ -377,12 +382,12 @@ class KFAC(Optimizer):
             yield each.module, layer
 
     def _average(self) -> bool:
-        """Takes this step's sums, over all ranks, into the factors; whether there were any."""
+        """Adds this step's sums over all ranks to the factors; returns whether there were any."""
         sums = self._capture.take()
         if self._reduce is not None and self._layers:
             sums = averages.unpack(self._reduce(averages.pack(self._layers, sums)), self._layers)
         if sums.num_examples == 0:
-            if self._clock.refreshes == 0:  # on all ranks: their sums were added up
+            if self._clock.refreshes == 0:  # raises on all ranks alike, since the sums are over all of them
                 raise RuntimeError(
                     "K-FAC has not observed anything yet: call optimizer.observe(outputs) after the model's forward "
                     "and before the backward"
@@ -402,7 +407,7 @@ class KFAC(Optimizer):
         return True
 
     def _wants_refresh(self, before: float) -> bool:
-        """Whether the inverses are due, after a batch of so many examples ``before`` this one."""
+        """Whether the inverses are due; ``before`` is the number of examples in the previous batch."""
         now = self._clock.last_batch
         early = self._clock.refreshes < self._warmup_refreshes
         changed = before > 0 and abs(now - before) > BATCH_CHANGE * before
@@ -416,7 +421,7 @@ class KFAC(Optimizer):
         return FactorPair(averages.factor(layer, "input", input_trace), averages.factor(layer, "output", output_trace))
 
     def _directions(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter's preconditioned gradient, clipped, laid out as the parameter is."""
+        """Each parameter's preconditioned and clipped gradient, in the layout of the parameter."""
         found: list[tuple[Tensor, Tensor]] = []
         product: Tensor | None = None
         for p, block in self._blocks.items():
@@ -425,6 +430,8 @@ class KFAC(Optimizer):
             name = block.layer.name
             whole = self._owner.gather(name, p.grad)
             direction = None if whole is None else inversion.precondition(block, whole.to(_dtype(block)))
+            # Only the owner adds a layer's product: under DDP all ranks have the whole gradient, and the sum over the
+            # ranks would count it several times.
             if self._kl_clip is not None and whole is not None and direction is not None and self._owner.owns(name):
                 inner = float(block.group["lr"]) ** 2 * (direction * whole).sum().double()
                 product = inner if product is None else product + inner
@@ -452,7 +459,7 @@ class KFAC(Optimizer):
         p.add_(direction, alpha=-lr)
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        """Draws that differ by rank and observation, and need no state but a count."""
+        """A generator for each rank and observation, which needs no state except a count."""
         generator = torch.Generator(device)
         counted = (self._seed, self._owner.rank, int(self._clock.observations))
         return generator.manual_seed(hash(counted) % 2**63)  # of integers: the same in every run

@@ -1,7 +1,7 @@
-"""Inverse powers of damped factors, and what applies them to a gradient.
+"""Inverse powers of damped factors, as operators on gradients.
 
-A factor is a symmetric positive semi-definite matrix X, a diagonal, or rows R with X = R^T R. Of each, a `Root` is the
-operator ``(X + rho)^-e``. It is computed on the matrix scaled to trace 1, whose entries neither overflow nor vanish.
+A factor is a symmetric positive semi-definite matrix X, a diagonal, or rows R with X = R^T R. A `Root` is the operator
+``(X + rho)^-e``. Matrices are scaled to trace 1 first, so that nothing overflows or underflows.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ class Root(NamedTuple):
 
     Args:
         core: shape (d, d), (d,), () or, with a ``scale``, (num_rows, d).
-        scale: shape (), of the dimensions that the rows do not reach; None for the other forms.
+        scale: the operator on the complement of the span of the rows, shape (); None for the other forms.
     """
 
     core: Tensor
     scale: Tensor | None = None
 
     def of_rows(self, grad: Tensor) -> Tensor:
-        """The operator on the rows' side, ``root @ grad``; ``grad`` of shape (d, k)."""
+        """``root @ grad``, for ``grad`` of shape (d, k)."""
         if self.scale is not None:
             return self.scale * grad - self.core.T @ (self.core @ grad)
         if self.core.dim() == 2:
@@ -32,38 +32,38 @@ class Root(NamedTuple):
         return self.core.unsqueeze(-1) * grad if self.core.dim() == 1 else self.core * grad
 
     def of_columns(self, grad: Tensor) -> Tensor:
-        """The same from the right, ``grad @ root``; ``grad`` of shape (k, d)."""
+        """``grad @ root``, for ``grad`` of shape (k, d)."""
         return self.of_rows(grad.T).T
 
 
 class Inverted(NamedTuple):
-    """Roots of the form ``X^-1`` with LAPACK's word on whether the factorization went well; shape (), int32."""
+    """An inverse, and LAPACK's ``info``, shape (), int32: zero if the factorization succeeded."""
 
     root: Root
     info: Tensor
 
 
 def inverse(moment: Tensor, *, damping: float, trace: float, dtype: torch.dtype) -> Inverted:
-    """``(moment + damping)^-1`` by a Cholesky factorization in ``dtype``; ``info`` is nonzero where it failed."""
+    """``(moment + damping)^-1`` by a Cholesky factorization in ``dtype``; ``info`` is nonzero if it failed."""
+    # cholesky_ex() does not raise, and reports in a tensor: no host sync per matrix.
     scaled = (moment.to(dtype) / trace).diagonal_scatter(moment.diagonal().to(dtype) / trace + damping / trace)
     factor, info = torch.linalg.cholesky_ex(scaled)
-    # What is left of a failed factorization may be singular, and cholesky_inverse would raise.
+    # After a failure the factor may be singular, and cholesky_inverse() would raise; the identity is never used.
     factor = torch.where(info == 0, factor, torch.eye(len(factor), dtype=dtype, device=factor.device))
     return Inverted(Root((torch.cholesky_inverse(factor) / trace).to(moment.dtype)), info)
 
 
 def power(moment: Tensor, exponent: float, *, damping: float, trace: float) -> Root:
-    """``(moment + damping)^-exponent`` of a matrix or a diagonal, through a float64 eigendecomposition.
-
-    float64, because float32 eigenvalues of a rank-deficient factor are wrong by more than a small damping.
+    """``(moment + damping)^-exponent`` of a matrix or a diagonal, by an eigendecomposition in float64.
 
     Raises:
-        torch.linalg.LinAlgError: the decomposition did not converge.
+        torch.linalg.LinAlgError: if the decomposition did not converge.
     """
     if exponent == 0:
         return Root(torch.ones((), dtype=moment.dtype, device=moment.device))
     if moment.dim() == 1:
         return Root((moment + damping).pow(-exponent))
+    # In float32, eigenvalues of a rank-deficient factor are wrong by more than a small damping.
     values, vectors = torch.linalg.eigh(moment.double() / trace)
     powers = (values.clamp(min=0) + damping / trace).pow(-exponent)
     return Root(((vectors * powers) @ vectors.T / trace**exponent).to(moment.dtype))
@@ -72,11 +72,12 @@ def power(moment: Tensor, exponent: float, *, damping: float, trace: float) -> R
 def power_of_rows(rows: Tensor, exponent: float, *, damping: float) -> Root:
     """``(rows^T rows + damping)^-exponent`` from the small Gram matrix of the rows (push-through identity).
 
-    With ``rows rows^T = U s U^T``, the operator is ``damping^-e - V^T V`` where
-    ``V = sqrt((damping^-e - (s + damping)^-e) / s) U^T rows``: (num_rows, num_rows) instead of (d, d).
+    With ``rows rows^T = U s U^T``, the operator is ``damping^-e - V^T V``, where
+    ``V = sqrt((damping^-e - (s + damping)^-e) / s) U^T rows``. The decomposed matrix has shape (num_rows, num_rows)
+    instead of (d, d).
 
     Raises:
-        torch.linalg.LinAlgError: the decomposition did not converge.
+        torch.linalg.LinAlgError: if the decomposition did not converge.
     """
     values, vectors = torch.linalg.eigh((rows @ rows.T).double())
     values = values.clamp(min=0)
@@ -92,7 +93,7 @@ class EigenBasis(NamedTuple):
 
     Args:
         output_basis: shape (d_out, d_out).
-        input_basis: shape (d_in, d_in); (d_in,), and not used, where the input factor is diagonal.
+        input_basis: shape (d_in, d_in); if the input factor is diagonal, shape (d_in,) and not used.
         inverse: shape (d_out, d_in).
     """
 
@@ -101,7 +102,7 @@ class EigenBasis(NamedTuple):
     inverse: Tensor
 
     def of(self, grad: Tensor) -> Tensor:
-        """``(A (x) B + damping)^-1`` on a gradient, shape (d_out, d_in)."""
+        """Applies ``(A (x) B + damping)^-1`` to a gradient of shape (d_out, d_in)."""
         turned = self.output_basis.T @ grad
         if self.input_basis.dim() == 1:
             return self.output_basis @ (turned * self.inverse)
@@ -109,10 +110,10 @@ class EigenBasis(NamedTuple):
 
 
 def eigen_basis(input_moment: Tensor, output_moment: Tensor, *, damping: float) -> EigenBasis:
-    """The exact inverse of ``A (x) B + damping``, through two float64 eigendecompositions.
+    """The exact inverse of ``A (x) B + damping``, by two eigendecompositions in float64.
 
     Raises:
-        torch.linalg.LinAlgError: a decomposition did not converge.
+        torch.linalg.LinAlgError: if a decomposition did not converge.
     """
     out_values, out_basis = torch.linalg.eigh(output_moment.double())
     if input_moment.dim() == 1:

@@ -1,4 +1,4 @@
-"""Which of a model's layers K-FAC watches, and which parameters it leaves to a first-order method."""
+"""Which layers of a model K-FAC takes, and which parameters it leaves to a first-order method."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from adabatch.optim.kfac.layers import EmbeddingLayer, Layer, layer_of
 from adabatch.optim.mup.names import all_names, named_modules
 
 
-class Found(NamedTuple):
+class FoundLayer(NamedTuple):
     """A layer that K-FAC takes.
 
     Args:
-        name: in the model, without the names of wrappers.
-        module: it.
+        name: its name in the model, without the names of wrappers.
+        module: the layer.
         kind: what it does with its weight.
     """
 
@@ -34,29 +34,30 @@ class Found(NamedTuple):
 
     @property
     def diagonal_input(self) -> bool:
-        """Whether the input factor is a diagonal."""
+        """Whether the input factor is diagonal."""
         return isinstance(self.kind, EmbeddingLayer)
 
 
 class Survey(NamedTuple):
-    """What a model holds.
+    """What was found in a model.
 
     Args:
-        layers: those that K-FAC takes.
-        refused: why it does not take a parameter, by the parameter's name.
-        names: of all parameters, by identity.
+        layers: the layers that K-FAC takes.
+        refused: the names of the other parameters, and why K-FAC does not take them.
+        names: the names of all parameters, by ``id``.
     """
 
-    layers: list[Found]
+    layers: list[FoundLayer]
     refused: dict[str, str]
     names: dict[int, str]
 
 
 def survey(model: nn.Module, exclude: Sequence[str]) -> Survey:
-    """Looks through a model.
+    """Finds the layers of a model.
 
     Args:
-        exclude: patterns of layer names to leave out, as of ``fnmatch``.
+        model: the model, wrapped or not.
+        exclude: ``fnmatch`` patterns of the names of layers to exclude.
     """
     uses = {id(parameter): names for names, parameter in all_names(model)}
     found = Survey([], {}, {key: names[0] for key, names in uses.items()})
@@ -70,7 +71,7 @@ def survey(model: nn.Module, exclude: Sequence[str]) -> Survey:
         if isinstance(kind, str):
             found.refused.update({uses[id(parameter)][0]: kind for parameter in own.values()})
         else:
-            found.layers.append(Found(name, module, kind))
+            found.layers.append(FoundLayer(name, module, kind))
     return found
 
 
@@ -88,10 +89,10 @@ def _kind(
 def split_groups(
     groups: Sequence[Mapping[str, Any]], found: Survey, *, others: str | None, others_lr: float
 ) -> list[dict[str, Any]]:
-    """The user's groups, those parameters set apart that K-FAC does not take.
+    """The user's groups, with the parameters that K-FAC does not take moved to separate groups.
 
     Raises:
-        ValueError: a parameter that is not the model's, or one that K-FAC does not take where ``others`` is None.
+        ValueError: if a parameter does not belong to the model, or if K-FAC does not take one and ``others`` is None.
     """
     taken = {id(p) for layer in found.layers for p in layer.module.parameters(recurse=False)}
     result: list[dict[str, Any]] = []
@@ -113,7 +114,7 @@ def split_groups(
         if mine:
             result.append({**group, "params": mine, "method": "kfac"})
         if apart:
-            # Their rate is none of the width plan's.
+            # Their learning rate is others_lr, to which the multipliers of a width plan do not apply.
             rest = {name: value for name, value in group.items() if name not in ("mup_lr", "mup_base_lr")}
             result.append({**rest, "params": apart, "method": others, "lr": others_lr})
     return result

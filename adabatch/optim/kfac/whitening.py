@@ -1,4 +1,4 @@
-"""The square root of a preconditioner, in which the noise of the gradient can be measured."""
+"""The square root of a preconditioner, for measuring the noise of the gradient in its metric."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from adabatch.optim.kfac.roots import Root
 
 
 class Whitening:
-    """Square roots of the inverses as they stand, each made when it is first asked for.
+    """Square roots of the present inverses, each computed when it is first needed.
 
-    For an inverse ``P`` a factor ``C`` with ``C^T C = P``; which of them does not matter to a norm.
+    The root of an inverse ``P`` is any factor ``C`` with ``C^T C = P``; all of them give the same norm.
     """
 
     def __init__(self) -> None:
         self._factors: dict[tuple[int, str], Tensor] = {}
 
     def of(self, block: FactorBlock, grad: Tensor) -> Tensor:
-        """The square root of a block's preconditioner on a gradient of the shape of its parameter."""
+        """Applies the square root of a block's preconditioner to a gradient of the shape of its parameter."""
         state = block.state
         dtype = state["output_root" if "output_root" in state else "inverse"].dtype
         grad = grad.to(dtype)
@@ -44,12 +44,12 @@ class Whitening:
 
 
 def _factor(root: Root) -> Tensor:
-    """C with ``C^T C`` the root; zero where the root is."""
+    """A matrix C such that ``C^T C`` is the root; zero if the root is zero."""
     core = root.core
     if root.scale is not None:
         core = root.scale * torch.eye(core.shape[1], dtype=core.dtype, device=core.device) - core.T @ core
     if core.dim() < 2:
         return core.sqrt()
     factor, info = torch.linalg.cholesky_ex(core.double())
-    # An inverse that is not positive definite is a layer without curvature: all zeros.
+    # Only the zero inverse of a layer without curvature is not positive definite.
     return torch.where(info == 0, factor.T, 0.0).to(core.dtype)

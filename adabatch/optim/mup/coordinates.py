@@ -95,7 +95,7 @@ class CoordinateCheck:
         """Does nothing if the check passed; for your own tests.
 
         Raises:
-            ValueError: names the parameters that failed, and their slopes.
+            ValueError: if it failed; names the parameters that failed, and their slopes.
         """
         if self.failures:
             named = ", ".join(f"{each.name} {self.own_slope(each):+.2f}" for each in self.failures)
@@ -193,13 +193,13 @@ class _Call(NamedTuple):
     output: Tensor
 
 
-class _Moved(NamedTuple):
+class _OutputChange(NamedTuple):
     own: float
     total: float
 
 
 @torch.no_grad()
-def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> dict[str, _Moved]:
+def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> dict[str, _OutputChange]:
     """How much every parameter of one model changes the outputs of its layer."""
     model, optimizers = trial.start(width, seed)
     layers = {name: module for name, module in named_modules(model) if module._parameters}
@@ -219,7 +219,7 @@ def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> d
         for key in old[name]:
             parameter = module._parameters[key]
             if parameter is not None and parameter.requires_grad:
-                found[joined(name, key)] = _Moved(_own(module, key, old[name], before[name]), total)
+                found[joined(name, key)] = _OutputChange(_own(module, key, old[name], before[name]), total)
     return found
 
 
@@ -227,12 +227,13 @@ def _own(module: nn.Module, key: str, old: dict[str, Tensor], calls: Sequence[_C
     """How much the change of one parameter alone changes the layer's outputs on its old inputs."""
     new = module._parameters[key]
     assert new is not None
-    moved = [
+    # The old outputs are computed again, not taken from `calls`, so that both sides differ in the parameter only.
+    outputs = [
         _first(functional_call(module, values, call.arguments, call.keywords))
         for call in calls
         for values in ({**old, key: new}, old)
     ]
-    return _rms([changed - first for changed, first in zip(moved[::2], moved[1::2], strict=True)])
+    return _rms([changed - first for changed, first in zip(outputs[::2], outputs[1::2], strict=True)])
 
 
 def _calls(model: nn.Module, layers: dict[str, nn.Module], inputs: Tensor) -> dict[str, list[_Call]]:

@@ -11,15 +11,16 @@ from typing import Any, Literal, get_args
 from adabatch.arguments import check_fields, require
 
 Dim = Literal["in", "out", "kernel", "stack"]
-"""What a dimension of a parameter is: summed over by the layer, one number an output, a place of a kernel, which counts
-as summed over but never as width, or a stack of matrices, which belongs to neither fan."""
+"""What a dimension of a parameter is. "in": the layer sums over it. "out": one number per output. "kernel": a position
+in a kernel, which the layer sums over too, but which is never width. "stack": one of several matrices, part of neither
+fan."""
 
 Kind = Literal["weight", "conv", "embedding", "bias", "norm", "other"]
-"""What a parameter does; "other" where its module is unknown."""
+"""What a parameter does; "other" if its module is unknown."""
 
 Role = Literal["input", "hidden", "output", "fixed", "vector"]
-"""Which fans of a parameter grow with width: out, both, in, neither; "vector" for biases, gains and their like, which
-have no fan-in."""
+"""Which fans of a parameter grow with width: out, both, in, or neither, respectively; "vector" for parameters without a
+fan-in, such as biases and gains."""
 
 _FIXED: Mapping[Role, frozenset[Dim]] = MappingProxyType(
     {
@@ -37,8 +38,9 @@ class Entry:
     """One parameter of a plan; all that a width rule reads.
 
     Args:
-        shape: in the model.
-        base_shape: in the base model; a dimension that is not width according to the role is that of the model.
+        shape: its shape in the model.
+        base_shape: its shape in the base model, except that dimensions which are not width according to the role are
+            those of the model.
         layout: what each dimension is.
         kind: what the parameter does.
         role: which fans grow with width.

@@ -38,7 +38,7 @@ def check_ratios(optimizer: Optimizer) -> None:
     ``lr``, are not compared. A rate that is a tensor on an accelerator is not read, because reading it would wait.
 
     Raises:
-        ValueError: names the rate, the one it should be, and the way out.
+        ValueError: if they do not; names the rate, the right one, and what to do.
     """
     first: dict[float, float] = {}
     for number, group in enumerate(optimizer.param_groups):

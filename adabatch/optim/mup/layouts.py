@@ -1,4 +1,4 @@
-"""Which dimensions of a parameter are fans, told by the module that owns it."""
+"""Which dimensions of a parameter are fans, according to the module that owns it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Use(NamedTuple):
     """What a module does with a parameter.
 
     Args:
-        kind: of the parameter.
-        layout: of its dimensions; None where the module does not tell.
+        kind: the kind of the parameter.
+        layout: its dimensions; None if the module's type does not determine them.
     """
 
     kind: Kind
@@ -27,11 +27,11 @@ class Use(NamedTuple):
 
 
 def use_of(module: nn.Module, key: str, parameter: Tensor) -> Use:
-    """What ``module`` does with the parameter that it calls ``key``.
+    """What ``module`` does with its parameter ``key``.
 
-    Torch's linear, bilinear, convolution, embedding, recurrent, attention and normalization layers tell it. Elsewhere
-    what has one dimension or none is a vector, and more dimensions tell nothing: layers of a user's own store weights
-    as (out, in) or as (in, out).
+    This is known for torch's linear, bilinear, convolution, embedding, recurrent, attention and normalization layers.
+    In other modules a parameter with at most one dimension is a vector, and the layout of others is unknown, since they
+    may store weights as (out, in) or as (in, out).
     """
     dims = parameter.dim()
     if isinstance(module, _NORMS):
@@ -52,14 +52,15 @@ def use_of(module: nn.Module, key: str, parameter: Tensor) -> Use:
 
 
 def _convolution(module: _ConvNd, dims: int) -> tuple[Dim, ...]:
-    # Depthwise, each filter is its own output whichever way the kernel runs; its second dimension is 1.
+    # Transposed convolutions store (in, out). In a depthwise one each filter is an output of its own, and the second
+    # dimension is 1, so it is read like any other convolution.
     swapped = isinstance(module, _ConvTransposeNd) and module.groups < module.in_channels
     ends: tuple[Dim, Dim] = ("in", "out") if swapped else ("out", "in")
     return (*ends, *_repeated("kernel", dims - 2))
 
 
 def _last_out(dims: int) -> tuple[Dim, ...]:
-    """A bias is as long as the output, which comes last; attention's has empty dimensions before."""
+    """The layout of a bias, whose last dimension is the output; attention's bias has dimensions of size 1 before it."""
     return (*_repeated("stack", dims - 1), "out") if dims else ()
 
 
@@ -68,10 +69,10 @@ def _repeated(dim: Dim, times: int) -> tuple[Dim, ...]:
 
 
 def parsed_layout(text: str) -> tuple[Dim, ...]:
-    """A layout from words: ``"out in"``, ``"in out"``, ``"stack out in"``, ``"out in kernel kernel"``.
+    """A layout from text: ``"out in"``, ``"in out"``, ``"stack out in"``, ``"out in kernel kernel"``.
 
     Raises:
-        ValueError: another word.
+        ValueError: if it contains another word.
     """
     words = text.split()
     known = get_args(Dim)

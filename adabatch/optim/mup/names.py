@@ -1,4 +1,4 @@
-"""Parameters by names without those of wrappers: DDP, FSDP2, ``torch.compile`` and checkpoint wrappers."""
+"""Names of parameters without those of wrappers: DDP, FSDP2, ``torch.compile`` and checkpoint wrappers."""
 
 from __future__ import annotations
 

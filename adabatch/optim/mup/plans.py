@@ -40,10 +40,10 @@ class Plan:
 
     @checked
     def at(self, model: nn.Module) -> Plan:
-        """The plan of the same architecture at another width, such as the base's own, where every multiplier is 1.
+        """The plan of the same architecture at another width, such as that of the base, where every multiplier is 1.
 
         Raises:
-            ValueError: a model of another architecture.
+            ValueError: if the model has another architecture.
         """
         named = named_parameters(model)
         check_names(self.entries, named, "the plan's model")
@@ -130,7 +130,7 @@ class Plan:
         return [name for name, entry in self.entries.items() if law.takes(entry)]
 
     def left_by(self, method: Method | Law) -> list[str]:
-        """Names of the others, for a first-order optimizer beside it."""
+        """Names of the parameters that a method cannot take, for an additional first-order optimizer."""
         taken = set(self.taken_by(method))
         return [name for name in self.entries if name not in taken]
 
@@ -176,7 +176,7 @@ class Plan:
         """The parameters of a model by the plan's names.
 
         Raises:
-            ValueError: a model of another architecture or width.
+            ValueError: if the model has another architecture or width.
         """
         named = named_parameters(model)
         check_names(self.entries, named, "the plan's model")
@@ -219,7 +219,7 @@ def check_names(known: Collection[str], found: Collection[str], what: str) -> No
     """Checks that a model has the same parameters as another one.
 
     Raises:
-        ValueError: names both differences.
+        ValueError: if it does not; names the differences.
     """
     more = [name for name in found if name not in known]
     less = [name for name in known if name not in found]

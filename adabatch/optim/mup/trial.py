@@ -98,10 +98,12 @@ class Trial:
         return value.detach()
 
     def _plan(self, model: nn.Module) -> Plan:
-        """The plan of a model, which may be as wide as the base: another width then gives the roles."""
+        """The plan of a model, of any width."""
         if isinstance(self.base, Plan):
             found = self.base.at(model)
         else:
+            # From a model of twice the width, because shapes show roles only if widths differ, and this model may be as
+            # wide as the base.
             with torch.device("meta"):
                 found = plan(self.make(2 * self.base), self.make(self.base)).at(model)
         return found if self.parameterization == "mup" else found.standard()

@@ -1,4 +1,4 @@
-"""Shampoo: every matrix's gradient, multiplied by inverse roots of its row and column statistics."""
+"""Shampoo: the gradient of each matrix is multiplied by inverse roots of its row and column statistics."""
 
 from adabatch.optim.shampoo.optimizer import Shampoo
 

@@ -10,14 +10,14 @@ from torch.nn.functional import pad
 
 
 class Blocks(NamedTuple):
-    """How a tensor is cut: ``rows x columns`` is covered by blocks of one size, the last ones filled up with zeros.
+    """How a tensor is cut: a ``rows x columns`` matrix is covered by blocks of one size, the last ones zero-padded.
 
-    The first dimension gives the rows, all others together the columns; a vector is a column. Zeros change no product
-    of what is not zero.
+    The first dimension of the tensor is the rows, and all others together are the columns; a vector is a column. The
+    padding does not change statistics and updates of the other elements.
 
     Args:
-        rows, columns: of the matrix.
-        height, width: of a block.
+        rows, columns: size of the matrix.
+        height, width: size of a block.
     """
 
     rows: int
@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, shape: Size, longest: int | None) -> Blocks:
-        """For a tensor of this shape; blocks are as large as it is, or ``longest`` at most."""
+        """The blocks of a tensor of this shape: one block, or several with sides of at most ``longest``."""
         rows = shape[0] if shape else 1
         columns = math.prod(shape[1:])
         height, width = (max(1, min(side, longest or side)) for side in (rows, columns))
@@ -39,7 +39,7 @@ class Blocks(NamedTuple):
         return math.ceil(self.rows / self.height), math.ceil(self.columns / self.width)
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """The blocks, row by row, shape (num_blocks, height, width)."""
+        """Cuts a tensor into blocks, row by row, shape (num_blocks, height, width)."""
         matrix = tensor.reshape(self.rows, self.columns)
         down, across = self.grid
         if down * across == 1:
@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
         return whole.reshape(down, self.height, across, self.width).transpose(1, 2).flatten(0, 1)
 
     def join(self, blocks: Tensor, shape: Size) -> Tensor:
-        """The tensor that was cut into these blocks."""
+        """The inverse of ``cut``."""
         down, across = self.grid
         grid = blocks.reshape(down, across, self.height, self.width)
         whole = grid.transpose(1, 2).reshape(down * self.height, across * self.width)

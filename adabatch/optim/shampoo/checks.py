@@ -1,4 +1,4 @@
-"""What Shampoo refuses before it begins."""
+"""Checks of the arguments of Shampoo."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adabatch.arguments import require
 
 
 def check_group(options: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` for an option of a parameter group that is out of its range."""
+    """Raises ``ValueError`` if an option of a parameter group is out of its range."""
     lr = options["lr"]
     if lr is None:
         raise ValueError("a group has no learning rate: give lr to the optimizer or to every group")

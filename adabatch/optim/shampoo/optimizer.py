@@ -1,4 +1,4 @@
-"""Shampoo: every matrix's gradient is multiplied by inverse roots of its own row and column statistics."""
+"""Shampoo: the gradient of each matrix is multiplied by inverse roots of its row and column statistics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from adabatch.optim.shampoo.checks import check_group
 
 
 class Shampoo(Optimizer):
-    r"""Shampoo without grafting, whose settings hold at every width.
+    r"""Shampoo without grafting, with settings that transfer across widths.
 
     For a matrix with the gradient ``G`` (rows x columns), each step computes
 
@@ -31,69 +31,73 @@ class Shampoo(Optimizer):
         v <- momentum * v + U
         W <- (1 - lr * weight_decay) * W - lr * v
 
-    with ``rho = epsilon x largest eigenvalue`` of its side, or ``rho = epsilon``. Convolutions are matrices of outputs
-    x (inputs x kernel), and so are all tensors of three dimensions and more. Vectors and scalars have the left side
-    alone, with exponent 1/2. ``v`` averages preconditioned gradients: each keeps the roots of its own time.
+    where ``rho`` is ``epsilon`` times the largest eigenvalue of the statistic, or ``epsilon`` itself. Convolutions are
+    matrices of outputs x (inputs x kernel), and tensors with three or more dimensions are treated likewise. Vectors and
+    scalars have only the left side, with exponent 1/2. ``v`` averages preconditioned gradients, each multiplied by the
+    roots of its own step.
 
-    *Width.* Give it ``plan.groups(model, "shampoo", lr=...)`` (``adabatch.optim.mup``): with e = 1/4 the learning rate
-    is multiplied by sqrt(fan-out ratio / fan-in ratio). A relative epsilon needs no rule, an absolute one does.
+    *Width.* Pass ``plan.groups(model, "shampoo", lr=...)`` (``adabatch.optim.mup``). With e = 1/4 the learning rate is
+    multiplied by sqrt(fan-out ratio / fan-in ratio). A relative epsilon does not change with width; an absolute one
+    does.
 
-    *Stale roots.* The statistics follow every step, the roots every ``refresh_every`` steps. A gradient has then parts
-    that the roots have not seen, which grow by up to ``epsilon^-2e`` more than the rest, and the more so the wider the
-    layer. With ``epsilon=1e-3`` and roots ten steps old the largest stable learning rate falls with width; with 1e-2,
-    or fresh roots, it does not. So the default is 1e-2, and 1e-3 where ``refresh_every=1``.
+    *Stale roots.* The statistics are updated in every step, the roots every ``refresh_every`` steps. In between, a
+    gradient has components that the roots do not contain. These grow by up to ``epsilon^-2e`` more than the others,
+    particularly in wide layers. With ``epsilon=1e-3`` and roots that are ten steps old, the largest stable learning
+    rate falls with width; with 1e-2, or with fresh roots, it does not. So the default is 1e-2, or 1e-3 if
+    ``refresh_every=1``.
 
-    *Ranks.* ``Shampoo(params, **adabatch.across_ranks(model))`` has the roots of each parameter computed by one rank,
-    its owner, dealt out so that the costs are even. Under DDP they are sent to the others. Under FSDP2 each gradient is
-    gathered at its owner, which alone follows it, and the update scattered from there; the other ranks catch up with
-    its statistics in ``state_dict``, which all ranks call together.
+    *Ranks.* With ``Shampoo(params, **adabatch.across_ranks(model))`` one rank, the owner, computes the roots of each
+    parameter; parameters are assigned such that costs are balanced. Under DDP the roots are sent to the other ranks.
+    Under FSDP2 each gradient is gathered at its owner, which updates the statistics and scatters the update. The other
+    ranks receive the statistics in ``state_dict``, which all ranks must call together.
 
     Args:
         params: parameters, named parameters or groups of them. Groups may differ in all options.
-        lr: learning rate, a number or a tensor of one element; may be left out where every group has its own.
-        exponent: ``e`` of each side in (0, 0.5]: 1/4 is Shampoo; with 1/2 a step grows as the gradient falls.
-        epsilon: damping of the statistics; None for 1e-2 with stale roots and 1e-3 with fresh ones.
+        lr: learning rate, a number or a tensor of one element; optional if every group has its own.
+        exponent: ``e`` of each side in (0, 0.5]. 1/4 is Shampoo; with 1/2 a step grows as the gradient falls.
+        epsilon: damping of the statistics; by default 1e-2 with stale roots and 1e-3 with fresh ones.
         relative: whether epsilon is in units of the largest eigenvalue, or absolute, in squared units of the gradient.
-        beta: factor of the moving averages a step, in [0, 1); a running mean of the first steps, so that there is no
-            bias to zero. May be changed in mid-run.
-        refresh_every: steps from one computation of the roots to the next.
-        refresh_warmup: first steps of a parameter, in which its roots are computed every time.
-        block_size: longest side of a block. Larger matrices are cut into blocks with statistics of their own, edges
-            filled up with zeros. The width rule is then another one (``mup.ShampooLaw(block_size=...)``), with a kink
-            at the width where cutting begins: stay on one side of it. None cuts nothing.
+        beta: factor of the moving averages per step, in [0, 1). The averages are running means at first, so they are
+            not biased towards zero. May be changed during a run.
+        refresh_every: steps between two computations of the roots.
+        refresh_warmup: number of first steps of a parameter in which its roots are always computed.
+        block_size: longest side of a block. Larger matrices are cut into blocks with separate statistics, padded with
+            zeros at the edges. The width rule then changes (``mup.ShampooLaw(block_size=...)``) and has a kink at the
+            width where cutting begins: compare widths on one side of it only. None cuts nothing.
         momentum: heavy-ball factor in [0, 1) on the preconditioned gradients.
         weight_decay: coefficient of the decoupled decay.
-        foreach: True for multi-tensor kernels in momentum, decay and update, False for a loop; None chooses. Both give
-            the same numbers.
-        maximize: ascend instead of descend.
-        reduce: sums a tensor over the ranks that see different data; None for one process. Called by all at each step
-            that computes roots, so that statistics that are not finite end all ranks together.
-        owner: which rank computes the roots of which parameter; None where each computes all.
+        foreach: True for multi-tensor kernels in momentum, decay and update, False for a loop; None selects
+            automatically. Both give the same numbers.
+        maximize: maximize the objective instead of minimizing it.
+        reduce: sums a tensor over the ranks that see different data; None for one process. All ranks call it at each
+            step that computes roots, so that statistics that are not finite stop all ranks together.
+        owner: decides which rank computes the roots of which parameter; by default each rank computes all.
 
     Raises:
-        ValueError: an option out of its range, a complex parameter, or a side above 16,384 without ``block_size``.
-        RuntimeError: at ``step``, for a sparse gradient, for statistics that are not finite, at the next refresh, or
-            for parameters that were replaced (DeepSpeed flattens them from ZeRO 1 on: use stage 0, DDP or FSDP2).
+        ValueError: if an option is out of its range, if a parameter is complex, or if a side is longer than 16,384
+            without ``block_size``.
+        RuntimeError: at ``step``, if a gradient is sparse, if statistics are not finite (at the next refresh), or if
+            parameters were replaced (DeepSpeed flattens them from ZeRO 1 on: use stage 0, DDP or FSDP2).
 
-    Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Every rank has room
-    for all statistics and roots, and all blocks of a parameter have one owner. Without an ``owner`` every rank computes
-    all roots, under FSDP2 from gradients that it gathers whole. Roots are computed in float64 (on the CPU for devices
-    without it); the others in float32 at least.
+    Attributes:
+        fallbacks: counts of fallbacks in this process. "jittered": the eigenvalues converged only after a small number
+            was added to the diagonal. "kept": they did not converge, and the block kept its previous roots (or did not
+            move, if it had none). The raw gradient is never used instead, since its learning rate has another unit.
 
-    ``fallbacks`` counts what did not go as planned, in this process: "jittered", roots for which the eigenvalues
-    converged only after a small number was added to the diagonal, and "kept", where they did not, and the block went on
-    with the roots it had (or, without any, did not move). A raw gradient is never taken in their place: its learning
-    rate has another unit.
+    Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Every rank
+    allocates all statistics and roots, and all blocks of a parameter have one owner. Without an ``owner`` every rank
+    computes all roots; under FSDP2 each then gathers whole gradients. Roots are computed in float64 (on the CPU for
+    devices without it), everything else in float32 at least.
 
     Source: Gupta, Koren and Singer (2018), "Shampoo", ICML, algorithm 1 (sums there, averages here, as in Anil et al.
     2020); the width rule is in Ishikawa and Karakida (2024), arXiv:2312.12226, and Qiu et al. (2025), arXiv:2512.05620.
     """
 
     preferred_lr_rule: ClassVar[str] = "sqrt"
-    """How its learning rate follows the batch where nobody says."""
+    """The default rule by which the learning rate follows the batch."""
 
     needs_whole_gradients: ClassVar[bool] = True
-    """It looks at the matrices of parameters."""
+    """Each step reads the whole gradient matrices of parameters."""
 
     @checked
     def __init__(
@@ -138,7 +142,7 @@ class Shampoo(Optimizer):
         """Add a group of parameters.
 
         Raises:
-            ValueError: an option out of its range, or a parameter that it cannot take.
+            ValueError: if an option is out of its range, or if a parameter is not supported.
         """
         check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -147,7 +151,7 @@ class Shampoo(Optimizer):
             if param.is_complex():
                 raise ValueError("Shampoo does not take complex parameters: give them to a first-order optimizer")
             self.state[param] = statistics.begin(param, group)
-        self._catch_up()  # a parameter of before may get another owner
+        self._catch_up()  # before the new assignment, which may give an older parameter another owner
         self._owner.deal({name: statistics.cost(self.state[param]) for param, name in self._names().items()})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,14 +173,14 @@ class Shampoo(Optimizer):
         """Take one step.
 
         Args:
-            closure: computes the loss and its gradients anew and returns the loss.
+            closure: computes the loss and its gradients again, and returns the loss.
 
         Returns:
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a sparse gradient, or statistics that are not finite.
-            ValueError: learning rates that a scheduler has taken out of the plan's ratios (``mup.check_ratios``).
+            RuntimeError: if a gradient is sparse, or if statistics are not finite.
+            ValueError: if a scheduler has changed the ratios of a plan's learning rates (``mup.check_ratios``).
         """
         loss = None
         if closure is not None:
@@ -191,25 +195,26 @@ class Shampoo(Optimizer):
             params = [param for param in group["params"] if param.grad is not None and param.numel()]
             if params:
                 updates.append((group, params, [self._precondition(p, names[p], group, unfit) for p in params]))
+        # Before any parameter moves, so that a step that raises leaves the weights as they were.
         self._check_finite(unfit)
         for group, params, directions in updates:
             self._apply(params, directions, group)
         return loss
 
     def state_dict(self) -> StateDict:
-        """Torch's format, the same on every rank; under FSDP2, where owners know more, all ranks call it together."""
+        """The state in torch's format, the same on every rank. Under FSDP2 all ranks must call it together."""
         self._catch_up()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load what ``state_dict`` gave, to the last bit.
+        """Load the result of ``state_dict`` exactly.
 
         Raises:
-            ValueError: the state of another optimizer.
+            ValueError: if the state is that of another optimizer.
         """
         saved: StateDict = {}
 
-        # Read before torch casts it: Optimizer.load_state_dict turns all state to the dtype of its parameter.
+        # Read before torch casts it: Optimizer.load_state_dict casts all state to the dtype of its parameter.
         def remember(_: Optimizer, loaded: StateDict) -> None:
             saved.update(loaded)
             if any("left" not in entry for entry in loaded["state"].values()):
@@ -227,21 +232,21 @@ class Shampoo(Optimizer):
                 self.state[param][name] = value.to(self.state[param][name].device)
 
     def _names(self) -> dict[Tensor, str]:
-        """What owners call the parameters: their numbers, which wrappers do not change."""
+        """The names of the parameters for the owner: their numbers, which do not depend on wrappers."""
         params = [param for group in self.param_groups for param in group["params"]]
         return {param: str(number) for number, param in enumerate(params)}
 
     def _catch_up(self) -> None:
-        """Have the statistics of every parameter that has moved on this rank too."""
+        """Gets the statistics of every parameter that has taken a step from its owner."""
         for param, name in self._names().items():
             state = self.state[param]
             if int(state["step"]):
                 self._owner.catch_up(name, statistics.of_sides(state))
 
     def _precondition(self, param: Tensor, name: str, group: dict[str, Any], unfit: dict[Tensor, bool]) -> Tensor:
-        """Follow the gradient of a parameter with its statistics; its update, of the parameter's shape and spread.
+        """Updates a parameter's statistics, and returns its update in the shape and layout of the parameter.
 
-        Where its roots are due, ``unfit`` gets whether this rank found the statistics unfit for any.
+        If its roots are due, sets ``unfit[param]``: whether this rank found its statistics not finite.
         """
         grad, state = param.grad, self.state[param]
         assert grad is not None
@@ -267,7 +272,7 @@ class Shampoo(Optimizer):
         return _as(self._owner.scatter(name, update, grad.to(state["left"].dtype)), param)
 
     def _check_finite(self, unfit: dict[Tensor, bool]) -> None:
-        """Raise on all ranks where one rank found statistics that are not finite, before any parameter has moved."""
+        """Raises on all ranks if one of them found statistics that are not finite."""
         found = list(unfit.values())
         if self._reduce is not None and unfit:
             device = next(iter(unfit)).device
@@ -282,7 +287,7 @@ class Shampoo(Optimizer):
                 )
 
     def _apply(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
-        """Momentum, decay and the update of a group."""
+        """Applies momentum, decay and the updates of a group."""
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.is_cpu:
             lr = lr.item()
@@ -308,14 +313,14 @@ class Shampoo(Optimizer):
 
 
 def _blocks(grad: Tensor, form: Blocks, dtype: torch.dtype, *, negative: bool) -> Tensor:
-    """A gradient, or its opposite, in blocks."""
+    """A gradient, or its negative, in blocks."""
     whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
     blocks = form.cut(whole.to(dtype))
     return -blocks if negative else blocks
 
 
 def _as(update: Tensor, param: Tensor) -> Tensor:
-    """An update spread as its parameter is: it is already, or every rank has it whole."""
+    """The update in the layout of its parameter. It has that layout already, or every rank has the whole update."""
     if not isinstance(param, DTensor) or isinstance(update, DTensor):
         return update
     mesh = param.device_mesh

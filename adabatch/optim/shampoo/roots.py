@@ -1,4 +1,4 @@
-"""Inverse roots of symmetric positive semidefinite matrices, for preconditioners: in float64, every fallback told."""
+"""Inverse roots of symmetric positive semidefinite matrices, in float64, with counted fallbacks."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from torch import Tensor
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError
 
 ZERO = 1e-30
-"""Largest eigenvalue of what counts as zero: from a gradient of norm 1e-15, whose square float32 barely holds."""
+"""A matrix whose largest eigenvalue is at most this counts as zero. It belongs to a gradient of norm 1e-15, whose
+square float32 can barely represent."""
 
 JITTERS = (1e-12, 1e-8)
-"""Shares of the mean eigenvalue that are added to the diagonal, one after the other, where eigh does not converge."""
+"""If eigh does not converge, these shares of the mean eigenvalue are added to the diagonal, one after the other."""
 
 
 def inverse_root(matrices: Tensor, *, exponent: float, epsilon: float, relative: bool) -> Tensor:
-    """``(matrix + epsilon I)^-exponent`` of each, in float64.
+    """``(matrix + epsilon I)^-exponent`` of each matrix, in float64.
 
-    A relative epsilon is in units of the largest eigenvalue; a matrix of zeros then has the root zero, which moves
-    nothing. With ``epsilon`` zero, eigenvalues within rounding of zero have the root zero too (the pseudo-inverse).
+    With a relative epsilon, the root of a matrix of zeros is zero, so nothing moves. With ``epsilon`` zero, directions
+    whose eigenvalue is zero up to rounding have the root zero (the pseudo-inverse).
 
     Args:
-        matrices: shape (..., d, d), symmetric, positive semidefinite but for rounding, finite.
-        exponent: positive.
-        epsilon: what is added to the eigenvalues.
-        relative: in units of the largest one.
+        matrices: shape (..., d, d), finite, symmetric, and positive semidefinite up to rounding.
+        exponent: a positive number.
+        epsilon: added to the eigenvalues.
+        relative: whether epsilon is in units of the largest eigenvalue.
 
     Raises:
-        torch.linalg.LinAlgError: an eigenvalue decomposition did not converge.
+        torch.linalg.LinAlgError: if an eigenvalue decomposition did not converge.
     """
     values, vectors = torch.linalg.eigh(matrices)
     values = values.clamp(min=0)
@@ -46,16 +47,16 @@ def inverse_root(matrices: Tensor, *, exponent: float, epsilon: float, relative:
 def refreshed(
     statistics: Tensor, roots: Tensor, counts: MutableMapping[str, int], root_of: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """New roots of a stack of statistics; old ones where a root cannot be had.
+    """New roots of a stack of statistics; the old root for each matrix whose root cannot be computed.
 
     Args:
         statistics: shape (n, d, d).
-        roots: those so far, shape (n, d, d).
-        counts: "jittered" and "kept" are counted up there.
-        root_of: float64 matrices to roots; may raise ``LinAlgError``.
+        roots: the previous roots, shape (n, d, d).
+        counts: counts of the fallbacks "jittered" and "kept", updated here.
+        root_of: float64 matrices -> their roots; may raise ``LinAlgError``.
 
     Returns:
-        Shape (n, d, d), dtype and device of ``roots``.
+        Shape (n, d, d), in the dtype and on the device of ``roots``.
     """
     exact = statistics.double() if statistics.device.type != "mps" else statistics.cpu().double()  # MPS has no float64
     try:
@@ -64,12 +65,13 @@ def refreshed(
             return new.to(roots)
     except LinAlgError:
         pass
+    # One matrix at a time, since a batched decomposition fails as a whole; on the CPU, whose LAPACK is the most robust.
     each = [_one(matrix, root_of, counts) for matrix in exact.cpu()]
     return torch.stack([old if one is None else one.to(roots) for one, old in zip(each, roots, strict=True)])
 
 
 def _one(matrix: Tensor, root_of: Callable[[Tensor], Tensor], counts: MutableMapping[str, int]) -> Tensor | None:
-    """The root of one matrix on the CPU, with as little added to it as it takes."""
+    """The root of one matrix on the CPU, with the smallest jitter that works; None if none does."""
     for share in (0.0, *JITTERS):
         try:
             root = root_of(matrix + share * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype))

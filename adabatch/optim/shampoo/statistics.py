@@ -1,7 +1,7 @@
-"""What Shampoo knows of one parameter: the statistics of its blocks, a side or two, and their inverse roots.
+"""Shampoo's state of one parameter: the statistics of its blocks on one or two sides, and their inverse roots.
 
-They stand in the optimizer's state of the parameter: "left" and "right" of shape (num_blocks, side, side), "left_root"
-and "right_root" alike, "step", and "weight", the sum of the weights of the averages so far. Vectors have no "right".
+The keys are "left" and "right", shape (num_blocks, side, side); "left_root" and "right_root", same shape; "step"; and
+"weight", the sum of the weights in the averages so far. Vectors have no "right".
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ Group = Mapping[str, Any]
 STALE_EPSILON = 1e-2
 FRESH_EPSILON = 1e-3
 LONGEST_SIDE = 16384
-"""Longest side of a statistic, which then has a gigabyte in float32."""
+"""Longest side of a statistic, which then takes a gigabyte in float32."""
 
 
 def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
-    """The state of a parameter before its first step: made now, because a checkpoint loads into what it finds.
+    """The state of a parameter before its first step.
 
     Raises:
-        ValueError: a side that is too long.
+        ValueError: if a side is too long.
     """
+    # Made now and not in the first step: a checkpoint is loaded into existing tensors.
     form = Blocks.of(param.shape, group["block_size"])
     if max(form.height, form.width) > LONGEST_SIDE:
         raise ValueError(
@@ -51,28 +52,28 @@ def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
 
 
 def move(state: State, device: torch.device) -> None:
-    """Brings statistics and roots to a device; the counts stay on the CPU."""
+    """Moves statistics and roots to a device; the counts stay on the CPU, where reading them needs no sync."""
     for key in state.keys() - {"step", "weight"}:
         state[key] = state[key].to(device)
 
 
 def of_sides(state: State) -> list[Tensor]:
-    """The statistics of each side."""
+    """The statistics of all sides."""
     return [state[side] for side in _sides(state)]
 
 
 def roots_of(state: State) -> list[Tensor]:
-    """Their roots."""
+    """The roots of all sides."""
     return [state[f"{side}_root"] for side in _sides(state)]
 
 
 def cost(state: State) -> float:
-    """Of the roots, in units of a multiplication or so: the cubes of the sides of all blocks."""
+    """The cost of computing the roots, in multiplications: the cubes of the sides of all blocks."""
     return float(sum(len(each) * each.shape[-1] ** 3 for each in of_sides(state)))
 
 
 def count(state: State, group: Group) -> bool:
-    """One more step; whether its roots are to be computed anew."""
+    """Counts a step; returns whether roots are to be computed in it."""
     state["step"] += 1
     state["weight"].mul_(group["beta"]).add_(1)
     steps = int(state["step"])
@@ -81,7 +82,9 @@ def count(state: State, group: Group) -> bool:
 
 
 def follow(state: State, blocks: Tensor) -> None:
-    """Takes the gradient of the step that was counted last, in blocks, into the averages."""
+    """Adds the gradient of the step that was counted last, in blocks, to the averages."""
+    # The new gradient has weight 1 of the sum of all weights: a running mean at first, then the moving average, so the
+    # zeros of the beginning never enter, and beta may change at any step.
     share = 1 / float(state["weight"])
     for side in _sides(state):
         factor = blocks if side == "left" else blocks.mT
@@ -89,7 +92,7 @@ def follow(state: State, blocks: Tensor) -> None:
 
 
 def refresh(state: State, group: Group, fallbacks: MutableMapping[str, int]) -> bool:
-    """Computes the roots anew, if the statistics are finite; whether they are."""
+    """Computes the roots if the statistics are finite; returns whether they are."""
     epsilon = group["epsilon"]
     if epsilon is None:
         epsilon = FRESH_EPSILON if group["refresh_every"] == 1 else STALE_EPSILON

@@ -146,6 +146,7 @@ class LoaderFeed:
         mine = math.inf if error is None else self._collectives.rank
         (first,) = self._collectives.minimum_of(mine)
         text = b"" if error is None or self._collectives.rank != first else f"{type(error).__name__}: {error}".encode()
+        # The other ranks contribute zeros, so the sum is the message; a broadcast does not work over a grid of groups.
         heard = self._collectives.sum_of(*text[:_HEARD].ljust(_HEARD, b"\0"))
         if error is not None:
             raise error

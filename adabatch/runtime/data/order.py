@@ -168,7 +168,7 @@ class GlobalOrder:
         """Sets the place to the beginning of an epoch: for a run that continues with other data than before.
 
         Raises:
-            ValueError: a negative epoch.
+            ValueError: if the epoch is negative.
         """
         epoch = whole("epoch", epoch, at_least=0, at_most=MOST_EPOCH)
         self._move(self._place.sequence, epoch, 0)
@@ -191,7 +191,7 @@ class GlobalOrder:
         )
 
     def shared_feed(self, ranks: Collectives) -> OrderFeed:
-        """The portions of one rank of those that come and go: its share of each step, from the current place on."""
+        """The portions of one rank if ranks come and go: its share of each step, from the current place on."""
         return self._feed(
             lambda sequence: ShareDealer(sequence, ranks, join_epochs=self._join_epochs), ranks.rank, ranks.size
         )

@@ -1,4 +1,4 @@
-"""From a place in the sequence of examples to this rank's micro-batches, through loading processes that run ahead."""
+"""Deals this rank's micro-batches from a place in the sequence of examples, through loading processes that prefetch."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class DataPosition:
 
 
 class Cut(NamedTuple):
-    """What a step takes from the sequence.
+    """The part of the sequence that a step takes.
 
     Args:
-        sizes: of this rank's micro-batches, in examples.
-        num_examples: of the step, over all ranks.
-        plan: what the step is made of, if it is not what was planned.
+        sizes: sizes of this rank's micro-batches, in examples.
+        num_examples: examples of the step, over all ranks.
+        plan: the actual composition of the step, if it differs from the planned one.
     """
 
     sizes: list[int]
@@ -52,11 +52,11 @@ class Cut(NamedTuple):
 
 
 class Dealer(ABC):
-    """The batch sampler inside a ``DataLoader``: lists of this rank's examples, without end.
+    """The batch sampler inside a ``DataLoader``: an endless iterator over lists of this rank's examples.
 
     Attributes:
-        place: of the next micro-batches to be dealt.
-        in_flight: micro-batches that were dealt and have not arrived.
+        place: the place of the next micro-batches to be dealt.
+        in_flight: number of micro-batches that were dealt but have not arrived.
     """
 
     def __init__(self, sequence: ExampleSequence, *, join_epochs: bool) -> None:
@@ -81,7 +81,7 @@ class Dealer(ABC):
 
     @abstractmethod
     def rule(self, plan: BatchPlan) -> Hashable:
-        """What the cuts depend on beside the place: if it changes, what was dealt before is of no use."""
+        """What the cuts depend on besides the place. If it changes, micro-batches must be dealt again."""
 
     @abstractmethod
     def aim(self, place: int, plan: BatchPlan) -> None:
@@ -89,15 +89,15 @@ class Dealer(ABC):
 
     @abstractmethod
     def cut(self, place: int, plan: BatchPlan) -> Cut:
-        """What the step at ``place`` takes."""
+        """The cut of the step at ``place``."""
 
 
 @final
 class SliceDealer(Dealer):
     """Cuts the sequence into micro-batches, of which the ranks take consecutive slices.
 
-    Where epochs are not joined, the last micro-batch of each is cut short. The cuts depend on the place and the size of
-    the micro-batch alone, so they are known however far loading processes run ahead.
+    If epochs are not joined, the last micro-batch of each is shorter. The cuts depend only on the place and on the size
+    of the micro-batch, so they are known however far loading processes have prefetched.
     """
 
     def __init__(self, sequence: ExampleSequence, rank: int, dp_size: int, *, join_epochs: bool) -> None:
@@ -119,7 +119,7 @@ class SliceDealer(Dealer):
         self.place, self._micro_batch_size = place, plan.micro_batch_size
 
     def cut(self, place: int, plan: BatchPlan) -> Cut:
-        """That of the plan, or fewer micro-batches where the epoch ends."""
+        """The cut of the plan, with fewer micro-batches at the end of an epoch."""
         sizes: list[int] = []
         start, epoch = place, place // self.sequence.length
         while len(sizes) < plan.accumulation_steps and (self._join_epochs or place // self.sequence.length == epoch):
@@ -138,12 +138,14 @@ class SliceDealer(Dealer):
 class ShareDealer(Dealer):
     """Cuts the sequence into steps, and those into micro-batches, of which each rank takes a consecutive share.
 
-    For ranks that come and go: plans are made for a single rank, and the same micro-batches are shared by however many
-    ranks there are. Shares differ by one micro-batch at most, and their sum is the plan's global batch. Only a step
-    that has fewer micro-batches than there are ranks is cut into smaller ones, one for each rank.
+    It is meant for ranks that come and go: plans are made for a single rank, and the present ranks share its
+    micro-batches. Shares differ by one micro-batch at most, and together make up the plan's global batch. Only if a
+    step has fewer micro-batches than there are ranks, it is cut into smaller ones, one for each rank.
 
     Args:
-        ranks: as they are at the moment.
+        sequence: the examples.
+        ranks: the present ranks, whose number may change.
+        join_epochs: whether a step may contain examples of two epochs.
     """
 
     def __init__(self, sequence: ExampleSequence, ranks: Collectives, *, join_epochs: bool) -> None:
@@ -194,7 +196,7 @@ class ShareDealer(Dealer):
         return sizes
 
     def _share(self, count: int) -> range:
-        """Which of a step's micro-batches this rank takes."""
+        """The indices of this rank's micro-batches among those of a step."""
         rank = self._ranks.rank
         least, more = divmod(count, self._ranks.size)
         first = rank * least + min(rank, more)
@@ -204,15 +206,15 @@ class ShareDealer(Dealer):
 class OrderFeed:
     """Portions of a ``GlobalOrder`` for one rank. Endless: the caller decides where a pass ends.
 
-    A step is exactly its plan, whatever loading processes prepared ahead: micro-batches of a cut that is no longer
-    wanted are thrown away when they arrive, and their examples dealt anew. So neither limits nor the repetition of a
-    run depend on how much was under way; a change of the micro-batch costs one filling of the loading queue.
+    A step is exactly its plan, whatever loading processes have prefetched: micro-batches of an outdated cut are
+    discarded when they arrive, and their examples are dealt again. So neither limits nor the reproduction of a run
+    depend on how much was prefetched. A change of the micro-batch costs one filling of the loading queue.
 
     Args:
-        place: of all ranks.
+        place: the position of all ranks in the data.
         make_loader: makes a loader around a dealer.
         make_dealer: makes the dealer of a sequence.
-        ranks: whose rank and size the seeds of the loading processes differ by.
+        ranks: rank and number of ranks, which the seeds of the loading processes depend on.
     """
 
     def __init__(
@@ -236,8 +238,8 @@ class OrderFeed:
         sequence = self._place.sequence
         self._dealer = self._make_dealer(sequence)
         self._rule = None
-        # A generator of its own keeps torch's global one untouched: the loader draws the seeds of its workers from it,
-        # which must differ between ranks and passes, or all would augment alike.
+        # The loader draws the seeds of its workers from this generator, so torch's global one is not changed. The seeds
+        # must differ between ranks and passes, or all would draw the same augmentations.
         seeds = generator(sequence.seed, -1 - self._place.seen * self._dp_size - self._rank)
         self._loader = self._make_loader(self._dealer, seeds)
         self._batches: Iterator[Any] | None = None
@@ -257,9 +259,10 @@ class OrderFeed:
         return Portion(self._arrivals(cut), cut.sizes, cut.num_examples, plan=cut.plan)
 
     def _redeal(self, plan: BatchPlan) -> None:
-        """Deals from the present place on, and lets what was dealt before arrive for nothing."""
+        """Deals from the present place on, and discards the micro-batches that were dealt before."""
         self._arriving, self._rule = self._place.seen, self._dealer.rule(plan)
         self._dealer.aim(self._place.seen, plan)
+        # A DataLoader cannot take back what its workers have been given, so it is received and dropped.
         for _ in range(self._dealer.in_flight):
             self._next()
 
@@ -270,7 +273,7 @@ class OrderFeed:
         return batch
 
     def _arrivals(self, cut: Cut) -> Iterator[Any]:
-        self._arriving += cut.num_examples  # at once: a step that is broken off must be dealt anew
+        self._arriving += cut.num_examples  # before the first arrives, so that an interrupted step is dealt again
         for _ in cut.sizes:
             yield self._next()
 

@@ -40,9 +40,10 @@ def uniforms(key: int, places: Integers) -> NDArray[np.float64]:
 class Permutation:
     """A pseudo-random permutation of 0 to ``size - 1``, place by place, in constant memory.
 
-    A place is a cell of a grid of ``rows x columns`` cells, at least ``size`` and few more. In turn its row is shifted
-    by a hash of its column, and its column by a hash of its row: each round can be undone, so all together permute the
-    cells. A place that lands on a cell past ``size`` goes on until it lands on one below.
+    A place is a cell of a grid of ``rows x columns`` cells, which has at least ``size`` cells and few more. The rounds
+    shift its row by a hash of its column, and its column by a hash of its row, in turn. Each round can be undone, so
+    together they permute the cells. If a place lands on a cell past ``size``, the rounds are repeated until it lands on
+    one below.
 
     Args:
         size: how many places, at least 1.
@@ -54,6 +55,8 @@ class Permutation:
 
     def __init__(self, size: int, *, key: int) -> None:
         self.size = size
+        # A nearly square grid instead of a power of two: it has few cells past `size`, over which places would have to
+        # walk.
         rows = math.isqrt(size - 1) + 1
         self._shape = np.uint64(rows), np.uint64(-(-size // rows))
         self._keys = [np.uint64(key_of(key, number)) for number in range(ROUNDS)]
@@ -75,8 +78,8 @@ class Permutation:
     def _through(self, cells: NDArray[np.uint64], backwards: bool) -> NDArray[np.uint64]:
         pair: list[NDArray[np.uint64]] = list(np.divmod(cells, self._shape[1]))  # row, column
         for number in reversed(range(ROUNDS)) if backwards else range(ROUNDS):
-            moved, fixed = number % 2, 1 - number % 2
-            size = self._shape[moved]
+            shifted, fixed = number % 2, 1 - number % 2
+            size = self._shape[shifted]
             shift = mixed(pair[fixed] + self._keys[number]) % size
-            pair[moved] = (pair[moved] + (size - shift if backwards else shift)) % size
+            pair[shifted] = (pair[shifted] + (size - shift if backwards else shift)) % size
         return pair[0] * self._shape[1] + pair[1]

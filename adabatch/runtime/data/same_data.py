@@ -40,7 +40,7 @@ def check_different(batches: Sequence[Any], collectives: Collectives) -> None:
         collectives: the data-parallel ranks.
 
     Raises:
-        ValueError: see above.
+        ValueError: if some ranks hold the same micro-batches.
     """
     if collectives.size == 1:
         return

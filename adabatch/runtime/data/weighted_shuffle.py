@@ -98,6 +98,7 @@ class WeightedShuffle:
         """Each example gets an exponential time of rate w_i; the shortest is that of i with probability w_i /
         sum(w)."""
         with np.errstate(divide="ignore", invalid="ignore"):  # weights of 0
+            # log1p(-u) and not log(u): u may be 0, but it is never 1.
             times = -np.log1p(-uniforms(key, np.arange(len(self._weights)))) / self._weights
         times[self._weights == 0] = np.inf
         return np.argsort(times, kind="stable")[: self._length]

@@ -123,6 +123,7 @@ def first_host(nodes: str) -> str:
 def _slurm_port(environment: Environment) -> int:
     """A port that differs between jobs and steps, below the range from which Linux assigns ports."""
     job, step = (re.sub(r"\D", "", environment.get(name, "")) or "0" for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    # Consecutive jobs are 131 ports apart, which leaves room for the steps of each.
     return 12_000 + (131 * int(job) + int(step)) % 20_000
 
 

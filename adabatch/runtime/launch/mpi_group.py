@@ -174,6 +174,7 @@ class MPIGroup(dist.ProcessGroup):
         kind = next((name for name in kinds if op == getattr(dist.ReduceOp, name)), None)
         if kind is None:
             raise NotImplementedError(f"the backend {BACKEND} reduces by {', '.join(kinds)} only, got {op}")
+        # numpy has no bfloat16, and MPI reduces no 16-bit floats.
         wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
         values = tensor.detach().to(device="cpu", dtype=wide).contiguous()
         self._run("reduction", self._comm.Iallreduce, mpi.IN_PLACE, values.numpy(), op=kinds[kind])
@@ -187,6 +188,7 @@ class MPIGroup(dist.ProcessGroup):
         Raises:
             RuntimeError: if not all ranks came within the timeout.
         """
+        # Non-blocking, and polled: a blocking call of MPI cannot time out when a rank has died.
         request = start(*buffers, **options)
         began = time.monotonic()
         while not request.Test():

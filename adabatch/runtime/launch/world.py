@@ -68,6 +68,8 @@ class World:
             else:
                 return cls._of_mpi(source, mpi_says, [claim for claim in (torch_says, slurm_says) if claim])
         outer = [claim for claim in (mpi_says, slurm_says) if claim is not None]
+        # The innermost launcher started this very process, so its rank is the right one; torchrun runs inside the
+        # others.
         inner = torch_says or slurm_says or mpi_says
         if inner is None:
             return cls(backend=backend)
@@ -130,6 +132,7 @@ def _backend(source: Mapping[str, str]) -> Backend | None:
 def _meeting_point(source: Mapping[str, str], communicator: Communicator) -> str:
     """A free port on the node of rank 0, the same for all; over the loopback if there is one node."""
     host = source.get("MASTER_ADDR") or ("127.0.0.1" if communicator.node.size == 1 else socket.gethostname())
+    # The port is free now and may be taken before it is used; but there is no way to reserve it for torch's store.
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = source.get("MASTER_PORT") or probe.getsockname()[1]

@@ -28,7 +28,7 @@ from adabatch.runtime.local_sgd.periods import Period
 from adabatch.runtime.local_sgd.probe import Spread
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.rounds import Rounds
-from adabatch.runtime.local_sgd.settings import AverageWeights, MeasuredStep, Settings, period_of
+from adabatch.runtime.local_sgd.settings import AverageWeights, LocalSGDSettings, MeasuredStep, period_of
 from adabatch.runtime.optimizers import each_of, joined, without_rate
 from adabatch.runtime.ownership import remove_all, take_over
 from adabatch.runtime.step_hooks import hook_step
@@ -104,7 +104,7 @@ class LocalSGD:
         spread: Spread = "across",
         workers: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
-        settings = Settings(
+        settings = LocalSGDSettings(
             period=period_of(sync_every),
             outer=Average() if outer is None else outer,
             warmup=warmup,
@@ -135,6 +135,8 @@ class LocalSGD:
         self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._replaced = False
         take_over(self, [*each_of(optimizer), *replica.parameters], kind="LocalSGD")
+        # All workers begin with the weights of the first, as DDP does it: with different seeds the average would be
+        # meaningless.
         for tensor in replica.everything():
             group.copy_from_first(tensor)
         self._handles = hook_step(optimizer, self._before_step, self._after_step)

@@ -98,12 +98,14 @@ class Exchange:
     def _mean_of(self, flat: Tensor, encoding: Encoding, errors: Errors) -> Tensor:
         """Mean over the workers of ``flat``, shape (n,), float32."""
         size = self._workers.size
+        # Whole blocks, because each block has a scale of its own in the encoding.
         piece = -(-flat.numel() // (size * BLOCK)) * BLOCK
         rows = flat.new_zeros(size, piece)
         rows.view(-1)[: flat.numel()] = flat
         errors.fit(rows)
         rows += errors.sent.view_as(rows)
         encoded = encoding.encode(rows)
+        # Error feedback: what rounding lost now is sent next time, so that it does not accumulate.
         errors.sent = (rows - encoding.decode(encoded)).flatten()
         mean = encoding.decode(self._workers.exchange(encoded)).mean(0) + errors.returned
         back = encoding.encode(mean.view(1, -1))

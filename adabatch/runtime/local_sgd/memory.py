@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from adabatch.runtime.local_sgd.exchange import Errors
-from adabatch.runtime.local_sgd.settings import Round, Settings
+from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
 
 STATE_FORMAT = 1
 
@@ -47,7 +47,7 @@ class Memory:
         self.rounds += 1
         self.step_in_round, self.examples, self.round = 0, 0.0, None
 
-    def state_dict(self, num_workers: int, settings: Settings) -> dict[str, Any]:
+    def state_dict(self, num_workers: int, settings: LocalSGDSettings) -> dict[str, Any]:
         """Numbers and tensors."""
         present = self.round if self.step_in_round else None
         return {
@@ -65,7 +65,7 @@ class Memory:
 
     @classmethod
     def from_state_dict(
-        cls, state: Mapping[str, Any], *, num_workers: int, pieces: Sequence[Tensor], settings: Settings
+        cls, state: Mapping[str, Any], *, num_workers: int, pieces: Sequence[Tensor], settings: LocalSGDSettings
     ) -> Memory:
         """The inverse.
 

@@ -63,7 +63,7 @@ class Nesterov:
         momentum: in [0, 1); 0.9 in DiLoCo.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: if a value is outside its range.
 
     Source: Douillard et al. 2023 (DiLoCo), algorithm 1 and section 3.1.
     """
@@ -101,7 +101,7 @@ class SlowMo:
         lr: outer learning rate; 1 in most of the source.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: if a value is outside its range.
 
     Source: Wang, Tantia, Ballas, Rabbat 2020 (SlowMo), algorithm 1. Of its choices for the inner optimizer's state,
     "maintain" is the default of ``LocalSGD``, and "average" is ``average_state=True``.

@@ -88,6 +88,7 @@ class Replica:
             for p, grad in zip(self.parameters, grads, strict=True)
         ]
         present = torch.tensor([grad is not None for grad in grads], dtype=torch.float32)
+        # It travels in the same reduction, so that workers learn of gradients that only others have.
         shares = present.to(pieces[0])
         exchange.mean([*pieces, shares], weight=weight)
         if not present.all():

@@ -13,7 +13,7 @@ from adabatch.runtime.local_sgd.exchange import Exchange
 from adabatch.runtime.local_sgd.memory import Memory
 from adabatch.runtime.local_sgd.periods import Fixed, RoundStart
 from adabatch.runtime.local_sgd.replica import Replica
-from adabatch.runtime.local_sgd.settings import Round, Settings
+from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
 from adabatch.runtime.trained_parameters import raise_first
 
 
@@ -36,7 +36,13 @@ class Rounds:
     """
 
     def __init__(
-        self, settings: Settings, replica: Replica, optimizer: Optimizer, *, workers: Collectives, node: Collectives
+        self,
+        settings: LocalSGDSettings,
+        replica: Replica,
+        optimizer: Optimizer,
+        *,
+        workers: Collectives,
+        node: Collectives,
     ) -> None:
         self.settings = settings
         self.replica = replica
@@ -151,6 +157,8 @@ class Rounds:
                     "average them: a parameter got a gradient on some workers only; leave average_state out"
                 )
             self.exchange.mean(list(state.values()), weight=weight)
+        # If states differ, the same gradient would step workers differently: a round of one step then averages
+        # parameters.
         self.memory.states_agree = self.settings.average_state or not state
 
     def _weight(self, ended: Round) -> float:

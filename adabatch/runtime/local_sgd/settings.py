@@ -43,7 +43,7 @@ class Round(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class LocalSGDSettings:
     """The arguments of ``LocalSGD``; see there.
 
     Raises:

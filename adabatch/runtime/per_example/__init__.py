@@ -1,6 +1,6 @@
 """Exact statistics of single examples: squared norms of their gradients, and inner products with the mean.
 
-`PerExampleNorms` measures them; a `Rule` made of `Contribution` teaches it a layer of one's own.
+`PerExampleNorms` measures them. A `Rule`, made of `Contribution`, adds support for your own layers.
 """
 
 from adabatch.runtime.per_example.contributions import Contribution, Correlation, Dense, Lookup, OuterProduct

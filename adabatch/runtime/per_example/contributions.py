@@ -1,16 +1,15 @@
-"""Per-example gradients of one parameter, in the shapes that layers make, formed only where cheaper.
+"""Per-example gradients of one parameter, in factored form, expanded only where that is cheaper.
 
-One call of a module adds to the gradient of a parameter, for every example i of a micro-batch, a term
-``g_i``. A `Contribution` is all those terms in the cheapest form that determines them: two factors of a sum
-of outer products, the rows of a table that were looked up, the two signals that a convolution correlates, or
-the terms themselves. It answers the only two questions that the exact tests ask, ``|g_i|^2`` and ``<g_i,
-d>``.
+One call of a module adds a term ``g_i`` to the gradient of a parameter for every example i of a micro-batch. A
+`Contribution` represents all those terms in the cheapest form that determines them: the factors of a sum of outer
+products, the looked-up rows of a table, the two signals that a convolution correlates, or the terms themselves. It
+computes what the exact tests need, ``|g_i|^2`` and ``<g_i, d>``.
 
-A sum of T outer products of lengths K and L has, by the identity ``|R^T C|^2 = sum(R R^T * C C^T)``, a
-squared norm that costs T^2 (K + L) multiplications without the gradient and T K L with it (Goodfellow 2015
-for T = 1, Li et al. 2022, section 4, for sequences; choosing the cheaper by layer: Bu et al. 2022). Two
-factors hold T (K + L) numbers and the gradient K L, so the cheaper way to compute is also the smaller thing
-to keep, and one comparison decides both.
+The squared norm of a sum of T outer products of lengths K and L costs T^2 (K + L) multiplications without the gradient,
+by the identity ``|R^T C|^2 = sum(R R^T * C C^T)``, and T K L multiplications with it (Goodfellow 2015 for T = 1; Li et
+al. 2022, section 4, for sequences; choosing the cheaper per layer: Bu et al. 2022). The factors hold T (K + L) numbers
+and the gradient K L numbers. So the form that is cheaper to compute with is also the smaller one to keep, and one
+comparison decides both.
 """
 
 from __future__ import annotations
@@ -25,36 +24,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-# Numbers of scratch memory that one contraction may use at a time: 4 MB in float32. A quarter and four times
-# as much took the same time, within the noise of a shared machine.
+# Numbers of scratch memory that one contraction may use at a time: 4 MB in float32. Between 1 and 16 MB there was no
+# clear difference in time.
 SCRATCH = 1 << 20
 
 
 def chunks(num_examples: int, numbers_each: int) -> Iterator[slice]:
-    """Runs of examples whose scratch, ``numbers_each`` an example, stays within ``SCRATCH``."""
+    """Runs of examples whose scratch memory, ``numbers_each`` per example, stays within ``SCRATCH``."""
     length = max(1, SCRATCH // max(1, numbers_each))
     for start in range(0, num_examples, length):
         yield slice(start, min(start + length, num_examples))
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in the type that sums are taken in: float64 stays, all others become float32."""
+    """The tensor in the dtype of sums: float64 stays, all others become float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
 def squared_sums(values: Tensor) -> Tensor:
-    """Sum of squares of each example, (num_examples, ...) -> (num_examples,).
-
-    ``sum`` adds in cascade; ``vector_norm`` and a batched product do not, and lose 4e-6 and 5e-5 on 200,000
-    numbers.
-    """
+    """Sum of squares of each example, (num_examples, ...) -> (num_examples,)."""
     flat = by_row(values)
     pieces = [wide(flat[part]) for part in chunks(flat.shape[0], flat.shape[1])]
+    # sum() adds pairwise. vector_norm() and a batched product do not, and lose 4e-6 and 5e-5 on 200,000 numbers.
     return torch.cat([(piece * piece).sum(1) for piece in pieces])
 
 
 def by_row(values: Tensor) -> Tensor:
-    """An example a row, (num_examples, ...) -> (num_examples, d); of a parameter without dimensions d is 1."""
+    """One row per example, (num_examples, ...) -> (num_examples, d); d is 1 for a parameter without dimensions."""
     return values.flatten(1) if values.dim() > 1 else values[:, None]
 
 
@@ -69,7 +65,7 @@ class Contribution(ABC):
     @property
     @abstractmethod
     def dense_is_smaller(self) -> bool:
-        """Whether the gradients themselves are no more numbers than this form of them."""
+        """Whether the gradients themselves hold at most as many numbers as this form."""
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -81,16 +77,16 @@ class Contribution(ABC):
 
     @abstractmethod
     def dense(self, part: slice) -> Tensor:
-        """``g_i`` itself for the examples of ``part``, shape (length of part, *parameter.shape)."""
+        """The gradients ``g_i`` of the examples in ``part``, shape (length of part, *parameter.shape)."""
 
     def coordinate_squares(self) -> Tensor | None:
-        """``sum_i g_i^2`` of each coordinate, shape (*parameter.shape), where it takes less than the gradients."""
+        """``sum_i g_i^2`` of each coordinate, shape (*parameter.shape); None if it needs the gradients themselves."""
         return None
 
 
 @dataclass(frozen=True)
 class Dense(Contribution):
-    """The gradients themselves: for parameters smaller than the signals they meet (biases, gains).
+    """The gradients themselves, for parameters that are smaller than the layer's signals (biases, gains).
 
     Args:
         values: ``g_i``, shape (num_examples, *parameter.shape).
@@ -178,8 +174,7 @@ class Lookup(Contribution):
 
     Args:
         index: the rows looked up, shape (num_examples, num_positions).
-        values: gradient at the rows, shape (num_examples, num_positions, width); zero where it must not
-            count.
+        values: gradient at the rows, shape (num_examples, num_positions, width); zero for positions to ignore.
         num_rows: rows of the table.
     """
 
@@ -196,7 +191,7 @@ class Lookup(Contribution):
         return self.num_rows <= self.index.shape[1]
 
     def squares(self) -> Tensor:
-        """Sums the positions of an example that looked up the same row, in a table as long as the sequence."""
+        """Computed from a table as long as the sequence, in which positions with the same row are summed."""
         return squared_sums(self._row_sums()[0])
 
     def coordinate_squares(self) -> Tensor | None:
@@ -205,12 +200,14 @@ class Lookup(Contribution):
         return table.index_add_(0, rows.flatten(), sums.flatten(0, 1).square())
 
     def _row_sums(self) -> tuple[Tensor, Tensor]:
-        """Sums over an example's positions of one row, and that row; zeros behind them, and row 0.
+        """For each example and each distinct row, the sum over the row's positions, and the row's index.
 
-        Sorting gives the distinct rows of each example consecutive numbers without asking the device how many
-        there are. Shapes (num_examples, num_positions, width) and (num_examples, num_positions).
+        Shapes (num_examples, num_positions, width) and (num_examples, num_positions). An example with fewer distinct
+        rows than positions is padded by zeros and row 0.
         """
         num_examples, num_positions = self.index.shape
+        # Sorting numbers the distinct rows of each example without asking the device how many there are, as unique()
+        # would.
         ordered, order = self.index.sort(dim=1)
         is_new = torch.ones_like(ordered)
         is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
@@ -239,8 +236,8 @@ class Correlation(Contribution):
     Args:
         grad: gradient at the output, shape (num_examples, out_channels, *output_size).
         inputs: padded input, shape (num_examples, in_channels, *input_size).
-        kernel_size, stride, dilation: one number a dimension.
-        groups: groups of channels that do not meet.
+        kernel_size, stride, dilation: one number per dimension.
+        groups: groups of channels that are convolved separately.
     """
 
     grad: Tensor
@@ -263,7 +260,7 @@ class Correlation(Contribution):
         return self._dense_numbers <= math.prod(self.grad.shape[1:]) + math.prod(self.inputs.shape[1:])
 
     def squares(self) -> Tensor:
-        """By Gram matrices of patches where few positions meet many channels, else by the gradients."""
+        """Computed from Gram matrices of patches if there are few positions and many channels, else from gradients."""
         num_positions = math.prod(self.grad.shape[2:])
         num_rows = self.grad.shape[1] // self.groups
         num_cols = self.inputs.shape[1] // self.groups * math.prod(self.kernel_size)
@@ -288,7 +285,8 @@ class Correlation(Contribution):
         return torch.cat(sums)
 
     def dense(self, part: slice) -> Tensor:
-        """One convolution whose groups are the examples (Rochette et al. 2019): as fast as the mean's."""
+        """One convolution whose groups are the examples (Rochette et al. 2019)."""
+        # As fast as the mean gradient. unfold() and bmm() take 2 to 4 times as long if there are many positions.
         differentiate = (conv1d_weight, conv2d_weight, conv3d_weight)
         inputs, grad = wide(self.inputs[part]), wide(self.grad[part])
         length, in_channels, out_channels = inputs.shape[0], inputs.shape[1], grad.shape[1]
@@ -307,7 +305,7 @@ class Correlation(Contribution):
         return weights.reshape(length, out_channels, *shape)
 
     def _patches(self, part: slice) -> Tensor:
-        """The inputs under the kernel: (length, groups, *positions, channels of a group, *kernel)."""
+        """The patches of the inputs, shape (length, groups, *positions, channels of a group, *kernel)."""
         inputs = self.inputs[part]
         windows = inputs.reshape(inputs.shape[0], self.groups, -1, *inputs.shape[2:])
         num_dims = len(self.kernel_size)
@@ -320,10 +318,10 @@ class Correlation(Contribution):
 
 
 def combined_squares(contributions: Sequence[Contribution], parameter_size: int) -> Tensor:
-    """``|g_i|^2`` where several calls share the parameter: summed before the norm, cross terms and all.
+    """``|g_i|^2`` of a parameter that several calls may share: the norm of the sum, including cross terms.
 
-    A weight tied between an embedding and an output head meets neither's whole table: the two forms give the
-    cross term.
+    For a weight that is tied between an embedding and an output head, no gradient of the table's size is formed: the
+    cross term follows from the two factored forms.
 
     Args:
         contributions: all of the micro-batch's contributions to one parameter, at least one.
@@ -368,11 +366,11 @@ def combined_squares(contributions: Sequence[Contribution], parameter_size: int)
 
 
 def coordinate_squares(contributions: Sequence[Contribution], shape: torch.Size) -> Tensor:
-    """``sum_i g_i^2`` of each coordinate of a parameter that the calls share, from a run of examples at a time.
+    """``sum_i g_i^2`` of each coordinate of a parameter that several calls may share.
 
     Args:
         contributions: all of the micro-batch's contributions to one parameter, at least one.
-        shape: of the parameter.
+        shape: the shape of the parameter.
     """
     first, *others = contributions
     if not others:
@@ -389,7 +387,7 @@ def coordinate_squares(contributions: Sequence[Contribution], shape: torch.Size)
 
 
 def _inner(outer: OuterProduct, lookup: Lookup) -> Tensor:
-    """``<g_i, h_i>`` of a linear map's and an embedding's contribution to one table, (num_examples,)."""
+    """``<g_i, h_i>`` of the contributions of a linear map and an embedding to one table, shape (num_examples,)."""
     sums = []
     num_positions, num_lookups = outer.rows.shape[1], lookup.index.shape[1]
     for part in chunks(outer.num_examples, 2 * num_positions * num_lookups):

@@ -1,8 +1,8 @@
-"""Which inputs have an example a row: tried once, with one example less, before the first forward that is measured.
+"""Finds out, before the first measured forward, which inputs have one example per row.
 
-A module that gets as many rows as there are examples may have got something else: positions of a sequence that is as
-long as the micro-batch is large, or the same with times first. Shapes alone do not tell. So the model runs once more,
-without gradients, on all examples but the last; what then still has as many rows as before is no examples.
+If a module's input has as many rows as there are examples, the rows may still be something else, such as the positions
+of a sequence that is as long as the micro-batch is large. Shapes alone cannot tell. So the model runs once, without
+gradients, on all examples but the last. Inputs that then have as many rows as before do not have examples as rows.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from adabatch.runtime.random_state import random_state, restore_random_state
 
 
 def run_with_one_less(model: nn.Module, args: Any, kwargs: Any, num_examples: int) -> bool:
-    """Runs the model on all examples but the last one; whether it could.
+    """Runs the model on all examples but the last one, and returns whether it could.
 
-    Random numbers and buffers are as they were afterwards, and ``DistributedDataParallel`` learns nothing of it.
+    Restores random numbers and buffers, and bypasses ``DistributedDataParallel``.
 
     Args:
-        model: as the loop calls it, not sharded.
-        args: of the forward that is about to be run.
-        kwargs: the same.
-        num_examples: rows of its tensors that hold examples; at least 2.
+        model: the model that the loop calls, not sharded.
+        args: arguments of the forward that is about to run.
+        kwargs: keyword arguments of that forward.
+        num_examples: examples in the micro-batch; at least 2.
     """
     inner = uncompiled(model)
     if isinstance(inner, DistributedDataParallel):
         inner = inner.module
     rows = [tensor for tensor in tensors_of((args, kwargs)) if tensor.dim() and tensor.shape[0] == num_examples]
-    # All that have as many rows, or the first alone, where another one is a mask that merely looks like it.
+    # First with all tensors that have as many rows shortened; then with the first one only, in case another is a mask
+    # that has this size by chance.
     for chosen in (rows, rows[:1]):
         taken = {id(tensor) for tensor in chosen}
 
@@ -47,10 +48,10 @@ def run_with_one_less(model: nn.Module, args: Any, kwargs: Any, num_examples: in
         try:
             with torch.no_grad(), _without_a_trace(inner), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                # Past the hooks at the model itself, which may take it for the forward of the step.
+                # Bypasses the hooks on the model itself, which might take this for the forward of the step.
                 inner.forward(*fewer[0], **fewer[1])
             return bool(chosen)
-        except Exception:  # whatever a model says to inputs that do not fit together
+        except Exception:  # a model may raise anything on inputs that do not fit together
             continue
     return False
 

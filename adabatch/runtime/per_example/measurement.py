@@ -1,10 +1,10 @@
-"""The hooks of one measured micro-batch: the inputs of the forward meet the gradients of the backward.
+"""The hooks of one measured micro-batch, which combine the inputs of the forward with the gradients of the backward.
 
-Two seams of autograd carry it. Inputs are kept with ``save_for_backward``, so activation checkpointing and
-offloading treat them as they treat a layer's own: a checkpointed input is recomputed, not held. And the hook
-that runs once a parameter's gradient is complete says that all calls sharing the parameter have been heard,
-so tied weights are summed before the norm without counting calls. Gradients in here are those of an example's
-share of the loss, as the backward delivers them.
+They use two features of autograd. Inputs are kept with ``save_for_backward``, so activation checkpointing and
+offloading treat them like a layer's own: a checkpointed input is recomputed, not stored. And the hook that runs once a
+parameter's gradient is complete shows that all calls that share the parameter have been seen, so contributions to tied
+weights are summed before the norm without counting calls. Here, the gradient of an example is that of its share of the
+loss, as the backward delivers it.
 """
 
 from __future__ import annotations
@@ -40,22 +40,23 @@ from adabatch.runtime.per_example.replay import (
 from adabatch.runtime.per_example.rules import RULES
 from adabatch.runtime.per_example.sites import Site
 
-# A parameter that is used outside the module that owns it shows: the examples' gradients do not add up to its
-# own. How far they may be apart, as shares of its squared norm and of the mean absolute product; rounding in
-# bfloat16 stays below.
+# If a parameter is used outside the module that owns it, the gradients of the examples do not add up to its own. These
+# are the allowed differences, relative to its squared norm and to the mean absolute product; rounding in bfloat16 stays
+# below them.
 _TOLERANCE_SQUARE, _TOLERANCE_SPREAD = 0.05, 0.01
 
-# Where the true gradient is zero (biases of attention keys, biases before an instance norm), both sums are nothing but
-# rounding: no share of one another, but of what would be summed if nothing cancelled. In float32, or in units of the
-# type's precision where that is coarser. And as a share of the whole gradient, below which nothing shows.
+# Where the true gradient is zero (biases of attention keys, biases before an instance norm), both sums consist of
+# rounding errors only and may differ by any ratio. They are compared with the sums of absolute values instead: allowed
+# is _ROUNDING of those, or _ROUNDING_STEPS times the precision of the dtype if that is coarser. Differences below
+# _NEGLIGIBLE of the whole gradient are ignored.
 _ROUNDING, _ROUNDING_STEPS, _NEGLIGIBLE = 1e-4, 2.0, 1e-7
 
 
 class Held(Protocol):
-    """What is kept of the backward for inner products."""
+    """What is kept from the backward to compute inner products."""
 
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
-        """``<g_i, direction>`` over the parameters it is about, shape (num_examples,)."""
+        """``<g_i, direction>`` over the parameters that it covers, shape (num_examples,)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class _HeldContribution:
 
 @dataclass(frozen=True)
 class _HeldReplay:
-    names: Mapping[str, str]  # as the module names its parameters -> as the model does
+    names: Mapping[str, str]  # a parameter's name in the module -> its name in the model
     replay: Replay
 
     def products(self, direction: Mapping[str, Tensor]) -> Tensor:
@@ -77,7 +78,7 @@ class _HeldReplay:
 
 
 class _Keep(torch.autograd.Function):
-    """A node that keeps tensors the way autograd does, under whatever ``saved_tensors_hooks`` are active."""
+    """A graph node that saves tensors as autograd does, under the ``saved_tensors_hooks`` that are active."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
@@ -85,8 +86,8 @@ class _Keep(torch.autograd.Function):
         return torch.empty_like(anchor)
 
 
-class _Kept:
-    """Tensors kept for one backward; taking them lets them go."""
+class _SavedTensors:
+    """Tensors kept for one backward, freed when they are taken."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         anchor = torch.empty(0, requires_grad=True)
@@ -102,17 +103,17 @@ class _Kept:
 
 
 class Measurement:
-    """The hooks of one micro-batch, and what they have gathered.
+    """The hooks of one micro-batch, and what they have measured.
 
     Args:
         model: the model.
         sites: the modules that account for its parameters.
-        num_examples: examples in the micro-batch; None to read it off the model's first argument.
+        num_examples: examples in the micro-batch; None to take it from the model's first argument.
         hold: keep what inner products need.
-        check: compare the sum of the examples' gradients with each parameter's own, and find out which inputs have an
-            example a row.
-        examples_first: the user says that all have, where it cannot be found out.
-        coordinates: add up the squares of each coordinate too.
+        check: compare the sum of the examples' gradients with each parameter's gradient, and find out which inputs have
+            one example per row.
+        examples_first: the user states that all inputs have, where this cannot be found out.
+        coordinates: also sum the squares of each coordinate.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Measurement:
         self._is_given = num_examples is not None
         self._model = model
         self._examples_first = examples_first
-        self._rows: dict[Site, set[int]] | None = None  # while it is tried which inputs have an example a row
+        self._rows: dict[Site, set[int]] | None = None  # only during the trial of the layout
         self._is_tried = not check
         self._is_sure = not check or examples_first
         self._shared_inputs: dict[Site, frozenset[int]] = {}
@@ -178,7 +179,7 @@ class Measurement:
                 self._handles.append(site.module.register_forward_hook(forward, with_kwargs=True, prepend=True))
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -186,7 +187,8 @@ class Measurement:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Settles what is left after the backward; raises where the modules do not account for a gradient."""
+        """Computes what is left after the backward; raises if the modules do not account for a gradient."""
+        # Left are parameters whose hook did not run, such as sharded ones, whose gradient FSDP2 sets outside autograd.
         for name in list(self._pending):
             self._settle(name)
         wrong = self._completed - self.squares.keys()
@@ -208,10 +210,10 @@ class Measurement:
                 "no backward reached the model: call start() before the forward and finish() after the backward"
             )
 
-    # Forward: leave the inputs behind, and a hook at the outputs.
+    # Forward: keep the inputs, and put a hook on the outputs.
 
     def _count_examples(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # Nothing of a forward without gradients is measured: a teacher, a metric.
+        # A forward without gradients (of a teacher, or for a metric) is not measured.
         if self._is_replaying or not torch.is_grad_enabled():
             return
         if not self._is_given:
@@ -222,7 +224,7 @@ class Measurement:
             self._try_layout(args, kwargs)
 
     def _try_layout(self, args: Any, kwargs: Any) -> None:
-        """Finds out which inputs have an example a row; raises where one has something else."""
+        """Finds out which inputs have one example per row; raises if the rows of an input are something else."""
         num_examples = self.num_examples
         assert num_examples is not None
         if is_sharded(self._model):  # its forward waits for other ranks, whose micro-batch may need no trial
@@ -289,7 +291,7 @@ class Measurement:
             inputs = inputs.expand(num_examples, *inputs.shape[1:])
         kept = None
         if not self._keys[site].keys() <= site.rule.inputless:
-            kept = _Kept([_as_computed(inputs, output)])
+            kept = _SavedTensors([_as_computed(inputs, output)])
         backward = partial(self._on_ruled_grad, site, kept, num_examples)
         self._handles.append(output.register_hook(backward))  # type: ignore[no-untyped-call]
         return widened
@@ -315,17 +317,17 @@ class Measurement:
             self._on_replayed_grads,
             site,
             map_tensors(lambda _: torch.empty(0), call),
-            _Kept(tensors_of(call)),
+            _SavedTensors(tensors_of(call)),
             [leaf.requires_grad for leaf in leaves],
             Autocast.now(wanted[0].device.type),
             num_examples,
         )
         self._handles.append(torch.autograd.graph.register_multi_grad_hook(wanted, backward))
 
-    # Backward: the gradients at the outputs meet the inputs.
+    # Backward: combine the gradients at the outputs with the inputs.
 
     def _check_number(self, site: Site, num_examples: int) -> None:
-        """That the forwards which have gradients are of the same examples."""
+        """Checks that all forwards with gradients have the same number of examples."""
         if num_examples != self.num_examples:
             raise ValueError(
                 f"one backward of {site} goes through forwards of {num_examples} and of {self.num_examples} examples, "
@@ -333,19 +335,19 @@ class Measurement:
                 f"test from micro-batches"
             )
 
-    def _on_ruled_grad(self, site: Site, kept: _Kept | None, num_examples: int, grad: Tensor) -> None:
+    def _on_ruled_grad(self, site: Site, kept: _SavedTensors | None, num_examples: int, grad: Tensor) -> None:
         assert site.rule is not None
         self._check_number(site, num_examples)
         inputs = grad.new_empty(0) if kept is None else kept.take()[0]
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             for own, contribution in site.rule.contributions(site.module, inputs, grad):
                 self._pending.setdefault(self._keys[site][own], []).append(contribution)
-            # A rule of the user's own may mean something else by absolute values.
+            # Only for our own rules: a user's rule may not be a sum of products, so absolute values need not bound it.
             if self._checks is not None and site.rule is RULES.get(class_of(site.module)):
                 self._note_magnitudes(site, inputs, grad)
 
     def _note_magnitudes(self, site: Site, inputs: Tensor, grad: Tensor) -> None:
-        """What the contributions would be if nothing in them cancelled."""
+        """Notes the contributions of absolute values: what would be summed if nothing cancelled."""
         assert site.rule is not None
         coarse = _ROUNDING_STEPS * torch.finfo(grad.dtype).eps
         for own, contribution in site.rule.contributions(site.module, inputs.abs(), grad.abs()):
@@ -357,7 +359,7 @@ class Measurement:
         self,
         site: Site,
         arguments: object,
-        kept: _Kept,
+        kept: _SavedTensors,
         has_grad: Sequence[bool],
         autocast: Autocast,
         num_examples: int,
@@ -370,9 +372,11 @@ class Measurement:
         shared = self._shared_inputs.get(site, frozenset())
         replay = Replay(site.module, tuple(keys), arguments, kept.take(), outputs, num_examples, autocast, shared)
         is_alone = self._num_calls[site] == 1 and self._shared.isdisjoint(keys.values())
-        self._is_replaying = True  # the module's children run again, and are not to be heard
+        self._is_replaying = True  # the module's children run again, and their hooks must ignore it
         try:
             with torch.no_grad(), torch.autocast(autocast.device_type, enabled=False):
+                # The norm of a sum needs all its terms. Only if no other call shares the parameters can the gradients
+                # be dropped run by run; otherwise they are kept until the parameter's gradient is complete.
                 if is_alone and (self.held is None or not replay.dense_is_smaller):
                     self._settle_replay(keys, replay)
                 else:
@@ -382,7 +386,7 @@ class Measurement:
             self._is_replaying = False
 
     def _settle_replay(self, keys: Mapping[str, str], replay: Replay) -> None:
-        """The norms of a module whose parameters no other call shares, a run of examples at a time."""
+        """Computes the norms for a module whose parameters no other call shares, a few examples at a time."""
         runs: list[dict[str, Tensor]] = []
         for run in replay.gradients():
             runs.append({own: squared_sums(values) for own, values in run.items()})
@@ -399,7 +403,7 @@ class Measurement:
             self.held.append(_HeldReplay(keys, replay))
 
     def _on_parameter(self, name: str, grad: Tensor) -> None:
-        """The parameter's gradient is complete: every call that shares it has been heard."""
+        """Called when the parameter's gradient is complete, so every call that shares it has been seen."""
         self._completed.add(name)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             if self._checks is not None:
@@ -408,8 +412,8 @@ class Measurement:
                 self._settle(name)
 
     def _compare(self, name: str, grad: Tensor) -> Tensor:
-        """The examples' products with the gradient: their sum, absolute sum, and what they must add up to; and how far
-        rounding may take them from it."""
+        """Sum and absolute sum of the examples' inner products with the gradient, the sum's true value, and the
+        rounding error to allow."""
         square = wide(grad).square().sum()
         if name in self._sums:
             total = (wide(self._sums.pop(name)) * wide(grad)).sum()
@@ -441,13 +445,13 @@ class Measurement:
 
 
 def _as_computed(inputs: Tensor, output: Tensor) -> Tensor:
-    """The input in the narrower type that autocast computed with: less memory, and the step's own values."""
+    """The input in the narrower dtype that autocast computed in, which takes less memory."""
     is_narrower = inputs.is_floating_point() and output.element_size() < inputs.element_size()
     return inputs.to(output.dtype) if is_narrower else inputs
 
 
 def _refuse_positions(site: Site, inputs: Tensor, num_examples: int) -> None:
-    """Raises where the examples may lie along another dimension, or not at all, and no trial said which it is."""
+    """Raises if the rows of an input may be something other than examples, and no trial has shown what they are."""
     assert site.rule is not None
     if isinstance(site.module, nn.Embedding) and inputs.dim() == 1 and inputs.shape[0] > 1:
         steps = inputs.diff()

@@ -1,9 +1,8 @@
 """Squared norms and inner products of every example's gradient, from an ordinary ``loss.backward()``.
 
-While a micro-batch is measured, each module with parameters leaves its input behind in the forward, and the
-gradient at its output meets it in the backward; `rules` says what the two give. Nothing runs twice, so the
-dropout masks, the data augmentation and the activations are those of the real step, and no example's gradient
-is stored.
+While a micro-batch is measured, the input of each module with parameters is kept in the forward, and combined in the
+backward with the gradient at the module's output, by the module's rule (`rules`). Nothing runs twice, so dropout masks,
+data augmentation and activations are those of the real step, and no example's gradient is stored.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from adabatch.runtime.per_example.sites import find_sites, refuse
 
 @dataclass(frozen=True, eq=False)
 class ExampleGradients:
-    """What one measured micro-batch tells of its examples' gradients; made by `PerExampleNorms.finish`.
+    """The statistics of the examples' gradients in one micro-batch, returned by `PerExampleNorms.finish`.
 
-    Example i's gradient ``g_i`` is n times the gradient of its share of the loss, n being the examples of the
-    micro-batch: for a loss that is a mean over examples, the gradient of its own loss. Always ``mean_i g_i``
-    is the gradient of the micro-batch.
+    The gradient ``g_i`` of example i is n times the gradient of its share of the loss, in a micro-batch of n examples.
+    If the loss is a mean over examples, this is the gradient of the example's own loss. In any case, ``mean_i g_i`` is
+    the gradient of the micro-batch.
 
     Args:
         examples_sq: ``s_i = |g_i|^2``, shape (num_examples,), float32 or float64, on the model's device.
         parameters_sq: each parameter's share of ``examples_sq``, by its name in the model, same shape.
-        coordinates_sq: ``sum_i g_i^2`` of each coordinate, by the parameter's name and in its shape; None where not
+        coordinates_sq: ``sum_i g_i^2`` of each coordinate, by the parameter's name and in its shape; None if not
             measured.
     """
 
@@ -46,28 +45,27 @@ class ExampleGradients:
     _parameters: Mapping[str, nn.Parameter]
 
     def parameter(self, name: str) -> nn.Parameter:
-        """The parameter of that name."""
+        """The parameter with this name."""
         return self._parameters[name]
 
     @torch.no_grad()
     def products(self, direction: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Inner products ``p_i = <g_i, direction>`` of every example, without another pass.
+        """Inner products ``p_i = <g_i, direction>`` of every example, without another pass over the model.
 
-        A parameter's share is its layer run forward once more on the input that was kept, with the direction
-        in the
-        place of the weights, times the gradient at its output: a third of a step (`products_by_jvp` costs a
-        whole one).
+        For each parameter, its layer is applied once more to the kept input, with the direction instead of the
+        weights, and the result is multiplied by the gradient at the output. This costs a third of a step
+        (`products_by_jvp` costs a whole step).
 
         Args:
-            direction: a tensor for each trainable parameter, by its name in the model, of the parameter's
-                shape. By default the parameters' ``.grad``, which must then hold the step's mean gradient:
-                all micro-batches accumulated and reduced, unscaled, not yet clipped.
+            direction: a tensor for each trainable parameter, by its name in the model, in the parameter's shape. By
+                default the parameters' ``.grad``, which must then hold the step's mean gradient: all micro-batches
+                accumulated and reduced, unscaled, and not yet clipped.
 
         Returns:
-            Shape (num_examples,), in the type of ``examples_sq``.
+            Shape (num_examples,), in the dtype of ``examples_sq``.
 
         Raises:
-            RuntimeError: the norms were measured with ``products=False``, so nothing was held.
+            RuntimeError: if the norms were measured with ``products=False``, so that nothing was kept.
         """
         if self._held is None:
             raise RuntimeError(
@@ -83,7 +81,7 @@ class ExampleGradients:
         return total * self._factor
 
     def gradient(self) -> dict[str, Tensor]:
-        """The parameters' ``.grad`` by their names in the model; sharded ones are gathered, on all ranks at once."""
+        """The parameters' ``.grad`` by their names in the model. Gathers sharded ones, so all ranks must call it."""
         grads = {name: parameter.grad for name, parameter in self._parameters.items()}
         return {
             name: grad.full_tensor() if isinstance(grad, DTensor) else grad
@@ -106,44 +104,41 @@ class PerExampleNorms:
         examples.examples_sq                   # |g_i|^2
         examples.products()                    # <g_i, g>, with g in the parameters' .grad
 
-    Between ``finish`` and ``start`` the model carries no hooks, so a step that is not measured pays nothing.
+    Between ``finish`` and ``start`` the model has no hooks, so steps that are not measured cost nothing extra.
 
-    A module with a rule (`rules.RULES`: linear, convolution, embedding, the normalisations) costs up to its
-    own weight gradient once more. Any other module that holds parameters is run again, example by example
-    (`replay.Replay`); one that also has children is run again whole, for the parameters it holds itself, so
-    those are cheaper in a small module of their own.
+    A module with a rule (`rules.RULES`: linear, convolution, embedding and normalisation layers) costs at most as much
+    as its weight gradient. Any other module with parameters is run again, example by example (`replay.Replay`). If such
+    a module has children, they are run again with it, so its own parameters are cheaper in a small separate module.
 
-    Under autocast, norms are taken in float32 of the signals that the step computed with. A checkpointed
-    module's inputs are recomputed with it. A compiled model runs eagerly while it is measured.
+    Under autocast, norms are taken in float32 of the activations and gradients that the step computed. The inputs of a
+    checkpointed module are recomputed with it. A compiled model runs eagerly while it is measured.
+
+    Terms of a loss that couple examples (contrastive losses, load balancing) are not detected: each example gets the
+    part that the backward assigns to it.
 
     Args:
-        model: the model as the loop calls it: plain, in DDP, or sharded by FSDP2. The examples lie along the
-            first dimension of every module's input; a first dimension of 1 (positions, say) is shared by all
-            examples, and the module's output is expanded to them.
-        products: also hold what inner products with the step's gradient need, for as long as the
-            `ExampleGradients` lives: inputs and output gradients of the layers, or their per-example
-            gradients where those are smaller.
-        check: in the first measured micro-batch, compare the sum of the examples' gradients with each
-            parameter's own gradient, which costs a third of a step and a host sync, once. It finds parameters
-            that are used outside the module that owns them. And run its forward once more, without gradients and
-            with one example less, which finds modules whose rows are positions, times or tokens.
-        rules: rules for the user's own classes of modules; they take precedence.
-        examples_first: say that the examples lie along the first dimension of every module's input where that cannot
-            be found out: in a sharded model whose sequences are as long as the micro-batch is large.
-        coordinates: also add up the squares of each coordinate over the examples, 4 bytes a parameter. Except
-            for linear maps of single positions and embeddings, the examples' gradients are formed for it, a few
-            at a time, each of them the work of a weight gradient's share.
+        model: the model that the loop calls: plain, in DDP, or sharded by FSDP2. The examples lie along the first
+            dimension of every module's input. An input with a first dimension of 1 (positions, for instance) is shared
+            by all examples, and the module's output is expanded to them.
+        products: also keep what inner products with the step's gradient need, as long as the `ExampleGradients` lives:
+            inputs and output gradients of the layers, or their per-example gradients if those are smaller.
+        check: in the first measured micro-batch, compare the sum of the examples' gradients with each parameter's
+            gradient. This finds parameters that are used outside the module that owns them, and costs a third of a step
+            and one host sync. Also run the forward once more, without gradients and with one example less, to find
+            modules whose rows are positions, times or tokens.
+        rules: rules for your own module classes; they take precedence.
+        examples_first: state that the examples lie along the first dimension of every module's input. Needed where this
+            cannot be found out: in a sharded model whose sequences are as long as the micro-batch is large.
+        coordinates: also sum the squares of each coordinate over the examples, at 4 bytes per parameter. Except for
+            embeddings and for linear layers applied once per example, the examples' gradients are formed for this, a
+            few at a time, which costs as much as the weight gradient.
 
     Raises:
-        ValueError: a module that couples the examples (batch normalisation in training mode), has its
-            examples along another dimension, or would be run again with other random numbers; named, with the
-            way out.
+        ValueError: if a module couples the examples (batch normalisation in training mode), does not have them along
+            the first dimension, or would be run again with other random numbers.
 
-    Does not see terms of a loss that couple examples (contrastive losses, load balancing): they are shared
-    out as the backward shares them.
-
-    Source: Goodfellow 2015 (linear layers); Rochette et al. 2019 (convolutions); Gray et al. 2024 (sequences
-    and normalisation layers).
+    Source: Goodfellow 2015 (linear layers); Rochette et al. 2019 (convolutions); Gray et al. 2024 (sequences and
+    normalisation layers).
     """
 
     def __init__(
@@ -166,18 +161,19 @@ class PerExampleNorms:
         refuse(model, self._sites)
 
     def start(self, num_examples: int | None = None) -> None:
-        """Begins to measure: call it before the forward of a micro-batch.
+        """Begins to measure. Call it before the forward of a micro-batch.
 
         Args:
-            num_examples: examples in the micro-batch; by default the first dimension of the first tensor that
-                the model is called with.
+            num_examples: examples in the micro-batch; by default the first dimension of the first tensor that the model
+                is called with.
 
         Raises:
-            ValueError: as the constructor; modules may have changed between training and evaluation mode.
-            RuntimeError: the micro-batch before was not finished.
+            ValueError: for the same reasons as the constructor.
+            RuntimeError: if the previous micro-batch was not finished.
         """
         if self._measurement is not None:
             raise RuntimeError("a micro-batch is under way: call finish() after its backward, or remove()")
+        # Again, as modules may have switched between training and evaluation mode since.
         refuse(self._model, self._sites)
         self._measurement = Measurement(
             self._model,
@@ -190,10 +186,10 @@ class PerExampleNorms:
         )
 
     def expect(self, num_examples: int) -> None:
-        """Says, between the forward and its backward, how many examples the micro-batch holds.
+        """States, between forward and backward, how many examples the micro-batch has.
 
         Raises:
-            ValueError: the model was called with another number.
+            ValueError: if the model was called with another number.
         """
         seen = None if self._measurement is None else self._measurement.num_examples
         if seen is not None and seen != num_examples:
@@ -205,15 +201,15 @@ class PerExampleNorms:
             )
 
     def finish(self, *, loss_scale: float = 1.0) -> ExampleGradients:
-        """Takes the hooks off and gives what the backward left: call it after that backward.
+        """Removes the hooks and returns the statistics. Call it after the backward.
 
         Args:
-            loss_scale: the number that the mean loss was multiplied with before its backward: 1 /
-                accumulation steps, times the scale of a gradient scaler.
+            loss_scale: the factor on the mean loss before its backward: 1 / accumulation steps, times the scale of a
+                gradient scaler.
 
         Raises:
-            RuntimeError: nothing was started; no backward came; a parameter has a gradient that no module
-                accounts for, or was reached by two backwards.
+            RuntimeError: if ``start`` was not called, if there was no backward, if a parameter has a gradient that no
+                module accounts for, or if it was reached by two backwards.
         """
         measurement = self._measurement
         if measurement is None:
@@ -232,7 +228,7 @@ class PerExampleNorms:
         return ExampleGradients(total, squares, coordinates, factor, held, measurement.parameters)
 
     def remove(self) -> None:
-        """Takes every hook off and forgets a measurement under way; nothing of it stays on the model."""
+        """Removes every hook and abandons the current measurement."""
         if self._measurement is not None:
             self._measurement.close()
             self._measurement = None

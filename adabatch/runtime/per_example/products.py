@@ -1,10 +1,10 @@
-"""Inner products of every example's gradient with the step's gradient, and the moments they make.
+"""Inner products of every example's gradient with the step's gradient, and the moments that follow from them.
 
-There are two ways to ``p_i = <g_i, g>`` for all examples at once, without their gradients.
-`ExampleGradients.products` uses what the measured backward left behind, at a third of a step, holding it
-until the gradient is known, which is at the end of the step. `products_by_jvp` holds nothing but the batch:
-it runs the losses again in forward mode, at the cost of a whole step, and needs them as a function of the
-parameters, the random numbers of the real pass, and a forward derivative of every operation.
+There are two ways to compute ``p_i = <g_i, g>`` for all examples without forming their gradients.
+`ExampleGradients.products` uses what was kept from the measured backward. It costs a third of a step, and the memory is
+held until the gradient is known, at the end of the step. `products_by_jvp` keeps only the batch: it computes the losses
+again in forward mode, at the cost of a whole step. It needs the losses as a function of the parameters, the random
+numbers of the real pass, and a forward derivative of every operation.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class RandomState:
 
     Args:
         cpu: state of the CPU generator.
-        device: the accelerator whose generator is kept as well; None without one.
-        accelerator: its state; None without one.
+        device: the accelerator whose generator state is kept as well; None for the CPU only.
+        accelerator: the state of its generator; None for the CPU only.
     """
 
     cpu: Tensor
@@ -39,7 +39,7 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device | str = "cpu") -> RandomState:
-        """The state at present, of the CPU and of ``device``."""
+        """The present state of the generators of the CPU and of ``device``."""
         place = torch.device(device)
         if place.type == "cpu":
             return cls(torch.get_rng_state(), None, None)
@@ -47,7 +47,7 @@ class RandomState:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Puts the state on, and back to what it was on leaving."""
+        """Sets this state inside the context, and the previous state again afterwards."""
         before = RandomState.now(self.device or "cpu")
         self._put_on()
         try:
@@ -77,17 +77,17 @@ def products_by_jvp(
             ``lambda p: loss_fn(torch.func.functional_call(model, p, (x,)), y, reduction="none")``.
         direction: the step's mean gradient, a tensor for each name in ``parameters`` and of its shape.
         parameters: the trainable parameters, by name.
-        random_state: state before the forward of the real pass, so that dropout draws the same masks; by
-            default the pass draws new ones.
+        random_state: the state before the forward of the real pass, so that dropout draws the same masks; by default
+            the pass draws new ones.
 
     Returns:
-        Shape (num_examples,), in the type of the losses.
+        Shape (num_examples,), in the dtype of the losses.
 
     Raises:
-        ValueError: names that differ, or losses that are not one number an example.
+        ValueError: if the names differ, or if the losses are not one number per example.
 
-    Does not do: buffers that a forward changes change once more. Attention runs in its plain form, the only
-    one with a forward derivative.
+    Buffers that the forward changes are changed once more. Attention runs in its plain form, the only one with a
+    forward derivative.
     """
     if parameters.keys() != direction.keys():
         odd = sorted(parameters.keys() ^ direction.keys())
@@ -111,15 +111,15 @@ def products_by_jvp(
 def without_own_share(products: Tensor, examples_sq: Tensor) -> Tensor:
     """Inner products with the mean gradient of the *other* examples, ``p_i' = (b p_i - s_i) / (b - 1)``.
 
-    An example is part of the mean that it is compared with, which adds ``s_i / b`` to ``p_i``: the smaller
-    the batch, the more of the spread of ``p_i`` is the spread of the norms.
+    Each example is part of the mean that it is compared with, which adds ``s_i / b`` to ``p_i``. In small batches, much
+    of the spread of ``p_i`` is therefore the spread of the norms.
 
     Args:
         products: ``p_i``, shape (num_examples,), of all b examples of the step.
         examples_sq: ``s_i``, same shape.
 
     Raises:
-        ValueError: fewer than two examples.
+        ValueError: if there are fewer than two examples.
     """
     num_examples = products.shape[0]
     if num_examples < 2:
@@ -133,11 +133,11 @@ def example_moments(examples_sq: Tensor, products: Tensor, *, leave_one_out: boo
     Args:
         examples_sq: ``s_i = |g_i|^2``, shape (num_examples,), of all examples of the step.
         products: ``p_i = <g_i, g>`` with the step's mean gradient g, same shape.
-        leave_one_out: take the noise along the gradient from `without_own_share` products, as
-            ``Var(p_i') / mean(p_i')``; the squared norms, and so the norm test, are the same either way.
+        leave_one_out: compute the noise along the gradient from `without_own_share` products, as
+            ``Var(p_i') / mean(p_i')``. The squared norms, and with them the norm test, do not change.
 
     Raises:
-        ValueError: shapes that differ, or fewer than two examples.
+        ValueError: if the shapes differ, or if there are fewer than two examples.
     """
     squares = examples_sq.double().cpu().numpy()  # host sync
     inner = products.double().cpu().numpy()

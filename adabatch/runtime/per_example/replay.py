@@ -1,9 +1,8 @@
-"""Per-example gradients of a module without a rule: its call once more under ``torch.func.vmap``.
+"""Per-example gradients of a module without a rule: the module is called again under ``torch.func.vmap``.
 
-The replay differentiates one module, not the model: its inputs and the gradients at its outputs are those of
-the real step, so the loss is not needed and nothing else runs again. It works through chunks of examples and
-never holds all gradients at a time. A module that draws random numbers cannot be replayed, because its masks
-were drawn for the whole batch; it is refused.
+The replay differentiates one module, not the model. Its inputs and the gradients at its outputs are those of the real
+step, so the loss is not needed and nothing else runs again. It processes a few examples at a time and never holds all
+gradients at once. A module that draws random numbers is refused, because its masks were drawn for the whole batch.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def tensors_of(tree: object) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Autocast:
-    """The autocast state of a forward, to be put on again for its replay."""
+    """The autocast state of a forward, set again for its replay."""
 
     device_type: str
     enabled: bool
@@ -51,11 +50,11 @@ class Autocast:
 
     @classmethod
     def now(cls, device_type: str) -> Autocast:
-        """The settings at present."""
+        """The present settings."""
         return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
     def again(self) -> torch.autocast:
-        """Puts the settings on, and back to what they were on leaving."""
+        """A context in which these settings are active."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
 
@@ -65,14 +64,15 @@ class Replay:
 
     Args:
         module: the module.
-        names: its trainable parameters, as the module names them.
-        arguments: (args, kwargs) of the call; a tensor whose first dimension is ``num_examples`` has an
-            example a row, any other is the same for all.
+        names: the names of its trainable parameters in the module.
+        arguments: (args, kwargs) of the call. A tensor whose first dimension is ``num_examples`` has one example per
+            row; any other tensor is the same for all examples.
         inputs: the tensors of ``arguments``, in order.
-        grads: gradient at each output tensor of the call, in order; None where there is none.
+        grads: gradient at each output tensor of the call, in order; None for outputs without one.
         num_examples: examples in the micro-batch.
-        autocast: state during the call.
-        shared: the inputs that are the same for all, whatever their first dimension; known where one was tried.
+        autocast: the autocast state during the call.
+        shared: positions of inputs that are the same for all examples whatever their first dimension, as the trial of
+            the layout found; empty without a trial.
     """
 
     module: nn.Module
@@ -86,12 +86,12 @@ class Replay:
 
     @property
     def dense_is_smaller(self) -> bool:
-        """Whether the gradients themselves are no more numbers than what the replay holds."""
+        """Whether the gradients themselves hold at most as many numbers as the replay."""
         return self._parameter_numbers <= self._signal_numbers
 
     @property
     def _signal_numbers(self) -> int:
-        """Numbers of an example's inputs and output gradients."""
+        """How many numbers the inputs and output gradients of one example hold."""
         held = sum(tensor.numel() for tensor in (*self.inputs, *self.grads) if tensor is not None)
         return held // self.num_examples
 
@@ -100,7 +100,7 @@ class Replay:
         return sum(self.module.get_parameter(name).numel() for name in self.names)
 
     def gradients(self) -> Iterator[dict[str, Tensor]]:
-        """The gradients of runs of examples: parameter name -> (length of the run, *parameter.shape)."""
+        """Gradients of successive runs of examples: parameter name -> (length of the run, *parameter.shape)."""
         inputs = [self._by_example(position, tensor) for position, tensor in enumerate(self.inputs)]
         per_example = [tensor for tensor in inputs if tensor is not None]
         grads = [
@@ -112,7 +112,8 @@ class Replay:
             yield self._run([tensor[part] for tensor in per_example], [grad[part] for grad in grads])
 
     def _run(self, inputs: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
-        # Gradients on, as in the forward: without them an LSTM takes a kernel that vmap cannot batch.
+        # With gradients enabled, as in the forward: otherwise an LSTM takes a kernel that vmap cannot batch. The math
+        # backend, because the fused attention kernels have no batching rule.
         with (
             torch.enable_grad(),
             self.autocast.again(),
@@ -145,19 +146,19 @@ class Replay:
         return torch.cat([run.sum(0) for run in runs])
 
     def _by_example(self, position: int, tensor: Tensor) -> Tensor | None:
-        """The input with its examples along the first dimension, one kept in its place; None where shared."""
+        """The input with the examples as an additional first dimension; None if it is shared by all examples."""
         dim = example_dim(self.module, position)
         if position in self.shared:
             return None
         if tensor.dim() > dim and tensor.shape[dim] == self.num_examples:
             return _by_example(tensor, dim)
         module = self.module
-        if isinstance(module, nn.MultiheadAttention) and tensor.dim() == 3:  # attention masks, one a head
+        if isinstance(module, nn.MultiheadAttention) and tensor.dim() == 3:  # attention masks, one per head
             return tensor.reshape(self.num_examples, module.num_heads, *tensor.shape[1:])
         return None
 
     def _gradient(self, inputs: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
-        """The gradient of one example, in tensors that hold that example alone."""
+        """The gradient of one example, from tensors that hold only this example."""
         own = iter(inputs)
         leaves = iter(
             [
@@ -178,12 +179,12 @@ class Replay:
 
 
 def example_dim(module: nn.Module, position: int) -> int:
-    """The dimension of the examples in an input or output at ``position``; recurrent states have 1."""
+    """The dimension of the examples in an input or output at ``position``: 1 for recurrent states, otherwise 0."""
     return 1 if isinstance(module, nn.RNNBase) and position > 0 else 0
 
 
 def with_states(module: nn.Module, args: tuple[Any, ...], num_examples: int) -> tuple[Any, ...]:
-    """The arguments with the zero states that a recurrent module starts from; vmap would lack them."""
+    """The arguments, with the zero states that a recurrent module would otherwise create itself."""
     if not isinstance(module, nn.RNNBase) or len(args) != 1 or not isinstance(args[0], Tensor):
         return args
     layers = module.num_layers * (2 if module.bidirectional else 1)
@@ -194,5 +195,5 @@ def with_states(module: nn.Module, args: tuple[Any, ...], num_examples: int) -> 
 
 
 def _by_example(tensor: Tensor, dim: int) -> Tensor:
-    """Examples first, and a dimension of 1 where they were: what each example's own call gets."""
+    """Moves the examples to the first dimension and leaves a dimension of 1 in their place, as for a call with one."""
     return tensor.movedim(dim, 0).unsqueeze(dim + 1)

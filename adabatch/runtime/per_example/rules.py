@@ -1,9 +1,8 @@
-"""What one call of a layer adds to its parameters' per-example gradients: a rule for each kind of layer.
+"""Rules: what one call of a layer contributes to the per-example gradients of its parameters, per kind of layer.
 
-A rule gets the module, its input and the gradient at its output, both with the examples along the first
-dimension, and gives the contribution to each trainable parameter. It needs no weights, so it serves sharded
-parameters as well.
-Rules apply to exactly these classes: a subclass may compute something else, and goes through ``replay``.
+A rule receives the module, its input and the gradient at its output, both with the examples along the first dimension,
+and yields the contribution to each trainable parameter. It does not read the weights, so it also works for sharded
+parameters. Rules apply to exactly these classes: a subclass may compute something else, and is replayed (`replay`).
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def _rms_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple
 def _affine(
     module: nn.Module, normalise: Callable[[Tensor], Tensor], inputs: Tensor, grad: Tensor
 ) -> Iterator[tuple[str, Contribution]]:
-    """One gain and one offset a channel, channels along the second dimension."""
+    """One gain and one offset per channel, with the channels along the second dimension."""
     shape = (*grad.shape[:2], -1)
     if _trains(module, "weight"):
         yield "weight", Dense((normalise(wide(inputs)) * wide(grad)).reshape(shape).sum(2))
@@ -109,30 +108,30 @@ def _group_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tup
 
 
 def _instance_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str, Contribution]]:
-    """Exact with tracked statistics too: a step uses each example's own, or those of earlier steps."""
     assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
+    # Tracked statistics do not couple examples: in training each example uses its own, in evaluation all use those of
+    # earlier steps.
     if module.training or not module.track_running_stats:
         return _affine(module, partial(F.instance_norm, eps=module.eps), inputs, grad)
     return _frozen_batch_norm(module, inputs, grad)
 
 
 def _frozen_batch_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str, Contribution]]:
-    """Normalisation by running statistics, in evaluation mode; in training mode it is refused beforehand."""
+    """Normalisation by running statistics, in evaluation mode. (`sites.refuse` raises in training mode.)"""
     assert isinstance(module, (*_BATCH_NORMS, *_INSTANCE_NORMS))
     mean, var = wide(module.get_buffer("running_mean")), wide(module.get_buffer("running_var"))
     return _affine(module, partial(F.batch_norm, running_mean=mean, running_var=var, eps=module.eps), inputs, grad)
 
 
 class Rule(NamedTuple):
-    """How a kind of layer gives its contributions.
+    """How to compute the contributions of one kind of layer.
 
     Args:
-        contributions: (module, input, gradient at the output) -> the name of each trainable parameter and
-            what the call adds to its gradients. The input may be anything where the module's ``weight`` is
-            frozen.
-        item_dims: (module) -> the fewest dimensions that the input has for one example.
-        inputless: parameters whose contribution does not need the input; it is not kept where only they
-            train, and then is an empty tensor.
+        contributions: (module, input, gradient at the output) -> the name of each trainable parameter, and what the
+            call adds to its gradients.
+        item_dims: (module) -> the smallest number of dimensions of the input of one example.
+        inputless: parameters whose contribution does not need the input. If only these train, the input is not kept,
+            and ``contributions`` receives an empty tensor.
     """
 
     contributions: Callable[[nn.Module, Tensor, Tensor], Iterator[tuple[str, Contribution]]]

@@ -1,4 +1,4 @@
-"""Which module accounts for which parameters, and through which no example has a gradient of its own."""
+"""Which module accounts for which parameters, and which modules do not allow per-example gradients."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from adabatch.runtime.per_example.rules import RULES, Rule
 
 @dataclass(frozen=True)
 class Site:
-    """A module that accounts for parameters: by its rule, or by its replay where it has none.
+    """A module that accounts for parameters, by a rule or by replay.
 
     Args:
         name: the module's name in the model.
         module: the module.
-        names: the parameters it accounts for, as the module names them.
-        rule: its rule, or None.
+        names: the names, in the module, of the parameters that it accounts for.
+        rule: its rule; None for replay.
     """
 
     name: str
@@ -33,16 +33,15 @@ class Site:
         return f"{self.name or 'the model'} ({type(self.module).__name__})"
 
     def key(self, own: str) -> str:
-        """The name in the model of the parameter that the module calls ``own``."""
+        """The name in the model of the parameter that is called ``own`` in the module."""
         return f"{self.name}.{own}" if self.name else own
 
 
 def find_sites(model: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> tuple[Site, ...]:
-    """The modules that account for the model's parameters; one that appears twice in the model counts once.
+    """The modules that account for the model's parameters, each listed once even if it appears twice in the model.
 
-    A module accounts for the parameters that it holds itself, and for those in parameter lists, which are
-    never called. Attention and parametrized modules use their children's parameters without calling them, so
-    they account for those too.
+    A module accounts for its own parameters and for those in its parameter lists, which are never called. Attention and
+    parametrized modules use their children's parameters without calling the children, so they account for those too.
 
     Args:
         model: the model.
@@ -70,7 +69,7 @@ def _visit(module: nn.Module, name: str, rules: Mapping[type[nn.Module], Rule], 
 
 
 def refuse(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Raises where examples have no gradients of their own, or a replay would draw other random numbers."""
+    """Raises if a module couples examples, or if its replay would draw other random numbers than the step."""
     for name, module in model.named_modules():
         reason = _coupling(module)
         if reason is not None:
@@ -98,7 +97,7 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 
 def _coupling(module: nn.Module) -> str | None:
-    """Why an example's gradient would depend on others, and the way out; None where it does not."""
+    """Why an example's gradient would depend on other examples, and what to do; None if it would not."""
     kind = type(module).__name__
     if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
         return (
@@ -119,7 +118,7 @@ def _coupling(module: nn.Module) -> str | None:
 
 
 def _randomness(module: nn.Module) -> str | None:
-    """A module inside ``module``, or itself, that draws random numbers in its present mode."""
+    """The first module in ``module``, including itself, that draws random numbers in its present mode."""
     for name, inner in module.named_modules():
         draws = (
             (isinstance(inner, _DROPOUTS) and inner.p > 0)

@@ -1,11 +1,11 @@
 """The communication-hook probe, for DDP: squared norms of buckets before and after their reduction.
 
-DDP hands its hook the flat buckets in which gradients are reduced, while the backward goes on. So both norms are read
-from a few long tensors instead of many short ones, overlapped with the backward and the network, and no pass over
-``p.grad`` follows.
+DDP passes its hook the flat buckets in which gradients are reduced, while the backward continues. Both norms are then
+taken of a few long tensors instead of many short ones, overlapped with the backward and the communication, and no pass
+over ``p.grad`` is needed.
 """
 
-# No `from __future__ import annotations`: DDP reads the annotations of its hook, and knows them as types only.
+# No `from __future__ import annotations`: DDP checks the annotations of its hook, and expects types, not strings.
 
 from collections.abc import Callable
 from functools import partial
@@ -31,45 +31,46 @@ Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]
 """How DDP reduces a bucket: the second argument of ``DistributedDataParallel.register_comm_hook``."""
 
 
-class Cut(NamedTuple):
-    """The gradient of a parameter in a flat bucket."""
+class BucketSlice(NamedTuple):
+    """Where the gradient of a parameter lies in a flat bucket."""
 
     number: int
     offset: int
     length: int
 
 
-def _norms_of(flat: Tensor, cuts: list[Cut] | None) -> list[tuple[int, Tensor]]:
-    """Norms of a bucket, or of the gradients in it, each with the number of its parameter."""
-    if cuts is None:
+def _norms_of(flat: Tensor, slices: list[BucketSlice] | None) -> list[tuple[int, Tensor]]:
+    """Norms of a bucket (as that of parameter 0), or of each gradient in it, with the numbers of the parameters."""
+    if slices is None:
         return [(0, norms(flat))]
-    return [(cut.number, norms(flat[cut.offset : cut.offset + cut.length])) for cut in cuts]
+    return [(piece.number, norms(flat[piece.offset : piece.offset + piece.length])) for piece in slices]
 
 
 class CommHookProbe(Probe):
-    """Noise and signal under DDP from its buckets: one part a rank, the mean gradient of all its micro-batches.
+    """Noise and signal under DDP from its buckets: one part per rank, the mean gradient of all its micro-batches.
 
-    DDP reduces once a step, so accumulation steps are not told apart: with ``k`` of them the spread is measured among
-    ``dp_size`` parts of ``k`` micro-batches, not among ``k * dp_size`` (``MicroBatchProbe`` does that). The estimate is
-    unbiased all the same, and has a larger variance; the cost is lower, one pass over each bucket before and one after.
+    DDP reduces once per step, so accumulation steps cannot be distinguished: with ``k`` of them the spread is measured
+    among ``dp_size`` parts of ``k`` micro-batches, not among ``k * dp_size`` parts as ``MicroBatchProbe`` does. The
+    estimate is still unbiased, but has a larger variance. The cost is lower: one pass over each bucket before the
+    reduction and one after it.
 
-    A DDP model takes one communication hook, for good: ``remove()`` makes the probe deaf, but its hook stays and
-    reduces as before. To measure again, hand the same probe to the next ``AdaptiveBatch``.
+    A DDP model takes one communication hook and keeps it. ``remove()`` stops the measurement, but the hook stays and
+    reduces as before. To measure again, pass the same probe to the next ``AdaptiveBatch``.
 
     Args:
-        model: in ``DistributedDataParallel``, without a communication hook. All its trainable parameters are measured.
-        hook: a hook of your own (``fp16_compress_hook``, say) that reduces in the place of the plain mean. It must give
-            the mean up to rounding, or ``plain_when_probed`` be set.
-        state: what the hook takes as its first argument; the model's process group by default.
-        plain_when_probed: reduce probed steps by the plain mean, past ``hook``. Needed for hooks that approximate it
-            (PowerSGD), as the norm of their result says nothing about that of the mean. An error that such a hook
-            feeds back waits for the next step that it reduces.
-        record_l1: measure the l1 norm of the step's gradient too, in one more pass.
-        layers: measure each of them as well. Norms are then taken of each gradient in a bucket, not of the bucket.
+        model: a ``DistributedDataParallel`` model without a communication hook. All trainable parameters are measured.
+        hook: your own hook (``fp16_compress_hook``, for instance), which reduces instead of the plain mean. Its result
+            must be the mean up to rounding, unless ``plain_when_probed`` is set.
+        state: the first argument of the hook; by default the model's process group.
+        plain_when_probed: reduce probed steps by the plain mean instead of ``hook``. Needed for hooks that approximate
+            the mean (PowerSGD), since the norm of their result is not that of the mean. Error feedback of such a hook
+            is then applied in the next step that it reduces.
+        record_l1: also measure the l1 norm of the step's gradient, in another pass.
+        layers: also measure each of these layers. Norms are then taken of each gradient in a bucket.
 
     Raises:
-        ValueError: a model that is not in DDP, or has a hook already, or PowerSGD without ``plain_when_probed``, or a
-            trainable parameter in no layer.
+        ValueError: if the model is not in DDP or has a hook already, if PowerSGD is used without ``plain_when_probed``,
+            or if a trainable parameter is in no layer.
     """
 
     @checked
@@ -94,7 +95,8 @@ class CommHookProbe(Probe):
                 "the norm of a gradient that PowerSGD approximated is not that of the mean, from which the noise "
                 "follows: use plain_when_probed=True, and Control(interval=) above 1 for a gain from the compression"
             )
-        # The model itself is not kept: its reducer, which Python's garbage collector does not see, keeps this hook.
+        # The model itself is not stored: its reducer holds this hook from C++, where Python's garbage collector cannot
+        # see the cycle, so neither would ever be freed.
         self._group: dist.ProcessGroup = model.process_group
         self.measured = parameters = [p for p in model.parameters() if p.requires_grad]
         self._device = parameters[0].device
@@ -122,8 +124,8 @@ class CommHookProbe(Probe):
                 "CommHookProbe(model, hook=..., state=...) instead of registering it, and a probe that exists to the "
                 "next AdaptiveBatch"
             ) from error
-        # DDP reduces the first piece of a gradient and forgets the rest. Counted in the first part only, as it costs a
-        # Python call a parameter.
+        # If a gradient comes in pieces, DDP reduces the first and silently drops the others. This is checked in the
+        # first part only, because it costs one Python call per parameter.
         self._pieces = [0] * len(parameters)
         self._counting = [
             p.register_hook(partial(self._count, number))  # type: ignore[no-untyped-call]
@@ -135,28 +137,31 @@ class CommHookProbe(Probe):
         if listening:
             if bucket.buffer().is_sparse:
                 raise RuntimeError("CommHookProbe does not measure sparse gradients: use MicroBatchProbe")
-            cuts = self._cuts_of(bucket)
-            self._before += _norms_of(bucket.buffer(), cuts)
+            slices = self._slices_of(bucket)
+            self._before += _norms_of(bucket.buffer(), slices)
         if self._hook is None or (listening and self._plain_when_probed):
             reduced = mean_future(bucket.buffer(), self._group)
         else:
             reduced = self._hook(self._state, bucket)
-        return reduced.then(partial(self._note, cuts)) if listening else reduced
+        # In the future's callback, and not after a wait: waiting here would end the overlap with the backward.
+        return reduced.then(partial(self._note, slices)) if listening else reduced
 
     def _count(self, number: int, _: Tensor) -> None:
         self._pieces[number] += self._listening
 
-    def _cuts_of(self, bucket: dist.GradBucket) -> list[Cut] | None:
-        """Where each parameter's gradient lies in the bucket; None where that does not matter."""
+    def _slices_of(self, bucket: dist.GradBucket) -> list[BucketSlice] | None:
+        """Where each parameter's gradient lies in the bucket; None without layers."""
         if self._number is None:
             return None
         start = bucket.buffer().storage_offset()
         pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        return [Cut(self._number[p], int(grad.storage_offset() - start), int(grad.numel())) for p, grad in pairs]
+        return [
+            BucketSlice(self._number[p], int(grad.storage_offset() - start), int(grad.numel())) for p, grad in pairs
+        ]
 
-    def _note(self, cuts: list[Cut] | None, reduced: Future[Tensor]) -> Tensor:
+    def _note(self, slices: list[BucketSlice] | None, reduced: Future[Tensor]) -> Tensor:
         grad: Tensor = reduced.value()
-        self._after += _norms_of(grad, cuts)
+        self._after += _norms_of(grad, slices)
         if self._record_l1:
             self._after_l1.append(norms(grad, 1))
         return grad
@@ -169,22 +174,24 @@ class CommHookProbe(Probe):
         self._listening = True
 
     def end_part(self, num_examples: float, weight: float) -> None:
-        """It has ended. ``weight`` is the micro-batch's share of this rank's gradient.
+        """Called after the backward of a micro-batch; see `Probe.end_part`.
 
         Raises:
-            RuntimeError: a gradient came in several pieces.
+            RuntimeError: if a gradient came in several pieces.
         """
         self._listening = False
         self._count_no_more()
         if max(self._pieces) > 1:
             raise RuntimeError(IN_PIECES)
         self._sums.join(num_examples, weight)
+        # Without a reduction (no_sync), the micro-batch joins the part that the next reduction ends.
         if self._before:
             self._sums.close(self._layer_sums.of(self._before))
 
     def collect(self) -> Tensor:
         dp_size = self._sums.dp_size
-        # Every rank sees the reduced gradient; a dp-th of each one's norm makes all ranks use the same bits.
+        # All ranks see the same reduced gradient up to rounding. Each contributes 1 / dp_size of its norm, so that all
+        # continue with the same bits.
         grad_sq = self._layer_sums.of(self._after) / dp_size
         l1 = gathered(self._after_l1, self._device).sum() / dp_size if self._record_l1 else None
         self._forget()
@@ -209,7 +216,7 @@ class CommHookProbe(Probe):
         self._forget()
 
     def remove(self) -> None:
-        """Stops measuring; the hook stays on the model, which has no way to give it back."""
+        """Stops measuring. The hook stays on the model, because DDP cannot remove a hook."""
         self._listening = False
         self._count_no_more()
         self._forget()

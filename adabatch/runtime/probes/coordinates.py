@@ -1,8 +1,8 @@
-"""Squares of every coordinate of the gradient, added up over the parts of a step, and what follows from them.
+"""Squares of every coordinate of the gradient, summed over the parts of a step.
 
-With ``S_c = sum_j w_j g_jc^2`` over the parts and ``g_c`` the step's gradient, ``D_c = S_c - g_c^2`` is the variance of
-the parts in coordinate c, up to a factor that is the same for all: what the coordinate-wise norm test and the l1 norm
-of sign methods need. The difference keeps the digits of ``S_c``, so it is good to 1e-7 of it in float32.
+With ``S_c = sum_j w_j g_jc^2`` over the parts and the step's gradient ``g_c``, ``D_c = S_c - g_c^2`` is the variance of
+the parts in coordinate c, up to a factor that is the same for all coordinates. The coordinate-wise norm test and the l1
+norm of sign methods need it. Its rounding error is 1e-7 of ``S_c`` in float32.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ SINGLE = Collectives()
 
 
 class CoordinateNumbers(NamedTuple):
-    """This rank's share of sums over coordinates; None where not asked for.
+    """This rank's share of sums over coordinates; None for what is not measured.
 
     Args:
-        parts: of the parts, shape (num_layers,): squared norms of their images, or ``sum_c sqrt(D_c)`` for "sign".
+        parts: sums over the parts, shape (num_layers,): squared norms of their images, or ``sum_c sqrt(D_c)`` for
+            "sign".
         ratio: the quantile over c of ``D_c / g_c^2``, shape ().
     """
 
@@ -39,13 +40,13 @@ class CoordinateSquares:
     """``S_c`` of this rank's coordinates, 4 bytes each (8 in float64) while a probed step runs.
 
     Args:
-        parameters: those that are measured.
-        layer_sums: adds up by layer.
-        device: of the squares.
-        norm: what the ``parts`` are of, a diagonal metric or "sign"; None for no parts.
-        quantile: of ``ratio``; None for no ratio.
-        same: ranks that hold the same coordinates and see different parts. Where the sums are not linear in ``S``, it
-            is added up over them: a reduction of the size of the gradient.
+        parameters: the measured parameters.
+        layer_sums: sums per layer.
+        device: the device of the squares.
+        norm: the norm of ``parts``: a diagonal metric or "sign"; None for no ``parts``.
+        quantile: the quantile of ``ratio``; None for no ``ratio``.
+        same: ranks that hold the same coordinates and see different parts. For "sign" and quantiles, which are not
+            linear in ``S``, it is summed over them, in a reduction of the size of the gradient.
         others: ranks that hold the other coordinates.
     """
 
@@ -74,16 +75,16 @@ class CoordinateSquares:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that is held at present."""
+        """Memory in use at present."""
         return self._flat.numel() * self._flat.element_size()
 
     def start(self) -> None:
-        """A step begins."""
+        """Begins a step."""
         self._flat = torch.zeros(sum(self._lengths), dtype=self._dtype, device=self._device)
         self._squares = torch.split(self._flat, self._lengths)
 
     def squared(self, grad: Tensor) -> Tensor:
-        """The squares of a gradient's coordinates, flat, in the type of the sums."""
+        """The squares of a gradient's coordinates, flat, in the dtype of the sums."""
         dense = _real(grad.to_dense() if grad.is_sparse else grad)
         return dense.reshape(-1).to(self._dtype).square()
 
@@ -92,13 +93,15 @@ class CoordinateSquares:
         self._squares[number].add_(squares.to(self._flat), alpha=weight)
 
     def numbers(self, grads: Sequence[tuple[int, Tensor]], image: Image) -> CoordinateNumbers:
-        """The sums, once a step; the squares are let go.
+        """The sums, at the end of a step; frees the squares.
 
         Args:
-            grads: the number of a parameter, and this rank's piece of the step's gradient.
-            image: of the metric.
+            grads: pairs of a parameter's number and this rank's piece of the step's gradient.
+            image: the image of the metric.
         """
         parts = ratio = None
+        # A diagonal image scales each coordinate, so the image of sqrt(S) has the squared norm that the images of the
+        # parts have on average. This is linear in S: the one sum over ranks at the end of the step is enough.
         if self._norm is not None and self._norm != "sign":
             images = ((n, image(self._parameters[n], self._squares[n].sqrt().to(grad.device))) for n, grad in grads)
             parts = self._layer_sums.of([(n, norms(each)) for n, each in images])
@@ -114,13 +117,14 @@ class CoordinateSquares:
         return CoordinateNumbers(parts, ratio)
 
     def _spreads(self, grads: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """``D`` and ``g^2`` of each parameter with its number; what rounding makes negative is zero."""
+        """``D`` and ``g^2`` of each parameter, with its number."""
         for number, grad in grads:
             grad_sq = self.squared(grad).to(self._flat.device)
+            # Clamped, since rounding makes the difference of equal numbers slightly negative.
             yield number, (self._squares[number] - grad_sq).clamp_(min=0), grad_sq
 
     def _ratios(self, grads: Sequence[tuple[int, Tensor]]) -> Iterator[Tensor]:
-        """``D / g^2``; infinite where only ``g`` is zero, left out where both are."""
+        """``D / g^2``: infinite if only ``g`` is zero, left out if both are zero."""
         yield self._flat[:0]  # a rank may hold no coordinate at all
         for _, spread, grad_sq in self._spreads(grads):
             nothing = (spread == 0) & (grad_sq == 0)

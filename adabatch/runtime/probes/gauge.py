@@ -1,4 +1,4 @@
-"""What a probe measures of the gradients that it sees: in which norm, by layer, coordinate by coordinate."""
+"""What all probes have in common: measuring gradients in a norm, per layer and per coordinate."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Gauge:
     """Measures a step's parts and its gradient.
 
     Args:
-        parameters: those that are measured; numbers count them.
-        owner: the probe, for its errors.
-        device: of the sums.
-        whole_parts: the parts' gradients are seen whole, so that any metric can be taken of them; else only the squares
-            of their coordinates, added up.
+        parameters: the measured parameters. Their positions are the parameter numbers below.
+        owner: the probe, for error messages.
+        device: the device of the sums.
+        whole_parts: whether the probe sees the whole gradient of a part, so that any metric can be applied to it. If
+            not, it sees sums of squares of coordinates only.
         same: ranks that hold the same coordinates and see different parts.
         others: ranks that hold the other coordinates.
-        examples: parts are single examples.
-        options: what is asked for.
+        examples: whether parts are single examples.
+        options: what to measure.
 
     Raises:
-        ValueError: a parameter in no layer, or a metric that mixes coordinates where parts are not seen whole.
+        ValueError: if a parameter is in no layer, or if a metric mixes coordinates but ``whole_parts`` is False.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Gauge:
             check_diagonal(norm, type(owner).__name__)
         self.gives = given_with(**options)
         self.layer_sums = LayerSums(parameters, options.get("layers"), device=device)
+        # Empty until the first start(), which knows the number of ranks.
         self.sums = PartSums(1, device=device)
         self.coordinates: CoordinateSquares | None = None
         by_squares = norm == "sign" or (norm is not None and not whole_parts)
@@ -81,7 +82,7 @@ class Gauge:
         self._record_l1 = options.get("record_l1", False)
 
     def start(self, dp_size: int) -> None:
-        """A probed step begins."""
+        """Begins to measure a step."""
         self._image, known = begun(self._norm, self._parameters)
         self.sums = PartSums(
             dp_size,
@@ -96,19 +97,19 @@ class Gauge:
                 sums.start()
 
     def norms(self, number: int, grad: Tensor) -> Tensor:
-        """Norms of the blocks of a gradient, shape (num_blocks,): Euclidean ones of its image, or l1 norms."""
+        """Norms of the blocks of a gradient, shape (num_blocks,): Euclidean norms of its image, or l1 norms."""
         if self._norm == "sign":
             return norms(grad, 1)
         return norms(self._image(self._parameters[number], grad))
 
     def close(self, seen: Sequence[tuple[int, Tensor]], power: int = 2, factor: float = 1.0) -> None:
-        """The open part ends.
+        """Ends the open part.
 
         Args:
-            seen: the number of a parameter, and norms of what the part showed; not read where the parts are known by
-                the squares of their coordinates.
-            power: what makes squares of the norms.
-            factor: on the squares.
+            seen: pairs of a parameter's number and the norms of its blocks in this part. Ignored if the sums over parts
+                come from squares of coordinates or from Gram matrices.
+            power: the power that turns ``seen`` into squared norms: 2, or 1 if they are squares already.
+            factor: multiplies the squares.
         """
         self.sums.close(self.layer_sums.of(seen, power) * factor if self.parts_are_norms else None)
 
@@ -116,11 +117,13 @@ class Gauge:
         """This rank's share of the sums.
 
         Args:
-            grads: the number of a parameter, and this rank's piece of the step's gradient.
-            holders: ranks that hold the same piece. A share of its norm from each makes all ranks use the same bits.
+            grads: pairs of a parameter's number and this rank's piece of the step's gradient.
+            holders: how many ranks hold the same piece. Each contributes an equal share of its norm, so that all
+                continue with the same bits.
             others: shares of other sums, shape ().
         """
         parts = ratio = l1 = l2_sq = first = None
+
         if self.coordinates is not None:
             parts, ratio = self.coordinates.numbers(grads, self._image)
         lengths, l1_pieces, l2_pieces = [], [], []

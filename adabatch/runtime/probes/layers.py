@@ -1,4 +1,4 @@
-"""Layers: named sets of parameters whose noise is measured apart, and sums over each of them."""
+"""Layers: named sets of parameters whose noise is measured separately, and sums over each of them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch.optim import Optimizer
 from adabatch.runtime.probes.norms import gathered
 
 PerLayer = Literal["module", "group"]
-"""What counts as a layer: a module that holds parameters itself, or a parameter group of the optimizer."""
+"""What counts as a layer: a module that owns parameters directly, or a parameter group of the optimizer."""
 
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
-"""What ``torch.compile`` and checkpoint wrappers put into the names of the modules inside."""
+"""What ``torch.compile`` and checkpoint wrappers add to the names of the modules inside."""
 
 
 class Layers:
-    """Named sets of parameters; one that is in several belongs to the first.
+    """Named sets of parameters. A parameter in several of them belongs to the first.
 
     Args:
         members: the parameters of each layer, by its name in the journal.
 
     Raises:
-        ValueError: no layer.
+        ValueError: if there are no layers.
     """
 
     def __init__(self, members: Mapping[str, Sequence[Tensor]]) -> None:
@@ -38,10 +38,10 @@ class Layers:
                 self._place.setdefault(parameter, place)
 
     def place_of(self, parameter: Tensor) -> int:
-        """Where in ``names`` the parameter's layer is.
+        """The position in ``names`` of the parameter's layer.
 
         Raises:
-            ValueError: a parameter in no layer.
+            ValueError: if the parameter is in no layer.
         """
         try:
             return self._place[parameter]
@@ -53,15 +53,15 @@ class Layers:
 
 
 def layers_of(model: nn.Module, optimizer: Optimizer, per_layer: PerLayer) -> Layers:
-    """The layers of what an optimizer trains of a model.
+    """The layers of the parameters of a model that an optimizer trains.
 
     Args:
-        model: as it is trained. The names of modules are those inside its wrappers.
-        optimizer: its groups are layers under "group", by their ``name`` where they have one, else by their number.
+        model: the model as it is trained. Layers are named after modules without the prefixes of wrappers.
+        optimizer: with "group", its parameter groups are the layers, named by their ``name`` or else their number.
         per_layer: "module" or "group".
 
     Raises:
-        ValueError: an unknown ``per_layer``, or two groups of one name.
+        ValueError: if ``per_layer`` is unknown, or if two groups have the same name.
     """
     if per_layer not in get_args(PerLayer):
         raise ValueError(f"per_layer must be None or one of {', '.join(get_args(PerLayer))}, got {per_layer!r}")
@@ -83,10 +83,10 @@ def layers_of(model: nn.Module, optimizer: Optimizer, per_layer: PerLayer) -> La
 
 
 def layers_of_weight(weights: Mapping[Tensor, float]) -> tuple[Layers, dict[str, float]]:
-    """Parameters of equal weight as one layer each, and the layers' weights, by their names.
+    """One layer for each distinct weight, and the weights by the names of the layers.
 
     Args:
-        weights: how often the squared norm of each parameter's gradient counts.
+        weights: the factor on the squared norm of each parameter's gradient.
     """
     members: dict[str, list[Tensor]] = {}
     values: dict[str, float] = {}
@@ -103,12 +103,12 @@ def _inner_name(name: str) -> str:
 
 
 class LayerSums:
-    """Sums of powers of norms, one a layer; of all parameters together where there are no layers.
+    """Sums of powers of norms: one per layer, or one over all parameters.
 
     Args:
-        parameters: those that are measured.
-        layers: which layer each belongs to; None for one sum.
-        device: of the sums.
+        parameters: the measured parameters.
+        layers: the layers they belong to; None for one sum.
+        device: the device of the sums.
     """
 
     def __init__(self, parameters: Sequence[Tensor], layers: Layers | None, *, device: torch.device) -> None:
@@ -122,8 +122,8 @@ class LayerSums:
         """Sums in float64, shape (num_layers,).
 
         Args:
-            pieces: the number of a parameter, and norms of blocks of its gradient, shape (num_blocks,).
-            power: what the norms are raised to.
+            pieces: pairs of a parameter's number and norms of blocks of its gradient, shape (num_blocks,).
+            power: the power that the norms are raised to.
         """
         values = gathered([piece for _, piece in pieces], self._device).pow_(power)
         if self._places is None:
@@ -131,7 +131,8 @@ class LayerSums:
         return values.new_zeros(self.size).index_add_(0, self._index(pieces), values)
 
     def _index(self, pieces: Sequence[tuple[int, Tensor]]) -> Tensor:
-        """The layer of each norm. Kept, because a tensor of host numbers is copied to a device with a wait."""
+        """The layer of each norm."""
+        # Cached, because copying host numbers to a device waits for the device; the pieces are the same in each step.
         key = tuple((number, len(piece)) for number, piece in pieces)
         if key not in self._known:
             assert self._places is not None

@@ -1,9 +1,9 @@
-"""Gram matrices of the gradients of weight matrices, added up over the parts of a step: what the norm of Muon needs.
+"""Gram matrices of the gradients of weight matrices, summed over the parts of a step, for the norm of Muon.
 
-A step of Muon has spectral norm one, so a gradient counts by the dual of it, the nuclear norm (the sum of the singular
-values). The noise of a matrix in it is ``(tr C^(1/2))^2``, with ``C = E[(g_i - G) (g_i - G)^T]`` over single examples
-i, taken over the smaller side. With ``S = sum_j w_j g_j g_j^T`` over the parts, ``D = S - g g^T`` is ``C`` over the
-examples in a part, up to a factor that is the same for all matrices.
+A step of Muon has spectral norm one, so gradients are measured in the dual norm, the nuclear norm (the sum of the
+singular values). The noise of a matrix in this norm is ``(tr C^(1/2))^2`` with ``C = E[(g_i - G) (g_i - G)^T]`` over
+single examples i, taken over the smaller side. With ``S = sum_j w_j g_j g_j^T`` over the parts, ``D = S - g g^T`` is
+``C`` divided by the examples in a part, up to a factor that is the same for all matrices.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ import torch
 from torch import Tensor
 
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.matrix_owners import dealt_out
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.layers import LayerSums
 
 ITERATIONS = 18
-"""Of Newton-Schulz. An eigenvalue grows by up to 2.25 in each: from 1e-6 of the Frobenius norm up it is resolved."""
+"""Newton-Schulz iterations. Each multiplies a small eigenvalue by up to 2.25, so eigenvalues above 1e-6 of the
+Frobenius norm are resolved."""
 
 RIDGE = 1e-5
-"""What is added to the eigenvalues before Newton-Schulz, in units of their mean: rounding makes some negative, and the
-iteration would carry those off to infinity."""
+"""Added to the eigenvalues before Newton-Schulz, in units of their mean. Rounding makes some eigenvalues negative, and
+the iteration diverges on those."""
 
 
 class MatrixNumbers(NamedTuple):
     """This rank's share of sums over matrices, each of shape (num_layers,).
 
     Args:
-        parts: of ``tr D^(1/2)``, unbiased for isotropic normal noise.
-        grad: of the nuclear norms of the step's gradient.
-        first: of the nuclear norms of the gradient of this rank's first part.
+        parts: sums of ``tr D^(1/2)``, unbiased for isotropic normal noise.
+        grad: sums of the nuclear norms of the step's gradient.
+        first: sums of the nuclear norms of the gradient of this rank's first part.
     """
 
     parts: Tensor
@@ -41,16 +43,15 @@ class MatrixNumbers(NamedTuple):
 
 
 class MatrixGrams:
-    """``S`` of each matrix, ``4 k^2`` bytes for a smaller side of k, while a probed step runs; twice in the backward.
+    """``S`` of each matrix: ``4 k^2`` bytes for a smaller side of k while a probed step runs, twice that in a backward.
 
-    The sum over the ranks is a reduction of these matrices. The roots are then shared out: each matrix is worked on by
-    one rank.
+    The matrices are summed over the ranks in one reduction. Then each rank computes the roots of some of them.
 
     Args:
-        parameters: those that are measured.
-        layer_sums: adds up by layer.
-        device: of the matrices.
-        takes: whether a parameter counts; it has two dimensions then.
+        parameters: the measured parameters.
+        layer_sums: sums per layer.
+        device: the device of the matrices.
+        takes: whether a parameter is measured; if so, it has two dimensions.
         same: the ranks, which see different parts.
     """
 
@@ -69,19 +70,20 @@ class MatrixGrams:
         wide = (torch.float64, torch.complex128)
         self._dtype = torch.float64 if any(p.dtype in wide for p in parameters) else torch.float32
         self._shapes = {n: (min(p.shape), max(p.shape)) for n, p in enumerate(parameters) if takes(p) and p.numel()}
-        self._owner = _dealt({number: k**3 for number, (k, _) in self._shapes.items()}, same.size)
+        self._owner = dealt_out({number: float(k) ** 3 for number, (k, _) in self._shapes.items()}, same.size)
         self._flat = torch.zeros(0)
         self._sums: dict[int, Tensor] = {}
         self._first: list[tuple[int, Tensor]] = []
 
     @property
     def num_bytes(self) -> int:
-        """Memory that is held at present."""
+        """Memory in use at present."""
         return self._flat.numel() * self._flat.element_size()
 
     def start(self) -> None:
-        """A step begins."""
+        """Begins a step."""
         self._first.clear()
+        # One buffer for all matrices and, at its end, the number of parts: one reduction sums everything.
         lengths = [k * k for k, _ in self._shapes.values()]
         self._flat = torch.zeros(sum(lengths) + 1, dtype=self._dtype, device=self._device)
         pieces = torch.split(self._flat[:-1], lengths)
@@ -90,7 +92,7 @@ class MatrixGrams:
         }
 
     def squared(self, number: int, grad: Tensor) -> Tensor | None:
-        """``g g^T`` over the smaller side; None for a parameter that does not count."""
+        """``g g^T`` over the smaller side; None for a parameter that is not measured."""
         if number not in self._shapes:
             return None
         dense = grad.to_dense() if grad.is_sparse else grad
@@ -101,25 +103,25 @@ class MatrixGrams:
         """Adds ``weight`` times ``g g^T`` to the sum of a matrix.
 
         Args:
-            number: of the matrix.
+            number: the number of the parameter.
             gram: ``g g^T``.
-            weight: see above.
-            first: what makes the mean gradient of ``g``, where it is that of the rank's first part; else None.
+            weight: the factor on it.
+            first: in this rank's first part, the factor that turns ``g`` into the part's mean gradient; else None.
         """
         self._sums[number].add_(gram.to(self._flat), alpha=weight)
         if first is not None:
             self._first.append((number, root_trace(gram.to(self._flat)).view(1) * first))
 
     def numbers(self, grads: Sequence[tuple[int, Tensor]], num_parts: int) -> MatrixNumbers:
-        """The sums, once a step; the matrices are let go.
+        """The sums, at the end of a step; frees the matrices.
 
         Args:
-            grads: the number of a parameter, and the step's gradient of it, the same on all ranks.
-            num_parts: of this rank.
+            grads: pairs of a parameter's number and its gradient in the step, the same on all ranks.
+            num_parts: parts of this rank.
         """
         self._flat[-1] = num_parts
         self._same.sum_in_place(self._flat)
-        # Parts of all ranks, but one: the independent deviations from their mean. On the device, as nothing waits here.
+        # The number of independent deviations from the mean: all parts but one. It stays on the device, without a sync.
         freedom = (self._flat[-1].double() - 1).clamp_(min=1)
         parts, lengths = [], []
         for number, grad in grads:
@@ -138,22 +140,19 @@ class MatrixGrams:
 
 
 def _shortened(aspect: Tensor) -> Tensor:
-    """By what the mean singular value of a normal matrix is short of the root of its mean square.
+    """The mean singular value of a normal matrix, divided by the root mean square of its singular values.
 
-    In the limit of large matrices of k rows and n columns it is the hypergeometric function F(-1/2, 1/2; 2; k / n), the
-    mean root under the law of Marchenko and Pastur (1967), whose series this is, with the rest in the third term: right
-    to 1.5e-3. With ``(k + 1) / n`` it has the right first order for small ones too.
+    For large matrices of k rows and n columns this is the hypergeometric function F(-1/2, 1/2; 2; k / n), the mean root
+    under the law of Marchenko and Pastur (1967). This is its series; the third term stands for the remainder, so the
+    error is at most 1.5e-3. With ``aspect = (k + 1) / n`` the first order is also right for small matrices.
     """
     x = aspect.clamp(max=1)
     return 1 - x / 8 - x.square() / 64 - 0.0106 * x**3
 
 
 def root_trace(gram: Tensor) -> Tensor:
-    """``tr M^(1/2)`` of a positive semidefinite matrix, shape (), float64; no host sync.
-
-    On the CPU it comes from the eigenvalues, elsewhere from products of matrices (`newton_schulz`), since accelerators
-    find eigenvalues slowly.
-    """
+    """``tr M^(1/2)`` of a positive semidefinite matrix, shape (), float64; no host sync."""
+    # Eigenvalues are slow on accelerators, and matrix products are fast.
     if not gram.is_cpu:
         return newton_schulz(gram)
     eigenvalues: Tensor = torch.linalg.eigvalsh(gram.double())
@@ -163,9 +162,9 @@ def root_trace(gram: Tensor) -> Tensor:
 def newton_schulz(gram: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """``tr M^(1/2)`` by the coupled Newton-Schulz iteration, in float32; shape (), float64.
 
-    ``Y <- Y (3 - Z Y) / 2`` and ``Z <- (3 - Z Y) Z / 2`` from ``Y = M / |M|`` and ``Z = 1`` lead to the root of
-    ``M / |M|`` and its inverse. Small eigenvalues arrive last, from below; the ridge errs the other way. Zero for a
-    matrix of zeros.
+    ``Y <- Y (3 - Z Y) / 2`` and ``Z <- (3 - Z Y) Z / 2``, from ``Y = M / |M|`` and ``Z = 1``, converge to the root of
+    ``M / |M|`` and to its inverse. Small eigenvalues converge last, from below, which the ridge partly offsets. The
+    result for a matrix of zeros is zero.
 
     Source: Higham (2008), "Functions of Matrices", section 6.7.
     """
@@ -180,13 +179,3 @@ def newton_schulz(gram: Tensor, iterations: int = ITERATIONS) -> Tensor:
         y, z = y @ step, step @ z
     trace: Tensor = y.diagonal().double().sum() * scale.double().sqrt()
     return trace
-
-
-def _dealt(costs: dict[int, int], num_ranks: int) -> dict[int, int]:
-    """The rank that works on each matrix: the dearest first, to whoever has least."""
-    loads = [0] * num_ranks
-    owner = {}
-    for number, cost in sorted(costs.items(), key=lambda each: -each[1]):
-        owner[number] = min(range(num_ranks), key=loads.__getitem__)
-        loads[owner[number]] += cost
-    return owner

@@ -1,4 +1,4 @@
-"""The norms of optimizers: gradients as a step sees them, from the state of its optimizer."""
+"""Norms that belong to an optimizer: gradients as its step weights them, read from its state."""
 
 from __future__ import annotations
 
@@ -19,37 +19,39 @@ from adabatch.runtime.optimizers import each_of
 class Metric(Protocol):
     """A norm that an optimizer's state defines: the Euclidean norm of a linear image of the gradient.
 
-    Hand your own metric to a probe (``norm=``). A criterion with ``needs = Needs(noise=metric.name)`` reads the
-    noise in it.
+    Pass your own metric to a probe (``norm=``). A criterion with ``needs = Needs(noise=metric.name)`` then receives
+    noise in this norm.
     """
 
     @property
     def name(self) -> str:
-        """What the norm is called in ``NoiseScale(norm=)``."""
+        """The name of the norm, as in ``NoiseScale(norm=)``."""
         ...
 
     @property
     def diagonal(self) -> bool:
-        """Whether each coordinate is multiplied by a weight of its own. Where only sums of squares are known, as with
-        FSDP2 or single examples, no other metric can be taken."""
+        """Whether the image only multiplies each coordinate by a weight. Probes that know sums of squares only (FSDP2,
+        single examples) take no other metric."""
         ...
 
     def begin(self, parameters: Sequence[Tensor]) -> bool:
-        """A probed step begins; says whether any of the parameters has a state, the same on all ranks."""
+        """Called when a probed step begins. Returns whether any of the parameters has state, the same on all ranks."""
         ...
 
     def __call__(self, parameter: Tensor, grad: Tensor) -> Tensor:
-        """The image of a gradient, in float32 at least; zero for a parameter that has no state yet.
+        """The image of a gradient, in float32 at least; zero for a parameter without state.
+
+        Must not change ``grad``, nor sync with the host.
 
         Args:
-            parameter: whose gradient it is.
-            grad: this rank's piece of it, in the parameter's shape or flat; left as it is. No host sync.
+            parameter: the parameter that the gradient belongs to.
+            grad: this rank's piece of the gradient, in the shape of the parameter or flat.
         """
         ...
 
 
 ProbeNorm = Metric | Literal["sign"]
-"""The norm in which a probe measures, where it is not the Euclidean one."""
+"""A norm other than the Euclidean one, in which a probe measures."""
 
 
 Image = Callable[[Tensor, Tensor], Tensor]
@@ -57,12 +59,11 @@ Image = Callable[[Tensor, Tensor], Tensor]
 
 
 def begun(norm: ProbeNorm | None, parameters: Sequence[Tensor]) -> tuple[Image, bool]:
-    """The images under which a step that begins is measured, and whether the norm is known in it.
-
-    Where it is not, gradients are taken as they are: that they are finite is worth knowing, though no noise follows.
-    """
+    """The image under which the step that begins is measured, and whether the norm is known yet."""
     if norm is None or isinstance(norm, str):
         return as_it_is, True
+    # Before the optimizer's first step there is no state, hence no noise. Gradients are still measured, in the
+    # Euclidean norm, because the step has to know whether they are finite.
     return (norm, True) if norm.begin(parameters) else (as_it_is, False)
 
 
@@ -72,15 +73,15 @@ def as_it_is(_: Tensor, grad: Tensor) -> Tensor:
 
 
 def name_of(norm: ProbeNorm | None) -> str:
-    """What a norm is called in the moments."""
+    """The name of a norm in the moments."""
     return EUCLIDEAN if norm is None else norm if isinstance(norm, str) else norm.name
 
 
 def check_diagonal(norm: ProbeNorm | None, probe: str) -> None:
-    """That a norm can be taken of squares of coordinates.
+    """Checks that a norm can be computed from squares of coordinates.
 
     Raises:
-        ValueError: a metric that mixes coordinates.
+        ValueError: if the metric mixes coordinates.
     """
     if norm is not None and not isinstance(norm, str) and not norm.diagonal:
         raise ValueError(
@@ -90,10 +91,10 @@ def check_diagonal(norm: ProbeNorm | None, probe: str) -> None:
 
 
 def norm_of(name: str, optimizer: Optimizer) -> ProbeNorm | None:
-    """The norm of that name.
+    """The norm with this name.
 
     Raises:
-        ValueError: an optimizer that has no such norm.
+        ValueError: if the optimizer does not have this norm.
     """
     if name == EUCLIDEAN:
         return None
@@ -104,10 +105,10 @@ class AdamMetric:
     """Gradients divided by ``sqrt(v) + eps``, with Adam's bias-corrected second moments from before the step.
 
     Args:
-        optimizer: ``Adam``, ``AdamW`` or ``NAdam``, with ``amsgrad`` too. Its step counts are read where they lie.
+        optimizer: ``Adam``, ``AdamW`` or ``NAdam``, also with ``amsgrad``.
 
     Raises:
-        ValueError: another optimizer.
+        ValueError: if it is another optimizer.
     """
 
     name = "adam"
@@ -124,11 +125,12 @@ class AdamMetric:
         self._group: dict[Tensor, dict[str, Any]] = {}
 
     def begin(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether any of the parameters was updated yet.
+        """Whether any of the parameters has been updated.
 
         Raises:
-            ValueError: the optimizer holds none of them, but copies or shards that an engine made.
+            ValueError: if the optimizer holds none of them, but copies or shards that an engine made.
         """
+        # Built again in each step: users add groups and change betas while they train.
         self._group = {p: group for group in self._optimizer.param_groups for p in group["params"]}
         if not any(p in self._group for p in parameters):
             raise ValueError(
@@ -144,7 +146,8 @@ class AdamMetric:
             return torch.zeros_like(wide)
         group = self._group[parameter]
         moments = own_piece(state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"])[0]
-        # In float32, as the counts are, one minus a power near one would lose the fifth digit.
+        # torch keeps step counts in float32, in which 1 - beta^step would lose the fifth digit. A tensor on purpose:
+        # capturable and fused optimizers keep the count on the device, where a Python number would need a host sync.
         correction = 1 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=torch.float64)
         scale: Tensor = (_wide(moments).reshape(wide.shape) / correction).sqrt_().add_(group["eps"])
         return wide / scale
@@ -152,28 +155,29 @@ class AdamMetric:
 
 @runtime_checkable
 class Whitens(Protocol):
-    """An optimizer that preconditions gradients by a matrix, and can apply the square root of it (``optim.KFAC``)."""
+    """An optimizer that preconditions gradients by a matrix and can apply its square root (``optim.KFAC``)."""
 
     @property
     def whitens(self) -> bool:
-        """Whether it has the matrix yet; the same on all ranks."""
+        """Whether the matrix exists yet; the same on all ranks."""
         ...
 
     def whiten(self, param: Tensor, grad: Tensor) -> Tensor:
-        """The square root on a gradient of the shape of ``param``; zero for a parameter that it does not take."""
+        """Applies the square root to a gradient of the shape of ``param``; zero for parameters without a matrix."""
         ...
 
 
 class KFACMetric:
-    """Gradients in the metric of K-FAC, ``|g|^2 = <g, P g>`` with the inverse factors P as they were last computed.
+    """Gradients in the metric of K-FAC, ``|g|^2 = <g, P g>``, with the most recent inverse factors P.
 
-    They are from before the step, so noise and signal stay unbiased. It mixes coordinates, so it needs whole gradients.
+    They are from before the step, so noise and signal stay unbiased. The metric mixes coordinates, so it needs whole
+    gradients.
 
     Args:
         optimizer: ``optim.KFAC``.
 
     Raises:
-        ValueError: another optimizer.
+        ValueError: if it is another optimizer.
     """
 
     name = "kfac"
@@ -189,7 +193,7 @@ class KFACMetric:
         self._optimizer: Whitens = optimizer
 
     def begin(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether the inverses were computed yet."""
+        """Whether the inverses have been computed."""
         return self._optimizer.whitens
 
     def __call__(self, parameter: Tensor, grad: Tensor) -> Tensor:
@@ -198,16 +202,17 @@ class KFACMetric:
 
 
 class SpectralNorm:
-    """The nuclear norm of matrices, dual to the spectral norm in which Muon's steps have length one.
+    """The nuclear norm of matrices, dual to the spectral norm, in which Muon's steps have length one.
 
-    Noise and signal in it are sums over matrices of singular values, and not squares of an image: a ``Gauge`` that is
-    given this object takes them from Gram matrices (`MatrixGrams`). It needs whole gradients.
+    Noise and signal are sums of singular values over matrices, not squares of an image. A ``Gauge`` with this norm
+    computes them from Gram matrices (`MatrixGrams`). It needs whole gradients.
 
     Args:
-        optimizer: its matrices count. If ``torch.optim.Muon`` is among several, only what Muon holds.
+        optimizer: the optimizer whose matrices are measured. If one of several optimizers is ``torch.optim.Muon``, only
+            the matrices of Muon are.
 
     Raises:
-        ValueError: the optimizer holds no matrix.
+        ValueError: if the optimizer holds no matrix.
     """
 
     name = "spectral"
@@ -225,14 +230,14 @@ class SpectralNorm:
             )
 
     def takes(self, parameter: Tensor) -> bool:
-        """Whether the parameter is a matrix that counts."""
+        """Whether the parameter is one of the measured matrices."""
         return id(parameter) in self._matrices
 
     def begin(self, parameters: Sequence[Tensor]) -> bool:
-        """It is always known.
+        """True: the norm needs no state.
 
         Raises:
-            ValueError: none of the measured parameters counts.
+            ValueError: if none of the measured parameters is one of the matrices.
         """
         if not any(self.takes(p) for p in parameters):
             raise ValueError(
@@ -251,11 +256,11 @@ METRICS: dict[str, Callable[[Optimizer], Metric]] = {
     KFACMetric.name: KFACMetric,
     SpectralNorm.name: SpectralNorm,
 }
-"""The metrics that criteria may name, and how each is made from the run's optimizer."""
+"""The metrics that criteria can name, and how to make each from the optimizer."""
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Dense and real numbers in float32 at least; complex ones as pairs."""
+    """The tensor as dense real numbers in float32 at least; complex numbers become pairs."""
     dense = tensor.to_dense() if tensor.is_sparse else tensor
     real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
     return real if real.dtype is torch.float64 else real.float()

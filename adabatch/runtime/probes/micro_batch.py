@@ -1,7 +1,8 @@
-"""The micro-batch probe: the squared norm of every micro-batch's gradient on every rank, by tensor hooks.
+"""The micro-batch probe: the squared norm of every micro-batch's gradient on every rank, from tensor hooks.
 
-A hook on a parameter sees the gradient of one backward on one rank, before it is accumulated, and before anything is
-reduced over the ranks; for a tied weight it sees the sum of all its uses. So it serves plain models, DDP and ZeRO.
+A hook on a parameter sees the gradient of one backward on one rank, before it is accumulated and before it is reduced
+over the ranks. For a tied weight it sees the sum over all uses. Therefore the probe works with plain models, DDP and
+ZeRO.
 """
 
 from __future__ import annotations
@@ -30,26 +31,27 @@ IN_PIECES = (
 
 
 class MicroBatchProbe(Probe):
-    """Noise and signal from micro-batches: each is a part, on each rank and in each accumulation step.
+    """Noise and signal from micro-batches: each micro-batch on each rank is a part.
 
-    It costs one pass over the gradients of each micro-batch and one over the step's gradient, a Python call a parameter
-    and a few scalars of memory. Measured before clipping, in the gradient that the optimizer will see.
+    The probe makes one pass over the gradients of each micro-batch and one over the step's gradient. It costs one
+    Python call per parameter and backward, and a few scalars of memory. Gradients are measured before clipping.
 
     Args:
-        parameters: those whose gradients are measured; the ones that do not require a gradient are left out.
-        record_l1: measure the l1 norm of the step's gradient too, in one more pass over it.
-        layers: measure each of them as well; costs nothing but 16 bytes a layer in the reduction.
-        norm: of noise and signal, the Euclidean one by default: a ``Metric`` such as ``AdamMetric(optimizer)`` or
-            ``SpectralNorm(optimizer)``, or "sign". What they cost is told by ``NoiseScale``.
-        quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which tells what it costs.
-        collectives: of the data-parallel ranks, over which coordinates are added up for "sign" and for a quantile;
-            ``collectives_of(model)``. Not needed on one rank, or for anything else.
-        grad_sq: where the squared norm of the step's gradient comes from, the same on all ranks, shape (), when the
-            parameters do not hold it once it is reduced (ZeRO keeps shards of it). The norm is then all that is known.
+        parameters: the parameters whose gradients are measured; those that do not require a gradient are ignored.
+        record_l1: also measure the l1 norm of the step's gradient, in another pass over it.
+        layers: also measure each of these layers, at 16 bytes per layer in the reduction.
+        norm: the norm of noise and signal: a ``Metric`` such as ``AdamMetric(optimizer)`` or
+            ``SpectralNorm(optimizer)``, or "sign"; by default the Euclidean norm. ``NoiseScale`` states the costs.
+        quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which states the cost.
+        collectives: the data-parallel ranks (``collectives_of(model)``), over which squares are summed for "sign",
+            "spectral" and quantiles on several ranks; not needed otherwise.
+        grad_sq: returns the squared norm of the step's gradient, shape (), the same on all ranks. For engines whose
+            parameters do not hold the reduced gradient (ZeRO keeps shards of it). Nothing else of the gradient can then
+            be measured.
 
     Raises:
-        ValueError: no parameter requires a gradient, or one that does is in no layer; more asked for than ``grad_sq``
-            gives.
+        ValueError: if no parameter requires a gradient, if one that does is in no layer, or if other options are
+            combined with ``grad_sq``.
     """
 
     @checked
@@ -102,10 +104,12 @@ class MicroBatchProbe(Probe):
             p.register_hook(partial(listen, index))  # type: ignore[no-untyped-call]
             for index, p in enumerate(self._parameters)
         ]
+        # Not at exit, when torch may be partly torn down and there is nothing left to clean up for.
         finalize(self, remove_all, self._handles).atexit = False  # a probe that is dropped leaves nothing behind
 
     def _listen(self, index: int, grad: Tensor) -> None:
         if self._listening:
+            # A second call in one backward: the gradient comes in pieces. end_part raises, once the backward is over.
             self._in_pieces |= index in self._norms
             self._norms[index] = self._gauge.norms(index, grad)
             if self._gauge.coordinates is not None:
@@ -114,11 +118,11 @@ class MicroBatchProbe(Probe):
                 self._grams[index] = gram
 
     def start(self, dp_size: int) -> None:
-        """A probed step begins.
+        """Begins to measure a step on ``dp_size`` data-parallel ranks.
 
         Raises:
-            ValueError: coordinates or matrices are to be measured on several ranks, and no collectives over them were
-                given.
+            ValueError: if coordinates or matrices are measured on several ranks, but the probe was not given
+                collectives over them.
         """
         squared = "coordinates" if self._gauge.coordinates is not None else "matrices"
         if (self._gauge.coordinates or self._gauge.matrices) is not None and self._ranks.size != dp_size:
@@ -136,10 +140,10 @@ class MicroBatchProbe(Probe):
         self._listening = True
 
     def end_part(self, num_examples: float, weight: float) -> None:
-        """It has ended. ``weight`` is the micro-batch's share of this rank's gradient.
+        """Called after the backward of a micro-batch; see `Probe.end_part`.
 
         Raises:
-            RuntimeError: the backward reached no parameter, or one in several pieces.
+            RuntimeError: if the backward reached no parameter, or delivered a gradient in several pieces.
         """
         self._listening = False
         if not self._norms and weight:
@@ -151,16 +155,21 @@ class MicroBatchProbe(Probe):
             raise RuntimeError(IN_PIECES)
         sums, coordinates = self._gauge.sums, self._gauge.coordinates
         sums.join(num_examples, weight)
+        # Added here and not in the hook, which runs before the weight is known. popitem() frees each gradient's squares
+        # as soon as they are added.
         while self._squares and coordinates is not None:
             coordinates.add(*self._squares.popitem(), sums.share)
         first = 1 / weight if sums.num_parts == 0 and weight else None
         while self._grams and self._gauge.matrices is not None:
             self._gauge.matrices.add(*self._grams.popitem(), sums.share, first)
+        # Hooks run in the order of the backward. In the order of the parameters, LayerSums finds the index that it
+        # made in the first step, whatever branch the backward took.
         self._gauge.close(sorted(self._norms.items()))
         self._norms.clear()
 
     def collect(self) -> Tensor:
         if self._grad_sq is not None:
+            # Every rank passes an equal share of a number that all know, so that one sum serves all numbers.
             return self._gauge.sums.numbers(self._grad_sq().view(1) / self._gauge.sums.dp_size)
         return self._gauge.collect(gradients_of(self._parameters), holders=self._gauge.sums.dp_size)
 

@@ -1,4 +1,4 @@
-"""Norms of gradients of any shape, precision and layout, without a host sync."""
+"""Norms of gradients of any shape, precision and layout, without syncing with the host."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 BLOCK = 65_536
-"""Elements whose squares are added in float32; longer tensors are cut up and their blocks added in float64. Added in
-one go on the CPU, the squares of 10 million normal numbers come out 0.07 % too small."""
+"""How many squares are added in float32. Longer tensors are cut into blocks, which are added in float64. In one
+``vector_norm`` on the CPU, the squares of 10 million normal numbers come out 0.07 % too small."""
 
 
 def gradients_of(parameters: Iterable[Tensor]) -> list[tuple[int, Tensor]]:
-    """The gradients that a step left, each with the number of its parameter.
+    """The gradients of a step, each with the number of its parameter.
 
     Raises:
-        RuntimeError: none.
+        RuntimeError: if no parameter has a gradient.
     """
     grads = [(number, p.grad) for number, p in enumerate(parameters) if p.grad is not None]
     if not grads:
@@ -29,6 +29,7 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[tuple[int, Tensor]]:
 
 def norms(grad: Tensor, order: int = 2) -> Tensor:
     """Norms (Euclidean, or l1) of the rows or blocks of one gradient, in float32 at least; shape (num_blocks,)."""
+    # An uncoalesced sparse gradient holds several values for one row, whose squares must not be added separately.
     values = grad.coalesce().values() if grad.is_sparse else grad
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
@@ -36,6 +37,8 @@ def norms(grad: Tensor, order: int = 2) -> Tensor:
     if values.numel() <= BLOCK:
         whole: Tensor = torch.linalg.vector_norm(values, order, dtype=dtype).view(1)
         return whole
+    # Rows are half as slow again as blocks on small matrices (benchmarks/LOG.md), so they are used only where reshape()
+    # would copy the whole gradient.
     if values.dim() > 1 and not values.is_contiguous() and values[0].numel() <= BLOCK:
         rows: Tensor = torch.linalg.vector_norm(values, order, dim=tuple(range(1, values.dim())), dtype=dtype)
         return rows

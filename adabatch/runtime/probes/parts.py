@@ -1,7 +1,7 @@
-"""A rank's share of what a step's parts add up to: what the probes collect, and the moments that come of it.
+"""The sums over the parts of a step that a rank contributes, and the moments that follow from them.
 
-A part is what a probe sees at once: a micro-batch, or, where it looks at a reduction, everything that the rank
-accumulated since the one before.
+A part is the gradient that a probe sees at once: that of a micro-batch, or, for a probe that observes reductions,
+everything that the rank has accumulated since the previous reduction.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from adabatch.batch.moments import EUCLIDEAN, GradientMoments, from_matrices, fr
 class PartSums:
     """This rank's share of a step's sums over parts.
 
-    With ``g_m`` the mean gradient of a micro-batch of ``n_m`` examples and ``w_m`` its weight in this rank's gradient,
-    a part shows ``sum_m w_m g_m``. With ``W`` the sum of those weights, that is ``W g`` for a part with the mean
-    gradient ``g`` of ``1 / sum_m (w_m / W)^2 / n_m`` examples, whose weight in the step is ``W / dp_size``.
+    Let ``g_m`` be the mean gradient of a micro-batch of ``n_m`` examples, and ``w_m`` its weight in this rank's
+    gradient. The probe then sees ``sum_m w_m g_m`` of a part. With ``W = sum_m w_m`` this is ``W g``, where ``g`` is
+    the mean gradient of a part of ``1 / sum_m (w_m / W)^2 / n_m`` examples, whose weight in the step is
+    ``W / dp_size``.
 
     Args:
         dp_size: data-parallel ranks.
-        device: of the gradients' norms.
-        layers: names of the layers whose sums are taken apart; none for those of all parameters together.
-        examples: parts are single examples, and what is shown of a micro-batch is ``W^2`` times their mean square.
-        norm: of the sums. For "sign" those of the parts are of deviations, and those of the gradient l1 norms; for
-            "spectral" those of the parts are of roots of Gram matrices, and those of the gradient nuclear norms.
-        known: whether the norm is known in this step; where it is not, there are no parts in it, and no noise.
+        device: the device of the gradients' norms.
+        layers: names of the layers that are summed separately; empty for one sum over all parameters.
+        examples: whether parts are single examples. The probe then passes ``W^2`` times their mean square.
+        norm: the norm of the sums. For "sign", the sums over parts are of deviations and those of the gradient are l1
+            norms; for "spectral", they are of roots of Gram matrices and nuclear norms.
+        known: whether the norm is known in this step. If not, the step has no parts and its noise is NaN.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class PartSums:
     ) -> None:
         self.dp_size = dp_size
         self.num_parts = 0
-        self.num_empty = 0  # micro-batches that count for nothing: no parts, but seen
+        self.num_empty = 0  # micro-batches of weight 0: not parts, but proof that the loop ran
         self._examples = examples
         self._norm = norm
         self._known = known
@@ -58,7 +59,7 @@ class PartSums:
         self._lengths: dict[str, int] = {}
 
     def join(self, num_examples: float, weight: float) -> None:
-        """A micro-batch enters the part that is open; one of weight 0 changes nothing in it."""
+        """Adds a micro-batch to the open part; one of weight 0 is only counted."""
         if weight == 0:
             self.num_empty += 1
             return
@@ -67,17 +68,22 @@ class PartSums:
 
     @property
     def share(self) -> float:
-        """What squares that the open part shows are multiplied by in the sums."""
+        """The factor by which squares of the open part enter the sums."""
         return 1 / (self._weight * self.dp_size) if self._weight else 0.0
 
     def close(self, seen_sq: Tensor | None) -> None:
-        """The open part ends: ``seen_sq``, shape (num_layers,), were the squared norms of what it showed.
+        """Ends the open part.
 
-        None where the sums over parts are given to ``numbers``. Nothing is added where all that entered weighs 0.
+        Args:
+            seen_sq: squared norms of ``sum_m w_m g_m``, shape (num_layers,); None if the sums over parts are passed to
+                ``numbers`` instead.
         """
+        # Only micro-batches of weight 0: they would divide by zero below.
         if self._weight == 0:
             return
         if seen_sq is not None:
+            # The probe saw W g, and |g|^2 counts W / dp_size times: (W / dp_size) |W g|^2 / W^2. One division does
+            # both.
             self._part_sq += seen_sq / (self._weight * self.dp_size)
         if self.num_parts == 0:
             self._first_size = self._weight * self._weight / self._spread
@@ -89,18 +95,18 @@ class PartSums:
     def numbers(
         self, grad: Tensor, *, parts: Tensor | None = None, first: Tensor | None = None, **others: Tensor | None
     ) -> Tensor:
-        """What the ranks add up, shape (k,): few float64 numbers.
+        """This rank's numbers for the sum over ranks, float64, shape (k,).
 
         Args:
-            grad: this rank's share of the squared norms of the step's gradient, or of its l1 norms, shape
+            grad: this rank's share of the squared norms (or of the l1 or nuclear norms) of the step's gradient, shape
                 (num_layers,).
-            parts: its share of the sums over parts, shape (num_layers,), where parts were closed without.
-            first: norms of the gradient of its first part, shape (num_layers,), where they were taken ("spectral").
-            others: its share of other sums by their name, shape (); None where not measured. Of these ``moments`` reads
+            parts: this rank's share of the sums over parts, shape (num_layers,), if parts were closed without them.
+            first: norms of the gradient of this rank's first part, shape (num_layers,); "spectral" only.
+            others: this rank's share of other sums by name, shape (); None if not measured. ``moments`` reads
                 ``grad_l1``, ``grad_l2_sq``, and ``ratio``, the quantile over coordinates.
 
         Raises:
-            RuntimeError: no part was seen.
+            RuntimeError: if no part was seen.
         """
         if self.num_parts + self.num_empty == 0:
             raise RuntimeError(
@@ -117,24 +123,26 @@ class PartSums:
             **({} if first is None else self._of_first(first)),
             **{name: value.view(1) for name, value in others.items() if value is not None},
         }
+        # All ranks measure the same things, so this rank's lengths also cut up the sums.
         self._lengths = {name: len(value) for name, value in named.items()}
         return torch.cat([value.to(self._part_sq) for value in named.values()])
 
     def _of_first(self, norms: Tensor) -> dict[str, Tensor]:
-        """What is added up of first parts; a rank all of whose micro-batches weigh nothing has none."""
+        """The sums over first parts; a rank whose micro-batches all have weight 0 contributes zeros."""
         found = self._part_sq.new_full((1,), self.num_parts > 0)
         return {"first": norms, "num_first": found, "inverse_first_size": found / self._first_size}
 
     def named(self, totals: list[float]) -> dict[str, list[float]]:
-        """The numbers of all ranks, added up, by the names that they have in ``numbers``."""
+        """The sums over all ranks by their names in ``numbers``."""
         rest = iter(totals)
         return {name: [next(rest) for _ in range(length)] for name, length in self._lengths.items()}
 
     def moments(self, totals: list[float]) -> GradientMoments:
-        """The step's moments from the numbers of all ranks, added up."""
+        """The step's moments from the sums over all ranks."""
         found = self.named(totals)
         num_examples = 1 / found["inverse_num_examples"][0]
         part_size = 1.0 if self._examples else 1 / found["inverse_part_size"][0]
+        # With weights, num_examples is the effective number of examples, which need not be whole.
         num_parts = round(num_examples if self._examples else found["num_parts"][0])
 
         firsts = found.get("first", [0.0] * len(found["parts"]))
@@ -161,7 +169,8 @@ class PartSums:
         if "grad_l2_sq" in found:
             others["grad_l2"] = math.sqrt(found["grad_l2_sq"][0])
         if "ratio" in found:
-            # Of a deviation of parts; what the noise of examples is to it does not depend on the coordinate.
+            # The ratio is of the variance of parts. The factor that makes it the noise of examples is the same for all
+            # coordinates, so it can be applied to the quantile: it is the noise for part_sq - grad_sq = 1.
             times = GradientMoments(1.0, part_size, 0.0, num_examples, num_parts).noise
             others["noise_at_quantile"] = found["ratio"][0] * times * whole.grad_sq
         return whole._replace(**others)

@@ -1,8 +1,8 @@
 """The exact probe: the norm of every example's gradient, and its inner product with the step's gradient.
 
-Each example is a part, so a step of b examples gives b parts where the micro-batch probe gives a handful: the tests of
-the papers to the letter, on one rank without accumulation as well. It costs up to one more backward; see
-`adabatch.runtime.per_example` for what it measures and which modules it refuses.
+Each example is a part, so a step of b examples has b parts, where the micro-batch probe has a few. The tests of the
+papers can be computed exactly, also on one rank without accumulation. The probe costs up to one more backward.
+`adabatch.runtime.per_example` describes what is measured, and which modules are refused.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from adabatch.runtime.probes.protocol import Probe
 
 
 class PerExampleProbe(Probe):
-    """Noise and signal from single examples, in the step's own backward; optionally the noise along the gradient.
+    """Noise and signal from single examples, measured in the step's own backward; optionally noise along the gradient.
+
+    The loss must be a mean over the examples of the micro-batch.
 
     Args:
-        model: as the loop calls it: plain, in ``DistributedDataParallel``, or sharded by ``fully_shard``.
+        model: the model that the loop calls: plain, in ``DistributedDataParallel``, or sharded by ``fully_shard``.
         products: also measure inner products, for ``InnerProductTest``, ``OrthogonalityTest`` and
-            ``AugmentedInnerProductTest``. The activations of all micro-batches of a step are then held until its
+            ``AugmentedInnerProductTest``. The activations of all micro-batches of a step are then kept until its
             gradient is known, so accumulation saves no memory; and a sharded gradient is gathered on every rank.
-        leave_one_out: compare each example with the mean of the others, ``p_i' = (b p_i - s_i) / (b - 1)``; matters for
-            small batches. Needs ``products``.
-        rules: rules for module classes of your own.
-        layers: measure each of them as well.
-        norm: of noise and signal, the Euclidean one by default: "sign", or a diagonal ``Metric`` such as
-            ``AdamMetric(optimizer)``. What they cost is told by ``NoiseScale``. Not beside ``products``, which are
+        leave_one_out: compare each example with the mean of the others, ``p_i' = (b p_i - s_i) / (b - 1)``. This
+            matters for small batches. Needs ``products``.
+        rules: rules for your own module classes.
+        layers: also measure each of these layers.
+        norm: the norm of noise and signal: "sign", or a diagonal ``Metric`` such as ``AdamMetric(optimizer)``; by
+            default the Euclidean norm. ``NoiseScale`` states the costs. Cannot be combined with ``products``, which are
             Euclidean.
-        quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which tells what it costs.
+        quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which states the cost.
         examples_first: see `PerExampleNorms`.
 
     Raises:
-        ValueError: a module that couples the examples of a micro-batch (batch normalization), ``leave_one_out``
-            without ``products``, ``products`` beside a norm, a trainable parameter in no layer, a metric that is not
-            diagonal, or a norm or quantile of a sharded model.
-
-    The loss must be a mean over the examples of the micro-batch.
+        ValueError: if a module couples the examples of a micro-batch (batch normalization), if ``leave_one_out`` is
+            given without ``products``, ``products`` with a norm, a metric that is not diagonal, or a norm or quantile
+            for a sharded model, or if a trainable parameter is in no layer.
 
     Source: the tests of Bollapragada, Byrd, Nocedal 2018 and Lau, Liu, Kolar 2024; for the norms see `PerExampleNorms`.
     """
@@ -109,14 +109,16 @@ class PerExampleProbe(Probe):
     def start(self, dp_size: int) -> None:
         self._gauge.start(dp_size)
         self._held.clear()
-        self._norms.remove()  # a step that was broken off left it listening
+        self._norms.remove()  # an abandoned step left it listening
         self._norms.start()
 
     def begin_part(self, num_examples: int | None = None) -> None:
-        """The measurement began before the forward already, in ``start`` or when the part before ended.
+        """Called before the backward of a micro-batch.
+
+        The measurement has to begin before the forward: it began in ``start``, or when the previous part ended.
 
         Raises:
-            ValueError: the model was called with another number of examples than the micro-batch holds.
+            ValueError: if the model was called with a number of examples other than ``num_examples``.
         """
         if num_examples is not None:
             self._norms.expect(num_examples)
@@ -129,7 +131,7 @@ class PerExampleProbe(Probe):
             return
         examples = self._norms.finish(loss_scale=weight)
         self._norms.start()
-        count = examples.examples_sq.shape[0]  # the parts are the examples themselves, whatever they count for
+        count = examples.examples_sq.shape[0]  # not num_examples: the parts are the examples, whatever their weight
         sums, whole = self._gauge.sums, weight * weight / count
         sums.join(count, weight)
         if self._gauge.coordinates is not None:
@@ -170,7 +172,8 @@ class PerExampleProbe(Probe):
         return moments._replace(noise_along=self._noise_along(moments.part_sq, moments.num_examples, p, pp, ps, ss))
 
     def _noise_along(self, s: float, b: float, p: float, pp: float, ps: float, ss: float) -> float:
-        """Variance of the inner products over their mean, from weighted means of p, p^2, p s and s^2."""
+        """The variance of the inner products divided by their mean, from weighted means of s, p, p^2, p s and s^2."""
+        # The p_i' themselves are not needed: their mean and mean square follow from the means of s, p, p^2, p s, s^2.
         if self._leave_one_out:
             p, pp = (b * p - s) / (b - 1), (b * b * pp - 2 * b * ps + ss) / (b - 1) ** 2
         variance = (pp - p * p) * b / (b - 1)

@@ -15,13 +15,13 @@ from adabatch.runtime.probes.metrics import ProbeNorm, name_of
 
 
 class ProbeOptions(TypedDict, total=False):
-    """What a probe can be asked to measure beside noise and signal; each is described where it is taken.
+    """What a probe can measure besides noise and signal; each probe describes the options that it takes.
 
     Args:
-        record_l1: the l1 norm of the step's gradient.
-        layers: noise and signal of each of them.
-        norm: of noise and signal; the Euclidean one by default.
-        quantile: over coordinates, of their noise over their squared gradient.
+        record_l1: measure the l1 norm of the step's gradient.
+        layers: measure the noise and signal of each of these layers.
+        norm: the norm of noise and signal; by default the Euclidean one.
+        quantile: the quantile, over coordinates, of the noise of a coordinate over its squared gradient.
     """
 
     record_l1: bool
@@ -31,27 +31,28 @@ class ProbeOptions(TypedDict, total=False):
 
 
 def given_with(**options: Unpack[ProbeOptions]) -> Needs:
-    """What a probe with these options gives."""
+    """The statistics that a probe with these options gives."""
     norm = options.get("norm")
     return Needs(
         noise=name_of(norm),
         quantile=options.get("quantile"),
+        # The signal in this norm is the squared l1 norm, so from_signs() reports the l1 norm at no extra cost.
         l1=bool(options.get("record_l1")) or norm == "sign",
         layers=options.get("layers") is not None,
     )
 
 
 class Probe(ABC):
-    """Reads, while a step runs, how much its partial gradients disagree.
+    """Measures, while a step runs, how much its partial gradients disagree.
 
     A step calls ``start``, then ``begin_part`` and ``end_part`` around the backward of each micro-batch of this rank,
-    then ``collect`` once the gradient is reduced. The numbers collected are summed over the ranks by the caller, in one
-    reduction with its own, and handed to ``moments``.
+    then ``collect`` once the gradient is reduced. The caller sums the collected numbers over the ranks, in the same
+    reduction as its own numbers, and passes the sums to ``moments``.
 
     Attributes:
-        gives: what the moments contain.
-        measured: the parameters whose ``grad``, all together, is the gradient that the moments are of. None if the
-            moments are of another one, such as the mean over workers that step alone.
+        gives: the statistics that the moments contain.
+        measured: the parameters whose ``grad`` tensors form the gradient that the moments describe. None if they
+            describe another gradient, such as the mean over workers that step alone.
     """
 
     gives: Needs
@@ -59,33 +60,39 @@ class Probe(ABC):
 
     @abstractmethod
     def start(self, dp_size: int) -> None:
-        """A probed step begins."""
+        """Begins to measure a step on ``dp_size`` data-parallel ranks."""
 
     @abstractmethod
     def begin_part(self, num_examples: int | None = None) -> None:
-        """The backward of a micro-batch begins, which holds so many examples, whatever they count for."""
+        """Called before the backward of a micro-batch.
+
+        Args:
+            num_examples: examples in the micro-batch, whatever their weight; None if unknown.
+        """
 
     @abstractmethod
     def end_part(self, num_examples: float, weight: float) -> None:
-        """It has ended; the micro-batch's mean loss entered this rank's gradient with ``weight``.
+        """Called after the backward of a micro-batch.
 
-        ``num_examples`` it counts for; a fraction where micro-batches are weighed by their tokens. The weights of all
-        ranks and micro-batches add up to the number of ranks. A micro-batch of weight 0 counts for nothing, and is no
-        part; its backward may have been left out, and ``begin_part`` with it.
+        Args:
+            num_examples: examples that the micro-batch counts as; a fraction if micro-batches are weighted by tokens.
+            weight: the weight of the micro-batch's mean loss in this rank's gradient. The weights of all ranks and
+                micro-batches sum to the number of ranks. A micro-batch of weight 0 is not a part; its backward, and
+                with it ``begin_part``, may have been skipped.
         """
 
     @abstractmethod
     def collect(self) -> Tensor:
-        """This rank's numbers, shape (k,), float64, on the gradient's device; no host sync."""
+        """This rank's numbers, shape (k,), float64, on the gradient's device. Does not sync with the host."""
 
     @abstractmethod
     def moments(self, totals: list[float]) -> GradientMoments:
-        """The step's moments from the numbers of all ranks, summed."""
+        """The step's moments, from the sums of all ranks' numbers."""
 
     @abstractmethod
     def stop(self) -> None:
-        """What began with ``start`` is broken off, at whatever point: nothing is measured until the next ``start``."""
+        """Abandons the step, at any point of it. Nothing is measured until the next ``start``."""
 
     @abstractmethod
     def remove(self) -> None:
-        """Takes every hook off the model."""
+        """Removes every hook from the model."""

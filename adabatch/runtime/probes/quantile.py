@@ -1,4 +1,4 @@
-"""An exact quantile of very many numbers that lie in pieces, on several ranks, without sorting or a host sync."""
+"""An exact quantile of very many numbers, in pieces and on several ranks, without sorting and without a host sync."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from torch import Tensor
 from adabatch.runtime.collectives import Collectives
 
 DIGIT = 11
-"""Bits that one pass decides: three passes for float32, six for float64."""
+"""Bits per pass: three passes for float32, six for float64."""
 
 CHUNK = 1 << 22
-"""Numbers whose digits are written down at a time: 64 MiB of scratch."""
+"""Numbers that are processed at a time, with 64 MiB of scratch memory."""
 
 LEFT_OUT = -1.0
-"""What stands for a number that does not count."""
+"""Marks a number that is not counted."""
 
 
 @torch.no_grad()
 def quantile_of(pieces: Callable[[], Iterable[Tensor]], quantile: float, *, collectives: Collectives) -> Tensor:
-    """The smallest of the numbers that a share ``quantile`` of them does not exceed; zero where none counts.
+    """The smallest number that at least a share ``quantile`` of the numbers does not exceed; zero if there are none.
 
-    Floating-point numbers that are not negative are ordered like their bits read as whole numbers. So the quantile is
-    found digit by digit: count the first digits, keep the numbers with that of the quantile, count their second digits.
+    Non-negative floating-point numbers have the same order as their bits read as integers. So the quantile is found
+    digit by digit: count the first digits, keep the numbers whose first digit is that of the quantile, count their
+    second digits, and so on.
 
     Args:
-        pieces: gives the numbers anew on each call: tensors of one type (float32 or float64) and device, not negative,
-            or ``LEFT_OUT``. At least one tensor, which may be empty.
-        quantile: above 0 and up to 1.0, the largest.
-        collectives: the ranks over which the numbers lie; 16 KiB a pass.
+        pieces: returns all numbers on each call, as tensors of one type (float32 or float64) on one device. Numbers are
+            non-negative, or ``LEFT_OUT``. At least one tensor, which may be empty.
+        quantile: above 0, up to 1.0 for the largest number.
+        collectives: the ranks that hold the numbers. They exchange 16 KiB per pass.
 
     Returns:
         Shape (), the same on all ranks, in the type of the numbers.
@@ -44,7 +45,7 @@ def quantile_of(pieces: Callable[[], Iterable[Tensor]], quantile: float, *, coll
     while left:
         width = min(DIGIT, left)
         left -= width
-        # float64 counts to 2^53, and all backends add it up.
+        # Counts in float64 are exact up to 2^53, and all backends can sum them.
         local = torch.zeros(1 << width, dtype=torch.float64, device=first.device)
         for piece in pieces():
             for values in torch.split(piece.flatten(), CHUNK):
@@ -55,7 +56,7 @@ def quantile_of(pieces: Callable[[], Iterable[Tensor]], quantile: float, *, coll
         up_to = of_digit.cumsum(0)
         if rank is None:
             count = up_to[-1:]
-            # A little less, so that a share that was rounded up is not taken for one number more.
+            # Slightly less, so that a product that was rounded up does not select the next number.
             rank = (quantile * count * (1 - 2**-40)).ceil().clamp_(min=1)
         digit = torch.searchsorted(up_to, rank).clamp_(max=len(up_to) - 1)
         rank = rank - (up_to - of_digit).gather(0, digit)

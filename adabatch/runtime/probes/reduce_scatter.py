@@ -1,9 +1,9 @@
-"""The reduce-scatter probe, for FSDP2: the squared norm of this rank's gradient on its way into the reduction.
+"""The reduce-scatter probe, for FSDP2: the squared norm of this rank's gradient as it enters the reduction.
 
-Under ``fully_shard`` no tensor hook sees the gradient of one rank: what reaches ``p.grad`` is a shard of the mean. The
-whole local gradient exists for a moment, unit by unit, in the buffer that goes into the reduce-scatter. FSDP2 lets
-that step be replaced (``FSDPModule.set_custom_reduce_scatter``, torch 2.9); the replacement reads the norm and then
-does what the default does.
+Under ``fully_shard`` no tensor hook sees the gradient of one rank: ``p.grad`` receives a shard of the mean. The whole
+local gradient exists only briefly, unit by unit, in the input buffer of the reduce-scatter. FSDP2 allows this operation
+to be replaced (``FSDPModule.set_custom_reduce_scatter``, torch 2.9). The replacement reads the norm and then does what
+the default does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from adabatch.runtime.probes.norms import gradients_of, norms
 from adabatch.runtime.probes.protocol import Probe
 
 TOO_LONG = 1.05
-"""A mean is never longer than its parts are on average. Rounding to a low precision may add a little."""
+"""How far the squared norm of the mean may exceed the mean squared norm of the parts. Mathematically it never exceeds
+it; the rest is for reductions in low precision."""
 
 
 @runtime_checkable
@@ -39,16 +40,16 @@ class ReduceScatter(Protocol):
     """How FSDP2 reduces the gradient of a unit; the interface of ``FSDPModule.set_custom_reduce_scatter``."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer, first for the gradient that goes in, then for the piece that comes out."""
+        """A buffer. Called first for the input of a reduction, then for its output."""
         ...
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
-        """The reduction."""
+        """Reduces ``input_tensor`` into ``output_tensor``."""
         ...
 
 
 class PlainReduceScatter:
-    """What FSDP2 does by itself: a new buffer for each call, and torch's reduce-scatter."""
+    """FSDP2's default: a new buffer for each call, and torch's reduce-scatter."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A new buffer."""
@@ -61,15 +62,15 @@ class PlainReduceScatter:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What was seen of a gradient on its way into a reduction. A column of it is one element of each rank's shard.
+    """Measurements of a gradient that enters a reduction. One column of it holds one element of each rank's shard.
 
     Args:
-        num_columns: elements of a shard.
-        norms: its norms, shape (num_blocks,); those of its columns, where parameters are told apart; None where no norm
-            of the parts is asked for.
-        squares: of its columns' elements for this rank's shard, added up over the shards' ranks, shape (num_columns,);
-            None where coordinates are not measured.
-        numbers: the parameters in it, in the order in which they lie there; empty where they are not told apart.
+        num_columns: elements per shard.
+        norms: norms of the gradient, shape (num_blocks,), or of its columns, shape (num_columns,), if parameters have
+            to be distinguished; None if norms of the parts are not needed.
+        squares: squares of the elements of this rank's shard, summed over the ranks of the shards, shape
+            (num_columns,); None if coordinates are not measured.
+        numbers: numbers of the parameters in the buffer, in their order there; empty if they are not distinguished.
     """
 
     num_columns: int
@@ -79,13 +80,7 @@ class Reduction:
 
 
 class _Measured:
-    """The reduce-scatter of one unit, which shows what goes in.
-
-    It is read when the buffer for the output is asked for: the gradient is copied in by then, padded with zeros, and
-    not yet divided, as it is afterwards where the reduction runs in float16 or float64. The call itself would be too
-    late for that, and does not come at all where there is one shard only. On an accelerator this runs on the stream of
-    the reduce-scatter, beside the backward, and the step's own stream waits for that before the backward returns.
-    """
+    """The reduce-scatter of one unit, which measures the input."""
 
     def __init__(self, inner: ReduceScatter, num_shards: int, see: Callable[[Tensor], Reduction]) -> None:
         self._inner = inner
@@ -108,6 +103,10 @@ class _Measured:
                 f"shards were expected: this way of sharding, or torch {torch.__version__}, is not known to the probe"
             )
         else:
+            # The input is read when the output buffer is allocated, not in __call__: by now the gradient has been
+            # copied in and padded with zeros, but not yet divided, as it is before a reduction in float16 or float64.
+            # And with a single shard, __call__ never comes. On an accelerator this runs on the stream of the
+            # reduce-scatter, beside the backward; the step's own stream waits for it before the backward returns.
             self.reductions.append(self._see(filled))
         return buffer
 
@@ -115,7 +114,7 @@ class _Measured:
         return self._inner(output_tensor, input_tensor, group, op, async_op)
 
     def listen(self, listening: bool) -> None:
-        """Starts anew, or stops."""
+        """Starts to measure, forgetting earlier reductions, or stops."""
         self.listening = listening
         self._filling = None
         if listening:
@@ -123,33 +122,33 @@ class _Measured:
 
 
 class ReduceScatterProbe(Probe):
-    """Noise and signal under FSDP2 (``torch.distributed.fsdp.fully_shard``), HSDP among it.
+    """Noise and signal under FSDP2 (``torch.distributed.fsdp.fully_shard``), including HSDP.
 
-    A part is what this rank reduces at once: each micro-batch where gradients are synchronized in each of them, all of
-    the step's where only in the last (``EngineOptions(gradient_sync=)``). It costs one pass over each buffer that is
-    reduced and one over this rank's shard of the step's gradient. All trainable parameters are measured, before
-    clipping, in the precision in which they are reduced (``MixedPrecisionPolicy.reduce_dtype``); the norms themselves
-    are taken in float32 at least.
+    A part is the gradient that this rank reduces at once: that of one micro-batch if gradients are synchronized in each
+    micro-batch, that of the whole step if only in the last (``EngineOptions(gradient_sync=)``). The probe makes one
+    pass over each reduced buffer and one over this rank's shard of the step's gradient. All trainable parameters are
+    measured before clipping, in the precision of the reduction (``MixedPrecisionPolicy.reduce_dtype``); norms are taken
+    in float32 at least.
 
-    FSDP2 does not tell what was set on it, so two things have to be said here if they were set: a reduce-scatter of
-    your own, and a divide factor other than the number of ranks.
+    FSDP2 does not reveal what was set on it, so the probe must be told of a custom reduce-scatter (``inner``) and of a
+    divide factor other than the number of ranks (``gradient_divide_factor``).
 
     Args:
-        model: what ``fully_shard`` was applied to, or the module that holds it.
-        record_l1: measure the l1 norm of the step's gradient too, in one more pass over this rank's shard.
-        layers: measure each of them as well. Norms of the columns of each buffer are then held until the micro-batch is
-            over, 4 bytes for each element of this rank's shards.
-        norm: of noise and signal, the Euclidean one by default: "sign", or a diagonal ``Metric`` such as
-            ``AdamMetric(optimizer)``. What they cost is told by ``NoiseScale``.
-        quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which tells what it costs.
-        gradient_divide_factor: what ``FSDPModule.set_gradient_divide_factor`` was called with, the same on every unit.
-        inner: the reduce-scatter that the model had, where it was set with ``set_custom_reduce_scatter``. Buffers from
-            the process group's own allocator (``set_allocate_memory_from_process_group_for_comm``) are not supported.
+        model: the module that ``fully_shard`` was applied to, or one that contains such modules.
+        record_l1: also measure the l1 norm of the step's gradient, in another pass over this rank's shard.
+        layers: also measure each of these layers. Norms of the columns of each buffer are then kept until the
+            micro-batch ends, at 4 bytes per element of this rank's shards.
+        norm: the norm of noise and signal: "sign", or a diagonal ``Metric`` such as ``AdamMetric(optimizer)``; by
+            default the Euclidean norm. ``NoiseScale`` states the costs.
+        quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which states the cost.
+        gradient_divide_factor: the argument of ``FSDPModule.set_gradient_divide_factor``, the same on every unit.
+        inner: the reduce-scatter that was set with ``set_custom_reduce_scatter``. Buffers from the process group's own
+            allocator (``set_allocate_memory_from_process_group_for_comm``) are not supported.
 
     Raises:
-        ValueError: a torch older than 2.9, a model that is not sharded, or not by data parallelism alone, a unit with
-            several parameter groups (``shard_placement_fn`` with meshes of its own), a factor that is not positive, a
-            trainable parameter in no layer, or a metric that is not diagonal.
+        ValueError: if torch is older than 2.9, if the model is not sharded, or not by data parallelism alone, if a unit
+            has several parameter groups (``shard_placement_fn`` with different meshes), if the factor is not positive,
+            if a trainable parameter is in no layer, or if the metric is not diagonal.
     """
 
     @checked
@@ -192,11 +191,12 @@ class ReduceScatterProbe(Probe):
         self.measured = self._parameters
         self._units = list(units.values())
         self._inner = PlainReduceScatter() if inner is None else inner
-        # The predecessor goes first: it would give the units back a reduce-scatter of its own.
+        # The predecessor goes first: when it is removed, it sets the units' previous reduce-scatter again.
         take_over(self, self._units, kind="ReduceScatterProbe")
         see = called_weakly(self._see)
         self._measured = {name: _Measured(self._inner, self._num_shards, see) for name in units}
         self._open: Reduction | None = None
+        # All units or none: a unit that refuses must not leave the others measured by a probe that was never built.
         set_so_far = []
         try:
             for name, unit in units.items():
@@ -208,13 +208,14 @@ class ReduceScatterProbe(Probe):
             raise
         self._handles: list[Any] = []
         if layers is not None or self._gauge.coordinates is not None:
-            # FSDP2 runs these hooks after each reduction, in the order of the parameters in it.
+            # FSDP2 runs these hooks after each reduction, in the order of the parameters in its buffer: the only way
+            # to learn, without private attributes, which parameter lies where.
             was_in = called_weakly(self._was_in)
             self._handles = [
                 p.register_post_accumulate_grad_hook(partial(was_in, number))  # type: ignore[no-untyped-call]
                 for number, p in enumerate(self._parameters)
             ]
-        # Once, by remove() or when the probe is dropped: not over the one of a successor.
+        # Runs once only, in remove() or when the probe is dropped, so it never overwrites a successor's reduce-scatter.
         self._give_back = finalize(self, _give_back, list(self._units), self._inner, self._handles)
         self._give_back.atexit = False
 
@@ -227,7 +228,7 @@ class ReduceScatterProbe(Probe):
         if self._gauge.parts_are_norms:
             columns = torch.linalg.vector_norm(filled.view(self._num_shards, -1), dim=0, dtype=dtype)
         if self._gauge.coordinates is not None:
-            # Beside the gradient's own reduction, so in the same order on all ranks.
+            # Every rank issues this next to the gradient's own reduction, so the order of collectives is the same.
             squares = self._shards.reduce_scatter(filled.to(dtype).square())
         self._open = Reduction(num_columns, columns, squares, [])
         return self._open
@@ -244,10 +245,10 @@ class ReduceScatterProbe(Probe):
             unit.listen(True)
 
     def end_part(self, num_examples: float, weight: float) -> None:
-        """It has ended. ``weight`` is the micro-batch's share of this rank's gradient.
+        """Called after the backward of a micro-batch; see `Probe.end_part`.
 
         Raises:
-            RuntimeError: a unit reduced its gradient in several pieces.
+            RuntimeError: if a unit reduced its gradient in several pieces.
         """
         self._open = None
         reductions: list[Reduction] = []
@@ -262,6 +263,7 @@ class ReduceScatterProbe(Probe):
             reductions += unit.reductions
             unit.reductions.clear()
         self._gauge.sums.join(num_examples, weight)
+        # Without a reduction, the micro-batch joins the part that the next reduction ends.
         if not reductions:
             return
         seen: list[tuple[int, Tensor]] = []
@@ -277,7 +279,7 @@ class ReduceScatterProbe(Probe):
         self._gauge.close(seen, factor=self._scale**2)
 
     def _lengths(self, reduction: Reduction) -> list[int]:
-        """How many columns each parameter has in a reduction; none where they are not told apart."""
+        """How many columns each parameter has in a reduction; empty if they are not distinguished."""
         lengths = [padded_length(self._parameters[number], self._num_shards) for number in reduction.numbers]
         if lengths and sum(lengths) != reduction.num_columns:
             raise RuntimeError(
@@ -287,7 +289,7 @@ class ReduceScatterProbe(Probe):
         return lengths
 
     def _add(self, numbers: Sequence[int], squares: Sequence[Tensor]) -> None:
-        """Adds the squares of parameters, without the zeros behind them, to those of the step."""
+        """Adds squares of parameters, without their padding, to those of the step."""
         coordinates, share = self._gauge.coordinates, self._gauge.sums.share
         assert coordinates is not None
         for number, padded in zip(numbers, squares, strict=True):
@@ -302,10 +304,10 @@ class ReduceScatterProbe(Probe):
         """The step's moments from the sums over all ranks.
 
         Raises:
-            RuntimeError: a gradient that cannot be the mean of the parts that were measured.
+            RuntimeError: if the gradient cannot be the mean of the measured parts.
         """
         moments = self._gauge.moments(totals)
-        # A reduction in float16 may overflow where its parts do not: then the update is left out.
+        # A reduction in float16 may overflow although its parts do not. That is no mistake: the update is skipped.
         if math.isfinite(moments.grad_sq) and moments.grad_sq > TOO_LONG * moments.part_sq:
             raise RuntimeError(
                 f"the gradient's squared norm, {moments.grad_sq:.6g}, is above the mean of its parts', "
@@ -322,13 +324,13 @@ class ReduceScatterProbe(Probe):
             unit.reductions.clear()
 
     def remove(self) -> None:
-        """Gives every unit back the reduce-scatter it had."""
+        """Sets every unit's previous reduce-scatter again."""
         self._give_back()
         self._units.clear()
         self._measured.clear()
 
     def give_way(self) -> None:
-        """A newer probe measures these units."""
+        """Called when a newer probe takes over these units."""
         self.remove()
 
 
@@ -339,7 +341,7 @@ def _give_back(units: list[FSDPModule], inner: ReduceScatter, handles: list[Any]
 
 
 def _set(unit: FSDPModule, comm: Any, name: str = "") -> None:
-    """``set_custom_reduce_scatter``, with errors that say which unit and what to do."""
+    """Calls ``set_custom_reduce_scatter``; its errors then say which unit, and what to do."""
     try:
         setter = unit.set_custom_reduce_scatter
     except AttributeError as error:

@@ -17,7 +17,8 @@ from adabatch import AdaptiveBatch, Control, GlobalOrder, Limits, MicroBatchProb
 from adabatch.batch.moments import GradientMoments
 from adabatch.probes import PerExampleProbe
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.probes.matrices import MatrixGrams, _dealt, _shortened, newton_schulz, root_trace
+from adabatch.runtime.matrix_owners import dealt_out
+from adabatch.runtime.probes.matrices import MatrixGrams, _shortened, newton_schulz, root_trace
 from adabatch.runtime.probes.metrics import SpectralNorm, norm_of
 
 SPECTRA: dict[str, Callable[[int], Tensor]] = {
@@ -151,7 +152,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_work_is_shared_out_and_memory_is_let_go() -> None:
-    assert _dealt({0: 8, 1: 7, 2: 6, 3: 5, 4: 1}, 2) == {0: 0, 1: 1, 2: 1, 3: 0, 4: 0}
+    assert dealt_out({0: 8, 1: 7, 2: 6, 3: 5, 4: 1}, 2) == {0: 0, 1: 1, 2: 1, 3: 0, 4: 0}
     model = network()
     from adabatch.runtime.probes.layers import LayerSums
 
