@@ -229,7 +229,7 @@ def check_fields(instance: Any, prefix: str = "") -> None:
         TypeError: if a field has the wrong type.
         ValueError: for a word that is not among those of a ``Literal``.
     """
-    for name, kind in _field_kinds(type(instance)).items():
+    for name, kind in _field_kinds(instance.__class__).items():
         value = getattr(instance, name)
         found = conform(prefix + name, value, kind)
         if found is not value:

@@ -318,7 +318,7 @@ class Step:
             self._raise_change()
 
     def _own_loss(self, device: torch.device) -> Tensor:
-        """This rank's share of the mean loss; 0 if all its micro-batches weigh nothing, NaN if its parameters changed."""
+        """This rank's share of the mean loss; 0 if its micro-batches weigh nothing, NaN if its parameters changed."""
         if self._changed is not None:
             return torch.full((), math.nan, dtype=torch.float64, device=device)
         if self._losses is None:
