@@ -184,10 +184,19 @@ def shown(value: object, form: Callable[[object], str] = repr, *, most: int = LO
 # --- types, as annotations say them -----------------------------------------------------------------------------------
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
+def checked_but(*left: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """``checked``, except for some arguments, about whose types the function itself can say more."""
+    return functools.partial(checked, left=left)
+
+
+def checked(function: Callable[P, R], *, left: Sequence[str] = ()) -> Callable[P, R]:
     """Checks the types of the arguments of a function against its annotations, and makes numbers those of Python.
 
     A default is not checked. Errors of the function itself, such as of a range, are raised as they are.
+
+    Args:
+        function: with annotations.
+        left: arguments that are left to the function.
 
     Raises:
         TypeError: from the function that is returned, if an argument has the wrong type.
@@ -202,7 +211,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             kinds.update(_kinds_of(function, signature.parameters))
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
-            if name in kinds:
+            if name in kinds and name not in left:
                 bound.arguments[name] = conform(name, value, kinds[name])
         return function(*bound.args, **bound.kwargs)
 
@@ -220,7 +229,7 @@ def check_fields(instance: Any, prefix: str = "") -> None:
         TypeError: if a field has the wrong type.
         ValueError: for a word that is not among those of a ``Literal``.
     """
-    for name, kind in _field_kinds(type(instance)).items():
+    for name, kind in _field_kinds(instance.__class__).items():
         value = getattr(instance, name)
         found = conform(prefix + name, value, kind)
         if found is not value:
@@ -238,7 +247,8 @@ def conform(name: str, value: Any, kind: Kind) -> Any:
     if found is _WRONG:
         rule = f"{name} must be {kind.words}"
         require(not (kind.is_word and isinstance(value, str)), rule, shown(value))
-        require(_number(value) is _WRONG or not _out_of_range(value), f"{rule}, and neither NaN nor huge", value)
+        whole = _whole(value)
+        require(whole is _WRONG or abs(whole) <= MOST, f"{rule}, up to {MOST}", whole)
         require_type(False, rule, value)
     return found
 
@@ -279,12 +289,14 @@ SUCH_AS: dict[str, str] = {
 
 def _kinds_of(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Kind]:
     hints = get_type_hints(function, include_extras=True)
-    named = (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) if (p := inspect.Parameter) else ()
-    return {name: allowed_by(hints[name]) for name, each in parameters.items() if name in hints and each.kind in named}
+    spread = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name: allowed_by(hints[name]) for name, each in parameters.items() if name in hints and each.kind not in spread
+    }
 
 
 @functools.cache
-def _field_kinds(cls: type) -> dict[str, Kind]:
+def _field_kinds(cls: Any) -> dict[str, Kind]:
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: allowed_by(hints[field.name]) for field in dataclasses.fields(cls)}
 
@@ -373,17 +385,15 @@ def _container(origin: type, inside: tuple[Any, ...]) -> Kind:
             found = [tuple(kind.take(one) for kind, one in zip(members, pair, strict=True)) for pair in pairs]
             if any(one is _WRONG for pair in found for one in pair):
                 return _WRONG
-            return (
-                value
-                if all(_unchanged(old, new) is old for old, new in zip(pairs, found, strict=True))
-                else dict(found)
-            )
+            kept = all(_unchanged(old, new) is old for old, new in zip(pairs, found, strict=True))
+            return value if kept else dict(found)
         if isinstance(value, Mapping) and len(members) == 1:  # not its keys, as if they were all of it
             return _WRONG
         if len(members) != 1 or members[0] is _ANY:
             return value
         if hasattr(value, "dtype"):  # by its type, as it may be long
-            return value if _NUMBERS.get(members[0], lambda dtype: False)(str(value.dtype)) else _WRONG
+            holds = _NUMBERS.get(members[0])
+            return value if holds is not None and holds(str(value.dtype)) else _WRONG
         if not isinstance(value, list | tuple | set | frozenset):
             return value
         taken = type(value)(members[0].take(one) for one in value)
@@ -440,12 +450,8 @@ def _number(value: Any) -> Any:
 
 
 def _in_range(found: Any) -> Any:
-    """The number, unless it is NaN, which no argument may be, or above all that is counted."""
-    return _WRONG if found is _WRONG or _out_of_range(found) else found
-
-
-def _out_of_range(number: Any) -> bool:
-    return math.isnan(number) if isinstance(number, float) else abs(number) > MOST
+    """The number, unless it is a whole one above all that is counted; NaN is left to the ranges, which refuse it."""
+    return _WRONG if isinstance(found, int) and abs(found) > MOST else found
 
 
 def _array(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from adabatch.arguments import checked
+from adabatch.arguments import checked_but, require_type, whole
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import NoiseScale
 from adabatch.batch.efficiency import efficiency
@@ -35,7 +35,7 @@ from adabatch.runtime.trained_parameters import held_parameters
 _log = logging.getLogger("adabatch")
 
 
-@checked
+@checked_but("model", "optimizer", "micro_batch_size")
 def monitor(
     model: torch.nn.Module,
     optimizer: Optimizer,
@@ -71,6 +71,7 @@ def monitor(
             ``micro_batch_size`` is below 1.
         TypeError: if ``optimizer`` is not an optimizer, or is the wrapper of a host.
     """
+    require_type(isinstance(model, torch.nn.Module), "model must be a torch.nn.Module", model)
     return NoiseMonitor(model, without_fabric(optimizer), micro_batch_size, journal, scaler)
 
 
@@ -263,6 +264,7 @@ def _planner_for(plan: BatchPlan) -> Planner:
 
 
 def _check(model: torch.nn.Module, optimizer: Any, micro_batch_size: int) -> None:
+    micro_batch_size = whole("micro_batch_size", micro_batch_size)
     if micro_batch_size < 1:
         raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
     if not isinstance(optimizer, Optimizer):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch.amp.grad_scaler import GradScaler
 
-from adabatch.arguments import MOST_STEPS, check_fields, require
+from adabatch.arguments import MOST_STEPS, check_fields, require, shown
 from adabatch.guards.finite import SkipNonfinite, check_skip_nonfinite
 from adabatch.guards.memory_trials import TrialLoss
 from adabatch.runtime.engines.engine import GradientSync
@@ -81,6 +81,8 @@ class Guard:
 
     def __post_init__(self) -> None:
         check_skip_nonfinite(self.skip_nonfinite)
+        if isinstance(self.check_every, str) and self.check_every != "auto":
+            raise ValueError(f"check_every must be a number of steps, 'auto' or None, got {shown(self.check_every)}")
         check_fields(self)
         for name in ("check_every", "max_left_out"):
             most = getattr(self, name)
@@ -91,13 +93,10 @@ class Guard:
             )
         if isinstance(self.check_every, int) and self.check_every < 1:
             raise ValueError(f"check_every must be at least 1 step, or None for no checks, got {self.check_every}")
-        if not isinstance(self.check_every, int | None) and self.check_every != "auto":
-            raise ValueError(f"check_every must be a number of steps, 'auto' or None, got {self.check_every!r}")
         if self.max_left_out is not None and self.max_left_out < 1:
             raise ValueError(
                 f"max_left_out must be at least 1 update in a row, or None for any number, got {self.max_left_out}"
             )
-        check_skip_nonfinite(self.skip_nonfinite)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.measured_norm import MeasuredNorm
 from adabatch.runtime.observers import Moment, Phase, RankMean, Rider, StepObserver, summed
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.trained_parameters import Changed, TrainedParameters
+from adabatch.runtime.trained_parameters import TrainedParameters, raise_first
 
 
 class Step:
@@ -87,10 +87,11 @@ class Step:
         # The ranks would have to agree on it, and local steps are there to save that communication.
         self._find_nonfinite = None if alone else find_nonfinite
         self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
-        # Without a reduction at the end of the step, no rank could tell the others.
+        # Without a reduction at the end of the step, no rank could tell the others that its parameters have changed.
         tells = engine.waits_for_gradients and engine.collectives.size > 1 and trained is not None
         reduces = probe is not None or self._find_nonfinite is not None
-        self._changed = Changed(engine.collectives) if tells and reduces else None
+        self._tells = tells and reduces
+        self._changed: str | None = None  # how this rank's parameters have changed
         self._weight: float | None = None  # of the micro-batch that is being run; None outside the inner loop
         self._num_backward = 0
         self._begun = False
@@ -217,7 +218,7 @@ class Step:
             self._check_trained(self._trained)
         self._mistakes.backward_begins(last=self._num_backward == len(self.portion.sizes) - 1)
         self._enter(Phase.BACKWARD, self._num_backward)
-        if self._changed is not None and self._changed.own is not None:
+        if self._changed is not None:
             self._backward_as_before()
             self._num_backward += 1
             return
@@ -248,11 +249,18 @@ class Step:
 
         An error that was raised here would leave the other ranks waiting for this one's gradients.
         """
-        if self._changed is None:
-            if not self._engine.steps_alone():  # LocalSGD tells the workers at their next average
-                trained.check("AdaptiveBatch")
-        else:
-            self._changed.own = trained.changes("AdaptiveBatch")
+        if self._tells:
+            self._changed = trained.changes("AdaptiveBatch")
+        elif not self._engine.steps_alone():  # LocalSGD tells the workers at their next average
+            trained.check("AdaptiveBatch")
+
+    def _raise_change(self) -> None:
+        """Raises the error of a rank whose parameters have changed, on all ranks, after a step that was not finite.
+
+        Such a rank's loss is NaN, so that the question costs nothing in other steps.
+        """
+        if self._tells and any(self._engine.collectives.sum_of(float(self._changed is not None))):
+            raise_first(self._changed, self._engine.collectives)
 
     def _backward_as_before(self) -> None:
         """The backward of a rank whose parameters have changed: it sends zeros for those that the others wait for."""
@@ -307,19 +315,15 @@ class Step:
     def _look_through(self, find_nonfinite: FindNonfinite) -> None:
         """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
         found = find_nonfinite(self._own_loss(self._engine.collectives.device))
-        (total,) = summed(self._engine.collectives, found, [self._votes, *self._told()])
-        self._raise_together()
+        (total,) = summed(self._engine.collectives, found, [self._votes])
         self._all_finite = total == 0
-
-    def _told(self) -> list[Rider]:
-        return [] if self._changed is None else [self._changed]
-
-    def _raise_together(self) -> None:
-        if self._changed is not None:
-            self._changed.raise_together()
+        if not self._all_finite:
+            self._raise_change()
 
     def _own_loss(self, device: torch.device) -> Tensor:
-        """This rank's share of the mean loss; 0 if all its micro-batches have weight 0."""
+        """This rank's share of the mean loss; 0 if its micro-batches weigh nothing, NaN if its parameters changed."""
+        if self._changed is not None:
+            return torch.full((), math.nan, dtype=torch.float64, device=device)
         if self._losses is None:
             return torch.zeros((), dtype=torch.float64, device=device)
         return self._losses.to(device)  # a loss may live elsewhere than the model
@@ -332,9 +336,10 @@ class Step:
         # Averaged as well, so that all ranks divide by the same bits.
         scales = [] if scale is None else [RankMean(scale(local.device), ranks.size)]
         # one collective: a small all-reduce costs its latency, however many numbers it carries
-        totals = summed(ranks, local, [loss, *scales, self._votes, *self._riders, *self._told()])
-        self._raise_together()
+        totals = summed(ranks, local, [loss, *scales, self._votes, *self._riders])
         self.loss, self.measured = loss.value, True
+        if not math.isfinite(self.loss):
+            self._raise_change()
         self.moments = probe.moments(totals)
         for factor in scales:  # a scale that was backed off to 0 makes the moments infinite
             self.moments = self.moments.scaled(1 / factor.value if factor.value else math.inf)

@@ -226,7 +226,7 @@ def test_a_scaler_that_is_not_enabled_is_none() -> None:
 
 def test_a_precision_is_no_scaler() -> None:
     model = network()
-    with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler, got 'fp16'"):
+    with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler or None, got 'fp16'"):
         AdaptiveBatch(
             model, SGD(model.parameters(), lr=0.1), Constant(8), micro_batch_size=4, engine=EngineOptions(scaler="fp16")
         )

@@ -39,7 +39,7 @@ def test_values_that_do_not_fit_are_named() -> None:
         adaptive(engine="ddp")
     with pytest.raises(TypeError, match=r"scaler must be a torch\.amp\.GradScaler"):
         adaptive(engine=EngineOptions(scaler="fp16"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="gradient_sync must be one of each, last, got 'never'"):
+    with pytest.raises(ValueError, match="gradient_sync must be one of each, last or None, got 'never'"):
         adaptive(engine=EngineOptions(gradient_sync="never"))  # type: ignore[arg-type]
 
 

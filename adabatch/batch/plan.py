@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from adabatch.arguments import MOST, check_fields, number, require, require_one_of
+from adabatch.arguments import allowed_by, check_fields, conform, require, require_one_of
 
 Unit = Literal["examples", "tokens", "steps", "gain_steps"]
 
@@ -57,8 +57,8 @@ class Duration:
 
     def __post_init__(self) -> None:
         require_one_of("unit", self.unit, Unit)
-        count = number("the count of a duration", self.count, at_most=MOST)
-        if count != int(count):
+        count: float = conform("the count of a duration", self.count, allowed_by(float))
+        if not (math.isfinite(count) and count == int(count)):
             raise ValueError(f"a duration must be a whole number of {self.unit}, got {self.count!r}")
         object.__setattr__(self, "count", int(count))  # users write 6e6
         if self.count < 0:

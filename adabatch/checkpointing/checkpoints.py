@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.arguments import checked, require
+from adabatch.arguments import checked, checked_but, require
 from adabatch.batch.plan import Duration
 from adabatch.checkpointing.background import Background
 from adabatch.checkpointing.differences import Difference, differences, refuse
@@ -103,7 +103,7 @@ class Checkpoints:
         TypeError: if a part has no state, or an interval has no unit.
     """
 
-    @checked
+    @checked_but("schedule", "order", "scaler", "every")
     def __init__(
         self,
         folder: str | Path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.arguments import require
+from adabatch.arguments import require, shown
 from adabatch.batch.plan import Duration, Progress
 
 
@@ -72,7 +72,7 @@ class SaveTimes:
 def _check(batches: AdaptiveBatch | None, every: Duration | None, every_seconds: float | None) -> None:
     if every is not None:
         if not isinstance(every, Duration):
-            raise TypeError(f"every must be a duration, such as adabatch.examples({every!r}), got {every!r}")
+            raise TypeError(f"every must be a duration, such as adabatch.examples({shown(every)}), got {shown(every)}")
         require(every.count >= 1, "every must be 1 at least", every)
         if batches is not None:
             batches.consumed.count(every.unit)  # raises an error for a unit that the run does not count

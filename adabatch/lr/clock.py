@@ -26,8 +26,8 @@ def share_of(total: Duration, share: float) -> Duration:
     """
     if not 0 <= share < 1:
         raise ValueError(
-            f"a share of the total must lie in [0, 1), got {share}: give a length (of a warmup) as a duration, such as "
-            f"adabatch.steps(100)"
+            f"a share of the total must lie in [0, 1), got {share}: give a length as a duration, such as "
+            f"warmup=adabatch.steps(100)"
         )
     return Duration(round(share * total.count), total.unit)
 

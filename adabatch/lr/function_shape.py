@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.arguments import checked
+from adabatch.arguments import checked_but, shown
 from adabatch.lr.shapes import FloatArray, Shape
 
 NUM_POINTS = 257
@@ -42,10 +42,10 @@ class FunctionShape:
             with the same progress give different values.
     """
 
-    @checked
+    @checked_but("function")
     def __init__(self, function: Callable[[float], float], *, name: str | None = None) -> None:
         if not callable(function):
-            raise TypeError(f"a shape must be a function of progress, got {function!r}")
+            raise TypeError(f"a shape must be a function of progress, got {shown(function)}")
         self._function = function
         self._name = name if name is not None else getattr(function, "__qualname__", type(function).__qualname__)
         self._values = self._at_the_points()
@@ -129,7 +129,7 @@ def shape_from(shape: AnyShape | Callable[[float], float]) -> AnyShape:
         return shape
     expected = "shape must come from adabatch.lr, such as adabatch.lr.cosine(), or be a function progress -> factor"
     if not callable(shape) or getattr(shape, "__module__", None) == Shape.__module__:
-        raise TypeError(f"{expected}, got {shape!r}")
+        raise TypeError(f"{expected}, got {shown(shape)}")
     return FunctionShape(shape)
 
 

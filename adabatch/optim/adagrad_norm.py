@@ -137,7 +137,7 @@ class AdaGradNorm(Optimizer):
         reduce: Reduce | None = None,
     ) -> None:
         if differentiable:
-            raise ValueError(
+            raise NotImplementedError(
                 "AdaGradNorm cannot differentiate through its step: leave differentiable=False, "
                 "or unroll the update by hand on functional parameters"
             )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from adabatch.arguments import checked, require
+from adabatch.arguments import checked, checked_but, require, shown
 
 Split = Literal["train", "test"]
 
@@ -99,7 +99,7 @@ class Mnist(InMemory):
         ValueError: if files are not IDX, are cut short, or do not fit together.
     """
 
-    @checked
+    @checked_but("split")
     def __init__(self, split: Split = "train", root: str | os.PathLike[str] | None = None) -> None:
         prefix = "train" if check_split(split) == "train" else "t10k"
         folders = _folders(root, "mnist", "MNIST/raw")
@@ -143,7 +143,7 @@ class Text(InMemory):
         ValueError: if the text is not UTF-8, or is too short for one example.
     """
 
-    @checked
+    @checked_but("split")
     def __init__(
         self, split: Split = "train", block_size: int = 128, *, root: str | os.PathLike[str] | None = None
     ) -> None:
@@ -212,8 +212,8 @@ def check_split(split: str) -> str:
     Raises:
         ValueError: if the name is unknown.
     """
-    if split not in get_args(Split):
-        raise ValueError(f'split must be "train" or "test", got {split!r}')
+    if not isinstance(split, str) or split not in get_args(Split):
+        raise ValueError(f'split must be "train" or "test", got {shown(split)}')
     return split
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from adabatch.arguments import checked, require, require_one_of, require_state
+from adabatch.arguments import checked, checked_but, require, require_one_of, require_state, shown
 from adabatch.batch.plan import Duration, Progress, Unit
 from adabatch.lr.clock import Anchor, Clock, share_of
 from adabatch.lr.function_shape import AnyShape, check_same_shape, shape_from
@@ -167,7 +167,7 @@ class ProgressLR(LRScheduler):
         TypeError: if the shape is neither a ``Shape`` nor a function, or a length has no unit.
     """
 
-    @checked
+    @checked_but("optimizer", "shape", "total", "warmup")
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -183,7 +183,9 @@ class ProgressLR(LRScheduler):
             share = isinstance(length, float) and name == "warmup"
             if not isinstance(length, Duration) and not share and (length is not None or name == "total"):
                 way_out = " (a share of the total is a float, such as 0.1)" if name == "warmup" else ""
-                raise TypeError(f"{name} must be a duration, such as adabatch.steps({length}), got {length!r}{way_out}")
+                raise TypeError(
+                    f"{name} must be a duration, such as adabatch.steps({shown(length)}), got {shown(length)}{way_out}"
+                )
         require(0 <= warmup_start <= 1, "warmup_start must be in [0, 1]", warmup_start)
         require_one_of("clock", clock, ClockKind)
         optimizer = joined(optimizer)
@@ -337,7 +339,7 @@ class ProgressLR(LRScheduler):
         self._passed = clock.gain_fraction(progress, gain_per_unit, self._anchor, self._passed)
         return self._passed
 
-    @checked
+    @checked_but("total")
     def set_total(self, total: Duration) -> None:
         """Changes the total during a run. The rate does not jump: the rest of the shape is stretched over the rest of
         the run.
@@ -351,7 +353,7 @@ class ProgressLR(LRScheduler):
                 counted.
         """
         if not isinstance(total, Duration):
-            raise TypeError(f"total must be a duration, such as adabatch.steps({total}), got {total!r}")
+            raise TypeError(f"total must be a duration, such as adabatch.steps({shown(total)}), got {shown(total)}")
         self._check_unit(total.unit, f"total: {total} cannot be counted")
         if self._source.progress.reached(total):
             raise ValueError(f"the run is already past {total}: give a total that lies ahead")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -15,7 +15,6 @@ from adabatch.arguments import some
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.fsdp2 import is_sharded
-from adabatch.runtime.observers import Rider
 
 
 def held_parameters(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
@@ -110,37 +109,6 @@ class TrainedParameters:
         finally:
             for p in frozen:
                 p.requires_grad_(False)
-
-
-class Changed(Rider):
-    """Whether some rank's parameters are no longer those of its run: one number in a reduction, and then an error.
-
-    Args:
-        collectives: the ranks.
-    """
-
-    def __init__(self, collectives: Collectives) -> None:
-        self._collectives = collectives
-        self.own: str | None = None
-        """What changed on this rank; None if nothing did."""
-        self._any = False
-
-    def outgoing(self, device: torch.device) -> Tensor:
-        """1 if something changed on this rank, shape (1,)."""
-        return torch.tensor([float(self.own is not None)], dtype=torch.float64, device=device)
-
-    def incoming(self, totals: Sequence[float]) -> None:
-        """The number of ranks on which something changed."""
-        self._any = totals[0] != 0
-
-    def raise_together(self) -> None:
-        """Raises the error of the first rank that has one, on all ranks.
-
-        Raises:
-            RuntimeError: if something changed on some rank; it names that rank on the others.
-        """
-        if self._any:
-            raise_first(self.own, self._collectives)
 
 
 def raise_first(own: str | None, collectives: Collectives) -> NoReturn:

@@ -102,9 +102,9 @@ def test_the_ramp_is_a_line_with_exact_ends(first: int, last: int, over: int, be
 
 def test_bad_ramps_are_named() -> None:
     for bad in (0, math.nan):
-        with pytest.raises(ValueError, match=f"first must be .* got {bad}"):
+        with pytest.raises((TypeError, ValueError), match=f"first must be .* got {bad}"):
             LinearRamp(bad, 8, examples(10))  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=f"last must be .* got {bad}"):
+        with pytest.raises((TypeError, ValueError), match=f"last must be .* got {bad}"):
             LinearRamp(8, bad, examples(10))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="over=0"):
         LinearRamp(8, 16, examples(0))
@@ -112,7 +112,7 @@ def test_bad_ramps_are_named() -> None:
 
 def test_bad_constants_are_named() -> None:
     for bad in (0, -1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"global_batch_size must be .* got {bad}"):
+        with pytest.raises((TypeError, ValueError), match=f"global_batch_size must be .* got {bad}"):
             Constant(bad)  # type: ignore[arg-type]
 
 

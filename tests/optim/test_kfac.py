@@ -571,7 +571,7 @@ def zero_readout() -> nn.Module:
         (mlp, {"observe_every": 0}, r"observe_every must be at least 1 step, got 0"),
         (mlp, {"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         (mlp, {"kl_clip": 0.0}, r"kl_clip must be positive, or None"),
-        (mlp, {"others": "adam"}, r"others must be 'adamw', 'sgd' or None"),
+        (mlp, {"others": "adam"}, r"others must be one of adamw, sgd or None"),
     ],
 )
 def test_bad_models_and_options(make: Callable[[], nn.Module], options: Mapping[str, Any], words: str) -> None:

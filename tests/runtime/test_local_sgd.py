@@ -219,8 +219,8 @@ def test_hooks_go_with_the_block_and_an_exception_sends_nothing() -> None:
     ("options", "error", "says"),
     [
         ({"sync_every": 0}, ValueError, "at least 1 local step, got 0"),
-        ({"sync_every": 2.5}, ValueError, "whole number"),
-        ({"sync_every": True}, ValueError, "whole number"),
+        ({"sync_every": 2.5}, TypeError, "whole number"),
+        ({"sync_every": True}, TypeError, "whole number"),
         ({"sync_every": "8"}, TypeError, "Fixed, Table or Quadratic"),
         ({"sync_every": Fixed}, TypeError, "Fixed, Table or Quadratic"),
         ({"sync_every": 4, "outer": "nesterov"}, TypeError, r"Average\(\), Nesterov\(\) or SlowMo\(\)"),

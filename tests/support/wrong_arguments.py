@@ -496,7 +496,7 @@ def answer(case: Case) -> Answer:
             made = function(**given)
             if isinstance(made, types.GeneratorType):
                 next(made)
-        except (ValueError, TypeError, FileNotFoundError) as error:
+        except (ValueError, TypeError, FileNotFoundError, NotImplementedError) as error:
             judged = _judged(error, case.argument)
             return Answer("theirs", judged.told) if judged.kind == "unclear" and _is_users(value, hint) else judged
         except Exception as error:  # of any other type: not ours
@@ -552,6 +552,7 @@ CALLED: Mapping[str, tuple[str, ...]] = {
     "loader": ("micro-batch", "micro-batches"),
     "norms": ("norm",),
     "parameters": ("parameter",),
+    "roles": ("parameter",),
     "rule": ("lr_rule",),
     "settings": ("follow",),
     "shape": ("a function",),
@@ -611,7 +612,7 @@ def fits(value: Any, hint: Any) -> bool:
             return False
         if isinstance(value, Mapping) and len(inside) == 2:
             return all(fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items())
-        if isinstance(value, list | tuple) and inside:
+        if isinstance(value, list | tuple) and inside and origin is not collections.abc.Iterable:
             return all(fits(each, inside[0]) for each in value)
         return isinstance(value, origin) or (isinstance(value, np.ndarray | torch.Tensor) and origin is not dict)
     return isinstance(hint, type) and (getattr(hint, "_is_protocol", False) or isinstance(value, hint))

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar, get_args
 
 from torch import nn
 
-from adabatch.arguments import checked, some
+from adabatch.arguments import checked_but, require_type, some
 from adabatch.optim.mup.entry import Dim, Entry, Role, role_of
 from adabatch.optim.mup.layouts import Use, parsed_layout, use_of
 from adabatch.optim.mup.names import all_names, joined, named_modules
@@ -17,7 +17,7 @@ from adabatch.optim.mup.plans import Plan, check_names, matching
 T = TypeVar("T")
 
 
-@checked
+@checked_but("roles")
 def plan(
     model: nn.Module,
     base: nn.Module,
@@ -54,6 +54,8 @@ def plan(
             "of another width, and take plan(...).at(model) for a model as wide as the base"
         )
     _check_heads(model, base)
+    named = roles is None or (isinstance(roles, Mapping) and all(isinstance(name, str) for name in roles))
+    require_type(named, "roles must be a mapping of names, or None", roles)
     given_roles = _by_name(roles, ours)
     for role in given_roles.values():
         if role not in get_args(Role):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from adabatch.arguments import check_fields, checked, require_one_of, some
+from adabatch.arguments import check_fields, checked, checked_but, require_one_of, some
 from adabatch.optim.mup.entry import Entry
 from adabatch.optim.mup.laws import LAWS, AdamLaw, Law, Method, law_of
 from adabatch.optim.mup.names import named_parameters
@@ -61,7 +61,7 @@ class Plan:
         """Every multiplier one, the standard parameterization of this width: the control of a coordinate check."""
         return Plan({name: replace(entry, base_shape=entry.shape) for name, entry in self.entries.items()})
 
-    @checked
+    @checked_but("only", "method")
     def groups(
         self,
         model: nn.Module,

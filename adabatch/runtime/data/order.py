@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from adabatch.arguments import checked, require_state, whole
+from adabatch.arguments import checked, checked_but, require_state, whole
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed, ShareDealer, SliceDealer
 from adabatch.runtime.data.sequence import ExampleSequence, Subset, shuffle_of
@@ -62,7 +62,7 @@ class GlobalOrder:
 
     _FORBIDDEN = frozenset({"batch_size", "sampler", "batch_sampler", "drop_last", "generator", "in_order"})
 
-    @checked
+    @checked_but("dataset", "subset", "shuffle")
     def __init__(
         self,
         dataset: Dataset[Any],
@@ -75,12 +75,9 @@ class GlobalOrder:
         num_workers: int = 0,
         **loader_options: Any,
     ) -> None:
-        sized = (
-            isinstance(dataset, Sized)
-            and not isinstance(dataset, str | bytes)
-            and getattr(dataset, "shape", True) != ()
-        )
-        if isinstance(dataset, IterableDataset) or not sized:
+        unusual: Any = dataset  # text, or a tensor without dimensions, whose length cannot be asked for
+        no_items = isinstance(unusual, str | bytes) or getattr(unusual, "shape", True) == ()
+        if no_items or isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
             raise TypeError(
                 f"GlobalOrder needs a map-style data set with a length, got {type(dataset).__name__}: "
                 f"give an iterable data set to AdaptiveBatch.steps in a DataLoader of its own"

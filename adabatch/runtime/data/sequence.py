@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 
 import numpy as np
 
+from adabatch.arguments import require_type, shown
 from adabatch.runtime.data.permutation import Integers
 from adabatch.runtime.data.shuffles import Epoch, FullShuffle, InOrder, ScatteredShuffle, Shuffle
 
@@ -25,7 +26,7 @@ def shuffle_of(choice: bool | Shuffle, num_examples: int) -> Shuffle:
             return InOrder()
         return FullShuffle() if num_examples <= IN_MEMORY else ScatteredShuffle()
     if isinstance(choice, type) or not isinstance(choice, Shuffle):
-        raise TypeError(f"shuffle must be True, False or a shuffle such as ScatteredShuffle(), got {choice!r}")
+        raise TypeError(f"shuffle must be True, False or a shuffle such as ScatteredShuffle(), got {shown(choice)}")
     return choice
 
 
@@ -42,6 +43,9 @@ class Subset:
     """
 
     def __init__(self, indices: Sequence[int], num_examples: int) -> None:
+        rule = "subset must be whole numbers of examples, one after the other"
+        sized = isinstance(indices, Sized) and not isinstance(indices, str | bytes | Mapping)
+        require_type(sized and getattr(indices, "shape", True) != (), rule, indices)
         if len(indices) == 0:
             raise ValueError("the subset is empty: a step needs at least one example")
         if isinstance(indices, range):
@@ -49,7 +53,10 @@ class Subset:
             least, most = sorted((indices[0], indices[-1]))
             self.name = f"{indices}"
         else:
-            given = np.asarray(indices)
+            try:
+                given = np.asarray(indices)
+            except (TypeError, ValueError, RuntimeError):  # lists of different lengths, and tensors with a gradient
+                raise TypeError(f"{rule}, got {shown(indices)}") from None
             if given.ndim != 1 or given.dtype.kind not in "iu":
                 raise TypeError(
                     f"subset must be whole numbers of examples, one after the other, got {given.dtype} of shape "

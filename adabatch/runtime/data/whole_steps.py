@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from adabatch.arguments import checked
+from adabatch.arguments import checked_but, shown
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.counting import num_examples_in
@@ -35,10 +35,11 @@ class WholeSteps:
             DeepSpeed, whose ranks run each micro-batch together, the same number.
     """
 
-    @checked
+    @checked_but("steps")
     def __init__(self, steps: Iterable[Sequence[Any]]) -> None:
-        if isinstance(steps, str | bytes) or not hasattr(steps, "__iter__"):
-            raise TypeError(f"WholeSteps takes an iterable of lists of micro-batches, got {steps!r}")
+        no_items = isinstance(steps, str | bytes) or getattr(steps, "shape", None) == ()
+        if no_items or not hasattr(steps, "__iter__"):
+            raise TypeError(f"WholeSteps takes an iterable of lists of micro-batches, got {shown(steps)} as its steps")
         self.steps = steps
 
 

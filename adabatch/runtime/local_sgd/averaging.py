@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from adabatch.arguments import checked
+from adabatch.arguments import checked_but
 from adabatch.batch.plan import Duration
 from adabatch.runtime.collectives import Collectives, collectives_of, workers_of
 from adabatch.runtime.engines.choice import engine_for
@@ -88,7 +88,7 @@ class LocalSGD:
     (adaptive local batch sizes).
     """
 
-    @checked
+    @checked_but("optimizer", "sync_every", "outer", "warmup")
     def __init__(
         self,
         model: nn.Module,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, NamedTuple
 
-from adabatch.arguments import require_one_of
+from adabatch.arguments import require_one_of, shown
 from adabatch.batch.plan import Duration
 from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
@@ -67,14 +67,16 @@ class LocalSGDSettings:
         if isinstance(self.period, type) or not isinstance(self.period, Period):
             raise TypeError(
                 f"sync_every must be a number of local steps, or Fixed, Table or Quadratic of adabatch.local_sgd, got "
-                f"{self.period!r}"
+                f"{shown(self.period)}"
             )
         if isinstance(self.outer, type) or not isinstance(self.outer, OuterOptimizer):
             raise TypeError(
-                f"outer must be Average(), Nesterov() or SlowMo() of adabatch.local_sgd, got {self.outer!r}"
+                f"outer must be Average(), Nesterov() or SlowMo() of adabatch.local_sgd, got {shown(self.outer)}"
             )
         if self.warmup is not None and not isinstance(self.warmup, Duration):
-            raise TypeError(f"warmup must be a duration, such as adabatch.steps({self.warmup!r}), got {self.warmup!r}")
+            raise TypeError(
+                f"warmup must be a duration, such as adabatch.steps({shown(self.warmup)}), got {shown(self.warmup)}"
+            )
 
     @property
     def durations(self) -> tuple[Duration, ...]:
