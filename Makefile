@@ -22,6 +22,8 @@ WORKERS ?= 2
 STUDY ?=
 # One thread a process: the two processes of a run already fill two cores.
 export OMP_NUM_THREADS ?= 1
+# The tests start hundreds of processes, and each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What one waits for between two edits: nothing that starts processes, compiles or trains for long.
 FAST := tests/batch tests/lr tests/docs tests/test_architecture.py tests/test_adaptive.py tests/test_adaptive_equivalence.py \

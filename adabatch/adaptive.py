@@ -327,6 +327,8 @@ class AdaptiveBatch:
         self._updates.begin_loop()
         given = loop_settings(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
         fixed = self._given | self._planner.given()
+        # compared before the first collective of the loop: ranks with different settings would wait for each other,
+        # each elsewhere
         given |= run_settings(fixed, self._optimizer, probe=self._probe, votes=self._votes, trials=self._trials)
         check_same_settings(self.collectives, given)
         with failing_together(self.collectives, "steps(...)"):
@@ -407,6 +409,7 @@ class AdaptiveBatch:
         if not self._engine.commits():
             self._updates.take_back(step)
             return
+        # only now: a step that does not count is run again on the same data
         feed.consumed(step.portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
@@ -455,6 +458,7 @@ class AdaptiveBatch:
         self._planner.check_reference(state["reference_batch_size"])
         self._trials.load_state_dict(state.get("trials"))
         self._planner.load_state_dict(state, self._trials.sizes)
+        # a loader that was loaded with the run may have nothing left of its pass, which is no error then
         self._just_loaded = True
         self._updates.drop()
 

@@ -145,8 +145,8 @@ def _ratio(moments: GradientMoments) -> dict[str, Any]:
 class Journal:
     """Appends lines to a JSONL file; each is complete when ``write`` returns, and no file stays open.
 
-    From 256 MiB on the file is put aside as ``NAME.1``, ``NAME.2`` and so on, and the run goes on in an empty one. What
-    reads journals in this package takes all of them.
+    Once the file has 256 MiB, it is renamed to ``NAME.1``, the next one to ``NAME.2`` and so on, and the run goes on in
+    an empty file. All readers of this package read all of them.
 
     Args:
         target: the file, whose folder is created; or a sink; or a sequence of sinks with at most one file. None writes
@@ -169,9 +169,8 @@ class Journal:
         self.path = paths[0] if paths else None
         self._sinks = sinks
         self._part_bytes = part_bytes
-        self.run = secrets.token_hex(
-            6
-        )  # from the system's randomness, so that it neither depends on the seeds of a run nor changes their state
+        # from the system's randomness, so that it neither depends on the seeds of a run nor changes their state
+        self.run = secrets.token_hex(6)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("a", encoding="utf-8").close()  # fails here rather than after a step
@@ -196,7 +195,7 @@ class Journal:
         return cut(self.path, num_examples)
 
     def last_run(self) -> str | None:
-        """Whose the last whole line of the journal is; None where it has none, or one without the token of a run."""
+        """The token of the run that wrote the last whole line; None without a line, or if it has no token."""
         return None if self.path is None else last_token(self.path)
 
     def sync(self) -> None:
@@ -218,7 +217,7 @@ class Journal:
             return
         if self.guard is not None:
             self.guard()
-        said = _finite({**entry, "run": self.run})
+        said = finite_or_null({**entry, "run": self.run})
         if self.path is not None:
             self._append(self.path, json.dumps(said, separators=(",", ":"), allow_nan=False))
         for sink in list(self._sinks):
@@ -244,6 +243,8 @@ class Journal:
     def _append(self, path: Path, text: str) -> None:
         size = None
         try:
+            # opened for each line, so that a rotated or cut file is never written through an old handle; unbuffered, so
+            # that a line is one write
             with path.open("ab", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 left = memoryview(f"{text}\n".encode())
@@ -281,13 +282,14 @@ def _sorted_targets(target: JournalTarget | Sequence[JournalTarget] | None) -> t
     return paths, sinks
 
 
-def _finite(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
+    """The value for JSON, which has no infinity and no NaN: Python would write words that other readers reject."""
     if isinstance(value, np.generic):  # numpy's types, from a user's learning rate or size
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite_or_null(item) for item in value]
     return value

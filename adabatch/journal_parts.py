@@ -83,12 +83,15 @@ def cut(path: Path, num_examples: int) -> int:
     Files are emptied from the newest back, so that what a kill leaves is the journal of some step.
     """
     parts = parts_of(path)
+    # from the newest back: a resume usually goes back by a few steps, so that the older files need not be read
     for place in range(len(parts) - 1, -1, -1):
         kept = _kept(parts[place], num_examples)
         if kept.num_bytes or place == 0:
             break
+    # copied and synced before anything is cut, so that a kill in between loses no line
     _copy_aside(path, [(parts[place], kept.num_bytes), *((part, 0) for part in parts[place + 1 :])])
     for part in reversed(parts[place + 1 :]):
+        # emptied rather than removed: the journal's own file is there at any moment
         if part == path:
             os.truncate(part, 0)
         else:

@@ -29,7 +29,8 @@ from adabatch.runtime.fabric import inside_fabric, without_fabric
 from adabatch.runtime.fsdp2 import is_sharded
 from adabatch.runtime.ownership import remove_all
 from adabatch.runtime.probes.norms import norms
-from adabatch.runtime.step_hooks import host_value
+from adabatch.runtime.step_hooks import rates_of
+from adabatch.runtime.trained_parameters import held_parameters
 
 _log = logging.getLogger("adabatch")
 
@@ -94,13 +95,7 @@ class NoiseMonitor:
         model = model if fabric is None else fabric.model
         _check(model, optimizer, micro_batch_size)
         self._collectives = engine_for(model).collectives
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._parameters = [p for p in model.parameters() if p.requires_grad and id(p) in held]
-        if not self._parameters:
-            raise ValueError(
-                f"the optimizer holds none of the model's parameters that require a gradient: build the "
-                f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
-            )
+        self._parameters = held_parameters(model, optimizer)
         self._optimizer = optimizer
         self._micro_batch_size = micro_batch_size
         self._scale = None if scaler is None else factor_of(scaler)
@@ -157,8 +152,10 @@ class NoiseMonitor:
             if all(p.grad is None for p in self._parameters):  # of a step that a gradient scaler left out
                 self._forget()
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_over)
+        # a second gradient for the same parameter in one backward: the norm of their sum is not known from their norms
         self._in_pieces |= index in self._norms
         with torch.no_grad():
+            # a number on the device for each parameter, and no copy of its gradient: the monitor adds no memory
             self._norms[index] = norms(grad).double()
 
     def _backward_over(self) -> None:
@@ -190,11 +187,13 @@ class NoiseMonitor:
         self._forget()
         assert isinstance(parts, Tensor)
         local = torch.stack([parts, parts.new_full((), num_own)]).to(self._collectives.device)
+        # ranks may accumulate different numbers of micro-batches, so the number of parts is summed too
         parts_sq, counted = self._collectives.sum(local).tolist()  # host sync
         num_parts = round(counted)
         if num_parts < 2 or in_pieces:
             self._say_once(in_pieces)
             return
+        # the factor as it was in the backward: the scaler changes it only in its update(), after this hook
         scale = 1.0 if self._scale is None else float(self._scale(parts.device)) ** -2
         moments = GradientMoments(
             part_sq=num_own**2 * parts_sq / num_parts * scale,
@@ -222,10 +221,8 @@ class NoiseMonitor:
             averages=self._planner.state.averages,
             decision=ended.decision,
         )
-        rates = [host_value(group.get("lr")) for group in self._optimizer.param_groups]
-        base = [host_value(group.get("initial_lr", group.get("lr"))) for group in self._optimizer.param_groups]
-        shape = [lr / first if first else math.nan for lr, first in zip(rates, base, strict=True)]
-        rate = {"base": base, "shape": shape, "factor": 1.0, "applied": rates}
+        stored, base, shape = rates_of(self._optimizer.param_groups)
+        rate = {"base": base, "shape": shape, "factor": 1.0, "applied": stored}
         self._journal.write({**entry, "lr": rate, "applied": True})
 
     def _say_once(self, in_pieces: bool) -> None:

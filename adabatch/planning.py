@@ -128,6 +128,7 @@ class Planner:
         moments = measured.moments
         if moments is not None and policy.layer_weights is not None:
             moments = moments.weighted(policy.layer_weights)
+        # the control averages in the weighted norm, while the journal keeps the moments as they were measured
         decision = decide(
             policy.criterion,
             moments,
@@ -270,6 +271,7 @@ class Planner:
         runs = plan.dp_size == grid.dp_size and plan.micro_batch_size in grid.micro_sizes
         if not (runs and plan.accumulation_steps >= grid.min_accumulation and low <= plan.global_batch_size <= high):
             plan = self._runnable(plan.global_batch_size)
+        # a plan that can still be run is kept as it is: its micro-batch need not be the one that the grid would choose
         self.plan = plan
 
     def check_reference(self, saved: int) -> None:

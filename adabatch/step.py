@@ -142,6 +142,7 @@ class Step:
                     f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
                     f"{num_parts} it had been called {self._num_backward} times (not loss.backward())"
                 )
+            # after the last one the observers hear of the measurement next
             if index < num_parts - 1:
                 self._enter(Phase.LOADING, index + 1)
         self._mistakes.check_untouched()
@@ -180,6 +181,7 @@ class Step:
         if self._probe is not None and not reduced:
             self._probe.stop()
             plan, size = self.plan, float(self.global_batch_size)
+            # not None, which would read as "not probed" in the journal
             self.moments = GradientMoments(math.nan, plan.micro_batch_size, math.nan, size, plan.num_parts)
         self._finish(self)
 
@@ -236,6 +238,7 @@ class Step:
             self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
         self._mistakes.backward_ended()
         if self._probe is not None or self._find_nonfinite is not None:
+            # float64, since hundreds of micro-batches may be added; and on the device, without a host sync
             value = loss.detach().double() * weight
             self._losses = value if self._losses is None else self._losses + value
         self._enter(Phase.AFTER_BACKWARD, self._num_backward)
@@ -332,6 +335,7 @@ class Step:
         scale = self._engine.backward.scale
         # Averaged as well, so that all ranks divide by the same bits.
         scales = [] if scale is None else [RankMean(scale(local.device), ranks.size)]
+        # one collective: a small all-reduce costs its latency, however many numbers it carries
         totals = summed(ranks, local, [loss, *scales, self._votes, *self._riders])
         self.loss, self.measured = loss.value, True
         if not math.isfinite(self.loss):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from adabatch.runtime.measured_norm import MeasuredNorm
 from adabatch.runtime.observers import Moment, Phase, StepObserver
 from adabatch.runtime.optimizer_traits import TakesNorm
 from adabatch.runtime.optimizers import each_of, kind_of, weight_versions
-from adabatch.runtime.step_hooks import StepHooks, StepOverrides, host_value
+from adabatch.runtime.step_hooks import StepHooks, StepOverrides, rates_of
 from adabatch.step import Step
 from adabatch.validation import check_before_step
 
@@ -131,6 +130,8 @@ class PendingUpdates:
     def inner_loop_over(self) -> None:
         """The micro-batches of the step under way were run, and it is about to be decided."""
         self._step = None
+        # from here on only the update may change the weights, so other versions show an update that the hooks did not
+        # see
         self._versions = weight_versions(self._optimizer)
 
     def prepare(
@@ -247,20 +248,21 @@ class PendingUpdates:
         if update is None:
             self._missing.strange()
             return
+        # an engine that steps in pieces calls optimizer.step() again for the same update
         self._begun = update if self._running else None
         if applied:
             self._planner.applied(update.num_examples, update.gain)
         self.tell_engine()
         if update.entry is not None:
+            # only now: until the update the loop may still write the rates
             lr = self._lr_entry(update.scaling.factor, rates)
             self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
         self._observers.after(update.number)
 
     def _lr_entry(self, factor: float, rates: list[float]) -> dict[str, Any]:
         """The three parts of the learning rate, and the rates that were in force, one per parameter group."""
-        stored = [host_value(group.get("lr")) for group in self._groups]
-        base = [host_value(group.get("initial_lr", group.get("lr"))) for group in self._groups]
-        shape = [lr / b if b else math.nan for lr, b in zip(stored, base, strict=True)]
+        stored, base, shape = rates_of(self._groups)
+        # an engine that shows only some groups while it steps reports the rates of those
         if len(rates) < len(stored):
             rates = [lr * factor for lr in stored]
         return {"base": base, "shape": shape, "factor": factor, "applied": rates}
@@ -305,8 +307,8 @@ class PendingUpdates:
             if self._update.entry is not None:
                 self._journal.write({**self._update.entry, "lr": None, "applied": False})
             self._observers.after(self._update.number)
-            # Whether it was left out or never came (a loop that only measures): the next step begins without them. They
-            # stay until then, for whoever looks at them after the loop.
+            # Left out, or never called in a loop that only measures: in either case the next step begins without these
+            # gradients. They stay until then, so that they can be inspected after the loop.
             self._unapplied = True
         self._update = self._begun = self._step = None
 

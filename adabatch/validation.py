@@ -139,6 +139,7 @@ def has_betas_of_adam(optimizer: Optimizer) -> bool:
     """Whether all betas that there are belong to torch's own Adam or AdamW, whose count of steps can follow them."""
     having = [one for one in each_of(optimizer) if any("betas" in group for group in one.param_groups)]
     own = [isinstance(one, Adam | AdamW) and type(one).__module__.startswith("torch.") for one in having]
+    # only torch's own: a subclass from elsewhere may count its steps in another way
     return bool(own) and all(own)
 
 
@@ -166,7 +167,7 @@ def check_types(optimizer: Any, criterion: Any) -> None:
 
 
 def check_kinds(**given: tuple[Any, type, str]) -> None:
-    """Checks that arguments are objects of the kinds that they must be; None is left to whoever allows it.
+    """Checks the types of arguments; the caller must not pass a None that is allowed.
 
     Args:
         given: by the argument's name, its value, its type and how one is made.

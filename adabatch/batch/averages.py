@@ -107,6 +107,7 @@ class Averages:
 
     def after(self, moments: GradientMoments, decay: float) -> Averages:
         """The averages with one more measurement in them, the past weighted by ``decay``."""
+        # noise and signal in another norm are other quantities, and must not be mixed with these
         past = self if moments.norm == self.norm else Averages(norm=moments.norm)
         return past.with_probe(Probed.of(moments), decay)
 
@@ -158,11 +159,7 @@ class Averages:
 
 
 class _Deviations(NamedTuple):
-    """Probes compared with their median; deviations are relative to it, on the scale of cube roots.
-
-    Cube roots of a mean of squares are nearly normal whatever its degrees of freedom (Wilson and Hilferty 1931), so one
-    bound suits noise from two parts and from two hundred, and a skewed distribution loses no probes.
-    """
+    """Probes compared with their median; deviations are relative to it, on the scale of cube roots."""
 
     deviations: tuple[float, ...]
     spread: float
@@ -253,6 +250,7 @@ class ProbeWindow:
     def _has_changed(self) -> bool:
         """Whether the last probes no longer agree with those before them."""
         past, counted = self.past, sum(self.weights)
+        # without a positive past noise there is no ratio to compare
         if self.decay == 0 or past.weight == 0 or len(self.recent) < RECENT or past.noise <= 0:
             return False
         certain = math.sqrt(math.pi / 2 / counted + 1 / past.num_effective)  # of the median, and of the mean
@@ -287,6 +285,9 @@ class ProbeWindow:
         center, number = median(values), len(values)
         if not center > 0:  # no scale to compare with, so no probe is an outlier
             return _Deviations((0.0,) * number, 0.0, center)
+        # Cube roots of a mean of squares are nearly normal whatever its degrees of freedom (Wilson and Hilferty 1931),
+        # so one bound suits noise from two parts and from two hundred, and a skewed distribution loses no probes. cbrt,
+        # unlike a power, also takes the negative noise of a small sample.
         deviations = tuple(math.cbrt(value / center) - 1 for value in values)
         # The median absolute deviation of few normal numbers, with the usual correction.
         scale = 1.4826 * number / (number - 0.8) * median(map(abs, deviations))

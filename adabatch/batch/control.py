@@ -342,6 +342,7 @@ def estimate(
     dn, ds = 1e-4 * abs(n), 1e-4 * max(abs(s), abs(n) / plan.global_batch_size)
     if 0 < s <= ds:  # both sides of the difference must have a positive signal
         ds = s / 2
+    # numerical, since a criterion is any object with `wanted`; asking it for derivatives too would burden every new one
     by_noise = slope(wanted(n + dn, s), wanted(n - dn, s), 2 * dn)
     by_signal = slope(wanted(n, s + ds), wanted(n, s - ds), 2 * ds)
     if not (math.isfinite(by_noise) and math.isfinite(by_signal)):
@@ -484,6 +485,7 @@ def decide(
     if not criterion.needs:
         size = criterion.wanted(seen)
         asked, reason = Estimate(size, size, size), Reason.NOT_FINITE
+        # a schedule that cannot tell (NaN) holds the plan, as a probe that failed does
         if not math.isnan(size):
             return Decision(grid.nearest(size, min_size=low, max_size=high), Reason.SCHEDULED, asked, state)
     elif usable:
@@ -530,6 +532,7 @@ def _held_in_examples(control: Control, state: ControlState, progress: Progress)
 def _usable(moments: GradientMoments) -> bool:
     """Whether averages may use it: a number that is not finite, or whose square is not, would never leave them."""
     measured = (moments.noise, moments.signal, moments.noise_along or 0.0, moments.noise_at_quantile or 0.0)
+    # squares of numbers below 1e150, and sums of them, stay finite in float64
     return all(abs(number) < 1e150 for number in measured)
 
 

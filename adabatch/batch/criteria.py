@@ -78,6 +78,7 @@ def resting_size(criterion: Criterion) -> Callable[[Observation], float]:
     If a subclass defines ``wanted`` and inherits ``rest``, it is ``wanted`` too, because the inherited ``rest`` belongs
     to the test that the subclass replaces.
     """
+    # a subclass that overrides only `wanted` would otherwise never have it called
     if isinstance(criterion, Resting) and _line_of("rest", criterion) <= _line_of("wanted", criterion):
         return criterion.rest
     return criterion.wanted

@@ -67,6 +67,7 @@ class GradientMoments(NamedTuple):
         parts."""
         if self.num_parts < 2 or not 0 < self.part_size < self.num_examples:  # or one part that has all the weight
             return math.nan
+        # zero only by rounding, when the parts are nearly as large as the batch
         apart = 1 / self.part_size - 1 / self.num_examples
         return (self.part_sq - self.grad_sq) / apart if apart > 0 else math.nan
 
@@ -211,6 +212,7 @@ def from_examples(examples_sq: ArrayLike, products: ArrayLike) -> GradientMoment
             f"need two arrays of the same length, at least 2, got shapes {squares.shape} and {inner.shape}"
         )
     grad_sq = float(inner.mean())
+    # var subtracts the mean first: a difference of sums of squares would cancel where the signal dominates
     along = float(inner.var(ddof=1)) / grad_sq if grad_sq > 0 else math.nan
     return from_parts(squares, 1.0, grad_sq)._replace(noise_along=along)
 
@@ -239,6 +241,7 @@ def from_signs(
         square = grad_l1 * grad_l1
         return GradientMoments(square, part_size, square, num_examples, num_parts, grad_l1=grad_l1, norm="sign")
     half = (num_parts - 1) / 2
+    # lgamma, since gamma overflows from 344 parts on
     noise = plain * half * math.exp(2 * math.lgamma(half) - 2 * math.lgamma(half + 0.5))
     signal = grad_l1 * grad_l1 - 2 / math.pi * noise / num_examples
     moments = GradientMoments.from_noise(noise, signal, part_size=part_size, num_examples=num_examples)

@@ -109,7 +109,9 @@ class StepTimes:
             raise ValueError("a model of step times needs a timed step")
         rows = [(1.0, k, k * m, 2.0 * (p - 1), 2.0 * (p - 1) / p) for m, k, p, _ in self.of]
         times = np.array([statistics.median(seconds) for *_, seconds in self.of])
+        # relative errors: large batches take many times as long, and would alone decide a fit of seconds
         shares = np.array(rows) / times[:, None]
+        # columns of one size, since lstsq's rcond compares singular values over all of them
         scale = shares.max(axis=0)
         used = np.flatnonzero(scale > 0)  # a single process sends nothing
         found = np.zeros(len(scale))

@@ -182,6 +182,7 @@ class Checkpoints:
         failure, number = self._waited(), 0
         taken: Snapshot | None = None
         try:
+            # in the foreground nothing changes the state until it is written, so a copy would only cost memory
             taken = self._run.take(copy=self._background is not None)
         except (NotPlain, CheckpointError) as error:
             failure = failure or error
@@ -199,6 +200,7 @@ class Checkpoints:
         if self._background is None:
             self._raise_together(_failure_of(self._write, taken, place))
         elif taken is not None:
+            # its error is raised by the next save or by close, where all ranks meet again
             self._background.run(lambda: self._write(taken, place), name="adabatch checkpoint")
         self._times.saved()
 
@@ -251,8 +253,11 @@ class Checkpoints:
                     f"there is no checkpoint in {self._folder.absolute()}: check the path, or pass missing_ok=True to "
                     f"go on with the parts as they are"
                 )
+            # a journal without a checkpoint is of a run that was killed before its first one, and begins again from
+            # step 0
             self._run.cut_journal()
             return None
+        # so that they do not count among those to keep, and a good one is not removed in their favour
         self._damaged |= found.damaged.keys()
         for problem in found.damaged.values():
             _log.warning("%s; resuming from %s", problem, found.path.name)

@@ -176,7 +176,7 @@ def finish(
     for path in [*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished]:
         _sync_folder(path)
     finished = unfinished.with_name(unfinished.name.partition(".")[0])
-    # As late as possible: whoever has taken the folder over in the meantime must not find this checkpoint in it.
+    # As late as possible: a process that has taken the folder over in the meantime must not find this checkpoint in it.
     fence()
     unfinished.rename(finished)
     _sync_folder(finished.parent)

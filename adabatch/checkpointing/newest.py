@@ -48,6 +48,8 @@ def newest_checkpoint(folder: Path, ranks: Collectives) -> NewestCheckpoint | No
         below = ranks.sum_of(candidate)[0]
         if below == 0:
             break
+        # a rank that does not see the folder yet makes up a path, finds it unreadable, and all go on to an older one
+        # together
         path = mine.get(int(below), folder / f"{int(below):06d}")
         condition, manifest, problem = _READABLE, None, ""
         try:
@@ -56,6 +58,7 @@ def newest_checkpoint(folder: Path, ranks: Collectives) -> NewestCheckpoint | No
             condition, problem = _DAMAGED, str(error)
         except NewerFormat as error:
             condition, problem = _NEWER, str(error)
+        # each rank has read only its share of the files, so one rank may find damage that the others cannot know of
         worst = ranks.minimum_of(condition)[0]
         if worst == _READABLE:
             assert manifest is not None

@@ -23,8 +23,8 @@ def plain(state: Any, path: str = "", *, copy: bool = False) -> Any:
     """A state in containers and values that ``torch.load(weights_only=True)`` reads.
 
     Numbers of numpy become those of Python if that is exact: all except ``np.longdouble`` and dates.
-    Mappings, lists and tuples are rebuilt. Subclasses of them lose what they add, except for the ``_metadata`` of a
-    state dict. Other objects are kept if torch can read them, which is tested.
+    Mappings, lists and tuples are rebuilt as plain ones; of what subclasses add, only the ``_metadata`` of a state dict
+    is kept. Other objects are kept if torch can read them, which is tested.
 
     Args:
         state: a state dict, or part of one.
@@ -78,6 +78,7 @@ def _tried(value: Any, path: str) -> Any:
     """A value of another type, if torch can read it back."""
     file = io.BytesIO()
     try:
+        # tried rather than looked up: torch's list of safe types is private, grows, and users add to it
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)

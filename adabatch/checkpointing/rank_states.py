@@ -24,6 +24,7 @@ def states_of_all(state: Any, ranks: Collectives, *, name: str) -> list[Any]:
     """
     file = io.BytesIO()
     torch.save(state, file)
+    # read back at once: an unreadable state must be an error when it is saved, not when a run wants to resume
     return [_read(data, name) for data in ranks.gather_bytes(file.getvalue())]
 
 

@@ -171,7 +171,7 @@ class RunState:
         return Snapshot(self.describe(), state, plain(tensors, copy=copy))
 
     def _check_finite(self) -> None:
-        """Checks that this rank's trained weights are finite, so that a useless checkpoint does not replace a good one.
+        """Checks that this rank's trained weights are finite.
 
         Raises:
             CheckpointError: if one is not; names it.
@@ -181,6 +181,8 @@ class RunState:
             piece = own_piece(parameter.detach())[0]
             if parameter.requires_grad and piece.numel() and (piece.is_floating_point() or piece.is_complex()):
                 pieces[name] = piece
+        # one norm over all weights and one host sync; without this check, useless checkpoints would replace the good
+        # ones
         if not pieces or torch.isfinite(get_total_norm(list(pieces.values()), norm_type=math.inf)):
             return
         bad = next((name for name, piece in pieces.items() if not torch.isfinite(piece).all()), "a parameter")
@@ -265,6 +267,7 @@ class RunState:
         if self._batches is not None:
             self._batches.check_reference(state["batches"]["reference_batch_size"])
         for name, part in self._parts.items():
+            # model and optimizer together, since they share the tensors of one set of files
             if name == "model" and self.sharded:
                 assert self._host is not None
                 now = taken_apart(self._model, self._optimizer)
@@ -274,6 +277,7 @@ class RunState:
                 self._loader.load_state_dict(state_of_rank(state[name], self.collectives, name=name))
             elif name != "optimizer" or not self.sharded:
                 _inner(part).load_state_dict(state[name])
+        # last: loading a part may draw random numbers
         restore_random_state(state["random"], self.collectives.rank, self._device)
         restored = Restored(*settings.enforce(state))
         if self._batches is not None:

@@ -52,6 +52,7 @@ class SaveTimes:
         if self._every is not None:
             unit = self._every.unit
             due = due or consumed.count(unit) - self._counted_from.count(unit) >= self._every.count
+        # no step twice: `now`, at the end of a run, often follows the save of an interval, or a load
         return due and consumed != self._saved
 
     def saved(self) -> None:

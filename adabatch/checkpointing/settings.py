@@ -136,6 +136,7 @@ def _settings_of(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, An
     """
     names = [name for name in inspect.signature(type(optimizer)).parameters if name in group and name != "params"]
     settings = {name: _plain(group[name]) for name in names}
+    # a scheduler has stored the base rate there, and changed the other
     if "lr" in settings and "initial_lr" in group:
         settings["lr"] = _plain(group["initial_lr"])
     return settings

@@ -128,10 +128,13 @@ def put_back(
                 _, place, key = name.split("/", 2)
                 parameter = parameters[int(place)].detach()
                 like = shape == parameter.shape
+                # what has the shape of its parameter is sharded like it; the rest, such as a step count, is whole on
+                # each rank
                 tensors[name] = torch.empty_like(parameter, dtype=dtype) if like else torch.empty(shape, dtype=dtype)
                 state.setdefault(int(place), {})[key] = tensors[name]
     state_dict_loader.load(tensors, storage_reader=_Reader(folder), process_group=group)
     saved = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+    # the parameters were read in place; this runs the model's own hooks, and sets what is not a tensor
     model.load_state_dict({**saved, **shards.model})
     if optimizer is not None:
         optimizer.load_state_dict({"state": state, "param_groups": shards.optimizer["param_groups"]})

@@ -114,7 +114,8 @@ def state_at(job: Job, world: World, checkpoint: Path) -> State:
     Raises:
         ValueError: if the checkpoint belongs to another job or has a learning rate of 0, or for local SGD.
     """
-    # The rule is that of the branches, and may not suit the criterion of the run, which is not evaluated here.
+    # The config's rule is meant for the branches, whose batch is constant; with the run's own criterion it may be
+    # refused.
     plain_job = replace(job, lr_rule="none", follow=(), measure=replace(job.measure, monitor=True))
     parts = _loaded(plain_job, world, checkpoint)
     batches = parts.batches
@@ -170,10 +171,12 @@ def run_branch(
             for step in batches.steps(parts.order, until=Duration(start + examples, "examples")):
                 for batch in step:
                     step.backward(parts.loss_of(batch))
+                # before the update: the factor belongs to the batch of this step
                 if not losses:
                     lr = float(engine.optimizer.param_groups[0]["lr"]) * batches.lr_factor
                 engine.update()
                 loss = math.nan if step.loss is None else float(step.loss)
+                # the loss is read after the update; it is the same on all ranks, so all of them leave the loop together
                 diverged = not math.isfinite(loss)
                 if diverged:
                     break
@@ -188,6 +191,7 @@ def run_branch(
                     lr=lr,
                     noise_scale=batches.noise_scale,
                 )
+                # a branch that has just reached its end counts as finished, however late it is
                 late = deadline is not None and done < examples and _any_late(batches, deadline)
                 if late:
                     break
@@ -220,6 +224,7 @@ def _loaded(job: Job, world: World, checkpoint: Path) -> Assembled:
         raise ValueError("cbs runs on the engines ddp and fsdp2, got engine: deepspeed")
     parts = assembled(job, world, journal=())
     checkpoints = parts.engine.checkpoints(
+        # config=None: a branch differs from the run on purpose
         checkpoint, batches=parts.batches, schedule=parts.schedule, order=parts.order, local_sgd=None, config=None,
         background=False,
     )  # fmt: skip

@@ -34,7 +34,9 @@ from adabatch.cli.job import Job
 from adabatch.cli.making import job_of
 from adabatch.cli.picture import draw_panels
 from adabatch.cli.run_folder import LATEST, RUNS
-from adabatch.cli.schedule.recorded import CHECKPOINTS
+from adabatch.cli.runs import CHECKPOINTS
+from adabatch.cli.text_files import json_values, write_atomically
+from adabatch.journal import finite_or_null
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.launch.world import World
 
@@ -76,6 +78,7 @@ def measure(
     job = make()
     if options.judge == "test" and job.test_data is None:
         raise ValueError("judge=test needs test_data in the config")
+    # wall-clock time, since the processes of _beside compare their own clock with it
     deadline = None if options.max_minutes is None else time.time() + 60 * options.max_minutes
     ranks = workers_of(None, device=world.device)
     run = job.out or RUNS / LATEST
@@ -96,7 +99,7 @@ def measure(
     )
     folder = run / FOLDER / found.path.name
     folder.mkdir(parents=True, exist_ok=True)
-    known = {"examples": examples, "job": _plain(settings)}
+    known = {"examples": examples, "job": json_values(settings)}
     branches = {size: branch for size in sizes if (branch := _read(folder, size, known)) is not None}
     if branches:
         display.say(f"finished already: batch {', '.join(f'{size:,}' for size in branches)}")
@@ -148,6 +151,8 @@ def _examples(asked: int | None, job: Job, largest: int) -> int:
     if job.total.unit == "tokens" and job.tokens_per_example:
         total = job.total.count // job.tokens_per_example
     wanted = asked or max(total // 20, LEAST_STEPS * largest)
+    # so that all branches end after exactly as many examples; sizes that do not divide the largest overshoot by part of
+    # a step
     return math.ceil(wanted / largest) * largest
 
 
@@ -183,7 +188,9 @@ def _beside(
     if not sizes:
         return
     workers = min(processes, len(sizes))
+    # each process would otherwise start a thread for every core; process_cpu_count (Python 3.13) respects affinity
     threads = max(1, (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count() or 1) // workers)
+    # not fork: torch's threads and a CUDA context do not survive it
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [
             pool.submit(_alone, list(arguments), checkpoint, size, examples, deadline, threads) for size in sizes
@@ -342,22 +349,5 @@ def _read(folder: Path, size: int, known: Mapping[str, Any]) -> Branch | None:
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes atomically, so that an interrupted write does not look like a finished branch."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(json.dumps(_finite(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    new.replace(path)
-
-
-def _plain(settings: Mapping[str, Any]) -> Any:
-    """The values as they would be read back from a file."""
-    return json.loads(json.dumps(settings, default=str))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    # atomically: half a file must not look like a finished branch
+    write_atomically(path, json.dumps(finite_or_null(record), indent=2, allow_nan=False) + "\n")

@@ -15,6 +15,8 @@ from adabatch.cli.display import Display
 from adabatch.cli.job import Job, Result, run
 from adabatch.cli.picture import picture
 from adabatch.cli.run_folder import run_folder
+from adabatch.cli.runs import COMPARISON
+from adabatch.cli.text_files import json_values, write_atomically
 from adabatch.cli.tune import SHARE, Tuned, split, tuned, with_lr
 from adabatch.options import Measure
 from adabatch.runtime.collectives import workers_of
@@ -77,7 +79,9 @@ def compare(
     found: dict[str, Tuned] = {}
     for label, size, _ in variants if tune else ():
         trials = folder / "tune" / label.replace(" ", "_")
-        best = tuned(partial(validated, size), world, trials, label=label, settings=_plain(settings), display=display)
+        best = tuned(
+            partial(validated, size), world, trials, label=label, settings=json_values(settings), display=display
+        )
         if best is None:
             display.say(f"{label} was stopped by a signal while it was tuned; the same command continues")
             return None
@@ -137,15 +141,10 @@ def row(result: Result) -> tuple[str, ...]:
     )
 
 
-def _plain(settings: Any) -> Any:
-    """The values as they would be read back from a file."""
-    return json.loads(json.dumps(settings, default=str))
-
-
 def _write(results: list[Result], found: Mapping[str, Tuned], out: Path) -> None:
     rows: list[dict[str, Any]] = [{**result._asdict(), "journal": str(result.journal)} for result in results]
     for row in rows:
         best = found.get(row["label"])
         row["tuned"] = best is not None
         row["lr_multiplier"] = 1.0 if best is None else 2.0**best.exponent
-    (out / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_atomically(out / COMPARISON, json.dumps(rows, indent=2) + "\n")

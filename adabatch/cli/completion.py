@@ -67,6 +67,7 @@ def run_completion(arguments: Sequence[str]) -> int:
 
 def _tree(jobs: argparse.ArgumentParser, file: Any) -> argparse.ArgumentParser:
     """One plain parser of all commands, with only their names, options and choices."""
+    # a copy, since shtab knows argparse's parsers only, not those with class arguments and configs
     root = argparse.ArgumentParser(prog="adabatch", description=DESCRIPTION)
     root.add_argument("--version", action="store_true", help="print the version")
     commands = root.add_subparsers()

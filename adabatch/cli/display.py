@@ -43,6 +43,7 @@ class Pace:
     def add(self, now: float, done: float, examples: float) -> None:
         """Adds the progress of the run: the clock in seconds, the unit of the total, and examples."""
         self._seen.append((now, done, examples))
+        # the second entry decides, so that what is kept spans at least RATE_SECONDS even when a step takes longer
         while len(self._seen) > 2 and now - self._seen[1][0] >= RATE_SECONDS:
             self._seen.popleft()
 
@@ -81,6 +82,7 @@ class PlainConsole(Console):
         self.unread = True
         self.quiet = True
         with suppress(OSError, ValueError):  # a stream that is not a file raises no error at the end of the process
+            # else Python's own flush at exit fails again, with a traceback and status 120
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
@@ -199,7 +201,7 @@ class Display:
         self, rank: int, console: Console | None = None, *, quiet: bool = False, log_every: int | None = None
     ) -> None:
         if log_every is not None and log_every < 1:
-            raise ValueError(f"log_every must be at least 1 step, or left out for ten lines a run, got {log_every}")
+            raise ValueError(f"log_every must be at least 1 step, or left out for ten lines per run, got {log_every}")
         self._console = (console or _console()) if rank == 0 else None
         self._quiet = quiet
         self._log_every = log_every

@@ -231,6 +231,7 @@ def check(text: str) -> Iterator[str]:
     from adabatch.cli.job import Checkpointing, run
     from adabatch.runtime.launch.world import World
 
+    # tried elsewhere: neither the config nor the files of the trial stay if it fails
     with TemporaryDirectory() as folder:
         config = Path(folder, "config.yaml")
         config.write_text(text, encoding="utf-8")
@@ -284,6 +285,7 @@ def _imported(name: str, file: Path) -> Any:
 
 def _classes(module: Any, base: type[Any]) -> list[type[Any]]:
     """The classes that a module itself defines, in their order."""
+    # from the source, since the module's namespace also holds the classes that it imports
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
     made = [getattr(module, name, None) for name in names]

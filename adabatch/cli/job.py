@@ -28,7 +28,7 @@ from adabatch.cli.display import Display
 from adabatch.cli.engines import EngineName, JobEngine, engine_of
 from adabatch.cli.optimizers import MakeOptimizer, observe
 from adabatch.cli.run_folder import mark_finished, run_folder
-from adabatch.cli.schedule.recorded import CHECKPOINTS, JOURNAL
+from adabatch.cli.runs import CHECKPOINTS, JOURNAL
 from adabatch.guards.preemption import Preemption
 from adabatch.guards.watchdog import Watchdog
 from adabatch.integrations.trackers import TrackerName, tracker_of
@@ -234,6 +234,25 @@ class Assembled(NamedTuple):
     loss_of: Callable[[tuple[Tensor, Tensor]], Tensor]
 
 
+BATCHING = (
+    "micro_batch_size",
+    "limits",
+    "max_micro_batch_size",
+    "control",
+    "lr_rule",
+    "follow",
+    "reference_batch_size",
+    "tokens_per_example",
+    "measure",
+)
+"""Fields of a job that are arguments of ``AdaptiveBatch`` under the same name."""
+
+
+def batching_of(job: Job) -> dict[str, Any]:
+    """The arguments of ``AdaptiveBatch`` that a job has as fields, without the criterion and the guard."""
+    return {name: getattr(job, name) for name in BATCHING}
+
+
 def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
     """Builds what a job needs for its loop; writes only into the journal.
 
@@ -264,18 +283,11 @@ def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
 
     guard = job.guard
     if guard.trial is None and (job.max_micro_batch_size or 0) > job.micro_batch_size and engine.runs_alone:
+        # not counted: K-FAC must not learn from a micro-batch of a trial
         guard = replace(guard, trial=partial(loss_of, counts=False))
     batches = engine.batches(
         job.criterion,
-        micro_batch_size=job.micro_batch_size,
-        limits=job.limits,
-        max_micro_batch_size=job.max_micro_batch_size,
-        control=job.control,
-        lr_rule=job.lr_rule,
-        follow=job.follow,
-        reference_batch_size=job.reference_batch_size,
-        tokens_per_example=job.tokens_per_example,
-        measure=job.measure,
+        **batching_of(job),
         guard=guard,
         local_sgd=local,
         journal=list(journal),
@@ -343,6 +355,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                     noise_scale=batches.noise_scale,
                 )
                 checkpoints.step()
+                # nobody reads the output any more (| head): end like a signal would, with a checkpoint
                 if display.unread:
                     preemption.request()
                 if preemption.agreed:
@@ -361,6 +374,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
     batches.remove()
     if local is not None:
         local.remove()
+    # a folder that the user named is never taken again by itself, and needs no mark
     if world.rank == 0 and not preempted and job.out is None:
         mark_finished(out)
     num_steps, num_examples = batches.progress.steps, batches.consumed.examples
@@ -388,8 +402,7 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean loss and accuracy over a data set, each rank on its share; the model in eval mode.
 
-    Accuracy is NaN if the targets are not whole numbers, one per prediction. All ranks run the model equally often,
-    because a sharded model gathers its weights.
+    Accuracy is NaN if the targets are not whole numbers, one per prediction.
     """
     run = model if forward is None else forward
     share: Subset[Any] = Subset(data, range(collectives.rank, len(data), collectives.size))  # type: ignore[arg-type]
@@ -400,6 +413,8 @@ def evaluate(
     model.eval()
     loader = DataLoader(share, batch_size=EVALUATION_BATCH, collate_fn=collate)
     batches = iter(loader)
+    # All ranks run the model equally often, because a sharded model gathers its weights in each forward: those with
+    # fewer batches repeat an example, which does not count.
     for _ in range(-int(collectives.minimum_of(-len(loader))[0])):
         batch = next(batches, None)
         counts = batch is not None

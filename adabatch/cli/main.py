@@ -95,6 +95,7 @@ def _working_folder_on_path() -> Iterator[None]:
     if sys.flags.safe_path or here in sys.path or "" in sys.path:
         yield
         return
+    # in front, as Python puts a script's folder
     sys.path.insert(0, here)
     try:
         yield
@@ -137,7 +138,7 @@ def _say(line: str) -> None:
 
 
 def _drop_output() -> None:
-    """Drops buffered output, which would otherwise raise an error at the end of the interpreter."""
+    # buffered output would raise another error when the interpreter ends
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 1)

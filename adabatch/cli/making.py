@@ -33,6 +33,7 @@ def job_maker(parser: ArgumentParser, config: Namespace, command: str) -> Callab
 
     def make() -> Job:
         seed_everything(config[command].seed)
+        # every class of the config is made by _made, so that an error says which of them refused its arguments
         fields: dict[str, Any] = vars(parser.instantiate(config, instantiators=[(_made, object, True)])[command])
         names = Job.__dataclass_fields__
         return Job(**{name: value for name, value in fields.items() if name in names})
@@ -49,6 +50,7 @@ def job_of(arguments: Sequence[str]) -> Job:
 def job_settings(parser: ArgumentParser, config: Namespace, command: str) -> dict[str, Any]:
     """The settings of the job in plain values, without the folders that it writes to."""
     asked: dict[str, Any] = yaml.safe_load(parser.dump(config))[command]
+    # a run that is moved, or saved at other intervals, is still the same run
     names = Job.__dataclass_fields__.keys() - {"out", "checkpoint"}
     return {name: value for name, value in asked.items() if name in names}
 

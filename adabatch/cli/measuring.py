@@ -9,8 +9,8 @@ from adabatch.runtime.machine_speed import all_reduce_times, matmul_flops
 
 
 def measured() -> tuple[bool, dict[str, Any]]:
-    """Whether this process is the first rank, and what was timed: ``devices``, ``flops`` and, with several processes,
-    ``all_reduce``."""
+    """Whether this process is the first rank, and the measurements: ``devices``, ``flops`` and, with several processes,
+    the times of ``all_reduce``."""
     world = World.from_environment()
     found: dict[str, Any] = {"devices": world.size}
     with connected(world, device=world.device):

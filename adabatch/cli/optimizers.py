@@ -50,6 +50,7 @@ def observe(optimizer: Optimizer, outputs: Tensor, targets: Tensor) -> None:
 def optimizer_class(make: MakeOptimizer) -> type:
     """The class that a partial makes; those of the parser hold the class as an argument of the parser's function."""
     made: Any = make
+    # nested: the parser's partial may hold one of `compare --tune`, which scales the learning rate
     while isinstance(made, partial):
         made = next((argument for argument in made.args if isinstance(argument, type)), made.func)
     return made if isinstance(made, type) else Optimizer

@@ -13,10 +13,11 @@ from adabatch.cli.branch import FACTORS, CriticalOptions
 from adabatch.cli.job import Job
 from adabatch.cli.mistakes import one_line
 from adabatch.cli.mup.commands import DESCRIPTION as MUP_DESCRIPTION
-from adabatch.cli.mup.commands import add_mup_commands
+from adabatch.cli.mup.commands import SUBCOMMANDS as MUP_SUBCOMMANDS
 from adabatch.cli.overview import COMMANDS, DESCRIPTION
 from adabatch.cli.schedule.commands import DESCRIPTION as SCHEDULE_DESCRIPTION
-from adabatch.cli.schedule.commands import add_schedule_commands
+from adabatch.cli.schedule.commands import SUBCOMMANDS as SCHEDULE_SUBCOMMANDS
+from adabatch.cli.subcommands import add_subcommands
 from adabatch.cli.verify import DEFAULT_STEPS
 from adabatch.cli.yaml_text import MODE
 
@@ -207,7 +208,8 @@ def build_parser(asked: str | None = None) -> Parser:
     }
     for name, own in parsers.items():
         commands.add_subcommand(name, own, help=COMMANDS[name])
-    add_schedule_commands(schedule)
-    add_mup_commands(mup)
+    # only now: jsonargparse wants the parser to be part of its parent before it gets sub-commands of its own
+    add_subcommands(schedule, SCHEDULE_SUBCOMMANDS)
+    add_subcommands(mup, MUP_SUBCOMMANDS)
     parser.asked = parsers.get(asked or "")
     return parser

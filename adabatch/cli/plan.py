@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adabatch.cli.plain_parser import PlainParser
+from adabatch.cli.plain_parser import PlainParser, not_negative
 from adabatch.cli.runs import FoundRun, find_runs
 from adabatch.forecast import Cluster, Evidence, Forecast, Range, StepCost, forecast, kaplan, knee, power_lines
 from adabatch.forecast.costs import ASSUMPTIONS, LEAST_EFFICIENCY, LEAST_STEPS, extended, largest_sensible
@@ -88,12 +88,12 @@ def run_plan(arguments: Sequence[str]) -> int:
 
 
 def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
-    """The plan for what was asked; the command line goes before what was measured.
+    """The plan for the arguments of the command, which take precedence over measurements.
 
     Args:
         asked: the arguments.
         run: the run to plan from, if any.
-        found: what was measured, as `adabatch.cli.measuring.measured` has it.
+        found: measurements of the machine, as `adabatch.cli.measuring.measured` returns them.
 
     Raises:
         ValueError: for the same reasons as ``run_plan``.
@@ -196,7 +196,7 @@ def _guess(asked: Any, notes: list[str]) -> _Source:
     if not guess.inside:
         notes.append("What was asked lies outside of what that law was fitted to, so it is a guess beyond its data.")
     notes.append("--examples counts those that would be needed in small batches.")
-    # In batches that are next to nothing an example makes the progress of one.
+    # an efficiency of 1 all along: --examples counts those of small batches
     return (
         Evidence(np.array([asked.examples]), np.array([1e-9]), np.array([scale]), GUESS_BAND),
         None,
@@ -211,6 +211,7 @@ def _given_cost(
     example = asked.example_seconds
     flops = asked.flops or found.get("flops")
     if example is None and cost is None and asked.parameters and asked.tokens_per_example and flops:
+        # forward and backward: 2 and 4 operations per parameter and token (Kaplan et al. 2020)
         example = 6 * asked.parameters * asked.tokens_per_example / flops
         what = "" if asked.flops else ", of a product of float32 matrices: a model may do better or worse"
         notes.append(
@@ -259,7 +260,7 @@ def _cluster(asked: Any, found: dict[str, Any], notes: list[str]) -> Cluster:
 
 
 def _micro_batch(asked: Any, ran: int | None, notes: list[str]) -> int | None:
-    """What fits into memory, or the largest that ran."""
+    """The largest micro-batch that fits into memory, or else the largest that ran."""
     if asked.memory is None or asked.example_bytes is None:
         if asked.memory is not None:
             notes.append("--memory needs --example_bytes to say which micro-batch fits.")
@@ -275,7 +276,7 @@ def _micro_batch(asked: Any, ran: int | None, notes: list[str]) -> int | None:
 
 
 def _rates(run: FoundRun | None, notes: list[str]) -> dict[str, Any]:
-    """The rule of the learning rate, the batch that the rate is meant for, and the warm-up; those of the run."""
+    """Learning-rate rule, reference batch size and warm-up, from the run's config where it has them."""
     config = run.config if run is not None else {}
     rule, reference, warmup = (config.get(name) for name in ("lr_rule", "reference_batch_size", "warmup"))
     found: dict[str, Any] = {"lr_rule": rule if isinstance(rule, str) and rule != "none" else "gain"}
@@ -291,12 +292,13 @@ def _rates(run: FoundRun | None, notes: list[str]) -> dict[str, Any]:
 
 
 def _power_of_two(value: float, *, up: bool = False) -> int:
+    # the 1e-9 below: a logarithm of a power of two may be off by its rounding
     exponent = math.log2(max(value, 1.0))
     return int(2 ** (math.ceil(exponent - 1e-9) if up else math.floor(exponent + 1e-9)))
 
 
 def numbers(made: RunPlan) -> dict[str, Any]:
-    """The plan as JSON has it; ranges are objects of low, point and high."""
+    """The plan for JSON; ranges are objects with low, point and high."""
 
     def of(each: Forecast) -> dict[str, Any]:
         return {name: value._asdict() if isinstance(value, Range) else value for name, value in each._asdict().items()}
@@ -326,7 +328,7 @@ _ROWS: tuple[tuple[str, Callable[[Forecast], Range]], ...] = (
 
 
 def text(made: RunPlan) -> str:
-    """The plan as a person reads it."""
+    """The plan as text."""
     parts = [f"Plan from {made.source}", ""]
     parts += [f"  {name:<20} {value}" for name, value in made.settings.items()]
     parts += ["", "As options of `adabatch train`:", f"  {_options(made.settings)}"]
@@ -339,7 +341,7 @@ def text(made: RunPlan) -> str:
 
 
 def _options(settings: dict[str, Any]) -> str:
-    """The criterion goes before its arguments, as the command line has it."""
+    # in the order of the settings: jsonargparse needs --criterion before --criterion.examples
     return " ".join(f"--{name}={value}" for name, value in settings.items())
 
 
@@ -374,7 +376,7 @@ def _parser() -> PlainParser:
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run or its journal; without, a first guess")
 
     def number(name: str, what: str, **more: Any) -> None:
-        parser.add_argument(f"--{name}", type=_not_negative, metavar="X", help=what, **more)
+        parser.add_argument(f"--{name}", type=not_negative, metavar="X", help=what, **more)
 
     parser.add_argument("--devices", type=_count, metavar="N", help="data-parallel devices; 1, or those of --measure")
     parser.add_argument("--node_size", type=_count, metavar="N", help="devices in a node; 1 by default", default=1)
@@ -402,13 +404,6 @@ def _parser() -> PlainParser:
     return parser
 
 
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError
-    return value
-
-
 def _count(text: str) -> int:
     value = float(text)
     if value < 1 or value != int(value):
@@ -416,5 +411,4 @@ def _count(text: str) -> int:
     return int(value)
 
 
-_not_negative.__name__ = "number of zero or more"
 _count.__name__ = "whole number of 1 or more"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from adabatch.cli.plain_parser import PlainParser
+from adabatch.cli.plain_parser import PlainParser, not_negative, positive
 from adabatch.cli.runs import find_runs
+from adabatch.cli.text_files import write_atomically
 from adabatch.report import draw
 from adabatch.report.page import numbers, page, report_on
 from adabatch.report.steps import read_steps
@@ -59,26 +58,16 @@ def run_report(arguments: Sequence[str]) -> int:
         _say(f"picture: {picture}", quiet=asked.json)
     if asked.out is not None or not (asked.json or asked.png is not None):
         out = asked.out or Path("report.html")
-        _write(out, page(reports, title=asked.title or ""))
+        # atomically: a browser may reload the page at any time
+        write_atomically(out, page(reports, title=asked.title or ""))
         _say(f"report: {out} ({out.stat().st_size / 1e3:,.0f} kB)", quiet=asked.json)
     return 0
 
 
 def _say(line: str, *, quiet: bool) -> None:
-    """Where JSON goes to standard output, nothing else does."""
+    # --json promises that standard output is JSON and nothing else
     if not quiet:
         print(line)
-
-
-def _write(out: Path, text: str) -> None:
-    """In one move, so that a browser that looks at a report again and again finds it whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(out)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _parser() -> PlainParser:
@@ -102,37 +91,18 @@ def _parser() -> PlainParser:
     )
     parser.add_argument(
         "--step_price",
-        type=_not_negative,
+        type=not_negative,
         default=0.0,
         metavar="N",
         help="what a step costs beside its examples, in examples",
     )
     parser.add_argument(
         "--tokens_per_example",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="lets curves run over tokens, where the config is silent",
     )
     parser.add_argument(
-        "--weight_decay", type=_not_negative, metavar="X", help="of the optimizer, for tau, where the config is silent"
+        "--weight_decay", type=not_negative, metavar="X", help="of the optimizer, for tau, where the config is silent"
     )
     return parser
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise ValueError
-    return value
-
-
-def _positive(text: str) -> float:
-    value = _not_negative(text)
-    if not value:
-        raise ValueError
-    return value
-
-
-_not_negative.__name__ = "number of zero or more"
-_positive.__name__ = "positive number"
-"""As argparse names them in its messages: "invalid positive number value: 'x'"."""

@@ -12,12 +12,12 @@ from typing import Any
 
 from adabatch.checkpointing.lock import Holder, read_lock
 from adabatch.cli.display import Display
-from adabatch.cli.schedule.recorded import CHECKPOINTS
+from adabatch.cli.runs import BEGUN, CHECKPOINTS
+from adabatch.cli.text_files import json_values, write_atomically
 from adabatch.runtime.collectives import Collectives
 
 RUNS = Path("runs")
 LATEST = "latest"
-BEGUN = "run.json"
 
 
 def run_folder(
@@ -49,6 +49,8 @@ def run_folder(
             _link(runs, _name(date, number), display)
         except OSError as error:
             failure = error
+    # the other ranks have zeros, so the sum is the first rank's answer; a failure is sent too, or they would wait
+    # forever
     failed, date, number = map(int, ranks.sum_of(failure is not None, date, number))
     if failure is not None:
         raise failure
@@ -87,7 +89,7 @@ def _taken_again(settings: Mapping[str, Any] | None, runs: Path, display: Displa
     begun = _read(folder)
     if begun is None or begun.get("finished"):
         return 0, 0
-    if begun.get("settings") != _plain(settings):
+    if begun.get("settings") != json_values(settings):
         display.say(f"{folder} is unfinished, and of other settings: this is a new run; --out={folder} goes on there")
         return 0, 0
     holder = read_lock(folder / CHECKPOINTS).holder
@@ -120,18 +122,17 @@ def _link(runs: Path, name: str, display: Display) -> None:
     new = runs / f".{LATEST}.{os.getpid()}"
     with suppress(FileNotFoundError):
         new.unlink()
+    # a relative link, and replaced by a rename: `runs` may be moved, and a reader always finds a link
     new.symlink_to(name)
     new.replace(link)
 
 
 def _begin(folder: Path, settings: Mapping[str, Any] | None) -> None:
-    _write(folder, {"settings": _plain(settings), "finished": False})
+    _write(folder, {"settings": json_values(settings), "finished": False})
 
 
 def _write(folder: Path, begun: Mapping[str, Any]) -> None:
-    new = folder / f".{BEGUN}.{os.getpid()}"
-    new.write_text(json.dumps(begun, indent=2) + "\n", encoding="utf-8")
-    new.replace(folder / BEGUN)
+    write_atomically(folder / BEGUN, json.dumps(begun, indent=2) + "\n")
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -141,8 +142,3 @@ def _read(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return begun if isinstance(begun, dict) else None
-
-
-def _plain(settings: Mapping[str, Any] | None) -> Any:
-    """The values as they would be read back from a file."""
-    return json.loads(json.dumps(settings, default=str))

@@ -58,7 +58,10 @@ def journal_in(path: Path) -> Path:
     """
     journal = path / JOURNAL if path.is_dir() else path
     if not journal.is_file():
-        raise ValueError(f"{path} has no journal: give the folder of a run, which holds {JOURNAL}, or such a file")
+        raise ValueError(
+            f"{path} has no journal: give the folder of a run of `adabatch train`, which holds {JOURNAL}, or such a "
+            f"file"
+        )
     return journal
 
 

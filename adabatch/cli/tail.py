@@ -22,6 +22,7 @@ DESCRIPTION = """\
 Follow a run: its last steps, one line each, and every new one, until Ctrl-C. Where the journal is cut by a run that
 resumes, it is followed from there."""
 
+# polling also works on the network file systems of clusters, which send no notice of a change made on another machine
 POLL_SECONDS = 0.5
 COLORS: Mapping[str, int] = MappingProxyType(
     {
@@ -57,11 +58,11 @@ def run_tail(arguments: Sequence[str]) -> int:
 def follow(
     journal: Path, *, lines: int, once: bool, sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[Mapping[str, Any]]:
-    """Prints the last steps of a journal, and new ones when they are written; an unfinished line is not printed yet.
+    """The last steps of a journal, then each new one when it is written; a line counts once it is complete.
 
     Args:
         journal: the file.
-        lines: number of existing steps to print.
+        lines: number of existing steps to yield.
         once: whether to stop after them.
         sleep: waits between two reads.
     """
@@ -80,7 +81,7 @@ def follow(
 
 
 def _last_of(journal: Path, lines: int) -> tuple[list[Mapping[str, Any]], int, bytes, int]:
-    """The last steps, the place where the newest file ends, the line that is begun there, and the file's inode."""
+    """The last steps; the length of the newest file, the start of a line at its end, and its inode."""
     with journal.open("rb") as newest:
         entries, begun = _steps_of(newest, lines)
         place, node = newest.tell(), os.fstat(newest.fileno()).st_ino
@@ -93,7 +94,7 @@ def _last_of(journal: Path, lines: int) -> tuple[list[Mapping[str, Any]], int, b
 
 
 def _steps_of(file: BinaryIO, lines: int) -> tuple[list[Mapping[str, Any]], bytes]:
-    """The last steps of one file, and the line that is begun at its end."""
+    """The last steps of one file, and the start of an unfinished line at its end."""
     last: deque[Mapping[str, Any]] = deque(maxlen=lines)
     begun = b""
     for text in file:
@@ -105,13 +106,13 @@ def _steps_of(file: BinaryIO, lines: int) -> tuple[list[Mapping[str, Any]], byte
 
 
 def _since(journal: Path, place: int, node: int) -> tuple[bytes, int, int, bool]:
-    """What came after ``place``; the new place and inode; and whether the journal was cut, so that nothing is begun.
-
-    A file that is full has been put aside under another name, and what was not read of it is still there.
-    """
+    """The bytes after ``place``; the new place and inode; and whether the journal was cut, so that the start of an
+    unfinished line must be forgotten."""
     with journal.open("rb") as file:
         found = os.fstat(file.fileno())
         before = b""
+        # a full file is renamed and a new one begins; the inode finds the old one, and what was not read of it is still
+        # there
         if found.st_ino != node:
             parts = parts_of(journal)[:-1]
             aside = next((number for number, part in enumerate(parts) if part.stat().st_ino == node), None)
@@ -126,7 +127,7 @@ def _since(journal: Path, place: int, node: int) -> tuple[bytes, int, int, bool]
 
 
 def _step(text: bytes) -> list[Mapping[str, Any]]:
-    """The line as a step; None if it is not one."""
+    """The step on a line, in a list; an empty list if the line is not a step."""
     try:
         entry = json.loads(text)
     except ValueError:

@@ -18,7 +18,8 @@ from torch.utils.data import Subset
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, run
 from adabatch.cli.optimizers import MakeOptimizer, optimizer_class
-from adabatch.cli.schedule.recorded import CHECKPOINTS
+from adabatch.cli.runs import CHECKPOINTS
+from adabatch.cli.text_files import write_atomically
 from adabatch.guards.left_out import UpdatesLeftOut
 from adabatch.runtime.launch.world import World
 
@@ -61,6 +62,7 @@ def search(loss: Callable[[int], float], *, furthest: int = FURTHEST) -> Tuned:
     for exponent in (0, -1, 1):
         tried(exponent)
     while True:
+        # of equal losses, the smaller learning rate is the safer one
         best = min(losses, key=lambda exponent: (losses[exponent], exponent))
         if best not in (min(losses), max(losses)) and math.isfinite(losses[best]):
             return Tuned(best, dict(sorted(losses.items())), False)
@@ -100,6 +102,7 @@ def with_lr(job: Job, exponent: int) -> Job:
 def _scaled(kind: type[Optimizer], make: MakeOptimizer, factor: float, *arguments: Any, **named: Any) -> Any:
     """An optimizer with its learning rates times a factor; its class is the first argument, which identifies it."""
     optimizer: Any = make(*arguments, **named)
+    # each group, not the argument lr: groups of a config may have rates of their own
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * factor
     return optimizer
@@ -167,9 +170,6 @@ def _read(path: Path, settings: Any) -> dict[int, float]:
 
 
 def _write(path: Path, settings: Any, losses: Mapping[int, float]) -> None:
-    """Writes atomically, so that an interrupted write keeps the earlier trials."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = {str(exponent): loss if math.isfinite(loss) else None for exponent, loss in losses.items()}
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps({"settings": settings, "losses": plain}, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)
+    # atomically: an interrupted write must keep the earlier trials
+    write_atomically(path, json.dumps({"settings": settings, "losses": plain}, indent=2) + "\n")

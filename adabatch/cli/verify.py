@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.cli.display import Display
-from adabatch.cli.job import Job
+from adabatch.cli.job import Job, batching_of
 from adabatch.cli.optimizers import observe, optimizer_of
 from adabatch.recipes.data import collate
 from adabatch.runtime.data import GlobalOrder
@@ -80,17 +80,4 @@ def row(check: Check) -> tuple[str, ...]:
 
 def _check_settings(job: Job, training: Training) -> None:
     """Raises the errors that ``train`` would raise."""
-    AdaptiveBatch(
-        training.model,
-        training.optimizer,
-        job.criterion,
-        micro_batch_size=job.micro_batch_size,
-        limits=job.limits,
-        max_micro_batch_size=job.max_micro_batch_size,
-        control=job.control,
-        lr_rule=job.lr_rule,
-        reference_batch_size=job.reference_batch_size,
-        tokens_per_example=job.tokens_per_example,
-        follow=job.follow,
-        measure=job.measure,
-    ).remove()
+    AdaptiveBatch(training.model, training.optimizer, job.criterion, **batching_of(job)).remove()

@@ -118,6 +118,7 @@ def fitted(devices: int, timed: Sequence[tuple[float, float]]) -> tuple[float, f
         raise ValueError(f"a network is fitted to two devices and two sizes or more, got {devices} and {len(timed)}")
     sizes, seconds = (np.array(column, dtype=np.float64) for column in zip(*timed, strict=True))
     rounds = 2 * (devices - 1)
+    # divided by the times: relative errors, since large messages take a thousand times as long as small ones
     shares = np.stack([rounds / seconds, rounds * sizes / devices / seconds], axis=1)
     scale = shares.max(axis=0)
     latency, per_byte = np.linalg.lstsq(shares / scale, np.ones(len(seconds)), rcond=None)[0] / scale

@@ -50,14 +50,14 @@ def nonfinite_search(optimizer: Optimizer, skip: SkipNonfinite, engine: Engine) 
 def nonfinite_in(optimizer: Optimizer) -> FindNonfinite:
     """Checks this rank's pieces of the gradients that an optimizer is about to apply.
 
-    One pass over the gradient, without a host sync. It takes the largest absolute value, since the norm of a finite
-    gradient could overflow.
+    One pass over the gradient, without a host sync.
     """
 
     def find(loss: Tensor) -> Tensor:
         pieces = list(_gradients(optimizer))
         found = ~torch.isfinite(loss)
         if pieces:
+            # the largest absolute value, not the sum of squares: that of a finite gradient could overflow
             largest = get_total_norm(pieces, norm_type=math.inf)
             found = found.to(largest.device) | ~torch.isfinite(largest)
         return found.double().view(1)

@@ -137,15 +137,13 @@ class Trials:
         return replace(portion, batches=itertools.chain([first], rest)), worst == _FITS
 
     def _outcome(self, batch: Any, plan: BatchPlan) -> tuple[int, Exception | None]:
-        """The outcome of the trial on this rank. It raises no error, because the other ranks wait for the outcome.
-
-        An error about memory is dropped here, so that the tensors in its traceback are freed.
-        """
+        """The outcome of the trial on this rank. It raises no error, because the other ranks wait for the outcome."""
         found: tuple[int, Exception | None] = (_FITS, None)
         try:
-            with self._without_a_trace():
+            with self._with_state_restored():
                 self._run(batch, plan)
         except Exception as error:
+            # an error about memory is dropped here, so that the tensors in its traceback are freed
             found = (_TOO_LARGE, None) if is_out_of_memory(error) else (_RAISED, error)
         if found[0] == _TOO_LARGE:
             # Cycles through the error's traceback may still hold the activations; freed memory goes back to the device,
@@ -169,7 +167,7 @@ class Trials:
                 self._probe.end_part(plan.micro_batch_size, 1 / plan.accumulation_steps)
 
     @contextmanager
-    def _without_a_trace(self) -> Iterator[None]:
+    def _with_state_restored(self) -> Iterator[None]:
         """Restores gradients, buffers and random numbers; nothing is communicated."""
         inner = self._engine.inner_model()
         device = next(inner.parameters()).device

@@ -219,7 +219,8 @@ class ReplicatedEngine(Engine):
         return committed
 
     def inner_loop_ended(self) -> None:
-        """Between two steps a replica counts as alone, because it is not known which others are still there."""
+        """Between two steps a replica counts as alone."""
+        # which of the others are still there is known only after the next quorum
         self.collectives.stand_at(0, 1)
 
     def journal_entry(self) -> dict[str, Any]:

@@ -283,7 +283,8 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
 
     @contextmanager
     def _own_items(self) -> Iterator[None]:
-        """A context in which the Trainer counts items on this rank only, because adabatch sums them over the ranks."""
+        """A context in which the Trainer counts the items of this rank only."""
+        # adabatch sums them over the ranks itself
         asked, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
         try:
             yield

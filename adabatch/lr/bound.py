@@ -164,6 +164,7 @@ def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float =
     # Summed from the end, so that the small sums there keep their digits; a difference of sums from the start would
     # lose them.
     tail = np.cumsum(eta[::-1])[::-1]
+    # the last step has no later ones, and counts with its own sum
     after = np.append(tail[1:], tail[-1])  # eta_{min(t+1,T):T}
     return _terms(distance * distance / (2 * tail[0]), float(np.sum(eta * (eta / after) * squares)) / 2)
 
@@ -447,6 +448,8 @@ def _terms(distance: float, gradient: float) -> BoundTerms:
             f"the gradient term of the bound is {gradient}: the norms must be positive at some step with a "
             "positive factor, and their squares within the range of float64"
         )
+    # the terms apart, not their sum: the best base learning rate and the bound at any other follow from them without a
+    # pass
     return BoundTerms(distance=float(distance), gradient=gradient)
 
 

@@ -95,9 +95,11 @@ class Clock:
         if self.warmup is None:
             return BEGINNING
         count, gain_steps = progress.count(self.total.unit), progress.gain_steps or 0.0
+        # what the warm-up's last batch overshot cannot be told in another unit
         if self.warmup.unit != self.total.unit:
             return Anchor(count, 0.0, gain_steps)
         overshot = count - self.warmup.count
+        # exact in the total's unit: the schedule then does not depend on the batch size during the warm-up
         return Anchor(self.warmup.count, 0.0, gain_steps - overshot * gain_per_unit)
 
     def fraction(self, progress: Progress, anchor: Anchor = BEGINNING) -> float:

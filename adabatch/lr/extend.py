@@ -147,12 +147,14 @@ def extended_schedules(run: FinishedRun, total: Duration) -> dict[str, ExtendedS
     # The second stage as a table over the whole run, so that a resumed run and one from the start read the same
     # schedule. It begins at an entry of the table, so that the factor is exactly 1 before it.
     until = run.stable_until(run.total.count, run.cooldown)
+    # at most 20 times as many, which a config can still hold
     progress = np.linspace(0, 1, 1 + math.ceil(ENTRIES_PER_RUN * min(new_steps / run.num_steps, 20)))
     begin = (until - run.warmup) / (total.count - run.warmup)
     ramp_share = ramp / (new_steps - run.warmup_steps)
     after = progress - progress[np.searchsorted(progress, begin)]
     falling = 1 + (stages.lr_factor - 1) * np.clip(after / max(ramp_share, 1e-9), 0, 1)
     rest = stages.shape((progress - begin - ramp_share) / (1 - begin - ramp_share))
+    # six digits: the table is written into a config that people read
     table = [float(f"{value:.6g}") for value in (falling * rest).tolist()]
 
     longer_until = run.stable_until(total.count, longer.cooldown)

@@ -115,6 +115,7 @@ class UpdateScaling:
         # correction takes it for (beta1 ** own[0]) ** (n / own[-1]): both must be next to nothing.
         share = min(1.0, own[0] / own[-1])
         remembers = float(betas[0]) ** (share * self.updates) > FORGOTTEN
+        # the common exponent keeps Adam's correction of both averages exact while it still matters
         return (min(own),) * len(own) if remembers else own
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:

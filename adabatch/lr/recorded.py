@@ -187,6 +187,7 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
     rows: list[tuple[float, ...]] = []
     base_lrs: tuple[float, ...] = ()
     for number, entry in _entries(lines, source):
+        # its gradient moved nothing, so the bound and the schedule do not see it
         if entry.get("applied") is False:
             continue
         batch = _number(_part(entry, "plan").get("global_batch_size"))
@@ -195,6 +196,7 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
                 f"{source}, line {number}, is not a step of a run: it has no plan with a global_batch_size"
             )
         lr, averages = _part(entry, "lr"), _part(entry, "averages")
+        # the last: a resume may have changed them
         base_lrs = tuple(_numbers(lr.get("base"))) or base_lrs
         factor = _number(lr.get("factor", 1.0))
         if not factor > 0:

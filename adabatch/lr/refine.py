@@ -139,7 +139,7 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
     z = np.asarray(iterates, dtype=np.float64)
     multipliers = last_iterate_multipliers(weights)
     if z.ndim < 1 or z.shape[0] != multipliers.size:
-        raise ValueError(f"need one weight an iterate, got {multipliers.size} weights for iterates of shape {z.shape}")
+        raise ValueError(f"need one weight per iterate, got {multipliers.size} weights for iterates of shape {z.shape}")
     moves = multipliers[:-1].reshape(-1, *(1,) * (z.ndim - 1)) * np.diff(z, axis=0)
     return np.concatenate([z[:1], z[:1] + np.cumsum(moves, axis=0)])
 
@@ -215,17 +215,17 @@ def median_filter(values: ArrayLike, window: int) -> FloatArray:
     half = window // 2
     if half == 0:
         return series.copy()
+    # as in the authors' code: repeated on the left, mirrored on the right
     padded = np.concatenate([np.full(half, series[0]), series, series[-2 : -2 - half : -1]])
     return _running_order_statistic(padded, window, half)
 
 
 def _running_order_statistic(values: FloatArray, window: int, order: int) -> FloatArray:
-    """The ``order``-th smallest (from 0) of every window, all windows at once.
-
-    A wavelet matrix: values become ranks, and the wanted rank is found bit by bit, from the highest. At each bit the
-    ranks are split stably into those without and those with the bit, and ``zeros[i]``, the number of the former before
-    place i, maps every window's interval into either half. Two heaps would be O(n log window) too, but in Python loops.
-    """
+    """The ``order``-th smallest (from 0) of every window, all windows at once."""
+    # A wavelet matrix: values become ranks, and the wanted rank is found bit by bit, from the highest. At each bit the
+    # ranks are split stably into those without and those with the bit, and zeros[i], the number of the former before
+    # place i, maps every window's interval into either half.
+    # Not two heaps, which are O(n log window) too, but in Python loops; and not scipy's, since scipy is no dependency.
     by_rank = np.argsort(values, kind="stable")
     ranks = np.empty(values.size, dtype=np.int32)
     ranks[by_rank] = np.arange(values.size, dtype=np.int32)

@@ -70,8 +70,7 @@ def refine_run(
 
         shape_t = w_t / f_t * sum_{p>t} w_p
 
-    For a constant batch this is ``lr.refine``. The norms at the reference batch size are smoothed, because they do not
-    jump with the batch. Steps between two measured ones are interpolated.
+    For a constant batch this is ``lr.refine``. Steps between two measured ones are interpolated.
 
     Args:
         recorded: the run.
@@ -93,6 +92,7 @@ def refine_run(
     _check_arrays(recorded, factor, edges)
     which, power = READS[kind]
     measured = recorded.norms(which)
+    # at the reference batch size, where norms do not jump with the batch, and so can be smoothed
     norms = measured.norms * factor[measured.at] ** (1 / power)
     window = 2 * (int(smoothing * norms.size) // 2) + 1
     smoothed = median_filter(norms, window)

@@ -60,9 +60,9 @@ class Shape:
     _curve: Curve
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
-        if not isinstance(name, str) or name not in _FACTORIES:
-            raise ValueError(f"there is no shape {shown(name)}: use one of {', '.join(_FACTORIES)}, by its name")
-        factory = _FACTORIES[name]
+        if not isinstance(name, str) or name not in FACTORIES:
+            raise ValueError(f"there is no shape {shown(name)}: use one of {', '.join(FACTORIES)}, by its name")
+        factory = FACTORIES[name]
         require_type(isinstance(settings, Mapping), "settings must be a mapping", settings)
         parameters = inspect.signature(factory).parameters
         unknown = set(settings) - set(parameters)
@@ -72,6 +72,7 @@ class Shape:
         missing = [key for key, value in parameters.items() if value.default is value.empty and key not in settings]
         if missing:
             raise ValueError(f"{name} needs the setting {', '.join(map(repr, missing))} in its settings")
+        # through the function, so that a shape from a config or a checkpoint passes the same checks as one from code
         made = factory(**settings)
         self._fill(made._name, made._settings, made._curve)
 
@@ -135,11 +136,12 @@ class Shape:
         return hash((self._name, tuple(self._settings.items())))
 
     def __repr__(self) -> str:
-        defaults = {k: v.default for k, v in inspect.signature(_FACTORIES[self._name]).parameters.items()}
+        defaults = {k: v.default for k, v in inspect.signature(FACTORIES[self._name]).parameters.items()}
         given = [f"{k}={_brief(v)}" for k, v in self._settings.items() if v != defaults[k]]
         return f"{self._name}({', '.join(given)})"
 
     def __reduce__(self) -> tuple[Callable[[dict[str, Any]], Shape], tuple[dict[str, Any]]]:
+        # the curve is a closure, which cannot be pickled
         return Shape.from_dict, (self.to_dict(),)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -264,7 +266,7 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
     at = _numbers("milestones", milestones)
     by = _numbers("factors", factors)
     if len(at) != len(by):
-        raise ValueError(f"piecewise needs one factor a milestone, got {len(at)} milestones and {len(by)} factors")
+        raise ValueError(f"piecewise needs one factor per milestone, got {len(at)} milestones and {len(by)} factors")
     if any(np.diff((0.0, *at)) <= 0) or max(at, default=0.0) > 1:
         raise ValueError(f"milestones must increase strictly within (0, 1], got {list(at)}")
     require(all(factor > 0 for factor in by), "factors must be positive", list(by))
@@ -430,10 +432,8 @@ _DECAYS: Mapping[str, Curve] = MappingProxyType(
 
 
 def _height(p: FloatArray | float, ratio: float) -> FloatArray:
-    """The hyperbola's h in terms of what is left, ``r = 1 - p``: ``sqrt(r (r + 2 (u - 1))) / u``.
-
-    The formula's difference of squares can become negative near p = 1, and its factored form still loses digits there.
-    """
+    """The hyperbola's h in terms of what is left, ``r = 1 - p``: ``sqrt(r (r + 2 (u - 1))) / u``."""
+    # The paper's difference of squares can become negative near p = 1, and its factored form still loses digits there.
     left = 1 - np.asarray(p, dtype=np.float64)
     return np.asarray(np.sqrt(left * (left + 2 * (ratio - 1))) / ratio)
 
@@ -488,7 +488,7 @@ def _brief(value: object) -> str:
     return repr(list(value)) if isinstance(value, tuple) else repr(value)
 
 
-_FACTORIES: Mapping[str, Callable[..., Shape]] = MappingProxyType(
+FACTORIES: Mapping[str, Callable[..., Shape]] = MappingProxyType(
     {
         factory.__name__: factory
         for factory in (
@@ -505,3 +505,4 @@ _FACTORIES: Mapping[str, Callable[..., Shape]] = MappingProxyType(
         )
     }
 )
+"""The functions that make shapes, by name."""

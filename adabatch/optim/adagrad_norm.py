@@ -303,16 +303,14 @@ class AdaGradNorm(Optimizer):
         return known.grad_sq if self._reduce is None and known.is_of(grads) else None
 
     def _accumulate(self, batches: list[_Batch], grad_sq: float | None) -> float | Tensor:
-        """Adds the squared norm of the whole gradient, computed here if not given, and returns the new ``b``.
-
-        It is a number on the CPU, and a tensor of shape (1,) elsewhere, where reading a number would wait.
-        """
+        """Adds the squared norm of the whole gradient, computed here if not given, and returns the new ``b``."""
         total = self.accumulator
         device = next(self._params()).device
         if total.device != device:  # the model was moved after this optimizer was made
             total = self._share(total)
         total.add_(self._read(batches, total) if grad_sq is None else grad_sq)
-        # An infinite norm must show at once, as NaN. As infinity it would silently make all steps zero from now on.
+        # An infinite norm must show at once, as NaN. As infinity it would silently make all steps zero from now on. On
+        # the CPU b is a number; elsewhere it stays a tensor of shape (1,), since reading a number would wait.
         if total.is_cpu:
             value = total.item()
             return math.sqrt(value) if math.isfinite(value) else math.nan

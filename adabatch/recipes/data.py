@@ -157,6 +157,7 @@ class Text(InMemory):
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        # through UTF-32, in which every character is one number, so that numpy can find the distinct ones
         codes, places = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True)
         cut = len(places) * 9 // 10
         part = torch.from_numpy(places[:cut] if split == "train" else places[cut:]).to(torch.int64)

@@ -57,6 +57,7 @@ def split_digits(labels: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArra
         labels: class of each row, shape (num_examples,).
     """
     shuffled = np.random.RandomState(SEED).permutation(len(labels))
+    # stable, since another sort would make the split depend on the version of numpy
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     is_test = np.zeros(len(labels), dtype=bool)
     is_test[by_class[::5]] = True

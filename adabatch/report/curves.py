@@ -99,11 +99,12 @@ def moving_mean(curves: Consumption, values: NDArray[np.float64], *, window: flo
     the window has a value the mean is NaN.
 
     Args:
-        values: one number a step, shape (num_steps,).
+        values: one number per step, shape (num_steps,).
         window: length in examples.
     """
     finite = np.isfinite(values)
     weights = np.where(finite, curves.batch, 0.0)
+    # prefix sums: any window takes two look-ups, and a journal has up to a million steps
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0) * weights)])
     totals = np.concatenate([[0.0], np.cumsum(weights)])
     first = np.searchsorted(curves.examples, curves.examples - window / 2, side="left")

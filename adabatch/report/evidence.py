@@ -25,6 +25,9 @@ WIDEST = 1e3
 SPREAD = (10, 90)
 """Percentiles of the step times, relative to the median of their plan, that are used as their spread."""
 
+LEAST_SHARE = 1e-6
+"""Share of the longest step that its examples must have taken, for their cost to be known."""
+
 
 def evidence_of(run: RunSteps) -> Evidence:
     """The noise of a run, step by step, without the updates that were left out, which made no progress.
@@ -115,7 +118,9 @@ def step_cost_of(run: RunSteps, *, gradient_bytes: float) -> StepCost | None:
     if len({key[1] for key in of_plan}) == 1:
         # If all steps have equally many micro-batches, their fixed cost cannot be told from that of the step.
         step, example = step + next(iter(of_plan))[1] * model.micro_batch, model.example
-    if not example > 0:
+    longest = max(float(np.median(taken)) for taken in of_plan.values())
+    # Not "> 0": where the times do not grow, rounding of the fit leaves a cost of 1e-18 of a step, of either sign.
+    if not example * max(key[0] * key[1] for key in of_plan) > LEAST_SHARE * longest:
         raise ValueError(
             f"{run.name}: its steps took no longer with more examples, so that an example would cost nothing; give "
             "--step_seconds and --example_seconds"

@@ -26,8 +26,6 @@ ROW_POINTS = 13.0
 def layer_panel(panel: Axes, run: Curves, *, label: str) -> None:
     """Draw the noise scale of each layer of one run: mean noise over mean signal within 10 % of the run.
 
-    Unlike that of the whole gradient, one step's estimate for one layer is not shown, because it is too noisy.
-
     Args:
         panel: an empty panel.
         run: a run with noise per layer.
@@ -41,6 +39,7 @@ def layer_panel(panel: Axes, run: Curves, *, label: str) -> None:
     note = f"%: of the noise    mean over {100 * LAYER_WINDOW:g} % of the run    gaps: no signal"
     of_run = f", {_shortened(label, LONGEST_LABEL)}" if label else " (examples)"
     heading(panel, f"noise scale by layer{of_run}", note, pad=8 + ROW_POINTS * math.ceil(entries / COLUMNS))
+    # unlike for the whole gradient, estimates of single steps are left out: those of one layer are too noisy
     visible = positive(scales)
     if not any_finite(panel, visible, "no positive estimate"):
         return

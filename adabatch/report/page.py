@@ -284,7 +284,7 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
 
 
 def _open_ended(high: Floats) -> Floats:
-    """Marks missing bounds by -1, because JSON has no infinity."""
+    # JSON has no infinity, and no bound is negative
     return np.where(np.isinf(high), -1.0, high)
 
 

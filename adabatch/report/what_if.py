@@ -184,6 +184,7 @@ def usable_scale(run: RunSteps) -> Floats:
             f"{run.name} has no noise scale, from which to tell what another batch would have done: measure it with "
             f"Measure(monitor=True), or --measure.monitor=true"
         )
+    # -1 before the first usable one, which then stands for the beginning too
     before = np.searchsorted(usable, np.arange(run.num_steps), side="right") - 1
     taken: Floats = scale[usable[np.maximum(before, 0)]]
     return taken
@@ -205,6 +206,7 @@ def segments(run: RunSteps, *, at_most: int | None = None) -> Segments:
     first = np.flatnonzero(np.diff(bins, prepend=-1))
     made, over = np.add.reduceat(progress, first), np.add.reduceat(progress / scale, first)
     with np.errstate(divide="ignore", invalid="ignore"):
+        # harmonic, so that progress / noise_scale, which counts steps, is the same for the segment as for its steps
         mean = np.where(over > 0, made / over, scale[first])
     return Segments(np.add.reduceat(run.batch, first), np.diff(first, append=run.num_steps) * 1.0, made, mean)
 

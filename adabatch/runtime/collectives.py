@@ -188,6 +188,7 @@ class Collectives:
         rows = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
         if data:
             rows[self.rank, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        # padded rows in one sum, for the same reason as in gather_of
         gathered = self.sum(rows.to(self._device)).cpu().numpy()  # host sync
         return [row[:size].tobytes() for row, size in zip(gathered, sizes, strict=True)]
 
@@ -202,6 +203,7 @@ class Collectives:
         if self._reducer is not None:
             return self._reducer(values, op)
         with explained():
+            # the innermost group first: its links are the fastest, and every rank takes the same order
             for group in reversed(self._groups):
                 dist.all_reduce(values, op=op, group=group)
         return values

@@ -137,12 +137,13 @@ class ShardedMatrices(_Owners):
         mesh, placements = grad.device_mesh, grad.placements
         if not _in_rows(grad):
             assert direction is not None
+            # no check: it would be a collective, and every rank has computed the direction from the same gradient
             everywhere = DTensor.from_local(direction, mesh, [Replicate()] * mesh.ndim, run_check=False)
             return everywhere.redistribute(mesh, placements)
         size = self._collectives.size
         rows = None
         if direction is not None:
-            padded = direction.new_zeros(size * _rows_a_rank(grad, size), *direction.shape[1:])
+            padded = direction.new_zeros(size * _rows_per_rank(grad, size), *direction.shape[1:])
             padded[: len(direction)] = direction
             rows = padded.view(size, -1, *direction.shape[1:])
         piece = self._collectives.scatter_from(self._owners[layer], rows, _padded(grad, size))
@@ -154,13 +155,13 @@ def _in_rows(grad: DTensor) -> bool:
     return grad.device_mesh.ndim == 1 and grad.placements == (Shard(0),)
 
 
-def _rows_a_rank(grad: DTensor, size: int) -> int:
+def _rows_per_rank(grad: DTensor, size: int) -> int:
     return -(-grad.shape[0] // size)
 
 
 def _padded(grad: DTensor, size: int) -> Tensor:
     """This rank's rows, with zeros below them if the last ranks hold fewer."""
     local = grad.to_local()
-    padded = local.new_zeros(_rows_a_rank(grad, size), *local.shape[1:])
+    padded = local.new_zeros(_rows_per_rank(grad, size), *local.shape[1:])
     padded[: len(local)] = local
     return padded

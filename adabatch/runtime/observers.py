@@ -132,6 +132,7 @@ def summed(collectives: Collectives, numbers: Tensor, riders: Sequence[Rider]) -
     One reduction and one host sync.
     """
     sent = [rider.outgoing(numbers.device) for rider in riders]
+    # all numbers of a step in one message: a small reduction costs its latency, not its bytes
     totals: list[float] = collectives.sum(torch.cat([numbers, *sent])).tolist()  # host sync
     end = len(numbers)
     own = totals[:end]

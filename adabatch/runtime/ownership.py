@@ -71,6 +71,7 @@ def remove_all(handles: list[RemovableHandle]) -> None:
 
 def held_weakly(call: Callable[..., Any]) -> Callable[[], Callable[..., Any] | None]:
     """A weak reference to a method, which gives None after its object was dropped; other callables are kept."""
+    # a method's object is held by its user; a function has nobody else to hold it
     return WeakMethod(call) if isinstance(call, MethodType) else lambda: call
 
 

@@ -43,6 +43,7 @@ def restore_random_state(rows: Tensor, rank: int, device: torch.device) -> bool:
     Returns:
         Whether this rank's own numbers were restored.
     """
+    # more ranks than before, or another kind of device
     if rank >= len(rows) or rows.shape[1] != len(random_state(device)):
         # Seeded by the first rank's state and the rank: the same at each attempt, and different on each rank.
         digest = hashlib.sha256(rows[0].numpy().tobytes() + rank.to_bytes(8)).digest()

@@ -165,9 +165,8 @@ class ProgressLR(LRScheduler):
                 f"{kind} sets its learning rate itself (lr=None), so no schedule can: leave ProgressLR out, or give "
                 f"the optimizer a learning rate (Adafactor: relative_step=False)"
             )
-        for group in (
-            optimizer.param_groups if isinstance(optimizer, Optimizer) else ()
-        ):  # torch's own error names what is not an optimizer
+        # what is not an optimizer is named by torch's own error, below
+        for group in optimizer.param_groups if isinstance(optimizer, Optimizer) else ():
             if not math.isfinite(group["lr"]):  # torch's optimizers accept NaN
                 raise ValueError(f"the learning rate of {type(optimizer).__name__} must be finite, got {group['lr']}")
         self.shape = shape_from(shape)

@@ -60,11 +60,10 @@ def _runs_inside(call: FrameType | None, outer: FrameType | None) -> bool:
 
 
 class _Around:
-    """The hooks of one optimizer, which detect nested steps.
+    """The hooks of one optimizer, which detect nested steps."""
 
-    A counter of steps that have begun would stay one too high after a step that raised an error. The frame of the
-    outermost ``step()`` is kept instead: the step runs as long as this frame is among the callers.
-    """
+    # A counter of steps that have begun would stay one too high after a step that raised an error. The frame of the
+    # outermost step() is kept instead: the step runs as long as this frame is among the callers.
 
     def __init__(self, before: Callable[..., None], after: Callable[..., None]) -> None:
         self._before, self._after = held_weakly(before), held_weakly(after)
@@ -132,6 +131,15 @@ def host_value(lr: float | Tensor | None) -> float:
     if lr is None:
         return math.nan
     return float(lr) if not isinstance(lr, Tensor) or lr.device.type == "cpu" else math.nan
+
+
+def rates_of(groups: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float], list[float]]:
+    """The learning rates of parameter groups for the journal: as stored, the base, and their ratio (the shape)."""
+    stored = [host_value(group.get("lr")) for group in groups]
+    # a schedule of torch keeps the base as initial_lr; without a schedule the rate is its own base
+    base = [host_value(group.get("initial_lr", group.get("lr"))) for group in groups]
+    shape = [lr / first if first else math.nan for lr, first in zip(stored, base, strict=True)]
+    return stored, base, shape
 
 
 def _counting(optimizer: Optimizer, averaged: Sequence[float]) -> list[tuple[dict[str, Any], float]]:
@@ -251,9 +259,9 @@ class StepHooks:
                     tensors.add(id(group[name]))
                 self._changes.put(group, name, value)
         if self._averaged:
-            for state, count in _counting(
-                optimizer, self._averaged
-            ):  # minus one, because the optimizer adds one before it reads the count
+            # In updates of this size: the optimizer adds one, and reads the result for its bias correction. _after
+            # counts in updates of the reference size again, of which this one was `count`.
+            for state, count in _counting(optimizer, self._averaged):
                 self._changes.put_count(state, state["step"] / count)
 
     def _after(self, optimizer: Optimizer) -> None:

@@ -42,7 +42,8 @@ class Stopwatch(StepObserver, Rider):
         self._pending: tuple[BatchPlan, float] | None = None  # the time of this rank, which the others do not know yet
 
     def at(self, phase: Phase, moment: Moment) -> None:
-        """Counts a step when its micro-batches run; a trial spoils the span, because it takes additional time."""
+        """Counts a step when its micro-batches have run."""
+        # a trial takes additional time, so the span around it is not timed
         if phase is Phase.TRIAL:
             self._steady = False
         if phase is Phase.MEASURING:
@@ -60,9 +61,8 @@ class Stopwatch(StepObserver, Rider):
         """The mean of the ranks' times; a new span begins."""
         (seconds,) = totals
         self.timed = None
-        if (
-            self._pending is not None and 0 < seconds < math.inf
-        ):  # not if a rank had no time, because it alone was resumed
+        # NaN if a rank had no time, because it alone was resumed
+        if self._pending is not None and 0 < seconds < math.inf:
             self.timed = self._pending[0], seconds
         now = perf_counter()
         self._pending = None

@@ -17,6 +17,22 @@ from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.fsdp2 import is_sharded
 
 
+def held_parameters(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+    """The model's parameters that require a gradient and that the optimizer holds.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found = [p for p in model.parameters() if p.requires_grad and id(p) in held]
+    if not found:
+        raise ValueError(
+            f"the optimizer holds none of the model's parameters that require a gradient: build the "
+            f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
+        )
+    return found
+
+
 class TrainedParameters:
     """The parameters that require a gradient and are updated, as they were when this was made.
 
@@ -64,6 +80,7 @@ class TrainedParameters:
     def changes(self, what: str) -> str | None:
         """The message of ``check``; None if they are the same as at the beginning."""
         now = self._now()
+        # by identity: tensors compare by value, which would read the device
         if len(now) == len(self._then) and all(a is b for a, b in zip(now, self._then, strict=True)):
             return None
         before, after = {id(p) for p in self._then}, {id(p) for p in now}

@@ -32,6 +32,3 @@ def all_checks(make: Make, *, num_steps: int = 20, max_cost: float | None = None
     yield constant_policy(make, num_steps=num_steps)
     yield resume(make)
     yield cost(make, num_pairs=num_steps, max_cost=max_cost)
-
-
-# --- the checks -----------------------------------------------------------------------------------------------------

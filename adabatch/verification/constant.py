@@ -62,6 +62,7 @@ def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
         once_more = again(make, training, start, ranks)
         _by_hand(once_more, seen, ranks)
         spread = largest_difference(state_of(once_more), state_of(by_hand), ranks)
+        # some kernels add in an order that changes from run to run; the check then fails, and says whose fault it is
         if spread:
             text += f"; but two hand-written loops differ by {spread:.2g}: see torch.use_deterministic_algorithms"
     return Check("constant policy", passed, difference, 0.0, text)
@@ -72,6 +73,7 @@ def _by_hand(training: Training, seen: Sequence[Sequence[Part]], ranks: Collecti
     for parts in seen:
         (total,) = ranks.sum_of(sum(part.weight for part in parts))
         for part in parts:
+            # dropout must draw the same numbers as in the step
             part.randomness.restore()
             with nullcontext() if part is parts[-1] else unreduced(training.model):
                 loss = part.loss(training)

@@ -52,7 +52,7 @@ def drift(make: Make) -> Check:
             raise ValueError(
                 f"the loader's pass ended in step {len(made) + 1} of {total}, so its size was not the planned one: "
                 f"give a loader of at least "
-                f"{STEPS_BEFORE_CHANGE + STEPS_AFTER_CHANGE * ACCUMULATION} micro-batches a rank, or a GlobalOrder"
+                f"{STEPS_BEFORE_CHANGE + STEPS_AFTER_CHANGE * ACCUMULATION} micro-batches per rank, or a GlobalOrder"
             )
         made.append(len(parts))
         left_out += update(training)

@@ -116,13 +116,11 @@ def _trained(training: Training) -> list[Tensor]:
 
 
 def _gradient(training: Training, part: Part, parameters: Sequence[Tensor], share: float) -> list[Tensor]:
-    """The gradient of a share of the loss in each parameter, this rank's piece in float64, shape (n,).
-
-    The loss is weighted as in the step: in float16 the gradient of the whole loss might overflow.
-    """
+    """The gradient of a share of the loss in each parameter, this rank's piece in float64, shape (n,)."""
     for parameter in training.model.parameters():
         parameter.grad = None
     part.randomness.restore()
+    # weighted before the backward, as in the step: in float16 the gradient of the whole loss might overflow
     backward(training, part.loss(training) * share)
     scale = 1.0 if training.scaler is None else training.scaler.get_scale()
     return [_flat(torch.zeros_like(p) if p.grad is None else p.grad) / scale for p in parameters]

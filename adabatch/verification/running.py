@@ -84,9 +84,9 @@ def begin(make: Make) -> tuple[Training, Collectives]:
 def again(make: Make, first: Training, start: int, ranks: Collectives) -> Training:
     """A copy of a training at its beginning, whose weights have the digest ``start``."""
     training = make()
-    anew = training.model is not first.model and training.optimizer is not first.optimizer
-    anew &= training.scaler is None or training.scaler is not first.scaler
-    if ranks.minimum_of(anew, fingerprint(training.model.parameters()) == start) != [1.0, 1.0]:
+    fresh = training.model is not first.model and training.optimizer is not first.optimizer
+    fresh &= training.scaler is None or training.scaler is not first.scaler
+    if ranks.minimum_of(fresh, fingerprint(training.model.parameters()) == start) != [1.0, 1.0]:
         raise ValueError(
             "make() must build another model, optimizer and scaler each time, and the same weights: seed torch in it, "
             "before the model is built"
@@ -148,6 +148,7 @@ def update(training: Training) -> bool:
     scaler.step(training.optimizer)
     scaler.update()
     training.optimizer.zero_grad()
+    # GradScaler does not say whether it left a step out, but it lowers its scale exactly then
     return scaler.get_scale() < scale
 
 

@@ -23,8 +23,8 @@ WARM_UP_PAIRS = 3
 def cost(make: Make, *, num_pairs: int = 20, max_cost: float | None = None) -> Check:
     """The time of a step with the probe over one without: median and quartiles of pairs of steps in turn.
 
-    Two copies of the training take turns, so that what else runs on the machine slows both. A step is 4 micro-batches
-    a rank, its data and its update; a probe at every step, which ``Control(interval=)`` makes rarer.
+    Two copies of the training take turns, so that other load on the machine slows both. A step is 4 micro-batches per
+    rank, with their data and the update. Every step is probed here; ``Control(interval=)`` makes probes rarer.
 
     Raises:
         ValueError: if the data set is smaller than the step, or there are fewer than 2 pairs.
@@ -41,11 +41,13 @@ def cost(make: Make, *, num_pairs: int = 20, max_cost: float | None = None) -> C
     clocks = [_seconds(training, batches, count) for training, batches in zip((probed, plain), both, strict=True)]
     times = [[0.0] * count, [0.0] * count]
     for pair in range(count):
+        # in alternating order: the second of a pair finds warmer caches
         for which in (0, 1) if pair % 2 else (1, 0):
             times[which][pair] = next(clocks[which])
     for clock, batches in zip(clocks, both, strict=True):
         clock.close()
         batches.remove()
+    # means over the ranks, so that all reach the same result
     sums = ranks.sum_of(*times[0][WARM_UP_PAIRS:], *times[1][WARM_UP_PAIRS:])
     with_probe, without = sums[:num_pairs], sums[num_pairs:]
     ratios = [a / b for a, b in zip(with_probe, without, strict=True)]
@@ -72,5 +74,6 @@ def _seconds(training: Training, batches: AdaptiveBatch, until: int) -> Generato
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
+        # kernels run asynchronously: without this the clock would read when they were launched
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.random_configs import outcome, random_config, sound_fields
 
-CONFIGS = 200
+CONFIGS = 60
 
 
 @pytest.mark.filterwarnings("ignore:lr_rule='linear' multiplies")  # a warning is neither of the two

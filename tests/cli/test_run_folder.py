@@ -10,7 +10,8 @@ import pytest
 
 from adabatch.checkpointing.lock import LOCK, FolderLock
 from adabatch.cli.display import Display
-from adabatch.cli.run_folder import BEGUN, mark_finished, run_folder
+from adabatch.cli.run_folder import mark_finished, run_folder
+from adabatch.cli.runs import BEGUN
 from adabatch.runtime.collectives import Collectives
 
 SETTINGS = {"seed": 1, "limits": {"max": 64}, "sizes": (1, 2)}

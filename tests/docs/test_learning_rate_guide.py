@@ -11,7 +11,7 @@ import torch
 
 from adabatch import lr
 from adabatch.lr.rules import LRRule, Setting
-from adabatch.lr.shapes import _FACTORIES
+from adabatch.lr.shapes import FACTORIES
 from adabatch.runtime.scheduler import ClockKind
 
 GUIDE = Path(__file__).parents[2] / "docs" / "learning_rate.md"
@@ -46,7 +46,7 @@ def test_the_config_of_the_guide_is_read(tmp_path: Path) -> None:
 def test_every_rule_clock_shape_and_follower_is_in_a_table() -> None:
     cells = " ".join(line for line in TEXT.splitlines() if line.startswith("|"))
     names = [f'"{name}"' for name in (*get_args(LRRule), *get_args(Setting))]
-    names += [f"{name}(" for name in _FACTORIES]
+    names += [f"{name}(" for name in FACTORIES]
     names += [f'clock="{name}"' for name in get_args(ClockKind) if name != "total"]
     assert not [name for name in names if name not in cells]
 

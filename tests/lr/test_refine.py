@@ -365,7 +365,7 @@ def test_bad_arguments_are_refused() -> None:
     for weights in ([], [0.0, 0.0], [1.0, -1.0], [1.0, math.nan], [[1.0]]):
         with pytest.raises(ValueError, match="weights"):
             last_iterate_multipliers(weights)
-    with pytest.raises(ValueError, match="one weight an iterate"):
+    with pytest.raises(ValueError, match="one weight per iterate"):
         to_last_iterate(np.zeros((3, 2)), [1.0, 1.0])
     with pytest.raises(ValueError, match="as many as the 2 weights"):
         last_iterate_guarantee([1.0, 1.0], [1.0])

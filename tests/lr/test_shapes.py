@@ -59,7 +59,7 @@ FLOORED = ["linear", "cosine", "wsd", "inverse_sqrt", "polynomial"]
 
 
 def test_every_shape_is_in_the_contract() -> None:
-    assert set(SHAPES) == set(shapes._FACTORIES)
+    assert set(SHAPES) == set(shapes.FACTORIES)
 
 
 @given(shape=any_shape, p=progress)
@@ -200,7 +200,7 @@ def test_from_dict_is_strict(state: dict[str, Any], complaint: str) -> None:
         (piecewise, {"milestones": [0.5, 0.5], "factors": [1, 1]}, "increase strictly"),
         (piecewise, {"milestones": [0.0], "factors": [0.1]}, "increase strictly"),
         (piecewise, {"milestones": [0.5, 1.2], "factors": [1, 1]}, "increase strictly"),
-        (piecewise, {"milestones": [0.5], "factors": []}, "one factor a milestone"),
+        (piecewise, {"milestones": [0.5], "factors": []}, "one factor per milestone"),
         (piecewise, {"milestones": [0.5], "factors": [0.0]}, "factors must be positive"),
         (piecewise, {"milestones": 0.5, "factors": [0.1]}, "sequence of numbers"),
         (piecewise, {"milestones": ["a"], "factors": [0.1]}, "sequence of numbers"),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 
 from adabatch.cli.display import Display, PlainConsole
 from adabatch.cli.mup.widths import Subject, check, show_plan, sweep
+from adabatch.cli.subcommands import Command
 from adabatch.optim.mup.coordinates import TOLERANCE
 from adabatch.optim.mup.methods import METHODS
 
@@ -20,24 +20,6 @@ DESCRIPTION = (
 )
 PLAIN_WIDTH = 160
 """Width of a table that goes into a file."""
-
-
-class Command(NamedTuple):
-    """A sub-command: what it is for, its arguments, and what runs it."""
-
-    help: str
-    description: str
-    add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[..., int]
-
-
-def add_mup_commands(parser: ArgumentParser) -> None:
-    """Adds the sub-commands to the parser of ``adabatch mup``, which must already be part of its parent."""
-    commands = parser.add_subcommands()
-    for name, command in COMMANDS.items():
-        own = type(parser)(description=command.description)
-        command.add_arguments(own)
-        commands.add_subcommand(name, own, help=command.help)
 
 
 def run_mup(config: Namespace) -> int:
@@ -54,7 +36,7 @@ def run_mup(config: Namespace) -> int:
     if names.keys() <= arguments.keys():
         subject = Subject(**{name: arguments.pop(name) for name in names})
         arguments["subject"] = subject
-    status = COMMANDS[config.subcommand].run(**arguments, display=display)
+    status: int = SUBCOMMANDS[config.subcommand].run(**arguments, display=display)
     display.check_read()
     return status
 
@@ -123,7 +105,7 @@ def _sweep_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("mup_sweep.png"), metavar="PNG", help="picture to write")
 
 
-COMMANDS: Mapping[str, Command] = MappingProxyType(
+SUBCOMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "plan": Command(
             "how settings move from a narrow model to a wide one",

@@ -69,6 +69,7 @@ class Subject:
 def show_plan(*, model: str, width: int, base: int, out: Path | None, display: Display) -> int:
     """Prints the plan of a model, and writes it as JSON if ``out`` is given."""
     make = imported(model)
+    # shapes are enough for a plan, and a wide model may not fit into this machine
     with torch.device("meta"):
         plan = mup.plan(make(width), make(base))
     display.say(f"{model}({width}), settings of {model}({base}):\n{plan}")
@@ -172,7 +173,7 @@ class Swept(NamedTuple):
 
 
 def _check_table(result: mup.CoordinateCheck) -> tuple[list[str], list[list[str]]]:
-    header = ["parameter", *map(str, result.widths), "slope", "slope of total", "verdict"]
+    header = ["parameter", *map(str, result.widths), "slope", "slope of total", "result"]
     rows = [
         [
             each.name,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, get_args
+from typing import get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -14,6 +14,7 @@ from adabatch.cli.schedule.compare import compare, transfer
 from adabatch.cli.schedule.extend import extend
 from adabatch.cli.schedule.refine import NextRule, refine
 from adabatch.cli.schedule.shape_text import known_shapes
+from adabatch.cli.subcommands import Command
 from adabatch.lr.recorded import Clock
 from adabatch.lr.refine import Kind
 
@@ -29,24 +30,6 @@ RUN = "folder of a run of `adabatch train`, or its journal"
 NORMS = f"take gradient norms, batch factors and progress from a run: {RUN}; without it they are constant"
 
 
-class Command(NamedTuple):
-    """A sub-command: what it is for, its arguments, and what runs it."""
-
-    help: str
-    description: str
-    add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[..., object]
-
-
-def add_schedule_commands(parser: ArgumentParser) -> None:
-    """Adds the sub-commands to the parser of ``adabatch schedule``, which must already be part of its parent."""
-    commands = parser.add_subcommands()
-    for name, command in COMMANDS.items():
-        own = type(parser)(description=command.description)
-        command.add_arguments(own)
-        commands.add_subcommand(name, own, help=command.help)
-
-
 def run_schedule(config: Namespace) -> None:
     """Runs the sub-command.
 
@@ -56,7 +39,7 @@ def run_schedule(config: Namespace) -> None:
     """
     console = PlainConsole()
     display = Display(0, console if console.is_terminal else PlainConsole(width=PLAIN_WIDTH))
-    COMMANDS[config.subcommand].run(**vars(config[config.subcommand]), display=display)
+    SUBCOMMANDS[config.subcommand].run(**vars(config[config.subcommand]), display=display)
     display.check_read()
 
 
@@ -154,7 +137,7 @@ def _add_folder(parser: ArgumentParser, files: str) -> None:
     )
 
 
-COMMANDS: Mapping[str, Command] = MappingProxyType(
+SUBCOMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "compare": Command(
             "which shape, by the last-iterate bound",

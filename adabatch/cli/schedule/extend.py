@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from adabatch.arguments import require
 from adabatch.batch.plan import Duration
@@ -16,10 +15,12 @@ from adabatch.checkpointing.files import begin, check, finish, place_of
 from adabatch.checkpointing.run_state import STATE, write_state
 from adabatch.cli.display import Display
 from adabatch.cli.picture import draw_panels
+from adabatch.cli.runs import CHECKPOINTS, JOURNAL
 from adabatch.cli.schedule.compare import BOUND_SOURCE
-from adabatch.cli.schedule.recorded import CHECKPOINTS, JOURNAL, read_checkpoint, read_recorded, read_saved
-from adabatch.cli.schedule.shape_text import class_path
+from adabatch.cli.schedule.recorded import read_checkpoint, read_recorded, read_saved
+from adabatch.cli.schedule.shape_text import class_path, config_text
 from adabatch.lr.extend import (
+    EXTENSIONS,
     ExtendedSchedule,
     FinishedRun,
     SavedSchedule,
@@ -32,8 +33,6 @@ from adabatch.lr.horizon import Horizon, ScheduleBound, schedule_bound
 from adabatch.lr.recorded import Recorded
 
 SOURCE = "Schaipp et al. 2025, arXiv:2501.18965"
-
-EXTENSIONS = ("two stages", "longer cooldown")
 
 
 def extend(
@@ -183,6 +182,7 @@ def _write_checkpoints(
 
 def _write_again(checkpoint: Path, state: dict[str, Any], folder: Path, *, steps: int) -> Path:
     """Writes a copy of a checkpoint with another state into a new folder."""
+    # checked first: a copy gets new checksums, which would hide damage
     contents = check(checkpoint).contents
     place = place_of(folder, begin(folder, steps), steps)
     return finish(place, contents, write_state(state, place), keep=3)
@@ -204,8 +204,7 @@ def _config(run: Path, finished: FinishedRun, total: Duration, label: str, optio
     if option.lr_factor != 1:
         lines.append(f"Then the learning rate falls to {option.lr_factor:.4f} of itself, and cools down at the end.")
     config = {"total": {"count": total.count, "unit": str(total.unit)}, "shape": class_path(option.shape)}
-    text = yaml.safe_dump(config, default_flow_style=None, sort_keys=False, width=110)
-    return "".join(f"# {line}\n" for line in lines) + text
+    return config_text(lines, config)
 
 
 def _panels(

@@ -11,27 +11,12 @@ from adabatch import lr
 from adabatch.batch.plan import Duration, Progress
 from adabatch.checkpointing.newest import newest_checkpoint
 from adabatch.checkpointing.run_state import STATE
+from adabatch.cli.runs import CHECKPOINTS, journal_in
 from adabatch.journal_parts import lines_of
 from adabatch.lr.extend import SavedSchedule
 from adabatch.lr.recorded import Clock, Recorded
 from adabatch.lr.shapes import Shape
 from adabatch.runtime.collectives import Collectives
-
-JOURNAL, CHECKPOINTS = "journal.jsonl", "checkpoints"
-
-
-def journal_of(run: Path) -> Path:
-    """The journal of a run: of its folder, or the file itself.
-
-    Raises:
-        ValueError: if it is neither of these.
-    """
-    journal = run / JOURNAL if run.is_dir() else run
-    if not journal.is_file():
-        raise ValueError(
-            f"{run} has no journal: give the folder of a run of `adabatch train`, which holds {JOURNAL}, or such a file"
-        )
-    return journal
 
 
 def read_recorded(run: Path) -> Recorded:
@@ -40,7 +25,7 @@ def read_recorded(run: Path) -> Recorded:
     Raises:
         ValueError: if there is no journal, and for the reasons of ``lr.read_recorded``.
     """
-    path = journal_of(run)
+    path = journal_in(run)
     return lr.read_recorded(lines_of(path), str(path))
 
 

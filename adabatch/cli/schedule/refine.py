@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
 from adabatch.cli.display import Display
 from adabatch.cli.picture import draw_panels
+from adabatch.cli.runs import journal_in
 from adabatch.cli.schedule.compare import BOUND_SOURCE
-from adabatch.cli.schedule.recorded import journal_of, read_recorded, read_saved, reference_of
-from adabatch.cli.schedule.shape_text import class_path
+from adabatch.cli.schedule.recorded import read_recorded, read_saved, reference_of
+from adabatch.cli.schedule.shape_text import class_path, config_text
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.recorded import Clock, Recorded
 from adabatch.lr.refine import Kind
@@ -69,14 +69,14 @@ def refine(
     if bounded:
         _say_bounds(recorded, bounded, display=display)
 
-    folder = out or journal_of(run).parent
+    folder = out or journal_in(run).parent
     folder.mkdir(parents=True, exist_ok=True)
     snippet = folder / "refined.yaml"
     base_lrs = _scaled(recorded, bounded)
     head = (
         f"The schedule that the gradient norms of {recorded.source} ask for ({kind}; {SOURCE}).",
         f"  adabatch train --config CONFIG --config {snippet}",
-        "Its own warm-up is inside. Tune the base learning rate anew"
+        "Its own warm-up is inside. Tune the base learning rate again"
         + (f": the bound suggests {base_lrs} where {_listed(recorded.base_lrs)} was the best." if base_lrs else "."),
         f"Progress counts {counted.replace('_', '-')}. {rule}",
     )
@@ -85,8 +85,7 @@ def refine(
         config |= {"lr_rule": lr_rule, "reference_batch_size": round(reference)}
     if counted == "gain_steps":
         config["clock"] = "gain"
-    text = yaml.safe_dump(config, default_flow_style=None, sort_keys=False, width=110)
-    snippet.write_text("".join(f"# {line}\n" for line in head) + text, encoding="utf-8")
+    snippet.write_text(config_text(head, config), encoding="utf-8")
     display.say(f"config: {snippet}")
     draw_panels(lambda draw: _panels(draw, recorded, made, edges, counted), folder / "refined.png", display=display)
 

@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from adabatch.lr import shapes
-from adabatch.lr.shapes import Shape
-
-NAMES = (
-    "constant",
-    "linear",
-    "cosine",
-    "wsd",
-    "inverse_sqrt",
-    "polynomial",
-    "piecewise",
-    "hyperbolic",
-    "exp_hyperbolic",
-    "tabulated",
-)
+from adabatch.lr.shapes import FACTORIES, Shape
 
 
 class Named(NamedTuple):
@@ -35,7 +22,7 @@ class Named(NamedTuple):
 
 def known_shapes() -> str:
     """All shapes with their settings, for a help text: ``constant, linear(floor), ...``."""
-    settings = {name: ", ".join(inspect.signature(getattr(shapes, name)).parameters) for name in NAMES}
+    settings = {name: ", ".join(inspect.signature(make).parameters) for name, make in FACTORIES.items()}
     return ", ".join(f"{name}({taken})" if taken else name for name, taken in settings.items())
 
 
@@ -53,6 +40,7 @@ def parse_shape(text: str) -> Named:
     if text.endswith((".yaml", ".yml")):
         return Named(Path(text).name, _from_file(Path(text)))
     try:
+        # parsed, never evaluated: a shape may come from a config that somebody else wrote
         shape = _from_expression(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, RecursionError, MemoryError, TypeError):
         shape = None
@@ -68,6 +56,13 @@ def class_path(shape: Shape) -> dict[str, Any]:
     """The shape in the form of a job's config."""
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in shape.settings.items()}
     return {"class_path": f"adabatch.lr.{shape.name}"} | ({"init_args": settings} if settings else {})
+
+
+def config_text(head: Sequence[str], config: Mapping[str, Any]) -> str:
+    """A config as YAML, below comments that say how it was made."""
+    # tables of a schedule stay on a few long lines (default_flow_style=None), keys in the order that a reader expects
+    text = yaml.safe_dump(dict(config), default_flow_style=None, sort_keys=False, width=110)
+    return "".join(f"# {line}\n" for line in head) + text
 
 
 def _from_expression(expression: ast.expr) -> Shape | None:

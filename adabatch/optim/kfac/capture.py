@@ -135,6 +135,8 @@ class Capture:
             for each in noted:
                 self._add_input(each)
         for cotangent in cotangents:
+            # a backward of the outputs alone: the loss's own would give gradients of a mean over the batch, times its
+            # scale
             deltas = torch.autograd.grad(
                 outputs, where, grad_outputs=cotangent.to(outputs.dtype), retain_graph=True, allow_unused=True
             )

@@ -127,6 +127,7 @@ class EmbeddingLayer:
 
     def input_moment(self, value: Tensor) -> Tensor:
         """How often each token occurs, shape (num_embeddings,)."""
+        # float64: counts above 2 ** 24 are no longer exact in float32
         return torch.bincount(value.flatten(), minlength=self._num_tokens).double()
 
     def input_rows(self, value: Tensor) -> None:

@@ -197,6 +197,7 @@ class KFAC(Optimizer):
         self._layers: list[WatchedLayer] = []
         self._blocks: dict[Tensor, FactorBlock] = {}
         modules = dict(self._take_layers(found, exact=form is None))
+        # by cost, since inverting is cubic in a layer's width and the slowest rank sets the time
         self._owner.deal({layer.name: layer.cost for layer in self._layers})
         self._inversion = Inversion(form, self._exponents, self.fallbacks)
         self._whitening = Whitening()
@@ -274,9 +275,11 @@ class KFAC(Optimizer):
         check_in_place(watched, self._blocks, "K-FAC")
         check_ratios(self)
         before = self._clock.last_batch
+        # summed before the decision: all ranks then see the same number of examples, and refresh in the same step
         if self.due and self._average() and self._wants_refresh(before):
             self.refresh()
         self._clock.steps += 1
+        # all directions before the first parameter moves: kl-clip needs their product with the gradient over all layers
         directions = dict(self._directions())
         for group in self.param_groups:
             if group["method"] == "kfac":
@@ -337,6 +340,7 @@ class KFAC(Optimizer):
     def state_dict(self) -> StateDict:
         """The state in torch's format; the counts are saved beside the factors of each layer."""
         for layer in self._layers:
+            # inside the state of a parameter: wrappers that shard or move optimizer states carry nothing else
             layer.state["clock"] = self._clock.tensor()
         return super().state_dict()
 
@@ -372,6 +376,8 @@ class KFAC(Optimizer):
                 continue
             holder = own[0][1]
             layer = WatchedLayer(each.name, each.kind, each.diagonal_input, each.dims, holder, self.state[holder])
+            # float32 even for bfloat16 weights: an average with a small share would round away, and no factorization
+            # runs in bfloat16
             dtype = holder.dtype if holder.dtype is torch.float64 else torch.float32
             averages.allocate(layer, dtype=dtype, device=holder.device)
             for key, p in own:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from adabatch.arguments import MOST_STEPS, check_fields, checked, require
 from adabatch.optim.mup.names import joined, named_modules
 from adabatch.optim.mup.plans import Plan
+from adabatch.optim.mup.table import aligned
 from adabatch.optim.mup.trial import (
     Batch,
     Loss,
@@ -114,9 +115,7 @@ class CoordinateCheck:
             ]
             for each in self.coordinates
         ]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = ("  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)) for row in (header, *rows))
-        return "\n".join(line.rstrip() for line in lines)
+        return aligned([header, *rows])
 
 
 @checked
@@ -209,6 +208,7 @@ def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> d
         for name, module in layers.items()
     }
     before = _calls(model, layers, inputs)
+    # seeded: whatever is random in a step, such as dropout, must not differ between widths
     with seeded(seed), torch.enable_grad():
         for _ in range(steps):
             trial.step(model, optimizers, batch)

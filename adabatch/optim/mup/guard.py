@@ -35,7 +35,7 @@ def check_ratios(optimizer: Optimizer) -> None:
     Schedules that multiply keep the ratios: ``ProgressLR``, ``LambdaLR``, ``CosineAnnealingLR(eta_min=0)``, a warm-up.
     Schedules that set a rate do not: ``OneCycleLR`` or ``CyclicLR`` with one number, a floor such as ``eta_min=1e-5``
     or ``min_lr``, a loop that writes ``group["lr"]``. Groups without a plan, and groups of other calls with another
-    ``lr``, are not compared. A rate that is a tensor on an accelerator is not read, because reading it would wait.
+    ``lr``, are not compared, nor is a rate that is a tensor on an accelerator.
 
     Raises:
         ValueError: if they do not; names the rate, the right one, and what to do.
@@ -43,6 +43,7 @@ def check_ratios(optimizer: Optimizer) -> None:
     first: dict[float, float] = {}
     for number, group in enumerate(optimizer.param_groups):
         rate = group["lr"]
+        # reading a rate on an accelerator would wait for the device
         if "mup_lr" not in group or (isinstance(rate, Tensor) and not rate.is_cpu):
             continue
         common = float(rate) / group["mup_lr"]
@@ -53,5 +54,5 @@ def check_ratios(optimizer: Optimizer) -> None:
                 f"parameter group {number} has the learning rate {float(rate):.6g}, but its width asks for "
                 f"{expected * group['mup_lr']:.6g}, {group['mup_lr']:.4g} times the common one: a scheduler that sets "
                 f"absolute rates has undone the plan's ratios. Use one that multiplies (adabatch.ProgressLR, LambdaLR, "
-                f"cosine with eta_min=0), or give it one rate a group, each times the group's mup_lr"
+                f"cosine with eta_min=0), or give it one rate per group, each times the group's mup_lr"
             )

@@ -14,6 +14,7 @@ from adabatch.arguments import check_fields, checked, checked_but, require_one_o
 from adabatch.optim.mup.entry import Entry
 from adabatch.optim.mup.laws import LAWS, AdamLaw, Law, Method, law_of
 from adabatch.optim.mup.names import named_parameters
+from adabatch.optim.mup.table import aligned
 
 FORMAT = 1
 SHOWN = 8
@@ -115,11 +116,13 @@ class Plan:
             multiplier = law.lr(entry)
             spread = 1.0 if decay_scaling == "constant" else entry.r_in
             options = {
+                # torch decays by lr * weight_decay, and the multiplier is in the lr
                 "weight_decay": weight_decay / (multiplier * spread),
                 **law.options(entry, damping),
                 "mup_base_lr": float(lr),
                 "mup_lr": multiplier,
             }
+            # few groups rather than one per parameter: torch's multi-tensor updates run over one group at a time
             group = groups.setdefault(tuple(options.items()), {"params": [], "lr": lr * multiplier, **options})
             group["params"].append(named[name])
         return list(groups.values())
@@ -166,11 +169,7 @@ class Plan:
     def __str__(self) -> str:
         """A table: fan ratios, role, and the multipliers on init and on the learning rate of each method."""
         header = ("parameter", "shape", "base", "role", "r_in", "r_out", "init", *(f"lr {name}" for name in SHOWN_LAWS))
-        rows = [header, *(tuple(_row(name, entry)) for name, entry in self.entries.items())]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return aligned([header, *(tuple(_row(name, entry)) for name, entry in self.entries.items())])
 
     def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of a model by the plan's names.

@@ -131,7 +131,7 @@ def transfer_sweep(
     for width in widths:
         for lr in lrs:
             for damping in dampings:
-
+                # the loop's values as defaults: a closure would read those of the last turn
                 def made(
                     model: nn.Module, plan: Plan, lr: float = lr, damping: float | None = damping
                 ) -> Optimizer | Sequence[Optimizer]:
@@ -152,6 +152,7 @@ def _final_loss(trial: Trial, width: int, seed: int, batches: Iterable[Batch], s
     with seeded(seed):
         for batch in batches:
             losses.append(trial.step(model, optimizers, batch).item())  # host sync
+            # written so that NaN counts as diverged too
             if not losses[-1] <= DIVERGED * abs(losses[0]):
                 return math.inf
             if len(losses) == steps:

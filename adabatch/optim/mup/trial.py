@@ -77,6 +77,7 @@ class Trial:
             model = self.make(width)
             model_plan = self._plan(model)
             init_(model, model_plan)
+            # initialized on the CPU, so that the weights of a seed are the same on every device
             model.to(self.device).train()
             made = self.optimizer(model, model_plan)
         return model, [made] if isinstance(made, Optimizer) else list(made)

@@ -83,6 +83,7 @@ class LoaderFeed:
             self._raise_together(error)
         self._check(num_examples, plan)
         if full < self._collectives.size:
+            # a second exchange only at the end of a pass
             common = int(self._collectives.minimum_of(len(batches))[0])
             batches, sizes = batches[:common], sizes[:common]
             if common == 0:

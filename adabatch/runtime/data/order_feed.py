@@ -113,6 +113,7 @@ class SliceDealer(Dealer):
         return first, size
 
     def rule(self, plan: BatchPlan) -> Hashable:
+        # not the whole plan: while only the accumulation grows, what has been prefetched stays right
         return plan.micro_batch_size
 
     def aim(self, place: int, plan: BatchPlan) -> None:
@@ -251,6 +252,7 @@ class OrderFeed:
         """
         if self._moves != self._place.moves:
             self._restart()
+        # another cut, or a step that was broken off: what is under way in the loading processes is not what comes next
         if (self._arriving, self._rule) != (self._place.seen, self._dealer.rule(plan)):
             self._redeal(plan)
         if self._batches is None:

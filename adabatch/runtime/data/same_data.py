@@ -44,6 +44,7 @@ def check_different(batches: Sequence[Any], collectives: Collectives) -> None:
     """
     if collectives.size == 1:
         return
+    # a sample first: reading all of the data is needed only when samples are equal
     for limit in (_GLANCE, None):
         mine = _digest(batches, limit)
         # A sum with one entry per rank instead of a gather, which a grid of groups does not have.

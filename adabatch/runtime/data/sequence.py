@@ -120,7 +120,8 @@ class ExampleSequence:
         return found if self._subset is None else self._subset.at(found)
 
     def _epoch(self, epoch: int) -> Epoch:
-        """The order of an epoch; two are cached, because micro-batches cross from one epoch into the next."""
+        """The order of an epoch."""
+        # two are cached, since micro-batches cross from one epoch into the next
         if epoch not in self._epochs:
             self._epochs = {number: order for number, order in self._epochs.items() if number == epoch - 1}
             self._epochs[epoch] = self._shuffle.epoch(self._taking_part, seed=self.seed, epoch=epoch)

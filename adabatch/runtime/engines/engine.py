@@ -61,6 +61,7 @@ class Engine(ABC):
 
     def trained(self, optimizer: Optimizer) -> list[Tensor]:
         """The model's parameters that the optimizer holds, including those that require no gradient."""
+        # by id: tensors compare by value
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [p for p in self.model.parameters() if id(p) in held]
 

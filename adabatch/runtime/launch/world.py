@@ -163,6 +163,7 @@ def connected(world: World, *, device: torch.device, timeout: timedelta = timede
     try:
         yield
     except BaseException:
+        # at the end of a process MPI waits for all others, which may be waiting for this one
         if world.launcher == MPI:
             abort_at_exit()
         raise
@@ -172,12 +173,9 @@ def connected(world: World, *, device: torch.device, timeout: timedelta = timede
 
 
 def _end_threads_of_the_group() -> None:
-    """Joins the threads of a destroyed gloo group, by collecting the models and loops that refer to it.
-
-    Such a thread frees the tensors of the last collective, for which it needs the interpreter. If it does so while the
-    interpreter ends, it aborts the process (status -6) after all its work was done. The group ends its threads when
-    nothing refers to it any longer, but models and loops refer to it in cycles.
-    """
+    # A thread of a gloo group frees the tensors of the last collective, for which it needs the interpreter. If it does
+    # so while the interpreter ends, it aborts the process (status -6) after all its work was done. A destroyed group
+    # joins its threads when nothing refers to it any longer, but models and loops refer to it in cycles.
     gc.collect()
 
 

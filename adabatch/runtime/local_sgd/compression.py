@@ -48,6 +48,8 @@ class Int8:
         """The scales of a row's blocks, float32, then its numbers."""
         blocks = rows.view(len(rows), -1, BLOCK)
         scales = blocks.abs().amax(2) / 127
+        # clamped, for blocks of zeros; nan_to_num, since casting NaN to int8 is undefined: such a block's scale is not
+        # finite, and says so
         whole = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().nan_to_num(0, 0, 0)
         return torch.cat([scales.view(torch.uint8), whole.to(torch.int8).view(torch.uint8).flatten(1)], dim=1)
 

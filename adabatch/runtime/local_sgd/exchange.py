@@ -63,6 +63,7 @@ class Exchange:
         kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
         for kind in sorted(kinds, key=str):  # in the same order on every worker
             members = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind]
+            # one message per data type: a reduction for each parameter would cost its latency each time
             flat = torch.cat([tensor.reshape(-1) for tensor in members]).mul_(weight)
             self._workers.sum_in_place(flat)
             self.bytes_sent += self.ring_bytes([flat])
@@ -91,8 +92,11 @@ class Exchange:
         flat = torch.cat(
             [(tensor - anchor).reshape(-1).float() for tensor, anchor in zip(tensors, anchors, strict=True)]
         )
+        # _mean_of takes a plain mean; times the size, a worker's weight becomes its factor in it
         mean = self._mean_of(flat.mul_(weight * size), ENCODINGS[compression], errors)
         for tensor, anchor, change in zip(tensors, anchors, _cut(mean, tensors), strict=True):
+            # onto the anchor, which is equal on all workers, as is the decoded change: so the parameters are equal to
+            # the bit
             tensor.copy_(anchor + change)
 
     def _mean_of(self, flat: Tensor, encoding: Encoding, errors: Errors) -> Tensor:

@@ -110,6 +110,7 @@ class Memory:
         return cls(
             **{name: state[name] for name in _NUMBERS},
             round=under_way,
+            # copies: the caller may load the same state again, and these are changed in place
             anchors=[tensor.to(device, copy=True) for tensor in state["anchors"]],
             momenta=[tensor.to(device, copy=True) for tensor in state["momenta"]],
             errors=errors,

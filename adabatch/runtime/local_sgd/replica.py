@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from adabatch.runtime.fsdp2 import own_piece
 from adabatch.runtime.local_sgd.exchange import Exchange
+from adabatch.runtime.trained_parameters import held_parameters
 
 COUNT = "step"
 """Name of the optimizers' count of steps, which is equal on all workers and not averaged."""
@@ -38,13 +39,7 @@ class Replica:
             )
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) in held]
-        if not self.parameters:
-            raise ValueError(
-                f"the optimizer holds none of the model's parameters that require a gradient: build the "
-                f"{type(optimizer).__name__} from the parameters() of this {type(model).__name__}"
-            )
+        self.parameters = held_parameters(model, optimizer)
         self.device = own_piece(self.parameters[0])[0].device
         self._model = model
         self._optimizer = optimizer
@@ -122,6 +117,7 @@ def _as_gradient(parameter: Tensor, piece: Tensor) -> Tensor:
         piece,
         parameter.device_mesh,
         parameter.placements,
+        # the check would be a collective
         run_check=False,
         shape=parameter.shape,
         stride=parameter.stride(),

@@ -117,6 +117,6 @@ def period_of(sync_every: int | Period | Any) -> Period:
 
 
 def _words(setting: object) -> str:
-    """The text of a setting; only the name for the user's own class, because its ``repr`` may contain an address."""
+    # only the name for the user's own class: its repr may contain an address, which differs between ranks
     plain = setting is None or is_dataclass(setting) or isinstance(setting, str | int)
     return repr(setting) if plain else type(setting).__name__

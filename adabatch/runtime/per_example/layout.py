@@ -46,7 +46,7 @@ def run_with_one_less(model: nn.Module, args: Any, kwargs: Any, num_examples: in
 
         fewer: Any = map_tensors(shorter, (args, kwargs))
         try:
-            with torch.no_grad(), _without_a_trace(inner), warnings.catch_warnings():
+            with torch.no_grad(), _with_state_restored(inner), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 # Bypasses the hooks on the model itself, which might take this for the forward of the step.
                 inner.forward(*fewer[0], **fewer[1])
@@ -57,7 +57,7 @@ def run_with_one_less(model: nn.Module, args: Any, kwargs: Any, num_examples: in
 
 
 @contextmanager
-def _without_a_trace(model: nn.Module) -> Iterator[None]:
+def _with_state_restored(model: nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device
     numbers = random_state(device)
     held = [

@@ -195,9 +195,9 @@ class PerExampleNorms:
         if seen is not None and seen != num_examples:
             raise ValueError(
                 f"the micro-batch holds {num_examples} examples, and the model was called with a first dimension of "
-                f"{seen}: views, tokens or positions in it would be taken for examples. Call the model with an example "
-                f"a row (once for each view), pass count= to AdaptiveBatch.steps if the first number is wrong, or use "
-                f"the norm test from micro-batches"
+                f"{seen}: views, tokens or positions in it would be taken for examples. Call the model with one "
+                f"example per row (once for each view), pass count= to AdaptiveBatch.steps if the first number is "
+                f"wrong, or use the norm test from micro-batches"
             )
 
     def finish(self, *, loss_scale: float = 1.0) -> ExampleGradients:

@@ -216,7 +216,8 @@ class CommHookProbe(Probe):
         self._forget()
 
     def remove(self) -> None:
-        """Stops measuring. The hook stays on the model, because DDP cannot remove a hook."""
+        """Stops measuring."""
+        # the hook stays on the model: DDP cannot remove one
         self._listening = False
         self._count_no_more()
         self._forget()

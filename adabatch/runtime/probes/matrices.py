@@ -140,13 +140,11 @@ class MatrixGrams:
 
 
 def _shortened(aspect: Tensor) -> Tensor:
-    """The mean singular value of a normal matrix, divided by the root mean square of its singular values.
-
-    For large matrices of k rows and n columns this is the hypergeometric function F(-1/2, 1/2; 2; k / n), the mean root
-    under the law of Marchenko and Pastur (1967). This is its series; the third term stands for the remainder, so the
-    error is at most 1.5e-3. With ``aspect = (k + 1) / n`` the first order is also right for small matrices.
-    """
+    """The mean singular value of a normal matrix, divided by the root mean square of its singular values."""
     x = aspect.clamp(max=1)
+    # For large matrices of k rows and n columns this is the hypergeometric function F(-1/2, 1/2; 2; k / n), the mean
+    # root under the law of Marchenko and Pastur (1967). This is its series; the third term stands for the remainder, so
+    # the error is at most 1.5e-3. With aspect = (k + 1) / n the first order is also right for small matrices.
     return 1 - x / 8 - x.square() / 64 - 0.0106 * x**3
 
 
