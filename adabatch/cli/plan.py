@@ -14,7 +14,7 @@ import numpy as np
 from adabatch.cli.plain_parser import PlainParser, not_negative
 from adabatch.cli.runs import FoundRun, find_runs
 from adabatch.forecast import Cluster, Evidence, Forecast, Range, StepCost, forecast, kaplan, knee, power_lines
-from adabatch.forecast.costs import ASSUMPTIONS, LEAST_EFFICIENCY, LEAST_STEPS, extended, largest_sensible
+from adabatch.forecast.costs import ASSUMPTIONS, LEAST_EFFICIENCY, LEAST_STEPS, RISE, extended, largest_sensible
 from adabatch.forecast.network import fitted
 from adabatch.report import require_matplotlib
 from adabatch.report.evidence import evidence_of, has_band, largest_micro_batch, step_cost_of, timed_sizes
@@ -168,8 +168,9 @@ def _journal(asked: Any, run: FoundRun, num_bytes: float, notes: list[str]) -> _
     if asked.examples is not None:
         if asked.examples > steps.num_examples:
             notes.append(
-                f"Beyond the {steps.num_examples:,.0f} examples of the journal, the noise scale is taken to stay as "
-                "it was in their last quarter, with twice the error; it often rises."
+                f"Beyond the {steps.num_examples:,.0f} examples of the journal, the noise scale is taken to rise as "
+                f"examples^{RISE:g} from their last quarter on (Bergsma et al. 2025), with twice the error; ranges go "
+                "from no rise to twice that exponent."
             )
         evidence = extended(evidence, asked.examples)
     else:

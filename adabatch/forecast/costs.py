@@ -28,6 +28,13 @@ noise."""
 LEAST_EFFICIENCY = 0.25
 """Least worth of an example in a plan; it is reached at three noise scales."""
 
+RISE = 0.462
+"""Exponent of the examples with which the noise scale is taken to rise beyond what was measured: that of the critical
+batch in the tokens of a run (Bergsma et al. 2025, figure 1). The range of a plan goes from no rise to twice that."""
+
+SEGMENTS = 16
+"""Segments of a rising noise scale."""
+
 ASSUMPTIONS = (
     "The noise scale depends on the progress made, and not on the batch by which it was made.",
     "Each batch has the learning rate that is right for it.",
@@ -249,35 +256,42 @@ def knee(
 
 
 def extended(evidence: Evidence, examples: float) -> Evidence:
-    """The evidence for a run of ``examples``: cut, or extended by the noise scale and batch of its last quarter.
+    """The evidence for a run of ``examples``: cut, or extended from the noise scale and batch of its last quarter.
 
-    The extension has the error of a quarter of the probes, which is twice that of all (in logarithms). This error is
-    used for the whole of a longer run.
+    Beyond the end the noise scale goes on as ``examples ** RISE``. The band then also holds a noise scale that stays
+    as it was, and one with twice the exponent. The extension has the error of a quarter of the probes, which is twice
+    that of all (in logarithms). This error is used for the whole of a longer run.
 
     Raises:
         ValueError: if the number of examples is not positive.
+
+    Source: Bergsma et al. 2025 (arXiv 2505.13738v2), figure 1, for the exponent.
     """
     if not 0 < examples < math.inf:
         raise ValueError(f"examples must be positive and finite, got {examples}")
     ends = np.cumsum(evidence.examples)
-    before = ends - evidence.examples
+    before, end = ends - evidence.examples, float(ends[-1])
     kept = before < examples
     cut = evidence._replace(
         examples=np.minimum(evidence.examples, examples - before)[kept],
         batch=evidence.batch[kept],
         noise_scale=evidence.noise_scale[kept],
     )
-    left = examples - float(ends[-1])
-    if left <= 0:
+    if examples <= end:
         return cut
-    last = ends > 0.75 * ends[-1]
+    last = ends > 0.75 * end
     taken, batch, scale = evidence.examples[last], evidence.batch[last], evidence.noise_scale[last]
+    edges = np.geomspace(end, examples, SEGMENTS + 1)
+    more = np.diff(edges)
+    # Logarithms of how far each segment lies beyond the middle of the quarter that was measured.
+    beyond = np.log(np.sqrt(edges[1:] * edges[:-1]) / (0.875 * end))
+    rise = math.exp(RISE * float((more * beyond).sum()) / examples)
     low, high = evidence.band
     return Evidence(
-        np.append(cut.examples, left),
-        np.append(cut.batch, taken.sum() / (taken / batch).sum()),
-        np.append(cut.noise_scale, np.exp(np.average(np.log(scale), weights=taken))),
-        (low**2, high**2),
+        np.append(cut.examples, more),
+        np.append(cut.batch, np.full(SEGMENTS, taken.sum() / (taken / batch).sum())),
+        np.append(cut.noise_scale, np.exp(np.average(np.log(scale), weights=taken) + RISE * beyond)),
+        (low**2 / rise, high**2 * rise),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from adabatch.cli.main import main
+from adabatch.forecast.costs import RISE
 
 STEP, EXAMPLE, NOISE = 0.02, 0.001, 400.0
 CONFIG = {
@@ -106,10 +107,12 @@ def test_a_longer_run_is_told_of(tmp_path, capsys):
     short = planned(capsys, run, *CLUSTER, "--max_batch=64")
     long = planned(capsys, run, *CLUSTER, "--max_batch=64", "--examples=19200")
     assert long["forecast"]["steps"]["point"] == pytest.approx(10 * short["forecast"]["steps"]["point"], rel=0.05)
-    assert any(note.startswith("Beyond the 1,920 examples") for note in long["notes"])
+    assert any(note.startswith("Beyond the 1,920 examples") and "examples^0.462" in note for note in long["notes"])
     assert any(note.startswith("The run is as long as the journal") for note in short["notes"])
     # A tenth of the run was measured, by a quarter of its probes at the end.
-    assert long["noise_band"] == pytest.approx([each**2 for each in short["noise_band"]])
+    low, high = (long / short**2 for long, short in zip(long["noise_band"], short["noise_band"], strict=True))
+    assert low == pytest.approx(1 / high)
+    assert 2 < high < 10**RISE, "the rise, which may not come or come twice"
 
 
 @pytest.mark.parametrize("option", ["--max_batch=4096", "--examples=1e6"])
@@ -119,8 +122,9 @@ def test_ranges_follow_the_scatter_of_the_probes(option, tmp_path, capsys):
         run = write_run(tmp_path / name, scatter=scatter, steps=160)
         steps = planned(capsys, str(run), *CLUSTER, option)["forecast"]["steps"]
         widths.append(steps["high"] / steps["low"])
-    assert widths[0] == pytest.approx(1)
-    assert widths[0] < 1.01 < widths[1] < widths[2]
+    if option.startswith("--max_batch"):  # a longer run has the range of the rise as well
+        assert widths[0] == pytest.approx(1)
+    assert 1.01 * widths[0] < widths[1] < widths[2]
 
 
 def test_few_probes_have_no_error_bar(tmp_path, capsys):
@@ -132,10 +136,10 @@ def test_few_probes_have_no_error_bar(tmp_path, capsys):
 def test_the_largest_batch_is_sensible(tmp_path, capsys):
     run = str(write_run(tmp_path / "a"))
     dear = [run, *CLUSTER, "--step_seconds=100", "--example_seconds=0.001"]
-    for examples in ("2e4", "1e6"):
+    for examples in (2e4, 1e6):
         told = planned(capsys, *dear, f"--examples={examples}")
         assert told["forecast"]["steps"]["point"] >= 200
-        assert told["settings"]["limits.max"] <= 3 * NOISE
+        assert told["settings"]["limits.max"] <= 3 * NOISE * (examples / (0.875 * 1920)) ** RISE
         assert any(note.startswith("No batch is larger than") for note in told["notes"])
     assert planned(capsys, *dear, "--max_batch=50000")["settings"]["limits.max"] > 3 * NOISE
     told = planned(capsys, *dear, "--min_batch=100", "--max_batch=100")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adabatch.forecast import Cluster, Evidence, StepCost, forecast, kaplan, knee, power_lines
-from adabatch.forecast.costs import LEAST_EFFICIENCY, LEAST_STEPS, extended, largest_sensible
+from adabatch.forecast.costs import LEAST_EFFICIENCY, LEAST_STEPS, RISE, extended, largest_sensible
 from adabatch.forecast.network import all_reduce_seconds
 
 CLUSTER = Cluster(devices=8, bandwidth=1e10, latency=1e-5, price_per_hour=2.0)
@@ -94,18 +94,33 @@ def test_limits_are_kept():
         forecast(noise(), COST, CLUSTER, limits=(64, 32))
 
 
-def test_a_run_is_cut_and_goes_on_as_its_last_quarter():
+def test_a_run_is_cut():
     run = Evidence(np.array([10.0, 20, 30]), np.array([10.0, 20, 30]), np.array([1.0, 2, 3]), (0.5, 2))
-    shorter, longer = extended(run, 15), extended(run, 100)
+    shorter = extended(run, 15)
     assert shorter.examples.tolist() == [10, 5]
     assert shorter.band == (0.5, 2)
-    assert longer.examples.tolist() == [10, 20, 30, 40]
-    assert longer.noise_scale.tolist() == pytest.approx([1, 2, 3, 3])
-    assert longer.batch.tolist() == [10, 20, 30, 30]
-    assert longer.band == (0.25, 4)
     assert extended(run, 60).examples.tolist() == [10, 20, 30]
     with pytest.raises(ValueError, match="examples"):
         extended(run, 0)
+
+
+def test_a_run_goes_on_as_the_power_law_through_its_last_quarter():
+    # Four segments of a noise scale that is the law itself, so that the extension lies on it too.
+    middles = np.array([0.125, 0.375, 0.625, 0.875]) * 1000
+    run = Evidence(np.full(4, 250.0), np.array([10.0, 10, 10, 20]), 3 * middles**RISE, (0.5, 2))
+    longer = extended(run, 5000)
+    assert longer.examples.sum() == pytest.approx(5000)
+    assert longer.examples[:4].tolist() == [250] * 4
+    at = np.cumsum(longer.examples) - longer.examples / 2
+    assert longer.noise_scale == pytest.approx(3 * at**RISE, rel=0.01)
+    assert longer.batch[4:] == pytest.approx(20)
+    # The band holds a noise scale that stays, as the mean of its logarithms, with twice the error of the probes.
+    stays = np.where(np.arange(len(at)) < 4, longer.noise_scale, run.noise_scale[-1])
+    rise = np.exp(np.average(np.log(longer.noise_scale / stays), weights=longer.examples))
+    assert rise > 1.5
+    assert longer.band == pytest.approx((0.25 / rise, 4 * rise), rel=1e-6)
+    slightly = extended(run, 1001)
+    assert slightly.band == pytest.approx((0.25, 4), rel=1e-3)
 
 
 def test_a_wider_band_widens_every_range():
