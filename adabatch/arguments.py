@@ -455,6 +455,8 @@ def _in_range(found: Any) -> Any:
 
 
 def _array(value: Any) -> Any:
+    if isinstance(value, list | tuple) and any(each is None for each in value):
+        value = [math.nan if each is None else each for each in value]  # the null of a journal: a number is missing
     try:
         found = np.asarray(value)
     except (TypeError, ValueError, RuntimeError):  # lists of unequal lengths; a tensor with a gradient or on a device

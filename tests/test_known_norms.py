@@ -182,28 +182,6 @@ def test_a_gradient_scaler_and_a_reduction_of_ones_own_are_read() -> None:
     assert added == pytest.approx(read, rel=1e-6)
 
 
-def test_a_closure_makes_gradients_of_its_own() -> None:
-    model = network()
-    optimizer = Watched(model.parameters(), lr=0.1)
-    batches = AdaptiveBatch(model, optimizer, NormTest(eta=0.4), micro_batch_size=4, limits=Limits(min=8, max=8))
-    data = regression(64)
-    for step in batches.steps(GlobalOrder(data), until=examples(16)):
-        for batch in step:
-            step.backward(loss_of(model, batch))
-
-        def closure() -> float:
-            optimizer.zero_grad()
-            loss = 5 * loss_of(model, data[:8])
-            loss.backward()
-            return loss.item()
-
-        optimizer.step(closure)
-        own = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None)
-        assert optimizer.added == pytest.approx(own, rel=1e-6)
-        optimizer.zero_grad()
-    assert optimizer.taken == 0
-
-
 def test_an_offer_is_for_one_step_and_holds_no_gradient_after_it() -> None:
     model = network()
     loss_of(model, regression(8)[:]).backward()

@@ -160,6 +160,8 @@ def run_branch(
     )
     parts = _loaded(fixed, world, checkpoint)
     engine, batches = parts.engine, parts.batches
+    if parts.schedule is not None:
+        parts.schedule.give_way()  # its rates stay as they are now
     losses: list[float] = []
     sizes: list[int] = []
     lr, diverged, late = math.nan, False, False

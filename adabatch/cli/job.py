@@ -54,8 +54,6 @@ COUNTS = MappingProxyType(
         "reference_batch_size": MOST,
         "tokens_per_example": MOST,
         "num_workers": 1024,
-        "guard.check_every": MOST,
-        "control.interval": MOST,
         "control.hold": MOST,
         "checkpoint.keep": MOST,
     }

@@ -15,6 +15,9 @@ TYPES = {
     "dot import path string": "a class path (package.module.Class) or a mapping of its arguments",
 }
 VALUE = re.compile(r"(?:Given value|Got value): (.*?)(?=\. Got value: |$)", re.MULTILINE)
+GROUPS = {"Control": "control", "Guard": "guard", "Limits": "limits", "Measure": "measure"}
+"""Classes whose own errors are about fields that a config has in a mapping, and the name of that mapping."""
+OF_A_GROUP = re.compile(rf"\b({'|'.join(GROUPS)}): (.+?)(?=\s+- Expected an? <class|\s*\Z)", re.DOTALL)
 LONGEST = 300
 """Characters of a message that is passed on unchanged."""
 
@@ -31,6 +34,9 @@ def one_line(message: str, *, known: Iterable[str] = (), help_command: str = "ad
         The field, its value, and what to write instead, as far as the message contains them.
     """
     field = _field(message)
+    if found := OF_A_GROUP.search(message):
+        group, said = GROUPS[found[1]], " ".join(found[2].split())
+        return said if said.startswith(f"{group}.") else f"{group}.{said}"
     if found := re.search(r"unrecognized arguments: (.*)", message):
         return _unknown(found[1], known, help_command)
     if found := re.search(r"Key '?\"?([\w.]+)'?\"? is not expected|Unexpected keys?:? '?\"?([\w.]+)", message):

@@ -31,7 +31,7 @@ A config file sets all fields; a flag overrides one of them. The most common fie
   --config FILE              YAML file with the fields; later files override earlier ones
   --model CLASS              the network; pass its arguments as --model.NAME
   --train_data CLASS         data set of (input, target); --test_data CLASS for a test at the end
-  --evaluate_every.count N   and one every N --evaluate_every.unit examples, tokens, steps or gain_steps
+  --evaluate_every DURATION  how often to test before, such as "{{count: 1000, unit: steps}}"
   --loss CLASS               a module (outputs, targets) -> mean loss
   --optimizer CLASS          such as torch.optim.AdamW, with --optimizer.lr
   --criterion CLASS          which batch size to ask for, such as adabatch.NormTest with --criterion.eta

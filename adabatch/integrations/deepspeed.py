@@ -183,8 +183,6 @@ def check_engine(engine: Any) -> None:
     Raises:
         ValueError, TypeError: as ``attach`` does.
     """
-    if not isinstance(engine, DeepSpeedEngine):
-        raise TypeError(f"attach takes the engine that deepspeed.initialize returns first, got {type(engine).__name__}")
     if getattr(engine, "basic_optimizer", None) is None:
         raise TypeError("the engine has no optimizer: give one to deepspeed.initialize, or to its config")
     for name, refused in _refusals(engine).items():

@@ -97,7 +97,7 @@ def attach(
         TypeError: if ``manager`` is not a ``torchft.Manager``, or ``order`` is not a ``GlobalOrder``.
     """
     _check_manager(manager)
-    _check_parts(model, optimizer, order)
+    _check_parts(model, optimizer)
     _check_options(criterion, options)
     batches = AdaptiveBatch(
         model,
@@ -305,7 +305,7 @@ def _check_registered(manager: Any) -> None:
         )
 
 
-def _check_parts(model: Any, optimizer: Any, order: Any) -> None:
+def _check_parts(model: Any, optimizer: Any) -> None:
     wrapped = isinstance(uncompiled(model), DistributedDataParallel)
     if is_sharded(model) or (wrapped and not isinstance(uncompiled(model), torchft.DistributedDataParallel)):
         raise ValueError(
@@ -322,8 +322,6 @@ def _check_parts(model: Any, optimizer: Any, order: Any) -> None:
             f"{type(optimizer).__name__} shares its work among ranks that stay the same: use an optimizer of "
             f"torch.optim"
         )
-    if not isinstance(order, GlobalOrder):
-        raise TypeError(f"order must be the adabatch.GlobalOrder that steps() is given, got {type(order).__name__}")
 
 
 def _check_options(criterion: Any, options: Mapping[str, Any]) -> None:

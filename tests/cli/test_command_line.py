@@ -167,6 +167,10 @@ def test_the_path_is_left_as_it_was(config: Any, monkeypatch: pytest.MonkeyPatch
         ("--engine=horovod", ["engine must be one of ddp, fsdp2, deepspeed", "'horovod'"]),
         ("--seed=-1", ["seed must be a whole number from 0", "-1"]),
         ("--config=/no/such/file", ["config", "/no/such/file"]),
+        ("--guard.check_every=2147483648", ["error: guard.check_every must be at most 100000000 steps", "2147483648"]),
+        ("--control.interval=2147483648", ["error: control.interval must be at least 1", "at most 100,000,000"]),
+        ("--control.growth=0.5", ["error: control.growth must be above 1, got 0.5"]),
+        ("--limits.min=-4", ["error: limits.min must be at least 1 example, got -4"]),
         *((f"--{name}={most + 1}", [name, f"at most {most:,}", f"{most + 1:,}"]) for name, most in COUNTS.items()),
     ],
 )

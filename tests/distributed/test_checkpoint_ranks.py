@@ -369,6 +369,7 @@ def by_the_clock(rank: int, folder: Path) -> list[int]:
                 step.backward(loss_of(run["model"], batch))
             run["optimizer"].step()
             run["optimizer"].zero_grad()
+            run["schedule"].step()
             now += 3.0 if rank == 0 else 1000.0
             if checkpoints.step():
                 saved.append(run["batches"].consumed.steps)

@@ -405,7 +405,7 @@ def test_the_engines_checkpoint_carries_the_run(found: dict[str, Any]) -> None:
 
 def test_what_cannot_be_measured_is_refused(found: dict[str, Any]) -> None:
     expected = {
-        "no engine": "TypeError: attach takes the engine that deepspeed.initialize returns first, got Sequential",
+        "no engine": "TypeError: engine must be a DeepSpeedEngine, got Sequential",
         "pipeline": "ValueError: .*PipelineEngine.train_batch runs .* in one call",
         "no norm": "ValueError: .*leave `compute_grad_norm` out",
         "late and clipped": "ValueError: .*ZeRO 0 without managed accumulation .*use ZeRO 1",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adabatch.cli.main import main
-from adabatch.cli.schedule.shape_text import NAMES
+from adabatch.lr.shapes import FACTORIES
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 
@@ -58,7 +58,7 @@ def cells(line: str) -> list[str]:
 
 def test_every_shape_has_its_formula() -> None:
     table = " ".join(line for line in TEXT.splitlines() if line.startswith("| `"))
-    assert not [name for name in NAMES if f"`{name}" not in table]
+    assert not [name for name in FACTORIES if f"`{name}" not in table]
 
 
 def test_what_the_guide_points_to_exists() -> None:

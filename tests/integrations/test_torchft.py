@@ -223,7 +223,7 @@ def test_what_is_refused(address: str) -> None:
     sgd = torch.optim.SGD(network().parameters(), lr=0.1)
     limits = adabatch.Limits(min=8, max=64)
     refused: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"order": "data"}, TypeError, "order must be the adabatch.GlobalOrder"),
+        ({"order": "data"}, TypeError, "order must be a GlobalOrder, got 'data'"),
         ({"engine": adabatch.EngineOptions()}, ValueError, "attach chooses engine= by the manager"),
         ({"guard": adabatch.Guard(check_every=5)}, ValueError, r"Guard\(trial=\) and Guard\(check_every=\)"),
         (

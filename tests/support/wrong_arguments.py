@@ -372,6 +372,7 @@ CALLS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "adabatch.recipes.Mnist": None,  # needs files
     "adabatch.recipes.Text": None,
     "adabatch.report.draw": None,
+    "adabatch.report.write_charts": None,
 }  # fmt: skip
 """Name -> the arguments of a call that works; None where there is no such call in one process without files."""
 
