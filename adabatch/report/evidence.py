@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 
-from adabatch.batch.plan import BatchPlan
-from adabatch.batch.step_times import StepTimes
+from adabatch.batch.step_times import PlanTimes, StepTimes
 from adabatch.forecast.costs import Evidence, StepCost
 from adabatch.report.evaluations import Floats
 from adabatch.report.steps import RunSteps
@@ -107,13 +106,12 @@ def step_cost_of(run: RunSteps, *, gradient_bytes: float) -> StepCost | None:
     timed = np.flatnonzero(np.isfinite(run.seconds) & (run.seconds > 0))
     if not timed.size:
         return None
-    times, of_plan = StepTimes(), dict[tuple[int, int, int], list[float]]()
+    of_plan = dict[tuple[int, int, int], list[float]]()
     for index in timed.tolist():
         key = int(run.micro_batch[index]), int(run.accumulation[index]), int(run.dp_size[index])
-        made = BatchPlan(micro_batch_size=key[0], accumulation_steps=key[1], dp_size=key[2])
-        times = times.after(made, float(run.seconds[index]))
         of_plan.setdefault(key, []).append(float(run.seconds[index]))
-    model = times.model
+    # All times, and not the last few (``StepTimes.after``): a criterion has to forget a machine that has changed.
+    model = StepTimes(tuple(PlanTimes(*key, tuple(taken)) for key, taken in of_plan.items())).model
     micro = max(key[0] for key in of_plan)
     step, example = model.overhead, model.example + model.micro_batch / micro
     if len({key[1] for key in of_plan}) == 1:
