@@ -177,9 +177,7 @@ def _without_wrapper(optimizer: Any) -> Any:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def _check_accelerator(accelerator: Any) -> None:
-    if not isinstance(accelerator, Accelerator):
-        raise TypeError(f"attach takes an accelerate.Accelerator first, got {type(accelerator).__name__}")
+def _check_accelerator(accelerator: Accelerator) -> None:
     _check_accumulation(accelerator)
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:

@@ -304,7 +304,7 @@ def test_a_sampler_that_would_lose_examples_is_refused(late: bool) -> None:
 
 
 def test_what_is_no_accelerator_or_not_ours_to_choose_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"attach takes an accelerate.Accelerator first, got Sequential"):
+    with pytest.raises(TypeError, match=r"accelerator must be an Accelerator, got Sequential"):
         attached(network(), network(), None, Constant(16))
     with pytest.raises(ValueError, match="attach chooses engine= from the accelerator: leave it out"):
         Run(accelerator_of(), Constant(16), engine=adabatch.EngineOptions(gradient_sync="last"))
