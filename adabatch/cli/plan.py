@@ -17,7 +17,14 @@ from adabatch.forecast import Cluster, Evidence, Forecast, Range, StepCost, fore
 from adabatch.forecast.costs import ASSUMPTIONS, LEAST_EFFICIENCY, LEAST_STEPS, RISE, extended, largest_sensible
 from adabatch.forecast.network import fitted
 from adabatch.report import require_matplotlib
-from adabatch.report.evidence import evidence_of, has_band, largest_micro_batch, step_cost_of, timed_sizes
+from adabatch.report.evidence import (
+    evidence_of,
+    has_band,
+    has_price_band,
+    largest_micro_batch,
+    step_cost_of,
+    timed_sizes,
+)
 from adabatch.report.steps import read_steps
 
 SCALES = (8, 64, 1000, 10_000)
@@ -180,9 +187,26 @@ def _journal(asked: Any, run: FoundRun, num_bytes: float, notes: list[str]) -> _
     cost = None
     if asked.example_seconds is None:
         cost = step_cost_of(steps, gradient_bytes=num_bytes)
-        if cost is not None and timed_sizes(steps) < 2:
-            notes.append("Steps of one batch size only were timed: what a step costs beside its examples is a guess.")
+        if cost is not None and asked.step_seconds is None:
+            notes += _price_notes(cost, timed_sizes(steps))
     return evidence, cost, largest_micro_batch(steps), f"the journal of {run.name}"
+
+
+def _price_notes(cost: StepCost, sizes: int) -> list[str]:
+    if sizes < 2:
+        return ["Steps of one batch size only were timed: what a step costs beside its examples is a guess."]
+    if cost.step == 0:
+        return [
+            "By the times in the journal a step costs nothing beside its examples; the ranges take this as certain."
+        ]
+    if not has_price_band(cost):
+        return ["The journal has no error bar of the price of a step (16 timed steps do), so the ranges leave it out."]
+    low, high = cost.price_band
+    return [
+        f"The price of a step without the network lies between {low:.2f} and {high:.2f} times what was measured, each "
+        "with 95 %, by the scatter of its times; the batch follows the price, and a typical step takes as long as it "
+        "did."
+    ]
 
 
 def _guess(asked: Any, notes: list[str]) -> _Source:
@@ -230,7 +254,7 @@ def _given_cost(
             "Goodput, has them written). Give --example_seconds and --step_seconds, or --parameters, "
             "--tokens_per_example and --flops (or --measure)"
         )
-    return cost if asked.step_seconds is None else cost._replace(step=asked.step_seconds)
+    return cost if asked.step_seconds is None else cost._replace(step=asked.step_seconds, price_band=(1.0, 1.0))
 
 
 def _cluster(asked: Any, found: dict[str, Any], notes: list[str]) -> Cluster:

@@ -8,6 +8,7 @@ where the price ``p (s + r(p)) / e`` is the fixed cost of a step in examples.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,9 +45,10 @@ ASSUMPTIONS = (
     "take twice as long and more; and nothing of it is hidden behind the backward.",
     "Data-parallel training only: each device holds the whole model, and sends all of its gradient in each step.",
     "Evaluation, checkpoints, data loading and failures are not in the time.",
-    "The ranges hold the errors of noise and times only. Plans from the first fifth of a run, of small networks on one "
-    "process, were off by a factor of 1.5 in steps, 1.7 in the mean batch and 1.3 in time, in the median, as the noise "
-    "scale went on rising; 8 of 21 ranges held what came out (benchmarks/results/plan_accuracy.md).",
+    "The ranges hold the errors of the noise scale, of the price of a step and of times only. Plans from the first "
+    "fifth of a run, of small networks on one process, were off by a factor of 1.4 in steps, 1.4 in the mean batch, "
+    "which was always larger than planned, and 1.1 in time, in the median; all of 24 ranges held what came out "
+    "(benchmarks/results/plan_accuracy.md).",
 )
 
 
@@ -92,12 +94,23 @@ class StepCost(NamedTuple):
         example: seconds per example, positive.
         gradient_bytes: bytes that are summed over the devices in each step.
         spread: the spread of both times, as two factors, one at most 1 and one at least 1.
+        price_band: the error bar of ``step / example``, as two factors, one at most 1 and one at least 1.
+        pivot: examples per device of a typical timed step, positive. The time of such a step is known much better than
+            how it divides into a fixed part and its examples.
     """
 
     step: float
     example: float
     gradient_bytes: float
     spread: tuple[float, float] = (1.0, 1.0)
+    price_band: tuple[float, float] = (1.0, 1.0)
+    pivot: float = 1.0
+
+    def repriced(self, factor: float) -> StepCost:
+        """With ``step / example`` multiplied by ``factor``, and the time of ``pivot`` examples as before."""
+        price = factor * self.step / self.example
+        example = (self.step + self.example * self.pivot) / (price + self.pivot)
+        return self._replace(step=price * example, example=example)
 
 
 class Forecast(NamedTuple):
@@ -107,8 +120,8 @@ class Forecast(NamedTuple):
         devices: devices of the cluster.
         price: price of a step, in examples over all devices, as in ``StepPrice``.
         batch: examples per step, the mean over the steps.
-        smallest_batch: the smallest batch of the run.
-        largest_batch: the largest batch of the run, at the upper end of the noise scale's band.
+        smallest_batch: the smallest batch of the run at this price, at the lower end of the noise scale's band.
+        largest_batch: the largest batch of the run at this price, at the upper end of the noise scale's band.
         examples: examples to the same progress.
         steps: optimizer steps.
         efficiency: worth of an example relative to one in a small batch.
@@ -163,25 +176,26 @@ def forecast(
 
     Returns:
         Ranges whose point is for the numbers as measured. They span all combinations of the ends of the noise scale's
-        band and of the times' spread.
+        band, of the times' spread and of the price's band. The batches of the least time follow the noise scale and the
+        price.
 
     Raises:
         ValueError: if noise scales, times or the batch are not positive and finite, or the limits cross.
     """
     _check(evidence, cost, limits, batch)
     reduce = all_reduce_seconds(cluster, cost.gradient_bytes)
-    price = cluster.devices * (cost.step + reduce) / cost.example
 
-    def totals(noise: float, time: float) -> _Totals:
-        scale = evidence.noise_scale * noise
-        # The price is chosen once, before the run: a spread of the times changes its cost, not its batches.
+    def totals(noise: float, time: float = 1.0, factor: float = 1.0) -> _Totals:
+        scale, split = evidence.noise_scale * noise, cost.repriced(factor)
+        # The spread is that of single steps around the same price: it changes the cost of a run, not its batches.
+        price = cluster.devices * (split.step + reduce) / split.example
         taken = np.sqrt(scale * price) if batch is None else np.full(len(scale), batch)
         # Each device has at least one example, whatever the limits.
         taken = np.maximum(np.clip(taken, limits[0], math.inf if limits[1] is None else limits[1]), cluster.devices)
         progress = evidence.progress(noise)
         steps = progress * (1 / taken + 1 / scale)
         used = steps * taken
-        seconds = steps * (time * (cost.step + cost.example * taken / cluster.devices) + reduce)
+        seconds = steps * (time * (split.step + split.example * taken / cluster.devices) + reduce)
         return _Totals(
             float(steps.sum()),
             float(used.sum()),
@@ -191,17 +205,18 @@ def forecast(
             float(taken.max()),
         )
 
-    point = totals(1.0, 1.0)
-    ends = [totals(noise, time) for noise in evidence.band for time in cost.spread]
+    point = totals(1.0)
+    ends = [totals(*each) for each in itertools.product(evidence.band, cost.spread, cost.price_band)]
+    at_price = [point, *(totals(noise) for noise in evidence.band)]
     hours = Range.around(point.seconds / 3600, [each.seconds / 3600 for each in ends])
     steps = Range.around(point.steps, [each.steps for each in ends])
     device_hours = _times(hours, cluster.devices)
     return Forecast(
         devices=cluster.devices,
-        price=price,
+        price=cluster.devices * (cost.step + reduce) / cost.example,
         batch=Range.around(point.examples / point.steps, [each.examples / each.steps for each in ends]),
-        smallest_batch=min(each.smallest for each in (point, *ends)),
-        largest_batch=max(each.largest for each in (point, *ends)),
+        smallest_batch=min(each.smallest for each in at_price),
+        largest_batch=max(each.largest for each in at_price),
         examples=Range.around(point.examples, [each.examples for each in ends]),
         steps=steps,
         efficiency=Range.around(point.efficiency, [each.efficiency for each in ends]),
@@ -305,7 +320,9 @@ def _check(evidence: Evidence, cost: StepCost, limits: tuple[float | None, float
         raise ValueError("noise scales must be positive and finite, one at least")
     if not 0 < cost.example < math.inf or not 0 <= cost.step < math.inf or not 0 <= cost.gradient_bytes < math.inf:
         raise ValueError(f"an example must take a positive time, a step and its bytes zero or more, got {cost}")
-    for name, (low, high) in (("band", evidence.band), ("spread", cost.spread)):
+    if not 0 < cost.pivot < math.inf:
+        raise ValueError(f"the pivot must be a positive number of examples, got {cost.pivot}")
+    for name, (low, high) in (("band", evidence.band), ("spread", cost.spread), ("price_band", cost.price_band)):
         if not 0 < low <= 1 <= high < math.inf:
             raise ValueError(f"the {name} must be factors around 1, got {low} and {high}")
     low_limit, high_limit = limits

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from adabatch.batch.plan import BatchPlan
-from adabatch.batch.step_times import StepTimes
+from adabatch.batch.step_times import PlanTimes, StepTimes
 from adabatch.forecast.costs import Evidence, StepCost
 from adabatch.report.evaluations import Floats
 from adabatch.report.steps import RunSteps
@@ -15,7 +16,7 @@ from adabatch.report.summary import noise_band
 from adabatch.report.what_if import usable_scale
 
 GROUPS = 8
-"""Groups of probes, whose scatter tells how certain the noise scale of a run is."""
+"""Groups of probes, or of timed steps, whose scatter tells how certain the noise scale, or the price of a step, is."""
 
 T_95 = 1.895
 """One-sided 95 % of Student's t with ``GROUPS - 1`` degrees of freedom."""
@@ -72,8 +73,12 @@ def scatter_band(run: RunSteps) -> tuple[float, float] | None:
     without_noise, without_signal = noise.sum() - noise, signal.sum() - signal
     if not ((without_noise > 0).all() and (without_signal > 0).all()):
         return 1 / WIDEST, WIDEST
-    log_scale = np.log(without_noise / without_signal)
-    error = math.sqrt((GROUPS - 1) * float(np.var(log_scale)))
+    return _jackknifed(without_noise / without_signal)
+
+
+def _jackknifed(without: Floats) -> tuple[float, float]:
+    """The factors on an estimate, from the positive estimates without each of the groups."""
+    error = math.sqrt((GROUPS - 1) * float(np.var(np.log(without))))
     factor = min(math.exp(min(T_95 * error, 50.0)), WIDEST)
     return 1 / factor, factor
 
@@ -94,6 +99,24 @@ def has_band(evidence: Evidence) -> bool:
     return evidence.band != (1.0, 1.0)
 
 
+_Plan = tuple[int, int, int]
+"""Micro-batch size, accumulation steps and data-parallel size."""
+
+
+class _Timed(NamedTuple):
+    """A step that was timed."""
+
+    plan: _Plan
+    seconds: float
+
+
+class _Split(NamedTuple):
+    """The seconds of a step beside its examples, and of an example."""
+
+    step: float
+    example: float
+
+
 def step_cost_of(run: RunSteps, *, gradient_bytes: float) -> StepCost | None:
     """The cost of a step on one rank, from the timed steps of a run; None if none was timed.
 
@@ -101,34 +124,83 @@ def step_cost_of(run: RunSteps, *, gradient_bytes: float) -> StepCost | None:
     equally many micro-batches, it is added to the cost of the step. With several ranks, the network's part is that of
     the fitted ring (`StepTimeModel`), and is not included: a forecast uses the network of its cluster.
 
+    The band of the price is that of ``_price_band``, or (1, 1) if there are too few timed steps for it.
+
     Raises:
         ValueError: if the times do not grow with the examples, so that an example would cost nothing.
     """
-    timed = np.flatnonzero(np.isfinite(run.seconds) & (run.seconds > 0))
-    if not timed.size:
+    timed = _timed_steps(run)
+    if not timed:
         return None
-    times, of_plan = StepTimes(), dict[tuple[int, int, int], list[float]]()
-    for index in timed.tolist():
-        key = int(run.micro_batch[index]), int(run.accumulation[index]), int(run.dp_size[index])
-        made = BatchPlan(micro_batch_size=key[0], accumulation_steps=key[1], dp_size=key[2])
-        times = times.after(made, float(run.seconds[index]))
-        of_plan.setdefault(key, []).append(float(run.seconds[index]))
-    model = times.model
-    micro = max(key[0] for key in of_plan)
-    step, example = model.overhead, model.example + model.micro_batch / micro
-    if len({key[1] for key in of_plan}) == 1:
-        # If all steps have equally many micro-batches, their fixed cost cannot be told from that of the step.
-        step, example = step + next(iter(of_plan))[1] * model.micro_batch, model.example
-    longest = max(float(np.median(taken)) for taken in of_plan.values())
-    # Not "> 0": where the times do not grow, rounding of the fit leaves a cost of 1e-18 of a step, of either sign.
-    if not example * max(key[0] * key[1] for key in of_plan) > LEAST_SHARE * longest:
+    split, of_plan = _split(timed), _by_plan(timed)
+    if split is None:
         raise ValueError(
             f"{run.name}: its steps took no longer with more examples, so that an example would cost nothing; give "
             "--step_seconds and --example_seconds"
         )
     over = np.concatenate([np.array(taken) / np.median(taken) for taken in of_plan.values()])
     low, high = (float(np.percentile(over, at)) for at in SPREAD)
-    return StepCost(step, example, gradient_bytes, (min(low, 1.0), max(high, 1.0)))
+    return StepCost(
+        *split,
+        gradient_bytes,
+        spread=(min(low, 1.0), max(high, 1.0)),
+        price_band=_price_band(timed) or (1.0, 1.0),
+        pivot=float(np.median([plan[0] * plan[1] for plan, _ in timed])),
+    )
+
+
+def _timed_steps(run: RunSteps) -> list[_Timed]:
+    return [
+        _Timed((int(run.micro_batch[at]), int(run.accumulation[at]), int(run.dp_size[at])), float(run.seconds[at]))
+        for at in np.flatnonzero(np.isfinite(run.seconds) & (run.seconds > 0)).tolist()
+    ]
+
+
+def _by_plan(timed: Sequence[_Timed]) -> dict[_Plan, list[float]]:
+    found = dict[_Plan, list[float]]()
+    for plan, seconds in timed:
+        found.setdefault(plan, []).append(seconds)
+    return found
+
+
+def _split(timed: Sequence[_Timed]) -> _Split | None:
+    """The time of a step in two parts; None if an example would cost nothing."""
+    of_plan = _by_plan(timed)
+    # All times, and not the last few (``StepTimes.after``): a criterion has to forget a machine that has changed.
+    model = StepTimes(tuple(PlanTimes(*plan, tuple(taken)) for plan, taken in of_plan.items())).model
+    micro = max(plan[0] for plan in of_plan)
+    step, example = model.overhead, model.example + model.micro_batch / micro
+    if len({plan[1] for plan in of_plan}) == 1:
+        # If all steps have equally many micro-batches, their fixed cost cannot be told from that of the step.
+        step, example = step + next(iter(of_plan))[1] * model.micro_batch, model.example
+    longest = max(float(np.median(taken)) for taken in of_plan.values())
+    # Not "> 0": where the times do not grow, rounding of the fit leaves a cost of 1e-18 of a step, of either sign.
+    pays = example * max(plan[0] * plan[1] for plan in of_plan) > LEAST_SHARE * longest
+    return _Split(step, example) if pays else None
+
+
+def _price_band(timed: Sequence[_Timed]) -> tuple[float, float] | None:
+    """Factors on the price of a step, 95 % one-sided in each direction; None with fewer than two steps per group.
+
+    They come from a jackknife over groups of steps, as in ``scatter_band``. If the steps without some group do not tell
+    the price, next to nothing is known of it.
+    """
+    if len(timed) < 2 * GROUPS:
+        return None
+    price = [_price([each for at, each in enumerate(timed) if at % GROUPS != group]) for group in range(GROUPS)]
+    return _jackknifed(np.array(price)) if all(price) else (1 / WIDEST, WIDEST)
+
+
+def _price(timed: Sequence[_Timed]) -> float:
+    """The price of a step in examples; 0 if the times do not tell it."""
+    # A single size says how long a step takes, and nothing about its parts.
+    split = _split(timed) if len({math.prod(each.plan) for each in timed}) > 1 else None
+    return split.step / split.example if split is not None else 0.0
+
+
+def has_price_band(cost: StepCost) -> bool:
+    """Whether the price of a step has an error bar."""
+    return cost.price_band != (1.0, 1.0)
 
 
 def timed_sizes(run: RunSteps) -> int:

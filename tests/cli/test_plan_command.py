@@ -127,6 +127,30 @@ def test_ranges_follow_the_scatter_of_the_probes(option, tmp_path, capsys):
     assert 1.01 * widths[0] < widths[1] < widths[2]
 
 
+def test_ranges_follow_the_scatter_of_the_times(tmp_path, capsys):
+    widths, chance = [], random.Random(2)
+    for name, scatter in (("none", 0.0), ("some", 0.1)):
+        journal = write_run(tmp_path / name, scatter=0, steps=160) / "journal.jsonl"
+        lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        for line in lines:
+            line["seconds"] *= 1 + scatter * chance.uniform(-1, 1)
+        journal.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+        told = planned(capsys, str(journal.parent), "--max_batch=4096")
+        widths.append(told["forecast"]["batch"]["high"] / told["forecast"]["batch"]["low"])
+        assert any(note.startswith("The price of a step without the network lies between") for note in told["notes"])
+    assert widths[0] == pytest.approx(1)
+    assert widths[1] > 1.05
+    for given in ("--step_seconds=0.02", "--example_seconds=0.001"):
+        told = planned(capsys, str(tmp_path / "some"), *CLUSTER, "--max_batch=4096", given)
+        assert told["forecast"]["batch"]["high"] == pytest.approx(told["forecast"]["batch"]["low"])
+        assert not any("price of a step" in note for note in told["notes"])
+
+
+def test_few_timed_steps_have_no_error_bar(tmp_path, capsys):
+    told = planned(capsys, str(write_run(tmp_path / "a", steps=15)), *CLUSTER)
+    assert any(note.startswith("The journal has no error bar of the price of a step") for note in told["notes"])
+
+
 def test_few_probes_have_no_error_bar(tmp_path, capsys):
     told = planned(capsys, str(write_run(tmp_path / "a", steps=15)), *CLUSTER)
     assert told["noise_band"] == [1, 1]

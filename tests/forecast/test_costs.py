@@ -136,6 +136,33 @@ def test_a_wider_band_widens_every_range():
     assert wide[0] == pytest.approx(2.0)
 
 
+@given(st.floats(0, 10), st.floats(1e-6, 1), st.floats(1, 1e4), st.floats(1e-3, 1e3))
+def test_a_typical_step_takes_as_long_at_another_price(step, example, pivot, factor):
+    cost = StepCost(step, example, 8.0, (0.9, 1.2), (0.5, 2.0), pivot)
+    other = cost.repriced(factor)
+    assert other.step / other.example == pytest.approx(factor * step / example)
+    assert other.step + other.example * pivot == pytest.approx(step + example * pivot)
+    assert other[2:] == cost[2:]
+
+
+def test_the_error_of_the_price_is_in_every_range():
+    band, sharp, certain = (0.25, 9.0), noise(band=(1.0, 1.0)), COST._replace(spread=(1.0, 1.0), pivot=64.0)
+    found = forecast(sharp, certain._replace(price_band=band), CLUSTER)
+    ends = [forecast(sharp, certain.repriced(factor), CLUSTER) for factor in band]
+    point = forecast(sharp, certain, CLUSTER)
+    for name in ("batch", "steps", "examples", "efficiency", "hours", "device_hours", "money", "sent_bytes"):
+        at_ends = [getattr(each, name).point for each in ends]
+        each = getattr(found, name)
+        assert each.point == getattr(point, name).point
+        assert (each.low, each.high) == pytest.approx((min(*at_ends, each.point), max(*at_ends, each.point)))
+        assert each.low < each.high
+    # Without a network, the batch goes with the root of the price.
+    alone = forecast(sharp, certain._replace(price_band=band), Cluster(devices=1, bandwidth=math.inf))
+    assert alone.batch == pytest.approx(np.array([0.5, 1, 3]) * alone.batch.point)
+    # The limits go with StepPrice, whose price is the one that was measured.
+    assert (found.smallest_batch, found.largest_batch) == (point.smallest_batch, point.largest_batch)
+
+
 def test_the_largest_batch_leaves_steps_and_efficiency():
     # 1 / LEAST_EFFICIENCY - 1 noise scales, where the run is long enough.
     long = Evidence(np.full(10, 1e6), np.full(10, 64.0), np.linspace(100, 500, 10))
@@ -159,6 +186,8 @@ def test_the_largest_batch_leaves_steps_and_efficiency():
         (noise(), COST._replace(example=0.0)),
         (noise(), COST._replace(step=-1.0)),
         (noise(), COST._replace(spread=(0.5, 0.9))),
+        (noise(), COST._replace(price_band=(1.1, 2.0))),
+        (noise(), COST._replace(pivot=0.0)),
     ],
 )
 def test_what_cannot_be_is_refused(evidence, cost):

@@ -1,0 +1,116 @@
+"""The cost of a step from timed steps, and how certain its price is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from adabatch.report.evidence import T_95, WIDEST, step_cost_of
+from adabatch.report.steps import RunSteps, read_steps
+
+STEP, EXAMPLE = 0.02, 0.001
+SIZES = [size for size in (8, 16, 32, 64) for _ in range(16)]
+TIMES = np.array([STEP + EXAMPLE * size for size in SIZES])
+
+
+def timed(sizes: list[int], seconds: np.ndarray | None = None, accumulation: int = 1) -> RunSteps:
+    """A run of those micro-batches, whose times are exactly those of the model unless others are given."""
+    exact = [STEP + EXAMPLE * accumulation * size for size in sizes]
+    begun = itertools.accumulate((accumulation * size for size in sizes), initial=0)
+    lines = []
+    for step, (size, taken, examples) in enumerate(zip(sizes, exact, begun, strict=False)):
+        plan = {"micro_batch_size": size, "accumulation_steps": accumulation, "dp_size": 1}
+        plan["global_batch_size"] = accumulation * size
+        line = {"format": 1, "step": step, "examples": examples, "plan": plan, "loss": 1.0, "applied": True}
+        line |= {"moments": None, "averages": None, "next": size, "reason": "hold", "seconds": taken}
+        lines.append(json.dumps(line))
+    run = read_steps(lines, "run")
+    return run if seconds is None else run._replace(seconds=seconds)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_exact_times_give_an_exact_price(accumulation):
+    found = step_cost_of(timed(SIZES, accumulation=accumulation), gradient_bytes=8)
+    assert found is not None
+    assert (found.step, found.example) == pytest.approx((STEP, EXAMPLE))
+    assert found.price_band == pytest.approx((1, 1), abs=1e-9)
+    assert found.pivot == 24 * accumulation, "the median"
+    assert found.gradient_bytes == 8
+
+
+def test_all_times_count_and_not_the_last_ones():
+    late = np.arange(len(SIZES)) % 16 >= 11
+    found = step_cost_of(timed(SIZES, np.where(late & (np.array(SIZES) == 8), 3 * TIMES, TIMES)), gradient_bytes=0)
+    assert found is not None
+    assert found.step / found.example == pytest.approx(STEP / EXAMPLE)
+
+
+def test_the_band_widens_with_the_scatter():
+    chance = np.random.default_rng(3).standard_normal(len(SIZES))
+    bands = [
+        step_cost_of(timed(SIZES, TIMES * np.exp(scatter * chance)), gradient_bytes=0).price_band
+        for scatter in (0.01, 0.05, 0.2)
+    ]
+    assert all(low == pytest.approx(1 / high) for low, high in bands)
+    assert 1 < bands[0][1] < bands[1][1] < bands[2][1] < WIDEST
+
+
+def test_the_band_covers_the_price():
+    """Two sides of 95 % each. The count of a binomial has its standard error, of which five are allowed."""
+    run, chance, rounds, held = timed(SIZES), np.random.default_rng(4), 100, 0
+    for _ in range(rounds):
+        seconds = TIMES * np.exp(0.1 * chance.standard_normal(len(SIZES)))
+        found = step_cost_of(run._replace(seconds=seconds), gradient_bytes=0)
+        low, high = found.price_band
+        held += low <= STEP / EXAMPLE / (found.step / found.example) <= high
+    assert held / rounds == pytest.approx(0.9, abs=5 * math.sqrt(0.9 * 0.1 / rounds))
+
+
+def test_the_band_is_that_of_a_jackknife():
+    """Two sizes of one example and two have a price in closed form, from the medians of their times."""
+    sizes = [1] * 24 + [2] * 24
+    seconds = np.random.default_rng(5).uniform(0.9, 1.1, 48) * np.array([3.0 if size == 1 else 4.0 for size in sizes])
+
+    def price(kept: np.ndarray) -> float:
+        small, large = np.median(seconds[:24][kept[:24]]), np.median(seconds[24:][kept[24:]])
+        return (2 * small - large) / (large - small)
+
+    group = np.arange(48) % 8
+    logs = [math.log(price(group != left_out)) for left_out in range(8)]
+    error = math.sqrt(7 / 8 * sum((each - sum(logs) / 8) ** 2 for each in logs))
+    found = step_cost_of(timed(sizes, seconds), gradient_bytes=0)
+    assert found.step / found.example == pytest.approx(price(group >= 0))
+    assert found.price_band[1] == pytest.approx(math.exp(T_95 * error))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "band"),
+    [
+        ([32, 64] * 7 + [32], (1, 1)),  # fewer than two timed steps per group
+        ([32] * 40, (1 / WIDEST, WIDEST)),
+        ([32] * 40 + [64], (1 / WIDEST, WIDEST)),  # a single timing tells the price
+        ([32] * 40 + [64] * 2, (1, 1)),
+    ],
+)
+def test_what_tells_the_price(sizes, band):
+    found = step_cost_of(timed(sizes), gradient_bytes=0)
+    assert found is not None
+    assert found.price_band == pytest.approx(band, abs=1e-9)
+
+
+def test_a_step_that_may_cost_nothing_has_the_widest_band():
+    # The median of the small steps is 1.05, so that a step costs 0.1; and 0.9 without a group of the longer ones, so
+    # that it would cost less than nothing.
+    sizes, seconds = [1] * 16 + [2] * 16, np.array([0.9, 1.2] * 8 + [2.0] * 16)
+    found = step_cost_of(timed(sizes, seconds), gradient_bytes=0)
+    assert found.step == pytest.approx(0.1)
+    assert found.price_band == (1 / WIDEST, WIDEST)
+
+
+def test_no_timed_step():
+    run = timed(SIZES)
+    assert step_cost_of(run._replace(seconds=np.full(len(SIZES), math.nan)), gradient_bytes=0) is None
