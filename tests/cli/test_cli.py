@@ -73,7 +73,7 @@ def saved_state(run: Path) -> dict[str, Any]:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in path.read_text().splitlines()]
+    return [line for text in path.read_text().splitlines() if "plan" in (line := json.loads(text))]
 
 
 def test_train_writes_journal_checkpoint_and_picture(config: Any, tmp_path: Path, capsys: Any) -> None:

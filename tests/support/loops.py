@@ -87,7 +87,12 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def lines(journal: Path) -> list[dict[str, Any]]:
-    """What a journal holds, but for the token of its run."""
+    """The steps in a journal, without the token of its run."""
+    return [line for line in all_lines(journal) if "evaluation" not in line]
+
+
+def all_lines(journal: Path) -> list[dict[str, Any]]:
+    """What a journal holds, without the token of its run: steps and evaluations."""
     return [json.loads(text) for text in journal_text(journal).splitlines()]
 
 

@@ -274,7 +274,7 @@ def _refusal(config: dict[str, Any], message: str, status: Any) -> Outcome:
 
 def _planned(config: dict[str, Any], journal: Path) -> Outcome:
     """Whether each step's plan was one that can be run, within the limits, at a rate that is a number."""
-    lines = [json.loads(text) for text in journal.read_text().splitlines()]
+    lines = [line for text in journal.read_text().splitlines() if "plan" in (line := json.loads(text))]
     limits = config.get("limits") or {}
     low, high = (
         limit if isinstance(limit := limits.get(name), int) else default
