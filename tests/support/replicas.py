@@ -23,6 +23,8 @@ from support.loops import network
 MONITOR = adabatch.Measure(monitor=True)
 WITHOUT_END = adabatch.examples(10**6)
 PATIENCE = timedelta(seconds=60)
+_ONE_AT_A_TIME = threading.Lock()
+"""Threads share the generator of random numbers that a network's first weights come from."""
 
 
 class Taken(NamedTuple):
@@ -110,7 +112,8 @@ def train(
         until: the end of the run.
         options: of ``attach``.
     """
-    model = network()
+    with _ONE_AT_A_TIME:
+        model = network()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
