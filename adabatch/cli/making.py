@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from adabatch.arguments import require
 from adabatch.cli.job import Job
+from adabatch.cli.mistakes import of_a_group
 from adabatch.cli.parser import build_parser
 
 
@@ -34,7 +35,12 @@ def job_maker(parser: ArgumentParser, config: Namespace, command: str) -> Callab
     def make() -> Job:
         seed_everything(config[command].seed)
         # every class of the config is made by _made, so that an error says which of them refused its arguments
-        fields: dict[str, Any] = vars(parser.instantiate(config, instantiators=[(_made, object, True)])[command])
+        try:
+            fields: dict[str, Any] = vars(parser.instantiate(config, instantiators=[(_made, object, True)])[command])
+        except ValueError as error:  # for a field that may be null too, the parser lists all that it tried
+            if (said := of_a_group(str(error))) is None:
+                raise
+            raise ValueError(said) from error
         names = Job.__dataclass_fields__
         return Job(**{name: value for name, value in fields.items() if name in names})
 

@@ -34,9 +34,8 @@ def one_line(message: str, *, known: Iterable[str] = (), help_command: str = "ad
         The field, its value, and what to write instead, as far as the message contains them.
     """
     field = _field(message)
-    if found := OF_A_GROUP.search(message):
-        group, said = GROUPS[found[1]], " ".join(found[2].split())
-        return said if said.startswith(f"{group}.") else f"{group}.{said}"
+    if said := of_a_group(message):
+        return said
     if found := re.search(r"unrecognized arguments: (.*)", message):
         return _unknown(found[1], known, help_command)
     if found := re.search(r"Key '?\"?([\w.]+)'?\"? is not expected|Unexpected keys?:? '?\"?([\w.]+)", message):
@@ -62,6 +61,15 @@ def one_line(message: str, *, known: Iterable[str] = (), help_command: str = "ad
         return f"{field} must be {_type('dot import path string')}{got}"
     plain = " ".join(re.sub(r"^[Pp]arser key [\"'](.*?)[\"']", r"\1", message).split())
     return plain if len(plain) <= LONGEST else f"{plain[:LONGEST]} ..."
+
+
+def of_a_group(message: str) -> str | None:
+    """The error of a class that holds a group of fields, such as ``Control``, with the field; None for any other."""
+    found = OF_A_GROUP.search(message)
+    if found is None:
+        return None
+    group, said = GROUPS[found[1]], " ".join(found[2].split())
+    return said if said.startswith(f"{group}.") else f"{group}.{said}"
 
 
 def _field(message: str) -> str:
