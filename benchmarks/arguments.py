@@ -11,7 +11,9 @@ returns nonsense, the error is the user's. All else is unclear."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import tempfile
 from collections import Counter
 from typing import Any
 
@@ -64,7 +66,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = Machine.here()
-    answers = {case: answer(case) for case in cases()}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # a text is a path to whoever asks for one
+        answers = {case: answer(case) for case in cases()}
     counted = Counter(found.kind for found in answers.values())
     data: dict[str, Any] = {
         "counts": {kind: counted[kind] for kind in KINDS},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,12 @@ import adabatch
 from adabatch import Control, Limits, NormTest, Stage
 
 VALUES_PER_ARGUMENT = 6
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A text is a path to whoever asks for one, so that files are made."""
+    monkeypatch.chdir(tmp_path)
 
 
 def test_every_public_name_has_a_call_that_works_or_says_that_it_has_none() -> None:
