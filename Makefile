@@ -73,9 +73,11 @@ $(INSTALLED_DOCS): $(INSTALLED)
 	$(PIP_INSTALL) --editable '.[docs]'
 	touch $(INSTALLED_DOCS)
 
-$(INSTALLED_ALL): $(INSTALLED)
+# In one go, as a second installation resolves and builds everything again.
+$(INSTALLED_ALL): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP_INSTALL) --editable '.[test]'
-	touch $(INSTALLED_ALL)
+	touch $(INSTALLED) $(INSTALLED_ALL)
 
 clean:
 	rm -rf .venv .cache build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
