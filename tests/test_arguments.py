@@ -94,7 +94,7 @@ def typed(
         ({"count": 1, "sizes": [1, 2.5]}, TypeError, r"sizes must be a sequence of whole numbers, got \[1, 2.5\]"),
         ({"count": 1, "sizes": np.array([1.0])}, TypeError, "sizes must be a sequence of whole numbers"),
         (
-            {"count": 1, "values": [None]},
+            {"count": 1, "values": ["a"]},
             TypeError,
             "values must be numbers, as an array or a list of them",
         ),

@@ -166,6 +166,8 @@ def last_iterate_guarantee(weights: ArrayLike, norms: ArrayLike = 1.0, *, distan
     sizes = np.asarray(norms, dtype=np.float64)
     if sizes.shape not in ((), w.shape):
         raise ValueError(f"norms must be a number or as many as the {w.size} weights, got shape {sizes.shape}")
+    if not (np.isfinite(sizes) & (sizes >= 0)).all():
+        raise ValueError("norms must be finite and not negative: leave out the steps that were skipped")
     return float((distance**2 + np.sum((w * sizes) ** 2)) / (2 * np.sum(w)))
 
 

@@ -369,3 +369,6 @@ def test_bad_arguments_are_refused() -> None:
         to_last_iterate(np.zeros((3, 2)), [1.0, 1.0])
     with pytest.raises(ValueError, match="as many as the 2 weights"):
         last_iterate_guarantee([1.0, 1.0], [1.0])
+    for missing in ([1.0, None], [1.0, math.nan], [1.0, -1.0]):
+        with pytest.raises(ValueError, match="leave out the steps that were skipped"):
+            last_iterate_guarantee([1.0, 1.0], missing)  # type: ignore[arg-type]
