@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from adabatch.runtime.launch.launchers import BY_HAND, MPI, Claim, job_named, mp
 from adabatch.runtime.launch.mpi import Communicator, abort_at_exit, world_communicator
 from adabatch.runtime.launch.mpi_group import BACKEND as MPI_BACKEND
 from adabatch.runtime.launch.mpi_group import connect
+
+_MOMENT = 0.05
+"""Seconds at the end of a job in which threads of the group free what the last collective left."""
 
 Backend = Literal["nccl", "gloo", "mpi4py"]
 """What carries the collectives: torch.distributed's own two, or MPI."""
@@ -169,7 +173,18 @@ def connected(world: World, *, device: torch.device, timeout: timedelta = timede
         raise
     finally:
         dist.destroy_process_group()
+        _let_threads_of_the_group_finish()
     _end_threads_of_the_group()
+
+
+def _let_threads_of_the_group_finish() -> None:
+    """Lets a thread of a gloo group free the tensors of the last collective, for which it needs Python's lock (GIL).
+
+    It does so while it holds the lock of the group. The reducer of a ``DistributedDataParallel`` often has the last
+    reference to the group, and is freed with the GIL held; the end of the group then takes the group's lock. If the
+    thread is not done by then, both wait for each other for ever, and a rank that has reported its error never ends.
+    """
+    time.sleep(_MOMENT)  # without the GIL
 
 
 def _end_threads_of_the_group() -> None:
