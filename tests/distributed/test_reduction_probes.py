@@ -336,7 +336,7 @@ EXPECTED = {
     "two meshes": "ValueError: the parameter 2.weight is sharded over",
     "tensor parallelism": "without tensor or expert parallelism",
     "parameters that the optimizer lacks": "the optimizer does not hold 2.weight, 2.bias",
-    "no sync at all": "gradient_sync must be one of each, last, got 'never'",
+    "no sync at all": "gradient_sync must be one of each, last or None, got 'never'",
     "a factor of zero": "gradient_divide_factor must be positive, got 0.0",
     "sync at each under DDP": "gradient_sync='each' is for FSDP2",
     "an unsharded model": "is not sharded: apply torch.distributed.fsdp.fully_shard first",
