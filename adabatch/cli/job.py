@@ -30,6 +30,7 @@ from adabatch.cli.optimizers import MakeOptimizer, observe
 from adabatch.cli.run_folder import mark_finished, run_folder
 from adabatch.cli.runs import CHECKPOINTS, JOURNAL
 from adabatch.guards.preemption import Preemption
+from adabatch.guards.same_settings import check_same_settings
 from adabatch.guards.watchdog import Watchdog
 from adabatch.integrations.trackers import TrackerName, tracker_of
 from adabatch.lr.rules import LRRule, Setting
@@ -422,6 +423,9 @@ class _Evaluations:
 
     Attributes:
         seconds: what those that were due took.
+
+    Raises:
+        ValueError: if the ranks would evaluate at other times or on other data; on all ranks.
     """
 
     def __init__(self, job: Job, parts: Assembled, device: torch.device) -> None:
@@ -429,6 +433,10 @@ class _Evaluations:
         self._parts = parts
         self._device = device
         self._every = job.evaluate_every
+        # All ranks evaluate together: one that does not would take part in another reduction.
+        size = None if job.test_data is None else len(job.test_data)  # type: ignore[arg-type]
+        given = {"evaluate_every": job.evaluate_every, "number of examples in test_data": size}
+        check_same_settings(parts.batches.collectives, given)
         self._passed = self._intervals()
         self._kept: tuple[Progress, Evaluated] | None = None
         self.seconds = 0.0

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support.hosts import rank_variables
+from support.ports import free_port
+from support.ranks import run_ranks
 from torch import Tensor, nn
 
 from adabatch.cli.main import main
@@ -89,3 +95,22 @@ def test_what_cannot_be_is_said(change: dict[str, Any], said: str, config: Any, 
     assert ended.value.code not in (0, None)
     assert said in capsys.readouterr().err
     assert not lines(tmp_path / "run") if (tmp_path / "run" / "journal.jsonl").exists() else True
+
+
+def trained(rank: int, port: int, config: str) -> tuple[int, str]:
+    """`adabatch train` on a rank that evaluates after another number of steps than the other rank."""
+    torch.set_num_threads(1)
+    rank_variables(rank, 2, port)
+    every = json.dumps({"count": 3 + rank, "unit": "steps"})
+    with redirect_stderr(io.StringIO()) as said:
+        status = main(["train", "--config", config, "--engine=ddp", f"--evaluate_every={every}"])
+    return status, said.getvalue()
+
+
+@pytest.mark.distributed
+def test_ranks_that_would_evaluate_at_other_times_are_told_before_the_first_step(config: Any, tmp_path: Path) -> None:
+    for status, said in run_ranks(trained, 2, tmp_path, free_port(), config(), connect=False, timeout=120):
+        assert status == 2
+        assert "different settings: evaluate_every" in said
+        assert "3" in said
+        assert "4" in said
