@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 from adabatch.checkpointing.files import CheckpointError
 from adabatch.runtime.fsdp2 import own_piece
+from adabatch.runtime.nested import leaves
 
 Named = tuple[str, Tensor]
 """A tensor, and what it is called in an error."""
@@ -27,19 +27,10 @@ def optimizer_states(optimizer: Optimizer, model: nn.Module) -> Iterator[Named]:
     """The tensors in an optimizer's state, such as Adam's averages, by the names of the model's parameters."""
     names = {id(p): name for name, p in model.named_parameters()}
     for parameter, state in optimizer.state.items():
-        for place, value in _tensors_in(state, ""):
-            yield f"the optimizer's state{place} of {names.get(id(parameter), 'a parameter')}", value
-
-
-def _tensors_in(value: Any, place: str) -> Iterator[Named]:
-    if isinstance(value, Tensor):
-        yield place, value
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _tensors_in(each, f"{place}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for index, each in enumerate(value):
-            yield from _tensors_in(each, f"{place}[{index}]")
+        for path, value in leaves(state):
+            if isinstance(value, Tensor):
+                place = "".join(f"[{key!r}]" for key in path)
+                yield f"the optimizer's state{place} of {names.get(id(parameter), 'a parameter')}", value
 
 
 def check_finite(named: Iterable[Named]) -> None:

@@ -13,6 +13,7 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.fsdp2 import own_piece
+from adabatch.runtime.nested import leaves
 from adabatch.verification.training import Training
 
 
@@ -28,23 +29,19 @@ def state_of(training: Training, batches: AdaptiveBatch | None = None) -> dict[s
     return state
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors and numbers in nested containers, by their paths."""
-    if isinstance(value, Tensor):
-        yield path, own_piece(value.detach())[0]
-    elif isinstance(value, bool | int | float):
-        yield path, torch.tensor(value, dtype=torch.float64)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}/{key}")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}/{index}")
+def _numbers(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors and numbers in a state, by their paths."""
+    for keys, value in leaves(state):
+        path = "".join(f"/{key}" for key in keys)
+        if isinstance(value, Tensor):
+            yield path, own_piece(value.detach())[0]
+        elif isinstance(value, bool | int | float):
+            yield path, torch.tensor(value, dtype=torch.float64)
 
 
 def largest_difference(found: Mapping[str, Any], expected: Mapping[str, Any], ranks: Collectives) -> float:
     """The largest difference of any number on any rank; infinite if the structures or non-finite values differ."""
-    mine, other = dict(_leaves(found)), dict(_leaves(expected))
+    mine, other = dict(_numbers(found)), dict(_numbers(expected))
     worst = 0.0 if mine.keys() == other.keys() else math.inf
     for path in mine.keys() & other.keys():
         worst = max(worst, _apart(mine[path], other[path]))
