@@ -434,6 +434,11 @@ def configs(count: int) -> tuple[list[tuple[str, ...]], list[str], list[tuple[in
     return rows, [f"{len(bad)} of {count:,} random configs made neither a plan nor a clear error."], bad
 
 
+def texts(counted: list[tuple[str, int, int]]) -> list[tuple[str, ...]]:
+    """Rows of a table: what should happen, how often it was tried, and how often it happened."""
+    return [(what, str(tries), str(good)) for what, tries, good in counted]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="how often a run is killed")
@@ -463,7 +468,7 @@ def main() -> None:
             raw = {**raw, "engines": killed}
         if options.only in (None, "loaders"):
             read = loaders(folder / "loaders")
-            table = [(what, str(tries), str(good)) for what, tries, good in read]
+            table = texts(read)
             tables.append(Table("Loaders and start methods", ("what should happen", "tries", "happened"), table))
             told.append(
                 f"{sum(good for *_, good in read)} of {sum(tries for _, tries, _ in read)} cases of loaders and start "
@@ -477,7 +482,7 @@ def main() -> None:
             told += said
         if options.only in (None, "damage"):
             damages = damage(folder / "damage") + full_disk(folder / "disk")
-            table = [(what, str(tries), str(good)) for what, tries, good in damages]
+            table = texts(damages)
             tables.append(Table("Damaged checkpoints", ("damage, and what should happen", "tries", "happened"), table))
             bad = sum(tries - good for _, tries, good in damages)
             told.append(
@@ -486,7 +491,7 @@ def main() -> None:
             raw = {**raw, "damage": damages}
         if options.only in (None, "folders"):
             held = folders(folder / "folders", options.folders) + full_journal(folder / "journal")
-            table = [(what, str(tries), str(good)) for what, tries, good in held]
+            table = texts(held)
             tables.append(
                 Table("One run, one folder", ("what comes up, and what should happen", "tries", "happened"), table)
             )
@@ -510,7 +515,7 @@ def main() -> None:
             raw = {**raw, "settings": told_by}
         if options.only in (None, "numbers"):
             found = numbers(folder / "numbers")
-            rows = [(what, str(tries), str(good)) for what, tries, good in found]
+            rows = texts(found)
             columns = ("on one of two ranks, in each micro-batch of a step", "steps", "left out on both")
             tables.append(Table("Numbers that are not finite, under DDP and FSDP2", columns, rows))
             told.append(f"{sum(good for *_, good in found)} of {sum(tries for _, tries, _ in found)} were left out.")

@@ -60,8 +60,8 @@ def check_same_settings(collectives: Collectives, settings: Mapping[str, object]
     # The digest first, since settings agree in nearly every run, and their texts may be long.
     if collectives.agree(sorted(mine.items())):
         return
-    shown = {name: _short(text) for name, text in mine.items()}
-    ranks: list[dict[str, str]] = [json.loads(sent) for sent in collectives.gather_bytes(json.dumps(shown).encode())]
+    short = {name: _short(text) for name, text in mine.items()}
+    ranks: list[dict[str, str]] = [json.loads(sent) for sent in collectives.gather_bytes(json.dumps(short).encode())]
     names = list(dict.fromkeys(name for held in ranks for name in held))
     differing = [name for name in names if len({held.get(name) for held in ranks}) > 1]
     told = "; ".join(_difference(name, [held.get(name, "nothing") for held in ranks]) for name in differing[:_NAMED])

@@ -71,8 +71,8 @@ def write_charts(numbers: Mapping[str, Any], folder: str | os.PathLike[str], *, 
         The pictures.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no run counts what the axis asks for.
+        ImportError: if matplotlib is not installed.
+        ValueError: if no run counts what the axis asks for.
     """
     require_matplotlib()
     written: list[Path] = importlib.import_module("adabatch.report.chart_pictures").write_charts(

@@ -141,6 +141,15 @@ def gradients(rank: int) -> dict[str, str]:
     return found
 
 
+def check_said_on_both(ranks: list[dict[str, str]], words: dict[str, str], *, number: int) -> None:
+    """Both ranks say the same in so many cases, and in each the words of its kind, the last word of its name."""
+    first, second = ranks
+    assert first == second
+    assert len(first) == number
+    for case, said in first.items():
+        assert words[case.split()[-1]] in said, (case, said)
+
+
 def test_gradients_that_are_touched_are_said_and_no_others(tmp_path: Path) -> None:
     words = {
         "right": "2",
@@ -151,11 +160,7 @@ def test_gradients_that_are_touched_are_said_and_no_others(tmp_path: Path) -> No
         "stepped": "optimizer.step() of the SGD was called while",
         "shard": "gradients from before the step",
     }
-    first, second = run_ranks(gradients, 2, tmp_path)
-    assert first == second
-    assert len(first) == 26
-    for case, said in first.items():
-        assert words[case.split()[-1]] in said, (case, said)
+    check_said_on_both(run_ranks(gradients, 2, tmp_path), words, number=26)
 
 
 def local(rank: int) -> dict[str, str]:
@@ -215,8 +220,4 @@ def test_mistakes_around_the_update_are_said_on_every_rank(tmp_path: Path) -> No
         "twice": "was called a second time in one step",
         "closure": "optimizer.step(closure) of the SGD",
     }
-    first, second = run_ranks(around_updates, 2, tmp_path)
-    assert first == second
-    assert len(first) == 10
-    for case, said in first.items():
-        assert words[case.split()[-1]] in said, (case, said)
+    check_said_on_both(run_ranks(around_updates, 2, tmp_path), words, number=10)
