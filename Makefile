@@ -26,9 +26,10 @@ export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
 # What one waits for between two edits: nothing that starts processes, compiles or trains for long.
-FAST := tests/batch tests/lr tests/docs tests/test_architecture.py tests/test_adaptive.py tests/test_adaptive_equivalence.py \
-	tests/test_adaptive_input.py tests/test_journal.py tests/guards tests/runtime/test_collectives.py \
-	tests/runtime/test_scheduler.py tests/runtime/test_followers.py tests/runtime/test_stopwatch.py tests/runtime/data
+FAST := tests/batch tests/lr tests/docs tests/test_architecture.py tests/adaptive/test_adaptive.py \
+	tests/adaptive/test_adaptive_equivalence.py tests/adaptive/test_adaptive_input.py tests/journal tests/guards \
+	tests/runtime/test_collectives.py tests/runtime/optimizers/test_scheduler.py tests/runtime/optimizers/test_followers.py \
+	tests/runtime/observers/test_stopwatch.py tests/runtime/data
 
 .PHONY: quickstart fast test check site dev bench clean
 
