@@ -44,6 +44,7 @@ from adabatch.runtime.local_sgd import (
 )
 from adabatch.runtime.local_sgd.compression import BLOCK, BFloat16, Int8
 from adabatch.runtime.local_sgd.periods import NEVER
+from adabatch.runtime.local_sgd.settings import LocalSGDSettings
 
 PERIODS: dict[str, Period] = {
     "fixed": Fixed(8),
@@ -76,7 +77,7 @@ def test_quadratic_rounds_grow_as_the_rate_falls(one: float, other: float) -> No
     period = Quadratic(alpha=0.2, base=4)
     low, high = sorted((one, other))
     assert period.local_steps(start(lr=low)) >= period.local_steps(start(lr=high))
-    assert period.local_steps(start(lr=high)) == max(4, math.floor((0.2 / high) ** 2))
+    assert period.local_steps(start(lr=high)) == min(NEVER, max(4, math.floor((0.2 / high) ** 2)))
 
 
 def test_the_quadratic_rule_at_its_ends() -> None:
@@ -89,6 +90,23 @@ def test_the_quadratic_rule_at_its_ends() -> None:
     warming = Quadratic(alpha=0.2, base=1, warmup=steps(10))
     assert warming.local_steps(start(at=9, lr=1e-4, peak_lr=0.1)) == 4
     assert warming.local_steps(start(at=10, lr=0.05, peak_lr=0.1)) == 16
+
+
+def test_a_run_whose_rate_ends_at_zero_begins_its_last_round() -> None:
+    settings = LocalSGDSettings(
+        period=Quadratic(alpha=0.2, base=2),
+        outer=Average(),
+        warmup=None,
+        average_state=False,
+        compression="none",
+        weights="equal",
+        measure="first",
+        spread="across",
+    )
+    for rate in (0.0, 1e-30):
+        assert settings.begin(start(lr=rate), states_agree=True).local_steps == NEVER
+    with pytest.raises(ValueError, match="longest must be a whole number of at least 1 local step, got 1000000000"):
+        Quadratic(alpha=0.2, base=2, longest=10**9)
 
 
 def test_a_table_is_read_at_its_milestones() -> None:
