@@ -1,4 +1,4 @@
-"""The few reductions that adabatch needs: the only caller of ``torch.distributed`` collectives."""
+"""The few collectives that adabatch needs, in one place."""
 
 from __future__ import annotations
 
@@ -73,6 +73,8 @@ class Collectives:
         self.rank, self.size = 0, 1
         for group in groups:
             size = dist.get_world_size(group)
+            # As in a mesh, the innermost group's rank changes fastest, so that every rank of the grid has its own
+            # number.
             self.rank, self.size = self.rank * size + dist.get_rank(group), self.size * size
 
     def stand_at(self, rank: int, size: int) -> None:
@@ -87,6 +89,7 @@ class Collectives:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the ranks, with the same bits on each; ``values`` is not changed."""
+        # A single process gets the same tensor back, without a copy: callers read the sum, and do not write into it.
         return values if self.size == 1 else self._reduced(values.clone(), dist.ReduceOp.SUM)
 
     def sum_in_place(self, values: Tensor) -> Tensor:
@@ -104,6 +107,7 @@ class Collectives:
         """The minimum over the ranks of each of a few host numbers."""
         if self.size == 1:
             return [float(number) for number in numbers]
+        # There is no maximum_of(): the minimum of the negated number gives it, in the same reduction as other minima.
         local = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         return [float(number) for number in self._reduced(local, dist.ReduceOp.MIN).tolist()]  # host sync
 
@@ -142,6 +146,8 @@ class Collectives:
     def copy_from(self, rank: int, values: Tensor) -> None:
         """Overwrites ``values`` by those of one rank."""
         if self.size > 1:
+            # Backends send contiguous memory only. For other tensors this is a copy, and what arrived in it is written
+            # back.
             sent = values.contiguous()
             dist.broadcast(sent, group=self._one_group(), group_src=rank)
             values.copy_(sent)
@@ -164,6 +170,7 @@ class Collectives:
             assert values is not None
             return values[0]
         piece = torch.empty_like(like)
+        # torch wants a list of one tensor per rank; as rows of a contiguous tensor they need no copies.
         rows = None if values is None else list(values.contiguous())
         dist.scatter(piece, rows, group=self._one_group(), group_src=rank)
         return piece
@@ -184,6 +191,7 @@ class Collectives:
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """The bytes of every rank, by rank; their lengths may differ."""
+        # The lengths first, since all ranks must reduce tensors of the same shape.
         sizes = [int(size) for (size,) in self.gather_of(len(data))]
         rows = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
         if data:
@@ -230,6 +238,8 @@ class HostGroup:
                 f"{dist.get_world_size()} processes are running, and the model is sharded over {collectives.size} of "
                 f"them: sharded checkpoints need a model that is sharded over all"
             )
+        # Every rank must issue the collectives of a group in the same order, which two threads of a process cannot
+        # promise: hence a second group. new_group() is itself a collective of the whole job.
         self.group: dist.ProcessGroup = dist.new_group(backend="gloo")
         self._size = collectives.size
 
@@ -248,6 +258,7 @@ def mean_future(values: Tensor, group: dist.ProcessGroup) -> Future[Tensor]:
     """Mean over the ranks of ``group``, in place and in the background, as DDP reduces a bucket."""
     # Multiplied by the inverse of the size before the sum, as DDP does: a division would round differently.
     work = dist.all_reduce(values.mul_(1 / dist.get_world_size(group)), group=group, async_op=True)
+    # The future of a collective holds a list of tensors; DDP expects that of a hook to hold the bucket.
     reduced: Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
     return reduced
 
@@ -274,6 +285,8 @@ def collectives_of(model: torch.nn.Module) -> Collectives:
     if isinstance(inner, DistributedDataParallel):
         return Collectives(inner.process_group, device=device)
     if is_sharded(model):
+        # The ranks of its mesh, not all of the job: beside pipeline stages the job has more ranks than see different
+        # data.
         mesh = data_parallel_mesh(model)
         return Collectives(*_groups_of(mesh), device=torch.device(mesh.device_type))
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -309,6 +322,7 @@ def workers_of(place: dist.ProcessGroup | DeviceMesh | None, *, device: torch.de
 def shards_and_replicas(mesh: DeviceMesh, num_shards: int) -> tuple[Collectives, Collectives]:
     """The ranks of a data-parallel mesh over which parameters are sharded, and those that hold the same shards."""
     groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    # fully_shard shards over the last dimension of a mesh, and replicates over the one before it (HSDP).
     shards = groups[-1:] if num_shards > 1 else []
     device = torch.device(mesh.device_type)
     return Collectives(*shards, device=device), Collectives(*groups[: len(groups) - len(shards)], device=device)
@@ -317,6 +331,7 @@ def shards_and_replicas(mesh: DeviceMesh, num_shards: int) -> tuple[Collectives,
 def _groups_of(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, ...]:
     """One group if one spans the mesh, else one per dimension."""
     whole = dist.group.WORLD
+    # One reduction over the group of all ranks, where it serves, instead of one for each dimension.
     if whole is not None and mesh.size() == dist.get_world_size():
         return (whole,)
     return tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim))

@@ -61,6 +61,7 @@ def _visit(module: nn.Module, name: str, rules: Mapping[type[nn.Module], Rule], 
         if isinstance(child, nn.ParameterList | nn.ParameterDict):
             names += [f"{own}.{inner}" for inner, _ in child.named_parameters()]
     if names:
+        # A module with further parameters computes something else than its class does.
         known = RULES.get(class_of(module)) if set(names) <= {"weight", "bias"} else None
         yield Site(name, module, tuple(names), rules.get(class_of(module), known))
     for own, child in children:
@@ -75,6 +76,7 @@ def refuse(model: nn.Module, sites: Sequence[Site]) -> None:
         if reason is not None:
             raise ValueError(f"no per-example gradients through {name or 'the model'}: {reason}")
     for site in sites:
+        # Frozen parameters need no replay.
         if site.rule is not None or not any(site.module.get_parameter(own).requires_grad for own in site.names):
             continue
         if isinstance(site.module, FSDPModule):

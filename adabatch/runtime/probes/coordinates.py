@@ -80,6 +80,8 @@ class CoordinateSquares:
 
     def start(self) -> None:
         """Begins a step."""
+        # One tensor for all parameters, so that one reduction sums it. Made for each probed step, since it is as large
+        # as the model in float32 and most steps are not probed.
         self._flat = torch.zeros(sum(self._lengths), dtype=self._dtype, device=self._device)
         self._squares = torch.split(self._flat, self._lengths)
 
@@ -109,8 +111,11 @@ class CoordinateSquares:
             self._same.sum_in_place(self._flat)
         if self._norm == "sign":
             roots = ((n, norms(spread.sqrt(), 1)) for n, spread, _ in self._spreads(grads))
+            # These ranks hold the same sums by now, and each contributes an equal share, so that all continue with the
+            # same bits.
             parts = self._layer_sums.of(list(roots), power=1) / self._same.size
         if self._quantile is not None:
+            # Every rank gets the whole quantile, and the reduction of the step adds up what the ranks contribute.
             ranks = self._same.size * self._others.size
             ratio = quantile_of(lambda: self._ratios(grads), self._quantile, collectives=self._others) / ranks
         self._squares, self._flat = (), torch.zeros(0)

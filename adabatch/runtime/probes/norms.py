@@ -54,6 +54,7 @@ def gathered(pieces: list[Tensor], device: torch.device) -> Tensor:
     """Norms of many gradients in one float64 tensor; shape (num_blocks,)."""
     if not pieces:
         return torch.zeros(0, dtype=torch.float64, device=device)
+    # Only a model on several devices pays for a copy of each; otherwise one copy of all of them is enough.
     if len({piece.device for piece in pieces}) > 1:
         pieces = [piece.to(device) for piece in pieces]
     return torch.cat(pieces).to(device=device, dtype=torch.float64)

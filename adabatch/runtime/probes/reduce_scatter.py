@@ -173,6 +173,8 @@ class ReduceScatterProbe(Probe):
             raise ValueError(f"gradient_divide_factor must be positive, got {gradient_divide_factor}")
         mesh = data_parallel_mesh(model)
         self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        # With a factor, FSDP2 divides by it instead of the number of ranks. Parts are rescaled so that the gradient is
+        # again their mean.
         self._scale = 1.0 if gradient_divide_factor is None else mesh.size() / gradient_divide_factor
         self._num_shards = shards_in(mesh, self._parameters)
         self._shards, self._replicas = shards_and_replicas(mesh, self._num_shards)
@@ -226,6 +228,8 @@ class ReduceScatterProbe(Probe):
         dtype = torch.float64 if filled.dtype is torch.float64 else torch.float32
         columns = squares = None
         if self._gauge.parts_are_norms:
+            # Row r of the buffer holds the shards of rank r of all parameters, one after the other: a parameter is a
+            # run of columns.
             columns = torch.linalg.vector_norm(filled.view(self._num_shards, -1), dim=0, dtype=dtype)
         if self._gauge.coordinates is not None:
             # Every rank issues this next to the gradient's own reduction, so the order of collectives is the same.
