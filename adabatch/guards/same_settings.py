@@ -90,11 +90,9 @@ def failing_together(collectives: Collectives, what: str) -> Iterator[None]:
         own = error
     # Also without an error: the other ranks may have one, and wait in this reduction.
     if collectives.size > 1 and any(collectives.sum_of(float(own is not None))):
-        said = "" if own is None else f"{type(own).__name__}: {own}"
-        told = [each.decode() for each in collectives.gather_bytes(said.encode())]
+        rank, message = collectives.first_message(None if own is None else f"{type(own).__name__}: {own}")
         if own is None:
-            rank = next(rank for rank, each in enumerate(told) if each)
-            raise RuntimeError(f"{what} failed on rank {rank}: {told[rank]}")
+            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
     if own is not None:
         raise own
 

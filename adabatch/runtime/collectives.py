@@ -52,7 +52,7 @@ class Collectives:
 
     Attributes:
         rank, size: this rank's number, and how many there are.
-        fixed: whether both stay what they are.
+        fixed: whether both stay the same during the run.
 
     Args:
         groups: their process group; empty for a single process. If no single group spans the grid of ranks (HSDP beside
@@ -78,8 +78,8 @@ class Collectives:
             self.rank, self.size = self.rank * size + dist.get_rank(group), self.size * size
 
     def stand_at(self, rank: int, size: int) -> None:
-        """Which of how many ranks this one is from now on, where they come and go."""
-        assert not self.fixed, "the ranks of process groups stay what they are"
+        """Sets the rank and the number of ranks, for ranks that come and go."""
+        assert not self.fixed, "the ranks of process groups do not change"
         self.rank, self.size = rank, size
 
     @property
@@ -176,8 +176,7 @@ class Collectives:
         return piece
 
     def over(self, inner: Collectives) -> Collectives:
-        """All ranks of a grid whose outer dimension are these ranks, and whose inner dimension are those of
-        ``inner``."""
+        """All ranks of a grid with these ranks as its outer dimension, and those of ``inner`` as its inner one."""
         return Collectives(*self._groups, *inner._groups, device=self._device)
 
     @property
@@ -199,6 +198,12 @@ class Collectives:
         # padded rows in one sum, for the same reason as in gather_of
         gathered = self.sum(rows.to(self._device)).cpu().numpy()  # host sync
         return [row[:size].tobytes() for row, size in zip(gathered, sizes, strict=True)]
+
+    def first_message(self, own: str | None) -> tuple[int, str]:
+        """The first rank that has a message, and the message. At least one has one; all ranks must call this."""
+        told = self.gather_bytes((own or "").encode())
+        rank = next(rank for rank, each in enumerate(told) if each)
+        return rank, told[rank].decode()
 
     def agree(self, value: object) -> bool:
         """Whether ``repr(value)`` is the same on all ranks; every rank gets the same answer. Costs 16 bytes."""

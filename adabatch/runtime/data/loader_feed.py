@@ -18,9 +18,6 @@ from adabatch.runtime.data.same_data import check_different
 
 _END = object()
 
-_HEARD = 500
-"""Bytes of an error message that are sent to the other ranks."""
-
 
 class LoaderFeed:
     """Portions from any loader, by accumulation only: one pass over it.
@@ -110,6 +107,8 @@ class LoaderFeed:
                 sizes.append(self._size_of(batch, plan))
             return batches, sizes, None
         except Exception as error:
+            # Kept until the ranks have exchanged their numbers: an error that was raised here would leave the others
+            # waiting.
             return [], [], error
 
     def _next(self) -> Any:
@@ -144,15 +143,10 @@ class LoaderFeed:
 
     def _raise_together(self, error: Exception | None) -> NoReturn:
         """Raises an error on all ranks if one has an error, so that the others do not wait for it."""
-        mine = math.inf if error is None else self._collectives.rank
-        (first,) = self._collectives.minimum_of(mine)
-        text = b"" if error is None or self._collectives.rank != first else f"{type(error).__name__}: {error}".encode()
-        # The other ranks contribute zeros, so the sum is the message; a broadcast does not work over a grid of groups.
-        heard = self._collectives.sum_of(*text[:_HEARD].ljust(_HEARD, b"\0"))
+        rank, message = self._collectives.first_message(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        said = bytes(map(int, heard)).rstrip(b"\0").decode(errors="replace")
-        raise RuntimeError(f"the loader of rank {first:.0f} raised an error: {said}")
+        raise RuntimeError(f"the loader of rank {rank} raised an error: {message}")
 
     def _check(self, num_examples: float, plan: BatchPlan) -> None:
         if math.isnan(num_examples):
@@ -193,7 +187,7 @@ def _check_loader(loader: Any) -> None:
 
 
 def _num_last_ones(loader: Iterable[Any]) -> int:
-    """How many micro-batches of a pass may be the last of something: each loading process of a stream has one."""
+    """How many micro-batches of a pass may be short: the last one, or that of each loading process of a stream."""
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
         return max(1, loader.num_workers)
     return 1

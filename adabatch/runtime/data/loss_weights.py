@@ -76,12 +76,10 @@ class LossWeightedFeed:
             return [], [], error
 
     def _raise_together(self, error: Exception | None) -> NoReturn:
-        said = "" if error is None else f"{type(error).__name__}: {error}"
-        told = [each.decode() for each in self._collectives.gather_bytes(said.encode())]
+        rank, message = self._collectives.first_message(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        rank = next(rank for rank, each in enumerate(told) if each)
-        raise RuntimeError(f"the micro-batches of rank {rank} could not be fetched or weighed: {told[rank]}")
+        raise RuntimeError(f"the micro-batches of rank {rank} could not be fetched or weighed: {message}")
 
     def consumed(self, portion: Portion) -> None:
         """The step has run."""

@@ -119,7 +119,5 @@ def raise_first(own: str | None, collectives: Collectives) -> NoReturn:
     Raises:
         RuntimeError: always.
     """
-    # A collective: all ranks come here, including those whose parameters have not changed.
-    told = [each.decode() for each in collectives.gather_bytes((own or "").encode())]
-    rank = next(rank for rank, each in enumerate(told) if each)
-    raise RuntimeError(own or f"on rank {rank}, {told[rank]}")
+    rank, message = collectives.first_message(own)
+    raise RuntimeError(own or f"on rank {rank}, {message}")
