@@ -124,7 +124,7 @@ def _instance_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[
 
 def _frozen_batch_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str, Contribution]]:
     """Normalisation by running statistics, in evaluation mode. (`sites.refuse` raises in training mode.)"""
-    assert isinstance(module, (*_BATCH_NORMS, *_INSTANCE_NORMS))
+    assert isinstance(module, (*BATCH_NORMS, *_INSTANCE_NORMS))
     mean, var = wide(module.get_buffer("running_mean")), wide(module.get_buffer("running_var"))
     return _affine(module, partial(F.batch_norm, running_mean=mean, running_var=var, eps=module.eps), inputs, grad)
 
@@ -145,7 +145,7 @@ class Rule(NamedTuple):
     inputless: frozenset[str] = frozenset({"bias"})
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 

@@ -18,6 +18,7 @@ from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.optimizers.matrix_owners import dealt_out
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.layers import LayerSums
+from adabatch.runtime.probes.norms import sum_dtype
 
 ITERATIONS = 18
 """Newton-Schulz iterations. Each multiplies a small eigenvalue by up to 2.25, so eigenvalues above 1e-6 of the
@@ -67,8 +68,7 @@ class MatrixGrams:
         self._layer_sums = layer_sums
         self._same = same
         self._device = device
-        wide = (torch.float64, torch.complex128)
-        self._dtype = torch.float64 if any(p.dtype in wide for p in parameters) else torch.float32
+        self._dtype = sum_dtype(parameters)
         self._shapes = {n: (min(p.shape), max(p.shape)) for n, p in enumerate(parameters) if takes(p) and p.numel()}
         # By the cube of the smaller side, which is what its eigenvalues cost.
         self._owner = dealt_out({number: float(k) ** 3 for number, (k, _) in self._shapes.items()}, same.size)

@@ -12,6 +12,7 @@ from torch.optim import Adam, AdamW, NAdam, Optimizer
 from adabatch.arguments import checked
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.runtime.optimizers.joined import each_of
+from adabatch.runtime.probes.norms import real
 from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 
@@ -264,6 +265,5 @@ METRICS: dict[str, Callable[[Optimizer], Metric]] = {
 
 def _wide(tensor: Tensor) -> Tensor:
     """The tensor as dense real numbers in float32 at least; complex numbers become pairs."""
-    dense = tensor.to_dense() if tensor.is_sparse else tensor
-    real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
-    return real if real.dtype is torch.float64 else real.float()
+    dense = real(tensor.to_dense() if tensor.is_sparse else tensor)
+    return dense if dense.dtype is torch.float64 else dense.float()
