@@ -176,13 +176,14 @@ class GlobalOrder:
     def _move(self, sequence: ExampleSequence, epoch: int, examples: int) -> None:
         self._place.sequence = sequence
         self._place.seen = epoch * sequence.length + examples
+        # Feeds compare this number, and begin again if it has changed.
         self._place.moves += 1
 
     @checked
     def permutation(self, epoch: int) -> Tensor:
         """The examples of an epoch in their order, shape (length,), int64; the same on every rank."""
         epoch = whole("epoch", epoch, at_least=0, at_most=MOST_EPOCH)
-        return torch.from_numpy(self._place.sequence.at(epoch * len(self), (epoch + 1) * len(self)).copy())
+        return torch.from_numpy(self._place.sequence.at(epoch * len(self), (epoch + 1) * len(self)))
 
     def feed(self, rank: int, dp_size: int) -> OrderFeed:
         """The portions of one rank, from the current place on."""

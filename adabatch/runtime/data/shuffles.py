@@ -174,6 +174,7 @@ class _Blocks:
         pieces = [np.arange(0)]
         while begin < end:
             window = begin // self._span
+            # Places after the shorter block lie `_lacking` further on in blocks that are counted as full.
             if begin >= self._begin(window + 1):
                 window = (begin + self._lacking) // self._span
             first, last = self._begin(window), self._begin(window + 1)
@@ -194,4 +195,5 @@ class _Blocks:
 
 def generator(seed: int, stream: int) -> torch.Generator:
     """torch's random numbers for a seed: one stream per epoch, and negative streams for loading processes."""
+    # The factor keeps the streams of neighbouring seeds apart: seed + stream would be the same for many pairs.
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + stream) % 2**63)

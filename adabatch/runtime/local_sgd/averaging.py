@@ -134,6 +134,7 @@ class LocalSGD:
         self._trained = TrainedParameters(model, optimizer)
         self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._replaced = False
+        # On the parameters too: two objects on different optimizers of one model would average it twice.
         take_over(self, [*each_of(optimizer), *replica.parameters], kind="LocalSGD")
         # All workers begin with the weights of the first, as DDP does it: with different seeds the average would be
         # meaningless.
@@ -218,6 +219,7 @@ class LocalSGD:
             raise RuntimeError("this LocalSGD was replaced by a newer one on the same optimizer or model: use that one")
 
     def _before_step(self, optimizer: Optimizer, _: object) -> None:
+        # Once per update: several optimizers make one local step.
         if not self._stepped:
             self._rounds.parameters_changed(self._trained.changes("LocalSGD"))
         self._rounds.before_step()
@@ -257,6 +259,8 @@ class LocalSGD:
             raise ValueError(
                 "local_sgd belongs to another model or optimizer: give AdaptiveBatch and LocalSGD the same"
             )
+        # Not by engine_for(), which refuses a plain model on several processes: here nothing is to reduce its
+        # gradients.
         alone = PlainEngine(model, self.collectives)
         return LocalWorkers(engine_for(model, gradient_sync) if is_sharded(model) else alone, self._rounds)
 
@@ -304,6 +308,7 @@ def _who(
             'LocalSGD(..., workers=mesh["node"])'
         )
     workers = workers_of(place, device=device)
+    # This rank is in both, and no other may be.
     if len(workers.members & node.members) > 1:
         raise ValueError(
             f"ranks {sorted(workers.members & node.members)} average with each other but hold different shards of the "

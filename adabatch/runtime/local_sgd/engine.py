@@ -54,6 +54,7 @@ class LocalWorkers(Engine):
 
     def gradient_ready(self, weight: float) -> None:
         """Counts what was consumed, and averages the gradient in a round of one step."""
+        # The step knows its weight, so a loop with AdaptiveBatch must not call LocalSGD.count() as well.
         self._rounds.memory.examples += weight
         self._rounds.average_gradient()
 
@@ -100,6 +101,8 @@ class LocalWorkers(Engine):
             rounds.exchange,
             num_workers=rounds.workers.size,
             worker_size=rounds.node.size,
+            # In a round of one step the mean of all gradients is formed anyway, so comparing across workers costs
+            # nothing more.
             across=lambda: rounds.settings.spread == "across" or rounds.present().by_gradient,
             averaged=lambda: rounds.gradient_averaged,
         )

@@ -64,6 +64,7 @@ class Exchange:
         for kind in sorted(kinds, key=str):  # in the same order on every worker
             members = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind]
             # one message per data type: a reduction for each parameter would cost its latency each time
+            # Weighted before the sum, because afterwards the workers' shares cannot be told apart.
             flat = torch.cat([tensor.reshape(-1) for tensor in members]).mul_(weight)
             self._workers.sum_in_place(flat)
             self.bytes_sent += self.ring_bytes([flat])

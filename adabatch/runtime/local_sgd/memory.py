@@ -49,6 +49,7 @@ class Memory:
 
     def state_dict(self, num_workers: int, settings: LocalSGDSettings) -> dict[str, Any]:
         """Numbers and tensors."""
+        # Between two rounds there is none to save: the next begins with the next step, wherever the run continues.
         present = self.round if self.step_in_round else None
         return {
             "format": STATE_FORMAT,
@@ -91,12 +92,13 @@ class Memory:
                 f"the state was saved by {state['num_workers']} workers, and there are {num_workers}: in the middle of "
                 f"a round, or with compression, resume with as many; or save after synchronize(), uncompressed"
             )
+        # Only these depend on the outer optimizer and on the compression; without them a run may change both.
         kept = state["step_in_round"] or state["momenta"] or errors.sent.numel()
         for name, now in (("outer", type(settings.outer).__name__), ("compression", settings.compression)):
             if kept and state[name] != now:
                 raise ValueError(
-                    f"the state was saved with {name}={state[name]}, this run has {now}, which can make no use of it: "
-                    f"use the same, or begin local SGD anew from the averaged model"
+                    f"the state was saved with {name}={state[name]}, this run has {now}, which cannot use it: "
+                    f"use the same, or start local SGD again from the averaged model"
                 )
         for name in ("anchors", "momenta"):
             if state[name] and [tensor.shape for tensor in state[name]] != [piece.shape for piece in pieces]:
@@ -106,6 +108,7 @@ class Memory:
                 )
         under_way = None
         if state["step_in_round"]:
+            # Never by the gradient: such a round has a single step, so it is never saved in its middle.
             under_way = Round(state["local_steps"], state["lr"], settings.outer, settings.compression, False)
         return cls(
             **{name: state[name] for name in _NUMBERS},

@@ -61,6 +61,7 @@ class Replica:
         return {
             f"{index}.{name}": own_piece(value)[0]
             for index, parameter in enumerate(self.parameters)
+            # Sorted, so that all workers send the same tensors in the same order.
             for name, value in sorted(self._optimizer.state.get(parameter, {}).items())
             if isinstance(value, Tensor) and value.is_floating_point() and name != COUNT
         }
@@ -79,6 +80,8 @@ class Replica:
                 "nn.Embedding), or, where they are averaged for the noise only, spread='within'"
             )
         pieces = [
+            # Clones: the mean is formed in place, and each worker may need its own gradient again. Zeros where there is
+            # none, because all workers must send tensors of the same shapes.
             torch.zeros_like(own_piece(p)[0]) if grad is None else own_piece(grad)[0].clone()
             for p, grad in zip(self.parameters, grads, strict=True)
         ]

@@ -67,7 +67,7 @@ class Rounds:
         self._standing = progress, lr_factor
 
     def parameters_changed(self, changes: str | None) -> None:
-        """Takes down what has changed in this worker's parameters, which is an error of all workers at their average.
+        """Notes how this worker's parameters have changed, which will be an error on all workers at their average.
 
         Raises:
             RuntimeError: if something changed, and the others would not hear of it: where gradients are averaged.
@@ -92,12 +92,15 @@ class Rounds:
         peak = factor * max((float(group.get("initial_lr", group["lr"])) for group in rates), default=0.0)
         begun = self.settings.begin(RoundStart(progress, lr, peak), states_agree=self.memory.states_agree)
         # Rounds of different lengths would send different things at the same time, and wait for each other forever.
+        # Synchronous rounds of a fixed period are not compared: that would cost a reduction at every step.
         told = (begun.local_steps, begun.by_gradient, lr if begun.needs_anchor else None)
         if not (isinstance(self.settings.period, Fixed) and begun.local_steps == 1) and not self.everyone.agree(told):
             raise ValueError(
                 f"the workers begin different rounds (this one: {begun.local_steps} steps, at a learning rate of "
                 f"{lr:.6g}): their learning rates must be the same at every step"
             )
+        # Before the first step of the round; a copy of the model on every worker, unless plain averages make do without
+        # it.
         if begun.needs_anchor:
             self.memory.anchors = [piece.clone() for piece in self.replica.pieces()]
         return begun
@@ -139,6 +142,7 @@ class Rounds:
         with self._reporting():
             if not ended.by_gradient:
                 self._average(ended, weight)
+            # After averaged gradients too: running statistics come from each worker's own data.
             self.exchange.mean(self.replica.buffers(), weight=weight)
         self.memory.end_round()
 
@@ -153,8 +157,8 @@ class Rounds:
         if self.settings.average_state:
             if not self.workers.agree([(name, value.shape) for name, value in state.items()]):
                 raise ValueError(
-                    "the optimizer remembers other things on this worker than on others, so average_state cannot "
-                    "average them: a parameter got a gradient on some workers only; leave average_state out"
+                    "the optimizer's state has other entries on this worker than on others, so average_state cannot "
+                    "average it: a parameter got a gradient on some workers only; leave average_state out"
                 )
             self.exchange.mean(list(state.values()), weight=weight)
         # If states differ, the same gradient would step workers differently: a round of one step then averages
@@ -163,11 +167,13 @@ class Rounds:
 
     def _weight(self, ended: Round) -> float:
         """This worker's weight in the average; also checks that all workers are at the same step."""
+        # The ranks of a sharded worker read different examples.
         (examples,) = self.node.sum_of(self.memory.examples)
         with self._reporting():
             at = self.memory.rounds, self.memory.steps, ended.local_steps
             rows = self.workers.gather_of(examples, *at, float(self._changed is not None))
         if any(row[-1] for row in rows):
+            # A collective; all workers see the same rows, so all come here.
             raise_first(self._changed, self.workers)
         if any(row[1:-1] != rows[0][1:-1] for row in rows):
             places = "; ".join(f"worker {index}: {row[2]:.0f}" for index, row in enumerate(rows))

@@ -64,6 +64,8 @@ class LocalSGDSettings:
         words = {"compression": Compression, "weights": AverageWeights, "measure": MeasuredStep, "spread": Spread}
         for name, allowed in words.items():
             require_one_of(name, getattr(self, name), allowed)
+        # A protocol is checked by its attributes, which a class has as well as its instances: hence `isinstance(...,
+        # type)`.
         if isinstance(self.period, type) or not isinstance(self.period, Period):
             raise TypeError(
                 f"sync_every must be a number of local steps, or Fixed, Table or Quadratic of adabatch.local_sgd, got "
@@ -113,6 +115,7 @@ class LocalSGDSettings:
 
 def period_of(sync_every: int | Period | Any) -> Period:
     """A period; a number means rounds of that many local steps."""
+    # A float too, for the sake of the error of Fixed, which says what is wrong with it.
     return Fixed(sync_every) if isinstance(sync_every, int | float) else sync_every  # type: ignore[arg-type]
 
 
