@@ -27,6 +27,7 @@ class Noted(NamedTuple):
     output: GradientEdge  # not the tensor, which an in-place activation would overwrite
 
 
+# This and the next function are also in adabatch.runtime, which optim/ does not import.
 def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
@@ -87,6 +88,7 @@ class Capture:
         self._handles = [
             *(module.register_forward_hook(_weakly(self._note)) for module in layers),
             model.register_forward_pre_hook(_weakly(self._begin), prepend=True),
+            # Also after an error in the forward: otherwise layers that are called outside of it would be recorded.
             model.register_forward_hook(_weakly(self._end), always_call=True),
         ]
         finalize(self, _remove, self._handles).atexit = False
@@ -137,6 +139,7 @@ class Capture:
         for cotangent in cotangents:
             # a backward of the outputs alone: the loss's own would give gradients of a mean over the batch, times its
             # scale
+            # The graph is kept for the backward of the loss. A layer need not reach these outputs.
             deltas = torch.autograd.grad(
                 outputs, where, grad_outputs=cotangent.to(outputs.dtype), retain_graph=True, allow_unused=True
             )

@@ -177,7 +177,9 @@ class Inversion:
         if root is None:
             self._fallbacks["kept inverse"] += 1
             return
+        # Not a copy: a weight and its bias may share the root of B.
         block.state[f"{side}_root"] = root.core
+        # The form may change from rows to a matrix when the batch grows.
         block.state.pop(f"{side}_scale", None)
         if root.scale is not None:
             block.state[f"{side}_scale"] = root.scale

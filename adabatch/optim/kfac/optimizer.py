@@ -303,6 +303,7 @@ class KFAC(Optimizer):
         )
         self.fallbacks["not finite"] = sum(int(row[3]) for row in numbers)
         for block in self._blocks.values():
+            # On all ranks and in the same order, whoever owns the layer.
             self._owner.share(block.layer.name, inversion.roots_of(block))
         self._whitening = Whitening()
         self._clock.refreshes += 1
@@ -403,6 +404,7 @@ class KFAC(Optimizer):
         for layer in self._layers:
             seen = sums.layers.get(layer.name)
             if seen is None or seen.num_rows == 0 or not (seen.output_rows or seen.output_sum is not None):
+                # A layer that no micro-batch of this step has used keeps its averages.
                 continue
             if self._in_rows:
                 averages.keep_rows(layer, seen, num_examples=sums.num_examples)
@@ -449,6 +451,7 @@ class KFAC(Optimizer):
             total = torch.zeros((), dtype=torch.float64, device=device) if product is None else product
             if self._reduce is not None:
                 total = self._reduce(total)
+            # On the device: to compare the product with the limit on the host would be a sync in every step.
             factor = (self._kl_clip / total.clamp(min=torch.finfo(torch.float64).tiny)).sqrt().clamp(max=1)
             found = [(p, direction * factor.to(direction.dtype)) for p, direction in found]
         yield from found

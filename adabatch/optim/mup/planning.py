@@ -131,6 +131,7 @@ def _untied(
 def _guessed(name: str, shape: tuple[int, ...], base_shape: tuple[int, ...]) -> tuple[Dim, ...]:
     """A layout for a parameter of an unknown module, if it makes no difference which one."""
     ratios = {size / before for size, before in zip(shape, base_shape, strict=True)}
+    # If all dimensions grow alike, both fans have the same ratio, whichever is which.
     if ratios == {1.0} or (len(ratios) == 1 and len(shape) == 2):
         fan_in: Dim = "in"
         return ("out", *(fan_in for _ in shape[1:]))
