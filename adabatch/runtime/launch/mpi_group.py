@@ -37,7 +37,7 @@ def connect(*, rank: int, size: int, timeout: timedelta) -> None:
             f"of {comm.size}: start the job with mpiexec, or unset ADABATCH_BACKEND"
         )
     register()
-    store = dist.HashStore()  # asked for, and not used
+    store = dist.HashStore()  # torch wants one; MPI does not need it
     dist.init_process_group(BACKEND, store=store, rank=rank, world_size=size, timeout=timeout)
 
 

@@ -72,7 +72,7 @@ class JoinedOptimizers(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """The state of all, by parameter; to be read."""
+        """The state of all, by parameter. To be read: it is a new dictionary at each call."""
         return defaultdict(dict, {p: state for one in self.each for p, state in one.state.items()})
 
     @state.setter

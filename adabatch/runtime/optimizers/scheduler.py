@@ -283,7 +283,7 @@ class ProgressLR(LRScheduler):
         if any(abs(rate - now) > 1e-6 * abs(now) for rate, now in zip(rates, due, strict=True)):
             raise RuntimeError(
                 f"the learning rate is {rates[0]:g}, as ProgressLR has set it {behind} update(s) ago, and is to be "
-                f"{due[0]:g} now: call step() of the ProgressLR after each optimizer.step(), not once an epoch"
+                f"{due[0]:g} now: call step() of the ProgressLR after each optimizer.step(), not once per epoch"
             )
 
     def _check_in_place(self) -> None:
@@ -299,8 +299,8 @@ class ProgressLR(LRScheduler):
             known = self._num_groups[number]
             if len(one.param_groups) < known:
                 raise RuntimeError(
-                    f"{type(one).__name__} had {known} parameter groups and has {len(one.param_groups)} now, and which "
-                    f"one left cannot be told: make a new ProgressLR after a group is removed"
+                    f"{type(one).__name__} had {known} parameter groups and has {len(one.param_groups)} now, and it is "
+                    f"not known which one left: make a new ProgressLR after a group is removed"
                 )
             for place, group in enumerate(one.param_groups[known:], start + known):
                 rate = group["lr"]

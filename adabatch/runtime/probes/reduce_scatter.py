@@ -99,7 +99,7 @@ class _Measured:
             self._filling = buffer
         elif filled.numel() != buffer.numel() * self._num_shards:
             raise RuntimeError(
-                f"FSDP2 reduces a gradient of {filled.numel()} elements to {buffer.numel()}, where {self._num_shards} "
+                f"FSDP2 reduces a gradient of {filled.numel()} elements to {buffer.numel()}, but {self._num_shards} "
                 f"shards were expected: this way of sharding, or torch {torch.__version__}, is not known to the probe"
             )
         else:
@@ -262,7 +262,7 @@ class ReduceScatterProbe(Probe):
                 raise RuntimeError(
                     f"FSDP2 reduced the gradient of {name or 'the root'} in {len(unit.reductions)} pieces in one "
                     f"micro-batch, whose norms do not add up: modules that are one unit must run together in one "
-                    f"forward, so give a head that is called once a chunk a unit of its own"
+                    f"forward, so make a head that is called once per chunk a separate unit"
                 )
             reductions += unit.reductions
             unit.reductions.clear()
@@ -287,7 +287,7 @@ class ReduceScatterProbe(Probe):
         lengths = [padded_length(self._parameters[number], self._num_shards) for number in reduction.numbers]
         if lengths and sum(lengths) != reduction.num_columns:
             raise RuntimeError(
-                f"FSDP2 reduced {reduction.num_columns} elements a rank, where its {len(lengths)} parameters have "
+                f"FSDP2 reduced {reduction.num_columns} elements per rank, but its {len(lengths)} parameters have "
                 f"{sum(lengths)}: this way of sharding, or torch {torch.__version__}, is not known to the probe"
             )
         return lengths
