@@ -97,6 +97,7 @@ class Capture:
         if module is not self._model:  # a deep copy of it (an average of its weights) has the hooks too
             return
         self._noted.clear()
+        # Without gradients, as in an evaluation, there is no graph in which to go back.
         self._watching = torch.is_grad_enabled() and self._due()
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:

@@ -462,6 +462,7 @@ class KFAC(Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             direction = state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
+        # A host sync if the rate is a tensor on an accelerator.
         lr = float(group["lr"])
         if group["weight_decay"]:
             p.mul_(1 - lr * group["weight_decay"])

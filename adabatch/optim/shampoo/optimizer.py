@@ -292,6 +292,7 @@ class Shampoo(Optimizer):
     def _apply(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
         """Applies momentum, decay and the updates of a group."""
         lr = group["lr"]
+        # A number where that costs no sync; otherwise the tensor is used as it is.
         if isinstance(lr, Tensor) and lr.is_cpu:
             lr = lr.item()
         foreach = multi_tensor.are_plain(params) if group["foreach"] is None else group["foreach"]

@@ -91,6 +91,7 @@ class LoaderFeed:
         if self._compares:
             check_different(batches, self._collectives)
             self._compares = False
+        # From the second step on, no micro-batch is the end of the pass.
         self._any = True
         return Portion(batches, sizes, int(num_examples))
 

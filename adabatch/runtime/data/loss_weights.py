@@ -62,6 +62,7 @@ class LossWeightedFeed:
                 "number of terms that the mean loss is taken over, and 0 where there are none"
             )
         if 0 in weights:
+            # Stable: the others keep their order.
             order = sorted(range(len(batches)), key=lambda index: weights[index] != 0)
             batches, weights = [batches[index] for index in order], [weights[index] for index in order]
             portion = replace(portion, sizes=[portion.sizes[index] for index in order])

@@ -60,6 +60,7 @@ class GlobalOrder:
             whole.
     """
 
+    # With these, a DataLoader would choose sizes or examples itself.
     _FORBIDDEN = frozenset({"batch_size", "sampler", "batch_sampler", "drop_last", "generator", "in_order"})
 
     @checked_but("dataset", "subset", "shuffle")
@@ -201,4 +202,5 @@ class GlobalOrder:
         return OrderFeed(self._place, self._loader, make_dealer=make_dealer, ranks=(rank, dp_size))
 
     def _loader(self, dealer: Dealer, seeds: torch.Generator) -> DataLoader[Any]:
+        # A DataLoader takes any iterable of lists of indices as its batch sampler; its annotations ask for a Sampler.
         return DataLoader(self.dataset, batch_sampler=cast("Any", dealer), generator=seeds, **self._loader_options)

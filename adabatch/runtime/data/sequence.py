@@ -25,7 +25,7 @@ def shuffle_of(choice: bool | Shuffle, num_examples: int) -> Shuffle:
         if not choice:
             return InOrder()
         return FullShuffle() if num_examples <= IN_MEMORY else ScatteredShuffle()
-    # A protocol is checked by its attributes, which a class has as well as its instances.
+    # A class passes for a Shuffle too, because it has the attributes that the protocol asks for.
     if isinstance(choice, type) or not isinstance(choice, Shuffle):
         raise TypeError(f"shuffle must be True, False or a shuffle such as ScatteredShuffle(), got {shown(choice)}")
     return choice

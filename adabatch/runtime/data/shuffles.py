@@ -166,6 +166,7 @@ class _Blocks:
 
     def _begin(self, window: int) -> int:
         """The first place of a window."""
+        # Windows after the shorter block begin earlier by what it lacks.
         return min(
             window * self._span - (self._lacking if window * self._mixed > self._short else 0), self._num_examples
         )

@@ -103,6 +103,7 @@ class WholeStepsFeed:
         """The next item with the sizes of its micro-batches, None at the end; or an error of the user's code."""
         assert self._items is not None
         try:
+            # All of the item inside the `try`: it may be a generator, whose error is one of this rank too.
             item = next(self._items, None)
             return (None if item is None else [(batch, int(self._count(batch))) for batch in item]), None
         except Exception as error:

@@ -63,7 +63,7 @@ def torch_claim(environment: Environment) -> Claim | None:
         return None
     way_out = "start the job with torchrun, or unset RANK and WORLD_SIZE to run one process"
     launcher, node = BY_HAND, None
-    # RANK and WORLD_SIZE have several authors; each of these variables has one.
+    # Several launchers set RANK and WORLD_SIZE; each of these variables belongs to one.
     if "TORCHELASTIC_RUN_ID" in environment:
         launcher, node = "torchrun", _place(environment, "GROUP_RANK", "GROUP_WORLD_SIZE", way_out)
     elif "CROSS_RANK" in environment:

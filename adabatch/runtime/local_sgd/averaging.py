@@ -291,6 +291,7 @@ class LocalSGD:
             pieces=self._rounds.replica.pieces(),
             settings=self._rounds.settings,
         )
+        # A count of the run, not of this process.
         self._rounds.exchange.bytes_sent = state["bytes_sent"]
 
 

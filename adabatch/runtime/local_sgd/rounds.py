@@ -123,6 +123,7 @@ class Rounds:
 
     def before_step(self) -> None:
         """The optimizer is about to step."""
+        # AdaptiveBatch has averaged it at the end of its inner loop; in other loops this is the first call.
         if not self._gradient_averaged:
             self.average_gradient()
 

@@ -64,8 +64,7 @@ class LocalSGDSettings:
         words = {"compression": Compression, "weights": AverageWeights, "measure": MeasuredStep, "spread": Spread}
         for name, allowed in words.items():
             require_one_of(name, getattr(self, name), allowed)
-        # A protocol is checked by its attributes, which a class has as well as its instances: hence `isinstance(...,
-        # type)`.
+        # A class passes for a Period too, because it has the attributes that the protocol asks for.
         if isinstance(self.period, type) or not isinstance(self.period, Period):
             raise TypeError(
                 f"sync_every must be a number of local steps, or Fixed, Table or Quadratic of adabatch.local_sgd, got "

@@ -279,7 +279,7 @@ class ProgressLR(LRScheduler):
             return
         # Calling step() seldom does no harm as long as the rate is constant.
         due = [host_value(lr) for lr in self.get_lr()]
-        # With one: the rate that is due is computed here, and the one in the group may have been rounded to float32.
+        # With a tolerance: what is due is computed here, and the rate in the group may have been rounded to float32.
         if any(abs(rate - now) > 1e-6 * abs(now) for rate, now in zip(rates, due, strict=True)):
             raise RuntimeError(
                 f"the learning rate is {rates[0]:g}, as ProgressLR has set it {behind} update(s) ago, and is to be "

@@ -145,7 +145,7 @@ class OuterProduct(Contribution):
         sums = []
         for part in chunks(self.num_examples, 2 * num_positions**2):
             rows, cols = wide(self.rows[part]), wide(self.cols[part])
-            # In place: the two Gram matrices are the scratch memory that chunks() was told of.
+            # In place, so that two Gram matrices are all the scratch memory, as chunks() was told.
             gram = torch.bmm(rows, rows.mT).mul_(torch.bmm(cols, cols.mT))
             sums.append(gram.flatten(1).sum(1))
         return torch.cat(sums)

@@ -226,7 +226,6 @@ class Measurement:
             sizes = (tensor.shape[0] for tensor in tensors_of((args, kwargs)) if tensor.dim() > 0)
             self.num_examples = next(sizes, self.num_examples)
         if not self._is_tried and (self.num_examples or 0) > 1:
-            # Set before the trial, whose own forward would come here again.
             self._is_tried = True
             self._try_layout(args, kwargs)
 
