@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ _log = logging.getLogger("adabatch")
 
 KEY = "adabatch"
 """The key of our state in ``client_state``."""
+
+_NAME = re.compile(r"step\d{8,}(-\d+)?")
+"""The name of a checkpoint: its step, and a number if another run has one of that step."""
 
 LATEST = "latest"
 """The file in which DeepSpeed names its newest checkpoint, once it is complete."""
@@ -134,8 +138,8 @@ class DeepSpeedCheckpoints:
         place = self._place(again)
         self._engine.save_checkpoint(str(self._folder), tag=place.name, client_state={KEY: state})
         if self._ranks.rank == 0:
+            others = [path for path in _checkpoints_in(self._folder) if path != place]
             # By time: a run that begins again in this folder counts its steps from the first.
-            others = [path for path in self._folder.glob("step*") if path != place]
             others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
             for old in others[self._keep - 1 :]:
                 shutil.rmtree(old)
@@ -262,6 +266,11 @@ class DeepSpeedCheckpoints:
         if failed:
             raise CheckpointError(f"another rank could not use the checkpoints in {self._folder}")
         return sums
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The folders that this class names, and no other: the user may keep more beside them."""
+    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def _numbers_of(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
