@@ -60,7 +60,7 @@ class LoaderFeed:
         self._over = False
         self._collectives = collectives
         self._count = count
-        self._any = may_be_empty
+        self._may_end = may_be_empty
         self._compares = not allow_same_data
         self._num_seen = 0  # micro-batches of this pass
         self._num_short = 0  # those among them below micro_batch_size
@@ -84,7 +84,7 @@ class LoaderFeed:
             common = int(self._collectives.minimum_of(len(batches))[0])
             batches, sizes = batches[:common], sizes[:common]
             if common == 0:
-                if not self._any:
+                if not self._may_end:
                     raise ValueError(f"the loader gave no micro-batch on at least one rank: {self._why_empty()}")
                 return None
             (num_examples,) = self._collectives.sum_of(sum(sizes))
@@ -92,7 +92,7 @@ class LoaderFeed:
             check_different(batches, self._collectives)
             self._compares = False
         # From the second step on, no micro-batch is the end of the pass.
-        self._any = True
+        self._may_end = True
         return Portion(batches, sizes, int(num_examples))
 
     def _fetch(self, plan: BatchPlan) -> tuple[list[Any], list[int], Exception | None]:

@@ -16,7 +16,8 @@ Integers = NDArray[np.int64]
 ROUNDS = 8
 """Rounds of the Feistel network. Four are pseudo-random (Luby and Rackoff 1988); small sets need more to mix well."""
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio, made odd: its multiples are spread evenly over 64 bits."""
 
 
 def key_of(*numbers: int) -> int:
@@ -34,7 +35,7 @@ def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def uniforms(key: int, places: Integers) -> NDArray[np.float64]:
     """Numbers in [0, 1), one for each place and of its shape: the stream of SplitMix64 that begins at ``key``."""
-    bits = mixed(places.astype(np.uint64) * _GOLDEN + np.uint64(key))
+    bits = mixed(places.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(key))
     # The upper 53 bits, which a float64 holds exactly.
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

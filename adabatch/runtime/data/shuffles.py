@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from adabatch.arguments import check_fields, whole
-from adabatch.runtime.data.permutation import Integers, Permutation, key_of
+from adabatch.runtime.data.permutation import GOLDEN, Integers, Permutation, key_of
 
 MOST_IN_BLOCKS = 2**40
 """Examples in a block, and blocks that are mixed; above any data set."""
@@ -197,4 +197,4 @@ class _Blocks:
 def generator(seed: int, stream: int) -> torch.Generator:
     """torch's random numbers for a seed: one stream per epoch, and negative streams for loading processes."""
     # The factor keeps the streams of neighbouring seeds apart: seed + stream would be the same for many pairs.
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + stream) % 2**63)
+    return torch.Generator().manual_seed((seed * GOLDEN + stream) % 2**63)
