@@ -203,6 +203,7 @@ class KFAC(Optimizer):
         self._whitening = Whitening()
         # Rows save work only on one process: the sum over ranks would be of matrices again.
         self._in_rows = memory == 0 and reduce is None
+        # Last, so that an argument that is refused leaves no hook on the model.
         self._capture = Capture(model, modules, due=lambda: self.due, in_rows=self._in_rows)
 
     # --- called by the loop -----------------------------------------------------------------------------------------
@@ -274,6 +275,7 @@ class KFAC(Optimizer):
         watched = (p for group in self.param_groups if group.get("method") == "kfac" for p in group["params"])
         check_in_place(watched, self._blocks, "K-FAC")
         check_ratios(self)
+        # Read before _average() replaces it.
         before = self._clock.last_batch
         # summed before the decision: all ranks then see the same number of examples, and refresh in the same step
         if self.due and self._average() and self._wants_refresh(before):
@@ -478,6 +480,7 @@ class KFAC(Optimizer):
         blind = [
             layer.name
             for layer in self._layers
+            # A layer that the loss does not reach has nothing to observe.
             if measured[layer.name][2] == 0 and any(p.grad is not None for p in self._params_of(layer))
         ]
         if not blind:

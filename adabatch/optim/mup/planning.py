@@ -98,6 +98,7 @@ def _entry(name: str, ours: _Used, base: _Used, *, role: Role | None, layout: tu
         )
     if len(ours.shape) != len(base.shape):
         raise ValueError(f"{name} has shape {ours.shape}, in the base model {base.shape}: another architecture")
+    # A tied weight has several uses, whose roles may differ: an embedding is an input, a readout an output.
     candidates = [_untied(name, use, ours.shape, base.shape, layout) for use in ours.uses]
     found = {(entry.role, entry.layout) for entry in candidates}
     if role is None and len(found) > 1:
