@@ -223,7 +223,7 @@ class Fit:
         timed = getattr(trainer, "_val_check_time_interval", None) is not None  # not in older releases
         if at_end and not timed and loop._should_check_val_epoch():
             trainer.validating = True
-            # As Lightning does for a validation within an epoch: it must not end the epoch for the loggers.
+            # Kept and put back, as Lightning does around a validation inside an epoch.
             first = trainer._logger_connector._first_loop_iter
             self._host["trainer.call"]._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
             loop.val_loop.run()

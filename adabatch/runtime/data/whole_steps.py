@@ -82,7 +82,7 @@ class WholeStepsFeed:
         sizes: list[int] = [] if found is None else [size for _, size in found]
         wrong = self._wrong(found, sizes, plan) if error is None else error
         ended = found is None and wrong is None
-        # Ends and errors travel with the sizes, so that all ranks stop together, and a step costs no further reduction.
+        # Ends and errors travel with the sizes, so that all ranks stop together.
         num_ended, num_failed, num_examples = self._collectives.sum_of(ended, wrong is not None, sum(sizes))
         if num_failed:
             raise wrong or RuntimeError("the data of another rank raised an error, or gave a step that cannot be run")
