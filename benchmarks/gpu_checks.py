@@ -430,7 +430,7 @@ def shampoo(device: torch.device) -> str:
 def kfac(device: torch.device) -> str:
     """K-FAC, which draws labels on the device, halves the loss in 30 steps."""
     model = network(device)
-    optimizer = KFAC(model.parameters(), model, lr=0.03)
+    optimizer = KFAC(model.parameters(), model, lr=0.01, kl_clip=1e-3)
     batches = adaptive(model, optimizer, grows=False)
     losses: list[float] = []
     for step in batches.steps(adabatch.GlobalOrder(data(), seed=0), until=adabatch.steps(30)):
