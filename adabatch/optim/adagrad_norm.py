@@ -310,6 +310,7 @@ class AdaGradNorm(Optimizer):
         device = next(self._params()).device
         if total.device != device:  # the model was moved after this optimizer was made
             total = self._share(total)
+        # In place: this tensor is in the state of every parameter.
         total.add_(self._read(batches, total) if grad_sq is None else grad_sq)
         # An infinite norm must show at once, as NaN. As infinity it would silently make all steps zero from now on. On
         # the CPU b is a number; elsewhere it stays a tensor of shape (1,), since reading a number would wait.

@@ -114,6 +114,7 @@ class Inversion:
                 continue
             damping = self._form(pair, block.group)
             for side, factor, exponent, rho in self._sides(block, pair, damping):
+                # A Cholesky factorization inverts whole matrices; powers, rows and diagonals go another way.
                 if exponent != 1 or factor.in_rows or factor.values.dim() == 1:
                     self._by_power(block, side, factor, exponent, rho)
                     continue
@@ -142,6 +143,7 @@ class Inversion:
         for block, side, key, factor in requests:
             root: Root | None = tried[key].root
             if key in bad:
+                # Once for a factor that several blocks share.
                 if key not in again:
                     self._fallbacks["float64 inverse"] += 1
                     second = inverse(factor.values, damping=key[2], trace=factor.trace, dtype=torch.float64)
