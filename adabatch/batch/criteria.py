@@ -160,6 +160,8 @@ class NormTest:
         if moments is None:
             return math.nan
         noise, allowed = moments.noise, self.eta * self.eta * moments.grad_sq
+        # Without a gradient the form with a population would ask for n, and the control would not see that there is no
+        # signal.
         if self.population is None or allowed <= 0:
             return ratio(noise, allowed)
         n = self.population

@@ -115,6 +115,7 @@ def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE)
     first = known[sizes[0]]
     if not math.isfinite(first):
         raise ValueError(f"the branch at the smallest batch, {sizes[0]}, diverged: lower its learning rate")
+    # abs, because a loss may be negative (a log-likelihood of densities)
     bound = first + tolerance * abs(first)
     size = sizes[0]
     for larger in sizes[1:]:
@@ -126,6 +127,7 @@ def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE)
 
 def _crossing(size: int, larger: int, losses: Mapping[int, float], bound: float) -> float:
     below, above = losses[size], losses[larger]
+    # a branch that diverged leaves nothing to interpolate to
     if not math.isfinite(above):
         return float(size)
     return size * math.exp(math.log(larger / size) * (bound - below) / (above - below))

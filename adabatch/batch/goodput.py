@@ -77,6 +77,7 @@ class Goodput:
         present, noise_scale = moments.num_examples, ratio(moments.noise, moments.signal)
         if not noise_scale > 0:
             return noise_scale
+        # Before the next case: even with no signal in sight, a batch is timed once before a larger one is tried.
         if present not in times.sizes:
             return present
         if noise_scale == math.inf:
@@ -84,6 +85,7 @@ class Goodput:
         seconds = _seconds_of(times.model, grid)
 
         def goodput(size: float) -> float:
+            # any reference gives the same order
             return size / seconds(size) * efficiency(size, noise_scale, reference=1)
 
         best = max(_candidates(times.model, grid, noise_scale, REACH * max(times.sizes)), key=goodput)
@@ -109,6 +111,7 @@ def _candidates(model: StepTimeModel, grid: PlanGrid, noise_scale: float, reach:
         """The b for which ``b / ((step + example b) (noise_scale + b))`` is largest."""
         return math.sqrt(noise_scale * step / example) if example > 0 else math.inf
 
+    # The time of a step has a kink where the micro-batch is full, so goodput has an optimum on either side of it.
     least, dp_size, micro = grid.min_accumulation, grid.dp_size, max(grid.micro_sizes)
     smallest, grown = (size * least * dp_size for size in (min(grid.micro_sizes), micro))
     step = model.step(dp_size)

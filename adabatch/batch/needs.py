@@ -87,6 +87,7 @@ class Needs:
 
     def words(self) -> list[str]:
         """Each need as an error names it."""
+        # the user of a Euclidean criterion chose no norm, and should not have to read of one
         if self.noise == EUCLIDEAN:
             return ["noise", *replace(self, noise=None).words()]
         return [each.metadata["words"].format(getattr(self, each.name)) for each in self._asked()]
