@@ -292,8 +292,8 @@ class ProbeWindow:
         # so one bound suits noise from two parts and from two hundred, and a skewed distribution loses no probes. cbrt,
         # unlike a power, also takes the negative noise of a small sample.
         deviations = tuple(math.cbrt(value / center) - 1 for value in values)
-        # The median absolute deviation of few normal numbers, with the usual correction.
-        # n / (n - 0.8) is Croux and Rousseeuw's (1992) factor for few values.
+        # The median absolute deviation: 1.4826 makes it the standard deviation of normal numbers, and n / (n - 0.8) is
+        # the factor of Croux and Rousseeuw (1992) for few of them.
         scale = 1.4826 * number / (number - 0.8) * median(map(abs, deviations))
         # Seven values alone give a poor spread, so it is pooled with that of the past, and with the variance of a
         # chi-square on the scale of cube roots, 2 / 9 over its degrees of freedom, which matters early in a run.

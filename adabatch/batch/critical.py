@@ -164,6 +164,7 @@ def measure_critical_batch(
         batches, losses = zip(*steps, strict=True)
         counts[size] = sum(batches)
         ends[size] = float(smoothed_losses(losses, batches, half_life=half_life)[-1])
-    if ends and max(counts.values()) - min(counts.values()) > max(counts):
+    # max(counts) is the largest batch size: a branch ends with a whole batch, and may overshoot by almost one
+    if max(counts.values()) - min(counts.values()) > max(counts):
         raise ValueError(f"branches must consume equally many examples, got {counts}")
     return critical_batch(ends, tolerance=tolerance)

@@ -89,7 +89,7 @@ class GradientMoments(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether all numbers are finite."""
+        """Whether both squared norms are finite."""
         return math.isfinite(self.part_sq) and math.isfinite(self.grad_sq)
 
     @property

@@ -62,7 +62,7 @@ class Needs:
 
     def __bool__(self) -> bool:
         """Whether anything is needed."""
-        return any(True for _ in self._asked())
+        return bool(self._asked())
 
     def __or__(self, other: Needs) -> Needs:
         """Both.
