@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -254,7 +254,7 @@ def _linear_cooldown(shape: AnyShape) -> float:
     if shape.name == "linear" and settings["floor"] == 0:
         return 1.0
     if shape.name == "wsd" and settings["floor"] == 0 and settings["decay"] == "linear":
-        return float(str(settings["cooldown"]))
+        return cast(float, settings["cooldown"])
     return 0.0
 
 
@@ -407,7 +407,7 @@ def longer_cooldown(
 
     share = 1.0 if excess(1.0) < 0 else _root(excess, cooldown, 1.0)
     cooldown_steps = share * (new_steps - warmup_steps)
-    resume = min(stable, _floor(new_steps - cooldown_steps))
+    resume = min(stable, whole(new_steps - cooldown_steps))
     return Extension(
         resume_step=resume,
         num_steps=new_steps - resume,
@@ -448,8 +448,7 @@ def _terms(distance: float, gradient: float) -> BoundTerms:
             f"the gradient term of the bound is {gradient}: the norms must be positive at some step with a "
             "positive factor, and their squares within the range of float64"
         )
-    # the terms apart, not their sum: the best base learning rate and the bound at any other follow from them without a
-    # pass
+    # Apart, not as their sum: the best base learning rate, and the bound at any other, follow without another pass.
     return BoundTerms(distance=float(distance), gradient=gradient)
 
 
@@ -462,12 +461,12 @@ def _last_full_step(num_steps: int, cooldown: float, warmup_steps: int, new_step
             f"got {warmup_steps}, {num_steps} and {new_steps}"
         )
     require(new_steps <= MOST_STEPS, f"new_steps must be at most {MOST_STEPS}", new_steps)
-    return _floor(num_steps - cooldown * (num_steps - warmup_steps))
+    return whole(num_steps - cooldown * (num_steps - warmup_steps))
 
 
-def _floor(steps: float) -> int:
-    """Whole steps in ``steps``, allowing for a rounding error below a whole number."""
-    return math.floor(steps + 1e-6)
+def whole(count: float) -> int:
+    """Whole units in ``count``, allowing for a rounding error below a whole number."""
+    return math.floor(count + 1e-6)
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:

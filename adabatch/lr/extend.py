@@ -15,7 +15,7 @@ import numpy as np
 
 from adabatch.arguments import checked
 from adabatch.batch.plan import Duration, Progress
-from adabatch.lr.bound import longer_cooldown, two_stage
+from adabatch.lr.bound import longer_cooldown, two_stage, whole
 from adabatch.lr.recorded import Clock, Recorded
 from adabatch.lr.shapes import Decay, Shape, tabulated, wsd
 
@@ -183,8 +183,3 @@ def steps_done(saved: SavedSchedule, recorded: Recorded, count: float) -> int | 
         return None
     edges = recorded.edges(saved.clock, saved.reference)
     return int(np.searchsorted(edges, (share + 1e-9) * edges[-1], side="right")) - 1
-
-
-def whole(count: float) -> int:
-    """Whole units in ``count``, allowing for a rounding error below a whole number."""
-    return math.floor(count + 1e-6)

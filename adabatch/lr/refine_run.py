@@ -19,11 +19,11 @@ from adabatch.arguments import MOST_STEPS, checked, require
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.horizon import Horizon
 from adabatch.lr.recorded import Norm, Recorded
-from adabatch.lr.refine import Kind, last_iterate_multipliers, median_filter, refined_weights
+from adabatch.lr.refine import POWERS, Kind, last_iterate_multipliers, median_filter, odd_window, refined_weights
 from adabatch.lr.shapes import FloatArray, Shape, linear, tabulated
 
-READS: Mapping[Kind, tuple[Norm, int]] = MappingProxyType({"sgd": ("l2", 2), "adam": ("l1", 1), "adagrad": ("l1", 1)})
-"""Which norm a kind of optimizer reads, and the power in ``weight = norm ** -power``."""
+READS: Mapping[Kind, Norm] = MappingProxyType({"sgd": "l2", "adam": "l1", "adagrad": "l1"})
+"""Which norm a kind of optimizer reads."""
 
 
 class RefinedRun(NamedTuple):
@@ -90,11 +90,10 @@ def refine_run(
     edges = recorded.edges("examples", 1.0) if edges is None else edges
     require(length <= MOST_STEPS, f"length must be at most {MOST_STEPS}", length)
     _check_arrays(recorded, factor, edges)
-    which, power = READS[kind]
-    measured = recorded.norms(which)
+    measured = recorded.norms(READS[kind])
     # at the reference batch size, where norms do not jump with the batch, and so can be smoothed
-    norms = measured.norms * factor[measured.at] ** (1 / power)
-    window = 2 * (int(smoothing * norms.size) // 2) + 1
+    norms = measured.norms * factor[measured.at] ** (1 / POWERS[kind])
+    window = odd_window(smoothing, norms.size)
     smoothed = median_filter(norms, window)
     weights = refined_weights(measured._replace(norms=smoothed).for_each(recorded.num_steps), kind)
     values = weights * last_iterate_multipliers(weights * factor)

@@ -19,6 +19,7 @@ from adabatch.cli.runs import CHECKPOINTS, JOURNAL
 from adabatch.cli.schedule.compare import BOUND_SOURCE
 from adabatch.cli.schedule.recorded import read_checkpoint, read_recorded, read_saved
 from adabatch.cli.schedule.shape_text import class_path, config_text
+from adabatch.lr.bound import whole
 from adabatch.lr.extend import (
     EXTENSIONS,
     ExtendedSchedule,
@@ -27,7 +28,6 @@ from adabatch.lr.extend import (
     extended_schedules,
     finished_run,
     steps_done,
-    whole,
 )
 from adabatch.lr.horizon import Horizon, ScheduleBound, schedule_bound
 from adabatch.lr.recorded import Recorded

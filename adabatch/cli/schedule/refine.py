@@ -16,7 +16,7 @@ from adabatch.cli.schedule.recorded import read_recorded, read_saved, reference_
 from adabatch.cli.schedule.shape_text import class_path, config_text
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.recorded import Clock, Recorded
-from adabatch.lr.refine import Kind
+from adabatch.lr.refine import POWERS, Kind
 from adabatch.lr.refine_run import READS, RefinedRun, refine_run, refined_bounds
 from adabatch.lr.shapes import FloatArray
 
@@ -92,7 +92,7 @@ def refine(
 
 def say_summary(recorded: Recorded, kind: Kind, made: RefinedRun, *, rule: str, display: Display) -> None:
     """Shows a summary of the shape."""
-    which, power = READS[kind]
+    which, power = READS[kind], POWERS[kind]
     peak = int(np.argmax(made.values))
     header = ("kind", f"{which} norms", "median of", "peak at", "90 % of it from", "mean", "at half-way")
     row = (
