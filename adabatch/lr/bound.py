@@ -54,6 +54,7 @@ class BoundTerms(NamedTuple):
     @property
     def best(self) -> float:
         """The bound at ``best_base_lr``, ``2 sqrt(T1 T2)``: proportional to ``D * G``."""
+        # two roots, because the product of the terms may leave the range of float64
         return 2 * math.sqrt(self.distance) * math.sqrt(self.gradient)
 
     @checked
@@ -138,6 +139,7 @@ def discretize(
             "shorten the warm-up or lengthen the run"
         )
     step = np.arange(num_steps, dtype=np.float64)
+    # Negative progress, during the warm-up, is clamped to 0, so this is shape(0) there.
     factors = shape((step - warmup_steps) / (num_steps - warmup_steps))
     if warmup_steps:
         factors *= warmup_factor(step / warmup_steps, warmup_start)
@@ -166,6 +168,7 @@ def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float =
     tail = np.cumsum(eta[::-1])[::-1]
     # the last step has no later ones, and counts with its own sum
     after = np.append(tail[1:], tail[-1])  # eta_{min(t+1,T):T}
+    # the quotient first: the square of a tiny factor would underflow
     return _terms(distance * distance / (2 * tail[0]), float(np.sum(eta * (eta / after) * squares)) / 2)
 
 
@@ -240,6 +243,7 @@ def linear_cooldown_ratio(
     for name, count in (("num_steps", num_steps), ("target_steps", target_steps)):
         require(count is None or count >= 1, f"{name} must be at least 1", count)
     cooldowns = [_linear_cooldown(shape) for shape in (source, target)]
+    # 0 stands for any other shape, which has no closed form
     if not all(cooldowns):
         return None
     old, new = (linear_cooldown_limits(cooldown).best_base_lr for cooldown in cooldowns)
@@ -311,6 +315,7 @@ def transfer(
     )
 
     def best(shape: AnyShape, steps: int, warmup: int) -> float:
+        # the norms as a function of progress, which both lengths share
         profile = norms if np.ndim(norms) == 0 else stretch(norms, steps)
         return best_base_lr(discretize(shape, steps, warmup_steps=warmup), profile)
 
@@ -361,6 +366,7 @@ def two_stage(
         rise = discretize(shape, rest, warmup_steps=ramp_steps, warmup_start=1 / factor)
         return bound_terms(np.append(finished[:resume], factor * rise))
 
+    # Only downwards: the longer run has the lower best rate, so the factor lies below 1.
     high, low = 1.0, 0.5
     while math.log(terms(low).best_base_lr / goal) < 0:
         high, low = low, low / 2
@@ -405,6 +411,7 @@ def longer_cooldown(
     def excess(share: float) -> float:
         return math.log(terms(share).best_base_lr / goal)
 
+    # At the old share the longer run's best rate is too low, and it rises with the cooldown, so the root lies between.
     share = 1.0 if excess(1.0) < 0 else _root(excess, cooldown, 1.0)
     cooldown_steps = share * (new_steps - warmup_steps)
     resume = min(stable, whole(new_steps - cooldown_steps))

@@ -105,6 +105,7 @@ class Clock:
     def fraction(self, progress: Progress, anchor: Anchor = BEGINNING) -> float:
         """Progress of the shape in [0, 1]: linear from the anchor's fraction to 1 at the total."""
         left = self.total.count - anchor.count
+        # a warm-up in another unit may have used up the whole total
         if left <= 0:
             return 1.0
         share = min(1.0, max(0.0, (progress.count(self.total.unit) - anchor.count) / left))

@@ -196,6 +196,7 @@ class UpdateRules:
         Raises:
             ValueError: if sizes are not positive, or the decay is negative or not finite.
         """
+        # "none" means that the batch changes nothing, and this decay is there only because of the batch
         decay = 1.0 if self.rule == "none" else self.lr_decay(progress)
         if not 0 <= decay < math.inf:
             raise ValueError(f"lr_decay(progress) must be finite and not negative, got {decay} at {progress}")

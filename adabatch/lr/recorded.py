@@ -126,6 +126,7 @@ class Recorded(NamedTuple):
             ValueError: if there are fewer than two, or one is zero or not finite; says what to do.
         """
         values = {"l2": self.l2, "l1": self.l1}[which]
+        # NaN was not measured; what was measured and is not finite is infinite, and must not be left out silently
         index = np.flatnonzero(~np.isnan(values))
         if not np.isfinite(values[index]).any():
             raise ValueError(f"{self.source} holds no {which} norms of the gradient: {_HOW_TO_RECORD[which]}")
@@ -206,6 +207,7 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
         rows.append((number, batch, shape, factor, *_norms_in(entry), noise, signal))
     if not rows:
         raise ValueError(f"{source} holds no applied step in its lines")
+    # one array for all columns: line numbers below 2 ** 53 are exact in it
     line, *columns = np.array(rows, dtype=np.float64).T
     return Recorded(source, base_lrs, line.astype(np.int64), *columns)
 

@@ -70,6 +70,7 @@ def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, leng
     values = _norms(norms)
     require(0 <= smoothing <= 1, "smoothing must lie in [0, 1], a share of the norms", smoothing)
     weights = refined_weights(median_filter(values, odd_window(smoothing, values.size)), kind)
+    # the sum over *later* steps, so the last factor is 0
     factors = weights * _tails(weights)[1:]
     factors /= factors.max()
     return tabulated(values=(factors if length is None else stretch(factors, length)).tolist())

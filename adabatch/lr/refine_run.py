@@ -101,6 +101,8 @@ def refine_run(
     # The last step is at progress 1, as the last entry of a table is.
     progress = edges[:-1] / edges[-2]
     equal = np.allclose(np.diff(progress), 1 / (recorded.num_steps - 1), rtol=1e-9, atol=0)
+    # A table has equal distances of progress. Only then do its entries fall on the steps, and hold their values as they
+    # are.
     exact = equal and recorded.num_steps <= length
     table = values if exact else np.interp(np.linspace(0, 1, length), progress, values)
     # six digits are enough, and the pictures then show exactly what the config file contains

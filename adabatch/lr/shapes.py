@@ -274,6 +274,7 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
     edges = np.array(at, dtype=np.float64)
 
     def curve(p: FloatArray) -> FloatArray:
+        # right: a milestone counts from its own progress on
         return np.asarray(levels[np.searchsorted(edges, p, side="right")])
 
     return _shape("piecewise", {"milestones": at, "factors": by}, curve)
@@ -452,6 +453,7 @@ def _upper_bound(upper_bound: float, max_iter: float) -> float:
 
 
 def _clamped(name: str, value: float | NDArray[Any] | Sequence[float]) -> FloatArray:
+    # What the scheduler passes at every step needs no conversion.
     plain = isinstance(value, float) or (isinstance(value, np.ndarray) and value.dtype == np.float64)
     numbers = np.asarray(value if plain else conform(name, value, allowed_by(ArrayLike)), dtype=np.float64)
     if np.isnan(numbers).any():
