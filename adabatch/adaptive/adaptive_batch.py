@@ -149,6 +149,7 @@ class AdaptiveBatch:
             check_kinds(probe=(probe, Probe, "a probe, such as PerExampleProbe(model)"))
         fabric = inside_fabric(model)
         model, backward = (model, None) if fabric is None else fabric
+        # The engine comes first: with its collectives a rank tells the others of an error in what follows.
         self._engine = engine_of(model, optimizer, engine, local_sgd, backward)
         with undone_on_error() as undo, failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
             micro_batch_size = whole("micro_batch_size", micro_batch_size, at_least=1)
@@ -284,6 +285,7 @@ class AdaptiveBatch:
             ValueError: if the run does not count the unit of ``duration``.
         """
         if duration is not None:
+            # raises if the unit is not counted: here, and not at the first decision
             self.progress.count(duration.unit)
         self._planner.hold_until = duration
 
@@ -380,6 +382,7 @@ class AdaptiveBatch:
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing if its pass is over."""
         self._check_in_place()
+        # the last step's line, if its update never came
         self._updates.flush()
         self._engine.before_step()
         number = self.consumed.steps
@@ -392,6 +395,7 @@ class AdaptiveBatch:
         self._updates.begin_step()
         probe = self._probe if self._planner.measures_next and self._engine.measures_next() else None
         step = Step(
+            # `WholeSteps` say themselves what a step consists of
             portion.plan or self.plan,
             portion,
             number=number,
@@ -490,6 +494,7 @@ class AdaptiveBatch:
         """
         check_format(state)
         self._planner.check_reference(state["reference_batch_size"])
+        # Everything that may fail on a foreign state is checked above, before any part of this one is overwritten.
         self._trials.load_state_dict(state.get("trials"))
         self._planner.load_state_dict(state, self._trials.sizes)
         # a loader that was loaded with the run may have nothing left of its pass, which is no error then

@@ -160,6 +160,7 @@ class NoiseMonitor:
             self._in_backward = True
             if all(p.grad is None for p in self._parameters):  # of a step that a gradient scaler left out
                 self._forget()
+            # The end of a backward has no public hook; DDP and FSDP2 use this one.
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_over)
         # a second gradient for the same parameter in one backward: the norm of their sum is not known from their norms
         self._in_pieces |= index in self._norms
@@ -179,6 +180,7 @@ class NoiseMonitor:
         # Now, and not when the optimizer steps: by then the loop has clipped.
         with torch.no_grad():
             found = [norms(p.grad).double() for p in self._parameters if p.grad is not None]
+            # each backward of a step overwrites it, and the last one has the whole gradient
             self._grad_sq = torch.cat(found).square().sum() if found else None
 
     def _forget(self) -> None:
@@ -207,6 +209,7 @@ class NoiseMonitor:
         moments = GradientMoments(
             part_sq=num_own**2 * parts_sq / num_parts * scale,
             part_size=self._micro_batch_size,
+            # not summed over the ranks: DDP has made it equal on all of them
             grad_sq=float(grad) * scale,
             num_examples=self._micro_batch_size * num_parts,
             num_parts=num_parts,

@@ -136,6 +136,7 @@ class Planner:
             limits=policy.limits,
             grid=self._grid,
             plan=self.plan,
+            # with the gain by the averages before this step, since those with it are what `decide` computes
             progress=self._after(before, num_examples, self._gain_of(num_examples)),
             state=self.state,
             loss=measured.loss,
@@ -281,6 +282,7 @@ class Planner:
             ValueError: if it is another one.
         """
         given = self.policy.reference_batch_size
+        # A default follows the saved run: the first batch of a resumed run is seldom that of the original one.
         if given is not None and self.reference != saved:
             raise ValueError(
                 f"the run was saved with reference_batch_size={saved}, but this one was built with {self.reference}, "

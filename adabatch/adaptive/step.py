@@ -267,6 +267,7 @@ class Step:
         assert self._trained is not None
         if self._probe is not None:
             self._probe.begin_part()
+        # the micro-batch in which the ranks reduce; in the others nobody waits
         if self._num_backward == len(self.portion.sizes) - 1:
             with self._trained.zero() as zero:
                 self._run_backward(zero)

@@ -207,6 +207,8 @@ class PendingUpdates:
         update = self._update
         if update is None:
             self._missing.came()
+        # With a scaler, and a gradient that nobody looked at, a missing update may be an overflow that the scaler left
+        # out.
         elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
             self._missing.missed(self._hooks.missing, moved=weight_versions(self._optimizer) != self._versions)
 
@@ -220,6 +222,7 @@ class PendingUpdates:
 
     def add_schedule(self, schedule: WritesRates) -> None:
         """Tells a schedule of each update from now on, until it is dropped."""
+        # weak, because a schedule that the user replaced must no longer write rates
         self._schedules = [*(held for held in self._schedules if held() is not None), ref(schedule)]
 
     def _each_schedule(self) -> Iterator[WritesRates]:
@@ -268,6 +271,7 @@ class PendingUpdates:
         # an engine that steps in pieces calls optimizer.step() again for the same update
         self._begun = update if self._running else None
         if applied:
+            # not for updates that were left out: the learning rate would fall without the weights having moved
             self._planner.applied(update.num_examples, update.gain)
         self.tell_engine()
         if update.entry is not None:

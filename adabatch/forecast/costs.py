@@ -206,6 +206,7 @@ def forecast(
         )
 
     point = totals(1.0)
+    # Which end is the worse one depends on the number, so all eight corners are computed.
     ends = [totals(*each) for each in itertools.product(evidence.band, cost.spread, cost.price_band)]
     at_price = [point, *(totals(noise) for noise in evidence.band)]
     hours = Range.around(point.seconds / 3600, [each.seconds / 3600 for each in ends])
@@ -264,6 +265,7 @@ def knee(
 
     alone, found = device_hours(1), 1
     while 2 * found <= most:
+        # Device-hours rise with the devices, so the first number that fails ends the search.
         if device_hours(2 * found) > 2 * alone:
             break
         found *= 2
@@ -300,12 +302,16 @@ def extended(evidence: Evidence, examples: float) -> Evidence:
     more = np.diff(edges)
     # Logarithms of how far each segment lies beyond the middle of the quarter that was measured.
     beyond = np.log(np.sqrt(edges[1:] * edges[:-1]) / (0.875 * end))
+    # a mean over all examples of the run, because one band holds for all segments
     rise = math.exp(RISE * float((more * beyond).sum()) / examples)
     low, high = evidence.band
     return Evidence(
         np.append(cut.examples, more),
+        # examples over steps: the mean batch of the last quarter
         np.append(cut.batch, np.full(SEGMENTS, taken.sum() / (taken / batch).sum())),
+        # the geometric mean, since the errors of a noise scale are factors
         np.append(cut.noise_scale, np.exp(np.average(np.log(scale), weights=taken) + RISE * beyond)),
+        # squared: twice the error in logarithms
         (low**2 / rise, high**2 * rise),
     )
 
