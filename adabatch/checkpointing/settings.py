@@ -87,6 +87,7 @@ class BuiltSettings:
         kept: list[KeptSetting] = []
         if isinstance(self._schedule, ProgressLR) and "schedule" in saved:
             state = saved["schedule"]
+            # The rates with which each run was built: only they show whether the user has changed them.
             before, now = [float(lr) for lr in state.get("built_lrs", state["base_lrs"])], self._schedule.built_lrs
             if before != now:
                 self._schedule.set_base_lrs(now)
@@ -95,6 +96,7 @@ class BuiltSettings:
                         taken.append(Difference(_name("lr", index, len(now)), old, new))
         for name, before, now in self._differing(saved):
             setting = name.rpartition(".")[2]
+            # taken over above, through the schedule that writes it
             if setting == "lr" and isinstance(self._schedule, ProgressLR):
                 continue
             if setting in TAKEN_OVER:

@@ -141,6 +141,7 @@ def shard_of(tensors: Iterable[Tensor]) -> int:
         if isinstance(tensor, DTensor):
             place: list[int] = list(tensor.device_mesh.get_coordinate() or ())
             cut = [not placement.is_replicate() for placement in tensor.placements]
+            # Only the place along dimensions that cut: ranks that differ along the others hold copies (HSDP).
             pieces.append(tuple(at for at, is_cut in zip(place, cut, strict=True) if is_cut))
     return digest_of(sorted(set(pieces)))
 
@@ -211,6 +212,7 @@ def _groups(held: dict[int, float]) -> list[list[int]]:
     groups: dict[float, list[int]] = defaultdict(list)
     for rank, digest in held.items():
         groups[digest].append(rank)
+    # a stable sort: of two equally large groups, the one with the lowest rank stays first
     return sorted(groups.values(), key=len, reverse=True)
 
 

@@ -74,6 +74,7 @@ class Monitor:
     def start(self) -> None:
         """Starts the thread. Every rank counts as having reported now."""
         now = time.monotonic()
+        # Rank 0 hears of all ranks through the tree; each other rank watches those at the ends of its own connections.
         others = range(1, self._size) if self._rank == 0 else self._neighbours()
         self._heard = {rank: (Report(0, "the time before its first report", True, 0.0), now) for rank in others}
         self._thread.start()
@@ -102,6 +103,7 @@ class Monitor:
         while not self._stopping:
             self._turn()
         if self._failure is not None:
+            # last, so that the neighbours learn the reason before the connection closes
             self._connections.send({"lost": self._failure})
 
     def _turn(self) -> None:
@@ -173,9 +175,11 @@ class Monitor:
         return Report(moves, str(where.place), where.between, where.still)
 
     def _hung_up(self, peer: int) -> None:
+        # or the rank would be found silent as well, later
         report, _ = self._heard.pop(peer)
         if self.ended.is_set():
             return
+        # at the end of a run the ranks hang up one after another
         if not (report.left and self._left):
             self._declare_lost(f"rank {peer} has died, last seen in {report.place}")
 
