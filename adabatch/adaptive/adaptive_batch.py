@@ -184,7 +184,7 @@ class AdaptiveBatch:
             self._votes = Votes(self.collectives)
             self._given = given_settings(self._engine, engine, local_sgd, measure, guard)
             self._heartbeat = Heartbeat()
-            self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
+            self._stopwatches = [Stopwatch(self.collectives.size)] if criterion.needs.seconds else []
             self._observers = Observers(self._heartbeat, *self._stopwatches)
             add_drift_check(self._observers, guard.check_every, self._engine, optimizer, self._planner)
             self._engine.stands_at(self.progress, self._planner.lr_factor)

@@ -93,7 +93,8 @@ class NoiseMonitor:
     ) -> None:
         fabric = inside_fabric(model)
         model = model if fabric is None else fabric.model
-        _check(model, optimizer, micro_batch_size)
+        micro_batch_size = whole("micro_batch_size", micro_batch_size, at_least=1)
+        _check(model, optimizer)
         self._collectives = engine_for(model).collectives
         self._parameters = held_parameters(model, optimizer)
         self._optimizer = optimizer
@@ -266,10 +267,7 @@ def _planner_for(plan: BatchPlan) -> Planner:
     return Planner(policy, grid)
 
 
-def _check(model: torch.nn.Module, optimizer: Any, micro_batch_size: int) -> None:
-    micro_batch_size = whole("micro_batch_size", micro_batch_size)
-    if micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
+def _check(model: torch.nn.Module, optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):

@@ -110,9 +110,7 @@ class Planner:
     def _first_plan(self) -> BatchPlan:
         criterion = self.policy.criterion
         low, high = self.policy.limits.at(self.consumed)
-        wanted = float(low)
-        if isinstance(criterion, Schedule):
-            wanted = min(max(criterion.wanted(Observation(None, self.consumed)), low), high)
+        wanted = criterion.wanted(Observation(None, self.consumed)) if isinstance(criterion, Schedule) else low
         return self._grid.nearest(wanted, min_size=low, max_size=high)
 
     # --- the next plan ----------------------------------------------------------------------------------------------

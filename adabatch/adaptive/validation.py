@@ -234,7 +234,8 @@ def warn_of_linear(rule: LRRule, criterion: Criterion) -> None:
             f"lr_rule='linear' multiplies the learning rate by the batch, which is right only well below the noise "
             f"scale, but {type(criterion).__name__} lets the batch grow until noise no longer dominates{rest}. Runs of "
             f"SGD failed to train with it. Use lr_rule='gain', which is linear as long as noise dominates",
-            stacklevel=4,
+            # past checked_rules, prepared and the constructor, at the user's line
+            stacklevel=5,
         )
 
 
@@ -254,6 +255,7 @@ def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio:
                 f"{' and '.join(str(followers.floors(betas)[k]) for k in stuck)} already. Start from a larger value "
                 f"(0.999 for beta2 at a small batch), or lower the floor with "
                 f"follow=adabatch.lr.Followers(('betas',), beta2_floor=...)",
+                # past prepared and the constructor, at the user's line
                 stacklevel=4,
             )
 

@@ -343,6 +343,10 @@ class Checkpoints:
             if error.errno not in _READ_ONLY:  # in a folder that can only be read, no other process writes either
                 raise
             return
+        self._guard_journal()
+
+    def _guard_journal(self) -> None:
+        """Lets the journal write only while this process holds the folder."""
         if self._batches is not None and self._batches.journal.guard is None:
             self._batches.journal.guard = self._lock.check
 
@@ -363,8 +367,7 @@ class Checkpoints:
                 f"of them: load() to go on with that run, start_over() to take its folder, or use another folder"
             )
         self._lock.claim(mine)
-        if self._batches is not None and self._batches.journal.guard is None:
-            self._batches.journal.guard = self._lock.check
+        self._guard_journal()
 
     def _refuse_other_run(self, path: Path, run: str | None) -> None:
         """Checks that a checkpoint belongs to the run of the folder and of the journal, as far as they name one.

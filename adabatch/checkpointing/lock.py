@@ -81,8 +81,8 @@ class Holder(NamedTuple):
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:
-            return True
+        except PermissionError:  # it runs, as another user
+            pass
         return True
 
     def __str__(self) -> str:

@@ -70,6 +70,6 @@ def newest_checkpoint(folder: Path, ranks: Collectives) -> NewestCheckpoint | No
     if damaged:
         raise CheckpointError(
             f"no checkpoint can be used: {'; '.join(damaged.values())}. Restore one from a copy, or move them away to "
-            f"begin anew"
+            f"begin again"
         )
     return None

@@ -57,7 +57,8 @@ class BuiltSettings:
         self._optimizer: Optimizer | None = optimizer if isinstance(optimizer, Optimizer) else None
         self._schedule = schedule
         self._order = order
-        self._groups = [] if self._optimizer is None else [settings_of(g, self._optimizer) for g in _groups(optimizer)]
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        self._groups = [settings_of(group, optimizer) for group in groups]
         self._seed = _seed_of(order)
 
     def refuse(self, saved: Mapping[str, Any]) -> None:
@@ -137,11 +138,6 @@ class BuiltSettings:
             for name, now in built.items():
                 if name in before and before[name] != now:
                     yield _name(name, index, len(groups)), before[name], now
-
-
-def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]]:
-    groups: Sequence[Mapping[str, Any]] = optimizer.param_groups
-    return groups
 
 
 def settings_of(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:

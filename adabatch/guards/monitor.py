@@ -60,8 +60,8 @@ class Monitor:
         self._interval = min(1.0, timeout / 10)
         self._heard: dict[int, tuple[Report, float]] = {}
         self._due = 0.0  # when this rank reports next
-        self._left = False  # moves of this rank, in order
-        self._told = False  # ranks that have left
+        self._left = False  # this rank has reached the end of its run
+        self._told = False  # and has told its neighbours so
         self._failure: str | None = None  # an error of this rank, which the others do not know yet
         self._stopping = False
         self._lost_at = math.inf
