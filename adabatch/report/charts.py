@@ -60,6 +60,7 @@ def charts_of(runs: Sequence[Run]) -> dict[str, Chart]:
     parts = "Parts compared with each other, pooled over the probes in the average."
     bases = ", ".join(_short(_last(run["base_lr"])) for run in runs)
     rules = ", ".join(run["rule"] or "unknown" for run in runs)
+    # a log axis of zeros only would have no range
     rated = any(rate and rate > 0 for run in runs for group in run["applied_lr"] for rate in group)
     charts |= {
         "noise": Chart("Noise scale (examples)", noise, log=10, trim=0.01, empty=unmeasured),
@@ -81,6 +82,7 @@ def charts_of(runs: Sequence[Run]) -> dict[str, Chart]:
         "betas": Chart("Betas", "As they were in each step, where they follow the batch down to their floors."),
         "freedom": Chart("Degrees of freedom behind the band", parts, log=10),
     }
+    # The other charts stay even without numbers, and say what was not measured.
     missing = [name for name in ("tau", "betas", "freedom") if not any(run[name] for run in runs)]
     return {name: chart for name, chart in charts.items() if name not in missing}
 
@@ -92,6 +94,7 @@ def _loss(runs: Sequence[Run], *, evaluated: bool) -> Chart:
         "Loss: training and evaluations" if evaluated else "Training loss",
         "Faint: of single steps. Line: the mean over 2 % of the run."
         + (" Dashed, with dots: evaluations." if evaluated else ""),
+        # some losses may be negative, such as log-likelihoods of densities
         log=0 if any(value is not None and value <= 0 for value in losses) else 10,
         trim=0.005,
         metric="loss" if evaluated else None,

@@ -68,6 +68,7 @@ def read_curves(journal: Journal) -> Curves:
     if not rows:
         raise ValueError(f"{_name(journal)} holds no complete step: nothing to draw")
     num_groups = max(len(row.lr) for row in rows)
+    # a step whose update was left out has no rates, and a resume may change the number of groups
     padded = [(*row.lr, *[math.nan] * (num_groups - len(row.lr))) for row in rows]
     examples, batch, noise_scale, average, loss = np.array([row[:5] for row in rows], dtype=np.float64).T
     lr = np.array(padded, dtype=np.float64).reshape(len(rows), num_groups)
@@ -107,6 +108,7 @@ def moving_mean(curves: Consumption, values: NDArray[np.float64], *, window: flo
     # prefix sums: any window takes two look-ups, and a journal has up to a million steps
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0) * weights)])
     totals = np.concatenate([[0.0], np.cumsum(weights)])
+    # a window in examples, not in steps: late steps of a grown batch would otherwise average over far more data
     first = np.searchsorted(curves.examples, curves.examples - window / 2, side="left")
     last = np.searchsorted(curves.examples, curves.examples + window / 2, side="right")
     weight = totals[last] - totals[first]
@@ -163,6 +165,7 @@ def records(journal: Journal) -> Iterator[Mapping[str, Any]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
+                # An error only at the next line: the last one of a run that still writes may be incomplete.
                 damaged = f"{_name(journal)}, line {number}, is not JSON and not the last line: {error}"
                 continue
         if not isinstance(record, Mapping):
@@ -187,6 +190,7 @@ def _name(journal: Journal) -> str:
 
 
 def _average(averages: Mapping[str, Any]) -> float:
+    # the journal has null for the quotient then, which is not the same as "not measured"
     return math.inf if _number(averages, "signal") <= 0 else _number(averages, "noise_scale")
 
 

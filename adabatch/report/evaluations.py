@@ -36,6 +36,7 @@ class Metric(NamedTuple):
     @property
     def lower_is_better(self) -> bool:
         """Whether its name says so: one of its words is in ``LOWER_IS_BETTER``."""
+        # whole words: "error" is in "terror", and "loss" in "glossary"
         return not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", self.name.lower()))
 
     @property
@@ -104,12 +105,14 @@ def read_metrics(lines: Iterable[Mapping[str, Any]]) -> tuple[Metric, ...]:
             np.array([examples for _, examples in values]),
             np.array(list(values.values())),
         )
+        # a stable sort, so that all but the loss stay in the journal's order
         for name, values in sorted(found.items(), key=lambda item: item[0] != "loss")
     )
 
 
 def finite_number(value: object) -> float:
     """A value of a journal if it is a finite number, else NaN."""
+    # True is an int in Python
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return math.nan
     return float(value)

@@ -74,6 +74,7 @@ def layer_scales(run: Curves) -> NDArray[np.float64]:
     for layer in range(len(run.layers)):
         noise, signal = run.layer_noise[:, layer], run.layer_signal[:, layer]
         both = np.isfinite(noise) & np.isfinite(signal)
+        # wide, because the estimates of one layer are noisier than those of the whole gradient
         window = LAYER_WINDOW * run.end
         mean_noise = moving_mean(run, np.where(both, noise, np.nan), window=window)[both]
         mean_signal = moving_mean(run, np.where(both, signal, np.nan), window=window)[both]

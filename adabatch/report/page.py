@@ -141,6 +141,7 @@ def report_on(
 
 def _outcomes(run: RunSteps, settings: RunSettings, choices: Sequence[Choice], price: float) -> list[Outcome]:
     try:
+        # raises if the run has no noise scale, before anything is made of it
         found = [recorded(run, price=price)]
         equal = constant_at_equal_examples(run)
     except ValueError:  # there is no noise scale, and a flag tells the reader
@@ -328,6 +329,7 @@ def thinned(run: RunSteps, most: int) -> list[int]:
         return list(range(run.num_steps))
     even = np.searchsorted(run.examples, np.linspace(run.examples[0], run.examples[-1], 2 * most // 3))
     jumps = np.flatnonzero(np.diff(run.batch) != 0)
+    # both sides of a change, or a step of the batch would be drawn as a slope
     corners = np.unique(np.concatenate([jumps, jumps + 1])) if len(jumps) else jumps
     room = most - len(even)
     if len(corners) > room:
@@ -345,6 +347,7 @@ def plain(value: Any, *, digits: int | None = None) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
+        # shorter in the page; up to here every whole number is exact in float64
         if value.is_integer() and abs(value) < 1e15:
             return int(value)
         return value if digits is None else float(f"{value:.{digits}g}")

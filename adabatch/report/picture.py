@@ -91,6 +91,7 @@ def _learning_rate(panel: Axes, curves: Sequence[Curves], colors: Sequence[str])
     if not any_finite(panel, rates, "no learning rate in the journal"):
         return
     for run, style in _styled(curves, colors):
+        # groups with equal rates would lie on each other
         for group in np.unique(run.lr, axis=1).T:
             _stairs(panel, run, group, **style)
     panel.set_ylim(bottom=min(0.0, float(np.nanmin(rates))))

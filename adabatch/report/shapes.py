@@ -106,6 +106,7 @@ def compose_panels(panels: Sequence[Panel], *, title: str | None = None) -> Figu
     styles = _styles(panels)
     shared: Axes | None = None
     for number, panel in enumerate(panels, 1):
+        # not subplots(sharex=True), which takes all panels or none
         axes = figure.add_subplot(len(panels), 1, number, sharex=None if panel.own_x else shared)
         if not panel.own_x:
             shared = shared or axes
@@ -132,6 +133,7 @@ def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
         if line.style == "reference":
             styles[line.label] = {"color": REFERENCE, "linestyle": "-", "linewidth": 1.5}
             continue
+        # grey lines use up no colour
         place = sum(style["color"] != REFERENCE for style in styles.values())
         styles[line.label] = {
             "color": COLORS[place % len(COLORS)], "linestyle": DASHES[place % len(DASHES)], "linewidth": 2.0

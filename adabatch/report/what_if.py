@@ -97,6 +97,7 @@ class Choice(NamedTuple):
         except ValueError:
             raise ValueError(f"{kind} takes a number, got {value!r}") from None
         checked = cls(kind, number)  # type: ignore[arg-type]  # looked up above
+        # raises for a value outside its range, here rather than in the middle of a report
         checked.criterion()
         return checked
 
@@ -289,6 +290,7 @@ def constant_at_equal_examples(run: RunSteps) -> Choice | None:
         ValueError: for the same reasons as ``usable_scale``.
     """
     pieces = segments(run)
+    # a constant batch c takes progress x (1 + c / B) examples; this solves for c
     lost = float(pieces.examples.sum() - pieces.progress.sum())
     over = float((pieces.progress / pieces.noise_scale).sum())
     size = lost / over if over > 0 else 0.0
