@@ -167,10 +167,10 @@ class Shown:
         return True
 
 
-def _console() -> Console:
-    """Standard output; a log gets a large width, so that tables are not cut off."""
+def output(*, width: int = LOG_WIDTH) -> Console:
+    """Standard output; a log or a file gets a fixed width, so that tables are not cut off."""
     console = PlainConsole()
-    return console if console.is_terminal else PlainConsole(width=LOG_WIDTH)
+    return console if console.is_terminal else PlainConsole(width=width)
 
 
 def _notebook_line(label: str, total: Duration) -> Callable[[float, str], None]:
@@ -207,7 +207,7 @@ class Display:
     ) -> None:
         if log_every is not None and log_every < 1:
             raise ValueError(f"log_every must be at least 1 step, or left out for ten lines per run, got {log_every}")
-        self._console = (console or _console()) if rank == 0 else None
+        self._console = (console or output()) if rank == 0 else None
         self._quiet = quiet
         self._log_every = log_every
 

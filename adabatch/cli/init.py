@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import inspect
 import math
@@ -141,7 +142,7 @@ def look(file: Path, *, model: str | None = None, data: str | None = None, loss:
         ValueError: if it is not below the working folder, cannot be imported, or has no class or several.
     """
     if not file.is_file():
-        raise FileNotFoundError(2, "no such file: name the Python file that has your model", str(file))
+        raise FileNotFoundError(errno.ENOENT, "no such file: name the Python file that has your model", str(file))
     try:
         inner = file.resolve().relative_to(Path.cwd().resolve())
     except ValueError:
@@ -261,7 +262,6 @@ def check(text: str) -> Iterator[str]:
         if not math.isfinite(value):
             raise ValueError(f"the loss of the first examples is {value}: check the scale of inputs and weights")
         yield f"loss       {value:.4g} on two examples; outputs {_kind(outputs)}"
-        job.model.zero_grad()
         smallest = job.limits.min if job.limits is not None and isinstance(job.limits.min, int) else 1
         trial = replace(
             job_in(config),
@@ -344,7 +344,9 @@ def _kind(value: Any) -> str:
 
 def _may_write(path: Path, *, force: bool) -> None:
     if path.exists() and not force:
-        raise FileExistsError(17, "is there already: choose another place with --out, or pass --force", str(path))
+        raise FileExistsError(
+            errno.EEXIST, "is there already: choose another place with --out, or pass --force", str(path)
+        )
 
 
 def _write_shipped(name: str, out: Path | None, *, force: bool) -> None:

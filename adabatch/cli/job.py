@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
+from adabatch.arguments import require
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration, Progress
@@ -181,6 +182,9 @@ class Job:
             count = attrgetter(name)(self) if self.control or "control" not in name else None
             if isinstance(count, int) and count > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
+        # before the training: its end would be late to find out that there is nothing to average over
+        if self.test_data is not None and hasattr(self.test_data, "__len__"):
+            require(len(self.test_data) > 0, "test_data must hold at least 1 example, or be left out", 0)
         if self.evaluate_every is not None:
             if self.test_data is None:
                 raise ValueError("evaluate_every needs test_data, which is evaluated: give it, or leave out both")
@@ -488,7 +492,6 @@ def evaluate(
     share: Subset[Any] = Subset(data, range(collectives.rank, len(data), collectives.size))  # type: ignore[arg-type]
     total_loss = correct = predictions = 0.0
     num_examples = 0
-    classes = True
     modes = [(module, module.training) for module in model.modules()]  # parts of a model may be frozen in eval mode
     model.eval()
     # A loader without a generator of its own would draw from the global one, on which the training depends.

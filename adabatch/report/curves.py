@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adabatch.journal.parts import lines_of
-from adabatch.lr.recorded import OneRun
+from adabatch.lr.recorded import JOURNAL_FORMAT, OneRun
+from adabatch.report.evaluations import finite_number
 
 Journal = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
 """A path to JSON lines, or the lines themselves, decoded or not."""
-
-FORMAT = 1
 
 
 class Curves(NamedTuple):
@@ -127,7 +126,7 @@ class _Row(NamedTuple):
 
 
 def _row(record: Mapping[str, Any]) -> _Row | None:
-    plan, lr = _mapping(record, "plan"), _mapping(record, "lr")
+    plan, lr = part_of(record, "plan"), part_of(record, "lr")
     examples, batch = _number(record, "examples"), _number(plan, "global_batch_size")
     if not (math.isfinite(examples) and batch > 0):
         return None
@@ -135,13 +134,13 @@ def _row(record: Mapping[str, Any]) -> _Row | None:
     return _Row(
         examples=examples,
         batch=batch,
-        noise_scale=_number(_mapping(record, "moments"), "noise_scale"),
-        noise_scale_average=_average(_mapping(record, "averages")),
+        noise_scale=_number(part_of(record, "moments"), "noise_scale"),
+        noise_scale_average=_average(part_of(record, "averages")),
         loss=_number(record, "loss"),
-        lr=tuple(_finite(value) for value in applied) if isinstance(applied, list) else (),
+        lr=tuple(finite_number(value) for value in applied) if isinstance(applied, list) else (),
         layers={
             name: (_number(layer, "noise"), _number(layer, "signal"))
-            for name, layer in _mapping(record, "layers").items()
+            for name, layer in part_of(record, "layers").items()
             if isinstance(layer, Mapping)
         },
     )
@@ -170,10 +169,10 @@ def records(journal: Journal) -> Iterator[Mapping[str, Any]]:
                 continue
         if not isinstance(record, Mapping):
             raise ValueError(f"{_name(journal)}, line {number}, is not a JSON object: {line!r:.80}")
-        if record.get("format", FORMAT) != FORMAT:
+        if record.get("format", JOURNAL_FORMAT) != JOURNAL_FORMAT:
             raise ValueError(
                 f"{_name(journal)}, line {number}, has format {record['format']!r}, this version of adabatch "
-                f"reads format {FORMAT}: draw it with the version that wrote it"
+                f"reads format {JOURNAL_FORMAT}: draw it with the version that wrote it"
             )
         run.see(number, record)
         yield record
@@ -194,17 +193,11 @@ def _average(averages: Mapping[str, Any]) -> float:
     return math.inf if _number(averages, "signal") <= 0 else _number(averages, "noise_scale")
 
 
-def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def part_of(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of a line, such as its plan; empty if the line has none."""
     value = record.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
 def _number(record: Mapping[str, Any], key: str) -> float:
-    return _finite(record.get(key))
-
-
-def _finite(value: object) -> float:
-    """``value`` if it is a finite number, else NaN."""
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return math.nan
+    return finite_number(record.get(key))

@@ -221,9 +221,9 @@ def drawn(reports: Sequence[Reported]) -> dict[str, Any]:
     most = max(60, min(1200, MOST_POINTS // len(reports)))
     every = numbers(reports)
     for run, each in zip(every["runs"], reports, strict=True):
-        left = len(each.changes) - MOST_CHANGES
-        run["changes_left_out"] = max(0, left)
-        run["changes"] = run["changes"][: MOST_CHANGES // len(reports) + 1] if left > 0 else run["changes"]
+        kept = max(1, MOST_CHANGES // len(reports))
+        run["changes_left_out"] = max(0, len(each.changes) - kept)
+        run["changes"] = run["changes"][:kept]
         run |= plain(_series(each, most, MOST_CELLS // len(reports)), digits=6)
         run["heat_chart"] = heat_chart(run, many=len(reports) > 1)._asdict() if run["heat"] else None
     charts = {name: chart._asdict() for name, chart in charts_of(every["runs"]).items()}

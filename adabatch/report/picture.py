@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from adabatch.report.curves import Curves, Journal, moving_mean, read_curves
 from adabatch.report.layers import layer_panel
 from adabatch.report.style import COLORS, INK, any_finite, heading, log_axis, positive, prepare, short_number
-
-LOSS_WINDOW = 0.02
+from adabatch.report.summary import LOSS_WINDOW
 
 Fill = Callable[[Axes, Sequence[Curves], Sequence[str]], None]
 """Draws all runs, each in its colour, into a panel."""

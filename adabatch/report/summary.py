@@ -20,7 +20,7 @@ from adabatch.report.evaluations import Floats
 from adabatch.report.steps import RunSteps
 
 LOSS_WINDOW = 0.02
-"""Share of the run over which the loss is averaged before its best value is taken."""
+"""Share of the run over which the loss is averaged, in pictures and before its best value is taken."""
 
 UNCERTAIN = 0.5
 """Share of "not significant" decisions above which the reader is told."""
