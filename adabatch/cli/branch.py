@@ -198,6 +198,7 @@ def run_branch(
                 if late:
                     break
     except UpdatesLeftOut:
+        # the guard found that it no longer trains, which is as much as a loss that is not finite
         diverged = True
     seconds = time.perf_counter() - began
     test_loss = math.nan
@@ -224,6 +225,7 @@ def _loaded(job: Job, world: World, checkpoint: Path) -> Assembled:
         )
     if job.engine == "deepspeed":
         raise ValueError("cbs runs on the engines ddp and fsdp2, got engine: deepspeed")
+    # no journal: a branch is not a part of the run that it leaves
     parts = assembled(job, world, journal=())
     checkpoints = parts.engine.checkpoints(
         # config=None: a branch differs from the run on purpose

@@ -99,6 +99,7 @@ def measure(
     )
     folder = run / FOLDER / found.path.name
     folder.mkdir(parents=True, exist_ok=True)
+    # Not tolerance, half_life and judge, which only compare: branches that are finished serve for others of those too.
     known = {"examples": examples, "job": json_values(settings)}
     branches = {size: branch for size in sizes if (branch := _read(folder, size, known)) is not None}
     if branches:
@@ -207,10 +208,12 @@ def _alone(
     arguments: list[str], checkpoint: Path, size: int, examples: int, deadline: float | None, threads: int
 ) -> Branch | None:
     """Runs a branch in its own process."""
+    # it may have waited for a free process until now
     if deadline is not None and time.time() > deadline:
         return None
     torch.set_num_threads(threads)
     world = World.from_environment()
+    # nothing is shown on any rank but the first
     silent = Display(rank=1)
     return run_branch(job_of(arguments), world, checkpoint, size, examples=examples, deadline=deadline, display=silent)
 
@@ -278,6 +281,7 @@ def _record(
     checkpoint: Path,
 ) -> dict[str, Any]:
     rows = [
+        # the losses of all steps are in the branch's own file
         {"loss": outcome.losses[size], **{name: value for name, value in plain(branch).items() if name != "losses"}}
         for size, branch in branches.items()
     ]

@@ -97,6 +97,7 @@ def _copy(source: argparse.ArgumentParser, into: argparse.ArgumentParser, file: 
     for action in source._actions:
         if isinstance(action, argparse._SubParsersAction) or (action.help == argparse.SUPPRESS):
             continue
+        # where jsonargparse keeps the annotation
         kind = getattr(action, "_typehint", action.type)
         settings: dict[str, Any] = {"help": _first_sentence(action.help)}
         flag = action.nargs == 0

@@ -139,6 +139,7 @@ class Shown:
         now = self._clock()
         self._steps += 1
         self._pace.add(now, done, examples)
+        # the last step is always drawn, or the bar would stop before its end
         live = self._draw is not None and (now - self._drawn > REDRAW_SECONDS or done >= self._total.count)
         line = self._line_is_due(done)
         if not (live or line):
@@ -253,6 +254,7 @@ class Display:
     def say(self, text: str) -> None:
         """One line of text."""
         if self._console is not None:
+            # soft_wrap, so that a line stays one line in a log, and a path can be copied whole
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:

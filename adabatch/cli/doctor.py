@@ -94,6 +94,7 @@ def packages(requirements: Sequence[str] | None = None, version: Version | None 
         if parsed is None or (extra is not None and extra[1] in SKIPPED_EXTRAS) or parsed[1] == "adabatch":
             continue
         name, use = parsed[1], "adabatch" if extra is None else f"adabatch[{extra[1]}]"
+        # The first mention counts: what adabatch itself needs stands before the extras.
         found.setdefault(name, Package(name, version(name), parsed[2] or "", use))
     for name, use in OPTIONAL:
         found.setdefault(name, Package(name, version(name), "", use))
@@ -120,6 +121,7 @@ def surroundings() -> dict[str, Any]:
             "backend": world.backend,
         }
     except (ValueError, RuntimeError, OSError) as error:
+        # said rather than raised: whoever asks for advice has something that does not work
         launched = {"error": " ".join(str(error).split())}
     backends = [name for name in ("nccl", "gloo", "mpi") if dist.is_available() and dist.is_backend_available(name)]
     accelerators = [

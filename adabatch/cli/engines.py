@@ -107,6 +107,7 @@ def engine_of(
         wrapped = DistributedDataParallel(model) if name == "ddp" else fully_shard(model)
         assert isinstance(wrapped, nn.Module)
         model = wrapped
+    # after the wrapper, because fully_shard replaces the parameters
     optimizer = optimizer_of(make_optimizer, model, averages=averages)
 
     scaler = options.scaler

@@ -186,6 +186,7 @@ def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, op
     """
     if found.num_examples < 32:
         raise ValueError(f"{found.data} has {found.num_examples} examples: 32 are the least for a batch that can grow")
+    # at least eight steps per pass, even at the largest batch
     most = min(1024, 2 ** int(math.log2(found.num_examples / 8)))
     micro = min(8, most // 2)
     arguments = "\n  init_args: {split: %s}"
@@ -209,6 +210,7 @@ def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, op
         else "# test_data: {class_path: ...} # the same to be evaluated at the end; evaluate_every for more\n",
         micro=micro,
         max_micro=max(micro, min(128, most // 2)),
+        # two micro-batches, whose spread can be measured on a single process
         min=2 * micro,
         max=most,
         total=PASSES * found.num_examples,
@@ -264,6 +266,7 @@ def check(text: str) -> Iterator[str]:
         yield f"loss       {value:.4g} on two examples; outputs {_kind(outputs)}"
         smallest = job.limits.min if job.limits is not None and isinstance(job.limits.min, int) else 1
         trial = replace(
+            # built again, because the backward above has left gradients, and the forward may have changed buffers
             job_in(config),
             out=Path(folder, "run"),
             test_data=None,
@@ -356,6 +359,7 @@ def _write_shipped(name: str, out: Path | None, *, force: bool) -> None:
     else:
         ((path, file),) = chosen.items()
         targets = {out or Path(path.partition("/")[2]): file}
+    # all of them before the first is written, so that a refusal leaves nothing half done
     for target in targets:
         _may_write(target, force=force)
     for target, file in targets.items():

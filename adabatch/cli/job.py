@@ -369,6 +369,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                     lr=float(schedule.get_last_lr()[0]),
                     noise_scale=batches.noise_scale,
                 )
+                # before the checkpoint: a run that resumes from it counts this evaluation as done
                 if evaluations.due():
                     shown.say(f"evaluated at {batches.consumed.examples:,} examples: {evaluations.run()}")
                 checkpoints.step()
@@ -382,6 +383,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
             local.synchronize()
         seconds = time.perf_counter() - began - evaluations.seconds
         checkpoints.step(now=True)
+    # after the last checkpoint: if the test fails, the training is not lost
     last = Evaluated() if job.test_data is None or preempted else evaluations.run()
     batches.remove()
     if local is not None:

@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         with _working_folder_on_path():
             return _run(given)
+    # also Ctrl-C; SystemExit has no line of its own, and goes on
     except BaseException as error:
         ended = _ending(error)
         if ended is None:
@@ -105,6 +106,7 @@ def _working_folder_on_path() -> Iterator[None]:
 
 def _ending(error: BaseException) -> tuple[int, str] | None:
     """Exit status and one line for an error that has them; None for an error that needs its traceback."""
+    # The order matters: BrokenPipeError is an OSError, and CheckpointError and the next three are RuntimeErrors.
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if isinstance(error, BrokenPipeError):

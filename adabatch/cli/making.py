@@ -26,6 +26,7 @@ def seed_everything(seed: int) -> None:
     require(0 <= seed < 2**64, "seed must be a whole number from 0 to 2**64 - 1", seed)
     torch.manual_seed(seed)
     random.seed(seed)
+    # numpy's takes 32 bits only
     np.random.seed(seed % 2**32)  # noqa: NPY002
 
 

@@ -77,6 +77,7 @@ def run_plan(arguments: Sequence[str]) -> int:
         from adabatch.cli.measuring import measured
 
         first, found = measured()
+    # the other ranks have only helped to measure
     if not first:
         return 0
     made = plan(asked, find_runs([asked.run])[0] if asked.run is not None else None, found)
@@ -128,6 +129,7 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     settings = {
         **_batches(here, cluster.devices, micro, asked, limits[1]),
         "criterion": "adabatch.StepPrice",
+        # two digits, because the minimum is flat around the best price (`StepPrice`)
         "criterion.examples": float(f"{here.price:.2g}"),
         **_rates(run, notes),
     }
@@ -254,6 +256,7 @@ def _given_cost(
             "Goodput, has them written). Give --example_seconds and --step_seconds, or --parameters, "
             "--tokens_per_example and --flops (or --measure)"
         )
+    # a number that the user gives has no error bar
     return cost if asked.step_seconds is None else cost._replace(step=asked.step_seconds, price_band=(1.0, 1.0))
 
 
@@ -275,6 +278,7 @@ def _cluster(asked: Any, found: dict[str, Any], notes: list[str]) -> Cluster:
         notes.append("The network is not known, so more devices are left out: give --bandwidth, and --latency.")
     return Cluster(
         devices=devices,
+        # only for one device, which sends nothing
         bandwidth=math.inf if bandwidth is None else bandwidth,
         latency=latency or 0.0,
         node_size=asked.node_size,

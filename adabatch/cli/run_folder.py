@@ -75,6 +75,7 @@ def _numbers_of(name: str) -> tuple[int, int]:
     with suppress(ValueError):
         year, month, day, number = map(int, name.split("-"))
         date = year * 10_000 + month * 100 + day
+        # 2026-1-2-3 can be read too, but is no name that `_name` gives
         if _name(date, number) == name:
             return date, number
     return 0, 0

@@ -42,6 +42,7 @@ def find_runs(asked: list[str]) -> list[FoundRun]:
     """
     found: list[FoundRun] = []
     for text in asked:
+        # A path may contain "=" itself, and then it is no name.
         name, equals, rest = text.partition("=")
         path = Path(text) if not equals or Path(text).exists() else Path(rest)
         given = name if equals and not Path(text).exists() else ""
@@ -69,6 +70,7 @@ def config_in(folder: Path) -> dict[str, Any]:
     """The config of a run with dotted names, from the file that it wrote when it began, or its newest readable
     checkpoint."""
     with suppress(OSError, ValueError, AttributeError, TypeError):
+        # first: it holds the config from the first step on, even before there is a checkpoint
         begun = json.loads((folder / BEGUN).read_bytes())
         if begun.get("settings"):
             return flat(begun["settings"])

@@ -95,6 +95,7 @@ def _last_of(journal: Path, lines: int) -> tuple[list[Mapping[str, Any]], int, b
 
 def _steps_of(file: BinaryIO, lines: int) -> tuple[list[Mapping[str, Any]], bytes]:
     """The last steps of one file, and the start of an unfinished line at its end."""
+    # a journal may be larger than memory, so no more than the last lines are held
     last: deque[Mapping[str, Any]] = deque(maxlen=lines)
     begun = b""
     for text in file:
@@ -120,6 +121,7 @@ def _since(journal: Path, place: int, node: int) -> tuple[bytes, int, int, bool]
                 return b"", found.st_size, found.st_ino, True
             before = b"".join(part.read_bytes()[place * (part == parts[aside]) :] for part in parts[aside:])
             place = 0
+        # shorter than what was read of it: cut by a run that resumed
         if found.st_size < place:
             return b"", found.st_size, found.st_ino, True
         file.seek(place)

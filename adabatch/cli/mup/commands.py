@@ -32,6 +32,7 @@ def run_mup(config: Namespace) -> int:
     display = Display(0, output(width=PLAIN_WIDTH))
     arguments = vars(config[config.subcommand])
     names = Subject.__dataclass_fields__
+    # `check` and `sweep` have all of these arguments, `plan` has not
     if names.keys() <= arguments.keys():
         subject = Subject(**{name: arguments.pop(name) for name in names})
         arguments["subject"] = subject

@@ -124,6 +124,7 @@ def transfer(
     (old_label, old), (new_label, new) = parse_shape(source), parse_shape(target)
     horizon = _horizons(norms, clock)
     before = horizon(steps)
+    # the norms as a function of the share of the steps, as the new run is assumed to have them
     after = before if target_steps is None else horizon(target_steps)
     warmup_after = warmup_steps if target_warmup_steps is None else target_warmup_steps
     tuned, wanted = (

@@ -36,6 +36,7 @@ def read_saved(run: Path) -> SavedSchedule | None:
         ValueError: for the same reasons as ``read_checkpoint``.
         CheckpointError: if all checkpoints are damaged.
     """
+    # a single rank, whatever the run had
     found = newest_checkpoint(run / CHECKPOINTS, Collectives())
     return None if found is None else read_checkpoint(found.path)
 

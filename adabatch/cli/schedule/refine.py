@@ -80,6 +80,7 @@ def refine(
         + (f": the bound suggests {base_lrs} where {_listed(recorded.base_lrs)} was the best." if base_lrs else "."),
         f"Progress counts {counted.replace('_', '-')}. {rule}",
     )
+    # no warm-up: the table has its own, and that of the other config would come on top
     config: dict[str, Any] = {"shape": class_path(made.shape), "warmup": None}
     if lr_rule is not None:
         config |= {"lr_rule": lr_rule, "reference_batch_size": round(reference)}
