@@ -256,7 +256,8 @@ class ProbeWindow:
         # without a positive past noise there is no ratio to compare
         if self.decay == 0 or past.weight == 0 or len(self.recent) < RECENT or past.noise <= 0:
             return False
-        certain = math.sqrt(math.pi / 2 / counted + 1 / past.num_effective)  # of the median, and of the mean
+        # of the median of the last probes, whose variance is pi / 2 times that of their mean, and of the past's mean
+        certain = math.sqrt(math.pi / 2 / counted + 1 / past.num_effective)
         signal = max(past.signal, 0.0)
         grad = median(probe.grad_sq / (signal + past.noise / probe.size) for probe in self.recent)
         # The median of a skewed noise lies below its mean, on this scale by its variance.

@@ -321,6 +321,7 @@ def estimate(
     center = wanted(n, s)
     if math.isnan(center) or center <= 0:  # no logarithm, and so no bar
         return Estimate(center, math.nan, math.nan, freedom)
+    # Student's t, because the spread comes from the same few probes as the averages.
     below, above = (
         _quantile(one, averages.num_effective - 1)
         for one in (confidence, confidence if shrink_confidence is None else shrink_confidence)
@@ -361,6 +362,7 @@ def estimate(
     if error == 0:
         return Estimate(center, center, center, freedom)
 
+    # The point of the confidence ellipse in whose direction the wanted size changes most.
     def edge(t: float) -> float:
         return wanted(n + t * to_noise / error, s + t * to_signal / error)
 

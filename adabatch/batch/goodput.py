@@ -99,6 +99,7 @@ def _seconds_of(model: StepTimeModel, grid: PlanGrid) -> Callable[[float], float
     def seconds(size: float) -> float:
         share = size / grid.dp_size
         micro = min(max(share / grid.min_accumulation, smallest), largest)
+        # not rounded to plans that can be run, so that goodput is smooth in the size; the control rounds
         return model.seconds(micro, share / micro, grid.dp_size)
 
     return seconds

@@ -136,6 +136,7 @@ def measure(
 
 def _sizes(smallest: int, factors: Sequence[float]) -> list[int]:
     wanted = {factor: smallest * factor for factor in sorted(set(factors))}
+    # 1e-9, because a factor such as 1.1 is not exact
     wrong = [factor for factor, size in wanted.items() if abs(size - round(size)) > 1e-9 * size or round(size) < 1]
     if wrong:
         raise ValueError(f"factors must make whole batch sizes of the smallest, {smallest}, got {wrong}")
@@ -193,6 +194,7 @@ def _beside(
     threads = max(1, (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count() or 1) // workers)
     # not fork: torch's threads and a CUDA context do not survive it
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # The command line rather than the job: models and data sets need not be ones that can be pickled.
         futures = [
             pool.submit(_alone, list(arguments), checkpoint, size, examples, deadline, threads) for size in sizes
         ]

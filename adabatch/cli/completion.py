@@ -116,6 +116,7 @@ def _copy(source: argparse.ArgumentParser, into: argparse.ArgumentParser, file: 
     if inner:
         commands = into.add_subparsers()
         for name, parser in inner.items():
+            # no help of its own: that of the source is copied
             _copy(parser, commands.add_parser(name, add_help=False), file)
 
 

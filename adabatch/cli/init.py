@@ -227,6 +227,7 @@ def check(text: str) -> Iterator[str]:
         ImportError: if the extra "cli" is not installed.
     """
     try:
+        # imported here, because --no-check works without the extra
         from adabatch.cli.commands import job_in
     except ImportError as error:
         raise ImportError(

@@ -179,6 +179,7 @@ class Job:
             if type(getattr(self, name)) is base:
                 raise ValueError(f"{name} needs a class_path, such as my_package.my_module.MyClass, and got none")
         for name, most in COUNTS.items():
+            # control may be left out
             count = attrgetter(name)(self) if self.control or "control" not in name else None
             if isinstance(count, int) and count > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
@@ -378,6 +379,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                     preemption.request()
                 if preemption.agreed:
                     break
+        # not by whether a signal came, which may have been in the last step
         preempted = not batches.consumed.reached(job.total)
         if local is not None and not preempted:
             local.synchronize()

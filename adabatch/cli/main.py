@@ -81,6 +81,7 @@ def _run(given: Sequence[str]) -> int:
     try:
         from adabatch.cli.commands import run_command
     except ImportError as error:
+        # A failing import of our own, or of the user's code, must not be taken for a missing extra.
         if error.name is None or error.name.partition(".")[0] not in EXTRAS:
             raise
         raise ImportError(f"the command line needs `pip install adabatch[cli]` ({error})") from error
@@ -93,6 +94,7 @@ def _run(given: Sequence[str]) -> int:
 def _working_folder_on_path() -> Iterator[None]:
     """Lets a config name a class in a file of the working folder, as ``python -m adabatch`` does."""
     here = os.getcwd()
+    # safe_path: the user has told Python to leave the folder out (-P)
     if sys.flags.safe_path or here in sys.path or "" in sys.path:
         yield
         return

@@ -42,6 +42,7 @@ def job_maker(parser: ArgumentParser, config: Namespace, command: str) -> Callab
             if (said := of_a_group(str(error))) is None:
                 raise
             raise ValueError(said) from error
+        # the fields also hold options of the command, such as --quiet, which are not part of the job
         names = Job.__dataclass_fields__
         return Job(**{name: value for name, value in fields.items() if name in names})
 

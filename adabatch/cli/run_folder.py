@@ -38,6 +38,7 @@ def run_folder(
     Raises:
         OSError: on the first rank, if no folder can be created.
     """
+    # numbers rather than a name, because that is what a reduction can send
     date, number = 0, 0
     failure: OSError | None = None
     if ranks.rank == 0:
@@ -86,6 +87,7 @@ def _taken_again(settings: Mapping[str, Any] | None, runs: Path, display: Displa
     link = runs / LATEST
     if not link.is_symlink():
         return 0, 0
+    # the last part only: `runs` may have been moved since
     folder = runs / Path(os.readlink(link)).name
     begun = _read(folder)
     if begun is None or begun.get("finished"):

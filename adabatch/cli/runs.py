@@ -120,4 +120,5 @@ def _results(row: Mapping[str, Any]) -> dict[str, float]:
         "test accuracy": row.get("accuracy"),
         "wall time (s)": row.get("seconds"),
     }
+    # value == value, unless it is NaN
     return {name: float(value) for name, value in named.items() if isinstance(value, int | float) and value == value}

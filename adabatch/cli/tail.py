@@ -51,6 +51,7 @@ def run_tail(arguments: Sequence[str]) -> int:
     colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(HEADER, flush=True)
     for entry in follow(journal, lines=asked.lines, once=asked.once):
+        # flushed, so that a reader in a pipe sees each line at once
         print(shown(entry, colored=colored), flush=True)
     return 0
 

@@ -192,9 +192,12 @@ def forecast(
         taken = np.sqrt(scale * price) if batch is None else np.full(len(scale), batch)
         # Each device has at least one example, whatever the limits.
         taken = np.maximum(np.clip(taken, limits[0], math.inf if limits[1] is None else limits[1]), cluster.devices)
+        # with the same factor: if the noise scale is larger than measured, the run has made more progress with its
+        # examples
         progress = evidence.progress(noise)
         steps = progress * (1 / taken + 1 / scale)
         used = steps * taken
+        # the spread is that of a device's own times; those of the network are taken as the model gives them
         seconds = steps * (time * (split.step + split.example * taken / cluster.devices) + reduce)
         return _Totals(
             float(steps.sum()),
@@ -298,6 +301,7 @@ def extended(evidence: Evidence, examples: float) -> Evidence:
         return cut
     last = ends > 0.75 * end
     taken, batch, scale = evidence.examples[last], evidence.batch[last], evidence.noise_scale[last]
+    # at equal factors, over which a power law rises by equal factors
     edges = np.geomspace(end, examples, SEGMENTS + 1)
     more = np.diff(edges)
     # Logarithms of how far each segment lies beyond the middle of the quarter that was measured.

@@ -252,6 +252,7 @@ def linear_cooldown_ratio(
 
 def _linear_cooldown(shape: AnyShape) -> float:
     """The share of a shape that cools down linearly to zero; 0 for all other shapes."""
+    # a user's function does not tell its form
     if not isinstance(shape, Shape):
         return 0.0
     settings = shape.settings
@@ -358,6 +359,7 @@ def two_stage(
             f"ramp_steps must lie in [0, {math.floor(rest - cooldown_steps)}], got {ramp_steps}: it must end "
             f"before the cooldown of the {new_steps}-step run begins"
         )
+    # the same cooldown as a share of what follows the ramp; min, because rounding may carry it past 1
     shape = wsd(cooldown=min(1.0, cooldown_steps / (rest - ramp_steps)), decay=decay)
     finished = discretize(wsd(cooldown=cooldown, decay=decay), num_steps, warmup_steps=warmup_steps)
     goal = best_base_lr(finished)
@@ -414,6 +416,7 @@ def longer_cooldown(
     # At the old share the longer run's best rate is too low, and it rises with the cooldown, so the root lies between.
     share = 1.0 if excess(1.0) < 0 else _root(excess, cooldown, 1.0)
     cooldown_steps = share * (new_steps - warmup_steps)
+    # no later than the old cooldown, from which on the rate of the finished run was no longer full
     resume = min(stable, whole(new_steps - cooldown_steps))
     return Extension(
         resume_step=resume,

@@ -70,6 +70,7 @@ class Clock:
         if self.total.count == 0:
             raise ValueError("the total must have a length, got 0")
         warmup = self.warmup
+        # in two units nobody can tell beforehand which of the two is shorter
         if warmup is not None and warmup.unit == self.total.unit and warmup.count >= self.total.count:
             raise ValueError(f"the warm-up of {warmup} must be shorter than the total of {self.total}")
 

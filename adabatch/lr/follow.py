@@ -80,6 +80,7 @@ class Followers:
         """How many reference batches a step may have before each beta meets its floor: at least 1, infinite for no
         floor."""
         return tuple(
+            # the ratio r at which beta ** r has come down to the floor
             math.inf if floor <= 0 else 1.0 if floor == beta else math.log(floor) / math.log(beta)
             for beta, floor in zip(map(float, betas), self.floors(betas), strict=True)
         )

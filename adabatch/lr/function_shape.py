@@ -129,6 +129,7 @@ def shape_from(shape: AnyShape | Callable[[float], float]) -> AnyShape:
     if isinstance(shape, Shape | FunctionShape):
         return shape
     expected = "shape must come from adabatch.lr, such as adabatch.lr.cosine(), or be a function progress -> factor"
+    # lr.cosine without its parentheses can be called too, and would fail later with a worse message
     if not callable(shape) or getattr(shape, "__module__", None) == Shape.__module__:
         raise TypeError(f"{expected}, got {shown(shape)}")
     return FunctionShape(shape)

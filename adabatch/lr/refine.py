@@ -94,6 +94,7 @@ def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
     require_one_of("kind", kind, POWERS)
     # the result does not depend on the scale; without it a product of weights is a fourth power of the norms
     relative = values / np.median(values)
+    # reported below, in words
     with np.errstate(over="ignore", divide="ignore"):
         weights = relative ** -POWERS[kind]
     if not np.all(np.isfinite(weights)) or weights.min() == 0:
@@ -139,6 +140,7 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
     multipliers = last_iterate_multipliers(weights)
     if z.ndim < 1 or z.shape[0] != multipliers.size:
         raise ValueError(f"need one weight per iterate, got {multipliers.size} weights for iterates of shape {z.shape}")
+    # one factor for all coordinates of an iterate
     moves = multipliers[:-1].reshape(-1, *(1,) * (z.ndim - 1)) * np.diff(z, axis=0)
     return np.concatenate([z[:1], z[:1] + np.cumsum(moves, axis=0)])
 
@@ -214,6 +216,7 @@ def median_filter(values: ArrayLike, window: int) -> FloatArray:
     series = np.asarray(values, dtype=np.float64)
     if series.ndim != 1 or series.size == 0 or not np.all(np.isfinite(series)):
         raise ValueError("a median filter needs a flat array of finite values, at least one")
+    # mirroring without the last value adds n - 1 values at most
     if window < 1 or window % 2 == 0 or window > 2 * series.size - 1:
         raise ValueError(
             f"window must be odd and within 1 to {2 * series.size - 1} for {series.size} values, got {window}"

@@ -95,6 +95,7 @@ def refine_run(
     norms = measured.norms * factor[measured.at] ** (1 / POWERS[kind])
     window = odd_window(smoothing, norms.size)
     smoothed = median_filter(norms, window)
+    # interpolated only after the filter, whose window counts measured norms
     weights = refined_weights(measured._replace(norms=smoothed).for_each(recorded.num_steps), kind)
     values = weights * last_iterate_multipliers(weights * factor)
     values /= values.max()

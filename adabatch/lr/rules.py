@@ -47,6 +47,7 @@ def check_follow(names: Collection[str]) -> None:
     """Raises a ValueError for a setting that cannot follow the batch, and a TypeError if ``names`` is a string."""
     if isinstance(names, str):
         raise TypeError(f"follow takes a collection of settings, such as ({names!r},), got {names!r}")
+    # mappings and arrays are collections too, but not of names
     words = (
         isinstance(names, Collection)
         and not isinstance(names, Mapping)

@@ -81,6 +81,7 @@ class Shape:
         raise TypeError("Shape is final: add a function to this module that makes a new one")
 
     def _fill(self, name: str, settings: Mapping[str, Setting], curve: Curve) -> None:
+        # the class itself refuses assignments
         object.__setattr__(self, "_name", name)
         object.__setattr__(self, "_settings", MappingProxyType(dict(settings)))
         object.__setattr__(self, "_curve", curve)
@@ -234,6 +235,7 @@ def inverse_sqrt(*, timescale: float, cooldown: float = 0.0, floor: float = 0.0)
     low = _between("floor", floor, 0, 1)
 
     def curve(p: FloatArray) -> FloatArray:
+        # the curve stands still during the cooldown, which falls from its value there
         before = np.maximum(low, np.sqrt(scale / (scale + np.minimum(p, 1 - length))))
         return low + (before - low) * _left(p, length)
 

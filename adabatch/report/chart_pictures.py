@@ -240,6 +240,7 @@ DRAWN: Mapping[str, Draw] = MappingProxyType(
 
 def _figure(title: str, note: str, *, height: float = 3.8) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, height), dpi=150, facecolor="white", layout="constrained")
+    # its own canvas: pyplot, and with it the user's figures, is not touched
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     prepare(panel)
@@ -322,5 +323,6 @@ def _heat(run: Run, over: str) -> Figure:
     _x_axis(panel, float(run["end"][over]), over)
     labels = [f"{name}  {100 * (share or 0):.0f} %" for name, share in zip(names, heat["shares"], strict=True)]
     panel.set_yticks(np.arange(len(names)) + 0.5, labels=labels, fontsize=8)
+    # the layer with the most noise on top
     panel.invert_yaxis()
     return figure

@@ -54,6 +54,7 @@ def charts_of(runs: Sequence[Run]) -> dict[str, Chart]:
         "loss": _loss(runs, evaluated="loss" in metrics),
     }
     for number, metric in enumerate(name for name in metrics if name != "loss"):
+        # numbered, because the name of a chart is that of its file, and a metric may be called anything
         charts[f"metric{number}"] = Chart(f"Evaluation: {metric}", "Measured between steps.", metric=metric)
     noise, unmeasured = "Averaged noise over averaged signal; gaps: no signal was seen.", "the noise was not measured"
     worth = "1 / (1 + batch / noise scale), against one in a small batch."

@@ -74,6 +74,7 @@ def read_curves(journal: Journal) -> Curves:
     names = tuple(dict.fromkeys(name for row in rows for name in row.layers))
     unknown = (math.nan, math.nan)
     by_layer = np.array([[row.layers.get(name, unknown) for name in names] for row in rows], dtype=np.float64)
+    # reshaped, because without layers numpy makes it an array of fewer dimensions
     noise, signal = np.moveaxis(by_layer.reshape(len(rows), len(names), 2), -1, 0)
     return Curves(examples, batch, lr, noise_scale, average, loss, names, noise, signal)
 

@@ -42,6 +42,7 @@ class Metric(NamedTuple):
     @property
     def best(self) -> int | None:
         """Which evaluation had the best value, the first of equal ones; None without a finite value."""
+        # nanargmin raises an error then
         if not np.isfinite(self.values).any():
             return None
         return int(np.nanargmin(self.values) if self.lower_is_better else np.nanargmax(self.values))

@@ -141,6 +141,7 @@ def step_cost_of(run: RunSteps, *, gradient_bytes: float) -> StepCost | None:
             f"{run.name}: its steps took no longer with more examples, so that an example would cost nothing; give "
             "--step_seconds and --example_seconds"
         )
+    # each relative to the median of its plan: the differences between plans are not spread
     over = np.concatenate([np.array(taken) / np.median(taken) for taken in of_plan.values()])
     low, high = (float(np.percentile(over, at)) for at in SPREAD)
     return StepCost(

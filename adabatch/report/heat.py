@@ -32,6 +32,7 @@ def layer_bins(run: RunSteps, cells: int) -> dict[str, Any]:
     signal = np.add.reduceat(np.where(known, run.layer_signal, 0.0), edges[:-1])
     some = np.add.reduceat(known.astype(float), edges[:-1]) > 0
     with np.errstate(divide="ignore", invalid="ignore"):
+        # unbiased estimates, whose sum may be negative by chance
         scale = np.where(signal > 0, np.maximum(noise, 0.0) / signal, np.inf)
     total = np.maximum(noise.sum(axis=0), 0.0)
     rows = max(FEWEST_ROWS, cells // (len(edges) - 1))

@@ -145,6 +145,7 @@ def _outcomes(run: RunSteps, settings: RunSettings, choices: Sequence[Choice], p
         found = [recorded(run, price=price)]
         equal = constant_at_equal_examples(run)
     except ValueError:  # there is no noise scale, and a flag tells the reader
+        # whoever asks for a choice has to learn that it cannot be answered
         if choices:
             raise
         return []
@@ -205,6 +206,7 @@ def page(reports: Sequence[Reported], *, title: str = "") -> str:
     name = title or ", ".join(each.run.name for each in reports)
     # Inside a script element only "</script" and "<!--" have a meaning, and neither is left after this.
     data = json.dumps(drawn(reports), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    # The empty icon keeps browsers from asking for one.
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -93,6 +93,7 @@ def _learning_rate(panel: Axes, curves: Sequence[Curves], colors: Sequence[str])
         # groups with equal rates would lie on each other
         for group in np.unique(run.lr, axis=1).T:
             _stairs(panel, run, group, **style)
+    # from zero, so that heights can be compared
     panel.set_ylim(bottom=min(0.0, float(np.nanmin(rates))))
     panel.yaxis.set_major_locator(MaxNLocator(5))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))

@@ -115,6 +115,7 @@ def compose_panels(panels: Sequence[Panel], *, title: str | None = None) -> Figu
     handles = [Line2D([], [], **style) for style in styles.values()]
     if len(handles) > 1:
         longest = max(map(len, styles))
+        # as many columns as the longest label leaves room for
         columns = max(1, min(len(handles), 100 // (longest + 8)))
         figure.legend(
             handles, list(styles), loc="outside lower center", ncols=columns, frameon=False, fontsize=10, handlelength=3

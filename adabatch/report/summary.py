@@ -202,6 +202,7 @@ def total_seconds(run: RunSteps) -> float:
 
 def time_before(run: RunSteps) -> Floats | None:
     """Seconds before each step, shape (num_steps,); None if less than half of the steps were timed."""
+    # a time axis of mostly filled-in steps would look like a measurement
     if np.isfinite(run.seconds).mean() < 0.5:
         return None
     taken = _filled(run.seconds)

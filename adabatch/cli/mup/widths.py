@@ -93,6 +93,7 @@ def check(
         parameterization: mup.coordinate_check(
             make,
             lambda model, plan: method(model, plan, rate, damping),
+            # the check looks at one batch only
             lambda seed: next(iter(batches(seed))),
             parameterization=parameterization,
             tolerance=tolerance,

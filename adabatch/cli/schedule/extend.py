@@ -158,6 +158,7 @@ def _write_checkpoints(
 ) -> None:
     """Writes a checkpoint with the new schedule for each option that can resume from it."""
     there = read_checkpoint(checkpoint)
+    # or the new schedule would not be the run's own up to the point where it leaves that
     if (there.shape, there.total, there.base_lrs) != (saved.shape, saved.total, saved.base_lrs):
         raise ValueError(
             f"{checkpoint} is of another run than {saved.source}: it has {there.shape} over {there.total}, "
