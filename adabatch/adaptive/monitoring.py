@@ -48,11 +48,11 @@ def monitor(
 
         adabatch.monitor(model, optimizer, micro_batch_size=16, journal="runs/noise.jsonl")
 
-    The loop stays as it is, and trains to the same bits. What is compared are the gradients of the micro-batches of a
-    step, on all ranks, so a step needs two of them at least: by accumulation, or on two ranks. For a model on one
-    process or in ``DistributedDataParallel``, also as Accelerate, Fabric, Lightning or the Trainer of Transformers run
-    it. It costs a pass over the gradients and one over their sum per micro-batch and, per step, 16 bytes per rank and a
-    host sync.
+    The loop stays as it is, and trains to the same bits. The gradients of a step's micro-batches, on all ranks, are
+    compared with each other, so a step needs at least two of them: by accumulation, or on two ranks. The model runs on
+    one process or in ``DistributedDataParallel``, also as Accelerate, Fabric, Lightning or the Trainer of Transformers
+    run it. The cost is a pass over the gradients and one over their sum per micro-batch and, per step, 16 bytes per
+    rank and a host sync.
 
     Args:
         model: as it is trained: the ``DistributedDataParallel`` on several ranks.
@@ -76,7 +76,7 @@ def monitor(
 
 
 class NoiseMonitor:
-    """What ``monitor`` returns: the averages so far, and the hooks, which keep it alive.
+    """The averages so far, and the hooks, which keep this object alive. ``monitor`` returns it.
 
     Each backward is a part. With ``c_j`` what part j added to the gradient of its rank, and k parts per rank, the
     gradient of the step is the mean over all ``J`` parts of ``k c_j``, whatever factor the loop puts on its losses: so

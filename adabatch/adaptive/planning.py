@@ -182,7 +182,7 @@ class Planner:
         return self.plan, self.progress, self.consumed, self.state
 
     def given(self) -> dict[str, object]:
-        """What all ranks must have been given equally, and where they stand, by name."""
+        """The settings of the run and its position, by name; they must be equal on all ranks."""
         policy = self.policy
         return {
             "criterion": policy.criterion,

@@ -177,7 +177,7 @@ class PendingUpdates:
         self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
 
     def take_back(self, step: Step) -> None:
-        """Ends a step that does not count: without an update, a line of the journal, or a word to the planner."""
+        """Ends a step that does not count: no update, no line in the journal, and the planner does not hear of it."""
         planner, num_examples = self._planner, step.portion.num_examples
         step.decision = Decision(planner.plan, Reason.NOT_COMMITTED, None, planner.state)
         number, scaling = planner.consumed.steps, planner.scaling(num_examples)

@@ -416,7 +416,7 @@ def prepared(
 def given_settings(
     engine: Engine, options: EngineOptions | Engine, local_sgd: LocalSGD | None, measure: Measure, guard: Guard
 ) -> dict[str, object]:
-    """What all ranks must have been given equally, beside what the planner was given."""
+    """The settings that the planner does not have, by name; they must be equal on all ranks too."""
     chosen = options if isinstance(options, EngineOptions) else EngineOptions()
     return {
         **versions(),

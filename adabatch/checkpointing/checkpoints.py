@@ -266,7 +266,7 @@ class Checkpoints:
             _log.warning("%s; resuming from %s", problem, found.path.name)
         saved, now = found.manifest.contents, self._run.describe()
         if not (isinstance(saved.get("parts"), dict) and isinstance(saved.get("sharded"), bool)):
-            raise CheckpointError(f"{found.path}: {MANIFEST} matches its checksum, and says nothing of a run")
+            raise CheckpointError(f"{found.path}: {MANIFEST} matches its checksum, but does not describe a run")
         refuse(saved, now)
         restored: Restored | None = None
         try:
@@ -275,7 +275,7 @@ class Checkpoints:
             restored = self._run.restore(found.path, saved)
         except (LookupError, AttributeError) as error:
             failure = CheckpointError(
-                f"{found.path} is what was written, and no part can make use of it ({type(error).__name__}: {error}): "
+                f"{found.path} is undamaged, but a part cannot load what it holds ({type(error).__name__}: {error}): "
                 f"restore one from a copy, or move it away"
             )
         except Exception as error:  # the other ranks must learn of any error before one of them leaves

@@ -169,7 +169,7 @@ class FolderLock:
             now = "its lock was removed" if holder is None else f"it belongs to {holder} now"
             raise FolderInUse(
                 f"{self._folder} was taken from this process (pid {os.getpid()} on {platform.node()}): "
-                f"{now}; nothing more is written by this one, which should end"
+                f"{now}; nothing more is written by this process, and it should end"
             )
 
     def release(self) -> None:

@@ -116,7 +116,7 @@ class BuiltSettings:
         return tuple(taken), tuple(kept)
 
     def put_back(self, groups: Sequence[Mapping[str, Any]], *, rates: bool) -> None:
-        """Writes the saved settings that are kept into the optimizer, where loading it does not.
+        """Writes the saved settings that are kept into the optimizer, for engines whose loading does not do so.
 
         Args:
             groups: the saved settings of each parameter group.

@@ -121,8 +121,8 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     if here.efficiency.point < WASTEFUL:
         notes.append(
             f"In the batches of the least time an example is worth {here.efficiency.point:.2g} of one in a small "
-            "batch: steps are dear beside examples, and the batch is beyond the noise scale. Use fewer devices, "
-            "or limit the batch with --max_batch."
+            "batch: steps are expensive compared with examples, and the batch is beyond the noise scale. Use fewer "
+            "devices, or limit the batch with --max_batch."
         )
     known = not math.isinf(cluster.bandwidth)
     scales = [forecast(evidence, cost, replace(cluster, devices=count), limits=limits) for count in SCALES if known]
@@ -173,7 +173,7 @@ def _journal(asked: Any, run: FoundRun, num_bytes: float, notes: list[str]) -> _
             "%, by its probes' scatter."
         )
     else:
-        notes.append("The journal has no error bar of the noise scale (16 probes do), so the ranges leave it out.")
+        notes.append("The journal has no error bar of the noise scale (16 probes are enough), so no range has it.")
     if asked.examples is not None:
         if asked.examples > steps.num_examples:
             notes.append(
@@ -202,7 +202,7 @@ def _price_notes(cost: StepCost, sizes: int) -> list[str]:
             "By the times in the journal a step costs nothing beside its examples; the ranges take this as certain."
         ]
     if not has_price_band(cost):
-        return ["The journal has no error bar of the price of a step (16 timed steps do), so the ranges leave it out."]
+        return ["The journal has no error bar of the price of a step (16 timed steps are enough), so no range has it."]
     low, high = cost.price_band
     return [
         f"The price of a step without the network lies between {low:.2f} and {high:.2f} times what was measured, each "

@@ -93,7 +93,7 @@ def _taken_again(settings: Mapping[str, Any] | None, runs: Path, display: Displa
     if begun is None or begun.get("finished"):
         return 0, 0
     if begun.get("settings") != json_values(settings):
-        display.say(f"{folder} is unfinished, and of other settings: this is a new run; --out={folder} goes on there")
+        display.say(f"{folder} is unfinished, but has other settings: this is a new run; --out={folder} continues it")
         return 0, 0
     holder = read_lock(folder / CHECKPOINTS).holder
     if holder is not None and holder.may_run(Holder.this()):

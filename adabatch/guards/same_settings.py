@@ -101,7 +101,7 @@ def failing_together(collectives: Collectives, what: str) -> Iterator[None]:
 
 
 def versions() -> dict[str, object]:
-    """Of torch and of this package."""
+    """The versions of torch and of this package."""
     try:
         own = metadata.version("adabatch")
     except metadata.PackageNotFoundError:  # run from its sources

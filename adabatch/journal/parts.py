@@ -73,7 +73,7 @@ def last_token(path: Path) -> str | None:
 
 
 class _Kept(NamedTuple):
-    """What a cut leaves of a file: so many bytes, whose lines account for so many examples."""
+    """What a cut leaves of a file: its first bytes, and how many examples their lines account for."""
 
     num_bytes: int
     reached: int
@@ -125,7 +125,7 @@ def _kept(part: Path, num_examples: int) -> _Kept:
 
 
 def _copy_aside(path: Path, taken: list[tuple[Path, int]]) -> None:
-    """Appends to the file beside the journal what the files hold from their places on."""
+    """Appends the files, each from the given byte on, to the file beside the journal."""
     # nothing to take out, so no empty file either
     if all(part.stat().st_size <= begin for part, begin in taken):
         return

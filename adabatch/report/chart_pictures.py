@@ -50,8 +50,8 @@ class Brush:
     """Draws the numbers of one run over one axis.
 
     Args:
-        panel: where to.
-        run: its numbers.
+        panel: where it draws.
+        run: the numbers.
         color: of the run.
         over: name of the axis.
 
@@ -66,7 +66,7 @@ class Brush:
         self.steers: list[Floats] = []
 
     def line(self, values: Sequence[float | None], *, steers: bool = True, gaps: bool = False, **style: Any) -> None:
-        """A line, which joins what is known unless its gaps say something."""
+        """A line through the values that are known; with ``gaps`` it is interrupted where they are not."""
         y = floats(values)
         known = np.full(len(y), True) if gaps else np.isfinite(y)
         self._panel.plot(self.x[known], y[known], **self._style(style))
@@ -84,14 +84,14 @@ class Brush:
         self._panel.plot(self.x, floats(values), ".", color=self.color, markersize=4, alpha=0.35, markeredgewidth=0)
 
     def band(self, low: Sequence[float | None], high: Sequence[float | None], *, alpha: float = 0.16) -> None:
-        """Bounds, of which the upper one is -1 where it has no end."""
+        """The area between two bounds; an upper bound of -1 stands for infinity."""
         upper = floats(high)
         # fill_between leaves a hole where a bound is infinite
         upper = np.where(upper < 0, 1e30, upper)
         self._panel.fill_between(self.x, floats(low), upper, color=self.color, alpha=alpha, linewidth=0)
 
     def evaluations(self, name: str) -> None:
-        """The values of a metric, where the run has it."""
+        """The values of a metric, if the run has it."""
         for metric in self._run["metrics"]:
             if metric["name"] == name and metric["x"][self._over] is not None:
                 x, y = floats(metric["x"][self._over]), floats(metric["y"])

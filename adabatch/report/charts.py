@@ -1,4 +1,4 @@
-"""Which charts a report has, and what stands above each, for the page and for its pictures. Pure."""
+"""The charts of a report with their titles and axes, for the page and for its pictures. Pure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Run = Mapping[str, Any]
 
 
 class Chart(NamedTuple):
-    """What stands above a chart, and its scale.
+    """The title of a chart, its note and its axis.
 
     Args:
         title: what it shows.
         note: how to read it.
         log: base of its axis; 0 for a linear one.
         trim: share of the values at either end that may lie outside of it.
-        headroom: factor above the largest value of a log axis; None for about that below the smallest.
+        headroom: factor from the largest value to the end of a log axis; None for the margin below the smallest.
         start: where a linear axis begins, unless there are lower values; None for the lowest value.
         percent: whether its values are shares.
         empty: what it says if there is nothing to draw.

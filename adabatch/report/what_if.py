@@ -183,8 +183,8 @@ def usable_scale(run: RunSteps) -> Floats:
     usable = np.flatnonzero(np.isfinite(scale) & (scale > 0))
     if not usable.size:
         raise ValueError(
-            f"{run.name} has no noise scale, from which to tell what another batch would have done: measure it with "
-            f"Measure(monitor=True), or --measure.monitor=true"
+            f"{run.name} has no noise scale, without which nobody knows what another batch would have cost: measure it "
+            f"with Measure(monitor=True), or --measure.monitor=true"
         )
     # -1 before the first usable one, which then stands for the beginning too
     before = np.searchsorted(usable, np.arange(run.num_steps), side="right") - 1
