@@ -78,6 +78,7 @@ def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: flo
         raise ValueError(f"half_life must be a positive number of examples, got {half_life}")
     averages = np.empty_like(values)
     total = weight = 0.0
+    # The numerator and the sum of the weights apart, divided at each step: no bias towards the zero at the start.
     for step, (value, kept) in enumerate(zip(values, np.exp2(-sizes / half_life), strict=True)):
         total, weight = kept * total + (1 - kept) * value, kept * weight + (1 - kept)
         averages[step] = total / weight

@@ -155,6 +155,7 @@ def micro_batch_sizes(smallest: int, largest: int) -> tuple[int, ...]:
     """
     if not 1 <= smallest <= largest:
         raise ValueError(f"micro_batch_size must lie between 1 and max_micro_batch_size, got {smallest} and {largest}")
+    # bit_length, not a logarithm, which may be off by one at a power of two
     doubled = {smallest << k for k in range((largest // smallest).bit_length())}
     return tuple(sorted(doubled | {largest}))
 

@@ -125,6 +125,7 @@ def state_at(job: Job, world: World, checkpoint: Path) -> State:
                 f"the learning rate at {checkpoint} is 0, so that no branch could train: choose an earlier one "
                 f"with --branch_from; --checkpoint.every and --checkpoint.keep of `adabatch train` leave more of them"
             )
+        # numbers only: each branch builds and loads a model of its own
         return State(
             batches.plan.global_batch_size, batches.consumed.steps, batches.consumed.examples, batches.noise_scale
         )

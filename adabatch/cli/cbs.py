@@ -97,6 +97,7 @@ def measure(
         f"branches from {found.path}: {state.steps:,} steps, {state.examples:,} examples, batch {state.batch:,}; each "
         f"takes {examples:,} examples"
     )
+    # by checkpoint: another one has branches of its own
     folder = run / FOLDER / found.path.name
     folder.mkdir(parents=True, exist_ok=True)
     # Not tolerance, half_life and judge, which only compare: branches that are finished serve for others of those too.
@@ -106,6 +107,7 @@ def measure(
         display.say(f"finished already: batch {', '.join(f'{size:,}' for size in branches)}")
     todo = [size for size in sizes if size not in branches]
     new = _beside if options.processes > 1 else _in_turn
+    # Each is written as soon as it is finished, so that an interruption costs one branch at most.
     for branch in new(make, world, found.path, todo, examples, deadline, options.processes, arguments, display):
         branches[branch.size] = branch
         if world.rank == 0:
@@ -250,6 +252,7 @@ def _tell(
             "diverged" if branch.diverged else f"{outcome.losses[size]:.4f}",
             "-" if branch.diverged else f"{outcome.losses[size] / outcome.losses[first] - 1:+.2%}",
             "-" if math.isnan(branch.test_loss) else f"{branch.test_loss:.4f}",
+            # what the noise scale predicts, beside what was measured
             f"{efficiency(size, state.noise_scale, reference=first):.0%}" if known else "-",
             f"{branch.seconds:.1f} s",
         )
@@ -315,6 +318,7 @@ def _panels(
     finite = {size: loss for size, loss in outcome.losses.items() if math.isfinite(loss)}
     first = next(iter(finite.values()))
     sizes = list(finite)
+    # nothing is a share of a loss of zero
     excess = [100 * (loss - first) / abs(first) if first else 0.0 for loss in finite.values()]
     bound = 100 * options.tolerance
     lines = [

@@ -100,6 +100,7 @@ def compare(
     for label, size, out in variants:
         job = variant(size)
         if tune:
+            # on the data of the search, without the validation share, so that no run is trained on what it was tuned by
             job = with_lr(split(job)[0], found[label].exponent)
         job = replace(job, out=out, checkpoint=replace(job.checkpoint, resume=False))
         results.append(run(job, world, display=display, label=label, config=settings_of(size)))

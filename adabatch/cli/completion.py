@@ -56,6 +56,7 @@ def run_completion(arguments: Sequence[str]) -> int:
     parser = _parser()
     shell = parser.parse_args(arguments).shell
     try:
+        # imported here, so that the command's help works without the extra
         import shtab
 
         from adabatch.cli.parser import build_parser

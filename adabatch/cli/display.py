@@ -171,6 +171,7 @@ class Shown:
 def output(*, width: int = LOG_WIDTH) -> Console:
     """Standard output; a log or a file gets a fixed width, so that tables are not cut off."""
     console = PlainConsole()
+    # rich takes 80 columns if there is no terminal
     return console if console.is_terminal else PlainConsole(width=width)
 
 

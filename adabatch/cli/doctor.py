@@ -89,6 +89,8 @@ def packages(requirements: Sequence[str] | None = None, version: Version | None 
             requirements = ["torch", "numpy"]
     found: dict[str, Package] = {}
     for text in requirements:
+        # As importlib.metadata gives them: NAME[EXTRAS]>=VERSION; extra == "NAME". The other parts are of no interest
+        # here.
         parsed = re.match(r"\s*([\w.-]+)\s*(?:\[[^\]]*\])?\s*(?:>=\s*([\w.]+))?", text)
         extra = re.search(r"""extra\s*==\s*['"]([\w-]+)['"]""", text)
         if parsed is None or (extra is not None and extra[1] in SKIPPED_EXTRAS) or parsed[1] == "adabatch":

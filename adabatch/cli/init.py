@@ -202,6 +202,7 @@ def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, op
         model=found.model,
         loss=found.loss or loss or "torch.nn.CrossEntropyLoss",
         optimizer=optimizer,
+        # with a point: YAML takes 1e-3 for a text
         lr="1.0e-3" if "Adam" in optimizer else "1.0e-2",
         data=found.data,
         train_arguments=arguments % "train" if found.splits else "",

@@ -348,6 +348,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         keep=saving.keep,
         background=saving.background,
     )
+    # Preemption outermost, so that a second signal does not kill the process while the last checkpoint is written.
     with Preemption(batches, signals=STOPPED_BY) as preemption, checkpoints:
         if not saving.resume:
             checkpoints.start_over()
@@ -381,6 +382,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                     break
         # not by whether a signal came, which may have been in the last step
         preempted = not batches.consumed.reached(job.total)
+        # the workers become one model, which is then saved and tested
         if local is not None and not preempted:
             local.synchronize()
         seconds = time.perf_counter() - began - evaluations.seconds

@@ -117,6 +117,7 @@ class _HelpAll(argparse.Action):
     """Prints the help of all options."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        # suppressed, so that it is no field of the config
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=options["help"])
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:

@@ -150,6 +150,7 @@ def _largest(asked: Any, evidence: Evidence, notes: list[str]) -> float:
 
 
 def _batches(here: Forecast, devices: int, most_micro: int | None, asked: Any, limit: float) -> dict[str, Any]:
+    # each device has one example at least
     smallest = max(devices, _power_of_two(here.smallest_batch), math.ceil(asked.min_batch or 0))
     largest = min(_power_of_two(here.largest_batch, up=True), int(limit))
     found = {"limits.min": smallest, "limits.max": max(smallest, largest)}

@@ -47,6 +47,7 @@ def find_runs(asked: list[str]) -> list[FoundRun]:
         path = Path(text) if not equals or Path(text).exists() else Path(rest)
         given = name if equals and not Path(text).exists() else ""
         found += _compared(path, given) or [_run(path, given or _name_of(path))]
+    # two runs of one name would be one column of a table and one entry of a legend
     counts = [run.name for run in found]
     return [run if counts.count(run.name) == 1 else run._replace(name=str(run.journal.parent)) for run in found]
 
@@ -107,6 +108,7 @@ def _compared(folder: Path, name: str) -> list[FoundRun]:
         rows = json.loads((folder / COMPARISON).read_bytes())
         places = [folder / variant for variant in VARIANTS]
         if len(rows) != len(places) or not all((place / JOURNAL).is_file() for place in places):
+            # an unfinished comparison is a folder like any other
             return []
         prefix = f"{name} " if name else ""
         return [_run(place, f"{prefix}{row['label']}", _results(row)) for row, place in zip(rows, places, strict=True)]

@@ -85,6 +85,7 @@ def _last_of(journal: Path, lines: int) -> tuple[list[Mapping[str, Any]], int, b
     """The last steps; the length of the newest file, the start of a line at its end, and its inode."""
     with journal.open("rb") as newest:
         entries, begun = _steps_of(newest, lines)
+        # of the open file: by now its name may belong to another
         place, node = newest.tell(), os.fstat(newest.fileno()).st_ino
     for part in reversed(parts_of(journal)[:-1]):
         if len(entries) >= lines:

@@ -62,6 +62,7 @@ class Range(NamedTuple):
     @classmethod
     def around(cls, point: float, values: Sequence[float]) -> Range:
         """The range of the point and all values."""
+        # the point too, which need not lie between the values at the ends of the bands
         return cls(min(point, *values), point, max(point, *values))
 
 

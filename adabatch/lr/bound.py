@@ -142,6 +142,7 @@ def discretize(
     # Negative progress, during the warm-up, is clamped to 0, so this is shape(0) there.
     factors = shape((step - warmup_steps) / (num_steps - warmup_steps))
     if warmup_steps:
+        # in place, since a shape returns an array of its own
         factors *= warmup_factor(step / warmup_steps, warmup_start)
     return factors
 
@@ -370,6 +371,7 @@ def two_stage(
 
     # Only downwards: the longer run has the lower best rate, so the factor lies below 1.
     high, low = 1.0, 0.5
+    # halved until the root lies between the two
     while math.log(terms(low).best_base_lr / goal) < 0:
         high, low = low, low / 2
         if low < 1e-6:

@@ -17,6 +17,7 @@ from adabatch.lr.shapes import FloatArray
 Clock = Literal["examples", "steps", "gain_steps"]
 Norm = Literal["l2", "l1"]
 
+# not imported from `adabatch.journal`, which needs torch; a test holds the two together
 JOURNAL_FORMAT = 1
 """The format of journal lines that is read here, which ``adabatch.journal`` writes."""
 
@@ -242,6 +243,7 @@ def _norms_in(entry: Mapping[str, Any]) -> tuple[float, float]:
     moments, norms = entry.get("moments"), _part(entry, "norms")
     if not isinstance(moments, Mapping):
         return math.nan, math.nan
+    # max: from inner products, the square of a gradient near zero may be slightly negative
     l2 = _number(norms["l2"]) if "l2" in norms else math.sqrt(max(_number(moments.get("grad_sq")), 0.0))
     # the journal has null for a measurement that is not finite
     return (math.inf, math.inf) if math.isnan(l2) else (l2, _number(norms.get("l1")))

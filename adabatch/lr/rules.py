@@ -35,6 +35,7 @@ Setting = Literal["betas", "eps", "weight_decay"]
 
 def check_lr_rule(rule: str) -> None:
     """Raises a ValueError if the rule is unknown."""
+    # an old name, which a config may still have
     if isinstance(rule, str) and rule == "seesaw":
         raise ValueError(
             "lr_rule='seesaw' is now lr_rule='sqrt' (or 'linear' with SGD), with the criterion Seesaw(...), which "

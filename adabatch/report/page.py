@@ -220,6 +220,7 @@ def page(reports: Sequence[Reported], *, title: str = "") -> str:
 
 def drawn(reports: Sequence[Reported]) -> dict[str, Any]:
     """The numbers of the reports with what their charts show, ready for JSON; a bound that is not there is -1."""
+    # however many runs there are, each keeps enough points to be a curve
     most = max(60, min(1200, MOST_POINTS // len(reports)))
     every = numbers(reports)
     for run, each in zip(every["runs"], reports, strict=True):

@@ -124,6 +124,7 @@ def _schedule(kind: str, text: str) -> Stages | LinearRamp:
     first, *rest = text.split(",")
     try:
         size = int(first)
+        # by way of a float, because people write 5e3
         later = [(int(each), int(float(at))) for each, at in (part.split("@") for part in rest)]
     except ValueError:
         raise ValueError(f"a {kind} is written as {USAGE[kind]}, got {text!r}") from None

@@ -190,7 +190,12 @@ def _compared(draw: Any, bounded: dict[str, ScheduleBound], *, constant: bool) -
             note="each at its best base LR",
         ),
         draw.Panel(
-            f"bound of the last iterate ({unit[1]})", bounds, note="if the run ended here", log="y", top=6 * least
+            # top, because the bound after few steps is many times as large, and would flatten the rest
+            f"bound of the last iterate ({unit[1]})",
+            bounds,
+            note="if the run ended here",
+            log="y",
+            top=6 * least,
         ),
     ]
     if not constant:

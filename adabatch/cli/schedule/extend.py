@@ -175,6 +175,7 @@ def _write_checkpoints(
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     for label in early:
         config, place = folder / f"{_file_name(label)}.yaml", folder / _file_name(label)
+        # all else stays: weights, optimizer, place in the data, batch
         schedule = {"shape": options[label].shape.to_dict(), "total": [total.count, str(total.unit)]}
         changed = {**state, "schedule": {**state["schedule"], **schedule}}
         path = _write_again(checkpoint, changed, place / CHECKPOINTS, steps=there.progress.steps)

@@ -162,6 +162,7 @@ def _panels(draw: Any, recorded: Recorded, made: RefinedRun, edges: FloatArray, 
     """Norms, the shape, and the learning rate that both it and the run's own schedule come to."""
     x = edges[:-1]
     grew = np.ptp(made.factor) > 0
+    # initial=0, because a journal without a shape has NaN only
     own = recorded.shape / np.nanmax(recorded.shape) if np.nanmax(recorded.shape, initial=0) > 0 else recorded.shape
     shapes = [draw.Line("refined", x, made.values)]
     if np.isfinite(own).all():
