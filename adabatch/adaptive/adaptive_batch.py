@@ -180,6 +180,7 @@ class AdaptiveBatch:
             self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
             self._mistakes = LoopMistakes(self._engine, optimizer)
             self._empty_parts = EmptyParts(model)
+            # one writer: all ranks would write the same lines
             self._journal = Journal(journal if self.collectives.rank == 0 else None)
             self._votes = Votes(self.collectives)
             self._given = given_settings(self._engine, engine, local_sgd, measure, guard)
@@ -377,6 +378,7 @@ class AdaptiveBatch:
                 passes.end_pass()
                 if until is None:
                     return
+        # `until` may be reached in the middle of a pass
         passes.end_pass()
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
@@ -508,6 +510,7 @@ class AdaptiveBatch:
         self._updates.remove()
         if self._probe is not None:
             self._probe.remove()
+        # the first reason stays: an object that was replaced may be removed too
         self._gone = self._gone or "removed by remove()"
 
     def give_way(self) -> None:

@@ -294,6 +294,7 @@ class Planner:
         if per_example is None:
             tokens = None
         elif tokens is None:
+            # the saved run did not count them, but every example has the same number
             tokens = saved.examples * per_example
         if not self.policy.counts_gain:
             gains = None

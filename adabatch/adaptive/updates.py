@@ -130,6 +130,7 @@ class PendingUpdates:
             self._begun = None
             raise
         finally:
+            # an error may have left the batch factor on the learning rates
             self._hooks.restore()
             self._repeated.step_over()
             self._running = False
@@ -350,6 +351,7 @@ class PendingUpdates:
 
     def drop(self) -> None:
         """Forgets the pending update: another state of the run is loaded."""
+        # it belongs to the state that is replaced
         self._update = None
         self.tell_engine()
         for schedule in self._each_schedule():

@@ -129,6 +129,7 @@ def preferred_rule(optimizer: Optimizer, criterion: Criterion) -> LRRule:
     """
     if isinstance(criterion, DecaysLR):  # SGD's decay is that of lr / b, Adam's that of lr / sqrt(b)
         return "linear" if all(isinstance(one, SGD) for one in each_of(optimizer)) else "sqrt"
+    # one rule for all optimizers of a step, so the first that prefers one decides
     preferred = [one.preferred_lr_rule for one in each_of(optimizer) if isinstance(one, PrefersLRRule)]
     if preferred:
         return cast("LRRule", preferred[0])

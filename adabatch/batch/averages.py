@@ -189,6 +189,7 @@ class ProbeWindow:
     @classmethod
     def of(cls, averages: Averages) -> ProbeWindow:
         """A window of which only the averages are known."""
+        # as after loading a checkpoint from before single probes were kept
         return cls(past=averages, num_probes=round(averages.num_effective))
 
     @cached_property

@@ -38,12 +38,12 @@ class Goodput:
 
     If the price of a step is known, ``StepPrice`` asks for the same batch from that number, and is deterministic.
 
-    Steps are timed from one measured step to the next, including evaluation and waiting for data. The ranks agree on
-    the mean of their times, one measured step late, in the reduction that is made anyway: 8 more bytes, and no
-    additional wait. Steps that differ from the plan, and the first step after each change, are not timed. A plan's time
-    is the median of its last five steps, so that a pause hardly changes it. The times are saved with the run, and a
-    resumed run uses them until it has measured its own. Times depend on the machine: two equal runs need not choose
-    equal batches, and their journals differ.
+    Steps are timed from one measured step to the next, including the wait for data. The ranks agree on the mean of
+    their times, one measured step late, in the reduction that is made anyway: 8 more bytes, and no additional wait.
+    Steps that differ from the plan, the first step after each change, and stretches with an evaluation in them
+    (``record_evaluation``) are not timed. A plan's time is the median of its last five steps, so that a pause hardly
+    changes it. The times are saved with the run, and a resumed run uses them until it has measured its own. Times
+    depend on the machine: two equal runs need not choose equal batches, and their journals differ.
 
     Args:
         min_speedup: relative gain of goodput for which the batch changes, zero or positive.

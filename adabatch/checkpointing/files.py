@@ -207,6 +207,7 @@ def check(path: Path, *, share: int = 0, of: int = 1) -> Manifest:
         NewerFormat: if a later release wrote it.
     """
     manifest = _read_manifest(path)
+    # sorted, so that all ranks number the files alike, and each is read by one of them
     for index, (name, (size, digest)) in enumerate(sorted(manifest.files.items())):
         file = path / name
         try:

@@ -214,6 +214,7 @@ class RunState:
                 torch.load(place / _state_file(rank), map_location="cpu", weights_only=True, mmap=True)
             except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
                 raise CheckpointError(f"what was written cannot be read back: {str(error).splitlines()[0]}") from error
+            # a sharded run still has its shards to read back
             self._was_read = not self.sharded
         return files
 

@@ -77,6 +77,7 @@ class Connections:
             invitations = collectives.gather_bytes(b"")
             self._call(invitations, collectives.rank, timeout)
             return
+        # any free port; the children learn it from the exchange
         with socket.create_server(("", 0), backlog=len(self.children)) as server:
             said = [host, address or host, server.getsockname()[1], token]
             invitations = collectives.gather_bytes(json.dumps(said).encode())

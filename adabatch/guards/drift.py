@@ -123,6 +123,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
     for tensor in tensors:
         bits = _bits_of(own_piece(tensor)[0])
         odd = odd.to(bits.device)
+        # int64 wraps around, which is arithmetic modulo 2^64
         sums += [(block.to(torch.int64) * odd[: len(block)]).sum() for block in torch.split(bits, _BLOCK)]
     return digest_of(torch.stack([each.to(odd.device) for each in sums]).tolist() if sums else [])  # host sync
 

@@ -166,6 +166,7 @@ class Monitor:
 
     def _end_together(self) -> None:
         if not self.ended.is_set():
+            # only down: rank 0 says it first, and each rank passes it on
             self._connections.send({"all left": True}, up=False)
             self.ended.set()
 

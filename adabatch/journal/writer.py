@@ -96,6 +96,7 @@ def line(
             "micro_batch_size": plan.micro_batch_size,
             "accumulation_steps": plan.accumulation_steps,
             "dp_size": plan.dp_size,
+            # what the step held; its plan may have asked for more
             "global_batch_size": num_examples,
         },
         "loss": loss,
