@@ -57,8 +57,9 @@ class BuiltSettings:
         self._optimizer: Optimizer | None = optimizer if isinstance(optimizer, Optimizer) else None
         self._schedule = schedule
         self._order = order
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        self._groups = [settings_of(group, optimizer) for group in groups]
+        self._groups: list[dict[str, Any]] = []
+        if self._optimizer is not None:
+            self._groups = [settings_of(group, self._optimizer) for group in self._optimizer.param_groups]
         self._seed = _seed_of(order)
 
     def refuse(self, saved: Mapping[str, Any]) -> None:

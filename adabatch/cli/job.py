@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -184,7 +184,7 @@ class Job:
             if isinstance(count, int) and count > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
         # before the training: its end would be late to find out that there is nothing to average over
-        if self.test_data is not None and hasattr(self.test_data, "__len__"):
+        if isinstance(self.test_data, Sized):
             require(len(self.test_data) > 0, "test_data must hold at least 1 example, or be left out", 0)
         if self.evaluate_every is not None:
             if self.test_data is None:

@@ -126,7 +126,8 @@ def test_warnings_of_the_constructor_name_the_line_of_the_user() -> None:
     model = model_of()
     optimizer = AdamW(model.parameters(), betas=(0.9, 0.95))
     options: dict[str, Any] = {"micro_batch_size": 4, "limits": LIMITS}
-    for given in ({"follow": ("betas",)}, {"lr_rule": "linear"}):
+    causes: list[dict[str, Any]] = [{"follow": ("betas",)}, {"lr_rule": "linear"}]
+    for given in causes:
         with pytest.warns(UserWarning, match=r"cannot lower|multiplies the learning rate") as caught:
             adabatch.AdaptiveBatch(model, optimizer, NormTest(0.7), **options, **given).remove()
         assert [each.filename for each in caught] == [__file__]
