@@ -130,6 +130,7 @@ class PendingUpdates:
             self._begun = None
             raise
         finally:
+            # an error may have left the batch factor on the learning rates
             self._hooks.restore()
             self._repeated.step_over()
             self._running = False
@@ -177,7 +178,7 @@ class PendingUpdates:
         self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
 
     def take_back(self, step: Step) -> None:
-        """Ends a step that does not count: without an update, a line of the journal, or a word to the planner."""
+        """Ends a step that does not count: no update, no line in the journal, and the planner does not hear of it."""
         planner, num_examples = self._planner, step.portion.num_examples
         step.decision = Decision(planner.plan, Reason.NOT_COMMITTED, None, planner.state)
         number, scaling = planner.consumed.steps, planner.scaling(num_examples)
@@ -207,6 +208,8 @@ class PendingUpdates:
         update = self._update
         if update is None:
             self._missing.came()
+        # With a scaler, and a gradient that nobody looked at, a missing update may be an overflow that the scaler left
+        # out.
         elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
             self._missing.missed(self._hooks.missing, moved=weight_versions(self._optimizer) != self._versions)
 
@@ -220,6 +223,7 @@ class PendingUpdates:
 
     def add_schedule(self, schedule: WritesRates) -> None:
         """Tells a schedule of each update from now on, until it is dropped."""
+        # weak, because a schedule that the user replaced must no longer write rates
         self._schedules = [*(held for held in self._schedules if held() is not None), ref(schedule)]
 
     def _each_schedule(self) -> Iterator[WritesRates]:
@@ -268,6 +272,7 @@ class PendingUpdates:
         # an engine that steps in pieces calls optimizer.step() again for the same update
         self._begun = update if self._running else None
         if applied:
+            # not for updates that were left out: the learning rate would fall without the weights having moved
             self._planner.applied(update.num_examples, update.gain)
         self.tell_engine()
         if update.entry is not None:
@@ -346,6 +351,7 @@ class PendingUpdates:
 
     def drop(self) -> None:
         """Forgets the pending update: another state of the run is loaded."""
+        # it belongs to the state that is replaced
         self._update = None
         self.tell_engine()
         for schedule in self._each_schedule():

@@ -62,6 +62,7 @@ def check_same_settings(collectives: Collectives, settings: Mapping[str, object]
         return
     short = {name: _short(text) for name, text in mine.items()}
     ranks: list[dict[str, str]] = [json.loads(sent) for sent in collectives.gather_bytes(json.dumps(short).encode())]
+    # the union, in the order of their first mention: a rank may lack a setting altogether
     names = list(dict.fromkeys(name for held in ranks for name in held))
     differing = [name for name in names if len({held.get(name) for held in ranks}) > 1]
     told = "; ".join(_difference(name, [held.get(name, "nothing") for held in ranks]) for name in differing[:_NAMED])
@@ -98,7 +99,7 @@ def failing_together(collectives: Collectives, what: str) -> Iterator[None]:
 
 
 def versions() -> dict[str, object]:
-    """Of torch and of this package."""
+    """The versions of torch and of this package."""
     try:
         own = metadata.version("adabatch")
     except metadata.PackageNotFoundError:  # run from its sources
@@ -167,6 +168,7 @@ def text_of(value: object, depth: int = 0) -> str:
     Tensors and arrays of more than a few numbers are compared by shape, functions by name and by what they close over.
     """
     if isinstance(value, Tensor | np.ndarray):
+        # a whole tensor, such as a state on a device, would be copied to the host to be compared
         if np.prod(value.shape) > 16:
             return f"{type(value).__name__} of shape {tuple(value.shape)}"
         return repr(value.tolist())  # host sync, before the first step
@@ -186,6 +188,7 @@ def text_of(value: object, depth: int = 0) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{text_of(k)}: {text_of(v, depth + 1)}" for k, v in value.items()) + "}"
     if isinstance(value, Set):
+        # sorted, because the order of a set of strings differs between processes
         return "{" + ", ".join(sorted(text_of(each, depth + 1) for each in value)) + "}"
     if isinstance(value, Sequence) and type(value).__repr__ in (list.__repr__, tuple.__repr__):
         return "[" + ", ".join(text_of(each, depth + 1) for each in value) + "]"

@@ -65,12 +65,14 @@ def scatter_band(run: RunSteps) -> tuple[float, float] | None:
     )
     if len(used) < 2 * GROUPS:
         return None
+    # In turn, not in eight stretches: a trend over the run would otherwise count as scatter.
     group = np.arange(len(used)) % GROUPS
     noise, signal = (
         np.bincount(group, weights=run.batch[used] * measured[used] / averaged[used])
         for measured, averaged in ((run.measured_noise, run.noise), (run.measured_signal, run.signal))
     )
     without_noise, without_signal = noise.sum() - noise, signal.sum() - signal
+    # A group without which no signal is left decides alone whether there is one: next to nothing is known.
     if not ((without_noise > 0).all() and (without_signal > 0).all()):
         return 1 / WIDEST, WIDEST
     return _jackknifed(without_noise / without_signal)
@@ -79,6 +81,7 @@ def scatter_band(run: RunSteps) -> tuple[float, float] | None:
 def _jackknifed(without: Floats) -> tuple[float, float]:
     """The factors on an estimate, from the positive estimates without each of the groups."""
     error = math.sqrt((GROUPS - 1) * float(np.var(np.log(without))))
+    # the inner cap keeps exp() finite
     factor = min(math.exp(min(T_95 * error, 50.0)), WIDEST)
     return 1 / factor, factor
 
@@ -138,6 +141,7 @@ def step_cost_of(run: RunSteps, *, gradient_bytes: float) -> StepCost | None:
             f"{run.name}: its steps took no longer with more examples, so that an example would cost nothing; give "
             "--step_seconds and --example_seconds"
         )
+    # each relative to the median of its plan: the differences between plans are not spread
     over = np.concatenate([np.array(taken) / np.median(taken) for taken in of_plan.values()])
     low, high = (float(np.percentile(over, at)) for at in SPREAD)
     return StepCost(
@@ -187,6 +191,7 @@ def _price_band(timed: Sequence[_Timed]) -> tuple[float, float] | None:
     """
     if len(timed) < 2 * GROUPS:
         return None
+    # by steps, not by plans, of which a run may have timed only a few
     price = [_price([each for at, each in enumerate(timed) if at % GROUPS != group]) for group in range(GROUPS)]
     return _jackknifed(np.array(price)) if all(price) else (1 / WIDEST, WIDEST)
 
