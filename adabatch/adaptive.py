@@ -14,13 +14,14 @@ from adabatch.arguments import allowed_by, checked, conform, require_type, whole
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
-from adabatch.guards.drift import add_drift_check
+from adabatch.guards.drift import add_drift_check, check_interval
 from adabatch.guards.finite import nonfinite_search
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.left_out import UpdatesInARow
 from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.memory_trials import Trials
 from adabatch.guards.same_settings import check_same_settings, failing_together, loop_settings, run_settings
+from adabatch.guards.same_updates import SameUpdates
 from adabatch.guards.votes import Votes
 from adabatch.journal import Journal, JournalTarget
 from adabatch.lr.follow import Followers
@@ -169,7 +170,8 @@ class AdaptiveBatch:
             self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
             self._find_nonfinite = nonfinite_search(optimizer, guard.skip_nonfinite, self._engine)
             self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
-            self._mistakes = LoopMistakes(self._engine, optimizer)
+            compares = check_interval(guard.check_every, self._engine) is not None and self.collectives.size > 1
+            self._mistakes = LoopMistakes(self._engine, optimizer, compares=compares)
             self._empty_parts = EmptyParts(model)
             self._journal = Journal(journal if self.collectives.rank == 0 else None)
             self._votes = Votes(self.collectives)
@@ -178,6 +180,7 @@ class AdaptiveBatch:
             self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
             self._observers = Observers(self._heartbeat, *self._stopwatches)
             add_drift_check(self._observers, guard.check_every, self._engine, optimizer, self._planner)
+            self._same_updates = SameUpdates(self.collectives, optimizer) if compares else None
             self._engine.stands_at(self.progress, self._planner.lr_factor)
 
             # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
@@ -331,6 +334,7 @@ class AdaptiveBatch:
         """
         self._check_in_place()
         self._updates.begin_loop()
+        self._mistakes.begin_loop()
         given = loop_settings(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
         fixed = self._given | self._planner.given()
         # compared before the first collective of the loop: ranks with different settings would wait for each other,
@@ -382,6 +386,8 @@ class AdaptiveBatch:
         if portion is None:
             return
         self._updates.begin_step()
+        if self._same_updates is not None:
+            self._same_updates.before(self.progress)
         probe = self._probe if self._planner.measures_next and self._engine.measures_next() else None
         step = Step(
             portion.plan or self.plan,
@@ -391,6 +397,7 @@ class AdaptiveBatch:
             probe=probe,
             empty_parts=self._empty_parts,
             votes=self._votes,
+            same_updates=self._same_updates,
             find_nonfinite=self._find_nonfinite,
             riders=self._stopwatches,
             observers=self._observers,

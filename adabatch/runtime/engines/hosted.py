@@ -32,6 +32,7 @@ class HostedEngine(Engine):
         self.runs_alone = inner.runs_alone
         self.holds_gradients = inner.holds_gradients
         self.reduced = inner.reduced
+        self.stand_in = inner.stand_in
         self._inner = inner
         self._synchronizes = synchronizes
         self._ended = ended
