@@ -376,6 +376,7 @@ class AdaptiveBatch:
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing if its pass is over."""
         self._check_in_place()
+        self._updates.check_between()
         self._updates.flush()
         self._engine.before_step()
         number = self.consumed.steps
@@ -480,6 +481,13 @@ class AdaptiveBatch:
             RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
         """
         self._updates.settle(scaled=scaled)
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "an AdaptiveBatch cannot be copied or pickled, since it has hooks on a model and an optimizer: save its "
+            "state_dict() (adabatch.save and Checkpoints do), and load it into a new one. A copy of the model needs "
+            "an AdaptiveBatch and an optimizer of its own"
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a run. If ranks, micro-batches or limits have changed, the nearest possible batch size is used.

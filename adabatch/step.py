@@ -154,7 +154,10 @@ class Step:
             if index < num_parts - 1:
                 self._enter(Phase.LOADING, index + 1)
         self._hear(self._mistakes.check_untouched)
-        self._engine.gradient_ready(sum(self._weights.of_each))
+        weight = sum(self._weights.of_each)
+        self._engine.gradient_ready(weight)
+        if weight:
+            self._hear(self._mistakes.check_reached)
         self._mistakes.check_reduced()
         self._ended = True
         if self._engine.reduced == "backward":
@@ -230,6 +233,7 @@ class Step:
         if self._num_backward == 0 and self._trained is not None:  # by now the loop has frozen and thawed what it will
             self._check_trained(self._trained)
         self._hear(self._mistakes.check_before_backward)
+        self._mistakes.check_loss(loss)
         self._mistakes.check_switches(last=self._num_backward == len(self.portion.sizes) - 1)
         self._enter(Phase.BACKWARD, self._num_backward)
         if self._zeros:

@@ -50,7 +50,7 @@ class LoopMistakes:
     def __init__(self, engine: Engine, optimizer: Optimizer, *, compares: bool) -> None:
         self._engine = engine
         self._compares = compares and not engine.shards and engine.holds_gradients and engine.reduced == "backward"
-        self._compares_next = False
+        self._first_step = False  # of a loop
         self._optimizer = optimizer
         self._parameters: list[Tensor] = []
         self._left: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version after the last backward
@@ -60,7 +60,41 @@ class LoopMistakes:
 
     def begin_loop(self) -> None:
         """``steps()`` is called."""
-        self._compares_next = self._compares
+        self._first_step = True
+
+    def check_reached(self) -> None:
+        """Checks, at the end of a step, that its backwards reached a parameter of the optimizer.
+
+        Raises:
+            RuntimeError: if they reached none.
+        """
+        if not self._engine.holds_gradients or self._engine.reduced != "backward":
+            return
+        if any(p.grad is not None for p in self._parameters):
+            return
+        if all(p.grad is None for group in self._optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"no parameter of the {kind_of(self._optimizer)} has a gradient after the step's last backward, so "
+                f"nothing would train: is the loss computed from the model whose parameters the optimizer holds, and "
+                f"not from a copy? Assigning other parameters to the model (load_state_dict(assign=True), a replaced "
+                f"layer) needs a new optimizer and a new AdaptiveBatch"
+            )
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Checks, in the first step of a loop, that the loop does not scale the loss itself, beside the scaler.
+
+        Raises:
+            RuntimeError: if it does.
+        """
+        scale = self._engine.backward.scale
+        if not self._first_step or scale is None:
+            return
+        by = getattr(loss.grad_fn, "_saved_other", None)  # of a product
+        if isinstance(by, Tensor) and by.dim() == 0 and bool(by.detach() == scale(by.device)):  # host sync
+            raise RuntimeError(
+                "the loss is scaled twice: give step.backward the loss as it is, and not scaler.scale(loss). The "
+                "scaler that AdaptiveBatch was given scales it there"
+            )
 
     def check_reduced(self) -> None:
         """Checks, at the end of the first step of a loop, that the ranks hold the same gradients.
@@ -68,9 +102,9 @@ class LoopMistakes:
         Raises:
             RuntimeError: on all ranks, if they do not.
         """
-        if not self._compares_next:
+        first, self._first_step = self._first_step, False
+        if not first or not self._compares:
             return
-        self._compares_next = False
         if not self._engine.collectives.agree(_glance(shared_parameters(self._engine.model))):
             raise RuntimeError(
                 f"the ranks hold different gradients after the last backward of the step: they were not averaged, and "
