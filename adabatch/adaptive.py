@@ -167,6 +167,7 @@ class AdaptiveBatch:
             self._grows_micro_batch = max_micro_batch_size is not None
             self._gone: str | None = None  # why this object is not to be used any more
             self._owns_probe = probe is None
+            self._order: GlobalOrder | None = None
             self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
             self._find_nonfinite = nonfinite_search(optimizer, guard.skip_nonfinite, self._engine)
             self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
@@ -242,6 +243,11 @@ class AdaptiveBatch:
     def optimizer(self) -> Optimizer:
         """The optimizer whose steps are the updates, without the wrapper of a host; several of them joined."""
         return self._optimizer
+
+    @property
+    def order(self) -> GlobalOrder | None:
+        """The ``GlobalOrder`` that ``steps()`` read last; None if there is none."""
+        return self._order
 
     @property
     def journal(self) -> Journal:
@@ -364,6 +370,7 @@ class AdaptiveBatch:
                 together=not self._engine.runs_alone,
             )
             self._just_loaded &= isinstance(loader, GlobalOrder)
+            self._order = loader if isinstance(loader, GlobalOrder) else None
         feed = self._trials.over(passes, self._planner, self._observers)
         while until is None or not self.consumed.reached(until):
             yield from self._one_step(feed)
