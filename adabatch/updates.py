@@ -157,8 +157,9 @@ class PendingUpdates:
 
     def inner_loop_over(self) -> None:
         """The micro-batches of the step under way were run, and it is about to be decided."""
+        if self._step is not None:
+            self._repeated.gradient_ready(measured=self._step.probed)
         self._step = None
-        self._repeated.gradient_ready()
         # from here on only the update may change the weights, so other versions show an update that the hooks did not
         # see
         self._versions = weight_versions(self._optimizer)

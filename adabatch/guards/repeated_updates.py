@@ -91,6 +91,7 @@ class RepeatedUpdates:
         self._kind = kind_of(optimizer)
         self._optimizers = each_of(optimizer)
         self._inside = False  # the loop stands in a step
+        self._measured = False
         self._scaled: list[tuple[Tensor, Tensor]] = []  # parameters, and some numbers of their scaled gradients
         self._applied: dict[Optimizer, list[_Applied]] = {}
         self._handles: list[RemovableHandle] = hook_step(optimizer, self._begins, self._ended)
@@ -103,8 +104,13 @@ class RepeatedUpdates:
         self._inside = True
         self._applied.clear()
 
-    def gradient_ready(self) -> None:
-        """The micro-batches of a step were run."""
+    def gradient_ready(self, *, measured: bool) -> None:
+        """The micro-batches of a step were run.
+
+        Args:
+            measured: whether a probe measured their gradient.
+        """
+        self._measured = measured
         if self._engine.backward.scale is not None and self._engine.holds_gradients:
             # Copies of a few numbers, since torch does not count what a scaler writes.
             self._scaled = [(p, _glance(p).clone()) for p in islice(_held(*self._optimizers), _LOOKED_AT)]
@@ -144,7 +150,7 @@ class RepeatedUpdates:
     def _check_scaled(self, optimizer: Optimizer) -> None:
         """Checks that the run was given the scaler that steps the optimizer, and that such a scaler steps it."""
         by_scaler, scale = _by_scaler(), self._engine.backward.scale
-        if by_scaler and scale is None:
+        if by_scaler and scale is None and self._measured:
             raise RuntimeError(
                 f"a GradScaler steps the {type(optimizer).__name__}, and AdaptiveBatch was not given it: losses and "
                 f"gradients would be measured as they are scaled. Give it as engine=EngineOptions(scaler=...), and "

@@ -16,7 +16,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 
 import adabatch
-from adabatch import AdaptiveBatch, Constant, EngineOptions, GlobalOrder, ProgressLR, lr
+from adabatch import AdaptiveBatch, Constant, EngineOptions, GlobalOrder, Measure, ProgressLR, lr
 from adabatch.runtime.optimizers import JoinedOptimizers
 
 
@@ -317,12 +317,14 @@ def scaled_loop(given: GradScaler | None, **options: Any) -> Loop:
 def test_a_scaler_that_was_not_given_is_said_at_its_first_update() -> None:
     scaler = GradScaler("cpu", init_scale=8.0)
     scaler.scale(torch.ones(()))
-    loop = scaled_loop(None)
+    loop = scaled_loop(None, measure=Measure(monitor=True))
     with pytest.raises(RuntimeError, match=r"a GradScaler steps the SGD, and AdaptiveBatch was not given it"):
         loop.run(2, update=lambda: scaler.step(loop.optimizer))
     disabled = GradScaler("cpu", enabled=False)
     loop.optimizer.zero_grad()
     assert loop.run(2, update=lambda: disabled.step(loop.optimizer)) == 2
+    loop = scaled_loop(None)  # which measures nothing that could be wrong
+    assert loop.run(1, update=lambda: scaler.step(loop.optimizer)) == 1
 
 
 @pytest.mark.parametrize("make", [SGD, lambda params, lr: AdamW(params, lr=lr, fused=True)])
