@@ -25,7 +25,7 @@ from adabatch.journal.writer import Journal, JournalTarget, line
 from adabatch.lr.follow import Followers, UpdateRules
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.observers.trained_parameters import held_parameters
-from adabatch.runtime.optimizers.ownership import remove_all
+from adabatch.runtime.optimizers.ownership import remove_all, take_over
 from adabatch.runtime.optimizers.step_hooks import rates_of
 from adabatch.runtime.probes.norms import norms
 from adabatch.runtime.wrappers.backward import factor_of
@@ -60,6 +60,7 @@ def monitor(
         micro_batch_size: examples in one backward on one rank.
         journal: where the first rank writes one JSON line per step, which ``adabatch report`` and ``adabatch tail``
             read: a path, or a tracker, or a list of both.
+            A newer monitor of the same optimizer replaces an older one.
         scaler: of a run in float16, whose factor changes, so that moments of different steps can be averaged. That of
             Fabric is found.
 
@@ -114,6 +115,7 @@ class NoiseMonitor:
             p.register_hook(partial(self._listen, index))  # type: ignore[no-untyped-call]
             for index, p in enumerate(self._parameters)
         ]
+        take_over(self, [optimizer, *self._parameters], kind="monitor")
         # After the step, since Lightning runs the last backward inside it.
         self._handles.append(optimizer.register_step_post_hook(self._step_over))
 
@@ -147,6 +149,10 @@ class NoiseMonitor:
             TypeError: if a name is not a text, or a value is not a number.
         """
         self._journal.record_evaluation(metrics, after=self.consumed)
+
+    def give_way(self) -> None:
+        """A newer monitor measures this model."""
+        self.remove()
 
     def remove(self) -> None:
         """Takes all hooks off model and optimizer."""

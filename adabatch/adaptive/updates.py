@@ -109,6 +109,29 @@ class PendingUpdates:
         """``steps()`` is called."""
         self._missing.begin_loop()
 
+    def check_between(self) -> None:
+        """Checks that no other loop over ``steps()`` waits for the update of its step.
+
+        Raises:
+            RuntimeError: if one does. Its update is then forgotten.
+        """
+        update = self._update
+        if self._running and update is not None and self._owed(update):
+            self._running = False  # said once: the other loop may have been left by an error
+            self.flush()
+            raise RuntimeError(
+                f"another step was asked for while the update of step {update.number} is still to come, and it would "
+                f"be lost: call optimizer.step() before the next step, in loops over steps() inside each other too, or "
+                f"leave_out() of the AdaptiveBatch. (If the loop was left by an error, its update is forgotten now: "
+                f"run it again)"
+            )
+
+    def _owed(self, update: _Update) -> bool:
+        """Whether an update has no reason to be left out."""
+        # With a scaler, and a gradient that nobody looked at, a missing update may be an overflow that the scaler left
+        # out.
+        return not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at))
+
     def begin_step(self) -> None:
         """A step is about to be made."""
         if self._unapplied and self._engine.holds_gradients:
@@ -137,6 +160,8 @@ class PendingUpdates:
 
     def inner_loop_over(self) -> None:
         """The micro-batches of the step under way were run, and it is about to be decided."""
+        if self._step is not None:
+            self._repeated.gradient_ready(measured=self._step.probed)
         self._step = None
         # from here on only the update may change the weights, so other versions show an update that the hooks did not
         # see
@@ -208,9 +233,7 @@ class PendingUpdates:
         update = self._update
         if update is None:
             self._missing.came()
-        # With a scaler, and a gradient that nobody looked at, a missing update may be an overflow that the scaler left
-        # out.
-        elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
+        elif self._owed(update):
             self._missing.missed(self._hooks.missing, moved=weight_versions(self._optimizer) != self._versions)
 
     def _settle_left_out(self, step: Step) -> None:
@@ -222,7 +245,20 @@ class PendingUpdates:
     # --- around optimizer.step() ------------------------------------------------------------------------------------
 
     def add_schedule(self, schedule: WritesRates) -> None:
-        """Tells a schedule of each update from now on, until it is dropped."""
+        """Tells a schedule of each update from now on, until it is dropped.
+
+        Raises:
+            ValueError: if it writes the rates of another optimizer of the same parameters.
+        """
+        mine, theirs = self._optimizer.param_groups, schedule.optimizer.param_groups
+        if not {id(group) for group in mine} & {id(group) for group in theirs}:
+            held = {id(p) for group in mine for p in group["params"]}
+            if any(id(p) in held for group in theirs for p in group["params"]):
+                raise ValueError(
+                    f"the schedule would write the learning rates of a {kind_of(schedule.optimizer)} that is not the "
+                    f"{kind_of(self._optimizer)} of the AdaptiveBatch, and holds the same parameters: make the "
+                    f"AdaptiveBatch and the ProgressLR with the same optimizer"
+                )
         # weak, because a schedule that the user replaced must no longer write rates
         self._schedules = [*(held for held in self._schedules if held() is not None), ref(schedule)]
 

@@ -271,15 +271,16 @@ def suited_probe(
 ) -> Probe | None:
     """The probe that was given, or the engine's own; None if nothing is to be measured."""
     given = None if given is None else engine.fit_probe(given)
-    if not needs:
-        return given
     # Only what this optimizer trains: gradients that it does not zero add up over the steps.
     parameters = engine.trained(optimizer)
-    if given is None and not any(p.requires_grad for p in parameters):
+    # Without a probe, layers may be frozen now and thawed later.
+    if given is None and not any(p.requires_grad or not needs for p in parameters):
         raise ValueError(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
             f"{type(optimizer).__name__} from the parameters() of this {type(engine.model).__name__}"
         )
+    if not needs:
+        return given
     probe = given or engine.make_probe(
         parameters,
         record_l1=needs.l1,

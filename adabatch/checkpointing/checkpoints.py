@@ -30,6 +30,7 @@ from adabatch.checkpointing.files import (
 )
 from adabatch.checkpointing.lock import LOCK, FolderInUse, FolderLock, read_lock
 from adabatch.checkpointing.newest import newest_checkpoint
+from adabatch.checkpointing.own_parts import check_own_parts, warn_of_missing_parts
 from adabatch.checkpointing.plain import NotPlain
 from adabatch.checkpointing.run_state import Restored, RunState, Snapshot, Stateful
 from adabatch.checkpointing.save_times import SaveTimes
@@ -98,8 +99,8 @@ class Checkpoints:
             ``close``.
 
     Raises:
-        ValueError: if ``keep`` is below 1, an interval has no length or is given without ``batches``, or a name of
-            ``others`` is taken.
+        ValueError: if ``keep`` is below 1, an interval has no length or is given without ``batches``, a name of
+            ``others`` is taken, or the model or the optimizer are not those of ``batches``.
         TypeError: if a part has no state, or an interval has no unit.
     """
 
@@ -135,11 +136,15 @@ class Checkpoints:
         if taken:
             raise ValueError(f"others must not be called {', '.join(sorted(taken))}: the name is taken")
         parts = {name: part for name, part in {**named, **(others or {})}.items() if part is not None}
+        self._parts = parts
         self._run = RunState(parts, config=config)
+        if batches is not None:
+            check_own_parts(batches, model, optimizer)
         self._ranks = self._run.collectives
         self._folder = Path(folder)
         self._batches = batches
         self._scaled = scaler is not None
+        self._saved = False
         self._keep = keep
         self._background = Background() if background else None
         self._damaged: set[Path] = set()
@@ -178,6 +183,9 @@ class Checkpoints:
         if self._batches is not None:
             # raises on all ranks alike, because all of them are at the same place of the loop
             self._batches.settle(scaled=self._scaled)
+            if not self._saved:
+                warn_of_missing_parts(self._batches, self._parts.get("optimizer"), self._parts.values())
+            self._saved = True
             steps = self._batches.consumed.steps
         # Errors are kept until all ranks have met below: a rank that raised here would leave the others waiting.
         failure, number = self._waited(), 0

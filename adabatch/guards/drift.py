@@ -191,12 +191,17 @@ def _own(model: nn.Module, plan: object) -> tuple[int, int, int]:
     """What this rank holds: plan, shard, weights."""
     for unit in units_of(model).values():
         unit.reshard()  # after a forward without a backward its root holds whole parameters
-    inner = uncompiled(model)
-    # Parameters that DDP was told to ignore, because each rank may train its own.
-    own = set(inner.parameters_to_ignore) if isinstance(inner, DistributedDataParallel) else set()
-    named = inner.module.named_parameters() if isinstance(inner, DistributedDataParallel) else model.named_parameters()
-    tensors = [parameter for name, parameter in named if name not in own]
+    tensors = shared_parameters(model)
     return digest_of(plan), shard_of(tensors), fingerprint(tensors)
+
+
+def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model, but for those that DDP was told to ignore, because each rank may train its own."""
+    inner = uncompiled(model)
+    if not isinstance(inner, DistributedDataParallel):
+        return list(model.parameters())
+    own = set(inner.parameters_to_ignore)
+    return [parameter for name, parameter in inner.module.named_parameters() if name not in own]
 
 
 def _gathered(collectives: Collectives, own: tuple[int, int, int]) -> tuple[list[list[float]], list[dict[int, float]]]:

@@ -62,15 +62,23 @@ def check_same_settings(collectives: Collectives, settings: Mapping[str, object]
         return
     short = {name: _short(text) for name, text in mine.items()}
     ranks: list[dict[str, str]] = [json.loads(sent) for sent in collectives.gather_bytes(json.dumps(short).encode())]
+    raise ValueError(
+        f"the ranks were given different settings: {differences(ranks)}. All ranks must be given the same data set, "
+        f"seed, arguments, versions and saved state"
+    )
+
+
+def differences(ranks: Sequence[Mapping[str, str]]) -> str:
+    """What differs between ranks, with the values and who holds them; empty if nothing does.
+
+    Args:
+        ranks: of each rank, texts by name.
+    """
     # the union, in the order of their first mention: a rank may lack a setting altogether
     names = list(dict.fromkeys(name for held in ranks for name in held))
     differing = [name for name in names if len({held.get(name) for held in ranks}) > 1]
     told = "; ".join(_difference(name, [held.get(name, "nothing") for held in ranks]) for name in differing[:_NAMED])
-    more = f"; and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
-    raise ValueError(
-        f"the ranks were given different settings: {told}{more}. All ranks must be given the same data set, seed, "
-        f"arguments, versions and saved state"
-    )
+    return told + (f"; and {len(differing) - _NAMED} more" if len(differing) > _NAMED else "")
 
 
 @contextmanager

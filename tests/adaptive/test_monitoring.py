@@ -182,3 +182,13 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert rank["noise scale"] == pytest.approx(rank["adaptive"], rel=1e-5)
         assert "measure=Measure(monitor=True)" in rank["refused"]
     assert len(lines(tmp_path / "run.jsonl")) == 16
+
+
+def test_a_second_monitor_replaces_the_first(tmp_path: Path) -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    for _ in range(2):  # a cell of a notebook that is run again
+        found = monitor(model, optimizer, micro_batch_size=4, journal=tmp_path / "journal.jsonl")
+    loop(model, optimizer, loader())
+    assert [line["step"] for line in lines(tmp_path / "journal.jsonl")] == list(range(found.consumed.steps))
+    assert found.consumed.steps > 1

@@ -14,7 +14,7 @@ from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.counting import WAY_OUT, num_examples_in, outline
 from adabatch.runtime.data.portions import Portion
-from adabatch.runtime.data.same_data import check_different
+from adabatch.runtime.data.same_data import check_different, glance
 
 _END = object()
 
@@ -25,7 +25,8 @@ class LoaderFeed:
     Exactly the micro-batches of a step are fetched before it begins, and the ranks agree (16 bytes) on how many each
     has. If a loader ends in the middle of a step, the last step is therefore shorter on all ranks; what a rank has
     beyond the others is left out. Between steps, a loader with its own ``state_dict`` is exactly after what was
-    consumed.
+    consumed. A loader that fills the memory of an earlier micro-batch again is an error, which is looked for in each
+    step that holds more micro-batches than any before it in the pass.
 
     If ``num_examples_in`` counts the examples, every micro-batch but the last of the pass must hold
     ``micro_batch_size`` of them: another number shows that something else was counted. Each loading process of a stream
@@ -40,7 +41,7 @@ class LoaderFeed:
 
     Raises:
         ValueError: on all ranks at once, if the loader of some rank is empty, or yields micro-batches of another size
-            than that of the plan, without examples, or equal to those of another rank.
+            than that of the plan, without examples, changed after it was given, or equal to those of another rank.
         RuntimeError: if the loader of another rank raised an error.
         TypeError: if it cannot be iterated, or is a data set of single examples.
     """
@@ -62,6 +63,7 @@ class LoaderFeed:
         self._count = count
         self._may_end = may_be_empty
         self._compares = not allow_same_data
+        self._most = 1  # micro-batches that a step has held at a time
         self._num_seen = 0  # micro-batches of this pass
         self._num_short = 0  # those among them below micro_batch_size
         self._short: str | None = None  # the error about the last of them, in case another follows
@@ -99,6 +101,8 @@ class LoaderFeed:
         """The next micro-batches and their sizes, and an error of the user's loader or count."""
         batches: list[Any] = []
         sizes: list[int] = []
+        looks = plan.accumulation_steps > self._most
+        glances: list[bytes] = []
         try:
             while len(batches) < plan.accumulation_steps:
                 batch = self._next()
@@ -106,6 +110,15 @@ class LoaderFeed:
                     break
                 batches.append(batch)
                 sizes.append(self._size_of(batch, plan))
+                if looks:
+                    glances.append(glance(batch))
+            if looks and [glance(batch) for batch in batches] != glances:
+                raise ValueError(
+                    f"the loader changed a micro-batch after it gave it, as one does that fills the same memory again: "
+                    f"all {len(batches)} micro-batches of a step are fetched before it begins. Let the loader give "
+                    f"copies (tensor.clone()), or as many buffers as a step may hold micro-batches"
+                )
+            self._most = max(self._most, len(batches))
             return batches, sizes, None
         except Exception as error:
             # Kept until the ranks have exchanged their numbers: an error that was raised here would leave the others

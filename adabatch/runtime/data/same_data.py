@@ -61,6 +61,14 @@ def check_different(batches: Sequence[Any], collectives: Collectives) -> None:
     )
 
 
+def glance(batch: Any) -> bytes:
+    """A digest of a sample of one micro-batch; the same for all that cannot be compared."""
+    try:
+        return hashlib.sha256(b"".join(_bytes_of(batch, _GLANCE))).digest()
+    except Exception:  # of a tensor or class that cannot be read
+        return b""
+
+
 def _digest(batches: Sequence[Any], limit: int | None) -> float:
     """A digest of 48 bits of the micro-batches, exact in float64; ``_NOTHING`` if they cannot be compared."""
     try:

@@ -27,6 +27,7 @@ class FSDP2Engine(Engine):
 
     shards = True
     runs_alone = False
+    stand_in = "flags"
 
     def __init__(self, model: nn.Module, *, gradient_sync: GradientSync = "each", backward: Backward = PLAIN) -> None:
         # Refused here, since FSDP2 itself would fail in the first backward only.

@@ -34,6 +34,7 @@ class HostedEngine(Engine):
         self.gives_closures = inner.gives_closures
         self.waits_for_gradients = inner.waits_for_gradients
         self.reduced = inner.reduced
+        self.stand_in = inner.stand_in
         self._inner = inner
         self._synchronizes = synchronizes
         self._ended = ended

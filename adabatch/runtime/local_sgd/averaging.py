@@ -266,6 +266,12 @@ class LocalSGD:
 
     # --- state ------------------------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "a LocalSGD cannot be copied or pickled, since it has hooks on an optimizer and groups of ranks: save its "
+            "state_dict(), and load it into a new one"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """The place in the round, the state of the outer optimizer and the compression, and the counts.
 

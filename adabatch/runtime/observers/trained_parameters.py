@@ -96,6 +96,20 @@ class TrainedParameters:
             f"load the state_dict() of this one into it"
         )
 
+    def put_back(self) -> list[tuple[Tensor, bool]]:
+        """Lets those parameters require a gradient that did at the beginning, and no others.
+
+        Returns:
+            the parameters that this has changed, each with its flag before.
+        """
+        before = {id(p) for p in self._then}
+        now = self._now()
+        changed = [(p, False) for p in self._then if not p.requires_grad]
+        changed += [(p, True) for p in now if id(p) not in before]
+        for parameter, flag in changed:
+            parameter.requires_grad_(not flag)
+        return changed
+
     @contextmanager
     def zero(self) -> Iterator[Tensor]:
         """A loss of zero through the parameters as they were, in whose backward each has a gradient again, of zero.

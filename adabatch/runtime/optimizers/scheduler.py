@@ -63,6 +63,11 @@ class GrowthHold(ProgressSource, Protocol):
 class WritesRates(Protocol):
     """A schedule that a source tells of its updates; ``ProgressLR`` is one."""
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """Whose rates it writes."""
+        ...
+
     def check_rates(self) -> None:
         """Called before each update."""
         ...
@@ -261,9 +266,24 @@ class ProgressLR(LRScheduler):
         Raises:
             RuntimeError: if ``step()`` was not called since the last update, or something else has changed the rates.
         """
+        rates = self._check_unchanged()
+        behind = self._source.progress.steps - self._written_at
+        if not rates or behind <= 0:
+            return
+        # Calling step() seldom does no harm as long as the rate is constant.
+        due = [host_value(lr) for lr in self.get_lr()]
+        # With a tolerance: what is due is computed here, and the rate in the group may have been rounded to float32.
+        if any(abs(rate - now) > 1e-6 * abs(now) for rate, now in zip(rates, due, strict=True)):
+            raise RuntimeError(
+                f"the learning rate is {rates[0]:g}, as ProgressLR has set it {behind} update(s) ago, and is to be "
+                f"{due[0]:g} now: call step() of the ProgressLR after each optimizer.step(), not once per epoch"
+            )
+
+    def _check_unchanged(self) -> list[float]:
+        """The rates, if they are those that this schedule wrote last; none if that cannot be known."""
         rates = [host_value(group["lr"]) for group in self.optimizer.param_groups]
         if self._replaced or len(rates) != len(self._written):  # an engine may show only some of the groups
-            return
+            return []
         for number, (rate, written) in enumerate(zip(rates, self._written, strict=True)):
             # Without a tolerance: nobody computes with the rate between the two. NaN is a rate on an accelerator, not
             # read.
@@ -274,17 +294,7 @@ class ProgressLR(LRScheduler):
                     f"framework, a line of the loop, or load_state_dict() of the optimizer after that of the schedule. "
                     f"Leave that out, or ProgressLR; set_base_lrs() of ProgressLR changes the rate during a run"
                 )
-        behind = self._source.progress.steps - self._written_at
-        if behind <= 0:
-            return
-        # Calling step() seldom does no harm as long as the rate is constant.
-        due = [host_value(lr) for lr in self.get_lr()]
-        # With a tolerance: what is due is computed here, and the rate in the group may have been rounded to float32.
-        if any(abs(rate - now) > 1e-6 * abs(now) for rate, now in zip(rates, due, strict=True)):
-            raise RuntimeError(
-                f"the learning rate is {rates[0]:g}, as ProgressLR has set it {behind} update(s) ago, and is to be "
-                f"{due[0]:g} now: call step() of the ProgressLR after each optimizer.step(), not once per epoch"
-            )
+        return rates
 
     def _check_in_place(self) -> None:
         if self._replaced:
@@ -400,6 +410,7 @@ class ProgressLR(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Writes the rates of the next update; call it after ``optimizer.step()``, also if the update was skipped."""
         self._check_in_place()
+        self._check_unchanged()  # also before an update: what another scheduler wrote would be written over unseen
         self._take_in_groups()
         # torch's step() counts calls, so that it would lose a rate for an update that a gradient scaler skips, and
         # warns about a first call without an update. Progress is read here, not counted.
