@@ -18,15 +18,19 @@ TIMES = np.array([STEP + EXAMPLE * size for size in SIZES])
 
 
 def timed(sizes: list[int], seconds: np.ndarray | None = None, accumulation: int = 1) -> RunSteps:
-    """A run of those micro-batches, whose times are exactly those of the model unless others are given."""
+    """A run of those micro-batches, whose times are exactly those of the model unless others are given.
+
+    A line has the time of the step before it, so that the last step is not timed.
+    """
     exact = [STEP + EXAMPLE * accumulation * size for size in sizes]
     begun = itertools.accumulate((accumulation * size for size in sizes), initial=0)
-    lines = []
+    lines, late = [], {}
     for step, (size, taken, examples) in enumerate(zip(sizes, exact, begun, strict=False)):
         plan = {"micro_batch_size": size, "accumulation_steps": accumulation, "dp_size": 1}
         plan["global_batch_size"] = accumulation * size
         line = {"format": 1, "step": step, "examples": examples, "plan": plan, "loss": 1.0, "applied": True}
-        line |= {"moments": None, "averages": None, "next": size, "reason": "hold", "seconds": taken}
+        line |= {"moments": None, "averages": None, "next": size, "reason": "hold", **late}
+        late = {"seconds": taken, "timed_plan": plan}
         lines.append(json.dumps(line))
     run = read_steps(lines, "run")
     return run if seconds is None else run._replace(seconds=seconds)
@@ -34,7 +38,7 @@ def timed(sizes: list[int], seconds: np.ndarray | None = None, accumulation: int
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_exact_times_give_an_exact_price(accumulation):
-    found = step_cost_of(timed(SIZES, accumulation=accumulation), gradient_bytes=8)
+    found = step_cost_of(timed([*SIZES, 64], accumulation=accumulation), gradient_bytes=8)
     assert found is not None
     assert (found.step, found.example) == pytest.approx((STEP, EXAMPLE))
     assert found.price_band == pytest.approx((1, 1), abs=1e-9)
@@ -90,10 +94,10 @@ def test_the_band_is_that_of_a_jackknife():
 @pytest.mark.parametrize(
     ("sizes", "band"),
     [
-        ([32, 64] * 7 + [32], (1, 1)),  # fewer than two timed steps per group
+        ([32, 64] * 8, (1, 1)),  # fewer than two timed steps per group
         ([32] * 40, (1 / WIDEST, WIDEST)),
-        ([32] * 40 + [64], (1 / WIDEST, WIDEST)),  # a single timing tells the price
-        ([32] * 40 + [64] * 2, (1, 1)),
+        ([32] * 40 + [64] * 2, (1 / WIDEST, WIDEST)),  # a single timing tells the price
+        ([32] * 40 + [64] * 3, (1, 1)),
     ],
 )
 def test_what_tells_the_price(sizes, band):
