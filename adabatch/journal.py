@@ -286,9 +286,10 @@ class Journal:
         self.write(evaluation_line(metrics, after))
 
     def close(self) -> None:
-        """Closes the sinks; errors are logged."""
+        """Closes the sinks, which are given no more lines; errors are logged."""
         for sink in list(self._sinks):
             self._call(sink, sink.close)
+        self._sinks.clear()
 
     def _call(self, sink: JournalSink, call: Callable[[], None]) -> None:
         try:
