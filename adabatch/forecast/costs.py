@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -60,9 +60,23 @@ class Range(NamedTuple):
     high: float
 
     @classmethod
-    def around(cls, point: float, values: Sequence[float]) -> Range:
-        """The range of the point and all values."""
-        return cls(min(point, *values), point, max(point, *values))
+    def of_errors(cls, point: float, alone: Sequence[Sequence[float]], together: Sequence[float]) -> Range:
+        """The range of a number under several independent errors.
+
+        Their logarithms add like those of independent errors: the root of the sum of squares, up and down apart. What
+        all errors do together bounds the range.
+
+        Args:
+            point: the number without errors, positive.
+            alone: the number at both ends of each error, without the others.
+            together: the number at all ends of all errors.
+        """
+        up, down = (
+            math.hypot(*(max(0.0, *(sign * math.log(value / point) for value in ends)) for ends in alone))
+            for sign in (1, -1)
+        )
+        low = max(point * math.exp(-down), min(point, *together))
+        return cls(low, point, min(point * math.exp(up), max(point, *together)))
 
 
 class Evidence(NamedTuple):
@@ -93,7 +107,7 @@ class StepCost(NamedTuple):
         step: seconds per step without its examples and the network, zero or positive.
         example: seconds per example, positive.
         gradient_bytes: bytes that are summed over the devices in each step.
-        spread: the spread of both times, as two factors, one at most 1 and one at least 1.
+        spread: the spread of step times around both, as two factors, one at most 1 and one at least 1.
         price_band: the error bar of ``step / example``, as two factors, one at most 1 and one at least 1.
         pivot: examples per device of a typical timed step, positive. The time of such a step is known much better than
             how it divides into a fixed part and its examples.
@@ -175,9 +189,8 @@ def forecast(
         batch: a constant batch, in examples, instead of the best ones.
 
     Returns:
-        Ranges whose point is for the numbers as measured. They span all combinations of the ends of the noise scale's
-        band, of the times' spread and of the price's band. The batches of the least time follow the noise scale and the
-        price.
+        Ranges whose point is for the numbers as measured. They hold the noise scale's band, the times' spread and the
+        price's band, as independent errors. The batches of the least time follow the noise scale and the price.
 
     Raises:
         ValueError: if noise scales, times or the batch are not positive and finite, or the limits cross.
@@ -206,20 +219,29 @@ def forecast(
         )
 
     point = totals(1.0)
-    ends = [totals(*each) for each in itertools.product(evidence.band, cost.spread, cost.price_band)]
-    at_price = [point, *(totals(noise) for noise in evidence.band)]
-    hours = Range.around(point.seconds / 3600, [each.seconds / 3600 for each in ends])
-    steps = Range.around(point.steps, [each.steps for each in ends])
+    of_noise = [totals(noise) for noise in evidence.band]
+    alone = [
+        of_noise,
+        [totals(1.0, time=time) for time in cost.spread],
+        [totals(1.0, factor=factor) for factor in cost.price_band],
+    ]
+    together = [totals(*each) for each in itertools.product(evidence.band, cost.spread, cost.price_band)]
+
+    def ranged(of: Callable[[_Totals], float]) -> Range:
+        return Range.of_errors(of(point), [[of(end) for end in ends] for ends in alone], [of(end) for end in together])
+
+    hours = ranged(lambda found: found.seconds / 3600)
+    steps = ranged(lambda found: found.steps)
     device_hours = _times(hours, cluster.devices)
     return Forecast(
         devices=cluster.devices,
         price=cluster.devices * (cost.step + reduce) / cost.example,
-        batch=Range.around(point.examples / point.steps, [each.examples / each.steps for each in ends]),
-        smallest_batch=min(each.smallest for each in at_price),
-        largest_batch=max(each.largest for each in at_price),
-        examples=Range.around(point.examples, [each.examples for each in ends]),
+        batch=ranged(lambda found: found.examples / found.steps),
+        smallest_batch=min(found.smallest for found in (point, *of_noise)),
+        largest_batch=max(found.largest for found in (point, *of_noise)),
+        examples=ranged(lambda found: found.examples),
         steps=steps,
-        efficiency=Range.around(point.efficiency, [each.efficiency for each in ends]),
+        efficiency=ranged(lambda found: found.efficiency),
         hours=hours,
         device_hours=device_hours,
         money=_times(device_hours, cluster.price_per_hour),
@@ -306,8 +328,14 @@ def extended(evidence: Evidence, examples: float) -> Evidence:
         np.append(cut.examples, more),
         np.append(cut.batch, np.full(SEGMENTS, taken.sum() / (taken / batch).sum())),
         np.append(cut.noise_scale, np.exp(np.average(np.log(scale), weights=taken) + RISE * beyond)),
-        (low**2 / rise, high**2 * rise),
+        _independent([(low**2, high**2), (1 / rise, rise)]),
     )
+
+
+def _independent(bands: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The band of several independent errors, each a factor at most 1 and one at least 1."""
+    low, high = (math.hypot(*(math.log(band[at]) for band in bands)) for at in (0, 1))
+    return math.exp(-low), math.exp(high)
 
 
 def _times(range_: Range, factor: float) -> Range:

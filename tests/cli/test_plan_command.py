@@ -113,7 +113,9 @@ def test_a_longer_run_is_told_of(tmp_path, capsys):
     # A tenth of the run was measured, by a quarter of its probes at the end.
     low, high = (long / short**2 for long, short in zip(long["noise_band"], short["noise_band"], strict=True))
     assert low == pytest.approx(1 / high)
-    assert 2 < high < 10**RISE, "the rise, which may not come or come twice"
+    assert 1.5 < high < 10**RISE, "the rise, which may not come or come twice"
+    assert long["forecast"]["examples"]["point"] == pytest.approx(19200)
+    assert long["forecast"]["examples"]["point"] < long["scales"][-1]["examples"]["point"], "for the same progress"
 
 
 @pytest.mark.parametrize("option", ["--max_batch=4096", "--examples=1e6"])
@@ -125,7 +127,8 @@ def test_ranges_follow_the_scatter_of_the_probes(option, tmp_path, capsys):
         widths.append(steps["high"] / steps["low"])
     if option.startswith("--max_batch"):  # a longer run has the range of the rise as well
         assert widths[0] == pytest.approx(1)
-    assert 1.01 * widths[0] < widths[1] < widths[2]
+    least = 1.01 if option.startswith("--max_batch") else 1.0
+    assert least * widths[0] < widths[1] < widths[2]
 
 
 def test_ranges_follow_the_scatter_of_the_times(tmp_path, capsys):

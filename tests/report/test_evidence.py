@@ -53,6 +53,46 @@ def test_all_times_count_and_not_the_last_ones():
     assert found.step / found.example == pytest.approx(STEP / EXAMPLE)
 
 
+MICRO = 0.005
+"""Seconds of a micro-batch beside its examples."""
+
+
+def mixed(plans: list[tuple[int, int]]) -> RunSteps:
+    """A run of those micro-batch sizes and numbers of micro-batches, whose times are exactly those of the model."""
+    run = timed([micro for micro, _ in plans])
+    counts = np.array([count for _, count in plans])
+    seconds = STEP + counts * (MICRO + EXAMPLE * run.micro_batch)
+    return run._replace(accumulation=counts, batch=run.micro_batch * counts, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("plans", "step", "example"),
+    [
+        # The micro-batch grows: two of them are a part of each step.
+        ([(8, 2), (16, 2), (32, 2), (64, 2)], STEP + 2 * MICRO, EXAMPLE),
+        # In between, sizes that are no power of two take more and smaller ones.
+        ([(8, 2), (8, 2), (8, 3), (16, 2), (16, 3), (16, 3)], STEP + 2 * MICRO, EXAMPLE),
+        # At 16 it is at its limit, since the typical batch would have room for two of 32.
+        ([(8, 2), (16, 2), (16, 4), (16, 6), (16, 8)], STEP, EXAMPLE + MICRO / 16),
+        # It was never changed.
+        ([(16, 2), (16, 3)], STEP, EXAMPLE + MICRO / 16),
+    ],
+    ids=["grows", "odd sizes", "at its limit", "one size"],
+)
+def test_the_fixed_cost_of_micro_batches_goes_where_their_number_goes(plans, step, example):
+    found = step_cost_of(mixed(plans * 8), gradient_bytes=0)
+    assert found.step / found.example == pytest.approx(step / example)
+    assert found.price_band == pytest.approx((1, 1), abs=1e-9)
+
+
+def test_times_are_right_in_the_median_and_spread_around_it():
+    """Steps of (16, 3) take one micro-batch longer than the cost of a step with two says."""
+    found = step_cost_of(mixed([(8, 2), (16, 2), (16, 3), (16, 3), (16, 3)] * 8), gradient_bytes=0)
+    two = STEP + 2 * MICRO + EXAMPLE * 48
+    assert found.step + found.example * 48 == pytest.approx(two + MICRO)
+    assert found.spread == pytest.approx((two / (two + MICRO), 1))
+
+
 def test_the_band_widens_with_the_scatter():
     chance = np.random.default_rng(3).standard_normal(len(SIZES))
     bands = [
