@@ -182,10 +182,10 @@ def _fewest_micro_batches(timed: Sequence[_Timed]) -> int | None:
     micro_sizes, counts = ({each.plan[at] for each in timed} for at in (0, 1))
     if len(micro_sizes) == 1 and len(counts) > 1:
         return None
-    # The micro-batch doubles as soon as the batch has room for it, so if a typical batch has, it is at its limit. Below
-    # that, a batch of an odd size takes more and smaller ones, which is not how it grows.
+    # A batch takes the largest micro-batch that makes its size (``PlanGrid.nearest``), and they double. So a step whose
+    # micro-batches could be half as many shows that they are at their limit; and one of an odd number does not.
     fewest = min(counts)
-    return fewest if _typical_share(timed) < 2 * fewest * max(micro_sizes) else None
+    return None if any(count % 2 == 0 and count >= 2 * fewest for count in counts) else fewest
 
 
 def _typical_share(timed: Sequence[_Timed]) -> float:
@@ -203,15 +203,18 @@ def _split(timed: Sequence[_Timed], fewest: int | None) -> _Split | None:
     of_plan = _by_plan(timed)
     # All times, and not the last few (``StepTimes.after``): a criterion has to forget a machine that has changed.
     model = StepTimes(tuple(PlanTimes(*plan, tuple(taken)) for plan, taken in of_plan.items())).model
-    if fewest is None:
-        micro = max(plan[0] for plan in of_plan)
-        step, example = model.overhead, model.example + model.micro_batch / micro
-    else:
-        step, example = model.overhead + fewest * model.micro_batch, model.example
     longest = max(float(np.median(taken)) for taken in of_plan.values())
+    largest = max(plan[0] * plan[1] for plan in of_plan)
+    splits = []
+    if fewest is not None:
+        splits.append(_Split(model.overhead + fewest * model.micro_batch, model.example, model))
+    # Where examples in a larger micro-batch cost nothing, a batch grows for nothing until the micro-batch is at its
+    # limit. Steps with equally many micro-batches do not tell their fixed cost from that of the step.
+    if len({plan[1] for plan in of_plan}) > 1:
+        micro = max(plan[0] for plan in of_plan)
+        splits.append(_Split(model.overhead, model.example + model.micro_batch / micro, model))
     # Not "> 0": where the times do not grow, rounding of the fit leaves a cost of 1e-18 of a step, of either sign.
-    pays = example * max(plan[0] * plan[1] for plan in of_plan) > LEAST_SHARE * longest
-    return _Split(step, example, model) if pays else None
+    return next((split for split in splits if split.example * largest > LEAST_SHARE * longest), None)
 
 
 def _price_band(timed: Sequence[_Timed], fewest: int | None) -> tuple[float, float] | None:

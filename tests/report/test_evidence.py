@@ -71,9 +71,9 @@ def mixed(plans: list[tuple[int, int]]) -> RunSteps:
         # The micro-batch grows: two of them are a part of each step.
         ([(8, 2), (16, 2), (32, 2), (64, 2)], STEP + 2 * MICRO, EXAMPLE),
         # In between, sizes that are no power of two take more and smaller ones.
-        ([(8, 2), (8, 2), (8, 3), (16, 2), (16, 3), (16, 3)], STEP + 2 * MICRO, EXAMPLE),
-        # At 16 it is at its limit, since the typical batch would have room for two of 32.
-        ([(8, 2), (16, 2), (16, 4), (16, 6), (16, 8)], STEP, EXAMPLE + MICRO / 16),
+        ([(8, 2), (8, 7), (8, 3), (16, 2), (16, 3), (16, 13)], STEP + 2 * MICRO, EXAMPLE),
+        # At 16 it is at its limit: 16 x 4 could have been 32 x 2.
+        ([(8, 2), (16, 2), (16, 3), (16, 4), (16, 5)], STEP, EXAMPLE + MICRO / 16),
         # It was never changed.
         ([(16, 2), (16, 3)], STEP, EXAMPLE + MICRO / 16),
     ],
@@ -83,6 +83,13 @@ def test_the_fixed_cost_of_micro_batches_goes_where_their_number_goes(plans, ste
     found = step_cost_of(mixed(plans * 8), gradient_bytes=0)
     assert found.step / found.example == pytest.approx(step / example)
     assert found.price_band == pytest.approx((1, 1), abs=1e-9)
+
+
+def test_examples_that_cost_nothing_in_a_micro_batch_cost_the_largest_one():
+    run = mixed([(8, 2), (16, 2), (16, 3), (32, 2)] * 8)
+    free = run._replace(seconds=STEP + run.accumulation * MICRO)
+    found = step_cost_of(free, gradient_bytes=0)
+    assert found.step / found.example == pytest.approx(STEP / (MICRO / 32))
 
 
 def test_times_are_right_in_the_median_and_spread_around_it():
