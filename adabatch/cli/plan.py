@@ -118,7 +118,7 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     if run and asked.examples is not None:
         evidence = _that_takes(asked, evidence, cost, cluster)
     limits = asked.min_batch, _largest(asked, evidence, notes)
-    here = forecast(evidence, cost, cluster, limits=limits)
+    here = forecast(evidence, cost, cluster, limits=limits, examples=asked.examples if run else None)
     if not here.price > 0:
         raise ValueError("a step costs nothing beside its examples, so no batch pays: give --step_seconds, --latency")
     if here.efficiency.point < WASTEFUL:

@@ -63,8 +63,8 @@ class Range(NamedTuple):
     def of_errors(cls, point: float, alone: Sequence[Sequence[float]], together: Sequence[float]) -> Range:
         """The range of a number under several independent errors.
 
-        Their logarithms add like those of independent errors: the root of the sum of squares, up and down apart. What
-        all errors do together bounds the range.
+        Their logarithms add like those of independent errors: the root of the sum of squares, up and down apart. The
+        range goes no further than errors do alone or together.
 
         Args:
             point: the number without errors, positive.
@@ -75,8 +75,8 @@ class Range(NamedTuple):
             math.hypot(*(max(0.0, *(sign * math.log(value / point) for value in ends)) for ends in alone))
             for sign in (1, -1)
         )
-        low = max(point * math.exp(-down), min(point, *together))
-        return cls(low, point, min(point * math.exp(up), max(point, *together)))
+        seen = [point, *together, *(value for ends in alone for value in ends)]
+        return cls(max(point * math.exp(-down), min(seen)), point, min(point * math.exp(up), max(seen)))
 
 
 class Evidence(NamedTuple):
@@ -178,6 +178,7 @@ def forecast(
     *,
     limits: tuple[float | None, float | None] = (None, None),
     batch: float | None = None,
+    examples: float | None = None,
 ) -> Forecast:
     """The cost of a run, with the batches of the least time or with a constant batch.
 
@@ -187,6 +188,8 @@ def forecast(
         cluster: devices and network.
         limits: smallest and largest batch, in examples; None for no limit.
         batch: a constant batch, in examples, instead of the best ones.
+        examples: what the run takes, whatever the errors; None for the progress of the evidence, which takes as many as
+            the batches need.
 
     Returns:
         Ranges whose point is for the numbers as measured. They hold the noise scale's band, the times' spread and the
@@ -196,6 +199,8 @@ def forecast(
         ValueError: if noise scales, times or the batch are not positive and finite, or the limits cross.
     """
     _check(evidence, cost, limits, batch)
+    if examples is not None and not 0 < examples < math.inf:
+        raise ValueError(f"examples must be positive and finite, got {examples}")
     reduce = all_reduce_seconds(cluster, cost.gradient_bytes)
 
     def totals(noise: float, time: float = 1.0, factor: float = 1.0) -> _Totals:
@@ -208,6 +213,9 @@ def forecast(
         progress = evidence.progress(noise)
         steps = progress * (1 / taken + 1 / scale)
         used = steps * taken
+        if examples is not None:
+            share = examples / used.sum()
+            progress, steps, used = share * progress, share * steps, share * used
         seconds = steps * (time * (split.step + split.example * taken / cluster.devices) + reduce)
         return _Totals(
             float(steps.sum()),

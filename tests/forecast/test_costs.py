@@ -158,6 +158,25 @@ def test_errors_add_like_independent_ones_and_keep_the_limits():
     assert held.batch.high == pytest.approx(3 * found.batch.point)
 
 
+def test_a_run_of_so_many_examples_takes_them_whatever_the_errors():
+    found = forecast(noise(), COST, CLUSTER, examples=5e4)
+    assert found.examples == pytest.approx((5e4, 5e4, 5e4))
+    assert found.steps == pytest.approx([5e4 / batch for batch in reversed(found.batch)])
+    free = forecast(noise(), COST, CLUSTER)
+    assert found.hours.point / free.hours.point == pytest.approx(5e4 / free.examples.point)
+    assert found.batch == pytest.approx(free.batch)
+    with pytest.raises(ValueError, match="examples must be positive"):
+        forecast(noise(), COST, CLUSTER, examples=0)
+
+
+def test_an_error_that_lowers_a_number_either_way_hides_no_other():
+    """A price far off either way needs less time than the one that was measured; the spread of times still shows."""
+    sharp = COST._replace(spread=(0.9, 1.2), price_band=(1e-3, 1e3), pivot=64.0)
+    found = forecast(noise(band=(1.0, 1.0)), sharp, Cluster(devices=1, bandwidth=math.inf), limits=(16, 256))
+    assert found.hours.high == pytest.approx(1.2 * found.hours.point)
+    assert found.hours.low < 0.9 * found.hours.point
+
+
 def test_the_error_of_the_price_is_in_every_range():
     band, sharp, certain = (0.25, 9.0), noise(band=(1.0, 1.0)), COST._replace(spread=(1.0, 1.0), pivot=64.0)
     found = forecast(sharp, certain._replace(price_band=band), CLUSTER)
