@@ -45,9 +45,9 @@ ASSUMPTIONS = (
     "take twice as long and more; and nothing of it is hidden behind the backward.",
     "Data-parallel training only: each device holds the whole model, and sends all of its gradient in each step.",
     "Evaluation, checkpoints, data loading and failures are not in the time.",
-    "The ranges hold the errors of the noise scale, of the price of a step and of times only. Plans from the first "
-    "fifth of a run, of small networks on one process, were off by a factor of 1.4 in steps, 1.4 in the mean batch, "
-    "which was always larger than planned, and 1.1 in time, in the median; all of 24 ranges held what came out "
+    "The ranges hold the errors of the noise scale, of the price of a step and of times only, as independent errors. "
+    "Plans from the first fifth of a run, of small networks on one process, were off by a factor of 1.3 in steps and "
+    "the mean batch and 1.2 in time, in the median; 21 of 24 ranges held what came out "
     "(benchmarks/results/plan_accuracy.md).",
 )
 
