@@ -191,7 +191,7 @@ class PendingUpdates:
             moments=step.moments,
             averages=self._planner.state.averages,
             decision=ended.decision,
-            seconds=None if timed is None else timed[1],
+            timed=timed,
         )
         entry |= more
         if floors := ended.scaling.binding_floors(self._groups):

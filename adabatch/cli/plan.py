@@ -31,6 +31,8 @@ SCALES = (8, 64, 1000, 10_000)
 GUESS_BAND = (1 / 3, 3.0)
 """Of a published law on data and models that it was not fitted to: a convention, not a measurement."""
 MEMORY_SHARE = 0.9
+ROUNDS = 8
+"""Rounds by which the number of examples that a plan takes comes to the one that was asked for."""
 WARMUP = 0.1
 WASTEFUL = 0.5
 """Efficiency below which the reader is warned: the batch is beyond the noise scale."""
@@ -114,8 +116,10 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     cost = _given_cost(asked, found, cost, bytes_of_gradient, notes)
     micro = _micro_batch(asked, micro, notes)
     cluster = _cluster(asked, found, notes)
+    if run and asked.examples is not None:
+        evidence = _that_takes(asked, evidence, cost, cluster)
     limits = asked.min_batch, _largest(asked, evidence, notes)
-    here = forecast(evidence, cost, cluster, limits=limits)
+    here = forecast(evidence, cost, cluster, limits=limits, examples=asked.examples if run else None)
     if not here.price > 0:
         raise ValueError("a step costs nothing beside its examples, so no batch pays: give --step_seconds, --latency")
     if here.efficiency.point < WASTEFUL:
@@ -137,10 +141,26 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     return RunPlan(source, settings, evidence.band, here, scales, most, notes)
 
 
+def _that_takes(asked: Any, evidence: Evidence, cost: StepCost, cluster: Cluster) -> Evidence:
+    """The evidence for a run that takes the examples asked for in the batches of the plan, on this cluster."""
+    # The same progress takes more examples in larger batches than in those of the journal, by which evidence counts.
+    counted = asked.examples
+    for _ in range(ROUNDS):
+        found = extended(evidence, counted)
+        taken = forecast(found, cost, cluster, limits=(asked.min_batch, _most(asked, found))).examples.point
+        counted *= asked.examples / taken
+    return extended(evidence, counted)
+
+
+def _most(asked: Any, evidence: Evidence) -> float:
+    given: float | None = asked.max_batch
+    return max(largest_sensible(evidence), asked.min_batch or 1.0) if given is None else float(given)
+
+
 def _largest(asked: Any, evidence: Evidence, notes: list[str]) -> float:
+    most = _most(asked, evidence)
     if asked.max_batch is not None:
-        return float(asked.max_batch)
-    most = max(largest_sensible(evidence), asked.min_batch or 1.0)
+        return most
     notes.append(
         f"No batch is larger than {most:,.0f} examples (but for one per device), so that the run has {LEAST_STEPS} "
         f"steps at least, and an example is worth {LEAST_EFFICIENCY:g} of one in a small batch where the noise scale "
@@ -182,7 +202,10 @@ def _journal(asked: Any, run: FoundRun, num_bytes: float, notes: list[str]) -> _
                 f"examples^{RISE:g} from their last quarter on (Bergsma et al. 2025), with twice the error; ranges go "
                 "from no rise to twice that exponent."
             )
-        evidence = extended(evidence, asked.examples)
+        notes.append(
+            f"The run takes {asked.examples:,.0f} examples on this cluster; more devices make the same progress in "
+            "larger batches, which takes more."
+        )
     else:
         notes.append(
             f"The run is as long as the journal, {steps.num_examples:,.0f} examples; --examples plans another."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,9 +45,9 @@ ASSUMPTIONS = (
     "take twice as long and more; and nothing of it is hidden behind the backward.",
     "Data-parallel training only: each device holds the whole model, and sends all of its gradient in each step.",
     "Evaluation, checkpoints, data loading and failures are not in the time.",
-    "The ranges hold the errors of the noise scale, of the price of a step and of times only. Plans from the first "
-    "fifth of a run, of small networks on one process, were off by a factor of 1.4 in steps, 1.4 in the mean batch, "
-    "which was always larger than planned, and 1.1 in time, in the median; all of 24 ranges held what came out "
+    "The ranges hold the errors of the noise scale, of the price of a step and of times only, as independent errors. "
+    "Plans from the first fifth of a run, of small networks on one process, were off by a factor of 1.3 in steps and "
+    "the mean batch and 1.2 in time, in the median; 21 of 24 ranges held what came out "
     "(benchmarks/results/plan_accuracy.md).",
 )
 
@@ -60,10 +60,23 @@ class Range(NamedTuple):
     high: float
 
     @classmethod
-    def around(cls, point: float, values: Sequence[float]) -> Range:
-        """The range of the point and all values."""
-        # the point too, which need not lie between the values at the ends of the bands
-        return cls(min(point, *values), point, max(point, *values))
+    def of_errors(cls, point: float, alone: Sequence[Sequence[float]], together: Sequence[float]) -> Range:
+        """The range of a number under several independent errors.
+
+        Their logarithms add like those of independent errors: the root of the sum of squares, up and down apart. The
+        range goes no further than errors do alone or together.
+
+        Args:
+            point: the number without errors, positive.
+            alone: the number at both ends of each error, without the others.
+            together: the number at all ends of all errors.
+        """
+        up, down = (
+            math.hypot(*(max(0.0, *(sign * math.log(value / point) for value in ends)) for ends in alone))
+            for sign in (1, -1)
+        )
+        seen = [point, *together, *(value for ends in alone for value in ends)]
+        return cls(max(point * math.exp(-down), min(seen)), point, min(point * math.exp(up), max(seen)))
 
 
 class Evidence(NamedTuple):
@@ -94,7 +107,7 @@ class StepCost(NamedTuple):
         step: seconds per step without its examples and the network, zero or positive.
         example: seconds per example, positive.
         gradient_bytes: bytes that are summed over the devices in each step.
-        spread: the spread of both times, as two factors, one at most 1 and one at least 1.
+        spread: the spread of step times around both, as two factors, one at most 1 and one at least 1.
         price_band: the error bar of ``step / example``, as two factors, one at most 1 and one at least 1.
         pivot: examples per device of a typical timed step, positive. The time of such a step is known much better than
             how it divides into a fixed part and its examples.
@@ -165,6 +178,7 @@ def forecast(
     *,
     limits: tuple[float | None, float | None] = (None, None),
     batch: float | None = None,
+    examples: float | None = None,
 ) -> Forecast:
     """The cost of a run, with the batches of the least time or with a constant batch.
 
@@ -174,16 +188,19 @@ def forecast(
         cluster: devices and network.
         limits: smallest and largest batch, in examples; None for no limit.
         batch: a constant batch, in examples, instead of the best ones.
+        examples: what the run takes, whatever the errors; None for the progress of the evidence, which takes as many as
+            the batches need.
 
     Returns:
-        Ranges whose point is for the numbers as measured. They span all combinations of the ends of the noise scale's
-        band, of the times' spread and of the price's band. The batches of the least time follow the noise scale and the
-        price.
+        Ranges whose point is for the numbers as measured. They hold the noise scale's band, the times' spread and the
+        price's band, as independent errors. The batches of the least time follow the noise scale and the price.
 
     Raises:
         ValueError: if noise scales, times or the batch are not positive and finite, or the limits cross.
     """
     _check(evidence, cost, limits, batch)
+    if examples is not None and not 0 < examples < math.inf:
+        raise ValueError(f"examples must be positive and finite, got {examples}")
     reduce = all_reduce_seconds(cluster, cost.gradient_bytes)
 
     def totals(noise: float, time: float = 1.0, factor: float = 1.0) -> _Totals:
@@ -198,6 +215,9 @@ def forecast(
         progress = evidence.progress(noise)
         steps = progress * (1 / taken + 1 / scale)
         used = steps * taken
+        if examples is not None:
+            share = examples / used.sum()
+            progress, steps, used = share * progress, share * steps, share * used
         # the spread is that of a device's own times; those of the network are taken as the model gives them
         seconds = steps * (time * (split.step + split.example * taken / cluster.devices) + reduce)
         return _Totals(
@@ -210,21 +230,30 @@ def forecast(
         )
 
     point = totals(1.0)
+    of_noise = [totals(noise) for noise in evidence.band]
+    alone = [
+        of_noise,
+        [totals(1.0, time=time) for time in cost.spread],
+        [totals(1.0, factor=factor) for factor in cost.price_band],
+    ]
     # Which end is the worse one depends on the number, so all eight corners are computed.
-    ends = [totals(*each) for each in itertools.product(evidence.band, cost.spread, cost.price_band)]
-    at_price = [point, *(totals(noise) for noise in evidence.band)]
-    hours = Range.around(point.seconds / 3600, [each.seconds / 3600 for each in ends])
-    steps = Range.around(point.steps, [each.steps for each in ends])
+    together = [totals(*each) for each in itertools.product(evidence.band, cost.spread, cost.price_band)]
+
+    def ranged(of: Callable[[_Totals], float]) -> Range:
+        return Range.of_errors(of(point), [[of(end) for end in ends] for ends in alone], [of(end) for end in together])
+
+    hours = ranged(lambda found: found.seconds / 3600)
+    steps = ranged(lambda found: found.steps)
     device_hours = _times(hours, cluster.devices)
     return Forecast(
         devices=cluster.devices,
         price=cluster.devices * (cost.step + reduce) / cost.example,
-        batch=Range.around(point.examples / point.steps, [each.examples / each.steps for each in ends]),
-        smallest_batch=min(each.smallest for each in at_price),
-        largest_batch=max(each.largest for each in at_price),
-        examples=Range.around(point.examples, [each.examples for each in ends]),
+        batch=ranged(lambda found: found.examples / found.steps),
+        smallest_batch=min(found.smallest for found in (point, *of_noise)),
+        largest_batch=max(found.largest for found in (point, *of_noise)),
+        examples=ranged(lambda found: found.examples),
         steps=steps,
-        efficiency=Range.around(point.efficiency, [each.efficiency for each in ends]),
+        efficiency=ranged(lambda found: found.efficiency),
         hours=hours,
         device_hours=device_hours,
         money=_times(device_hours, cluster.price_per_hour),
@@ -317,8 +346,14 @@ def extended(evidence: Evidence, examples: float) -> Evidence:
         # the geometric mean, since the errors of a noise scale are factors
         np.append(cut.noise_scale, np.exp(np.average(np.log(scale), weights=taken) + RISE * beyond)),
         # squared: twice the error in logarithms
-        (low**2 / rise, high**2 * rise),
+        _independent([(low**2, high**2), (1 / rise, rise)]),
     )
+
+
+def _independent(bands: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The band of several independent errors, each a factor at most 1 and one at least 1."""
+    low, high = (math.hypot(*(math.log(band[at]) for band in bands)) for at in (0, 1))
+    return math.exp(-low), math.exp(high)
 
 
 def _times(range_: Range, factor: float) -> Range:

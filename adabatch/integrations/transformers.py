@@ -44,7 +44,12 @@ from adabatch.integrations.transformers_lr import (  # noqa: E402
     warmup_start_of,
 )
 from adabatch.integrations.transformers_refusals import refuse  # noqa: E402
-from adabatch.integrations.transformers_state import Bookkeeping, saved_state, write_state  # noqa: E402
+from adabatch.integrations.transformers_state import (  # noqa: E402
+    Bookkeeping,
+    EvaluationRecord,
+    saved_state,
+    write_state,
+)
 
 __all__ = ["AdaptiveArguments", "AdaptiveMixin", "AdaptiveTrainer"]
 
@@ -122,6 +127,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         if not self._adaptive.monitor_only:
             # First, so that other callbacks see the right epoch, and the Trainer's own callback ends the run.
             self.callback_handler.callbacks.insert(0, Bookkeeping(self))
+        self.callback_handler.callbacks.append(EvaluationRecord(self))
 
     # --- a run ------------------------------------------------------------------------------------------------------
 

@@ -21,22 +21,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from adabatch.report.charts import AXES
+from adabatch.report.reason_colors import reason_colors
 from adabatch.report.style import COLORS, FAINT_INK, INK, any_finite, log_ticks, prepare, short_number
-
-REASON_COLORS: Mapping[str, str] = MappingProxyType(
-    {
-        "moved up": "#009E73",
-        "moved down": "#D55E00",
-        "scheduled": "#0072B2",
-        "at a limit": "#B6579B",
-        "waits": "#7FC0E8",
-        "uncertain": "#E3B23C",
-        "in place": "#C9CED6",
-        "not asked": "#ECEEF1",
-        "failed": "#1D2330",
-    }
-)
-"""As on the page in its light theme."""
 
 STRIP = 0.055
 """Height of the strip of reasons of one run, as a share of the panel's."""
@@ -171,7 +157,7 @@ def _chart(
         # room for the strips, which lie between the axis and its labels
         panel.tick_params(axis="x", pad=4 + 11 * len(runs))
         handles += [
-            Patch(color=color, label=kind) for kind, color in REASON_COLORS.items() if any(kind in s for s in seen)
+            Patch(color=color, label=kind) for kind, color in reason_colors().items() if any(kind in s for s in seen)
         ]
     if handles:
         figure.legend(
@@ -285,7 +271,7 @@ def _strip(panel: Axes, run: Run, brush: Brush, row: int, kinds: Mapping[str, st
     panel.broken_barh(
         [(left, right - left) for left, right in pairwise(edges.tolist())],
         (-(row + 1) * STRIP - 0.01, 0.8 * STRIP),
-        facecolors=[REASON_COLORS[found[at]] for at in starts],
+        facecolors=[reason_colors()[found[at]] for at in starts],
         transform=panel.get_xaxis_transform(),
         clip_on=False,
     )

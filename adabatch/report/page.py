@@ -10,7 +10,6 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from adabatch.batch.control import Reason
 from adabatch.report.charts import AXES, charts_of, heat_chart
 from adabatch.report.evaluations import Floats, Metric, extremes
 from adabatch.report.heat import layer_bins
+from adabatch.report.reason_colors import ASSETS, REASON_VARIABLES
 from adabatch.report.steps import RunSteps
 from adabatch.report.summary import (
     BatchChange,
@@ -201,8 +201,7 @@ def page(reports: Sequence[Reported], *, title: str = "") -> str:
     """
     if not reports:
         raise ValueError("a report needs at least one run, got none")
-    assets = resources.files("adabatch.report") / "assets"
-    style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     name = title or ", ".join(each.run.name for each in reports)
     # Inside a script element only "</script" and "<!--" have a meaning, and neither is left after this.
     data = json.dumps(drawn(reports), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -230,7 +229,8 @@ def drawn(reports: Sequence[Reported]) -> dict[str, Any]:
         run |= plain(_series(each, most, MOST_CELLS // len(reports)), digits=6)
         run["heat_chart"] = heat_chart(run, many=len(reports) > 1)._asdict() if run["heat"] else None
     charts = {name: chart._asdict() for name, chart in charts_of(every["runs"]).items()}
-    return {**every, "axes": dict(AXES), "charts": charts, "reason_kinds": dict(REASON_KINDS)}
+    reasons = {"reason_kinds": dict(REASON_KINDS), "reason_colors": dict(REASON_VARIABLES)}
+    return {**every, "axes": dict(AXES), "charts": charts, **reasons}
 
 
 def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
