@@ -61,6 +61,9 @@ class LocalSGD:
         optimizer: each ``step()`` is a local step, and its parameters are averaged. Or a list of optimizers, whose
             steps together are one local step.
         sync_every: number of local steps in a round: an integer, or ``Fixed``, ``Table`` or ``Quadratic``.
+        fragments: into how many parts of nearly the same size to deal the model's layers. Each is averaged every
+            ``sync_every`` steps, at a step of its own, so that ``fragments`` times fewer bytes are sent at once; the
+            last one at the end of the round.
         warmup: how long to average at every step first (post-local SGD). The outer optimizer and compression are off
             until it is over.
         outer: the outer optimizer: ``Average``, ``Nesterov`` (DiLoCo) or ``SlowMo``.
@@ -79,13 +82,14 @@ class LocalSGD:
         workers: process group or one-dimensional mesh of the ranks that average with each other; by default all ranks.
 
     Raises:
-        ValueError: if a number of steps is below 1, a word is unknown, the model is in ``DistributedDataParallel``, a
+        ValueError: if a number of steps or fragments is below 1, there are more fragments than steps in a round or
+            layers in the model, a word is unknown, the model is in ``DistributedDataParallel``, a
             sharded model has no ``workers`` or they hold other shards, the optimizer belongs to another model, or the
             settings differ between ranks.
         TypeError: if the optimizer, a duration, the period or the outer optimizer is of another type.
 
     Source: Stich 2019 (local SGD); Lin et al. 2020 (post-local SGD); Lau, Li, Xu, Liu, Kolar 2024, arXiv:2406.13936
-    (adaptive local batch sizes).
+    (adaptive local batch sizes); Douillard et al. 2025, arXiv:2501.18512 (fragments).
     """
 
     @checked_but("optimizer", "sync_every", "outer", "warmup")
@@ -95,6 +99,7 @@ class LocalSGD:
         optimizer: Optimizer | Sequence[Optimizer],
         *,
         sync_every: int | Period,
+        fragments: int = 1,
         warmup: Duration | None = None,
         outer: OuterOptimizer | None = None,
         average_state: bool = False,
@@ -113,6 +118,7 @@ class LocalSGD:
             weights=weights,
             measure=measure,
             spread=spread,
+            fragments=fragments,
         )
         optimizer = joined(optimizer)
         self._model, self._optimizer = model, optimizer
@@ -150,7 +156,7 @@ class LocalSGD:
 
     @property
     def rounds(self) -> int:
-        """Number of averages so far, including those of the warm-up."""
+        """Number of rounds so far, in each of which every fragment was averaged once; including the warm-up."""
         return self._rounds.memory.rounds
 
     @property
@@ -160,7 +166,8 @@ class LocalSGD:
 
     @property
     def step_in_round(self) -> int:
-        """Number of local steps since the last average; at 0 all workers hold the same parameters."""
+        """Number of local steps in the present round so far; at 0 all workers hold the same parameters, if there is
+        one fragment."""
         return self._rounds.memory.step_in_round
 
     @property
@@ -195,14 +202,13 @@ class LocalSGD:
         self._rounds.memory.examples += num_examples
 
     def synchronize(self) -> None:
-        """Ends the present round now, on all workers; does nothing if they have just averaged.
+        """Averages everything now, on all workers, and ends the round; does nothing if they have just done so.
 
         Raises:
             RuntimeError: if a newer ``LocalSGD`` has replaced this one.
         """
         self._check_in_place()
-        if self._rounds.memory.step_in_round:
-            self._rounds.end_round()
+        self._rounds.end_round()
 
     def remove(self) -> None:
         """Removes the hooks from the optimizer. Nothing is averaged any more."""
@@ -284,6 +290,7 @@ class LocalSGD:
         self._rounds.memory = Memory.from_state_dict(
             state,
             num_workers=self._rounds.workers.size,
+            dealt=self._rounds.dealt,
             pieces=self._rounds.replica.pieces(),
             settings=self._rounds.settings,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch.optim import Optimizer
@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from adabatch.batch.plan import Progress
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.local_sgd.exchange import Exchange
-from adabatch.runtime.local_sgd.memory import Memory
+from adabatch.runtime.local_sgd.fragments import deal, due
+from adabatch.runtime.local_sgd.memory import Fragment, Memory
 from adabatch.runtime.local_sgd.periods import Fixed, RoundStart
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
@@ -23,6 +24,7 @@ class Rounds:
     Attributes:
         memory: the state of the worker.
         exchange: with the other workers.
+        dealt: the places of each fragment's parameters.
         replica: the model of the worker.
         workers: the ranks that average with each other.
         node: the ranks that share this worker's model.
@@ -50,7 +52,9 @@ class Rounds:
         self.node = node
         self.everyone = workers.over(node)
         self.exchange = Exchange(workers)
-        self.memory = Memory()
+        sizes = [p.numel() for p in replica.parameters]  # of whole parameters, not of shards: the same on all ranks
+        self.dealt = deal(replica.layers, sizes, settings.fragments)
+        self.memory = Memory([Fragment(places) for places in self.dealt])
         self._optimizer = optimizer
         self._standing: tuple[Progress, float] | None = None
         self._gradient_averaged = False
@@ -90,7 +94,8 @@ class Rounds:
         rates = [group for group in self._optimizer.param_groups if group.get("lr") is not None]
         lr = factor * max((float(group["lr"]) for group in rates), default=0.0)
         peak = factor * max((float(group.get("initial_lr", group["lr"])) for group in rates), default=0.0)
-        begun = self.settings.begin(RoundStart(progress, lr, peak), states_agree=self.memory.states_agree)
+        agree = self.memory.states_agree and not self.memory.apart
+        begun = self.settings.begin(RoundStart(progress, lr, peak), workers_agree=agree)
         # Rounds of different lengths would send different things at the same time, and wait for each other forever.
         told = (begun.local_steps, begun.by_gradient, lr if begun.needs_anchor else None)
         if not (isinstance(self.settings.period, Fixed) and begun.local_steps == 1) and not self.everyone.agree(told):
@@ -98,8 +103,6 @@ class Rounds:
                 f"the workers begin different rounds (this one: {begun.local_steps} steps, at a learning rate of "
                 f"{lr:.6g}): their learning rates must be the same at every step"
             )
-        if begun.needs_anchor:
-            self.memory.anchors = [piece.clone() for piece in self.replica.pieces()]
         return begun
 
     def _check_units(self) -> None:
@@ -122,35 +125,49 @@ class Rounds:
         """The optimizer is about to step."""
         if not self._gradient_averaged:
             self.average_gradient()
+        if self.present().needs_anchor:
+            pieces = self.replica.pieces()
+            for fragment in self.memory.fragments:
+                fragment.anchors = fragment.anchors or [piece.clone() for piece in fragment.of(pieces)]
 
     def after_step(self) -> None:
-        """The optimizer has stepped; the round may end with it."""
+        """The optimizer has stepped; it may be the turn of a fragment, and the end of the round."""
         self._gradient_averaged = False
-        self.memory.steps += 1
-        self.memory.step_in_round += 1
-        self.memory.bytes_synchronous += self.exchange.ring_bytes(self.replica.pieces())
-        if self.memory.step_in_round == self.present().local_steps:
-            self.end_round()
+        memory, present = self.memory, self.present()
+        memory.steps += 1
+        memory.step_in_round += 1
+        memory.bytes_synchronous += self.exchange.ring_bytes(self.replica.pieces())
+        turns = due(memory.step_in_round, present.local_steps, len(memory.fragments))
+        self._average(present, [memory.fragments[turn] for turn in turns])
+        if memory.step_in_round == present.local_steps:
+            memory.end_round()
 
     def end_round(self) -> None:
-        """Averages; the next step begins another round."""
-        ended = self.present()
-        weight = 1 / self.workers.size if ended.by_gradient else self._weight(ended)
-        with self._reporting():
-            if not ended.by_gradient:
-                self._average(ended, weight)
-            self.exchange.mean(self.replica.buffers(), weight=weight)
-        self.memory.end_round()
+        """Averages all in which the workers differ; the next step begins another round."""
+        if self.memory.apart:
+            self._average(self.present(), self.memory.apart)
+            self.memory.end_round()
 
-    def _average(self, ended: Round, weight: float) -> None:
-        """Averages the workers' parameters at the end of a round of local steps, and takes the outer step."""
-        pieces = self.replica.pieces()
+    def _average(self, present: Round, fragments: Sequence[Fragment]) -> None:
+        """Averages fragments, and with the last one the buffers."""
+        for fragment in fragments:
+            weight = 1 / self.workers.size if present.by_gradient else self._weight(present, fragment)
+            with self._reporting():
+                if not present.by_gradient:
+                    self._average_parameters(present, fragment, weight)
+                self.memory.agree_on(fragment)
+                if not self.memory.apart or fragment is self.memory.fragments[-1]:
+                    self.exchange.mean(self.replica.buffers(), weight=weight)
+
+    def _average_parameters(self, present: Round, fragment: Fragment, weight: float) -> None:
+        """Averages the workers' parameters after local steps, and takes the outer step."""
+        pieces = fragment.of(self.replica.pieces())
         self.exchange.compressed_mean(
-            pieces, self.memory.anchors, weight=weight, compression=ended.compression, errors=self.memory.errors
+            pieces, fragment.anchors, weight=weight, compression=present.compression, errors=fragment.errors
         )
-        ended.outer.step(pieces, self.memory.anchors, self.memory.momenta, lr=ended.lr)
-        state = self.replica.optimizer_state()
+        present.outer.step(pieces, fragment.anchors, fragment.momenta, lr=present.lr)
         if self.settings.average_state:
+            state = self.replica.optimizer_state(fragment.places)
             if not self.workers.agree([(name, value.shape) for name, value in state.items()]):
                 raise ValueError(
                     "the optimizer remembers other things on this worker than on others, so average_state cannot "
@@ -159,13 +176,13 @@ class Rounds:
             self.exchange.mean(list(state.values()), weight=weight)
         # If states differ, the same gradient would step workers differently: a round of one step then averages
         # parameters.
-        self.memory.states_agree = self.settings.average_state or not state
+        self.memory.states_agree = self.settings.average_state or not self.replica.optimizer_state()
 
-    def _weight(self, ended: Round) -> float:
+    def _weight(self, present: Round, fragment: Fragment) -> float:
         """This worker's weight in the average; also checks that all workers are at the same step."""
-        (examples,) = self.node.sum_of(self.memory.examples)
+        (examples,) = self.node.sum_of(self.memory.examples - fragment.counted)
         with self._reporting():
-            at = self.memory.rounds, self.memory.steps, ended.local_steps
+            at = self.memory.rounds, self.memory.steps, present.local_steps, self.memory.fragments.index(fragment)
             rows = self.workers.gather_of(examples, *at, float(self._changed is not None))
         if any(row[-1] for row in rows):
             raise_first(self._changed, self.workers)

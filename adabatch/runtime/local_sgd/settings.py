@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, NamedTuple
 
-from adabatch.arguments import require_one_of, shown
+from adabatch.arguments import require, require_one_of, shown
 from adabatch.batch.plan import Duration
 from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
@@ -59,6 +59,7 @@ class LocalSGDSettings:
     weights: AverageWeights
     measure: MeasuredStep
     spread: Spread
+    fragments: int
 
     def __post_init__(self) -> None:
         words = {"compression": Compression, "weights": AverageWeights, "measure": MeasuredStep, "spread": Spread}
@@ -77,6 +78,12 @@ class LocalSGDSettings:
             raise TypeError(
                 f"warmup must be a duration, such as adabatch.steps({shown(self.warmup)}), got {shown(self.warmup)}"
             )
+        require(self.fragments >= 1, "fragments must be at least 1", self.fragments)
+        if isinstance(self.period, Fixed) and self.fragments > self.period.sync_every:
+            raise ValueError(
+                f"fragments must be at most sync_every={self.period.sync_every}, got {self.fragments}: each has a step "
+                f"of its own in a round"
+            )
 
     @property
     def durations(self) -> tuple[Duration, ...]:
@@ -88,23 +95,28 @@ class LocalSGDSettings:
         """Whether nothing reads the learning rate."""
         return isinstance(self.period, Fixed | Table) and isinstance(self.outer, Average)
 
-    def begin(self, start: RoundStart, *, states_agree: bool) -> Round:
+    @property
+    def comes_together(self) -> bool:
+        """Whether all workers hold the same parameters after each round."""
+        return self.fragments == 1
+
+    def begin(self, start: RoundStart, *, workers_agree: bool) -> Round:
         """The round that begins.
 
         Args:
             start: what is known at its beginning.
-            states_agree: whether the optimizer states of all workers are equal, so that the same gradient gives the
-                same step on each of them.
+            workers_agree: whether parameters and optimizer states of all workers are equal, so that the same gradient
+                gives the same step on each of them.
 
         Raises:
             ValueError: if the user's own period does not give a number of steps.
         """
         if self.warmup is not None and not start.progress.reached(self.warmup):
-            return Round(1, start.lr, Average(), "none", states_agree)
+            return Round(1, start.lr, Average(), "none", workers_agree)
         local_steps = self.period.local_steps(start)
         check_period("sync_every", local_steps)
         plain = isinstance(self.outer, Average) and self.compression == "none"
-        return Round(local_steps, start.lr, self.outer, self.compression, local_steps == 1 and plain and states_agree)
+        return Round(local_steps, start.lr, self.outer, self.compression, local_steps == 1 and plain and workers_agree)
 
     def words(self) -> list[str]:
         """The settings as text, to be compared between ranks."""
