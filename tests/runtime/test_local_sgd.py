@@ -231,6 +231,26 @@ def test_alone_with_an_outer_optimizer_it_looks_ahead() -> None:
             assert local.sync_every == 4
 
 
+def test_alone_an_average_in_the_background_is_mixed_with_what_came_after() -> None:
+    model, other = network(), network()
+    optimizer, by_hand = (SGD(each.parameters(), lr=0.1) for each in (model, other))
+    data, then = regression(64).tensors, weights(other)
+    # A round of one step is shorter than the overlap: the average before it is then applied early.
+    with LocalSGD(model, optimizer, sync_every=Table(4, [Change(steps(4), 1)]), overlap=2, mix=0.25) as local:
+        for step in range(6):
+            for each, update in ((model, optimizer), (other, by_hand)):
+                loss_of(each, data).backward()
+                update.step()
+                update.zero_grad()
+            if step >= 4:
+                nn.utils.vector_to_parameters(0.25 * weights(other) + 0.75 * then, other.parameters())
+            then = weights(other)
+            torch.testing.assert_close(weights(model), weights(other), rtol=0, atol=1e-6)
+        before = weights(model)
+    assert (local.rounds, local.bytes_sent) == (4, 0)
+    torch.testing.assert_close(weights(model), 0.25 * before + 0.75 * then, rtol=0, atol=1e-6)
+
+
 def test_hooks_go_with_the_block_and_an_exception_sends_nothing() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -264,6 +284,10 @@ def test_hooks_go_with_the_block_and_an_exception_sends_nothing() -> None:
         ({"sync_every": 4, "spread": "both"}, ValueError, "spread must be one of across, within"),
         ({"sync_every": 4, "fragments": 0}, ValueError, "fragments must be at least 1, got 0"),
         ({"sync_every": 2, "fragments": 3}, ValueError, "fragments must be at most sync_every=2, got 3"),
+        ({"sync_every": 4, "overlap": -1}, ValueError, "overlap must be at least 0 steps, got -1"),
+        ({"sync_every": 4, "overlap": 4}, ValueError, "overlap must be below sync_every=4, got 4"),
+        ({"sync_every": 4, "overlap": 2, "mix": 1}, ValueError, r"mix must be in \[0, 1\), got 1"),
+        ({"sync_every": 4, "overlap": 2, "average_state": True}, ValueError, "does not go with overlap=2"),
         ({"sync_every": 4, "fragments": 3}, ValueError, r"number of layers that train, 2 \(0, 2\), got 3"),
     ],
 )
@@ -326,9 +350,10 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
         AdaptiveBatch(model, optimizer, NoiseScale(norm="sign"), **grouped(options))
     with pytest.raises(ValueError, match=r"does not measure coordinates at quantile 0.5"):
         AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.5), **grouped(options))
-    options["local_sgd"] = LocalSGD(model, optimizer, sync_every=4, fragments=2)
-    with pytest.raises(ValueError, match=r"with fragments they never do: use LocalSGD\(spread=\"within\"\)"):
-        AdaptiveBatch(model, optimizer, NormTest(eta=0.5), **grouped(options))
+    for apart in ({"fragments": 2}, {"overlap": 3}):
+        options["local_sgd"] = LocalSGD(model, optimizer, sync_every=4, **apart)
+        with pytest.raises(ValueError, match=r"fragments or overlap they never do: use LocalSGD\(spread=\"within\"\)"):
+            AdaptiveBatch(model, optimizer, NormTest(eta=0.5), **grouped(options))
 
 
 @pytest.mark.parametrize(

@@ -67,13 +67,13 @@ class LocalWorkers(Engine):
 
     def journal_entry(self) -> dict[str, Any]:
         """The worker's place in the round, after a step."""
-        memory, exchange = self._rounds.memory, self._rounds.exchange
+        memory, traffic = self._rounds.memory, self._rounds.exchange.traffic
         return {
             "local_sgd": {
                 "rounds": memory.rounds,
                 "step_in_round": memory.step_in_round,
-                "bytes_sent": exchange.bytes_sent,
-                "bytes_saved": memory.bytes_synchronous - exchange.bytes_sent,
+                "bytes_sent": traffic.bytes_sent,
+                "bytes_saved": memory.bytes_synchronous - traffic.bytes_sent,
             }
         }
 
@@ -127,6 +127,6 @@ class LocalWorkers(Engine):
         if not settings.comes_together and (settings.spread, settings.measure) == ("across", "first"):
             raise ValueError(
                 "the gradient cannot be measured across workers where all hold the same parameters, because with "
-                'fragments they never do: use LocalSGD(spread="within"), which compares the micro-batches of each '
-                'worker, or measure="last", which counts the drift of the workers as noise'
+                'fragments or overlap they never do: use LocalSGD(spread="within"), which compares the micro-batches '
+                'of each worker, or measure="last", which counts the drift of the workers as noise'
             )

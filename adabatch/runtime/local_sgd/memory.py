@@ -6,12 +6,50 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from adabatch.runtime.local_sgd.exchange import Errors
+from adabatch.runtime.collectives import Started
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
+from adabatch.runtime.local_sgd.transfers import Arrived, Errors, Transfer
 
 STATE_FORMAT = 1
+
+
+@dataclass
+class Pending:
+    """An average of a fragment that is under way.
+
+    Args:
+        since: the step after which it began.
+        lr: of the round in which it began.
+        parameters, buffers: what is averaged.
+        told: what the workers tell each other with it; None once it has been read.
+        counts: their weights, from then on.
+    """
+
+    since: int
+    lr: float
+    parameters: Transfer
+    buffers: Transfer
+    told: Started | None = None
+    counts: list[float] = field(default_factory=list)
+
+    def arrive(self, counts: Sequence[float]) -> None:
+        """Waits for the means, by the weights of the workers."""
+        self.parameters = Arrived(self.parameters.mean(counts))
+        self.buffers = Arrived(self.buffers.mean(counts))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and tensors, after its arrival."""
+        means = {name: getattr(self, name).mean(self.counts) for name in _EXCHANGED}
+        return {"since": self.since, "lr": self.lr, **means}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> Pending:
+        """The inverse."""
+        means = {name: Arrived([tensor.to(device, copy=True) for tensor in state[name]]) for name in _EXCHANGED}
+        return cls(state["since"], state["lr"], **means)
 
 
 @dataclass
@@ -25,7 +63,8 @@ class Fragment:
         momenta: of the outer optimizer.
         errors: of the compression.
         agreed_at: the last step after which all workers held the same parameters.
-        counted: the examples that this rank had consumed then.
+        counted: the examples that this rank had consumed at the last average.
+        pending: the average that is under way, if there is one.
     """
 
     places: tuple[int, ...]
@@ -34,6 +73,7 @@ class Fragment:
     errors: Errors = field(default_factory=Errors)
     agreed_at: int = 0
     counted: float = 0.0
+    pending: Pending | None = None
 
     def of(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """Its parameters among all."""
@@ -45,9 +85,11 @@ class Fragment:
         return bool(self.momenta) or self.errors.sent.numel() > 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and tensors."""
+        """Numbers and tensors; an average that is under way has arrived."""
         lists = {name: list(getattr(self, name)) for name in ("places", *_PER_PARAMETER)}
-        return {**lists, "errors": asdict(self.errors), "agreed_at": self.agreed_at, "counted": self.counted}
+        pending = None if self.pending is None else self.pending.state_dict()
+        numbers = {"agreed_at": self.agreed_at, "counted": self.counted}
+        return {**lists, **numbers, "errors": asdict(self.errors), "pending": pending}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], pieces: Sequence[Tensor]) -> Fragment:
@@ -67,6 +109,8 @@ class Fragment:
             # copies: the caller may load the same state again, and these are changed in place
             setattr(found, name, [tensor.to(own[0].device, copy=True) for tensor in state[name]])
         found.errors = Errors(**{name: value.to(own[0].device) for name, value in state["errors"].items()})
+        if state["pending"] is not None:
+            found.pending = Pending.from_state_dict(state["pending"], own[0].device)
         return found
 
 
@@ -97,7 +141,7 @@ class Memory:
     @property
     def apart(self) -> list[Fragment]:
         """The fragments in which the workers differ."""
-        return [fragment for fragment in self.fragments if fragment.agreed_at < self.steps]
+        return [each for each in self.fragments if each.agreed_at < self.steps or each.pending is not None]
 
     def agree_on(self, fragment: Fragment) -> None:
         """All workers hold the same parameters of a fragment now."""
@@ -181,9 +225,12 @@ class Memory:
         if not same_parts:
             found.fragments = [Fragment(places, agreed_at=found.steps, counted=found.examples) for places in dealt]
         if found.step_in_round:
-            found.round = Round(state["local_steps"], state["lr"], settings.outer, settings.compression, False)
+            found.round = Round(
+                state["local_steps"], state["lr"], settings.outer, settings.compression, settings.overlap, False
+            )
         return found
 
 
 _NUMBERS = ("steps", "rounds", "step_in_round", "examples", "states_agree", "bytes_synchronous")
 _PER_PARAMETER = ("anchors", "momenta")
+_EXCHANGED = ("parameters", "buffers")
