@@ -246,7 +246,7 @@ def main() -> None:
     with namespaces(WORKERS) as names, tempfile.TemporaryDirectory() as place:
         network = processes.Process(target=relay, args=(names, ready, rate, delay), daemon=True)
         network.start()
-        if not ready.wait(60):
+        if not ready.wait(300):
             raise SystemExit("the links could not be made: this needs root, ip netns and /dev/net/tun")
         jobs, results = [processes.Queue() for _ in names], processes.Queue()
         workers = [

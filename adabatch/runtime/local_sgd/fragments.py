@@ -12,8 +12,8 @@ def deal(layers: Sequence[str], sizes: Sequence[int], num_fragments: int) -> lis
 
     The parameters of a layer stay together. Layers are dealt from the largest to the smallest, each to the fragment
     that is smallest so far. Layers of the same size thus go round, and every fragment has some of each depth: the
-    strided pattern of streaming DiLoCo (Douillard et al. 2025, section 2.2), which trains slightly better there than
-    fragments of consecutive layers. By size, because embeddings would make one fragment much larger than the others.
+    strided pattern of streaming DiLoCo (Douillard et al. 2025), which its authors found slightly better than
+    consecutive layers. By size, because embeddings would make one fragment much larger than the others.
 
     Args:
         layers: the layer of each parameter.
