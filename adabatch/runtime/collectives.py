@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,20 @@ def explained() -> Iterator[None]:
                 "loop over the steps, `with adabatch.Watchdog(batches):` names that rank, where it was, and its error"
             )
         raise
+
+
+class Started(NamedTuple):
+    """A collective that goes on in the background."""
+
+    values: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """Its result; the host waits for it, or on an accelerator the stream."""
+        if self.work is not None:
+            with explained():
+                self.work.wait()
+        return self.values
 
 
 Reducer = Callable[[Tensor, Any], Tensor]
@@ -121,11 +135,7 @@ class Collectives:
 
     def gather(self, row: Tensor) -> Tensor:
         """The rows of all ranks, shape (size, n), from one row per rank, shape (n,)."""
-        rows = torch.empty(self.size, row.numel(), dtype=row.dtype, device=row.device)
-        if self.size == 1:
-            return rows.copy_(row.view(1, -1))
-        _all_gather(rows.view(-1), row.contiguous(), group=self._one_group())
-        return rows
+        return self.start_gather(row).wait()
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
         """Sum over the ranks of ``values``, shape (size * n,), of which this rank gets its piece, shape (n,)."""
@@ -135,13 +145,46 @@ class Collectives:
         _reduce_scatter(output, values, op=dist.ReduceOp.SUM, group=self._one_group())
         return output
 
-    def exchange(self, rows: Tensor) -> Tensor:
-        """Sends row r of ``rows``, shape (size, n), to rank r; returns the rows for this rank, by sender."""
+    # --- in the background, over one group ---------------------------------------------------------------------------
+
+    def start_sum(self, values: Tensor) -> Started:
+        """Sum over the ranks into ``values`` itself."""
         if self.size == 1:
-            return rows
+            return Started(values, None)
+        return Started(values, dist.all_reduce(values, group=self._one_group(), async_op=True))
+
+    def start_gather(self, row: Tensor) -> Started:
+        """The rows of all ranks, shape (size, n), from one row per rank, shape (n,)."""
+        rows = torch.empty(self.size, row.numel(), dtype=row.dtype, device=row.device)
+        if self.size == 1:
+            return Started(rows.copy_(row.view(1, -1)), None)
+        return Started(rows, _all_gather(rows.view(-1), row.contiguous(), group=self._one_group(), async_op=True))
+
+    def start_exchange(self, rows: Tensor) -> Started:
+        """Sends row r of ``rows``, shape (size, n), to rank r; the rows for this rank, by sender."""
+        if self.size == 1:
+            return Started(rows, None)
         received = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(received, rows.contiguous(), group=self._one_group())
-        return received
+        sent = rows.contiguous()
+        return Started(received, dist.all_to_all_single(received, sent, group=self._one_group(), async_op=True))
+
+    def beside(self) -> Collectives:
+        """The same ranks over connections of their own, so that what goes on there delays nothing here.
+
+        Call it on all of them. Only gloo has such connections: two communicators of NCCL that work at the same time may
+        wait for each other for ever, so with other backends these are the same.
+        """
+        if self.size == 1 or dist.get_backend(self._one_group()) != "gloo":
+            return self
+        group = self._one_group()
+        again = dist.new_group(
+            dist.get_process_group_ranks(group),
+            backend="gloo",
+            # torch would take half an hour, whatever this group has
+            timeout=group._get_backend(torch.device("cpu")).options._timeout,
+            use_local_synchronization=True,
+        )
+        return Collectives(again, device=self._device)
 
     def copy_from(self, rank: int, values: Tensor) -> None:
         """Overwrites ``values`` by those of one rank."""
