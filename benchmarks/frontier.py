@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from _frontier.report import (
@@ -43,6 +43,7 @@ from _frontier.runs import (
     LARGEST,
     TUNING_SEED,
     Batch,
+    CriterionName,
     Job,
     Measured,
     NotRunError,
@@ -84,8 +85,8 @@ class Cell(NamedTuple):
     @property
     def shorter(self) -> Cell | None:
         """The cell whose settings this one's search starts from."""
-        short, _ = WORKLOADS[self.workload].budgets
-        return None if self.examples == short else self._replace(examples=short)
+        shorter = [budget for budget in WORKLOADS[self.workload].budgets if budget < self.examples]
+        return self._replace(examples=max(shorter)) if shorter else None
 
 
 def cells(only: str = "") -> list[Cell]:
@@ -99,6 +100,8 @@ def cells(only: str = "") -> list[Cell]:
     every = [
         *(cell(name, budget) for names in pairs for budget in (0, 1) for name in names),
         *(cell("mnist14", 0, optimizer) for optimizer in others),
+        cell("mnist14", 1, "sgd"),
+        cell("mnist14", 2),
         *(cell("mnist28", budget) for budget in (0, 1)),
     ]
     return [one for one in every if "-".join(map(str, one)).startswith(tuple(only.split(",")))]
@@ -217,22 +220,25 @@ class Method(NamedTuple):
         hold: the batch stays at its first size for at least this share of the examples; None is until the warm-up is
             over.
         waits: False holds it for just that share, however long the warm-up is.
+        first: batch that it begins with; its learning rate is that of the smallest batch, by the rule.
     """
 
-    criterion: Literal["norm test", "price"]
+    criterion: CriterionName
     number: float
     rule: str = "gain"
     follow: str = ""
     warmup: float = 0.0
     hold: float | None = None
     waits: bool = True
+    first: int = FIRST
 
     @property
     def name(self) -> str:
         words = [f"{self.criterion} {self.number:g}", self.rule]
-        words += ["betas follow"] if self.follow else []
+        words += [f"{self.follow.replace('betas', 'betas follow', 1)}"] if self.follow else []
         words += [f"warm-up >= {100 * self.warmup:g} %"] if self.warmup else []
         words += [] if self.hold is None else [f"held{' >=' * self.waits} {100 * self.hold:g} %"]
+        words += [f"from {self.first}"] if self.first != FIRST else []
         return ", ".join(words)
 
     def following(self, cell: Cell) -> str:
@@ -243,7 +249,7 @@ class Method(NamedTuple):
         """Its runs, with the settings of the smallest batch."""
         setting = base._replace(warmup=max(base.warmup, self.warmup))
         hold = None if self.waits and self.hold and self.hold <= setting.warmup else self.hold
-        batch = Measured(self.criterion, self.number, FIRST, hold)
+        batch = Measured(self.criterion, self.number, self.first, hold)
         others = {"rule": self.rule, "follow": self.following(cell), "reference": FIRST}
         return outcomes(cell, run, batch, setting, seeds=seeds, **others)
 
