@@ -188,11 +188,11 @@ def planned(warmup: float) -> dict[str, tuple[Planned, str]]:
     cuts = range(7)  # the cosine fell by 2^k at acos(2^(1-k) - 1) / pi of what the warm-up leaves
     shares = tuple(warmup * (k > 0) + (1 - warmup) * math.acos(2 ** (1 - k) - 1) / math.pi for k in cuts)
     return {
+        "Seesaw from 16": (Planned(tuple(16 * 2**k for k in cuts), shares), "seesaw"),
         "quarters 16 to 128": (Planned((16, 32, 64, 128), quarters), ""),
         "quarters 32 to 256": (Planned((32, 64, 128, 256), quarters), ""),
         "64, 128, 256 by 2.5, 2.5, 95 %": (Planned((64, 128, 256), (0.0, 0.025, 0.05)), ""),
         "ramp 16 to 256 over a half": (Planned((16, 256), (0.0, 0.5), glide=True), ""),
-        "Seesaw from 16": (Planned(tuple(16 * 2**k for k in cuts), shares), "seesaw"),
     }
 
 
@@ -255,24 +255,29 @@ class Method(NamedTuple):
 
 
 DEFAULT = Method("price", 32, follow="betas", hold=0.1)
-REPORTED = [DEFAULT, *(DEFAULT._replace(number=number) for number in (8, 128, 512)), DEFAULT._replace(follow="")]
+REPORTED = [
+    DEFAULT,
+    *(DEFAULT._replace(number=number) for number in (8, 128, 512)),
+    DEFAULT._replace(follow=""),
+    DEFAULT._replace(criterion="price for decay"),
+]
 
 
 def explored() -> list[Method]:
-    """All that were compared before the default was chosen."""
-    price = Method("price", 32, hold=0.1)
+    """What was compared to choose the default, and to look for a better one."""
+    short = DEFAULT._replace(waits=False)
     return [
-        price._replace(follow="betas"),
-        price._replace(follow="betas", waits=False),
-        *(price._replace(follow="betas", number=number) for number in (8, 16, 64)),
-        price,
-        price._replace(follow="betas", hold=None),
-        price._replace(follow="betas", hold=None, warmup=0.25),
-        price._replace(hold=None, warmup=0.25),
+        DEFAULT,
+        *(short._replace(hold=hold) for hold in (0.1, 0.05, 0.02)),
+        short._replace(first=2 * FIRST),
+        *(DEFAULT._replace(rule=rule) for rule in ("sqrt", "linear", "none")),
+        *(DEFAULT._replace(number=number) for number in (16, 64, 8)),
+        DEFAULT._replace(criterion="price for decay"),
+        DEFAULT._replace(follow=""),
+        *(DEFAULT._replace(follow=f"betas {floors}") for floors in ("0.7 0.95", "0.5 0.99")),
+        DEFAULT._replace(hold=None),
+        *(DEFAULT._replace(hold=None, warmup=0.25, follow=follow) for follow in ("betas", "")),
         Method("norm test", 0.7, follow="betas", hold=0.1),
-        price._replace(rule="sqrt"),
-        price._replace(rule="linear"),
-        price._replace(rule="none"),
     ]
 
 
