@@ -45,9 +45,7 @@ class _Update:
     entry: dict[str, Any] | None  # of the journal; None for a step that does not count
     norm: MeasuredNorm | None  # of the gradients as the step left them, for optimizers that take it
     left_out: bool = False  # the loop said so
-    alone: bool = (
-        False  # it is not finite on this rank, which steps alone; to the plan of all ranks it is one as others
-    )
+    alone: bool = False  # not finite on this rank, which steps alone; the plan, which all ranks share, counts it
 
 
 class PendingUpdates:
