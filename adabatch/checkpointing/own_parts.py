@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.runtime.optimizers import kind_of
+from adabatch.runtime.optimizers.joined import kind_of
 
 
 def check_own_parts(batches: AdaptiveBatch, model: nn.Module, optimizer: Optimizer | None) -> None:

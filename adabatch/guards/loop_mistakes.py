@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from adabatch.guards.drift import fingerprint, shared_parameters
 from adabatch.runtime.collectives import digest_of
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.fsdp2 import own_piece
-from adabatch.runtime.optimizers import kind_of
+from adabatch.runtime.optimizers.joined import kind_of
+from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 _GLANCE = 4096
 """Numbers of a gradient that ranks compare at the end of the first step."""

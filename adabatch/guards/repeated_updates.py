@@ -17,10 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from adabatch.guards.loop_mistakes import SAMPLE
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.fsdp2 import own_piece
-from adabatch.runtime.optimizers import JoinedOptimizers, each_of, kind_of
-from adabatch.runtime.ownership import called_weakly, remove_all
-from adabatch.runtime.step_hooks import hook_step
+from adabatch.runtime.optimizers.joined import JoinedOptimizers, each_of, kind_of
+from adabatch.runtime.optimizers.ownership import called_weakly, remove_all
+from adabatch.runtime.optimizers.step_hooks import hook_step
+from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 _LOOKED_AT, _NUMBERS = 4, 64
 """Scaled gradients that are looked at, and numbers of each."""

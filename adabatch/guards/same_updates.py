@@ -21,9 +21,9 @@ from adabatch.batch.plan import Progress
 from adabatch.guards.drift import RanksDrifted
 from adabatch.guards.same_settings import differences
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.observers import Rider
-from adabatch.runtime.optimizers import each_of
-from adabatch.runtime.step_hooks import host_value
+from adabatch.runtime.observers.protocol import Rider
+from adabatch.runtime.optimizers.joined import each_of
+from adabatch.runtime.optimizers.step_hooks import host_value
 
 _EXACT_BITS = 53
 """A float64 holds whole numbers of so many bits."""

@@ -28,10 +28,10 @@ from adabatch import (
     examples,
     steps,
 )
+from adabatch.adaptive.options import EngineOptions, Guard
 from adabatch.batch import Progress
 from adabatch.batch.plan import tokens
 from adabatch.guards import UpdatesLeftOut
-from adabatch.options import EngineOptions, Guard
 from adabatch.runtime.local_sgd import (
     Average,
     Change,
