@@ -400,7 +400,7 @@ class AdaptiveBatch:
         self._updates.flush()
         self._engine.before_step()
         number = self.consumed.steps
-        self._updates_in_a_row.check(number, self.progress.steps)
+        self._updates_in_a_row.check(number, self.progress.steps - self._updates.num_left_out_alone)
         self._observers.before(number)
         self._observers.at(Phase.LOADING, Moment(number, self.plan))
         portion = feed.take(self.plan)

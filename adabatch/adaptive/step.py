@@ -88,8 +88,11 @@ class Step:
         # The reduction averages over the ranks, so each micro-batch is weighted by its share in all micro-batches,
         # times the number of ranks. A rank that steps alone averages over its own micro-batches only.
         alone = engine.steps_alone()
-        # The ranks would have to agree on it, and local steps are there to save that communication.
+        # To agree on it the ranks would have to communicate, which local steps are there to save: each worker leaves
+        # out its own update. The ranks of a sharded worker would have to agree nevertheless.
         self._find_nonfinite = None if alone else find_nonfinite
+        self._find_own = find_nonfinite if alone and probe is None and not engine.shards else None
+        self._own_is_finite = True
         self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
         # Without a reduction at the end of the step, no rank could tell the others of a mistake of its own. An error
         # that was raised earlier would leave them waiting for this rank's gradients.
@@ -113,6 +116,11 @@ class Step:
         """Whether loss and gradients were finite on all ranks, as far as they were measured."""
         measured = self.moments is None or self.moments.is_finite
         return not self.empty and self._all_finite and measured and (self.loss is None or math.isfinite(self.loss))
+
+    @property
+    def left_out_alone(self) -> bool:
+        """Whether this rank, which steps alone, leaves its update out, because its loss or gradient was not finite."""
+        return not self._own_is_finite
 
     @property
     def waits(self) -> bool:
@@ -193,6 +201,8 @@ class Step:
             self._look_through(self._find_nonfinite)
         else:
             self._votes.step_without_reduction()
+            if self._find_own is not None and reduced:
+                self._own_is_finite = not bool(self._find_own(self._own_loss(torch.device("cpu"))))  # host sync
             if self._told is not None:  # all micro-batches weigh nothing, so that no rank waits for this one
                 self._restore_flags()
                 raise RuntimeError(self._told)
@@ -258,7 +268,7 @@ class Step:
             self._run_backward(share)
             self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
         self._mistakes.backward_ended()
-        if self._probe is not None or self._find_nonfinite is not None:
+        if self._probe is not None or self._find_nonfinite is not None or self._find_own is not None:
             # float64, since hundreds of micro-batches may be added; and on the device, without a host sync
             value = loss.detach().double() * weight
             self._losses = value if self._losses is None else self._losses + value

@@ -45,6 +45,7 @@ class _Update:
     entry: dict[str, Any] | None  # of the journal; None for a step that does not count
     norm: MeasuredNorm | None  # of the gradients as the step left them, for optimizers that take it
     left_out: bool = False  # the loop said so
+    alone: bool = False  # not finite on this rank, which steps alone; the plan, which all ranks share, counts it
 
 
 class PendingUpdates:
@@ -85,6 +86,7 @@ class PendingUpdates:
         self._running = False  # the loop stands inside a step
         self._update: _Update | None = None  # the one that a step's end prepared, until it is done
         self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
+        self.num_left_out_alone = 0
         self._unapplied = False  # the gradients of the last step had no update, and are none of the next step's
         self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
         self._missing = MissingUpdates(kind_of(optimizer))
@@ -128,9 +130,10 @@ class PendingUpdates:
 
     def _owed(self, update: _Update) -> bool:
         """Whether an update has no reason to be left out."""
+        skipped = update.left_out or update.empty or update.alone or not update.finite
         # With a scaler, and a gradient that nobody looked at, a missing update may be an overflow that the scaler left
         # out.
-        return not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at))
+        return not (skipped or (self._scaled and not update.looked_at))
 
     def begin_step(self) -> None:
         """A step is about to be made."""
@@ -200,6 +203,7 @@ class PendingUpdates:
         self._update = _Update(
             before.steps, num_examples, ended.scaling, ended.gain, step.finite, looked_at, step.empty, entry, norm
         )
+        self._update.alone = step.left_out_alone
         self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
 
     def take_back(self, step: Step) -> None:
@@ -298,7 +302,7 @@ class PendingUpdates:
         update = self._update or self._begun
         if update is None:
             return False
-        return update.left_out or update.empty or (self._skip_nonfinite and not update.finite)
+        return update.left_out or update.empty or update.alone or (self._skip_nonfinite and not update.finite)
 
     def _done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
         update, self._update = self._update, None
@@ -307,13 +311,16 @@ class PendingUpdates:
             return
         # an engine that steps in pieces calls optimizer.step() again for the same update
         self._begun = update if self._running else None
-        if applied:
+        if applied or (update.alone and not update.left_out):
             # not for updates that were left out: the learning rate would fall without the weights having moved
             self._planner.applied(update.num_examples, update.gain)
         self.tell_engine()
         if update.entry is not None:
             # only now: until the update the loop may still write the rates
             lr = self._lr_entry(update.scaling.factor, rates)
+            if update.alone:
+                self.num_left_out_alone += 1
+                update.entry["reason"] = Reason.NOT_FINITE
             self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
         self._observers.after(update.number)
 

@@ -136,7 +136,7 @@ class Checkpoints:
         if taken:
             raise ValueError(f"others must not be called {', '.join(sorted(taken))}: the name is taken")
         parts = {name: part for name, part in {**named, **(others or {})}.items() if part is not None}
-        self._parts = parts
+        self._parts, self._optimizer = parts, optimizer
         self._run = RunState(parts, config=config)
         if batches is not None:
             check_own_parts(batches, model, optimizer)
@@ -184,7 +184,7 @@ class Checkpoints:
             # raises on all ranks alike, because all of them are at the same place of the loop
             self._batches.settle(scaled=self._scaled)
             if not self._saved:
-                warn_of_missing_parts(self._batches, self._parts.get("optimizer"), self._parts.values())
+                warn_of_missing_parts(self._batches, self._optimizer, self._parts.values())
             self._saved = True
             steps = self._batches.consumed.steps
         # Errors are kept until all ranks have met below: a rank that raised here would leave the others waiting.

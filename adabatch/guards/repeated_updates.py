@@ -145,7 +145,9 @@ class RepeatedUpdates:
         if self._inside and self._engine.holds_gradients:
             # After the update, which may have changed the gradients itself.
             few = islice(_held(optimizer), SAMPLE)
-            self._applied[optimizer] = [_Applied(p, ref(p.grad), p.grad._version) for p in few]
+            self._applied[optimizer] = [
+                _Applied(p, ref(grad), grad._version) for p in few if (grad := p.grad) is not None
+            ]
 
     def _check_scaled(self, optimizer: Optimizer) -> None:
         """Checks that the run was given the scaler that steps the optimizer, and that such a scaler steps it."""

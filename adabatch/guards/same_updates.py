@@ -58,7 +58,7 @@ class SameUpdates(Rider):
 
     def outgoing(self, device: torch.device) -> Tensor:
         """This rank's digest and its square, shape (2,)."""
-        numbers = [self._applied.examples, self._applied.steps]
+        numbers = [float(self._applied.examples), float(self._applied.steps)]
         for group in self._optimizer.param_groups:
             for name, value in group.items():
                 if name != "params":

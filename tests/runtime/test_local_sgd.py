@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.loops import loss_of, network, regression, train, weights
+from support.loops import lines, loss_of, network, regression, train, weights
 from support.options import grouped
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -27,9 +28,10 @@ from adabatch import (
     examples,
     steps,
 )
-from adabatch.adaptive.options import EngineOptions
+from adabatch.adaptive.options import EngineOptions, Guard
 from adabatch.batch import Progress
 from adabatch.batch.plan import tokens
+from adabatch.guards import UpdatesLeftOut
 from adabatch.runtime.local_sgd import (
     Average,
     Change,
@@ -417,3 +419,48 @@ def test_states_of_another_time_model_or_number_of_workers() -> None:
     local.load_state_dict({**local.state_dict(), "num_workers": 4})  # where all agree, their number may change
     assert (local.rounds, local.steps) == (2, 5)
     assert isinstance(Average(), OuterOptimizer)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_worker_alone_leaves_out_what_is_not_finite(tmp_path: Path, what: str) -> None:
+    """The others know nothing of it, so the plan counts the step; but a run that does not train any more stops."""
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    local = LocalSGD(model, optimizer, sync_every=4)
+    batches = AdaptiveBatch(
+        model,
+        optimizer,
+        Constant(8),
+        micro_batch_size=4,
+        local_sgd=local,
+        journal=tmp_path / "journal.jsonl",
+        guard=Guard(max_left_out=3),
+    )
+    poison = math.nan
+
+    def overflows(grad: Tensor) -> Tensor:
+        return grad * poison
+
+    bad = (1, 2, 4, 5, 6)
+
+    def run() -> None:
+        for number, step in enumerate(batches.steps(GlobalOrder(regression(96)))):
+            hook = model[0].bias.register_hook(overflows) if what == "gradient" and number in bad else None
+            for batch in step:
+                step.backward(loss_of(model, batch) * (poison if what == "loss" and number in bad else 1.0))
+            if hook is not None:
+                hook.remove()
+            before = weights(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert torch.equal(before, weights(model)) == (number in bad)
+
+    with pytest.raises(UpdatesLeftOut, match="the last 3 updates in a row were left out, up to step 7"):
+        run()
+    assert torch.isfinite(weights(model)).all()
+    assert batches.progress == batches.consumed
+    assert (local.steps, local.rounds) == (7, 1)
+    found = lines(tmp_path / "journal.jsonl")
+    assert [(line["applied"], line["reason"] == "not finite") for line in found] == [
+        (number not in bad, number in bad) for number in range(7)
+    ]
