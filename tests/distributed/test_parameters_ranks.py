@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, Guard, Limits, LocalSGD, Measure, steps
+from adabatch import AdaptiveBatch, Constant, EngineOptions, GlobalOrder, Guard, Limits, LocalSGD, Measure, steps
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.hosted import HostedEngine
 
@@ -58,7 +58,7 @@ def in_ddp(rank: int) -> dict[str, str]:
                 optimizer,
                 Constant(16),
                 micro_batch_size=4,
-                engine=hosted if "host" in measured else None,
+                engine=hosted if "host" in measured else EngineOptions(),
                 limits=Limits(16, 16),
                 measure=Measure(monitor="probe" in measured),
                 guard=Guard(check_every=None),
