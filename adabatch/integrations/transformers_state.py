@@ -11,10 +11,10 @@ import torch
 from transformers import TrainerCallback
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.monitoring import NoiseMonitor
 from adabatch.batch.plan import Duration
 from adabatch.integrations.evaluations import record_numbers
 from adabatch.integrations.host_state import HostState
-from adabatch.monitoring import NoiseMonitor
 from adabatch.runtime.data import GlobalOrder
 
 STATE_FILE = "adabatch.pt"

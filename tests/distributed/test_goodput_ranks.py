@@ -16,7 +16,7 @@ from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Control, GlobalOrder, Goodput, Limits, NoiseScale, examples
 from adabatch.report.steps import read_steps
-from adabatch.runtime import stopwatch
+from adabatch.runtime.observers import stopwatch
 
 pytestmark = pytest.mark.distributed
 

@@ -14,7 +14,7 @@ from adabatch.runtime.local_sgd.memory import Memory
 from adabatch.runtime.local_sgd.periods import Fixed, RoundStart
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
-from adabatch.runtime.trained_parameters import raise_first
+from adabatch.runtime.observers.trained_parameters import raise_first
 
 
 class Rounds:
