@@ -278,28 +278,32 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     machine = Machine.here()
     rows, told, raw = [], [], {}
+    title = (
+        f"A step of {ACCUMULATION} micro-batches of {MICRO} x {LENGTH} tokens with adabatch, against the host alone: "
+        f"median (quartiles)"
+    )
     for host in options.only:
         timings = measure(host, options.rounds)
         raw[host] = timings.seconds
         ratio = timings.ratio("with", "without")
         rows.append((host, timings.of("without").show(1, 1e3), ratio.show(3)))
         told.append(f"{host}: {ratio.median:.3f}, aim {AIM}: {'met' if ratio.median <= AIM else 'missed'}.")
-    publish(
-        "hosts",
-        question="What does a step of a host cost with adabatch in it, probed every time?",
-        machine=machine,
-        tables=[
-            Table(
-                f"A step of {ACCUMULATION} micro-batches of {MICRO} x {LENGTH} tokens with adabatch, against the host "
-                f"alone: median (quartiles)",
-                ("host", "alone, ms", "ratio"),
-                rows,
-            )
-        ],
-        findings=told,
-        data={"rounds": options.rounds, "seconds": raw},
-        save=not options.no_save,
-    )
+        # after each host, so that a run which is stopped leaves what it has
+        publish(
+            "hosts",
+            question="What does a step of a host cost with adabatch in it, probed every time?",
+            machine=machine,
+            tables=[
+                Table(
+                    title,
+                    ("host", "alone, ms", "ratio"),
+                    rows,
+                )
+            ],
+            findings=told,
+            data={"rounds": options.rounds, "seconds": raw},
+            save=not options.no_save,
+        )
 
 
 if __name__ == "__main__":
