@@ -4,7 +4,7 @@
 # make check        ruff, and mypy: strict for the library, looser for tests, benchmarks and examples
 # make site         the documentation as web pages, into build/site; a broken link or reference is an error
 # make dev          an environment for `make fast` and `make check`, without DeepSpeed and MPI, and the pre-commit hooks
-# make bench        every benchmark, into benchmarks/results/; make bench STUDY=frontier runs that one
+# make bench        every benchmark that needs no GPU, into benchmarks/results/; make bench STUDY=frontier runs that one
 #
 # Each makes .venv first, with the versions of constraints.txt: quickstart with what it needs itself, the others with
 # every engine and host that the tests run on. Only python3 and make are needed.
@@ -18,17 +18,19 @@ INSTALLED_DOCS := .venv/.installed-docs
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Test files run side by side, one after the other in each of so many workers.
 WORKERS ?= 2
-# Names of benchmarks to run, without .py; all of them where it is empty.
+# Names of benchmarks to run, without .py; where it is empty, all that need no GPU.
 STUDY ?=
+ON_A_GPU := benchmarks/gpu_checks.py benchmarks/probes_gpu.py
 # One thread a process: the two processes of a run already fill two cores.
 export OMP_NUM_THREADS ?= 1
 # The tests start hundreds of processes, and each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
 # What one waits for between two edits: nothing that starts processes, compiles or trains for long.
-FAST := tests/batch tests/lr tests/docs tests/test_architecture.py tests/test_adaptive.py tests/test_adaptive_equivalence.py \
-	tests/test_adaptive_input.py tests/test_journal.py tests/guards tests/runtime/test_collectives.py \
-	tests/runtime/test_scheduler.py tests/runtime/test_followers.py tests/runtime/test_stopwatch.py tests/runtime/data
+FAST := tests/batch tests/lr tests/docs tests/test_architecture.py tests/adaptive/test_adaptive.py \
+	tests/adaptive/test_adaptive_equivalence.py tests/adaptive/test_adaptive_input.py tests/journal tests/guards \
+	tests/runtime/test_collectives.py tests/runtime/optimizers/test_scheduler.py tests/runtime/optimizers/test_followers.py \
+	tests/runtime/observers/test_stopwatch.py tests/runtime/data
 
 .PHONY: quickstart fast test check site dev bench clean
 
@@ -56,7 +58,7 @@ dev: $(INSTALLED_DEV)
 	$(BIN)/pre-commit install
 
 bench: $(INSTALLED_ALL)
-	for script in $(if $(STUDY),$(STUDY:%=benchmarks/%.py),benchmarks/[a-z]*.py); do \
+	for script in $(if $(STUDY),$(STUDY:%=benchmarks/%.py),$(filter-out $(ON_A_GPU),$(wildcard benchmarks/[a-z]*.py))); do \
 		$(BIN)/python $$script || exit 1; \
 	done
 

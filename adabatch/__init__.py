@@ -6,6 +6,9 @@ What everyday code uses is here; the rest is one module down: ``adabatch.batch``
 
 from adabatch import batch, data, lr, probes
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.monitoring import NoiseMonitor, monitor
+from adabatch.adaptive.options import EngineOptions, Guard, Measure
+from adabatch.adaptive.pairs import AdAdaGrad, AdAdaGradNorm
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import (
     AugmentedInnerProductTest,
@@ -21,16 +24,13 @@ from adabatch.batch.plan import examples, gain_steps, steps, tokens
 from adabatch.batch.schedules import Constant, LinearRamp, Seesaw, Stage, Stages
 from adabatch.checkpointing import Checkpoints, load, save
 from adabatch.guards import EXIT_PREEMPTED, Preemption, Watchdog
-from adabatch.monitoring import NoiseMonitor, monitor
-from adabatch.options import EngineOptions, Guard, Measure
-from adabatch.pairs import AdAdaGrad, AdAdaGradNorm
 from adabatch.runtime import local_sgd
 from adabatch.runtime.data import GlobalOrder, WholeSteps
 from adabatch.runtime.local_sgd import LocalSGD
-from adabatch.runtime.matrix_owners import across_ranks
+from adabatch.runtime.optimizers.matrix_owners import across_ranks
+from adabatch.runtime.optimizers.scheduler import ProgressLR
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
-from adabatch.runtime.scheduler import ProgressLR
 
 __version__ = "0.1.0.dev0"
 

@@ -61,7 +61,7 @@ from support.settings import DIFFERENCES, said
 import adabatch
 from adabatch.checkpointing.files import MANIFEST, NewerFormat, checkpoints_in
 from adabatch.checkpointing.lock import LOCK
-from adabatch.journal import Journal
+from adabatch.journal.writer import Journal
 from adabatch.report.curves import read_curves
 
 FLIPS = 200

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adabatch.optim import AdaGradNorm
-from adabatch.runtime.measured_norm import MeasuredNorm
+from adabatch.runtime.optimizers.measured_norm import MeasuredNorm
 from adabatch.runtime.probes.norms import gradients_of, norms, sum_of_squares
 
 QUESTION = (

@@ -121,7 +121,7 @@ def compare(case: Case, seed: int) -> tuple[list[Compared], float]:
     with tempfile.TemporaryDirectory() as folder:
         made = job(case, seed)
         processor = partial(patch, new=time.process_time)
-        with processor("time.perf_counter"), processor("adabatch.runtime.stopwatch.perf_counter"):
+        with processor("time.perf_counter"), processor("adabatch.runtime.observers.stopwatch.perf_counter"):
             result = run(
                 replace(made, out=Path(folder)), World.from_environment(), display=Display(1), label=case.config
             )

@@ -31,8 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import Dataset
 
 import adabatch
+from adabatch.adaptive.options import Guard
 from adabatch.batch.plan import BatchPlan
-from adabatch.options import Guard
 from adabatch.recipes import NextTokenLoss, Transformer
 from adabatch.runtime.launch.world import World
 from adabatch.runtime.probes.comm_hook import CommHookProbe

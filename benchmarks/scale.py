@@ -33,6 +33,7 @@ import torch.multiprocessing as mp
 from _harness import RESULTS, ROOT, Machine, Quartiles, Table, publish
 
 import adabatch
+from adabatch.adaptive.planning import Ended, Measured, Planner, Policy
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import NormTest
 from adabatch.batch.moments import GradientMoments
@@ -40,13 +41,12 @@ from adabatch.batch.plan import BatchPlan, PlanGrid
 from adabatch.forecast.network import Cluster, all_reduce_seconds, fitted, hierarchy_seconds, ring_seconds, tree_seconds
 from adabatch.guards.connections import DEGREE
 from adabatch.guards.lost_ranks import Report, lost_ranks
-from adabatch.journal import Journal, line
+from adabatch.journal.writer import Journal, line
 from adabatch.lr.follow import UpdateRules
-from adabatch.planning import Ended, Measured, Planner, Policy
 from adabatch.runtime.collectives import digest_of
 from adabatch.runtime.data.order_feed import SliceDealer
 from adabatch.runtime.data.sequence import ExampleSequence, shuffle_of
-from adabatch.runtime.machine_speed import all_reduce_times
+from adabatch.runtime.launch.machine_speed import all_reduce_times
 from adabatch.runtime.random_state import random_state
 
 sys.path.insert(0, str(ROOT / "tests"))

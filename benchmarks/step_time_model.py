@@ -24,7 +24,7 @@ import torch.multiprocessing as processes
 from _harness import Machine, Table, publish
 
 from adabatch.forecast.network import Cluster, fitted, hierarchy_seconds, ring_seconds, tree_seconds
-from adabatch.runtime.machine_speed import all_reduce_times
+from adabatch.runtime.launch.machine_speed import all_reduce_times
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support import simulated_network as simulated

@@ -177,3 +177,38 @@ def test_closed_forms_are_compared_with_simulations_and_with_gloo(monkeypatch: p
     table, findings = study.measurements([(found, words)])
     assert len(table.rows) == len(study.GLOO_BYTES)
     assert "0% off in the median and 0% at most" in " ".join(findings)
+
+
+def test_the_checks_of_a_gpu_hold_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need no process group or compiler; the command starts each in a process of its own."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    checks = importlib.import_module("gpu_checks")
+    cpu = torch.device("cpu")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        inside = ("loop by hand", "learning rates", "noise", "per-example", "float16", "checkpoints", "memory")
+        assert [checks.result_of(name, cpu)[0] for name in inside] == ["passed"] * len(inside)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def test_a_check_of_a_gpu_that_fails_says_how(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    checks = importlib.import_module("gpu_checks")
+    monkeypatch.setattr(checks, "off_by", lambda found, right: 0.5)
+    status, found = checks.result_of("noise", torch.device("cpu"))
+    assert status == "FAILED"
+    assert "off by 5.0e-01" in found
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_checks_of_a_gpu_run_by_one_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    checks = importlib.import_module("gpu_checks")
+    monkeypatch.setattr("sys.argv", ["gpu_checks.py", "--device", "cpu", "--only", "noise"])
+    assert checks.main() == 0
+    assert "1 of 1 passed" in capsys.readouterr().out

@@ -32,11 +32,11 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.adaptive.options import Measure
 from adabatch.batch import Progress
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.needs import Needs
 from adabatch.lr.rules import check_follow, legw_warmup
-from adabatch.options import Measure
 from adabatch.runtime.probes.protocol import Probe
 
 

@@ -25,7 +25,7 @@ from adabatch.integrations.trackers import (
     metrics_of,
     tracker_of,
 )
-from adabatch.journal import Journal
+from adabatch.journal.writer import Journal
 
 ENTRY: dict[str, Any] = {
     "format": 1,
@@ -257,7 +257,7 @@ def test_tensorboard(tmp_path):
 IN_WANDB = """
 import json, sys
 from adabatch.integrations.trackers import WandbTracker
-from adabatch.journal import Journal
+from adabatch.journal.writer import Journal
 
 entry, tracker = json.load(sys.stdin), WandbTracker("adabatch", folder=".", mode="offline")
 journal = Journal(tracker)

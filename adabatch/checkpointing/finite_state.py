@@ -11,8 +11,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from adabatch.checkpointing.files import CheckpointError
-from adabatch.runtime.fsdp2 import own_piece
-from adabatch.runtime.nested import leaves
+from adabatch.checkpointing.nested import leaves
+from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 Named = tuple[str, Tensor]
 """A tensor, and what it is called in an error."""

@@ -22,11 +22,11 @@ from adabatch.checkpointing.rank_states import state_of_rank, states_of_all
 from adabatch.checkpointing.settings import BuiltSettings, KeptSetting
 from adabatch.checkpointing.sharded_state import Shards, put_back, shapes_in, taken_apart, write_shards
 from adabatch.runtime.collectives import HostGroup, collectives_of
-from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.fsdp2 import is_sharded
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.random_state import random_state, restore_random_state
+from adabatch.runtime.wrappers.compiled import uncompiled
+from adabatch.runtime.wrappers.fsdp2 import is_sharded
 
 STATE = "state.pt"
 STATE_OF = "state-{}.pt"

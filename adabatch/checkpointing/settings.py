@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from adabatch.checkpointing.differences import Difference
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.scheduler import ProgressLR
-from adabatch.runtime.step_hooks import put_setting
+from adabatch.runtime.optimizers.scheduler import ProgressLR
+from adabatch.runtime.optimizers.step_hooks import put_setting
 
 TAKEN_OVER = ("weight_decay",)
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from adabatch.checkpointing.files import Damaged
-from adabatch.runtime.fsdp2 import units_of
+from adabatch.runtime.wrappers.fsdp2 import units_of
 
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {

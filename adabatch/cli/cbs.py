@@ -36,7 +36,7 @@ from adabatch.cli.picture import draw_panels
 from adabatch.cli.run_folder import LATEST, RUNS
 from adabatch.cli.runs import CHECKPOINTS
 from adabatch.cli.text_files import json_values, write_atomically
-from adabatch.journal import finite_or_null
+from adabatch.journal.writer import finite_or_null
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.launch.world import World
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from adabatch.adaptive.options import Measure
 from adabatch.batch.schedules import Constant
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, Result, run
@@ -18,7 +19,6 @@ from adabatch.cli.run_folder import run_folder
 from adabatch.cli.runs import COMPARISON
 from adabatch.cli.text_files import json_values, write_atomically
 from adabatch.cli.tune import SHARE, Tuned, split, tuned, with_lr
-from adabatch.options import Measure
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.launch.world import World
 

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.options import EngineOptions
 from adabatch.checkpointing.checkpoints import Checkpoints, Loaded
 from adabatch.cli.optimizers import MakeOptimizer, is_second_order, optimizer_of
-from adabatch.options import EngineOptions
 from adabatch.runtime.launch.world import World
 
 EngineName = Literal["ddp", "fsdp2", "deepspeed"]

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.options import EngineOptions, Guard, Measure
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration, Progress
@@ -35,13 +36,12 @@ from adabatch.guards.watchdog import Watchdog
 from adabatch.integrations.trackers import TrackerName, tracker_of
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.lr.shapes import Shape, constant
-from adabatch.options import EngineOptions, Guard, Measure
 from adabatch.recipes.data import collate
 from adabatch.runtime.collectives import Collectives, workers_of
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.launch.world import World
 from adabatch.runtime.local_sgd import LocalSGD
-from adabatch.runtime.scheduler import ClockKind, ProgressLR
+from adabatch.runtime.optimizers.scheduler import ClockKind, ProgressLR
 
 CONFIG_FORMAT = 1
 EVALUATION_BATCH = 1024

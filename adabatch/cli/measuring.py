@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from adabatch.runtime.launch.machine_speed import all_reduce_times, matmul_flops
 from adabatch.runtime.launch.world import World, connected
-from adabatch.runtime.machine_speed import all_reduce_times, matmul_flops
 
 
 def measured() -> tuple[bool, dict[str, Any]]:

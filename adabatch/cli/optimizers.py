@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adabatch.optim import KFAC, Shampoo
-from adabatch.runtime.matrix_owners import across_ranks
+from adabatch.runtime.optimizers.matrix_owners import across_ranks
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer] | Callable[[Iterable[Tensor], nn.Module], KFAC]
 """Parameters, and for K-FAC the model, -> the optimizer."""

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from adabatch.batch.control import Reason
 from adabatch.cli.plain_parser import PlainParser
 from adabatch.cli.runs import journal_in
-from adabatch.journal_parts import parts_of
+from adabatch.journal.parts import parts_of
 
 DESCRIPTION = """\
 Follow a run: its last steps, one line each, and every new one, until Ctrl-C. Where the journal is cut by a run that

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives, digest_of
-from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data.permutation import mixed
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.fsdp2 import own_piece, units_of
-from adabatch.runtime.observers import Moment, Observers, Phase, StepObserver
-from adabatch.runtime.step_hooks import host_value
+from adabatch.runtime.observers.protocol import Moment, Observers, Phase, StepObserver
+from adabatch.runtime.optimizers.step_hooks import host_value
+from adabatch.runtime.wrappers.compiled import uncompiled
+from adabatch.runtime.wrappers.fsdp2 import own_piece, units_of
 
 _BLOCK = 1 << 18
 """Elements that are hashed at a time: 6 MiB of memory."""

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from adabatch.arguments import shown
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.fsdp2 import own_piece
-from adabatch.runtime.optimizers import each_of
+from adabatch.runtime.optimizers.joined import each_of
+from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 SkipNonfinite = bool | Literal["probed"]
 """In which steps an update whose loss or gradient is not finite is left out: all, none, or those with a probe."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from adabatch.runtime.observers import Moment, Phase, StepObserver
+from adabatch.runtime.observers.protocol import Moment, Phase, StepObserver
 
 
 class Position(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.fsdp2 import own_piece
-from adabatch.runtime.optimizers import kind_of
+from adabatch.runtime.optimizers.joined import kind_of
+from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 SAMPLE = 16
 """Parameters that are checked per step after the first one: each takes two microseconds in every micro-batch."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from adabatch.batch.plan import BatchPlan, Progress
 from adabatch.runtime.data import Feed, Portion
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.observers import Moment, Phase, StepObserver
+from adabatch.runtime.observers.protocol import Moment, Phase, StepObserver
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.random_state import random_state, restore_random_state
 

@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from adabatch.guards.loop_mistakes import SAMPLE
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.optimizers import JoinedOptimizers, kind_of
-from adabatch.runtime.ownership import called_weakly, remove_all
-from adabatch.runtime.step_hooks import hook_step
+from adabatch.runtime.optimizers.joined import JoinedOptimizers, kind_of
+from adabatch.runtime.optimizers.ownership import called_weakly, remove_all
+from adabatch.runtime.optimizers.step_hooks import hook_step
 
 
 class _Applied(NamedTuple):

@@ -29,7 +29,7 @@ from adabatch.guards.memory_trials import Trials
 from adabatch.guards.votes import Votes
 from adabatch.runtime.collectives import Collectives, digest_of
 from adabatch.runtime.data import GlobalOrder, num_examples_in
-from adabatch.runtime.optimizers import each_of
+from adabatch.runtime.optimizers.joined import each_of
 from adabatch.runtime.probes.protocol import Probe
 
 _LONGEST = 160

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.observers import Rider
+from adabatch.runtime.observers.protocol import Rider
 
 INTERVAL = 16
 """Number of steps without a reduction after which the votes are reduced on their own, with one host sync."""

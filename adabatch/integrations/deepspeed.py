@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.options import Measure
 from adabatch.arguments import checked
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan
 from adabatch.lr.follow import Followers
-from adabatch.options import Measure
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.engines.backward import Backward
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.optimizer_traits import ChecksRanks, NeedsWholeGradients
+from adabatch.runtime.optimizers.traits import ChecksRanks, NeedsWholeGradients
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions
+from adabatch.runtime.wrappers.backward import Backward
 
 HELD = ("bit16_groups", "fp16_groups", "bf16_groups")
 """Attributes of DeepSpeed's optimizers that list the model's parameters. The optimizer inside holds copies of them."""

@@ -19,8 +19,8 @@ from adabatch.checkpointing.files import CheckpointError
 from adabatch.checkpointing.plain import plain
 from adabatch.checkpointing.settings import BuiltSettings, KeptSetting, settings_of
 from adabatch.integrations.deepspeed import HELD, trained_parameters
-from adabatch.runtime.scheduler import ProgressLR
-from adabatch.runtime.step_hooks import put_setting
+from adabatch.runtime.optimizers.scheduler import ProgressLR
+from adabatch.runtime.optimizers.step_hooks import put_setting
 
 DESCRIPTION = "adabatch.json"
 """The file of a checkpoint that describes its run."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.monitoring import NoiseMonitor, monitor
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
 from adabatch.integrations.lightning_loop import Fit, Host, MakeSchedule, settings_of
-from adabatch.journal import JournalTarget
-from adabatch.monitoring import NoiseMonitor, monitor
+from adabatch.journal.writer import JournalTarget
 from adabatch.runtime.engines.engine import GradientSync
 
 

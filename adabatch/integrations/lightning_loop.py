@@ -23,14 +23,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.step import Step
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
 from adabatch.integrations.host_state import HostState
 from adabatch.runtime.data import GlobalOrder, num_examples_in
-from adabatch.runtime.engines.backward import Backward, factor_of
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import GradientSync
-from adabatch.step import Step
+from adabatch.runtime.wrappers.backward import Backward, factor_of
 
 OLDEST = "2.4"
 """The oldest release of Lightning that was tried."""

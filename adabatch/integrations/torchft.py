@@ -17,20 +17,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.options import Guard
 from adabatch.arguments import checked
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.guards.same_settings import text_of
 from adabatch.integrations.versions import require
-from adabatch.options import Guard
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.fsdp2 import is_sharded
-from adabatch.runtime.optimizer_traits import ChecksRanks
+from adabatch.runtime.optimizers.traits import ChecksRanks
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions
+from adabatch.runtime.wrappers.compiled import uncompiled
+from adabatch.runtime.wrappers.fsdp2 import is_sharded
 
 OLDEST = "0.2"
 """The oldest release of torchft that was tried."""

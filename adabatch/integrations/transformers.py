@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.monitoring import NoiseMonitor, monitor
+from adabatch.adaptive.step import Step
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration, Progress, examples, steps
 from adabatch.batch.schedules import Schedule
 from adabatch.integrations.host_state import HostState
 from adabatch.integrations.versions import require
-from adabatch.monitoring import NoiseMonitor, monitor
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.scheduler import ProgressLR
-from adabatch.step import Step
+from adabatch.runtime.optimizers.scheduler import ProgressLR
 
 OLDEST = "5.23"
 """The oldest release of Transformers that was tried."""

@@ -9,8 +9,8 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from adabatch.adaptive.step import Step
 from adabatch.runtime.data import GlobalOrder
-from adabatch.step import Step
 
 
 class StepLoader:

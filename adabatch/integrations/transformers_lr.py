@@ -8,7 +8,7 @@ from typing import Any
 from adabatch import lr
 from adabatch.batch.plan import Duration, Progress, steps
 from adabatch.lr.shapes import Shape
-from adabatch.runtime.scheduler import GrowthHold
+from adabatch.runtime.optimizers.scheduler import GrowthHold
 
 OF_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 """Schedules of the host that read losses and do not count steps."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adabatch.arguments import checked
-from adabatch.runtime.optimizers import JoinedOptimizers
+from adabatch.runtime.optimizers.joined import JoinedOptimizers
 
 
 @final

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.journal_parts import lines_of
+from adabatch.journal.parts import lines_of
 from adabatch.lr.recorded import OneRun
 
 Journal = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from adabatch.runtime.compiled import uncompiled
-from adabatch.runtime.fsdp2 import data_parallel_mesh, is_sharded
+from adabatch.runtime.wrappers.compiled import uncompiled
+from adabatch.runtime.wrappers.fsdp2 import data_parallel_mesh, is_sharded
 
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """Parts of the messages of collectives whose peer has ended; these are plain RuntimeErrors."""

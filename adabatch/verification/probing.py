@@ -12,7 +12,7 @@ from adabatch.arguments import checked, require
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.schedules import Constant
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.fsdp2 import is_sharded, own_piece
+from adabatch.runtime.wrappers.fsdp2 import is_sharded, own_piece
 from adabatch.verification.equality import largest_of
 from adabatch.verification.running import (
     ACCUMULATION,

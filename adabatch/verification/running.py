@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.options import EngineOptions, Guard, Measure
+from adabatch.adaptive.step import Step
 from adabatch.arguments import require_type
 from adabatch.batch.control import Limits
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Schedule
 from adabatch.guards.drift import fingerprint
-from adabatch.options import EngineOptions, Guard, Measure
 from adabatch.runtime.collectives import Collectives, collectives_of
-from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.data import GlobalOrder
-from adabatch.step import Step
+from adabatch.runtime.wrappers.compiled import uncompiled
 from adabatch.verification.training import Make, Training
 
 ACCUMULATION = 4

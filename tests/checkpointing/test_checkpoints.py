@@ -22,9 +22,9 @@ from torch.utils.data import TensorDataset
 
 import adabatch
 from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch.adaptive.options import Measure
 from adabatch.checkpointing import CheckpointError
 from adabatch.checkpointing.files import checkpoints_in, finish, sealed
-from adabatch.options import Measure
 
 TOTAL = adabatch.examples(2000)
 

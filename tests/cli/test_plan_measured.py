@@ -19,7 +19,7 @@ from adabatch.cli.main import main
 from adabatch.cli.measuring import measured
 from adabatch.cli.plan import _parser, plan
 from adabatch.forecast.network import ring_seconds
-from adabatch.runtime.machine_speed import all_reduce_times, matmul_flops
+from adabatch.runtime.launch.machine_speed import all_reduce_times, matmul_flops
 
 LATENCY, BANDWIDTH, DEVICES = 2e-4, 5e8, 4
 GUESS = ["--examples=2e6", "--tokens_per_example=2048", "--parameters=1e8"]

@@ -35,9 +35,9 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.adaptive.options import Measure
 from adabatch.batch import Observation
 from adabatch.batch.needs import Needs
-from adabatch.options import Measure
 
 pytestmark = pytest.mark.distributed
 

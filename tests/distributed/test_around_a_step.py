@@ -41,9 +41,9 @@ from torch.optim import SGD, AdamW, Optimizer, SparseAdam
 from torch.utils.checkpoint import checkpoint
 
 from adabatch import AdaptiveBatch, Constant
+from adabatch.adaptive.options import EngineOptions, Measure
 from adabatch.batch import GradientMoments
 from adabatch.batch.moments import from_parts
-from adabatch.options import EngineOptions, Measure
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 from adabatch.runtime.probes.per_example import PerExampleProbe
 

@@ -19,7 +19,7 @@ from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, Subset
 
 from adabatch import AdaptiveBatch, Constant, Control, GlobalOrder, Limits, NormTest, ProgressLR, examples, lr, steps
-from adabatch.options import Measure
+from adabatch.adaptive.options import Measure
 
 pytestmark = pytest.mark.distributed
 

@@ -22,9 +22,9 @@ from torch.optim import AdamW
 
 import adabatch
 from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch.adaptive.options import Guard, Measure
 from adabatch.checkpointing import CheckpointError
 from adabatch.checkpointing.files import checkpoints_in
-from adabatch.options import Guard, Measure
 
 pytestmark = pytest.mark.distributed
 

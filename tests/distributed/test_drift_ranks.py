@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, LocalSGD, steps
+from adabatch.adaptive.options import Guard
 from adabatch.guards import RanksDrifted
 from adabatch.guards.drift import AUTOMATIC, check_interval
-from adabatch.options import Guard
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.engines.choice import engine_for
 

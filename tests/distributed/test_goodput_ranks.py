@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Control, GlobalOrder, Goodput, Limits, NoiseScale, examples
-from adabatch.runtime import stopwatch
+from adabatch.runtime.observers import stopwatch
 
 pytestmark = pytest.mark.distributed
 

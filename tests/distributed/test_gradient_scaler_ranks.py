@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 
 from adabatch import AdaptiveBatch, Control, GlobalOrder, Limits, NormTest, ProgressLR, examples, lr, steps
-from adabatch.options import EngineOptions
+from adabatch.adaptive.options import EngineOptions
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 
 pytestmark = pytest.mark.distributed

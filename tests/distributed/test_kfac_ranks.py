@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adabatch import AdaptiveBatch, Constant
 from adabatch.optim import KFAC
-from adabatch.runtime.matrix_owners import across_ranks, dealt_out
+from adabatch.runtime.optimizers.matrix_owners import across_ranks, dealt_out
 
 pytestmark = pytest.mark.distributed
 

@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import adabatch
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, NormTest, ProgressLR, examples, lr
+from adabatch.adaptive.options import EngineOptions, Measure
 from adabatch.optim import AdaGradNorm
-from adabatch.options import EngineOptions, Measure
 from adabatch.runtime.probes.comm_hook import CommHookProbe
 
 pytestmark = pytest.mark.distributed

@@ -39,8 +39,8 @@ from adabatch import (
     save,
     steps,
 )
+from adabatch.adaptive.options import Measure
 from adabatch.batch.moments import GradientMoments, from_parts
-from adabatch.options import Measure
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.local_sgd import Change, Nesterov, Quadratic, SlowMo, Table
 from adabatch.runtime.local_sgd.exchange import Exchange

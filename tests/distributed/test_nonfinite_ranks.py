@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, steps
-from adabatch.options import Guard
+from adabatch.adaptive.options import Guard
 
 pytestmark = pytest.mark.distributed
 

@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Constant
+from adabatch.adaptive.options import Measure
 from adabatch.batch import GradientMoments
 from adabatch.batch.moments import from_parts
-from adabatch.options import Measure
 
 pytestmark = pytest.mark.distributed
 

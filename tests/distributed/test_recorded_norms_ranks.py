@@ -17,7 +17,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader
 
 from adabatch import AdaptiveBatch, GlobalOrder, Limits, NormTest, ProgressLR, examples, lr
-from adabatch.options import Measure
+from adabatch.adaptive.options import Measure
 
 pytestmark = pytest.mark.distributed
 

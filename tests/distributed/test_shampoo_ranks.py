@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.optim import Shampoo
 from adabatch.optim.shampoo import statistics
-from adabatch.runtime.matrix_owners import across_ranks
+from adabatch.runtime.optimizers.matrix_owners import across_ranks
 
 pytestmark = pytest.mark.distributed
 

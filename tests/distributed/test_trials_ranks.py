@@ -19,8 +19,8 @@ from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
 from adabatch import AdaptiveBatch, GlobalOrder, LocalSGD, examples
+from adabatch.adaptive.options import Guard
 from adabatch.batch.schedules import Stage, Stages
-from adabatch.options import Guard
 
 pytestmark = pytest.mark.distributed
 

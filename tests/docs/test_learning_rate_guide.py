@@ -12,7 +12,7 @@ import torch
 from adabatch import lr
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.lr.shapes import FACTORIES
-from adabatch.runtime.scheduler import ClockKind
+from adabatch.runtime.optimizers.scheduler import ClockKind
 
 GUIDE = Path(__file__).parents[2] / "docs" / "learning_rate.md"
 TEXT = GUIDE.read_text(encoding="utf-8")

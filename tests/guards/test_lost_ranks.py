@@ -11,7 +11,7 @@ import pytest
 from adabatch.batch.plan import BatchPlan
 from adabatch.guards.heartbeat import Heartbeat, Position
 from adabatch.guards.lost_ranks import Report, lost_ranks
-from adabatch.runtime.observers import Moment, Phase
+from adabatch.runtime.observers.protocol import Moment, Phase
 
 PLAN = BatchPlan(micro_batch_size=1, accumulation_steps=1, dp_size=1)
 

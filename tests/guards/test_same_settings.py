@@ -22,7 +22,7 @@ from adabatch.guards.same_settings import (
     text_of,
 )
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.optimizers import joined
+from adabatch.runtime.optimizers.joined import joined
 
 
 class Own:

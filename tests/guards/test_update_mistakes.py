@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 
 import adabatch
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, ProgressLR, lr
-from adabatch.runtime.optimizers import JoinedOptimizers
+from adabatch.runtime.optimizers.joined import JoinedOptimizers
 
 
 class Loop:

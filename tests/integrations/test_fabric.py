@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import adabatch
 from adabatch import AdaptiveBatch, Constant, EngineOptions, GlobalOrder, Measure, ProgressLR
-from adabatch.runtime.fabric import inside_fabric, without_fabric
+from adabatch.runtime.wrappers.fabric import inside_fabric, without_fabric
 
 needs("lightning", "pytorch_lightning")
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from support.loops import loss_of, network, regression
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, steps
-from adabatch.options import Measure
+from adabatch.adaptive.options import Measure
 from adabatch.report import draw
 from adabatch.report.curves import read_curves
 from adabatch.report.layers import LAYER_WINDOW, OTHERS, layer_scales, noise_shares

@@ -27,9 +27,9 @@ from adabatch import (
     examples,
     steps,
 )
+from adabatch.adaptive.options import EngineOptions
 from adabatch.batch import Progress
 from adabatch.batch.plan import tokens
-from adabatch.options import EngineOptions
 from adabatch.runtime.local_sgd import (
     Average,
     Change,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adabatch.options import EngineOptions, Guard, Measure
+from adabatch.adaptive.options import EngineOptions, Guard, Measure
 
 MEASURE = {"monitor": "monitor", "record_l1": "l1", "per_layer": "layers", "layer_weights": "layer_weights"}
 GUARD = {name: name for name in ("skip_nonfinite", "trial", "check_every")}

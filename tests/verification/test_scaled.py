@@ -21,7 +21,7 @@ from torch.optim import SGD, Adam, Optimizer
 from adabatch import GlobalOrder, MicroBatchProbe
 from adabatch.batch import GradientMoments
 from adabatch.runtime.engines import choice
-from adabatch.runtime.engines.backward import Backward, scaled_by
+from adabatch.runtime.wrappers.backward import Backward, scaled_by
 from adabatch.verification import Check, Training, all_checks, constant_policy, drift, probe_agrees, resume
 
 FITS, OVERFLOWS = 2.0**10, 2.0**20

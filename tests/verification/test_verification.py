@@ -20,8 +20,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
 
 from adabatch import GlobalOrder, MicroBatchProbe, PerExampleProbe
+from adabatch.adaptive.step import Step
 from adabatch.batch import GradientMoments
-from adabatch.step import Step
 from adabatch.verification import (
     Check,
     Training,

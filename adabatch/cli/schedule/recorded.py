@@ -12,7 +12,7 @@ from adabatch.batch.plan import Duration, Progress
 from adabatch.checkpointing.newest import newest_checkpoint
 from adabatch.checkpointing.run_state import STATE
 from adabatch.cli.runs import CHECKPOINTS, journal_in
-from adabatch.journal_parts import lines_of
+from adabatch.journal.parts import lines_of
 from adabatch.lr.extend import SavedSchedule
 from adabatch.lr.recorded import Clock, Recorded
 from adabatch.lr.shapes import Shape

@@ -9,13 +9,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.runtime.collectives import collectives_of
-from adabatch.runtime.compiled import uncompiled
-from adabatch.runtime.engines.backward import PLAIN, Backward, scaled_by
 from adabatch.runtime.engines.ddp import DDPEngine
 from adabatch.runtime.engines.engine import Engine, GradientSync
 from adabatch.runtime.engines.fsdp2 import FSDP2Engine
 from adabatch.runtime.engines.plain import PlainEngine
-from adabatch.runtime.fsdp2 import is_sharded
+from adabatch.runtime.wrappers.backward import PLAIN, Backward, scaled_by
+from adabatch.runtime.wrappers.compiled import uncompiled
+from adabatch.runtime.wrappers.fsdp2 import is_sharded
 
 
 def engine_for(

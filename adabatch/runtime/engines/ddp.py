@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.runtime.collectives import collectives_of
-from adabatch.runtime.compiled import uncompiled
-from adabatch.runtime.engines.backward import PLAIN, Backward
 from adabatch.runtime.engines.engine import Engine, GradientSync
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions
+from adabatch.runtime.wrappers.backward import PLAIN, Backward
+from adabatch.runtime.wrappers.compiled import uncompiled
 
 
 @final

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from adabatch.batch.plan import BatchPlan, Progress
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.compiled import uncompiled
-from adabatch.runtime.engines.backward import PLAIN, Backward
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions
+from adabatch.runtime.wrappers.backward import PLAIN, Backward
+from adabatch.runtime.wrappers.compiled import uncompiled
 
 GradientSync = Literal["each", "last"]
 """At which micro-batches of a step the ranks reduce their gradients."""

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from adabatch.arguments import some
 from adabatch.runtime.collectives import collectives_of
-from adabatch.runtime.engines.backward import PLAIN, Backward
 from adabatch.runtime.engines.engine import Engine, GradientSync
-from adabatch.runtime.fsdp2 import reduces, units_of
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions
 from adabatch.runtime.probes.reduce_scatter import ReduceScatterProbe
+from adabatch.runtime.wrappers.backward import PLAIN, Backward
+from adabatch.runtime.wrappers.fsdp2 import reduces, units_of
 
 
 @final

@@ -13,7 +13,7 @@ from adabatch.runtime.local_sgd.exchange import Exchange
 from adabatch.runtime.local_sgd.memory import Fragment, Memory, Pending
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
-from adabatch.runtime.trained_parameters import raise_first
+from adabatch.runtime.observers.trained_parameters import raise_first
 
 UNCOUNTED = 1e-6
 """Examples of a worker that counted none: next to those that others counted nothing, and the same for all if nobody

@@ -19,7 +19,6 @@ from adabatch.runtime.collectives import Collectives, collectives_of, workers_of
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import GradientSync
 from adabatch.runtime.engines.plain import PlainEngine
-from adabatch.runtime.fsdp2 import is_sharded
 from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.engine import LocalWorkers
 from adabatch.runtime.local_sgd.memory import Memory
@@ -29,10 +28,11 @@ from adabatch.runtime.local_sgd.probe import Spread
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.rounds import Rounds
 from adabatch.runtime.local_sgd.settings import AverageWeights, LocalSGDSettings, MeasuredStep, period_of
-from adabatch.runtime.optimizers import each_of, joined, without_rate
-from adabatch.runtime.ownership import remove_all, take_over
-from adabatch.runtime.step_hooks import hook_step
-from adabatch.runtime.trained_parameters import TrainedParameters
+from adabatch.runtime.observers.trained_parameters import TrainedParameters
+from adabatch.runtime.optimizers.joined import each_of, joined, without_rate
+from adabatch.runtime.optimizers.ownership import remove_all, take_over
+from adabatch.runtime.optimizers.step_hooks import hook_step
+from adabatch.runtime.wrappers.fsdp2 import is_sharded
 
 
 class LocalSGD:

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from adabatch.runtime.fsdp2 import own_piece
 from adabatch.runtime.local_sgd.exchange import Exchange
-from adabatch.runtime.trained_parameters import held_parameters
+from adabatch.runtime.observers.trained_parameters import held_parameters
+from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 COUNT = "step"
 """Name of the optimizers' count of steps, which is equal on all workers and not averaged."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.per_example.replay import map_tensors, tensors_of
 from adabatch.runtime.random_state import random_state, restore_random_state
+from adabatch.runtime.wrappers.compiled import uncompiled
 
 
 def run_with_one_less(model: nn.Module, args: Any, kwargs: Any, num_examples: int) -> bool:

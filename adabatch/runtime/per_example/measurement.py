@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from adabatch.runtime.fsdp2 import class_of, is_sharded
 from adabatch.runtime.per_example.contributions import (
     Contribution,
     Dense,
@@ -39,6 +38,7 @@ from adabatch.runtime.per_example.replay import (
 )
 from adabatch.runtime.per_example.rules import RULES
 from adabatch.runtime.per_example.sites import Site
+from adabatch.runtime.wrappers.fsdp2 import class_of, is_sharded
 
 # If a parameter is used outside the module that owns it, the gradients of the examples do not add up to its own. These
 # are the allowed differences, relative to its squared norm and to the mean absolute product; rounding in bfloat16 stays

@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
-from adabatch.runtime.fsdp2 import class_of
 from adabatch.runtime.per_example.rules import RULES, Rule
+from adabatch.runtime.wrappers.fsdp2 import class_of
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import mean_future
-from adabatch.runtime.compiled import uncompiled
 from adabatch.runtime.probes.layers import Layers, LayerSums
 from adabatch.runtime.probes.micro_batch import IN_PIECES
 from adabatch.runtime.probes.norms import gathered, norms
 from adabatch.runtime.probes.parts import PartSums
 from adabatch.runtime.probes.protocol import Probe, given_with
+from adabatch.runtime.wrappers.compiled import uncompiled
 
 Hook = Callable[[Any, dist.GradBucket], Future[Tensor]]
 """How DDP reduces a bucket: the second argument of ``DistributedDataParallel.register_comm_hook``."""

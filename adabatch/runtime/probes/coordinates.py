@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.fsdp2 import own_piece
 from adabatch.runtime.probes.layers import LayerSums
 from adabatch.runtime.probes.metrics import Image, ProbeNorm
 from adabatch.runtime.probes.norms import norms
 from adabatch.runtime.probes.quantile import LEFT_OUT, quantile_of
+from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 SINGLE = Collectives()
 

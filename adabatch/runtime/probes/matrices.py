@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.matrix_owners import dealt_out
+from adabatch.runtime.optimizers.matrix_owners import dealt_out
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.layers import LayerSums
 

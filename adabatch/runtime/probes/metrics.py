@@ -11,8 +11,8 @@ from torch.optim import Adam, AdamW, NAdam, Optimizer
 
 from adabatch.arguments import checked
 from adabatch.batch.moments import EUCLIDEAN
-from adabatch.runtime.fsdp2 import own_piece
-from adabatch.runtime.optimizers import each_of
+from adabatch.runtime.optimizers.joined import each_of
+from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 
 @runtime_checkable

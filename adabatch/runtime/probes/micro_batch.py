@@ -16,7 +16,7 @@ from torch import Tensor
 from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.ownership import called_weakly, remove_all
+from adabatch.runtime.optimizers.ownership import called_weakly, remove_all
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers

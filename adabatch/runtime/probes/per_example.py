@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import collectives_of
-from adabatch.runtime.fsdp2 import is_sharded, own_piece
 from adabatch.runtime.per_example import ExampleGradients, PerExampleNorms, Rule
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.gauge import Gauge
@@ -27,6 +26,7 @@ from adabatch.runtime.probes.layers import Layers
 from adabatch.runtime.probes.metrics import ProbeNorm, name_of
 from adabatch.runtime.probes.norms import gradients_of
 from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.wrappers.fsdp2 import is_sharded, own_piece
 
 
 class PerExampleProbe(Probe):

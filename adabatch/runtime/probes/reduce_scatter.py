@@ -22,13 +22,13 @@ from torch.distributed.fsdp import FSDPModule
 from adabatch.arguments import checked
 from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.collectives import reduce_scatter, shards_and_replicas
-from adabatch.runtime.fsdp2 import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
-from adabatch.runtime.ownership import called_weakly, remove_all, take_over
+from adabatch.runtime.optimizers.ownership import called_weakly, remove_all, take_over
 from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers
 from adabatch.runtime.probes.metrics import ProbeNorm
 from adabatch.runtime.probes.norms import gradients_of, norms
 from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.wrappers.fsdp2 import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
 
 TOO_LONG = 1.05
 """How far the squared norm of the mean may exceed the mean squared norm of the parts. Mathematically it never exceeds

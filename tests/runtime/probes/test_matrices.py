@@ -17,7 +17,7 @@ from adabatch import AdaptiveBatch, Control, GlobalOrder, Limits, MicroBatchProb
 from adabatch.batch.moments import GradientMoments
 from adabatch.probes import PerExampleProbe
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.matrix_owners import dealt_out
+from adabatch.runtime.optimizers.matrix_owners import dealt_out
 from adabatch.runtime.probes.matrices import MatrixGrams, _shortened, newton_schulz, root_trace
 from adabatch.runtime.probes.metrics import SpectralNorm, norm_of
 
@@ -129,7 +129,7 @@ def test_only_what_muon_holds_counts() -> None:
         pytest.skip("torch.optim.Muon came with torch 2.9")
     model = network()
     first, *rest = model.parameters()
-    from adabatch.runtime.optimizers import JoinedOptimizers
+    from adabatch.runtime.optimizers.joined import JoinedOptimizers
 
     norm: Any = norm_of("spectral", JoinedOptimizers([muon([first], lr=0.02), AdamW(rest)]))
     assert [norm.takes(p) for p in model.parameters()] == [True, False, False, False]

@@ -14,7 +14,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, MicroBatchProbe, NormTest, PerExampleProbe
-from adabatch.options import Measure
+from adabatch.adaptive.options import Measure
 from adabatch.runtime.probes.layers import Layers, layers_of
 
 

@@ -1,0 +1,528 @@
+"""``AdaptiveBatch``: the one stateful object, which joins pure decisions and torch code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from adabatch.adaptive.options import EngineOptions, Guard, Measure
+from adabatch.adaptive.planning import check_format
+from adabatch.adaptive.step import Step
+from adabatch.adaptive.updates import PendingUpdates
+from adabatch.adaptive.validation import (
+    check_kinds,
+    check_types,
+    check_until,
+    engine_of,
+    given_settings,
+    prepared,
+    suited_probe,
+)
+from adabatch.arguments import allowed_by, checked, conform, require_type, whole
+from adabatch.batch.control import Control, Limits
+from adabatch.batch.criteria import Criterion
+from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
+from adabatch.guards.drift import add_drift_check
+from adabatch.guards.finite import nonfinite_search
+from adabatch.guards.heartbeat import Heartbeat
+from adabatch.guards.left_out import UpdatesInARow
+from adabatch.guards.loop_mistakes import LoopMistakes
+from adabatch.guards.memory_trials import Trials
+from adabatch.guards.same_settings import check_same_settings, failing_together, loop_settings, run_settings
+from adabatch.guards.votes import Votes
+from adabatch.journal.writer import Journal, JournalTarget
+from adabatch.lr.follow import Followers
+from adabatch.lr.rules import LRRule, Setting
+from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.data import GlobalOrder, WholeSteps, num_examples_in
+from adabatch.runtime.data.passes import passes_over
+from adabatch.runtime.data.portions import Feed
+from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.observers.empty_parts import EmptyParts
+from adabatch.runtime.observers.protocol import Moment, Observers, Phase
+from adabatch.runtime.observers.stopwatch import Stopwatch
+from adabatch.runtime.observers.trained_parameters import TrainedParameters
+from adabatch.runtime.optimizers.joined import each_of, joined, kind_of
+from adabatch.runtime.optimizers.ownership import release, take_over, undone_on_error
+from adabatch.runtime.optimizers.scheduler import WritesRates
+from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.wrappers.fabric import inside_fabric
+
+
+class AdaptiveBatch:
+    """Lets the global batch size follow a criterion, and the learning rate follow the batch, around your own loop.
+
+        batches = AdaptiveBatch(model, optimizer, NormTest(eta=0.5), micro_batch_size=16,
+                                limits=Limits(min=64, max=4096), lr_rule="sqrt")
+        for step in batches.steps(loader):
+            for x, y in step:
+                step.backward(loss_fn(model(x), y))
+            optimizer.step(); optimizer.zero_grad()
+
+    Args:
+        model: plain, wrapped in ``DistributedDataParallel``, or sharded by ``fully_shard`` (FSDP2; torch 2.9 for a
+            criterion that needs a probe); model and optimizer also as Lightning's ``fabric.setup`` returned them.
+        optimizer: each ``step()`` counts as an update, and runs with the batch factor on the learning rates. Only
+            gradients of the parameters that it holds are measured. A list of several optimizers with different
+            parameters makes one update: it is complete when all have stepped, in any order; all step with the same
+            factor, or leave a step out together. An optimizer has one ``AdaptiveBatch``. A new one on the same
+            optimizer, or on another optimizer of the same parameters, replaces the older one, whose ``steps()`` raises
+            from then on.
+        criterion: which batch size to ask for; a ``Schedule`` needs no probe.
+        micro_batch_size: examples in one forward and backward on one rank, as your loader yields them. If its
+            micro-batches vary in size, this is the largest, and ``steps(count=)`` must count them.
+        limits: smallest and largest global batch size; the run starts at the smallest. Optional with a schedule.
+        max_micro_batch_size: with a ``GlobalOrder``, how far the micro-batch may grow (by doubling) before steps
+            accumulate; by default it does not grow.
+        control: how cautiously the criterion is followed; by default the batch grows and shrinks, and waits for the
+            end of the schedule's warm-up before it grows.
+        lr_rule: how the learning rate follows the batch: "none", "linear", "sqrt", "gain" or "sqrt_gain". The default
+            is "gain" if the batch follows Euclidean noise, "sqrt" for ``KFAC`` and ``Shampoo`` (no rule has been
+            derived for them; arXiv 2602.03001 uses this one), "sqrt" ("linear" for ``SGD``) with a ``Seesaw`` schedule,
+            whose decay of the learning rate comes on top of it, and "none" otherwise, as for all other schedules. The
+            default was chosen in ``benchmarks/frontier.py``.
+        follow: what else follows the batch during an update: "betas", "eps", "weight_decay" (decoupled). The
+            optimizer's memory and decay per example then stay what they are at the reference batch size. With "betas",
+            the optimizer counts its steps in updates of that size, so that its bias correction stays right. The betas
+            do not fall below floors (0.5 and 0.95), which ``lr.Followers`` changes. The default is ``("betas",)`` if
+            ``lr_rule`` is left out, is "gain" by default, and the optimizer is torch's ``Adam`` or ``AdamW``; it is
+            ``()`` otherwise.
+        reference_batch_size: the global batch size that the base LR was tuned for; by default the first of the run.
+        tokens_per_example: needed for durations in tokens.
+        probe: how gradients are measured; by default chosen by the engine.
+        local_sgd: the ``LocalSGD`` of this model and optimizer, which averages the workers every few steps. A plain
+            model on several processes needs it. Gradients are measured once per round.
+        journal: where the first rank writes one JSON line per step: a path, or a tracker
+            (``adabatch.integrations.trackers``), or a list of trackers with one path at most.
+        measure: what is measured in addition to what the criterion needs: noise, norms, layers.
+        guard: what is checked and tried: updates that are not finite, larger micro-batches, ranks that drift.
+        engine: options of the engine that the model's type selects, such as a gradient scaler; or, for hosts, an
+            engine.
+
+    Raises:
+        ValueError: if the ranks or the micro-batch cannot make up the limits, if the criterion needs more than the
+            probe gives, if the model has no trainable parameters or the optimizer belongs to another model, if the rule
+            is unknown, if a size is below 1, or if a trial is asked for on an engine whose ranks cannot run alone, or
+            of a micro-batch that does not grow.
+        TypeError: if the model, the optimizer, the criterion, its needs, the scaler or a group of options is of another
+            type.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        criterion: Criterion,
+        *,
+        micro_batch_size: int,
+        limits: Limits | None = None,
+        max_micro_batch_size: int | None = None,
+        control: Control | None = None,
+        lr_rule: LRRule | None = None,
+        follow: Followers | Collection[Setting] | None = None,
+        reference_batch_size: int | None = None,
+        tokens_per_example: int | None = None,
+        probe: Probe | None = None,
+        local_sgd: LocalSGD | None = None,
+        journal: JournalTarget | Sequence[JournalTarget] | None = None,
+        measure: Measure = Measure(),
+        guard: Guard = Guard(),
+        engine: EngineOptions | Engine = EngineOptions(),
+    ) -> None:
+        optimizer = joined(optimizer)
+        check_types(optimizer, criterion)
+        check_kinds(
+            model=(model, torch.nn.Module, "a torch.nn.Module"),
+            measure=(measure, Measure, "Measure(...)"),
+            guard=(guard, Guard, "Guard(...)"),
+            control=(Control() if control is None else control, Control, "Control(...)"),
+        )
+        if local_sgd is not None:
+            check_kinds(local_sgd=(local_sgd, LocalSGD, "the LocalSGD of this model and optimizer"))
+        if probe is not None:
+            check_kinds(probe=(probe, Probe, "a probe, such as PerExampleProbe(model)"))
+        fabric = inside_fabric(model)
+        model, backward = (model, None) if fabric is None else fabric
+        self._engine = engine_of(model, optimizer, engine, local_sgd, backward)
+        with undone_on_error() as undo, failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
+            micro_batch_size = whole("micro_batch_size", micro_batch_size, at_least=1)
+            largest = micro_batch_size
+            if max_micro_batch_size is not None:
+                largest = whole("max_micro_batch_size", max_micro_batch_size, at_least=1)
+            self._planner, needs, layers = prepared(
+                model,
+                optimizer,
+                criterion,
+                self._engine,
+                micro_sizes=micro_batch_sizes(micro_batch_size, largest),
+                limits=limits,
+                control=control,
+                lr_rule=lr_rule,
+                follow=follow,
+                reference_batch_size=_count("reference_batch_size", reference_batch_size),
+                tokens_per_example=_count("tokens_per_example", tokens_per_example),
+                measure=measure,
+                probe=probe,
+            )
+            self._optimizer = optimizer
+            self._grows_micro_batch = max_micro_batch_size is not None
+            self._gone: str | None = None  # why this object is not to be used any more
+            self._owns_probe = probe is None
+            self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
+            self._find_nonfinite = nonfinite_search(optimizer, guard.skip_nonfinite, self._engine)
+            self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
+            self._mistakes = LoopMistakes(self._engine, optimizer)
+            self._empty_parts = EmptyParts(model)
+            self._journal = Journal(journal if self.collectives.rank == 0 else None)
+            self._votes = Votes(self.collectives)
+            self._given = given_settings(self._engine, engine, local_sgd, measure, guard)
+            self._heartbeat = Heartbeat()
+            self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
+            self._observers = Observers(self._heartbeat, *self._stopwatches)
+            add_drift_check(self._observers, guard.check_every, self._engine, optimizer, self._planner)
+            self._engine.stands_at(self.progress, self._planner.lr_factor)
+
+            # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
+            # set once only, and its removal would take off those of the new probe.
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            take_over(self, [*each_of(optimizer), *held], kind="AdaptiveBatch")
+            undo.callback(release, self)  # nobody may ask a half-built object to give way
+            self._probe = suited_probe(optimizer, needs, given=probe, engine=self._engine, layers=layers)
+            if probe is None and self._probe is not None:
+                undo.callback(self._probe.remove)
+            self._trials = Trials(guard.trial, self._engine, self._probe, self._planner.micro_sizes)
+            everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
+            measured = self._probe is not None or self.collectives.size > 1
+            self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
+            self._updates = PendingUpdates(
+                optimizer,
+                engine=self._engine,
+                planner=self._planner,
+                journal=self._journal,
+                observers=self._observers,
+                skip_nonfinite=bool(guard.skip_nonfinite),
+                hand_norms=bool(criterion.needs),
+            )
+            undo.callback(self._updates.remove)
+
+    # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan of the next step (inside a step: of the one after it, once the inner loop is over)."""
+        return self._planner.plan
+
+    @property
+    def progress(self) -> Progress:
+        """What the applied updates consumed so far."""
+        return self._planner.progress
+
+    @property
+    def consumed(self) -> Progress:
+        """What all steps consumed so far, including those whose update was left out."""
+        return self._planner.consumed
+
+    @property
+    def progress_after_next(self) -> Progress:
+        """What the applied updates will have consumed when the next planned step is applied."""
+        return self._planner.after_next()
+
+    @property
+    def noise_scale(self) -> float:
+        """Averaged noise over averaged signal, in examples; NaN until it has been measured."""
+        return self._planner.state.averages.noise_scale
+
+    @property
+    def lr_factor(self) -> float:
+        """The batch factor that the next ``optimizer.step()`` applies."""
+        return self._updates.lr_factor
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer whose steps are the updates, without the wrapper of a host; several of them joined."""
+        return self._optimizer
+
+    @property
+    def journal(self) -> Journal:
+        """The journal of the run; its ``path`` is None on all ranks but the first."""
+        return self._journal
+
+    @property
+    def collectives(self) -> Collectives:
+        """The ranks of the run."""
+        return self._engine.collectives
+
+    @property
+    def too_large(self) -> int | None:
+        """The smallest micro-batch size that ran out of memory in its trial; None if none did."""
+        return self._trials.too_large
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """What this rank is doing now; read by a ``Watchdog``."""
+        return self._heartbeat
+
+    @property
+    def votes(self) -> Votes:
+        """The ranks' votes on whether to stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
+        return self._votes
+
+    @checked
+    def hold_growth_until(self, duration: Duration | None) -> None:
+        """Keeps the batch from growing before ``duration`` has passed, unless ``Control(hold_until=)`` says otherwise.
+
+        A ``ProgressLR`` with a warm-up calls this. Noise and signal of the first steps are seldom those of the rest of
+        the run, and a batch that grows during the warm-up shortens it in steps.
+
+        Raises:
+            ValueError: if the run does not count the unit of ``duration``.
+        """
+        if duration is not None:
+            self.progress.count(duration.unit)
+        self._planner.hold_until = duration
+
+    def add_schedule(self, schedule: WritesRates) -> None:
+        """Tells a schedule of each update, and of a state that is loaded, until it is dropped; ``ProgressLR`` asks for
+        it."""
+        self._updates.add_schedule(schedule)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def steps(
+        self,
+        loader: GlobalOrder | WholeSteps | Iterable[Any],
+        *,
+        until: Duration | None = None,
+        count: Callable[[Any], int] = num_examples_in,
+        weigh: Callable[[Any], float] | None = None,
+        allow_same_data: bool = False,
+    ) -> Iterator[Step]:
+        """The steps of one pass over the data, or of as many passes as ``until`` takes.
+
+        A ``GlobalOrder`` joins its epochs: the step that crosses the end of an epoch ends the pass, and the next pass
+        continues where it stopped. Any other loader yields micro-batches of this rank. If its last micro-batches do not
+        fill a step, the pass ends with a shorter step, on all ranks at once. After a pass, its ``DistributedSampler``,
+        if it has one, is set to the next epoch; an epoch that you set yourself before a pass is kept.
+
+        Args:
+            loader: a ``GlobalOrder``, or any iterable of micro-batches; or ``WholeSteps``, whose items are the
+                micro-batches of a step, whatever the plan is.
+            until: train until this much has been consumed, counted from the beginning of the run.
+            count: returns the number of examples in a micro-batch of a loader that is not a ``GlobalOrder``. By
+                default, this is the size on which all entries of the micro-batch agree, and every micro-batch but the
+                last of a pass must hold ``micro_batch_size`` examples.
+            weigh: returns the number of terms over which the mean loss of a micro-batch is taken, if that is not its
+                number of examples; for instance, its tokens without padding. The gradient of a step is then the mean
+                over the terms of all its micro-batches, on all ranks. A micro-batch of weight 0 counts for nothing: its
+                loss is not read, and the loop may skip it if no other rank waits for it. A step that holds nothing else
+                is left out. Batch sizes, noise and noise scale are still in examples, each of the step's average number
+                of terms. The micro-batches of a step are fetched before it begins.
+            allow_same_data: whether a loader that is not a ``GlobalOrder`` may give the same examples to several ranks.
+                By default that is an error at the first step of a pass.
+
+        Raises:
+            ValueError: if the data set is smaller than the largest batch, if the loader is empty, if its micro-batches
+                do not hold ``micro_batch_size`` examples (the last may hold fewer) or do not tell how many they hold,
+                if the micro-batch should grow but the loader cannot let it, if a weight is negative, or if ranks hold
+                different orders, plans or settings, or the same examples.
+            RuntimeError: if not all micro-batches of a step were run, if the update of two steps in a row was made by
+                another optimizer or by some of several only, if parameters joined or left those that train, or if a
+                newer object has replaced this one.
+            UpdatesLeftOut: if ``max_left_out`` updates in a row were left out.
+            TypeError: if ``until`` has no unit, or ``loader`` is not an iterable of micro-batches.
+        """
+        self._check_in_place()
+        self._updates.begin_loop()
+        given = loop_settings(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
+        fixed = self._given | self._planner.given()
+        # compared before the first collective of the loop: ranks with different settings would wait for each other,
+        # each elsewhere
+        given |= run_settings(fixed, self._optimizer, probe=self._probe, votes=self._votes, trials=self._trials)
+        check_same_settings(self.collectives, given)
+        with failing_together(self.collectives, "steps(...)"):
+            require_type(
+                callable(count), "count must be a function from a micro-batch to its number of examples", count
+            )
+            require_type(weigh is None or callable(weigh), "weigh must be a function of a micro-batch, or None", weigh)
+            allow_same_data = conform("allow_same_data", allow_same_data, allowed_by(bool))
+            if until is not None:
+                check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
+            elif not self.collectives.fixed:
+                raise ValueError("replicas that join later count no passes: give steps(until=), in examples or steps")
+            passes = passes_over(
+                loader,
+                self.collectives,
+                plan=self.plan,
+                largest=self._planner.largest_known(),
+                grows_micro_batch=self._grows_micro_batch,
+                count=count,
+                weigh=weigh,
+                may_be_empty=self._just_loaded,
+                allow_same_data=allow_same_data,
+                together=not self._engine.runs_alone,
+            )
+            self._just_loaded &= isinstance(loader, GlobalOrder)
+        feed = self._trials.over(passes, self._planner, self._observers)
+        while until is None or not self.consumed.reached(until):
+            yield from self._one_step(feed)
+            if passes.ended:
+                passes.end_pass()
+                if until is None:
+                    return
+        passes.end_pass()
+
+    def _one_step(self, feed: Feed) -> Iterator[Step]:
+        """One step from ``feed``, or nothing if its pass is over."""
+        self._check_in_place()
+        self._updates.flush()
+        self._engine.before_step()
+        number = self.consumed.steps
+        self._updates_in_a_row.check(number, self.progress.steps)
+        self._observers.before(number)
+        self._observers.at(Phase.LOADING, Moment(number, self.plan))
+        portion = feed.take(self.plan)
+        if portion is None:
+            return
+        self._updates.begin_step()
+        probe = self._probe if self._planner.measures_next and self._engine.measures_next() else None
+        step = Step(
+            portion.plan or self.plan,
+            portion,
+            number=number,
+            engine=self._engine,
+            probe=probe,
+            empty_parts=self._empty_parts,
+            votes=self._votes,
+            find_nonfinite=self._find_nonfinite,
+            riders=self._stopwatches,
+            observers=self._observers,
+            trained=self._trained,
+            mistakes=self._mistakes,
+            finish=partial(self._finish, feed=feed),
+        )
+        with self._updates.inside(step):
+            yield step
+        self._updates.end_step(step)
+
+    def _check_in_place(self) -> None:
+        if self._gone is not None:
+            raise RuntimeError(
+                f"this AdaptiveBatch was {self._gone} and cannot run any more steps; its state_dict() can be loaded "
+                f"into a new one"
+            )
+
+    def _finish(self, step: Step, *, feed: Feed) -> None:
+        """The end of the inner loop: decide, and keep what the update will need."""
+        self._updates.inner_loop_over()
+        if not self._engine.commits():
+            self._updates.take_back(step)
+            return
+        # only now: a step that does not count is run again on the same data
+        feed.consumed(step.portion)
+        # What was timed comes in with what was measured.
+        timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
+        looked_at = step.probed or self._find_nonfinite is not None
+        self._updates.prepare(step, timed, looked_at=looked_at, more=self._trials.journal_entry())
+
+    def leave_out(self) -> None:
+        """Leaves out the update of the step whose micro-batches have just been run. Call it on all ranks.
+
+        As with gradients that are not finite, the step consumes its data and changes nothing else. Calling
+        ``optimizer.step()`` for it has no effect, and is optional; its gradients are dropped.
+
+        Raises:
+            RuntimeError: if not all micro-batches were run, or if the update has already come.
+        """
+        self._updates.leave_out()
+
+    def record_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """Writes numbers of an evaluation, such as ``{"loss": 0.31, "accuracy": 0.92}``, into the journal.
+
+        Call it between steps, after ``optimizer.step()``. ``adabatch report`` draws them, and trackers get them as
+        ``evaluation/loss`` and so on. The first rank writes its numbers; what other ranks give is checked and dropped,
+        so average over the ranks before. Nothing else depends on them.
+
+        Args:
+            metrics: numbers by name; also tensors and arrays of one element.
+
+        Raises:
+            ValueError: if there are no numbers, or a name is empty.
+            TypeError: if a name is not a text, or a value is not a number.
+            RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
+        """
+        self._updates.settle_for_evaluation()
+        self._journal.record_evaluation(metrics, after=self.consumed)
+        for watch in self._stopwatches:
+            watch.interrupted()
+
+    # --- state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next plan, the control's averages and the progress: plain numbers, equal on all ranks.
+
+        Call it between steps, after ``optimizer.step()``. The state is that of the next step, so that a resumed run
+        repeats nothing.
+        """
+        return {**self._planner.state_dict(), "trials": self._trials.state_dict()}
+
+    def settle(self, *, scaled: bool = False) -> None:
+        """Makes sure that no step is unfinished, before the state is taken for a checkpoint.
+
+        Args:
+            scaled: whether a gradient scaler is in use, which may have left the update out.
+
+        Raises:
+            RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
+        """
+        self._updates.settle(scaled=scaled)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a run. If ranks, micro-batches or limits have changed, the nearest possible batch size is used.
+
+        Raises:
+            ValueError: if the state has a newer format, or another reference batch size than this run was given.
+        """
+        check_format(state)
+        self._planner.check_reference(state["reference_batch_size"])
+        self._trials.load_state_dict(state.get("trials"))
+        self._planner.load_state_dict(state, self._trials.sizes)
+        # a loader that was loaded with the run may have nothing left of its pass, which is no error then
+        self._just_loaded = True
+        self._updates.drop()
+
+    def remove(self) -> None:
+        """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
+        self._updates.flush()
+        self._journal.close()
+        self._updates.remove()
+        if self._probe is not None:
+            self._probe.remove()
+        self._gone = self._gone or "removed by remove()"
+
+    def give_way(self) -> None:
+        """Removes every hook, since a newer object is made for the same optimizer or parameters.
+
+        A probe that the user gave is kept, since the newer object may use it too.
+        """
+        with suppress(OSError):  # the journal's folder may be gone
+            self._updates.flush()
+        self._updates.remove()
+        if self._probe is not None and self._owns_probe:
+            self._probe.remove()
+        elif self._probe is not None:
+            self._probe.stop()
+        self._gone = f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters"
+
+    def check_reference(self, saved: int) -> None:
+        """Checks the reference batch size of a saved run, before anything is loaded."""
+        self._planner.check_reference(saved)
+
+
+def _count(name: str, value: Any) -> int | None:
+    return None if value is None else whole(name, value, at_least=1)

@@ -1,0 +1,345 @@
+"""``Step``: one optimizer step of a run, as the training loop sees it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adabatch.batch.control import Decision
+from adabatch.batch.moments import GradientMoments
+from adabatch.batch.plan import BatchPlan
+from adabatch.guards.finite import FindNonfinite
+from adabatch.guards.loop_mistakes import LoopMistakes
+from adabatch.guards.votes import Votes
+from adabatch.runtime.collectives import explained
+from adabatch.runtime.data import LossWeights, Portion
+from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.observers.empty_parts import EmptyParts
+from adabatch.runtime.observers.protocol import Moment, Phase, RankMean, Rider, StepObserver, summed
+from adabatch.runtime.observers.trained_parameters import TrainedParameters, raise_first
+from adabatch.runtime.optimizers.measured_norm import MeasuredNorm
+from adabatch.runtime.probes.protocol import Probe
+
+
+class Step:
+    """One optimizer step: iterate over its micro-batches, and call ``backward`` once for each of them.
+
+    ``AdaptiveBatch.steps`` yields these objects.
+
+    Attributes:
+        plan: micro-batch size, accumulation steps and data-parallel size, fixed before the step began.
+        global_batch_size: number of examples in the step, over all ranks.
+        loss: mean training loss over all ranks; None before the end of the inner loop, and in a step without a probe.
+        moments: what the probe measured; None before the end of the inner loop, and in a step without a probe.
+        decision: the next plan and its reason; None before the end of the inner loop. If the engine reduces gradients
+            only when the update begins (DeepSpeed), these three are set by the update.
+        probed: whether gradients are measured in this step.
+        measured: whether gradients and loss have been measured. They never are if the engine left out the update.
+        portion: this rank's micro-batches and their numbers of examples.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        portion: Portion,
+        *,
+        number: int,
+        engine: Engine,
+        empty_parts: EmptyParts,
+        probe: Probe | None,
+        votes: Votes,
+        find_nonfinite: FindNonfinite | None,
+        riders: Sequence[Rider],
+        observers: StepObserver,
+        trained: TrainedParameters | None,
+        mistakes: LoopMistakes,
+        finish: Callable[[Step], None],
+    ) -> None:
+        self.plan = plan
+        self.global_batch_size = portion.num_examples
+        self.loss: float | None = None
+        self.moments: GradientMoments | None = None
+        self.decision: Decision | None = None
+        self.probed = probe is not None
+        self.measured = False
+        self.portion = portion
+        self._engine = engine
+        self._empty_parts = empty_parts
+        self._trained = trained
+        self._mistakes = mistakes
+        self._probe = probe
+        self._votes = votes
+        self._all_finite = True
+        self._riders = riders
+        self._observers = observers
+        self._number = number
+        self._finish = finish
+        self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
+        self._weights = portion.weights or LossWeights(portion.sizes, portion.num_examples)
+        # The reduction averages over the ranks, so each micro-batch is weighted by its share in all micro-batches,
+        # times the number of ranks. A rank that steps alone averages over its own micro-batches only.
+        alone = engine.steps_alone()
+        # The ranks would have to agree on it, and local steps are there to save that communication.
+        self._find_nonfinite = None if alone else find_nonfinite
+        self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
+        # Without a reduction at the end of the step, no rank could tell the others that its parameters have changed.
+        tells = engine.waits_for_gradients and engine.collectives.size > 1 and trained is not None
+        reduces = probe is not None or self._find_nonfinite is not None
+        self._tells = tells and reduces
+        self._changed: str | None = None  # how this rank's parameters have changed
+        self._weight: float | None = None  # of the micro-batch that is being run; None outside the inner loop
+        self._num_backward = 0
+        self._begun = False
+        self._ended = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether all its micro-batches have weight 0 (``steps(weigh=)``). Its update is then left out."""
+        return self._whole == 0
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients were finite on all ranks, as far as they were measured."""
+        measured = self.moments is None or self.moments.is_finite
+        return not self.empty and self._all_finite and measured and (self.loss is None or math.isfinite(self.loss))
+
+    @property
+    def waits(self) -> bool:
+        """Whether all micro-batches have run, but nothing has been measured and decided yet."""
+        return self._ended and self.decision is None
+
+    def __iter__(self) -> Iterator[Any]:
+        """The micro-batches. Gradients are synchronized in the last one only, or in each (``gradient_sync``).
+
+        Raises:
+            RuntimeError: if ``backward`` was not called exactly once for a micro-batch, or on a second iteration. A
+                micro-batch of weight 0 may be skipped, unless it is the last one and other ranks wait for it.
+        """
+        if self._begun:
+            raise RuntimeError("the micro-batches of a step can be run only once: take the next step")
+        self._begun = True
+        self._engine.begin(self.plan)
+        self._mistakes.step_begins()
+        if self._probe is not None:
+            self._probe.start(self._engine.collectives.size)
+        num_parts = len(self.portion.sizes)
+        for index, batch in enumerate(self.portion.batches):
+            weight = self._weight = self._weights.of_each[index]
+            self._enter(Phase.FORWARD, index)
+            listening = nullcontext() if weight else self._empty_parts.listening()
+            with listening, nullcontext() if index == num_parts - 1 else self._engine.no_sync():
+                yield batch
+            self._weight = None
+            if weight == 0 and self._num_backward == index:
+                self._pass_over(last=index == num_parts - 1)
+            if self._num_backward != index + 1:
+                raise RuntimeError(
+                    f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
+                    f"{num_parts} it had been called {self._num_backward} times (not loss.backward())"
+                )
+            # after the last one the observers hear of the measurement next
+            if index < num_parts - 1:
+                self._enter(Phase.LOADING, index + 1)
+        self._mistakes.check_untouched()
+        self._engine.gradient_ready(sum(self._weights.of_each))
+        self._ended = True
+        if self._engine.reduced == "backward":
+            self.settle()
+        self._engine.inner_loop_ended()
+
+    def measured_norm(self) -> MeasuredNorm | None:
+        """The norm that was measured of the gradients as the optimizer finds them; None where they are others.
+
+        Without a probe nothing was measured, a rank that steps alone uses its own gradient, and a gradient scaler
+        divides the gradients before the update.
+        """
+        parameters = None if self._probe is None else self._probe.measured
+        if self.moments is None or not self.measured or parameters is None or self._engine.backward.scale is not None:
+            return None
+        square = self.moments.euclidean_sq
+        return None if square is None or self._engine.steps_alone() else MeasuredNorm.of(square, parameters)
+
+    def settle(self, *, reduced: bool = True) -> None:
+        """Ends the step once its gradient is reduced: measures, and decides on the next plan.
+
+        Args:
+            reduced: False if it never was, since the engine found it not finite and left the update out.
+        """
+        reduced = reduced and not self.empty
+        self._enter(Phase.MEASURING)
+        if self._probe is not None and reduced:
+            self._measure(self._probe)
+        elif self._find_nonfinite is not None and reduced:
+            self._look_through(self._find_nonfinite)
+        else:
+            self._votes.step_without_reduction()
+        if self._probe is not None and not reduced:
+            self._probe.stop()
+            plan, size = self.plan, float(self.global_batch_size)
+            # not None, which would read as "not probed" in the journal
+            self.moments = GradientMoments(math.nan, plan.micro_batch_size, math.nan, size, plan.num_parts)
+        self._finish(self)
+
+    def break_off(self) -> None:
+        """The loop has left the step before its end, by ``break`` or an error, and it is not run any further."""
+        if self._probe is not None and self.decision is None and not self.waits:
+            self._probe.stop()
+        self._mistakes.forget()
+
+    def backward(self, loss: Tensor) -> None:
+        """Runs the backward of this micro-batch's mean loss.
+
+        The loss is weighted so that the gradient of the step is the mean over all micro-batches of all ranks. Each
+        counts for its number of examples, or for what ``steps(weigh=)`` returned. Do not divide the loss by the number
+        of accumulation steps. If ``AdaptiveBatch`` was given a ``scaler``, the loss is scaled here. The loss of a
+        micro-batch of weight 0 is not read.
+
+        Args:
+            loss: mean loss over the micro-batch, shape ().
+
+        Raises:
+            ValueError: if the loss is not a scalar tensor.
+            RuntimeError: if it is called outside the inner loop.
+        """
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"step.backward takes the mean loss of the micro-batch, a scalar tensor, got a {got}: average the "
+                f"losses of the examples first, without turning them into a number"
+            )
+        if self._weight is None:
+            raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
+        if self._num_backward == 0 and self._trained is not None:  # by now the loop has frozen and thawed what it will
+            self._check_trained(self._trained)
+        self._mistakes.backward_begins(last=self._num_backward == len(self.portion.sizes) - 1)
+        self._enter(Phase.BACKWARD, self._num_backward)
+        if self._changed is not None:
+            self._backward_as_before()
+            self._num_backward += 1
+            return
+        if self._weight == 0:
+            self._backward_of_nothing()
+            self._mistakes.backward_ended()
+            self._num_backward += 1
+            return
+        weight, parts = self._weight / self._whole, self._whole / self._weight
+        # A division where the parts are equal: it gives the bits of a hand-written `loss / accumulation_steps`.
+        share = loss if parts == 1 else loss / parts if parts.is_integer() else loss * weight
+        if self._probe is None:
+            self._run_backward(share)
+        else:
+            self._probe.begin_part(self.portion.sizes[self._num_backward])
+            self._run_backward(share)
+            self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
+        self._mistakes.backward_ended()
+        if self._probe is not None or self._find_nonfinite is not None:
+            # float64, since hundreds of micro-batches may be added; and on the device, without a host sync
+            value = loss.detach().double() * weight
+            self._losses = value if self._losses is None else self._losses + value
+        self._enter(Phase.AFTER_BACKWARD, self._num_backward)
+        self._num_backward += 1
+
+    def _check_trained(self, trained: TrainedParameters) -> None:
+        """Whether the parameters are those of the run; if they are not, the ranks raise the error at the step's end.
+
+        An error that was raised here would leave the other ranks waiting for this one's gradients.
+        """
+        if self._tells:
+            self._changed = trained.changes("AdaptiveBatch")
+        elif not self._engine.steps_alone():  # LocalSGD tells the workers at their next average
+            trained.check("AdaptiveBatch")
+
+    def _raise_change(self) -> None:
+        """Raises the error of a rank whose parameters have changed, on all ranks, after a step that was not finite.
+
+        Such a rank's loss is NaN, so that the question costs nothing in other steps.
+        """
+        if self._tells and any(self._engine.collectives.sum_of(float(self._changed is not None))):
+            raise_first(self._changed, self._engine.collectives)
+
+    def _backward_as_before(self) -> None:
+        """The backward of a rank whose parameters have changed: it sends zeros for those that the others wait for."""
+        assert self._trained is not None
+        if self._probe is not None:
+            self._probe.begin_part()
+        if self._num_backward == len(self.portion.sizes) - 1:
+            with self._trained.zero() as zero:
+                self._run_backward(zero)
+        if self._probe is not None:
+            self._probe.end_part(0.0, 0.0)
+
+    def _run_backward(self, loss: Tensor) -> None:
+        with explained():  # DDP and FSDP2 reduce in it
+            self._engine.backward.run(loss)
+
+    def _backward_of_nothing(self) -> None:
+        """The backward of a micro-batch of weight 0, for which other ranks may be waiting."""
+        zero = self._empty_parts.zero()
+        if self._probe is not None:
+            self._probe.begin_part()
+        if zero is not None:
+            self._run_backward(zero)
+        elif not self._runs_without(last=self._num_backward == len(self.portion.sizes) - 1):
+            raise RuntimeError(
+                "a micro-batch that weighs nothing must still take part in the reduction of gradients, and no gradient "
+                "of zero could be sent through its forward: call the model that was given to AdaptiveBatch, and let "
+                "it return its predictions beside a loss that is not finite"
+            )
+        if self._probe is not None:
+            self._probe.end_part(0.0, 0.0)
+
+    def _pass_over(self, *, last: bool) -> None:
+        """The loop skipped a micro-batch of weight 0."""
+        if not self._runs_without(last=last):
+            raise RuntimeError(
+                "a micro-batch that weighs nothing was passed over, but the other ranks wait for its backward: run its "
+                "forward all the same, and call step.backward(loss), which does not read the loss"
+            )
+        if self._probe is not None:
+            self._probe.end_part(0.0, 0.0)
+        self._num_backward += 1
+
+    def _runs_without(self, *, last: bool) -> bool:
+        """Whether this rank can skip a micro-batch without another rank waiting for it."""
+        alone = self._engine.collectives.size == 1 or self._engine.steps_alone()
+        return self._engine.runs_alone and (alone or not last)
+
+    def _enter(self, phase: Phase, micro_batch: int | None = None) -> None:
+        self._observers.at(phase, Moment(self._number, self.plan, micro_batch, self.global_batch_size))
+
+    def _look_through(self, find_nonfinite: FindNonfinite) -> None:
+        """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
+        found = find_nonfinite(self._own_loss(self._engine.collectives.device))
+        (total,) = summed(self._engine.collectives, found, [self._votes])
+        self._all_finite = total == 0
+        if not self._all_finite:
+            self._raise_change()
+
+    def _own_loss(self, device: torch.device) -> Tensor:
+        """This rank's share of the mean loss; 0 if its micro-batches weigh nothing, NaN if its parameters changed."""
+        if self._changed is not None:
+            return torch.full((), math.nan, dtype=torch.float64, device=device)
+        if self._losses is None:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        return self._losses.to(device)  # a loss may live elsewhere than the model
+
+    def _measure(self, probe: Probe) -> None:
+        """Loss and moments over all ranks, unscaled, in one reduction and one host sync."""
+        ranks, local = self._engine.collectives, probe.collect()
+        loss = RankMean(self._own_loss(local.device), ranks.size)
+        scale = self._engine.backward.scale
+        # Averaged as well, so that all ranks divide by the same bits.
+        scales = [] if scale is None else [RankMean(scale(local.device), ranks.size)]
+        # one collective: a small all-reduce costs its latency, however many numbers it carries
+        totals = summed(ranks, local, [loss, *scales, self._votes, *self._riders])
+        self.loss, self.measured = loss.value, True
+        if not math.isfinite(self.loss):
+            self._raise_change()
+        self.moments = probe.moments(totals)
+        for factor in scales:  # a scale that was backed off to 0 makes the moments infinite
+            self.moments = self.moments.scaled(1 / factor.value if factor.value else math.inf)

@@ -1,0 +1,1 @@
+"""What looks at a step beside its gradient, and what travels on the one reduction."""

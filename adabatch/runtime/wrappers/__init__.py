@@ -1,0 +1,1 @@
+"""What stands around a user's model or backward: ``torch.compile``, FSDP2, Fabric, a gradient scaler."""
