@@ -48,8 +48,8 @@ class Pending:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> Pending:
         """The inverse."""
-        means = {name: Arrived([tensor.to(device, copy=True) for tensor in state[name]]) for name in _EXCHANGED}
-        return cls(state["since"], state["lr"], **means)
+        parameters, buffers = ([tensor.to(device, copy=True) for tensor in state[name]] for name in _EXCHANGED)
+        return cls(state["since"], state["lr"], Arrived(parameters), Arrived(buffers))
 
 
 @dataclass
