@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from _frontier.report import (
@@ -217,9 +217,9 @@ class Method(NamedTuple):
     Args:
         criterion, number: as in ``Measured``.
         warmup: the warm-up is at least so long, as a share of the examples, however long the smallest batch's is.
-        hold: the batch stays at its first size for at least this share of the examples; None is until the warm-up is
-            over.
-        waits: False holds it for just that share, however long the warm-up is.
+        hold: the batch stays at its first size for this share of the examples; None is until the warm-up is over.
+        bound: whether that share is the least (the batch waits for a longer warm-up), the most (it waits no longer than
+            a shorter one), or both.
         first: batch that it begins with; its learning rate is that of the smallest batch, by the rule.
     """
 
@@ -229,7 +229,7 @@ class Method(NamedTuple):
     follow: str = ""
     warmup: float = 0.0
     hold: float | None = None
-    waits: bool = True
+    bound: Literal[">=", "<=", "="] = ">="
     first: int = FIRST
 
     @property
@@ -237,7 +237,7 @@ class Method(NamedTuple):
         words = [f"{self.criterion} {self.number:g}", self.rule]
         words += [f"{self.follow.replace('betas', 'betas follow', 1)}"] if self.follow else []
         words += [f"warm-up >= {100 * self.warmup:g} %"] if self.warmup else []
-        words += [] if self.hold is None else [f"held{' >=' * self.waits} {100 * self.hold:g} %"]
+        words += [] if self.hold is None else [f"held {self.bound} {100 * self.hold:g} %"]
         words += [f"from {self.first}"] if self.first != FIRST else []
         return ", ".join(words)
 
@@ -248,7 +248,11 @@ class Method(NamedTuple):
     def outcomes(self, cell: Cell, run: Store, base: Setting, seeds: Sequence[int]) -> list[Outcome]:
         """Its runs, with the settings of the smallest batch."""
         setting = base._replace(warmup=max(base.warmup, self.warmup))
-        hold = None if self.waits and self.hold and self.hold <= setting.warmup else self.hold
+        hold = self.hold
+        if hold is not None and self.bound == "<=":
+            hold = min(hold, setting.warmup)
+        elif self.bound == ">=" and hold and hold <= setting.warmup:
+            hold = None
         batch = Measured(self.criterion, self.number, self.first, hold)
         others = {"rule": self.rule, "follow": self.following(cell), "reference": FIRST}
         return outcomes(cell, run, batch, setting, seeds=seeds, **others)
@@ -259,13 +263,14 @@ REPORTED = [
     DEFAULT,
     *(DEFAULT._replace(number=number) for number in (8, 128, 512)),
     DEFAULT._replace(follow=""),
+    DEFAULT._replace(bound="<="),
     DEFAULT._replace(criterion="price for decay"),
 ]
 
 
 def explored() -> list[Method]:
     """What was compared to choose the default, and to look for a better one."""
-    short = DEFAULT._replace(waits=False)
+    short = DEFAULT._replace(bound="=")
     return [
         DEFAULT,
         *(short._replace(hold=hold) for hold in (0.1, 0.05, 0.02)),
@@ -275,7 +280,6 @@ def explored() -> list[Method]:
         DEFAULT._replace(criterion="price for decay"),
         DEFAULT._replace(follow=""),
         *(DEFAULT._replace(follow=f"betas {floors}") for floors in ("0.7 0.95", "0.5 0.99")),
-        DEFAULT._replace(hold=None),
         *(DEFAULT._replace(hold=None, warmup=0.25, follow=follow) for follow in ("betas", "")),
         Method("norm test", 0.7, follow="betas", hold=0.1),
     ]
@@ -378,7 +382,9 @@ def setting(store: Store, pages: Sequence[Page]) -> list[str]:
         f"{len(CHOICE_SEEDS)} others, by validation loss: a rate may be off by the square root of 2, to the "
         "advantage of whatever is compared with it.",
         "All runs warm up in a straight line and fall to zero by a cosine. A batch that follows the noise starts at "
-        f"{FIRST}, in two parts, and ends at {LARGEST} at most.",
+        f"{FIRST}, in two parts, and ends at {LARGEST} at most. Held >= 10 %: it grows after the warm-up and after 10 % of "
+        "the examples; <= 10 %: after the warm-up or 10 %, whichever is less; = 10 %: after 10 %, whatever the warm-up.",
+        "Price for decay: larger by the factor by which the cosine fell, so that growth stands in the place of decay.",
     ]
 
 
