@@ -382,8 +382,8 @@ def setting(store: Store, pages: Sequence[Page]) -> list[str]:
         f"{len(CHOICE_SEEDS)} others, by validation loss: a rate may be off by the square root of 2, to the "
         "advantage of whatever is compared with it.",
         "All runs warm up in a straight line and fall to zero by a cosine. A batch that follows the noise starts at "
-        f"{FIRST}, in two parts, and ends at {LARGEST} at most. Held >= 10 %: it grows after the warm-up and after 10 % of "
-        "the examples; <= 10 %: after the warm-up or 10 %, whichever is less; = 10 %: after 10 %, whatever the warm-up.",
+        f"{FIRST}, in two parts, and ends at {LARGEST} at most. It grows after the warm-up, and after 10 % of "
+        "the examples at least (held >= 10 %) or at most (<= 10 %), or after just that share (= 10 %).",
         "Price for decay: larger by the factor by which the cosine fell, so that growth stands in the place of decay.",
     ]
 

@@ -303,8 +303,8 @@ def choice_table(pages: Sequence[Page]) -> Table:
         cells.append((mean, len(values), name, *("" if ratio is None else ratio.show() for ratio in ratios)))
     cells.sort(key=lambda cell: (-cell[1], -cell[0]))
     return Table(
-        "What the default was compared with: steps ratio by validation loss, on seeds that are not reported (bounds count "
-        "as they stand in the mean)",
+        "What the default was compared with: steps ratio by validation loss, on seeds that are not reported (bounds "
+        "count as they stand in the mean)",
         ("method", *(page.title for page in pages), "geometric mean"),
         [(name, *shown, f"{mean:.2f}") for mean, _, name, *shown in cells],
     )
