@@ -150,6 +150,7 @@ class AdaptiveBatch:
             check_kinds(probe=(probe, Probe, "a probe, such as PerExampleProbe(model)"))
         fabric = inside_fabric(model)
         model, backward = (model, None) if fabric is None else fabric
+        # The engine comes first: with its collectives a rank tells the others of an error in what follows.
         self._engine = engine_of(model, optimizer, engine, local_sgd, backward)
         with undone_on_error() as undo, failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
             micro_batch_size = whole("micro_batch_size", micro_batch_size, at_least=1)
@@ -182,11 +183,12 @@ class AdaptiveBatch:
             compares = check_interval(guard.check_every, self._engine) is not None and self.collectives.size > 1
             self._mistakes = LoopMistakes(self._engine, optimizer, compares=compares)
             self._empty_parts = EmptyParts(model)
+            # one writer: all ranks would write the same lines
             self._journal = Journal(journal if self.collectives.rank == 0 else None)
             self._votes = Votes(self.collectives)
             self._given = given_settings(self._engine, engine, local_sgd, measure, guard)
             self._heartbeat = Heartbeat()
-            self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
+            self._stopwatches = [Stopwatch(self.collectives.size)] if criterion.needs.seconds else []
             self._observers = Observers(self._heartbeat, *self._stopwatches)
             add_drift_check(self._observers, guard.check_every, self._engine, optimizer, self._planner)
             self._same_updates = SameUpdates(self.collectives, optimizer) if compares else None
@@ -293,6 +295,7 @@ class AdaptiveBatch:
             ValueError: if the run does not count the unit of ``duration``.
         """
         if duration is not None:
+            # raises if the unit is not counted: here, and not at the first decision
             self.progress.count(duration.unit)
         self._planner.hold_until = duration
 
@@ -386,12 +389,14 @@ class AdaptiveBatch:
                 passes.end_pass()
                 if until is None:
                     return
+        # `until` may be reached in the middle of a pass
         passes.end_pass()
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing if its pass is over."""
         self._check_in_place()
         self._updates.check_between()
+        # the last step's line, if its update never came
         self._updates.flush()
         self._engine.before_step()
         number = self.consumed.steps
@@ -406,6 +411,7 @@ class AdaptiveBatch:
             self._same_updates.before(self.progress)
         probe = self._probe if self._planner.measures_next and self._engine.measures_next() else None
         step = Step(
+            # `WholeSteps` say themselves what a step consists of
             portion.plan or self.plan,
             portion,
             number=number,
@@ -512,6 +518,7 @@ class AdaptiveBatch:
         """
         check_format(state)
         self._planner.check_reference(state["reference_batch_size"])
+        # Everything that may fail on a foreign state is checked above, before any part of this one is overwritten.
         self._trials.load_state_dict(state.get("trials"))
         self._planner.load_state_dict(state, self._trials.sizes)
         # a loader that was loaded with the run may have nothing left of its pass, which is no error then
@@ -525,6 +532,7 @@ class AdaptiveBatch:
         self._updates.remove()
         if self._probe is not None:
             self._probe.remove()
+        # the first reason stays: an object that was replaced may be removed too
         self._gone = self._gone or "removed by remove()"
 
     def give_way(self) -> None:

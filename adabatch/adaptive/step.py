@@ -63,6 +63,7 @@ class Step:
         finish: Callable[[Step], None],
     ) -> None:
         self.plan = plan
+        # what it holds, not what was planned: a pass may end with a shorter step
         self.global_batch_size = portion.num_examples
         self.loss: float | None = None
         self.moments: GradientMoments | None = None
@@ -148,6 +149,7 @@ class Step:
             weight = self._weight = self._weights.of_each[index]
             self._enter(Phase.FORWARD, index)
             listening = nullcontext() if weight else self._empty_parts.listening()
+            # around the loop's own code, because DDP reads its switch in the forward, not in the backward
             with listening, nullcontext() if index == num_parts - 1 else self._engine.no_sync():
                 yield batch
             self._weight = None
@@ -168,6 +170,7 @@ class Step:
             self._hear(self._mistakes.check_reached)
         self._mistakes.check_reduced()
         self._ended = True
+        # otherwise the gradient is reduced when the update begins, and the step is settled there
         if self._engine.reduced == "backward":
             self.settle()
         self._engine.inner_loop_ended()
@@ -312,6 +315,7 @@ class Step:
         assert self._trained is not None
         if self._probe is not None:
             self._probe.begin_part()
+        # the micro-batch in which the ranks reduce; in the others nobody waits
         if self._num_backward == len(self.portion.sizes) - 1:
             with self._trained.zero() as zero:
                 self._run_backward(zero)

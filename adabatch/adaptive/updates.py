@@ -131,6 +131,8 @@ class PendingUpdates:
     def _owed(self, update: _Update) -> bool:
         """Whether an update has no reason to be left out."""
         skipped = update.left_out or update.empty or update.alone or not update.finite
+        # With a scaler, and a gradient that nobody looked at, a missing update may be an overflow that the scaler left
+        # out.
         return not (skipped or (self._scaled and not update.looked_at))
 
     def begin_step(self) -> None:
@@ -154,6 +156,7 @@ class PendingUpdates:
             self._begun = None
             raise
         finally:
+            # an error may have left the batch factor on the learning rates
             self._hooks.restore()
             self._repeated.step_over()
             self._running = False
@@ -191,7 +194,7 @@ class PendingUpdates:
             moments=step.moments,
             averages=self._planner.state.averages,
             decision=ended.decision,
-            seconds=None if timed is None else timed[1],
+            timed=timed,
         )
         entry |= more
         if floors := ended.scaling.binding_floors(self._groups):
@@ -204,7 +207,7 @@ class PendingUpdates:
         self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
 
     def take_back(self, step: Step) -> None:
-        """Ends a step that does not count: without an update, a line of the journal, or a word to the planner."""
+        """Ends a step that does not count: no update, no line in the journal, and the planner does not hear of it."""
         planner, num_examples = self._planner, step.portion.num_examples
         step.decision = Decision(planner.plan, Reason.NOT_COMMITTED, None, planner.state)
         number, scaling = planner.consumed.steps, planner.scaling(num_examples)
@@ -260,6 +263,7 @@ class PendingUpdates:
                     f"{kind_of(self._optimizer)} of the AdaptiveBatch, and holds the same parameters: make the "
                     f"AdaptiveBatch and the ProgressLR with the same optimizer"
                 )
+        # weak, because a schedule that the user replaced must no longer write rates
         self._schedules = [*(held for held in self._schedules if held() is not None), ref(schedule)]
 
     def _each_schedule(self) -> Iterator[WritesRates]:
@@ -308,6 +312,7 @@ class PendingUpdates:
         # an engine that steps in pieces calls optimizer.step() again for the same update
         self._begun = update if self._running else None
         if applied or (update.alone and not update.left_out):
+            # not for updates that were left out: the learning rate would fall without the weights having moved
             self._planner.applied(update.num_examples, update.gain)
         self.tell_engine()
         if update.entry is not None:
@@ -389,6 +394,7 @@ class PendingUpdates:
 
     def drop(self) -> None:
         """Forgets the pending update: another state of the run is loaded."""
+        # it belongs to the state that is replaced
         self._update = None
         self.tell_engine()
         for schedule in self._each_schedule():

@@ -123,6 +123,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
     for tensor in tensors:
         bits = _bits_of(own_piece(tensor)[0])
         odd = odd.to(bits.device)
+        # int64 wraps around, which is arithmetic modulo 2^64
         sums += [(block.to(torch.int64) * odd[: len(block)]).sum() for block in torch.split(bits, _BLOCK)]
     return digest_of(torch.stack([each.to(odd.device) for each in sums]).tolist() if sums else [])  # host sync
 
@@ -141,6 +142,7 @@ def shard_of(tensors: Iterable[Tensor]) -> int:
         if isinstance(tensor, DTensor):
             place: list[int] = list(tensor.device_mesh.get_coordinate() or ())
             cut = [not placement.is_replicate() for placement in tensor.placements]
+            # Only the place along dimensions that cut: ranks that differ along the others hold copies (HSDP).
             pieces.append(tuple(at for at, is_cut in zip(place, cut, strict=True) if is_cut))
     return digest_of(sorted(set(pieces)))
 
@@ -216,6 +218,7 @@ def _groups(held: dict[int, float]) -> list[list[int]]:
     groups: dict[float, list[int]] = defaultdict(list)
     for rank, digest in held.items():
         groups[digest].append(rank)
+    # a stable sort: of two equally large groups, the one with the lowest rank stays first
     return sorted(groups.values(), key=len, reverse=True)
 
 

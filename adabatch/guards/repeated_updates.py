@@ -42,7 +42,7 @@ class _Applied(NamedTuple):
 
 
 def _of_lightning(closure: Callable[[], Any]) -> bool:
-    """Whether Lightning made a closure, as it does for each ``step()`` of manual optimization, to clip in it."""
+    """Whether a closure comes from Lightning, which makes one for each ``step()`` of manual optimization, to clip."""
     inner = getattr(closure, "func", closure)  # of a partial
     return str(getattr(inner, "__module__", "")).partition(".")[0] in ("lightning", "pytorch_lightning")
 

@@ -259,8 +259,8 @@ def test_a_checkpoint_with_right_checksums_and_wrong_contents_is_named(tmp_path:
     for wrong, words in (
         ([1, 2], "holds no state of order, model"),
         ({"model": state["model"]}, "holds no state of order, optimizer"),
-        ({**state, "optimizer": {}}, "no part can make use of it .KeyError: 'param_groups'"),
-        ({**state, "model": 7}, "no part can make use of it .AttributeError"),
+        ({**state, "optimizer": {}}, "a part cannot load what it holds .KeyError: 'param_groups'"),
+        ({**state, "model": 7}, "a part cannot load what it holds .AttributeError"),
     ):
         shutil.rmtree(path)
         path.mkdir()
@@ -273,7 +273,7 @@ def test_a_checkpoint_with_right_checksums_and_wrong_contents_is_named(tmp_path:
     unfinished = path.rename(path.with_name(path.name + ".unfinished"))
     (unfinished / "manifest.json").unlink()
     finish(unfinished, {"anything": "else"}, sealed(unfinished), keep=1)
-    with pytest.raises(CheckpointError, match=r"manifest\.json matches its checksum, and says nothing of a run"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json matches its checksum, but does not describe a run"):
         adabatch.load(folder, **made(tmp_path).parts())
 
 

@@ -13,7 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, Guard, Limits, LocalSGD, Measure, steps
+from adabatch import AdaptiveBatch, Constant, EngineOptions, GlobalOrder, Guard, Limits, LocalSGD, Measure, steps
+from adabatch.runtime.engines.choice import engine_for
+from adabatch.runtime.engines.hosted import HostedEngine
 
 pytestmark = pytest.mark.distributed
 
@@ -46,17 +48,19 @@ def ended(batches: AdaptiveBatch, model: nn.Module, inner: nn.Module, optimizer:
 def in_ddp(rank: int) -> dict[str, str]:
     found = {}
     for change in ("frozen", "replaced"):
-        for measured in ("probe", "finite"):
+        for measured in ("probe", "finite", "probe, in a host"):
             inner = network()
             model = DistributedDataParallel(inner)
             optimizer = SGD(model.parameters(), lr=0.01)
+            hosted = HostedEngine(engine_for(model), synchronizes=lambda last: None, ended=lambda: None)
             batches = AdaptiveBatch(
                 model,
                 optimizer,
                 Constant(16),
                 micro_batch_size=4,
+                engine=hosted if "host" in measured else EngineOptions(),
                 limits=Limits(16, 16),
-                measure=Measure(monitor=measured == "probe"),
+                measure=Measure(monitor="probe" in measured),
                 guard=Guard(check_every=None),
             )
             found[f"{change}, {measured}"] = ended(batches, model, inner, optimizer, change if rank else None)

@@ -54,7 +54,7 @@ class Loop:
 
 NOT_STEPPED = (
     r"the learning rate is 0\.1, as ProgressLR has set it 1 update\(s\) ago, and is to be 0\.09 now: "
-    r"call step\(\) of the ProgressLR after each optimizer\.step\(\), not once an epoch"
+    r"call step\(\) of the ProgressLR after each optimizer\.step\(\), not once per epoch"
 )
 
 

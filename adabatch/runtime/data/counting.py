@@ -50,6 +50,7 @@ def _readings(entry: Any, *, nested: bool) -> frozenset[int] | None:
     columns = _agreed(entry)
     if not nested or hasattr(entry, "_fields"):  # a named tuple has columns, never examples
         return columns
+    # Both readings, of which the other columns of the micro-batch leave one.
     return (columns or frozenset()) | _one(len(entry))
 
 

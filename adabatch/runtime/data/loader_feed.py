@@ -18,9 +18,6 @@ from adabatch.runtime.data.same_data import check_different, glance
 
 _END = object()
 
-_HEARD = 500
-"""Bytes of an error message that are sent to the other ranks."""
-
 
 class LoaderFeed:
     """Portions from any loader, by accumulation only: one pass over it.
@@ -64,7 +61,7 @@ class LoaderFeed:
         self._over = False
         self._collectives = collectives
         self._count = count
-        self._any = may_be_empty
+        self._may_end = may_be_empty
         self._compares = not allow_same_data
         self._most = 1  # micro-batches that a step has held at a time
         self._num_seen = 0  # micro-batches of this pass
@@ -89,14 +86,15 @@ class LoaderFeed:
             common = int(self._collectives.minimum_of(len(batches))[0])
             batches, sizes = batches[:common], sizes[:common]
             if common == 0:
-                if not self._any:
+                if not self._may_end:
                     raise ValueError(f"the loader gave no micro-batch on at least one rank: {self._why_empty()}")
                 return None
             (num_examples,) = self._collectives.sum_of(sum(sizes))
         if self._compares:
             check_different(batches, self._collectives)
             self._compares = False
-        self._any = True
+        # From the second step on, no micro-batch is the end of the pass.
+        self._may_end = True
         return Portion(batches, sizes, int(num_examples))
 
     def _fetch(self, plan: BatchPlan) -> tuple[list[Any], list[int], Exception | None]:
@@ -123,6 +121,8 @@ class LoaderFeed:
             self._most = max(self._most, len(batches))
             return batches, sizes, None
         except Exception as error:
+            # Kept until the ranks have exchanged their numbers: an error that was raised here would leave the others
+            # waiting.
             return [], [], error
 
     def _next(self) -> Any:
@@ -157,15 +157,10 @@ class LoaderFeed:
 
     def _raise_together(self, error: Exception | None) -> NoReturn:
         """Raises an error on all ranks if one has an error, so that the others do not wait for it."""
-        mine = math.inf if error is None else self._collectives.rank
-        (first,) = self._collectives.minimum_of(mine)
-        text = b"" if error is None or self._collectives.rank != first else f"{type(error).__name__}: {error}".encode()
-        # The other ranks contribute zeros, so the sum is the message; a broadcast does not work over a grid of groups.
-        heard = self._collectives.sum_of(*text[:_HEARD].ljust(_HEARD, b"\0"))
+        rank, message = self._collectives.first_message(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        said = bytes(map(int, heard)).rstrip(b"\0").decode(errors="replace")
-        raise RuntimeError(f"the loader of rank {first:.0f} raised an error: {said}")
+        raise RuntimeError(f"the loader of rank {rank} raised an error: {message}")
 
     def _check(self, num_examples: float, plan: BatchPlan) -> None:
         if math.isnan(num_examples):
@@ -206,7 +201,7 @@ def _check_loader(loader: Any) -> None:
 
 
 def _num_last_ones(loader: Iterable[Any]) -> int:
-    """How many micro-batches of a pass may be the last of something: each loading process of a stream has one."""
+    """How many micro-batches of a pass may be short: the last one, or that of each loading process of a stream."""
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
         return max(1, loader.num_workers)
     return 1

@@ -133,6 +133,7 @@ def _varies(batch: Any) -> bool:
             if rows.layout != torch.strided or (rows.ndim and rows.size(0) == 1 and rows.numel()):
                 return True  # a single example can only be compared with those of other ranks
             if rows.ndim and rows.numel():
+                # A few examples are enough to see that they are not all the same.
                 some = rows[:64].flatten(1) if rows.ndim > 1 else rows[:64, None]
                 if not bool((some == some[:1]).all()):
                     return True

@@ -104,7 +104,7 @@ class Engine(ABC):
         """
 
     def commits(self) -> bool:
-        """Whether the step counts, asked once its gradient is measured. One that does not is as if it had not been."""
+        """Whether the step counts, asked once its gradient is measured. If not, it is as if it had not been taken."""
         return True
 
     def inner_loop_ended(self) -> None:  # noqa: B027  (most engines do nothing then)

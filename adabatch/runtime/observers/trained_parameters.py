@@ -84,6 +84,7 @@ class TrainedParameters:
         if len(now) == len(self._then) and all(a is b for a, b in zip(now, self._then, strict=True)):
             return None
         before, after = {id(p) for p in self._then}, {id(p) for p in now}
+        # The present names last, in case a new parameter has the id of one that is gone.
         names = {**self._names, **{id(p): name for name, p in self._model.named_parameters()}}
         joined = [names.get(id(p), "one outside the model") for p in now if id(p) not in before]
         left = [self._names.get(id(p), "one outside the model") for p in self._then if id(p) not in after]
@@ -115,6 +116,7 @@ class TrainedParameters:
 
         Ranks whose parameters did not change wait for all of these gradients.
         """
+        # DDP waits for all parameters that required a gradient when it was built, including those frozen since.
         frozen = [p for p in self._then if not p.requires_grad]
         for p in frozen:
             p.requires_grad_(True)
@@ -131,6 +133,5 @@ def raise_first(own: str | None, collectives: Collectives) -> NoReturn:
     Raises:
         RuntimeError: always.
     """
-    told = [each.decode() for each in collectives.gather_bytes((own or "").encode())]
-    rank = next(rank for rank, each in enumerate(told) if each)
-    raise RuntimeError(own or f"on rank {rank}, {told[rank]}")
+    rank, message = collectives.first_message(own)
+    raise RuntimeError(own or f"on rank {rank}, {message}")
