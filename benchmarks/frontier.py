@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from _frontier.report import (
@@ -43,6 +43,7 @@ from _frontier.runs import (
     LARGEST,
     TUNING_SEED,
     Batch,
+    CriterionName,
     Job,
     Measured,
     NotRunError,
@@ -84,8 +85,8 @@ class Cell(NamedTuple):
     @property
     def shorter(self) -> Cell | None:
         """The cell whose settings this one's search starts from."""
-        short, _ = WORKLOADS[self.workload].budgets
-        return None if self.examples == short else self._replace(examples=short)
+        shorter = [budget for budget in WORKLOADS[self.workload].budgets if budget < self.examples]
+        return self._replace(examples=max(shorter)) if shorter else None
 
 
 def cells(only: str = "") -> list[Cell]:
@@ -99,6 +100,8 @@ def cells(only: str = "") -> list[Cell]:
     every = [
         *(cell(name, budget) for names in pairs for budget in (0, 1) for name in names),
         *(cell("mnist14", 0, optimizer) for optimizer in others),
+        cell("mnist14", 1, "sgd"),
+        cell("mnist14", 2),
         *(cell("mnist28", budget) for budget in (0, 1)),
     ]
     return [one for one in every if "-".join(map(str, one)).startswith(tuple(only.split(",")))]
@@ -185,11 +188,11 @@ def planned(warmup: float) -> dict[str, tuple[Planned, str]]:
     cuts = range(7)  # the cosine fell by 2^k at acos(2^(1-k) - 1) / pi of what the warm-up leaves
     shares = tuple(warmup * (k > 0) + (1 - warmup) * math.acos(2 ** (1 - k) - 1) / math.pi for k in cuts)
     return {
+        "Seesaw from 16": (Planned(tuple(16 * 2**k for k in cuts), shares), "seesaw"),
         "quarters 16 to 128": (Planned((16, 32, 64, 128), quarters), ""),
         "quarters 32 to 256": (Planned((32, 64, 128, 256), quarters), ""),
         "64, 128, 256 by 2.5, 2.5, 95 %": (Planned((64, 128, 256), (0.0, 0.025, 0.05)), ""),
         "ramp 16 to 256 over a half": (Planned((16, 256), (0.0, 0.5), glide=True), ""),
-        "Seesaw from 16": (Planned(tuple(16 * 2**k for k in cuts), shares), "seesaw"),
     }
 
 
@@ -217,22 +220,25 @@ class Method(NamedTuple):
         hold: the batch stays at its first size for at least this share of the examples; None is until the warm-up is
             over.
         waits: False holds it for just that share, however long the warm-up is.
+        first: batch that it begins with; its learning rate is that of the smallest batch, by the rule.
     """
 
-    criterion: Literal["norm test", "price"]
+    criterion: CriterionName
     number: float
     rule: str = "gain"
     follow: str = ""
     warmup: float = 0.0
     hold: float | None = None
     waits: bool = True
+    first: int = FIRST
 
     @property
     def name(self) -> str:
         words = [f"{self.criterion} {self.number:g}", self.rule]
-        words += ["betas follow"] if self.follow else []
+        words += [f"{self.follow.replace('betas', 'betas follow', 1)}"] if self.follow else []
         words += [f"warm-up >= {100 * self.warmup:g} %"] if self.warmup else []
         words += [] if self.hold is None else [f"held{' >=' * self.waits} {100 * self.hold:g} %"]
+        words += [f"from {self.first}"] if self.first != FIRST else []
         return ", ".join(words)
 
     def following(self, cell: Cell) -> str:
@@ -243,30 +249,35 @@ class Method(NamedTuple):
         """Its runs, with the settings of the smallest batch."""
         setting = base._replace(warmup=max(base.warmup, self.warmup))
         hold = None if self.waits and self.hold and self.hold <= setting.warmup else self.hold
-        batch = Measured(self.criterion, self.number, FIRST, hold)
+        batch = Measured(self.criterion, self.number, self.first, hold)
         others = {"rule": self.rule, "follow": self.following(cell), "reference": FIRST}
         return outcomes(cell, run, batch, setting, seeds=seeds, **others)
 
 
 DEFAULT = Method("price", 32, follow="betas", hold=0.1)
-REPORTED = [DEFAULT, *(DEFAULT._replace(number=number) for number in (8, 128, 512)), DEFAULT._replace(follow="")]
+REPORTED = [
+    DEFAULT,
+    *(DEFAULT._replace(number=number) for number in (8, 128, 512)),
+    DEFAULT._replace(follow=""),
+    DEFAULT._replace(criterion="price for decay"),
+]
 
 
 def explored() -> list[Method]:
-    """All that were compared before the default was chosen."""
-    price = Method("price", 32, hold=0.1)
+    """What was compared to choose the default, and to look for a better one."""
+    short = DEFAULT._replace(waits=False)
     return [
-        price._replace(follow="betas"),
-        price._replace(follow="betas", waits=False),
-        *(price._replace(follow="betas", number=number) for number in (8, 16, 64)),
-        price,
-        price._replace(follow="betas", hold=None),
-        price._replace(follow="betas", hold=None, warmup=0.25),
-        price._replace(hold=None, warmup=0.25),
+        DEFAULT,
+        *(short._replace(hold=hold) for hold in (0.1, 0.05, 0.02)),
+        short._replace(first=2 * FIRST),
+        *(DEFAULT._replace(rule=rule) for rule in ("sqrt", "linear", "none")),
+        *(DEFAULT._replace(number=number) for number in (16, 64, 8)),
+        DEFAULT._replace(criterion="price for decay"),
+        DEFAULT._replace(follow=""),
+        *(DEFAULT._replace(follow=f"betas {floors}") for floors in ("0.7 0.95", "0.5 0.99")),
+        DEFAULT._replace(hold=None),
+        *(DEFAULT._replace(hold=None, warmup=0.25, follow=follow) for follow in ("betas", "")),
         Method("norm test", 0.7, follow="betas", hold=0.1),
-        price._replace(rule="sqrt"),
-        price._replace(rule="linear"),
-        price._replace(rule="none"),
     ]
 
 

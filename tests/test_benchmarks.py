@@ -17,6 +17,7 @@ import torch
 from support.hosts import environment_kept
 
 import adabatch
+from adabatch import batch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -149,6 +150,31 @@ def test_the_plain_loop_has_the_rates_of_a_schedule(frontier: ModuleType, warmup
         assert optimizer.param_groups[0]["lr"] == pytest.approx(of.shape(step / 40, (step + 1) / 40, warmup), abs=1e-12)
         optimizer.step()
         schedule.step()
+
+
+def test_growth_for_decay_is_by_what_the_schedule_fell(frontier: ModuleType) -> None:
+    of = importlib.import_module("_frontier.runs")
+    price = adabatch.StepPrice(25.0)
+    growing = of.PriceForDecay(price, examples=1000, warmup=0.2)
+    moments = batch.GradientMoments.from_noise(100.0, 1.0, part_size=8, num_examples=32)
+
+    def wanted(criterion: Any, num_examples: int) -> float:
+        return criterion.wanted(batch.Observation(moments, batch.Progress(examples=num_examples)))
+
+    for num_examples in (0, 100, 600, 900):
+        fell = 1.0 if num_examples < 200 else of.shape(num_examples / 1000, num_examples / 1000, 0.2)
+        assert wanted(growing, num_examples) == pytest.approx(wanted(price, num_examples) / fell)
+    assert wanted(growing, 600) == pytest.approx(100.0), "half of the cosine is half of the rate"
+    assert wanted(growing, 1000) == 50.0 * of.LARGEST
+
+
+def test_each_budget_is_searched_from_the_one_before_it(frontier: ModuleType) -> None:
+    cell = frontier.Cell("mnist14", "adamw", 147_456)
+    budgets = []
+    while cell is not None:
+        budgets.append(cell.examples)
+        cell = cell.shorter
+    assert budgets == [147_456, 49_152, 16_384]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.15, 0.25])

@@ -79,6 +79,7 @@ def run_plan(arguments: Sequence[str]) -> int:
         from adabatch.cli.measuring import measured
 
         first, found = measured()
+    # the other ranks have only helped to measure
     if not first:
         return 0
     made = plan(asked, find_runs([asked.run])[0] if asked.run is not None else None, found)
@@ -124,14 +125,15 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     if here.efficiency.point < WASTEFUL:
         notes.append(
             f"In the batches of the least time an example is worth {here.efficiency.point:.2g} of one in a small "
-            "batch: steps are dear beside examples, and the batch is beyond the noise scale. Use fewer devices, "
-            "or limit the batch with --max_batch."
+            "batch: steps are expensive compared with examples, and the batch is beyond the noise scale. Use fewer "
+            "devices, or limit the batch with --max_batch."
         )
     known = not math.isinf(cluster.bandwidth)
     scales = [forecast(evidence, cost, replace(cluster, devices=count), limits=limits) for count in SCALES if known]
     settings = {
         **_batches(here, cluster.devices, micro, asked, limits[1]),
         "criterion": "adabatch.StepPrice",
+        # two digits, because the minimum is flat around the best price (`StepPrice`)
         "criterion.examples": float(f"{here.price:.2g}"),
         **_rates(run, notes),
     }
@@ -168,6 +170,7 @@ def _largest(asked: Any, evidence: Evidence, notes: list[str]) -> float:
 
 
 def _batches(here: Forecast, devices: int, most_micro: int | None, asked: Any, limit: float) -> dict[str, Any]:
+    # each device has one example at least
     smallest = max(devices, _power_of_two(here.smallest_batch), math.ceil(asked.min_batch or 0))
     largest = min(_power_of_two(here.largest_batch, up=True), int(limit))
     found = {"limits.min": smallest, "limits.max": max(smallest, largest)}
@@ -191,7 +194,7 @@ def _journal(asked: Any, run: FoundRun, num_bytes: float, notes: list[str]) -> _
             "%, by its probes' scatter."
         )
     else:
-        notes.append("The journal has no error bar of the noise scale (16 probes do), so the ranges leave it out.")
+        notes.append("The journal has no error bar of the noise scale (16 probes are enough), so no range has it.")
     if asked.examples is not None:
         if asked.examples > steps.num_examples:
             notes.append(
@@ -223,7 +226,7 @@ def _price_notes(cost: StepCost, sizes: int) -> list[str]:
             "By the times in the journal a step costs nothing beside its examples; the ranges take this as certain."
         ]
     if not has_price_band(cost):
-        return ["The journal has no error bar of the price of a step (16 timed steps do), so the ranges leave it out."]
+        return ["The journal has no error bar of the price of a step (16 timed steps are enough), so no range has it."]
     low, high = cost.price_band
     return [
         f"The price of a step without the network lies between {low:.2f} and {high:.2f} times what was measured, each "
@@ -277,6 +280,7 @@ def _given_cost(
             "Goodput, has them written). Give --example_seconds and --step_seconds, or --parameters, "
             "--tokens_per_example and --flops (or --measure)"
         )
+    # a number that the user gives has no error bar
     return cost if asked.step_seconds is None else cost._replace(step=asked.step_seconds, price_band=(1.0, 1.0))
 
 
@@ -298,6 +302,7 @@ def _cluster(asked: Any, found: dict[str, Any], notes: list[str]) -> Cluster:
         notes.append("The network is not known, so more devices are left out: give --bandwidth, and --latency.")
     return Cluster(
         devices=devices,
+        # only for one device, which sends nothing
         bandwidth=math.inf if bandwidth is None else bandwidth,
         latency=latency or 0.0,
         node_size=asked.node_size,

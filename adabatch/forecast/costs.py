@@ -210,12 +210,15 @@ def forecast(
         taken = np.sqrt(scale * price) if batch is None else np.full(len(scale), batch)
         # Each device has at least one example, whatever the limits.
         taken = np.maximum(np.clip(taken, limits[0], math.inf if limits[1] is None else limits[1]), cluster.devices)
+        # with the same factor: if the noise scale is larger than measured, the run has made more progress with its
+        # examples
         progress = evidence.progress(noise)
         steps = progress * (1 / taken + 1 / scale)
         used = steps * taken
         if examples is not None:
             share = examples / used.sum()
             progress, steps, used = share * progress, share * steps, share * used
+        # the spread is that of a device's own times; those of the network are taken as the model gives them
         seconds = steps * (time * (split.step + split.example * taken / cluster.devices) + reduce)
         return _Totals(
             float(steps.sum()),
@@ -233,6 +236,7 @@ def forecast(
         [totals(1.0, time=time) for time in cost.spread],
         [totals(1.0, factor=factor) for factor in cost.price_band],
     ]
+    # Which end is the worse one depends on the number, so all eight corners are computed.
     together = [totals(*each) for each in itertools.product(evidence.band, cost.spread, cost.price_band)]
 
     def ranged(of: Callable[[_Totals], float]) -> Range:
@@ -294,6 +298,7 @@ def knee(
 
     alone, found = device_hours(1), 1
     while 2 * found <= most:
+        # Device-hours rise with the devices, so the first number that fails ends the search.
         if device_hours(2 * found) > 2 * alone:
             break
         found *= 2
@@ -326,16 +331,21 @@ def extended(evidence: Evidence, examples: float) -> Evidence:
         return cut
     last = ends > 0.75 * end
     taken, batch, scale = evidence.examples[last], evidence.batch[last], evidence.noise_scale[last]
+    # at equal factors, over which a power law rises by equal factors
     edges = np.geomspace(end, examples, SEGMENTS + 1)
     more = np.diff(edges)
     # Logarithms of how far each segment lies beyond the middle of the quarter that was measured.
     beyond = np.log(np.sqrt(edges[1:] * edges[:-1]) / (0.875 * end))
+    # a mean over all examples of the run, because one band holds for all segments
     rise = math.exp(RISE * float((more * beyond).sum()) / examples)
     low, high = evidence.band
     return Evidence(
         np.append(cut.examples, more),
+        # examples over steps: the mean batch of the last quarter
         np.append(cut.batch, np.full(SEGMENTS, taken.sum() / (taken / batch).sum())),
+        # the geometric mean, since the errors of a noise scale are factors
         np.append(cut.noise_scale, np.exp(np.average(np.log(scale), weights=taken) + RISE * beyond)),
+        # squared: twice the error in logarithms
         _independent([(low**2, high**2), (1 / rise, rise)]),
     )
 

@@ -175,6 +175,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         if self._saved is None:
             return 0, 0
         self._order().load_state_dict(self._saved["order"])
+        # No steps to skip in the epoch: the order stands where the run was saved.
         return self._order().epoch, 0
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
@@ -281,6 +282,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
     def _backward_of(self, step: Step) -> Iterator[None]:
         """Redirects ``accelerator.backward``, which all trainers call, to the step."""
         accelerator: Any = self.accelerator
+        # On the instance, and only while the micro-batches of a step run.
         accelerator.backward = lambda loss, **_: step.backward(loss)
         try:
             yield

@@ -116,7 +116,7 @@ def _plan(plan: BatchPlan, num_examples: int) -> dict[str, int]:
         "micro_batch_size": plan.micro_batch_size,
         "accumulation_steps": plan.accumulation_steps,
         "dp_size": plan.dp_size,
-        "global_batch_size": num_examples,
+        "global_batch_size": num_examples,  # what the step held; its plan may have asked for more
     }
 
 
@@ -155,6 +155,7 @@ def _checked_name(name: Any) -> str:
 
 def _checked_number(name: str, value: Any) -> float:
     try:
+        # float() would take "0.3"
         if isinstance(value, str):
             raise TypeError
         return float(value.item() if isinstance(value, Tensor | np.ndarray) else value)
@@ -254,6 +255,7 @@ class Journal:
         """Syncs the written lines to the disk, so that they survive a loss of power."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
+                # any handle will do: fsync is about the file, not about what was written through this one
                 os.fsync(file.fileno())
 
     def write(self, entry: Mapping[str, Any]) -> None:
@@ -272,6 +274,7 @@ class Journal:
         said = finite_or_null({**entry, "run": self.run})
         if self.path is not None:
             self._append(self.path, json.dumps(said, separators=(",", ":"), allow_nan=False))
+        # a copy, because a sink that fails is taken out of the list
         for sink in list(self._sinks):
             self._call(sink, partial(sink.write, said))
 

@@ -65,12 +65,14 @@ def scatter_band(run: RunSteps) -> tuple[float, float] | None:
     )
     if len(used) < 2 * GROUPS:
         return None
+    # In turn, not in eight stretches: a trend over the run would otherwise count as scatter.
     group = np.arange(len(used)) % GROUPS
     noise, signal = (
         np.bincount(group, weights=run.batch[used] * measured[used] / averaged[used])
         for measured, averaged in ((run.measured_noise, run.noise), (run.measured_signal, run.signal))
     )
     without_noise, without_signal = noise.sum() - noise, signal.sum() - signal
+    # A group without which no signal is left decides alone whether there is one: next to nothing is known.
     if not ((without_noise > 0).all() and (without_signal > 0).all()):
         return 1 / WIDEST, WIDEST
     return _jackknifed(without_noise / without_signal)
@@ -79,6 +81,7 @@ def scatter_band(run: RunSteps) -> tuple[float, float] | None:
 def _jackknifed(without: Floats) -> tuple[float, float]:
     """The factors on an estimate, from the positive estimates without each of the groups."""
     error = math.sqrt((GROUPS - 1) * float(np.var(np.log(without))))
+    # the inner cap keeps exp() finite
     factor = min(math.exp(min(T_95 * error, 50.0)), WIDEST)
     return 1 / factor, factor
 

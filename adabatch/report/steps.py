@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.report.curves import Journal, records
+from adabatch.report.curves import Journal, part_of, records
 from adabatch.report.evaluations import Floats, Metric, finite_number, read_metrics
 
 
@@ -137,18 +137,18 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
     rows = [row for row in lines if _is_step(row)]
     if not rows:
         raise ValueError(f"{name}: the journal holds no complete step yet, so there is nothing to report")
-    plans = [_part(row, "plan") for row in rows]
-    rates = [_part(row, "lr") for row in rows]
-    averages = [_part(row, "averages") for row in rows]
-    moments = [_part(row, "moments") for row in rows]
+    plans = [part_of(row, "plan") for row in rows]
+    rates = [part_of(row, "lr") for row in rows]
+    averages = [part_of(row, "averages") for row in rows]
+    moments = [part_of(row, "moments") for row in rows]
     groups = max((len(_list(each, "applied")) for each in rates), default=0)
     applied_lr = np.full((len(rows), groups), math.nan)
     for index, each in enumerate(rates):
         values = _list(each, "applied")
         applied_lr[index, : len(values)] = values
-    layers = tuple(dict.fromkeys(layer for row in rows for layer in _part(row, "layers")))
-    of_layers = [[_part(_part(row, "layers"), layer) for layer in layers] for row in rows]
-    floors = tuple(dict.fromkeys(beta for row in rows for beta in _part(row, "beta_floors")))
+    layers = tuple(dict.fromkeys(layer for row in rows for layer in part_of(row, "layers")))
+    of_layers = [[part_of(part_of(row, "layers"), layer) for layer in layers] for row in rows]
+    floors = tuple(dict.fromkeys(beta for row in rows for beta in part_of(row, "beta_floors")))
 
     def of(parts: list[Mapping[str, Any]], key: str) -> Floats:
         return np.array([finite_number(part.get(key)) for part in parts], dtype=np.float64)
@@ -188,7 +188,7 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
         applied_lr=applied_lr,
         applied=np.array([row.get("applied") is not False for row in rows]),
         seconds=_seconds(rows),
-        floors={beta: of([_part(row, "beta_floors") for row in rows], beta) for beta in floors},
+        floors={beta: of([part_of(row, "beta_floors") for row in rows], beta) for beta in floors},
         out_of_memory={int(row["step"]): row["out_of_memory"] for row in rows if row.get("out_of_memory")},
         layers=layers,
         layer_noise=by_layer("noise"),
@@ -198,7 +198,7 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
 
 
 def _is_step(row: Mapping[str, Any]) -> bool:
-    return finite_number(_part(row, "plan").get("global_batch_size")) > 0 and math.isfinite(
+    return finite_number(part_of(row, "plan").get("global_batch_size")) > 0 and math.isfinite(
         finite_number(row.get("examples"))
     )
 
@@ -215,25 +215,20 @@ def _seconds(rows: Sequence[Mapping[str, Any]]) -> Floats:
     for at, row in enumerate(rows):
         seconds = finite_number(row.get("seconds"))
         if math.isfinite(seconds):
-            if timed := _part(row, "timed_plan"):
+            if timed := part_of(row, "timed_plan"):
                 place = last_of.get(_plan_of(timed))  # None if the part of the journal with that step is lost
             else:
                 place = at if last_measured is None else last_measured
             if place is not None:
                 found[place] = seconds
-        last_of[_plan_of(_part(row, "plan"))] = at
-        if _part(row, "moments"):
+        last_of[_plan_of(part_of(row, "plan"))] = at
+        if part_of(row, "moments"):
             last_measured = at
     return found
 
 
 def _plan_of(plan: Mapping[str, Any]) -> tuple[float, ...]:
     return tuple(finite_number(plan.get(key)) for key in ("micro_batch_size", "accumulation_steps", "dp_size"))
-
-
-def _part(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = row.get(key)
-    return value if isinstance(value, Mapping) else {}
 
 
 def _list(row: Mapping[str, Any], key: str) -> list[float]:

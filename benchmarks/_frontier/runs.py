@@ -27,8 +27,9 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 import adabatch
 from _frontier.search import Setting
 from _frontier.workloads import WORKLOADS, Pair, splits_of
-from adabatch.batch.criteria import Criterion
+from adabatch.batch.criteria import Criterion, Observation
 from adabatch.batch.efficiency import adaptive_limit, efficiency
+from adabatch.batch.needs import Needs
 from adabatch.forecast.network import modelled_time
 from adabatch.recipes.data import InMemory, collate
 
@@ -39,6 +40,7 @@ OPTIMIZERS: Mapping[OptimizerName, Callable[..., Optimizer]] = {
     "adagrad": lambda parameters, lr: Adagrad(parameters, lr),
     "adagrad-norm": lambda parameters, lr: adabatch.optim.AdaGradNorm(parameters, lr),
 }
+CriterionName = Literal["norm test", "price", "price for decay", "constant"]
 TUNING_SEED = 100  # chosen by this one and those after it, whose test loss is never computed; reported are 0, 1, 2, ...
 LARGEST = 1024  # batch of any run
 MAX_MICRO_BATCH = 256
@@ -67,12 +69,13 @@ class Measured(NamedTuple):
     """A batch that follows the noise: a criterion with its number, from ``first`` examples on.
 
     Args:
-        criterion: "norm test" (eta), "price" (a step costs as much as so many examples), or "constant" (a batch of so
-            many examples; only the learning rate follows what is measured).
+        criterion: "norm test" (eta), "price" (a step costs as much as so many examples), "price for decay" (the same,
+            and larger by the factor by which the schedule fell), or "constant" (a batch of so many examples; only the
+            learning rate follows what is measured).
         hold: share of the examples in which the batch stays at its first size; None until the warm-up is over.
     """
 
-    criterion: Literal["norm test", "price", "constant"]
+    criterion: CriterionName
     number: float
     first: int
     hold: float | None = None
@@ -99,7 +102,7 @@ class Job:
         lr: base learning rate, for a batch of ``reference`` examples.
         warmup: share of the examples.
         rule: how the learning rate follows the batch; a "seesaw" is a cosine traded for growth by a ``Planned``.
-        follow: what of the optimizer follows the batch: "", "betas".
+        follow: what of the optimizer follows the batch: "", "betas", or "betas 0.7 0.95" with floors of their own.
     """
 
     workload: str
@@ -285,13 +288,13 @@ def _measured(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> S
     batches = adabatch.AdaptiveBatch(
         model,
         optimizer,
-        _criterion(batch),
+        _criterion(job, batch),
         micro_batch_size=batch.first // 2,  # two parts at least, so that their spread can be measured
         max_micro_batch_size=MAX_MICRO_BATCH,
         limits=_limits(batch),
         control=adabatch.Control(hold_until=hold),
         lr_rule=job.rule,  # type: ignore[arg-type]
-        follow=(job.follow,) if job.follow else (),  # type: ignore[arg-type]
+        follow=_followers(job.follow),
         reference_batch_size=job.reference,
     )
     total = adabatch.examples(job.examples)
@@ -339,10 +342,39 @@ LOOPS: Mapping[type, Callable[[Job, nn.Module, Optimizer, Pair], Steps]] = {
 }
 
 
-def _criterion(batch: Measured) -> Criterion:
+@dataclass(frozen=True)
+class PriceForDecay:
+    """``StepPrice``, and a batch larger by the factor by which the schedule fell since its peak.
+
+    Below the noise scale the rule "gain" is linear, so it cancels the decay of the rate: growth stands in its place.
+    """
+
+    price: adabatch.StepPrice
+    examples: int
+    warmup: float
+
+    @property
+    def needs(self) -> Needs:
+        return self.price.needs
+
+    def wanted(self, observation: Observation) -> float:
+        share = observation.progress.examples / self.examples
+        fell = 1.0 if share < self.warmup else shape(share, share, self.warmup)
+        return self.price.wanted(observation) / max(fell, 1 / LARGEST)
+
+
+def _criterion(job: Job, batch: Measured) -> Criterion:
     if batch.criterion == "norm test":
         return adabatch.NormTest(eta=batch.number)
-    return adabatch.StepPrice(batch.number) if batch.criterion == "price" else adabatch.Constant(int(batch.number))
+    if batch.criterion == "constant":
+        return adabatch.Constant(int(batch.number))
+    price = adabatch.StepPrice(batch.number)
+    return price if batch.criterion == "price" else PriceForDecay(price, job.examples, job.warmup)
+
+
+def _followers(follow: str) -> adabatch.lr.Followers:
+    names, floors = follow.split()[:1], map(float, follow.split()[1:])
+    return adabatch.lr.Followers(names, *floors)  # type: ignore[arg-type]
 
 
 def _limits(batch: Measured) -> adabatch.Limits:

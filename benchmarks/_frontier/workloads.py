@@ -52,13 +52,13 @@ class Workload:
         about: both in words, for the report.
         model: makes the model; its weights come from torch's generator.
         load: reads the data.
-        budgets: training examples of the short and the long run.
+        budgets: training examples of the runs, each three times those before it.
     """
 
     about: str
     model: Callable[[], nn.Module]
     load: Callable[[], Splits]
-    budgets: tuple[int, int]
+    budgets: tuple[int, ...]
 
 
 class PooledCNN(nn.Module):
@@ -185,7 +185,7 @@ WORKLOADS: Mapping[str, Workload] = {
         "MNIST averaged to 14x14 pixels, the project's MnistCNN with half its channels (4,874 parameters)",
         lambda: PooledCNN().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
         lambda: _mnist(pooled=True),
-        (16_384, 49_152),
+        (16_384, 49_152, 147_456),
     ),
     "mnist28": Workload(
         "MNIST, the project's MnistCNN (28,938 parameters)",

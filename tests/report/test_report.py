@@ -11,7 +11,7 @@ import pytest
 from adabatch.batch import adaptive_limit
 from adabatch.report.evaluations import Extremes, extremes
 from adabatch.report.heat import layer_bins
-from adabatch.report.page import Reported, numbers, page, report_on, thinned
+from adabatch.report.page import MOST_CHANGES, Reported, drawn, numbers, page, report_on, thinned
 from adabatch.report.steps import RunSteps, read_steps
 from adabatch.report.summary import (
     RunSettings,
@@ -451,3 +451,12 @@ def test_schedules_are_written_as_sizes_and_examples():
     for text in wrong:
         with pytest.raises(ValueError, match=r"written as|ascend|at least 1"):
             Choice.parse(text)
+
+
+def test_the_list_of_changes_is_cut_for_all_runs_of_a_page_and_says_by_how_many():
+    moving = [{"batch": 16 if number % 2 else 32, "reason": "scheduled"} for number in range(401)]
+    one, several = (drawn([report_on(run_of(*moving))] * count)["runs"] for count in (1, 2))
+    for runs in (one, several):
+        assert sum(len(run["changes"]) for run in runs) == MOST_CHANGES
+        for run in runs:
+            assert len(run["changes"]) + run["changes_left_out"] == run["summary"]["num_changes"] == 400
