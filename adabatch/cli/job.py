@@ -184,8 +184,9 @@ class Job:
             if isinstance(count, int) and count > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
         # before the training: its end would be late to find out that there is nothing to average over
-        if isinstance(self.test_data, Sized):
-            require(len(self.test_data) > 0, "test_data must hold at least 1 example, or be left out", 0)
+        test_data: object = self.test_data  # torch's Dataset has no length, though most data sets have one
+        if isinstance(test_data, Sized):
+            require(len(test_data) > 0, "test_data must hold at least 1 example, or be left out", 0)
         if self.evaluate_every is not None:
             if self.test_data is None:
                 raise ValueError("evaluate_every needs test_data, which is evaluated: give it, or leave out both")

@@ -105,9 +105,12 @@ def test_a_run_whose_rate_ends_at_zero_begins_its_last_round() -> None:
         weights="equal",
         measure="first",
         spread="across",
+        fragments=1,
+        overlap=0,
+        mix=0.5,
     )
     for rate in (0.0, 1e-30):
-        assert settings.begin(start(lr=rate), states_agree=True).local_steps == NEVER
+        assert settings.begin(start(lr=rate), workers_agree=True).local_steps == NEVER
     with pytest.raises(ValueError, match="longest must be a whole number of at least 1 local step, got 1000000000"):
         Quadratic(alpha=0.2, base=2, longest=10**9)
 
