@@ -289,6 +289,8 @@ def ours(cell: Cell, run: Store, *, chosen: Sequence[Method], seeds: Sequence[in
     """The batch that follows the noise, with the settings of the smallest constant batch."""
     base = tuned_constant(cell, run, FIRST)
     for method in chosen:
+        if not method.follow and DEFAULT.follow != DEFAULT.following(cell):
+            continue  # nothing follows in this cell, so this is another method once more
         price = method.number if method.criterion == "price" else 0.0
         yield Row("ours", method.name, base, method.outcomes(cell, run, base, seeds), price=price)
 
