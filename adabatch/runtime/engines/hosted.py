@@ -32,7 +32,6 @@ class HostedEngine(Engine):
         self.runs_alone = inner.runs_alone
         self.holds_gradients = inner.holds_gradients
         self.gives_closures = inner.gives_closures
-        self.waits_for_gradients = inner.waits_for_gradients
         self.reduced = inner.reduced
         self.stand_in = inner.stand_in
         self._inner = inner
