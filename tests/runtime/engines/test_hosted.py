@@ -13,7 +13,7 @@ from adabatch.runtime.engines.plain import PlainEngine
 def test_all_properties_of_the_inner_engine_hold_in_a_host() -> None:
     inner = PlainEngine(nn.Linear(1, 1), Collectives())
     properties = list(Engine.__annotations__)
-    assert "holds_gradients" in properties
+    assert "stand_in" in properties
     for name in properties:
         other = "update" if name == "reduced" else not getattr(inner, name)
         setattr(inner, name, other)
