@@ -43,8 +43,8 @@ TESTS = {
 }
 """Hosts and the tests that run on them."""
 
-BESIDE = {"accelerate": ["deepspeed"], "transformers": ["deepspeed"]}
-"""What the tests of a host need beside it."""
+BESIDE = {"accelerate": ["deepspeed", "transformers"], "transformers": ["deepspeed"]}
+"""What the tests of a host need beside it. Accelerate's plugin for DeepSpeed asks for the version of Transformers."""
 
 
 @nox.session

@@ -243,6 +243,8 @@ def conform(name: str, value: Any, kind: Kind) -> Any:
         TypeError: if it is of another kind.
         ValueError: for an unknown word.
     """
+    # The mistake decides the type of the error: another word, or a number above all that is counted, is of the right
+    # type.
     found = kind.take(value)
     if found is _WRONG:
         rule = f"{name} must be {kind.words}"
@@ -289,12 +291,14 @@ SUCH_AS: dict[str, str] = {
 
 def _kinds_of(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> dict[str, Kind]:
     hints = get_type_hints(function, include_extras=True)
+    # *args and **kwargs: their annotation is that of each value, not of the tuple or dict
     spread = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {
         name: allowed_by(hints[name]) for name, each in parameters.items() if name in hints and each.kind not in spread
     }
 
 
+# get_type_hints evaluates every annotation, too slow for dataclasses that are made at each step, such as Progress
 @functools.cache
 def _field_kinds(cls: Any) -> dict[str, Kind]:
     hints = get_type_hints(cls, include_extras=True)
@@ -306,6 +310,7 @@ def allowed_by(hint: Any) -> Kind:
     origin, inside = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return allowed_by(inside[0])
+    # before unions, because ArrayLike is one, of a dozen types
     if hint == ArrayLike or origin is np.ndarray:
         return Kind("numbers, as an array or a list of them", _array)
     if origin in (Union, types.UnionType):
@@ -328,6 +333,7 @@ def allowed_by(hint: Any) -> Kind:
     if isinstance(origin, type):
         return _container(origin, inside) if issubclass(origin, collections.abc.Iterable) else _ANY
     if isinstance(hint, type) and not is_typeddict(hint):
+        # isinstance() refuses protocols that are not runtime_checkable
         if getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False):
             return _ANY
         words = SUCH_AS.get(hint.__name__, f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}")
@@ -363,6 +369,7 @@ def _tuple(inside: tuple[Any, ...]) -> Kind:
     any_length = Ellipsis in inside
 
     def take(value: Any) -> Any:
+        # lists too, because configs and JSON have no tuples
         if not isinstance(value, tuple | list) or not (any_length or len(value) == len(each)):
             return _WRONG
         kinds = each * len(value) if any_length else each
@@ -420,12 +427,14 @@ def _unchanged(value: Any, found: Any) -> Any:
 
 
 def _is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
+    # == alone would take True for 1
     return any(type(value) is type(choice) and value == choice for choice in choices)
 
 
 def _whole(value: Any) -> Any:
     if type(value) is int:
         return value
+    # operator.index(True) is 1; by the name of the dtype, because this module does not import torch
     truth = isinstance(value, bool | np.bool_) or str(getattr(value, "dtype", "")) == "torch.bool"
     if truth or isinstance(value, type) or getattr(value, "shape", ()) != ():
         return _WRONG
@@ -443,6 +452,7 @@ def _number(value: Any) -> Any:
         return found
     if isinstance(value, bool | np.bool_) or getattr(value, "shape", ()) != ():
         return _WRONG
+    # a tensor of one number is no numbers.Real, and goes by its dtype
     dtype = getattr(value, "dtype", None)
     if isinstance(value, numbers.Real) or (dtype is not None and "float" in str(dtype)):
         return float(value)

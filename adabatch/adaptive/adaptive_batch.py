@@ -27,13 +27,14 @@ from adabatch.arguments import allowed_by, checked, conform, require_type, whole
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
-from adabatch.guards.drift import add_drift_check
+from adabatch.guards.drift import add_drift_check, check_interval
 from adabatch.guards.finite import nonfinite_search
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.left_out import UpdatesInARow
 from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.memory_trials import Trials
 from adabatch.guards.same_settings import check_same_settings, failing_together, loop_settings, run_settings
+from adabatch.guards.same_updates import SameUpdates
 from adabatch.guards.votes import Votes
 from adabatch.journal.writer import Journal, JournalTarget
 from adabatch.lr.follow import Followers
@@ -149,6 +150,7 @@ class AdaptiveBatch:
             check_kinds(probe=(probe, Probe, "a probe, such as PerExampleProbe(model)"))
         fabric = inside_fabric(model)
         model, backward = (model, None) if fabric is None else fabric
+        # The engine comes first: with its collectives a rank tells the others of an error in what follows.
         self._engine = engine_of(model, optimizer, engine, local_sgd, backward)
         with undone_on_error() as undo, failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
             micro_batch_size = whole("micro_batch_size", micro_batch_size, at_least=1)
@@ -174,18 +176,22 @@ class AdaptiveBatch:
             self._grows_micro_batch = max_micro_batch_size is not None
             self._gone: str | None = None  # why this object is not to be used any more
             self._owns_probe = probe is None
+            self._order: GlobalOrder | None = None
             self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
             self._find_nonfinite = nonfinite_search(optimizer, guard.skip_nonfinite, self._engine)
             self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
-            self._mistakes = LoopMistakes(self._engine, optimizer)
+            compares = check_interval(guard.check_every, self._engine) is not None and self.collectives.size > 1
+            self._mistakes = LoopMistakes(self._engine, optimizer, compares=compares)
             self._empty_parts = EmptyParts(model)
+            # one writer: all ranks would write the same lines
             self._journal = Journal(journal if self.collectives.rank == 0 else None)
             self._votes = Votes(self.collectives)
             self._given = given_settings(self._engine, engine, local_sgd, measure, guard)
             self._heartbeat = Heartbeat()
-            self._stopwatches = [Stopwatch(self.collectives.size)] * criterion.needs.seconds
+            self._stopwatches = [Stopwatch(self.collectives.size)] if criterion.needs.seconds else []
             self._observers = Observers(self._heartbeat, *self._stopwatches)
             add_drift_check(self._observers, guard.check_every, self._engine, optimizer, self._planner)
+            self._same_updates = SameUpdates(self.collectives, optimizer) if compares else None
             self._engine.stands_at(self.progress, self._planner.lr_factor)
 
             # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
@@ -249,6 +255,11 @@ class AdaptiveBatch:
         return self._optimizer
 
     @property
+    def order(self) -> GlobalOrder | None:
+        """The ``GlobalOrder`` that ``steps()`` read last; None if there is none."""
+        return self._order
+
+    @property
     def journal(self) -> Journal:
         """The journal of the run; its ``path`` is None on all ranks but the first."""
         return self._journal
@@ -284,6 +295,7 @@ class AdaptiveBatch:
             ValueError: if the run does not count the unit of ``duration``.
         """
         if duration is not None:
+            # raises if the unit is not counted: here, and not at the first decision
             self.progress.count(duration.unit)
         self._planner.hold_until = duration
 
@@ -339,6 +351,7 @@ class AdaptiveBatch:
         """
         self._check_in_place()
         self._updates.begin_loop()
+        self._mistakes.begin_loop()
         given = loop_settings(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
         fixed = self._given | self._planner.given()
         # compared before the first collective of the loop: ranks with different settings would wait for each other,
@@ -368,6 +381,7 @@ class AdaptiveBatch:
                 together=not self._engine.runs_alone,
             )
             self._just_loaded &= isinstance(loader, GlobalOrder)
+            self._order = loader if isinstance(loader, GlobalOrder) else None
         feed = self._trials.over(passes, self._planner, self._observers)
         while until is None or not self.consumed.reached(until):
             yield from self._one_step(feed)
@@ -375,23 +389,29 @@ class AdaptiveBatch:
                 passes.end_pass()
                 if until is None:
                     return
+        # `until` may be reached in the middle of a pass
         passes.end_pass()
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing if its pass is over."""
         self._check_in_place()
+        self._updates.check_between()
+        # the last step's line, if its update never came
         self._updates.flush()
         self._engine.before_step()
         number = self.consumed.steps
-        self._updates_in_a_row.check(number, self.progress.steps)
+        self._updates_in_a_row.check(number, self.progress.steps - self._updates.num_left_out_alone)
         self._observers.before(number)
         self._observers.at(Phase.LOADING, Moment(number, self.plan))
         portion = feed.take(self.plan)
         if portion is None:
             return
         self._updates.begin_step()
+        if self._same_updates is not None:
+            self._same_updates.before(self.progress)
         probe = self._probe if self._planner.measures_next and self._engine.measures_next() else None
         step = Step(
+            # `WholeSteps` say themselves what a step consists of
             portion.plan or self.plan,
             portion,
             number=number,
@@ -399,6 +419,7 @@ class AdaptiveBatch:
             probe=probe,
             empty_parts=self._empty_parts,
             votes=self._votes,
+            same_updates=self._same_updates,
             find_nonfinite=self._find_nonfinite,
             riders=self._stopwatches,
             observers=self._observers,
@@ -482,6 +503,13 @@ class AdaptiveBatch:
         """
         self._updates.settle(scaled=scaled)
 
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "an AdaptiveBatch cannot be copied or pickled, since it has hooks on a model and an optimizer: save its "
+            "state_dict() (adabatch.save and Checkpoints do), and load it into a new one. A copy of the model needs "
+            "an AdaptiveBatch and an optimizer of its own"
+        )
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a run. If ranks, micro-batches or limits have changed, the nearest possible batch size is used.
 
@@ -490,6 +518,7 @@ class AdaptiveBatch:
         """
         check_format(state)
         self._planner.check_reference(state["reference_batch_size"])
+        # Everything that may fail on a foreign state is checked above, before any part of this one is overwritten.
         self._trials.load_state_dict(state.get("trials"))
         self._planner.load_state_dict(state, self._trials.sizes)
         # a loader that was loaded with the run may have nothing left of its pass, which is no error then
@@ -503,6 +532,7 @@ class AdaptiveBatch:
         self._updates.remove()
         if self._probe is not None:
             self._probe.remove()
+        # the first reason stays: an object that was replaced may be removed too
         self._gone = self._gone or "removed by remove()"
 
     def give_way(self) -> None:

@@ -25,7 +25,7 @@ from adabatch.journal.writer import Journal, JournalTarget, line
 from adabatch.lr.follow import Followers, UpdateRules
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.observers.trained_parameters import held_parameters
-from adabatch.runtime.optimizers.ownership import remove_all
+from adabatch.runtime.optimizers.ownership import remove_all, take_over
 from adabatch.runtime.optimizers.step_hooks import rates_of
 from adabatch.runtime.probes.norms import norms
 from adabatch.runtime.wrappers.backward import factor_of
@@ -48,11 +48,11 @@ def monitor(
 
         adabatch.monitor(model, optimizer, micro_batch_size=16, journal="runs/noise.jsonl")
 
-    The loop stays as it is, and trains to the same bits. What is compared are the gradients of the micro-batches of a
-    step, on all ranks, so a step needs two of them at least: by accumulation, or on two ranks. For a model on one
-    process or in ``DistributedDataParallel``, also as Accelerate, Fabric, Lightning or the Trainer of Transformers run
-    it. It costs a pass over the gradients and one over their sum per micro-batch and, per step, 16 bytes per rank and a
-    host sync.
+    The loop stays as it is, and trains to the same bits. The gradients of a step's micro-batches, on all ranks, are
+    compared with each other, so a step needs at least two of them: by accumulation, or on two ranks. The model runs on
+    one process or in ``DistributedDataParallel``, also as Accelerate, Fabric, Lightning or the Trainer of Transformers
+    run it. The cost is a pass over the gradients and one over their sum per micro-batch and, per step, 16 bytes per
+    rank and a host sync.
 
     Args:
         model: as it is trained: the ``DistributedDataParallel`` on several ranks.
@@ -60,6 +60,7 @@ def monitor(
         micro_batch_size: examples in one backward on one rank.
         journal: where the first rank writes one JSON line per step, which ``adabatch report`` and ``adabatch tail``
             read: a path, or a tracker, or a list of both.
+            A newer monitor of the same optimizer replaces an older one.
         scaler: of a run in float16, whose factor changes, so that moments of different steps can be averaged. That of
             Fabric is found.
 
@@ -76,7 +77,7 @@ def monitor(
 
 
 class NoiseMonitor:
-    """What ``monitor`` returns: the averages so far, and the hooks, which keep it alive.
+    """The averages so far, and the hooks, which keep this object alive. ``monitor`` returns it.
 
     Each backward is a part. With ``c_j`` what part j added to the gradient of its rank, and k parts per rank, the
     gradient of the step is the mean over all ``J`` parts of ``k c_j``, whatever factor the loop puts on its losses: so
@@ -93,7 +94,8 @@ class NoiseMonitor:
     ) -> None:
         fabric = inside_fabric(model)
         model = model if fabric is None else fabric.model
-        _check(model, optimizer, micro_batch_size)
+        micro_batch_size = whole("micro_batch_size", micro_batch_size, at_least=1)
+        _check(model, optimizer)
         self._collectives = engine_for(model).collectives
         self._parameters = held_parameters(model, optimizer)
         self._optimizer = optimizer
@@ -113,6 +115,7 @@ class NoiseMonitor:
             p.register_hook(partial(self._listen, index))  # type: ignore[no-untyped-call]
             for index, p in enumerate(self._parameters)
         ]
+        take_over(self, [optimizer, *self._parameters], kind="monitor")
         # After the step, since Lightning runs the last backward inside it.
         self._handles.append(optimizer.register_step_post_hook(self._step_over))
 
@@ -147,6 +150,10 @@ class NoiseMonitor:
         """
         self._journal.record_evaluation(metrics, after=self.consumed)
 
+    def give_way(self) -> None:
+        """A newer monitor measures this model."""
+        self.remove()
+
     def remove(self) -> None:
         """Takes all hooks off model and optimizer."""
         remove_all(self._handles)
@@ -160,6 +167,7 @@ class NoiseMonitor:
             self._in_backward = True
             if all(p.grad is None for p in self._parameters):  # of a step that a gradient scaler left out
                 self._forget()
+            # The end of a backward has no public hook; DDP and FSDP2 use this one.
             torch.autograd.Variable._execution_engine.queue_callback(self._backward_over)
         # a second gradient for the same parameter in one backward: the norm of their sum is not known from their norms
         self._in_pieces |= index in self._norms
@@ -179,6 +187,7 @@ class NoiseMonitor:
         # Now, and not when the optimizer steps: by then the loop has clipped.
         with torch.no_grad():
             found = [norms(p.grad).double() for p in self._parameters if p.grad is not None]
+            # each backward of a step overwrites it, and the last one has the whole gradient
             self._grad_sq = torch.cat(found).square().sum() if found else None
 
     def _forget(self) -> None:
@@ -207,6 +216,7 @@ class NoiseMonitor:
         moments = GradientMoments(
             part_sq=num_own**2 * parts_sq / num_parts * scale,
             part_size=self._micro_batch_size,
+            # not summed over the ranks: DDP has made it equal on all of them
             grad_sq=float(grad) * scale,
             num_examples=self._micro_batch_size * num_parts,
             num_parts=num_parts,
@@ -263,10 +273,7 @@ def _planner_for(plan: BatchPlan) -> Planner:
     return Planner(policy, grid)
 
 
-def _check(model: torch.nn.Module, optimizer: Any, micro_batch_size: int) -> None:
-    micro_batch_size = whole("micro_batch_size", micro_batch_size)
-    if micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
+def _check(model: torch.nn.Module, optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):

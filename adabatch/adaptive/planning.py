@@ -110,9 +110,7 @@ class Planner:
     def _first_plan(self) -> BatchPlan:
         criterion = self.policy.criterion
         low, high = self.policy.limits.at(self.consumed)
-        wanted = float(low)
-        if isinstance(criterion, Schedule):
-            wanted = min(max(criterion.wanted(Observation(None, self.consumed)), low), high)
+        wanted = criterion.wanted(Observation(None, self.consumed)) if isinstance(criterion, Schedule) else low
         return self._grid.nearest(wanted, min_size=low, max_size=high)
 
     # --- the next plan ----------------------------------------------------------------------------------------------
@@ -136,6 +134,7 @@ class Planner:
             limits=policy.limits,
             grid=self._grid,
             plan=self.plan,
+            # with the gain by the averages before this step, since those with it are what `decide` computes
             progress=self._after(before, num_examples, self._gain_of(num_examples)),
             state=self.state,
             loss=measured.loss,
@@ -183,7 +182,7 @@ class Planner:
         return self.plan, self.progress, self.consumed, self.state
 
     def given(self) -> dict[str, object]:
-        """What all ranks must have been given equally, and where they stand, by name."""
+        """The settings of the run and its position, by name; they must be equal on all ranks."""
         policy = self.policy
         return {
             "criterion": policy.criterion,
@@ -281,6 +280,7 @@ class Planner:
             ValueError: if it is another one.
         """
         given = self.policy.reference_batch_size
+        # A default follows the saved run: the first batch of a resumed run is seldom that of the original one.
         if given is not None and self.reference != saved:
             raise ValueError(
                 f"the run was saved with reference_batch_size={saved}, but this one was built with {self.reference}, "
@@ -294,6 +294,7 @@ class Planner:
         if per_example is None:
             tokens = None
         elif tokens is None:
+            # the saved run did not count them, but every example has the same number
             tokens = saved.examples * per_example
         if not self.policy.counts_gain:
             gains = None

@@ -15,6 +15,7 @@ from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan
 from adabatch.guards.finite import FindNonfinite
 from adabatch.guards.loop_mistakes import LoopMistakes
+from adabatch.guards.same_updates import SameUpdates
 from adabatch.guards.votes import Votes
 from adabatch.runtime.collectives import explained
 from adabatch.runtime.data import LossWeights, Portion
@@ -53,6 +54,7 @@ class Step:
         empty_parts: EmptyParts,
         probe: Probe | None,
         votes: Votes,
+        same_updates: SameUpdates | None,
         find_nonfinite: FindNonfinite | None,
         riders: Sequence[Rider],
         observers: StepObserver,
@@ -61,6 +63,7 @@ class Step:
         finish: Callable[[Step], None],
     ) -> None:
         self.plan = plan
+        # what it holds, not what was planned: a pass may end with a shorter step
         self.global_batch_size = portion.num_examples
         self.loss: float | None = None
         self.moments: GradientMoments | None = None
@@ -74,6 +77,7 @@ class Step:
         self._mistakes = mistakes
         self._probe = probe
         self._votes = votes
+        self._same_updates = same_updates
         self._all_finite = True
         self._riders = riders
         self._observers = observers
@@ -84,14 +88,19 @@ class Step:
         # The reduction averages over the ranks, so each micro-batch is weighted by its share in all micro-batches,
         # times the number of ranks. A rank that steps alone averages over its own micro-batches only.
         alone = engine.steps_alone()
-        # The ranks would have to agree on it, and local steps are there to save that communication.
+        # To agree on it the ranks would have to communicate, which local steps are there to save: each worker leaves
+        # out its own update. The ranks of a sharded worker would have to agree nevertheless.
         self._find_nonfinite = None if alone else find_nonfinite
+        self._find_own = find_nonfinite if alone and probe is None and not engine.shards else None
+        self._own_is_finite = True
         self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
-        # Without a reduction at the end of the step, no rank could tell the others that its parameters have changed.
-        tells = engine.waits_for_gradients and engine.collectives.size > 1 and trained is not None
+        # Without a reduction at the end of the step, no rank could tell the others of a mistake of its own. An error
+        # that was raised earlier would leave them waiting for this rank's gradients.
         reduces = probe is not None or self._find_nonfinite is not None
-        self._tells = tells and reduces
-        self._changed: str | None = None  # how this rank's parameters have changed
+        self._tells = engine.collectives.size > 1 and reduces and not alone and engine.reduced == "backward"
+        self._told: str | None = None  # this rank's mistake, which all ranks hear of at the end of the step
+        self._zeros = False  # its parameters have changed, and it sends zeros for those that the others wait for
+        self._flags: list[tuple[Tensor, bool]] = []  # parameters that were put back as they were, until then
         self._weight: float | None = None  # of the micro-batch that is being run; None outside the inner loop
         self._num_backward = 0
         self._begun = False
@@ -107,6 +116,11 @@ class Step:
         """Whether loss and gradients were finite on all ranks, as far as they were measured."""
         measured = self.moments is None or self.moments.is_finite
         return not self.empty and self._all_finite and measured and (self.loss is None or math.isfinite(self.loss))
+
+    @property
+    def left_out_alone(self) -> bool:
+        """Whether this rank, which steps alone, leaves its update out, because its loss or gradient was not finite."""
+        return not self._own_is_finite
 
     @property
     def waits(self) -> bool:
@@ -125,6 +139,9 @@ class Step:
         self._begun = True
         self._engine.begin(self.plan)
         self._mistakes.step_begins()
+        if self._tells and self._engine.stand_in == "flags" and self._trained is not None:
+            self._told = self._trained.changes("AdaptiveBatch")
+            self._flags = self._trained.put_back()
         if self._probe is not None:
             self._probe.start(self._engine.collectives.size)
         num_parts = len(self.portion.sizes)
@@ -132,6 +149,7 @@ class Step:
             weight = self._weight = self._weights.of_each[index]
             self._enter(Phase.FORWARD, index)
             listening = nullcontext() if weight else self._empty_parts.listening()
+            # around the loop's own code, because DDP reads its switch in the forward, not in the backward
             with listening, nullcontext() if index == num_parts - 1 else self._engine.no_sync():
                 yield batch
             self._weight = None
@@ -145,9 +163,14 @@ class Step:
             # after the last one the observers hear of the measurement next
             if index < num_parts - 1:
                 self._enter(Phase.LOADING, index + 1)
-        self._mistakes.check_untouched()
-        self._engine.gradient_ready(sum(self._weights.of_each))
+        self._hear(self._mistakes.check_untouched)
+        weight = sum(self._weights.of_each)
+        self._engine.gradient_ready(weight)
+        if weight:
+            self._hear(self._mistakes.check_reached)
+        self._mistakes.check_reduced()
         self._ended = True
+        # otherwise the gradient is reduced when the update begins, and the step is settled there
         if self._engine.reduced == "backward":
             self.settle()
         self._engine.inner_loop_ended()
@@ -178,6 +201,11 @@ class Step:
             self._look_through(self._find_nonfinite)
         else:
             self._votes.step_without_reduction()
+            if self._find_own is not None and reduced:
+                self._own_is_finite = not bool(self._find_own(self._own_loss(torch.device("cpu"))))  # host sync
+            if self._told is not None:  # all micro-batches weigh nothing, so that no rank waits for this one
+                self._restore_flags()
+                raise RuntimeError(self._told)
         if self._probe is not None and not reduced:
             self._probe.stop()
             plan, size = self.plan, float(self.global_batch_size)
@@ -189,6 +217,7 @@ class Step:
         """The loop has left the step before its end, by ``break`` or an error, and it is not run any further."""
         if self._probe is not None and self.decision is None and not self.waits:
             self._probe.stop()
+        self._restore_flags()
         self._mistakes.forget()
 
     def backward(self, loss: Tensor) -> None:
@@ -216,9 +245,11 @@ class Step:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
         if self._num_backward == 0 and self._trained is not None:  # by now the loop has frozen and thawed what it will
             self._check_trained(self._trained)
-        self._mistakes.backward_begins(last=self._num_backward == len(self.portion.sizes) - 1)
+        self._hear(self._mistakes.check_before_backward)
+        self._mistakes.check_loss(loss)
+        self._mistakes.check_switches(last=self._num_backward == len(self.portion.sizes) - 1)
         self._enter(Phase.BACKWARD, self._num_backward)
-        if self._changed is not None:
+        if self._zeros:
             self._backward_as_before()
             self._num_backward += 1
             return
@@ -237,7 +268,7 @@ class Step:
             self._run_backward(share)
             self._probe.end_part(self._weight * self.portion.num_examples / self._weights.total, weight)
         self._mistakes.backward_ended()
-        if self._probe is not None or self._find_nonfinite is not None:
+        if self._probe is not None or self._find_nonfinite is not None or self._find_own is not None:
             # float64, since hundreds of micro-batches may be added; and on the device, without a host sync
             value = loss.detach().double() * weight
             self._losses = value if self._losses is None else self._losses + value
@@ -245,28 +276,46 @@ class Step:
         self._num_backward += 1
 
     def _check_trained(self, trained: TrainedParameters) -> None:
-        """Whether the parameters are those of the run; if they are not, the ranks raise the error at the step's end.
+        """Whether the parameters are those of the run; if they are not, the ranks raise the error at the step's end."""
+        if self._engine.steps_alone():  # LocalSGD tells the workers at their next average
+            return
+        changes = trained.changes("AdaptiveBatch")
+        if changes is None:
+            return
+        if not self._tells or self._engine.stand_in not in ("zeros", "backward"):
+            raise RuntimeError(changes)
+        self._told = changes
+        self._zeros = self._engine.stand_in == "zeros"
 
-        An error that was raised here would leave the other ranks waiting for this one's gradients.
+    def _hear(self, check: Callable[[], None]) -> None:
+        """Runs a check of the loop. Its error is raised at the end of the step, on all ranks, if there are others."""
+        try:
+            check()
+        except RuntimeError as error:
+            if not self._tells:
+                raise
+            self._told = self._told or str(error)
+
+    def _raise_told(self) -> None:
+        """Raises the mistakes of single ranks on all ranks, after a step that was not finite.
+
+        The loss of a rank with a mistake is NaN, so that the question costs nothing in other steps.
         """
-        if self._tells:
-            self._changed = trained.changes("AdaptiveBatch")
-        elif not self._engine.steps_alone():  # LocalSGD tells the workers at their next average
-            trained.check("AdaptiveBatch")
+        if self._tells and any(self._engine.collectives.sum_of(float(self._told is not None))):
+            self._restore_flags()
+            raise_first(self._told, self._engine.collectives)
 
-    def _raise_change(self) -> None:
-        """Raises the error of a rank whose parameters have changed, on all ranks, after a step that was not finite.
-
-        Such a rank's loss is NaN, so that the question costs nothing in other steps.
-        """
-        if self._tells and any(self._engine.collectives.sum_of(float(self._changed is not None))):
-            raise_first(self._changed, self._engine.collectives)
+    def _restore_flags(self) -> None:
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._flags.clear()
 
     def _backward_as_before(self) -> None:
         """The backward of a rank whose parameters have changed: it sends zeros for those that the others wait for."""
         assert self._trained is not None
         if self._probe is not None:
             self._probe.begin_part()
+        # the micro-batch in which the ranks reduce; in the others nobody waits
         if self._num_backward == len(self.portion.sizes) - 1:
             with self._trained.zero() as zero:
                 self._run_backward(zero)
@@ -315,14 +364,23 @@ class Step:
     def _look_through(self, find_nonfinite: FindNonfinite) -> None:
         """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
         found = find_nonfinite(self._own_loss(self._engine.collectives.device))
-        (total,) = summed(self._engine.collectives, found, [self._votes])
+        (total,) = summed(self._engine.collectives, found, self._riders_of_all())
         self._all_finite = total == 0
         if not self._all_finite:
-            self._raise_change()
+            self._raise_told()
+        self._check_same_updates()
+
+    def _riders_of_all(self) -> list[Rider]:
+        """The riders of each reduction, whatever it is of."""
+        return [self._votes] if self._same_updates is None else [self._votes, self._same_updates]
+
+    def _check_same_updates(self) -> None:
+        if self._same_updates is not None:
+            self._same_updates.check(self._number)
 
     def _own_loss(self, device: torch.device) -> Tensor:
-        """This rank's share of the mean loss; 0 if its micro-batches weigh nothing, NaN if its parameters changed."""
-        if self._changed is not None:
+        """This rank's share of the mean loss; 0 if its micro-batches weigh nothing, NaN if it made a mistake."""
+        if self._told is not None:
             return torch.full((), math.nan, dtype=torch.float64, device=device)
         if self._losses is None:
             return torch.zeros((), dtype=torch.float64, device=device)
@@ -336,10 +394,11 @@ class Step:
         # Averaged as well, so that all ranks divide by the same bits.
         scales = [] if scale is None else [RankMean(scale(local.device), ranks.size)]
         # one collective: a small all-reduce costs its latency, however many numbers it carries
-        totals = summed(ranks, local, [loss, *scales, self._votes, *self._riders])
+        totals = summed(ranks, local, [loss, *scales, *self._riders_of_all(), *self._riders])
         self.loss, self.measured = loss.value, True
         if not math.isfinite(self.loss):
-            self._raise_change()
+            self._raise_told()
+        self._check_same_updates()
         self.moments = probe.moments(totals)
         for factor in scales:  # a scale that was backed off to 0 makes the moments infinite
             self.moments = self.moments.scaled(1 / factor.value if factor.value else math.inf)

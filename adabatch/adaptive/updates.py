@@ -45,6 +45,7 @@ class _Update:
     entry: dict[str, Any] | None  # of the journal; None for a step that does not count
     norm: MeasuredNorm | None  # of the gradients as the step left them, for optimizers that take it
     left_out: bool = False  # the loop said so
+    alone: bool = False  # not finite on this rank, which steps alone; the plan, which all ranks share, counts it
 
 
 class PendingUpdates:
@@ -85,6 +86,7 @@ class PendingUpdates:
         self._running = False  # the loop stands inside a step
         self._update: _Update | None = None  # the one that a step's end prepared, until it is done
         self._begun: _Update | None = None  # the one that the optimizer last ran, for an engine that runs it in pieces
+        self.num_left_out_alone = 0
         self._unapplied = False  # the gradients of the last step had no update, and are none of the next step's
         self._versions: list[int] = []  # of the weights, at the end of a step's inner loop
         self._missing = MissingUpdates(kind_of(optimizer))
@@ -109,6 +111,30 @@ class PendingUpdates:
         """``steps()`` is called."""
         self._missing.begin_loop()
 
+    def check_between(self) -> None:
+        """Checks that no other loop over ``steps()`` waits for the update of its step.
+
+        Raises:
+            RuntimeError: if one does. Its update is then forgotten.
+        """
+        update = self._update
+        if self._running and update is not None and self._owed(update):
+            self._running = False  # said once: the other loop may have been left by an error
+            self.flush()
+            raise RuntimeError(
+                f"another step was asked for while the update of step {update.number} is still to come, and it would "
+                f"be lost: call optimizer.step() before the next step, in loops over steps() inside each other too, or "
+                f"leave_out() of the AdaptiveBatch. (If the loop was left by an error, its update is forgotten now: "
+                f"run it again)"
+            )
+
+    def _owed(self, update: _Update) -> bool:
+        """Whether an update has no reason to be left out."""
+        skipped = update.left_out or update.empty or update.alone or not update.finite
+        # With a scaler, and a gradient that nobody looked at, a missing update may be an overflow that the scaler left
+        # out.
+        return not (skipped or (self._scaled and not update.looked_at))
+
     def begin_step(self) -> None:
         """A step is about to be made."""
         if self._unapplied and self._engine.holds_gradients:
@@ -130,12 +156,15 @@ class PendingUpdates:
             self._begun = None
             raise
         finally:
+            # an error may have left the batch factor on the learning rates
             self._hooks.restore()
             self._repeated.step_over()
             self._running = False
 
     def inner_loop_over(self) -> None:
         """The micro-batches of the step under way were run, and it is about to be decided."""
+        if self._step is not None:
+            self._repeated.gradient_ready(measured=self._step.probed)
         self._step = None
         # from here on only the update may change the weights, so other versions show an update that the hooks did not
         # see
@@ -165,7 +194,7 @@ class PendingUpdates:
             moments=step.moments,
             averages=self._planner.state.averages,
             decision=ended.decision,
-            seconds=None if timed is None else timed[1],
+            timed=timed,
         )
         entry |= more
         if floors := ended.scaling.binding_floors(self._groups):
@@ -174,10 +203,11 @@ class PendingUpdates:
         self._update = _Update(
             before.steps, num_examples, ended.scaling, ended.gain, step.finite, looked_at, step.empty, entry, norm
         )
+        self._update.alone = step.left_out_alone
         self._observers.at(Phase.BETWEEN, Moment(before.steps, step.plan))
 
     def take_back(self, step: Step) -> None:
-        """Ends a step that does not count: without an update, a line of the journal, or a word to the planner."""
+        """Ends a step that does not count: no update, no line in the journal, and the planner does not hear of it."""
         planner, num_examples = self._planner, step.portion.num_examples
         step.decision = Decision(planner.plan, Reason.NOT_COMMITTED, None, planner.state)
         number, scaling = planner.consumed.steps, planner.scaling(num_examples)
@@ -207,7 +237,7 @@ class PendingUpdates:
         update = self._update
         if update is None:
             self._missing.came()
-        elif not (update.left_out or update.empty or not update.finite or (self._scaled and not update.looked_at)):
+        elif self._owed(update):
             self._missing.missed(self._hooks.missing, moved=weight_versions(self._optimizer) != self._versions)
 
     def _settle_left_out(self, step: Step) -> None:
@@ -219,7 +249,21 @@ class PendingUpdates:
     # --- around optimizer.step() ------------------------------------------------------------------------------------
 
     def add_schedule(self, schedule: WritesRates) -> None:
-        """Tells a schedule of each update from now on, until it is dropped."""
+        """Tells a schedule of each update from now on, until it is dropped.
+
+        Raises:
+            ValueError: if it writes the rates of another optimizer of the same parameters.
+        """
+        mine, theirs = self._optimizer.param_groups, schedule.optimizer.param_groups
+        if not {id(group) for group in mine} & {id(group) for group in theirs}:
+            held = {id(p) for group in mine for p in group["params"]}
+            if any(id(p) in held for group in theirs for p in group["params"]):
+                raise ValueError(
+                    f"the schedule would write the learning rates of a {kind_of(schedule.optimizer)} that is not the "
+                    f"{kind_of(self._optimizer)} of the AdaptiveBatch, and holds the same parameters: make the "
+                    f"AdaptiveBatch and the ProgressLR with the same optimizer"
+                )
+        # weak, because a schedule that the user replaced must no longer write rates
         self._schedules = [*(held for held in self._schedules if held() is not None), ref(schedule)]
 
     def _each_schedule(self) -> Iterator[WritesRates]:
@@ -258,7 +302,7 @@ class PendingUpdates:
         update = self._update or self._begun
         if update is None:
             return False
-        return update.left_out or update.empty or (self._skip_nonfinite and not update.finite)
+        return update.left_out or update.empty or update.alone or (self._skip_nonfinite and not update.finite)
 
     def _done(self, optimizer: Optimizer, rates: list[float], applied: bool) -> None:
         update, self._update = self._update, None
@@ -267,12 +311,16 @@ class PendingUpdates:
             return
         # an engine that steps in pieces calls optimizer.step() again for the same update
         self._begun = update if self._running else None
-        if applied:
+        if applied or (update.alone and not update.left_out):
+            # not for updates that were left out: the learning rate would fall without the weights having moved
             self._planner.applied(update.num_examples, update.gain)
         self.tell_engine()
         if update.entry is not None:
             # only now: until the update the loop may still write the rates
             lr = self._lr_entry(update.scaling.factor, rates)
+            if update.alone:
+                self.num_left_out_alone += 1
+                update.entry["reason"] = Reason.NOT_FINITE
             self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
         self._observers.after(update.number)
 
@@ -346,6 +394,7 @@ class PendingUpdates:
 
     def drop(self) -> None:
         """Forgets the pending update: another state of the run is loaded."""
+        # it belongs to the state that is replaced
         self._update = None
         self.tell_engine()
         for schedule in self._each_schedule():

@@ -100,11 +100,13 @@ def checked_rules(
     """Checks the arguments of a run; returns the rules that apply, of which the optimizer may prefer one."""
     rule = preferred_rule(optimizer, criterion) if lr_rule is None else lr_rule
     if follow is None:
+        # Only as a part of the default rule: whoever chooses a rule has tuned the betas beside it.
         betas: tuple[Setting, ...] = ("betas",)
         followers = Followers(betas if lr_rule is None and rule == "gain" and has_betas_of_adam(optimizer) else ())
     else:
         followers = Followers.of(follow)
     decay = {"lr_decay": criterion.lr_decay} if isinstance(criterion, DecaysLR) else {}
+    # raises for an unknown rule, before anything below compares it with words
     rules = UpdateRules(rule, followers, **decay)
     check_followers(optimizer, followers.settings)
     check_rates(optimizer, rule)
@@ -127,6 +129,7 @@ def preferred_rule(optimizer: Optimizer, criterion: Criterion) -> LRRule:
     """
     if isinstance(criterion, DecaysLR):  # SGD's decay is that of lr / b, Adam's that of lr / sqrt(b)
         return "linear" if all(isinstance(one, SGD) for one in each_of(optimizer)) else "sqrt"
+    # one rule for all optimizers of a step, so the first that prefers one decides
     preferred = [one.preferred_lr_rule for one in each_of(optimizer) if isinstance(one, PrefersLRRule)]
     if preferred:
         return cast("LRRule", preferred[0])
@@ -144,6 +147,7 @@ def has_betas_of_adam(optimizer: Optimizer) -> bool:
 def needs_of(criterion: Criterion, rule: LRRule, measure: Measure) -> Needs:
     """What a probe must measure: for the criterion, for the rule, and for the journal."""
     layers = measure.layers is not None or measure.layer_weights is not None
+    # seconds are timed by a stopwatch, and no probe gives them
     needs = replace(criterion.needs, seconds=False) | Needs(l1=measure.l1, layers=layers)
     noise = criterion.needs.seconds or rule in NOISE_RULES or measure.monitor  # steps are timed as they are measured
     return needs.with_noise() if noise else needs
@@ -231,7 +235,8 @@ def warn_of_linear(rule: LRRule, criterion: Criterion) -> None:
             f"lr_rule='linear' multiplies the learning rate by the batch, which is right only well below the noise "
             f"scale, but {type(criterion).__name__} lets the batch grow until noise no longer dominates{rest}. Runs of "
             f"SGD failed to train with it. Use lr_rule='gain', which is linear as long as noise dominates",
-            stacklevel=4,
+            # past checked_rules, prepared and the constructor, at the user's line
+            stacklevel=5,
         )
 
 
@@ -251,6 +256,7 @@ def warn_without_room(optimizer: Optimizer, followers: Followers, largest_ratio:
                 f"{' and '.join(str(followers.floors(betas)[k]) for k in stuck)} already. Start from a larger value "
                 f"(0.999 for beta2 at a small batch), or lower the floor with "
                 f"follow=adabatch.lr.Followers(('betas',), beta2_floor=...)",
+                # past prepared and the constructor, at the user's line
                 stacklevel=4,
             )
 
@@ -265,15 +271,16 @@ def suited_probe(
 ) -> Probe | None:
     """The probe that was given, or the engine's own; None if nothing is to be measured."""
     given = None if given is None else engine.fit_probe(given)
-    if not needs:
-        return given
     # Only what this optimizer trains: gradients that it does not zero add up over the steps.
     parameters = engine.trained(optimizer)
-    if given is None and not any(p.requires_grad for p in parameters):
+    # Without a probe, layers may be frozen now and thawed later.
+    if given is None and not any(p.requires_grad or not needs for p in parameters):
         raise ValueError(
             f"the optimizer holds none of the model's parameters that require a gradient: build the "
             f"{type(optimizer).__name__} from the parameters() of this {type(engine.model).__name__}"
         )
+    if not needs:
+        return given
     probe = given or engine.make_probe(
         parameters,
         record_l1=needs.l1,
@@ -283,6 +290,7 @@ def suited_probe(
     )
     missing = needs.lacking(probe.gives)
     if missing:
+        # the constructor's undo does not know this probe yet
         if given is None:
             probe.remove()
         raise ValueError(
@@ -410,7 +418,7 @@ def prepared(
 def given_settings(
     engine: Engine, options: EngineOptions | Engine, local_sgd: LocalSGD | None, measure: Measure, guard: Guard
 ) -> dict[str, object]:
-    """What all ranks must have been given equally, beside what the planner was given."""
+    """The settings that the planner does not have, by name; they must be equal on all ranks too."""
     chosen = options if isinstance(options, EngineOptions) else EngineOptions()
     return {
         **versions(),
@@ -435,6 +443,7 @@ def limits_and_grid(
 ) -> tuple[Limits, PlanGrid]:
     """The limits, and the plans that the run can make up, checked against each other."""
     micro = micro_sizes[0]
+    # a step of a single part shows no spread
     least = 2 if in_parts and num_compared == 1 else 1
     grid = PlanGrid(dp_size=dp_size, micro_sizes=micro_sizes, min_accumulation=least)
     smallest = micro * dp_size * grid.min_accumulation
@@ -445,10 +454,12 @@ def limits_and_grid(
     if not isinstance(limits, Limits):
         raise TypeError(f"limits must be Limits(min=..., max=...), got {shown(limits)}")
     for name, limit in (("min", limits.min), ("max", limits.max)):
+        # UNLIMITED is no number that the user gave, and need not divide
         if isinstance(limit, int) and limit < UNLIMITED and limit % dp_size:
             raise ValueError(
                 f"limits.{name}={limit} cannot be shared equally by {dp_size} ranks: use a multiple of {dp_size}"
             )
+    # A schedule as a limit moves during the run: `Limits.runnable` lowers its floor where no plan fits.
     if isinstance(limits.min, int) and limits.min < smallest:
         two_parts = " (at least two micro-batches, so that their spread can be measured)" if in_parts else ""
         raise ValueError(

@@ -115,6 +115,7 @@ class Averages:
         """The averages with one more probe that counts ``weight`` times."""
         # West's update of mean and spread: no difference of large sums of squares, which would cancel.
         total = decay * self.weight + weight
+        # zero if every probe so far was an outlier
         share = weight / total if total > 0 else 0.0
         d_noise, d_signal = probe.noise - self.noise, probe.signal - self.signal
         mean_noise, mean_signal = self.noise + d_noise * share, self.signal + d_signal * share
@@ -188,6 +189,7 @@ class ProbeWindow:
     @classmethod
     def of(cls, averages: Averages) -> ProbeWindow:
         """A window of which only the averages are known."""
+        # as after loading a checkpoint from before single probes were kept
         return cls(past=averages, num_probes=round(averages.num_effective))
 
     @cached_property
@@ -219,6 +221,7 @@ class ProbeWindow:
             num_probes=(self.num_probes if same else 0) + 1,
             decay=decay,
         )
+        # an empty window has the default norm; the first measurement says which it is
         if window.past.norm != moments.norm:
             window = replace(window, past=Averages(norm=moments.norm))
         if len(window.recent) > RECENT:
@@ -236,6 +239,7 @@ class ProbeWindow:
         past = self.past.with_probe(self.recent[0], self.decay, weight)
         share = weight / past.weight if past.weight > 0 else 0.0
 
+        # Capped, because one outlier in the spread would widen it and let the next outliers pass.
         def scatter(before: float, compared: _Deviations) -> float:
             return before + share * (min(compared.deviations[0] ** 2, (OUTLIER * compared.spread) ** 2) - before)
 
@@ -253,7 +257,8 @@ class ProbeWindow:
         # without a positive past noise there is no ratio to compare
         if self.decay == 0 or past.weight == 0 or len(self.recent) < RECENT or past.noise <= 0:
             return False
-        certain = math.sqrt(math.pi / 2 / counted + 1 / past.num_effective)  # of the median, and of the mean
+        # of the median of the last probes, whose variance is pi / 2 times that of their mean, and of the past's mean
+        certain = math.sqrt(math.pi / 2 / counted + 1 / past.num_effective)
         signal = max(past.signal, 0.0)
         grad = median(probe.grad_sq / (signal + past.noise / probe.size) for probe in self.recent)
         # The median of a skewed noise lies below its mean, on this scale by its variance.
@@ -289,7 +294,8 @@ class ProbeWindow:
         # so one bound suits noise from two parts and from two hundred, and a skewed distribution loses no probes. cbrt,
         # unlike a power, also takes the negative noise of a small sample.
         deviations = tuple(math.cbrt(value / center) - 1 for value in values)
-        # The median absolute deviation of few normal numbers, with the usual correction.
+        # The median absolute deviation: 1.4826 makes it the standard deviation of normal numbers, and n / (n - 0.8) is
+        # the factor of Croux and Rousseeuw (1992) for few of them.
         scale = 1.4826 * number / (number - 0.8) * median(map(abs, deviations))
         # Seven values alone give a poor spread, so it is pooled with that of the past, and with the variance of a
         # chi-square on the scale of cube roots, 2 / 9 over its degrees of freedom, which matters early in a run.
@@ -325,4 +331,5 @@ def median(values: Iterable[float]) -> float:
 
 def _weight(deviation: float, spread: float) -> float:
     """1 up to ``OUTLIER`` standard deviations, falling to 0 at twice as many (Hampel's redescending weight)."""
+    # The spread contains a positive prior; it is zero only if there was no scale to compare the probes on.
     return 1.0 if spread == 0 else min(1.0, max(0.0, 2 - abs(deviation) / (OUTLIER * spread)))

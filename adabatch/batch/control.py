@@ -81,6 +81,8 @@ class Limits:
 
     def at(self, progress: Progress) -> tuple[int, int]:
         """Floor and ceiling at this progress; if the two schedules cross, the ceiling holds."""
+        # A floor is rounded up and a ceiling down, so that neither is passed. The min is there because a schedule may
+        # be infinite (Seesaw at the end of its shape), and ceil(inf) is an OverflowError.
         low = self.min if isinstance(self.min, int) else math.ceil(min(self.min.size(progress), UNLIMITED))
         high = self.max if isinstance(self.max, int) else math.floor(min(self.max.size(progress), UNLIMITED))
         return min(low, high), high
@@ -91,6 +93,7 @@ class Limits:
         The ceiling is never raised, because nothing can be run below the smallest plan.
         """
         low, high = self.at(progress)
+        # No plan below the ceiling at all leaves the floor as it is, and `nearest` says that they do not fit.
         return min(low, grid.next_below(high + 1) or low), high
 
 
@@ -200,10 +203,13 @@ class Control:
     @property
     def decay(self) -> float:
         """Weight of the past at each new probe while the window has ``memory`` probes."""
+        # An endless exponential window is as certain as (1 + decay) / (1 - decay) equal probes; this solves for
+        # `memory`.
         return 1 - 2 / (self.memory + 1)
 
     def decay_after(self, num_probes: int) -> float:
         """Weight of the past at each new probe, ``num_probes`` after the last jump."""
+        # 0 also tells `ProbeWindow` to test for no outliers, so no memory_share may lift it
         if self.memory == 1:
             return 0.0
         return 1 - 2 / (max(self.memory, min(self.memory_share * num_probes, LONGEST_MEMORY)) + 1)
@@ -219,6 +225,7 @@ class Control:
         """The confidence with which the batch shrinks."""
         if self.shrink_confidence is not None:
             return self.shrink_confidence
+        # 0.5 asks for no certainty, in this direction either
         return (1 + self.confidence) / 2 if self.confidence > 0.5 else self.confidence
 
     @property
@@ -252,9 +259,11 @@ class Estimate(NamedTuple):
 
 def _quantile(confidence: float, freedom: float) -> float:
     """Student's t quantile by the Cornish-Fisher expansion (Abramowitz and Stegun 26.7.5); zero at 0.5."""
+    # not scipy's exact quantile, since scipy is no dependency
     z = NormalDist().inv_cdf(confidence)
     if z == 0:
         return 0.0
+    # one probe has no spread, and no finite bar covers what it may hide
     if freedom <= 0:
         return math.inf
     first = (z**3 + z) / 4
@@ -312,6 +321,7 @@ def estimate(
     center = wanted(n, s)
     if math.isnan(center) or center <= 0:  # no logarithm, and so no bar
         return Estimate(center, math.nan, math.nan, freedom)
+    # Student's t, because the spread comes from the same few probes as the averages.
     below, above = (
         _quantile(one, averages.num_effective - 1)
         for one in (confidence, confidence if shrink_confidence is None else shrink_confidence)
@@ -352,6 +362,7 @@ def estimate(
     if error == 0:
         return Estimate(center, center, center, freedom)
 
+    # The point of the confidence ellipse in whose direction the wanted size changes most.
     def edge(t: float) -> float:
         return wanted(n + t * to_noise / error, s + t * to_signal / error)
 
@@ -467,6 +478,7 @@ def decide(
         ValueError: if ``hold_until`` has a unit that the run does not count.
     """
     low, high = limits.runnable(progress, grid)
+    # Before the countdown in the next line, so that a hold of n covers n steps.
     held = state.hold > 0 or _held_in_examples(control, state, progress)
     state = replace(state, hold=max(0, state.hold - 1), until_probe=max(0, state.until_probe - 1))
     usable = finite and moments is not None and _usable(moments)
@@ -474,6 +486,7 @@ def decide(
         if usable:
             decay = control.decay_after(state.window.num_probes + 1)
             state = replace(state, window=state.window.after(moments, decay=decay))
+        # After the window has taken the probe: a jump resets its count, and probes come every step again.
         state = replace(state, until_probe=control.interval_after(state.window.num_probes) - 1)
     if timed is not None:
         state = replace(state, times=state.times.after(*timed))
@@ -486,6 +499,7 @@ def decide(
         size = criterion.wanted(seen)
         asked, reason = Estimate(size, size, size), Reason.NOT_FINITE
         # a schedule that cannot tell (NaN) holds the plan, as a probe that failed does
+        # No tolerance in `nearest`: the sizes of a schedule are meant as they are, those of an estimate are not.
         if not math.isnan(size):
             return Decision(grid.nearest(size, min_size=low, max_size=high), Reason.SCHEDULED, asked, state)
     elif usable:
@@ -496,6 +510,7 @@ def decide(
             seen=seen,
             confidence=control.confidence,
             shrink_confidence=control.certain_below,
+            # the papers that `Control.direct` reproduces follow single tests
             plug_in=control.memory == 1,
         )
         goal, reason = _followed(asked, control, plan.global_batch_size, held=held)
@@ -519,6 +534,7 @@ def decide(
     if reason not in (Reason.GROW, Reason.SHRINK):
         # Not the wanted size: a moving limit may still require a change, which starts from the present size.
         goal = plan.global_batch_size
+    # min: an infinite goal has no ceil
     chosen, reason = _carried_out(min(goal, UNLIMITED), reason, plan, control.growth, most, grid, low, high)
     if chosen != plan:
         state = replace(state, hold=control.hold_steps, changed_at=progress.examples)
@@ -548,6 +564,7 @@ def _followed(asked: Estimate, control: Control, present: int, *, held: bool) ->
         if not asked.low > present * band:
             return wanted, Reason.NO_SIGNAL
         return asked.low, Reason.HOLD if held else Reason.GROW
+    # the same factor up and down, as the error bar is one of the logarithm
     if present <= wanted * band and wanted <= present * band:
         return wanted, Reason.HYSTERESIS if control.hysteresis else Reason.AGREES
     # Monotone before the error bar: the journal then says why the batch never shrinks, however certain the estimate.

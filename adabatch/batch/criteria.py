@@ -94,6 +94,7 @@ def ratio(noise: float, allowed: float) -> float:
     """``noise / allowed``: the batch at which the noise of the mean gradient falls to what is allowed."""
     if math.isnan(noise) or math.isnan(allowed):
         return math.nan
+    # A negative estimate is taken for no signal: then no batch is large enough, unless there is no noise either.
     if allowed <= 0:
         return math.inf if noise > 0 else 0.0
     return noise / allowed
@@ -160,6 +161,8 @@ class NormTest:
         if moments is None:
             return math.nan
         noise, allowed = moments.noise, self.eta * self.eta * moments.grad_sq
+        # Without a gradient the form with a population would ask for n, and the control would not see that there is no
+        # signal.
         if self.population is None or allowed <= 0:
             return ratio(noise, allowed)
         n = self.population

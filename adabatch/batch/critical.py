@@ -78,6 +78,7 @@ def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: flo
         raise ValueError(f"half_life must be a positive number of examples, got {half_life}")
     averages = np.empty_like(values)
     total = weight = 0.0
+    # The numerator and the sum of the weights apart, divided at each step: no bias towards the zero at the start.
     for step, (value, kept) in enumerate(zip(values, np.exp2(-sizes / half_life), strict=True)):
         total, weight = kept * total + (1 - kept) * value, kept * weight + (1 - kept)
         averages[step] = total / weight
@@ -115,6 +116,7 @@ def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE)
     first = known[sizes[0]]
     if not math.isfinite(first):
         raise ValueError(f"the branch at the smallest batch, {sizes[0]}, diverged: lower its learning rate")
+    # abs, because a loss may be negative (a log-likelihood of densities)
     bound = first + tolerance * abs(first)
     size = sizes[0]
     for larger in sizes[1:]:
@@ -126,6 +128,7 @@ def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE)
 
 def _crossing(size: int, larger: int, losses: Mapping[int, float], bound: float) -> float:
     below, above = losses[size], losses[larger]
+    # a branch that diverged leaves nothing to interpolate to
     if not math.isfinite(above):
         return float(size)
     return size * math.exp(math.log(larger / size) * (bound - below) / (above - below))
@@ -162,6 +165,7 @@ def measure_critical_batch(
         batches, losses = zip(*steps, strict=True)
         counts[size] = sum(batches)
         ends[size] = float(smoothed_losses(losses, batches, half_life=half_life)[-1])
-    if ends and max(counts.values()) - min(counts.values()) > max(counts):
+    # max(counts) is the largest batch size: a branch ends with a whole batch, and may overshoot by almost one
+    if max(counts.values()) - min(counts.values()) > max(counts):
         raise ValueError(f"branches must consume equally many examples, got {counts}")
     return critical_batch(ends, tolerance=tolerance)

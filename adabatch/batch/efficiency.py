@@ -71,6 +71,7 @@ def adaptive_limit(noise_scales: ArrayLike, batch_sizes: ArrayLike | None = None
             )
         if not np.all(sizes > 0):
             raise ValueError(f"batch_sizes: batch sizes must be positive, got {sizes.min()}")
+        # unusable scales are dropped below; zero keeps their weights free of NaN until then
         weights = sizes / (sizes + np.where(usable, scales, 0.0))
     if not usable.any():
         return math.nan

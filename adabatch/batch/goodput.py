@@ -38,12 +38,12 @@ class Goodput:
 
     If the price of a step is known, ``StepPrice`` asks for the same batch from that number, and is deterministic.
 
-    Steps are timed from one measured step to the next, including evaluation and waiting for data. The ranks agree on
-    the mean of their times, one measured step late, in the reduction that is made anyway: 8 more bytes, and no
-    additional wait. Steps that differ from the plan, and the first step after each change, are not timed. A plan's time
-    is the median of its last five steps, so that a pause hardly changes it. The times are saved with the run, and a
-    resumed run uses them until it has measured its own. Times depend on the machine: two equal runs need not choose
-    equal batches, and their journals differ.
+    Steps are timed from one measured step to the next, including the wait for data. The ranks agree on the mean of
+    their times, one measured step late, in the reduction that is made anyway: 8 more bytes, and no additional wait.
+    Steps that differ from the plan, the first step after each change, and stretches with an evaluation in them
+    (``record_evaluation``) are not timed. A plan's time is the median of its last five steps, so that a pause hardly
+    changes it. The times are saved with the run, and a resumed run uses them until it has measured its own. Times
+    depend on the machine: two equal runs need not choose equal batches, and their journals differ.
 
     Args:
         min_speedup: relative gain of goodput for which the batch changes, zero or positive.
@@ -77,6 +77,7 @@ class Goodput:
         present, noise_scale = moments.num_examples, ratio(moments.noise, moments.signal)
         if not noise_scale > 0:
             return noise_scale
+        # Before the next case: even with no signal in sight, a batch is timed once before a larger one is tried.
         if present not in times.sizes:
             return present
         if noise_scale == math.inf:
@@ -84,6 +85,7 @@ class Goodput:
         seconds = _seconds_of(times.model, grid)
 
         def goodput(size: float) -> float:
+            # any reference gives the same order
             return size / seconds(size) * efficiency(size, noise_scale, reference=1)
 
         best = max(_candidates(times.model, grid, noise_scale, REACH * max(times.sizes)), key=goodput)
@@ -97,6 +99,7 @@ def _seconds_of(model: StepTimeModel, grid: PlanGrid) -> Callable[[float], float
     def seconds(size: float) -> float:
         share = size / grid.dp_size
         micro = min(max(share / grid.min_accumulation, smallest), largest)
+        # not rounded to plans that can be run, so that goodput is smooth in the size; the control rounds
         return model.seconds(micro, share / micro, grid.dp_size)
 
     return seconds
@@ -109,6 +112,7 @@ def _candidates(model: StepTimeModel, grid: PlanGrid, noise_scale: float, reach:
         """The b for which ``b / ((step + example b) (noise_scale + b))`` is largest."""
         return math.sqrt(noise_scale * step / example) if example > 0 else math.inf
 
+    # The time of a step has a kink where the micro-batch is full, so goodput has an optimum on either side of it.
     least, dp_size, micro = grid.min_accumulation, grid.dp_size, max(grid.micro_sizes)
     smallest, grown = (size * least * dp_size for size in (min(grid.micro_sizes), micro))
     step = model.step(dp_size)

@@ -89,7 +89,7 @@ class GradientMoments(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether all numbers are finite."""
+        """Whether both squared norms are finite."""
         return math.isfinite(self.part_sq) and math.isfinite(self.grad_sq)
 
     @property
@@ -105,6 +105,7 @@ class GradientMoments(NamedTuple):
         def times(value: float | None, by: float) -> float | None:
             return None if value is None else value * by
 
+        # The l1 and l2 norms of the gradient are lengths; everything else is a square or a product of two gradients.
         length, square = abs(factor), factor * factor
         return self._replace(
             part_sq=self.part_sq * square,
@@ -150,6 +151,7 @@ class GradientMoments(NamedTuple):
             part_size=part_size,
             grad_sq=signal + noise / num_examples,
             num_examples=num_examples,
+            # at least two, since a single part has no noise
             num_parts=max(2, round(num_examples / part_size)),
             noise_along=noise_along,
         )
@@ -174,6 +176,7 @@ def from_parts(
     Raises:
         ValueError: if there are no parts, sizes are not positive, or weights do not sum to one.
     """
+    # float64, because the noise is a difference of two squared norms that are nearly equal if the signal dominates
     squares = np.atleast_1d(np.asarray(parts_sq, dtype=np.float64))
     counts = np.broadcast_to(np.asarray(sizes, dtype=np.float64), squares.shape)
     if squares.size == 0:
@@ -184,6 +187,7 @@ def from_parts(
         shares = counts / counts.sum()
     else:
         shares = np.broadcast_to(np.asarray(weights, dtype=np.float64), squares.shape)
+        # weights that were computed in float32 do not sum to 1 more closely
         if not math.isclose(shares.sum(), 1.0, rel_tol=1e-6):
             raise ValueError(f"the weights of the parts must sum to 1, got a sum of {shares.sum()}")
     return GradientMoments(
@@ -236,8 +240,11 @@ def from_signs(
 
     Source: arXiv 2602.03001 for the norm; the paper does not subtract the noise from ``|g|_1``.
     """
+    # The deviations are from the mean of the parts already, so nothing is subtracted: with grad_sq = 0 this only
+    # divides by 1 / part_size - 1 / num_examples, as for a Euclidean variance.
     plain = GradientMoments(deviations * deviations, part_size, 0.0, num_examples, num_parts).noise
     if math.isnan(plain):
+        # One part has no spread. Its noise stays NaN, and the norm of the gradient remains known.
         square = grad_l1 * grad_l1
         return GradientMoments(square, part_size, square, num_examples, num_parts, grad_l1=grad_l1, norm="sign")
     half = (num_parts - 1) / 2
@@ -280,6 +287,7 @@ def from_matrices(
     square = nuclear * nuclear
     noise = GradientMoments(roots * roots, part_size, 0.0, num_examples, num_parts).noise
     signal = GradientMoments(first * first, first_size, square, num_examples, num_parts).signal
+    # Neither is of use without the other. Moments of one part at most have NaN for both.
     if math.isnan(noise) or math.isnan(signal):
         return GradientMoments(square, part_size, square, num_examples, min(num_parts, 1), norm="spectral")
     moments = GradientMoments.from_noise(noise, signal, part_size=part_size, num_examples=num_examples)

@@ -62,7 +62,7 @@ class Needs:
 
     def __bool__(self) -> bool:
         """Whether anything is needed."""
-        return any(True for _ in self._asked())
+        return bool(self._asked())
 
     def __or__(self, other: Needs) -> Needs:
         """Both.
@@ -87,6 +87,7 @@ class Needs:
 
     def words(self) -> list[str]:
         """Each need as an error names it."""
+        # the user of a Euclidean criterion chose no norm, and should not have to read of one
         if self.noise == EUCLIDEAN:
             return ["noise", *replace(self, noise=None).words()]
         return [each.metadata["words"].format(getattr(self, each.name)) for each in self._asked()]

@@ -155,6 +155,7 @@ def micro_batch_sizes(smallest: int, largest: int) -> tuple[int, ...]:
     """
     if not 1 <= smallest <= largest:
         raise ValueError(f"micro_batch_size must lie between 1 and max_micro_batch_size, got {smallest} and {largest}")
+    # bit_length, not a logarithm, which may be off by one at a power of two
     doubled = {smallest << k for k in range((largest // smallest).bit_length())}
     return tuple(sorted(doubled | {largest}))
 
@@ -218,6 +219,8 @@ class PlanGrid:
         if not math.isfinite(goal):
             raise ValueError(f"a plan needs a finite global batch size to come near to, got {wanted}")
         best: tuple[float, BatchPlan] | None = None
+        # Largest first, because the first plan within the tolerance is taken, and a step of few large micro-batches is
+        # faster than one of many small ones.
         for micro in sorted(self.micro_sizes, reverse=True):
             quantum = micro * self.dp_size
             lowest = max(self.min_accumulation, math.ceil(min_size / quantum))
@@ -225,12 +228,14 @@ class PlanGrid:
             if lowest * quantum > max_size:
                 continue
             count = max(round(goal / quantum), lowest)
+            # Rounded up past the limit. One step less is still at least `lowest`, which was found to fit.
             if count * quantum > max_size:
                 count = int(max_size // quantum)
             plan = BatchPlan(micro_batch_size=micro, accumulation_steps=count, dp_size=self.dp_size)
             error = abs(plan.global_batch_size - goal)
             if error <= tolerance * goal:
                 return plan
+            # Not <=: of two plans that are equally near, the one with the larger micro-batch stays.
             if best is None or error < best[0]:
                 best = (error, plan)
         if best is None:

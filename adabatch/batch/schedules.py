@@ -113,6 +113,7 @@ class Stages(Schedule):
     def size(self, progress: Progress) -> float:
         """The size of the last milestone passed."""
         size = self.first
+        # no break: one large batch may have passed several milestones
         for stage in self.then:
             if progress.reached(stage.after):
                 size = stage.global_batch_size

@@ -87,6 +87,7 @@ class StepTimes:
         """With one more step of ``plan``, of positive ``seconds``."""
         key = (plan.micro_batch_size, plan.accumulation_steps, plan.dp_size)
         past = next((times.seconds for times in self.of if times.plan == key), ())
+        # moved to the end, because the plans that ran last are those that stay
         others = [times for times in self.of if times.plan != key]
         return StepTimes((*others, PlanTimes(*key, (*past, seconds)[-SAMPLES:]))[-PLANS:])
 

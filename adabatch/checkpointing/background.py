@@ -31,5 +31,6 @@ class Background:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        # forgotten, or every later save would raise it again
         failure, self._failure = self._failure, None
         return failure

@@ -30,6 +30,7 @@ from adabatch.checkpointing.files import (
 )
 from adabatch.checkpointing.lock import LOCK, FolderInUse, FolderLock, read_lock
 from adabatch.checkpointing.newest import newest_checkpoint
+from adabatch.checkpointing.own_parts import check_own_parts, warn_of_missing_parts
 from adabatch.checkpointing.plain import NotPlain
 from adabatch.checkpointing.run_state import Restored, RunState, Snapshot, Stateful
 from adabatch.checkpointing.save_times import SaveTimes
@@ -98,8 +99,8 @@ class Checkpoints:
             ``close``.
 
     Raises:
-        ValueError: if ``keep`` is below 1, an interval has no length or is given without ``batches``, or a name of
-            ``others`` is taken.
+        ValueError: if ``keep`` is below 1, an interval has no length or is given without ``batches``, a name of
+            ``others`` is taken, or the model or the optimizer are not those of ``batches``.
         TypeError: if a part has no state, or an interval has no unit.
     """
 
@@ -135,11 +136,15 @@ class Checkpoints:
         if taken:
             raise ValueError(f"others must not be called {', '.join(sorted(taken))}: the name is taken")
         parts = {name: part for name, part in {**named, **(others or {})}.items() if part is not None}
+        self._parts, self._optimizer = parts, optimizer
         self._run = RunState(parts, config=config)
+        if batches is not None:
+            check_own_parts(batches, model, optimizer)
         self._ranks = self._run.collectives
         self._folder = Path(folder)
         self._batches = batches
         self._scaled = scaler is not None
+        self._saved = False
         self._keep = keep
         self._background = Background() if background else None
         self._damaged: set[Path] = set()
@@ -176,7 +181,11 @@ class Checkpoints:
         """
         steps, nonce = 0, 0
         if self._batches is not None:
+            # raises on all ranks alike, because all of them are at the same place of the loop
             self._batches.settle(scaled=self._scaled)
+            if not self._saved:
+                warn_of_missing_parts(self._batches, self._optimizer, self._parts.values())
+            self._saved = True
             steps = self._batches.consumed.steps
         # Errors are kept until all ranks have met below: a rank that raised here would leave the others waiting.
         failure, number = self._waited(), 0
@@ -195,6 +204,8 @@ class Checkpoints:
                 number = begin(self._folder, steps, nonce)
             except (OSError, CheckpointError) as error:
                 failure = error
+        # One reduction tells of errors, and carries the numbers of the first rank to the others: theirs are 0. 40 bits
+        # are exact in its float64.
         number, nonce = map(int, self._raise_together(failure, number, nonce))
         place = place_of(self._folder, number, steps, nonce)
         if self._background is None:
@@ -263,7 +274,7 @@ class Checkpoints:
             _log.warning("%s; resuming from %s", problem, found.path.name)
         saved, now = found.manifest.contents, self._run.describe()
         if not (isinstance(saved.get("parts"), dict) and isinstance(saved.get("sharded"), bool)):
-            raise CheckpointError(f"{found.path}: {MANIFEST} matches its checksum, and says nothing of a run")
+            raise CheckpointError(f"{found.path}: {MANIFEST} matches its checksum, but does not describe a run")
         refuse(saved, now)
         restored: Restored | None = None
         try:
@@ -272,12 +283,13 @@ class Checkpoints:
             restored = self._run.restore(found.path, saved)
         except (LookupError, AttributeError) as error:
             failure = CheckpointError(
-                f"{found.path} is what was written, and no part can make use of it ({type(error).__name__}: {error}): "
+                f"{found.path} is undamaged, but a part cannot load what it holds ({type(error).__name__}: {error}): "
                 f"restore one from a copy, or move it away"
             )
         except Exception as error:  # the other ranks must learn of any error before one of them leaves
             failure = error
         if self._ranks.sum_of(failure is not None)[0] and failure is None:
+            # this rank has loaded its parts, but a run with a rank that has not is no run
             failure = CheckpointError(f"the checkpoint {found.path} could not be loaded by another rank")
         if failure is not None:
             raise failure
@@ -330,6 +342,7 @@ class Checkpoints:
         Raises:
             FolderInUse, OSError: if that is not possible.
         """
+        # locking it would put a file into a finished checkpoint
         if is_checkpoint(self._folder):
             return  # one checkpoint, to be read
         try:
@@ -338,6 +351,10 @@ class Checkpoints:
             if error.errno not in _READ_ONLY:  # in a folder that can only be read, no other process writes either
                 raise
             return
+        self._guard_journal()
+
+    def _guard_journal(self) -> None:
+        """Lets the journal write only while this process holds the folder."""
         if self._batches is not None and self._batches.journal.guard is None:
             self._batches.journal.guard = self._lock.check
 
@@ -347,17 +364,18 @@ class Checkpoints:
         Raises:
             CheckpointError: if the folder holds checkpoints of another run, or belongs to another process.
         """
+        # now the run is known: the folder belongs to the one that was loaded
         if self._lock.held:
             return
         mine, theirs = self._own_run(), read_lock(self._folder).run
+        # A lock without checkpoints is of a run that ended before its first one, and holds nothing that could be lost.
         if mine is not None and theirs not in (None, mine) and checkpoints_in(self._folder):
             raise CheckpointError(
                 f"{self._folder} holds the checkpoints of run {theirs}, and this is run {mine}, which has loaded none "
                 f"of them: load() to go on with that run, start_over() to take its folder, or use another folder"
             )
         self._lock.claim(mine)
-        if self._batches is not None and self._batches.journal.guard is None:
-            self._batches.journal.guard = self._lock.check
+        self._guard_journal()
 
     def _refuse_other_run(self, path: Path, run: str | None) -> None:
         """Checks that a checkpoint belongs to the run of the folder and of the journal, as far as they name one.
@@ -382,6 +400,7 @@ class Checkpoints:
 
     def _release(self) -> None:
         self._run.release()
+        # another Checkpoints on the same journal may have set its own
         if self._batches is not None and self._batches.journal.guard == self._lock.check:
             self._batches.journal.guard = None
         self._lock.release()
@@ -399,6 +418,7 @@ class Checkpoints:
                 finish(place, taken.contents, files, keep=self._keep, damaged=self._damaged, fence=self._lock.check)
         except Exception:
             if first:
+                # on the first rank only, which made the folder for all of them
                 abandon(place)
             raise
 

@@ -132,6 +132,7 @@ def refuse_order(saved: Mapping[str, Any], parameters: Sequence[Parameter]) -> N
     if len(before) != len(parameters):
         return  # also where one of them has no optimizer; groups of other sizes are refused by their number
     for index, (was, now) in enumerate(zip(before, parameters, strict=True)):
+        # a parameter outside the model has no name to compare, only a shape
         named = was.name is not None and now.name is not None
         if was.shape != now.shape or (named and was.name != now.name):
             raise ValueError(

@@ -124,6 +124,7 @@ def sealed(unfinished: Path, pattern: str = "**/*") -> Files:
     Raises:
         OSError: if the disk is full or fails.
     """
+    # Synced first: the manifest must not vouch for bytes that are not on the disk yet.
     files = {}
     for path in unfinished.glob(pattern):
         if path.is_file():
@@ -173,6 +174,7 @@ def finish(
         file.write(f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
         file.flush()
         os.fsync(file.fileno())
+    # A synced file may still be lost with its name, which is an entry of its folder.
     for path in [*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished]:
         _sync_folder(path)
     finished = unfinished.with_name(unfinished.name.partition(".")[0])
@@ -205,9 +207,11 @@ def check(path: Path, *, share: int = 0, of: int = 1) -> Manifest:
         NewerFormat: if a later release wrote it.
     """
     manifest = _read_manifest(path)
+    # sorted, so that all ranks number the files alike, and each is read by one of them
     for index, (name, (size, digest)) in enumerate(sorted(manifest.files.items())):
         file = path / name
         try:
+            # The size of every file costs nothing; only a share of the contents is read.
             found = file.stat().st_size
             if found != size:
                 raise Damaged(f"{path}: {name} has {found:,} bytes, {size:,} were written")
@@ -226,6 +230,7 @@ def _read_manifest(path: Path) -> Manifest:
         line, _, rest = (path / MANIFEST).read_bytes().partition(b"\n")
     except OSError as error:
         raise Damaged(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from error
+    # checked before the JSON is parsed, so that what a damaged byte makes of it is never trusted
     if rest != hashlib.sha256(line).hexdigest().encode() + b"\n":
         raise Damaged(f"{path}: {MANIFEST} does not match its own checksum")
     try:
@@ -243,6 +248,7 @@ def _read_manifest(path: Path) -> Manifest:
         if not isinstance(contents, dict):
             raise TypeError("its contents are not an object")
         for name, (size, digest) in files.items():
+            # a manifest must not lead out of its checkpoint, whatever its checksum says
             inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
             if not (inside and isinstance(size, int) and isinstance(digest, str)):
                 raise TypeError(f"its entry for {name!r} is not a file of a checkpoint with a size and a checksum")
@@ -265,6 +271,7 @@ def _prune(folder: Path, keep: int, damaged: Collection[Path]) -> None:
             path.rename(expired)
             with suppress(OSError):
                 _remove(expired)
+        # damaged ones stay until enough good ones are newer, and never count
         good += path not in damaged
 
 

@@ -69,17 +69,20 @@ class Holder(NamedTuple):
             me: the current process.
         """
         if self.host != me.host:
+            # a launcher starts a job again only after its processes have ended
             return self.job is None or self.job != me.job
+        # process ids begin again with each boot
         if self.boot != me.boot:
             return False
         if self.started is not None:
+            # the id alone may belong to another process by now
             return _started(self.pid) == self.started
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return False
-        except PermissionError:
-            return True
+        except PermissionError:  # it runs, as another user
+            pass
         return True
 
     def __str__(self) -> str:
@@ -103,6 +106,7 @@ def read_lock(folder: Path) -> Lock:
     try:
         said = json.loads((folder / LOCK).read_bytes())
         run, holder = said["run"], said["holder"]
+        # A file that is not a lock counts as none: a damaged one must not keep a run from its own folder.
         if not (run is None or isinstance(run, str)):
             return Lock(None, None)
         return Lock(run, None if holder is None else _holder(holder))
@@ -165,7 +169,7 @@ class FolderLock:
             now = "its lock was removed" if holder is None else f"it belongs to {holder} now"
             raise FolderInUse(
                 f"{self._folder} was taken from this process (pid {os.getpid()} on {platform.node()}): "
-                f"{now}; nothing more is written by this one, which should end"
+                f"{now}; nothing more is written by this process, and it should end"
             )
 
     def release(self) -> None:
@@ -187,6 +191,7 @@ class FolderLock:
 
     def _write(self, lock: Lock) -> None:
         text = json.dumps({"run": lock.run, "holder": None if lock.holder is None else lock.holder._asdict()})
+        # written beside it and renamed, so that no reader sees half a lock
         new = self._folder / f"{LOCK}.{os.getpid()}"
         try:
             new.write_text(text + "\n", encoding="utf-8")
@@ -202,6 +207,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Excludes other processes while the lock is read and rewritten; some network file systems do not support this."""
     handle = os.open(folder, os.O_RDONLY)
     try:
+        # Without flock two claims at once may both succeed; `check` before each write then sees whose lock came last.
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield

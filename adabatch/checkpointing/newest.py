@@ -60,6 +60,7 @@ def newest_checkpoint(folder: Path, ranks: Collectives) -> NewestCheckpoint | No
             condition, problem = _NEWER, str(error)
         # each rank has read only its share of the files, so one rank may find damage that the others cannot know of
         worst = ranks.minimum_of(condition)[0]
+        # By the worst verdict of all ranks, which is the same everywhere, so that all leave the loop in the same turn.
         if worst == _READABLE:
             assert manifest is not None
             return NewestCheckpoint(path, manifest, damaged)
@@ -69,6 +70,6 @@ def newest_checkpoint(folder: Path, ranks: Collectives) -> NewestCheckpoint | No
     if damaged:
         raise CheckpointError(
             f"no checkpoint can be used: {'; '.join(damaged.values())}. Restore one from a copy, or move them away to "
-            f"begin anew"
+            f"begin again"
         )
     return None

@@ -37,6 +37,7 @@ def plain(state: Any, path: str = "", *, copy: bool = False) -> Any:
     """
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True) if copy else state
+    # the exact type: an np.float64 is a float too, and is pickled as numpy's class
     if type(state) in _PLAIN:
         return state
     if isinstance(state, np.generic):
@@ -49,6 +50,7 @@ def plain(state: Any, path: str = "", *, copy: bool = False) -> Any:
         if hasattr(state, "_metadata"):  # torch's modules keep the versions of their parts there
             rebuilt._metadata = plain(state._metadata, f"{path}._metadata")  # type: ignore[attr-defined]
         return rebuilt
+    # torch.Size is a tuple that torch reads back as what it is
     if type(state) is list or (isinstance(state, tuple) and not isinstance(state, torch.Size)):
         values = [plain(value, f"{path}[{index}]", copy=copy) for index, value in enumerate(state)]
         return values if isinstance(state, list) else tuple(values)

@@ -145,6 +145,7 @@ class RunState:
             CheckpointError: in the same way, if weights or the optimizer's state are not finite.
         """
         own = random_state(self._device).to(self.collectives.device)
+        # a collective, so before the ranks that write nothing return
         state: dict[str, Any] = {"random": self.collectives.gather(own).cpu()}
         failure: NotPlain | None = None
         if self._loader is not None:
@@ -153,10 +154,12 @@ class RunState:
                 mine = plain(self._loader.state_dict(), "order")
             except NotPlain as error:  # after the exchange, for which the other ranks wait
                 failure = error
+            # a rank whose state failed takes part with None
             state["order"] = states_of_all(mine, self.collectives, name="order")
         if failure is not None:
             raise failure
         states = () if self._optimizer is None else optimizer_states(self._optimizer, self._model)
+        # on every rank, each with its own pieces, before most of them return
         check_finite([*trained_weights(self._model), *states])
         if self.collectives.rank > 0 and not (self.sharded or self._apart):
             return None
@@ -193,6 +196,7 @@ class RunState:
         patterns = [f"{SHARDS}/__{self.collectives.rank}_*", *([f"{SHARDS}/.*"] if first else [])]
 
         def own() -> Files:
+            # the shards of torch are read back only as far as their names and shapes
             if first and not self._was_read:
                 shapes_in(place / SHARDS)
             return {name: entry for pattern in patterns for name, entry in sealed(place, pattern).items()}
@@ -210,6 +214,7 @@ class RunState:
                 torch.load(place / _state_file(rank), map_location="cpu", weights_only=True, mmap=True)
             except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
                 raise CheckpointError(f"what was written cannot be read back: {str(error).splitlines()[0]}") from error
+            # a sharded run still has its shards to read back
             self._was_read = not self.sharded
         return files
 
@@ -237,6 +242,8 @@ class RunState:
             ValueError: if the model or the optimizer differs from the saved one, or a part refuses its state.
         """
         state = self._read(path)
+        # All checks come before the first part is loaded: a run that is refused goes on as it was, or ends, but is not
+        # mixed.
         self._check_model(path, state["model"])
         settings = BuiltSettings(self._parts)
         if self._optimizer is not None:

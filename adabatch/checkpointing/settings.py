@@ -57,7 +57,9 @@ class BuiltSettings:
         self._optimizer: Optimizer | None = optimizer if isinstance(optimizer, Optimizer) else None
         self._schedule = schedule
         self._order = order
-        self._groups = [] if self._optimizer is None else [settings_of(g, self._optimizer) for g in _groups(optimizer)]
+        self._groups: list[dict[str, Any]] = []
+        if self._optimizer is not None:
+            self._groups = [settings_of(group, self._optimizer) for group in self._optimizer.param_groups]
         self._seed = _seed_of(order)
 
     def refuse(self, saved: Mapping[str, Any]) -> None:
@@ -87,6 +89,7 @@ class BuiltSettings:
         kept: list[KeptSetting] = []
         if isinstance(self._schedule, ProgressLR) and "schedule" in saved:
             state = saved["schedule"]
+            # The rates with which each run was built: only they show whether the user has changed them.
             before, now = [float(lr) for lr in state.get("built_lrs", state["base_lrs"])], self._schedule.built_lrs
             if before != now:
                 self._schedule.set_base_lrs(now)
@@ -95,6 +98,7 @@ class BuiltSettings:
                         taken.append(Difference(_name("lr", index, len(now)), old, new))
         for name, before, now in self._differing(saved):
             setting = name.rpartition(".")[2]
+            # taken over above, through the schedule that writes it
             if setting == "lr" and isinstance(self._schedule, ProgressLR):
                 continue
             if setting in TAKEN_OVER:
@@ -113,7 +117,7 @@ class BuiltSettings:
         return tuple(taken), tuple(kept)
 
     def put_back(self, groups: Sequence[Mapping[str, Any]], *, rates: bool) -> None:
-        """Writes the saved settings that are kept into the optimizer, where loading it does not.
+        """Writes the saved settings that are kept into the optimizer, for engines whose loading does not do so.
 
         Args:
             groups: the saved settings of each parameter group.
@@ -135,11 +139,6 @@ class BuiltSettings:
             for name, now in built.items():
                 if name in before and before[name] != now:
                     yield _name(name, index, len(groups)), before[name], now
-
-
-def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]]:
-    groups: Sequence[Mapping[str, Any]] = optimizer.param_groups
-    return groups
 
 
 def settings_of(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:

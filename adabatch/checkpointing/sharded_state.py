@@ -126,6 +126,7 @@ def put_back(
         for name, (shape, dtype) in shapes_in(folder).items():
             if name.startswith("optimizer/"):
                 _, place, key = name.split("/", 2)
+                # The optimizer of a fresh run has no state yet, so room is made for the saved one.
                 parameter = parameters[int(place)].detach()
                 like = shape == parameter.shape
                 # what has the shape of its parameter is sharded like it; the rest, such as a step count, is whole on
@@ -166,5 +167,6 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _RECORDS.get(module, ()):
+            # the types of tensors are too many to list, and are data
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f".metadata names {module}.{name}, which is not part of a record of tensors")

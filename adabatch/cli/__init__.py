@@ -1,1 +1,1 @@
-"""The command line: ``adabatch train``, ``adabatch compare`` and ``adabatch schedule``."""
+"""The command line: the ``adabatch`` command, and one module or folder per family of its commands."""

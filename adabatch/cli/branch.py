@@ -125,6 +125,7 @@ def state_at(job: Job, world: World, checkpoint: Path) -> State:
                 f"the learning rate at {checkpoint} is 0, so that no branch could train: choose an earlier one "
                 f"with --branch_from; --checkpoint.every and --checkpoint.keep of `adabatch train` leave more of them"
             )
+        # numbers only: each branch builds and loads a model of its own
         return State(
             batches.plan.global_batch_size, batches.consumed.steps, batches.consumed.examples, batches.noise_scale
         )
@@ -198,6 +199,7 @@ def run_branch(
                 if late:
                     break
     except UpdatesLeftOut:
+        # the guard found that it no longer trains, which is as much as a loss that is not finite
         diverged = True
     seconds = time.perf_counter() - began
     test_loss = math.nan
@@ -224,6 +226,7 @@ def _loaded(job: Job, world: World, checkpoint: Path) -> Assembled:
         )
     if job.engine == "deepspeed":
         raise ValueError("cbs runs on the engines ddp and fsdp2, got engine: deepspeed")
+    # no journal: a branch is not a part of the run that it leaves
     parts = assembled(job, world, journal=())
     checkpoints = parts.engine.checkpoints(
         # config=None: a branch differs from the run on purpose

@@ -97,14 +97,17 @@ def measure(
         f"branches from {found.path}: {state.steps:,} steps, {state.examples:,} examples, batch {state.batch:,}; each "
         f"takes {examples:,} examples"
     )
+    # by checkpoint: another one has branches of its own
     folder = run / FOLDER / found.path.name
     folder.mkdir(parents=True, exist_ok=True)
+    # Not tolerance, half_life and judge, which only compare: branches that are finished serve for others of those too.
     known = {"examples": examples, "job": json_values(settings)}
     branches = {size: branch for size in sizes if (branch := _read(folder, size, known)) is not None}
     if branches:
         display.say(f"finished already: batch {', '.join(f'{size:,}' for size in branches)}")
     todo = [size for size in sizes if size not in branches]
     new = _beside if options.processes > 1 else _in_turn
+    # Each is written as soon as it is finished, so that an interruption costs one branch at most.
     for branch in new(make, world, found.path, todo, examples, deadline, options.processes, arguments, display):
         branches[branch.size] = branch
         if world.rank == 0:
@@ -135,6 +138,7 @@ def measure(
 
 def _sizes(smallest: int, factors: Sequence[float]) -> list[int]:
     wanted = {factor: smallest * factor for factor in sorted(set(factors))}
+    # 1e-9, because a factor such as 1.1 is not exact
     wrong = [factor for factor, size in wanted.items() if abs(size - round(size)) > 1e-9 * size or round(size) < 1]
     if wrong:
         raise ValueError(f"factors must make whole batch sizes of the smallest, {smallest}, got {wrong}")
@@ -192,6 +196,7 @@ def _beside(
     threads = max(1, (os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count() or 1) // workers)
     # not fork: torch's threads and a CUDA context do not survive it
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # The command line rather than the job: models and data sets need not be ones that can be pickled.
         futures = [
             pool.submit(_alone, list(arguments), checkpoint, size, examples, deadline, threads) for size in sizes
         ]
@@ -207,10 +212,12 @@ def _alone(
     arguments: list[str], checkpoint: Path, size: int, examples: int, deadline: float | None, threads: int
 ) -> Branch | None:
     """Runs a branch in its own process."""
+    # it may have waited for a free process until now
     if deadline is not None and time.time() > deadline:
         return None
     torch.set_num_threads(threads)
     world = World.from_environment()
+    # nothing is shown on any rank but the first
     silent = Display(rank=1)
     return run_branch(job_of(arguments), world, checkpoint, size, examples=examples, deadline=deadline, display=silent)
 
@@ -245,6 +252,7 @@ def _tell(
             "diverged" if branch.diverged else f"{outcome.losses[size]:.4f}",
             "-" if branch.diverged else f"{outcome.losses[size] / outcome.losses[first] - 1:+.2%}",
             "-" if math.isnan(branch.test_loss) else f"{branch.test_loss:.4f}",
+            # what the noise scale predicts, beside what was measured
             f"{efficiency(size, state.noise_scale, reference=first):.0%}" if known else "-",
             f"{branch.seconds:.1f} s",
         )
@@ -278,6 +286,7 @@ def _record(
     checkpoint: Path,
 ) -> dict[str, Any]:
     rows = [
+        # the losses of all steps are in the branch's own file
         {"loss": outcome.losses[size], **{name: value for name, value in plain(branch).items() if name != "losses"}}
         for size, branch in branches.items()
     ]
@@ -309,6 +318,7 @@ def _panels(
     finite = {size: loss for size, loss in outcome.losses.items() if math.isfinite(loss)}
     first = next(iter(finite.values()))
     sizes = list(finite)
+    # nothing is a share of a loss of zero
     excess = [100 * (loss - first) / abs(first) if first else 0.0 for loss in finite.values()]
     bound = 100 * options.tolerance
     lines = [

@@ -55,7 +55,7 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         config = parser.parse_args(arguments)
     except ValueError as error:  # the parser reports its own errors; this one is about a text that it tried as a path
-        parser.error(f"a text of the config or the command line is not a path, nor what should stand there: {error}")
+        parser.error(f"a text in the config or on the command line is neither a path nor the value of a field: {error}")
     command = config.subcommand
     if command == "schedule":
         run_schedule(config.schedule)
@@ -85,7 +85,8 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 class _Outside(Heartbeat):
-    """Of a rank outside of its training loops, which may take any time there, as to draw when the others have ended."""
+    """The heartbeat of a rank outside its training loops. It may take any time there, for instance to draw pictures
+    when the others have ended."""
 
     @property
     def still(self) -> float:

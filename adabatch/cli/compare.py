@@ -69,8 +69,11 @@ def compare(
     def variant(size: int | None) -> Job:
         made = make()
         if size is not None:
+            # in the baseline's own folder, and not over the checkpoints of the adaptive run
             saving = replace(made.checkpoint, directory=None)
             made = replace(made, criterion=Constant(size), measure=Measure(monitor=True), checkpoint=saving)
+        # the same in all three: the default is a run's first batch, which would give the large batch the small one's
+        # rate
         return replace(made, reference_batch_size=reference)
 
     def settings_of(size: int | None) -> dict[str, Any] | None:
@@ -97,6 +100,7 @@ def compare(
     for label, size, out in variants:
         job = variant(size)
         if tune:
+            # on the data of the search, without the validation share, so that no run is trained on what it was tuned by
             job = with_lr(split(job)[0], found[label].exponent)
         job = replace(job, out=out, checkpoint=replace(job.checkpoint, resume=False))
         results.append(run(job, world, display=display, label=label, config=settings_of(size)))

@@ -56,6 +56,7 @@ def run_completion(arguments: Sequence[str]) -> int:
     parser = _parser()
     shell = parser.parse_args(arguments).shell
     try:
+        # imported here, so that the command's help works without the extra
         import shtab
 
         from adabatch.cli.parser import build_parser
@@ -97,6 +98,7 @@ def _copy(source: argparse.ArgumentParser, into: argparse.ArgumentParser, file: 
     for action in source._actions:
         if isinstance(action, argparse._SubParsersAction) or (action.help == argparse.SUPPRESS):
             continue
+        # where jsonargparse keeps the annotation
         kind = getattr(action, "_typehint", action.type)
         settings: dict[str, Any] = {"help": _first_sentence(action.help)}
         flag = action.nargs == 0
@@ -115,6 +117,7 @@ def _copy(source: argparse.ArgumentParser, into: argparse.ArgumentParser, file: 
     if inner:
         commands = into.add_subparsers()
         for name, parser in inner.items():
+            # no help of its own: that of the source is copied
             _copy(parser, commands.add_parser(name, add_help=False), file)
 
 

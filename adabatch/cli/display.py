@@ -139,6 +139,7 @@ class Shown:
         now = self._clock()
         self._steps += 1
         self._pace.add(now, done, examples)
+        # the last step is always drawn, or the bar would stop before its end
         live = self._draw is not None and (now - self._drawn > REDRAW_SECONDS or done >= self._total.count)
         line = self._line_is_due(done)
         if not (live or line):
@@ -167,10 +168,11 @@ class Shown:
         return True
 
 
-def _console() -> Console:
-    """Standard output; a log gets a large width, so that tables are not cut off."""
+def output(*, width: int = LOG_WIDTH) -> Console:
+    """Standard output; a log or a file gets a fixed width, so that tables are not cut off."""
     console = PlainConsole()
-    return console if console.is_terminal else PlainConsole(width=LOG_WIDTH)
+    # rich takes 80 columns if there is no terminal
+    return console if console.is_terminal else PlainConsole(width=width)
 
 
 def _notebook_line(label: str, total: Duration) -> Callable[[float, str], None]:
@@ -207,7 +209,7 @@ class Display:
     ) -> None:
         if log_every is not None and log_every < 1:
             raise ValueError(f"log_every must be at least 1 step, or left out for ten lines per run, got {log_every}")
-        self._console = (console or _console()) if rank == 0 else None
+        self._console = (console or output()) if rank == 0 else None
         self._quiet = quiet
         self._log_every = log_every
 
@@ -253,6 +255,7 @@ class Display:
     def say(self, text: str) -> None:
         """One line of text."""
         if self._console is not None:
+            # soft_wrap, so that a line stays one line in a log, and a path can be copied whole
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:

@@ -89,11 +89,14 @@ def packages(requirements: Sequence[str] | None = None, version: Version | None 
             requirements = ["torch", "numpy"]
     found: dict[str, Package] = {}
     for text in requirements:
+        # As importlib.metadata gives them: NAME[EXTRAS]>=VERSION; extra == "NAME". The other parts are of no interest
+        # here.
         parsed = re.match(r"\s*([\w.-]+)\s*(?:\[[^\]]*\])?\s*(?:>=\s*([\w.]+))?", text)
         extra = re.search(r"""extra\s*==\s*['"]([\w-]+)['"]""", text)
         if parsed is None or (extra is not None and extra[1] in SKIPPED_EXTRAS) or parsed[1] == "adabatch":
             continue
         name, use = parsed[1], "adabatch" if extra is None else f"adabatch[{extra[1]}]"
+        # The first mention counts: what adabatch itself needs stands before the extras.
         found.setdefault(name, Package(name, version(name), parsed[2] or "", use))
     for name, use in OPTIONAL:
         found.setdefault(name, Package(name, version(name), "", use))
@@ -120,6 +123,7 @@ def surroundings() -> dict[str, Any]:
             "backend": world.backend,
         }
     except (ValueError, RuntimeError, OSError) as error:
+        # said rather than raised: whoever asks for advice has something that does not work
         launched = {"error": " ".join(str(error).split())}
     backends = [name for name in ("nccl", "gloo", "mpi") if dist.is_available() and dist.is_backend_available(name)]
     accelerators = [

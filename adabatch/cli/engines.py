@@ -107,6 +107,7 @@ def engine_of(
         wrapped = DistributedDataParallel(model) if name == "ddp" else fully_shard(model)
         assert isinstance(wrapped, nn.Module)
         model = wrapped
+    # after the wrapper, because fully_shard replaces the parameters
     optimizer = optimizer_of(make_optimizer, model, averages=averages)
 
     scaler = options.scaler
@@ -128,6 +129,7 @@ def engine_of(
         checkpoints=lambda folder, **parts: Checkpoints(
             folder, model=model, optimizer=optimizer, scaler=scaler, **parts
         ),
+        # in a forward of FSDP2 the ranks gather shards from each other
         runs_alone=name == "ddp" or world.size == 1,
     )
 
@@ -160,6 +162,7 @@ def _deepspeed(
     # On a CPU, DeepSpeed first compiles an operator that only inference uses. This takes a minute and a half, under a
     # lock that blocks all other processes forever if this process is killed in the meantime.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed needs one of the three, and computes the others
     if not any(key in settings for key in BATCH_KEYS):
         settings["train_micro_batch_size_per_gpu"] = micro_batch_size
     engine = deepspeed.initialize(model=model, optimizer=optimizer_of(make_optimizer, model), config=settings)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import inspect
 import math
@@ -141,7 +142,7 @@ def look(file: Path, *, model: str | None = None, data: str | None = None, loss:
         ValueError: if it is not below the working folder, cannot be imported, or has no class or several.
     """
     if not file.is_file():
-        raise FileNotFoundError(2, "no such file: name the Python file that has your model", str(file))
+        raise FileNotFoundError(errno.ENOENT, "no such file: name the Python file that has your model", str(file))
     try:
         inner = file.resolve().relative_to(Path.cwd().resolve())
     except ValueError:
@@ -185,6 +186,7 @@ def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, op
     """
     if found.num_examples < 32:
         raise ValueError(f"{found.data} has {found.num_examples} examples: 32 are the least for a batch that can grow")
+    # at least eight steps per pass, even at the largest batch
     most = min(1024, 2 ** int(math.log2(found.num_examples / 8)))
     micro = min(8, most // 2)
     arguments = "\n  init_args: {split: %s}"
@@ -200,6 +202,7 @@ def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, op
         model=found.model,
         loss=found.loss or loss or "torch.nn.CrossEntropyLoss",
         optimizer=optimizer,
+        # with a point: YAML takes 1e-3 for a text
         lr="1.0e-3" if "Adam" in optimizer else "1.0e-2",
         data=found.data,
         train_arguments=arguments % "train" if found.splits else "",
@@ -208,6 +211,7 @@ def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, op
         else "# test_data: {class_path: ...} # the same to be evaluated at the end; evaluate_every for more\n",
         micro=micro,
         max_micro=max(micro, min(128, most // 2)),
+        # two micro-batches, whose spread can be measured on a single process
         min=2 * micro,
         max=most,
         total=PASSES * found.num_examples,
@@ -224,6 +228,7 @@ def check(text: str) -> Iterator[str]:
         ImportError: if the extra "cli" is not installed.
     """
     try:
+        # imported here, because --no-check works without the extra
         from adabatch.cli.commands import job_in
     except ImportError as error:
         raise ImportError(
@@ -261,9 +266,9 @@ def check(text: str) -> Iterator[str]:
         if not math.isfinite(value):
             raise ValueError(f"the loss of the first examples is {value}: check the scale of inputs and weights")
         yield f"loss       {value:.4g} on two examples; outputs {_kind(outputs)}"
-        job.model.zero_grad()
         smallest = job.limits.min if job.limits is not None and isinstance(job.limits.min, int) else 1
         trial = replace(
+            # built again, because the backward above has left gradients, and the forward may have changed buffers
             job_in(config),
             out=Path(folder, "run"),
             test_data=None,
@@ -344,7 +349,9 @@ def _kind(value: Any) -> str:
 
 def _may_write(path: Path, *, force: bool) -> None:
     if path.exists() and not force:
-        raise FileExistsError(17, "is there already: choose another place with --out, or pass --force", str(path))
+        raise FileExistsError(
+            errno.EEXIST, "is there already: choose another place with --out, or pass --force", str(path)
+        )
 
 
 def _write_shipped(name: str, out: Path | None, *, force: bool) -> None:
@@ -354,6 +361,7 @@ def _write_shipped(name: str, out: Path | None, *, force: bool) -> None:
     else:
         ((path, file),) = chosen.items()
         targets = {out or Path(path.partition("/")[2]): file}
+    # all of them before the first is written, so that a refusal leaves nothing half done
     for target in targets:
         _may_write(target, force=force)
     for target, file in targets.items():

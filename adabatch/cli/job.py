@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
+from adabatch.arguments import require
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration, Progress
@@ -178,9 +179,14 @@ class Job:
             if type(getattr(self, name)) is base:
                 raise ValueError(f"{name} needs a class_path, such as my_package.my_module.MyClass, and got none")
         for name, most in COUNTS.items():
+            # control may be left out
             count = attrgetter(name)(self) if self.control or "control" not in name else None
             if isinstance(count, int) and count > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {count:,}")
+        # before the training: its end would be late to find out that there is nothing to average over
+        test_data: object = self.test_data  # torch's Dataset has no length, though most data sets have one
+        if isinstance(test_data, Sized):
+            require(len(test_data) > 0, "test_data must hold at least 1 example, or be left out", 0)
         if self.evaluate_every is not None:
             if self.test_data is None:
                 raise ValueError("evaluate_every needs test_data, which is evaluated: give it, or leave out both")
@@ -343,6 +349,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         keep=saving.keep,
         background=saving.background,
     )
+    # Preemption outermost, so that a second signal does not kill the process while the last checkpoint is written.
     with Preemption(batches, signals=STOPPED_BY) as preemption, checkpoints:
         if not saving.resume:
             checkpoints.start_over()
@@ -365,6 +372,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                     lr=float(schedule.get_last_lr()[0]),
                     noise_scale=batches.noise_scale,
                 )
+                # before the checkpoint: a run that resumes from it counts this evaluation as done
                 if evaluations.due():
                     shown.say(f"evaluated at {batches.consumed.examples:,} examples: {evaluations.run()}")
                 checkpoints.step()
@@ -373,11 +381,14 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                     preemption.request()
                 if preemption.agreed:
                     break
+        # not by whether a signal came, which may have been in the last step
         preempted = not batches.consumed.reached(job.total)
+        # the workers become one model, which is then saved and tested
         if local is not None and not preempted:
             local.synchronize()
         seconds = time.perf_counter() - began - evaluations.seconds
         checkpoints.step(now=True)
+    # after the last checkpoint: if the test fails, the training is not lost
     last = Evaluated() if job.test_data is None or preempted else evaluations.run()
     batches.remove()
     if local is not None:
@@ -488,7 +499,6 @@ def evaluate(
     share: Subset[Any] = Subset(data, range(collectives.rank, len(data), collectives.size))  # type: ignore[arg-type]
     total_loss = correct = predictions = 0.0
     num_examples = 0
-    classes = True
     modes = [(module, module.training) for module in model.modules()]  # parts of a model may be frozen in eval mode
     model.eval()
     # A loader without a generator of its own would draw from the global one, on which the training depends.

@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         with _working_folder_on_path():
             return _run(given)
+    # also Ctrl-C; SystemExit has no line of its own, and goes on
     except BaseException as error:
         ended = _ending(error)
         if ended is None:
@@ -80,6 +81,7 @@ def _run(given: Sequence[str]) -> int:
     try:
         from adabatch.cli.commands import run_command
     except ImportError as error:
+        # A failing import of our own, or of the user's code, must not be taken for a missing extra.
         if error.name is None or error.name.partition(".")[0] not in EXTRAS:
             raise
         raise ImportError(f"the command line needs `pip install adabatch[cli]` ({error})") from error
@@ -92,6 +94,7 @@ def _run(given: Sequence[str]) -> int:
 def _working_folder_on_path() -> Iterator[None]:
     """Lets a config name a class in a file of the working folder, as ``python -m adabatch`` does."""
     here = os.getcwd()
+    # safe_path: the user has told Python to leave the folder out (-P)
     if sys.flags.safe_path or here in sys.path or "" in sys.path:
         yield
         return
@@ -105,6 +108,7 @@ def _working_folder_on_path() -> Iterator[None]:
 
 def _ending(error: BaseException) -> tuple[int, str] | None:
     """Exit status and one line for an error that has them; None for an error that needs its traceback."""
+    # The order matters: BrokenPipeError is an OSError, and CheckpointError and the next three are RuntimeErrors.
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     if isinstance(error, BrokenPipeError):

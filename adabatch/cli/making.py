@@ -26,6 +26,7 @@ def seed_everything(seed: int) -> None:
     require(0 <= seed < 2**64, "seed must be a whole number from 0 to 2**64 - 1", seed)
     torch.manual_seed(seed)
     random.seed(seed)
+    # numpy's takes 32 bits only
     np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
@@ -41,6 +42,7 @@ def job_maker(parser: ArgumentParser, config: Namespace, command: str) -> Callab
             if (said := of_a_group(str(error))) is None:
                 raise
             raise ValueError(said) from error
+        # the fields also hold options of the command, such as --quiet, which are not part of the job
         names = Job.__dataclass_fields__
         return Job(**{name: value for name, value in fields.items() if name in names})
 

@@ -34,6 +34,7 @@ def one_line(message: str, *, known: Iterable[str] = (), help_command: str = "ad
         The field, its value, and what to write instead, as far as the message contains them.
     """
     field = _field(message)
+    # from the special to the general, because one message may contain the words of several
     if said := of_a_group(message):
         return said
     if found := re.search(r"unrecognized arguments: (.*)", message):

@@ -85,6 +85,7 @@ class Parser(ArgumentParser):
     """
 
     def __init__(self, *arguments: Any, short_help: str | None = None, **options: Any) -> None:
+        # our own loader of YAML, which bounds what aliases may expand to
         super().__init__(*arguments, parser_mode=options.pop("parser_mode", MODE), **options)
         self._short_help = short_help
         self.asked: Parser | None = None
@@ -105,6 +106,7 @@ class Parser(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)  # raises
         place: ArgumentParser = getattr(ex, "subcommand_parser", None) or self.asked or self
+        # jsonargparse puts this into the names of sub-commands
         prog = place.prog.replace(" [options]", "")
         known = [option.lstrip("-") for option in place._option_string_actions]
         listed = f"{prog} --help-all" if getattr(place, "_short_help", None) else f"{prog} --help"
@@ -115,6 +117,7 @@ class _HelpAll(argparse.Action):
     """Prints the help of all options."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        # suppressed, so that it is no field of the config
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=options["help"])
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
@@ -148,6 +151,7 @@ def _cbs_parser() -> Parser:
         "Table, JSON and picture beside the noise scale; finished branches are not run again.",
         CBS_OPTIONS,
     )
+    # added below with nargs, so that they are written as --factors 1 2 4, and not as a list
     parser.add_class_arguments(CriticalOptions, skip={"factors"})
     parser.add_argument(
         "--factors",

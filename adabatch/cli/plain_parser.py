@@ -14,6 +14,7 @@ class PlainParser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             description=description,
+            # an abbreviation would be ambiguous as soon as another option begins like it
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

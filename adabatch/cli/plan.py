@@ -31,6 +31,8 @@ SCALES = (8, 64, 1000, 10_000)
 GUESS_BAND = (1 / 3, 3.0)
 """Of a published law on data and models that it was not fitted to: a convention, not a measurement."""
 MEMORY_SHARE = 0.9
+ROUNDS = 8
+"""Rounds by which the number of examples that a plan takes comes to the one that was asked for."""
 WARMUP = 0.1
 WASTEFUL = 0.5
 """Efficiency below which the reader is warned: the batch is beyond the noise scale."""
@@ -77,6 +79,7 @@ def run_plan(arguments: Sequence[str]) -> int:
         from adabatch.cli.measuring import measured
 
         first, found = measured()
+    # the other ranks have only helped to measure
     if not first:
         return 0
     made = plan(asked, find_runs([asked.run])[0] if asked.run is not None else None, found)
@@ -113,21 +116,24 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     cost = _given_cost(asked, found, cost, bytes_of_gradient, notes)
     micro = _micro_batch(asked, micro, notes)
     cluster = _cluster(asked, found, notes)
+    if run and asked.examples is not None:
+        evidence = _that_takes(asked, evidence, cost, cluster)
     limits = asked.min_batch, _largest(asked, evidence, notes)
-    here = forecast(evidence, cost, cluster, limits=limits)
+    here = forecast(evidence, cost, cluster, limits=limits, examples=asked.examples if run else None)
     if not here.price > 0:
         raise ValueError("a step costs nothing beside its examples, so no batch pays: give --step_seconds, --latency")
     if here.efficiency.point < WASTEFUL:
         notes.append(
             f"In the batches of the least time an example is worth {here.efficiency.point:.2g} of one in a small "
-            "batch: steps are dear beside examples, and the batch is beyond the noise scale. Use fewer devices, "
-            "or limit the batch with --max_batch."
+            "batch: steps are expensive compared with examples, and the batch is beyond the noise scale. Use fewer "
+            "devices, or limit the batch with --max_batch."
         )
     known = not math.isinf(cluster.bandwidth)
     scales = [forecast(evidence, cost, replace(cluster, devices=count), limits=limits) for count in SCALES if known]
     settings = {
         **_batches(here, cluster.devices, micro, asked, limits[1]),
         "criterion": "adabatch.StepPrice",
+        # two digits, because the minimum is flat around the best price (`StepPrice`)
         "criterion.examples": float(f"{here.price:.2g}"),
         **_rates(run, notes),
     }
@@ -135,10 +141,26 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     return RunPlan(source, settings, evidence.band, here, scales, most, notes)
 
 
+def _that_takes(asked: Any, evidence: Evidence, cost: StepCost, cluster: Cluster) -> Evidence:
+    """The evidence for a run that takes the examples asked for in the batches of the plan, on this cluster."""
+    # The same progress takes more examples in larger batches than in those of the journal, by which evidence counts.
+    counted = asked.examples
+    for _ in range(ROUNDS):
+        found = extended(evidence, counted)
+        taken = forecast(found, cost, cluster, limits=(asked.min_batch, _most(asked, found))).examples.point
+        counted *= asked.examples / taken
+    return extended(evidence, counted)
+
+
+def _most(asked: Any, evidence: Evidence) -> float:
+    given: float | None = asked.max_batch
+    return max(largest_sensible(evidence), asked.min_batch or 1.0) if given is None else float(given)
+
+
 def _largest(asked: Any, evidence: Evidence, notes: list[str]) -> float:
+    most = _most(asked, evidence)
     if asked.max_batch is not None:
-        return float(asked.max_batch)
-    most = max(largest_sensible(evidence), asked.min_batch or 1.0)
+        return most
     notes.append(
         f"No batch is larger than {most:,.0f} examples (but for one per device), so that the run has {LEAST_STEPS} "
         f"steps at least, and an example is worth {LEAST_EFFICIENCY:g} of one in a small batch where the noise scale "
@@ -148,6 +170,7 @@ def _largest(asked: Any, evidence: Evidence, notes: list[str]) -> float:
 
 
 def _batches(here: Forecast, devices: int, most_micro: int | None, asked: Any, limit: float) -> dict[str, Any]:
+    # each device has one example at least
     smallest = max(devices, _power_of_two(here.smallest_batch), math.ceil(asked.min_batch or 0))
     largest = min(_power_of_two(here.largest_batch, up=True), int(limit))
     found = {"limits.min": smallest, "limits.max": max(smallest, largest)}
@@ -171,7 +194,7 @@ def _journal(asked: Any, run: FoundRun, num_bytes: float, notes: list[str]) -> _
             "%, by its probes' scatter."
         )
     else:
-        notes.append("The journal has no error bar of the noise scale (16 probes do), so the ranges leave it out.")
+        notes.append("The journal has no error bar of the noise scale (16 probes are enough), so no range has it.")
     if asked.examples is not None:
         if asked.examples > steps.num_examples:
             notes.append(
@@ -179,7 +202,10 @@ def _journal(asked: Any, run: FoundRun, num_bytes: float, notes: list[str]) -> _
                 f"examples^{RISE:g} from their last quarter on (Bergsma et al. 2025), with twice the error; ranges go "
                 "from no rise to twice that exponent."
             )
-        evidence = extended(evidence, asked.examples)
+        notes.append(
+            f"The run takes {asked.examples:,.0f} examples on this cluster; more devices make the same progress in "
+            "larger batches, which takes more."
+        )
     else:
         notes.append(
             f"The run is as long as the journal, {steps.num_examples:,.0f} examples; --examples plans another."
@@ -200,7 +226,7 @@ def _price_notes(cost: StepCost, sizes: int) -> list[str]:
             "By the times in the journal a step costs nothing beside its examples; the ranges take this as certain."
         ]
     if not has_price_band(cost):
-        return ["The journal has no error bar of the price of a step (16 timed steps do), so the ranges leave it out."]
+        return ["The journal has no error bar of the price of a step (16 timed steps are enough), so no range has it."]
     low, high = cost.price_band
     return [
         f"The price of a step without the network lies between {low:.2f} and {high:.2f} times what was measured, each "
@@ -254,6 +280,7 @@ def _given_cost(
             "Goodput, has them written). Give --example_seconds and --step_seconds, or --parameters, "
             "--tokens_per_example and --flops (or --measure)"
         )
+    # a number that the user gives has no error bar
     return cost if asked.step_seconds is None else cost._replace(step=asked.step_seconds, price_band=(1.0, 1.0))
 
 
@@ -275,6 +302,7 @@ def _cluster(asked: Any, found: dict[str, Any], notes: list[str]) -> Cluster:
         notes.append("The network is not known, so more devices are left out: give --bandwidth, and --latency.")
     return Cluster(
         devices=devices,
+        # only for one device, which sends nothing
         bandwidth=math.inf if bandwidth is None else bandwidth,
         latency=latency or 0.0,
         node_size=asked.node_size,

@@ -38,6 +38,7 @@ def run_folder(
     Raises:
         OSError: on the first rank, if no folder can be created.
     """
+    # numbers rather than a name, because that is what a reduction can send
     date, number = 0, 0
     failure: OSError | None = None
     if ranks.rank == 0:
@@ -75,6 +76,7 @@ def _numbers_of(name: str) -> tuple[int, int]:
     with suppress(ValueError):
         year, month, day, number = map(int, name.split("-"))
         date = year * 10_000 + month * 100 + day
+        # 2026-1-2-3 can be read too, but is no name that `_name` gives
         if _name(date, number) == name:
             return date, number
     return 0, 0
@@ -85,12 +87,13 @@ def _taken_again(settings: Mapping[str, Any] | None, runs: Path, display: Displa
     link = runs / LATEST
     if not link.is_symlink():
         return 0, 0
+    # the last part only: `runs` may have been moved since
     folder = runs / Path(os.readlink(link)).name
     begun = _read(folder)
     if begun is None or begun.get("finished"):
         return 0, 0
     if begun.get("settings") != json_values(settings):
-        display.say(f"{folder} is unfinished, and of other settings: this is a new run; --out={folder} goes on there")
+        display.say(f"{folder} is unfinished, but has other settings: this is a new run; --out={folder} continues it")
         return 0, 0
     holder = read_lock(folder / CHECKPOINTS).holder
     if holder is not None and holder.may_run(Holder.this()):

@@ -42,10 +42,12 @@ def find_runs(asked: list[str]) -> list[FoundRun]:
     """
     found: list[FoundRun] = []
     for text in asked:
+        # A path may contain "=" itself, and then it is no name.
         name, equals, rest = text.partition("=")
         path = Path(text) if not equals or Path(text).exists() else Path(rest)
         given = name if equals and not Path(text).exists() else ""
         found += _compared(path, given) or [_run(path, given or _name_of(path))]
+    # two runs of one name would be one column of a table and one entry of a legend
     counts = [run.name for run in found]
     return [run if counts.count(run.name) == 1 else run._replace(name=str(run.journal.parent)) for run in found]
 
@@ -69,6 +71,7 @@ def config_in(folder: Path) -> dict[str, Any]:
     """The config of a run with dotted names, from the file that it wrote when it began, or its newest readable
     checkpoint."""
     with suppress(OSError, ValueError, AttributeError, TypeError):
+        # first: it holds the config from the first step on, even before there is a checkpoint
         begun = json.loads((folder / BEGUN).read_bytes())
         if begun.get("settings"):
             return flat(begun["settings"])
@@ -105,6 +108,7 @@ def _compared(folder: Path, name: str) -> list[FoundRun]:
         rows = json.loads((folder / COMPARISON).read_bytes())
         places = [folder / variant for variant in VARIANTS]
         if len(rows) != len(places) or not all((place / JOURNAL).is_file() for place in places):
+            # an unfinished comparison is a folder like any other
             return []
         prefix = f"{name} " if name else ""
         return [_run(place, f"{prefix}{row['label']}", _results(row)) for row, place in zip(rows, places, strict=True)]
@@ -118,4 +122,5 @@ def _results(row: Mapping[str, Any]) -> dict[str, float]:
         "test accuracy": row.get("accuracy"),
         "wall time (s)": row.get("seconds"),
     }
+    # value == value, unless it is NaN
     return {name: float(value) for name, value in named.items() if isinstance(value, int | float) and value == value}

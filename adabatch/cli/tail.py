@@ -51,6 +51,7 @@ def run_tail(arguments: Sequence[str]) -> int:
     colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(HEADER, flush=True)
     for entry in follow(journal, lines=asked.lines, once=asked.once):
+        # flushed, so that a reader in a pipe sees each line at once
         print(shown(entry, colored=colored), flush=True)
     return 0
 
@@ -84,6 +85,7 @@ def _last_of(journal: Path, lines: int) -> tuple[list[Mapping[str, Any]], int, b
     """The last steps; the length of the newest file, the start of a line at its end, and its inode."""
     with journal.open("rb") as newest:
         entries, begun = _steps_of(newest, lines)
+        # of the open file: by now its name may belong to another
         place, node = newest.tell(), os.fstat(newest.fileno()).st_ino
     for part in reversed(parts_of(journal)[:-1]):
         if len(entries) >= lines:
@@ -95,6 +97,7 @@ def _last_of(journal: Path, lines: int) -> tuple[list[Mapping[str, Any]], int, b
 
 def _steps_of(file: BinaryIO, lines: int) -> tuple[list[Mapping[str, Any]], bytes]:
     """The last steps of one file, and the start of an unfinished line at its end."""
+    # a journal may be larger than memory, so no more than the last lines are held
     last: deque[Mapping[str, Any]] = deque(maxlen=lines)
     begun = b""
     for text in file:
@@ -120,6 +123,7 @@ def _since(journal: Path, place: int, node: int) -> tuple[bytes, int, int, bool]
                 return b"", found.st_size, found.st_ino, True
             before = b"".join(part.read_bytes()[place * (part == parts[aside]) :] for part in parts[aside:])
             place = 0
+        # shorter than what was read of it: cut by a run that resumed
         if found.st_size < place:
             return b"", found.st_size, found.st_ino, True
         file.seek(place)

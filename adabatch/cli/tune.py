@@ -130,6 +130,7 @@ def tuned(
     path = folder / "trials.json"
     known = _read(path, settings)
 
+    # `search` knows nothing of signals, and is left by an exception
     class _Stopped(Exception):
         pass
 
@@ -138,6 +139,7 @@ def tuned(
             return known[exponent]
         place = folder / f"lr_{exponent:+d}"
         job = with_lr(make(), exponent)
+        # without trackers, which a search would fill with its trials
         job = replace(job, out=place, checkpoint=replace(job.checkpoint, directory=None, resume=False), trackers=())
         try:
             result = run(job, world, display=display, label=f"{label}, LR x {2.0**exponent:g}")
@@ -149,6 +151,7 @@ def tuned(
         known[exponent] = value
         display.say(f"{label}, LR x {2.0**exponent:g}: validation loss {value:.4f}")
         if world.rank == 0:
+            # a trial that has ended is never resumed, and its checkpoints are its largest files
             shutil.rmtree(place / CHECKPOINTS, ignore_errors=True)
             _write(path, settings, known)
         return value

@@ -80,4 +80,5 @@ def row(check: Check) -> tuple[str, ...]:
 
 def _check_settings(job: Job, training: Training) -> None:
     """Raises the errors that ``train`` would raise."""
+    # built for its checks only; the run of a check has other sizes
     AdaptiveBatch(training.model, training.optimizer, job.criterion, **batching_of(job)).remove()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,9 +45,9 @@ ASSUMPTIONS = (
     "take twice as long and more; and nothing of it is hidden behind the backward.",
     "Data-parallel training only: each device holds the whole model, and sends all of its gradient in each step.",
     "Evaluation, checkpoints, data loading and failures are not in the time.",
-    "The ranges hold the errors of the noise scale, of the price of a step and of times only. Plans from the first "
-    "fifth of a run, of small networks on one process, were off by a factor of 1.4 in steps, 1.4 in the mean batch, "
-    "which was always larger than planned, and 1.1 in time, in the median; all of 24 ranges held what came out "
+    "The ranges hold the errors of the noise scale, of the price of a step and of times only, as independent errors. "
+    "Plans from the first fifth of a run, of small networks on one process, were off by a factor of 1.3 in steps and "
+    "the mean batch and 1.2 in time, in the median; 21 of 24 ranges held what came out "
     "(benchmarks/results/plan_accuracy.md).",
 )
 
@@ -60,9 +60,23 @@ class Range(NamedTuple):
     high: float
 
     @classmethod
-    def around(cls, point: float, values: Sequence[float]) -> Range:
-        """The range of the point and all values."""
-        return cls(min(point, *values), point, max(point, *values))
+    def of_errors(cls, point: float, alone: Sequence[Sequence[float]], together: Sequence[float]) -> Range:
+        """The range of a number under several independent errors.
+
+        Their logarithms add like those of independent errors: the root of the sum of squares, up and down apart. The
+        range goes no further than errors do alone or together.
+
+        Args:
+            point: the number without errors, positive.
+            alone: the number at both ends of each error, without the others.
+            together: the number at all ends of all errors.
+        """
+        up, down = (
+            math.hypot(*(max(0.0, *(sign * math.log(value / point) for value in ends)) for ends in alone))
+            for sign in (1, -1)
+        )
+        seen = [point, *together, *(value for ends in alone for value in ends)]
+        return cls(max(point * math.exp(-down), min(seen)), point, min(point * math.exp(up), max(seen)))
 
 
 class Evidence(NamedTuple):
@@ -93,7 +107,7 @@ class StepCost(NamedTuple):
         step: seconds per step without its examples and the network, zero or positive.
         example: seconds per example, positive.
         gradient_bytes: bytes that are summed over the devices in each step.
-        spread: the spread of both times, as two factors, one at most 1 and one at least 1.
+        spread: the spread of step times around both, as two factors, one at most 1 and one at least 1.
         price_band: the error bar of ``step / example``, as two factors, one at most 1 and one at least 1.
         pivot: examples per device of a typical timed step, positive. The time of such a step is known much better than
             how it divides into a fixed part and its examples.
@@ -164,6 +178,7 @@ def forecast(
     *,
     limits: tuple[float | None, float | None] = (None, None),
     batch: float | None = None,
+    examples: float | None = None,
 ) -> Forecast:
     """The cost of a run, with the batches of the least time or with a constant batch.
 
@@ -173,16 +188,19 @@ def forecast(
         cluster: devices and network.
         limits: smallest and largest batch, in examples; None for no limit.
         batch: a constant batch, in examples, instead of the best ones.
+        examples: what the run takes, whatever the errors; None for the progress of the evidence, which takes as many as
+            the batches need.
 
     Returns:
-        Ranges whose point is for the numbers as measured. They span all combinations of the ends of the noise scale's
-        band, of the times' spread and of the price's band. The batches of the least time follow the noise scale and the
-        price.
+        Ranges whose point is for the numbers as measured. They hold the noise scale's band, the times' spread and the
+        price's band, as independent errors. The batches of the least time follow the noise scale and the price.
 
     Raises:
         ValueError: if noise scales, times or the batch are not positive and finite, or the limits cross.
     """
     _check(evidence, cost, limits, batch)
+    if examples is not None and not 0 < examples < math.inf:
+        raise ValueError(f"examples must be positive and finite, got {examples}")
     reduce = all_reduce_seconds(cluster, cost.gradient_bytes)
 
     def totals(noise: float, time: float = 1.0, factor: float = 1.0) -> _Totals:
@@ -192,9 +210,15 @@ def forecast(
         taken = np.sqrt(scale * price) if batch is None else np.full(len(scale), batch)
         # Each device has at least one example, whatever the limits.
         taken = np.maximum(np.clip(taken, limits[0], math.inf if limits[1] is None else limits[1]), cluster.devices)
+        # with the same factor: if the noise scale is larger than measured, the run has made more progress with its
+        # examples
         progress = evidence.progress(noise)
         steps = progress * (1 / taken + 1 / scale)
         used = steps * taken
+        if examples is not None:
+            share = examples / used.sum()
+            progress, steps, used = share * progress, share * steps, share * used
+        # the spread is that of a device's own times; those of the network are taken as the model gives them
         seconds = steps * (time * (split.step + split.example * taken / cluster.devices) + reduce)
         return _Totals(
             float(steps.sum()),
@@ -206,20 +230,30 @@ def forecast(
         )
 
     point = totals(1.0)
-    ends = [totals(*each) for each in itertools.product(evidence.band, cost.spread, cost.price_band)]
-    at_price = [point, *(totals(noise) for noise in evidence.band)]
-    hours = Range.around(point.seconds / 3600, [each.seconds / 3600 for each in ends])
-    steps = Range.around(point.steps, [each.steps for each in ends])
+    of_noise = [totals(noise) for noise in evidence.band]
+    alone = [
+        of_noise,
+        [totals(1.0, time=time) for time in cost.spread],
+        [totals(1.0, factor=factor) for factor in cost.price_band],
+    ]
+    # Which end is the worse one depends on the number, so all eight corners are computed.
+    together = [totals(*each) for each in itertools.product(evidence.band, cost.spread, cost.price_band)]
+
+    def ranged(of: Callable[[_Totals], float]) -> Range:
+        return Range.of_errors(of(point), [[of(end) for end in ends] for ends in alone], [of(end) for end in together])
+
+    hours = ranged(lambda found: found.seconds / 3600)
+    steps = ranged(lambda found: found.steps)
     device_hours = _times(hours, cluster.devices)
     return Forecast(
         devices=cluster.devices,
         price=cluster.devices * (cost.step + reduce) / cost.example,
-        batch=Range.around(point.examples / point.steps, [each.examples / each.steps for each in ends]),
-        smallest_batch=min(each.smallest for each in at_price),
-        largest_batch=max(each.largest for each in at_price),
-        examples=Range.around(point.examples, [each.examples for each in ends]),
+        batch=ranged(lambda found: found.examples / found.steps),
+        smallest_batch=min(found.smallest for found in (point, *of_noise)),
+        largest_batch=max(found.largest for found in (point, *of_noise)),
+        examples=ranged(lambda found: found.examples),
         steps=steps,
-        efficiency=Range.around(point.efficiency, [each.efficiency for each in ends]),
+        efficiency=ranged(lambda found: found.efficiency),
         hours=hours,
         device_hours=device_hours,
         money=_times(device_hours, cluster.price_per_hour),
@@ -264,6 +298,7 @@ def knee(
 
     alone, found = device_hours(1), 1
     while 2 * found <= most:
+        # Device-hours rise with the devices, so the first number that fails ends the search.
         if device_hours(2 * found) > 2 * alone:
             break
         found *= 2
@@ -296,18 +331,29 @@ def extended(evidence: Evidence, examples: float) -> Evidence:
         return cut
     last = ends > 0.75 * end
     taken, batch, scale = evidence.examples[last], evidence.batch[last], evidence.noise_scale[last]
+    # at equal factors, over which a power law rises by equal factors
     edges = np.geomspace(end, examples, SEGMENTS + 1)
     more = np.diff(edges)
     # Logarithms of how far each segment lies beyond the middle of the quarter that was measured.
     beyond = np.log(np.sqrt(edges[1:] * edges[:-1]) / (0.875 * end))
+    # a mean over all examples of the run, because one band holds for all segments
     rise = math.exp(RISE * float((more * beyond).sum()) / examples)
     low, high = evidence.band
     return Evidence(
         np.append(cut.examples, more),
+        # examples over steps: the mean batch of the last quarter
         np.append(cut.batch, np.full(SEGMENTS, taken.sum() / (taken / batch).sum())),
+        # the geometric mean, since the errors of a noise scale are factors
         np.append(cut.noise_scale, np.exp(np.average(np.log(scale), weights=taken) + RISE * beyond)),
-        (low**2 / rise, high**2 * rise),
+        # squared: twice the error in logarithms
+        _independent([(low**2, high**2), (1 / rise, rise)]),
     )
+
+
+def _independent(bands: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The band of several independent errors, each a factor at most 1 and one at least 1."""
+    low, high = (math.hypot(*(math.log(band[at]) for band in bands)) for at in (0, 1))
+    return math.exp(-low), math.exp(high)
 
 
 def _times(range_: Range, factor: float) -> Range:

@@ -54,6 +54,7 @@ def power_lines(tokens: float) -> FirstGuess:
     """
     _check("tokens", tokens)
     return FirstGuess(
+        # the law counts a batch in sequences
         SEQUENCE * 0.0471 * tokens**0.462,
         "Power Lines, 0.0471 D^0.462 sequences of 2048 tokens (arXiv 2505.13738v2, figure 1)",
         "models of 111 million to 3.3 billion parameters with 20 to 1,280 tokens per parameter, AdamW and muP, "

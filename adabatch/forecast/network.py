@@ -74,6 +74,7 @@ def hierarchy_seconds(cluster: Cluster, num_bytes: float) -> float:
     """
     size = min(cluster.node_size, cluster.devices)
     nodes = math.ceil(cluster.devices / size)
+    # a latency of 0 is a value, so not `or`; a bandwidth of 0 is none
     latency = cluster.latency if cluster.node_latency is None else cluster.node_latency
     bandwidth = cluster.node_bandwidth or cluster.bandwidth
     inside = ring_seconds(size, num_bytes, latency=latency, bandwidth=bandwidth)
@@ -122,6 +123,7 @@ def fitted(devices: int, timed: Sequence[tuple[float, float]]) -> tuple[float, f
     shares = np.stack([rounds / seconds, rounds * sizes / devices / seconds], axis=1)
     scale = shares.max(axis=0)
     latency, per_byte = np.linalg.lstsq(shares / scale, np.ones(len(seconds)), rcond=None)[0] / scale
+    # The nearest fit without a negative latency is the one with bandwidth alone.
     if latency < 0:
         column = shares[:, 1]
         latency, per_byte = 0.0, column.sum() / (column @ column)

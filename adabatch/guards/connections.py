@@ -72,13 +72,17 @@ class Connections:
     def _meet(self, collectives: Collectives, address: str | None, timeout: float) -> None:
         """Waits for the connections of the children, and connects with the parent."""
         host, token = socket.gethostname(), secrets.token_hex(16)
+        # a leaf needs no server, but takes part in the exchange, for which all ranks wait
         if not self.children:
             invitations = collectives.gather_bytes(b"")
             self._call(invitations, collectives.rank, timeout)
             return
+        # any free port; the children learn it from the exchange
         with socket.create_server(("", 0), backlog=len(self.children)) as server:
             said = [host, address or host, server.getsockname()[1], token]
             invitations = collectives.gather_bytes(json.dumps(said).encode())
+            # This does not wait for the parent to accept: its server listens, and its backlog has room for all
+            # children.
             self._call(invitations, collectives.rank, timeout)
             server.settimeout(timeout)
             while not all(child in self._peers for child in self.children):
@@ -86,6 +90,8 @@ class Connections:
                 peer.settimeout(timeout)
                 with suppress(ValueError, OSError):  # somebody else, or a rank that hung up
                     heard, rank = _line(peer).split()
+                    # The token shows a rank of this run. compare_digest takes equally long for all wrong ones, so the
+                    # time does not reveal it.
                     if hmac.compare_digest(heard, token) and int(rank) in self.children:
                         self._peers[int(rank)] = peer
 
@@ -93,6 +99,7 @@ class Connections:
         if self.parent is None:
             return
         host, address, port, token = json.loads(invitations[self.parent])
+        # An address that the user gave is used even on the same machine.
         near = host == socket.gethostname() and host == address
         peer = socket.create_connection(("127.0.0.1" if near else address, port), timeout=timeout)
         peer.sendall(f"{token} {rank}\n".encode())
@@ -124,6 +131,7 @@ class Connections:
                 data = peer.recv(65536)
             except OSError:
                 data = b""
+            # a read may end in the middle of a message, whose rest stays in the buffer
             *lines, self._buffers[rank] = (self._buffers[rank] + data).split(b"\n")
             found += [(rank, json.loads(line)) for line in lines]
             if not data:
@@ -150,6 +158,7 @@ def _close(connections: Connections | None) -> None:
 def _line(peer: socket.socket) -> str:
     data = b""
     while not data.endswith(b"\n"):
+        # one byte at a time, because what follows the greeting belongs to `receive`
         piece = peer.recv(1)
         if not piece or len(data) > _GREETING:
             raise ValueError("not a rank of this run")

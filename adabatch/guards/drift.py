@@ -123,6 +123,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
     for tensor in tensors:
         bits = _bits_of(own_piece(tensor)[0])
         odd = odd.to(bits.device)
+        # int64 wraps around, which is arithmetic modulo 2^64
         sums += [(block.to(torch.int64) * odd[: len(block)]).sum() for block in torch.split(bits, _BLOCK)]
     return digest_of(torch.stack([each.to(odd.device) for each in sums]).tolist() if sums else [])  # host sync
 
@@ -141,6 +142,7 @@ def shard_of(tensors: Iterable[Tensor]) -> int:
         if isinstance(tensor, DTensor):
             place: list[int] = list(tensor.device_mesh.get_coordinate() or ())
             cut = [not placement.is_replicate() for placement in tensor.placements]
+            # Only the place along dimensions that cut: ranks that differ along the others hold copies (HSDP).
             pieces.append(tuple(at for at, is_cut in zip(place, cut, strict=True) if is_cut))
     return digest_of(sorted(set(pieces)))
 
@@ -189,12 +191,17 @@ def _own(model: nn.Module, plan: object) -> tuple[int, int, int]:
     """What this rank holds: plan, shard, weights."""
     for unit in units_of(model).values():
         unit.reshard()  # after a forward without a backward its root holds whole parameters
-    inner = uncompiled(model)
-    # Parameters that DDP was told to ignore, because each rank may train its own.
-    own = set(inner.parameters_to_ignore) if isinstance(inner, DistributedDataParallel) else set()
-    named = inner.module.named_parameters() if isinstance(inner, DistributedDataParallel) else model.named_parameters()
-    tensors = [parameter for name, parameter in named if name not in own]
+    tensors = shared_parameters(model)
     return digest_of(plan), shard_of(tensors), fingerprint(tensors)
+
+
+def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model, but for those that DDP was told to ignore, because each rank may train its own."""
+    inner = uncompiled(model)
+    if not isinstance(inner, DistributedDataParallel):
+        return list(model.parameters())
+    own = set(inner.parameters_to_ignore)
+    return [parameter for name, parameter in inner.module.named_parameters() if name not in own]
 
 
 def _gathered(collectives: Collectives, own: tuple[int, int, int]) -> tuple[list[list[float]], list[dict[int, float]]]:
@@ -211,6 +218,7 @@ def _groups(held: dict[int, float]) -> list[list[int]]:
     groups: dict[float, list[int]] = defaultdict(list)
     for rank, digest in held.items():
         groups[digest].append(rank)
+    # a stable sort: of two equally large groups, the one with the lowest rank stays first
     return sorted(groups.values(), key=len, reverse=True)
 
 

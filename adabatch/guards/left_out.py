@@ -44,7 +44,7 @@ class UpdatesInARow:
         left_out = consumed - self._since
         if self._limit is not None and left_out >= self._limit:
             raise UpdatesLeftOut(
-                f"the last {left_out} updates in a row were left out, up to step {consumed}, since loss or gradient "
-                f"were not finite: the run does not train any more. Resume from its last checkpoint with a smaller "
+                f"the last {left_out} updates in a row were left out, up to step {consumed}, because the loss or the "
+                f"gradient was not finite: the run no longer trains. Resume from its last checkpoint with a smaller "
                 f"learning rate or other data, or allow more with Guard(max_left_out=)"
             )

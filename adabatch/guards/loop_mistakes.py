@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from adabatch.guards.drift import fingerprint, shared_parameters
+from adabatch.runtime.collectives import digest_of
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.optimizers.joined import kind_of
 from adabatch.runtime.wrappers.fsdp2 import own_piece
+
+_GLANCE = 4096
+"""Numbers of a gradient that ranks compare at the end of the first step."""
 
 SAMPLE = 16
 """Parameters that are checked per step after the first one: each takes two microseconds in every micro-batch."""
@@ -33,19 +38,80 @@ class LoopMistakes:
     If gradients exist before the first backward, their values are read, because ``zero_grad(set_to_none=False)`` leaves
     zeros. This costs a host sync and a pass over those gradients, in such loops only.
 
+    At the end of the first step of a loop, the ranks also compare a sample of their gradients, in 16 bytes: a loop that
+    calls the module inside ``DistributedDataParallel`` is not averaged over the ranks, and nothing else would tell.
+
     Args:
         engine: how the model runs, and whether its parameters hold the gradients between micro-batches.
         optimizer: of the parameters whose gradients are checked.
+        compares: whether ranks with copies of the weights must hold the same gradients.
     """
 
-    def __init__(self, engine: Engine, optimizer: Optimizer) -> None:
+    def __init__(self, engine: Engine, optimizer: Optimizer, *, compares: bool) -> None:
         self._engine = engine
+        self._compares = compares and not engine.shards and engine.holds_gradients and engine.reduced == "backward"
+        self._first_step = False  # of a loop
         self._optimizer = optimizer
         self._parameters: list[Tensor] = []
         self._left: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version after the last backward
         self._rates: list[object] = []  # of the parameter groups, when the first backward began
         self._first = True
         self._steps = 0  # backwards that have begun
+
+    def begin_loop(self) -> None:
+        """``steps()`` is called."""
+        self._first_step = True
+
+    def check_reached(self) -> None:
+        """Checks, at the end of a step, that its backwards reached a parameter of the optimizer.
+
+        Raises:
+            RuntimeError: if they reached none.
+        """
+        if not self._engine.holds_gradients or self._engine.reduced != "backward":
+            return
+        if any(p.grad is not None for p in self._parameters):
+            return
+        if all(p.grad is None for group in self._optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"no parameter of the {kind_of(self._optimizer)} has a gradient after the step's last backward, so "
+                f"nothing would train: is the loss computed from the model whose parameters the optimizer holds, and "
+                f"not from a copy? Assigning other parameters to the model (load_state_dict(assign=True), a replaced "
+                f"layer) needs a new optimizer and a new AdaptiveBatch"
+            )
+
+    def check_loss(self, loss: Tensor) -> None:
+        """Checks, in the first step of a loop, that the loop does not scale the loss itself, beside the scaler.
+
+        Raises:
+            RuntimeError: if it does.
+        """
+        scale = self._engine.backward.scale
+        if not self._first_step or scale is None:
+            return
+        by = getattr(loss.grad_fn, "_saved_other", None)  # of a product
+        if isinstance(by, Tensor) and by.dim() == 0 and bool(by.detach() == scale(by.device)):  # host sync
+            raise RuntimeError(
+                "the loss is scaled twice: give step.backward the loss as it is, and not scaler.scale(loss). The "
+                "scaler that AdaptiveBatch was given scales it there"
+            )
+
+    def check_reduced(self) -> None:
+        """Checks, at the end of the first step of a loop, that the ranks hold the same gradients.
+
+        Raises:
+            RuntimeError: on all ranks, if they do not.
+        """
+        first, self._first_step = self._first_step, False
+        if not first or not self._compares:
+            return
+        if not self._engine.collectives.agree(_glance(shared_parameters(self._engine.model))):
+            raise RuntimeError(
+                f"the ranks hold different gradients after the last backward of the step: they were not averaged, and "
+                f"the weights would drift apart. Call the {type(self._engine.model).__name__} that AdaptiveBatch was "
+                f"given in the loop, and not the module inside it. If ranks may hold different weights, give "
+                f"Guard(check_every=None)"
+            )
 
     def step_begins(self) -> None:
         """The micro-batches of a step begin."""
@@ -58,21 +124,28 @@ class LoopMistakes:
         self._parameters = every[self._steps % stride :: stride]
         self._steps += 1
 
-    def backward_begins(self, *, last: bool) -> None:
-        """A backward of the step begins.
-
-        Args:
-            last: whether it is that of the last micro-batch.
+    def check_before_backward(self) -> None:
+        """Checks, before each backward, what the loop did since the one before it, or since the last step.
 
         Raises:
-            RuntimeError: if the loop made a mistake before it.
+            RuntimeError: if the loop made a mistake.
         """
         if self._first:
             self._first = False
-            self._check_empty()
             self._rates = self._rates_now()
+            self._check_empty()
         else:
             self.check_untouched()
+
+    def check_switches(self, *, last: bool) -> None:
+        """Checks that the loop has not switched off the reduction that the next backward has to make.
+
+        Args:
+            last: whether it is the backward of the step's last micro-batch.
+
+        Raises:
+            RuntimeError: if it has.
+        """
         switch = self._engine.switched_off(last=last)
         if switch is not None:
             raise RuntimeError(
@@ -150,6 +223,13 @@ def _any_nonzero(parameters: Iterable[Tensor]) -> float:
     # The largest is exact, where a sum of squares of float16 may be rounded to 0.
     largest = torch.nn.utils.get_total_norm(values, torch.inf)
     return float(largest != 0)  # host sync
+
+
+def _glance(parameters: Sequence[Tensor]) -> int:
+    """A digest of the first numbers of the gradients of some parameters."""
+    few = parameters[:: max(1, len(parameters) // SAMPLE)]
+    grads = [None if p.grad is None or p.grad.layout != torch.strided else p.grad for p in few]
+    return digest_of([None if grad is None else fingerprint([grad.flatten()[:_GLANCE]]) for grad in grads])
 
 
 def _values_of(grads: Sequence[Tensor]) -> list[Tensor]:

@@ -41,6 +41,7 @@ def lost_ranks(reports: Mapping[int, Report], *, timeout: float) -> str | None:
         reports: of all ranks that are connected, by rank.
         timeout: in seconds.
     """
+    # Silence first: the other numbers of a rank that is gone are old.
     gone = [rank for rank, report in reports.items() if not report.left and report.silent >= timeout]
     if gone:
         return (
@@ -52,6 +53,7 @@ def lost_ranks(reports: Mapping[int, Report], *, timeout: float) -> str | None:
         return None
     last = min(report.moves for report in here.values())
     behind = [rank for rank, report in here.items() if report.moves == last]
+    # the slowest have moved lately, so they are slow, not stuck
     if any(reports[rank].still < timeout for rank in behind):
         return None
     place = reports[behind[0]].place
@@ -59,6 +61,7 @@ def lost_ranks(reports: Mapping[int, Report], *, timeout: float) -> str | None:
         return (
             f"{_ranks(behind)} {_has(behind)} not moved for {timeout:g} s, in {place}, and the other ranks wait for it"
         )
+    # between two steps a run may take any time, to test or to save
     if reports[behind[0]].between:
         return None
     return f"no rank has moved for {timeout:g} s, all in {place}: one of them hangs, and the others wait for it"

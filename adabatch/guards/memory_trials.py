@@ -158,6 +158,7 @@ class Trials:
         assert self._loss_of is not None
         if self._probe is not None:
             self._probe.start(self._engine.collectives.size)
+        # not more: from the second on, every micro-batch needs the same memory
         for _ in range(min(2, plan.accumulation_steps)):
             share = self._loss_of(batch) / plan.accumulation_steps
             if self._probe is not None:
@@ -172,6 +173,7 @@ class Trials:
         inner = self._engine.inner_model()
         device = next(inner.parameters()).device
         grads = [(p, p.grad) for p in inner.parameters()]
+        # such as the running means of batch norm, which a forward changes
         buffers = [(buffer, buffer.clone()) for buffer in inner.buffers()]
         numbers = random_state(device)
         for p, _ in grads:
@@ -243,6 +245,7 @@ class _TriedFeed:
     def take(self, plan: BatchPlan) -> Portion | None:
         """The portion of the next step, whose plan the trial may change."""
         portion = self._feed.take(plan)
+        # a loop, because the smaller size that takes its place may not have run either
         while portion is not None and self._trials.is_due(plan):
             self._observers.at(Phase.TRIAL, Moment(self._run.consumed.steps, plan))
             portion, fits = self._trials.run(plan, portion)

@@ -20,6 +20,7 @@ class MissingUpdates:
         self._in_loop = False  # steps() has been called
         self._strange = 0  # updates before steps() was called
         self._missed = 0  # steps in a row without their update
+        self._all_missed = 0  # steps without any update
 
     def begin_loop(self) -> None:
         """``steps()`` is called."""
@@ -45,7 +46,7 @@ class MissingUpdates:
         self._missed = 0
 
     def missed(self, parts: list[str], *, moved: bool) -> None:
-        """A step is over without its update, and without a reason to leave it out. The second in a row is reported.
+        """A step is over without its update, and without a reason to leave it out. The second is reported.
 
         If no weight has moved, this is a warning and not an error, since a loop that only measures needs no update.
 
@@ -54,22 +55,26 @@ class MissingUpdates:
             moved: whether the weights changed nevertheless.
 
         Raises:
-            RuntimeError: if the weights changed, by an unknown optimizer or by only some of several.
+            RuntimeError: at the second such step in a row, if the weights changed, by an unknown optimizer or by only
+                some of several.
         """
-        self._missed += 1
-        if self._missed < 2:
-            return
         missing = " and ".join(parts)
+        wrong = moved or missing != self._kind
+        self._missed += 1
+        self._all_missed += not wrong
+        if max(self._missed, self._all_missed) < 2:
+            return
+        often = f"{self._missed} steps in a row" if self._missed > 1 else f"{self._all_missed} steps"
         message = (
-            f"the update never came for {self._missed} steps in a row: optimizer.step() of the {missing} was not called"
+            f"the update never came for {often}: optimizer.step() of the {missing} was not called"
             f"{'' if missing == self._kind else f' (the optimizers are {self._kind})'}, so the learning rate's "
             f"progress stands still and the batch has no effect on it. Step the optimizer that AdaptiveBatch was "
             f"given, and not another one or one that was built later. If you use a GradScaler, give it to "
             f"AdaptiveBatch as engine=EngineOptions(scaler=...). If you leave an update out yourself, call leave_out() "
             f"of the AdaptiveBatch"
         )
-        if moved or missing != self._kind:
+        if wrong and self._missed > 1:
             raise RuntimeError(message)
-        if self._missed == 2:
+        if not wrong and self._all_missed == 2:
             # Past PendingUpdates.end_step and the two generators, at the `for` over steps() of the user's loop.
             warnings.warn(message, RuntimeWarning, stacklevel=5)

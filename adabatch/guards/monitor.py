@@ -60,8 +60,8 @@ class Monitor:
         self._interval = min(1.0, timeout / 10)
         self._heard: dict[int, tuple[Report, float]] = {}
         self._due = 0.0  # when this rank reports next
-        self._left = False  # moves of this rank, in order
-        self._told = False  # ranks that have left
+        self._left = False  # this rank has reached the end of its run
+        self._told = False  # and has told its neighbours so
         self._failure: str | None = None  # an error of this rank, which the others do not know yet
         self._stopping = False
         self._lost_at = math.inf
@@ -74,6 +74,7 @@ class Monitor:
     def start(self) -> None:
         """Starts the thread. Every rank counts as having reported now."""
         now = time.monotonic()
+        # Rank 0 hears of all ranks through the tree; each other rank watches those at the ends of its own connections.
         others = range(1, self._size) if self._rank == 0 else self._neighbours()
         self._heard = {rank: (Report(0, "the time before its first report", True, 0.0), now) for rank in others}
         self._thread.start()
@@ -102,6 +103,7 @@ class Monitor:
         while not self._stopping:
             self._turn()
         if self._failure is not None:
+            # last, so that the neighbours learn the reason before the connection closes
             self._connections.send({"lost": self._failure})
 
     def _turn(self) -> None:
@@ -164,6 +166,7 @@ class Monitor:
 
     def _end_together(self) -> None:
         if not self.ended.is_set():
+            # only down: rank 0 says it first, and each rank passes it on
             self._connections.send({"all left": True}, up=False)
             self.ended.set()
 
@@ -173,9 +176,11 @@ class Monitor:
         return Report(moves, str(where.place), where.between, where.still)
 
     def _hung_up(self, peer: int) -> None:
+        # or the rank would be found silent as well, later
         report, _ = self._heard.pop(peer)
         if self.ended.is_set():
             return
+        # at the end of a run the ranks hang up one after another
         if not (report.left and self._left):
             self._declare_lost(f"rank {peer} has died, last seen in {report.place}")
 

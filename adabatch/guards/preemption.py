@@ -83,4 +83,5 @@ class Preemption:
         self._before.clear()
 
     def _received(self, number: int, frame: FrameType | None) -> None:
+        # Only a flag: a handler may run between any two instructions, in the middle of a collective too.
         self._votes.vote_stop()

@@ -1,21 +1,32 @@
-"""Updates of a gradient that the step did not measure: a second one of the same gradient, and one with a closure."""
+"""Updates of another gradient than the step measured: repeated ones, closures, and gradients that are still scaled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from itertools import islice
+from types import FrameType
 from typing import Any, NamedTuple
 from weakref import ReferenceType, finalize, ref
 
+import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from adabatch.guards.loop_mistakes import SAMPLE
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.optimizers.joined import JoinedOptimizers, kind_of
+from adabatch.runtime.optimizers.joined import JoinedOptimizers, each_of, kind_of
 from adabatch.runtime.optimizers.ownership import called_weakly, remove_all
 from adabatch.runtime.optimizers.step_hooks import hook_step
+from adabatch.runtime.wrappers.fsdp2 import own_piece
+
+_LOOKED_AT, _NUMBERS = 4, 64
+"""Scaled gradients that are looked at, and numbers of each."""
+
+_CALLERS = 12
+"""Frames above a hook of ``optimizer.step()`` in which the ``step()`` of a scaler is looked for."""
 
 
 class _Applied(NamedTuple):
@@ -31,13 +42,42 @@ class _Applied(NamedTuple):
 
 
 def _of_lightning(closure: Callable[[], Any]) -> bool:
-    """Whether Lightning made a closure, as it does for each ``step()`` of manual optimization, to clip in it."""
+    """Whether a closure comes from Lightning, which makes one for each ``step()`` of manual optimization, to clip."""
     inner = getattr(closure, "func", closure)  # of a partial
     return str(getattr(inner, "__module__", "")).partition(".")[0] in ("lightning", "pytorch_lightning")
 
 
+@torch.no_grad()
+def _glance(parameter: Tensor) -> Tensor:
+    """The first numbers of this rank's piece of a gradient."""
+    assert parameter.grad is not None
+    piece, _ = own_piece(parameter.grad)
+    piece = piece.coalesce().values() if piece.is_sparse else piece
+    return piece.flatten()[:_NUMBERS]
+
+
+def _held(*optimizers: Optimizer) -> Iterator[Tensor]:
+    """The parameters of optimizers that have a gradient."""
+    return (p for one in optimizers for group in one.param_groups for p in group["params"] if p.grad is not None)
+
+
+def _by_scaler() -> bool:
+    """Whether an enabled ``GradScaler`` calls the ``step()`` whose hook this is called from."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_CALLERS):
+        if frame is None:
+            return False
+        # By its module: of a scaler that is disabled, step() calls that of the optimizer too.
+        if frame.f_globals.get("__name__") == "torch.amp.grad_scaler":
+            scaler = frame.f_locals.get("self")
+            return isinstance(scaler, GradScaler) and scaler.is_enabled()
+        frame = frame.f_back
+    return False
+
+
 class RepeatedUpdates:
-    """Checks that each update of a step is the first one of its gradient, and that no closure computes another.
+    """Checks that each update of a step is the first one of its gradient, that no closure computes another, and that
+    gradients that are scaled are stepped by their scaler.
 
     As in ``LoopMistakes``, only the identity of a few gradients and their counts of writes are compared.
 
@@ -49,7 +89,10 @@ class RepeatedUpdates:
     def __init__(self, engine: Engine, optimizer: Optimizer) -> None:
         self._engine = engine
         self._kind = kind_of(optimizer)
+        self._optimizers = each_of(optimizer)
         self._inside = False  # the loop stands in a step
+        self._measured = False
+        self._scaled: list[tuple[Tensor, Tensor]] = []  # parameters, and some numbers of their scaled gradients
         self._applied: dict[Optimizer, list[_Applied]] = {}
         self._handles: list[RemovableHandle] = hook_step(optimizer, self._begins, self._ended)
         if isinstance(optimizer, JoinedOptimizers):  # it calls the closure itself, before it steps its optimizers
@@ -61,10 +104,22 @@ class RepeatedUpdates:
         self._inside = True
         self._applied.clear()
 
+    def gradient_ready(self, *, measured: bool) -> None:
+        """The micro-batches of a step were run.
+
+        Args:
+            measured: whether a probe measured their gradient.
+        """
+        self._measured = measured
+        if self._engine.backward.scale is not None and self._engine.holds_gradients:
+            # Copies of a few numbers, since torch does not count what a scaler writes.
+            self._scaled = [(p, _glance(p).clone()) for p in islice(_held(*self._optimizers), _LOOKED_AT)]
+
     def step_over(self) -> None:
         """The loop leaves a step."""
         self._inside = False
         self._applied.clear()
+        self._scaled.clear()
 
     def remove(self) -> None:
         """Removes the hooks from the optimizer."""
@@ -75,6 +130,8 @@ class RepeatedUpdates:
 
     def _begins(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
         self._refuse_closure(closure)
+        if self._inside:
+            self._check_scaled(optimizer)
         applied = self._applied.get(optimizer)
         if self._inside and applied and all(each.unchanged() for each in applied):
             raise RuntimeError(
@@ -86,9 +143,30 @@ class RepeatedUpdates:
 
     def _ended(self, optimizer: Optimizer) -> None:
         if self._inside and self._engine.holds_gradients:
-            held = (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
             # After the update, which may have changed the gradients itself.
-            self._applied[optimizer] = [_Applied(p, ref(p.grad), p.grad._version) for p in islice(held, SAMPLE)]
+            few = islice(_held(optimizer), SAMPLE)
+            self._applied[optimizer] = [
+                _Applied(p, ref(grad), grad._version) for p in few if (grad := p.grad) is not None
+            ]
+
+    def _check_scaled(self, optimizer: Optimizer) -> None:
+        """Checks that the run was given the scaler that steps the optimizer, and that such a scaler steps it."""
+        by_scaler, scale = _by_scaler(), self._engine.backward.scale
+        if by_scaler and scale is None and self._measured:
+            raise RuntimeError(
+                f"a GradScaler steps the {type(optimizer).__name__}, and AdaptiveBatch was not given it: losses and "
+                f"gradients would be measured as they are scaled. Give it as engine=EngineOptions(scaler=...), and "
+                f"call step.backward(loss) with the loss as it is"
+            )
+        if by_scaler or scale is None:
+            return
+        left = [(_glance(p), before) for p, before in self._scaled if p.grad is not None]
+        same = all(torch.equal(now, before) for now, before in left)  # host sync, where there is an error to find
+        if same and any(now.any() for now, _ in left) and scale(self._engine.collectives.device) != 1:
+            raise RuntimeError(
+                f"optimizer.step() of the {type(optimizer).__name__} was called while its gradients are still scaled, "
+                f"by the GradScaler that AdaptiveBatch was given: call scaler.step(optimizer) and scaler.update()"
+            )
 
     def _refuse_closure(self, closure: Callable[[], Any] | None) -> None:
         if closure is not None and self._inside and not self._engine.gives_closures and not _of_lightning(closure):

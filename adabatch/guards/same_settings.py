@@ -62,14 +62,23 @@ def check_same_settings(collectives: Collectives, settings: Mapping[str, object]
         return
     short = {name: _short(text) for name, text in mine.items()}
     ranks: list[dict[str, str]] = [json.loads(sent) for sent in collectives.gather_bytes(json.dumps(short).encode())]
+    raise ValueError(
+        f"the ranks were given different settings: {differences(ranks)}. All ranks must be given the same data set, "
+        f"seed, arguments, versions and saved state"
+    )
+
+
+def differences(ranks: Sequence[Mapping[str, str]]) -> str:
+    """What differs between ranks, with the values and who holds them; empty if nothing does.
+
+    Args:
+        ranks: of each rank, texts by name.
+    """
+    # the union, in the order of their first mention: a rank may lack a setting altogether
     names = list(dict.fromkeys(name for held in ranks for name in held))
     differing = [name for name in names if len({held.get(name) for held in ranks}) > 1]
     told = "; ".join(_difference(name, [held.get(name, "nothing") for held in ranks]) for name in differing[:_NAMED])
-    more = f"; and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
-    raise ValueError(
-        f"the ranks were given different settings: {told}{more}. All ranks must be given the same data set, seed, "
-        f"arguments, versions and saved state"
-    )
+    return told + (f"; and {len(differing) - _NAMED} more" if len(differing) > _NAMED else "")
 
 
 @contextmanager
@@ -90,17 +99,15 @@ def failing_together(collectives: Collectives, what: str) -> Iterator[None]:
         own = error
     # Also without an error: the other ranks may have one, and wait in this reduction.
     if collectives.size > 1 and any(collectives.sum_of(float(own is not None))):
-        said = "" if own is None else f"{type(own).__name__}: {own}"
-        told = [each.decode() for each in collectives.gather_bytes(said.encode())]
+        rank, message = collectives.first_message(None if own is None else f"{type(own).__name__}: {own}")
         if own is None:
-            rank = next(rank for rank, each in enumerate(told) if each)
-            raise RuntimeError(f"{what} failed on rank {rank}: {told[rank]}")
+            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
     if own is not None:
         raise own
 
 
 def versions() -> dict[str, object]:
-    """Of torch and of this package."""
+    """The versions of torch and of this package."""
     try:
         own = metadata.version("adabatch")
     except metadata.PackageNotFoundError:  # run from its sources
@@ -169,6 +176,7 @@ def text_of(value: object, depth: int = 0) -> str:
     Tensors and arrays of more than a few numbers are compared by shape, functions by name and by what they close over.
     """
     if isinstance(value, Tensor | np.ndarray):
+        # a whole tensor, such as a state on a device, would be copied to the host to be compared
         if np.prod(value.shape) > 16:
             return f"{type(value).__name__} of shape {tuple(value.shape)}"
         return repr(value.tolist())  # host sync, before the first step
@@ -188,6 +196,7 @@ def text_of(value: object, depth: int = 0) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{text_of(k)}: {text_of(v, depth + 1)}" for k, v in value.items()) + "}"
     if isinstance(value, Set):
+        # sorted, because the order of a set of strings differs between processes
         return "{" + ", ".join(sorted(text_of(each, depth + 1) for each in value)) + "}"
     if isinstance(value, Sequence) and type(value).__repr__ in (list.__repr__, tuple.__repr__):
         return "[" + ", ".join(text_of(each, depth + 1) for each in value) + "]"

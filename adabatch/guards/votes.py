@@ -76,6 +76,7 @@ class Votes(Rider):
 
     def step_without_reduction(self) -> None:
         """Called at the end of a step that reduces nothing."""
+        # a vote to save is for one step only
         self.save = False
         self._unheard += 1
         # A single rank needs no exchange, so it hears itself at every step.

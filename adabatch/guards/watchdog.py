@@ -109,6 +109,7 @@ class Watchdog:
         if monitor is None:
             return
         if error is None:
+            # Not stop(): a rank that closed its connections while others still train would look dead to them.
             monitor.leave()
             monitor.ended.wait()
         # The error only says that some peer has gone. The monitors soon tell which rank, and that is what the user

@@ -112,6 +112,7 @@ class _Watch:
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
+        # accumulate() counts its calls in it.
         self._counted = accelerator.step
         self._num_loaders = -1
 
@@ -151,6 +152,7 @@ def _hosted(accelerator: Any, inner: Engine, *, update: Any = None) -> Engine:
 def _on_deepspeed(
     accelerator: Any, criterion: Criterion, micro_batch_size: int, options: dict[str, Any]
 ) -> AdaptiveBatch:
+    # Here and not at the head, because DeepSpeed need not be installed.
     from adabatch.integrations.deepspeed import AttachedEngine, check_engine, check_options
 
     if accelerator.deepspeed_engine_wrapped is None:
@@ -185,6 +187,7 @@ def _check_accelerator(accelerator: Accelerator) -> None:
             "the accelerator shards by FullyShardedDataParallel, whose gradients cannot be measured: use "
             "FullyShardedDataParallelPlugin(fsdp_version=2)"
         )
+    # MULTI_GPU, MULTI_CPU and the like are DDP on one kind of device each.
     known = kind.value in ("NO", "FSDP", "DEEPSPEED") or kind.value.startswith("MULTI_")
     if not known or _asked(accelerator, "tp_enabled", "cp_enabled", "sp_enabled"):
         raise ValueError(

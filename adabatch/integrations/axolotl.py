@@ -51,6 +51,7 @@ _REFUSED = {
 """Keys of axolotl that would have no effect or a wrong one with the plugin -> what to do instead."""
 
 _TYPES = get_type_hints(AdaptiveArguments)
+# None stands for a key that the YAML leaves out, so that the defaults are those of AdaptiveArguments.
 _KEYS: Any = {PREFIX + field.name: (_TYPES[field.name] | None, None) for field in fields(AdaptiveArguments)}
 
 AdabatchArgs: type[BaseModel] = create_model("AdabatchArgs", __module__=__name__, **_KEYS)

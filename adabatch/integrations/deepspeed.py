@@ -94,6 +94,7 @@ class AttachedEngine(Engine):
         self._began = 0
         self._manages = manages_accumulation(engine)
         if self._manages:
+            # A step of one micro-batch never enters no_sync(), which closes the window at its end.
             engine.set_gradient_accumulation_boundary(True)
         self._whole = engine.zero_optimization_stage() == 0
         # With ZeRO 0 the mean gradient is in the parameters after the backward, not yet clipped. The other stages
@@ -109,6 +110,8 @@ class AttachedEngine(Engine):
     def begin(self, plan: BatchPlan) -> None:
         """Tells the engine the size of the batch."""
         self._began = self._engine.global_steps
+        # The micro-batch first: from it and the batch, the engine computes its accumulation steps, and refuses a
+        # remainder.
         self._engine.set_train_micro_batch_size(plan.micro_batch_size)
         self._engine.set_train_batch_size(plan.global_batch_size)
 
@@ -123,6 +126,7 @@ class AttachedEngine(Engine):
 
     def left_out(self) -> bool:
         """Whether ``engine.step()`` was called without a step of the optimizer."""
+        # The engine counts a step whose update it skips, too.
         return bool(self._engine.global_steps > self._began)
 
     def make_probe(self, parameters: Sequence[Tensor], **options: Unpack[ProbeOptions]) -> Probe:
@@ -145,6 +149,7 @@ class AttachedEngine(Engine):
         # every precision. It is read now, because the engine may change the factor before the update.
         hook = loss.register_hook(self._note_scale) if loss.requires_grad else None  # type: ignore[no-untyped-call]
         try:
+            # Not divided by the engine's accumulation steps: the step has weighted the loss already.
             self._engine.backward(loss, scale_wrt_gas=False)
         finally:
             if hook is not None:
@@ -214,10 +219,10 @@ def _refusals(engine: Any) -> dict[str, bool]:
         ),
         "Muon puts its orthogonal update in the place of the gradient before the norm is taken; use another "
         "optimizer": type(engine.basic_optimizer).__name__.startswith("Muon"),
-        "its optimizer looks at whole gradients or layers, of which ZeRO 1 to 3 hand it flat pieces; use ZeRO 0, DDP "
+        "its optimizer needs whole gradients or layers, and ZeRO 1 to 3 give it flat pieces of them; use ZeRO 0, DDP "
         "or FSDP2": stage > 0 and isinstance(engine.basic_optimizer, NeedsWholeGradients),
-        "K-FAC cannot be told of the ranks of an engine, and would take its factors from each one's own examples; use "
-        "DDP or FSDP2": isinstance(engine.basic_optimizer, ChecksRanks) and engine.dp_world_size > 1,
+        "K-FAC cannot share its factors among the ranks of an engine, and each rank would use its own examples only; "
+        "use DDP or FSDP2": isinstance(engine.basic_optimizer, ChecksRanks) and engine.dp_world_size > 1,
         "it updates a part of the parameters by a second optimizer; leave `ratio` out of `offload_optimizer`": (
             getattr(engine.optimizer, "backup_optimizer", None) is not None
         ),

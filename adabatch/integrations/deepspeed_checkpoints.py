@@ -1,8 +1,9 @@
-"""Checkpoints of a run on a DeepSpeed engine: the engine writes its own, and our parts ride in its ``client_state``."""
+"""Checkpoints of a run on a DeepSpeed engine: the engine writes its own, with our state in its ``client_state``."""
 
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,34 +30,37 @@ from adabatch.runtime.random_state import random_state, restore_random_state
 _log = logging.getLogger("adabatch")
 
 KEY = "adabatch"
-"""Where in ``client_state`` our parts are."""
+"""The key of our state in ``client_state``."""
+
+_NAME = re.compile(r"step\d{8,}(-\d+)?")
+"""The name of a checkpoint: its step, and a number if another run has one of that step."""
 
 LATEST = "latest"
-"""The file in which DeepSpeed names its newest checkpoint, once that is whole."""
+"""The file in which DeepSpeed names its newest checkpoint, once it is complete."""
 
 
 class DeepSpeedCheckpoints:
-    """Saves a run on a DeepSpeed engine again and again into one folder, and goes on from the newest.
+    """Saves a run on a DeepSpeed engine at intervals into one folder, and resumes from the newest checkpoint.
 
-    It does for ``engine.save_checkpoint`` what ``Checkpoints`` does by itself: says when, keeps a few, and takes the
-    batches, the schedule, the place in the data and the random numbers along. Files are DeepSpeed's, so its tools read
-    them; they are not checked for damage, and another number of ranks needs DeepSpeed's universal checkpoints. Settings
-    that differ on resume are taken over, kept or refused as ``Checkpoints`` does it, if the object is made before the
-    run begins.
+    It does for ``engine.save_checkpoint`` what ``Checkpoints`` does on its own: it decides when to save, keeps a few
+    checkpoints, and saves the batches, the schedule, the place in the data and the random numbers with them. The files
+    are DeepSpeed's, so its tools can read them. They are not checked for damage, and another number of ranks needs
+    DeepSpeed's universal checkpoints. Settings that differ on resume are taken over, kept or refused as ``Checkpoints``
+    does it, if this object is made before the run begins.
 
     Args:
-        folder: of the run's checkpoints.
-        engine: of ``deepspeed.initialize``.
-        batches: of ``attach``.
-        schedule: of the learning rate.
-        order: the place in the data.
-        every: save after so much training.
-        every_seconds: save after so much time on the first rank.
-        keep: how many checkpoints stay.
+        folder: the folder of the run's checkpoints.
+        engine: the engine, as ``deepspeed.initialize`` returned it.
+        batches: the batches, as ``attach`` returned them.
+        schedule: the schedule of the learning rate.
+        order: the order of the data, whose place is saved.
+        every: save after this much training.
+        every_seconds: save after this much time on the first rank.
+        keep: number of checkpoints to keep.
 
     Raises:
-        ValueError: ``keep`` below 1, or an interval of no length.
-        TypeError: an interval without a unit.
+        ValueError: if ``keep`` is below 1, or an interval has no length.
+        TypeError: if an interval has no unit.
     """
 
     def __init__(
@@ -85,10 +89,10 @@ class DeepSpeedCheckpoints:
         self._times.listen(first=self._ranks.rank == 0)
 
     def step(self, *, now: bool = False) -> bool:
-        """Saves where a checkpoint is due; call it on all ranks at the end of a step, after ``engine.step()``.
+        """Saves if a checkpoint is due. Call it on all ranks at the end of a step, after ``engine.step()``.
 
         Args:
-            now: save in any case, unless this very step is saved already.
+            now: save in any case, unless this step is saved already.
 
         Returns:
             Whether it saved.
@@ -99,13 +103,14 @@ class DeepSpeedCheckpoints:
         return True
 
     def save(self) -> None:
-        """Saves the run as it is between two steps; on all ranks.
+        """Saves the run as it is between two steps. All ranks must call it.
 
         Raises:
-            CheckpointError: a part holds what could not be read back, weights or the optimizer's state are not finite,
-                or the folder is another process's or another run's; on all ranks.
+            CheckpointError: on all ranks, if a part contains something that could not be read back, if weights or the
+                optimizer's state are not finite, or if the folder belongs to another process or another run.
         """
         self._batches.settle()
+        # A collective, so it comes before anything that may fail on one rank only.
         rows = self._ranks.gather(random_state(self._engine.device).to(self._ranks.device)).cpu()
         failure: Exception | None = None
         state: dict[str, Any] = {}
@@ -124,6 +129,7 @@ class DeepSpeedCheckpoints:
                     self._claim()
                 self._lock.check()
                 again = self._make_room()
+                # Before the engine's files: once `latest` names the checkpoint, its description is there.
                 self._settings.write(self._place(again))
                 self._batches.journal.sync()  # no checkpoint may know of steps that the journal can still lose
         except (NotPlain, CheckpointError, OSError) as error:
@@ -132,18 +138,18 @@ class DeepSpeedCheckpoints:
         place = self._place(again)
         self._engine.save_checkpoint(str(self._folder), tag=place.name, client_state={KEY: state})
         if self._ranks.rank == 0:
+            others = [path for path in _checkpoints_in(self._folder) if path != place]
             # By time: a run that begins again in this folder counts its steps from the first.
-            others = [path for path in self._folder.glob("step*") if path != place]
             others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
             for old in others[self._keep - 1 :]:
                 shutil.rmtree(old)
         self._times.saved()
 
     def start_over(self) -> None:
-        """Begins a new run in the folder; the journal's lines go to its side file.
+        """Begins a new run in the folder; the lines of its journal are moved to a file beside it.
 
         Raises:
-            CheckpointError: the folder is another process's.
+            CheckpointError: if another process uses the folder.
         """
         failure: Exception | None = None
         try:
@@ -155,16 +161,16 @@ class DeepSpeedCheckpoints:
         self._raise_together(failure)
 
     def load(self, *, missing_ok: bool | None = None) -> Loaded | None:
-        """Goes on from the checkpoint that DeepSpeed calls its latest.
+        """Resumes from the checkpoint that DeepSpeed calls its latest.
 
         Args:
-            missing_ok: return None where there is none, as by default, rather than raise.
+            missing_ok: False raises an error if there is no checkpoint; otherwise the result is None then.
 
         Raises:
-            FileNotFoundError: there is none, where that is an error.
-            ValueError: one that DeepSpeed cannot load, or that was saved without ``DeepSpeedCheckpoints``; or this run
-                cannot continue from it.
-            CheckpointError: the folder is another process's.
+            FileNotFoundError: if there is no checkpoint, and ``missing_ok`` is False.
+            ValueError: if DeepSpeed cannot load the checkpoint, if it was saved without ``DeepSpeedCheckpoints``, or if
+                this run cannot continue from it.
+            CheckpointError: if another process uses the folder.
         """
         failure: Exception | None = None
         try:
@@ -173,6 +179,7 @@ class DeepSpeedCheckpoints:
         except (CheckpointError, OSError) as error:
             failure = error
         self._raise_together(failure)
+        # Only if every rank sees it, so that none begins a run while others load one.
         if not self._ranks.minimum_of((self._folder / LATEST).exists())[0]:
             if missing_ok is False:
                 raise FileNotFoundError(f"there is no checkpoint in {self._folder.absolute()}: check the path")
@@ -187,7 +194,7 @@ class DeepSpeedCheckpoints:
         path, client = self._engine.load_checkpoint(str(self._folder))
         if path is None or KEY not in client:
             raise ValueError(
-                f"{self._folder} holds no checkpoint of such a run: give another folder, or load it by "
+                f"{self._folder} holds no checkpoint of DeepSpeedCheckpoints: give another folder, or load it with "
                 f"engine.load_checkpoint"
             )
         state = client[KEY]
@@ -205,11 +212,11 @@ class DeepSpeedCheckpoints:
         return Loaded(Path(path).parent, taken, (), kept)
 
     def __enter__(self) -> Self:
-        """Nothing is open."""
+        """Opens nothing."""
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """All ranks have what they saved."""
+        """Releases the folder, and waits until all ranks have saved."""
         if self._batches.journal.guard == self._lock.check:
             self._batches.journal.guard = None
         self._lock.release()
@@ -246,7 +253,7 @@ class DeepSpeedCheckpoints:
         if theirs not in (None, mine) and (self._folder / LATEST).exists():
             raise CheckpointError(
                 f"{self._folder} holds the checkpoints of run {theirs}, and this is run {mine}, which has loaded none "
-                f"of them: load() to go on with that run, start_over() to take its folder, or use another folder"
+                f"of them: load() to continue that run, start_over() to take its folder, or use another folder"
             )
 
     def _raise_together(self, failure: Exception | None, *numbers: float) -> list[float]:
@@ -259,6 +266,11 @@ class DeepSpeedCheckpoints:
         if failed:
             raise CheckpointError(f"another rank could not use the checkpoints in {self._folder}")
         return sums
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The folders that this class names, and no other: the user may keep more beside them."""
+    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def _numbers_of(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:

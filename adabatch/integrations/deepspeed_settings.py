@@ -30,8 +30,8 @@ class EngineSettings:
     """The settings with which a run on an engine was built, read before the run begins.
 
     Args:
-        engine: of ``deepspeed.initialize``, with its optimizer and perhaps a scheduler of its own.
-        parts: what is saved with it, by name: "batches", and "order" and "schedule" where there are any.
+        engine: of ``deepspeed.initialize``, with its optimizer and perhaps its scheduler.
+        parts: what is saved with it, by name: "batches", and "order" and "schedule" if there are any.
     """
 
     def __init__(self, engine: DeepSpeedEngine, parts: Mapping[str, Any]) -> None:
@@ -42,7 +42,7 @@ class EngineSettings:
         built = {"optimizer": self._optimizer, "schedule": self._scheduler, "order": parts.get("order")}
         self._built = BuiltSettings({name: part for name, part in built.items() if part is not None})
         self._other_scheduler = self._scheduler is not None and not isinstance(self._scheduler, ProgressLR)
-        # A scheduler of DeepSpeed's notes no base rate, and the groups hold its present one.
+        # DeepSpeed's own schedulers record no base rate, and the groups hold the present one.
         self._rates = [settings_of(group, self._optimizer).get("lr") for group in self._optimizer.param_groups]
 
     # --- saving -----------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class EngineSettings:
         if before["scheduler"] != now["scheduler"]:
             raise ValueError(
                 f"the checkpoint was saved with the scheduler {_said(before['scheduler'])} in the engine's config, "
-                f"this run has {_said(now['scheduler'])}: a scheduler loads rates of its own, which would overrule it; "
+                f"this run has {_said(now['scheduler'])}: a scheduler loads its own rates, which would override it; "
                 f"resume with the saved one, or use ProgressLR"
             )
         self._built.refuse({"optimizer": {"param_groups": saved["groups"]}})

@@ -10,9 +10,21 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.adaptive.monitoring import NoiseMonitor, monitor
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
+from adabatch.integrations.evaluations import record_numbers
 from adabatch.integrations.lightning_loop import Fit, Host, MakeSchedule, settings_of
 from adabatch.journal.writer import JournalTarget
 from adabatch.runtime.engines.engine import GradientSync
+
+VALIDATION_PREFIXES = ("val_", "val/", "valid_", "valid/", "validation_", "validation/")
+"""By which modules mark the metrics of their validation."""
+
+
+def validation_of(trainer: Any) -> dict[str, Any]:
+    """What the validation that just ended has logged; nothing outside of a fit, and none of a sanity check."""
+    # `callback_metrics` would hold what training logged as well, some of it from long ago
+    if trainer.sanity_checking or trainer.state.fn != "fit" or trainer._results is None:
+        return {}
+    return dict(trainer._results.metrics(on_step=False)["callback"])
 
 
 class AdaptiveHooks:
@@ -110,6 +122,11 @@ class AdaptiveHooks:
         if found := self._run.logged():
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Writes what the validation logged into the journal."""
+        if self._run is not None and self._run.batches is not None:
+            record_numbers(self._run.batches, validation_of(trainer), prefixes=VALIDATION_PREFIXES)
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restores trainer and model."""
         if stage == "fit" and self._run is not None:
@@ -186,6 +203,11 @@ class MonitorHooks:
                 values = {"noise_scale": found.noise_scale, "efficiency": found.efficiency}
                 named = {f"adabatch/{name}{suffix}": value for name, value in values.items()}
                 pl_module.log_dict(named, on_step=True, on_epoch=False)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Writes what the validation logged into the journal."""
+        for found in self._monitors:
+            record_numbers(found, validation_of(trainer), prefixes=VALIDATION_PREFIXES)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Removes the hooks."""

@@ -145,6 +145,7 @@ class Fit:
             schedule = settings.schedule(optimizer, self.batches)
             make = self._host["utilities.types"].LRSchedulerConfig
             trainer.strategy.lr_scheduler_configs = [make(schedule, interval="step", name="adabatch")]
+        # On the instance: the class keeps its method, which remove() uncovers again.
         trainer.fit_loop.epoch_loop.automatic_optimization.run = self.update
         if self._saved is not None:
             self.load_state_dict(self._saved)
@@ -168,11 +169,13 @@ class Fit:
             )
         if not isinstance(inner, GlobalOrder):
             states = self._host["trainer.states"]
+            # Lightning would treat a loader so itself if it saw it; on several ranks this adds a DistributedSampler.
             process = self._host["trainer.connectors.data_connector"]._process_dataloader
             inner = process(self._trainer, states.TrainerFn.FITTING, states.RunningStage.TRAINING, inner)
         self._loader = inner
         if self._state is not None:
             self._state.order = inner if isinstance(inner, GlobalOrder) else None
+        # Lightning saves the place of a loader that has these methods. That of an order is in the HostState.
         stateful = not isinstance(inner, GlobalOrder) and hasattr(inner, "state_dict")
         return _StatefulSteps(self, inner) if stateful else _Steps(self, inner)
 
@@ -198,9 +201,11 @@ class Fit:
         order = loader if isinstance(loader, GlobalOrder) else None
         self._epoch, self._exhausted = trainer.current_epoch, False
         self._show_total(self.most_steps())
+        # A run that was saved after the last step of an epoch resumes in that epoch, in which nothing is left to do.
         if self._passed != self._epoch:
             self._pass_began_at = -1 if order is None else order.epoch
             if order is None:
+                # Lightning does this for loaders that it sees, and it sees the wrapper only.
                 self._host.fabric_data._set_sampler_epoch(loader, self._epoch)
             for step in self.batches.steps(loader, until=self._settings.until, **self._settings.loop):
                 self._step, self._micro_batches = step, iter(step)
@@ -218,6 +223,7 @@ class Fit:
         timed = getattr(trainer, "_val_check_time_interval", None) is not None  # not in older releases
         if at_end and not timed and loop._should_check_val_epoch():
             trainer.validating = True
+            # Kept and put back, as Lightning does around a validation inside an epoch.
             first = trainer._logger_connector._first_loop_iter
             self._host["trainer.call"]._call_lightning_module_hook(trainer, "on_validation_model_zero_grad")
             loop.val_loop.run()
@@ -280,6 +286,7 @@ class Fit:
                     "loss * 0, or give steps(weigh=) a weight of 0 for it"
                 )
             if index == 0:
+                # As in Lightning's closure: after the first forward, before its backward.
                 zero_grad = loop._make_zero_grad_fn(batch_idx, optimizer)
                 assert zero_grad is not None
                 zero_grad()
@@ -288,6 +295,7 @@ class Fit:
             mean = loss if mean is None else mean + loss
         # The step measures and decides when its iterator is exhausted, which must be before the update.
         assert next(self._micro_batches, None) is None
+        # The closure only returns the loss: forward and backward have run.
         loop._optimizer_step(batch_idx, lambda: mean)
         until = self._settings.until
         if until is not None and self.batches.consumed.reached(until):

@@ -247,6 +247,7 @@ def average_gradients(manager: Any, parameters: Sequence[Tensor]) -> None:
 
     A parameter that has a gradient on some replicas only counts as zero on the others; one without any keeps none.
     """
+    # The replicas must reduce the same buckets, so they agree first on who has a gradient.
     used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
     manager.allreduce(used, reduce_op=dist.ReduceOp.SUM).wait()
     together: list[Tensor] = []
@@ -279,6 +280,7 @@ def _average(manager: Any, grads: list[Tensor]) -> None:
 def _check_manager(manager: Any) -> None:
     if not isinstance(manager, torchft.Manager):
         raise TypeError(f"attach takes a torchft.Manager first, got {type(manager).__name__}")
+    # torchft has no public names for these settings; where a release has no such attribute, nothing is refused.
     if getattr(manager, "_use_async_quorum", False):
         raise ValueError(
             "the manager forms its quorum during the forward, when the step's micro-batches are already dealt: make it "

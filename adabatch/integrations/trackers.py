@@ -238,6 +238,7 @@ class MLflowTracker(Tracker):
 
     def _open(self, run: str, step: int) -> None:
         mlflow = importlib.import_module("mlflow")
+        # A client and not mlflow's functions, which log to one active run per process: the user may have one.
         client = self._client = mlflow.MlflowClient(tracking_uri=self._uri)
         found = client.get_experiment_by_name(self._experiment)
         experiment = client.create_experiment(self._experiment) if found is None else found.experiment_id

@@ -44,7 +44,12 @@ from adabatch.integrations.transformers_lr import (  # noqa: E402
     warmup_start_of,
 )
 from adabatch.integrations.transformers_refusals import refuse  # noqa: E402
-from adabatch.integrations.transformers_state import Bookkeeping, saved_state, write_state  # noqa: E402
+from adabatch.integrations.transformers_state import (  # noqa: E402
+    Bookkeeping,
+    EvaluationRecord,
+    saved_state,
+    write_state,
+)
 
 __all__ = ["AdaptiveArguments", "AdaptiveMixin", "AdaptiveTrainer"]
 
@@ -122,6 +127,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         if not self._adaptive.monitor_only:
             # First, so that other callbacks see the right epoch, and the Trainer's own callback ends the run.
             self.callback_handler.callbacks.insert(0, Bookkeeping(self))
+        self.callback_handler.callbacks.append(EvaluationRecord(self))
 
     # --- a run ------------------------------------------------------------------------------------------------------
 
@@ -169,6 +175,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         if self._saved is None:
             return 0, 0
         self._order().load_state_dict(self._saved["order"])
+        # No steps to skip in the epoch: the order stands where the run was saved.
         return self._order().epoch, 0
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
@@ -275,6 +282,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
     def _backward_of(self, step: Step) -> Iterator[None]:
         """Redirects ``accelerator.backward``, which all trainers call, to the step."""
         accelerator: Any = self.accelerator
+        # On the instance, and only while the micro-batches of a step run.
         accelerator.backward = lambda loss, **_: step.backward(loss)
         try:
             yield

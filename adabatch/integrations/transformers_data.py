@@ -56,6 +56,7 @@ def order_of(loader: Any, *, seed: int) -> GlobalOrder:
             "one with __len__ and __getitem__ (datasets: load it without streaming=True)"
         )
     batch_sampler: Any = loader.batch_sampler
+    # Accelerate wraps it once for each way of sharding.
     while hasattr(batch_sampler, "batch_sampler"):
         batch_sampler = batch_sampler.batch_sampler
     sampler = getattr(batch_sampler, "sampler", None)

@@ -92,6 +92,7 @@ def shape_of(args: Any, total: Duration) -> Shape:
             f"lr_scheduler_type={name!r} cannot be followed by progress: use one of "
             f"{', '.join([*_SHAPES, *OF_A_METRIC])}, or make a ProgressLR in a create_scheduler of your own"
         )
+    # It takes out the settings that it uses; what is left would have no effect.
     shape = make(args, settings, total)
     if settings:
         raise ValueError(

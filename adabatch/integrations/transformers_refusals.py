@@ -24,6 +24,7 @@ def refuse(trainer: Any) -> None:
 def _base_with_a_schedule(trainer: Any) -> str | None:
     """The class behind the mixin that overrides the Trainer's ``create_scheduler``, if one does."""
     order: tuple[type, ...] = type(trainer).__mro__
+    # By its name, because the module of the mixin imports this one.
     mixin = next(index for index, each in enumerate(order) if each.__name__ == "AdaptiveMixin")
     owner = next(each for each in order[mixin + 1 :] if "create_scheduler" in vars(each))
     in_front = any("create_scheduler" in vars(each) for each in order[:mixin])

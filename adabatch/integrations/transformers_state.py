@@ -11,7 +11,9 @@ import torch
 from transformers import TrainerCallback
 
 from adabatch.adaptive import AdaptiveBatch
+from adabatch.adaptive.monitoring import NoiseMonitor
 from adabatch.batch.plan import Duration
+from adabatch.integrations.evaluations import record_numbers
 from adabatch.integrations.host_state import HostState
 from adabatch.runtime.data import GlobalOrder
 
@@ -19,6 +21,9 @@ STATE_FILE = "adabatch.pt"
 """The file that is added to a checkpoint of the Trainer."""
 
 STATE_FORMAT = 1
+
+NOT_OF_THE_MODEL = ("epoch", "_runtime", "_per_second", "_time")
+"""Ends of the names of metrics that are about the evaluation itself."""
 
 _ORDERS = {"logging": "should_log", "eval": "should_evaluate", "save": "should_save"}
 """What the Trainer does at intervals of steps -> the flag of its control that orders it."""
@@ -61,8 +66,10 @@ class TrainerRun(Protocol):
     """The part of a trainer that ``Bookkeeping`` reads."""
 
     batches: AdaptiveBatch | None
+    monitor: NoiseMonitor | None
     order: GlobalOrder | None
     callback_handler: Any
+    is_in_train: bool
 
     def total_length(self) -> Duration:
         """Length of the run."""
@@ -121,6 +128,22 @@ class Bookkeeping(TrainerCallback):
             return float(args.num_train_epochs)
         assert self._trainer.order is not None
         return float(args.max_steps * self._trainer.get_total_train_batch_size(args) / len(self._trainer.order))
+
+
+class EvaluationRecord(TrainerCallback):
+    """Writes the Trainer's evaluations into the journal, without their times."""
+
+    def __init__(self, trainer: TrainerRun) -> None:
+        self._trainer = trainer
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        """Records an evaluation of the weights of the last step."""
+        run = self._trainer.batches or self._trainer.monitor
+        # After a run that loads its best checkpoint, the weights are not those of the last step.
+        if run is None or not (self._trainer.is_in_train or not args.load_best_model_at_end):
+            return
+        found = {name: value for name, value in (metrics or {}).items() if not name.endswith(NOT_OF_THE_MODEL)}
+        record_numbers(run, found, prefixes=("eval_",))
 
 
 def _is_due(args: Any, state: Any, kind: str) -> bool:

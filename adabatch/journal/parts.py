@@ -32,6 +32,7 @@ def _numbered(path: Path) -> dict[int, Path]:
     begin = f"{path.name}."
     found = [each for each in path.parent.iterdir() if each.name.startswith(begin)]
     ends = [(each.name[len(begin) :], each) for each in found]
+    # NAME.cut stands beside them
     return {int(end): each for end, each in ends if end.isdecimal()}
 
 
@@ -52,6 +53,7 @@ def rotate(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())  # a checkpoint makes sure of the newest file only
     path.rename(path.with_name(f"{path.name}.{max(_numbered(path), default=0) + 1}"))
+    # A kill before this line leaves no NAME; the journal of the resumed run makes one when it is built.
     path.open("a", encoding="utf-8").close()
 
 
@@ -71,7 +73,7 @@ def last_token(path: Path) -> str | None:
 
 
 class _Kept(NamedTuple):
-    """What a cut leaves of a file: so many bytes, whose lines account for so many examples."""
+    """What a cut leaves of a file: its first bytes, and how many examples their lines account for."""
 
     num_bytes: int
     reached: int
@@ -105,6 +107,7 @@ def _kept(part: Path, num_examples: int) -> _Kept:
     end, reached, damaged = 0, 0, ""
     with part.open("rb") as file:
         for number, text in enumerate(file if num_examples > 0 else (), 1):
+            # A torn line is an error only if another one follows: a kill tears the last one.
             if damaged:
                 raise ValueError(damaged)
             try:
@@ -122,7 +125,8 @@ def _kept(part: Path, num_examples: int) -> _Kept:
 
 
 def _copy_aside(path: Path, taken: list[tuple[Path, int]]) -> None:
-    """Appends to the file beside the journal what the files hold from their places on."""
+    """Appends the files, each from the given byte on, to the file beside the journal."""
+    # nothing to take out, so no empty file either
     if all(part.stat().st_size <= begin for part, begin in taken):
         return
     with path.with_name(path.name + CUT).open("ab") as aside:
@@ -131,6 +135,7 @@ def _copy_aside(path: Path, taken: list[tuple[Path, int]]) -> None:
                 file.seek(begin)
                 shutil.copyfileobj(file, aside)
                 file.seek(max(begin, file.tell() - 1))
+                # an unfinished line gets its end, or what the next cut appends would stand on the same line
                 if file.read(1) not in (b"", b"\n"):
                     aside.write(b"\n")
         aside.flush()

@@ -15,8 +15,9 @@ distinguish two runs in one file.
 ``freedom`` is their number of degrees of freedom, pooled over the probes in the average.
 
 Lines contain neither wall time nor the machine, so the journals of two equal runs are equal except for that token. The
-exception is a criterion that reads step times (`Goodput`): ``seconds`` is the recent time of a step. Numbers that are
-not finite are null.
+exception is a criterion that reads step times (`Goodput`): ``seconds`` is the recent time of a step, and ``timed_plan``
+the plan of that step. A time is known one measured step late, so after a change it belongs to another plan than that of
+its line. Numbers that are not finite are null.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def line(
     moments: GradientMoments | None,
     averages: Averages,
     decision: Decision,
-    seconds: float | None = None,
+    timed: tuple[BatchPlan, float] | None = None,
 ) -> dict[str, Any]:
     """The journal's entry at the end of a step; the learning rate is added when the update is applied.
 
@@ -85,19 +86,14 @@ def line(
         moments: its measurement; None if it was not probed.
         averages: the control's averages, including this step.
         decision: the plan of the next step, and the reason.
-        seconds: recent time of a step; None if steps are not timed.
+        timed: a plan and the seconds that a step of it took; None if nothing was timed.
     """
     asked = decision.estimate
     return {
         "format": LINE_FORMAT,
         "step": before.steps,
         "examples": before.examples,
-        "plan": {
-            "micro_batch_size": plan.micro_batch_size,
-            "accumulation_steps": plan.accumulation_steps,
-            "dp_size": plan.dp_size,
-            "global_batch_size": num_examples,
-        },
+        "plan": _plan(plan, num_examples),
         "loss": loss,
         "moments": None if moments is None else _measured(moments),
         "norms": None if moments is None else {"l2": _l2(moments), "l1": moments.grad_l1},
@@ -111,8 +107,21 @@ def line(
         "next": decision.plan.global_batch_size,
         "reason": str(decision.reason),
         **({} if moments is None or moments.layers is None else {"layers": _layers(moments.layers)}),
-        **({} if seconds is None else {"seconds": seconds}),
+        **({} if timed is None else _timed(*timed)),
     }
+
+
+def _plan(plan: BatchPlan, num_examples: int) -> dict[str, int]:
+    return {
+        "micro_batch_size": plan.micro_batch_size,
+        "accumulation_steps": plan.accumulation_steps,
+        "dp_size": plan.dp_size,
+        "global_batch_size": num_examples,  # what the step held; its plan may have asked for more
+    }
+
+
+def _timed(plan: BatchPlan, seconds: float) -> dict[str, Any]:
+    return {"seconds": seconds, "timed_plan": _plan(plan, plan.global_batch_size)}
 
 
 def evaluation_line(metrics: Mapping[str, Any], after: Progress) -> dict[str, Any]:
@@ -146,6 +155,7 @@ def _checked_name(name: Any) -> str:
 
 def _checked_number(name: str, value: Any) -> float:
     try:
+        # float() would take "0.3"
         if isinstance(value, str):
             raise TypeError
         return float(value.item() if isinstance(value, Tensor | np.ndarray) else value)
@@ -245,6 +255,7 @@ class Journal:
         """Syncs the written lines to the disk, so that they survive a loss of power."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
+                # any handle will do: fsync is about the file, not about what was written through this one
                 os.fsync(file.fileno())
 
     def write(self, entry: Mapping[str, Any]) -> None:
@@ -263,6 +274,7 @@ class Journal:
         said = finite_or_null({**entry, "run": self.run})
         if self.path is not None:
             self._append(self.path, json.dumps(said, separators=(",", ":"), allow_nan=False))
+        # a copy, because a sink that fails is taken out of the list
         for sink in list(self._sinks):
             self._call(sink, partial(sink.write, said))
 
@@ -277,9 +289,10 @@ class Journal:
         self.write(evaluation_line(metrics, after))
 
     def close(self) -> None:
-        """Closes the sinks; errors are logged."""
+        """Closes the sinks, which are given no more lines; errors are logged."""
         for sink in list(self._sinks):
             self._call(sink, sink.close)
+        self._sinks.clear()
 
     def _call(self, sink: JournalSink, call: Callable[[], None]) -> None:
         try:

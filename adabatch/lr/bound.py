@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,6 +54,7 @@ class BoundTerms(NamedTuple):
     @property
     def best(self) -> float:
         """The bound at ``best_base_lr``, ``2 sqrt(T1 T2)``: proportional to ``D * G``."""
+        # two roots, because the product of the terms may leave the range of float64
         return 2 * math.sqrt(self.distance) * math.sqrt(self.gradient)
 
     @checked
@@ -138,8 +139,10 @@ def discretize(
             "shorten the warm-up or lengthen the run"
         )
     step = np.arange(num_steps, dtype=np.float64)
+    # Negative progress, during the warm-up, is clamped to 0, so this is shape(0) there.
     factors = shape((step - warmup_steps) / (num_steps - warmup_steps))
     if warmup_steps:
+        # in place, since a shape returns an array of its own
         factors *= warmup_factor(step / warmup_steps, warmup_start)
     return factors
 
@@ -166,6 +169,7 @@ def bound_terms(factors: ArrayLike, norms: ArrayLike = 1.0, *, distance: float =
     tail = np.cumsum(eta[::-1])[::-1]
     # the last step has no later ones, and counts with its own sum
     after = np.append(tail[1:], tail[-1])  # eta_{min(t+1,T):T}
+    # the quotient first: the square of a tiny factor would underflow
     return _terms(distance * distance / (2 * tail[0]), float(np.sum(eta * (eta / after) * squares)) / 2)
 
 
@@ -240,6 +244,7 @@ def linear_cooldown_ratio(
     for name, count in (("num_steps", num_steps), ("target_steps", target_steps)):
         require(count is None or count >= 1, f"{name} must be at least 1", count)
     cooldowns = [_linear_cooldown(shape) for shape in (source, target)]
+    # 0 stands for any other shape, which has no closed form
     if not all(cooldowns):
         return None
     old, new = (linear_cooldown_limits(cooldown).best_base_lr for cooldown in cooldowns)
@@ -248,13 +253,14 @@ def linear_cooldown_ratio(
 
 def _linear_cooldown(shape: AnyShape) -> float:
     """The share of a shape that cools down linearly to zero; 0 for all other shapes."""
+    # a user's function does not tell its form
     if not isinstance(shape, Shape):
         return 0.0
     settings = shape.settings
     if shape.name == "linear" and settings["floor"] == 0:
         return 1.0
     if shape.name == "wsd" and settings["floor"] == 0 and settings["decay"] == "linear":
-        return float(str(settings["cooldown"]))
+        return cast(float, settings["cooldown"])
     return 0.0
 
 
@@ -311,6 +317,7 @@ def transfer(
     )
 
     def best(shape: AnyShape, steps: int, warmup: int) -> float:
+        # the norms as a function of progress, which both lengths share
         profile = norms if np.ndim(norms) == 0 else stretch(norms, steps)
         return best_base_lr(discretize(shape, steps, warmup_steps=warmup), profile)
 
@@ -353,6 +360,7 @@ def two_stage(
             f"ramp_steps must lie in [0, {math.floor(rest - cooldown_steps)}], got {ramp_steps}: it must end "
             f"before the cooldown of the {new_steps}-step run begins"
         )
+    # the same cooldown as a share of what follows the ramp; min, because rounding may carry it past 1
     shape = wsd(cooldown=min(1.0, cooldown_steps / (rest - ramp_steps)), decay=decay)
     finished = discretize(wsd(cooldown=cooldown, decay=decay), num_steps, warmup_steps=warmup_steps)
     goal = best_base_lr(finished)
@@ -361,7 +369,9 @@ def two_stage(
         rise = discretize(shape, rest, warmup_steps=ramp_steps, warmup_start=1 / factor)
         return bound_terms(np.append(finished[:resume], factor * rise))
 
+    # Only downwards: the longer run has the lower best rate, so the factor lies below 1.
     high, low = 1.0, 0.5
+    # halved until the root lies between the two
     while math.log(terms(low).best_base_lr / goal) < 0:
         high, low = low, low / 2
         if low < 1e-6:
@@ -405,9 +415,11 @@ def longer_cooldown(
     def excess(share: float) -> float:
         return math.log(terms(share).best_base_lr / goal)
 
+    # At the old share the longer run's best rate is too low, and it rises with the cooldown, so the root lies between.
     share = 1.0 if excess(1.0) < 0 else _root(excess, cooldown, 1.0)
     cooldown_steps = share * (new_steps - warmup_steps)
-    resume = min(stable, _floor(new_steps - cooldown_steps))
+    # no later than the old cooldown, from which on the rate of the finished run was no longer full
+    resume = min(stable, whole(new_steps - cooldown_steps))
     return Extension(
         resume_step=resume,
         num_steps=new_steps - resume,
@@ -448,8 +460,7 @@ def _terms(distance: float, gradient: float) -> BoundTerms:
             f"the gradient term of the bound is {gradient}: the norms must be positive at some step with a "
             "positive factor, and their squares within the range of float64"
         )
-    # the terms apart, not their sum: the best base learning rate and the bound at any other follow from them without a
-    # pass
+    # Apart, not as their sum: the best base learning rate, and the bound at any other, follow without another pass.
     return BoundTerms(distance=float(distance), gradient=gradient)
 
 
@@ -462,12 +473,12 @@ def _last_full_step(num_steps: int, cooldown: float, warmup_steps: int, new_step
             f"got {warmup_steps}, {num_steps} and {new_steps}"
         )
     require(new_steps <= MOST_STEPS, f"new_steps must be at most {MOST_STEPS}", new_steps)
-    return _floor(num_steps - cooldown * (num_steps - warmup_steps))
+    return whole(num_steps - cooldown * (num_steps - warmup_steps))
 
 
-def _floor(steps: float) -> int:
-    """Whole steps in ``steps``, allowing for a rounding error below a whole number."""
-    return math.floor(steps + 1e-6)
+def whole(count: float) -> int:
+    """Whole units in ``count``, allowing for a rounding error below a whole number."""
+    return math.floor(count + 1e-6)
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:

@@ -70,6 +70,7 @@ class Clock:
         if self.total.count == 0:
             raise ValueError("the total must have a length, got 0")
         warmup = self.warmup
+        # in two units nobody can tell beforehand which of the two is shorter
         if warmup is not None and warmup.unit == self.total.unit and warmup.count >= self.total.count:
             raise ValueError(f"the warm-up of {warmup} must be shorter than the total of {self.total}")
 
@@ -105,6 +106,7 @@ class Clock:
     def fraction(self, progress: Progress, anchor: Anchor = BEGINNING) -> float:
         """Progress of the shape in [0, 1]: linear from the anchor's fraction to 1 at the total."""
         left = self.total.count - anchor.count
+        # a warm-up in another unit may have used up the whole total
         if left <= 0:
             return 1.0
         share = min(1.0, max(0.0, (progress.count(self.total.unit) - anchor.count) / left))

@@ -15,7 +15,7 @@ import numpy as np
 
 from adabatch.arguments import checked
 from adabatch.batch.plan import Duration, Progress
-from adabatch.lr.bound import longer_cooldown, two_stage
+from adabatch.lr.bound import longer_cooldown, two_stage, whole
 from adabatch.lr.recorded import Clock, Recorded
 from adabatch.lr.shapes import Decay, Shape, tabulated, wsd
 
@@ -123,6 +123,7 @@ def finished_run(saved: SavedSchedule) -> FinishedRun:
     done = saved.progress.count(total.unit)
     if done == 0:
         raise ValueError(f"{saved.source}: the run has not begun")
+    # A growing batch has unequal steps, and the bound counts equal ones: the run's mean pace stands for all of it.
     num_steps = total.count if total.unit == "steps" else max(1, round(saved.progress.steps * total.count / done))
     warmup_steps = round(num_steps * saved.warmup / total.count)
     cooldown, decay = cast(float, settings["cooldown"]), cast(Decay, settings["decay"])
@@ -139,6 +140,7 @@ def extended_schedules(run: FinishedRun, total: Duration) -> dict[str, ExtendedS
     new_steps = run.steps_of(total)
     given: dict[str, Any] = {"cooldown": run.cooldown, "decay": run.decay, "warmup_steps": run.warmup_steps}
     longer = longer_cooldown(run.num_steps, new_steps, **given)
+    # first without a ramp, which only shows how many steps there are for one
     at_once = two_stage(run.num_steps, new_steps, **given)
     room = math.floor(at_once.num_steps - run.cooldown * (new_steps - run.warmup_steps))
     ramp = max(0, min(round(RAMP_SHARE * run.num_steps), room))
@@ -152,6 +154,7 @@ def extended_schedules(run: FinishedRun, total: Duration) -> dict[str, ExtendedS
     begin = (until - run.warmup) / (total.count - run.warmup)
     ramp_share = ramp / (new_steps - run.warmup_steps)
     after = progress - progress[np.searchsorted(progress, begin)]
+    # max: without room for a ramp the factor applies from the next entry on
     falling = 1 + (stages.lr_factor - 1) * np.clip(after / max(ramp_share, 1e-9), 0, 1)
     rest = stages.shape((progress - begin - ramp_share) / (1 - begin - ramp_share))
     # six digits: the table is written into a config that people read
@@ -182,9 +185,6 @@ def steps_done(saved: SavedSchedule, recorded: Recorded, count: float) -> int | 
     if share > 1:
         return None
     edges = recorded.edges(saved.clock, saved.reference)
+    # A share, because the total may be in tokens, which the edges do not count. The small addition keeps a step that
+    # rounding moved just past it.
     return int(np.searchsorted(edges, (share + 1e-9) * edges[-1], side="right")) - 1
-
-
-def whole(count: float) -> int:
-    """Whole units in ``count``, allowing for a rounding error below a whole number."""
-    return math.floor(count + 1e-6)

@@ -80,6 +80,7 @@ class Followers:
         """How many reference batches a step may have before each beta meets its floor: at least 1, infinite for no
         floor."""
         return tuple(
+            # the ratio r at which beta ** r has come down to the floor
             math.inf if floor <= 0 else 1.0 if floor == beta else math.log(floor) / math.log(beta)
             for beta, floor in zip(map(float, betas), self.floors(betas), strict=True)
         )
@@ -196,6 +197,7 @@ class UpdateRules:
         Raises:
             ValueError: if sizes are not positive, or the decay is negative or not finite.
         """
+        # "none" means that the batch changes nothing, and this decay is there only because of the batch
         decay = 1.0 if self.rule == "none" else self.lr_decay(progress)
         if not 0 <= decay < math.inf:
             raise ValueError(f"lr_decay(progress) must be finite and not negative, got {decay} at {progress}")

@@ -75,6 +75,7 @@ class FunctionShape:
         if np.isscalar(progress):
             return self._one(float(progress))  # type: ignore[arg-type]
         numbers = np.asarray(progress, dtype=np.float64)
+        # one at a time, since users write math.cos, which takes no array
         return np.array([self._one(each) for each in numbers.ravel().tolist()], dtype=np.float64).reshape(numbers.shape)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def shape_from(shape: AnyShape | Callable[[float], float]) -> AnyShape:
     if isinstance(shape, Shape | FunctionShape):
         return shape
     expected = "shape must come from adabatch.lr, such as adabatch.lr.cosine(), or be a function progress -> factor"
+    # lr.cosine without its parentheses can be called too, and would fail later with a worse message
     if not callable(shape) or getattr(shape, "__module__", None) == Shape.__module__:
         raise TypeError(f"{expected}, got {shown(shape)}")
     return FunctionShape(shape)
@@ -149,4 +151,5 @@ def check_same_shape(shape: AnyShape, saved: Mapping[str, Any]) -> None:
 def _first_difference(one: Sequence[float], other: Sequence[float]) -> int | None:
     """The index at which two lists of values first differ by more than rounding; None if they do not."""
     pairs = enumerate(zip(one, other, strict=True))
+    # abs_tol, because near a zero of the function rounding is no longer small relative to the value: cos(pi / 2)
     return next((k for k, (a, b) in pairs if not math.isclose(a, b, rel_tol=TOLERANCE, abs_tol=1e-15)), None)

@@ -73,6 +73,7 @@ class Horizon(NamedTuple):
             raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
         if num_steps == self.num_steps:
             return self
+        # Not `stretch`, which keeps two ends and so refuses a horizon of a single step.
         share = np.linspace(0, self.num_steps - 1, num_steps)
         return Horizon(
             stretch(self.edges, num_steps + 1),
@@ -96,6 +97,7 @@ class Horizon(NamedTuple):
                 "shorten the warm-up or lengthen the run"
             )
         begin, end = self.edges[warmup_steps], self.edges[-1]
+        # negative before `begin`, which a shape clamps to 0
         values = shape((self.edges[:-1] - begin) / (end - begin))
         if warmup_steps:
             values *= warmup_factor(np.arange(self.num_steps) / warmup_steps)
@@ -131,6 +133,7 @@ class ScheduleBound(NamedTuple):
             The numbers of steps, and the bounds there, both of shape (num_points,).
         """
         total = self.horizon.num_steps
+        # a warm-up from zero begins with a factor of 0, and there is no bound until the first move
         began = int(np.argmax(self.factors > 0)) + 1
         share = 1 - (1 - np.linspace(0, 1, points)) ** 2
         times = np.unique(np.clip(np.round(share * total).astype(np.int64), max(began, total // 50), total))

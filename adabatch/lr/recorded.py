@@ -17,6 +17,7 @@ from adabatch.lr.shapes import FloatArray
 Clock = Literal["examples", "steps", "gain_steps"]
 Norm = Literal["l2", "l1"]
 
+# not imported from `adabatch.journal`, which needs torch; a test holds the two together
 JOURNAL_FORMAT = 1
 """The format of journal lines that is read here, which ``adabatch.journal`` writes."""
 
@@ -126,6 +127,7 @@ class Recorded(NamedTuple):
             ValueError: if there are fewer than two, or one is zero or not finite; says what to do.
         """
         values = {"l2": self.l2, "l1": self.l1}[which]
+        # NaN was not measured; what was measured and is not finite is infinite, and must not be left out silently
         index = np.flatnonzero(~np.isnan(values))
         if not np.isfinite(values[index]).any():
             raise ValueError(f"{self.source} holds no {which} norms of the gradient: {_HOW_TO_RECORD[which]}")
@@ -206,6 +208,7 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
         rows.append((number, batch, shape, factor, *_norms_in(entry), noise, signal))
     if not rows:
         raise ValueError(f"{source} holds no applied step in its lines")
+    # one array for all columns: line numbers below 2 ** 53 are exact in it
     line, *columns = np.array(rows, dtype=np.float64).T
     return Recorded(source, base_lrs, line.astype(np.int64), *columns)
 
@@ -240,6 +243,7 @@ def _norms_in(entry: Mapping[str, Any]) -> tuple[float, float]:
     moments, norms = entry.get("moments"), _part(entry, "norms")
     if not isinstance(moments, Mapping):
         return math.nan, math.nan
+    # max: from inner products, the square of a gradient near zero may be slightly negative
     l2 = _number(norms["l2"]) if "l2" in norms else math.sqrt(max(_number(moments.get("grad_sq")), 0.0))
     # the journal has null for a measurement that is not finite
     return (math.inf, math.inf) if math.isnan(l2) else (l2, _number(norms.get("l1")))

@@ -21,19 +21,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from adabatch.arguments import MOST_STEPS, checked, require, require_one_of
-from adabatch.lr.shapes import Shape, tabulated
+from adabatch.lr.shapes import FloatArray, Shape, tabulated
 
 Kind = Literal["sgd", "adam", "adagrad"]
-FloatArray: TypeAlias = NDArray[np.float64]
 
-# weight = norm ** -power
-_POWERS: Mapping[str, int] = MappingProxyType({"sgd": 2, "adam": 1, "adagrad": 1})
+POWERS: Mapping[Kind, int] = MappingProxyType({"sgd": 2, "adam": 1, "adagrad": 1})
+"""The power in ``weight = norm ** -power`` for each kind of optimizer."""
 
 
 @checked
@@ -70,8 +69,8 @@ def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, leng
     """
     values = _norms(norms)
     require(0 <= smoothing <= 1, "smoothing must lie in [0, 1], a share of the norms", smoothing)
-    window = 2 * (int(smoothing * values.size) // 2) + 1
-    weights = refined_weights(median_filter(values, window), kind)
+    weights = refined_weights(median_filter(values, odd_window(smoothing, values.size)), kind)
+    # the sum over *later* steps, so the last factor is 0
     factors = weights * _tails(weights)[1:]
     factors /= factors.max()
     return tabulated(values=(factors if length is None else stretch(factors, length)).tolist())
@@ -92,11 +91,12 @@ def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
         ValueError: as for ``refine``, or if norms differ so much that the weights leave the range of float64.
     """
     values = _norms(norms)
-    require_one_of("kind", kind, _POWERS)
+    require_one_of("kind", kind, POWERS)
     # the result does not depend on the scale; without it a product of weights is a fourth power of the norms
     relative = values / np.median(values)
+    # reported below, in words
     with np.errstate(over="ignore", divide="ignore"):
-        weights = relative ** -_POWERS[kind]
+        weights = relative ** -POWERS[kind]
     if not np.all(np.isfinite(weights)) or weights.min() == 0:
         raise ValueError(
             f"norms from {values.min():g} to {values.max():g} give weights beyond float64: smooth them, or "
@@ -140,6 +140,7 @@ def to_last_iterate(iterates: ArrayLike, weights: ArrayLike) -> FloatArray:
     multipliers = last_iterate_multipliers(weights)
     if z.ndim < 1 or z.shape[0] != multipliers.size:
         raise ValueError(f"need one weight per iterate, got {multipliers.size} weights for iterates of shape {z.shape}")
+    # one factor for all coordinates of an iterate
     moves = multipliers[:-1].reshape(-1, *(1,) * (z.ndim - 1)) * np.diff(z, axis=0)
     return np.concatenate([z[:1], z[:1] + np.cumsum(moves, axis=0)])
 
@@ -193,6 +194,11 @@ def stretch(values: ArrayLike, length: int) -> FloatArray:
     return np.interp(np.linspace(0, table.size - 1, length), np.arange(table.size), table)
 
 
+def odd_window(smoothing: float, count: int) -> int:
+    """The window of a median filter over a share ``smoothing`` of ``count`` values: odd, so that it has a middle."""
+    return 2 * (int(smoothing * count) // 2) + 1
+
+
 @checked
 def median_filter(values: ArrayLike, window: int) -> FloatArray:
     """Running median: ``out[i]`` is that of ``values[i - h .. i + h]``, ``h = (window - 1) / 2``.
@@ -210,6 +216,7 @@ def median_filter(values: ArrayLike, window: int) -> FloatArray:
     series = np.asarray(values, dtype=np.float64)
     if series.ndim != 1 or series.size == 0 or not np.all(np.isfinite(series)):
         raise ValueError("a median filter needs a flat array of finite values, at least one")
+    # mirroring without the last value adds n - 1 values at most
     if window < 1 or window % 2 == 0 or window > 2 * series.size - 1:
         raise ValueError(
             f"window must be odd and within 1 to {2 * series.size - 1} for {series.size} values, got {window}"

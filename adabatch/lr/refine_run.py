@@ -19,11 +19,11 @@ from adabatch.arguments import MOST_STEPS, checked, require
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.horizon import Horizon
 from adabatch.lr.recorded import Norm, Recorded
-from adabatch.lr.refine import Kind, last_iterate_multipliers, median_filter, refined_weights
+from adabatch.lr.refine import POWERS, Kind, last_iterate_multipliers, median_filter, odd_window, refined_weights
 from adabatch.lr.shapes import FloatArray, Shape, linear, tabulated
 
-READS: Mapping[Kind, tuple[Norm, int]] = MappingProxyType({"sgd": ("l2", 2), "adam": ("l1", 1), "adagrad": ("l1", 1)})
-"""Which norm a kind of optimizer reads, and the power in ``weight = norm ** -power``."""
+READS: Mapping[Kind, Norm] = MappingProxyType({"sgd": "l2", "adam": "l1", "adagrad": "l1"})
+"""Which norm a kind of optimizer reads."""
 
 
 class RefinedRun(NamedTuple):
@@ -90,18 +90,20 @@ def refine_run(
     edges = recorded.edges("examples", 1.0) if edges is None else edges
     require(length <= MOST_STEPS, f"length must be at most {MOST_STEPS}", length)
     _check_arrays(recorded, factor, edges)
-    which, power = READS[kind]
-    measured = recorded.norms(which)
+    measured = recorded.norms(READS[kind])
     # at the reference batch size, where norms do not jump with the batch, and so can be smoothed
-    norms = measured.norms * factor[measured.at] ** (1 / power)
-    window = 2 * (int(smoothing * norms.size) // 2) + 1
+    norms = measured.norms * factor[measured.at] ** (1 / POWERS[kind])
+    window = odd_window(smoothing, norms.size)
     smoothed = median_filter(norms, window)
+    # interpolated only after the filter, whose window counts measured norms
     weights = refined_weights(measured._replace(norms=smoothed).for_each(recorded.num_steps), kind)
     values = weights * last_iterate_multipliers(weights * factor)
     values /= values.max()
     # The last step is at progress 1, as the last entry of a table is.
     progress = edges[:-1] / edges[-2]
     equal = np.allclose(np.diff(progress), 1 / (recorded.num_steps - 1), rtol=1e-9, atol=0)
+    # A table has equal distances of progress. Only then do its entries fall on the steps, and hold their values as they
+    # are.
     exact = equal and recorded.num_steps <= length
     table = values if exact else np.interp(np.linspace(0, 1, length), progress, values)
     # six digits are enough, and the pictures then show exactly what the config file contains

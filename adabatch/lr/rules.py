@@ -35,6 +35,7 @@ Setting = Literal["betas", "eps", "weight_decay"]
 
 def check_lr_rule(rule: str) -> None:
     """Raises a ValueError if the rule is unknown."""
+    # an old name, which a config may still have
     if isinstance(rule, str) and rule == "seesaw":
         raise ValueError(
             "lr_rule='seesaw' is now lr_rule='sqrt' (or 'linear' with SGD), with the criterion Seesaw(...), which "
@@ -47,6 +48,7 @@ def check_follow(names: Collection[str]) -> None:
     """Raises a ValueError for a setting that cannot follow the batch, and a TypeError if ``names`` is a string."""
     if isinstance(names, str):
         raise TypeError(f"follow takes a collection of settings, such as ({names!r},), got {names!r}")
+    # mappings and arrays are collections too, but not of names
     words = (
         isinstance(names, Collection)
         and not isinstance(names, Mapping)

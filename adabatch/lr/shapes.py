@@ -81,6 +81,7 @@ class Shape:
         raise TypeError("Shape is final: add a function to this module that makes a new one")
 
     def _fill(self, name: str, settings: Mapping[str, Setting], curve: Curve) -> None:
+        # the class itself refuses assignments
         object.__setattr__(self, "_name", name)
         object.__setattr__(self, "_settings", MappingProxyType(dict(settings)))
         object.__setattr__(self, "_curve", curve)
@@ -234,6 +235,7 @@ def inverse_sqrt(*, timescale: float, cooldown: float = 0.0, floor: float = 0.0)
     low = _between("floor", floor, 0, 1)
 
     def curve(p: FloatArray) -> FloatArray:
+        # the curve stands still during the cooldown, which falls from its value there
         before = np.maximum(low, np.sqrt(scale / (scale + np.minimum(p, 1 - length))))
         return low + (before - low) * _left(p, length)
 
@@ -274,6 +276,7 @@ def piecewise(*, milestones: Sequence[float], factors: Sequence[float]) -> Shape
     edges = np.array(at, dtype=np.float64)
 
     def curve(p: FloatArray) -> FloatArray:
+        # right: a milestone counts from its own progress on
         return np.asarray(levels[np.searchsorted(edges, p, side="right")])
 
     return _shape("piecewise", {"milestones": at, "factors": by}, curve)
@@ -452,6 +455,7 @@ def _upper_bound(upper_bound: float, max_iter: float) -> float:
 
 
 def _clamped(name: str, value: float | NDArray[Any] | Sequence[float]) -> FloatArray:
+    # What the scheduler passes at every step needs no conversion.
     plain = isinstance(value, float) or (isinstance(value, np.ndarray) and value.dtype == np.float64)
     numbers = np.asarray(value if plain else conform(name, value, allowed_by(ArrayLike)), dtype=np.float64)
     if np.isnan(numbers).any():

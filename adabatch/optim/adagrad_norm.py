@@ -282,9 +282,11 @@ class AdaGradNorm(Optimizer):
                     "(nn.Embedding(sparse=False)), or give its parameters to torch.optim.SGD"
                 )
             if isinstance(param, DTensor):
+                # A gradient may be a sum that is still to be made (Partial), whose local norm would mean nothing.
                 if grad.placements != param.placements:
                     grad = grad.redistribute(param.device_mesh, param.placements)
                 local, grad, spread = param.to_local(), grad.to_local(), _Spread.of(param)
+            # Looked up only where it changes: neighbouring parameters mostly have the same.
             if kind != (local.device, local.dtype, spread):
                 kind = (local.device, local.dtype, spread)
                 batch = batches.setdefault(kind, _Batch(group, spread, [], [], []))
@@ -308,6 +310,7 @@ class AdaGradNorm(Optimizer):
         device = next(self._params()).device
         if total.device != device:  # the model was moved after this optimizer was made
             total = self._share(total)
+        # In place: this tensor is in the state of every parameter.
         total.add_(self._read(batches, total) if grad_sq is None else grad_sq)
         # An infinite norm must show at once, as NaN. As infinity it would silently make all steps zero from now on. On
         # the CPU b is a number; elsewhere it stays a tensor of shape (1,), since reading a number would wait.
@@ -429,6 +432,7 @@ def _update(batch: _Batch, b: float | Tensor) -> None:
         multi_tensor.add(buffers, grads, _factor(inverse, first), foreach=foreach)
         multi_tensor.add(params, buffers, _factor(rate, first), foreach=foreach)
     else:
+        # One factor, so that the gradient is read once.
         multi_tensor.add(params, grads, _factor(inverse * rate, first), foreach=foreach)
 
 

@@ -196,6 +196,7 @@ def read_idx(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     if len(data) < start:
         raise ValueError(f"{path} is truncated: its IDX header takes {start} bytes, the file has {len(data)}")
     shape = tuple(int(size) for size in np.frombuffer(data, ">u4", count=data[3], offset=4))
+    # In Python's integers: the sizes in a damaged header may overflow int64.
     size = int(np.prod(shape, dtype=object))
     if len(data) != start + size:
         raise ValueError(

@@ -197,6 +197,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab_size, bias=False)
+        # Before the weights are tied, so that the same numbers are drawn either way.
         self._initialize(depth)
         if tied:
             self.head.weight = self.token.weight
@@ -204,6 +205,7 @@ class Transformer(nn.Module):
     def _initialize(self, depth: int) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
+                # Each block adds two of these to the residual stream, whose variance would grow with the depth.
                 into_residual = name.endswith((".out", ".contract"))
                 nn.init.normal_(module.weight, std=0.02 / (2 * depth) ** 0.5 if into_residual else 0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:

@@ -36,6 +36,7 @@ def digits(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(images), generator=generator)
+        # What does not fill a batch is left out, so that all batches are equally large.
         for start in range(0, len(order) - BATCH + 1, BATCH):
             rows = order[start : start + BATCH]
             yield images[rows], labels[rows]

@@ -21,22 +21,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from adabatch.report.charts import AXES
+from adabatch.report.reason_colors import reason_colors
 from adabatch.report.style import COLORS, FAINT_INK, INK, any_finite, log_ticks, prepare, short_number
-
-REASON_COLORS: Mapping[str, str] = MappingProxyType(
-    {
-        "moved up": "#009E73",
-        "moved down": "#D55E00",
-        "scheduled": "#0072B2",
-        "at a limit": "#B6579B",
-        "waits": "#7FC0E8",
-        "uncertain": "#E3B23C",
-        "in place": "#C9CED6",
-        "not asked": "#ECEEF1",
-        "failed": "#1D2330",
-    }
-)
-"""As on the page in its light theme."""
 
 STRIP = 0.055
 """Height of the strip of reasons of one run, as a share of the panel's."""
@@ -50,8 +36,8 @@ class Brush:
     """Draws the numbers of one run over one axis.
 
     Args:
-        panel: where to.
-        run: its numbers.
+        panel: where it draws.
+        run: the numbers.
         color: of the run.
         over: name of the axis.
 
@@ -66,7 +52,7 @@ class Brush:
         self.steers: list[Floats] = []
 
     def line(self, values: Sequence[float | None], *, steers: bool = True, gaps: bool = False, **style: Any) -> None:
-        """A line, which joins what is known unless its gaps say something."""
+        """A line through the values that are known; with ``gaps`` it is interrupted where they are not."""
         y = floats(values)
         known = np.full(len(y), True) if gaps else np.isfinite(y)
         self._panel.plot(self.x[known], y[known], **self._style(style))
@@ -75,6 +61,7 @@ class Brush:
     def stairs(self, values: Sequence[float | None], *, steers: bool = True, **style: Any) -> None:
         """Values that hold from one step to the next."""
         y = floats(values)
+        # the last value holds until the end of the run, which has no step of its own
         self._panel.step(np.append(self.x, self.end), np.append(y, y[-1]), where="post", **self._style(style))
         self._see(y, steers)
 
@@ -83,13 +70,14 @@ class Brush:
         self._panel.plot(self.x, floats(values), ".", color=self.color, markersize=4, alpha=0.35, markeredgewidth=0)
 
     def band(self, low: Sequence[float | None], high: Sequence[float | None], *, alpha: float = 0.16) -> None:
-        """Bounds, of which the upper one is -1 where it has no end."""
+        """The area between two bounds; an upper bound of -1 stands for infinity."""
         upper = floats(high)
+        # fill_between leaves a hole where a bound is infinite
         upper = np.where(upper < 0, 1e30, upper)
         self._panel.fill_between(self.x, floats(low), upper, color=self.color, alpha=alpha, linewidth=0)
 
     def evaluations(self, name: str) -> None:
-        """The values of a metric, where the run has it."""
+        """The values of a metric, if the run has it."""
         for metric in self._run["metrics"]:
             if metric["name"] == name and metric["x"][self._over] is not None:
                 x, y = floats(metric["x"][self._over]), floats(metric["y"])
@@ -166,9 +154,10 @@ def _chart(
             _strip(panel, run, brush, row, kinds)
             for row, ((run, _), brush) in enumerate(zip(runs, brushes, strict=True))
         ]
+        # room for the strips, which lie between the axis and its labels
         panel.tick_params(axis="x", pad=4 + 11 * len(runs))
         handles += [
-            Patch(color=color, label=kind) for kind, color in REASON_COLORS.items() if any(kind in s for s in seen)
+            Patch(color=color, label=kind) for kind, color in reason_colors().items() if any(kind in s for s in seen)
         ]
     if handles:
         figure.legend(
@@ -237,6 +226,7 @@ DRAWN: Mapping[str, Draw] = MappingProxyType(
 
 def _figure(title: str, note: str, *, height: float = 3.8) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, height), dpi=150, facecolor="white", layout="constrained")
+    # its own canvas: pyplot, and with it the user's figures, is not touched
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     prepare(panel)
@@ -254,6 +244,7 @@ def _x_axis(panel: Axes, end: float, over: str) -> None:
 
 def _y_axis(panel: Axes, values: Floats, chart: Mapping[str, Any]) -> None:
     usable = values[np.isfinite(values) & ((values > 0) if chart["log"] else True)]
+    # quotients of estimates have outliers of any size, which must not set the axis
     low, high = np.quantile(usable, (chart["trim"], 1 - chart["trim"])).tolist() if usable.size else (1.0, 1.0)
     if chart["log"]:
         margin = max((high / low) ** 0.08, 1.25)
@@ -262,6 +253,7 @@ def _y_axis(panel: Axes, values: Floats, chart: Mapping[str, Any]) -> None:
         log_ticks(panel.yaxis, low, high, base=chart["log"])
         return
     low = low if chart["start"] is None else min(chart["start"], low)
+    # a constant value still gets an axis with a height
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     panel.set_ylim(low if low == chart["start"] else low - margin, high + margin)
     panel.yaxis.set_major_locator(MaxNLocator(5))
@@ -273,12 +265,13 @@ def _y_axis(panel: Axes, values: Floats, chart: Mapping[str, Any]) -> None:
 def _strip(panel: Axes, run: Run, brush: Brush, row: int, kinds: Mapping[str, str]) -> set[str]:
     """The reasons of a run as a strip of colours below the panel; returns which kinds there are."""
     found = [kinds.get(reason, "not asked") for reason in run["reason"]]
+    # one bar per stretch of equal reasons, not one per step
     starts = [0, *(at for at in range(1, len(found)) if found[at] != found[at - 1])]
     edges = np.append(brush.x[starts], brush.end)
     panel.broken_barh(
         [(left, right - left) for left, right in pairwise(edges.tolist())],
         (-(row + 1) * STRIP - 0.01, 0.8 * STRIP),
-        facecolors=[REASON_COLORS[found[at]] for at in starts],
+        facecolors=[reason_colors()[found[at]] for at in starts],
         transform=panel.get_xaxis_transform(),
         clip_on=False,
     )
@@ -294,6 +287,7 @@ def _heat(run: Run, over: str) -> Figure:
     panel.pcolormesh(
         floats(heat["x"][over]),
         np.arange(len(names) + 1),
+        # -1 is "no signal", drawn in grey below the colours
         np.where(values < 0, 1.0, np.nan),
         cmap="Greys",
         vmax=3,
@@ -306,6 +300,7 @@ def _heat(run: Run, over: str) -> Figure:
             floats(heat["x"][over]),
             np.arange(len(names) + 1),
             np.where(values > 0, values, np.nan),
+            # LogNorm needs two different ends
             norm=LogNorm(low, max(high, 1.01 * low)),
             cmap="viridis",
         )
@@ -314,5 +309,6 @@ def _heat(run: Run, over: str) -> Figure:
     _x_axis(panel, float(run["end"][over]), over)
     labels = [f"{name}  {100 * (share or 0):.0f} %" for name, share in zip(names, heat["shares"], strict=True)]
     panel.set_yticks(np.arange(len(names)) + 0.5, labels=labels, fontsize=8)
+    # the layer with the most noise on top
     panel.invert_yaxis()
     return figure

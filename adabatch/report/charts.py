@@ -1,4 +1,4 @@
-"""Which charts a report has, and what stands above each, for the page and for its pictures. Pure."""
+"""The charts of a report with their titles and axes, for the page and for its pictures. Pure."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Run = Mapping[str, Any]
 
 
 class Chart(NamedTuple):
-    """What stands above a chart, and its scale.
+    """The title of a chart, its note and its axis.
 
     Args:
         title: what it shows.
         note: how to read it.
         log: base of its axis; 0 for a linear one.
         trim: share of the values at either end that may lie outside of it.
-        headroom: factor above the largest value of a log axis; None for about that below the smallest.
+        headroom: factor from the largest value to the end of a log axis; None for the margin below the smallest.
         start: where a linear axis begins, unless there are lower values; None for the lowest value.
         percent: whether its values are shares.
         empty: what it says if there is nothing to draw.
@@ -54,12 +54,14 @@ def charts_of(runs: Sequence[Run]) -> dict[str, Chart]:
         "loss": _loss(runs, evaluated="loss" in metrics),
     }
     for number, metric in enumerate(name for name in metrics if name != "loss"):
+        # numbered, because the name of a chart is that of its file, and a metric may be called anything
         charts[f"metric{number}"] = Chart(f"Evaluation: {metric}", "Measured between steps.", metric=metric)
     noise, unmeasured = "Averaged noise over averaged signal; gaps: no signal was seen.", "the noise was not measured"
     worth = "1 / (1 + batch / noise scale), against one in a small batch."
     parts = "Parts compared with each other, pooled over the probes in the average."
     bases = ", ".join(_short(_last(run["base_lr"])) for run in runs)
     rules = ", ".join(run["rule"] or "unknown" for run in runs)
+    # a log axis of zeros only would have no range
     rated = any(rate and rate > 0 for run in runs for group in run["applied_lr"] for rate in group)
     charts |= {
         "noise": Chart("Noise scale (examples)", noise, log=10, trim=0.01, empty=unmeasured),
@@ -81,6 +83,7 @@ def charts_of(runs: Sequence[Run]) -> dict[str, Chart]:
         "betas": Chart("Betas", "As they were in each step, where they follow the batch down to their floors."),
         "freedom": Chart("Degrees of freedom behind the band", parts, log=10),
     }
+    # The other charts stay even without numbers, and say what was not measured.
     missing = [name for name in ("tau", "betas", "freedom") if not any(run[name] for run in runs)]
     return {name: chart for name, chart in charts.items() if name not in missing}
 
@@ -92,6 +95,7 @@ def _loss(runs: Sequence[Run], *, evaluated: bool) -> Chart:
         "Loss: training and evaluations" if evaluated else "Training loss",
         "Faint: of single steps. Line: the mean over 2 % of the run."
         + (" Dashed, with dots: evaluations." if evaluated else ""),
+        # some losses may be negative, such as log-likelihoods of densities
         log=0 if any(value is not None and value <= 0 for value in losses) else 10,
         trim=0.005,
         metric="loss" if evaluated else None,

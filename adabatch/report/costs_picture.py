@@ -13,6 +13,7 @@ from adabatch.report.style import COLORS, heading, prepare
 
 def draw_costs(forecasts: Sequence[Forecast], knee: int, path: Path, *, title: str = "") -> Path:
     """Draws forecasts of one run for several numbers of devices into a PNG."""
+    # a dict, because the cluster itself may have one of the usual numbers of devices
     ordered = sorted({each.devices: each for each in forecasts}.values(), key=lambda each: each.devices)
     devices = [each.devices for each in ordered]
     figure = Figure(figsize=(10, 4.2), layout="constrained")

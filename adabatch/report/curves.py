@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adabatch.journal.parts import lines_of
-from adabatch.lr.recorded import OneRun
+from adabatch.lr.recorded import JOURNAL_FORMAT, OneRun
+from adabatch.report.evaluations import finite_number
 
 Journal = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
 """A path to JSON lines, or the lines themselves, decoded or not."""
-
-FORMAT = 1
 
 
 class Curves(NamedTuple):
@@ -68,12 +67,14 @@ def read_curves(journal: Journal) -> Curves:
     if not rows:
         raise ValueError(f"{_name(journal)} holds no complete step: nothing to draw")
     num_groups = max(len(row.lr) for row in rows)
+    # a step whose update was left out has no rates, and a resume may change the number of groups
     padded = [(*row.lr, *[math.nan] * (num_groups - len(row.lr))) for row in rows]
     examples, batch, noise_scale, average, loss = np.array([row[:5] for row in rows], dtype=np.float64).T
     lr = np.array(padded, dtype=np.float64).reshape(len(rows), num_groups)
     names = tuple(dict.fromkeys(name for row in rows for name in row.layers))
     unknown = (math.nan, math.nan)
     by_layer = np.array([[row.layers.get(name, unknown) for name in names] for row in rows], dtype=np.float64)
+    # reshaped, because without layers numpy makes it an array of fewer dimensions
     noise, signal = np.moveaxis(by_layer.reshape(len(rows), len(names), 2), -1, 0)
     return Curves(examples, batch, lr, noise_scale, average, loss, names, noise, signal)
 
@@ -107,6 +108,7 @@ def moving_mean(curves: Consumption, values: NDArray[np.float64], *, window: flo
     # prefix sums: any window takes two look-ups, and a journal has up to a million steps
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0) * weights)])
     totals = np.concatenate([[0.0], np.cumsum(weights)])
+    # a window in examples, not in steps: late steps of a grown batch would otherwise average over far more data
     first = np.searchsorted(curves.examples, curves.examples - window / 2, side="left")
     last = np.searchsorted(curves.examples, curves.examples + window / 2, side="right")
     weight = totals[last] - totals[first]
@@ -125,7 +127,7 @@ class _Row(NamedTuple):
 
 
 def _row(record: Mapping[str, Any]) -> _Row | None:
-    plan, lr = _mapping(record, "plan"), _mapping(record, "lr")
+    plan, lr = part_of(record, "plan"), part_of(record, "lr")
     examples, batch = _number(record, "examples"), _number(plan, "global_batch_size")
     if not (math.isfinite(examples) and batch > 0):
         return None
@@ -133,13 +135,13 @@ def _row(record: Mapping[str, Any]) -> _Row | None:
     return _Row(
         examples=examples,
         batch=batch,
-        noise_scale=_number(_mapping(record, "moments"), "noise_scale"),
-        noise_scale_average=_average(_mapping(record, "averages")),
+        noise_scale=_number(part_of(record, "moments"), "noise_scale"),
+        noise_scale_average=_average(part_of(record, "averages")),
         loss=_number(record, "loss"),
-        lr=tuple(_finite(value) for value in applied) if isinstance(applied, list) else (),
+        lr=tuple(finite_number(value) for value in applied) if isinstance(applied, list) else (),
         layers={
             name: (_number(layer, "noise"), _number(layer, "signal"))
-            for name, layer in _mapping(record, "layers").items()
+            for name, layer in part_of(record, "layers").items()
             if isinstance(layer, Mapping)
         },
     )
@@ -163,14 +165,15 @@ def records(journal: Journal) -> Iterator[Mapping[str, Any]]:
             try:
                 record = json.loads(line)
             except ValueError as error:
+                # An error only at the next line: the last one of a run that still writes may be incomplete.
                 damaged = f"{_name(journal)}, line {number}, is not JSON and not the last line: {error}"
                 continue
         if not isinstance(record, Mapping):
             raise ValueError(f"{_name(journal)}, line {number}, is not a JSON object: {line!r:.80}")
-        if record.get("format", FORMAT) != FORMAT:
+        if record.get("format", JOURNAL_FORMAT) != JOURNAL_FORMAT:
             raise ValueError(
                 f"{_name(journal)}, line {number}, has format {record['format']!r}, this version of adabatch "
-                f"reads format {FORMAT}: draw it with the version that wrote it"
+                f"reads format {JOURNAL_FORMAT}: draw it with the version that wrote it"
             )
         run.see(number, record)
         yield record
@@ -187,20 +190,15 @@ def _name(journal: Journal) -> str:
 
 
 def _average(averages: Mapping[str, Any]) -> float:
+    # the journal has null for the quotient then, which is not the same as "not measured"
     return math.inf if _number(averages, "signal") <= 0 else _number(averages, "noise_scale")
 
 
-def _mapping(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def part_of(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of a line, such as its plan; empty if the line has none."""
     value = record.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
 def _number(record: Mapping[str, Any], key: str) -> float:
-    return _finite(record.get(key))
-
-
-def _finite(value: object) -> float:
-    """``value`` if it is a finite number, else NaN."""
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return math.nan
+    return finite_number(record.get(key))

@@ -36,11 +36,13 @@ class Metric(NamedTuple):
     @property
     def lower_is_better(self) -> bool:
         """Whether its name says so: one of its words is in ``LOWER_IS_BETTER``."""
+        # whole words: "error" is in "terror", and "loss" in "glossary"
         return not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", self.name.lower()))
 
     @property
     def best(self) -> int | None:
         """Which evaluation had the best value, the first of equal ones; None without a finite value."""
+        # nanargmin raises an error then
         if not np.isfinite(self.values).any():
             return None
         return int(np.nanargmin(self.values) if self.lower_is_better else np.nanargmax(self.values))
@@ -104,12 +106,14 @@ def read_metrics(lines: Iterable[Mapping[str, Any]]) -> tuple[Metric, ...]:
             np.array([examples for _, examples in values]),
             np.array(list(values.values())),
         )
+        # a stable sort, so that all but the loss stay in the journal's order
         for name, values in sorted(found.items(), key=lambda item: item[0] != "loss")
     )
 
 
 def finite_number(value: object) -> float:
     """A value of a journal if it is a finite number, else NaN."""
+    # True is an int in Python
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return math.nan
     return float(value)

@@ -27,10 +27,12 @@ def layer_bins(run: RunSteps, cells: int) -> dict[str, Any]:
     columns = min(MOST_COLUMNS, run.num_steps)
     edges = np.unique(np.linspace(0, run.num_steps, columns + 1).astype(int))
     known = np.isfinite(run.layer_noise) & np.isfinite(run.layer_signal)
+    # sums of noise and signal apart, divided last: a mean of quotients would follow its outliers
     noise = np.add.reduceat(np.where(known, run.layer_noise, 0.0), edges[:-1])
     signal = np.add.reduceat(np.where(known, run.layer_signal, 0.0), edges[:-1])
     some = np.add.reduceat(known.astype(float), edges[:-1]) > 0
     with np.errstate(divide="ignore", invalid="ignore"):
+        # unbiased estimates, whose sum may be negative by chance
         scale = np.where(signal > 0, np.maximum(noise, 0.0) / signal, np.inf)
     total = np.maximum(noise.sum(axis=0), 0.0)
     rows = max(FEWEST_ROWS, cells // (len(edges) - 1))

@@ -49,6 +49,7 @@ def layer_panel(panel: Axes, run: Curves, *, label: str) -> None:
         text = f"{100 * shares[layer]:.0f} %  {_shortened(run.layers[layer], LONGEST_NAME)}"
         _line(panel, run, scales[:, layer], color=COLORS[place], linewidth=1.6, zorder=4.0 - place / 10, label=text)
     for place, layer in enumerate(others):
+        # one entry of the legend for all of them
         rest = f"{100 * shares[others].sum():.0f} %  {len(others)} others" if place == 0 else None
         _line(panel, run, scales[:, layer], color=OTHERS, linewidth=0.8, zorder=2.0, label=rest)
     panel.legend(
@@ -74,9 +75,11 @@ def layer_scales(run: Curves) -> NDArray[np.float64]:
     for layer in range(len(run.layers)):
         noise, signal = run.layer_noise[:, layer], run.layer_signal[:, layer]
         both = np.isfinite(noise) & np.isfinite(signal)
+        # wide, because the estimates of one layer are noisier than those of the whole gradient
         window = LAYER_WINDOW * run.end
         mean_noise = moving_mean(run, np.where(both, noise, np.nan), window=window)[both]
         mean_signal = moving_mean(run, np.where(both, signal, np.nan), window=window)[both]
+        # infinite and not NaN: measured, but without a signal
         known = np.full(len(mean_noise), np.inf)
         np.divide(mean_noise, mean_signal, out=known, where=mean_signal > 0)
         scales[both, layer] = known

@@ -10,7 +10,6 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from adabatch.batch.control import Reason
 from adabatch.report.charts import AXES, charts_of, heat_chart
 from adabatch.report.evaluations import Floats, Metric, extremes
 from adabatch.report.heat import layer_bins
+from adabatch.report.reason_colors import ASSETS, REASON_VARIABLES
 from adabatch.report.steps import RunSteps
 from adabatch.report.summary import (
     BatchChange,
@@ -141,9 +141,11 @@ def report_on(
 
 def _outcomes(run: RunSteps, settings: RunSettings, choices: Sequence[Choice], price: float) -> list[Outcome]:
     try:
+        # raises if the run has no noise scale, before anything is made of it
         found = [recorded(run, price=price)]
         equal = constant_at_equal_examples(run)
     except ValueError:  # there is no noise scale, and a flag tells the reader
+        # whoever asks for a choice has to learn that it cannot be answered
         if choices:
             raise
         return []
@@ -199,11 +201,11 @@ def page(reports: Sequence[Reported], *, title: str = "") -> str:
     """
     if not reports:
         raise ValueError("a report needs at least one run, got none")
-    assets = resources.files("adabatch.report") / "assets"
-    style, script = ((assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     name = title or ", ".join(each.run.name for each in reports)
     # Inside a script element only "</script" and "<!--" have a meaning, and neither is left after this.
     data = json.dumps(drawn(reports), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    # The empty icon keeps browsers from asking for one.
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -217,16 +219,18 @@ def page(reports: Sequence[Reported], *, title: str = "") -> str:
 
 def drawn(reports: Sequence[Reported]) -> dict[str, Any]:
     """The numbers of the reports with what their charts show, ready for JSON; a bound that is not there is -1."""
+    # however many runs there are, each keeps enough points to be a curve
     most = max(60, min(1200, MOST_POINTS // len(reports)))
     every = numbers(reports)
     for run, each in zip(every["runs"], reports, strict=True):
-        left = len(each.changes) - MOST_CHANGES
-        run["changes_left_out"] = max(0, left)
-        run["changes"] = run["changes"][: MOST_CHANGES // len(reports) + 1] if left > 0 else run["changes"]
+        kept = max(1, MOST_CHANGES // len(reports))
+        run["changes_left_out"] = max(0, len(each.changes) - kept)
+        run["changes"] = run["changes"][:kept]
         run |= plain(_series(each, most, MOST_CELLS // len(reports)), digits=6)
         run["heat_chart"] = heat_chart(run, many=len(reports) > 1)._asdict() if run["heat"] else None
     charts = {name: chart._asdict() for name, chart in charts_of(every["runs"]).items()}
-    return {**every, "axes": dict(AXES), "charts": charts, "reason_kinds": dict(REASON_KINDS)}
+    reasons = {"reason_kinds": dict(REASON_KINDS), "reason_colors": dict(REASON_VARIABLES)}
+    return {**every, "axes": dict(AXES), "charts": charts, **reasons}
 
 
 def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
@@ -328,6 +332,7 @@ def thinned(run: RunSteps, most: int) -> list[int]:
         return list(range(run.num_steps))
     even = np.searchsorted(run.examples, np.linspace(run.examples[0], run.examples[-1], 2 * most // 3))
     jumps = np.flatnonzero(np.diff(run.batch) != 0)
+    # both sides of a change, or a step of the batch would be drawn as a slope
     corners = np.unique(np.concatenate([jumps, jumps + 1])) if len(jumps) else jumps
     room = most - len(even)
     if len(corners) > room:
@@ -345,6 +350,7 @@ def plain(value: Any, *, digits: int | None = None) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
+        # shorter in the page; up to here every whole number is exact in float64
         if value.is_integer() and abs(value) < 1e15:
             return int(value)
         return value if digits is None else float(f"{value:.{digits}g}")

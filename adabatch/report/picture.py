@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from adabatch.report.curves import Curves, Journal, moving_mean, read_curves
 from adabatch.report.layers import layer_panel
 from adabatch.report.style import COLORS, INK, any_finite, heading, log_axis, positive, prepare, short_number
-
-LOSS_WINDOW = 0.02
+from adabatch.report.summary import LOSS_WINDOW
 
 Fill = Callable[[Axes, Sequence[Curves], Sequence[str]], None]
 """Draws all runs, each in its colour, into a panel."""
@@ -91,8 +90,10 @@ def _learning_rate(panel: Axes, curves: Sequence[Curves], colors: Sequence[str])
     if not any_finite(panel, rates, "no learning rate in the journal"):
         return
     for run, style in _styled(curves, colors):
+        # groups with equal rates would lie on each other
         for group in np.unique(run.lr, axis=1).T:
             _stairs(panel, run, group, **style)
+    # from zero, so that heights can be compared
     panel.set_ylim(bottom=min(0.0, float(np.nanmin(rates))))
     panel.yaxis.set_major_locator(MaxNLocator(5))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))

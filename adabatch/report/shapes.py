@@ -106,6 +106,7 @@ def compose_panels(panels: Sequence[Panel], *, title: str | None = None) -> Figu
     styles = _styles(panels)
     shared: Axes | None = None
     for number, panel in enumerate(panels, 1):
+        # not subplots(sharex=True), which takes all panels or none
         axes = figure.add_subplot(len(panels), 1, number, sharex=None if panel.own_x else shared)
         if not panel.own_x:
             shared = shared or axes
@@ -114,6 +115,7 @@ def compose_panels(panels: Sequence[Panel], *, title: str | None = None) -> Figu
     handles = [Line2D([], [], **style) for style in styles.values()]
     if len(handles) > 1:
         longest = max(map(len, styles))
+        # as many columns as the longest label leaves room for
         columns = max(1, min(len(handles), 100 // (longest + 8)))
         figure.legend(
             handles, list(styles), loc="outside lower center", ncols=columns, frameon=False, fontsize=10, handlelength=3
@@ -132,6 +134,7 @@ def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
         if line.style == "reference":
             styles[line.label] = {"color": REFERENCE, "linestyle": "-", "linewidth": 1.5}
             continue
+        # grey lines use up no colour
         place = sum(style["color"] != REFERENCE for style in styles.values())
         styles[line.label] = {
             "color": COLORS[place % len(COLORS)], "linestyle": DASHES[place % len(DASHES)], "linewidth": 2.0

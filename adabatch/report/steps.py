@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.report.curves import Journal, records
+from adabatch.report.curves import Journal, part_of, records
 from adabatch.report.evaluations import Floats, Metric, finite_number, read_metrics
 
 
@@ -46,7 +46,7 @@ class RunSteps(NamedTuple):
         factor: batch factor on the learning rate.
         applied_lr: learning rates of all parameter groups, shape (num_steps, num_groups).
         applied: whether the update was applied.
-        seconds: recent time of a step, if it was timed.
+        seconds: time of a step of this plan, from the steps that this one ended; NaN if they were not timed.
         floors: "beta1" and "beta2" -> the floor that applied at the step; only the betas to which one ever applied.
         out_of_memory: steps at which a trial of a larger micro-batch ran out of memory -> the journal's entry.
         layers: names of the layers whose noise was measured separately.
@@ -137,18 +137,18 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
     rows = [row for row in lines if _is_step(row)]
     if not rows:
         raise ValueError(f"{name}: the journal holds no complete step yet, so there is nothing to report")
-    plans = [_part(row, "plan") for row in rows]
-    rates = [_part(row, "lr") for row in rows]
-    averages = [_part(row, "averages") for row in rows]
-    moments = [_part(row, "moments") for row in rows]
+    plans = [part_of(row, "plan") for row in rows]
+    rates = [part_of(row, "lr") for row in rows]
+    averages = [part_of(row, "averages") for row in rows]
+    moments = [part_of(row, "moments") for row in rows]
     groups = max((len(_list(each, "applied")) for each in rates), default=0)
     applied_lr = np.full((len(rows), groups), math.nan)
     for index, each in enumerate(rates):
         values = _list(each, "applied")
         applied_lr[index, : len(values)] = values
-    layers = tuple(dict.fromkeys(layer for row in rows for layer in _part(row, "layers")))
-    of_layers = [[_part(_part(row, "layers"), layer) for layer in layers] for row in rows]
-    floors = tuple(dict.fromkeys(beta for row in rows for beta in _part(row, "beta_floors")))
+    layers = tuple(dict.fromkeys(layer for row in rows for layer in part_of(row, "layers")))
+    of_layers = [[part_of(part_of(row, "layers"), layer) for layer in layers] for row in rows]
+    floors = tuple(dict.fromkeys(beta for row in rows for beta in part_of(row, "beta_floors")))
 
     def of(parts: list[Mapping[str, Any]], key: str) -> Floats:
         return np.array([finite_number(part.get(key)) for part in parts], dtype=np.float64)
@@ -187,8 +187,8 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
         factor=of(rates, "factor"),
         applied_lr=applied_lr,
         applied=np.array([row.get("applied") is not False for row in rows]),
-        seconds=of(rows, "seconds"),
-        floors={beta: of([_part(row, "beta_floors") for row in rows], beta) for beta in floors},
+        seconds=_seconds(rows),
+        floors={beta: of([part_of(row, "beta_floors") for row in rows], beta) for beta in floors},
         out_of_memory={int(row["step"]): row["out_of_memory"] for row in rows if row.get("out_of_memory")},
         layers=layers,
         layer_noise=by_layer("noise"),
@@ -198,14 +198,37 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
 
 
 def _is_step(row: Mapping[str, Any]) -> bool:
-    return finite_number(_part(row, "plan").get("global_batch_size")) > 0 and math.isfinite(
+    return finite_number(part_of(row, "plan").get("global_batch_size")) > 0 and math.isfinite(
         finite_number(row.get("examples"))
     )
 
 
-def _part(row: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = row.get(key)
-    return value if isinstance(value, Mapping) else {}
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> Floats:
+    """The times at the steps that they belong to: a line has that of an earlier step.
+
+    A line says whose time it has (``timed_plan``). In journals that were written before it did, the time is that of
+    the last measured step before it.
+    """
+    found = np.full(len(rows), math.nan)
+    last_of: dict[tuple[float, ...], int] = {}
+    last_measured: int | None = None
+    for at, row in enumerate(rows):
+        seconds = finite_number(row.get("seconds"))
+        if math.isfinite(seconds):
+            if timed := part_of(row, "timed_plan"):
+                place = last_of.get(_plan_of(timed))  # None if the part of the journal with that step is lost
+            else:
+                place = at if last_measured is None else last_measured
+            if place is not None:
+                found[place] = seconds
+        last_of[_plan_of(part_of(row, "plan"))] = at
+        if part_of(row, "moments"):
+            last_measured = at
+    return found
+
+
+def _plan_of(plan: Mapping[str, Any]) -> tuple[float, ...]:
+    return tuple(finite_number(plan.get(key)) for key in ("micro_batch_size", "accumulation_steps", "dp_size"))
 
 
 def _list(row: Mapping[str, Any], key: str) -> list[float]:

@@ -22,6 +22,7 @@ def short_number(value: float, *, like: float | None = None) -> str:
         if size >= least:
             return f"{value / unit:.4g} {name}"
     if size < 1e-3:
+        # 3e-4, not 3e-04
         mantissa, exponent = f"{value:.3e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
@@ -65,6 +66,7 @@ def log_axis(panel: Axes, values: NDArray[np.float64], *, base: int) -> None:
     positive = values[np.isfinite(values) & (values > 0)]
     low, high = float(positive.min()), float(positive.max())
     panel.set_yscale("log", base=base)
+    # at least a quarter of an octave, so that a constant value gets an axis with a height
     margin = max((high / low) ** 0.06, 2**0.25)
     panel.set_ylim(low / margin, high * margin)
     log_ticks(panel.yaxis, low, high, base=base)

@@ -20,7 +20,7 @@ from adabatch.report.evaluations import Floats
 from adabatch.report.steps import RunSteps
 
 LOSS_WINDOW = 0.02
-"""Share of the run over which the loss is averaged before its best value is taken."""
+"""Share of the run over which the loss is averaged, in pictures and before its best value is taken."""
 
 UNCERTAIN = 0.5
 """Share of "not significant" decisions above which the reader is told."""
@@ -202,6 +202,7 @@ def total_seconds(run: RunSteps) -> float:
 
 def time_before(run: RunSteps) -> Floats | None:
     """Seconds before each step, shape (num_steps,); None if less than half of the steps were timed."""
+    # a time axis of mostly filled-in steps would look like a measurement
     if np.isfinite(run.seconds).mean() < 0.5:
         return None
     taken = _filled(run.seconds)
@@ -249,6 +250,7 @@ def betas_of(run: RunSteps, settings: RunSettings) -> Floats | None:
     betas = np.tile(np.array(settings.betas), (run.num_steps, 1))
     if "betas" in settings.follow:
         first, others = settings.beta_floors
+        # a floor never raises a beta that is below it already (`lr.follow.Followers.floors`)
         floors = np.minimum([first, *[others] * (betas.shape[1] - 1)], settings.betas)
         betas = np.maximum(betas ** (run.batch / reference_of(run, settings))[:, None], floors)
     return betas
@@ -273,6 +275,7 @@ def criterion_factor(run: RunSteps) -> tuple[float, int] | None:
     # On a few steps, any law fits.
     if usable.sum() < 3 or np.ptp(scale[usable]) < 0.01 * scale[usable].mean():
         return None
+    # read off the numbers, because a journal does not name its criterion
     for root in (1, 2):
         factors = run.wanted[usable] / scale[usable] ** (1 / root)
         middle = float(np.median(factors))
@@ -319,6 +322,7 @@ class BatchChange(NamedTuple):
 
 def changes(run: RunSteps) -> list[BatchChange]:
     """All changes of the planned batch size, in their order."""
+    # Planned sizes, not those that ran: the last step of a pass is shorter without any decision.
     planned = np.concatenate([run.batch[:1], run.next_batch[:-1]])
     found = []
     for index in np.flatnonzero((planned != run.next_batch) & np.isfinite(planned) & np.isfinite(run.next_batch)):
@@ -407,6 +411,7 @@ def largest_allowed(run: RunSteps, settings: RunSettings) -> float | None:
     journal."""
     if settings.limits[1] is not None:
         return settings.limits[1]
+    # the reason is the same for the smallest limit, but the criterion then wants less
     held = np.array([reason == Reason.AT_LIMIT for reason in run.reason]) & (run.wanted > run.batch)
     largest = float(run.batch.max())
     return largest if held.any() and bool((run.batch[held] == largest).any()) else None
@@ -450,6 +455,7 @@ def rule_of(run: RunSteps, settings: RunSettings) -> str | None:
         return None
     ratio = run.batch[known] / reference_of(run, settings)
     for rule, power in (("none", 0.0), ("sqrt", 0.5), ("linear", 1.0)):
+        # not "gain", whose factor depends on the noise at each step
         if np.allclose(run.factor[known], ratio**power, rtol=1e-6):
             return rule
     return None

@@ -97,6 +97,7 @@ class Choice(NamedTuple):
         except ValueError:
             raise ValueError(f"{kind} takes a number, got {value!r}") from None
         checked = cls(kind, number)  # type: ignore[arg-type]  # looked up above
+        # raises for a value outside its range, here rather than in the middle of a report
         checked.criterion()
         return checked
 
@@ -123,6 +124,7 @@ def _schedule(kind: str, text: str) -> Stages | LinearRamp:
     first, *rest = text.split(",")
     try:
         size = int(first)
+        # by way of a float, because people write 5e3
         later = [(int(each), int(float(at))) for each, at in (part.split("@") for part in rest)]
     except ValueError:
         raise ValueError(f"a {kind} is written as {USAGE[kind]}, got {text!r}") from None
@@ -182,8 +184,8 @@ def usable_scale(run: RunSteps) -> Floats:
     usable = np.flatnonzero(np.isfinite(scale) & (scale > 0))
     if not usable.size:
         raise ValueError(
-            f"{run.name} has no noise scale, from which to tell what another batch would have done: measure it with "
-            f"Measure(monitor=True), or --measure.monitor=true"
+            f"{run.name} has no noise scale, without which nobody knows what another batch would have cost: measure it "
+            f"with Measure(monitor=True), or --measure.monitor=true"
         )
     # -1 before the first usable one, which then stands for the beginning too
     before = np.searchsorted(usable, np.arange(run.num_steps), side="right") - 1
@@ -289,6 +291,7 @@ def constant_at_equal_examples(run: RunSteps) -> Choice | None:
         ValueError: for the same reasons as ``usable_scale``.
     """
     pieces = segments(run)
+    # a constant batch c takes progress x (1 + c / B) examples; this solves for c
     lost = float(pieces.examples.sum() - pieces.progress.sum())
     over = float((pieces.progress / pieces.noise_scale).sum())
     size = lost / over if over > 0 else 0.0

@@ -1,11 +1,11 @@
-"""The few reductions that adabatch needs: the only caller of ``torch.distributed`` collectives."""
+"""The few collectives that adabatch needs, in one place."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,20 @@ def explained() -> Iterator[None]:
         raise
 
 
+class Started(NamedTuple):
+    """A collective that goes on in the background."""
+
+    values: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """Its result; the host waits for it, or on an accelerator the stream."""
+        if self.work is not None:
+            with explained():
+                self.work.wait()
+        return self.values
+
+
 Reducer = Callable[[Tensor, Any], Tensor]
 """Reduces a tensor over the ranks that are there, in place, by a ``dist.ReduceOp``; returns it."""
 
@@ -52,7 +66,7 @@ class Collectives:
 
     Attributes:
         rank, size: this rank's number, and how many there are.
-        fixed: whether both stay what they are.
+        fixed: whether both stay the same during the run.
 
     Args:
         groups: their process group; empty for a single process. If no single group spans the grid of ranks (HSDP beside
@@ -73,11 +87,13 @@ class Collectives:
         self.rank, self.size = 0, 1
         for group in groups:
             size = dist.get_world_size(group)
+            # As in a mesh, the innermost group's rank changes fastest, so that every rank of the grid has its own
+            # number.
             self.rank, self.size = self.rank * size + dist.get_rank(group), self.size * size
 
     def stand_at(self, rank: int, size: int) -> None:
-        """Which of how many ranks this one is from now on, where they come and go."""
-        assert not self.fixed, "the ranks of process groups stay what they are"
+        """Sets the rank and the number of ranks, for ranks that come and go."""
+        assert not self.fixed, "the ranks of process groups do not change"
         self.rank, self.size = rank, size
 
     @property
@@ -87,6 +103,7 @@ class Collectives:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the ranks, with the same bits on each; ``values`` is not changed."""
+        # A single process gets the same tensor back, without a copy: callers read the sum, and do not write into it.
         return values if self.size == 1 else self._reduced(values.clone(), dist.ReduceOp.SUM)
 
     def sum_in_place(self, values: Tensor) -> Tensor:
@@ -104,6 +121,7 @@ class Collectives:
         """The minimum over the ranks of each of a few host numbers."""
         if self.size == 1:
             return [float(number) for number in numbers]
+        # There is no maximum_of(): the minimum of the negated number gives it, in the same reduction as other minima.
         local = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         return [float(number) for number in self._reduced(local, dist.ReduceOp.MIN).tolist()]  # host sync
 
@@ -117,11 +135,7 @@ class Collectives:
 
     def gather(self, row: Tensor) -> Tensor:
         """The rows of all ranks, shape (size, n), from one row per rank, shape (n,)."""
-        rows = torch.empty(self.size, row.numel(), dtype=row.dtype, device=row.device)
-        if self.size == 1:
-            return rows.copy_(row.view(1, -1))
-        _all_gather(rows.view(-1), row.contiguous(), group=self._one_group())
-        return rows
+        return self.start_gather(row).wait()
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
         """Sum over the ranks of ``values``, shape (size * n,), of which this rank gets its piece, shape (n,)."""
@@ -131,17 +145,52 @@ class Collectives:
         _reduce_scatter(output, values, op=dist.ReduceOp.SUM, group=self._one_group())
         return output
 
-    def exchange(self, rows: Tensor) -> Tensor:
-        """Sends row r of ``rows``, shape (size, n), to rank r; returns the rows for this rank, by sender."""
+    # --- in the background, over one group ---------------------------------------------------------------------------
+
+    def start_sum(self, values: Tensor) -> Started:
+        """Sum over the ranks into ``values`` itself."""
         if self.size == 1:
-            return rows
+            return Started(values, None)
+        return Started(values, dist.all_reduce(values, group=self._one_group(), async_op=True))
+
+    def start_gather(self, row: Tensor) -> Started:
+        """The rows of all ranks, shape (size, n), from one row per rank, shape (n,)."""
+        rows = torch.empty(self.size, row.numel(), dtype=row.dtype, device=row.device)
+        if self.size == 1:
+            return Started(rows.copy_(row.view(1, -1)), None)
+        return Started(rows, _all_gather(rows.view(-1), row.contiguous(), group=self._one_group(), async_op=True))
+
+    def start_exchange(self, rows: Tensor) -> Started:
+        """Sends row r of ``rows``, shape (size, n), to rank r; the rows for this rank, by sender."""
+        if self.size == 1:
+            return Started(rows, None)
         received = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(received, rows.contiguous(), group=self._one_group())
-        return received
+        sent = rows.contiguous()
+        return Started(received, dist.all_to_all_single(received, sent, group=self._one_group(), async_op=True))
+
+    def beside(self) -> Collectives:
+        """The same ranks over connections of their own, so that what goes on there delays nothing here.
+
+        Call it on all of them. Only gloo has such connections: two communicators of NCCL that work at the same time may
+        wait for each other for ever, so with other backends these are the same.
+        """
+        if self.size == 1 or dist.get_backend(self._one_group()) != "gloo":
+            return self
+        group = self._one_group()
+        again = dist.new_group(
+            dist.get_process_group_ranks(group),
+            backend="gloo",
+            # torch would take half an hour, whatever this group has
+            timeout=group._get_backend(torch.device("cpu")).options._timeout,
+            use_local_synchronization=True,
+        )
+        return Collectives(again, device=self._device)
 
     def copy_from(self, rank: int, values: Tensor) -> None:
         """Overwrites ``values`` by those of one rank."""
         if self.size > 1:
+            # Backends send contiguous memory only. For other tensors this is a copy, and what arrived in it is written
+            # back.
             sent = values.contiguous()
             dist.broadcast(sent, group=self._one_group(), group_src=rank)
             values.copy_(sent)
@@ -164,13 +213,13 @@ class Collectives:
             assert values is not None
             return values[0]
         piece = torch.empty_like(like)
+        # torch wants a list of one tensor per rank; as rows of a contiguous tensor they need no copies.
         rows = None if values is None else list(values.contiguous())
         dist.scatter(piece, rows, group=self._one_group(), group_src=rank)
         return piece
 
     def over(self, inner: Collectives) -> Collectives:
-        """All ranks of a grid whose outer dimension are these ranks, and whose inner dimension are those of
-        ``inner``."""
+        """All ranks of a grid with these ranks as its outer dimension, and those of ``inner`` as its inner one."""
         return Collectives(*self._groups, *inner._groups, device=self._device)
 
     @property
@@ -184,6 +233,7 @@ class Collectives:
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """The bytes of every rank, by rank; their lengths may differ."""
+        # The lengths first, since all ranks must reduce tensors of the same shape.
         sizes = [int(size) for (size,) in self.gather_of(len(data))]
         rows = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
         if data:
@@ -191,6 +241,12 @@ class Collectives:
         # padded rows in one sum, for the same reason as in gather_of
         gathered = self.sum(rows.to(self._device)).cpu().numpy()  # host sync
         return [row[:size].tobytes() for row, size in zip(gathered, sizes, strict=True)]
+
+    def first_message(self, own: str | None) -> tuple[int, str]:
+        """The first rank that has a message, and the message. At least one has one; all ranks must call this."""
+        told = self.gather_bytes((own or "").encode())
+        rank = next(rank for rank, each in enumerate(told) if each)
+        return rank, told[rank].decode()
 
     def agree(self, value: object) -> bool:
         """Whether ``repr(value)`` is the same on all ranks; every rank gets the same answer. Costs 16 bytes."""
@@ -230,6 +286,8 @@ class HostGroup:
                 f"{dist.get_world_size()} processes are running, and the model is sharded over {collectives.size} of "
                 f"them: sharded checkpoints need a model that is sharded over all"
             )
+        # Every rank must issue the collectives of a group in the same order, which two threads of a process cannot
+        # promise: hence a second group. new_group() is itself a collective of the whole job.
         self.group: dist.ProcessGroup = dist.new_group(backend="gloo")
         self._size = collectives.size
 
@@ -248,6 +306,7 @@ def mean_future(values: Tensor, group: dist.ProcessGroup) -> Future[Tensor]:
     """Mean over the ranks of ``group``, in place and in the background, as DDP reduces a bucket."""
     # Multiplied by the inverse of the size before the sum, as DDP does: a division would round differently.
     work = dist.all_reduce(values.mul_(1 / dist.get_world_size(group)), group=group, async_op=True)
+    # The future of a collective holds a list of tensors; DDP expects that of a hook to hold the bucket.
     reduced: Future[Tensor] = work.get_future().then(lambda future: future.value()[0])
     return reduced
 
@@ -274,6 +333,8 @@ def collectives_of(model: torch.nn.Module) -> Collectives:
     if isinstance(inner, DistributedDataParallel):
         return Collectives(inner.process_group, device=device)
     if is_sharded(model):
+        # The ranks of its mesh, not all of the job: beside pipeline stages the job has more ranks than see different
+        # data.
         mesh = data_parallel_mesh(model)
         return Collectives(*_groups_of(mesh), device=torch.device(mesh.device_type))
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -309,6 +370,7 @@ def workers_of(place: dist.ProcessGroup | DeviceMesh | None, *, device: torch.de
 def shards_and_replicas(mesh: DeviceMesh, num_shards: int) -> tuple[Collectives, Collectives]:
     """The ranks of a data-parallel mesh over which parameters are sharded, and those that hold the same shards."""
     groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+    # fully_shard shards over the last dimension of a mesh, and replicates over the one before it (HSDP).
     shards = groups[-1:] if num_shards > 1 else []
     device = torch.device(mesh.device_type)
     return Collectives(*shards, device=device), Collectives(*groups[: len(groups) - len(shards)], device=device)
@@ -317,6 +379,7 @@ def shards_and_replicas(mesh: DeviceMesh, num_shards: int) -> tuple[Collectives,
 def _groups_of(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, ...]:
     """One group if one spans the mesh, else one per dimension."""
     whole = dist.group.WORLD
+    # One reduction over the group of all ranks, where it serves, instead of one for each dimension.
     if whole is not None and mesh.size() == dist.get_world_size():
         return (whole,)
     return tuple(mesh.get_group(dimension) for dimension in range(mesh.ndim))

@@ -23,6 +23,7 @@ def random_state(device: torch.device) -> Tensor:
     _, words, gauss = random.getstate()
     # numpy's legacy global generator, because user code draws from it.
     _, keys, position, has_gauss, cached = cast("Any", np.random.get_state())  # noqa: NPY002
+    # Numbers become bytes by reinterpretation, not by conversion, so that a state is restored to the bit.
     whole = torch.tensor([*words, *keys.tolist(), position, has_gauss], dtype=torch.int64)
     # NaN stands for "none": Python's generator keeps the second of two normal numbers, or nothing.
     real = torch.tensor([math.nan if gauss is None else gauss, cached], dtype=torch.float64)
@@ -55,6 +56,7 @@ def restore_random_state(rows: Tensor, rank: int, device: torch.device) -> bool:
     num_whole = 8 * (_WORDS + _WORDS + 1)
     num_real = num_whole + 16
     num_cpu = num_real + len(torch.get_rng_state())
+    # Cloned, because torch views bytes as int64 only if they begin at a multiple of eight, which a row need not do.
     whole = rows[rank, :num_whole].clone().view(torch.int64).tolist()
     gauss, cached = rows[rank, num_whole:num_real].clone().view(torch.float64).tolist()
     random.setstate((3, tuple(whole[:_WORDS]), None if math.isnan(gauss) else gauss))

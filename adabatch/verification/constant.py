@@ -43,6 +43,7 @@ def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
     """
     num_steps = whole("num_steps", num_steps, at_least=1, at_most=MOST_STEPS)
     training, ranks = begin(make)
+    # before the first step: `again` checks that another training begins with the same bits
     start = fingerprint(training.model.parameters())
     batches = adaptive(training, Constant(size_of(training, ranks, UNEVEN_ACCUMULATION)), probed=True)
     seen: list[list[Part]] = []
@@ -71,6 +72,7 @@ def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
 def _by_hand(training: Training, seen: Sequence[Sequence[Part]], ranks: Collectives) -> None:
     """Gradient accumulation by hand, without this library."""
     for parts in seen:
+        # ranks may hold different numbers of examples in the last step of a pass
         (total,) = ranks.sum_of(sum(part.weight for part in parts))
         for part in parts:
             # dropout must draw the same numbers as in the step
@@ -79,5 +81,6 @@ def _by_hand(training: Training, seen: Sequence[Sequence[Part]], ranks: Collecti
                 loss = part.loss(training)
                 weight = part.weight * ranks.size  # DDP averages over the ranks, while total is a sum
                 whole, rest = divmod(total, weight)
+                # a division where it is exact, as people write by hand and as `Step.backward` does
                 backward(training, loss * (weight / total) if rest else loss / whole)
         update(training)

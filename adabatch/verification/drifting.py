@@ -41,6 +41,7 @@ def drift(make: Make) -> Check:
     training, ranks = begin(make)
     small, large = size_of(training, ranks, 1), size_of(training, ranks, ACCUMULATION)
     schedule = Stages(small, [Stage(steps(STEPS_BEFORE_CHANGE), large)])
+    # or a make() that forgets to seed one rank would be reported as drift
     differed_before = odd_ranks(ranks, training.model)
     # A single micro-batch on a single rank has no spread to measure.
     batches = adaptive(training, schedule, probed=ranks.size > 1)
@@ -63,6 +64,7 @@ def drift(make: Make) -> Check:
     planned = [1] * STEPS_BEFORE_CHANGE + [ACCUMULATION] * STEPS_AFTER_CHANGE
     scaler = None if training.scaler is None else training.scaler.state_dict()
     together = ranks.agree((made, applied, left_out, batches.state_dict(), scaler))
+    # of all ranks, because each checks only its own steps
     (as_planned,) = ranks.minimum_of(made == planned and applied == total - left_out)
     measured = float(len(odd))
     skips = and_left_out(left_out)

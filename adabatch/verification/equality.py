@@ -43,6 +43,7 @@ def largest_difference(found: Mapping[str, Any], expected: Mapping[str, Any], ra
     """The largest difference of any number on any rank; infinite if the structures or non-finite values differ."""
     mine, other = dict(_numbers(found)), dict(_numbers(expected))
     worst = 0.0 if mine.keys() == other.keys() else math.inf
+    # no rank may leave before the reduction below, even if the structures differ
     for path in mine.keys() & other.keys():
         worst = max(worst, _apart(mine[path], other[path]))
     return largest_of(worst, ranks)

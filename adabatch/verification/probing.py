@@ -80,6 +80,8 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
             if not update(training):  # the scaler found the gradient finite
                 worst = math.inf
             continue
+        # The reference runs the parts again, with their own random numbers and gradients; both are put back afterwards,
+        # so that the update is that of the step.
         after = Randomness.now(parameters[0].device)
         gradient = [p.grad for p in parameters]
         expected = by_parts(training, parts, parameters, ranks)
@@ -88,6 +90,7 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
         after.restore()
         for name in ("part_sq", "grad_sq", "part_size", "num_examples", "num_parts"):
             error = _relative_error(getattr(step.moments, name), getattr(expected, name))
+            # not >, which a NaN would pass
             if not error <= worst:
                 worst, worst_name = error, name
         num_parts = expected.num_parts
@@ -144,6 +147,8 @@ def _local_moments(
         weight = part.weight / total
         share = weight * ranks.size
         with unreduced(training.model):
+            # Back to the gradient of the part's own mean loss. DDP would average over the ranks, hence their number in
+            # the share.
             grad = torch.cat(_gradient(training, part, parameters, share)) / share
         mean = weight * grad if mean is None else mean.add_(grad, alpha=weight)
         part_sq += weight * float(grad.square().sum())
@@ -156,6 +161,7 @@ def _sharded_moments(
     training: Training, parts: Sequence[Part], parameters: Sequence[Tensor], ranks: Collectives
 ) -> GradientMoments:
     """Every rank runs a pass for each part of each rank, with weight zero on all but one; FSDP2."""
+    # Parameters that are not sharded are whole on several ranks, and must count once.
     holders = [own_piece(p.detach())[1] for p in parameters]
     (num_examples,) = ranks.sum_of(sum(part.size for part in parts))
     table = ranks.sum_of(*(p.weight if rank == ranks.rank else 0 for rank in range(ranks.size) for p in parts))
@@ -163,6 +169,7 @@ def _sharded_moments(
     part_sq = 0.0
     for index, weight in enumerate(table):
         owner, number = divmod(index, len(parts))
+        # weights of all ranks' parts, so that all ranks go through the same passes in the same order
         weight /= sum(table)
         # The reduction averages over the ranks; all but one contribute zero.
         share = weight * ranks.size if owner == ranks.rank else 0.0

@@ -72,6 +72,7 @@ def resume(make: Make) -> Check:
     run_on(cut, batches, STEPS_BEFORE_SAVE)
     device = next(cut.model.parameters()).device
     randomness = Randomness.now(device)
+    # Through the serialization of a real checkpoint: a state that is merely handed over would share its tensors.
     file = io.BytesIO()
     torch.save(state_of(cut, batches), file)
     batches.remove()
@@ -95,6 +96,7 @@ def resume(make: Make) -> Check:
     text = f"{STEPS_BEFORE_SAVE} steps, a checkpoint and {STEPS_AFTER_SAVE} more equal {total} uninterrupted to the bit"
     if not passed:
         text = f"a resumed run differs from one without a checkpoint by {difference:.2g} after {total} steps"
+        # whether the difference is that of the resume, or of kernels that add in another order each time
         spread = largest_difference(uninterrupted(again(make, whole, start, ranks)), expected, ranks)
         if spread:
             text += f"; but two uninterrupted runs differ by {spread:.2g}: see torch.use_deterministic_algorithms"

@@ -71,6 +71,7 @@ class Part(NamedTuple):
     def loss(self, training: Training) -> Tensor:
         """Its mean loss, not scaled, shape ()."""
         loss = training.loss(training.model, self.batch)
+        # a factor, so that the gradient is not finite either, as after a real overflow
         return loss * math.inf if self.overflows else loss
 
 
@@ -132,6 +133,7 @@ def steps_of(training: Training, batches: AdaptiveBatch, until: int) -> Iterator
         for batch in step:
             size = training.count(batch)
             weight = size if training.weigh is None else float(training.weigh(batch))
+            # before the forward, which draws the numbers of dropout
             parts.append(Part(batch, size, weight, Randomness.now(device), overflows and not parts))
             step.backward(parts[-1].loss(training))
         yield step, parts

@@ -38,6 +38,7 @@ def cost(make: Make, *, num_pairs: int = 20, max_cost: float | None = None) -> C
     policy = Constant(size_of(probed, ranks, ACCUMULATION))
     both = [adaptive(probed, policy, probed=True), adaptive(plain, policy, probed=False)]
     count = WARM_UP_PAIRS + num_pairs
+    # generators, which stop after each step, so that two loops can take turns in one thread
     clocks = [_seconds(training, batches, count) for training, batches in zip((probed, plain), both, strict=True)]
     times = [[0.0] * count, [0.0] * count]
     for pair in range(count):

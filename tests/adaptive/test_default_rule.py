@@ -122,6 +122,17 @@ def test_a_default_does_not_warn_of_betas_without_room() -> None:
         adabatch.AdaptiveBatch(model, optimizer, NormTest(0.7), follow=("betas",), **options).remove()
 
 
+def test_warnings_of_the_constructor_name_the_line_of_the_user() -> None:
+    model = model_of()
+    optimizer = AdamW(model.parameters(), betas=(0.9, 0.95))
+    options: dict[str, Any] = {"micro_batch_size": 4, "limits": LIMITS}
+    causes: list[dict[str, Any]] = [{"follow": ("betas",)}, {"lr_rule": "linear"}]
+    for given in causes:
+        with pytest.warns(UserWarning, match=r"cannot lower|multiplies the learning rate") as caught:
+            adabatch.AdaptiveBatch(model, optimizer, NormTest(0.7), **options, **given).remove()
+        assert [each.filename for each in caught] == [__file__]
+
+
 def test_deepspeeds_own_adam_is_refused_nothing_by_default() -> None:
     engine = SimpleNamespace(zero_optimization_stage=lambda: 1, basic_optimizer=made(AdamOfAnother))
     check_options(engine, {})

@@ -58,6 +58,7 @@ def run(
     model = network() if model is None else model
     made = optimizer(model)
     one: Watched = made[0] if isinstance(made, list) else made
+    scaler = options["engine"].scaler if "engine" in options else None
     batches = AdaptiveBatch(
         model,
         made,
@@ -75,8 +76,10 @@ def run(
         held = [p for group in one.param_groups for p in group["params"]]
         read.append(sum(float(_whole(p.grad).double().square().sum()) for p in held if p.grad is not None))
         for each in made if isinstance(made, list) else [made]:
-            each.step()
+            each.step() if scaler is None else scaler.step(each)
             each.zero_grad()
+        if scaler is not None:
+            scaler.update()
         added.append(one.added)
     return one, model, added, read
 

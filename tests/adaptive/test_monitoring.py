@@ -142,7 +142,7 @@ def test_one_micro_batch_on_one_rank_has_no_spread(caplog: pytest.LogCaptureFixt
 def test_bad_input() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.02)
-    with pytest.raises(ValueError, match="micro_batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"micro_batch_size must be from 1 to .*, got 0"):
         monitor(model, optimizer, micro_batch_size=0)
     with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got list"):
         monitor(model, [], micro_batch_size=4)  # type: ignore[arg-type]
@@ -182,3 +182,13 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert rank["noise scale"] == pytest.approx(rank["adaptive"], rel=1e-5)
         assert "measure=Measure(monitor=True)" in rank["refused"]
     assert len(lines(tmp_path / "run.jsonl")) == 16
+
+
+def test_a_second_monitor_replaces_the_first(tmp_path: Path) -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    for _ in range(2):  # a cell of a notebook that is run again
+        found = monitor(model, optimizer, micro_batch_size=4, journal=tmp_path / "journal.jsonl")
+    loop(model, optimizer, loader())
+    assert [line["step"] for line in lines(tmp_path / "journal.jsonl")] == list(range(found.consumed.steps))
+    assert found.consumed.steps > 1

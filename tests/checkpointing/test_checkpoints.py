@@ -65,6 +65,7 @@ def made(
     """A model with dropout, whose masks come from the global random numbers, and a batch that grows."""
     model = model or nn.Sequential(network(), nn.Dropout(0.2))
     stepped = optimizer(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=7)
     batches = AdaptiveBatch(
         model,
         stepped,
@@ -73,10 +74,10 @@ def made(
         limits=Limits(min=8, max=high),
         lr_rule="sqrt",
         journal=folder / "journal.jsonl",
+        engine=adabatch.EngineOptions(scaler=scaler),
     )
     schedule = ProgressLR(stepped, lr.cosine(), batches, total=TOTAL)
     order = GlobalOrder(data or regression(300), seed=5, shuffle=shuffle)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=7)
     return Run(model, stepped, batches, schedule, order, scaler)
 
 
@@ -84,7 +85,7 @@ def train(run: Run, *, until: adabatch.batch.Duration = TOTAL, each: Callable[[i
     """With a scaler whose unscaled gradients overflow at step 5, so that it leaves that update out."""
     for step in run.batches.steps(run.order, until=until):
         for batch in step:
-            step.backward(run.scaler.scale(loss_of(run.model, batch)))
+            step.backward(loss_of(run.model, batch))
         if run.batches.consumed.steps == 5:
             next(run.model.parameters()).grad[0, 0] = torch.inf
         run.scaler.step(run.optimizer)
@@ -258,8 +259,8 @@ def test_a_checkpoint_with_right_checksums_and_wrong_contents_is_named(tmp_path:
     for wrong, words in (
         ([1, 2], "holds no state of order, model"),
         ({"model": state["model"]}, "holds no state of order, optimizer"),
-        ({**state, "optimizer": {}}, "no part can make use of it .KeyError: 'param_groups'"),
-        ({**state, "model": 7}, "no part can make use of it .AttributeError"),
+        ({**state, "optimizer": {}}, "a part cannot load what it holds .KeyError: 'param_groups'"),
+        ({**state, "model": 7}, "a part cannot load what it holds .AttributeError"),
     ):
         shutil.rmtree(path)
         path.mkdir()
@@ -272,7 +273,7 @@ def test_a_checkpoint_with_right_checksums_and_wrong_contents_is_named(tmp_path:
     unfinished = path.rename(path.with_name(path.name + ".unfinished"))
     (unfinished / "manifest.json").unlink()
     finish(unfinished, {"anything": "else"}, sealed(unfinished), keep=1)
-    with pytest.raises(CheckpointError, match=r"manifest\.json matches its checksum, and says nothing of a run"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json matches its checksum, but does not describe a run"):
         adabatch.load(folder, **made(tmp_path).parts())
 
 
@@ -431,7 +432,7 @@ def test_a_checkpoint_in_the_middle_of_a_step_is_refused(tmp_path: Path) -> None
         parts = {**run.parts(), "scaler": None}
         with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) has not been run to its end"):
             adabatch.save(tmp_path / "saved", **parts)
-        run.optimizer.step()
+        run.scaler.step(run.optimizer)
         adabatch.save(tmp_path / "saved", **parts)
 
 

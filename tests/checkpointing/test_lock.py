@@ -153,7 +153,8 @@ def test_objects_of_one_process_share_a_folder(tmp_path: Path) -> None:
     with run.checkpoints() as checkpoints:
         checkpoints.save()
         run.train(2)
-        adabatch.save(tmp_path / "saved", model=run.model, batches=run.batches)
+        parts = {"model": run.model, "optimizer": run.optimizer, "batches": run.batches, "order": run.order}
+        adabatch.save(tmp_path / "saved", **parts)
         run.train(3)
         checkpoints.save()
     assert list(checkpoints_in(tmp_path / "saved")) == [3, 2, 1]

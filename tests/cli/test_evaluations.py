@@ -15,6 +15,7 @@ from support.hosts import rank_variables
 from support.ports import free_port
 from support.ranks import run_ranks
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from adabatch.cli.main import main
 
@@ -45,6 +46,16 @@ class Dropped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert not self.frozen.training
         return self.head(self.dropped(self.frozen(x.flatten(1))))  # type: ignore[no-any-return]
+
+
+class Nothing(Dataset[Any]):
+    """A data set without examples."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Any:
+        raise IndexError(index)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -86,8 +97,9 @@ def test_a_resumed_run_keeps_its_evaluations(config: Any, tmp_path: Path, caplog
         ({"evaluate_every": {"count": 0, "unit": "steps"}}, "evaluate_every must be at least 1 steps"),
         ({"evaluate_every": {"count": 9, "unit": "steps"}, "test_data": None}, "evaluate_every needs test_data"),
         ({"evaluate_every": {"count": 9, "unit": "tokens"}}, "this run does not count tokens"),
+        ({"test_data": {"class_path": f"{__name__}.Nothing"}}, "test_data must hold at least 1 example"),
     ],
-    ids=["zero", "no data", "unit"],
+    ids=["zero", "no data", "unit", "empty data"],
 )
 def test_what_cannot_be_is_said(change: dict[str, Any], said: str, config: Any, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -68,6 +68,20 @@ def test_the_config_runs_alone(config: Any, tmp_path: Path) -> None:
     assert lines[-1]["next"] > 16
 
 
+def test_the_config_with_muon_runs_alone(tmp_path: Path) -> None:
+    config = ROOT / "configs" / "local_sgd_muon.yaml"
+    assert main(["train", f"--config={config}", f"--out={tmp_path / 'run'}", "--total.count=2000"]) == 0
+    lines = journal(tmp_path / "run")
+    assert lines[0]["lr"]["base"] == [0.005, 0.002]  # Muon's and AdamW's
+    steps = [line["local_sgd"]["step_in_round"] for line in lines]
+    warm = steps.index(1)
+    assert steps[:warm] == [0] * warm
+    assert 10 < warm <= 20  # 640 examples, 32 or more a step
+    assert steps[warm : warm + 10] == [1, 2, 3, 4, 5, 6, 7, 8, 0, 1]
+    assert [n for n, line in enumerate(lines) if n >= warm and line["moments"] is not None][:2] == [warm, warm + 9]
+    assert lines[-1]["next"] > 32
+
+
 @pytest.mark.distributed
 def test_two_processes_average_and_write_a_file_each(config: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "adabatch"]

@@ -46,7 +46,7 @@ def test_random_configs_make_a_plan_or_a_clear_error() -> None:
         ({"seed": None}, "seed must not be null"),
         ({"seed": -1}, "seed must be a whole number from 0 to 2**64 - 1, got -1"),
         ({"seed": 2**64}, "seed must be a whole number"),
-        ({"total": "a\0b"}, "not a path, nor what should stand there: embedded null byte"),
+        ({"total": "a\0b"}, "neither a path nor the value of a field: embedded null byte"),
         ({"checkpoint": 5}, "checkpoint has fields of its own, as --help-all lists them, got 5"),
         ({"hang_timeout": 0}, "hang_timeout must be a positive number of seconds"),
     ],

@@ -416,8 +416,8 @@ def test_what_cannot_be_measured_is_refused(found: dict[str, Any]) -> None:
         "coordinates": "ValueError: quantile cannot be measured .* use ZeRO 0, DDP or FSDP2",
         "betas": "ValueError: follow='betas' needs the step counts of torch's own Adam",
         "float16": "ValueError: .*ZeRO 0 in float16 .*use ZeRO 1",
-        "whole gradients": "ValueError: .*looks at whole gradients or layers, .*use ZeRO 0",
-        "K-FAC": "ValueError: .*K-FAC cannot be told of the ranks of an engine, .*use DDP or FSDP2",
+        "whole gradients": "ValueError: .*needs whole gradients or layers, .*use ZeRO 0",
+        "K-FAC": "ValueError: .*K-FAC cannot share its factors among the ranks of an engine, .*use DDP or FSDP2",
         "limits": "ValueError: limits.min=7 cannot be shared equally by 2 ranks",
     }
     assert set(found["refused"]) == set(expected)

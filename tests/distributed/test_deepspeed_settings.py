@@ -218,6 +218,8 @@ def not_finite(place: Path, stage: int) -> dict[str, Any]:
 def begun_again(place: Path) -> dict[str, Any]:
     """A new run in the folder of an old one that had come further; of each only the newest checkpoint is kept."""
     saved(place, 1, keep=1)
+    (place / "step_pictures").mkdir()  # the user's
+    (place / "steps.txt").touch()
     second = Run(place, 1, keep=1)
     with second.saving:
         second.saving.start_over()
@@ -233,7 +235,7 @@ def begun_again(place: Path) -> dict[str, Any]:
     return {
         "loaded": path.name,
         "steps": fourth.batches.consumed.steps,
-        "left": [each.name for each in place.glob("s*")],
+        "left": sorted(each.name for each in place.glob("s*")),
     }
 
 
@@ -334,4 +336,5 @@ def test_numbers_that_are_not_finite_do_not_displace_a_good_checkpoint(both: lis
 
 
 def test_a_run_that_begins_again_keeps_its_own_newest_checkpoint(found: dict[str, Any]) -> None:
-    assert found["again"] == {"loaded": "step00000002-1", "steps": 2, "left": ["step00000002-1"]}
+    left = ["step00000002-1", "step_pictures", "steps.txt"]
+    assert found["again"] == {"loaded": "step00000002-1", "steps": 2, "left": left}

@@ -80,11 +80,10 @@ def test_the_rank_that_drifted_is_named(tmp_path):
             "before step 4, rank 1 holds other weights than ranks 0, 2: go back to a checkpoint"
             in found["DDP, weights"]
         )
-        # Another rate makes other weights in the step after it.
-        assert (
-            "rank 2 holds other plans than ranks 0, 1; rank 2 holds other weights than ranks 0, 1" in found["DDP, rate"]
-        )
-        assert "before step 4, rank 1 holds other plans than ranks 0, 2: go back" in found["FSDP2, rate"]
+        # Rates are compared in every step, before its update.
+        assert "in step 3 the ranks are about to make different updates" in found["DDP, rate"]
+        assert "lr of optimizer group 0 is 0.1 on ranks 0, 1 and 0.15000000000000002 on rank 2" in found["DDP, rate"]
+        assert "lr of optimizer group 0 is 0.1 on ranks 0, 2 and 0.15000000000000002 on rank 1" in found["FSDP2, rate"]
 
 
 def test_copies_of_shards_are_compared(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Control, GlobalOrder, Goodput, Limits, NoiseScale, examples
+from adabatch.report.steps import read_steps
 from adabatch.runtime.observers import stopwatch
 
 pytestmark = pytest.mark.distributed
@@ -85,6 +87,12 @@ def test_ranks_whose_times_differ_choose_the_same_batches(
     size = told[2]["plan"]["global_batch_size"]
     assert timed[0] == pytest.approx((per_step + per_example * size / 2) * 7 / 6, rel=1e-9), "the mean of the ranks"
     assert first["states"][1]["control"]["times"], "what was timed is saved"
+    run = read_steps(tmp_path / "journal.jsonl", "run")
+    exact = (per_step + per_example * run.batch / 2) * 7 / 6
+    known = np.isfinite(run.seconds)
+    assert known.sum() == len(timed)
+    assert len(set(run.batch[known])) > 1, "several sizes were timed"
+    np.testing.assert_allclose(run.seconds[known], exact[known], rtol=1e-9, err_msg="at the step that took so long")
 
 
 def sent(rank: int) -> dict[str, int]:

@@ -43,7 +43,8 @@ from adabatch.adaptive.options import Measure
 from adabatch.batch.moments import GradientMoments, from_parts
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.local_sgd import Change, Nesterov, Quadratic, SlowMo, Table
-from adabatch.runtime.local_sgd.exchange import Errors, Exchange
+from adabatch.runtime.local_sgd.exchange import Exchange
+from adabatch.runtime.local_sgd.transfers import Errors
 
 pytestmark = pytest.mark.distributed
 
@@ -515,7 +516,9 @@ def compressed(rank: int) -> dict[str, Any]:
         errors, total, first = Errors(), torch.zeros(1000), torch.zeros(1000)
         for turn in range(100):
             sent = [each.clone() for each in change]
-            exchange.compressed_mean(sent, zeros, weight=1 / WORKERS, compression=compression, errors=errors)
+            exchange.compressed_mean(
+                sent, zeros, shares=[1 / WORKERS] * WORKERS, compression=compression, errors=errors
+            )
             flat = torch.cat([each.flatten() for each in sent])
             assert turn % 50 or same_on_all(flat)
             first, total = (flat, flat) if turn == 0 else (first, total + flat)

@@ -221,3 +221,57 @@ def test_mistakes_around_the_update_are_said_on_every_rank(tmp_path: Path) -> No
         "closure": "optimizer.step(closure) of the SGD",
     }
     check_said_on_both(run_ranks(around_updates, 2, tmp_path), words, number=10)
+
+
+def on_one_rank(rank: int) -> dict[str, str]:
+    """What the second rank alone does between two steps, or in the first one; and a loop that goes past DDP."""
+    found = {}
+
+    def slower(group: dict[str, Any]) -> None:
+        group["lr"] *= 0.5
+
+    for name, make in {"ddp": in_ddp, "fsdp2": sharded}.items():
+        run = made(make())
+        group = run[2].param_groups[0]
+        found[f"{name} inside"] = ran(run, inner=lambda index, g=group: slower(g) if rank and index else None)
+        for monitor in (True, False):
+            run = made(make(), monitor=monitor)
+            group = run[2].param_groups[0]
+            found[f"{name} {monitor} rate"] = ran(
+                run, zero=lambda run=run, g=group: (run[2].zero_grad(), slower(g) if rank else None)
+            )
+        run = made(make())
+        group = run[2].param_groups[0]
+        found[f"{name} both"] = ran(run, zero=lambda run=run, g=group: (run[2].zero_grad(), slower(g)))
+        run = made(make())
+        batches, model, optimizer = run
+        try:
+            for step in batches.steps(GlobalOrder(regression(96)), until=steps(3)):
+                for batch in step:
+                    step.backward(loss_of(model, batch))
+                if rank:
+                    batches.leave_out()
+                optimizer.step()
+                optimizer.zero_grad()
+        except RuntimeError as error:
+            found[f"{name} update"] = str(error)
+    model = in_ddp()
+    batches, _, optimizer = made(model)
+    found["past"] = ran((batches, model.module, optimizer))
+    return found
+
+
+def test_what_one_rank_alone_does_is_said_on_both(tmp_path: Path) -> None:
+    words = {
+        "inside": "the learning rate of the SGD was changed while",
+        "rate": "in step 1 the ranks are about to make different updates, and would drift apart: lr of optimizer group "
+        "0 is 0.01 on rank 0 and 0.005 on rank 1. Look for",
+        "both": "2",
+        "update": "in step 1 the ranks are about to make different updates, and would drift apart: number of updates "
+        "so far is 1 on rank 0 and 0 on rank 1. Look for",
+        "past": "call the DistributedDataParallel that AdaptiveBatch was given in the loop, and not the module inside",
+    }
+    first, second = run_ranks(on_one_rank, 2, tmp_path)
+    told = {case: said.removeprefix("on rank 1, ") for case, said in first.items()}
+    assert [case for case in told if told[case] != first[case]] == ["ddp inside", "fsdp2 inside"]
+    check_said_on_both([told, second], words, number=11)

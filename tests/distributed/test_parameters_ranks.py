@@ -9,10 +9,13 @@ import pytest
 from support.loops import loss_of, network, regression
 from support.ranks import run_ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, Guard, Limits, LocalSGD, Measure, steps
+from adabatch import AdaptiveBatch, Constant, EngineOptions, GlobalOrder, Guard, Limits, LocalSGD, Measure, steps
+from adabatch.runtime.engines.choice import engine_for
+from adabatch.runtime.engines.hosted import HostedEngine
 
 pytestmark = pytest.mark.distributed
 
@@ -45,20 +48,41 @@ def ended(batches: AdaptiveBatch, model: nn.Module, inner: nn.Module, optimizer:
 def in_ddp(rank: int) -> dict[str, str]:
     found = {}
     for change in ("frozen", "replaced"):
-        for measured in ("probe", "finite"):
+        for measured in ("probe", "finite", "probe, in a host"):
             inner = network()
             model = DistributedDataParallel(inner)
             optimizer = SGD(model.parameters(), lr=0.01)
+            hosted = HostedEngine(engine_for(model), synchronizes=lambda last: None, ended=lambda: None)
             batches = AdaptiveBatch(
                 model,
                 optimizer,
                 Constant(16),
                 micro_batch_size=4,
+                engine=hosted if "host" in measured else EngineOptions(),
                 limits=Limits(16, 16),
-                measure=Measure(monitor=measured == "probe"),
+                measure=Measure(monitor="probe" in measured),
                 guard=Guard(check_every=None),
             )
             found[f"{change}, {measured}"] = ended(batches, model, inner, optimizer, change if rank else None)
+            batches.remove()
+    return found
+
+
+def in_other_engines(rank: int) -> dict[str, str]:
+    """Engines whose ranks do not all wait for gradients of the same parameters."""
+    found = {}
+    for name in ("find_unused_parameters", "static_graph", "fsdp2"):
+        for change in ("frozen", "replaced")[: 1 if name == "fsdp2" else 2]:
+            inner = network()
+            if name == "fsdp2":
+                model: nn.Module = fully_shard(inner)
+            else:
+                model = DistributedDataParallel(inner, **{name: True})
+            optimizer = SGD(model.parameters(), lr=0.01)
+            batches = AdaptiveBatch(model, optimizer, Constant(16), micro_batch_size=4, limits=Limits(16, 16))
+            found[f"{change}, {name}"] = ended(batches, model, inner, optimizer, change if rank else None)
+            if name == "fsdp2" and rank:
+                assert not inner[-1].weight.requires_grad  # as the loop left it
             batches.remove()
     return found
 
@@ -80,7 +104,17 @@ def test_a_layer_frozen_by_one_worker_of_local_sgd_is_an_error_at_the_average(tm
 
 
 def test_a_layer_changed_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
-    own, other = run_ranks(in_ddp, 2, tmp_path)[::-1]
+    check_said_on_both(*run_ranks(in_ddp, 2, tmp_path))
+
+
+# DDP warns where it looked for unused parameters and found none.
+@pytest.mark.filterwarnings("ignore:find_unused_parameters")
+def test_whatever_the_ranks_wait_for(tmp_path: Path) -> None:
+    check_said_on_both(*run_ranks(in_other_engines, 2, tmp_path))
+
+
+def check_said_on_both(other: dict[str, str], own: dict[str, str]) -> None:
+    assert own
     for name, error in own.items():
         assert error.startswith(f"{CHANGES_AT} steps: the parameters that train are not those"), (name, error)
         assert other[name].startswith(f"{CHANGES_AT} steps: on rank 1, the parameters that train are not"), (

@@ -36,7 +36,7 @@ PAGES = {
 BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for name, text in PAGES.items()}
 SCRIPT = "\n\n".join([*BLOCKS["engines"][:-1], *BLOCKS["deepspeed"], BLOCKS["engines"][-1]])
 COLUMNS = ["plain", "DDP", "FSDP2", "ZeRO 0", "ZeRO 1 to 3", "local SGD"]
-FLAT = "hand it flat pieces; use ZeRO 0, DDP or FSDP2"
+FLAT = "give it flat pieces of them; use ZeRO 0, DDP or FSDP2"
 BY_NORM = "known by its norm only, .*use ZeRO 0, DDP or FSDP2, or a criterion in the Euclidean norm"
 NOT_FORMED = "local SGD does not measure .* use a criterion in the Euclidean norm"
 UNWRAPPED = "CommHookProbe needs a model in DistributedDataParallel"
@@ -56,7 +56,7 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "`AdaGradNorm`": {"ZeRO 1 to 3": FLAT},
     "`Shampoo`": {"ZeRO 1 to 3": FLAT},
-    "`KFAC`": {"ZeRO 0": "cannot be told of the ranks .* use DDP or FSDP2", "ZeRO 1 to 3": FLAT},
+    "`KFAC`": {"ZeRO 0": "cannot share its factors among the ranks .* use DDP or FSDP2", "ZeRO 1 to 3": FLAT},
     "`Guard(check_every=)`": {"local SGD": "differ between the workers of local_sgd"},
 }  # fmt: skip
 

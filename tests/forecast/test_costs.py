@@ -118,7 +118,8 @@ def test_a_run_goes_on_as_the_power_law_through_its_last_quarter():
     stays = np.where(np.arange(len(at)) < 4, longer.noise_scale, run.noise_scale[-1])
     rise = np.exp(np.average(np.log(longer.noise_scale / stays), weights=longer.examples))
     assert rise > 1.5
-    assert longer.band == pytest.approx((0.25 / rise, 4 * rise), rel=1e-6)
+    error = math.hypot(math.log(4), math.log(rise))
+    assert longer.band == pytest.approx((math.exp(-error), math.exp(error)), rel=1e-6)
     slightly = extended(run, 1001)
     assert slightly.band == pytest.approx((0.25, 4), rel=1e-3)
 
@@ -143,6 +144,37 @@ def test_a_typical_step_takes_as_long_at_another_price(step, example, pivot, fac
     assert other.step / other.example == pytest.approx(factor * step / example)
     assert other.step + other.example * pivot == pytest.approx(step + example * pivot)
     assert other[2:] == cost[2:]
+
+
+def test_errors_add_like_independent_ones_and_keep_the_limits():
+    """The batch is the root of noise scale times price."""
+    sharp = COST._replace(spread=(1.0, 1.0), price_band=(1 / 9, 16.0))
+    alone, wide = Cluster(devices=1, bandwidth=math.inf), noise(scale=1e4, band=(1 / 4, 4.0))
+    found = forecast(wide, sharp, alone)
+    low, high = (math.hypot(math.log(2), math.log(factor)) for factor in (3, 4))
+    assert found.batch.low == pytest.approx(found.batch.point * math.exp(-low))
+    assert found.batch.high == pytest.approx(found.batch.point * math.exp(high))
+    held = forecast(wide, sharp, alone, limits=(None, 3 * found.batch.point))
+    assert held.batch.high == pytest.approx(3 * found.batch.point)
+
+
+def test_a_run_of_so_many_examples_takes_them_whatever_the_errors():
+    found = forecast(noise(), COST, CLUSTER, examples=5e4)
+    assert found.examples == pytest.approx((5e4, 5e4, 5e4))
+    assert found.steps == pytest.approx([5e4 / batch for batch in reversed(found.batch)])
+    free = forecast(noise(), COST, CLUSTER)
+    assert found.hours.point / free.hours.point == pytest.approx(5e4 / free.examples.point)
+    assert found.batch == pytest.approx(free.batch)
+    with pytest.raises(ValueError, match="examples must be positive"):
+        forecast(noise(), COST, CLUSTER, examples=0)
+
+
+def test_an_error_that_lowers_a_number_either_way_hides_no_other():
+    """A price far off either way needs less time than the one that was measured; the spread of times still shows."""
+    sharp = COST._replace(spread=(0.9, 1.2), price_band=(1e-3, 1e3), pivot=64.0)
+    found = forecast(noise(band=(1.0, 1.0)), sharp, Cluster(devices=1, bandwidth=math.inf), limits=(16, 256))
+    assert found.hours.high == pytest.approx(1.2 * found.hours.point)
+    assert found.hours.low < 0.9 * found.hours.point
 
 
 def test_the_error_of_the_price_is_in_every_range():

@@ -52,7 +52,8 @@ def test_a_run_that_trains_nothing_stops_and_keeps_its_checkpoint(
     model = network()
     batches, optimizer = batches_of(model, **options)
     order = GlobalOrder(regression(64))
-    checkpoints = Checkpoints(tmp_path, model=model, optimizer=optimizer, batches=batches, every=adabatch.steps(3))
+    parts = {"model": model, "optimizer": optimizer, "batches": batches, "order": order}
+    checkpoints = Checkpoints(tmp_path, **parts, every=adabatch.steps(3))
 
     def loop() -> None:
         with checkpoints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 
 import adabatch
-from adabatch import AdaptiveBatch, Constant, GlobalOrder, ProgressLR, lr
+from adabatch import AdaptiveBatch, Constant, EngineOptions, GlobalOrder, Measure, ProgressLR, lr
 from adabatch.runtime.optimizers.joined import JoinedOptimizers
 
 
@@ -53,7 +54,7 @@ class Loop:
 
 NOT_STEPPED = (
     r"the learning rate is 0\.1, as ProgressLR has set it 1 update\(s\) ago, and is to be 0\.09 now: "
-    r"call step\(\) of the ProgressLR after each optimizer\.step\(\), not once an epoch"
+    r"call step\(\) of the ProgressLR after each optimizer\.step\(\), not once per epoch"
 )
 
 
@@ -304,3 +305,118 @@ def test_lbfgs_is_refused_by_name() -> None:
     model = network()
     with pytest.raises(ValueError, match="LBFGS computes gradients itself, several times per step, by a closure"):
         AdaptiveBatch(model, LBFGS(model.parameters()), Constant(8), micro_batch_size=4)
+
+
+# --- a scaler --------------------------------------------------------------------------------------------------------
+
+
+def scaled_loop(given: GradScaler | None, **options: Any) -> Loop:
+    return Loop(engine=EngineOptions(scaler=given), **options)
+
+
+def test_a_scaler_that_was_not_given_is_said_at_its_first_update() -> None:
+    scaler = GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    loop = scaled_loop(None, measure=Measure(monitor=True))
+    with pytest.raises(RuntimeError, match=r"a GradScaler steps the SGD, and AdaptiveBatch was not given it"):
+        loop.run(2, update=lambda: scaler.step(loop.optimizer))
+    disabled = GradScaler("cpu", enabled=False)
+    loop.optimizer.zero_grad()
+    assert loop.run(2, update=lambda: disabled.step(loop.optimizer)) == 2
+    loop = scaled_loop(None)  # which measures nothing that could be wrong
+    assert loop.run(1, update=lambda: scaler.step(loop.optimizer)) == 1
+
+
+@pytest.mark.parametrize("make", [SGD, lambda params, lr: AdamW(params, lr=lr, fused=True)])
+def test_gradients_that_are_still_scaled_are_not_stepped(make: Any) -> None:
+    scaler = GradScaler("cpu", init_scale=8.0)
+    loop = scaled_loop(scaler, make=make)
+
+    def by_itself() -> None:
+        scaler.unscale_(loop.optimizer)
+        loop.optimizer.step()
+        scaler.update()
+
+    def by_scaler(unscale: bool) -> None:
+        if unscale:
+            scaler.unscale_(loop.optimizer)
+        scaler.step(loop.optimizer)
+        scaler.update()
+
+    assert loop.run(1, update=lambda: by_scaler(True)) == 1
+    assert loop.run(1, update=lambda: by_scaler(False)) == 2
+    assert loop.run(1, update=by_itself) == 3
+    with pytest.raises(RuntimeError, match=r"while its gradients are still scaled.* call scaler\.step\(optimizer\)"):
+        loop.run(1)
+
+
+def test_a_loss_is_not_scaled_twice() -> None:
+    scaler = GradScaler("cpu", init_scale=8.0)
+    loop = scaled_loop(scaler)
+    step = next(loop.batches.steps(GlobalOrder(regression(64))))
+    loss = loss_of(loop.model, next(iter(step)))
+    with pytest.raises(RuntimeError, match=r"the loss is scaled twice: give step\.backward the loss as it is"):
+        step.backward(scaler.scale(loss))
+
+
+# --- another optimizer, loop or schedule ------------------------------------------------------------------------------
+
+
+def test_an_update_that_every_other_step_lacks_is_said_at_the_second() -> None:
+    loop, updates = Loop(), iter([True, False, True, False, True])
+    with pytest.warns(RuntimeWarning, match=r"the update never came for 2 steps: optimizer\.step\(\) of the SGD"):
+        assert loop.run(5, update=lambda: next(updates) and loop.optimizer.step()) == 3
+
+
+def test_steps_inside_a_step_do_not_lose_its_update() -> None:
+    loop = Loop()
+    with pytest.raises(RuntimeError, match=r"another step was asked for while the update of step 0 is still to come"):
+        loop.run(2, update=lambda: loop.run(1))
+    assert loop.run(1) == 1  # the loop was left by an error, and goes on
+    # Two loaders that are taken in turn are no mistake.
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4)
+    both = [batches.steps(GlobalOrder(regression(64, seed=seed))) for seed in range(2)]
+    for steps in both * 2:
+        step = next(steps)
+        for batch in step:
+            step.backward(loss_of(model, batch))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert batches.progress.steps == 4
+
+
+def test_a_schedule_of_another_optimizer_of_the_same_parameters() -> None:
+    loop = Loop()
+    with pytest.raises(ValueError, match="of a AdamW that is not the SGD of the AdaptiveBatch"):
+        ProgressLR(AdamW(loop.model.parameters()), lr.linear(), loop.batches, total=adabatch.steps(10))
+    other = ProgressLR(SGD(network().parameters(), lr=0.1), lr.linear(), loop.batches, total=adabatch.steps(10))
+    assert loop.run(1, after=other.step) == 1  # of another network, whose rate follows this run
+    assert other.optimizer.param_groups[0]["lr"] == pytest.approx(0.09)
+
+
+def test_another_schedule_is_seen_also_where_it_is_stepped_first() -> None:
+    loop = Loop()
+    other = ExponentialLR(loop.optimizer, 0.5)
+    schedule = loop.schedule()
+    with pytest.raises(RuntimeError, match="something else changes it too, such as a torch scheduler"):
+        loop.run(2, after=lambda: (other.step(), schedule.step()))
+    assert loop.batches.progress.steps == 1
+
+
+def test_a_step_that_reaches_no_parameter_of_the_optimizer() -> None:
+    loop = Loop()
+    assert loop.run(1) == 1
+    state = {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
+    loop.model.load_state_dict(state, assign=True)  # other parameters than those of the optimizer
+    with pytest.raises(RuntimeError, match="no parameter of the SGD has a gradient after the step's last backward"):
+        loop.run(1)
+    with pytest.raises(ValueError, match="the optimizer holds none of the model's parameters"):
+        AdaptiveBatch(network(), SGD(network().parameters(), lr=0.1), Constant(8), micro_batch_size=4)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_run_is_not_copied_with_its_hooks(copied: Any) -> None:
+    with pytest.raises(TypeError, match=r"an AdaptiveBatch cannot be copied or pickled.* save its state_dict\(\)"):
+        copied(Loop().batches)

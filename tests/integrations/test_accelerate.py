@@ -20,7 +20,7 @@ from support.hosts import (
     needs,
     rank_variables,
 )
-from support.loops import lines, network
+from support.loops import all_lines, lines, network
 from support.ports import free_port
 from support.ranks import run_ranks
 from torch import Tensor
@@ -185,6 +185,25 @@ def test_sync_gradients_says_where_a_step_ends() -> None:
     run = Run(accelerator_of(), awkward(1)).train(GlobalOrder(Numbered()), until=adabatch.steps(10), clip=CLIP)
     assert run.syncs == [[False] * (count - 1) + [True] for count in run.windows]
     check_awkward([run.told()], clip=CLIP)
+
+
+def test_an_evaluation_of_a_loop_is_in_the_journal_and_is_cut_with_its_steps(tmp_path: Path) -> None:
+    run = Run(accelerator_of(), Constant(4 * MICRO), measure=MONITOR, journal=tmp_path / "run.jsonl")
+    losses = []
+    for until in (2, 4, 6):
+        run.train(until=adabatch.steps(until))
+        losses.append(loss_of(run.model, next(iter(run.loader))).detach())
+        run.batches.record_evaluation({"loss": losses[-1]})
+        if until == 4:
+            run.accelerator.save_state(str(tmp_path / "state"))
+    told = [line for line in all_lines(tmp_path / "run.jsonl") if "evaluation" in line]
+    assert [(line["step"], line["evaluation"]["loss"]) for line in told] == [
+        (until, loss.item()) for until, loss in zip((2, 4, 6), losses, strict=True)
+    ]
+    run.accelerator.load_state(str(tmp_path / "state"))
+    told = all_lines(tmp_path / "run.jsonl")
+    assert [line["step"] for line in told if "evaluation" in line] == [2, 4]
+    assert [line["step"] for line in told if "plan" in line] == [0, 1, 2, 3]
 
 
 def test_save_state_and_load_state_resume_to_the_bit(tmp_path: Path) -> None:

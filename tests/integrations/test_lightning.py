@@ -20,7 +20,7 @@ from support.hosts import (
     loss_of,
     needs,
 )
-from support.loops import lines, network, weights
+from support.loops import all_lines, lines, network, weights
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -99,7 +99,7 @@ def module_of(configured: Configured = by_sgd, *, root: str = "lightning.pytorch
             self.outputs.append(outputs["loss"].item())
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("validation", loss_of(self.network, batch))
+            self.log("val_loss", loss_of(self.network, batch))
 
         def on_validation_start(self) -> None:
             self.events.append(("validation", self.trainer.global_step))
@@ -207,13 +207,18 @@ def test_a_micro_batch_that_grows() -> None:
 
 
 @pytest.mark.parametrize("bar", ["tqdm", "rich"])
-def test_epochs_end_with_their_data(bar: str) -> None:
+def test_epochs_end_with_their_data(bar: str, tmp_path: Path) -> None:
     """Validation, schedulers per epoch, the bar and the counters, though no epoch knows its last step beforehand."""
     from lightning.pytorch.callbacks import Callback, RichProgressBar, TQDMProgressBar
 
     totals: list[tuple[Any, int]] = []
+    losses: list[float] = []
 
     class Watch(Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            if not trainer.sanity_checking:
+                losses.append(trainer.callback_metrics["val_loss"].item())
+
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             shown = trainer.progress_bar_callback
             total = shown.train_progress_bar.total
@@ -225,12 +230,16 @@ def test_epochs_end_with_their_data(bar: str) -> None:
 
     shown = TQDMProgressBar() if bar == "tqdm" else RichProgressBar()
     sizes = adabatch.Stages(MICRO, [adabatch.Stage(adabatch.steps(3), 5 * MICRO)])
-    module, callback = module_of(stepped), callback_of(sizes)
-    trainer = trainer_of(callback, shown, Watch(), max_epochs=3, enable_progress_bar=True)
+    module, callback = module_of(stepped), callback_of(sizes, journal=tmp_path / "run.jsonl")
+    options = {"enable_progress_bar": True, "num_sanity_val_steps": 2}
+    trainer = trainer_of(callback, shown, Watch(), max_epochs=3, **options)
     trainer.fit(module, loader(shuffle=True), DataLoader(Numbered(8), batch_size=MICRO))
     ends = [3 + 13, 29, 42]  # of 64 micro-batches: 3 of 1 and 12 of 5 and a last one of 1; then 12 of 5 and one of 4
     assert module.windows == [1] * 3 + [5] * 12 + [1] + ([5] * 12 + [4]) * 2
-    assert module.events == [(what, end) for end in ends for what in ("validation", "epoch")]
+    assert module.events == [("validation", 0)] + [(what, end) for end in ends for what in ("validation", "epoch")]
+    told = [line for line in all_lines(tmp_path / "run.jsonl") if "evaluation" in line]
+    assert [(line["step"], line["examples"]) for line in told] == list(zip(ends, (256, 512, 768), strict=True))
+    assert [line["evaluation"] for line in told] == [{"loss": loss} for loss in losses], "without the sanity check"
     assert totals == [(16, 16), (13, 13), (13, 13)]
     assert trainer.current_epoch == 3
     assert trainer.optimizers[0].param_groups[0]["lr"] == LR / 8
@@ -302,14 +311,17 @@ def test_a_monitor_measures_lightnings_own_accumulation_and_changes_nothing(prec
         how: dict[str, Any] = {"plugins": half()} if precision == "half" else {}
         module = module_of(by_adam)
         trainer = trainer_of(*callbacks, accumulate_grad_batches=4, max_epochs=1, gradient_clip_val=CLIP, **how)
-        trainer.fit(module, loader())
+        trainer.fit(module, loader(), DataLoader(Numbered(8), batch_size=MICRO))
         return module, trainer
 
     watch = NoiseMonitorCallback(micro_batch_size=MICRO, journal=tmp_path / "run.jsonl")
     theirs, _ = fit()
     module, trainer = fit(watch)
     assert torch.equal(weights(module), weights(theirs))
-    assert len(lines(tmp_path / "run.jsonl")) == 16
+    told = all_lines(tmp_path / "run.jsonl")
+    assert len(told) == 17
+    assert told[-1]["step"] == 16
+    assert told[-1]["evaluation"] == {"loss": trainer.callback_metrics["val_loss"].item()}
     adaptive = callback_of(Constant(4 * MICRO), measure=MONITOR)
     trainer_of(adaptive, max_epochs=1, gradient_clip_val=CLIP).fit(module_of(by_adam), loader())
     rounding = 1e-5 if precision == "32-true" else 0.05  # of gradients in float16

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.causal_lm import NUM_EXAMPLES, Sentences, by_hand, llama, training_arguments, whole
 from support.hosts import environment_kept, needs
-from support.loops import lines
+from support.loops import all_lines, lines
 from support.trainers import SIZES, adaptive, fresh_state, grown, logged
 
 import adabatch
@@ -45,18 +45,21 @@ def test_a_constant_batch_is_the_trainers_own_run_to_the_bit(tmp_path: Path) -> 
             learning_rate=1e-3,
             max_grad_norm=1.0,
             gradient_accumulation_steps=1 if kind == "ours" else 4,
+            eval_strategy="epoch",
         )
         trainer = (AdaptiveTrainer if mixed else Trainer)(
-            llama(), arguments, train_dataset=Sentences(even=True), **mixed
+            llama(), arguments, train_dataset=Sentences(even=True), eval_dataset=Sentences(8), **mixed
         )
         output = trainer.train()
         found.append((whole(trainer.model), output.global_step, trainer.state.epoch, logged(trainer, "grad_norm")))
     for other in found[1:]:
         assert torch.equal(other[0], found[0][0])
         assert other[1:] == found[0][1:]
-    seen = lines(tmp_path / "seen.jsonl")
-    assert len(seen) == 8
-    assert all(line["moments"]["noise"] > 0 for line in seen)
+    seen = all_lines(tmp_path / "seen.jsonl")
+    steps, evaluations = ([line for line in seen if name in line] for name in ("plan", "evaluation"))
+    assert len(steps) == 8
+    assert all(line["moments"]["noise"] > 0 for line in steps)
+    assert [(line["step"], list(line["evaluation"])) for line in evaluations] == [(4, ["loss"]), (8, ["loss"])]
 
 
 def test_a_growing_plan_is_the_run_by_hand_and_counts_are_right(tmp_path: Path) -> None:
@@ -73,6 +76,12 @@ def test_a_growing_plan_is_the_run_by_hand_and_counts_are_right(tmp_path: Path) 
     assert evaluated == [6, 10]  # 60 of 116 examples are over after the sixth, and all after the tenth
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-7"]
     assert [line["plan"]["global_batch_size"] for line in lines(tmp_path / "journal.jsonl")] == SIZES
+    after = {"loss": trainer.evaluate()["eval_loss"]}
+    losses = [{"loss": entry["eval_loss"]} for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[-1] == after
+    found = [line for line in all_lines(tmp_path / "journal.jsonl") if "evaluation" in line]
+    assert [(line["step"], line["examples"]) for line in found] == [(6, 60), (10, 116), (10, 116)]
+    assert [line["evaluation"] for line in found] == losses
 
 
 def test_a_run_resumed_in_mid_epoch_repeats_the_rest_to_the_bit(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.causal_lm import NUM_EXAMPLES, Sentences, by_hand, llama, training_arguments, whole
 from support.hosts import environment_kept, needs
+from support.loops import all_lines
 from support.trainers import EPOCHS, SIZES, adaptive, fresh_state, grown, logged
 
 needs("transformers", "accelerate")
@@ -151,6 +152,10 @@ def test_stopping_early_loads_the_best_checkpoint(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.state.global_step == 6  # the first was the best, and the two after it are the patience
     assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-2"
+    trainer.evaluate()  # of the best weights, which are not those of the last step: it is not in the journal
+    evaluations = [line for line in all_lines(tmp_path / "journal.jsonl") if "evaluation" in line]
+    assert [(line["step"], line["evaluation"]["falling"]) for line in evaluations] == [(2, -2), (4, -4), (6, -6)]
+    assert set(evaluations[0]["evaluation"]) == {"falling", "loss"}
     assert whole(trainer.model).tolist() == pytest.approx(by_hand(SIZES[:2]).tolist(), rel=1e-4, abs=1e-5)
 
 

@@ -12,7 +12,8 @@ import pytest
 from adabatch import lr
 from adabatch.batch.plan import Progress, examples, gain_steps, steps
 from adabatch.journal.writer import LINE_FORMAT
-from adabatch.lr.extend import steps_done, whole
+from adabatch.lr.bound import whole
+from adabatch.lr.extend import steps_done
 from adabatch.lr.recorded import JOURNAL_FORMAT
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from support.reports import journal, two_runs
 
 from adabatch.report.chart_pictures import DRAWN, write_charts
-from adabatch.report.page import drawn, report_on
+from adabatch.report.page import REASON_KINDS, drawn, report_on
+from adabatch.report.reason_colors import reason_colors
 from adabatch.report.steps import read_steps
 
 
@@ -42,6 +44,21 @@ def test_each_chart_of_the_page_is_a_picture_of_the_same_numbers(figures: dict[s
     taken = figures["batch"].axes[0].lines[-1]
     np.testing.assert_array_equal(taken.get_ydata()[:-1], said["runs"][1]["batch"])
     assert [text.get_text() for text in figures["batch"].legends[0].texts][:2] == ["first <run>", "second"]
+
+
+def test_each_kind_of_reason_has_a_colour_of_its_own_the_light_one_of_the_page(
+    figures: dict[str, Figure], tmp_path: Path
+) -> None:
+    colors = reason_colors()
+    assert set(colors) == {*REASON_KINDS.values()}
+    assert len({*colors.values()}) == len(colors)
+    assert colors["failed"] == "#1d2330", "white in the dark theme"
+    write_charts(drawn([report_on(read_steps(journal(60), "one"))]), tmp_path)
+    legend = figures["batch"].legends[0]
+    pairs = zip(legend.texts, legend.get_patches(), strict=True)
+    shown = {text.get_text(): to_hex(patch.get_facecolor()) for text, patch in pairs}
+    assert shown
+    assert shown == {kind: colors[kind] for kind in shown}
 
 
 def test_what_was_not_measured_is_said(figures: dict[str, Figure], tmp_path: Path) -> None:

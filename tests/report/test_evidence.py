@@ -18,15 +18,19 @@ TIMES = np.array([STEP + EXAMPLE * size for size in SIZES])
 
 
 def timed(sizes: list[int], seconds: np.ndarray | None = None, accumulation: int = 1) -> RunSteps:
-    """A run of those micro-batches, whose times are exactly those of the model unless others are given."""
+    """A run of those micro-batches, whose times are exactly those of the model unless others are given.
+
+    A line has the time of the step before it, so that the last step is not timed.
+    """
     exact = [STEP + EXAMPLE * accumulation * size for size in sizes]
     begun = itertools.accumulate((accumulation * size for size in sizes), initial=0)
-    lines = []
+    lines, late = [], {}
     for step, (size, taken, examples) in enumerate(zip(sizes, exact, begun, strict=False)):
         plan = {"micro_batch_size": size, "accumulation_steps": accumulation, "dp_size": 1}
         plan["global_batch_size"] = accumulation * size
         line = {"format": 1, "step": step, "examples": examples, "plan": plan, "loss": 1.0, "applied": True}
-        line |= {"moments": None, "averages": None, "next": size, "reason": "hold", "seconds": taken}
+        line |= {"moments": None, "averages": None, "next": size, "reason": "hold", **late}
+        late = {"seconds": taken, "timed_plan": plan}
         lines.append(json.dumps(line))
     run = read_steps(lines, "run")
     return run if seconds is None else run._replace(seconds=seconds)
@@ -34,7 +38,7 @@ def timed(sizes: list[int], seconds: np.ndarray | None = None, accumulation: int
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_exact_times_give_an_exact_price(accumulation):
-    found = step_cost_of(timed(SIZES, accumulation=accumulation), gradient_bytes=8)
+    found = step_cost_of(timed([*SIZES, 64], accumulation=accumulation), gradient_bytes=8)
     assert found is not None
     assert (found.step, found.example) == pytest.approx((STEP, EXAMPLE))
     assert found.price_band == pytest.approx((1, 1), abs=1e-9)
@@ -47,6 +51,53 @@ def test_all_times_count_and_not_the_last_ones():
     found = step_cost_of(timed(SIZES, np.where(late & (np.array(SIZES) == 8), 3 * TIMES, TIMES)), gradient_bytes=0)
     assert found is not None
     assert found.step / found.example == pytest.approx(STEP / EXAMPLE)
+
+
+MICRO = 0.005
+"""Seconds of a micro-batch beside its examples."""
+
+
+def mixed(plans: list[tuple[int, int]]) -> RunSteps:
+    """A run of those micro-batch sizes and numbers of micro-batches, whose times are exactly those of the model."""
+    run = timed([micro for micro, _ in plans])
+    counts = np.array([count for _, count in plans])
+    seconds = STEP + counts * (MICRO + EXAMPLE * run.micro_batch)
+    return run._replace(accumulation=counts, batch=run.micro_batch * counts, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("plans", "step", "example"),
+    [
+        # The micro-batch grows: two of them are a part of each step.
+        ([(8, 2), (16, 2), (32, 2), (64, 2)], STEP + 2 * MICRO, EXAMPLE),
+        # In between, sizes that are no power of two take more and smaller ones.
+        ([(8, 2), (8, 7), (8, 3), (16, 2), (16, 3), (16, 13)], STEP + 2 * MICRO, EXAMPLE),
+        # At 16 it is at its limit: 16 x 4 could have been 32 x 2.
+        ([(8, 2), (16, 2), (16, 3), (16, 4), (16, 5)], STEP, EXAMPLE + MICRO / 16),
+        # It was never changed.
+        ([(16, 2), (16, 3)], STEP, EXAMPLE + MICRO / 16),
+    ],
+    ids=["grows", "odd sizes", "at its limit", "one size"],
+)
+def test_the_fixed_cost_of_micro_batches_goes_where_their_number_goes(plans, step, example):
+    found = step_cost_of(mixed(plans * 8), gradient_bytes=0)
+    assert found.step / found.example == pytest.approx(step / example)
+    assert found.price_band == pytest.approx((1, 1), abs=1e-9)
+
+
+def test_examples_that_cost_nothing_in_a_micro_batch_cost_the_largest_one():
+    run = mixed([(8, 2), (16, 2), (16, 3), (32, 2)] * 8)
+    free = run._replace(seconds=STEP + run.accumulation * MICRO)
+    found = step_cost_of(free, gradient_bytes=0)
+    assert found.step / found.example == pytest.approx(STEP / (MICRO / 32))
+
+
+def test_times_are_right_in_the_median_and_spread_around_it():
+    """Steps of (16, 3) take one micro-batch longer than the cost of a step with two says."""
+    found = step_cost_of(mixed([(8, 2), (16, 2), (16, 3), (16, 3), (16, 3)] * 8), gradient_bytes=0)
+    two = STEP + 2 * MICRO + EXAMPLE * 48
+    assert found.step + found.example * 48 == pytest.approx(two + MICRO)
+    assert found.spread == pytest.approx((two / (two + MICRO), 1))
 
 
 def test_the_band_widens_with_the_scatter():
@@ -90,10 +141,10 @@ def test_the_band_is_that_of_a_jackknife():
 @pytest.mark.parametrize(
     ("sizes", "band"),
     [
-        ([32, 64] * 7 + [32], (1, 1)),  # fewer than two timed steps per group
+        ([32, 64] * 8, (1, 1)),  # fewer than two timed steps per group
         ([32] * 40, (1 / WIDEST, WIDEST)),
-        ([32] * 40 + [64], (1 / WIDEST, WIDEST)),  # a single timing tells the price
-        ([32] * 40 + [64] * 2, (1, 1)),
+        ([32] * 40 + [64] * 2, (1 / WIDEST, WIDEST)),  # a single timing tells the price
+        ([32] * 40 + [64] * 3, (1, 1)),
     ],
 )
 def test_what_tells_the_price(sizes, band):

@@ -11,7 +11,7 @@ import pytest
 from adabatch.batch import adaptive_limit
 from adabatch.report.evaluations import Extremes, extremes
 from adabatch.report.heat import layer_bins
-from adabatch.report.page import Reported, numbers, page, report_on, thinned
+from adabatch.report.page import MOST_CHANGES, Reported, drawn, numbers, page, report_on, thinned
 from adabatch.report.steps import RunSteps, read_steps
 from adabatch.report.summary import (
     RunSettings,
@@ -253,6 +253,35 @@ def test_time_only_where_most_steps_have_it():
     assert time_before(run_of(*GROWN)) is None
 
 
+PLANS = [
+    {"micro_batch_size": size, "accumulation_steps": 1, "dp_size": 1, "global_batch_size": size} for size in (8, 32)
+]
+
+
+@pytest.mark.parametrize("says_whose", [True, False])
+def test_a_time_is_that_of_the_step_that_took_it(says_whose):
+    """It is known one measured step late; before journals said whose it was, too. The third step was not measured."""
+    plans = [PLANS[0]] * 4 + [PLANS[1]] * 3
+    timed = [None, None, None, (PLANS[0], 1.0), (PLANS[0], 1.5), None, (PLANS[1], 4.0)]
+    steps = []
+    for plan, late in zip(plans, timed, strict=True):
+        step = {"batch": plan["global_batch_size"], "plan": plan}
+        if late is not None:
+            step |= {"seconds": late[1], "timed_plan": late[0]} if says_whose else {"seconds": late[1]}
+        steps.append(step)
+    steps[2]["moments"] = None
+    found = run_of(*steps).seconds
+    first = 2 if says_whose else 1
+    expected = [math.nan] * 7
+    expected[first], expected[3], expected[5] = 1.0, 1.5, 4.0
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_time_whose_step_is_in_no_line_is_left_out():
+    lost = {"seconds": 4.0, "timed_plan": PLANS[1]}
+    assert np.isnan(run_of(*[{"batch": 8, "plan": PLANS[0], **lost}] * 2).seconds).all()
+
+
 def test_settings_come_from_nested_and_flat_configs():
     nested = {
         "limits": {"min": 16, "max": {"class_path": "adabatch.LinearRamp"}},
@@ -422,3 +451,12 @@ def test_schedules_are_written_as_sizes_and_examples():
     for text in wrong:
         with pytest.raises(ValueError, match=r"written as|ascend|at least 1"):
             Choice.parse(text)
+
+
+def test_the_list_of_changes_is_cut_for_all_runs_of_a_page_and_says_by_how_many():
+    moving = [{"batch": 16 if number % 2 else 32, "reason": "scheduled"} for number in range(401)]
+    one, several = (drawn([report_on(run_of(*moving))] * count)["runs"] for count in (1, 2))
+    for runs in (one, several):
+        assert sum(len(run["changes"]) for run in runs) == MOST_CHANGES
+        for run in runs:
+            assert len(run["changes"]) + run["changes_left_out"] == run["summary"]["num_changes"] == 400

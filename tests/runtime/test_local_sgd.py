@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.loops import loss_of, network, regression, train, weights
+from support.loops import lines, loss_of, network, regression, train, weights
 from support.options import grouped
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -27,9 +28,10 @@ from adabatch import (
     examples,
     steps,
 )
-from adabatch.adaptive.options import EngineOptions
+from adabatch.adaptive.options import EngineOptions, Guard
 from adabatch.batch import Progress
 from adabatch.batch.plan import tokens
+from adabatch.guards import UpdatesLeftOut
 from adabatch.runtime.local_sgd import (
     Average,
     Change,
@@ -43,7 +45,9 @@ from adabatch.runtime.local_sgd import (
     Table,
 )
 from adabatch.runtime.local_sgd.compression import BLOCK, BFloat16, Int8
+from adabatch.runtime.local_sgd.fragments import deal, due
 from adabatch.runtime.local_sgd.periods import NEVER
+from adabatch.runtime.local_sgd.settings import LocalSGDSettings
 
 PERIODS: dict[str, Period] = {
     "fixed": Fixed(8),
@@ -76,7 +80,7 @@ def test_quadratic_rounds_grow_as_the_rate_falls(one: float, other: float) -> No
     period = Quadratic(alpha=0.2, base=4)
     low, high = sorted((one, other))
     assert period.local_steps(start(lr=low)) >= period.local_steps(start(lr=high))
-    assert period.local_steps(start(lr=high)) == max(4, math.floor((0.2 / high) ** 2))
+    assert period.local_steps(start(lr=high)) == min(NEVER, max(4, math.floor((0.2 / high) ** 2)))
 
 
 def test_the_quadratic_rule_at_its_ends() -> None:
@@ -91,10 +95,61 @@ def test_the_quadratic_rule_at_its_ends() -> None:
     assert warming.local_steps(start(at=10, lr=0.05, peak_lr=0.1)) == 16
 
 
+def test_a_run_whose_rate_ends_at_zero_begins_its_last_round() -> None:
+    settings = LocalSGDSettings(
+        period=Quadratic(alpha=0.2, base=2),
+        outer=Average(),
+        warmup=None,
+        average_state=False,
+        compression="none",
+        weights="equal",
+        measure="first",
+        spread="across",
+        fragments=1,
+        overlap=0,
+        mix=0.5,
+    )
+    for rate in (0.0, 1e-30):
+        assert settings.begin(start(lr=rate), workers_agree=True).local_steps == NEVER
+    with pytest.raises(ValueError, match="longest must be a whole number of at least 1 local step, got 1000000000"):
+        Quadratic(alpha=0.2, base=2, longest=10**9)
+
+
 def test_a_table_is_read_at_its_milestones() -> None:
     table = PERIODS["table"]
     assert [table.local_steps(start(at=at)) for at in (0, 99, 100, 999, 1000, 10**6)] == [2, 2, 8, 8, 32, 32]
     assert Table(2, [Change(examples(50), 4)]).local_steps(start(at=5)) == 4
+
+
+# --- fragments ------------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_dealt_by_size_and_by_turns() -> None:
+    blocks = [f"blocks.{number}" for number in range(6) for _ in ("weight", "bias")]
+    assert deal(blocks, [64, 8] * 6, 3) == [(0, 1, 6, 7), (2, 3, 8, 9), (4, 5, 10, 11)]
+    # an embedding as large as all others together has a fragment of its own
+    assert deal(["embedding", *blocks], [6 * 72, *[64, 8] * 6], 2) == [(0,), tuple(range(1, 13))]
+    assert deal(["a", "b", "c"], [0, 0, 0], 3) == [(0,), (1,), (2,)]
+    with pytest.raises(ValueError, match=r"at most the number of layers that train, 2 \(a, b\), got 3"):
+        deal(["a", "b", "a"], [1, 1, 1], 3)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=8, max_size=40), st.integers(1, 8))
+def test_fragments_hold_everything_once_and_are_of_nearly_the_same_size(sizes: list[int], num_fragments: int) -> None:
+    dealt = deal([str(place) for place in range(len(sizes))], sizes, num_fragments)
+    assert sorted(place for fragment in dealt for place in fragment) == list(range(len(sizes)))
+    filled = [sum(sizes[place] for place in fragment) for fragment in dealt]
+    assert all(dealt)
+    assert max(filled) - min(filled) <= max(sizes)
+
+
+@given(st.integers(1, 200), st.integers(1, 8))
+def test_every_fragment_has_one_turn_in_a_round_and_the_last_ends_it(local_steps: int, num_fragments: int) -> None:
+    turns = [due(step, local_steps, num_fragments) for step in range(1, local_steps + 1)]
+    assert [turn for each in turns for turn in each] == list(range(num_fragments))
+    assert turns[-1][-1] == num_fragments - 1
+    if num_fragments <= local_steps:
+        assert max(map(len, turns)) == 1
 
 
 # --- outer steps ----------------------------------------------------------------------------------------------------
@@ -199,6 +254,26 @@ def test_alone_with_an_outer_optimizer_it_looks_ahead() -> None:
             assert local.sync_every == 4
 
 
+def test_alone_an_average_in_the_background_is_mixed_with_what_came_after() -> None:
+    model, other = network(), network()
+    optimizer, by_hand = (SGD(each.parameters(), lr=0.1) for each in (model, other))
+    data, then = regression(64).tensors, weights(other)
+    # A round of one step is shorter than the overlap: the average before it is then applied early.
+    with LocalSGD(model, optimizer, sync_every=Table(4, [Change(steps(4), 1)]), overlap=2, mix=0.25) as local:
+        for step in range(6):
+            for each, update in ((model, optimizer), (other, by_hand)):
+                loss_of(each, data).backward()
+                update.step()
+                update.zero_grad()
+            if step >= 4:
+                nn.utils.vector_to_parameters(0.25 * weights(other) + 0.75 * then, other.parameters())
+            then = weights(other)
+            torch.testing.assert_close(weights(model), weights(other), rtol=0, atol=1e-6)
+        before = weights(model)
+    assert (local.rounds, local.bytes_sent) == (4, 0)
+    torch.testing.assert_close(weights(model), 0.25 * before + 0.75 * then, rtol=0, atol=1e-6)
+
+
 def test_hooks_go_with_the_block_and_an_exception_sends_nothing() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -230,6 +305,13 @@ def test_hooks_go_with_the_block_and_an_exception_sends_nothing() -> None:
         ({"sync_every": 4, "weights": "size"}, ValueError, "weights must be one of examples, equal"),
         ({"sync_every": 4, "measure": "middle"}, ValueError, "measure must be one of first, last"),
         ({"sync_every": 4, "spread": "both"}, ValueError, "spread must be one of across, within"),
+        ({"sync_every": 4, "fragments": 0}, ValueError, "fragments must be at least 1, got 0"),
+        ({"sync_every": 2, "fragments": 3}, ValueError, "fragments must be at most sync_every=2, got 3"),
+        ({"sync_every": 4, "overlap": -1}, ValueError, "overlap must be at least 0 steps, got -1"),
+        ({"sync_every": 4, "overlap": 4}, ValueError, "overlap must be below sync_every=4, got 4"),
+        ({"sync_every": 4, "overlap": 2, "mix": 1}, ValueError, r"mix must be in \[0, 1\), got 1"),
+        ({"sync_every": 4, "overlap": 2, "average_state": True}, ValueError, "does not go with overlap=2"),
+        ({"sync_every": 4, "fragments": 3}, ValueError, r"number of layers that train, 2 \(0, 2\), got 3"),
     ],
 )
 def test_settings_that_make_no_sense(options: dict[str, Any], error: type[Exception], says: str) -> None:
@@ -291,6 +373,10 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
         AdaptiveBatch(model, optimizer, NoiseScale(norm="sign"), **grouped(options))
     with pytest.raises(ValueError, match=r"does not measure coordinates at quantile 0.5"):
         AdaptiveBatch(model, optimizer, CoordinateNormTest(0.5, quantile=0.5), **grouped(options))
+    for apart in ({"fragments": 2}, {"overlap": 3}):
+        options["local_sgd"] = LocalSGD(model, optimizer, sync_every=4, **apart)
+        with pytest.raises(ValueError, match=r"fragments or overlap they never do: use LocalSGD\(spread=\"within\"\)"):
+            AdaptiveBatch(model, optimizer, NormTest(eta=0.5), **grouped(options))
 
 
 @pytest.mark.parametrize(
@@ -319,12 +405,65 @@ def test_states_of_another_time_model_or_number_of_workers() -> None:
     with pytest.raises(ValueError, match="saved by 4 workers, and there are 1"):
         local.load_state_dict({**state, "num_workers": 4})
     with pytest.raises(ValueError, match="other shapes"):
-        local.load_state_dict({**state, "momenta": [torch.zeros(2)]})
+        local.load_state_dict({**state, "fragments": [{**state["fragments"][0], "momenta": [torch.zeros(2)]}]})
     with pytest.raises(ValueError, match="saved with outer=SlowMo, this run has Nesterov"):
         local.load_state_dict({**state, "outer": "SlowMo"})
     with pytest.raises(ValueError, match="saved with compression=int8, this run has none"):
         local.load_state_dict({**state, "compression": "int8"})
+    shallow = nn.Linear(6, 1)
+    with pytest.raises(ValueError, match="that of 4 parameters, and 2 train"):
+        LocalSGD(shallow, SGD(shallow.parameters(), lr=0.1), sync_every=4).load_state_dict(state)
+    in_two = LocalSGD(model, optimizer, sync_every=4, outer=Nesterov(), fragments=2)
+    with pytest.raises(ValueError, match="saved with fragments=1, this run has 2"):
+        in_two.load_state_dict(state)
+    local = LocalSGD(model, optimizer, sync_every=4, outer=Nesterov())
+    local.load_state_dict(state)
     local.synchronize()
     local.load_state_dict({**local.state_dict(), "num_workers": 4})  # where all agree, their number may change
     assert (local.rounds, local.steps) == (2, 5)
     assert isinstance(Average(), OuterOptimizer)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_worker_alone_leaves_out_what_is_not_finite(tmp_path: Path, what: str) -> None:
+    """The others know nothing of it, so the plan counts the step; but a run that does not train any more stops."""
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    local = LocalSGD(model, optimizer, sync_every=4)
+    batches = AdaptiveBatch(
+        model,
+        optimizer,
+        Constant(8),
+        micro_batch_size=4,
+        local_sgd=local,
+        journal=tmp_path / "journal.jsonl",
+        guard=Guard(max_left_out=3),
+    )
+    poison = math.nan
+
+    def overflows(grad: Tensor) -> Tensor:
+        return grad * poison
+
+    bad = (1, 2, 4, 5, 6)
+
+    def run() -> None:
+        for number, step in enumerate(batches.steps(GlobalOrder(regression(96)))):
+            hook = model[0].bias.register_hook(overflows) if what == "gradient" and number in bad else None
+            for batch in step:
+                step.backward(loss_of(model, batch) * (poison if what == "loss" and number in bad else 1.0))
+            if hook is not None:
+                hook.remove()
+            before = weights(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert torch.equal(before, weights(model)) == (number in bad)
+
+    with pytest.raises(UpdatesLeftOut, match="the last 3 updates in a row were left out, up to step 7"):
+        run()
+    assert torch.isfinite(weights(model)).all()
+    assert batches.progress == batches.consumed
+    assert (local.steps, local.rounds) == (7, 1)
+    found = lines(tmp_path / "journal.jsonl")
+    assert [(line["applied"], line["reason"] == "not finite") for line in found] == [
+        (number not in bad, number in bad) for number in range(7)
+    ]

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -237,7 +238,9 @@ def _state_in(checkpoints: Path) -> dict[str, Any]:
     """The tensors and plain values of the newest checkpoint of a run, on whatever engine."""
     newest = newest_of_deepspeed(checkpoints)
     if newest is not None:  # trusted files, with objects of DeepSpeed's in them
-        return {path.name: _plain(torch.load(path, weights_only=False)) for path in sorted(newest.glob("*.pt"))}
+        files = {path.name: torch.load(path, weights_only=False) for path in sorted(newest.glob("*.pt"))}
+        _drop_padding(files)
+        return {name: _plain(state) for name, state in files.items()}
     newest = next(iter(checkpoints_in(checkpoints).values()))
     state: dict[str, Any] = torch.load(newest / "state.pt", weights_only=True)
     if (newest / "shards").exists():
@@ -245,6 +248,22 @@ def _state_in(checkpoints: Path) -> dict[str, Any]:
             dcp_to_torch_save(newest / "shards", Path(place) / "whole.pt")
             state["shards"] = torch.load(Path(place) / "whole.pt", weights_only=True)
     return state
+
+
+def _drop_padding(files: dict[str, Any]) -> None:
+    """ZeRO 3 pads each parameter to a multiple of the ranks; no one ever writes the padding, so it may be anything."""
+    for name, state in files.items():
+        found = re.fullmatch(r"zero_pp_rank_(\d+)_(.*)_optim_states\.pt", name)
+        held = state["optimizer_state_dict"] if found else {}
+        if found is None or "fp32_flat_groups" not in held:
+            continue
+        rank, ranks = int(found[1]), held["partition_count"]
+        groups = files[f"zero_pp_rank_{rank}_{found[2]}_model_states.pt"]["param_shapes"]
+        for index, (flat, shapes) in enumerate(zip(held["fp32_flat_groups"], groups, strict=True)):
+            sizes = [-(-shape.numel() // ranks) for shape in shapes.values()]
+            pieces = flat.split([*sizes, flat.numel() - sum(sizes)])[:-1]
+            own = [max(0, shape.numel() - rank * size) for shape, size in zip(shapes.values(), sizes, strict=True)]
+            held["fp32_flat_groups"][index] = torch.cat([piece[:most] for piece, most in zip(pieces, own, strict=True)])
 
 
 def _plain(state: Any) -> Any:

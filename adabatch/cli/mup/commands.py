@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from jsonargparse import ArgumentParser, Namespace
 
-from adabatch.cli.display import Display, PlainConsole
+from adabatch.cli.display import Display, output
 from adabatch.cli.mup.widths import Subject, check, show_plan, sweep
 from adabatch.cli.subcommands import Command
 from adabatch.optim.mup.coordinates import TOLERANCE
@@ -29,10 +29,10 @@ def run_mup(config: Namespace) -> int:
         ValueError: if something is wrong with its arguments.
         OSError: if a file cannot be written, or the reader of its output has ended.
     """
-    console = PlainConsole()
-    display = Display(0, console if console.is_terminal else PlainConsole(width=PLAIN_WIDTH))
+    display = Display(0, output(width=PLAIN_WIDTH))
     arguments = vars(config[config.subcommand])
     names = Subject.__dataclass_fields__
+    # `check` and `sweep` have all of these arguments, `plan` has not
     if names.keys() <= arguments.keys():
         subject = Subject(**{name: arguments.pop(name) for name in names})
         arguments["subject"] = subject

@@ -93,6 +93,7 @@ def check(
         parameterization: mup.coordinate_check(
             make,
             lambda model, plan: method(model, plan, rate, damping),
+            # the check looks at one batch only
             lambda seed: next(iter(batches(seed))),
             parameterization=parameterization,
             tolerance=tolerance,
@@ -145,6 +146,7 @@ def sweep(
         over_lrs = run(name, lrs, [damping])
         found[f"learning rate, {SHOWN[name]}"] = Swept(over_lrs, "lr")
         if dampings:
+            # of the narrowest width, where tuning is cheap: this is what a transfer would do
             best = over_lrs.best(over_lrs.widths[0]).lr
             found[f"damping at lr {best:g}, {SHOWN[name]}"] = Swept(run(name, [best], dampings), "damping")
     for title, swept in found.items():
@@ -209,6 +211,7 @@ def _sweep_panel(draw: Any, title: str, swept: Swept) -> Any:
     lines, marks = [], []
     for width in swept.result.widths:
         runs, best = swept.result.at(width), swept.result.best(width)
+        # a gap in the line, where infinity would set the axis
         losses = [run.loss if math.isfinite(run.loss) else math.nan for run in runs]
         lines.append(draw.Line(f"width {width}", [swept.of(run) for run in runs], losses))
         marks.append(draw.Mark(f"width {width}", swept.of(best), best.loss))

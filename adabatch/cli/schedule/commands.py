@@ -9,7 +9,7 @@ from typing import get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
-from adabatch.cli.display import Display, PlainConsole
+from adabatch.cli.display import Display, output
 from adabatch.cli.schedule.compare import compare, transfer
 from adabatch.cli.schedule.extend import extend
 from adabatch.cli.schedule.refine import NextRule, refine
@@ -37,8 +37,7 @@ def run_schedule(config: Namespace) -> None:
         ValueError: if something is wrong with its arguments.
         OSError: if a file cannot be read or written, or the reader of its output has ended.
     """
-    console = PlainConsole()
-    display = Display(0, console if console.is_terminal else PlainConsole(width=PLAIN_WIDTH))
+    display = Display(0, output(width=PLAIN_WIDTH))
     SUBCOMMANDS[config.subcommand].run(**vars(config[config.subcommand]), display=display)
     display.check_read()
 

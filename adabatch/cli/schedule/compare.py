@@ -124,6 +124,7 @@ def transfer(
     (old_label, old), (new_label, new) = parse_shape(source), parse_shape(target)
     horizon = _horizons(norms, clock)
     before = horizon(steps)
+    # the norms as a function of the share of the steps, as the new run is assumed to have them
     after = before if target_steps is None else horizon(target_steps)
     warmup_after = warmup_steps if target_warmup_steps is None else target_warmup_steps
     tuned, wanted = (
@@ -189,7 +190,12 @@ def _compared(draw: Any, bounded: dict[str, ScheduleBound], *, constant: bool) -
             note="each at its best base LR",
         ),
         draw.Panel(
-            f"bound of the last iterate ({unit[1]})", bounds, note="if the run ended here", log="y", top=6 * least
+            # top, because the bound after few steps is many times as large, and would flatten the rest
+            f"bound of the last iterate ({unit[1]})",
+            bounds,
+            note="if the run ended here",
+            log="y",
+            top=6 * least,
         ),
     ]
     if not constant:

@@ -19,6 +19,7 @@ from adabatch.cli.runs import CHECKPOINTS, JOURNAL
 from adabatch.cli.schedule.compare import BOUND_SOURCE
 from adabatch.cli.schedule.recorded import read_checkpoint, read_recorded, read_saved
 from adabatch.cli.schedule.shape_text import class_path, config_text
+from adabatch.lr.bound import whole
 from adabatch.lr.extend import (
     EXTENSIONS,
     ExtendedSchedule,
@@ -27,7 +28,6 @@ from adabatch.lr.extend import (
     extended_schedules,
     finished_run,
     steps_done,
-    whole,
 )
 from adabatch.lr.horizon import Horizon, ScheduleBound, schedule_bound
 from adabatch.lr.recorded import Recorded
@@ -158,6 +158,7 @@ def _write_checkpoints(
 ) -> None:
     """Writes a checkpoint with the new schedule for each option that can resume from it."""
     there = read_checkpoint(checkpoint)
+    # or the new schedule would not be the run's own up to the point where it leaves that
     if (there.shape, there.total, there.base_lrs) != (saved.shape, saved.total, saved.base_lrs):
         raise ValueError(
             f"{checkpoint} is of another run than {saved.source}: it has {there.shape} over {there.total}, "
@@ -174,6 +175,7 @@ def _write_checkpoints(
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     for label in early:
         config, place = folder / f"{_file_name(label)}.yaml", folder / _file_name(label)
+        # all else stays: weights, optimizer, place in the data, batch
         schedule = {"shape": options[label].shape.to_dict(), "total": [total.count, str(total.unit)]}
         changed = {**state, "schedule": {**state["schedule"], **schedule}}
         path = _write_again(checkpoint, changed, place / CHECKPOINTS, steps=there.progress.steps)

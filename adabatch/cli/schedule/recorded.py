@@ -36,6 +36,7 @@ def read_saved(run: Path) -> SavedSchedule | None:
         ValueError: for the same reasons as ``read_checkpoint``.
         CheckpointError: if all checkpoints are damaged.
     """
+    # a single rank, whatever the run had
     found = newest_checkpoint(run / CHECKPOINTS, Collectives())
     return None if found is None else read_checkpoint(found.path)
 
@@ -66,6 +67,7 @@ def read_checkpoint(path: Path) -> SavedSchedule:
         ) from None
     # the first releases wrote the anchor as a number
     start, changed = (anchor[0], anchor[1] > 0) if isinstance(anchor, list) else (anchor, False)
+    # tokens go in proportion to examples, which a journal counts
     clock: Clock = "steps" if total.unit == "steps" else "examples"
     if gain or total.unit == "gain_steps":
         clock = "gain_steps"

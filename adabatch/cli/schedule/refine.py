@@ -16,7 +16,7 @@ from adabatch.cli.schedule.recorded import read_recorded, read_saved, reference_
 from adabatch.cli.schedule.shape_text import class_path, config_text
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.recorded import Clock, Recorded
-from adabatch.lr.refine import Kind
+from adabatch.lr.refine import POWERS, Kind
 from adabatch.lr.refine_run import READS, RefinedRun, refine_run, refined_bounds
 from adabatch.lr.shapes import FloatArray
 
@@ -80,6 +80,7 @@ def refine(
         + (f": the bound suggests {base_lrs} where {_listed(recorded.base_lrs)} was the best." if base_lrs else "."),
         f"Progress counts {counted.replace('_', '-')}. {rule}",
     )
+    # no warm-up: the table has its own, and that of the other config would come on top
     config: dict[str, Any] = {"shape": class_path(made.shape), "warmup": None}
     if lr_rule is not None:
         config |= {"lr_rule": lr_rule, "reference_batch_size": round(reference)}
@@ -92,7 +93,7 @@ def refine(
 
 def say_summary(recorded: Recorded, kind: Kind, made: RefinedRun, *, rule: str, display: Display) -> None:
     """Shows a summary of the shape."""
-    which, power = READS[kind]
+    which, power = READS[kind], POWERS[kind]
     peak = int(np.argmax(made.values))
     header = ("kind", f"{which} norms", "median of", "peak at", "90 % of it from", "mean", "at half-way")
     row = (
@@ -161,6 +162,7 @@ def _panels(draw: Any, recorded: Recorded, made: RefinedRun, edges: FloatArray, 
     """Norms, the shape, and the learning rate that both it and the run's own schedule come to."""
     x = edges[:-1]
     grew = np.ptp(made.factor) > 0
+    # initial=0, because a journal without a shape has NaN only
     own = recorded.shape / np.nanmax(recorded.shape) if np.nanmax(recorded.shape, initial=0) > 0 else recorded.shape
     shapes = [draw.Line("refined", x, made.values)]
     if np.isfinite(own).all():

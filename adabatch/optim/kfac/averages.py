@@ -88,6 +88,7 @@ def factor(layer: WatchedLayer, side: str, trace: float) -> Factor:
 def traces(layers: Sequence[WatchedLayer]) -> Tensor:
     """The traces of each layer's input and output factors, and its two counters; shape (num_layers, 4), float64."""
     values = []
+    # In one tensor, so that a single host sync reads all of them.
     for layer in layers:
         for side in SIDES:
             rows = layer.state.get(f"{side}_rows")
@@ -110,6 +111,7 @@ def average_in(layer: WatchedLayer, seen: FactorSums, *, num_examples: float, sh
     assert seen.input_sum is not None
     assert seen.output_sum is not None
     new = {"input": seen.input_sum / seen.num_rows, "output": seen.output_sum / num_examples}
+    # Traces are enough: a diagonal sums the squares of every number that its factor is made of.
     finite = torch.isfinite(_trace(new["input"]) + _trace(new["output"]))
     # The first observation is taken whole, and the averages are not corrected for that. Curvature falls fast at first,
     # and the memory of its beginning keeps the early steps short: on MNIST at width 256, corrected averages diverged at
@@ -117,6 +119,7 @@ def average_in(layer: WatchedLayer, seen: FactorSums, *, num_examples: float, sh
     part = torch.where(layer.state["observed"] > 0, share, 1.0)
     for side, value in new.items():
         old = layer.state[f"{side}_moment"]
+        # where(), and not a share of zero: 0 x NaN is NaN.
         old.copy_(torch.where(finite, old.lerp(value.to(old), part.to(old.dtype)), old))
     layer.state["observed"] += finite
     layer.state["not_finite"] += ~finite

@@ -27,6 +27,7 @@ class Noted(NamedTuple):
     output: GradientEdge  # not the tensor, which an in-place activation would overwrite
 
 
+# This and the next function are also in adabatch.runtime, which optim/ does not import.
 def _remove(handles: list[RemovableHandle]) -> None:
     while handles:
         handles.pop().remove()
@@ -87,6 +88,7 @@ class Capture:
         self._handles = [
             *(module.register_forward_hook(_weakly(self._note)) for module in layers),
             model.register_forward_pre_hook(_weakly(self._begin), prepend=True),
+            # Also after an error in the forward: otherwise layers that are called outside of it would be recorded.
             model.register_forward_hook(_weakly(self._end), always_call=True),
         ]
         finalize(self, _remove, self._handles).atexit = False
@@ -95,6 +97,7 @@ class Capture:
         if module is not self._model:  # a deep copy of it (an average of its weights) has the hooks too
             return
         self._noted.clear()
+        # Without gradients, as in an evaluation, there is no graph in which to go back.
         self._watching = torch.is_grad_enabled() and self._due()
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
@@ -137,6 +140,7 @@ class Capture:
         for cotangent in cotangents:
             # a backward of the outputs alone: the loss's own would give gradients of a mean over the batch, times its
             # scale
+            # The graph is kept for the backward of the loss. A layer need not reach these outputs.
             deltas = torch.autograd.grad(
                 outputs, where, grad_outputs=cotangent.to(outputs.dtype), retain_graph=True, allow_unused=True
             )

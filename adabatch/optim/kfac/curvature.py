@@ -63,6 +63,7 @@ def cotangents(
 def _residual(values: Tensor, targets: Tensor, likelihood: Likelihood) -> Tensor:
     if likelihood == "gaussian":
         return values - targets
+    # Probabilities minus a one-hot target, which is never formed.
     return values.softmax(-1).scatter_add(-1, targets.unsqueeze(-1), -torch.ones_like(values[..., :1]))
 
 

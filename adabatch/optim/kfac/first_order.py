@@ -28,7 +28,10 @@ def update_others(group: dict[str, Any], state: MutableMapping[Tensor, Any]) -> 
     for p in params:
         if "exp_avg" not in state[p]:
             state[p].update(
-                step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                # As torch's own AdamW begins: the count is on the CPU, where reading it needs no sync.
+                step=torch.zeros((), dtype=torch.float32),
+                exp_avg=torch.zeros_like(p),
+                exp_avg_sq=torch.zeros_like(p),
             )
     adamw(
         params,

@@ -114,6 +114,7 @@ class Inversion:
                 continue
             damping = self._form(pair, block.group)
             for side, factor, exponent, rho in self._sides(block, pair, damping):
+                # A Cholesky factorization inverts whole matrices; powers, rows and diagonals go another way.
                 if exponent != 1 or factor.in_rows or factor.values.dim() == 1:
                     self._by_power(block, side, factor, exponent, rho)
                     continue
@@ -142,6 +143,7 @@ class Inversion:
         for block, side, key, factor in requests:
             root: Root | None = tried[key].root
             if key in bad:
+                # Once for a factor that several blocks share.
                 if key not in again:
                     self._fallbacks["float64 inverse"] += 1
                     second = inverse(factor.values, damping=key[2], trace=factor.trace, dtype=torch.float64)
@@ -177,7 +179,9 @@ class Inversion:
         if root is None:
             self._fallbacks["kept inverse"] += 1
             return
+        # Not a copy: a weight and its bias may share the root of B.
         block.state[f"{side}_root"] = root.core
+        # The form may change from rows to a matrix when the batch grows.
         block.state.pop(f"{side}_scale", None)
         if root.scale is not None:
             block.state[f"{side}_scale"] = root.scale

@@ -47,7 +47,7 @@ class LinearLayer:
 
     def input_rows(self, value: Tensor) -> Tensor:
         """One row per example and position."""
-        return value.flatten(0, -2).float() if value.dtype is not torch.float64 else value.flatten(0, -2)
+        return _wide(value.flatten(0, -2))
 
     output_rows = input_rows
 
@@ -82,7 +82,7 @@ class Conv2dLayer:
     def input_rows(self, value: Tensor) -> Tensor:
         """The patches, shape (examples * positions, C k^2)."""
         module = self._module
-        value = value if value.dtype is torch.float64 else value.float()
+        value = _wide(value)
         around = module._reversed_padding_repeated_twice  # what Conv2d itself pads by, for every kind of padding
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         patches = F.unfold(
@@ -92,8 +92,7 @@ class Conv2dLayer:
 
     def output_rows(self, value: Tensor) -> Tensor:
         """One row per example and output position, shape (examples * positions, C_out)."""
-        rows = value.flatten(2).transpose(1, 2).flatten(0, 1)
-        return rows if rows.dtype is torch.float64 else rows.float()
+        return _wide(value.flatten(2).transpose(1, 2).flatten(0, 1))
 
     def num_rows(self, value: Tensor) -> int:
         """Examples times output positions."""
@@ -136,7 +135,7 @@ class EmbeddingLayer:
 
     def output_rows(self, value: Tensor) -> Tensor:
         """One row per looked-up token, shape (tokens, d)."""
-        return value.flatten(0, -2) if value.dtype is torch.float64 else value.flatten(0, -2).float()
+        return _wide(value.flatten(0, -2))
 
     def num_rows(self, value: Tensor) -> int:
         """The number of looked-up tokens."""
@@ -149,6 +148,11 @@ class EmbeddingLayer:
     def shaped(self, matrix: Tensor, like: Tensor) -> Tensor:
         """Transposed back."""
         return matrix.T
+
+
+def _wide(value: Tensor) -> Tensor:
+    # factors are sums over very many rows, and no factorization runs in half precision
+    return value if value.dtype is torch.float64 else value.float()
 
 
 def layer_of(module: nn.Module) -> Layer | str:

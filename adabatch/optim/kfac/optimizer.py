@@ -203,6 +203,7 @@ class KFAC(Optimizer):
         self._whitening = Whitening()
         # Rows save work only on one process: the sum over ranks would be of matrices again.
         self._in_rows = memory == 0 and reduce is None
+        # Last, so that an argument that is refused leaves no hook on the model.
         self._capture = Capture(model, modules, due=lambda: self.due, in_rows=self._in_rows)
 
     # --- called by the loop -----------------------------------------------------------------------------------------
@@ -274,6 +275,7 @@ class KFAC(Optimizer):
         watched = (p for group in self.param_groups if group.get("method") == "kfac" for p in group["params"])
         check_in_place(watched, self._blocks, "K-FAC")
         check_ratios(self)
+        # Read before _average() replaces it.
         before = self._clock.last_batch
         # summed before the decision: all ranks then see the same number of examples, and refresh in the same step
         if self.due and self._average() and self._wants_refresh(before):
@@ -303,6 +305,7 @@ class KFAC(Optimizer):
         )
         self.fallbacks["not finite"] = sum(int(row[3]) for row in numbers)
         for block in self._blocks.values():
+            # On all ranks and in the same order, whoever owns the layer.
             self._owner.share(block.layer.name, inversion.roots_of(block))
         self._whitening = Whitening()
         self._clock.refreshes += 1
@@ -403,6 +406,7 @@ class KFAC(Optimizer):
         for layer in self._layers:
             seen = sums.layers.get(layer.name)
             if seen is None or seen.num_rows == 0 or not (seen.output_rows or seen.output_sum is not None):
+                # A layer that no micro-batch of this step has used keeps its averages.
                 continue
             if self._in_rows:
                 averages.keep_rows(layer, seen, num_examples=sums.num_examples)
@@ -449,6 +453,7 @@ class KFAC(Optimizer):
             total = torch.zeros((), dtype=torch.float64, device=device) if product is None else product
             if self._reduce is not None:
                 total = self._reduce(total)
+            # On the device: to compare the product with the limit on the host would be a sync in every step.
             factor = (self._kl_clip / total.clamp(min=torch.finfo(torch.float64).tiny)).sqrt().clamp(max=1)
             found = [(p, direction * factor.to(direction.dtype)) for p, direction in found]
         yield from found
@@ -459,6 +464,7 @@ class KFAC(Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             direction = state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
+        # A host sync if the rate is a tensor on an accelerator.
         lr = float(group["lr"])
         if group["weight_decay"]:
             p.mul_(1 - lr * group["weight_decay"])
@@ -474,6 +480,7 @@ class KFAC(Optimizer):
         blind = [
             layer.name
             for layer in self._layers
+            # A layer that the loss does not reach has nothing to observe.
             if measured[layer.name][2] == 0 and any(p.grad is not None for p in self._params_of(layer))
         ]
         if not blind:

@@ -81,6 +81,7 @@ def _kind(
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded"
     for parameter in own.values():
+        # Its gradient is a sum over several layers, and the factors of one do not describe it.
         if len(uses[id(parameter)]) > 1:
             return f"{' and '.join(uses[id(parameter)])} are one tied parameter"
     return layer_of(module)

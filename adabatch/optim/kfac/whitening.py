@@ -50,6 +50,7 @@ def _factor(root: Root) -> Tensor:
         core = root.scale * torch.eye(core.shape[1], dtype=core.dtype, device=core.device) - core.T @ core
     if core.dim() < 2:
         return core.sqrt()
+    # The root is L L^T, so C is the transpose of L. cholesky_ex() does not raise, and needs no host sync.
     factor, info = torch.linalg.cholesky_ex(core.double())
     # Only the zero inverse of a layer without curvature is not positive definite.
     return torch.where(info == 0, factor.T, 0.0).to(core.dtype)

@@ -233,6 +233,7 @@ def _own(module: nn.Module, key: str, old: dict[str, Tensor], calls: Sequence[_C
         for call in calls
         for values in ({**old, key: new}, old)
     ]
+    # Outputs with the new value and with the old one alternate.
     return _rms([changed - first for changed, first in zip(outputs[::2], outputs[1::2], strict=True)])
 
 

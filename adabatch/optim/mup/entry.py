@@ -22,6 +22,7 @@ Role = Literal["input", "hidden", "output", "fixed", "vector"]
 """Which fans of a parameter grow with width: out, both, in, or neither, respectively; "vector" for parameters without a
 fan-in, such as biases and gains."""
 
+# The dimensions that are not width, by role; kernels and stacks never are.
 _FIXED: Mapping[Role, frozenset[Dim]] = MappingProxyType(
     {
         "input": frozenset({"in"}),

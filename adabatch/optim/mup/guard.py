@@ -47,6 +47,7 @@ def check_ratios(optimizer: Optimizer) -> None:
         if "mup_lr" not in group or (isinstance(rate, Tensor) and not rate.is_cpu):
             continue
         common = float(rate) / group["mup_lr"]
+        # By base rate: groups of several calls may be in one optimizer, each call with its own.
         expected = first.setdefault(group["mup_base_lr"], common)
         # written so that NaN fails too
         if not abs(common - expected) <= TOLERANCE * abs(expected):

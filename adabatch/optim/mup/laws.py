@@ -112,7 +112,6 @@ class MuonLaw(Law):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        """Refuses an adjustment that torch does not have."""
         if self.adjust_lr_fn not in (None, *get_args(MuonAdjust)):
             raise ValueError(
                 f"adjust_lr_fn must be one of {', '.join(get_args(MuonAdjust))} or None, got {self.adjust_lr_fn!r}"
@@ -124,6 +123,7 @@ class MuonLaw(Law):
         return math.sqrt(entry.r_out / entry.r_in) * own
 
     def _adjustment(self, shape: tuple[int, ...]) -> float:
+        # What torch.optim.Muon multiplies the rate by.
         rows, columns = shape
         if self.adjust_lr_fn == "match_rms_adamw":
             return math.sqrt(max(rows, columns))
@@ -159,7 +159,6 @@ class ShampooLaw(Law):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        """Refuses settings out of range."""
         require(0 < self.exponent <= 0.5, "exponent must be in (0, 0.5], 0.25 for classical Shampoo", self.exponent)
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size must be 1 or more, or None for no blocks, got {self.block_size}")
@@ -206,7 +205,6 @@ class KFACLaw(Law):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        """Refuses exponents out of range."""
         if any(not 0 <= e <= 1 for e in self.exponents):
             raise ValueError(f"exponents (e_B, e_A) must be in [0, 1], (1, 1) for K-FAC, got {self.exponents}")
 

@@ -35,7 +35,9 @@ def use_of(module: nn.Module, key: str, parameter: Tensor) -> Use:
     """
     dims = parameter.dim()
     if isinstance(module, _NORMS):
+        # Before biases: the offset of a norm goes with its gain.
         return Use("norm", _repeated("out", dims))
+    # Recurrent layers number theirs: bias_ih_l0.
     if key.startswith("bias") or dims == 0:
         return Use("bias", _last_out(dims))
     if isinstance(module, nn.Linear | nn.RNNBase | nn.RNNCellBase) and dims == 2:

@@ -43,6 +43,7 @@ def all_names(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Parameter]]:
     """Each parameter with all its names, of which tied weights have more than one."""
     found: dict[int, tuple[list[str], nn.Parameter]] = {}
     for prefix, module in named_modules(model):
+        # Not by named_parameters(), which keeps the names of wrappers, and leaves out the second name of a tied weight.
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 found.setdefault(id(parameter), ([], parameter))[0].append(joined(prefix, key))

@@ -98,6 +98,7 @@ def _entry(name: str, ours: _Used, base: _Used, *, role: Role | None, layout: tu
         )
     if len(ours.shape) != len(base.shape):
         raise ValueError(f"{name} has shape {ours.shape}, in the base model {base.shape}: another architecture")
+    # A tied weight has several uses, whose roles may differ: an embedding is an input, a readout an output.
     candidates = [_untied(name, use, ours.shape, base.shape, layout) for use in ours.uses]
     found = {(entry.role, entry.layout) for entry in candidates}
     if role is None and len(found) > 1:
@@ -131,6 +132,7 @@ def _untied(
 def _guessed(name: str, shape: tuple[int, ...], base_shape: tuple[int, ...]) -> tuple[Dim, ...]:
     """A layout for a parameter of an unknown module, if it makes no difference which one."""
     ratios = {size / before for size, before in zip(shape, base_shape, strict=True)}
+    # If all dimensions grow alike, both fans have the same ratio, whichever is which.
     if ratios == {1.0} or (len(ratios) == 1 and len(shape) == 2):
         fan_in: Dim = "in"
         return ("out", *(fan_in for _ in shape[1:]))

@@ -147,6 +147,7 @@ def transfer_sweep(
 
 def _final_loss(trial: Trial, width: int, seed: int, batches: Iterable[Batch], steps: int) -> float:
     model, optimizers = trial.start(width, seed)
+    # LambdaLR multiplies, so that the groups of a plan keep the ratios of their rates.
     schedules = [LambdaLR(optimizer, lambda step: 1 - step / steps) for optimizer in optimizers]
     losses: list[float] = []
     with seeded(seed):

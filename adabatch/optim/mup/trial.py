@@ -113,7 +113,9 @@ class Trial:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds torch's generators, and restores them afterwards."""
-    with torch.random.fork_rng():
+    # All of them by number, as manual_seed() seeds all: torch warns if there are several GPUs and none is named.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else None
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
 

@@ -30,6 +30,7 @@ class Blocks(NamedTuple):
         """The blocks of a tensor of this shape: one block, or several with sides of at most ``longest``."""
         rows = shape[0] if shape else 1
         columns = math.prod(shape[1:])
+        # At least 1, for parameters without elements, whose grid would be divided by zero.
         height, width = (max(1, min(side, longest or side)) for side in (rows, columns))
         return cls(rows, columns, height, width)
 
@@ -44,6 +45,7 @@ class Blocks(NamedTuple):
         down, across = self.grid
         if down * across == 1:
             return matrix[None]
+        # pad() begins with the last dimension.
         whole = pad(matrix, (0, across * self.width - self.columns, 0, down * self.height - self.rows))
         return whole.reshape(down, self.height, across, self.width).transpose(1, 2).flatten(0, 1)
 

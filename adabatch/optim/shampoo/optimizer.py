@@ -260,8 +260,10 @@ class Shampoo(Optimizer):
         whole = self._owner.gather(name, grad)
         form = Blocks.of(param.shape, group["block_size"])
         blocks = None if whole is None else _blocks(whole, form, state["left"].dtype, negative=group["maximize"])
+        # On every rank, with or without the gradient: the counts tell all of them when to meet in share().
         is_due = statistics.count(state, group)
         if blocks is not None:
+            # Before the roots, so that those of a first step are not the roots of zeros.
             statistics.follow(state, blocks)
         if is_due:
             unfit[param] = self._owner.owns(name) and not statistics.refresh(state, group, self.fallbacks)
@@ -276,6 +278,7 @@ class Shampoo(Optimizer):
         found = list(unfit.values())
         if self._reduce is not None and unfit:
             device = next(iter(unfit)).device
+            # The same parameters are due on all ranks, in the same order. As numbers, since `reduce` adds.
             counts = torch.tensor(found, dtype=torch.float32, device=device)
             found = [count > 0 for count in self._reduce(counts).tolist()]  # host sync
         for param, is_unfit in zip(unfit, found, strict=True):
@@ -289,6 +292,7 @@ class Shampoo(Optimizer):
     def _apply(self, params: list[Tensor], updates: list[Tensor], group: dict[str, Any]) -> None:
         """Applies momentum, decay and the updates of a group."""
         lr = group["lr"]
+        # A number where that costs no sync; otherwise the tensor is used as it is.
         if isinstance(lr, Tensor) and lr.is_cpu:
             lr = lr.item()
         foreach = multi_tensor.are_plain(params) if group["foreach"] is None else group["foreach"]

@@ -33,9 +33,11 @@ def inverse_root(matrices: Tensor, *, exponent: float, epsilon: float, relative:
         torch.linalg.LinAlgError: if an eigenvalue decomposition did not converge.
     """
     values, vectors = torch.linalg.eigh(matrices)
+    # Rounding makes eigenvalues of zero slightly negative.
     values = values.clamp(min=0)
     largest = values[..., -1:]
     damped = values + epsilon * (largest if relative else 1.0)
+    # Eigenvalues up to this size may be rounding errors of zeros.
     rounding = torch.finfo(values.dtype).eps * values.shape[-1] * largest
     powers = torch.where(damped > rounding, damped.pow(-exponent), 0.0)
     if relative:
@@ -72,6 +74,7 @@ def refreshed(
 
 def _one(matrix: Tensor, root_of: Callable[[Tensor], Tensor], counts: MutableMapping[str, int]) -> Tensor | None:
     """The root of one matrix on the CPU, with the smallest jitter that works; None if none does."""
+    # Without jitter first: the CPU may succeed where the device, or another matrix of the stack, failed.
     for share in (0.0, *JITTERS):
         try:
             root = root_of(matrix + share * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype))

@@ -45,6 +45,7 @@ def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
     state = {"step": torch.zeros(()), "weight": torch.zeros((), dtype=torch.float64)}
     for name, length in lengths.items():
         for key in (name, f"{name}_root"):
+            # Roots of zero: without a first refresh nothing moves.
             state[key] = torch.zeros(down * across, length, length, dtype=dtype, device=param.device)
     if group["momentum"] != 0:
         state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
@@ -85,6 +86,7 @@ def follow(state: State, blocks: Tensor) -> None:
     """Adds the gradient of the step that was counted last, in blocks, to the averages."""
     # The new gradient has weight 1 of the sum of all weights: a running mean at first, then the moving average, so the
     # zeros of the beginning never enter, and beta may change at any step.
+    # On the CPU like the count of steps, so this is no host sync.
     share = 1 / float(state["weight"])
     for side in _sides(state):
         factor = blocks if side == "left" else blocks.mT

@@ -5,10 +5,7 @@
   const many = runs.length > 1;
   const hidden = new Set();
   const AXES = data.axes;
-  const REASONS = {
-    "moved up": "--up", "moved down": "--down", scheduled: "--scheduled", "at a limit": "--limit",
-    waits: "--waits", uncertain: "--uncertain", "in place": "--place", "not asked": "--none", failed: "--failed",
-  };
+  const REASONS = data.reason_colors;
   const MOST_COLUMNS = 5;
   let axis = "examples";
 

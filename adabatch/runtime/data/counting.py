@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 WAY_OUT = "pass count=, a function from micro-batch to number of examples, to AdaptiveBatch.steps"
 
@@ -14,7 +15,8 @@ WAY_OUT = "pass count=, a function from micro-batch to number of examples, to Ad
 def num_examples_in(batch: Any) -> int:
     """Examples in a micro-batch: the number on which all its entries agree.
 
-    A tensor or array holds one example per row of its first dimension; one without dimensions is ignored. The values
+    A tensor or array holds one example per row of its first dimension; one without dimensions is ignored. A
+    ``PackedSequence`` holds one per sequence. The values
     of a mapping, and the entries of the micro-batch itself, are columns, which must have equal numbers of examples. A
     list inside them is either columns again or one entry per example, whichever agrees with the others.
 
@@ -36,6 +38,8 @@ def num_examples_in(batch: Any) -> int:
 
 def _readings(entry: Any, *, nested: bool) -> frozenset[int] | None:
     """The possible numbers of examples in an entry; None if it has none, empty if it contradicts itself."""
+    if isinstance(entry, PackedSequence):
+        return _one(int(entry.batch_sizes[0]))  # all sequences have a first entry
     if isinstance(entry, Tensor | np.ndarray):
         # Not `shape[0]`: a nested tensor has a size but no shape.
         return _one(entry.size(0) if isinstance(entry, Tensor) else len(entry)) if entry.ndim else None
@@ -46,6 +50,7 @@ def _readings(entry: Any, *, nested: bool) -> frozenset[int] | None:
     columns = _agreed(entry)
     if not nested or hasattr(entry, "_fields"):  # a named tuple has columns, never examples
         return columns
+    # Both readings, of which the other columns of the micro-batch leave one.
     return (columns or frozenset()) | _one(len(entry))
 
 

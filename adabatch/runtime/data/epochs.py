@@ -50,6 +50,7 @@ def _parts(loader: object) -> list[object]:
         if part is None or any(part is other for other in found):
             continue
         found.append(part)
+        # Not into a data set, whose attributes have other meanings.
         if name != "dataset":
             inner = _INSIDE if part is loader or name.endswith("loader") else ("sampler", "batch_sampler")
             waiting += [(each, getattr(part, each, None)) for each in inner]

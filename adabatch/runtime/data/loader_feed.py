@@ -14,12 +14,9 @@ from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.counting import WAY_OUT, num_examples_in, outline
 from adabatch.runtime.data.portions import Portion
-from adabatch.runtime.data.same_data import check_different
+from adabatch.runtime.data.same_data import check_different, glance
 
 _END = object()
-
-_HEARD = 500
-"""Bytes of an error message that are sent to the other ranks."""
 
 
 class LoaderFeed:
@@ -28,7 +25,8 @@ class LoaderFeed:
     Exactly the micro-batches of a step are fetched before it begins, and the ranks agree (16 bytes) on how many each
     has. If a loader ends in the middle of a step, the last step is therefore shorter on all ranks; what a rank has
     beyond the others is left out. Between steps, a loader with its own ``state_dict`` is exactly after what was
-    consumed.
+    consumed. A loader that fills the memory of an earlier micro-batch again is an error, which is looked for in each
+    step that holds more micro-batches than any before it in the pass.
 
     If ``num_examples_in`` counts the examples, every micro-batch but the last of the pass must hold
     ``micro_batch_size`` of them: another number shows that something else was counted. Each loading process of a stream
@@ -43,7 +41,7 @@ class LoaderFeed:
 
     Raises:
         ValueError: on all ranks at once, if the loader of some rank is empty, or yields micro-batches of another size
-            than that of the plan, without examples, or equal to those of another rank.
+            than that of the plan, without examples, changed after it was given, or equal to those of another rank.
         RuntimeError: if the loader of another rank raised an error.
         TypeError: if it cannot be iterated, or is a data set of single examples.
     """
@@ -63,8 +61,9 @@ class LoaderFeed:
         self._over = False
         self._collectives = collectives
         self._count = count
-        self._any = may_be_empty
+        self._may_end = may_be_empty
         self._compares = not allow_same_data
+        self._most = 1  # micro-batches that a step has held at a time
         self._num_seen = 0  # micro-batches of this pass
         self._num_short = 0  # those among them below micro_batch_size
         self._short: str | None = None  # the error about the last of them, in case another follows
@@ -87,20 +86,23 @@ class LoaderFeed:
             common = int(self._collectives.minimum_of(len(batches))[0])
             batches, sizes = batches[:common], sizes[:common]
             if common == 0:
-                if not self._any:
+                if not self._may_end:
                     raise ValueError(f"the loader gave no micro-batch on at least one rank: {self._why_empty()}")
                 return None
             (num_examples,) = self._collectives.sum_of(sum(sizes))
         if self._compares:
             check_different(batches, self._collectives)
             self._compares = False
-        self._any = True
+        # From the second step on, no micro-batch is the end of the pass.
+        self._may_end = True
         return Portion(batches, sizes, int(num_examples))
 
     def _fetch(self, plan: BatchPlan) -> tuple[list[Any], list[int], Exception | None]:
         """The next micro-batches and their sizes, and an error of the user's loader or count."""
         batches: list[Any] = []
         sizes: list[int] = []
+        looks = plan.accumulation_steps > self._most
+        glances: list[bytes] = []
         try:
             while len(batches) < plan.accumulation_steps:
                 batch = self._next()
@@ -108,8 +110,19 @@ class LoaderFeed:
                     break
                 batches.append(batch)
                 sizes.append(self._size_of(batch, plan))
+                if looks:
+                    glances.append(glance(batch))
+            if looks and [glance(batch) for batch in batches] != glances:
+                raise ValueError(
+                    f"the loader changed a micro-batch after it gave it, as one does that fills the same memory again: "
+                    f"all {len(batches)} micro-batches of a step are fetched before it begins. Let the loader give "
+                    f"copies (tensor.clone()), or as many buffers as a step may hold micro-batches"
+                )
+            self._most = max(self._most, len(batches))
             return batches, sizes, None
         except Exception as error:
+            # Kept until the ranks have exchanged their numbers: an error that was raised here would leave the others
+            # waiting.
             return [], [], error
 
     def _next(self) -> Any:
@@ -144,15 +157,10 @@ class LoaderFeed:
 
     def _raise_together(self, error: Exception | None) -> NoReturn:
         """Raises an error on all ranks if one has an error, so that the others do not wait for it."""
-        mine = math.inf if error is None else self._collectives.rank
-        (first,) = self._collectives.minimum_of(mine)
-        text = b"" if error is None or self._collectives.rank != first else f"{type(error).__name__}: {error}".encode()
-        # The other ranks contribute zeros, so the sum is the message; a broadcast does not work over a grid of groups.
-        heard = self._collectives.sum_of(*text[:_HEARD].ljust(_HEARD, b"\0"))
+        rank, message = self._collectives.first_message(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        said = bytes(map(int, heard)).rstrip(b"\0").decode(errors="replace")
-        raise RuntimeError(f"the loader of rank {first:.0f} raised an error: {said}")
+        raise RuntimeError(f"the loader of rank {rank} raised an error: {message}")
 
     def _check(self, num_examples: float, plan: BatchPlan) -> None:
         if math.isnan(num_examples):
@@ -193,7 +201,7 @@ def _check_loader(loader: Any) -> None:
 
 
 def _num_last_ones(loader: Iterable[Any]) -> int:
-    """How many micro-batches of a pass may be the last of something: each loading process of a stream has one."""
+    """How many micro-batches of a pass may be short: the last one, or that of each loading process of a stream."""
     if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
         return max(1, loader.num_workers)
     return 1

@@ -62,6 +62,7 @@ class LossWeightedFeed:
                 "number of terms that the mean loss is taken over, and 0 where there are none"
             )
         if 0 in weights:
+            # Stable: the others keep their order.
             order = sorted(range(len(batches)), key=lambda index: weights[index] != 0)
             batches, weights = [batches[index] for index in order], [weights[index] for index in order]
             portion = replace(portion, sizes=[portion.sizes[index] for index in order])
@@ -76,12 +77,10 @@ class LossWeightedFeed:
             return [], [], error
 
     def _raise_together(self, error: Exception | None) -> NoReturn:
-        said = "" if error is None else f"{type(error).__name__}: {error}"
-        told = [each.decode() for each in self._collectives.gather_bytes(said.encode())]
+        rank, message = self._collectives.first_message(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
-        rank = next(rank for rank, each in enumerate(told) if each)
-        raise RuntimeError(f"the micro-batches of rank {rank} could not be fetched or weighed: {told[rank]}")
+        raise RuntimeError(f"the micro-batches of rank {rank} could not be fetched or weighed: {message}")
 
     def consumed(self, portion: Portion) -> None:
         """The step has run."""

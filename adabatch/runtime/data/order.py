@@ -60,6 +60,7 @@ class GlobalOrder:
             whole.
     """
 
+    # With these, a DataLoader would choose sizes or examples itself.
     _FORBIDDEN = frozenset({"batch_size", "sampler", "batch_sampler", "drop_last", "generator", "in_order"})
 
     @checked_but("dataset", "subset", "shuffle")
@@ -176,13 +177,14 @@ class GlobalOrder:
     def _move(self, sequence: ExampleSequence, epoch: int, examples: int) -> None:
         self._place.sequence = sequence
         self._place.seen = epoch * sequence.length + examples
+        # Feeds compare this number, and begin again if it has changed.
         self._place.moves += 1
 
     @checked
     def permutation(self, epoch: int) -> Tensor:
         """The examples of an epoch in their order, shape (length,), int64; the same on every rank."""
         epoch = whole("epoch", epoch, at_least=0, at_most=MOST_EPOCH)
-        return torch.from_numpy(self._place.sequence.at(epoch * len(self), (epoch + 1) * len(self)).copy())
+        return torch.from_numpy(self._place.sequence.at(epoch * len(self), (epoch + 1) * len(self)))
 
     def feed(self, rank: int, dp_size: int) -> OrderFeed:
         """The portions of one rank, from the current place on."""
@@ -200,4 +202,5 @@ class GlobalOrder:
         return OrderFeed(self._place, self._loader, make_dealer=make_dealer, ranks=(rank, dp_size))
 
     def _loader(self, dealer: Dealer, seeds: torch.Generator) -> DataLoader[Any]:
+        # A DataLoader takes any iterable of lists of indices as its batch sampler; its annotations ask for a Sampler.
         return DataLoader(self.dataset, batch_sampler=cast("Any", dealer), generator=seeds, **self._loader_options)

@@ -132,6 +132,7 @@ class SliceDealer(Dealer):
         """Examples that each rank takes in the micro-batch at ``place``."""
         if self._join_epochs:
             return self._micro_batch_size
+        # Rounded up, since no example may be left out; the last ranks then take the first few of the next epoch.
         return min(self._micro_batch_size, -(-self.left_in_epoch(place) // self._dp_size))
 
 
@@ -173,6 +174,7 @@ class ShareDealer(Dealer):
 
     def cut(self, place: int, plan: BatchPlan) -> Cut:
         sizes = self._sizes(place, plan)
+        # The plan tells of the rank with the most micro-batches, for which the others wait.
         largest = -(-len(sizes) // self._ranks.size)
         made_of = BatchPlan(
             micro_batch_size=plan.micro_batch_size, accumulation_steps=largest, dp_size=self._ranks.size
@@ -256,6 +258,7 @@ class OrderFeed:
         if (self._arriving, self._rule) != (self._place.seen, self._dealer.rule(plan)):
             self._redeal(plan)
         if self._batches is None:
+            # Only now that the dealer has its aim: loading processes are given micro-batches as soon as they exist.
             self._batches = iter(self._loader)
         cut = self._dealer.cut(self._place.seen, plan)
         return Portion(self._arrivals(cut), cut.sizes, cut.num_examples, plan=cut.plan)

@@ -143,6 +143,7 @@ class LoaderPasses:
     def end_pass(self) -> None:
         """Sets the loader's samplers and data set to their next epoch."""
         if self._feed is not None:
+            # A pass that never began leaves the epochs as the user has set them.
             self._epochs.advance()
         self._feed, self._ended = None, False
 
@@ -171,8 +172,8 @@ def passes_over(
     """
     if not collectives.fixed and not isinstance(loader, GlobalOrder):
         raise ValueError(
-            f"replicas that come and go share the steps of a GlobalOrder: a {type(loader).__name__} knows nothing of "
-            f"those that are there; use adabatch.GlobalOrder(dataset)"
+            f"replicas that come and go share the steps of a GlobalOrder: a {type(loader).__name__} does not "
+            f"know which of them are there; use adabatch.GlobalOrder(dataset)"
         )
     if isinstance(loader, GlobalOrder):
         return OrderPasses(loader, collectives, weigh=weigh, largest=largest)

@@ -16,7 +16,8 @@ Integers = NDArray[np.int64]
 ROUNDS = 8
 """Rounds of the Feistel network. Four are pseudo-random (Luby and Rackoff 1988); small sets need more to mix well."""
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio, made odd: its multiples are spread evenly over 64 bits."""
 
 
 def key_of(*numbers: int) -> int:
@@ -26,6 +27,7 @@ def key_of(*numbers: int) -> int:
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """A bijection of 64 bits after which every bit depends on all: the finalizer of SplitMix64 (Steele et al. 2014)."""
+    # Products of uint64 arrays wrap around without a warning, as the algorithm means them to.
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -33,7 +35,8 @@ def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def uniforms(key: int, places: Integers) -> NDArray[np.float64]:
     """Numbers in [0, 1), one for each place and of its shape: the stream of SplitMix64 that begins at ``key``."""
-    bits = mixed(places.astype(np.uint64) * _GOLDEN + np.uint64(key))
+    bits = mixed(places.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(key))
+    # The upper 53 bits, which a float64 holds exactly.
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -57,6 +60,7 @@ class Permutation:
         self.size = size
         # A nearly square grid instead of a power of two: it has few cells past `size`, over which places would have to
         # walk.
+        # The root rounded up, in integers: math.sqrt is off by one for some sizes above 2^52.
         rows = math.isqrt(size - 1) + 1
         self._shape = np.uint64(rows), np.uint64(-(-size // rows))
         self._keys = [np.uint64(key_of(key, number)) for number in range(ROUNDS)]
@@ -81,5 +85,6 @@ class Permutation:
             shifted, fixed = number % 2, 1 - number % 2
             size = self._shape[shifted]
             shift = mixed(pair[fixed] + self._keys[number]) % size
+            # `size - shift` and not `-shift`, since the numbers are unsigned.
             pair[shifted] = (pair[shifted] + (size - shift if backwards else shift)) % size
         return pair[0] * self._shape[1] + pair[1]

@@ -61,6 +61,14 @@ def check_different(batches: Sequence[Any], collectives: Collectives) -> None:
     )
 
 
+def glance(batch: Any) -> bytes:
+    """A digest of a sample of one micro-batch; the same for all that cannot be compared."""
+    try:
+        return hashlib.sha256(b"".join(_bytes_of(batch, _GLANCE))).digest()
+    except Exception:  # of a tensor or class that cannot be read
+        return b""
+
+
 def _digest(batches: Sequence[Any], limit: int | None) -> float:
     """A digest of 48 bits of the micro-batches, exact in float64; ``_NOTHING`` if they cannot be compared."""
     try:
@@ -125,6 +133,7 @@ def _varies(batch: Any) -> bool:
             if rows.layout != torch.strided or (rows.ndim and rows.size(0) == 1 and rows.numel()):
                 return True  # a single example can only be compared with those of other ranks
             if rows.ndim and rows.numel():
+                # A few examples are enough to see that they are not all the same.
                 some = rows[:64].flatten(1) if rows.ndim > 1 else rows[:64, None]
                 if not bool((some == some[:1]).all()):
                     return True

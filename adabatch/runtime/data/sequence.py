@@ -25,6 +25,7 @@ def shuffle_of(choice: bool | Shuffle, num_examples: int) -> Shuffle:
         if not choice:
             return InOrder()
         return FullShuffle() if num_examples <= IN_MEMORY else ScatteredShuffle()
+    # A class passes for a Shuffle too, because it has the attributes that the protocol asks for.
     if isinstance(choice, type) or not isinstance(choice, Shuffle):
         raise TypeError(f"shuffle must be True, False or a shuffle such as ScatteredShuffle(), got {shown(choice)}")
     return choice
@@ -66,6 +67,7 @@ class Subset:
             distinct = np.unique(self._indices)
             if len(distinct) < len(self._indices):
                 raise ValueError("the subset names an example twice: WeightedShuffle lets examples come more often")
+            # unique() sorts.
             least, most = int(distinct[0]), int(distinct[-1])
             self.name = f"subset {hashlib.sha256(self._indices.tobytes()).hexdigest()[:12]}"
         if least < 0 or most >= num_examples:

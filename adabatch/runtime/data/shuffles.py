@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from adabatch.arguments import check_fields, whole
-from adabatch.runtime.data.permutation import Integers, Permutation, key_of
+from adabatch.runtime.data.permutation import GOLDEN, Integers, Permutation, key_of
 
 MOST_IN_BLOCKS = 2**40
 """Examples in a block, and blocks that are mixed; above any data set."""
@@ -166,6 +166,7 @@ class _Blocks:
 
     def _begin(self, window: int) -> int:
         """The first place of a window."""
+        # Windows after the shorter block begin earlier by what it lacks.
         return min(
             window * self._span - (self._lacking if window * self._mixed > self._short else 0), self._num_examples
         )
@@ -174,6 +175,7 @@ class _Blocks:
         pieces = [np.arange(0)]
         while begin < end:
             window = begin // self._span
+            # Places after the shorter block lie `_lacking` further on in blocks that are counted as full.
             if begin >= self._begin(window + 1):
                 window = (begin + self._lacking) // self._span
             first, last = self._begin(window), self._begin(window + 1)
@@ -194,4 +196,5 @@ class _Blocks:
 
 def generator(seed: int, stream: int) -> torch.Generator:
     """torch's random numbers for a seed: one stream per epoch, and negative streams for loading processes."""
-    return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + stream) % 2**63)
+    # The factor keeps the streams of neighbouring seeds apart: seed + stream would be the same for many pairs.
+    return torch.Generator().manual_seed((seed * GOLDEN + stream) % 2**63)

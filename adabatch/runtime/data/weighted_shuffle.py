@@ -86,6 +86,7 @@ class WeightedShuffle:
         key = key_of(seed, epoch)
         if self._replacement:
             bounds = np.cumsum(self._weights)
+            # side="right" never finds an example of weight 0, whose bound is that of the example before it.
             last = int(np.flatnonzero(self._weights)[-1])
             # Rounding may lift the largest number to the sum itself, past the last example.
             return lambda begin, end: np.minimum(
@@ -101,4 +102,5 @@ class WeightedShuffle:
             # log1p(-u) and not log(u): u may be 0, but it is never 1.
             times = -np.log1p(-uniforms(key, np.arange(len(self._weights)))) / self._weights
         times[self._weights == 0] = np.inf
+        # Stable, so that equal times give the same order on every machine.
         return np.argsort(times, kind="stable")[: self._length]

@@ -82,6 +82,7 @@ class WholeStepsFeed:
         sizes: list[int] = [] if found is None else [size for _, size in found]
         wrong = self._wrong(found, sizes, plan) if error is None else error
         ended = found is None and wrong is None
+        # Ends and errors travel with the sizes, so that all ranks stop together.
         num_ended, num_failed, num_examples = self._collectives.sum_of(ended, wrong is not None, sum(sizes))
         if num_failed:
             raise wrong or RuntimeError("the data of another rank raised an error, or gave a step that cannot be run")
@@ -102,6 +103,7 @@ class WholeStepsFeed:
         """The next item with the sizes of its micro-batches, None at the end; or an error of the user's code."""
         assert self._items is not None
         try:
+            # All of the item inside the `try`: it may be a generator, whose error is one of this rank too.
             item = next(self._items, None)
             return (None if item is None else [(batch, int(self._count(batch))) for batch in item]), None
         except Exception as error:

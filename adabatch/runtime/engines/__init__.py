@@ -1,1 +1,1 @@
-"""How a model runs on several ranks: one file per engine, and the backward of a micro-batch."""
+"""How a model runs on several ranks: ``Engine``, and one file per engine."""

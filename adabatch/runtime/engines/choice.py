@@ -46,6 +46,7 @@ def engine_for(
     if backward is None:
         backward = PLAIN if scaler is None else scaled_by(scaler)
     if is_sharded(model):
+        # By default in each micro-batch: until it is reduced, every rank holds its whole gradient.
         return FSDP2Engine(model, gradient_sync=gradient_sync or "each", backward=backward)
     if isinstance(uncompiled(model), DistributedDataParallel):
         return DDPEngine(model, gradient_sync=gradient_sync or "last", backward=backward)

@@ -37,8 +37,8 @@ class DDPEngine(Engine):
         assert isinstance(inner, DistributedDataParallel)
         self._ddp = inner
         self._learns = bool(inner.static_graph)
-        # Else DDP itself looks for the parameters that take part.
-        self.waits_for_gradients = not (inner.static_graph or inner.find_unused_parameters)
+        # With find_unused_parameters DDP itself looks for the parameters that take part.
+        self.stand_in = "backward" if inner.find_unused_parameters and not inner.static_graph else "zeros"
 
     def inner_model(self) -> nn.Module:
         """The module inside DDP."""

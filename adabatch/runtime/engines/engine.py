@@ -36,8 +36,9 @@ class Engine(ABC):
         holds_gradients: whether the gradients that a step has accumulated so far are in the optimizer's parameters, if
             they are anywhere that a loop can reach.
         gives_closures: whether the host calls ``optimizer.step()`` with a closure that leaves the gradient as it is.
-        waits_for_gradients: whether the other ranks wait in a step's last backward for gradients of all parameters that
-            required one when the model was wrapped, and for nothing else.
+        stand_in: what lets the other ranks end a step in which this rank's parameters have changed: gradients of
+            "zeros" for all parameters that required one when the model was wrapped; this rank's "backward", as it is;
+            or, from the beginning of the step, its old "flags" (``requires_grad``). None if nothing does.
         reduced: when the mean gradient of a step is available: after the "backward" of its last micro-batch, or only
             when its "update" begins.
     """
@@ -47,7 +48,7 @@ class Engine(ABC):
     runs_alone: bool = True
     holds_gradients: bool = True
     gives_closures: bool = False
-    waits_for_gradients: bool = False
+    stand_in: Literal["zeros", "backward", "flags"] | None = None
     reduced: Literal["backward", "update"] = "backward"
 
     def __init__(self, model: nn.Module, collectives: Collectives, backward: Backward = PLAIN) -> None:
@@ -103,7 +104,7 @@ class Engine(ABC):
         """
 
     def commits(self) -> bool:
-        """Whether the step counts, asked once its gradient is measured. One that does not is as if it had not been."""
+        """Whether the step counts, asked once its gradient is measured. If not, it is as if it had not been taken."""
         return True
 
     def inner_loop_ended(self) -> None:  # noqa: B027  (most engines do nothing then)

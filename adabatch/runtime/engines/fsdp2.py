@@ -27,8 +27,10 @@ class FSDP2Engine(Engine):
 
     shards = True
     runs_alone = False
+    stand_in = "flags"
 
     def __init__(self, model: nn.Module, *, gradient_sync: GradientSync = "each", backward: Backward = PLAIN) -> None:
+        # Refused here, since FSDP2 itself would fail in the first backward only.
         for name, module in model.named_modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
                 raise ValueError(
@@ -56,6 +58,8 @@ class FSDP2Engine(Engine):
     @contextmanager
     def _whole_gradients(self) -> Iterator[None]:
         for unit in self._units:
+            # Not recursively: the list holds every unit, and recursion would visit the inner ones once for each outer
+            # one.
             unit.set_requires_gradient_sync(False, recurse=False)
         try:
             yield
@@ -77,6 +81,7 @@ class FSDP2Engine(Engine):
                 f"of its parameters, so that they cannot be measured apart: freeze them with requires_grad_(False), or "
                 f"give them to the optimizer"
             )
+        # A rank that reduces once per step contributes one part, however many micro-batches it ran.
         if self._sync == "last" and self.collectives.size == 1:
             raise ValueError(
                 "gradient_sync='last' on a single rank leaves one part, which has no spread to measure: use 'each'"

@@ -31,7 +31,9 @@ class HostedEngine(Engine):
         self.copies = inner.copies
         self.runs_alone = inner.runs_alone
         self.holds_gradients = inner.holds_gradients
+        self.gives_closures = inner.gives_closures
         self.reduced = inner.reduced
+        self.stand_in = inner.stand_in
         self._inner = inner
         self._synchronizes = synchronizes
         self._ended = ended

@@ -63,6 +63,7 @@ def torch_claim(environment: Environment) -> Claim | None:
         return None
     way_out = "start the job with torchrun, or unset RANK and WORLD_SIZE to run one process"
     launcher, node = BY_HAND, None
+    # Several launchers set RANK and WORLD_SIZE; each of these variables belongs to one.
     if "TORCHELASTIC_RUN_ID" in environment:
         launcher, node = "torchrun", _place(environment, "GROUP_RANK", "GROUP_WORLD_SIZE", way_out)
     elif "CROSS_RANK" in environment:
@@ -91,6 +92,7 @@ def slurm_claim(environment: Environment) -> Claim | None:
     Raises:
         ValueError: if variables are incomplete or not numbers.
     """
+    # Not SLURM_NTASKS, which the batch script of several tasks has in its environment too.
     if "SLURM_STEP_NUM_TASKS" not in environment:
         return None
     names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -114,6 +116,7 @@ def job_named(environment: Environment) -> str | None:
 
 def first_host(nodes: str) -> str:
     """First host of a node list as Slurm writes it: "gpu[07-09,12],cpu1" -> "gpu07"."""
+    # A comma inside brackets separates numbers of hosts, one outside separates names.
     found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if found is None:
         raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no host: set MASTER_ADDR to that of rank 0")

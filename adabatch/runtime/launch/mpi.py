@@ -41,6 +41,7 @@ class Communicator:
         self.local_rank: int = on_node.rank
         firsts = comm.allgather(comm.rank if on_node.rank == 0 else -1)
         nodes = [first for first in firsts if first >= 0]
+        # The first process of a node tells its rank to the others, which find their node by it.
         self.node = ProcessPlace(nodes.index(on_node.bcast(comm.rank)), len(nodes))
 
     def gather(self, value: T) -> list[T]:

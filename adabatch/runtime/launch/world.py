@@ -66,6 +66,7 @@ class World:
         source = os.environ if environment is None else environment
         backend = _backend(source)
         torch_says, mpi_says, slurm_says = torch_claim(source), mpi_claim(source), slurm_claim(source)
+        # A mpiexec of one process, or one that started torchrun, does not say which rank this process is.
         if mpi_says is not None and mpi_says.place.size > 1 and (torch_says is None or torch_says.node is None):
             if mpi_says.place == (slurm_says.place if slurm_says else None) and backend != MPI_BACKEND:
                 mpi_says = None  # srun also sets MPI's variables, for programs that may not use MPI
@@ -111,6 +112,7 @@ class World:
     def device(self) -> torch.device:
         """The accelerator of this process if there is one, else the CPU."""
         if torch.cuda.is_available():
+            # Modulo, since some launchers show each process its own devices only.
             return torch.device("cuda", self.local_rank % torch.cuda.device_count())
         return torch.device("cpu")
 
@@ -157,6 +159,7 @@ def connected(world: World, *, device: torch.device, timeout: timedelta = timede
         yield
         return
     if device.type == "cuda":
+        # Before the group exists: NCCL takes the current device as that of the rank.
         torch.cuda.set_device(device)
     backend = world.backend or _suited_backend(device, world.launcher)
     if backend == MPI_BACKEND:

@@ -61,6 +61,15 @@ class LocalSGD:
         optimizer: each ``step()`` is a local step, and its parameters are averaged. Or a list of optimizers, whose
             steps together are one local step.
         sync_every: number of local steps in a round: an integer, or ``Fixed``, ``Table`` or ``Quadratic``.
+        fragments: into how many parts of nearly the same size to deal the model's layers. Each is averaged every
+            ``sync_every`` steps, at a step of its own, so that ``fragments`` times fewer bytes are sent at once; the
+            last one at the end of the round.
+        overlap: how many steps an average may take. It is started after the last step of a round as always, from the
+            parameters and the anchor of that step, and applied so many steps later, mixed with the parameters that
+            have moved on since. Must be below ``sync_every``. With compression, whose second half begins half way, at
+            least 2. 0 waits.
+        mix: the share of the worker's own parameters when a late average is applied, in [0, 1): ``mix own + (1 - mix)
+            average``. 0 forgets the steps during the exchange; 0.5 is the choice of the source.
         warmup: how long to average at every step first (post-local SGD). The outer optimizer and compression are off
             until it is over.
         outer: the outer optimizer: ``Average``, ``Nesterov`` (DiLoCo) or ``SlowMo``.
@@ -79,13 +88,15 @@ class LocalSGD:
         workers: process group or one-dimensional mesh of the ranks that average with each other; by default all ranks.
 
     Raises:
-        ValueError: if a number of steps is below 1, a word is unknown, the model is in ``DistributedDataParallel``, a
-            sharded model has no ``workers`` or they hold other shards, the optimizer belongs to another model, or the
-            settings differ between ranks.
+        ValueError: if a number is out of its range, there are more fragments than steps in a round or layers in the
+            model, ``overlap`` comes with ``average_state``, a word is unknown, the model is in
+            ``DistributedDataParallel``, a sharded model has no ``workers`` or they hold other shards, the optimizer
+            belongs to another model, or the settings differ between ranks.
         TypeError: if the optimizer, a duration, the period or the outer optimizer is of another type.
 
     Source: Stich 2019 (local SGD); Lin et al. 2020 (post-local SGD); Lau, Li, Xu, Liu, Kolar 2024, arXiv:2406.13936
-    (adaptive local batch sizes).
+    (adaptive local batch sizes); Douillard et al. 2025, arXiv:2501.18512, algorithm 2 (fragments,
+    overlap).
     """
 
     @checked_but("optimizer", "sync_every", "outer", "warmup")
@@ -95,6 +106,9 @@ class LocalSGD:
         optimizer: Optimizer | Sequence[Optimizer],
         *,
         sync_every: int | Period,
+        fragments: int = 1,
+        overlap: int = 0,
+        mix: float = 0.5,
         warmup: Duration | None = None,
         outer: OuterOptimizer | None = None,
         average_state: bool = False,
@@ -113,6 +127,9 @@ class LocalSGD:
             weights=weights,
             measure=measure,
             spread=spread,
+            fragments=fragments,
+            overlap=overlap,
+            mix=mix,
         )
         optimizer = joined(optimizer)
         self._model, self._optimizer = model, optimizer
@@ -134,6 +151,7 @@ class LocalSGD:
         self._trained = TrainedParameters(model, optimizer)
         self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._replaced = False
+        # On the parameters too: two objects on different optimizers of one model would average it twice.
         take_over(self, [*each_of(optimizer), *replica.parameters], kind="LocalSGD")
         # All workers begin with the weights of the first, as DDP does it: with different seeds the average would be
         # meaningless.
@@ -150,7 +168,7 @@ class LocalSGD:
 
     @property
     def rounds(self) -> int:
-        """Number of averages so far, including those of the warm-up."""
+        """Number of rounds so far, in each of which every fragment was averaged once; including the warm-up."""
         return self._rounds.memory.rounds
 
     @property
@@ -160,7 +178,8 @@ class LocalSGD:
 
     @property
     def step_in_round(self) -> int:
-        """Number of local steps since the last average; at 0 all workers hold the same parameters."""
+        """Number of local steps in the present round so far; at 0 all workers hold the same parameters, if there is
+        one fragment."""
         return self._rounds.memory.step_in_round
 
     @property
@@ -171,7 +190,13 @@ class LocalSGD:
     @property
     def bytes_sent(self) -> int:
         """Bytes that this rank has sent to other workers so far, including gradients that were measured."""
-        return self._rounds.exchange.bytes_sent
+        return self._rounds.exchange.traffic.bytes_sent
+
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds in which this rank has waited for the exchange with other workers so far. On an accelerator its
+        stream waits, and these are the seconds of the host."""
+        return self._rounds.exchange.traffic.seconds_waited
 
     @property
     def bytes_saved(self) -> int:
@@ -195,14 +220,13 @@ class LocalSGD:
         self._rounds.memory.examples += num_examples
 
     def synchronize(self) -> None:
-        """Ends the present round now, on all workers; does nothing if they have just averaged.
+        """Averages everything now, on all workers, and ends the round; does nothing if they have just done so.
 
         Raises:
             RuntimeError: if a newer ``LocalSGD`` has replaced this one.
         """
         self._check_in_place()
-        if self._rounds.memory.step_in_round:
-            self._rounds.end_round()
+        self._rounds.end_round()
 
     def remove(self) -> None:
         """Removes the hooks from the optimizer. Nothing is averaged any more."""
@@ -218,6 +242,7 @@ class LocalSGD:
             raise RuntimeError("this LocalSGD was replaced by a newer one on the same optimizer or model: use that one")
 
     def _before_step(self, optimizer: Optimizer, _: object) -> None:
+        # Once per update: several optimizers make one local step.
         if not self._stepped:
             self._rounds.parameters_changed(self._trained.changes("LocalSGD"))
         self._rounds.before_step()
@@ -257,21 +282,31 @@ class LocalSGD:
             raise ValueError(
                 "local_sgd belongs to another model or optimizer: give AdaptiveBatch and LocalSGD the same"
             )
+        # Not by engine_for(), which refuses a plain model on several processes: here nothing is to reduce its
+        # gradients.
         alone = PlainEngine(model, self.collectives)
         return LocalWorkers(engine_for(model, gradient_sync) if is_sharded(model) else alone, self._rounds)
 
     # --- state ------------------------------------------------------------------------------------------------------
 
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "a LocalSGD cannot be copied or pickled, since it has hooks on an optimizer and groups of ranks: save its "
+            "state_dict(), and load it into a new one"
+        )
+
     def state_dict(self) -> dict[str, Any]:
-        """The place in the round, the state of the outer optimizer and the compression, and the counts.
+        """The place in the round, the state of the outer optimizer and the compression, and the counts. Averages that
+        are under way are waited for, and saved to be applied when they are due.
 
         Call it between steps. In the middle of a round, and always with compression, the state belongs to this rank
         only, and so do those of the model and the optimizer: each rank must save its own. Without ``average_state``,
         that of the optimizer always does.
         """
         return {
-            **self._rounds.memory.state_dict(self._rounds.workers.size, self._rounds.settings),
+            **self._rounds.state_dict(),
             "bytes_sent": self.bytes_sent,
+            "seconds_waited": self.seconds_waited,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -281,13 +316,16 @@ class LocalSGD:
             ValueError: if the state has a newer format, or is that of another model or outer optimizer; or that of
                 another number of workers, if it was taken in the middle of a round or holds compression errors.
         """
-        self._rounds.memory = Memory.from_state_dict(
+        self._rounds.averages.memory = Memory.from_state_dict(
             state,
             num_workers=self._rounds.workers.size,
+            dealt=self._rounds.dealt,
             pieces=self._rounds.replica.pieces(),
             settings=self._rounds.settings,
         )
-        self._rounds.exchange.bytes_sent = state["bytes_sent"]
+        # counts of the run, not of this process
+        traffic = self._rounds.exchange.traffic
+        traffic.bytes_sent, traffic.seconds_waited = state["bytes_sent"], state["seconds_waited"]
 
 
 def _who(
@@ -304,6 +342,7 @@ def _who(
             'LocalSGD(..., workers=mesh["node"])'
         )
     workers = workers_of(place, device=device)
+    # This rank is in both, and no other may be.
     if len(workers.members & node.members) > 1:
         raise ValueError(
             f"ranks {sorted(workers.members & node.members)} average with each other but hold different shards of the "

@@ -56,6 +56,7 @@ class Int8:
     def decode(self, encoded: Tensor) -> Tensor:
         """Whole numbers times their scale."""
         num_blocks = encoded.shape[1] // (BLOCK + 4)
+        # A copy, since torch views bytes as floats only if every row begins at a multiple of four.
         scales = encoded[:, : 4 * num_blocks].contiguous().view(torch.float32)
         whole = encoded[:, 4 * num_blocks :].contiguous().view(torch.int8).view(len(encoded), num_blocks, BLOCK)
         return (whole * scales[..., None]).flatten(1)

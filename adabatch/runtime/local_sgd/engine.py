@@ -54,6 +54,7 @@ class LocalWorkers(Engine):
 
     def gradient_ready(self, weight: float) -> None:
         """Counts what was consumed, and averages the gradient in a round of one step."""
+        # The step knows its weight, so a loop with AdaptiveBatch must not call LocalSGD.count() as well.
         self._rounds.memory.examples += weight
         self._rounds.average_gradient()
 
@@ -67,13 +68,13 @@ class LocalWorkers(Engine):
 
     def journal_entry(self) -> dict[str, Any]:
         """The worker's place in the round, after a step."""
-        memory, exchange = self._rounds.memory, self._rounds.exchange
+        memory, traffic = self._rounds.memory, self._rounds.exchange.traffic
         return {
             "local_sgd": {
                 "rounds": memory.rounds,
                 "step_in_round": memory.step_in_round,
-                "bytes_sent": exchange.bytes_sent,
-                "bytes_saved": memory.bytes_synchronous - exchange.bytes_sent,
+                "bytes_sent": traffic.bytes_sent,
+                "bytes_saved": memory.bytes_synchronous - traffic.bytes_sent,
             }
         }
 
@@ -83,7 +84,7 @@ class LocalWorkers(Engine):
         Raises:
             ValueError: if something cannot be measured over workers.
         """
-        _check_gives(given_with(**options))
+        self._check_gives(given_with(**options))
         return self.fit_probe(self._inner.make_probe(parameters, **options))
 
     def fit_probe(self, probe: Probe) -> Probe:
@@ -92,7 +93,7 @@ class LocalWorkers(Engine):
         Raises:
             ValueError: if the probe gives something that cannot be measured over workers.
         """
-        _check_gives(probe.gives)
+        self._check_gives(probe.gives)
         rounds = self._rounds
         return WorkerProbe(
             probe,
@@ -100,6 +101,8 @@ class LocalWorkers(Engine):
             rounds.exchange,
             num_workers=rounds.workers.size,
             worker_size=rounds.node.size,
+            # In a round of one step the mean of all gradients is formed anyway, so comparing across workers costs
+            # nothing more.
             across=lambda: rounds.settings.spread == "across" or rounds.present().by_gradient,
             averaged=lambda: rounds.gradient_averaged,
         )
@@ -114,13 +117,19 @@ class LocalWorkers(Engine):
         rounds = self._rounds
         return rounds.everyone.size if rounds.settings.spread == "across" else rounds.node.size
 
-
-def _check_gives(gives: Needs) -> None:
-    """Checks that the measurements of single workers can be combined into that of all workers."""
-    if gives.noise != EUCLIDEAN or gives.quantile is not None:
-        said = Needs(quantile=gives.quantile) or Needs(noise=gives.noise)
-        raise ValueError(
-            f"local SGD does not measure {', '.join(said.words())}: the optimizers of the workers hold states of their "
-            f"own, and no gradient of all is formed coordinate by coordinate; use a criterion in the Euclidean norm, "
-            f"such as NormTest or NoiseScale()"
-        )
+    def _check_gives(self, gives: Needs) -> None:
+        """Checks that the measurements of single workers can be combined into that of all workers."""
+        if gives.noise != EUCLIDEAN or gives.quantile is not None:
+            said = Needs(quantile=gives.quantile) or Needs(noise=gives.noise)
+            raise ValueError(
+                f"local SGD does not measure {', '.join(said.words())}: the optimizers of the workers hold states of "
+                f"their own, and no gradient of all is formed coordinate by coordinate; use a criterion in the "
+                f"Euclidean norm, such as NormTest or NoiseScale()"
+            )
+        settings = self._rounds.settings
+        if not settings.comes_together and (settings.spread, settings.measure) == ("across", "first"):
+            raise ValueError(
+                "the gradient cannot be measured across workers where all hold the same parameters, because with "
+                'fragments or overlap they never do: use LocalSGD(spread="within"), which compares the micro-batches '
+                'of each worker, or measure="last", which counts the drift of the workers as noise'
+            )

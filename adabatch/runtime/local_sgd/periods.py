@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from adabatch.arguments import MOST_STEPS, check_fields, shown
 from adabatch.batch.plan import Duration, Progress
 
-NEVER = 2**62
-"""More local steps than any run has: the round ends with the training."""
+NEVER = MOST_STEPS
+"""The longest round, of more local steps than any run has: it ends with the training."""
 
 
 class RoundStart(NamedTuple):
@@ -164,6 +164,8 @@ class Quadratic:
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be a positive number, in units of the learning rate, got {self.alpha}")
         check_period("base", self.base)
+        if self.longest is not None:
+            check_period("longest", self.longest)
         if self.longest is not None and self.longest < self.base:
             raise ValueError(f"longest={self.longest} is below base={self.base}: no round could have its length")
 

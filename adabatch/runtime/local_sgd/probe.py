@@ -88,6 +88,7 @@ class WorkerProbe(Probe):
         """The average over all workers of the numbers of one sharded worker."""
         layers = moments.layers
         return moments._replace(
+            # Squared norms and part sizes are averages over the workers by now; counts are still those of one worker.
             num_examples=moments.num_examples * self._num_workers,
             num_parts=moments.num_parts * self._num_workers,
             layers=None if layers is None else {name: self._of_all(layer) for name, layer in layers.items()},

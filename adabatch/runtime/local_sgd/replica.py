@@ -22,6 +22,11 @@ COUNT = "step"
 class Replica:
     """The model of one worker, or this rank's part of it if it is sharded.
 
+    Attributes:
+        parameters: those that are trained.
+        layers: the name of each one's module.
+        device: of the parameters.
+
     Args:
         model: plain, or sharded by ``fully_shard`` over the ranks of the worker.
         optimizer: its parameters are averaged.
@@ -41,6 +46,8 @@ class Replica:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.parameters = held_parameters(model, optimizer)
         self.device = own_piece(self.parameters[0])[0].device
+        names = {id(p): name for name, p in model.named_parameters()}
+        self.layers = [names[id(p)].rpartition(".")[0] for p in self.parameters]
         self._model = model
         self._optimizer = optimizer
 
@@ -56,12 +63,15 @@ class Replica:
         """Everything that must be equal when training begins: buffers and all parameters, including frozen ones."""
         return [own_piece(each.detach())[0] for each in (*self._model.parameters(), *self._model.buffers())]
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """The real numbers in the optimizer's state (momentum, second moments), by place and name."""
+    def optimizer_state(self, places: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """The real numbers in the optimizer's state (momentum, second moments), by place and name; of some parameters
+        or of all."""
+        state = self._optimizer.state
         return {
-            f"{index}.{name}": own_piece(value)[0]
-            for index, parameter in enumerate(self.parameters)
-            for name, value in sorted(self._optimizer.state.get(parameter, {}).items())
+            f"{place}.{name}": own_piece(value)[0]
+            for place in (range(len(self.parameters)) if places is None else places)
+            # Sorted, so that all workers send the same tensors in the same order.
+            for name, value in sorted(state.get(self.parameters[place], {}).items())
             if isinstance(value, Tensor) and value.is_floating_point() and name != COUNT
         }
 
@@ -79,6 +89,8 @@ class Replica:
                 "nn.Embedding), or, where they are averaged for the noise only, spread='within'"
             )
         pieces = [
+            # Clones: the mean is formed in place, and each worker may need its own gradient again. Zeros where there is
+            # none, because all workers must send tensors of the same shapes.
             torch.zeros_like(own_piece(p)[0]) if grad is None else own_piece(grad)[0].clone()
             for p, grad in zip(self.parameters, grads, strict=True)
         ]

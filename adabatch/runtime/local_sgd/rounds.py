@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 from torch.optim import Optimizer
 
 from adabatch.batch.plan import Progress
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.local_sgd.exchange import Exchange
-from adabatch.runtime.local_sgd.memory import Memory
+from adabatch.runtime.local_sgd.averages import Averages
+from adabatch.runtime.local_sgd.fragments import deal, due
+from adabatch.runtime.local_sgd.memory import Fragment, Memory
 from adabatch.runtime.local_sgd.periods import Fixed, RoundStart
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
-from adabatch.runtime.observers.trained_parameters import raise_first
 
 
 class Rounds:
     """The rounds of one worker.
 
     Attributes:
-        memory: the state of the worker.
-        exchange: with the other workers.
+        averages: with the other workers.
+        exchange: what they send each other.
+        dealt: the places of each fragment's parameters.
         replica: the model of the worker.
         workers: the ranks that average with each other.
         node: the ranks that share this worker's model.
@@ -49,12 +49,19 @@ class Rounds:
         self.workers = workers
         self.node = node
         self.everyone = workers.over(node)
-        self.exchange = Exchange(workers)
-        self.memory = Memory()
+        sizes = [p.numel() for p in replica.parameters]  # of whole parameters, not of shards: the same on all ranks
+        self.dealt = deal(replica.layers, sizes, settings.fragments)
+        memory = Memory([Fragment(places) for places in self.dealt])
+        self.averages = Averages(settings, replica, memory, workers=workers, node=node)
+        self.exchange = self.averages.exchange
         self._optimizer = optimizer
         self._standing: tuple[Progress, float] | None = None
         self._gradient_averaged = False
-        self._changed: str | None = None
+
+    @property
+    def memory(self) -> Memory:
+        """The state of the worker."""
+        return self.averages.memory
 
     @property
     def gradient_averaged(self) -> bool:
@@ -67,14 +74,14 @@ class Rounds:
         self._standing = progress, lr_factor
 
     def parameters_changed(self, changes: str | None) -> None:
-        """Takes down what has changed in this worker's parameters, which is an error of all workers at their average.
+        """Notes how this worker's parameters have changed, which will be an error on all workers at their average.
 
         Raises:
             RuntimeError: if something changed, and the others would not hear of it: where gradients are averaged.
         """
         if changes is not None and (self.workers.size == 1 or self.present().by_gradient):
             raise RuntimeError(changes)
-        self._changed = changes
+        self.averages.changed = changes
 
     def present(self) -> Round:
         """The current round; it begins when this is first read."""
@@ -90,16 +97,18 @@ class Rounds:
         rates = [group for group in self._optimizer.param_groups if group.get("lr") is not None]
         lr = factor * max((float(group["lr"]) for group in rates), default=0.0)
         peak = factor * max((float(group.get("initial_lr", group["lr"])) for group in rates), default=0.0)
-        begun = self.settings.begin(RoundStart(progress, lr, peak), states_agree=self.memory.states_agree)
+        agree = self.memory.states_agree and not self.memory.apart
+        begun = self.settings.begin(RoundStart(progress, lr, peak), workers_agree=agree)
         # Rounds of different lengths would send different things at the same time, and wait for each other forever.
+        # Synchronous rounds of a single step are not compared: that would cost a reduction at every step.
+        # In the background they are told so with what they send: here they would wait for each other.
         told = (begun.local_steps, begun.by_gradient, lr if begun.needs_anchor else None)
-        if not (isinstance(self.settings.period, Fixed) and begun.local_steps == 1) and not self.everyone.agree(told):
+        known = isinstance(self.settings.period, Fixed) and begun.local_steps == 1
+        if not known and not self.settings.overlap and not self.everyone.agree(told):
             raise ValueError(
                 f"the workers begin different rounds (this one: {begun.local_steps} steps, at a learning rate of "
                 f"{lr:.6g}): their learning rates must be the same at every step"
             )
-        if begun.needs_anchor:
-            self.memory.anchors = [piece.clone() for piece in self.replica.pieces()]
         return begun
 
     def _check_units(self) -> None:
@@ -113,83 +122,56 @@ class Rounds:
     def average_gradient(self) -> None:
         """Before a step: averages its gradient, if that replaces the average of the parameters after it."""
         if self.present().by_gradient:
-            with self._reporting():
+            with self.averages.reporting():
                 mean = self.replica.mean_gradients(self.exchange, weight=1 / self.workers.size)
             self.replica.put_gradients(mean)
             self._gradient_averaged = True
 
     def before_step(self) -> None:
         """The optimizer is about to step."""
+        # AdaptiveBatch has averaged it at the end of its inner loop; in other loops this is the first call.
         if not self._gradient_averaged:
             self.average_gradient()
+        if self.present().needs_anchor:
+            pieces = self.replica.pieces()
+            for fragment in self.memory.fragments:
+                fragment.anchors = fragment.anchors or [piece.clone() for piece in fragment.of(pieces)]
 
     def after_step(self) -> None:
-        """The optimizer has stepped; the round may end with it."""
+        """The optimizer has stepped; averages may be due or begin, and the round may end."""
         self._gradient_averaged = False
-        self.memory.steps += 1
-        self.memory.step_in_round += 1
-        self.memory.bytes_synchronous += self.exchange.ring_bytes(self.replica.pieces())
-        if self.memory.step_in_round == self.present().local_steps:
-            self.end_round()
+        memory, present = self.memory, self.present()
+        memory.steps += 1
+        memory.step_in_round += 1
+        memory.bytes_synchronous += self.exchange.ring_bytes(self.replica.pieces())
+        for fragment in memory.fragments:
+            self.averages.go_on(fragment)
+        for turn in due(memory.step_in_round, present.local_steps, len(memory.fragments)):
+            average = self.averages.start if present.overlap else self.averages.average
+            average(present, memory.fragments[turn])
+        if memory.step_in_round == present.local_steps:
+            memory.end_round()
 
     def end_round(self) -> None:
-        """Averages; the next step begins another round."""
-        ended = self.present()
-        weight = 1 / self.workers.size if ended.by_gradient else self._weight(ended)
-        with self._reporting():
-            if not ended.by_gradient:
-                self._average(ended, weight)
-            self.exchange.mean(self.replica.buffers(), weight=weight)
+        """Averages all in which the workers differ; the next step begins another round."""
+        if not self.memory.apart:
+            return
+        for fragment in self._under_way():
+            self.averages.finish(fragment)
+        for fragment in self.memory.apart:
+            self.averages.average(self.present(), fragment)
         self.memory.end_round()
 
-    def _average(self, ended: Round, weight: float) -> None:
-        """Averages the workers' parameters at the end of a round of local steps, and takes the outer step."""
-        pieces = self.replica.pieces()
-        self.exchange.compressed_mean(
-            pieces, self.memory.anchors, weight=weight, compression=ended.compression, errors=self.memory.errors
-        )
-        ended.outer.step(pieces, self.memory.anchors, self.memory.momenta, lr=ended.lr)
-        state = self.replica.optimizer_state()
-        if self.settings.average_state:
-            if not self.workers.agree([(name, value.shape) for name, value in state.items()]):
-                raise ValueError(
-                    "the optimizer remembers other things on this worker than on others, so average_state cannot "
-                    "average them: a parameter got a gradient on some workers only; leave average_state out"
-                )
-            self.exchange.mean(list(state.values()), weight=weight)
-        # If states differ, the same gradient would step workers differently: a round of one step then averages
-        # parameters.
-        self.memory.states_agree = self.settings.average_state or not state
+    def state_dict(self) -> dict[str, Any]:
+        """That of the memory, after all that is under way has arrived."""
+        for fragment in self._under_way():
+            self.averages.arrive(fragment)
+        return self.memory.state_dict(self.workers.size, self.settings)
 
-    def _weight(self, ended: Round) -> float:
-        """This worker's weight in the average; also checks that all workers are at the same step."""
-        (examples,) = self.node.sum_of(self.memory.examples)
-        with self._reporting():
-            at = self.memory.rounds, self.memory.steps, ended.local_steps
-            rows = self.workers.gather_of(examples, *at, float(self._changed is not None))
-        if any(row[-1] for row in rows):
-            raise_first(self._changed, self.workers)
-        if any(row[1:-1] != rows[0][1:-1] for row in rows):
-            places = "; ".join(f"worker {index}: {row[2]:.0f}" for index, row in enumerate(rows))
-            raise RuntimeError(
-                f"workers came to the average after different numbers of steps ({places}): all must call "
-                f"optimizer.step() equally often (a GradScaler leaves calls out)"
-            )
-        total = sum(row[0] for row in rows)
-        if self.settings.weights == "equal" or total == 0:
-            return 1 / self.workers.size
-        return rows[self.workers.rank][0] / total
-
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Explains the error of a failed exchange."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"local SGD could not finish round {self.memory.rounds + 1} (step {self.memory.steps}): a worker "
-                f"ended, or the network failed; start all again from the last checkpoint ({error})"
-            ) from error
+    def _under_way(self) -> list[Fragment]:
+        """The fragments whose averages are under way, the first that began first."""
+        begun = [(each.pending.since, n, each) for n, each in enumerate(self.memory.fragments) if each.pending]
+        return [fragment for _, _, fragment in sorted(begun, key=lambda each: each[:2])]
 
     def measures_next(self) -> bool:
         """Whether the gradient of the next step is to be measured."""

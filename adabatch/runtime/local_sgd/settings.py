@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, NamedTuple
 
-from adabatch.arguments import require_one_of, shown
+from adabatch.arguments import require, require_one_of, shown
 from adabatch.batch.plan import Duration
 from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
@@ -27,6 +27,7 @@ class Round(NamedTuple):
         lr: largest learning rate of the optimizer's groups at its first step.
         outer: the outer optimizer at its end.
         compression: of what is exchanged at its end.
+        overlap: steps after which an average is applied.
         by_gradient: whether the workers average the gradient of its only step instead of the parameters after it.
     """
 
@@ -34,6 +35,7 @@ class Round(NamedTuple):
     lr: float
     outer: OuterOptimizer
     compression: Compression
+    overlap: int
     by_gradient: bool
 
     @property
@@ -59,11 +61,15 @@ class LocalSGDSettings:
     weights: AverageWeights
     measure: MeasuredStep
     spread: Spread
+    fragments: int
+    overlap: int
+    mix: float
 
     def __post_init__(self) -> None:
         words = {"compression": Compression, "weights": AverageWeights, "measure": MeasuredStep, "spread": Spread}
         for name, allowed in words.items():
             require_one_of(name, getattr(self, name), allowed)
+        # A class passes for a Period too, because it has the attributes that the protocol asks for.
         if isinstance(self.period, type) or not isinstance(self.period, Period):
             raise TypeError(
                 f"sync_every must be a number of local steps, or Fixed, Table or Quadratic of adabatch.local_sgd, got "
@@ -77,6 +83,24 @@ class LocalSGDSettings:
             raise TypeError(
                 f"warmup must be a duration, such as adabatch.steps({shown(self.warmup)}), got {shown(self.warmup)}"
             )
+        require(self.fragments >= 1, "fragments must be at least 1", self.fragments)
+        if isinstance(self.period, Fixed) and self.fragments > self.period.sync_every:
+            raise ValueError(
+                f"fragments must be at most sync_every={self.period.sync_every}, got {self.fragments}: each has a step "
+                f"of its own in a round"
+            )
+        require(self.overlap >= 0, "overlap must be at least 0 steps", self.overlap)
+        if isinstance(self.period, Fixed) and 0 < self.period.sync_every <= self.overlap:
+            raise ValueError(
+                f"overlap must be below sync_every={self.period.sync_every}, got {self.overlap}: an average is applied "
+                f"before the next one of the same parameters begins"
+            )
+        require(0 <= self.mix < 1, "mix must be in [0, 1)", self.mix)
+        if self.overlap and self.average_state:
+            raise ValueError(
+                f"average_state does not go with overlap={self.overlap}, which would replace the optimizer's state by "
+                f"an older one: leave one of the two out"
+            )
 
     @property
     def durations(self) -> tuple[Duration, ...]:
@@ -88,23 +112,30 @@ class LocalSGDSettings:
         """Whether nothing reads the learning rate."""
         return isinstance(self.period, Fixed | Table) and isinstance(self.outer, Average)
 
-    def begin(self, start: RoundStart, *, states_agree: bool) -> Round:
+    @property
+    def comes_together(self) -> bool:
+        """Whether all workers hold the same parameters after each round."""
+        return self.fragments == 1 and self.overlap == 0
+
+    def begin(self, start: RoundStart, *, workers_agree: bool) -> Round:
         """The round that begins.
 
         Args:
             start: what is known at its beginning.
-            states_agree: whether the optimizer states of all workers are equal, so that the same gradient gives the
-                same step on each of them.
+            workers_agree: whether parameters and optimizer states of all workers are equal, so that the same gradient
+                gives the same step on each of them.
 
         Raises:
             ValueError: if the user's own period does not give a number of steps.
         """
         if self.warmup is not None and not start.progress.reached(self.warmup):
-            return Round(1, start.lr, Average(), "none", states_agree)
+            return Round(1, start.lr, Average(), "none", 0, workers_agree)
         local_steps = self.period.local_steps(start)
         check_period("sync_every", local_steps)
         plain = isinstance(self.outer, Average) and self.compression == "none"
-        return Round(local_steps, start.lr, self.outer, self.compression, local_steps == 1 and plain and states_agree)
+        by_gradient = local_steps == 1 and plain and workers_agree
+        overlap = 0 if by_gradient else self.overlap
+        return Round(local_steps, start.lr, self.outer, self.compression, overlap, by_gradient)
 
     def words(self) -> list[str]:
         """The settings as text, to be compared between ranks."""
@@ -113,10 +144,11 @@ class LocalSGDSettings:
 
 def period_of(sync_every: int | Period | Any) -> Period:
     """A period; a number means rounds of that many local steps."""
+    # A float too, for the sake of the error of Fixed, which says what is wrong with it.
     return Fixed(sync_every) if isinstance(sync_every, int | float) else sync_every  # type: ignore[arg-type]
 
 
 def _words(setting: object) -> str:
     # only the name for the user's own class: its repr may contain an address, which differs between ranks
-    plain = setting is None or is_dataclass(setting) or isinstance(setting, str | int)
+    plain = setting is None or is_dataclass(setting) or isinstance(setting, str | int | float)
     return repr(setting) if plain else type(setting).__name__

@@ -29,6 +29,7 @@ class EmptyParts:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """A context in which the micro-batch runs."""
+        # For this micro-batch only: a hook that stayed would keep the outputs, and so the graphs, of all others.
         handle = self._model.register_forward_hook(self._note)
         try:
             yield
@@ -49,6 +50,7 @@ class EmptyParts:
         chosen = [tensor for tensor in self._outputs if tensor.ndim] or self._outputs
         if not chosen or not all(tensor.ndim or math.isfinite(float(tensor.detach())) for tensor in chosen):
             return None
+        # An output with dimensions may hold NaN: then `tensor * 0` does too, but its gradient is 0 all the same.
         # All outputs, not one: DDP waits for the gradient of every parameter, and each output may reach different ones.
         return sum(((tensor * 0).sum() for tensor in chosen[1:]), start=(chosen[0] * 0).sum())
 

@@ -134,6 +134,7 @@ def summed(collectives: Collectives, numbers: Tensor, riders: Sequence[Rider]) -
     sent = [rider.outgoing(numbers.device) for rider in riders]
     # all numbers of a step in one message: a small reduction costs its latency, not its bytes
     totals: list[float] = collectives.sum(torch.cat([numbers, *sent])).tolist()  # host sync
+    # The sum is cut by this rank's own lengths: all ranks send the same riders in the same order.
     end = len(numbers)
     own = totals[:end]
     for rider, part in zip(riders, sent, strict=True):

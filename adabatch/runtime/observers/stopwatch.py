@@ -47,6 +47,7 @@ class Stopwatch(StepObserver, Rider):
         if phase is Phase.TRIAL:
             self._steady = False
         if phase is Phase.MEASURING:
+            # A short step at the end of the data would make its plan look faster than it is.
             whole = moment.num_examples == moment.plan.global_batch_size
             self._num_steps += 1
             self._steady = self._steady and whole and moment.plan == self._plan
@@ -58,6 +59,7 @@ class Stopwatch(StepObserver, Rider):
 
     def outgoing(self, device: torch.device) -> Tensor:
         """This rank's share of the mean, shape (1,)."""
+        # NaN, not 0: if one rank has no time, there is no mean, where a zero would only lower it.
         seconds = math.nan if self._pending is None else self._pending[1]
         return torch.tensor([seconds / self._size], dtype=torch.float64, device=device)
 
@@ -68,8 +70,11 @@ class Stopwatch(StepObserver, Rider):
         # NaN if a rank had no time, because it alone was resumed
         if self._pending is not None and 0 < seconds < math.inf:
             self.timed = self._pending[0], seconds
+        # The clock is read here, because the reduction was a host sync: all work that was queued before it is done.
         now = perf_counter()
         self._pending = None
         if self._mark is not None and self._plan is not None and self._steady:
             self._pending = self._plan, (now - self._mark) / self._num_steps
+        # _plan is kept: the first step of the next span is compared with it, so that a change of the plan between two
+        # spans is noticed.
         self._mark, self._steady, self._num_steps = now, True, 0

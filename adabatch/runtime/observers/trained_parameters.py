@@ -84,6 +84,7 @@ class TrainedParameters:
         if len(now) == len(self._then) and all(a is b for a, b in zip(now, self._then, strict=True)):
             return None
         before, after = {id(p) for p in self._then}, {id(p) for p in now}
+        # The present names last, in case a new parameter has the id of one that is gone.
         names = {**self._names, **{id(p): name for name, p in self._model.named_parameters()}}
         joined = [names.get(id(p), "one outside the model") for p in now if id(p) not in before]
         left = [self._names.get(id(p), "one outside the model") for p in self._then if id(p) not in after]
@@ -95,12 +96,27 @@ class TrainedParameters:
             f"load the state_dict() of this one into it"
         )
 
+    def put_back(self) -> list[tuple[Tensor, bool]]:
+        """Lets those parameters require a gradient that did at the beginning, and no others.
+
+        Returns:
+            the parameters that this has changed, each with its flag before.
+        """
+        before = {id(p) for p in self._then}
+        now = self._now()
+        changed = [(p, False) for p in self._then if not p.requires_grad]
+        changed += [(p, True) for p in now if id(p) not in before]
+        for parameter, flag in changed:
+            parameter.requires_grad_(not flag)
+        return changed
+
     @contextmanager
     def zero(self) -> Iterator[Tensor]:
         """A loss of zero through the parameters as they were, in whose backward each has a gradient again, of zero.
 
         Ranks whose parameters did not change wait for all of these gradients.
         """
+        # DDP waits for all parameters that required a gradient when it was built, including those frozen since.
         frozen = [p for p in self._then if not p.requires_grad]
         for p in frozen:
             p.requires_grad_(True)
@@ -117,6 +133,5 @@ def raise_first(own: str | None, collectives: Collectives) -> NoReturn:
     Raises:
         RuntimeError: always.
     """
-    told = [each.decode() for each in collectives.gather_bytes((own or "").encode())]
-    rank = next(rank for rank, each in enumerate(told) if each)
-    raise RuntimeError(own or f"on rank {rank}, {told[rank]}")
+    rank, message = collectives.first_message(own)
+    raise RuntimeError(own or f"on rank {rank}, {message}")

@@ -51,6 +51,7 @@ class JoinedOptimizers(Optimizer):
                 f"parameter to one of them"
             )
         # Torch's constructor is needed for its dictionaries of hooks, not for groups: those are the optimizers' own.
+        # A group without parameters, since torch refuses an empty list of groups.
         super().__init__([{"params": []}], {})
 
     @property
@@ -62,6 +63,7 @@ class JoinedOptimizers(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of all, one optimizer after the other; the same dictionaries that they hold."""
+        # Read at each call, because load_state_dict() of an optimizer puts another list in the place of its groups.
         return [group for one in self.each for group in one.param_groups]
 
     @param_groups.setter
@@ -70,7 +72,7 @@ class JoinedOptimizers(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """The state of all, by parameter; to be read."""
+        """The state of all, by parameter. To be read: it is a new dictionary at each call."""
         return defaultdict(dict, {p: state for one in self.each for p, state in one.state.items()})
 
     @state.setter
@@ -107,6 +109,7 @@ class JoinedOptimizers(Optimizer):
         groups: list[dict[str, Any]] = []
         start = 0
         for one in self.each:
+            # torch numbers the parameters of each optimizer from 0.
             own = one.state_dict()
             state |= {start + place: entry for place, entry in own["state"].items()}
             groups += [{**g, "params": [start + place for place in g["params"]]} for g in own["param_groups"]]

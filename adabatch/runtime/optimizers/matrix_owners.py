@@ -43,6 +43,7 @@ def across_ranks(model: nn.Module) -> AcrossRanks:
         ValueError: if a DeepSpeed engine partitions gradients or optimizer state into flat pieces (ZeRO 1 to 3), or if
             a plain model runs on several processes.
     """
+    # Asked by its method and not by its class, since DeepSpeed may not be installed.
     stage = getattr(model, "zero_optimization_stage", None)
     if callable(stage) and stage() > 0:
         raise ValueError(
@@ -58,6 +59,7 @@ def across_ranks(model: nn.Module) -> AcrossRanks:
 
 def dealt_out(costs: Mapping[Name, float], num_ranks: int) -> dict[Name, int]:
     """A rank for each name: in order of falling cost, each goes to the rank with the lowest cost so far."""
+    # Costs differ by orders of magnitude: layers that were dealt out in turn could leave most of the work to one rank.
     loads = [0.0] * num_ranks
     owners = {}
     # By name among equals, so that all ranks compute the same assignment.
@@ -90,6 +92,7 @@ class _Owners:
     def share(self, layer: str, roots: Sequence[Tensor]) -> None:
         """One broadcast of all roots of the layer."""
         # One broadcast instead of several: most roots are small, and each broadcast costs a latency.
+        # On the other ranks the numbers in it are overwritten; a broadcast needs a buffer everywhere.
         flat = torch.cat([root.reshape(-1) for root in roots])
         self._collectives.copy_from(self._owners[layer], flat)
         for root, values in zip(roots, torch.split(flat, [root.numel() for root in roots]), strict=True):
@@ -143,11 +146,14 @@ class ShardedMatrices(_Owners):
         size = self._collectives.size
         rows = None
         if direction is not None:
+            # torch cuts rows as chunk() does, so the last ranks may hold fewer rows or none. A scatter needs equal
+            # pieces.
             padded = direction.new_zeros(size * _rows_per_rank(grad, size), *direction.shape[1:])
             padded[: len(direction)] = direction
             rows = padded.view(size, -1, *direction.shape[1:])
         piece = self._collectives.scatter_from(self._owners[layer], rows, _padded(grad, size))
         local = piece[: len(grad.to_local())]
+        # Shape and stride are given, because from_local() assumes that all ranks hold equally much.
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=grad.shape, stride=grad.stride())
 
 

@@ -63,6 +63,11 @@ class GrowthHold(ProgressSource, Protocol):
 class WritesRates(Protocol):
     """A schedule that a source tells of its updates; ``ProgressLR`` is one."""
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """Whose rates it writes."""
+        ...
+
     def check_rates(self) -> None:
         """Called before each update."""
         ...
@@ -180,6 +185,7 @@ class ProgressLR(LRScheduler):
         clock: ClockKind = "total",
     ) -> None:
         for name, length in (("total", total), ("warmup", warmup)):
+            # Only a float is a share: a whole number such as 1 could be meant as one step.
             share = isinstance(length, float) and name == "warmup"
             if not isinstance(length, Duration) and not share and (length is not None or name == "total"):
                 way_out = " (a share of the total is a float, such as 0.1)" if name == "warmup" else ""
@@ -224,8 +230,10 @@ class ProgressLR(LRScheduler):
             take_over(self, each_of(optimizer), kind="ProgressLR")
         if self._clock.warmup is not None and isinstance(source, GrowthHold):
             source.hold_growth_until(self._clock.warmup)
+        # torch's constructor calls step(), so everything that it reads must exist by now.
         super().__init__(optimizer)
         self._listen()
+        # A copy, since groups that are added later are inserted into base_lrs.
         self.built_lrs = [float(base) for base in self.base_lrs]
 
     @property
@@ -258,10 +266,27 @@ class ProgressLR(LRScheduler):
         Raises:
             RuntimeError: if ``step()`` was not called since the last update, or something else has changed the rates.
         """
+        rates = self._check_unchanged()
+        behind = self._source.progress.steps - self._written_at
+        if not rates or behind <= 0:
+            return
+        # Calling step() seldom does no harm as long as the rate is constant.
+        due = [host_value(lr) for lr in self.get_lr()]
+        # With a tolerance: what is due is computed here, and the rate in the group may have been rounded to float32.
+        if any(abs(rate - now) > 1e-6 * abs(now) for rate, now in zip(rates, due, strict=True)):
+            raise RuntimeError(
+                f"the learning rate is {rates[0]:g}, as ProgressLR has set it {behind} update(s) ago, and is to be "
+                f"{due[0]:g} now: call step() of the ProgressLR after each optimizer.step(), not once per epoch"
+            )
+
+    def _check_unchanged(self) -> list[float]:
+        """The rates, if they are those that this schedule wrote last; none if that cannot be known."""
         rates = [host_value(group["lr"]) for group in self.optimizer.param_groups]
         if self._replaced or len(rates) != len(self._written):  # an engine may show only some of the groups
-            return
+            return []
         for number, (rate, written) in enumerate(zip(rates, self._written, strict=True)):
+            # Without a tolerance: nobody computes with the rate between the two. NaN is a rate on an accelerator, not
+            # read.
             if rate != written and not math.isnan(rate) and not math.isnan(written):
                 raise RuntimeError(
                     f"the learning rate of parameter group {number} is {rate:g}, and ProgressLR has set it to "
@@ -269,16 +294,7 @@ class ProgressLR(LRScheduler):
                     f"framework, a line of the loop, or load_state_dict() of the optimizer after that of the schedule. "
                     f"Leave that out, or ProgressLR; set_base_lrs() of ProgressLR changes the rate during a run"
                 )
-        behind = self._source.progress.steps - self._written_at
-        if behind <= 0:
-            return
-        # Calling step() seldom does no harm as long as the rate is constant.
-        due = [host_value(lr) for lr in self.get_lr()]
-        if any(abs(rate - now) > 1e-6 * abs(now) for rate, now in zip(rates, due, strict=True)):
-            raise RuntimeError(
-                f"the learning rate is {rates[0]:g}, as ProgressLR has set it {behind} update(s) ago, and is to be "
-                f"{due[0]:g} now: call step() of the ProgressLR after each optimizer.step(), not once an epoch"
-            )
+        return rates
 
     def _check_in_place(self) -> None:
         if self._replaced:
@@ -293,12 +309,13 @@ class ProgressLR(LRScheduler):
             known = self._num_groups[number]
             if len(one.param_groups) < known:
                 raise RuntimeError(
-                    f"{type(one).__name__} had {known} parameter groups and has {len(one.param_groups)} now, and which "
-                    f"one left cannot be told: make a new ProgressLR after a group is removed"
+                    f"{type(one).__name__} had {known} parameter groups and has {len(one.param_groups)} now, and it is "
+                    f"not known which one left: make a new ProgressLR after a group is removed"
                 )
             for place, group in enumerate(one.param_groups[known:], start + known):
                 rate = group["lr"]
                 group.setdefault("initial_lr", rate.clone() if isinstance(rate, Tensor) else rate)
+                # Not appended: if there are several optimizers, the groups of the next one follow.
                 self.base_lrs.insert(place, group["initial_lr"])
             self._num_groups[number] = len(one.param_groups)
             start += len(one.param_groups)
@@ -361,6 +378,7 @@ class ProgressLR(LRScheduler):
         clock = Clock(total, self._clock.warmup)
         progress = self._source.progress
         if not self._clock.warming_up(progress):
+            # By the old clock, which is replaced below: the rest of the shape begins here.
             fraction = self._fraction()
             self._anchor = Anchor(progress.count(total.unit), fraction, progress.gain_steps or 0.0)
             self._passed = fraction
@@ -384,6 +402,7 @@ class ProgressLR(LRScheduler):
                 f"base_lrs must be {len(self.optimizer.param_groups)} finite rate(s), one for each group, got {rates}"
             )
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            # torch keeps the base rate of a group under this name.
             group["initial_lr"] = rate
         self.base_lrs = [*rates]
         self._write()
@@ -391,6 +410,7 @@ class ProgressLR(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Writes the rates of the next update; call it after ``optimizer.step()``, also if the update was skipped."""
         self._check_in_place()
+        self._check_unchanged()  # also before an update: what another scheduler wrote would be written over unseen
         self._take_in_groups()
         # torch's step() counts calls, so that it would lose a rate for an update that a gradient scaler skips, and
         # warns about a first call without an update. Progress is read here, not counted.

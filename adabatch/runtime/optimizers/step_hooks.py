@@ -49,6 +49,7 @@ def hook_step(
                 f"adabatch.integrations.accelerate.attach, and take the `optimizer` of what that returns)"
             ) from error
     if isinstance(before, MethodType):
+        # Not at exit, when torch may be partly torn down and there is nothing left to clean up for.
         finalize(before.__self__, remove_all, handles).atexit = False
     return handles
 
@@ -155,6 +156,7 @@ def _counting(optimizer: Optimizer, averaged: Sequence[float]) -> list[tuple[dic
         for group, count in zip(optimizer.param_groups, averaged, strict=True)
         if count != 1.0
         for p in group["params"]
+        # An optimizer does not step a parameter without a gradient, and does not count for it either.
         if p.grad is not None and "step" in optimizer.state.get(p, ())
     ]
 
@@ -168,6 +170,7 @@ class _Changes:
         self.handles: list[RemovableHandle] = []
 
     def put(self, group: dict[str, Any], name: str, value: Any) -> None:
+        # A tensor is copied, because put_setting() writes into it.
         self._settings.append((group, name, _copy(group[name])))
         put_setting(group, name, value)
 
@@ -252,6 +255,7 @@ class StepHooks:
         tensors: set[int] = set()
         for group in optimizer.param_groups:
             changes = overrides.settings(group)
+            # A factor of 1 writes nothing, so that the step is that of a loop without adabatch, to the bit.
             if overrides.factor != 1.0:
                 changes["lr"] = group["lr"] * overrides.factor
             for name, value in changes.items():
@@ -267,8 +271,10 @@ class StepHooks:
                 self._changes.put_count(state, state["step"] / count)
 
     def _after(self, optimizer: Optimizer) -> None:
+        # Before restore(), while the rates of this update are still in the groups.
         rates = [host_value(group.get("lr")) for group in optimizer.param_groups]
         if self._averaged:
+            # The optimizer has counted this update, so the old counts are not put back but corrected below.
             self._changes.keep_counts()
             for state, count in _counting(optimizer, self._averaged):  # including states that this update created
                 put_setting(state, "step", state["step"] * count)

@@ -107,6 +107,7 @@ class Dense(Contribution):
 
     def products(self, direction: Tensor) -> Tensor:
         flat, along = by_row(self.values), wide(direction).flatten()
+        # Multiplied and summed, not a matrix-vector product, for the same precision as in squared_sums().
         return torch.cat([(wide(flat[part]) * along).sum(1) for part in chunks(flat.shape[0], flat.shape[1])])
 
     def dense(self, part: slice) -> Tensor:
@@ -144,6 +145,7 @@ class OuterProduct(Contribution):
         sums = []
         for part in chunks(self.num_examples, 2 * num_positions**2):
             rows, cols = wide(self.rows[part]), wide(self.cols[part])
+            # In place, so that two Gram matrices are all the scratch memory, as chunks() was told.
             gram = torch.bmm(rows, rows.mT).mul_(torch.bmm(cols, cols.mT))
             sums.append(gram.flatten(1).sum(1))
         return torch.cat(sums)
@@ -165,6 +167,7 @@ class OuterProduct(Contribution):
     def coordinate_squares(self) -> Tensor | None:
         if self.rows.shape[1] > 1:
             return None
+        # Only if there is one position: the square of a sum over positions has cross terms.
         return wide(self.rows[:, 0]).square().mT @ wide(self.cols[:, 0]).square()
 
 
@@ -211,6 +214,7 @@ class Lookup(Contribution):
         ordered, order = self.index.sort(dim=1)
         is_new = torch.ones_like(ordered)
         is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        # Each example gets as many slots as it has positions, of which it may leave some empty.
         first = num_positions * torch.arange(num_examples, device=order.device)
         number = is_new.cumsum(1) - 1 + first[:, None]
         slot = torch.empty_like(order).scatter_(1, order, number)
@@ -226,6 +230,7 @@ class Lookup(Contribution):
     def dense(self, part: slice) -> Tensor:
         index, values = self.index[part], wide(self.values[part])
         tables = values.new_zeros(index.shape[0], self.num_rows, values.shape[2])
+        # Adds up, because a row may be looked up at several positions.
         return tables.scatter_add_(1, index[:, :, None].expand_as(values), values)
 
 
@@ -280,6 +285,8 @@ class Correlation(Contribution):
         along = wide(direction)
         sums = []
         for part in chunks(self.num_examples, math.prod(self.grad.shape[1:])):
+            # <grad, conv(inputs, d)> is <correlation of both, d>, so no example's gradient is formed. The input is
+            # padded already.
             image = convolve(wide(self.inputs[part]), along, None, self.stride, 0, self.dilation, self.groups)
             sums.append(image.mul_(wide(self.grad[part])).flatten(1).sum(1))
         return torch.cat(sums)
@@ -294,6 +301,7 @@ class Correlation(Contribution):
         weights: Tensor = differentiate[
             len(self.kernel_size) - 1
         ](  # type: ignore[no-untyped-call]
+            # The examples become channels of one image, and a group of channels sees its own example only.
             inputs.reshape(1, length * in_channels, *inputs.shape[2:]),
             (length * out_channels, *shape),
             grad.reshape(1, length * out_channels, *grad.shape[2:]),
@@ -330,6 +338,7 @@ def combined_squares(contributions: Sequence[Contribution], parameter_size: int)
     Returns:
         Squared norms, shape (num_examples,).
     """
+    # Contributions of one kind merge by joining their positions: the sum over positions includes the cross terms.
     outers = [one for one in contributions if isinstance(one, OuterProduct)]
     lookups = [one for one in contributions if isinstance(one, Lookup)]
     others = [one for one in contributions if not isinstance(one, OuterProduct | Lookup)]
@@ -359,6 +368,7 @@ def combined_squares(contributions: Sequence[Contribution], parameter_size: int)
         return outer.squares() + lookup.squares() + 2 * _inner(outer, lookup)
     return torch.cat(
         [
+            # Other pairs have no cheap cross term: the gradients are formed, a few examples at a time.
             squared_sums(sum((one.dense(part) for one in merged[1:]), start=merged[0].dense(part)))
             for part in chunks(merged[0].num_examples, parameter_size)
         ]
@@ -392,6 +402,7 @@ def _inner(outer: OuterProduct, lookup: Lookup) -> Tensor:
     num_positions, num_lookups = outer.rows.shape[1], lookup.index.shape[1]
     for part in chunks(outer.num_examples, 2 * num_positions * num_lookups):
         index = lookup.index[part, None, :].expand(-1, num_positions, -1)
+        # <rows (x) cols, value at row k> is rows[k] <cols, value>: of the rows only the looked-up entries are needed.
         rows = wide(outer.rows[part].gather(2, index))
         cross = torch.bmm(wide(outer.cols[part]), wide(lookup.values[part]).mT)
         sums.append(cross.mul_(rows).flatten(1).sum(1))

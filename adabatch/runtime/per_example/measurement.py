@@ -83,6 +83,7 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
+        # The output is needed for its graph node only. There is no backward(): nobody differentiates it.
         return torch.empty_like(anchor)
 
 
@@ -90,6 +91,7 @@ class _SavedTensors:
     """Tensors kept for one backward, freed when they are taken."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # Without an input that requires a gradient, autograd would make no node.
         anchor = torch.empty(0, requires_grad=True)
         kept: Tensor = _Keep.apply(anchor, *(tensor.detach() for tensor in tensors))  # type: ignore[no-untyped-call]
         self._node: Any = kept.grad_fn
@@ -153,6 +155,7 @@ class Measurement:
         self._contexts = ExitStack()
         if "torch._dynamo" in sys.modules:  # compiled code does not run hooks that came later
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
+        # Before the modules' own hooks run: they need the number of examples.
         self._handles.append(model.register_forward_pre_hook(self._count_examples, with_kwargs=True))
         self._set_hooks(sites)
 
@@ -164,6 +167,7 @@ class Measurement:
                 parameter = site.module.get_parameter(own)
                 if not parameter.requires_grad:
                     continue
+                # A tied weight is one parameter: it has one hook, and one name, at the first of its modules.
                 if parameter in names:
                     self._shared.add(names[parameter])
                 else:
@@ -189,8 +193,10 @@ class Measurement:
     def settle(self) -> None:
         """Computes what is left after the backward; raises if the modules do not account for a gradient."""
         # Left are parameters whose hook did not run, such as sharded ones, whose gradient FSDP2 sets outside autograd.
+        # The list is copied, because _settle() takes entries out.
         for name in list(self._pending):
             self._settle(name)
+        # Parameters that got a gradient, although no module that owns them was called.
         wrong = self._completed - self.squares.keys()
         if self._checks:
             numbers = torch.stack(list(self._checks.values())).tolist()  # host sync, once in a run
@@ -231,8 +237,11 @@ class Measurement:
             return
         self._rows = {}
         try:
+            # If the model cannot run on one example less, nothing is known; _refuse_positions() then goes by the
+            # shapes.
             self._is_sure |= run_with_one_less(self._model, args, kwargs, num_examples)
         finally:
+            # Also after an error: otherwise all later forwards would be taken for the trial.
             rows, self._rows = self._rows, None
         if self._examples_first:
             return
@@ -287,12 +296,15 @@ class Measurement:
             _refuse_positions(site, inputs, num_examples)
         widened = None
         if inputs.shape[0] != num_examples:
+            # The module ran once for all examples; expanded, its output has a gradient for each of them.
             widened = output = output.expand(num_examples, *output.shape[1:])
             inputs = inputs.expand(num_examples, *inputs.shape[1:])
         kept = None
+        # A layer of which only the bias trains keeps no input.
         if not self._keys[site].keys() <= site.rule.inputless:
             kept = _SavedTensors([_as_computed(inputs, output)])
         backward = partial(self._on_ruled_grad, site, kept, num_examples)
+        # On the output and not on the module: a backward hook of a module would put nodes of its own into the graph.
         self._handles.append(output.register_hook(backward))  # type: ignore[no-untyped-call]
         return widened
 
@@ -311,11 +323,13 @@ class Measurement:
                     f"{site} gave an output of shape {tuple(leaf.shape)} in a micro-batch of {num_examples} "
                     "examples: the first dimension must be the examples"
                 )
+        # Counted in the forward, because the backward of the first call must know whether others follow.
         self._num_calls[site] = self._num_calls.get(site, 0) + 1
         call = (with_states(module, args, num_examples), kwargs)
         backward = partial(
             self._on_replayed_grads,
             site,
+            # The structure of the call without its tensors, which autograd holds (_SavedTensors).
             map_tensors(lambda _: torch.empty(0), call),
             _SavedTensors(tensors_of(call)),
             [leaf.requires_grad for leaf in leaves],
@@ -426,6 +440,7 @@ class Measurement:
     def _settle(self, name: str) -> None:
         contributions = self._pending.pop(name)
         if self.held is not None:
+            # Held until the step's gradient is known: the smaller of the two forms.
             if len(contributions) == 1 and contributions[0].dense_is_smaller:
                 contributions = [Dense(contributions[0].dense(slice(0, contributions[0].num_examples)))]
             self.held.extend(_HeldContribution(name, one) for one in contributions)

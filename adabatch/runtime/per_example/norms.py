@@ -219,6 +219,7 @@ class PerExampleNorms:
         self._check = False
         assert measurement.num_examples is not None
         factor = measurement.num_examples / loss_scale
+        # The hooks saw gradients of the scaled mean over n examples; times n / scale they are those of the examples.
         squares = {name: square * factor**2 for name, square in measurement.squares.items()}
         coordinates = measurement.coordinates
         if coordinates is not None:

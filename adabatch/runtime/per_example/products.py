@@ -102,7 +102,7 @@ def products_by_jvp(
     products: Tensor = pair[1]
     if values.dim() != 1:
         raise ValueError(
-            f"losses must be one number an example, shape (num_examples,), got shape {tuple(values.shape)}: "
+            f"losses must be one number per example, shape (num_examples,), got shape {tuple(values.shape)}: "
             "take the loss with reduction='none' and its mean over each example's own dimensions"
         )
     return products

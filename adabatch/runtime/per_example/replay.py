@@ -26,6 +26,7 @@ def map_tensors(function: Callable[[Tensor], object], tree: object) -> object:
     if isinstance(tree, tuple | list):
         branches = [map_tensors(function, branch) for branch in tree]
         kind: Any = type(tree)
+        # A named tuple takes its fields as arguments.
         return kind(branches) if kind in (tuple, list) else kind(*branches)
     if isinstance(tree, dict):
         return {key: map_tensors(function, branch) for key, branch in tree.items()}
@@ -160,6 +161,7 @@ class Replay:
     def _gradient(self, inputs: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
         """The gradient of one example, from tensors that hold only this example."""
         own = iter(inputs)
+        # vmap hands over the rows of this example; inputs that all examples share are taken as they are.
         leaves = iter(
             [
                 shared if self._by_example(position, shared) is None else next(own)
@@ -172,6 +174,7 @@ class Replay:
             leaves = tensors_of(torch.func.functional_call(self.module, parameters, *call))
             return tuple(leaf for leaf, grad in zip(leaves, self.grads, strict=True) if grad is not None)
 
+        # Not the module's own: vjp differentiates with respect to these, and accumulates nothing into their .grad.
         parameters = {name: self.module.get_parameter(name).detach() for name in self.names}
         pull_back = torch.func.vjp(outputs, parameters)[1]
         gradient: dict[str, Tensor] = pull_back(tuple(grads))[0]

@@ -31,6 +31,7 @@ def _sum_between(values: Tensor, kept: int) -> Tensor:
 
 
 def _linear(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str, Contribution]]:
+    # All dimensions between examples and features are positions, over which one weight is shared.
     rows = grad.reshape(grad.shape[0], -1, grad.shape[-1])
     if _trains(module, "weight"):
         yield "weight", OuterProduct(rows, inputs.reshape(inputs.shape[0], -1, inputs.shape[-1]))
@@ -46,9 +47,11 @@ def _conv(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str
             if isinstance(module.padding, str):
                 span = module.dilation[dim] * (module.kernel_size[dim] - 1)
                 total = span if module.padding == "same" else 0
+                # As torch does for "same": an odd rest goes to the end.
                 pads += [total // 2, total - total // 2]
             else:
                 pads += [module.padding[dim]] * 2
+        # F.pad has another word for it.
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         yield (
             "weight",
@@ -70,6 +73,7 @@ def _embedding(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tupl
     index = inputs.reshape(inputs.shape[0], -1).long()
     values = grad.reshape(*index.shape, grad.shape[-1])
     if module.padding_idx is not None:
+        # torch gives the padding row no gradient.
         values = values.masked_fill((index == module.padding_idx)[:, :, None], 0)
     yield "weight", Lookup(index, values, module.num_embeddings)
 
@@ -78,6 +82,7 @@ def _layer_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tup
     assert isinstance(module, nn.LayerNorm)
     shape = list(module.normalized_shape)
     if _trains(module, "weight"):
+        # Computed again from the input, without the weight, which may be sharded and which the rule must not read.
         normed = F.layer_norm(wide(inputs), shape, eps=module.eps)
         yield "weight", Dense(_sum_between(normed.mul_(wide(grad)), len(shape)))
     if _trains(module, "bias"):
@@ -86,6 +91,7 @@ def _layer_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tup
 
 def _rms_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str, Contribution]]:
     assert isinstance(module, nn.RMSNorm)
+    # The input's own precision, as torch takes it, and not that of the widened input.
     eps = torch.finfo(inputs.dtype).eps if module.eps is None else module.eps
     normed = F.rms_norm(wide(inputs), list(module.normalized_shape), eps=eps)
     yield "weight", Dense(_sum_between(normed.mul_(wide(grad)), len(module.normalized_shape)))
@@ -118,7 +124,7 @@ def _instance_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[
 
 def _frozen_batch_norm(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str, Contribution]]:
     """Normalisation by running statistics, in evaluation mode. (`sites.refuse` raises in training mode.)"""
-    assert isinstance(module, (*_BATCH_NORMS, *_INSTANCE_NORMS))
+    assert isinstance(module, (*BATCH_NORMS, *_INSTANCE_NORMS))
     mean, var = wide(module.get_buffer("running_mean")), wide(module.get_buffer("running_var"))
     return _affine(module, partial(F.batch_norm, running_mean=mean, running_var=var, eps=module.eps), inputs, grad)
 
@@ -139,7 +145,7 @@ class Rule(NamedTuple):
     inputless: frozenset[str] = frozenset({"bias"})
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrize
 
-from adabatch.runtime.per_example.rules import RULES, Rule
+from adabatch.runtime.per_example.rules import BATCH_NORMS, RULES, Rule
 from adabatch.runtime.wrappers.fsdp2 import class_of
 
 
@@ -61,6 +61,7 @@ def _visit(module: nn.Module, name: str, rules: Mapping[type[nn.Module], Rule], 
         if isinstance(child, nn.ParameterList | nn.ParameterDict):
             names += [f"{own}.{inner}" for inner, _ in child.named_parameters()]
     if names:
+        # A module with further parameters computes something else than its class does.
         known = RULES.get(class_of(module)) if set(names) <= {"weight", "bias"} else None
         yield Site(name, module, tuple(names), rules.get(class_of(module), known))
     for own, child in children:
@@ -75,6 +76,7 @@ def refuse(model: nn.Module, sites: Sequence[Site]) -> None:
         if reason is not None:
             raise ValueError(f"no per-example gradients through {name or 'the model'}: {reason}")
     for site in sites:
+        # Frozen parameters need no replay.
         if site.rule is not None or not any(site.module.get_parameter(own).requires_grad for own in site.names):
             continue
         if isinstance(site.module, FSDPModule):
@@ -92,14 +94,13 @@ def refuse(model: nn.Module, sites: Sequence[Site]) -> None:
             )
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def _coupling(module: nn.Module) -> str | None:
     """Why an example's gradient would depend on other examples, and what to do; None if it would not."""
     kind = type(module).__name__
-    if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
+    if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None):
         return (
             f"{kind} normalises by statistics of the whole batch. Use GroupNorm or LayerNorm, put it in "
             "evaluation mode, or use the norm test from micro-batches"

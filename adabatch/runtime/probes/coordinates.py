@@ -16,7 +16,7 @@ from torch import Tensor
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.probes.layers import LayerSums
 from adabatch.runtime.probes.metrics import Image, ProbeNorm
-from adabatch.runtime.probes.norms import norms
+from adabatch.runtime.probes.norms import norms, real, sum_dtype
 from adabatch.runtime.probes.quantile import LEFT_OUT, quantile_of
 from adabatch.runtime.wrappers.fsdp2 import own_piece
 
@@ -67,8 +67,8 @@ class CoordinateSquares:
         self._quantile = quantile
         self._same = same
         self._others = others
-        self._lengths = [_real(own_piece(p.detach())[0]).numel() for p in parameters]
-        self._dtype = torch.float64 if any(p.dtype in _WIDE for p in parameters) else torch.float32
+        self._lengths = [real(own_piece(p.detach())[0]).numel() for p in parameters]
+        self._dtype = sum_dtype(parameters)
         self._device = device
         self._squares: Sequence[Tensor] = ()
         self._flat = torch.zeros(0)
@@ -80,12 +80,14 @@ class CoordinateSquares:
 
     def start(self) -> None:
         """Begins a step."""
+        # One tensor for all parameters, so that one reduction sums it. Made for each probed step, since it is as large
+        # as the model in float32 and most steps are not probed.
         self._flat = torch.zeros(sum(self._lengths), dtype=self._dtype, device=self._device)
         self._squares = torch.split(self._flat, self._lengths)
 
     def squared(self, grad: Tensor) -> Tensor:
         """The squares of a gradient's coordinates, flat, in the dtype of the sums."""
-        dense = _real(grad.to_dense() if grad.is_sparse else grad)
+        dense = real(grad.to_dense() if grad.is_sparse else grad)
         return dense.reshape(-1).to(self._dtype).square()
 
     def add(self, number: int, squares: Tensor, weight: float) -> None:
@@ -109,8 +111,11 @@ class CoordinateSquares:
             self._same.sum_in_place(self._flat)
         if self._norm == "sign":
             roots = ((n, norms(spread.sqrt(), 1)) for n, spread, _ in self._spreads(grads))
+            # These ranks hold the same sums by now, and each contributes an equal share, so that all continue with the
+            # same bits.
             parts = self._layer_sums.of(list(roots), power=1) / self._same.size
         if self._quantile is not None:
+            # Every rank gets the whole quantile, and the reduction of the step adds up what the ranks contribute.
             ranks = self._same.size * self._others.size
             ratio = quantile_of(lambda: self._ratios(grads), self._quantile, collectives=self._others) / ranks
         self._squares, self._flat = (), torch.zeros(0)
@@ -129,10 +134,3 @@ class CoordinateSquares:
         for _, spread, grad_sq in self._spreads(grads):
             nothing = (spread == 0) & (grad_sq == 0)
             yield spread.div_(grad_sq).masked_fill_(nothing, LEFT_OUT)
-
-
-_WIDE = (torch.float64, torch.complex128)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -59,6 +59,7 @@ class Gauge:
         # Empty until the first start(), which knows the number of ranks.
         self.sums = PartSums(1, device=device)
         self.coordinates: CoordinateSquares | None = None
+        # "sign" adds up the root of every coordinate's variance, which no norm of a whole part gives.
         by_squares = norm == "sign" or (norm is not None and not whole_parts)
         if by_squares or quantile is not None:
             self.coordinates = CoordinateSquares(
@@ -136,6 +137,7 @@ class Gauge:
         if self._record_l1:
             l1 = gathered(l1_pieces, self._device).sum() / holders
         if self._norm is not None:
+            # For the journal, which records the Euclidean norm whatever the noise is measured in.
             l2_sq = sum_of_squares(l2_pieces, self._device) / holders
         if self.matrices is None:
             whole = self.layer_sums.of(lengths, 1 if self._norm == "sign" else 2) / holders

@@ -65,6 +65,7 @@ def layers_of(model: nn.Module, optimizer: Optimizer, per_layer: PerLayer) -> La
     """
     if per_layer not in get_args(PerLayer):
         raise ValueError(f"per_layer must be None or one of {', '.join(get_args(PerLayer))}, got {per_layer!r}")
+    # The optimizer may hold parameters of other models, which the probe does not measure.
     own = {p for p in model.parameters() if p.requires_grad}
     groups = [[p for p in group["params"] if p in own] for group in optimizer.param_groups]
     if per_layer == "group":
@@ -72,6 +73,7 @@ def layers_of(model: nn.Module, optimizer: Optimizer, per_layer: PerLayer) -> La
         if len(set(names)) < len(names):
             raise ValueError(f"per_layer='group' needs groups of different names, got {', '.join(names)}")
         return Layers({name: members for name, members in zip(names, groups, strict=True) if members})
+    # A module that is frozen, or that another optimizer trains, is not a layer.
     trained = {p for members in groups for p in members}
     members: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():

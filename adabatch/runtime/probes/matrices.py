@@ -18,6 +18,7 @@ from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.optimizers.matrix_owners import dealt_out
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.layers import LayerSums
+from adabatch.runtime.probes.norms import sum_dtype
 
 ITERATIONS = 18
 """Newton-Schulz iterations. Each multiplies a small eigenvalue by up to 2.25, so eigenvalues above 1e-6 of the
@@ -67,9 +68,9 @@ class MatrixGrams:
         self._layer_sums = layer_sums
         self._same = same
         self._device = device
-        wide = (torch.float64, torch.complex128)
-        self._dtype = torch.float64 if any(p.dtype in wide for p in parameters) else torch.float32
+        self._dtype = sum_dtype(parameters)
         self._shapes = {n: (min(p.shape), max(p.shape)) for n, p in enumerate(parameters) if takes(p) and p.numel()}
+        # By the cube of the smaller side, which is what its eigenvalues cost.
         self._owner = dealt_out({number: float(k) ** 3 for number, (k, _) in self._shapes.items()}, same.size)
         self._flat = torch.zeros(0)
         self._sums: dict[int, Tensor] = {}
@@ -131,6 +132,7 @@ class MatrixGrams:
             gram = self.squared(number, grad)
             assert gram is not None
             gram = gram.to(self._flat)
+            # With few parts, the root of D is too small on average; the divisor makes up for it.
             trace = root_trace(self._sums[number] - gram) / _shortened((k + 1) / (n * freedom))
             parts.append((number, trace.view(1)))
             lengths.append((number, root_trace(gram).view(1)))
@@ -170,9 +172,11 @@ def newton_schulz(gram: Tensor, iterations: int = ITERATIONS) -> Tensor:
     matrix = gram if gram.dtype is torch.float64 else gram.float()
     eye = torch.eye(k, dtype=matrix.dtype, device=matrix.device)
     ridged = matrix + RIDGE * matrix.diagonal().mean().clamp(min=0) * eye
+    # No eigenvalue is above the Frobenius norm, so the iteration converges. The clamp is for a matrix of zeros.
     scale = torch.linalg.matrix_norm(ridged).clamp(min=torch.finfo(matrix.dtype).tiny)
     y, z = ridged / scale, eye
     for _ in range(iterations):
+        # A fixed number of products: to test for convergence would be a host sync.
         step = 1.5 * eye - 0.5 * (z @ y)
         y, z = y @ step, step @ z
     trace: Tensor = y.diagonal().double().sum() * scale.double().sqrt()

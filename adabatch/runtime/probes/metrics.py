@@ -12,6 +12,7 @@ from torch.optim import Adam, AdamW, NAdam, Optimizer
 from adabatch.arguments import checked
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.runtime.optimizers.joined import each_of
+from adabatch.runtime.probes.norms import real
 from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 
@@ -137,14 +138,17 @@ class AdamMetric:
                 f"norm='adam' finds none of the measured parameters in the {type(self._optimizer).__name__}, which "
                 f"steps copies or shards of them: use norm='euclidean', or an engine that leaves parameters to it"
             )
+        # get(), because an optimizer's state is a defaultdict: reading an entry that is missing would create it.
         return any("exp_avg_sq" in self._optimizer.state.get(p, {}) for p in parameters)
 
     def __call__(self, parameter: Tensor, grad: Tensor) -> Tensor:
         """``grad / (sqrt(v) + eps)``."""
         state, wide = self._optimizer.state.get(parameter, {}), _wide(grad)
+        # Never updated so far: as zero, it is left out of noise and signal alike.
         if "exp_avg_sq" not in state:
             return torch.zeros_like(wide)
         group = self._group[parameter]
+        # With amsgrad, the step divides by the largest second moments so far.
         moments = own_piece(state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"])[0]
         # torch keeps step counts in float32, in which 1 - beta^step would lose the fifth digit. A tensor on purpose:
         # capturable and fused optimizers keep the count on the device, where a Python number would need a host sync.
@@ -261,6 +265,5 @@ METRICS: dict[str, Callable[[Optimizer], Metric]] = {
 
 def _wide(tensor: Tensor) -> Tensor:
     """The tensor as dense real numbers in float32 at least; complex numbers become pairs."""
-    dense = tensor.to_dense() if tensor.is_sparse else tensor
-    real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
-    return real if real.dtype is torch.float64 else real.float()
+    dense = real(tensor.to_dense() if tensor.is_sparse else tensor)
+    return dense if dense.dtype is torch.float64 else dense.float()

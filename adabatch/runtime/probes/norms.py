@@ -27,12 +27,21 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[tuple[int, Tensor]]:
     return grads
 
 
+def real(tensor: Tensor) -> Tensor:
+    """The tensor as real numbers: complex ones become pairs, in another dimension."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def sum_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
+    """The dtype in which squares of gradients of these parameters are summed: float64 if any of them has it."""
+    wide = any(p.dtype in (torch.float64, torch.complex128) for p in parameters)
+    return torch.float64 if wide else torch.float32
+
+
 def norms(grad: Tensor, order: int = 2) -> Tensor:
     """Norms (Euclidean, or l1) of the rows or blocks of one gradient, in float32 at least; shape (num_blocks,)."""
     # An uncoalesced sparse gradient holds several values for one row, whose squares must not be added separately.
-    values = grad.coalesce().values() if grad.is_sparse else grad
-    if values.is_complex():
-        values = torch.view_as_real(values.resolve_conj())
+    values = real(grad.coalesce().values() if grad.is_sparse else grad)
     dtype = torch.float64 if values.dtype is torch.float64 else torch.float32
     if values.numel() <= BLOCK:
         whole: Tensor = torch.linalg.vector_norm(values, order, dtype=dtype).view(1)
@@ -54,6 +63,7 @@ def gathered(pieces: list[Tensor], device: torch.device) -> Tensor:
     """Norms of many gradients in one float64 tensor; shape (num_blocks,)."""
     if not pieces:
         return torch.zeros(0, dtype=torch.float64, device=device)
+    # Only a model on several devices pays for a copy of each; otherwise one copy of all of them is enough.
     if len({piece.device for piece in pieces}) > 1:
         pieces = [piece.to(device) for piece in pieces]
     return torch.cat(pieces).to(device=device, dtype=torch.float64)

@@ -173,6 +173,9 @@ class PerExampleProbe(Probe):
 
     def _noise_along(self, s: float, b: float, p: float, pp: float, ps: float, ss: float) -> float:
         """The variance of the inner products divided by their mean, from weighted means of s, p, p^2, p s and s^2."""
+        # a single example has nothing to vary from, like one that has all the weight: as NaN the noise holds the plan
+        if b <= 1:
+            return math.nan
         # The p_i' themselves are not needed: their mean and mean square follow from the means of s, p, p^2, p s, s^2.
         if self._leave_one_out:
             p, pp = (b * p - s) / (b - 1), (b * b * pp - 2 * b * ps + ss) / (b - 1) ** 2

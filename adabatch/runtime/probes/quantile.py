@@ -37,6 +37,7 @@ def quantile_of(pieces: Callable[[], Iterable[Tensor]], quantile: float, *, coll
         Shape (), the same on all ranks, in the type of the numbers.
     """
     first = next(iter(pieces()))
+    # The integer type with as many bits: the numbers are reinterpreted, not converted.
     whole = torch.int64 if first.dtype is torch.float64 else torch.int32
     left = 8 * first.element_size() - 1  # bits without the sign
     prefix = torch.zeros(1, dtype=torch.int64, device=first.device)
@@ -50,6 +51,8 @@ def quantile_of(pieces: Callable[[], Iterable[Tensor]], quantile: float, *, coll
         for piece in pieces():
             for values in torch.split(piece.flatten(), CHUNK):
                 bits = values.view(whole).long()
+                # LEFT_OUT has the sign bit, so it reads as a negative integer. Each pass looks at all numbers: to pick
+                # those with the right prefix, the host would have to know how many there are.
                 counts = (bits >= 0) & (bits >> (left + width) == prefix)
                 local.index_add_(0, bits >> left & (1 << width) - 1, counts.to(local.dtype))
         of_digit = collectives.sum(local)
@@ -58,6 +61,7 @@ def quantile_of(pieces: Callable[[], Iterable[Tensor]], quantile: float, *, coll
             count = up_to[-1:]
             # Slightly less, so that a product that was rounded up does not select the next number.
             rank = (quantile * count * (1 - 2**-40)).ceil().clamp_(min=1)
+        # If there are no numbers, no count reaches the rank; the clamp keeps the index inside.
         digit = torch.searchsorted(up_to, rank).clamp_(max=len(up_to) - 1)
         rank = rank - (up_to - of_digit).gather(0, digit)
         prefix = prefix << width | digit

@@ -99,7 +99,7 @@ class _Measured:
             self._filling = buffer
         elif filled.numel() != buffer.numel() * self._num_shards:
             raise RuntimeError(
-                f"FSDP2 reduces a gradient of {filled.numel()} elements to {buffer.numel()}, where {self._num_shards} "
+                f"FSDP2 reduces a gradient of {filled.numel()} elements to {buffer.numel()}, but {self._num_shards} "
                 f"shards were expected: this way of sharding, or torch {torch.__version__}, is not known to the probe"
             )
         else:
@@ -173,6 +173,8 @@ class ReduceScatterProbe(Probe):
             raise ValueError(f"gradient_divide_factor must be positive, got {gradient_divide_factor}")
         mesh = data_parallel_mesh(model)
         self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        # With a factor, FSDP2 divides by it instead of the number of ranks. Parts are rescaled so that the gradient is
+        # again their mean.
         self._scale = 1.0 if gradient_divide_factor is None else mesh.size() / gradient_divide_factor
         self._num_shards = shards_in(mesh, self._parameters)
         self._shards, self._replicas = shards_and_replicas(mesh, self._num_shards)
@@ -226,6 +228,8 @@ class ReduceScatterProbe(Probe):
         dtype = torch.float64 if filled.dtype is torch.float64 else torch.float32
         columns = squares = None
         if self._gauge.parts_are_norms:
+            # Row r of the buffer holds the shards of rank r of all parameters, one after the other: a parameter is a
+            # run of columns.
             columns = torch.linalg.vector_norm(filled.view(self._num_shards, -1), dim=0, dtype=dtype)
         if self._gauge.coordinates is not None:
             # Every rank issues this next to the gradient's own reduction, so the order of collectives is the same.
@@ -258,7 +262,7 @@ class ReduceScatterProbe(Probe):
                 raise RuntimeError(
                     f"FSDP2 reduced the gradient of {name or 'the root'} in {len(unit.reductions)} pieces in one "
                     f"micro-batch, whose norms do not add up: modules that are one unit must run together in one "
-                    f"forward, so give a head that is called once a chunk a unit of its own"
+                    f"forward, so make a head that is called once per chunk a separate unit"
                 )
             reductions += unit.reductions
             unit.reductions.clear()
@@ -283,7 +287,7 @@ class ReduceScatterProbe(Probe):
         lengths = [padded_length(self._parameters[number], self._num_shards) for number in reduction.numbers]
         if lengths and sum(lengths) != reduction.num_columns:
             raise RuntimeError(
-                f"FSDP2 reduced {reduction.num_columns} elements a rank, where its {len(lengths)} parameters have "
+                f"FSDP2 reduced {reduction.num_columns} elements per rank, but its {len(lengths)} parameters have "
                 f"{sum(lengths)}: this way of sharding, or torch {torch.__version__}, is not known to the probe"
             )
         return lengths

@@ -55,6 +55,7 @@ def without_fabric(optimizer: Any) -> Any:
 
 
 def _loaded() -> list[ModuleType]:
+    # Looked up at each call, because the user may import Lightning after adabatch.
     return [sys.modules[name] for name in _WRAPPERS if name in sys.modules]
 
 

@@ -60,6 +60,7 @@ def data_parallel_mesh(model: nn.Module) -> DeviceMesh:
                 f"the parameter {name} is not sharded, while others of the {type(model).__name__} are, so its gradient "
                 f"is not reduced: apply fully_shard to the whole model too, after its parts, without ignored_params"
             )
+        # With two dimensions (HSDP), FSDP2 replicates over the outer one and shards over the inner one.
         *outer, inner = parameter.placements
         if not (all(placement.is_replicate() for placement in outer) and (inner.is_shard() or inner.is_replicate())):
             raise ValueError(
@@ -83,6 +84,7 @@ def own_piece(tensor: Tensor) -> tuple[Tensor, int]:
     """This rank's piece of a tensor, and how many ranks of its mesh hold the same; a plain tensor itself, and 1."""
     if not isinstance(tensor, DTensor):
         return tensor, 1
+    # Needed because a sum over all ranks counts such a piece `holders` times.
     holders = 1
     for dimension, placement in enumerate(tensor.placements):
         if placement.is_replicate():

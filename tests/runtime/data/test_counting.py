@@ -60,13 +60,12 @@ def test_examples_are_what_all_entries_agree_on(batch: Any) -> None:
         ((torch.zeros(7, 4, 3), torch.zeros(4)), r"differ from entry to entry.*shape \(7, 4, 3\).*shape \(4,\)"),
         ({"class_weights": torch.zeros(10), "x": torch.zeros(4, 2)}, "differ.*'class_weights'"),
         ({"position": torch.zeros(1, 9), "x": torch.zeros(4, 9)}, "differ"),
-        (pack_sequence([torch.zeros(3), torch.zeros(2)]), "differ"),
         ({"views": [torch.zeros(4, 3), torch.zeros(4, 3)]}, "may be 2 or 4"),
         ({"images": images(8, 8, 8, 8)}, "may be 3 or 4"),
         ([*images(8, 8), torch.zeros(1, 8, 8)], "differ"),
         ([(torch.zeros(3, 8), 1), (torch.zeros(3, 8), 0)], "may be 2 or 3"),
     ],
-    ids=["time-major", "weights", "positions", "packed", "views", "images", "grey and colour", "not collated"],
+    ids=["time-major", "weights", "positions", "views", "images", "grey and colour", "not collated"],
 )
 def test_what_is_not_sure_asks_for_a_count(batch: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"{words}.*pass count="):
@@ -77,3 +76,10 @@ def test_what_is_not_sure_asks_for_a_count(batch: Any, words: str) -> None:
 def test_a_batch_that_says_nothing_asks_for_a_count(batch: Any) -> None:
     with pytest.raises(TypeError, match="pass count="):
         num_examples_in(batch)
+
+
+def test_packed_sequences_are_counted_as_sequences() -> None:
+    sequences = [torch.zeros(length, 3) for length in (5, 4, 1)]
+    for packed in (pack_sequence(sequences), pack_sequence(sequences[::-1], enforce_sorted=False)):
+        assert num_examples_in(packed) == num_examples_in((packed, torch.zeros(3))) == 3
+    assert num_examples_in(pack_sequence([torch.zeros(4, 3)])) == 1  # of which all entries but one have four rows

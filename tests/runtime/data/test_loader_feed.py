@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -213,3 +214,36 @@ def test_a_count_is_a_whole_number(count: Any, shown: str) -> None:
 def test_numbers_of_torch_are_counts() -> None:
     feed = loader_feed([torch.ones(2)], count=lambda batch: batch.sum().long())
     assert feed.take(plan_of(2, 1)).sizes == [2]
+
+
+# --- memory that is used again ----------------------------------------------------------------------------------------
+
+
+class Refills:
+    """Gives ``num_buffers`` tensors in turn, each filled again, by torch or where torch does not see it."""
+
+    def __init__(self, num_buffers: int, *, unwatched: bool) -> None:
+        self.arrays = [np.zeros(2, np.float32) for _ in range(num_buffers)]
+        self.tensors = [torch.from_numpy(array) for array in self.arrays]
+        self.unwatched = unwatched
+
+    def __iter__(self) -> Any:
+        for number in range(12):
+            place = number % len(self.arrays)
+            if self.unwatched:
+                self.arrays[place][:] = (number, -number)
+            else:
+                self.tensors[place].copy_(torch.tensor([number, -number]))
+            yield {"x": self.tensors[place]}
+
+
+@pytest.mark.parametrize("unwatched", [False, True])
+def test_a_loader_that_fills_memory_again_is_told_so(unwatched: bool) -> None:
+    with pytest.raises(ValueError, match=r"the loader changed a micro-batch after it gave it.* \(tensor\.clone\(\)\)"):
+        loader_feed(Refills(1, unwatched=unwatched)).take(plan_of(2, 3))
+    feed = loader_feed(Refills(2, unwatched=unwatched))
+    for _ in range(2):  # enough buffers until the step holds more
+        assert len(feed.take(plan_of(2, 2)).batches) == 2
+    with pytest.raises(ValueError, match="all 3 micro-batches of a step are fetched before it begins"):
+        feed.take(plan_of(2, 3))
+    assert len(loader_feed([torch.ones(2)] * 4).take(plan_of(2, 4)).batches) == 4  # the same one, by intent

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import time
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -162,6 +166,44 @@ def test_a_backend_can_be_asked_for() -> None:
 def test_one_process_needs_no_group() -> None:
     with connected(World(), device=torch.device("cpu")):
         assert not dist.is_initialized()
+
+
+class Failed(Exception):
+    """An error in the block."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_threads_of_a_group_get_the_lock_of_python_before_it_is_freed(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever refers to the group (DDP's reducer) is freed later than the wait, by a collection or by the caller.
+
+    The deadlock itself needs a thread of gloo that frees a tensor within the same microseconds, inside torch; nothing
+    can make it wait there. What keeps it away is this order.
+    """
+    done: list[str] = []
+
+    class Reducer:
+        def __del__(self) -> None:
+            done.append("freed")
+
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: done.append("begun"))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: done.append("waited") if seconds > 0 else None)
+    monkeypatch.setattr(gc, "collect", lambda: done.append("collected"))
+
+    def run() -> None:
+        reducer = Reducer()
+        with connected(World(rank=0, size=2, backend="gloo"), device=torch.device("cpu")):
+            done.append("run")
+            if fails:
+                raise Failed
+        del reducer
+
+    with pytest.raises(Failed) if fails else nullcontext():
+        run()
+    order = ["begun", "run", "destroyed", "waited", *["collected"] * (not fails), "freed"]
+    assert done == order
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without an accelerator")

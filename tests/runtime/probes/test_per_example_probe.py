@@ -57,6 +57,21 @@ def measured(micro_batch_size: int, *, products: bool = True, leave_one_out: boo
     return step.moments
 
 
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_one_example_has_no_noise_along_the_gradient(leave_one_out: bool) -> None:
+    network = nn.Linear(3, 1)
+    probe = adabatch.PerExampleProbe(network, products=True, leave_one_out=leave_one_out)
+    probe.start(1)
+    probe.begin_part(1)
+    network(torch.ones(1, 3)).mean().backward()
+    probe.end_part(1, 1.0)
+    found = probe.moments(probe.collect().tolist())
+    assert found.noise_along is not None
+    assert math.isnan(found.noise_along)
+    assert math.isnan(found.noise)
+    assert found.grad_sq == pytest.approx(4.0)
+
+
 def loss_of(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return functional.cross_entropy(network(batch[0]), batch[1])
 
