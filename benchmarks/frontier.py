@@ -258,29 +258,33 @@ class Method(NamedTuple):
         return outcomes(cell, run, batch, setting, seeds=seeds, **others)
 
 
-DEFAULT = Method("price", 32, follow="betas", hold=0.1)
+DEFAULT = Method("price", 32, follow="betas")
+"""What the library does if it is told nothing but the price; it waits for the end of the warm-up."""
+HELD = DEFAULT._replace(hold=0.1)
 REPORTED = [
     DEFAULT,
     *(DEFAULT._replace(number=number) for number in (8, 128, 512)),
-    DEFAULT._replace(follow=""),
-    DEFAULT._replace(bound="<="),
-    DEFAULT._replace(criterion="price for decay"),
+    HELD,
+    HELD._replace(bound="<="),
+    HELD._replace(follow=""),
+    HELD._replace(criterion="price for decay"),
 ]
 
 
 def explored() -> list[Method]:
     """What was compared to choose the default, and to look for a better one."""
-    short = DEFAULT._replace(bound="=")
+    short = HELD._replace(bound="=")
     return [
         DEFAULT,
+        HELD,
         *(short._replace(hold=hold) for hold in (0.1, 0.05, 0.02)),
         short._replace(first=2 * FIRST),
-        *(DEFAULT._replace(rule=rule) for rule in ("sqrt", "linear", "none")),
-        *(DEFAULT._replace(number=number) for number in (16, 64, 8)),
-        DEFAULT._replace(criterion="price for decay"),
-        DEFAULT._replace(follow=""),
-        *(DEFAULT._replace(follow=f"betas {floors}") for floors in ("0.7 0.95", "0.5 0.99")),
-        *(DEFAULT._replace(hold=None, warmup=0.25, follow=follow) for follow in ("betas", "")),
+        *(HELD._replace(rule=rule) for rule in ("sqrt", "linear", "none")),
+        *(HELD._replace(number=number) for number in (16, 64, 8)),
+        HELD._replace(criterion="price for decay"),
+        HELD._replace(follow=""),
+        *(HELD._replace(follow=f"betas {floors}") for floors in ("0.7 0.95", "0.5 0.99")),
+        *(HELD._replace(hold=None, warmup=0.25, follow=follow) for follow in ("betas", "")),
         Method("norm test", 0.7, follow="betas", hold=0.1),
     ]
 
