@@ -245,7 +245,7 @@ def test_tensorboard(tmp_path):
     tracker = TensorBoardTracker(tmp_path)
     journal = Journal(tracker)
     journal.write(ENTRY)
-    journal.close()
+    tracker.close()
     journal.write({**ENTRY, "step": 4})  # opens it again
     journal.close()
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -299,9 +299,10 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
     import mlflow
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    journal = Journal(MLflowTracker(tmp_path / "store", name="first"))
+    tracker = MLflowTracker(tmp_path / "store", name="first")
+    journal = Journal(tracker)
     journal.write(ENTRY)
-    journal.close()
+    tracker.close()
     journal.write({**ENTRY, "step": 4})
     journal.close()
     client = mlflow.MlflowClient(tracking_uri=(tmp_path / "store").as_uri())

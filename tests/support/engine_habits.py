@@ -127,9 +127,14 @@ def _run(engine: str, habit: Habit, stack: ExitStack) -> str:
         if habit.probe is not None:
             options["probe"] = habit.probe(model)
         batches = AdaptiveBatch(model, optimizer, habit.criterion(), **grouped(options))
+        scaler = habit.options.get("scaler")
 
         def update() -> None:
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
             optimizer.zero_grad()
 
     stack.callback(batches.remove)
