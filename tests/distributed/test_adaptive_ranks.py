@@ -374,13 +374,13 @@ def bytes_sent(rank: int) -> dict[str, list[int]]:
     return found
 
 
-def test_at_most_64_bytes_a_step_are_sent(tmp_path):
+def test_at_most_80_bytes_a_step_are_sent(tmp_path):
     for result in run_ranks(bytes_sent, 2, tmp_path):
         for name, sent in result.items():
             num_steps = len(sent) - 1
             assert num_steps >= 6
             each = [after - before for before, after in itertools.pairwise(sent[:-1])]
-            assert max(each[:-1]) <= 64, name
+            assert max(each[:-1]) <= 80, name
             # A pass costs a little more at its ends: settings 16 bytes, errors of one rank 8, data 8 a rank, copies of
             # the weights 24 a rank, and 40 for where the loaders end.
-            assert sent[-1] <= 64 * num_steps + 128, name
+            assert sent[-1] <= 80 * num_steps + 128, name

@@ -53,7 +53,6 @@ def moved(ranks: Collectives, rank: int) -> dict[str, Any]:
         "gather_of": ranks.gather_of(rank + 0.1, 2**40),
         "gather_bytes": ranks.gather_bytes(bytes(range(253, 253 + rank))),
         "first_message": ranks.first_message(f"café {rank}" if rank or ranks.size == 1 else None),
-        "exchange": ranks.exchange(10 * rank + torch.arange(ranks.size).view(-1, 1)).tolist(),
         "first": first.tolist(),
         "in place": ranks.sum_in_place(summed) is summed and summed.tolist(),
     }
@@ -77,13 +76,12 @@ def test_all_ranks_reduce_to_the_same_numbers(tmp_path):
             "gather_of": [[0.1, 2**40], [1.1, 2**40], [2.1, 2**40]],
             "gather_bytes": [b"", b"\xfd", b"\xfd\xfe"],
             "first_message": (1, "café 1"),
-            "exchange": [[rank], [10 + rank], [20 + rank]],
             "first": [0.0, 0.5],
             "in place": [3.0, 3.0],
         }
         assert result["moved alone"] == {
             "gather": [[rank, 7]], "gather_of": [[rank + 0.1, 2**40]],
-            "gather_bytes": [bytes(range(253, 253 + rank))], "exchange": [[10 * rank]],
+            "gather_bytes": [bytes(range(253, 253 + rank))],
             "first_message": (0, f"café {rank}"), "first": [rank, rank + 0.5], "in place": [1.0, rank],
         }  # fmt: skip
     # The data-parallel ranks of a model are those of its process group.

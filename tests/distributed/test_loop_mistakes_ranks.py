@@ -269,7 +269,7 @@ def test_what_one_rank_alone_does_is_said_on_both(tmp_path: Path) -> None:
         "both": "2",
         "update": "in step 1 the ranks are about to make different updates, and would drift apart: number of updates "
         "so far is 1 on rank 0 and 0 on rank 1. Look for",
-        "past": "call the DistributedDataParallel that AdaptiveBatch was given in the loop, and not the module inside",
+        "past": "Call the DistributedDataParallel that AdaptiveBatch was given in the loop, and not the module inside",
     }
     first, second = run_ranks(on_one_rank, 2, tmp_path)
     told = {case: said.removeprefix("on rank 1, ") for case, said in first.items()}

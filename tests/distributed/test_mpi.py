@@ -36,6 +36,8 @@ def numbers(rank: int) -> dict[str, Any]:
     world = Collectives(dist.group.WORLD)
     pair = dist.new_group([0, 2])
     rows = torch.arange(6.0).view(3, 2) + 10 * rank
+    exchanged = torch.empty_like(rows)
+    dist.all_to_all_single(exchanged, rows)
     copied = torch.tensor([1.5 * rank, 7.0], dtype=torch.bfloat16)
     world.copy_from_first(copied)
     found: dict[str, Any] = {
@@ -45,7 +47,7 @@ def numbers(rank: int) -> dict[str, Any]:
         "minimum": world.minimum_of(-rank, 5 + rank),
         "agree": [world.agree("the same"), world.agree(rank == 1)],
         "gather": world.gather_of(rank, 2.5),
-        "exchange": world.exchange(rows).tolist(),
+        "exchange": exchanged.tolist(),
         "copied": copied.tolist(),
         "nan": [math.isnan(each) for each in world.sum_of(math.nan if rank == 1 else 0.0, 1.0)],
     }
