@@ -248,8 +248,8 @@ def publish_bytes(machine: Machine, *, save: bool) -> None:
         ],
         findings=[
             f"The first step of a pass compares settings (16 bytes, and 8 for errors) and, of loaders, the data of the "
-            f"ranks (8 bytes per rank; here {RANKS} ranks). It and every 1,000th also check for drift (16 bytes). In each "
-            f"step 16 bytes compare what decides about the next update; Guard(check_every=None) leaves both out.",
+            f"ranks (8 bytes per rank; here {RANKS} ranks). It and every 1,000th also check for drift (16 bytes). In "
+            f"each step 16 bytes compare what decides about the next update; Guard(check_every=None) leaves both out.",
         ],
         data={"bytes": counted},
         save=save,
