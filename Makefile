@@ -15,7 +15,8 @@ INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 INSTALLED_ALL := .venv/.installed-all
 INSTALLED_DOCS := .venv/.installed-docs
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what is imported, once; to compile all that is installed takes another minute.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 # Test files run side by side, one after the other in each of so many workers.
 WORKERS ?= 2
 # Names of benchmarks to run, without .py; where it is empty, all that need no GPU.

@@ -218,7 +218,7 @@ def not_finite(place: Path, stage: int) -> dict[str, Any]:
 def begun_again(place: Path) -> dict[str, Any]:
     """A new run in the folder of an old one that had come further; of each only the newest checkpoint is kept."""
     saved(place, 1, keep=1)
-    (place / "step_pictures").mkdir()  # the user's
+    (place / "step_pictures").mkdir(exist_ok=True)  # the user's
     (place / "steps.txt").touch()
     second = Run(place, 1, keep=1)
     with second.saving:

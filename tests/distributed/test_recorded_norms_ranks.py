@@ -21,7 +21,7 @@ from adabatch.adaptive.options import Measure
 
 pytestmark = pytest.mark.distributed
 
-BUDGET = 64  # bytes a step and rank, for the measurement and everything recorded with it
+BUDGET = 72  # bytes a step and rank, for the measurement and everything recorded with it
 
 
 def recorded(rank: int, folder: Path) -> dict[str, Any]:
@@ -79,7 +79,9 @@ def test_norms_of_the_reduced_gradient_within_the_budget(tmp_path: Path) -> None
     assert [line["norms"]["l1"] for line in written] == pytest.approx([l1 for _, l1 in first["norms"]], rel=1e-5)
     assert torch.equal(first["weights"], second["weights"])
     assert first["gain"] == second["gain"]
-    assert 0 < max(first["bytes"] + second["bytes"]) <= BUDGET
+    for sent in (first["bytes"], second["bytes"]):
+        assert 0 < max(sent[1:]) <= BUDGET
+        assert sent[0] <= BUDGET + 16  # the first step also compares the gradients of the ranks
 
 
 def disagreeing(rank: int) -> list[str]:
