@@ -138,12 +138,20 @@ class DeepSpeedCheckpoints:
         place = self._place(again)
         self._engine.save_checkpoint(str(self._folder), tag=place.name, client_state={KEY: state})
         if self._ranks.rank == 0:
-            others = [path for path in _checkpoints_in(self._folder) if path != place]
+            self._remove_older_than(place)
+        self._times.saved()
+
+    def _remove_older_than(self, newest: Path) -> None:
+        """Removes all but the newest checkpoints; says so if that cannot be done."""
+        try:
+            others = [path for path in _checkpoints_in(self._folder) if path != newest]
             # By time: a run that begins again in this folder counts its steps from the first.
             others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
             for old in others[self._keep - 1 :]:
                 shutil.rmtree(old)
-        self._times.saved()
+        except OSError as error:
+            # No error: the checkpoint is saved, and the other ranks do not come here, and would wait for this one.
+            _log.warning("checkpoints older than %s could not be removed: %s", newest, error)
 
     def start_over(self) -> None:
         """Begins a new run in the folder; the lines of its journal are moved to a file beside it.

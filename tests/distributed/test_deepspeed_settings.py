@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -215,6 +217,17 @@ def not_finite(place: Path, stage: int) -> dict[str, Any]:
     return found
 
 
+def stuck(place: Path) -> list[str]:
+    """The checkpoints of a run whose first rank cannot remove the old one."""
+    run = Run(place, 1, keep=1)
+    with run.saving:
+        for removes in (None, OSError("in use")):
+            run.train(1)
+            with patch.object(shutil, "rmtree", side_effect=removes):
+                run.saving.save()
+    return sorted(path.name for path in place.glob("step*"))
+
+
 def begun_again(place: Path) -> dict[str, Any]:
     """A new run in the folder of an old one that had come further; of each only the newest checkpoint is kept."""
     saved(place, 1, keep=1)
@@ -250,6 +263,7 @@ def everything(folder: str) -> dict[str, Any]:
         "refused": refused(place / "refused"),
         "not finite": {f"ZeRO {stage}": not_finite(place / f"bad{stage}", stage) for stage in (0, 3)},
         "again": begun_again(place / "again"),
+        "stuck": stuck(place / "stuck"),
     }
     dist.barrier()
     return found
@@ -333,6 +347,10 @@ def test_numbers_that_are_not_finite_do_not_displace_a_good_checkpoint(both: lis
             assert "another rank could not use" in first[f"{name} 0"], (stage, name)
             assert words in second[f"{name} 1"], (stage, name)
             assert "holds numbers that are not finite" in second[f"{name} 1"], (stage, name)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_stops_no_rank(found: dict[str, Any]) -> None:
+    assert found["stuck"] == ["step00000001", "step00000002"]
 
 
 def test_a_run_that_begins_again_keeps_its_own_newest_checkpoint(found: dict[str, Any]) -> None:
