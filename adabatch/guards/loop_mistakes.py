@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.guards.drift import fingerprint, shared_parameters
+from adabatch.guards.same_settings import failing_together
 from adabatch.runtime.collectives import digest_of
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.optimizers.joined import kind_of
@@ -105,7 +106,11 @@ class LoopMistakes:
         first, self._first_step = self._first_step, False
         if not first or not self._compares:
             return
-        if not self._engine.collectives.agree(_glance(shared_parameters(self._engine.model))):
+        ranks = self._engine.collectives
+        # The end of a loading process may be raised anywhere, also here: the others are told, in place of a wait.
+        with failing_together(ranks, "a look at the gradients"):
+            glance = _glance(shared_parameters(self._engine.model))
+        if not ranks.agree(glance):
             raise RuntimeError(
                 f"the ranks hold different gradients after the last backward of the step: they were not averaged, and "
                 f"the weights would drift apart. Call the {type(self._engine.model).__name__} that AdaptiveBatch was "

@@ -81,7 +81,7 @@ def test_norms_of_the_reduced_gradient_within_the_budget(tmp_path: Path) -> None
     assert first["gain"] == second["gain"]
     for sent in (first["bytes"], second["bytes"]):
         assert 0 < max(sent[1:]) <= BUDGET
-        assert sent[0] <= BUDGET + 16  # the first step also compares the gradients of the ranks
+        assert sent[0] <= BUDGET + 24  # the first step also compares the gradients of the ranks
 
 
 def disagreeing(rank: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ def stream_with(folder: Path, start: str, fault: str) -> bool:
         accounts = str(error)
         return {
             "raises": "rank 1 raised" in accounts and "the sky over rank one" in accounts,
-            "killed": "rank 1 raised" in accounts and "is killed by signal" in accounts,
+            # by the step, or by the watchdog, as the signal may come anywhere
+            "killed": re.search("rank 1 raised|failed on rank 1", accounts) is not None
+            and "is killed by signal" in accounts,
             "same": accounts.count("were given the same examples") >= 2,
         }.get(fault, False)
     return fault == "shorter" and first.steps == second.steps and first.weights == second.weights
