@@ -52,7 +52,7 @@ def monitor(
     compared with each other, so a step needs at least two of them: by accumulation, or on two ranks. The model runs on
     one process or in ``DistributedDataParallel``, also as Accelerate, Fabric, Lightning or the Trainer of Transformers
     run it. The cost is a pass over the gradients and one over their sum per micro-batch and, per step, 16 bytes per
-    rank and a host sync.
+    rank and a host sync. A newer monitor of the same optimizer replaces an older one.
 
     Args:
         model: as it is trained: the ``DistributedDataParallel`` on several ranks.
@@ -60,7 +60,6 @@ def monitor(
         micro_batch_size: examples in one backward on one rank.
         journal: where the first rank writes one JSON line per step, which ``adabatch report`` and ``adabatch tail``
             read: a path, or a tracker, or a list of both.
-            A newer monitor of the same optimizer replaces an older one.
         scaler: of a run in float16, whose factor changes, so that moments of different steps can be averaged. That of
             Fabric is found.
 

@@ -246,7 +246,7 @@ class Step:
         if self._num_backward == 0 and self._trained is not None:  # by now the loop has frozen and thawed what it will
             self._check_trained(self._trained)
         self._hear(self._mistakes.check_before_backward)
-        self._mistakes.check_loss(loss)
+        self._hear(lambda: self._mistakes.check_loss(loss))
         self._mistakes.check_switches(last=self._num_backward == len(self.portion.sizes) - 1)
         self._enter(Phase.BACKWARD, self._num_backward)
         if self._zeros:

@@ -75,8 +75,8 @@ class Averages:
             state = self._replica.optimizer_state(fragment.places)
             if not self._workers.agree([(name, value.shape) for name, value in state.items()]):
                 raise ValueError(
-                    "the optimizer remembers other things on this worker than on others, so average_state cannot "
-                    "average them: a parameter got a gradient on some workers only; leave average_state out"
+                    "the optimizer's state has other entries on this worker than on others, so average_state cannot "
+                    "average it: a parameter got a gradient on some workers only; leave average_state out"
                 )
             self.exchange.mean(list(state.values()), weight=shares[self._workers.rank])
         # If states differ, the same gradient would step workers differently: a round of one step then averages

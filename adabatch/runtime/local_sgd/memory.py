@@ -221,8 +221,8 @@ class Memory:
         ):
             if kept and then != now:
                 raise ValueError(
-                    f"the state was saved with {name}={then}, this run has {now}, which can make no use of it: use the "
-                    f"same, or begin local SGD anew from the averaged model"
+                    f"the state was saved with {name}={then}, this run has {now}, which cannot use it: use the same, "
+                    f"or start local SGD again from the averaged model"
                 )
         if not same_parts:
             found.fragments = [Fragment(places, agreed_at=found.steps, counted=found.examples) for places in dealt]
