@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import tempfile
 from collections import Counter
 from typing import Any
 
 import torch
-from _harness import ROOT, Machine, Table, publish
-
-sys.path.insert(0, str(ROOT / "tests"))
-
+from _harness import Machine, Table, publish
 from support.wrong_arguments import CALLS, VALUES, Answer, Case, answer, calls, cases, hints_of
 
 QUESTION = "Which wrong values of which arguments give an error that is not ours, or none although they make no sense?"

@@ -13,13 +13,13 @@ import argparse
 import itertools
 import math
 import statistics
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from _harness import ROOT, Machine, Table, publish
+from _harness import Machine, Table, publish
+from support.simulated import GRID, RIGHT, Level, drawn, sizes
 
 from adabatch import Control, NoiseScale, NormTest
 from adabatch.batch import Observation, Progress
@@ -28,10 +28,6 @@ from adabatch.batch.control import estimate
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, micro_batch_sizes
-
-sys.path.insert(0, str(ROOT / "tests"))
-
-from support.simulated import GRID, RIGHT, Level, drawn, sizes
 
 QUESTION = (
     "Which average of noise and signal is right on clean data, hardly moved by a probe that is wrong, and quick to "

@@ -32,7 +32,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -43,11 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import ROOT, Machine, Table, publish
-from torch.multiprocessing import start_processes
-
-sys.path.insert(0, str(ROOT / "tests"))
-
+from _harness import Machine, Table, publish
 from support.elastic import check_order, two_one_three_two
 from support.jobs import PRELOADED, Attempt, Ended, Killed, Net, command, ended, kill_once, killed_runs, same, steps_run
 from support.loading import KINDS as LOADERS
@@ -57,6 +52,7 @@ from support.nonfinite import POISONS, POLICIES, all_cases, outcomes
 from support.random_configs import outcome, random_config
 from support.ranks import run_ranks
 from support.settings import DIFFERENCES, said
+from torch.multiprocessing import start_processes
 
 import adabatch
 from adabatch.checkpointing.files import MANIFEST, NewerFormat, checkpoints_in

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _harness import Machine, Table, publish
+from probes_gpu import endless
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
@@ -195,22 +196,13 @@ def by_hand(device: torch.device) -> str:
         train(adaptive(ours, optimizer, grows=False), ours, optimizer, device, 10)
         optimizer = make(theirs.parameters())
         order, size = adabatch.GlobalOrder(data(), seed=0), MICRO_BATCH * ACCUMULATION
-        for index, batch in zip(range(10 * ACCUMULATION), batches_of(order), strict=False):
+        for index, batch in zip(range(10 * ACCUMULATION), endless(order, MICRO_BATCH), strict=False):
             (loss_of(theirs, batch, device) * (MICRO_BATCH / size)).backward()
             if index % ACCUMULATION == ACCUMULATION - 1:
                 optimizer.step()
                 optimizer.zero_grad()
         to_the_bit(weights(ours), weights(theirs))
     return f"10 steps of {', '.join(optimizers_on(device))}: equal"
-
-
-def batches_of(order: adabatch.GlobalOrder) -> Iterator[Any]:
-    plan = adabatch.batch.plan.BatchPlan(micro_batch_size=MICRO_BATCH, accumulation_steps=1, dp_size=1)
-    feed = order.feed(0, 1)
-    while True:
-        portion = feed.take(plan)
-        yield from portion.batches
-        feed.consumed(portion)
 
 
 def rates(device: torch.device) -> str:

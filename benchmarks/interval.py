@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _harness import ROOT, Machine, Spread, Table, publish
+from _harness import Machine, Spread, Table, publish
+from support.simulated import Level, constantly, drawn
 
 import adabatch
 from adabatch.batch.control import Control, ControlState, Limits, decide
@@ -25,10 +25,6 @@ from adabatch.batch.criteria import NormTest
 from adabatch.batch.plan import PlanGrid, Progress
 from adabatch.recipes.data import collate
 from adabatch.recipes.digits import Digits
-
-sys.path.insert(0, str(ROOT / "tests"))
-
-from support.simulated import Level, constantly, drawn
 
 GRID = PlanGrid(dp_size=1, micro_sizes=(8,), min_accumulation=2)
 ETA, START, FIRST = 0.5, 160, 250

@@ -247,9 +247,10 @@ def publish_bytes(machine: Machine, *, save: bool) -> None:
             )
         ],
         findings=[
-            f"The first step of a pass compares settings (16 bytes, and 8 for errors) and, of loaders, the data of the "
-            f"ranks (8 bytes per rank; here {RANKS} ranks). It and every 1,000th also check for drift (16 bytes). In "
-            f"each step 16 bytes compare what decides about the next update; Guard(check_every=None) leaves both out.",
+            f"The first step of a pass compares settings (16 bytes, and 8 for errors), gradients (the same) and, of "
+            f"loaders, the data of the ranks (8 bytes per rank; here {RANKS} ranks). It and every 1,000th check for "
+            f"drift (16 bytes). In each step 16 bytes compare what decides about the next update; "
+            f"Guard(check_every=None) leaves these out, with drift and gradients.",
         ],
         data={"bytes": counted},
         save=save,

@@ -110,6 +110,16 @@ FAMILIES = {
 }
 
 
+def endless(order: adabatch.GlobalOrder, size: int, *, rank: int = 0, ranks: int = 1) -> Iterator[Any]:
+    """The micro-batches of a rank, as a loop by hand takes them."""
+    feed = order.feed(rank, ranks)
+    plan = BatchPlan(micro_batch_size=size, accumulation_steps=1, dp_size=ranks)
+    while True:
+        portion = feed.take(plan)
+        yield from portion.batches
+        feed.consumed(portion)
+
+
 class Loop:
     """A model, its optimizer and one step of it, named as it came: "by hand", "probed", or "not probed"."""
 
@@ -125,7 +135,7 @@ class Loop:
         order = adabatch.GlobalOrder(Text(size, pinned=device.type == "cuda"), collate_fn=as_it_is)
         self.step = self.by_hand
         if contender.interval is None:
-            self.batches = self._endless(order, size.micro_batch_size)
+            self.batches = endless(order, size.micro_batch_size, rank=dist.get_rank(), ranks=dist.get_world_size())
             return
         total = size.micro_batch_size * ACCUMULATION * dist.get_world_size()
         batches = adabatch.AdaptiveBatch(
@@ -140,14 +150,6 @@ class Loop:
         )
         self.steps = batches.steps(order, until=adabatch.steps(2**31))
         self.step = self.adaptive
-
-    def _endless(self, order: adabatch.GlobalOrder, size: int) -> Iterator[Tensor]:
-        feed = order.feed(dist.get_rank(), dist.get_world_size())
-        plan = BatchPlan(micro_batch_size=size, accumulation_steps=1, dp_size=dist.get_world_size())
-        while True:
-            portion = feed.take(plan)
-            yield from portion.batches
-            feed.consumed(portion)
 
     def _backward(self, tokens: Tensor, backward: Callable[[Tensor], None]) -> None:
         text = tokens.to(self.device, non_blocking=True)

@@ -22,7 +22,7 @@ from adabatch.journal.writer import Journal, line
 from adabatch.lr.follow import UpdateScaling
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.observers.protocol import Moment, Phase, StepObserver
-from adabatch.runtime.optimizers.joined import each_of, kind_of, weight_versions
+from adabatch.runtime.optimizers.joined import each_of, kind_of, same_groups, weight_versions
 from adabatch.runtime.optimizers.measured_norm import MeasuredNorm
 from adabatch.runtime.optimizers.scheduler import WritesRates
 from adabatch.runtime.optimizers.step_hooks import StepHooks, StepOverrides, rates_of
@@ -254,10 +254,9 @@ class PendingUpdates:
         Raises:
             ValueError: if it writes the rates of another optimizer of the same parameters.
         """
-        mine, theirs = self._optimizer.param_groups, schedule.optimizer.param_groups
-        if not {id(group) for group in mine} & {id(group) for group in theirs}:
-            held = {id(p) for group in mine for p in group["params"]}
-            if any(id(p) in held for group in theirs for p in group["params"]):
+        if not same_groups(self._optimizer, schedule.optimizer):
+            held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+            if any(id(p) in held for group in schedule.optimizer.param_groups for p in group["params"]):
                 raise ValueError(
                     f"the schedule would write the learning rates of a {kind_of(schedule.optimizer)} that is not the "
                     f"{kind_of(self._optimizer)} of the AdaptiveBatch, and holds the same parameters: make the "

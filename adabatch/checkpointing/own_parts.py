@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.runtime.optimizers.joined import kind_of
+from adabatch.runtime.optimizers.joined import kind_of, same_groups
 
 
 def check_own_parts(batches: AdaptiveBatch, model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -18,15 +18,13 @@ def check_own_parts(batches: AdaptiveBatch, model: nn.Module, optimizer: Optimiz
     Raises:
         ValueError: if the model has none of the parameters that the run trains, or it is another optimizer.
     """
-    groups = batches.optimizer.param_groups
-    trained = {id(p) for group in groups for p in group["params"]}
+    trained = {id(p) for group in batches.optimizer.param_groups for p in group["params"]}
     if not any(id(p) in trained for p in model.parameters()):
         raise ValueError(
             f"the {type(model).__name__} has none of the parameters that the AdaptiveBatch trains, which would not be "
             f"saved: give model= the trained model, and others, such as an average of its weights, as others="
         )
-    own = {id(group) for group in groups}
-    if optimizer is not None and not any(id(group) in own for group in optimizer.param_groups):
+    if optimizer is not None and not same_groups(optimizer, batches.optimizer):
         raise ValueError(
             f"the {kind_of(optimizer)} is not the {kind_of(batches.optimizer)} that the AdaptiveBatch was given, whose "
             f"state would not be saved: give optimizer= the same object"

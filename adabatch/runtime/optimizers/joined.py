@@ -178,6 +178,11 @@ def kind_of(optimizer: Optimizer) -> str:
     return " and ".join(type(one).__name__ for one in each_of(optimizer))
 
 
+def same_groups(one: Optimizer, other: Optimizer) -> bool:
+    """Whether two objects step the same optimizer: a wrapper and one of several joined ones hold its very groups."""
+    return bool({id(group) for group in one.param_groups} & {id(group) for group in other.param_groups})
+
+
 def weight_versions(optimizer: Optimizer) -> list[int]:
     """Torch's count of changes of the first trained parameter of each group; reading it needs no device."""
     firsts = (next((p for p in group["params"] if p.requires_grad), None) for group in optimizer.param_groups)
