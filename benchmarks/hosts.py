@@ -79,9 +79,56 @@ def around(batches: adabatch.AdaptiveBatch, model: Any, update: Callable[[], Non
     return run
 
 
+class Gate:
+    """Lets a host's own loop, which runs in a thread of its own, go on by one step at a time.
+
+    Args:
+        loop: the whole training.
+    """
+
+    def __init__(self, loop: Callable[[], object]) -> None:
+        self._loop = loop
+        self._go, self._done = Semaphore(0), Semaphore(0)
+        self._failed: BaseException | None = None
+        self._thread: Thread | None = None
+
+    def _run(self) -> None:
+        torch.set_num_threads(1)  # each thread of Python has a number of its own
+        try:
+            self._loop()
+        except BaseException as error:
+            self._failed = error
+        self._done.release()
+
+    def wait(self) -> None:
+        """Called by the host, before each step."""
+        self._go.acquire()
+
+    def passed(self) -> None:
+        """Called by the host, after each step."""
+        self._done.release()
+
+    def step(self) -> None:
+        if self._thread is None:
+            # Not before all hosts of a turn are made: what they share in the process is then as the last one wants it.
+            self._thread = Thread(target=self._run, daemon=True)
+            self._thread.start()
+        self._go.release()
+        self._done.acquire()
+        if self._failed is not None:
+            raise RuntimeError("the host's own loop has ended with an error") from self._failed
+
+
+def fresh_accelerate() -> None:
+    """Forgets what Accelerate keeps per process: its own turn and that of the Trainer, which is built on it, differ."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def accelerate_steps(**size: int) -> Steps:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
     from adabatch.integrations.accelerate import attach
 
@@ -92,8 +139,7 @@ def accelerate_steps(**size: int) -> Steps:
 
         return update
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    fresh_accelerate()
     ours = Accelerator(cpu=True)
     model, optimizer, data = ours.prepare(*made(**size), loader())
     batches = attach(ours, model, optimizer, adabatch.NormTest(eta=0.5), micro_batch_size=MICRO, limits=LIMITS)
@@ -160,37 +206,27 @@ def lightning_steps(**size: int) -> Steps:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
-    class Gate(Callback):
-        """Lets a fit, which runs in a thread of its own, go on by one step at a time."""
-
+    class AtSteps(Callback):
         def __init__(self, batches_per_step: int) -> None:
             self.batches_per_step = batches_per_step
-            self.go, self.done = Semaphore(0), Semaphore(0)
+            self.gate: Gate | None = None
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            assert self.gate is not None
             if batch_idx % self.batches_per_step == 0:
                 if batch_idx > 0:
-                    self.done.release()
-                self.go.acquire()
-
-        def step(self) -> None:
-            self.go.release()
-            self.done.acquire()
+                    self.gate.passed()
+                self.gate.wait()
 
     def fitted(accumulation: int, *callbacks: Callback) -> Callable[[], None]:
-        gate = Gate(accumulation)
+        at_steps = AtSteps(accumulation)
         trainer = Trainer(
             accelerator="cpu", devices=1, accumulate_grad_batches=accumulation, max_epochs=1, logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            callbacks=[gate, *callbacks],
+            callbacks=[at_steps, *callbacks],
         )  # fmt: skip
-
-        def run() -> None:
-            torch.set_num_threads(1)  # each thread of Python has a number of its own
-            trainer.fit(Lit(), loader())
-
-        Thread(target=run, daemon=True).start()
-        return gate.step
+        at_steps.gate = Gate(lambda: trainer.fit(Lit(), loader()))
+        return at_steps.gate.step
 
     criterion = adabatch.NormTest(eta=0.5)
     ours = AdaptiveBatchCallback(criterion, micro_batch_size=MICRO, limits=LIMITS)
@@ -202,25 +238,22 @@ def transformers_steps(width: int = 256, depth: int = 6) -> Steps:
 
     from adabatch.integrations.transformers import AdaptiveArguments, AdaptiveTrainer
 
-    class Gate(TrainerCallback):
-        """Lets a run, which is in a thread of its own, go on by one step at a time.
+    fresh_accelerate()
 
-        It waits at the ends of steps: what the two runs share in Accelerate is set between there and its use.
-        """
+    class AtSteps(TrainerCallback):
+        """Waits at the ends of steps: what the two runs share in Accelerate is set between there and its use."""
 
         def __init__(self) -> None:
-            self.go, self.done = Semaphore(0), Semaphore(0)
+            self.gate: Gate | None = None
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.go.acquire()
+            assert self.gate is not None
+            self.gate.wait()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.done.release()
-            self.go.acquire()
-
-        def step(self) -> None:
-            self.go.release()
-            self.done.acquire()
+            assert self.gate is not None
+            self.gate.passed()
+            self.gate.wait()
 
     def batch_of(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
         tokens = torch.stack([row[0] for row in rows])
@@ -232,23 +265,18 @@ def transformers_steps(width: int = 256, depth: int = 6) -> Steps:
             hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=depth, num_attention_heads=8,
             vocab_size=256,
         )  # fmt: skip
-        gate, steps = Gate(), 4096
+        at_steps, steps = AtSteps(), 4096
         arguments = TrainingArguments(
             "unused", per_device_train_batch_size=MICRO, gradient_accumulation_steps=accumulation, max_steps=steps,
             learning_rate=1e-4, report_to=[], disable_tqdm=True, save_strategy="no", logging_strategy="no",
             remove_unused_columns=False, use_cpu=True,
         )  # fmt: skip
         trainer = kind(
-            LlamaForCausalLM(config), arguments, train_dataset=Endless(steps), data_collator=batch_of, callbacks=[gate],
-            **ours,
+            LlamaForCausalLM(config), arguments, train_dataset=Endless(steps), data_collator=batch_of,
+            callbacks=[at_steps], **ours,
         )  # fmt: skip
-
-        def run() -> None:
-            torch.set_num_threads(1)  # each thread of Python has a number of its own
-            trainer.train()
-
-        Thread(target=run, daemon=True).start()
-        return gate.step
+        at_steps.gate = Gate(trainer.train)
+        return at_steps.gate.step
 
     adaptive = AdaptiveArguments(criterion="norm_test", eta=0.5, min_batch_size=SIZE, max_batch_size=SIZE)
     return {"without": trained(Trainer, ACCUMULATION), "with": trained(AdaptiveTrainer, 1, adaptive=adaptive)}
