@@ -11,11 +11,11 @@ from typing import Any
 JOURNAL_FORMAT = 1
 """The format of journal lines that is read here, which ``adabatch.journal`` writes."""
 
-Entry = Mapping[str, Any]
+JournalEntry = Mapping[str, Any]
 """A decoded line, or a part of one."""
 
 
-def entries(lines: Iterable[str | Entry], source: str) -> Iterator[tuple[int, Entry]]:
+def entries(lines: Iterable[str | JournalEntry], source: str) -> Iterator[tuple[int, JournalEntry]]:
     """The lines of one run with their numbers, from 1. The last is left out if it is unfinished.
 
     Args:
@@ -62,7 +62,7 @@ class _OneRun:
         self._begins = -math.inf
         self._end: float | None = None
 
-    def see(self, number: int, entry: Entry) -> None:
+    def see(self, number: int, entry: JournalEntry) -> None:
         begins, size = entry.get("examples"), part_of(entry, "plan").get("global_batch_size")
         if not (isinstance(begins, int | float) and isinstance(size, int | float)):
             return  # no step
@@ -81,18 +81,18 @@ class _OneRun:
         self._run, self._begins, self._end = run, begins, begins + size
 
 
-def part_of(entry: Entry, key: str) -> Entry:
+def part_of(entry: JournalEntry, key: str) -> JournalEntry:
     """A part of a line, such as its plan; empty if the line has none."""
     value = entry.get(key)
     return value if isinstance(value, Mapping) else {}
 
 
-def number_of(entry: Entry, key: str) -> float:
+def number_of(entry: JournalEntry, key: str) -> float:
     """A number of a line; NaN if it has none, or null, which is written for numbers that are not finite."""
     return finite_number(entry.get(key))
 
 
-def numbers_of(entry: Entry, key: str) -> list[float]:
+def numbers_of(entry: JournalEntry, key: str) -> list[float]:
     """The numbers of a list, such as one per parameter group; empty if there is none."""
     values = entry.get(key)
     return [finite_number(value) for value in values] if isinstance(values, list) else []

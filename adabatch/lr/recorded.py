@@ -14,8 +14,11 @@ from adabatch.lr.journal_lines import entries, finite_number, number_of, numbers
 from adabatch.lr.rules import NOISE_RULES, LRRule, lr_factor
 from adabatch.lr.shapes import FloatArray
 
-Clock = Literal["examples", "steps", "gain_steps"]
-Norm = Literal["l2", "l1"]
+RecordedUnit = Literal["examples", "steps", "gain_steps"]
+"""What a journal counts, in which a horizon can be measured. Tokens go in proportion to examples."""
+
+GradientNorm = Literal["l2", "l1"]
+"""The norms of the whole gradient that journals hold."""
 
 _HOW_TO_RECORD = {
     "l2": "it measured no gradients; run it again with --measure.monitor=true",
@@ -71,7 +74,7 @@ class Recorded(NamedTuple):
         return len(self.batch)
 
     @checked
-    def norms(self, which: Norm) -> MeasuredNorms:
+    def norms(self, which: GradientNorm) -> MeasuredNorms:
         """The norms for a schedule or a bound.
 
         Raises:
@@ -111,7 +114,7 @@ class Recorded(NamedTuple):
         return np.array([lr_factor(rule, b, reference=reference, noise=n, signal=s) for b, n, s in numbers])
 
     @checked
-    def edges(self, clock: Clock, reference: float) -> FloatArray:
+    def edges(self, clock: RecordedUnit, reference: float) -> FloatArray:
         """What was consumed before each step and after the last, from 0, shape (num_steps + 1,).
 
         Args:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from adabatch.journal.parts import lines_of
 from adabatch.lr.journal_lines import entries, number_of, numbers_of, part_of
 
-Journal = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
+JournalSource = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
 """A path to JSON lines, or the lines themselves, decoded or not."""
 
 
@@ -51,7 +51,7 @@ class Curves(NamedTuple):
         return float(self.examples[-1] + self.batch[-1])
 
 
-def read_curves(journal: Journal) -> Curves:
+def read_curves(journal: JournalSource) -> Curves:
     """The curves of one run.
 
     An unfinished last line is left out, as are lines without a number of examples or a plan (they are no
@@ -144,7 +144,7 @@ def _row(record: Mapping[str, Any]) -> _Row | None:
     )
 
 
-def records(journal: Journal) -> Iterator[Mapping[str, Any]]:
+def records(journal: JournalSource) -> Iterator[Mapping[str, Any]]:
     """The decoded lines of one run, in order. The last line is ignored if it is unfinished.
 
     Raises:
@@ -153,13 +153,13 @@ def records(journal: Journal) -> Iterator[Mapping[str, Any]]:
     return (entry for _, entry in entries(_lines(journal), _name(journal)))
 
 
-def _lines(journal: Journal) -> Iterable[str | Mapping[str, Any]]:
+def _lines(journal: JournalSource) -> Iterable[str | Mapping[str, Any]]:
     if isinstance(journal, str | os.PathLike):
         return lines_of(Path(journal))
     return journal
 
 
-def _name(journal: Journal) -> str:
+def _name(journal: JournalSource) -> str:
     return str(journal) if isinstance(journal, str | os.PathLike) else "the journal"
 
 

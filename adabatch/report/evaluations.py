@@ -20,7 +20,7 @@ LOWER_IS_BETTER = frozenset(
 """Words in the name of a metric by which a lower value is the better one; of all other metrics a higher one is."""
 
 
-class Metric(NamedTuple):
+class EvaluationMetric(NamedTuple):
     """One metric over the run, in the order of the evaluations.
 
     Args:
@@ -70,7 +70,7 @@ class Extremes(NamedTuple):
     lower_is_better: bool
 
 
-def extremes(metric: Metric) -> Extremes:
+def extremes(metric: EvaluationMetric) -> Extremes:
     """The best and the last value of a metric."""
     at = metric.best
     return Extremes(
@@ -83,7 +83,7 @@ def extremes(metric: Metric) -> Extremes:
     )
 
 
-def read_metrics(lines: Iterable[Mapping[str, Any]]) -> tuple[Metric, ...]:
+def read_metrics(lines: Iterable[Mapping[str, Any]]) -> tuple[EvaluationMetric, ...]:
     """The metrics of a journal, in the order in which they appear; "loss" first.
 
     If a step was evaluated twice, as by a run that was started again at its end, the later evaluation counts.
@@ -99,7 +99,7 @@ def read_metrics(lines: Iterable[Mapping[str, Any]]) -> tuple[Metric, ...]:
         for name, value in part_of(line, "evaluation").items():
             found.setdefault(str(name), {})[place] = finite_number(value)
     return tuple(
-        Metric(
+        EvaluationMetric(
             name,
             np.array([step for step, _ in values]),
             np.array([examples for _, examples in values]),

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adabatch.lr.journal_lines import number_of, numbers_of, part_of
-from adabatch.report.curves import Journal, records
-from adabatch.report.evaluations import Floats, Metric, read_metrics
+from adabatch.report.curves import JournalSource, records
+from adabatch.report.evaluations import EvaluationMetric, Floats, read_metrics
 
 
 class RunSteps(NamedTuple):
@@ -86,7 +86,7 @@ class RunSteps(NamedTuple):
     layers: tuple[str, ...]
     layer_noise: Floats
     layer_signal: Floats
-    metrics: tuple[Metric, ...]
+    metrics: tuple[EvaluationMetric, ...]
 
     @property
     def num_steps(self) -> int:
@@ -123,7 +123,7 @@ class RunSteps(NamedTuple):
         return np.where(np.isnan(scale), math.nan, worth)
 
 
-def read_steps(journal: Journal, name: str) -> RunSteps:
+def read_steps(journal: JournalSource, name: str) -> RunSteps:
     """The steps of one run, which may still be running: an unfinished last line is ignored.
 
     Args:
