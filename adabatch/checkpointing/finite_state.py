@@ -11,7 +11,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from adabatch.checkpointing.files import CheckpointError
-from adabatch.checkpointing.nested import leaves
+from adabatch.runtime.nested import leaves
 from adabatch.runtime.wrappers.fsdp2 import own_piece
 
 NamedTensor = tuple[str, Tensor]
