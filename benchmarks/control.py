@@ -24,8 +24,8 @@ from support.simulated import GRID, RIGHT, Level, drawn, sizes
 from adabatch import Control, NoiseScale, NormTest
 from adabatch.batch import Observation, Progress
 from adabatch.batch.averages import Averages, ProbeWindow
-from adabatch.batch.control import estimate
 from adabatch.batch.criteria import Criterion
+from adabatch.batch.estimates import estimate
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, micro_batch_sizes
 

@@ -4,51 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from adabatch.adaptive.loop import StepLoop
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
 from adabatch.adaptive.planning import check_format
 from adabatch.adaptive.step import Step
-from adabatch.adaptive.updates import PendingUpdates
 from adabatch.adaptive.validation import (
-    check_kinds,
     check_types,
-    check_until,
     engine_of,
     given_settings,
     prepared,
     suited_probe,
 )
-from adabatch.arguments import allowed_by, checked, conform, require_type, whole
+from adabatch.arguments import checked
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import Criterion
-from adabatch.batch.plan import BatchPlan, Duration, Progress, micro_batch_sizes
-from adabatch.guards.drift import add_drift_check, check_interval
-from adabatch.guards.finite import nonfinite_search
+from adabatch.batch.plan import BatchPlan, Duration, Progress
+from adabatch.guards.drift import check_interval
 from adabatch.guards.heartbeat import Heartbeat
-from adabatch.guards.left_out import UpdatesInARow
-from adabatch.guards.loop_mistakes import LoopMistakes
-from adabatch.guards.memory_trials import Trials
-from adabatch.guards.same_settings import check_same_settings, failing_together, loop_settings, run_settings
-from adabatch.guards.same_updates import SameUpdates
+from adabatch.guards.same_settings import failing_together
 from adabatch.guards.votes import Votes
 from adabatch.journal.writer import Journal, JournalTarget
 from adabatch.lr.follow import Followers
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder, WholeSteps, num_examples_in
-from adabatch.runtime.data.passes import passes_over
-from adabatch.runtime.data.portions import Feed
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
-from adabatch.runtime.observers.empty_parts import EmptyParts
-from adabatch.runtime.observers.protocol import Moment, Observers, Phase
-from adabatch.runtime.observers.stopwatch import Stopwatch
-from adabatch.runtime.observers.trained_parameters import TrainedParameters
 from adabatch.runtime.optimizers.joined import each_of, joined, kind_of
 from adabatch.runtime.optimizers.ownership import release, take_over, undone_on_error
 from adabatch.runtime.optimizers.scheduler import WritesRates
@@ -137,61 +123,35 @@ class AdaptiveBatch:
         engine: EngineOptions | Engine = EngineOptions(),
     ) -> None:
         optimizer = joined(optimizer)
-        check_types(optimizer, criterion)
-        check_kinds(
-            model=(model, torch.nn.Module, "a torch.nn.Module"),
-            measure=(measure, Measure, "Measure(...)"),
-            guard=(guard, Guard, "Guard(...)"),
-            control=(Control() if control is None else control, Control, "Control(...)"),
+        check_types(
+            model, optimizer, criterion, control, probe=probe, local_sgd=local_sgd, measure=measure, guard=guard
         )
-        if local_sgd is not None:
-            check_kinds(local_sgd=(local_sgd, LocalSGD, "the LocalSGD of this model and optimizer"))
-        if probe is not None:
-            check_kinds(probe=(probe, Probe, "a probe, such as PerExampleProbe(model)"))
         fabric = inside_fabric(model)
         model, backward = (model, None) if fabric is None else fabric
         # The engine comes first: with its collectives a rank tells the others of an error in what follows.
         self._engine = engine_of(model, optimizer, engine, local_sgd, backward)
-        with undone_on_error() as undo, failing_together(self._engine.collectives, "AdaptiveBatch(...)"):
-            micro_batch_size = whole("micro_batch_size", micro_batch_size, at_least=1)
-            largest = micro_batch_size
-            if max_micro_batch_size is not None:
-                largest = whole("max_micro_batch_size", max_micro_batch_size, at_least=1)
+        with undone_on_error() as undo, failing_together(self.collectives, "AdaptiveBatch(...)"):
             self._planner, needs, layers = prepared(
                 model,
                 optimizer,
                 criterion,
                 self._engine,
-                micro_sizes=micro_batch_sizes(micro_batch_size, largest),
+                micro_batch_size=micro_batch_size,
+                max_micro_batch_size=max_micro_batch_size,
                 limits=limits,
                 control=control,
                 lr_rule=lr_rule,
                 follow=follow,
-                reference_batch_size=_count("reference_batch_size", reference_batch_size),
-                tokens_per_example=_count("tokens_per_example", tokens_per_example),
+                reference_batch_size=reference_batch_size,
+                tokens_per_example=tokens_per_example,
                 measure=measure,
                 probe=probe,
             )
             self._optimizer = optimizer
-            self._grows_micro_batch = max_micro_batch_size is not None
-            self._gone: str | None = None  # why this object is not to be used any more
             self._owns_probe = probe is None
-            self._order: GlobalOrder | None = None
-            self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
-            self._find_nonfinite = nonfinite_search(optimizer, guard.skip_nonfinite, self._engine)
-            self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
-            compares = check_interval(guard.check_every, self._engine) is not None and self.collectives.size > 1
-            self._mistakes = LoopMistakes(self._engine, optimizer, compares=compares)
-            self._empty_parts = EmptyParts(model)
             # one writer: all ranks would write the same lines
             self._journal = Journal(journal if self.collectives.rank == 0 else None)
-            self._votes = Votes(self.collectives)
-            self._given = given_settings(self._engine, engine, local_sgd, measure, guard)
-            self._heartbeat = Heartbeat()
-            self._stopwatches = [Stopwatch(self.collectives.size)] if criterion.needs.seconds else []
-            self._observers = Observers(self._heartbeat, *self._stopwatches)
-            add_drift_check(self._observers, guard.check_every, self._engine, optimizer, self._planner)
-            self._same_updates = SameUpdates(self.collectives, optimizer) if compares else None
+            check_every = check_interval(guard.check_every, self._engine)
             self._engine.stands_at(self.progress, self._planner.lr_factor)
 
             # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
@@ -202,20 +162,21 @@ class AdaptiveBatch:
             self._probe = suited_probe(optimizer, needs, given=probe, engine=self._engine, layers=layers)
             if probe is None and self._probe is not None:
                 undo.callback(self._probe.remove)
-            self._trials = Trials(guard.trial, self._engine, self._probe, self._planner.micro_sizes)
-            everything = probe is not None or self._engine.reduced == "update"  # those hold other tensors
-            measured = self._probe is not None or self.collectives.size > 1
-            self._trained = TrainedParameters(model, optimizer, all_of_model=everything) if measured else None
-            self._updates = PendingUpdates(
+            self._loop = StepLoop(
+                model,
                 optimizer,
                 engine=self._engine,
                 planner=self._planner,
                 journal=self._journal,
-                observers=self._observers,
-                skip_nonfinite=bool(guard.skip_nonfinite),
-                hand_norms=bool(criterion.needs),
+                probe=self._probe,
+                given_probe=probe is not None,
+                guard=guard,
+                check_every=check_every,
+                grows_micro_batch=max_micro_batch_size is not None,
+                given=given_settings(self._engine, engine, local_sgd, measure, guard),
             )
-            undo.callback(self._updates.remove)
+            # another rank may fail, and then this one raises at the end of the block
+            undo.callback(self._loop.updates.remove)
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
@@ -247,7 +208,7 @@ class AdaptiveBatch:
     @property
     def lr_factor(self) -> float:
         """The batch factor that the next ``optimizer.step()`` applies."""
-        return self._updates.lr_factor
+        return self._loop.updates.lr_factor
 
     @property
     def optimizer(self) -> Optimizer:
@@ -257,7 +218,7 @@ class AdaptiveBatch:
     @property
     def order(self) -> GlobalOrder | None:
         """The ``GlobalOrder`` that ``steps()`` read last; None if there is none."""
-        return self._order
+        return self._loop.order
 
     @property
     def journal(self) -> Journal:
@@ -272,17 +233,17 @@ class AdaptiveBatch:
     @property
     def too_large(self) -> int | None:
         """The smallest micro-batch size that ran out of memory in its trial; None if none did."""
-        return self._trials.too_large
+        return self._loop.trials.too_large
 
     @property
     def heartbeat(self) -> Heartbeat:
         """What this rank is doing now; read by a ``Watchdog``."""
-        return self._heartbeat
+        return self._loop.heartbeat
 
     @property
     def votes(self) -> Votes:
         """The ranks' votes on whether to stop or save after this step; see ``Preemption`` and ``Checkpoints``."""
-        return self._votes
+        return self._loop.votes
 
     @checked
     def hold_growth_until(self, duration: Duration | None) -> None:
@@ -302,7 +263,7 @@ class AdaptiveBatch:
     def add_schedule(self, schedule: WritesRates) -> None:
         """Tells a schedule of each update, and of a state that is loaded, until it is dropped; ``ProgressLR`` asks for
         it."""
-        self._updates.add_schedule(schedule)
+        self._loop.updates.add_schedule(schedule)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
@@ -349,107 +310,15 @@ class AdaptiveBatch:
             UpdatesLeftOut: if ``max_left_out`` updates in a row were left out.
             TypeError: if ``until`` has no unit, or ``loader`` is not an iterable of micro-batches.
         """
-        self._check_in_place()
-        self._updates.begin_loop()
-        self._mistakes.begin_loop()
-        given = loop_settings(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
-        fixed = self._given | self._planner.given()
-        # compared before the first collective of the loop: ranks with different settings would wait for each other,
-        # each elsewhere
-        given |= run_settings(fixed, self._optimizer, probe=self._probe, votes=self._votes, trials=self._trials)
-        check_same_settings(self.collectives, given)
-        with failing_together(self.collectives, "steps(...)"):
-            require_type(
-                callable(count), "count must be a function from a micro-batch to its number of examples", count
-            )
-            require_type(weigh is None or callable(weigh), "weigh must be a function of a micro-batch, or None", weigh)
-            allow_same_data = conform("allow_same_data", allow_same_data, allowed_by(bool))
-            if until is not None:
-                check_until(until, self.consumed)  # a unit that is not counted fails here, not at the end
-            elif not self.collectives.fixed:
-                raise ValueError("replicas that join later count no passes: give steps(until=), in examples or steps")
-            passes = passes_over(
-                loader,
-                self.collectives,
-                plan=self.plan,
-                largest=self._planner.largest_known(),
-                grows_micro_batch=self._grows_micro_batch,
-                count=count,
-                weigh=weigh,
-                may_be_empty=self._just_loaded,
-                allow_same_data=allow_same_data,
-                together=not self._engine.runs_alone,
-            )
-            self._just_loaded &= isinstance(loader, GlobalOrder)
-            self._order = loader if isinstance(loader, GlobalOrder) else None
-        feed = self._trials.over(passes, self._planner, self._observers)
+        passes = self._loop.begin(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
         while until is None or not self.consumed.reached(until):
-            yield from self._one_step(feed)
+            yield from self._loop.one_step(passes)
             if passes.ended:
                 passes.end_pass()
                 if until is None:
                     return
         # `until` may be reached in the middle of a pass
         passes.end_pass()
-
-    def _one_step(self, feed: Feed) -> Iterator[Step]:
-        """One step from ``feed``, or nothing if its pass is over."""
-        self._check_in_place()
-        self._updates.check_between()
-        # the last step's line, if its update never came
-        self._updates.flush()
-        self._engine.before_step()
-        number = self.consumed.steps
-        self._updates_in_a_row.check(number, self.progress.steps - self._updates.num_left_out_alone)
-        self._observers.before(number)
-        self._observers.at(Phase.LOADING, Moment(number, self.plan))
-        portion = feed.take(self.plan)
-        if portion is None:
-            return
-        self._updates.begin_step()
-        if self._same_updates is not None:
-            self._same_updates.before(self.progress)
-        probe = self._probe if self._planner.measures_next and self._engine.measures_next() else None
-        step = Step(
-            # `WholeSteps` say themselves what a step consists of
-            portion.plan or self.plan,
-            portion,
-            number=number,
-            engine=self._engine,
-            probe=probe,
-            empty_parts=self._empty_parts,
-            votes=self._votes,
-            same_updates=self._same_updates,
-            find_nonfinite=self._find_nonfinite,
-            riders=self._stopwatches,
-            observers=self._observers,
-            trained=self._trained,
-            mistakes=self._mistakes,
-            finish=partial(self._finish, feed=feed),
-        )
-        with self._updates.inside(step):
-            yield step
-        self._updates.end_step(step)
-
-    def _check_in_place(self) -> None:
-        if self._gone is not None:
-            raise RuntimeError(
-                f"this AdaptiveBatch was {self._gone} and cannot run any more steps; its state_dict() can be loaded "
-                f"into a new one"
-            )
-
-    def _finish(self, step: Step, *, feed: Feed) -> None:
-        """The end of the inner loop: decide, and keep what the update will need."""
-        self._updates.inner_loop_over()
-        if not self._engine.commits():
-            self._updates.take_back(step)
-            return
-        # only now: a step that does not count is run again on the same data
-        feed.consumed(step.portion)
-        # What was timed comes in with what was measured.
-        timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
-        looked_at = step.probed or self._find_nonfinite is not None
-        self._updates.prepare(step, timed, looked_at=looked_at, more=self._trials.journal_entry())
 
     def leave_out(self) -> None:
         """Leaves out the update of the step whose micro-batches have just been run. Call it on all ranks.
@@ -460,7 +329,7 @@ class AdaptiveBatch:
         Raises:
             RuntimeError: if not all micro-batches were run, or if the update has already come.
         """
-        self._updates.leave_out()
+        self._loop.updates.leave_out()
 
     def record_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Writes numbers of an evaluation, such as ``{"loss": 0.31, "accuracy": 0.92}``, into the journal.
@@ -477,9 +346,9 @@ class AdaptiveBatch:
             TypeError: if a name is not a text, or a value is not a number.
             RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
         """
-        self._updates.settle_for_evaluation()
+        self._loop.updates.settle_for_evaluation()
         self._journal.record_evaluation(metrics, after=self.consumed)
-        for watch in self._stopwatches:
+        for watch in self._loop.stopwatches:
             watch.interrupted()
 
     # --- state ------------------------------------------------------------------------------------------------------
@@ -490,7 +359,7 @@ class AdaptiveBatch:
         Call it between steps, after ``optimizer.step()``. The state is that of the next step, so that a resumed run
         repeats nothing.
         """
-        return {**self._planner.state_dict(), "trials": self._trials.state_dict()}
+        return {**self._planner.state_dict(), "trials": self._loop.trials.state_dict()}
 
     def settle(self, *, scaled: bool = False) -> None:
         """Makes sure that no step is unfinished, before the state is taken for a checkpoint.
@@ -501,7 +370,7 @@ class AdaptiveBatch:
         Raises:
             RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
         """
-        self._updates.settle(scaled=scaled)
+        self._loop.updates.settle(scaled=scaled)
 
     def __getstate__(self) -> Any:
         raise TypeError(
@@ -519,21 +388,20 @@ class AdaptiveBatch:
         check_format(state)
         self._planner.check_reference(state["reference_batch_size"])
         # Everything that may fail on a foreign state is checked above, before any part of this one is overwritten.
-        self._trials.load_state_dict(state.get("trials"))
-        self._planner.load_state_dict(state, self._trials.sizes)
+        self._loop.trials.load_state_dict(state.get("trials"))
+        self._planner.load_state_dict(state, self._loop.trials.sizes)
         # a loader that was loaded with the run may have nothing left of its pass, which is no error then
-        self._just_loaded = True
-        self._updates.drop()
+        self._loop.just_loaded = True
+        self._loop.updates.drop()
 
     def remove(self) -> None:
         """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
-        self._updates.flush()
+        self._loop.updates.flush()
         self._journal.close()
-        self._updates.remove()
+        self._loop.updates.remove()
         if self._probe is not None:
             self._probe.remove()
-        # the first reason stays: an object that was replaced may be removed too
-        self._gone = self._gone or "removed by remove()"
+        self._loop.close("removed by remove()")
 
     def give_way(self) -> None:
         """Removes every hook, since a newer object is made for the same optimizer or parameters.
@@ -541,18 +409,14 @@ class AdaptiveBatch:
         A probe that the user gave is kept, since the newer object may use it too.
         """
         with suppress(OSError):  # the journal's folder may be gone
-            self._updates.flush()
-        self._updates.remove()
+            self._loop.updates.flush()
+        self._loop.updates.remove()
         if self._probe is not None and self._owns_probe:
             self._probe.remove()
         elif self._probe is not None:
             self._probe.stop()
-        self._gone = f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters"
+        self._loop.close(f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters")
 
     def check_reference(self, saved: int) -> None:
         """Checks the reference batch size of a saved run, before anything is loaded."""
         self._planner.check_reference(saved)
-
-
-def _count(name: str, value: Any) -> int | None:
-    return None if value is None else whole(name, value, at_least=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,33 @@ from adabatch.runtime.observers.protocol import Moment, Phase, RankMean, Rider, 
 from adabatch.runtime.observers.trained_parameters import TrainedParameters, raise_first
 from adabatch.runtime.optimizers.measured_norm import MeasuredNorm
 from adabatch.runtime.probes.protocol import Probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTools:
+    """What all steps of a run share.
+
+    Args:
+        engine: how the model runs.
+        votes: whether to stop or save; they ride on each reduction.
+        observers: hear of each phase.
+        riders: on the reductions that measure, beside those that ride on each.
+        mistakes: of the loop, which are checked before and after each backward.
+        empty_parts: run the micro-batches of weight 0.
+        trained: the parameters for which the run was set up; None if nobody relies on them.
+        same_updates: whether the ranks are about to make the same update; None if they are not compared.
+        find_nonfinite: whether loss and gradient are finite, if no probe reads them; None if that is not checked.
+    """
+
+    engine: Engine
+    votes: Votes
+    observers: StepObserver
+    riders: Sequence[Rider]
+    mistakes: LoopMistakes
+    empty_parts: EmptyParts
+    trained: TrainedParameters | None
+    same_updates: SameUpdates | None
+    find_nonfinite: FindNonfinite | None
 
 
 class Step:
@@ -50,16 +78,8 @@ class Step:
         portion: Portion,
         *,
         number: int,
-        engine: Engine,
-        empty_parts: EmptyParts,
         probe: Probe | None,
-        votes: Votes,
-        same_updates: SameUpdates | None,
-        find_nonfinite: FindNonfinite | None,
-        riders: Sequence[Rider],
-        observers: StepObserver,
-        trained: TrainedParameters | None,
-        mistakes: LoopMistakes,
+        tools: StepTools,
         finish: Callable[[Step], None],
     ) -> None:
         self.plan = plan
@@ -71,16 +91,12 @@ class Step:
         self.probed = probe is not None
         self.measured = False
         self.portion = portion
-        self._engine = engine
-        self._empty_parts = empty_parts
-        self._trained = trained
-        self._mistakes = mistakes
+        self._tools = tools
+        self._engine = engine = tools.engine
+        self._mistakes = tools.mistakes
+        self._trained = tools.trained
         self._probe = probe
-        self._votes = votes
-        self._same_updates = same_updates
         self._all_finite = True
-        self._riders = riders
-        self._observers = observers
         self._number = number
         self._finish = finish
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
@@ -90,8 +106,8 @@ class Step:
         alone = engine.steps_alone()
         # To agree on it the ranks would have to communicate, which local steps are there to save: each worker leaves
         # out its own update. The ranks of a sharded worker would have to agree nevertheless.
-        self._find_nonfinite = None if alone else find_nonfinite
-        self._find_own = find_nonfinite if alone and probe is None and not engine.shards else None
+        self._find_nonfinite = None if alone else tools.find_nonfinite
+        self._find_own = tools.find_nonfinite if alone and probe is None and not engine.shards else None
         self._own_is_finite = True
         self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
         # Without a reduction at the end of the step, no rank could tell the others of a mistake of its own. An error
@@ -148,7 +164,7 @@ class Step:
         for index, batch in enumerate(self.portion.batches):
             weight = self._weight = self._weights.of_each[index]
             self._enter(Phase.FORWARD, index)
-            listening = nullcontext() if weight else self._empty_parts.listening()
+            listening = nullcontext() if weight else self._tools.empty_parts.listening()
             # around the loop's own code, because DDP reads its switch in the forward, not in the backward
             with listening, nullcontext() if index == num_parts - 1 else self._engine.no_sync():
                 yield batch
@@ -200,7 +216,7 @@ class Step:
         elif self._find_nonfinite is not None and reduced:
             self._look_through(self._find_nonfinite)
         else:
-            self._votes.step_without_reduction()
+            self._tools.votes.step_without_reduction()
             if self._find_own is not None and reduced:
                 self._own_is_finite = not bool(self._find_own(self._own_loss(torch.device("cpu"))))  # host sync
             if self._told is not None:  # all micro-batches weigh nothing, so that no rank waits for this one
@@ -328,7 +344,7 @@ class Step:
 
     def _backward_of_nothing(self) -> None:
         """The backward of a micro-batch of weight 0, for which other ranks may be waiting."""
-        zero = self._empty_parts.zero()
+        zero = self._tools.empty_parts.zero()
         if self._probe is not None:
             self._probe.begin_part()
         if zero is not None:
@@ -359,7 +375,7 @@ class Step:
         return self._engine.runs_alone and (alone or not last)
 
     def _enter(self, phase: Phase, micro_batch: int | None = None) -> None:
-        self._observers.at(phase, Moment(self._number, self.plan, micro_batch, self.global_batch_size))
+        self._tools.observers.at(phase, Moment(self._number, self.plan, micro_batch, self.global_batch_size))
 
     def _look_through(self, find_nonfinite: FindNonfinite) -> None:
         """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
@@ -372,11 +388,13 @@ class Step:
 
     def _riders_of_all(self) -> list[Rider]:
         """The riders of each reduction, whatever it is of."""
-        return [self._votes] if self._same_updates is None else [self._votes, self._same_updates]
+        return (
+            [self._tools.votes] if self._tools.same_updates is None else [self._tools.votes, self._tools.same_updates]
+        )
 
     def _check_same_updates(self) -> None:
-        if self._same_updates is not None:
-            self._same_updates.check(self._number)
+        if self._tools.same_updates is not None:
+            self._tools.same_updates.check(self._number)
 
     def _own_loss(self, device: torch.device) -> Tensor:
         """This rank's share of the mean loss; 0 if its micro-batches weigh nothing, NaN if it made a mistake."""
@@ -394,7 +412,7 @@ class Step:
         # Averaged as well, so that all ranks divide by the same bits.
         scales = [] if scale is None else [RankMean(scale(local.device), ranks.size)]
         # one collective: a small all-reduce costs its latency, however many numbers it carries
-        totals = summed(ranks, local, [loss, *scales, *self._riders_of_all(), *self._riders])
+        totals = summed(ranks, local, [loss, *scales, *self._riders_of_all(), *self._tools.riders])
         self.loss, self.measured = loss.value, True
         if not math.isfinite(self.loss):
             self._raise_told()

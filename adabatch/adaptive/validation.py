@@ -13,17 +13,18 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, Optimizer
 
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
 from adabatch.adaptive.planning import Planner, Policy
-from adabatch.arguments import require, shown
+from adabatch.arguments import allowed_by, conform, require_type, shown, whole
 from adabatch.batch.control import UNLIMITED, Control, Limits
 from adabatch.batch.criteria import CoordinateNormTest, Criterion, DecaysLR, NormTest
 from adabatch.batch.moments import EUCLIDEAN
 from adabatch.batch.needs import Needs
-from adabatch.batch.plan import Duration, PlanGrid, Progress
+from adabatch.batch.plan import Duration, PlanGrid, Progress, micro_batch_sizes
 from adabatch.batch.schedules import Schedule
 from adabatch.guards.same_settings import scaler_settings, versions
 from adabatch.lr.follow import Followers, UpdateRules
 from adabatch.lr.rules import NOISE_RULES, LRRule, Setting
 from adabatch.optim.mup import check_ratios, named_parameters
+from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
@@ -78,14 +79,23 @@ def check_before_step(optimizer: Optimizer) -> None:
             one.check_before_step()
 
 
-def check_until(until: Any, consumed: Progress) -> None:
-    """Checks that ``until`` is a duration in a unit that the run counts."""
-    if not isinstance(until, Duration):
+def check_loop(
+    consumed: Progress, collectives: Collectives, *, until: Any, count: Any, weigh: Any, allow_same_data: Any
+) -> bool:
+    """Checks the arguments of ``AdaptiveBatch.steps``, at its first step and not at the end; returns the last one."""
+    require_type(callable(count), "count must be a function from a micro-batch to its number of examples", count)
+    require_type(weigh is None or callable(weigh), "weigh must be a function of a micro-batch, or None", weigh)
+    allow_same_data = conform("allow_same_data", allow_same_data, allowed_by(bool))
+    if until is None and not collectives.fixed:
+        raise ValueError("replicas that join later count no passes: give steps(until=), in examples or steps")
+    if until is not None and not isinstance(until, Duration):
         raise TypeError(f"until must be a duration, such as adabatch.examples({shown(until)}), got {shown(until)}")
     try:
-        consumed.count(until.unit)
+        if until is not None:
+            consumed.count(until.unit)  # raises for a unit that the run does not count
     except ValueError as error:
         raise ValueError(f"until={until} cannot be reached: {error}") from None
+    return bool(allow_same_data)
 
 
 def checked_rules(
@@ -95,7 +105,6 @@ def checked_rules(
     *,
     lr_rule: LRRule | None,
     follow: Followers | Collection[Setting] | None,
-    **at_least_one: int | None,
 ) -> UpdateRules:
     """Checks the arguments of a run; returns the rules that apply, of which the optimizer may prefer one."""
     rule = preferred_rule(optimizer, criterion) if lr_rule is None else lr_rule
@@ -111,8 +120,6 @@ def checked_rules(
     check_followers(optimizer, followers.settings)
     check_rates(optimizer, rule)
     warn_of_linear(rule, criterion)
-    for name, value in at_least_one.items():
-        require(value is None or value >= 1, f"{name} must be at least 1", value)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} has no parameter that requires a gradient: nothing can train in this model"
@@ -153,8 +160,23 @@ def needs_of(criterion: Criterion, rule: LRRule, measure: Measure) -> Needs:
     return needs.with_noise() if noise else needs
 
 
-def check_types(optimizer: Any, criterion: Any) -> None:
-    """Checks for common mistakes: parameters instead of an optimizer, or a criterion's class or name."""
+def check_types(
+    model: Any,
+    optimizer: Any,
+    criterion: Any,
+    control: Any,
+    *,
+    probe: Any,
+    local_sgd: Any,
+    measure: Any,
+    guard: Any,
+) -> None:
+    """Checks the types of arguments, and for common mistakes: parameters instead of an optimizer, a class or its name.
+
+    Raises:
+        TypeError: if one is of another type, or a class instead of an object of it.
+        ValueError: if the optimizer computes gradients by itself.
+    """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if any(isinstance(one, LBFGS) for one in each_of(optimizer)):
@@ -172,18 +194,14 @@ def check_types(optimizer: Any, criterion: Any) -> None:
             f"the needs of {type(criterion).__name__} must be an adabatch.batch.Needs, such as "
             f"Needs(noise='euclidean'), or Needs() if nothing is to be measured, got {shown(criterion.needs)}"
         )
-
-
-def check_kinds(**given: tuple[Any, type, str]) -> None:
-    """Checks the types of arguments; the caller must not pass a None that is allowed.
-
-    Args:
-        given: by the argument's name, its value, its type and how one is made.
-
-    Raises:
-        TypeError: if one is of another type, or a class instead of an object of it.
-    """
-    for name, (value, kind, such_as) in given.items():
+    for name, value, kind, such_as in (
+        ("model", model, torch.nn.Module, "a torch.nn.Module"),
+        ("measure", measure, Measure, "Measure(...)"),
+        ("guard", guard, Guard, "Guard(...)"),
+        ("control", control, Control | None, "Control(...)"),
+        ("local_sgd", local_sgd, LocalSGD | None, "the LocalSGD of this model and optimizer"),
+        ("probe", probe, Probe | None, "a probe, such as PerExampleProbe(model)"),
+    ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be {such_as}, got {shown(value)}")
 
@@ -374,7 +392,8 @@ def prepared(
     criterion: Criterion,
     engine: Engine,
     *,
-    micro_sizes: tuple[int, ...],
+    micro_batch_size: int,
+    max_micro_batch_size: int | None,
     limits: Limits | None,
     control: Control | None,
     lr_rule: LRRule | None,
@@ -385,8 +404,15 @@ def prepared(
     probe: Probe | None,
 ) -> Prepared:
     """Checks the arguments of a run, and makes its planner of them. The model gets no hooks yet."""
-    counts = {"reference_batch_size": reference_batch_size, "tokens_per_example": tokens_per_example}
-    rules = checked_rules(model, optimizer, criterion, lr_rule=lr_rule, follow=follow, **counts)
+    micro_batch_size = whole("micro_batch_size", micro_batch_size, at_least=1)
+    largest = micro_batch_size
+    if max_micro_batch_size is not None:
+        largest = whole("max_micro_batch_size", max_micro_batch_size, at_least=1)
+    if reference_batch_size is not None:
+        reference_batch_size = whole("reference_batch_size", reference_batch_size, at_least=1)
+    if tokens_per_example is not None:
+        tokens_per_example = whole("tokens_per_example", tokens_per_example, at_least=1)
+    rules = checked_rules(model, optimizer, criterion, lr_rule=lr_rule, follow=follow)
     needs = needs_of(criterion, rules.rule, measure)
     layers = measured_layers(model, optimizer, needs, measure, probe)
     # For recorded norms alone a probe measures no noise, and needs no parts to do so.
@@ -396,7 +422,7 @@ def prepared(
         criterion,
         dp_size=engine.collectives.size,
         num_compared=engine.num_compared,
-        micro_sizes=micro_sizes,
+        micro_sizes=micro_batch_sizes(micro_batch_size, largest),
         in_parts=in_noise and not (probe is not None and probe.gives.examples),
     )
     policy = Policy(

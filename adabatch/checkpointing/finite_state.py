@@ -11,19 +11,19 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from adabatch.checkpointing.files import CheckpointError
-from adabatch.checkpointing.nested import leaves
+from adabatch.runtime.nested import leaves
 from adabatch.runtime.wrappers.fsdp2 import own_piece
 
-Named = tuple[str, Tensor]
+NamedTensor = tuple[str, Tensor]
 """A tensor, and what it is called in an error."""
 
 
-def trained_weights(model: nn.Module) -> Iterator[Named]:
+def trained_weights(model: nn.Module) -> Iterator[NamedTensor]:
     """The trained parameters of a model."""
     return ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def optimizer_states(optimizer: Optimizer, model: nn.Module) -> Iterator[Named]:
+def optimizer_states(optimizer: Optimizer, model: nn.Module) -> Iterator[NamedTensor]:
     """The tensors in an optimizer's state, such as Adam's averages, by the names of the model's parameters."""
     names = {id(p): name for name, p in model.named_parameters()}
     for parameter, state in optimizer.state.items():
@@ -33,7 +33,7 @@ def optimizer_states(optimizer: Optimizer, model: nn.Module) -> Iterator[Named]:
                 yield f"the optimizer's state{place} of {names.get(id(parameter), 'a parameter')}", value
 
 
-def check_finite(named: Iterable[Named]) -> None:
+def check_finite(named: Iterable[NamedTensor]) -> None:
     """Checks this rank's pieces of tensors, so that a useless checkpoint does not take the place of a good one.
 
     Raises:

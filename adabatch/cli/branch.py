@@ -68,7 +68,7 @@ class CriticalOptions:
             raise ValueError(f"processes must be at least 1, got {self.processes}")
 
 
-class State(NamedTuple):
+class BranchPoint(NamedTuple):
     """The state of the run at the checkpoint.
 
     Args:
@@ -108,7 +108,7 @@ class Branch(NamedTuple):
     seconds: float
 
 
-def state_at(job: Job, world: World, checkpoint: Path) -> State:
+def state_at(job: Job, world: World, checkpoint: Path) -> BranchPoint:
     """The state of the run in a checkpoint.
 
     Raises:
@@ -126,7 +126,7 @@ def state_at(job: Job, world: World, checkpoint: Path) -> State:
                 f"with --branch_from; --checkpoint.every and --checkpoint.keep of `adabatch train` leave more of them"
             )
         # numbers only: each branch builds and loads a model of its own
-        return State(
+        return BranchPoint(
             batches.plan.global_batch_size, batches.consumed.steps, batches.consumed.examples, batches.noise_scale
         )
     finally:

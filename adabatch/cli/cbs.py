@@ -21,8 +21,8 @@ from adabatch.checkpointing.newest import newest_checkpoint
 from adabatch.cli.branch import (
     LEAST_STEPS,
     Branch,
+    BranchPoint,
     CriticalOptions,
-    State,
     branch_of,
     plain,
     run_branch,
@@ -237,7 +237,7 @@ def _ends(branches: Mapping[int, Branch], options: CriticalOptions, half_life: f
 
 def _tell(
     outcome: CriticalBatch,
-    state: State,
+    state: BranchPoint,
     branches: Mapping[int, Branch],
     options: CriticalOptions,
     display: Display,
@@ -278,7 +278,7 @@ def _tell(
 
 def _record(
     outcome: CriticalBatch,
-    state: State,
+    state: BranchPoint,
     branches: Mapping[int, Branch],
     options: CriticalOptions,
     examples: int,
@@ -309,7 +309,7 @@ def _record(
 def _panels(
     draw: Any,
     outcome: CriticalBatch,
-    state: State,
+    state: BranchPoint,
     branches: Mapping[int, Branch],
     half_life: float,
     options: CriticalOptions,

@@ -17,7 +17,7 @@ from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives, digest_of
 from adabatch.runtime.data.permutation import mixed
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.observers.protocol import Moment, Observers, Phase, StepObserver
+from adabatch.runtime.observers.protocol import Moment, Phase, StepObserver
 from adabatch.runtime.optimizers.step_hooks import host_value
 from adabatch.runtime.wrappers.compiled import uncompiled
 from adabatch.runtime.wrappers.fsdp2 import own_piece, units_of
@@ -50,10 +50,18 @@ class ComparedRun(Protocol):
 
 
 def check_interval(asked: int | Literal["auto"] | None, engine: Engine) -> int | None:
-    """Steps from one check to the next; None for no checks."""
-    if asked != "auto":
-        return asked
-    return AUTOMATIC if engine.copies and engine.collectives.size > 1 else None
+    """Steps from one check to the next; None for no checks.
+
+    Raises:
+        ValueError: if checks are asked for, and the engine lets copies differ, as local SGD does.
+    """
+    if asked == "auto":
+        return AUTOMATIC if engine.copies and engine.collectives.size > 1 else None
+    if asked is not None and not engine.copies:
+        raise ValueError(
+            "check_every compares weights, which differ between the workers of local_sgd: leave one of the two out"
+        )
+    return asked
 
 
 class DriftCheck(StepObserver):
@@ -65,18 +73,11 @@ class DriftCheck(StepObserver):
         run: whose plans are compared.
         every: number of steps between checks.
         observers: are told that a check begins.
-
-    Raises:
-        ValueError: if the engine lets copies differ, as local SGD does.
     """
 
     def __init__(
         self, engine: Engine, optimizer: Optimizer, run: ComparedRun, *, every: int, observers: StepObserver
     ) -> None:
-        if not engine.copies:
-            raise ValueError(
-                "check_every compares weights, which differ between the workers of local_sgd: leave one of the two out"
-            )
         self._engine = engine
         self._optimizer = optimizer
         self._run = run
@@ -95,15 +96,6 @@ class DriftCheck(StepObserver):
             rates = [host_value(group["lr"]) for group in self._optimizer.param_groups]
             held = (self._run.held(), rates)
             check_same(self._engine.collectives, self._engine.model, plan=held, when=f"before step {step}")
-
-
-def add_drift_check(
-    observers: Observers, asked: int | Literal["auto"] | None, engine: Engine, optimizer: Optimizer, run: ComparedRun
-) -> None:
-    """Adds a check for drift to the observers of a run, unless none is asked for or needed."""
-    every = check_interval(asked, engine)
-    if every is not None:
-        observers.add(DriftCheck(engine, optimizer, run, every=every, observers=observers))
 
 
 _WHOLE = digest_of([])

@@ -24,7 +24,7 @@ from adabatch.runtime.data import Feed, Portion
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.observers.protocol import Moment, Phase, StepObserver
 from adabatch.runtime.probes.protocol import Probe
-from adabatch.runtime.random_state import random_state, restore_random_state
+from adabatch.runtime.random_state import random_state, set_random_state
 
 _log = logging.getLogger("adabatch")
 
@@ -189,7 +189,7 @@ class Trials:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
-            restore_random_state(numbers.unsqueeze(0), 0, device)
+            set_random_state(numbers, device)
 
     # --- journal and state ------------------------------------------------------------------------------------------
 

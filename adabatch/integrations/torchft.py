@@ -21,11 +21,11 @@ from adabatch.adaptive.options import Guard
 from adabatch.arguments import checked
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.moments import EUCLIDEAN
-from adabatch.guards.same_settings import text_of
 from adabatch.integrations.versions import require
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.engines.engine import Engine
+from adabatch.runtime.nested import text_of
 from adabatch.runtime.optimizers.traits import ChecksRanks
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
 from adabatch.runtime.probes.protocol import Probe, ProbeOptions

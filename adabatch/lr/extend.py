@@ -16,7 +16,7 @@ import numpy as np
 from adabatch.arguments import checked
 from adabatch.batch.plan import Duration, Progress
 from adabatch.lr.bound import longer_cooldown, two_stage, whole
-from adabatch.lr.recorded import Clock, Recorded
+from adabatch.lr.recorded import Recorded, RecordedUnit
 from adabatch.lr.shapes import Decay, Shape, tabulated, wsd
 
 RAMP_SHARE = 0.02
@@ -49,7 +49,7 @@ class SavedSchedule(NamedTuple):
     total: Duration
     warmup: float | None
     changed: bool
-    clock: Clock
+    clock: RecordedUnit
     progress: Progress
     reference: int
 

@@ -9,7 +9,7 @@ import numpy as np
 from adabatch.arguments import checked
 from adabatch.lr.bound import BoundTerms, bound_terms
 from adabatch.lr.function_shape import AnyShape
-from adabatch.lr.recorded import Clock, Recorded
+from adabatch.lr.recorded import Recorded, RecordedUnit
 from adabatch.lr.refine import stretch
 from adabatch.lr.shapes import FloatArray, warmup_factor
 
@@ -47,7 +47,7 @@ class Horizon(NamedTuple):
 
     @classmethod
     @checked
-    def of_run(cls, recorded: Recorded, clock: Clock, reference: float) -> Horizon:
+    def of_run(cls, recorded: Recorded, clock: RecordedUnit, reference: float) -> Horizon:
         """The steps of a run.
 
         Raises:

@@ -2,75 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adabatch.arguments import checked
+from adabatch.lr.journal_lines import entries, finite_number, number_of, numbers_of, part_of
 from adabatch.lr.rules import NOISE_RULES, LRRule, lr_factor
 from adabatch.lr.shapes import FloatArray
 
-Clock = Literal["examples", "steps", "gain_steps"]
-Norm = Literal["l2", "l1"]
+RecordedUnit = Literal["examples", "steps", "gain_steps"]
+"""What a journal counts, in which a horizon can be measured. Tokens go in proportion to examples."""
 
-# not imported from `adabatch.journal`, which needs torch; a test holds the two together
-JOURNAL_FORMAT = 1
-"""The format of journal lines that is read here, which ``adabatch.journal`` writes."""
+GradientNorm = Literal["l2", "l1"]
+"""The norms of the whole gradient that journals hold."""
 
 _HOW_TO_RECORD = {
     "l2": "it measured no gradients; run it again with --measure.monitor=true",
     "l1": "run it again with Measure(l1=True) (AdaptiveBatch) or --measure.l1=true (train), or use the l2 norms, "
     "which every probe records",
 }
-
-
-class OneRun:
-    """Checks that lines belong to one run, and that no step is among them twice.
-
-    A run that was resumed without the token of its checkpoint, because its state was saved by hand, must continue where
-    the lines end.
-
-    Args:
-        name: of the journal, for messages.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._run: str | None = None
-        self._begins = -math.inf
-        self._end: float | None = None
-
-    def see(self, number: int, entry: Mapping[str, Any]) -> None:
-        """Checks the next line of a step.
-
-        Args:
-            number: of the line, from 1.
-            entry: the line; it is not checked if it does not say which examples it took.
-
-        Raises:
-            ValueError: if it belongs to another run than the lines before, or to a step that they contain.
-        """
-        plan = entry.get("plan")
-        begins, size = entry.get("examples"), plan.get("global_batch_size") if isinstance(plan, Mapping) else None
-        if not (isinstance(begins, int | float) and isinstance(size, int | float)):
-            return
-        run = entry.get("run")
-        if run is None:  # written by a release without tokens
-            wrong = begins <= self._begins
-        else:
-            wrong = self._end is not None and begins != self._end and (begins < self._end or run != self._run)
-        if wrong:
-            other = run is not None and self._run is not None and run != self._run
-            what = f"begins another run ({run} after {self._run})" if other else "begins again"
-            raise ValueError(
-                f"{self._name}, line {number}, {what} at {begins:,} examples, where the lines before end at "
-                f"{self._end or 0:,}: give one run at a time, in a copy of the journal that holds its lines only"
-            )
-        self._run, self._begins, self._end = run, begins, begins + size
 
 
 class MeasuredNorms(NamedTuple):
@@ -120,7 +74,7 @@ class Recorded(NamedTuple):
         return len(self.batch)
 
     @checked
-    def norms(self, which: Norm) -> MeasuredNorms:
+    def norms(self, which: GradientNorm) -> MeasuredNorms:
         """The norms for a schedule or a bound.
 
         Raises:
@@ -160,7 +114,7 @@ class Recorded(NamedTuple):
         return np.array([lr_factor(rule, b, reference=reference, noise=n, signal=s) for b, n, s in numbers])
 
     @checked
-    def edges(self, clock: Clock, reference: float) -> FloatArray:
+    def edges(self, clock: RecordedUnit, reference: float) -> FloatArray:
         """What was consumed before each step and after the last, from 0, shape (num_steps + 1,).
 
         Args:
@@ -179,8 +133,8 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
     """The applied steps of a run, from the lines of its journal: an open file, or ``text.splitlines()``.
 
     Args:
-        lines: JSON lines in format 1, as ``AdaptiveBatch(journal=)`` writes them. The last is left out if it is
-            unfinished; empty lines are skipped.
+        lines: JSON lines as ``AdaptiveBatch(journal=)`` writes them. The last is left out if it is unfinished; empty
+            lines are skipped.
         source: the name of the journal in errors.
 
     Raises:
@@ -188,23 +142,23 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
     """
     rows: list[tuple[float, ...]] = []
     base_lrs: tuple[float, ...] = ()
-    for number, entry in _entries(lines, source):
+    for number, entry in entries(lines, source):
         # the gradient of an update that was left out moved nothing, so the bound and the schedule do not see it
         if entry.get("applied") is False or "evaluation" in entry:
             continue
-        batch = _number(_part(entry, "plan").get("global_batch_size"))
+        batch = number_of(part_of(entry, "plan"), "global_batch_size")
         if not batch > 0:
             raise ValueError(
                 f"{source}, line {number}, is not a step of a run: it has no plan with a global_batch_size"
             )
-        lr, averages = _part(entry, "lr"), _part(entry, "averages")
+        lr, averages = part_of(entry, "lr"), part_of(entry, "averages")
         # the last: a resume may have changed them
-        base_lrs = tuple(_numbers(lr.get("base"))) or base_lrs
-        factor = _number(lr.get("factor", 1.0))
+        base_lrs = tuple(numbers_of(lr, "base")) or base_lrs
+        factor = finite_number(lr.get("factor", 1.0))
         if not factor > 0:
             raise ValueError(f"{source}, line {number}: the batch factor must be positive, got {lr['factor']}")
-        shape = next(iter(_numbers(lr.get("shape"))), math.nan)
-        noise, signal = _number(averages.get("noise")), _number(averages.get("signal"))
+        shape = next(iter(numbers_of(lr, "shape")), math.nan)
+        noise, signal = number_of(averages, "noise"), number_of(averages, "signal")
         rows.append((number, batch, shape, factor, *_norms_in(entry), noise, signal))
     if not rows:
         raise ValueError(f"{source} holds no applied step in its lines")
@@ -213,50 +167,12 @@ def read_recorded(lines: Iterable[str], source: str = "the journal") -> Recorded
     return Recorded(source, base_lrs, line.astype(np.int64), *columns)
 
 
-def _entries(lines: Iterable[str], source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The lines with their numbers; the last is left out if it is unfinished."""
-    damaged, run = "", OneRun(source)
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        if damaged:
-            raise ValueError(damaged)
-        try:
-            entry = json.loads(text)
-        except ValueError as error:
-            # Raised at the next line only: the last line of a run that still writes, or was killed, may be incomplete.
-            damaged = f"{source}, line {number}, is not JSON and not the last line: {error}"
-            continue
-        if not isinstance(entry, dict):
-            raise ValueError(f"{source}, line {number}, is not a line of a journal: {text.strip():.80}")
-        if entry.get("format") != JOURNAL_FORMAT:
-            raise ValueError(
-                f"{source}, line {number}, has format {entry.get('format')!r}, this version of adabatch reads "
-                f"format {JOURNAL_FORMAT}: use the version that wrote it"
-            )
-        run.see(number, entry)
-        yield number, entry
-
-
 def _norms_in(entry: Mapping[str, Any]) -> tuple[float, float]:
     """The l2 and l1 norm of a step; journals without norms contain the square of the first."""
-    moments, norms = entry.get("moments"), _part(entry, "norms")
+    moments, norms = entry.get("moments"), part_of(entry, "norms")
     if not isinstance(moments, Mapping):
         return math.nan, math.nan
     # max: from inner products, the square of a gradient near zero may be slightly negative
-    l2 = _number(norms["l2"]) if "l2" in norms else math.sqrt(max(_number(moments.get("grad_sq")), 0.0))
+    l2 = number_of(norms, "l2") if "l2" in norms else math.sqrt(max(number_of(moments, "grad_sq"), 0.0))
     # the journal has null for a measurement that is not finite
-    return (math.inf, math.inf) if math.isnan(l2) else (l2, _number(norms.get("l1")))
-
-
-def _part(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = entry.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _numbers(values: Any) -> list[float]:
-    return [_number(value) for value in values] if isinstance(values, list) else []
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    return (math.inf, math.inf) if math.isnan(l2) else (l2, number_of(norms, "l1"))

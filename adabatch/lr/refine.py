@@ -29,14 +29,16 @@ from numpy.typing import ArrayLike
 from adabatch.arguments import MOST_STEPS, checked, require, require_one_of
 from adabatch.lr.shapes import FloatArray, Shape, tabulated
 
-Kind = Literal["sgd", "adam", "adagrad"]
+OptimizerKind = Literal["sgd", "adam", "adagrad"]
 
-POWERS: Mapping[Kind, int] = MappingProxyType({"sgd": 2, "adam": 1, "adagrad": 1})
+POWERS: Mapping[OptimizerKind, int] = MappingProxyType({"sgd": 2, "adam": 1, "adagrad": 1})
 """The power in ``weight = norm ** -power`` for each kind of optimizer."""
 
 
 @checked
-def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, length: int | None = None) -> Shape:
+def refine(
+    norms: ArrayLike, kind: OptimizerKind = "sgd", *, smoothing: float = 0.1, length: int | None = None
+) -> Shape:
     """The schedule that a finished run's gradient norms ask for: ``w_t * sum_{p>t} w_p``, with maximum 1.
 
     The norms are median-filtered first, because a single tiny norm would otherwise dominate the schedule. The base
@@ -77,7 +79,7 @@ def refine(norms: ArrayLike, kind: Kind = "sgd", *, smoothing: float = 0.1, leng
 
 
 @checked
-def refined_weights(norms: ArrayLike, kind: Kind = "sgd") -> FloatArray:
+def refined_weights(norms: ArrayLike, kind: OptimizerKind = "sgd") -> FloatArray:
     """The weights ``G_t^-2`` (sgd) or ``G_t^-1`` (adam, adagrad); the median norm has weight 1.
 
     For SGD with distance D and norms G, the weights with the least guarantee are these, scaled to

@@ -18,11 +18,18 @@ from numpy.typing import NDArray
 from adabatch.arguments import MOST_STEPS, checked, require
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.horizon import Horizon
-from adabatch.lr.recorded import Norm, Recorded
-from adabatch.lr.refine import POWERS, Kind, last_iterate_multipliers, median_filter, odd_window, refined_weights
+from adabatch.lr.recorded import GradientNorm, Recorded
+from adabatch.lr.refine import (
+    POWERS,
+    OptimizerKind,
+    last_iterate_multipliers,
+    median_filter,
+    odd_window,
+    refined_weights,
+)
 from adabatch.lr.shapes import FloatArray, Shape, linear, tabulated
 
-READS: Mapping[Kind, Norm] = MappingProxyType({"sgd": "l2", "adam": "l1", "adagrad": "l1"})
+READS: Mapping[OptimizerKind, GradientNorm] = MappingProxyType({"sgd": "l2", "adam": "l1", "adagrad": "l1"})
 """Which norm a kind of optimizer reads."""
 
 
@@ -53,7 +60,7 @@ class RefinedRun(NamedTuple):
 @checked
 def refine_run(
     recorded: Recorded,
-    kind: Kind = "sgd",
+    kind: OptimizerKind = "sgd",
     *,
     factor: FloatArray | None = None,
     edges: FloatArray | None = None,

@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from adabatch.arguments import allowed_by, checked, conform, require, require_one_of, require_type, shown
 
 Decay = Literal["linear", "1-sqrt", "exponential", "cosine"]
-Setting: TypeAlias = float | str | tuple[float, ...]
+ShapeSetting: TypeAlias = float | str | tuple[float, ...]
 FloatArray: TypeAlias = NDArray[np.float64]
 Curve: TypeAlias = Callable[[FloatArray], FloatArray]
 
@@ -56,7 +56,7 @@ class Shape:
     __slots__ = ("_curve", "_name", "_settings")
 
     _name: str
-    _settings: Mapping[str, Setting]
+    _settings: Mapping[str, ShapeSetting]
     _curve: Curve
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
@@ -80,7 +80,7 @@ class Shape:
         # not typing.final: command-line parsers would then reject functions that return a Shape
         raise TypeError("Shape is final: add a function to this module that makes a new one")
 
-    def _fill(self, name: str, settings: Mapping[str, Setting], curve: Curve) -> None:
+    def _fill(self, name: str, settings: Mapping[str, ShapeSetting], curve: Curve) -> None:
         # the class itself refuses assignments
         object.__setattr__(self, "_name", name)
         object.__setattr__(self, "_settings", MappingProxyType(dict(settings)))
@@ -92,7 +92,7 @@ class Shape:
         return self._name
 
     @property
-    def settings(self) -> Mapping[str, Setting]:
+    def settings(self) -> Mapping[str, ShapeSetting]:
         """Every argument of that function, defaults included; read-only. Sequences are tuples."""
         return self._settings
 
@@ -404,7 +404,7 @@ def warmup_factor(fraction: float | NDArray[Any] | Sequence[float], start: float
     return float(factors) if np.isscalar(fraction) else factors
 
 
-def _shape(name: str, settings: Mapping[str, Setting], curve: Curve) -> Shape:
+def _shape(name: str, settings: Mapping[str, ShapeSetting], curve: Curve) -> Shape:
     """A shape from parts that are already validated, without its constructor."""
     shape = object.__new__(Shape)
     shape._fill(name, settings, curve)

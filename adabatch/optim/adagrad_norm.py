@@ -21,6 +21,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from adabatch.arguments import checked, require
 from adabatch.optim import multi_tensor
 from adabatch.optim.parameters import listed
+from adabatch.optim.placement import Reduce
 
 # On the CPU, torch sums the squares of a tensor in a few float32 lanes and in one thread, whatever its size: for
 # standard normal numbers, |x|^2 came out 0.07 % too small at 10 million elements and 0.8 % at 50 million. So large
@@ -29,8 +30,6 @@ from adabatch.optim.parameters import listed
 _BLOCK = 1 << 14
 _LIMIT_ONE_THREAD = 1 << 18
 _LIMIT_THREADS = 1 << 15
-
-Reduce = Callable[[Tensor], Tensor]
 
 
 class KnownNorm(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adabatch.report.charts import AXES
-from adabatch.report.curves import Journal
+from adabatch.report.curves import JournalSource
 
 __all__ = ["AXES", "draw", "require_matplotlib", "write_charts"]
 
@@ -32,7 +32,9 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def draw(runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, title: str | None = None) -> Path:
+def draw(
+    runs: JournalSource | Mapping[str, JournalSource], out: str | os.PathLike[str], *, title: str | None = None
+) -> Path:
     """Write a PNG with panels over the examples consumed: batch size, learning rate, noise scale, loss.
 
     The batch size is a step line on a base-2 axis. The learning rate is the applied one, with one line per parameter

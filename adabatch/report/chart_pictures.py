@@ -18,18 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import NDArray
 
-from adabatch.report.charts import AXES
+from adabatch.report.charts import AXES, Run
+from adabatch.report.evaluations import Floats
 from adabatch.report.reason_colors import reason_colors
 from adabatch.report.style import COLORS, FAINT_INK, INK, any_finite, log_ticks, prepare, short_number
 
 STRIP = 0.055
 """Height of the strip of reasons of one run, as a share of the panel's."""
 
-Run = Mapping[str, Any]
 Draw = Callable[[Axes, Run, "Brush"], None]
-Floats = NDArray[np.float64]
 
 
 class Brush:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adabatch.journal.parts import lines_of
-from adabatch.lr.recorded import JOURNAL_FORMAT, OneRun
-from adabatch.report.evaluations import finite_number
+from adabatch.lr.journal_lines import entries, number_of, numbers_of, part_of
 
-Journal = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
+JournalSource = str | os.PathLike[str] | Iterable[str | Mapping[str, Any]]
 """A path to JSON lines, or the lines themselves, decoded or not."""
 
 
@@ -53,7 +51,7 @@ class Curves(NamedTuple):
         return float(self.examples[-1] + self.batch[-1])
 
 
-def read_curves(journal: Journal) -> Curves:
+def read_curves(journal: JournalSource) -> Curves:
     """The curves of one run.
 
     An unfinished last line is left out, as are lines without a number of examples or a plan (they are no
@@ -127,78 +125,44 @@ class _Row(NamedTuple):
 
 
 def _row(record: Mapping[str, Any]) -> _Row | None:
-    plan, lr = part_of(record, "plan"), part_of(record, "lr")
-    examples, batch = _number(record, "examples"), _number(plan, "global_batch_size")
+    plan = part_of(record, "plan")
+    examples, batch = number_of(record, "examples"), number_of(plan, "global_batch_size")
     if not (math.isfinite(examples) and batch > 0):
         return None
-    applied = lr.get("applied")
     return _Row(
         examples=examples,
         batch=batch,
-        noise_scale=_number(part_of(record, "moments"), "noise_scale"),
+        noise_scale=number_of(part_of(record, "moments"), "noise_scale"),
         noise_scale_average=_average(part_of(record, "averages")),
-        loss=_number(record, "loss"),
-        lr=tuple(finite_number(value) for value in applied) if isinstance(applied, list) else (),
+        loss=number_of(record, "loss"),
+        lr=tuple(numbers_of(part_of(record, "lr"), "applied")),
         layers={
-            name: (_number(layer, "noise"), _number(layer, "signal"))
+            name: (number_of(layer, "noise"), number_of(layer, "signal"))
             for name, layer in part_of(record, "layers").items()
             if isinstance(layer, Mapping)
         },
     )
 
 
-def records(journal: Journal) -> Iterator[Mapping[str, Any]]:
+def records(journal: JournalSource) -> Iterator[Mapping[str, Any]]:
     """The decoded lines of one run, in order. The last line is ignored if it is unfinished.
 
     Raises:
         ValueError: for the same reasons as ``read_curves``.
     """
-    damaged, run = "", OneRun(_name(journal))
-    for number, line in enumerate(_lines(journal), 1):
-        if isinstance(line, str) and not line.strip():
-            continue
-        if damaged:
-            raise ValueError(damaged)
-        if isinstance(line, Mapping):
-            record: Any = line
-        else:
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                # An error only at the next line: the last one of a run that still writes may be incomplete.
-                damaged = f"{_name(journal)}, line {number}, is not JSON and not the last line: {error}"
-                continue
-        if not isinstance(record, Mapping):
-            raise ValueError(f"{_name(journal)}, line {number}, is not a JSON object: {line!r:.80}")
-        if record.get("format", JOURNAL_FORMAT) != JOURNAL_FORMAT:
-            raise ValueError(
-                f"{_name(journal)}, line {number}, has format {record['format']!r}, this version of adabatch "
-                f"reads format {JOURNAL_FORMAT}: draw it with the version that wrote it"
-            )
-        run.see(number, record)
-        yield record
+    return (entry for _, entry in entries(_lines(journal), _name(journal)))
 
 
-def _lines(journal: Journal) -> Iterable[str | Mapping[str, Any]]:
+def _lines(journal: JournalSource) -> Iterable[str | Mapping[str, Any]]:
     if isinstance(journal, str | os.PathLike):
         return lines_of(Path(journal))
     return journal
 
 
-def _name(journal: Journal) -> str:
+def _name(journal: JournalSource) -> str:
     return str(journal) if isinstance(journal, str | os.PathLike) else "the journal"
 
 
 def _average(averages: Mapping[str, Any]) -> float:
     # the journal has null for the quotient then, which is not the same as "not measured"
-    return math.inf if _number(averages, "signal") <= 0 else _number(averages, "noise_scale")
-
-
-def part_of(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A part of a line, such as its plan; empty if the line has none."""
-    value = record.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _number(record: Mapping[str, Any], key: str) -> float:
-    return finite_number(record.get(key))
+    return math.inf if number_of(averages, "signal") <= 0 else number_of(averages, "noise_scale")

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adabatch.lr.journal_lines import finite_number, number_of, part_of
+
 Floats = NDArray[np.float64]
 
 LOWER_IS_BETTER = frozenset(
@@ -18,7 +20,7 @@ LOWER_IS_BETTER = frozenset(
 """Words in the name of a metric by which a lower value is the better one; of all other metrics a higher one is."""
 
 
-class Metric(NamedTuple):
+class EvaluationMetric(NamedTuple):
     """One metric over the run, in the order of the evaluations.
 
     Args:
@@ -68,7 +70,7 @@ class Extremes(NamedTuple):
     lower_is_better: bool
 
 
-def extremes(metric: Metric) -> Extremes:
+def extremes(metric: EvaluationMetric) -> Extremes:
     """The best and the last value of a metric."""
     at = metric.best
     return Extremes(
@@ -81,7 +83,7 @@ def extremes(metric: Metric) -> Extremes:
     )
 
 
-def read_metrics(lines: Iterable[Mapping[str, Any]]) -> tuple[Metric, ...]:
+def read_metrics(lines: Iterable[Mapping[str, Any]]) -> tuple[EvaluationMetric, ...]:
     """The metrics of a journal, in the order in which they appear; "loss" first.
 
     If a step was evaluated twice, as by a run that was started again at its end, the later evaluation counts.
@@ -91,16 +93,13 @@ def read_metrics(lines: Iterable[Mapping[str, Any]]) -> tuple[Metric, ...]:
     """
     found: dict[str, dict[tuple[float, float], float]] = {}
     for line in lines:
-        evaluation = line.get("evaluation")
-        if not isinstance(evaluation, Mapping):
-            continue
-        place = finite_number(line.get("step")), finite_number(line.get("examples"))
+        place = number_of(line, "step"), number_of(line, "examples")
         if not all(map(math.isfinite, place)):
             continue
-        for name, value in evaluation.items():
+        for name, value in part_of(line, "evaluation").items():
             found.setdefault(str(name), {})[place] = finite_number(value)
     return tuple(
-        Metric(
+        EvaluationMetric(
             name,
             np.array([step for step, _ in values]),
             np.array([examples for _, examples in values]),
@@ -109,11 +108,3 @@ def read_metrics(lines: Iterable[Mapping[str, Any]]) -> tuple[Metric, ...]:
         # a stable sort, so that all but the loss stay in the journal's order
         for name, values in sorted(found.items(), key=lambda item: item[0] != "loss")
     )
-
-
-def finite_number(value: object) -> float:
-    """A value of a journal if it is a finite number, else NaN."""
-    # True is an int in Python
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return math.nan
-    return float(value)

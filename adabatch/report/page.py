@@ -17,7 +17,7 @@ import numpy as np
 
 from adabatch.batch.control import Reason
 from adabatch.report.charts import AXES, charts_of, heat_chart
-from adabatch.report.evaluations import Floats, Metric, extremes
+from adabatch.report.evaluations import EvaluationMetric, Floats, extremes
 from adabatch.report.heat import layer_bins
 from adabatch.report.reason_colors import ASSETS, REASON_VARIABLES
 from adabatch.report.steps import RunSteps
@@ -296,7 +296,9 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
     return series
 
 
-def _metric(metric: Metric, run: RunSteps, tokens_per_example: float | None, seconds: Floats | None) -> dict[str, Any]:
+def _metric(
+    metric: EvaluationMetric, run: RunSteps, tokens_per_example: float | None, seconds: Floats | None
+) -> dict[str, Any]:
     """The evaluations of a metric, at most ``MOST_EVALUATIONS`` of them."""
     at = np.unique(np.linspace(0, len(metric.values) - 1, MOST_EVALUATIONS).astype(int))
     examples = metric.examples[at]

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from adabatch.report.curves import Curves, Journal, moving_mean, read_curves
+from adabatch.report.curves import Curves, JournalSource, moving_mean, read_curves
 from adabatch.report.layers import layer_panel
 from adabatch.report.style import COLORS, INK, any_finite, heading, log_axis, positive, prepare, short_number
 from adabatch.report.summary import LOSS_WINDOW
@@ -26,7 +26,7 @@ Fill = Callable[[Axes, Sequence[Curves], Sequence[str]], None]
 
 
 def write_picture(
-    runs: Journal | Mapping[str, Journal], out: str | os.PathLike[str], *, title: str | None = None
+    runs: JournalSource | Mapping[str, JournalSource], out: str | os.PathLike[str], *, title: str | None = None
 ) -> Path:
     """The implementation of ``adabatch.report.draw``, with the same arguments."""
     labelled = dict(runs) if isinstance(runs, Mapping) else {"": runs}

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adabatch.report.curves import Journal, part_of, records
-from adabatch.report.evaluations import Floats, Metric, finite_number, read_metrics
+from adabatch.lr.journal_lines import number_of, numbers_of, part_of
+from adabatch.report.curves import JournalSource, records
+from adabatch.report.evaluations import EvaluationMetric, Floats, read_metrics
 
 
 class RunSteps(NamedTuple):
@@ -85,7 +86,7 @@ class RunSteps(NamedTuple):
     layers: tuple[str, ...]
     layer_noise: Floats
     layer_signal: Floats
-    metrics: tuple[Metric, ...]
+    metrics: tuple[EvaluationMetric, ...]
 
     @property
     def num_steps(self) -> int:
@@ -122,7 +123,7 @@ class RunSteps(NamedTuple):
         return np.where(np.isnan(scale), math.nan, worth)
 
 
-def read_steps(journal: Journal, name: str) -> RunSteps:
+def read_steps(journal: JournalSource, name: str) -> RunSteps:
     """The steps of one run, which may still be running: an unfinished last line is ignored.
 
     Args:
@@ -141,20 +142,20 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
     rates = [part_of(row, "lr") for row in rows]
     averages = [part_of(row, "averages") for row in rows]
     moments = [part_of(row, "moments") for row in rows]
-    groups = max((len(_list(each, "applied")) for each in rates), default=0)
+    groups = max((len(numbers_of(each, "applied")) for each in rates), default=0)
     applied_lr = np.full((len(rows), groups), math.nan)
     for index, each in enumerate(rates):
-        values = _list(each, "applied")
+        values = numbers_of(each, "applied")
         applied_lr[index, : len(values)] = values
     layers = tuple(dict.fromkeys(layer for row in rows for layer in part_of(row, "layers")))
     of_layers = [[part_of(part_of(row, "layers"), layer) for layer in layers] for row in rows]
     floors = tuple(dict.fromkeys(beta for row in rows for beta in part_of(row, "beta_floors")))
 
     def of(parts: list[Mapping[str, Any]], key: str) -> Floats:
-        return np.array([finite_number(part.get(key)) for part in parts], dtype=np.float64)
+        return np.array([number_of(part, key) for part in parts], dtype=np.float64)
 
     def by_layer(key: str) -> Floats:
-        values = [[finite_number(layer.get(key)) for layer in row] for row in of_layers]
+        values = [[number_of(layer, key) for layer in row] for row in of_layers]
         return np.array(values, dtype=np.float64).reshape(len(rows), len(layers))
 
     wanted, low, high = of(rows, "wanted"), of(rows, "low"), of(rows, "high")
@@ -182,8 +183,8 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
         measured=of(moments, "noise_scale"),
         measured_noise=of(moments, "noise"),
         measured_signal=of(moments, "signal"),
-        base_lr=np.array([next(iter(_list(each, "base")), math.nan) for each in rates]),
-        shape=np.array([next(iter(_list(each, "shape")), math.nan) for each in rates]),
+        base_lr=np.array([next(iter(numbers_of(each, "base")), math.nan) for each in rates]),
+        shape=np.array([next(iter(numbers_of(each, "shape")), math.nan) for each in rates]),
         factor=of(rates, "factor"),
         applied_lr=applied_lr,
         applied=np.array([row.get("applied") is not False for row in rows]),
@@ -198,9 +199,7 @@ def read_steps(journal: Journal, name: str) -> RunSteps:
 
 
 def _is_step(row: Mapping[str, Any]) -> bool:
-    return finite_number(part_of(row, "plan").get("global_batch_size")) > 0 and math.isfinite(
-        finite_number(row.get("examples"))
-    )
+    return number_of(part_of(row, "plan"), "global_batch_size") > 0 and math.isfinite(number_of(row, "examples"))
 
 
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> Floats:
@@ -213,7 +212,7 @@ def _seconds(rows: Sequence[Mapping[str, Any]]) -> Floats:
     last_of: dict[tuple[float, ...], int] = {}
     last_measured: int | None = None
     for at, row in enumerate(rows):
-        seconds = finite_number(row.get("seconds"))
+        seconds = number_of(row, "seconds")
         if math.isfinite(seconds):
             if timed := part_of(row, "timed_plan"):
                 place = last_of.get(_plan_of(timed))  # None if the part of the journal with that step is lost
@@ -228,9 +227,4 @@ def _seconds(rows: Sequence[Mapping[str, Any]]) -> Floats:
 
 
 def _plan_of(plan: Mapping[str, Any]) -> tuple[float, ...]:
-    return tuple(finite_number(plan.get(key)) for key in ("micro_batch_size", "accumulation_steps", "dp_size"))
-
-
-def _list(row: Mapping[str, Any], key: str) -> list[float]:
-    value = row.get(key)
-    return [finite_number(item) for item in value] if isinstance(value, list) else []
+    return tuple(number_of(plan, key) for key in ("micro_batch_size", "accumulation_steps", "dp_size"))

@@ -25,7 +25,7 @@ from adabatch.batch.schedules import LinearRamp, Schedule, Stage, Stages
 from adabatch.report.evaluations import Floats
 from adabatch.report.steps import RunSteps
 
-Kind = Literal["eta", "multiple", "step_price", "constant", "table", "ramp"]
+ChoiceKind = Literal["eta", "multiple", "step_price", "constant", "table", "ramp"]
 
 NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -65,7 +65,7 @@ class Choice(NamedTuple):
         schedule: the schedule of a table or a ramp; None for the others.
     """
 
-    kind: Kind
+    kind: ChoiceKind
     value: float
     schedule: Stages | LinearRamp | None = None
 
@@ -87,7 +87,7 @@ class Choice(NamedTuple):
             ValueError: if the kind is unknown, or a value is outside its range.
         """
         kind, equals, value = text.partition("=")
-        if not equals or kind not in get_args(Kind):
+        if not equals or kind not in get_args(ChoiceKind):
             raise ValueError(f"a choice is one of {', '.join(USAGE.values())}, got {text!r}")
         if kind in ("table", "ramp"):
             schedule = _schedule(kind, value)

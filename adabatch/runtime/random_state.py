@@ -53,16 +53,26 @@ def restore_random_state(rows: Tensor, rank: int, device: torch.device) -> bool:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         return False
+    set_random_state(rows[rank], device)
+    return True
+
+
+def set_random_state(row: Tensor, device: torch.device) -> None:
+    """Restores the random numbers of this process.
+
+    Args:
+        row: what ``random_state`` returned for the same device, shape (num_bytes,).
+        device: as in ``random_state``.
+    """
     num_whole = 8 * (_WORDS + _WORDS + 1)
     num_real = num_whole + 16
     num_cpu = num_real + len(torch.get_rng_state())
     # Cloned, because torch views bytes as int64 only if they begin at a multiple of eight, which a row need not do.
-    whole = rows[rank, :num_whole].clone().view(torch.int64).tolist()
-    gauss, cached = rows[rank, num_whole:num_real].clone().view(torch.float64).tolist()
+    whole = row[:num_whole].clone().view(torch.int64).tolist()
+    gauss, cached = row[num_whole:num_real].clone().view(torch.float64).tolist()
     random.setstate((3, tuple(whole[:_WORDS]), None if math.isnan(gauss) else gauss))
     keys, position, has_gauss = whole[_WORDS:-2], whole[-2], whole[-1]
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(rows[rank, num_real:num_cpu].clone())
+    torch.set_rng_state(row[num_real:num_cpu].clone())
     if device.type == "cuda":
-        torch.cuda.set_rng_state(rows[rank, num_cpu:].clone(), device)
-    return True
+        torch.cuda.set_rng_state(row[num_cpu:].clone(), device)

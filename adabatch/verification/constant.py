@@ -76,7 +76,7 @@ def _by_hand(training: Training, seen: Sequence[Sequence[Part]], ranks: Collecti
         (total,) = ranks.sum_of(sum(part.weight for part in parts))
         for part in parts:
             # dropout must draw the same numbers as in the step
-            part.randomness.restore()
+            part.rewind(training)
             with nullcontext() if part is parts[-1] else unreduced(training.model):
                 loss = part.loss(training)
                 weight = part.weight * ranks.size  # DDP averages over the ranks, while total is a sum

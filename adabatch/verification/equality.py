@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.checkpointing.nested import leaves
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.nested import leaves
 from adabatch.runtime.wrappers.fsdp2 import own_piece
 from adabatch.verification.training import Training
 

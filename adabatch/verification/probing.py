@@ -12,12 +12,12 @@ from adabatch.arguments import checked, require
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.schedules import Constant
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.random_state import random_state, set_random_state
 from adabatch.runtime.wrappers.fsdp2 import is_sharded, own_piece
 from adabatch.verification.equality import largest_of
 from adabatch.verification.running import (
     ACCUMULATION,
     Part,
-    Randomness,
     adaptive,
     backward,
     begin,
@@ -82,12 +82,12 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
             continue
         # The reference runs the parts again, with their own random numbers and gradients; both are put back afterwards,
         # so that the update is that of the step.
-        after = Randomness.now(parameters[0].device)
+        after = random_state(training.device)
         gradient = [p.grad for p in parameters]
         expected = by_parts(training, parts, parameters, ranks)
         for parameter, grad in zip(parameters, gradient, strict=True):
             parameter.grad = grad
-        after.restore()
+        set_random_state(after, training.device)
         for name in ("part_sq", "grad_sq", "part_size", "num_examples", "num_parts"):
             error = _relative_error(getattr(step.moments, name), getattr(expected, name))
             # not >, which a NaN would pass
@@ -122,7 +122,7 @@ def _gradient(training: Training, part: Part, parameters: Sequence[Tensor], shar
     """The gradient of a share of the loss in each parameter, this rank's piece in float64, shape (n,)."""
     for parameter in training.model.parameters():
         parameter.grad = None
-    part.randomness.restore()
+    part.rewind(training)
     # weighted before the backward, as in the step: in float16 the gradient of the whole loss might overflow
     backward(training, part.loss(training) * share)
     scale = 1.0 if training.scaler is None else training.scaler.get_scale()

@@ -13,10 +13,10 @@ from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
 from adabatch.guards.drift import fingerprint
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.random_state import random_state, set_random_state
 from adabatch.verification.equality import largest_difference, state_of
 from adabatch.verification.running import (
     ACCUMULATION,
-    Randomness,
     adaptive,
     again,
     begin,
@@ -70,8 +70,7 @@ def resume(make: Make) -> Check:
     cut = again(make, whole, start, ranks)
     batches = adaptive(cut, schedule, probed=True)
     run_on(cut, batches, STEPS_BEFORE_SAVE)
-    device = next(cut.model.parameters()).device
-    randomness = Randomness.now(device)
+    random = random_state(cut.device)
     # Through the serialization of a real checkpoint: a state that is merely handed over would share its tensors.
     file = io.BytesIO()
     torch.save(state_of(cut, batches), file)
@@ -80,7 +79,7 @@ def resume(make: Make) -> Check:
     resumed = again(make, whole, start, ranks)
     batches = adaptive(resumed, schedule, probed=True)
     file.seek(0)
-    saved = torch.load(file, map_location=device, weights_only=True)
+    saved = torch.load(file, map_location=cut.device, weights_only=True)
     resumed.model.load_state_dict(saved["model"])
     resumed.optimizer.load_state_dict(saved["optimizer"])
     if resumed.scaler is not None:
@@ -88,7 +87,7 @@ def resume(make: Make) -> Check:
     batches.load_state_dict(saved["batches"])
     assert isinstance(resumed.loader, GlobalOrder)
     resumed.loader.load_state_dict(saved["order"])
-    randomness.restore()
+    set_random_state(random, cut.device)
     run_on(resumed, batches, total)
     batches.remove()
     difference = largest_difference(state_of(resumed, batches), expected, ranks)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +20,7 @@ from adabatch.batch.schedules import Schedule
 from adabatch.guards.drift import fingerprint
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.random_state import random_state, set_random_state
 from adabatch.runtime.wrappers.compiled import uncompiled
 from adabatch.verification.training import Make, Training
 
@@ -31,26 +31,6 @@ OVERFLOWING_STEP = 2
 """The step of a run with a scaler whose loss is made infinite, because overflow by itself depends on the scale."""
 
 
-class Randomness(NamedTuple):
-    """The states of torch's random number generators."""
-
-    host: Tensor
-    accelerator: Tensor | None
-    device: torch.device
-
-    @classmethod
-    def now(cls, device: torch.device) -> Randomness:
-        """The present state."""
-        cuda = device.type == "cuda"
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None, device)
-
-    def restore(self) -> None:
-        """Restores this state."""
-        torch.set_rng_state(self.host)
-        if self.accelerator is not None:
-            torch.cuda.set_rng_state(self.accelerator, self.device)
-
-
 class Part(NamedTuple):
     """A micro-batch of this rank, as it was run.
 
@@ -58,15 +38,19 @@ class Part(NamedTuple):
         batch: from the loader.
         size: its number of examples.
         weight: its weight in the gradient.
-        randomness: at the beginning of its forward.
+        random: state of the random numbers at the beginning of its forward.
         overflows: whether its loss is made infinite.
     """
 
     batch: Any
     size: int
     weight: float
-    randomness: Randomness
+    random: Tensor
     overflows: bool
+
+    def rewind(self, training: Training) -> None:
+        """Draws the random numbers of its forward again from now on, such as those of dropout."""
+        set_random_state(self.random, training.device)
 
     def loss(self, training: Training) -> Tensor:
         """Its mean loss, not scaled, shape ()."""
@@ -125,7 +109,6 @@ def adaptive(training: Training, policy: Schedule, *, probed: bool) -> AdaptiveB
 
 def steps_of(training: Training, batches: AdaptiveBatch, until: int) -> Iterator[tuple[Step, list[Part]]]:
     """The steps of a run up to the ``until``-th, each with its parts, before its update."""
-    device = next(training.model.parameters()).device
     last = batches.collectives.rank == batches.collectives.size - 1
     for step in batches.steps(training.loader, until=steps(until), count=training.count, weigh=training.weigh):
         overflows = training.scales and last and batches.consumed.steps == OVERFLOWING_STEP - 1
@@ -134,7 +117,7 @@ def steps_of(training: Training, batches: AdaptiveBatch, until: int) -> Iterator
             size = training.count(batch)
             weight = size if training.weigh is None else float(training.weigh(batch))
             # before the forward, which draws the numbers of dropout
-            parts.append(Part(batch, size, weight, Randomness.now(device), overflows and not parts))
+            parts.append(Part(batch, size, weight, random_state(training.device), overflows and not parts))
             step.backward(parts[-1].loss(training))
         yield step, parts
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -49,6 +50,11 @@ class Training:
     def scales(self) -> bool:
         """Whether losses are scaled, so that updates may be left out."""
         return self.scaler is not None and self.scaler.is_enabled()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
 
 
 Make = Callable[[], Training]

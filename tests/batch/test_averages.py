@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from support.simulated import GRID, LIMITS, RIGHT, TWO_PARTS, Level, constantly, drawn, sizes
 
 from adabatch.batch.averages import RECENT, Averages, ProbeWindow
-from adabatch.batch.control import Control, ControlState, Limits, Reason, decide, estimate
+from adabatch.batch.control import Control, ControlState, Limits, Reason, decide
 from adabatch.batch.criteria import NoiseScale, NormTest, Observation
+from adabatch.batch.estimates import estimate
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress, micro_batch_sizes
 

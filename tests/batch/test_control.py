@@ -20,16 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adabatch.batch.averages import Averages, ProbeWindow
-from adabatch.batch.control import (
-    Control,
-    ControlState,
-    Decision,
-    Estimate,
-    Limits,
-    Reason,
-    decide,
-    estimate,
-)
+from adabatch.batch.control import Control, ControlState, Decision, Limits, Reason, decide
 from adabatch.batch.criteria import (
     AugmentedInnerProductTest,
     CoordinateNormTest,
@@ -39,6 +30,7 @@ from adabatch.batch.criteria import (
     NormTest,
     Observation,
 )
+from adabatch.batch.estimates import Estimate, estimate
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.needs import Needs
 from adabatch.batch.plan import BatchPlan, Duration, PlanGrid, Progress, examples, micro_batch_sizes, steps, tokens

@@ -19,9 +19,9 @@ from adabatch.guards.same_settings import (
     failing_together,
     optimizer_settings,
     scaler_settings,
-    text_of,
 )
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.nested import text_of
 from adabatch.runtime.optimizers.joined import joined
 
 

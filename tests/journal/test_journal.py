@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from support.loops import journal_text
 
-from adabatch.batch.control import Averages, Control, ControlState, Decision, Estimate, Limits, Reason, decide
+from adabatch.batch.averages import Averages
+from adabatch.batch.control import Control, ControlState, Decision, Limits, Reason, decide
 from adabatch.batch.criteria import NormTest
+from adabatch.batch.estimates import Estimate
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
 from adabatch.cli.schedule.recorded import read_recorded

@@ -14,7 +14,7 @@ from adabatch.batch.plan import Progress, examples, gain_steps, steps
 from adabatch.journal.writer import LINE_FORMAT
 from adabatch.lr.bound import whole
 from adabatch.lr.extend import steps_done
-from adabatch.lr.recorded import JOURNAL_FORMAT
+from adabatch.lr.journal_lines import JOURNAL_FORMAT
 
 
 def line(index: int, **changes: Any) -> str:
@@ -63,7 +63,7 @@ def test_lines_become_arrays_of_the_applied_steps() -> None:
     [
         ([], "mine holds no applied step"),
         (["{", line(0)], r"mine, line 1, is not JSON and not the last line"),
-        (["[1]"], "mine, line 1, is not a line of a journal"),
+        (["[1]"], "mine, line 1, is not a JSON object"),
         ([line(0, format=2)], "mine, line 1, has format 2"),
         ([line(0, plan=None)], "mine, line 1, is not a step of a run"),
         ([line(0, lr={"factor": 0.0})], "the batch factor must be positive, got 0.0"),

@@ -15,8 +15,8 @@ from adabatch.cli.schedule.extend import extend
 from adabatch.cli.schedule.refine import NextRule, refine
 from adabatch.cli.schedule.shape_text import known_shapes
 from adabatch.cli.subcommands import Command
-from adabatch.lr.recorded import Clock
-from adabatch.lr.refine import Kind
+from adabatch.lr.recorded import RecordedUnit
+from adabatch.lr.refine import OptimizerKind
 
 DESCRIPTION = (
     "Learning-rate schedules from theory: which shape is best, at which base learning rate, and how to go on with a "
@@ -67,7 +67,7 @@ def _refine_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help=RUN)
     parser.add_argument(
         "--kind",
-        type=Kind,
+        type=OptimizerKind,
         default="sgd",
         help="optimizer: sgd reads l2 norms (with momentum or not), adam and adagrad l1 norms (measure.l1)",
     )
@@ -123,9 +123,9 @@ def _add_norms(parser: ArgumentParser) -> None:
 def _add_clock(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--clock",
-        type=Clock | None,
+        type=RecordedUnit | None,
         default=None,
-        metavar="{" + ",".join(get_args(Clock)) + "}",
+        metavar="{" + ",".join(get_args(RecordedUnit)) + "}",
         help="what progress counts; by default what it did in RUN, or examples where RUN is a journal",
     )
 

@@ -16,7 +16,7 @@ from adabatch.cli.schedule.recorded import read_recorded, read_saved, reference_
 from adabatch.cli.schedule.shape_text import parse_shape
 from adabatch.lr.bound import linear_cooldown_ratio
 from adabatch.lr.horizon import Horizon, ScheduleBound, schedule_bound
-from adabatch.lr.recorded import Clock
+from adabatch.lr.recorded import RecordedUnit
 
 STEPS = 1000
 """Default length of a schedule: the ratios between shapes hardly depend on it."""
@@ -32,7 +32,7 @@ def compare(
     steps: int | None,
     warmup_steps: int,
     norms: Path | None,
-    clock: Clock | None,
+    clock: RecordedUnit | None,
     out: Path,
     display: Display,
 ) -> None:
@@ -95,7 +95,7 @@ def transfer(
     warmup_steps: int,
     target_warmup_steps: int | None,
     norms: Path | None,
-    clock: Clock | None,
+    clock: RecordedUnit | None,
     out: Path,
     display: Display,
 ) -> float:
@@ -162,7 +162,7 @@ def transfer(
     return answers[1]
 
 
-def _horizons(norms: Path | None, clock: Clock | None) -> Callable[[int | None], Horizon]:
+def _horizons(norms: Path | None, clock: RecordedUnit | None) -> Callable[[int | None], Horizon]:
     """Equal steps, or those of a run, for each of the lengths."""
     if norms is None:
         if clock is not None:

@@ -14,7 +14,7 @@ from adabatch.checkpointing.run_state import STATE
 from adabatch.cli.runs import CHECKPOINTS, journal_in
 from adabatch.journal.parts import lines_of
 from adabatch.lr.extend import SavedSchedule
-from adabatch.lr.recorded import Clock, Recorded
+from adabatch.lr.recorded import Recorded, RecordedUnit
 from adabatch.lr.shapes import Shape
 from adabatch.runtime.collectives import Collectives
 
@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> SavedSchedule:
     # the first releases wrote the anchor as a number
     start, changed = (anchor[0], anchor[1] > 0) if isinstance(anchor, list) else (anchor, False)
     # tokens go in proportion to examples, which a journal counts
-    clock: Clock = "steps" if total.unit == "steps" else "examples"
+    clock: RecordedUnit = "steps" if total.unit == "steps" else "examples"
     if gain or total.unit == "gain_steps":
         clock = "gain_steps"
     return SavedSchedule(str(path), shape, base_lrs, total, start, changed, clock, progress, reference)

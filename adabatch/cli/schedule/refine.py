@@ -15,8 +15,8 @@ from adabatch.cli.schedule.compare import BOUND_SOURCE
 from adabatch.cli.schedule.recorded import read_recorded, read_saved, reference_of
 from adabatch.cli.schedule.shape_text import class_path, config_text
 from adabatch.lr.bound import BoundTerms
-from adabatch.lr.recorded import Clock, Recorded
-from adabatch.lr.refine import POWERS, Kind
+from adabatch.lr.recorded import Recorded, RecordedUnit
+from adabatch.lr.refine import POWERS, OptimizerKind
 from adabatch.lr.refine_run import READS, RefinedRun, refine_run, refined_bounds
 from adabatch.lr.shapes import FloatArray
 
@@ -31,11 +31,11 @@ SOURCE = "Defazio et al. 2023, arXiv:2310.07831"
 def refine(
     *,
     run: Path,
-    kind: Kind,
+    kind: OptimizerKind,
     lr_rule: NextRule | None,
     smoothing: float,
     length: int,
-    clock: Clock | None,
+    clock: RecordedUnit | None,
     out: Path | None,
     display: Display,
 ) -> None:
@@ -91,7 +91,7 @@ def refine(
     draw_panels(lambda draw: _panels(draw, recorded, made, edges, counted), folder / "refined.png", display=display)
 
 
-def say_summary(recorded: Recorded, kind: Kind, made: RefinedRun, *, rule: str, display: Display) -> None:
+def say_summary(recorded: Recorded, kind: OptimizerKind, made: RefinedRun, *, rule: str, display: Display) -> None:
     """Shows a summary of the shape."""
     which, power = READS[kind], POWERS[kind]
     peak = int(np.argmax(made.values))
@@ -158,7 +158,7 @@ def _scaled(recorded: Recorded, bounded: Mapping[str, BoundTerms], label: str = 
     return _listed([rate * factor for rate in recorded.base_lrs])
 
 
-def _panels(draw: Any, recorded: Recorded, made: RefinedRun, edges: FloatArray, clock: Clock) -> list[Any]:
+def _panels(draw: Any, recorded: Recorded, made: RefinedRun, edges: FloatArray, clock: RecordedUnit) -> list[Any]:
     """Norms, the shape, and the learning rate that both it and the run's own schedule come to."""
     x = edges[:-1]
     grew = np.ptp(made.factor) > 0

@@ -13,7 +13,7 @@ import yaml
 from adabatch.lr.shapes import FACTORIES, Shape
 
 
-class Named(NamedTuple):
+class NamedShape(NamedTuple):
     """A shape, and its name in tables and pictures."""
 
     label: str
@@ -26,7 +26,7 @@ def known_shapes() -> str:
     return ", ".join(f"{name}({taken})" if taken else name for name, taken in settings.items())
 
 
-def parse_shape(text: str) -> Named:
+def parse_shape(text: str) -> NamedShape:
     """The shape that ``text`` names. Only literals are evaluated.
 
     Args:
@@ -38,7 +38,7 @@ def parse_shape(text: str) -> Named:
         ValueError: if the text or file contains no shape, or a name or setting is unknown or out of its range.
     """
     if text.endswith((".yaml", ".yml")):
-        return Named(Path(text).name, _from_file(Path(text)))
+        return NamedShape(Path(text).name, _from_file(Path(text)))
     try:
         # parsed, never evaluated: a shape may come from a config that somebody else wrote
         shape = _from_expression(ast.parse(text.strip(), mode="eval").body)
@@ -49,7 +49,7 @@ def parse_shape(text: str) -> Named:
             f"{text!r} is not a shape: give a name, and settings by keyword, such as cosine or 'wsd(cooldown=0.2)'; "
             f"there are {known_shapes()}"
         )
-    return Named(repr(shape).removesuffix("()"), shape)
+    return NamedShape(repr(shape).removesuffix("()"), shape)
 
 
 def class_path(shape: Shape) -> dict[str, Any]:

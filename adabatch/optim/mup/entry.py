@@ -15,7 +15,7 @@ Dim = Literal["in", "out", "kernel", "stack"]
 in a kernel, which the layer sums over too, but which is never width. "stack": one of several matrices, part of neither
 fan."""
 
-Kind = Literal["weight", "conv", "embedding", "bias", "norm", "other"]
+ParameterKind = Literal["weight", "conv", "embedding", "bias", "norm", "other"]
 """What a parameter does; "other" if its module is unknown."""
 
 Role = Literal["input", "hidden", "output", "fixed", "vector"]
@@ -51,7 +51,7 @@ class Entry:
     shape: tuple[int, ...]
     base_shape: tuple[int, ...]
     layout: tuple[Dim, ...]
-    kind: Kind
+    kind: ParameterKind
     role: Role
     tied: tuple[str, ...] = ()
 
@@ -135,7 +135,7 @@ class Entry:
             raise ValueError(f"an entry of a plan needs a field {error}") from None
         for what, value, known in (
             *(("dimension", dim, get_args(Dim)) for dim in entry.layout),
-            ("kind", entry.kind, get_args(Kind)),
+            ("kind", entry.kind, get_args(ParameterKind)),
             ("role", entry.role, get_args(Role)),
         ):
             if value not in known:

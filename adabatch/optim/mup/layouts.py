@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from adabatch.optim.mup.entry import Dim, Kind
+from adabatch.optim.mup.entry import Dim, ParameterKind
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -22,7 +22,7 @@ class Use(NamedTuple):
         layout: its dimensions; None if the module's type does not determine them.
     """
 
-    kind: Kind
+    kind: ParameterKind
     layout: tuple[Dim, ...] | None
 
 

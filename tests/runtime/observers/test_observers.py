@@ -42,7 +42,7 @@ def test_an_observer_hears_a_step_in_order() -> None:
     optimizer = SGD(model.parameters(), lr=0.1)
     batches = AdaptiveBatch(model, optimizer, Constant(8), micro_batch_size=4)
     heard = Heard()
-    batches._observers.add(heard)
+    batches._loop.observers.add(heard)
     for step in batches.steps(GlobalOrder(regression(32)), until=steps(2)):
         for x, y in step:
             step.backward((model(x) - y).square().mean())
