@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from adabatch.adaptive.late import LateNumbers, check_late
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
 from adabatch.adaptive.planning import check_format
 from adabatch.adaptive.step import Step
@@ -179,12 +180,15 @@ class AdaptiveBatch:
             self._order: GlobalOrder | None = None
             self._just_loaded = False  # then a loader, loaded too, may stand behind its last micro-batch
             self._find_nonfinite = nonfinite_search(optimizer, guard.skip_nonfinite, self._engine)
+            looks = self._find_nonfinite is not None
+            check_late(measure, guard, criterion, self._engine, local_sgd, looks=looks)
             self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
             compares = check_interval(guard.check_every, self._engine) is not None and self.collectives.size > 1
             self._mistakes = LoopMistakes(self._engine, optimizer, compares=compares)
             self._empty_parts = EmptyParts(model)
             # one writer: all ranks would write the same lines
             self._journal = Journal(journal if self.collectives.rank == 0 else None)
+            self._late = LateNumbers(self._journal) if measure.late else None
             self._votes = Votes(self.collectives)
             self._given = given_settings(self._engine, engine, local_sgd, measure, guard)
             self._heartbeat = Heartbeat()
@@ -214,6 +218,7 @@ class AdaptiveBatch:
                 observers=self._observers,
                 skip_nonfinite=bool(guard.skip_nonfinite),
                 hand_norms=bool(criterion.needs),
+                late=self._late,
             )
             undo.callback(self._updates.remove)
 
@@ -388,9 +393,12 @@ class AdaptiveBatch:
             if passes.ended:
                 passes.end_pass()
                 if until is None:
-                    return
-        # `until` may be reached in the middle of a pass
-        passes.end_pass()
+                    break
+        else:
+            # `until` may be reached in the middle of a pass
+            passes.end_pass()
+        if self._late is not None:
+            self._late.check_last()
 
     def _one_step(self, feed: Feed) -> Iterator[Step]:
         """One step from ``feed``, or nothing if its pass is over."""
@@ -421,6 +429,7 @@ class AdaptiveBatch:
             votes=self._votes,
             same_updates=self._same_updates,
             find_nonfinite=self._find_nonfinite,
+            late=self._late is not None,
             riders=self._stopwatches,
             observers=self._observers,
             trained=self._trained,
@@ -448,7 +457,7 @@ class AdaptiveBatch:
         feed.consumed(step.portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self._stopwatches if step.measured), None)
-        looked_at = step.probed or self._find_nonfinite is not None
+        looked_at = (step.probed and not step.unread) or self._find_nonfinite is not None
         self._updates.prepare(step, timed, looked_at=looked_at, more=self._trials.journal_entry())
 
     def leave_out(self) -> None:
@@ -490,7 +499,8 @@ class AdaptiveBatch:
         Call it between steps, after ``optimizer.step()``. The state is that of the next step, so that a resumed run
         repeats nothing.
         """
-        return {**self._planner.state_dict(), "trials": self._trials.state_dict()}
+        late = {} if self._late is None else {"late": self._late.state_dict()}
+        return {**self._planner.state_dict(), "trials": self._trials.state_dict(), **late}
 
     def settle(self, *, scaled: bool = False) -> None:
         """Makes sure that no step is unfinished, before the state is taken for a checkpoint.
@@ -521,6 +531,9 @@ class AdaptiveBatch:
         # Everything that may fail on a foreign state is checked above, before any part of this one is overwritten.
         self._trials.load_state_dict(state.get("trials"))
         self._planner.load_state_dict(state, self._trials.sizes)
+        if self._late is not None:  # without it the numbers of the saved run's last step are dropped
+            self._late.load_state_dict(state.get("late"))
+            self._planner.probe_waits = self._late.waiting
         # a loader that was loaded with the run may have nothing left of its pass, which is no error then
         self._just_loaded = True
         self._updates.drop()
@@ -528,8 +541,8 @@ class AdaptiveBatch:
     def remove(self) -> None:
         """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
         self._updates.flush()
-        self._journal.close()
         self._updates.remove()
+        self._journal.close()
         if self._probe is not None:
             self._probe.remove()
         # the first reason stays: an object that was replaced may be removed too
@@ -542,7 +555,8 @@ class AdaptiveBatch:
         """
         with suppress(OSError):  # the journal's folder may be gone
             self._updates.flush()
-        self._updates.remove()
+        with suppress(OSError):  # of a last line; the hooks are off by then
+            self._updates.remove()
         if self._probe is not None and self._owns_probe:
             self._probe.remove()
         elif self._probe is not None:
