@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from adabatch.adaptive.late import check_late
 from adabatch.adaptive.loop import StepLoop
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
 from adabatch.adaptive.planning import check_format
@@ -45,8 +46,7 @@ from adabatch.runtime.wrappers.fabric import inside_fabric
 class AdaptiveBatch:
     """Lets the global batch size follow a criterion, and the learning rate follow the batch, around your own loop.
 
-        batches = AdaptiveBatch(model, optimizer, NormTest(eta=0.5), micro_batch_size=16,
-                                limits=Limits(min=64, max=4096), lr_rule="sqrt")
+    X
         for step in batches.steps(loader):
             for x, y in step:
                 step.backward(loss_fn(model(x), y))
@@ -152,6 +152,7 @@ class AdaptiveBatch:
             # one writer: all ranks would write the same lines
             self._journal = Journal(journal if self.collectives.rank == 0 else None)
             check_every = check_interval(guard.check_every, self._engine)
+            check_late(optimizer, criterion, self._engine, local_sgd, measure=measure, guard=guard)
             self._engine.stands_at(self.progress, self._planner.lr_factor)
 
             # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
@@ -170,6 +171,7 @@ class AdaptiveBatch:
                 journal=self._journal,
                 probe=self._probe,
                 given_probe=probe is not None,
+                measures_late=measure.late,
                 guard=guard,
                 check_every=check_every,
                 grows_micro_batch=max_micro_batch_size is not None,
@@ -316,9 +318,11 @@ class AdaptiveBatch:
             if passes.ended:
                 passes.end_pass()
                 if until is None:
-                    return
-        # `until` may be reached in the middle of a pass
-        passes.end_pass()
+                    break
+        else:
+            # `until` may be reached in the middle of a pass
+            passes.end_pass()
+        self._loop.end()
 
     def leave_out(self) -> None:
         """Leaves out the update of the step whose micro-batches have just been run. Call it on all ranks.
@@ -359,7 +363,8 @@ class AdaptiveBatch:
         Call it between steps, after ``optimizer.step()``. The state is that of the next step, so that a resumed run
         repeats nothing.
         """
-        return {**self._planner.state_dict(), "trials": self._loop.trials.state_dict()}
+        late = {} if self._loop.late is None else {"late": self._loop.late.state_dict()}
+        return {**self._planner.state_dict(), "trials": self._loop.trials.state_dict(), **late}
 
     def settle(self, *, scaled: bool = False) -> None:
         """Makes sure that no step is unfinished, before the state is taken for a checkpoint.
@@ -390,6 +395,9 @@ class AdaptiveBatch:
         # Everything that may fail on a foreign state is checked above, before any part of this one is overwritten.
         self._loop.trials.load_state_dict(state.get("trials"))
         self._planner.load_state_dict(state, self._loop.trials.sizes)
+        if self._loop.late is not None:  # without it the numbers of the saved run's last step are dropped
+            self._loop.late.load_state_dict(state.get("late"))
+            self._planner.probe_waits = self._loop.late.waiting
         # a loader that was loaded with the run may have nothing left of its pass, which is no error then
         self._loop.just_loaded = True
         self._loop.updates.drop()
@@ -397,8 +405,8 @@ class AdaptiveBatch:
     def remove(self) -> None:
         """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
         self._loop.updates.flush()
-        self._journal.close()
         self._loop.updates.remove()
+        self._journal.close()
         if self._probe is not None:
             self._probe.remove()
         self._loop.close("removed by remove()")
@@ -410,7 +418,8 @@ class AdaptiveBatch:
         """
         with suppress(OSError):  # the journal's folder may be gone
             self._loop.updates.flush()
-        self._loop.updates.remove()
+        with suppress(OSError):  # of a last line; the hooks are off by then
+            self._loop.updates.remove()
         if self._probe is not None and self._owns_probe:
             self._probe.remove()
         elif self._probe is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from adabatch.adaptive.late import LateNumbers
 from adabatch.adaptive.options import Guard
 from adabatch.adaptive.planning import Planner
 from adabatch.adaptive.step import Step, StepTools
@@ -47,6 +48,7 @@ class StepLoop:
         stopwatches: time the steps of a criterion that needs seconds; one or none.
         observers: hear of each phase of a step, the two above among them.
         trials: of larger micro-batches.
+        late: keeps what a step measured until the next one has ended; None if that is not late.
         updates: the update of each step. Its hooks are set here.
 
     Args:
@@ -56,6 +58,7 @@ class StepLoop:
         journal: gets one line per step.
         probe: measures the gradients; None if nothing does.
         given_probe: whether the user made it, and not the engine.
+        measures_late: whether what a step measured is read at the end of the next one.
         guard: what is checked and tried.
         check_every: number of steps between two checks for drift; None for no checks.
         grows_micro_batch: whether plans may change the size of the micro-batch.
@@ -72,6 +75,7 @@ class StepLoop:
         journal: Journal,
         probe: Probe | None,
         given_probe: bool,
+        measures_late: bool,
         guard: Guard,
         check_every: int | None,
         grows_micro_batch: bool,
@@ -102,6 +106,7 @@ class StepLoop:
             # a user's probe may measure the whole model, and an engine that updates by itself holds other tensors
             whole_model = given_probe or engine.reduced == "update"
             trained = TrainedParameters(model, optimizer, all_of_model=whole_model)
+        self.late = LateNumbers(journal) if measures_late else None
         self._tools = StepTools(
             engine=engine,
             votes=self.votes,
@@ -112,6 +117,7 @@ class StepLoop:
             trained=trained,
             same_updates=SameUpdates(ranks, optimizer) if compares else None,
             find_nonfinite=nonfinite_search(optimizer, guard.skip_nonfinite, engine),
+            late=measures_late,
         )
         # last: whatever fails above leaves no hook behind
         self.updates = PendingUpdates(
@@ -122,6 +128,7 @@ class StepLoop:
             observers=self.observers,
             skip_nonfinite=bool(guard.skip_nonfinite),
             hand_norms=bool(needs),
+            late=self.late,
         )
 
     def close(self, why: str) -> None:
@@ -226,6 +233,15 @@ class StepLoop:
             yield step
         self.updates.end_step(step)
 
+    def end(self) -> None:
+        """The end of a loop over steps.
+
+        Raises:
+            RuntimeError: if a rank made a mistake in the last step; on all ranks.
+        """
+        if self.late is not None:
+            self.late.check_last()
+
     def _finish(self, step: Step, *, feed: Feed) -> None:
         """The end of the inner loop: decide, and keep what the update will need."""
         self.updates.inner_loop_over()
@@ -236,5 +252,5 @@ class StepLoop:
         feed.consumed(step.portion)
         # What was timed comes in with what was measured.
         timed = next((watch.timed for watch in self.stopwatches if step.measured), None)
-        looked_at = step.probed or self._tools.find_nonfinite is not None
+        looked_at = (step.probed and not step.unread) or self._tools.find_nonfinite is not None
         self.updates.prepare(step, timed, looked_at=looked_at, more=self.trials.journal_entry())

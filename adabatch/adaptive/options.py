@@ -30,6 +30,10 @@ class Measure:
         layer_weights: weight of each parameter's squared gradient norm in noise and signal, by parameter name; use
             ``plan.layer_weights()`` of a width plan, so that an ``eta`` means the same at every width. (The plain norm
             of a wide model is dominated by its readout: 97 % at width 4,096.)
+        late: read the numbers of a probed step at the end of the next step, so that the host does not wait for them
+            before the update. Every decision then comes one step later, on all ranks. Needs
+            ``Guard(skip_nonfinite=False)``, since whether to leave out an update cannot be decided after it. See
+            docs/costs.md.
 
     Raises:
         ValueError: if both ``layers`` and ``layer_weights`` are given.
@@ -39,6 +43,7 @@ class Measure:
     l1: bool = False
     layers: PerLayer | None = None
     layer_weights: Mapping[str, float] | None = None
+    late: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)

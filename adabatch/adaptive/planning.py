@@ -52,6 +52,7 @@ class Measured(NamedTuple):
         empty: whether all its micro-batches have weight 0, on all ranks.
         loss: mean loss; None if it was not measured.
         timed: a plan and the seconds that a step of it took; None if nothing was timed.
+        age: number of steps since the one whose loss and moments these are; 0 if they are of the step itself.
     """
 
     num_examples: int
@@ -60,6 +61,7 @@ class Measured(NamedTuple):
     empty: bool
     loss: float | None
     timed: tuple[BatchPlan, float] | None
+    age: int = 0
 
 
 class Ended(NamedTuple):
@@ -86,6 +88,7 @@ class Planner:
         consumed: what all steps consumed so far.
         state: what the control remembers.
         reference: the global batch size that the base LR was tuned for.
+        probe_waits: whether a step was measured whose numbers have not come to ``end_step`` yet.
         hold_until: the batch does not grow before this much of the run is over, unless ``Control(hold_until=)`` is
             given; None for no such wait.
 
@@ -101,6 +104,7 @@ class Planner:
         )
         self.consumed = self.progress
         self.state = ControlState()
+        self.probe_waits = False
         self.hold_until: Duration | None = None
         self._grid = grid
         self.plan = self._first_plan()
@@ -118,7 +122,10 @@ class Planner:
     @property
     def measures_next(self) -> bool:
         """Whether the control wants the next step measured."""
-        return self.state.until_probe == 0
+        window, control = self.state.window, self.policy.control
+        # The control counts from the probe that it knows; one that waits counts too.
+        waits = self.probe_waits and control.interval_after(window.num_probes + 1) > 1
+        return self.state.until_probe == 0 and not waits
 
     def end_step(self, measured: Measured) -> Ended:
         """Decides on the next step, at the end of one."""
@@ -145,6 +152,8 @@ class Planner:
         if measured.empty:
             decision = decision._replace(reason=Reason.WEIGHS_NOTHING)
         self.state = decision.state
+        if moments is not None:  # the interval began at the step that was measured
+            self.state = replace(self.state, until_probe=max(0, self.state.until_probe - measured.age))
         step_gain = self._gain_of(num_examples)  # with this step's own measurement in it
         self.consumed = self._after(before, num_examples, step_gain)
         self.plan = decision.plan

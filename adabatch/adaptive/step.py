@@ -22,7 +22,16 @@ from adabatch.runtime.collectives import explained
 from adabatch.runtime.data import LossWeights, Portion
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.observers.empty_parts import EmptyParts
-from adabatch.runtime.observers.protocol import Moment, Phase, RankMean, Rider, StepObserver, summed
+from adabatch.runtime.observers.protocol import (
+    Moment,
+    Phase,
+    RankMean,
+    Rider,
+    StepObserver,
+    SumsUnderWay,
+    start_summed,
+    summed,
+)
 from adabatch.runtime.observers.trained_parameters import TrainedParameters, raise_first
 from adabatch.runtime.optimizers.measured_norm import MeasuredNorm
 from adabatch.runtime.probes.protocol import Probe
@@ -42,6 +51,7 @@ class StepTools:
         trained: the parameters for which the run was set up; None if nobody relies on them.
         same_updates: whether the ranks are about to make the same update; None if they are not compared.
         find_nonfinite: whether loss and gradient are finite, if no probe reads them; None if that is not checked.
+        late: whether what a step measured is read at the end of the next one.
     """
 
     engine: Engine
@@ -53,6 +63,7 @@ class StepTools:
     trained: TrainedParameters | None
     same_updates: SameUpdates | None
     find_nonfinite: FindNonfinite | None
+    late: bool
 
 
 class Step:
@@ -64,6 +75,7 @@ class Step:
         plan: micro-batch size, accumulation steps and data-parallel size, fixed before the step began.
         global_batch_size: number of examples in the step, over all ranks.
         loss: mean training loss over all ranks; None before the end of the inner loop, and in a step without a probe.
+            With ``Measure(late=True)``, loss and moments are None until the end of the next step.
         moments: what the probe measured; None before the end of the inner loop, and in a step without a probe.
         decision: the next plan and its reason; None before the end of the inner loop. If the engine reduces gradients
             only when the update begins (DeepSpeed), these three are set by the update.
@@ -99,6 +111,7 @@ class Step:
         self._all_finite = True
         self._number = number
         self._finish = finish
+        self._sums: SumsUnderWay | None = None
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
         self._weights = portion.weights or LossWeights(portion.sizes, portion.num_examples)
         # The reduction averages over the ranks, so each micro-batch is weighted by its share in all micro-batches,
@@ -107,6 +120,7 @@ class Step:
         # To agree on it the ranks would have to communicate, which local steps are there to save: each worker leaves
         # out its own update. The ranks of a sharded worker would have to agree nevertheless.
         self._find_nonfinite = None if alone else tools.find_nonfinite
+        self._unread: Callable[[], None] | None = None  # takes in what was measured
         self._find_own = tools.find_nonfinite if alone and probe is None and not engine.shards else None
         self._own_is_finite = True
         self._whole = sum(self._weights.of_each) if alone else self._weights.total / engine.collectives.size
@@ -202,6 +216,38 @@ class Step:
             return None
         square = self.moments.euclidean_sq
         return None if square is None or self._engine.steps_alone() else MeasuredNorm.of(square, parameters)
+
+    @property
+    def number(self) -> int:
+        """Number of the step, as in the journal."""
+        return self._number
+
+    @property
+    def unread(self) -> bool:
+        """Whether the step was measured, and its numbers were not read yet (``Measure(late=True)``)."""
+        return self._unread is not None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the numbers of a step that is unread can be read without a wait."""
+        return self._sums is not None and self._sums.is_there
+
+    def read(self) -> None:
+        """Takes in what was measured, if that was not read yet."""
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            unread()
+
+    def check_read(self) -> None:
+        """Raises what the ranks told each other with their measurement. Call it on all ranks at the same place.
+
+        Raises:
+            RuntimeError: if a rank made a mistake in the step.
+            RanksDrifted: if the ranks made different updates.
+        """
+        if self.loss is not None and not math.isfinite(self.loss):
+            self._raise_told()
+        self._check_same_updates()
 
     def settle(self, *, reduced: bool = True) -> None:
         """Ends the step once its gradient is reduced: measures, and decides on the next plan.
@@ -412,11 +458,19 @@ class Step:
         # Averaged as well, so that all ranks divide by the same bits.
         scales = [] if scale is None else [RankMean(scale(local.device), ranks.size)]
         # one collective: a small all-reduce costs its latency, however many numbers it carries
-        totals = summed(ranks, local, [loss, *scales, *self._riders_of_all(), *self._tools.riders])
+        riders = [loss, *scales, *self._riders_of_all(), *self._tools.riders]
+        if self._tools.late:
+            self._tools.votes.step_without_reduction()  # those of this step are counted when they are read
+            self._sums = sums = start_summed(ranks, local, riders)
+            self._unread = lambda: self._take_in(probe, sums.read(), loss, scales)
+            return
+        totals = summed(ranks, local, riders)
+        self._take_in(probe, totals, loss, scales)
+
+    def _take_in(self, probe: Probe, totals: list[float], loss: RankMean, scales: Sequence[RankMean]) -> None:
         self.loss, self.measured = loss.value, True
-        if not math.isfinite(self.loss):
-            self._raise_told()
-        self._check_same_updates()
+        if not self._tools.late:  # else where all ranks are sure to come to it
+            self.check_read()
         self.moments = probe.moments(totals)
         for factor in scales:  # a scale that was backed off to 0 makes the moments infinite
             self.moments = self.moments.scaled(1 / factor.value if factor.value else math.inf)

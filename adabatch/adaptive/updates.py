@@ -11,6 +11,7 @@ from weakref import ReferenceType, ref
 
 from torch.optim import Optimizer
 
+from adabatch.adaptive.late import LateNumbers, Numbers
 from adabatch.adaptive.planning import Measured, Planner
 from adabatch.adaptive.step import Step
 from adabatch.adaptive.validation import check_before_step
@@ -60,6 +61,7 @@ class PendingUpdates:
         skip_nonfinite: whether updates whose loss or gradient is not finite are left out.
         hand_norms: whether optimizers that take the norm that the probe has measured get it. They would add the squares
             in another order, so under a constant policy, which equals a plain loop to the bit, they do not.
+        late: keeps what a step measured until the next one has ended; None if that is not late.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class PendingUpdates:
         observers: StepObserver,
         skip_nonfinite: bool,
         hand_norms: bool,
+        late: LateNumbers | None,
     ) -> None:
         self._optimizer = optimizer
         self._groups = optimizer.param_groups
@@ -80,6 +83,7 @@ class PendingUpdates:
         self._journal = journal
         self._observers = observers
         self._skip_nonfinite = skip_nonfinite
+        self._late = late
         self._takes_norm = [one for one in each_of(optimizer) if hand_norms and isinstance(one, TakesNorm)]
         self._scaled = engine.backward.scale is not None
         self._step: Step | None = None  # the one under way, until it is decided
@@ -154,6 +158,8 @@ class PendingUpdates:
         except BaseException:  # the loop was broken off, by `break` among others, and its generator dropped
             step.break_off()
             self._begun = None
+            if self._late is not None:
+                self._late.read_if_there()
             raise
         finally:
             # an error may have left the batch factor on the learning rates
@@ -182,7 +188,15 @@ class PendingUpdates:
             more: what else the journal's line says.
         """
         before, num_examples = self._planner.consumed, step.portion.num_examples
-        ended = self._planner.end_step(Measured(num_examples, step.moments, step.finite, step.empty, step.loss, timed))
+        numbers, empty = Numbers(before.steps, step.loss, step.moments, step.finite), step.empty
+        if self._late is not None:
+            numbers = self._late.exchange(step)
+            empty = empty and numbers.step is None  # else the decision has a reason of its own
+            self._planner.probe_waits = self._late.waiting
+        age = 0 if numbers.step is None else before.steps - numbers.step
+        ended = self._planner.end_step(
+            Measured(num_examples, numbers.moments, numbers.finite, empty, numbers.loss, timed, age)
+        )
         if step.empty:
             _log.warning("step %d is left out: none of its micro-batches weighs anything", before.steps)
         step.decision = ended.decision
@@ -197,6 +211,8 @@ class PendingUpdates:
             timed=timed,
         )
         entry |= more
+        if self._late is not None:
+            entry["decided_by"] = numbers.step
         if floors := ended.scaling.binding_floors(self._groups):
             entry["beta_floors"] = floors
         norm = step.measured_norm() if self._takes_norm else None
@@ -320,8 +336,16 @@ class PendingUpdates:
             if update.alone:
                 self.num_left_out_alone += 1
                 update.entry["reason"] = Reason.NOT_FINITE
-            self._journal.write({**update.entry, "lr": lr, "applied": applied, **self._engine.journal_entry()})
+            self._write(update, {"lr": lr, "applied": applied, **self._engine.journal_entry()})
         self._observers.after(update.number)
+
+    def _write(self, update: _Update, ending: Mapping[str, Any]) -> None:
+        """Writes the line of a step whose update is over."""
+        entry = {**(update.entry or {}), **ending}
+        if self._late is None:
+            self._journal.write(entry)
+        else:
+            self._late.write(entry, update.number)
 
     def _lr_entry(self, factor: float, rates: list[float]) -> dict[str, Any]:
         """The three parts of the learning rate, and the rates that were in force, one per parameter group."""
@@ -378,13 +402,15 @@ class PendingUpdates:
             left = "`for batch in step`" if self._step is not None else "optimizer.step()"
             raise RuntimeError(f"{what} belongs between two steps, and {left} has not been run to its end: {way_out}")
         self.flush()
+        if self._late is not None:
+            self._late.read()
 
     def flush(self) -> None:
         """Writes the line of a step whose update never came (a gradient scaler left it out, or it raised)."""
         self._hooks.forget()
         if self._update is not None:
             if self._update.entry is not None:
-                self._journal.write({**self._update.entry, "lr": None, "applied": False})
+                self._write(self._update, {"lr": None, "applied": False})
             self._observers.after(self._update.number)
             # Left out, or never called in a loop that only measures: in either case the next step begins without these
             # gradients. They stay until then, so that they can be inspected after the loop.
@@ -403,3 +429,5 @@ class PendingUpdates:
         """Takes the hooks off the optimizer."""
         self._repeated.remove()
         self._hooks.remove()
+        if self._late is not None:
+            self._late.close()

@@ -116,7 +116,7 @@ def state_at(job: Job, world: World, checkpoint: Path) -> BranchPoint:
     """
     # The config's rule is meant for the branches, whose batch is constant; with the run's own criterion it may be
     # refused.
-    plain_job = replace(job, lr_rule="none", follow=(), measure=replace(job.measure, monitor=True))
+    plain_job = replace(job, lr_rule="none", follow=(), measure=replace(job.measure, monitor=True, late=False))
     parts = _loaded(plain_job, world, checkpoint)
     batches = parts.batches
     try:
@@ -157,7 +157,7 @@ def run_branch(
         job,
         criterion=Constant(size),
         limits=Limits(size, size),
-        measure=replace(job.measure, monitor=True),
+        measure=replace(job.measure, monitor=True, late=False),
     )
     parts = _loaded(fixed, world, checkpoint)
     engine, batches = parts.engine, parts.batches

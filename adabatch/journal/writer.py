@@ -14,6 +14,9 @@ distinguish two runs in one file.
 ``wanted`` is the batch at which the criterion comes to rest, ``low`` and ``high`` are its one-sided bounds, and
 ``freedom`` is their number of degrees of freedom, pooled over the probes in the average.
 
+With ``Measure(late=True)``, ``decided_by`` is the number of the step whose measurement led to the decision: an earlier
+one than that of the line, or null if none did.
+
 Lines contain neither wall time nor the machine, so the journals of two equal runs are equal except for that token. The
 exception is a criterion that reads step times (`Goodput`): ``seconds`` is the recent time of a step, and ``timed_plan``
 the plan of that step. A time is known one measured step late, so after a change it belongs to another plan than that of
@@ -94,9 +97,7 @@ def line(
         "step": before.steps,
         "examples": before.examples,
         "plan": _plan(plan, num_examples),
-        "loss": loss,
-        "moments": None if moments is None else _measured(moments),
-        "norms": None if moments is None else {"l2": _l2(moments), "l1": moments.grad_l1},
+        **measurements(loss, moments),
         "averages": None
         if averages.weight == 0
         else {"noise": averages.noise, "signal": averages.signal, "noise_scale": averages.noise_scale},
@@ -106,8 +107,17 @@ def line(
         **({} if asked is None or asked.freedom is None else {"freedom": asked.freedom}),
         "next": decision.plan.global_batch_size,
         "reason": str(decision.reason),
-        **({} if moments is None or moments.layers is None else {"layers": _layers(moments.layers)}),
         **({} if timed is None else _timed(*timed)),
+    }
+
+
+def measurements(loss: float | None, moments: GradientMoments | None) -> dict[str, Any]:
+    """The part of a line that says what was measured of its step."""
+    return {
+        "loss": loss,
+        "moments": None if moments is None else _measured(moments),
+        "norms": None if moments is None else {"l2": _l2(moments), "l1": moments.grad_l1},
+        **({} if moments is None or moments.layers is None else {"layers": _layers(moments.layers)}),
     }
 
 

@@ -92,7 +92,12 @@ def measured(
         with engine.no_sync():
             backward(index)
     backward(len(sizes) - 1)
-    moments = probe.moments(engine.collectives.sum(probe.collect()).tolist())
+    totals = engine.collectives.sum(probe.collect()).tolist()
+    moments = probe.moments(totals)
+    # The same once another step is under way, where `Measure(late=True)` reads them.
+    probe.start(engine.collectives.size)
+    assert repr(probe.moments(totals)) == repr(moments)
+    probe.stop()
     if not keep:
         model.zero_grad()
     return moments

@@ -69,7 +69,7 @@ class LocalSGD:
             have moved on since. Must be below ``sync_every``. With compression, whose second half begins half way, at
             least 2. 0 waits.
         mix: the share of the worker's own parameters when a late average is applied, in [0, 1): ``mix own + (1 - mix)
-            average``. 0 forgets the steps during the exchange; 0.5 is the choice of the source.
+            average``. 0 forgets the steps during the exchange. The source compares 0 and 0.5 (figure 8).
         warmup: how long to average at every step first (post-local SGD). The outer optimizer and compression are off
             until it is over.
         outer: the outer optimizer: ``Average``, ``Nesterov`` (DiLoCo) or ``SlowMo``.
@@ -95,8 +95,7 @@ class LocalSGD:
         TypeError: if the optimizer, a duration, the period or the outer optimizer is of another type.
 
     Source: Stich 2019 (local SGD); Lin et al. 2020 (post-local SGD); Lau, Li, Xu, Liu, Kolar 2024, arXiv:2406.13936
-    (adaptive local batch sizes); Douillard et al. 2025, arXiv:2501.18512, algorithm 2 (fragments,
-    overlap).
+    (adaptive local batch sizes); Douillard et al. 2025, arXiv:2501.18512 (fragments, overlap).
     """
 
     @checked_but("optimizer", "sync_every", "outer", "warmup")

@@ -11,9 +11,10 @@ def deal(layers: Sequence[str], sizes: Sequence[int], num_fragments: int) -> lis
     """Deals parameters into fragments of nearly the same size, and returns the places of each one's parameters.
 
     The parameters of a layer stay together. Layers are dealt from the largest to the smallest, each to the fragment
-    that is smallest so far. Layers of the same size thus go round, and every fragment has some of each depth: the
-    strided pattern of streaming DiLoCo (Douillard et al. 2025), which its authors found slightly better than
-    consecutive layers. By size, because embeddings would make one fragment much larger than the others.
+    that is smallest so far. Layers of the same size thus go round, and every fragment has some of each depth, as in the
+    strided pattern of streaming DiLoCo (Douillard et al. 2025, figure 2). That pattern deals whole transformer blocks
+    by their number alone. Here a layer is a module that holds parameters, and they are dealt by size, because
+    embeddings would make one fragment much larger than the others.
 
     Args:
         layers: the layer of each parameter.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adabatch.batch.plan import BatchPlan
-from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.collectives import Collectives, Started
 
 
 class Phase(StrEnum):
@@ -131,13 +131,62 @@ def summed(collectives: Collectives, numbers: Tensor, riders: Sequence[Rider]) -
 
     One reduction and one host sync.
     """
-    sent = [rider.outgoing(numbers.device) for rider in riders]
-    # all numbers of a step in one message: a small reduction costs its latency, not its bytes
-    totals: list[float] = collectives.sum(torch.cat([numbers, *sent])).tolist()  # host sync
-    # The sum is cut by this rank's own lengths: all ranks send the same riders in the same order.
-    end = len(numbers)
-    own = totals[:end]
-    for rider, part in zip(riders, sent, strict=True):
-        rider.incoming(totals[end : end + len(part)])
-        end += len(part)
-    return own
+    message = _Message(numbers, riders)
+    return message.delivered(collectives.sum(message.values).tolist())  # host sync
+
+
+def start_summed(collectives: Collectives, numbers: Tensor, riders: Sequence[Rider]) -> SumsUnderWay:
+    """Starts what ``summed`` does, without a host sync. Its ``read`` returns the sums, and the riders get theirs."""
+    return SumsUnderWay(collectives, _Message(numbers, riders))
+
+
+class SumsUnderWay:
+    """Sums over the ranks that are formed, and copied to the host, while the host and the device go on.
+
+    Args:
+        collectives: the ranks, all of which start the same sums.
+        message: what is summed.
+    """
+
+    def __init__(self, collectives: Collectives, message: _Message) -> None:
+        self._message = message
+        self._copied: torch.Event | None = None
+        self._started = collectives.start_sum(message.values)
+        if not message.values.is_cpu:
+            # The copy is queued now: it would otherwise wait for all that is queued until it is read.
+            host = self._started.wait().to("cpu", non_blocking=True)
+            self._copied = torch.Event(message.values.device)
+            self._copied.record()
+            self._started = Started(host, None)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether ``read`` would return at once."""
+        work = self._started.work
+        return (work is None or work.is_completed()) and (self._copied is None or self._copied.query())
+
+    def read(self) -> list[float]:
+        """The sums. Waits for this reduction only, not for what was queued on the device after it."""
+        if self._copied is not None:
+            self._copied.synchronize()  # host sync
+        return self._message.delivered(self._started.wait().tolist())
+
+
+class _Message:
+    """All numbers of a step in one tensor: a small reduction costs its latency, not its bytes."""
+
+    def __init__(self, numbers: Tensor, riders: Sequence[Rider]) -> None:
+        sent = [rider.outgoing(numbers.device) for rider in riders]
+        self.values = torch.cat([numbers, *sent])
+        self._riders = riders
+        # The sum is cut by this rank's own lengths: all ranks send the same riders in the same order.
+        self._lengths = [len(part) for part in sent]
+        self._num_own = len(numbers)
+
+    def delivered(self, totals: list[float]) -> list[float]:
+        """Gives the riders their sums, and returns the others."""
+        end = self._num_own
+        for rider, length in zip(self._riders, self._lengths, strict=True):
+            rider.incoming(totals[end : end + length])
+            end += length
+        return totals[: self._num_own]

@@ -167,7 +167,8 @@ class CommHookProbe(Probe):
         return grad
 
     def start(self, dp_size: int) -> None:
-        self._sums = PartSums(dp_size, device=self._device, layers=self._layer_sums.names)
+        lengths = self._sums.lengths
+        self._sums = PartSums(dp_size, device=self._device, layers=self._layer_sums.names, lengths=lengths)
 
     def begin_part(self, num_examples: int | None = None) -> None:
         self._forget()

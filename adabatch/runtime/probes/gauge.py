@@ -92,6 +92,7 @@ class Gauge:
             examples=self._examples,
             norm=name_of(self._norm),
             known=known,
+            lengths=self.sums.lengths,
         )
         for sums in (self.coordinates, self.matrices):
             if sums is not None:

@@ -7,6 +7,7 @@ everything that the rank has accumulated since the previous reduction.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class PartSums:
         norm: the norm of the sums. For "sign", the sums over parts are of deviations and those of the gradient are l1
             norms; for "spectral", they are of roots of Gram matrices and nuclear norms.
         known: whether the norm is known in this step. If not, the step has no parts and its noise is NaN.
+        lengths: those of the sums of an earlier step with the same settings, so that ``moments`` can still be called
+            for its totals.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class PartSums:
         examples: bool = False,
         norm: str = EUCLIDEAN,
         known: bool = True,
+        lengths: Mapping[str, int] | None = None,
     ) -> None:
         self.dp_size = dp_size
         self.num_parts = 0
@@ -56,7 +60,7 @@ class PartSums:
         self._weight = 0.0
         self._spread = 0.0
         self._first_size = math.inf  # examples in the first part
-        self._lengths: dict[str, int] = {}
+        self.lengths: Mapping[str, int] = lengths or {}
 
     def join(self, num_examples: float, weight: float) -> None:
         """Adds a micro-batch to the open part; one of weight 0 is only counted."""
@@ -117,14 +121,15 @@ class PartSums:
         named = {
             "parts": self._part_sq if parts is None else parts,
             "grad": grad,
-            "num_parts": self._part_sq.new_full((1,), self.num_parts),
+            # none if the norm is unknown: said by the totals, which may be read when the norm of a later step is known
+            "num_parts": self._part_sq.new_full((1,), self.num_parts * self._known),
             "inverse_part_size": self._part_sq.new_full((1,), self._inverse_part_size),
             "inverse_num_examples": self._part_sq.new_full((1,), self._inverse_num_examples),
             **({} if first is None else self._of_first(first)),
             **{name: value.view(1) for name, value in others.items() if value is not None},
         }
         # All ranks measure the same things, so this rank's lengths also cut up the sums.
-        self._lengths = {name: len(value) for name, value in named.items()}
+        self.lengths = {name: len(value) for name, value in named.items()}
         return torch.cat([value.to(self._part_sq) for value in named.values()])
 
     def _of_first(self, norms: Tensor) -> dict[str, Tensor]:
@@ -135,29 +140,29 @@ class PartSums:
     def named(self, totals: list[float]) -> dict[str, list[float]]:
         """The sums over all ranks by their names in ``numbers``."""
         rest = iter(totals)
-        return {name: [next(rest) for _ in range(length)] for name, length in self._lengths.items()}
+        return {name: [next(rest) for _ in range(length)] for name, length in self.lengths.items()}
 
     def moments(self, totals: list[float]) -> GradientMoments:
-        """The step's moments from the sums over all ranks."""
+        """The moments from the sums over all ranks, of this step or of an earlier one with the same settings."""
         found = self.named(totals)
         num_examples = 1 / found["inverse_num_examples"][0]
         part_size = 1.0 if self._examples else 1 / found["inverse_part_size"][0]
         # With weights, num_examples is the effective number of examples, which need not be whole.
-        num_parts = round(num_examples if self._examples else found["num_parts"][0])
+        counted = round(found["num_parts"][0])
+        num_parts = round(num_examples) if self._examples and counted else counted
 
         firsts = found.get("first", [0.0] * len(found["parts"]))
 
         def moments_of(parts: float, grad: float, first: float) -> GradientMoments:
-            counted = num_parts if self._known else 0
             sizes = {"part_size": part_size, "num_examples": num_examples}
             if self._norm == "sign":
-                return from_signs(parts, grad, num_parts=counted, **sizes)
+                return from_signs(parts, grad, num_parts=num_parts, **sizes)
             if self._norm == "spectral":
                 ranks, inverse = found["num_first"][0], found["inverse_first_size"][0]
                 return from_matrices(
-                    parts, grad, first=first / ranks, first_size=ranks / inverse, num_parts=counted, **sizes
+                    parts, grad, first=first / ranks, first_size=ranks / inverse, num_parts=num_parts, **sizes
                 )
-            return GradientMoments(parts, part_size, grad, num_examples, counted, norm=self._norm)
+            return GradientMoments(parts, part_size, grad, num_examples, num_parts, norm=self._norm)
 
         whole = moments_of(sum(found["parts"]), sum(found["grad"]), sum(firsts))
         others: dict[str, Any] = {}

@@ -87,7 +87,11 @@ class Probe(ABC):
 
     @abstractmethod
     def moments(self, totals: list[float]) -> GradientMoments:
-        """The step's moments, from the sums of all ranks' numbers."""
+        """The step's moments, from the sums of all ranks' numbers.
+
+        With ``Measure(late=True)`` it is called for the sums of an earlier step, when another one is under way or was
+        stopped. It must therefore depend on the sums and on the settings of the probe only.
+        """
 
     @abstractmethod
     def stop(self) -> None:
