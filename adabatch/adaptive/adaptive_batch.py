@@ -46,7 +46,8 @@ from adabatch.runtime.wrappers.fabric import inside_fabric
 class AdaptiveBatch:
     """Lets the global batch size follow a criterion, and the learning rate follow the batch, around your own loop.
 
-    X
+        limits = Limits(min=64, max=4096)
+        batches = AdaptiveBatch(model, optimizer, StepPrice(256), micro_batch_size=16, limits=limits)
         for step in batches.steps(loader):
             for x, y in step:
                 step.backward(loss_fn(model(x), y))
