@@ -68,7 +68,8 @@ def run_ranks(
             process.start()  # the first one waits for the fork server to import torch
         _await(processes, time.monotonic() + timeout)
     finally:
-        _end([process for process in processes if process.is_alive()])
+        if alive := [process for process in processes if process.is_alive()]:
+            _end(alive)
     if any(process.exitcode for process in processes):
         raise RanksFailed("\n".join(_account(place, rank, p.exitcode or 0) for rank, p in enumerate(processes)))
     return [pickle.loads((place / f"{rank}.result").read_bytes()) for rank in range(size)]
