@@ -33,9 +33,9 @@ from adabatch.checkpointing.files import UNFINISHED, checkpoints_in
 from adabatch.cli.main import main
 from support.loops import journal_text
 from support.ports import free_port
+from support.ranks import PRELOADED
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main"]
 
 NUM_EXAMPLES = 200
 SEED = 6
@@ -136,7 +136,6 @@ class Attempt:
         sync_seconds: float = 0.0,
         variables: Mapping[str, str] | None = None,
     ) -> None:
-        # What the tests' own starter of ranks preloads is a part of this, and whoever comes first decides.
         PROCESSES.set_forkserver_preload(PRELOADED)
         port = free_port()
         self.processes = [

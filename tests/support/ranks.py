@@ -28,7 +28,10 @@ import torch.distributed as dist
 
 # A fork of a process that has torch already starts in a tenth of a second, an import of torch takes seconds.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch"])
+PRELOADED = [
+    "torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main", "pytest",
+]  # fmt: skip
+_PROCESSES.set_forkserver_preload(PRELOADED)
 _GRACE_S = 3.0
 
 
