@@ -6,6 +6,7 @@ A rank that fails shows its traceback, a rank that hangs shows where it stood, a
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import inspect
 import multiprocessing
@@ -117,6 +118,7 @@ def _rank_main(
     connect: bool,
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the fork server imported is not searched for garbage by each rank
     warnings.simplefilter("error")
     with (place / f"{rank}.hang").open("w") as hang:
         faulthandler.register(signal.SIGUSR1, file=hang)
