@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from support.hosts import rank_variables
-from support.launched import start
+from support.launched import start, surroundings
 from support.loops import network
 from support.ports import free_port
+
+WITHOUT_MLFLOW = Path(__file__).parent / "hidden"
+"""Stands on the path of DeepSpeed's processes."""
 
 OPTIMIZERS = Callable[[Iterable[Any]], Optimizer]
 
@@ -33,8 +36,10 @@ def run_deepspeed(size: int, function: Callable[..., Any], *arguments: str, time
     if launcher is None:
         pytest.skip("no DeepSpeed: pip install deepspeed")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    modules = os.pathsep.join([str(WITHOUT_MLFLOW), surroundings({})["PYTHONPATH"]])
     command = [launcher, "--num_gpus", str(size), "--master_port", str(free_port()), "--no_local_rank"]
-    variables = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "PATH": path, "PYTHONWARNINGS": "ignore::FutureWarning"}
+    variables = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "PATH": path, "PYTHONPATH": modules}
+    variables["PYTHONWARNINGS"] = "ignore::FutureWarning"
     return start(command, function, *arguments, variables=variables, timeout=timeout).results()
 
 
@@ -43,6 +48,7 @@ def as_launched(function: Callable[..., Any], rank: int, size: int, port: int, *
 
     The fork has torch already, which takes the launcher, the one that it starts and each rank seconds to import.
     """
+    sys.path.insert(0, str(WITHOUT_MLFLOW))
     warnings.resetwarnings()
     warnings.simplefilter("ignore", FutureWarning)
     rank_variables(rank, size, port)

@@ -30,7 +30,8 @@ import torch.distributed as dist
 # A fork of a process that has torch already starts in a tenth of a second, an import of torch takes seconds.
 _PROCESSES = multiprocessing.get_context("forkserver")
 PRELOADED = [
-    "torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main", "pytest",
+    "torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main",
+    "pytest", "sklearn.datasets", "adabatch.report.picture",
 ]  # fmt: skip
 _PROCESSES.set_forkserver_preload(PRELOADED)
 _GRACE_S = 3.0
