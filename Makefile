@@ -44,7 +44,7 @@ fast: $(if $(wildcard $(INSTALLED_ALL)),$(INSTALLED_ALL),$(INSTALLED_DEV))
 		--hypothesis-profile=fast $(FAST) $(PYTEST_OPTIONS)
 
 test: $(INSTALLED_ALL)
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 check: $(INSTALLED_ALL)
 	$(BIN)/ruff check .

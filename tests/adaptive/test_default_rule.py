@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.deepspeed_engines import as_launched
+from support.ports import free_port
+from support.ranks import run_ranks
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam
 
 import adabatch
 from adabatch import Goodput, InnerProductTest, Limits, NoiseScale, NormTest, StepPrice, examples
 from adabatch.adaptive.validation import checked_rules
-from adabatch.integrations.deepspeed import check_options
 from adabatch.lr import Followers
 from adabatch.report.summary import settings_of
 
@@ -133,12 +137,27 @@ def test_warnings_of_the_constructor_name_the_line_of_the_user() -> None:
         assert [each.filename for each in caught] == [__file__]
 
 
-def test_deepspeeds_own_adam_is_refused_nothing_by_default() -> None:
+def checked_by_deepspeed() -> str:
+    from adabatch.integrations.deepspeed import check_options
+
     engine = SimpleNamespace(zero_optimization_stage=lambda: 1, basic_optimizer=made(AdamOfAnother))
     check_options(engine, {})
     check_options(engine, {"follow": None})
-    with pytest.raises(ValueError, match="follow='betas' needs the step counts of torch's own Adam"):
+    with pytest.raises(ValueError) as refused:
         check_options(engine, {"follow": ("betas",)})
+    return str(refused.value)
+
+
+def in_a_fork(rank: int, port: int) -> str:
+    return as_launched(checked_by_deepspeed, rank, 1, port)  # type: ignore[no-any-return]
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+def test_deepspeeds_own_adam_is_refused_nothing_by_default(tmp_path: Path) -> None:
+    # To import DeepSpeed would change the environment of this process.
+    (refused,) = run_ranks(in_a_fork, 1, tmp_path, free_port(), connect=False)
+    assert "follow='betas' needs the step counts of torch's own Adam" in refused
 
 
 def test_an_update_has_the_rate_and_the_betas_of_its_batch() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.ports import free_port
+from support.jobs import Attempt
 
 import adabatch
 from adabatch.batch import Duration
@@ -394,16 +394,11 @@ def test_the_error_of_one_rank_shows_on_the_others_by_name(config: Any, tmp_path
         model={"class_path": "failing.Failing", "init_args": {"when": when}},
         test_data={"class_path": "adabatch.recipes.digits.Digits", "init_args": {"split": "test"}},
     )
-    port = str(free_port())
-    ranks = []
-    for rank in ("0", "1"):
-        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        start = [sys.executable, "-m", "adabatch", "train", "--config", path]
-        ranks.append(subprocess.Popen(start, env=environment(**where), cwd=tmp_path, stdout=-1, stderr=-1, text=True))
-    (_, other), (_, failed) = (rank.communicate(timeout=100) for rank in ranks)
-    assert ranks[1].returncode == 2, failed
+    codes = Attempt(tmp_path, ["train", "--config", path], 2, cwd=tmp_path, apart=True).join(100)
+    other, failed = ((tmp_path / f"output.{rank}").read_text() for rank in (0, 1))
+    assert codes[1] == 2, failed
     assert "no weights on this machine" in failed
-    assert ranks[0].returncode == adabatch.guards.EXIT_RANK_LOST, other
+    assert codes[0] == adabatch.guards.EXIT_RANK_LOST, other
     assert re.search(r"rank 1 raised ValueError: .*no weights on this machine", other), other
     assert "Traceback" not in other
 

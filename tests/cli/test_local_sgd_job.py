@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support.jobs import Attempt
 
 from adabatch.checkpointing.files import checkpoints_in
 from adabatch.cli.main import main
@@ -84,16 +83,16 @@ def test_the_config_with_muon_runs_alone(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_average_and_write_a_file_each(config: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "adabatch"]
-    command += ["train", "--config", config(local_sgd=DILOCO, total={"count": 1000, "unit": "examples"})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    job = config(local_sgd=DILOCO, total={"count": 1000, "unit": "examples"})
+    codes = Attempt(tmp_path, ["train", "--config", job], 2).join()
+    said = (tmp_path / "output").read_text()
+    assert codes == [0, 0], said
     last = journal(tmp_path / "run")[-1]["local_sgd"]
     assert 0 < last["rounds"] < len(journal(tmp_path / "run"))
     assert last["bytes_saved"] > 2 * last["bytes_sent"] > 0
     newest = next(iter(checkpoints_in(tmp_path / "run" / "checkpoints").values()))
     assert {path.name for path in newest.iterdir()} == {"state.pt", "state-1.pt", "manifest.json"}
-    assert "test accuracy" in done.stdout
+    assert "test accuracy" in said
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.jobs import Attempt
 
 from adabatch.cli.main import main
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe
@@ -111,30 +109,23 @@ def test_a_mistake_is_status_2(config: Any, capsys: Any, changes: Any, flags: li
         assert word in error
 
 
-def torchrun(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "adabatch"]
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "verify", *arguments], capture_output=True, text=True, timeout=200, check=False, env=environment
-    )
-
-
 @pytest.mark.distributed
 def test_two_processes_pass(config: Any, tmp_path: Path) -> None:
-    done = torchrun("--config", config(), "--steps=4", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks equal to the bit after 7 steps" in done.stdout
-    assert done.stdout.count("Verified") == 1  # the first rank alone speaks
+    codes = Attempt(tmp_path, ["verify", "--config", config(), "--steps=4"], 2).join()
+    said = (tmp_path / "output").read_text()
+    assert codes == [0, 0], said
+    assert "2 ranks equal to the bit after 7 steps" in said
+    assert said.count("Verified") == 1  # the first rank alone speaks
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.distributed
 def test_a_rank_that_drifts_ends_both_processes(config: Any, tmp_path: Path) -> None:
     (tmp_path / "drifting.py").write_text(DRIFTING)
-    done = torchrun("--config", config(model={"class_path": "drifting.Drifting"}), "--steps=4", folder=tmp_path)
-    assert done.returncode != 0
-    assert "drift: FAILED: rank 1 drifted from the others in 7 steps" in done.stdout
-    assert "Verified" in done.stdout  # to the end
-    assert "exitcode  : 1" in done.stderr
+    job = config(model={"class_path": "drifting.Drifting"})
+    codes = Attempt(tmp_path, ["verify", "--config", job, "--steps=4"], 2, cwd=tmp_path).join()
+    said = (tmp_path / "output").read_text()
+    assert codes == [1, 1], said
+    assert "drift: FAILED: rank 1 drifted from the others in 7 steps" in said
+    assert "Verified" in said  # to the end
     assert not (tmp_path / "run").exists()

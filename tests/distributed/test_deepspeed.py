@@ -1,4 +1,4 @@
-"""Real DeepSpeed engines under the real launcher: the ladder of ZeRO stages, and what a person does with an engine.
+"""Real DeepSpeed engines: the ladder of ZeRO stages, and what a person does with an engine.
 
 One job of two ranks runs all of it, as each start takes long; the tests read what it found.
 """
@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.deepspeed_engines import connect, engine_of, run_deepspeed, whole
+from support.deepspeed_engines import as_launched, connect, engine_of, whole
 from support.ladder import BY_ACCUMULATION, BY_MICRO_BATCH, JUMP, LR, WINDOWS, check_same, climb, climb_with, growths
 from support.loops import lines, network, regression, weights
 from support.options import grouped
+from support.ports import free_port
 from support.ranks import run_ranks
 from torch import nn
 from torch.nn import functional
@@ -30,7 +31,7 @@ from adabatch import AdaptiveBatch, Control, CoordinateNormTest, GlobalOrder, Li
 from adabatch.batch.criteria import Criterion
 from adabatch.optim import KFAC
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # many engines, which a busy machine starts slowly
 
 if find_spec("deepspeed") is None:  # an import would change the environment of this process
     pytest.skip("needs DeepSpeed", allow_module_level=True)
@@ -300,13 +301,18 @@ def everything(folder: str) -> dict[str, Any]:
     return found
 
 
+def on_rank(rank: int, port: int, folder: str) -> dict[str, Any]:
+    return as_launched(everything, rank, 2, port, folder)  # type: ignore[no-any-return]
+
+
 # --- what they found -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the first rank found, and the other to the bit."""
-    first, second = run_deepspeed(2, everything, str(tmp_path_factory.mktemp("deepspeed")))
+    place = tmp_path_factory.mktemp("deepspeed")
+    first, second = run_ranks(on_rank, 2, place, free_port(), str(place), timeout=560, connect=False)
     assert first == second
     return first  # type: ignore[no-any-return]
 

@@ -1,6 +1,6 @@
 """What a resumed run on a DeepSpeed engine makes of other settings: the table in docs/checkpoints.md, at each stage.
 
-One job of two ranks under the real launcher runs all of it, as each start takes long; the tests read what it found.
+One job of two ranks runs all of it, as each start takes long; the tests read what it found.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from support.deepspeed_engines import connect, engine_of, run_deepspeed, whole
+from support.deepspeed_engines import as_launched, connect, engine_of, whole
 from support.loops import lines, regression
+from support.ports import free_port
+from support.ranks import run_ranks
 from torch import nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW
@@ -269,12 +271,17 @@ def everything(folder: str) -> dict[str, Any]:
     return found
 
 
+def on_rank(rank: int, port: int, folder: str) -> dict[str, Any]:
+    return as_launched(everything, rank, 2, port, folder)  # type: ignore[no-any-return]
+
+
 # --- what they found -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_deepspeed(2, everything, str(tmp_path_factory.mktemp("deepspeed")), timeout=560)
+    place = tmp_path_factory.mktemp("deepspeed")
+    return run_ranks(on_rank, 2, place, free_port(), str(place), timeout=560, connect=False)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ same, say why, and the same job must go on once the cable is back.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.launched import RESULTS, command_of, surroundings
+from support.jobs import PRELOADED, PROCESSES, prepare
 from support.loops import lines, loss_of, network, regression, weights
 from support.ranks import run_ranks
 from torch import nn
@@ -83,13 +83,15 @@ def await_the_cut(reached: Path, rank: int) -> None:
         time.sleep(0.01)
 
 
-def on_a_machine(mode: str, place: str, reached: str) -> dict[str, Any]:
-    torch.set_num_threads(1)
+def on_a_machine(name: str, variables: dict[str, str], output: Path, mode: str, place: str, reached: str) -> None:
+    enter(name)
+    prepare(variables, output)
     world = World.from_environment()
     # The collectives would wait for ten minutes: it is the watchdog that ends them.
     with connected(world, device=torch.device("cpu"), timeout=timedelta(minutes=10)):
         address = os.environ["MASTER_ADDR"]
-        return go(mode, Path(place), reached=Path(reached) if reached else None, address=address)
+        result = go(mode, Path(place), reached=Path(reached) if reached else None, address=address)
+    output.with_suffix(".json").write_text(json.dumps(result))
 
 
 def on_a_rank(rank: int, mode: str, place: Path) -> dict[str, Any]:
@@ -143,35 +145,40 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
             ip("netns", "del", machine.name)
 
 
-def start(machines: tuple[Machine, Machine], folder: Path, port: int, *arguments: str) -> list[subprocess.Popen[str]]:
+def enter(name: str) -> None:
+    """Moves this process into a network namespace."""
+    with open(f"/run/netns/{name}") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0x40000000):  # CLONE_NEWNET
+            raise OSError(ctypes.get_errno(), f"no way into {name}")
+
+
+def start(machines: tuple[Machine, Machine], folder: Path, port: int, *arguments: str) -> list[tuple[Any, Path]]:
+    """A process on each machine, and where its output goes."""
+    PROCESSES.set_forkserver_preload(PRELOADED)
     running = []
     for rank, machine in enumerate(machines):
-        command = ["ip", "netns", "exec", machine.name, sys.executable, *command_of(on_a_machine, *arguments)]
         variables = {
             "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": machines[0].address,
-            "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": machine.device, RESULTS: str(folder),
+            "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": machine.device,
         }  # fmt: skip
-        running.append(
-            subprocess.Popen(
-                command, env=surroundings(variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
+        output = folder / f"{rank}.{port}"
+        process = PROCESSES.Process(target=on_a_machine, args=(machine.name, variables, output, *arguments))
+        process.start()
+        running.append((process, output))
     return running
 
 
-def ended(running: list[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str]]:
-    """Status and output of each; fails where one is not done in time."""
+def ended(running: list[tuple[Any, Path]], seconds: float) -> list[tuple[int | None, str]]:
+    """Status and output of each; the status of one that is not done in time is None."""
     deadline = time.monotonic() + seconds
     try:
-        done = []
-        for process in running:
-            output, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-            done.append((process.returncode, output))
-        return done
+        for process, _ in running:
+            process.join(max(0.1, deadline - time.monotonic()))
+        return [(process.exitcode, output.read_text()) for process, output in running]
     finally:
-        for process in running:
+        for process, _ in running:
             process.kill()
-            process.wait()
+            process.join()
 
 
 @pytest.mark.parametrize("mode", ["DDP", "local SGD"])
@@ -183,7 +190,7 @@ def test_a_cut_cable_ends_both_sides_soon_and_the_job_goes_on(mode: str, tmp_pat
         running = start(machines, tmp_path, 29_710, mode, str(place), str(reached))
         deadline = time.monotonic() + BOUND_S
         while not all((reached / str(rank)).exists() for rank in (0, 1)):
-            if time.monotonic() > deadline or any(process.poll() is not None for process in running):
+            if time.monotonic() > deadline or any(process.exitcode is not None for process, _ in running):
                 pytest.fail(f"the step was not reached: {ended(running, 1)}")
             time.sleep(0.05)
         assert ip("-n", machines[0].name, "link", "set", machines[0].device, "down").returncode == 0

@@ -18,6 +18,7 @@ from adabatch import GlobalOrder
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
+from support.ranks import PRELOADED
 from support.replicas import Replica, lighthouse, train
 
 pytestmark = pytest.mark.distributed
@@ -63,7 +64,7 @@ def replica(address: str, name: str, folder: str) -> None:
 
 def test_a_replica_is_killed_in_the_middle_of_a_step(address: str, tmp_path: Path) -> None:
     """The survivor runs that step again, alone: sizes and weights are those of one process, each example is once."""
-    PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "torchft", "adabatch"])
+    PROCESSES.set_forkserver_preload(PRELOADED)
     replicas = [PROCESSES.Process(target=replica, args=(address, name, str(tmp_path))) for name in ("0", "1")]
     for each in replicas:
         each.start()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.deepspeed_engines import WITHOUT_MLFLOW
 from support.launched import run_whole
 from support.loops import lines
 from support.mpi import mpich
@@ -74,7 +75,8 @@ def test_mpirun(by_torchrun: list[dict[str, Any]], tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
 def test_deepspeed(by_torchrun: list[dict[str, Any]], tmp_path: Path) -> None:
-    journal, said = launch("deepspeed.sh", tmp_path, NPROC="2", MASTER_PORT=str(free_port()))
+    modules = os.pathsep.join([str(ROOT), str(WITHOUT_MLFLOW)])
+    journal, said = launch("deepspeed.sh", tmp_path, NPROC="2", MASTER_PORT=str(free_port()), PYTHONPATH=modules)
     check_same(journal, by_torchrun)
     assert f"deepspeed: {CONFIG} with {ROOT}/launch/deepspeed.json, cpu, 1 thread(s) each" in said
 

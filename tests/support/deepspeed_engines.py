@@ -1,11 +1,15 @@
-"""DeepSpeed engines for the tests, and the real launcher that starts their processes."""
+"""DeepSpeed engines for the tests, and two ways to start their processes: the real launcher, and forks."""
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from support.launched import start
+from support.hosts import rank_variables
+from support.launched import start, surroundings
 from support.loops import network
 from support.ports import free_port
+
+WITHOUT_MLFLOW = Path(__file__).parent / "hidden"
+"""Stands on the path of DeepSpeed's processes."""
 
 OPTIMIZERS = Callable[[Iterable[Any]], Optimizer]
 
@@ -28,15 +36,37 @@ def run_deepspeed(size: int, function: Callable[..., Any], *arguments: str, time
     if launcher is None:
         pytest.skip("no DeepSpeed: pip install deepspeed")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    modules = os.pathsep.join([str(WITHOUT_MLFLOW), surroundings({})["PYTHONPATH"]])
     command = [launcher, "--num_gpus", str(size), "--master_port", str(free_port()), "--no_local_rank"]
-    variables = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "PATH": path, "PYTHONWARNINGS": "ignore::FutureWarning"}
+    variables = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "PATH": path, "PYTHONPATH": modules}
+    variables["PYTHONWARNINGS"] = "ignore::FutureWarning"
     return start(command, function, *arguments, variables=variables, timeout=timeout).results()
+
+
+def as_launched(function: Callable[..., Any], rank: int, size: int, port: int, *arguments: str) -> Any:
+    """What ``function(*arguments)`` returns in a fork of ``run_ranks(..., connect=False)``, in JSON's types.
+
+    The fork has torch already, which takes the launcher, the one that it starts and each rank seconds to import.
+    """
+    sys.path.insert(0, str(WITHOUT_MLFLOW))
+    warnings.resetwarnings()
+    warnings.simplefilter("ignore", FutureWarning)
+    rank_variables(rank, size, port)
+    return json.loads(json.dumps(function(*arguments)))
+
+
+@cache
+def _deepspeed() -> Any:
+    import deepspeed
+
+    # To make an engine of ZeRO 3 it collects garbage, and a search through all that is imported takes half a second.
+    gc.freeze()
+    return deepspeed
 
 
 def connect() -> None:
     """The process group, without the operator for inference that DeepSpeed would compile first."""
-    import deepspeed
-
+    deepspeed = _deepspeed()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
 
@@ -51,8 +81,6 @@ def engine_of(
     **config: Any,
 ) -> Any:
     """An engine with a ZeRO stage around a small network, and a config as a person would write it."""
-    import deepspeed
-
     model = network() if model is None else model
     zero = {"stage": stage, "reduce_bucket_size": 64, **config.pop("zero_optimization", {})}
     whole = {
@@ -65,13 +93,11 @@ def engine_of(
         **({} if managed else {"managed_gradient_accumulation": False}),
         **config,
     }
-    return deepspeed.initialize(model=model, optimizer=optimizer_of(groups(model)), config=whole)[0]
+    return _deepspeed().initialize(model=model, optimizer=optimizer_of(groups(model)), config=whole)[0]
 
 
 def whole(engine: Any) -> Tensor:
     """All weights of the model in one vector, gathered where they are sharded."""
-    import deepspeed
-
     parameters = list(engine.module.parameters())
-    with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
+    with _deepspeed().zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
         return torch.cat([p.detach().float().flatten() for p in parameters]).clone()

@@ -33,9 +33,9 @@ from adabatch.checkpointing.files import UNFINISHED, checkpoints_in
 from adabatch.cli.main import main
 from support.loops import journal_text
 from support.ports import free_port
+from support.ranks import PRELOADED
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main"]
 
 NUM_EXAMPLES = 200
 SEED = 6
@@ -125,6 +125,8 @@ class Attempt:
         size: number of processes.
         sync_seconds: what it takes the disk at least to make a file safe.
         variables: of the environment, beside those of a launcher.
+        cwd: the working folder; that of the fork server by default.
+        apart: the output of each process goes to ``folder / "output.RANK"``.
     """
 
     def __init__(
@@ -135,8 +137,9 @@ class Attempt:
         *,
         sync_seconds: float = 0.0,
         variables: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        apart: bool = False,
     ) -> None:
-        # What the tests' own starter of ranks preloads is a part of this, and whoever comes first decides.
         PROCESSES.set_forkserver_preload(PRELOADED)
         port = free_port()
         self.processes = [
@@ -149,8 +152,9 @@ class Attempt:
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GIVEN": str(folder / "given"),
                         **(variables or {}),
                     },
-                    folder / "output",
+                    folder / (f"output.{rank}" if apart else "output"),
                     sync_seconds,
+                    cwd,
                 ),
             )
             for rank in range(size)
@@ -182,8 +186,12 @@ class Attempt:
             self.processes[rank].join()
 
 
-def _run(arguments: list[str], environment: dict[str, str], output: Path, sync_seconds: float) -> None:
+def _run(
+    arguments: list[str], environment: dict[str, str], output: Path, sync_seconds: float, cwd: Path | None
+) -> None:
     prepare(environment, output)
+    if cwd is not None:
+        os.chdir(cwd)
     if sync_seconds:
         fsync = os.fsync
 

@@ -6,6 +6,7 @@ A rank that fails shows its traceback, a rank that hangs shows where it stood, a
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import inspect
 import multiprocessing
@@ -28,7 +29,11 @@ import torch.distributed as dist
 
 # A fork of a process that has torch already starts in a tenth of a second, an import of torch takes seconds.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch"])
+PRELOADED = [
+    "torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "adabatch", "adabatch.cli.main",
+    "pytest", "sklearn.datasets", "adabatch.report.picture",
+]  # fmt: skip
+_PROCESSES.set_forkserver_preload(PRELOADED)
 _GRACE_S = 3.0
 
 
@@ -68,7 +73,8 @@ def run_ranks(
             process.start()  # the first one waits for the fork server to import torch
         _await(processes, time.monotonic() + timeout)
     finally:
-        _end([process for process in processes if process.is_alive()])
+        if alive := [process for process in processes if process.is_alive()]:
+            _end(alive)
     if any(process.exitcode for process in processes):
         raise RanksFailed("\n".join(_account(place, rank, p.exitcode or 0) for rank, p in enumerate(processes)))
     return [pickle.loads((place / f"{rank}.result").read_bytes()) for rank in range(size)]
@@ -113,6 +119,7 @@ def _rank_main(
     connect: bool,
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the fork server imported is not searched for garbage by each rank
     warnings.simplefilter("error")
     with (place / f"{rank}.hang").open("w") as hang:
         faulthandler.register(signal.SIGUSR1, file=hang)
