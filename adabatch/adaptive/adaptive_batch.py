@@ -192,7 +192,7 @@ class AdaptiveBatch:
             self._observers = Observers(self._heartbeat, *self._stopwatches)
             add_drift_check(self._observers, guard.check_every, self._engine, optimizer, self._planner)
             self._same_updates = SameUpdates(self.collectives, optimizer) if compares else None
-            self._engine.stands_at(self.progress, self._planner.lr_factor)
+            self._engine.stands_at(self.progress, self.consumed, self._planner.lr_factor)
 
             # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
             # set once only, and its removal would take off those of the new probe.

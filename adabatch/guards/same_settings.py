@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from enum import Enum
@@ -29,14 +28,12 @@ from adabatch.guards.memory_trials import Trials
 from adabatch.guards.votes import Votes
 from adabatch.runtime.collectives import Collectives, digest_of
 from adabatch.runtime.data import GlobalOrder, num_examples_in
+from adabatch.runtime.differences import differences
 from adabatch.runtime.optimizers.joined import each_of
 from adabatch.runtime.probes.protocol import Probe
 
 _LONGEST = 160
 """Characters of a value in an error; of a longer value its beginning and a digest are shown."""
-
-_NAMED = 4
-"""Settings that an error names."""
 
 _DEEPEST = 6
 """Levels of nested objects that are compared."""
@@ -66,19 +63,6 @@ def check_same_settings(collectives: Collectives, settings: Mapping[str, object]
         f"the ranks were given different settings: {differences(ranks)}. All ranks must be given the same data set, "
         f"seed, arguments, versions and saved state"
     )
-
-
-def differences(ranks: Sequence[Mapping[str, str]]) -> str:
-    """What differs between ranks, with the values and who holds them; empty if nothing does.
-
-    Args:
-        ranks: of each rank, texts by name.
-    """
-    # the union, in the order of their first mention: a rank may lack a setting altogether
-    names = list(dict.fromkeys(name for held in ranks for name in held))
-    differing = [name for name in names if len({held.get(name) for held in ranks}) > 1]
-    told = "; ".join(_difference(name, [held.get(name, "nothing") for held in ranks]) for name in differing[:_NAMED])
-    return told + (f"; and {len(differing) - _NAMED} more" if len(differing) > _NAMED else "")
 
 
 @contextmanager
@@ -212,13 +196,3 @@ def text_of(value: object, depth: int = 0) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... (digest {digest_of(text):012x})"
-
-
-def _difference(name: str, held: Sequence[str]) -> str:
-    by_value: dict[str, list[int]] = defaultdict(list)
-    for rank, text in enumerate(held):
-        by_value[text].append(rank)
-    values = [
-        f"{text} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for text, ranks in by_value.items()
-    ]
-    return f"{name} is {' and '.join(values)}"
