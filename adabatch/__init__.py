@@ -4,7 +4,7 @@ What everyday code uses is here; the rest is one module down: ``adabatch.batch``
 ``adabatch.probes``, ``adabatch.guards``, ``adabatch.checkpointing``, ``adabatch.optim``.
 """
 
-from adabatch import batch, data, lr, probes
+from adabatch import batch, data, local_sgd, lr, probes
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.adaptive.monitoring import NoiseMonitor, monitor
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
@@ -24,7 +24,6 @@ from adabatch.batch.plan import examples, gain_steps, steps, tokens
 from adabatch.batch.schedules import Constant, LinearRamp, Seesaw, Stage, Stages
 from adabatch.checkpointing import Checkpoints, load, save
 from adabatch.guards import EXIT_PREEMPTED, Preemption, Watchdog
-from adabatch.runtime import local_sgd
 from adabatch.runtime.data import GlobalOrder, WholeSteps
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.optimizers.matrix_owners import across_ranks

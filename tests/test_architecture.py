@@ -36,6 +36,7 @@ LAYERS = {
     "adabatch.journal": SHELL,
     "adabatch.data": SHELL,
     "adabatch.probes": SHELL,
+    "adabatch.local_sgd": SHELL,
     "adabatch.checkpointing": CHECKPOINTING,
     "adabatch": 6,
     "adabatch.verification": 7,

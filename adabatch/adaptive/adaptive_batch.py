@@ -154,7 +154,7 @@ class AdaptiveBatch:
             self._journal = Journal(journal if self.collectives.rank == 0 else None)
             check_every = check_interval(guard.check_every, self._engine)
             check_late(optimizer, criterion, self._engine, local_sgd, measure=measure, guard=guard)
-            self._engine.stands_at(self.progress, self._planner.lr_factor)
+            self._engine.stands_at(self.progress, self.consumed, self._planner.lr_factor)
 
             # Last, so that a constructor that raises leaves no hook behind. A predecessor goes first: some hooks can be
             # set once only, and its removal would take off those of the new probe.

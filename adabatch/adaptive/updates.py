@@ -107,7 +107,7 @@ class PendingUpdates:
 
     def tell_engine(self) -> None:
         """Tells the engine where the run stands."""
-        self._engine.stands_at(self._planner.progress, self.lr_factor)
+        self._engine.stands_at(self._planner.progress, self._planner.consumed, self.lr_factor)
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -253,7 +253,9 @@ class PendingUpdates:
         update = self._update
         if update is None:
             self._missing.came()
-        elif self._owed(update):
+            return
+        self._engine.update_missed()
+        if self._owed(update):
             self._missing.missed(self._hooks.missing, moved=weight_versions(self._optimizer) != self._versions)
 
     def _settle_left_out(self, step: Step) -> None:
@@ -366,6 +368,7 @@ class PendingUpdates:
         if self._update is None:
             raise RuntimeError("leave_out belongs after `for batch in step`, and before optimizer.step()")
         self._update.left_out = True
+        self._engine.leaves_out()
 
     def settle_for_evaluation(self) -> None:
         """Makes sure that no step is unfinished, before the weights are judged.

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from adabatch.arguments import allowed_by, check_fields, conform, require, require_one_of
+from adabatch.arguments import allowed_by, check_fields, conform, require, require_one_of, shown
 
 Unit = Literal["examples", "tokens", "steps", "gain_steps"]
 
@@ -111,7 +111,17 @@ class Progress:
             require(value is None or value >= 0, f"{name} must not be negative", value)
 
     def after(self, num_examples: int, num_tokens: int | None = None, gain: float | None = None) -> Progress:
-        """The progress after one more applied update."""
+        """The progress after one more applied update.
+
+        Raises:
+            ValueError: if tokens or gain-steps are counted in some updates only.
+        """
+        for name, so_far, more in (("tokens", self.tokens, num_tokens), ("gain_steps", self.gain_steps, gain)):
+            if (so_far is None) != (more is None) and not (so_far is None and self.steps == 0):
+                only = "not in the updates before" if so_far is None else f"which were {so_far} before it"
+                raise ValueError(
+                    f"update {self.steps + 1} counts {shown(more)} {name}, {only}: count them in all updates or in none"
+                )
         return Progress(
             examples=self.examples + num_examples,
             steps=self.steps + 1,

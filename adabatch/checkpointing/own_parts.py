@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 
@@ -45,5 +46,13 @@ def _warn(what: str, again: str, way_out: str) -> None:
         f"{what} is not among the parts of the checkpoint, so that a resumed run would begin {again} again: give it as "
         f"{way_out}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=_lines_above(),
     )
+
+
+def _lines_above() -> int:
+    """The level of the line that called this package: ``save()``, or ``step()``, which calls it."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == __name__.partition(".")[0]:
+        level, frame = level + 1, frame.f_back
+    return level

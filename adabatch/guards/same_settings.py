@@ -8,8 +8,7 @@ of 16 bytes. If it differs, the ranks exchange their settings, and all of them r
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
@@ -22,15 +21,13 @@ from adabatch.guards.memory_trials import Trials
 from adabatch.guards.votes import Votes
 from adabatch.runtime.collectives import Collectives, digest_of
 from adabatch.runtime.data import GlobalOrder, num_examples_in
+from adabatch.runtime.differences import differences
 from adabatch.runtime.nested import text_of
 from adabatch.runtime.optimizers.joined import each_of
 from adabatch.runtime.probes.protocol import Probe
 
 _LONGEST = 160
 """Characters of a value in an error; of a longer value its beginning and a digest are shown."""
-
-_NAMED = 4
-"""Settings that an error names."""
 
 
 def check_same_settings(collectives: Collectives, settings: Mapping[str, object]) -> None:
@@ -55,19 +52,6 @@ def check_same_settings(collectives: Collectives, settings: Mapping[str, object]
         f"the ranks were given different settings: {differences(ranks)}. All ranks must be given the same data set, "
         f"seed, arguments, versions and saved state"
     )
-
-
-def differences(ranks: Sequence[Mapping[str, str]]) -> str:
-    """What differs between ranks, with the values and who holds them; empty if nothing does.
-
-    Args:
-        ranks: of each rank, texts by name.
-    """
-    # the union, in the order of their first mention: a rank may lack a setting altogether
-    names = list(dict.fromkeys(name for held in ranks for name in held))
-    differing = [name for name in names if len({held.get(name) for held in ranks}) > 1]
-    told = "; ".join(_difference(name, [held.get(name, "nothing") for held in ranks]) for name in differing[:_NAMED])
-    return told + (f"; and {len(differing) - _NAMED} more" if len(differing) > _NAMED else "")
 
 
 @contextmanager
@@ -161,13 +145,3 @@ def scaler_settings(scaler: GradScaler | None) -> object:
 
 def _short(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... (digest {digest_of(text):012x})"
-
-
-def _difference(name: str, held: Sequence[str]) -> str:
-    by_value: dict[str, list[int]] = defaultdict(list)
-    for rank, text in enumerate(held):
-        by_value[text].append(rank)
-    values = [
-        f"{text} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for text, ranks in by_value.items()
-    ]
-    return f"{name} is {' and '.join(values)}"

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,11 +18,10 @@ from torch.optim import Optimizer
 
 from adabatch.batch.plan import Progress
 from adabatch.guards.drift import RanksDrifted
-from adabatch.guards.same_settings import differences
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.differences import differences
 from adabatch.runtime.observers.protocol import Rider
-from adabatch.runtime.optimizers.joined import each_of
-from adabatch.runtime.optimizers.step_hooks import host_value
+from adabatch.runtime.optimizers.group_numbers import numbers_in, settings_of
 
 _EXACT_BITS = 53
 """A float64 holds whole numbers of so many bits."""
@@ -62,7 +60,7 @@ class SameUpdates(Rider):
         for group in self._optimizer.param_groups:
             for name, value in group.items():
                 if name != "params":
-                    numbers += _numbers_in(value)
+                    numbers += numbers_in(value)
         mine = zlib.crc32(array("d", numbers).tobytes()) % 2**self._bits
         return torch.tensor([mine, mine * mine], dtype=torch.float64, device=device)
 
@@ -83,7 +81,7 @@ class SameUpdates(Rider):
         if not self._differ:
             return
         self._differ = False
-        mine = {"number of updates so far": repr(self._applied.steps), **_settings(self._optimizer)}
+        mine = {"number of updates so far": repr(self._applied.steps), **settings_of(self._optimizer)}
         ranks = [json.loads(sent) for sent in self._collectives.gather_bytes(json.dumps(mine).encode())]
         told = differences(ranks) or "a digest of their settings differs"
         raise RanksDrifted(
@@ -91,27 +89,3 @@ class SameUpdates(Rider):
             f"what only some ranks do: step a scheduler (such as ReduceLROnPlateau on a loss of their own), call "
             f"leave_out(), or leave optimizer.step() out. If ranks may differ, give Guard(check_every=None)"
         )
-
-
-def _numbers_in(value: Any) -> Iterator[float]:
-    """Numbers on the host; other values, such as a rate on an accelerator, are not compared."""
-    kind = type(value)
-    if kind is float or kind is int or kind is bool:
-        yield float(value)
-    elif kind is tuple or kind is list:
-        for each in value:
-            yield from _numbers_in(each)
-    elif isinstance(value, Tensor) and value.numel() == 1:
-        yield host_value(value)
-
-
-def _settings(optimizer: Optimizer) -> Mapping[str, str]:
-    found = {}
-    for number, one in enumerate(each_of(optimizer)):
-        name = "optimizer" if number == 0 else f"optimizer {number + 1}"
-        for index, group in enumerate(one.param_groups):
-            for key, value in group.items():
-                numbers = [] if key == "params" else list(_numbers_in(value))
-                if numbers:
-                    found[f"{key} of {name} group {index}"] = repr(numbers[0] if len(numbers) == 1 else numbers)
-    return found

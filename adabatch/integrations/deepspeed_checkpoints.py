@@ -20,6 +20,7 @@ from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.checkpointing.files import CheckpointError
 from adabatch.checkpointing.finite_state import check_finite, optimizer_states
 from adabatch.checkpointing.lock import FolderLock, read_lock
+from adabatch.checkpointing.own_parts import warn_of_missing_parts
 from adabatch.checkpointing.plain import NotPlain, plain
 from adabatch.checkpointing.run_state import Stateful
 from adabatch.checkpointing.save_times import SaveTimes
@@ -53,7 +54,8 @@ class DeepSpeedCheckpoints:
         engine: the engine, as ``deepspeed.initialize`` returned it.
         batches: the batches, as ``attach`` returned them.
         schedule: the schedule of the learning rate.
-        order: the order of the data, whose place is saved.
+        order: the order of the data, whose place is saved. The first save warns if the loop reads a ``GlobalOrder``
+            and it is not given.
         every: save after this much training.
         every_seconds: save after this much time on the first rank.
         keep: number of checkpoints to keep.
@@ -84,6 +86,7 @@ class DeepSpeedCheckpoints:
         self._batches = batches
         self._ranks = workers_of(None, device=engine.device)
         self._keep = keep
+        self._warned = False
         self._lock = FolderLock(self._folder)
         self._times = SaveTimes(batches, every=every, every_seconds=every_seconds)
         self._times.listen(first=self._ranks.rank == 0)
@@ -110,6 +113,10 @@ class DeepSpeedCheckpoints:
                 optimizer's state are not finite, or if the folder belongs to another process or another run.
         """
         self._batches.settle()
+        if not self._warned:
+            # of the order of the data only: the engine saves the optimizer
+            warn_of_missing_parts(self._batches, self._batches.optimizer, self._parts.values())
+            self._warned = True
         # A collective, so it comes before anything that may fail on one rank only.
         rows = self._ranks.gather(random_state(self._engine.device).to(self._ranks.device)).cpu()
         failure: Exception | None = None

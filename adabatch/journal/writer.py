@@ -274,7 +274,8 @@ class Journal:
         If a sink raises an error, the log names it and it gets no more lines: a sink must never stop a run.
 
         Raises:
-            OSError: if the disk is full or fails; the journal is then as it was before.
+            OSError: if the disk is full or fails; the journal is then as it was before, or ends with this line if it
+                is full and no new file could be begun.
             Exception: an error of ``guard``.
         """
         if self.path is None and not self._sinks:
@@ -331,9 +332,16 @@ class Journal:
             if size is not None:
                 with suppress(OSError):
                     os.truncate(path, size)  # no reader could use an incomplete line
-            raise OSError(error.errno, f"the journal could not be written: {error.strerror}", str(path)) from error
+            raise _named(error, "the journal could not be written", path) from error
         if end >= self._part_bytes:
-            rotate(path)
+            try:
+                rotate(path)
+            except OSError as error:  # the line itself is written
+                raise _named(error, "the journal is full, and no new file could be begun", path) from error
+
+
+def _named(error: OSError, what: str, path: Path) -> OSError:
+    return OSError(error.errno, f"{what}: {error.strerror}", str(path))
 
 
 def _sorted_targets(target: JournalTarget | Sequence[JournalTarget] | None) -> tuple[list[Path], list[JournalSink]]:

@@ -171,6 +171,17 @@ def test_a_duration_is_over_at_its_end(consumed: int, length: int) -> None:
         assert progress.count(duration.unit) == consumed
 
 
+def test_a_count_is_that_of_all_updates_or_of_none() -> None:
+    counted = Progress().after(8, 56, 1.0)
+    with pytest.raises(ValueError, match="update 2 counts None tokens, which were 56 before it"):
+        counted.after(8, None, 1.0)
+    with pytest.raises(ValueError, match=r"update 2 counts None gain_steps, which were 1\.0 before it"):
+        counted.after(8, 56)
+    with pytest.raises(ValueError, match="update 2 counts 56 tokens, not in the updates before: count them in all"):
+        Progress().after(8).after(8, 56)
+    assert counted.after(8, 56, 0.5) == Progress(examples=16, steps=2, tokens=112, gain_steps=1.5)
+
+
 def test_tokens_that_nobody_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="tokens_per_example="):
         Progress(examples=5, steps=1).reached(tokens(10))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,6 +58,7 @@ class Run:
         groups: Any = nn.Module.parameters,
         keep: int = 3,
         warmup: float | None = None,
+        ordered: bool = True,
         **options: Any,
     ) -> None:
         from adabatch.integrations.deepspeed import attach
@@ -81,7 +83,8 @@ class Run:
         optimizer = self.engine.basic_optimizer
         self.schedule = ProgressLR(optimizer, lr.cosine(), self.batches, total=total) if schedule else None
         self.order = GlobalOrder(regression(300), seed=seed)
-        parts = {"batches": self.batches, "schedule": self.schedule, "order": self.order}
+        order = self.order if ordered else None
+        parts = {"batches": self.batches, "schedule": self.schedule, "order": order}
         self.saving = DeepSpeedCheckpoints(place, engine=self.engine, keep=keep, **parts)
 
     def train(self, number: int) -> None:
@@ -230,6 +233,21 @@ def stuck(place: Path) -> list[str]:
     return sorted(path.name for path in place.glob("step*"))
 
 
+def warned(place: Path) -> list[list[str]]:
+    """What the saves of a run with and without its order warn of, and whether they name the line that calls them."""
+    found = []
+    for ordered in (True, False):
+        run = Run(place / str(ordered), 1, schedule=False, ordered=ordered)
+        run.train(1)
+        with run.saving, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            run.saving.save()
+            run.train(1)
+            run.saving.step(now=True)
+        found.append([f"{Path(each.filename).name}: {each.message}" for each in told])
+    return found
+
+
 def begun_again(place: Path) -> dict[str, Any]:
     """A new run in the folder of an old one that had come further; of each only the newest checkpoint is kept."""
     saved(place, 1, keep=1)
@@ -265,6 +283,7 @@ def everything(folder: str) -> dict[str, Any]:
         "refused": refused(place / "refused"),
         "not finite": {f"ZeRO {stage}": not_finite(place / f"bad{stage}", stage) for stage in (0, 3)},
         "again": begun_again(place / "again"),
+        "warned": warned(place / "warned"),
         "stuck": stuck(place / "stuck"),
     }
     dist.barrier()
@@ -358,6 +377,13 @@ def test_numbers_that_are_not_finite_do_not_displace_a_good_checkpoint(both: lis
 
 def test_an_old_checkpoint_that_cannot_be_removed_stops_no_rank(found: dict[str, Any]) -> None:
     assert found["stuck"] == ["step00000001", "step00000002"]
+
+
+def test_an_order_that_is_not_saved_is_a_warning_at_the_first_save(found: dict[str, Any]) -> None:
+    with_order, without = found["warned"]
+    assert with_order == []
+    (said,) = without
+    assert said.startswith("test_deepspeed_settings.py: the GlobalOrder that steps() reads is not among the parts")
 
 
 def test_a_run_that_begins_again_keeps_its_own_newest_checkpoint(found: dict[str, Any]) -> None:

@@ -222,6 +222,26 @@ def test_a_disk_that_is_full_leaves_the_journal_as_it_was(tmp_path: Path, monkey
         Journal("/dev/full").write(an_entry())
 
 
+def test_a_disk_that_is_full_when_a_file_is_put_aside_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal(path, part_bytes=1)
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    for broken in ("fsync", "rename"):
+        with monkeypatch.context() as patched:
+            patched.setattr(*((os, "fsync") if broken == "fsync" else (Path, "rename")), fails)
+            match = r"the journal is full, and no new file could be begun: No space left on device: '.*run\.jsonl'$"
+            with pytest.raises(OSError, match=match):
+                journal.write(an_entry())
+    assert len(read(path)) == 2  # both lines are whole
+    journal.write(an_entry())
+    assert (len(read(tmp_path / "run.jsonl.1")), path.read_text()) == (3, "")
+
+
 def test_a_cut_of_what_is_no_journal_says_so_and_leaves_it_whole(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     for step in range(3):

@@ -118,8 +118,15 @@ class Engine(ABC):
         """Whether the update was called but did not step the optimizer (if gradients are ``reduced`` in the update)."""
         return False
 
-    def stands_at(self, progress: Progress, lr_factor: float) -> None:  # noqa: B027  (most engines do nothing then)
-        """Called before each step and after each update, with the progress of the run."""
+    def leaves_out(self) -> None:  # noqa: B027  (most engines do nothing then)
+        """Called if the loop says that it leaves an update out, before its ``optimizer.step()``, which may not come."""
+
+    def update_missed(self) -> None:  # noqa: B027  (most engines do nothing then)
+        """Called at the end of a step whose ``optimizer.step()`` was not called."""
+
+    def stands_at(self, applied: Progress, consumed: Progress, lr_factor: float) -> None:  # noqa: B027
+        """Called before each step and after each update, with the progress of the run: what the applied updates
+        consumed, and what all steps did."""
 
     def journal_entry(self) -> dict[str, Any]:
         """What the engine adds to a step's line in the journal."""

@@ -91,8 +91,8 @@ class HostedEngine(Engine):
     def left_out(self) -> bool:
         return self._inner.left_out()
 
-    def stands_at(self, progress: Progress, lr_factor: float) -> None:
-        self._inner.stands_at(progress, lr_factor)
+    def stands_at(self, applied: Progress, consumed: Progress, lr_factor: float) -> None:
+        self._inner.stands_at(applied, consumed, lr_factor)
 
     def journal_entry(self) -> dict[str, Any]:
         return self._inner.journal_entry()

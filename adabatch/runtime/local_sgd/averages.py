@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from adabatch.runtime.collectives import Collectives, Started
 from adabatch.runtime.local_sgd.exchange import Exchange
+from adabatch.runtime.local_sgd.meetings import Meetings
 from adabatch.runtime.local_sgd.memory import Fragment, Memory, Pending
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
-from adabatch.runtime.observers.trained_parameters import raise_first
 
 UNCOUNTED = 1e-6
 """Examples of a worker that counted none: next to those that others counted nothing, and the same for all if nobody
@@ -26,22 +27,30 @@ class Averages:
     Attributes:
         memory: the state of the worker.
         exchange: with the other workers.
-        changed: what has changed in this worker's parameters, which ends the run on all workers; None if nothing has.
+        meetings: of the workers.
 
     Args:
         settings: of ``LocalSGD``.
         replica: the model of this worker.
+        optimizer: whose steps are compared.
         memory: see above.
         workers: the ranks that average with each other.
         node: the ranks that share this worker's model.
     """
 
     def __init__(
-        self, settings: LocalSGDSettings, replica: Replica, memory: Memory, *, workers: Collectives, node: Collectives
+        self,
+        settings: LocalSGDSettings,
+        replica: Replica,
+        optimizer: Optimizer,
+        memory: Memory,
+        *,
+        workers: Collectives,
+        node: Collectives,
     ) -> None:
         self.memory = memory
         self.exchange = Exchange(workers, workers.beside() if settings.overlap else workers)
-        self.changed: str | None = None
+        self.meetings = Meetings(optimizer, self.exchange, workers=workers, everyone=workers.over(node))
         self._settings = settings
         self._replica = replica
         self._workers = workers
@@ -55,9 +64,9 @@ class Averages:
         shares = [1 / size] * size
         if not present.by_gradient:  # else the parameters are the same already
             _, told = self._tell(present, fragment)
-            counts = self._counts(told)
+            counts = self.meetings.told(told)
             shares = [count / sum(counts) for count in counts]
-        with self.reporting():
+        with self._reporting():
             if not present.by_gradient:
                 self._average_parameters(present, fragment, shares)
             self.memory.agree_on(fragment)
@@ -91,7 +100,7 @@ class Averages:
             self.finish(fragment)
         count, told = self._tell(present, fragment)
         buffers = self._replica.buffers() if fragment is self.memory.fragments[-1] else []
-        with self.reporting():
+        with self._reporting():
             fragment.pending = Pending(
                 self.memory.steps,
                 present.lr,
@@ -118,7 +127,7 @@ class Averages:
             self.finish(fragment)
         elif age == -(-overlap // 2):
             counts = self._weights(pending)
-            with self.reporting():
+            with self._reporting():
                 pending.parameters.go_on(counts)
 
     def arrive(self, fragment: Fragment) -> Pending:
@@ -126,13 +135,13 @@ class Averages:
         pending = fragment.pending
         assert pending is not None, "no average is under way"
         counts = self._weights(pending)
-        with self.reporting():
+        with self._reporting():
             pending.arrive(counts)
         return pending
 
     def _weights(self, pending: Pending) -> list[float]:
         if pending.told is not None:
-            pending.counts, pending.told = self._counts(pending.told), None
+            pending.counts, pending.told = self.meetings.told(pending.told), None
         return pending.counts
 
     @torch.no_grad()
@@ -160,39 +169,8 @@ class Averages:
         (examples,) = self._node.sum_of(self.memory.examples - fragment.counted)
         alike = self._settings.weights == "equal" or self._workers.size == 1
         count = 1.0 if alike else max(examples, UNCOUNTED)
-        memory = self.memory
-        place = memory.rounds, memory.steps, memory.fragments.index(fragment), present.local_steps
-        with self.reporting():
-            lr = present.lr if present.needs_anchor else 0.0
-            return count, self.exchange.tell(count, float(self.changed is not None), *place, lr)
+        place = self.memory.place(present)._replace(fragment=self.memory.fragments.index(fragment))
+        return count, self.meetings.tell(count, place)
 
-    def _counts(self, told: Started) -> list[float]:
-        """The weights of all workers; also checks that all are at the same step of the same round."""
-        with self.reporting():
-            rows = self.exchange.told(told)
-        if any(row[1] for row in rows):
-            raise_first(self.changed, self._workers)
-        if any(row[2:5] != rows[0][2:5] for row in rows):
-            places = "; ".join(f"worker {index}: {row[3]:.0f}" for index, row in enumerate(rows))
-            raise RuntimeError(
-                f"workers came to the average after different numbers of steps ({places}): all must call "
-                f"optimizer.step() equally often (a GradScaler leaves calls out)"
-            )
-        if any(row[5:] != rows[0][5:] for row in rows):
-            rounds = "; ".join(f"worker {index}: {row[5]:.0f} steps at {row[6]:.6g}" for index, row in enumerate(rows))
-            raise RuntimeError(
-                f"the workers are in rounds of different lengths or learning rates ({rounds}): their learning rates "
-                f"must be the same at every step"
-            )
-        return [row[0] for row in rows]
-
-    @contextmanager
-    def reporting(self) -> Iterator[None]:
-        """Explains the error of a failed exchange."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"local SGD could not finish round {self.memory.rounds + 1} (step {self.memory.steps}): a worker "
-                f"ended, or the network failed; start all again from the last checkpoint ({error})"
-            ) from error
+    def _reporting(self) -> AbstractContextManager[None]:
+        return self.meetings.reporting(self.memory.place())

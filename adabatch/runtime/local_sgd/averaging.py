@@ -148,7 +148,6 @@ class LocalSGD:
                 f"a number of steps as sync_every and outer=Average(), or give the optimizer a learning rate"
             )
         self._trained = TrainedParameters(model, optimizer)
-        self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._replaced = False
         # On the parameters too: two objects on different optimizers of one model would average it twice.
         take_over(self, [*each_of(optimizer), *replica.parameters], kind="LocalSGD")
@@ -210,9 +209,12 @@ class LocalSGD:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.synchronize()
-        self.remove()
+        try:
+            if kind is None:
+                self._check_in_place()
+                self._rounds.leave()
+        finally:
+            self.remove()
 
     def count(self, num_examples: float) -> None:
         """Counts examples (or tokens) that this rank consumed; ``AdaptiveBatch`` does it by itself."""
@@ -242,15 +244,13 @@ class LocalSGD:
 
     def _before_step(self, optimizer: Optimizer, _: object) -> None:
         # Once per update: several optimizers make one local step.
-        if not self._stepped:
-            self._rounds.parameters_changed(self._trained.changes("LocalSGD"))
-        self._rounds.before_step()
+        changes = None if self._rounds.in_step else self._trained.changes("LocalSGD")
+        if changes is not None:
+            self._rounds.meetings.note(changes)
+        self._rounds.before_step(optimizer)
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        self._stepped.add(optimizer)
-        if len(self._stepped) == len(each_of(self._optimizer)):
-            self._stepped.clear()
-            self._rounds.after_step()
+        self._rounds.after_step(optimizer)
 
     # --- what AdaptiveBatch reads -----------------------------------------------------------------------------------
 

@@ -62,9 +62,17 @@ class LocalWorkers(Engine):
         """True except in rounds of one step, which average the gradient."""
         return not self._rounds.present().by_gradient
 
-    def stands_at(self, progress: Progress, lr_factor: float) -> None:
+    def leaves_out(self) -> None:
+        """The local step changes nothing."""
+        self._rounds.leaves_out = True
+
+    def update_missed(self) -> None:
+        """Counts a local step all the same."""
+        self._rounds.miss_step()
+
+    def stands_at(self, applied: Progress, consumed: Progress, lr_factor: float) -> None:
         """Rounds are counted in the run's units from now on."""
-        self._rounds.stands_at(progress, lr_factor)
+        self._rounds.stands_at(applied, consumed, lr_factor)
 
     def journal_entry(self) -> dict[str, Any]:
         """The worker's place in the round, after a step."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adabatch.runtime.collectives import Started
+from adabatch.runtime.local_sgd.meetings import Place
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
 from adabatch.runtime.local_sgd.transfers import Arrived, Errors, Transfer
 
@@ -142,6 +143,13 @@ class Memory:
     def apart(self) -> list[Fragment]:
         """The fragments in which the workers differ."""
         return [each for each in self.fragments if each.agreed_at < self.steps or each.pending is not None]
+
+    def place(self, present: Round | None = None) -> Place:
+        """Where this worker stands; in a round, or between two."""
+        if present is None:
+            return Place(self.rounds, self.steps)
+        lr = present.lr if present.needs_anchor else 0.0
+        return Place(self.rounds, self.steps, 0, present.local_steps, present.by_gradient, lr)
 
     def agree_on(self, fragment: Fragment) -> None:
         """All workers hold the same parameters of a fragment now."""

@@ -75,7 +75,7 @@ class WorkerProbe(Probe):
         """This rank's numbers; across workers, after one reduction of their gradients."""
         if not self._whole or self._averaged():
             return self._inner.collect() * self._share
-        mean = self._replica.mean_gradients(self._exchange, weight=1 / self._num_workers)
+        mean, _ = self._replica.mean_gradients(self._exchange, weight=1 / self._num_workers)
         with self._replica.with_gradients(mean):
             return self._inner.collect() * self._share
 

@@ -76,8 +76,18 @@ class Replica:
         }
 
     @torch.no_grad()
-    def mean_gradients(self, exchange: Exchange, *, weight: float) -> list[Tensor | None]:
+    def mean_gradients(
+        self, exchange: Exchange, *, weight: float, riding: Sequence[float] = ()
+    ) -> tuple[list[Tensor | None], list[float]]:
         """The mean of the workers' gradients, one per parameter; None if no worker has a gradient.
+
+        Args:
+            exchange: with the other workers.
+            weight: of this worker.
+            riding: a few numbers that travel with the gradients, each 0 or 1.
+
+        Returns:
+            the gradients, and the means of the numbers, which are 0 only if all are.
 
         Raises:
             ValueError: if a gradient is sparse.
@@ -94,16 +104,17 @@ class Replica:
             torch.zeros_like(own_piece(p)[0]) if grad is None else own_piece(grad)[0].clone()
             for p, grad in zip(self.parameters, grads, strict=True)
         ]
-        present = torch.tensor([grad is not None for grad in grads], dtype=torch.float32)
-        # It travels in the same reduction, so that workers learn of gradients that only others have.
-        shares = present.to(pieces[0])
-        exchange.mean([*pieces, shares], weight=weight)
-        if not present.all():
-            present = shares.cpu()  # host sync: another worker may have a gradient that this one lacks
-        return [
+        present = [grad is not None for grad in grads]
+        # They travel in the same reduction, so that workers learn of gradients that only others have.
+        flags = torch.tensor([*present, *riding], dtype=torch.float32).to(pieces[0])
+        exchange.mean([*pieces, flags], weight=weight)
+        # host sync, unless nothing rides along and another worker cannot have a gradient that this one lacks
+        shares = [float(here) for here in present] if all(present) and not riding else flags.tolist()
+        found = [
             _as_gradient(p, piece) if share > 0 else None
-            for p, piece, share in zip(self.parameters, pieces, present.tolist(), strict=True)
+            for p, piece, share in zip(self.parameters, pieces, shares[: len(pieces)], strict=True)
         ]
+        return found, shares[len(pieces) :]
 
     @contextmanager
     def with_gradients(self, gradients: Sequence[Tensor | None]) -> Iterator[None]:

@@ -14,6 +14,7 @@ from adabatch.runtime.local_sgd.memory import Fragment, Memory
 from adabatch.runtime.local_sgd.periods import Fixed, RoundStart
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
+from adabatch.runtime.optimizers.joined import each_of
 
 
 class Rounds:
@@ -22,11 +23,13 @@ class Rounds:
     Attributes:
         averages: with the other workers.
         exchange: what they send each other.
+        meetings: where they find out whether all do the same.
         dealt: the places of each fragment's parameters.
         replica: the model of the worker.
         workers: the ranks that average with each other.
         node: the ranks that share this worker's model.
         everyone: all ranks of all workers.
+        leaves_out: whether the loop has said that it leaves the update of this step out.
 
     Args:
         settings: of ``LocalSGD``.
@@ -49,12 +52,15 @@ class Rounds:
         self.workers = workers
         self.node = node
         self.everyone = workers.over(node)
+        self.leaves_out = False
         sizes = [p.numel() for p in replica.parameters]  # of whole parameters, not of shards: the same on all ranks
         self.dealt = deal(replica.layers, sizes, settings.fragments)
         memory = Memory([Fragment(places) for places in self.dealt])
-        self.averages = Averages(settings, replica, memory, workers=workers, node=node)
+        self.averages = Averages(settings, replica, optimizer, memory, workers=workers, node=node)
         self.exchange = self.averages.exchange
+        self.meetings = self.averages.meetings
         self._optimizer = optimizer
+        self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._standing: tuple[Progress, float] | None = None
         self._gradient_averaged = False
 
@@ -68,20 +74,13 @@ class Rounds:
         """Whether the gradient of the current step is already the mean of all workers."""
         return self._gradient_averaged
 
-    def stands_at(self, progress: Progress, lr_factor: float) -> None:
+    def stands_at(self, applied: Progress, consumed: Progress, lr_factor: float) -> None:
         """Sets the progress of the run, in units that a worker does not count itself, and the batch factor on its
         rates."""
-        self._standing = progress, lr_factor
-
-    def parameters_changed(self, changes: str | None) -> None:
-        """Notes how this worker's parameters have changed, which will be an error on all workers at their average.
-
-        Raises:
-            RuntimeError: if something changed, and the others would not hear of it: where gradients are averaged.
-        """
-        if changes is not None and (self.workers.size == 1 or self.present().by_gradient):
-            raise RuntimeError(changes)
-        self.averages.changed = changes
+        # Rounds follow what was consumed, since all workers agree on that even if one has left an update out by
+        # mistake: they would meet for different things.
+        self._standing = consumed, lr_factor
+        self.meetings.applied = applied
 
     def present(self) -> Round:
         """The current round; it begins when this is first read."""
@@ -102,13 +101,9 @@ class Rounds:
         # Rounds of different lengths would send different things at the same time, and wait for each other forever.
         # Synchronous rounds of a single step are not compared: that would cost a reduction at every step.
         # In the background they are told so with what they send: here they would wait for each other.
-        told = (begun.local_steps, begun.by_gradient, lr if begun.needs_anchor else None)
         known = isinstance(self.settings.period, Fixed) and begun.local_steps == 1
-        if not known and not self.settings.overlap and not self.everyone.agree(told):
-            raise ValueError(
-                f"the workers begin different rounds (this one: {begun.local_steps} steps, at a learning rate of "
-                f"{lr:.6g}): their learning rates must be the same at every step"
-            )
+        if not known and not self.settings.overlap:
+            self.meetings.begin(self.memory.place(begun))
         return begun
 
     def _check_units(self) -> None:
@@ -122,23 +117,55 @@ class Rounds:
     def average_gradient(self) -> None:
         """Before a step: averages its gradient, if that replaces the average of the parameters after it."""
         if self.present().by_gradient:
-            with self.averages.reporting():
-                mean = self.replica.mean_gradients(self.exchange, weight=1 / self.workers.size)
+            place = self.memory.place()
+            with self.meetings.reporting(place):
+                mean, told = self.replica.mean_gradients(
+                    self.exchange, weight=1 / self.workers.size, riding=self.meetings.bits(place)
+                )
+            self.meetings.check_bits(told)
             self.replica.put_gradients(mean)
             self._gradient_averaged = True
 
-    def before_step(self) -> None:
-        """The optimizer is about to step."""
+    def before_step(self, optimizer: Optimizer) -> None:
+        """The optimizer, or one of several, is about to step."""
+        # After leave_out() the call is optional, so workers may differ in it: they compare how many updates they made.
+        if not self.leaves_out:
+            self.meetings.local_steps.before(optimizer)
         # AdaptiveBatch has averaged it at the end of its inner loop; in other loops this is the first call.
         if not self._gradient_averaged:
             self.average_gradient()
+        self._keep_anchors()
+
+    def _keep_anchors(self) -> None:
         if self.present().needs_anchor:
             pieces = self.replica.pieces()
             for fragment in self.memory.fragments:
                 fragment.anchors = fragment.anchors or [piece.clone() for piece in fragment.of(pieces)]
 
-    def after_step(self) -> None:
-        """The optimizer has stepped; averages may be due or begin, and the round may end."""
+    def after_step(self, optimizer: Optimizer) -> None:
+        """The optimizer, or one of several, has stepped; the last of them ends the local step."""
+        if not self.leaves_out:
+            self.meetings.local_steps.after(optimizer)
+        self._stepped.add(optimizer)
+        if len(self._stepped) == len(each_of(self._optimizer)):
+            self.end_step()
+
+    @property
+    def in_step(self) -> bool:
+        """Whether some of several optimizers have stepped, but not all."""
+        return bool(self._stepped)
+
+    def miss_step(self) -> None:
+        """The loop has gone on without ``optimizer.step()``. A local step is counted all the same, so that this worker
+        meets the others where they wait for it."""
+        self.meetings.num_missed += not self.leaves_out
+        self._keep_anchors()
+        self.end_step()
+
+    def end_step(self) -> None:
+        """A local step is over; averages may be due or begin, and the round may end."""
+        self._stepped.clear()
+        self.leaves_out = False
         self._gradient_averaged = False
         memory, present = self.memory, self.present()
         memory.steps += 1
@@ -162,8 +189,18 @@ class Rounds:
             self.averages.average(self.present(), fragment)
         self.memory.end_round()
 
+    def leave(self) -> None:
+        """The loop is over: averages all in which the workers differ, and compares their last steps."""
+        self.end_round()
+        self.meetings.leave(self.memory.place())
+
     def state_dict(self) -> dict[str, Any]:
-        """That of the memory, after all that is under way has arrived."""
+        """That of the memory, after all that is under way has arrived.
+
+        Raises:
+            RuntimeError: if this worker has made a mistake, of which the others are to hear.
+        """
+        self.meetings.check_noted()
         for fragment in self._under_way():
             self.averages.arrive(fragment)
         return self.memory.state_dict(self.workers.size, self.settings)

@@ -1,0 +1,325 @@
+"""What the workers tell each other whenever they meet, and the errors if they have not done the same since.
+
+Between two averages the workers do not communicate, so a mistake that only one of them makes (another learning rate, an
+update that it leaves out) must be noticed when they meet. Every meeting sends the same few numbers, whatever it is for:
+workers that meet for different things learn it from these numbers, and do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import NamedTuple, NoReturn
+
+from torch.optim import Optimizer
+
+from adabatch.batch.plan import Progress
+from adabatch.runtime.collectives import Collectives, Started
+from adabatch.runtime.differences import differences
+from adabatch.runtime.local_sgd.exchange import Exchange
+from adabatch.runtime.observers.trained_parameters import raise_first
+from adabatch.runtime.optimizers.group_numbers import name_of, numbers_of, text_of
+from adabatch.runtime.optimizers.joined import each_of
+
+_BITS = 24
+"""Bits of the digest that ride on a gradient: in each such round a difference is missed once in 2^24."""
+
+_CHANGED_BY_THE_BATCH = ("lr", "betas", "eps", "weight_decay")
+"""Settings that are others while an update runs, and its own again afterwards."""
+
+
+class LocalSteps:
+    """What must be the same in the local steps of all workers: the settings of the optimizer when each step began.
+
+    A setting that an optimizer changes itself, such as the distance that Prodigy estimates from a worker's own
+    gradients, is not compared from the first such step on.
+
+    Args:
+        optimizer: of this worker, or several.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizers = each_of(optimizer)
+        self._digests = [0] * len(self._optimizers)  # of all steps so far
+        self._numbers: list[dict[tuple[int, str], list[float]]] = [numbers_of(o.param_groups) for o in self._optimizers]
+        self._changes_itself: set[tuple[int, int, str]] = set()
+
+    def before(self, optimizer: Optimizer) -> None:
+        """One of the optimizers is about to step."""
+        which = self._optimizers.index(optimizer)
+        self._numbers[which] = self._now(which)
+        self._digests[which] = _digest(self._numbers[which], self._digests[which])
+
+    def after(self, optimizer: Optimizer) -> None:
+        """One of the optimizers has stepped."""
+        which = self._optimizers.index(optimizer)
+        for (index, key), numbers in numbers_of(optimizer.param_groups).items():
+            if key not in _CHANGED_BY_THE_BATCH and self._numbers[which].get((index, key)) != numbers:
+                self._changes_itself.add((which, index, key))
+
+    def digest(self) -> int:
+        """Of all steps so far."""
+        return _digest_of(self._digests)
+
+    def digest_with_present(self) -> int:
+        """Of all steps so far, and of the settings with which the next one would begin."""
+        whole = [_digest(self._now(which), digest) for which, digest in enumerate(self._digests)]
+        return _digest_of(whole)
+
+    def texts(self, *, present: bool) -> dict[str, str]:
+        """The settings as an error shows them: the present ones, or those with which the last step began."""
+        held = [self._now(which) for which in range(len(self._optimizers))] if present else self._numbers
+        return {
+            name_of(which, index, key): text_of(numbers)
+            for which, settings in enumerate(held)
+            for (index, key), numbers in settings.items()
+            if (which, index, key) not in self._changes_itself
+        }
+
+    def _now(self, which: int) -> dict[tuple[int, str], list[float]]:
+        held = numbers_of(self._optimizers[which].param_groups)
+        if self._changes_itself:
+            return {at: numbers for at, numbers in held.items() if (which, *at) not in self._changes_itself}
+        return held
+
+
+class Purpose(IntEnum):
+    """What workers meet for."""
+
+    BEGIN, AVERAGE, LEAVE = range(3)
+
+
+_DOES = {
+    Purpose.BEGIN: "begins a round",
+    Purpose.AVERAGE: "comes to an average",
+    Purpose.LEAVE: "leaves the block",
+}
+
+
+class Place(NamedTuple):
+    """Where a worker stands when it meets the others; the same for all if nothing is wrong.
+
+    Args:
+        rounds, steps: how many it has ended.
+        fragment: which it averages.
+        local_steps: of the present round.
+        by_gradient: whether the round averages the gradient.
+        lr: its learning rate, if something reads it.
+    """
+
+    rounds: int
+    steps: int
+    fragment: int = 0
+    local_steps: int = 0
+    by_gradient: bool = False
+    lr: float = 0.0
+
+
+class _Row(NamedTuple):
+    """What one worker tells."""
+
+    count: float
+    mistake: float
+    purpose: float
+    rounds: float
+    steps: float
+    fragment: float
+    local_steps: float
+    by_gradient: float
+    lr: float
+    updates: float
+    examples: float
+    missed: float
+    digest: float
+
+
+class Meetings:
+    """The meetings of one worker with the others.
+
+    Attributes:
+        applied: what the updates consumed so far, if ``AdaptiveBatch`` counts it.
+        num_missed: steps so far whose ``optimizer.step()`` was forgotten, as far as ``AdaptiveBatch`` has seen it.
+
+    Args:
+        optimizer: of this worker.
+        exchange: with the other workers.
+        workers: the ranks that average with each other.
+        everyone: all ranks of all workers.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, exchange: Exchange, *, workers: Collectives, everyone: Collectives
+    ) -> None:
+        self.applied = Progress()
+        self.num_missed = 0
+        self.local_steps = LocalSteps(optimizer)
+        self.place = Place(0, 0)  # for the message of a failed exchange
+        self._exchange = exchange
+        self._workers = workers
+        self._everyone = everyone
+        self._mistake: str | None = None
+
+    # --- mistakes of this worker ------------------------------------------------------------------------------------
+
+    def note(self, mistake: str) -> None:
+        """Keeps a mistake of this worker, which is raised on all workers when they meet. The first one counts.
+
+        Raises:
+            RuntimeError: at once, if there are no others.
+        """
+        if self._workers.size == 1:
+            raise RuntimeError(mistake)
+        self._mistake = self._mistake or mistake
+
+    def check_noted(self) -> None:
+        """Raises the mistake of this worker, if there is one, before its state is saved.
+
+        Raises:
+            RuntimeError: see there.
+        """
+        if self._mistake is not None:
+            raise RuntimeError(self._mistake)
+
+    # --- in an exchange of their own --------------------------------------------------------------------------------
+
+    def begin(self, place: Place) -> None:
+        """All ranks of all workers are about to begin a round.
+
+        Raises:
+            ValueError: on all of them, if they begin different ones.
+            RuntimeError: on all of them, if they have made different steps since they met.
+        """
+        if self._everyone.size > 1:
+            row = self._row(0.0, Purpose.BEGIN, place, self.local_steps.digest_with_present())
+            with self.reporting(place):
+                rows = self._everyone.gather_of(*row)
+            self._check([_Row(*each) for each in rows], self._everyone)
+
+    def leave(self, place: Place) -> None:
+        """This worker leaves the block.
+
+        Raises:
+            RuntimeError: as in ``begin``.
+        """
+        self.told(self.tell(0.0, place, Purpose.LEAVE))
+
+    def tell(self, count: float, place: Place, purpose: Purpose = Purpose.AVERAGE) -> Started:
+        """Starts to tell the other workers where this one stands.
+
+        Args:
+            count: its weight in the average.
+            place: see there.
+            purpose: what it comes for.
+        """
+        with self.reporting(place):
+            return self._exchange.tell(*self._row(count, purpose, place, self.local_steps.digest()))
+
+    def told(self, started: Started) -> list[float]:
+        """Waits for what the workers tell, and returns their weights.
+
+        Raises:
+            RuntimeError: on all of them, if they come for different things or from different steps, if they have made
+                different steps, or if one has made a mistake.
+        """
+        with self.reporting(self.place):
+            rows = [_Row(*row) for row in self._exchange.told(started)]
+        self._check(rows, self._workers)
+        return [row.count for row in rows]
+
+    # --- on the gradient --------------------------------------------------------------------------------------------
+
+    def bits(self, place: Place) -> list[float]:
+        """What rides on a gradient that is averaged: this worker's digest, as numbers that any data type holds."""
+        self.place = place
+        counts = self.applied.steps, self.applied.examples, self.num_missed
+        digest = _digest_of([self.local_steps.digest_with_present(), *counts])
+        ones = [float(digest >> place & 1) for place in range(_BITS)]
+        # Of each bit its opposite, too: only if all agree, one of the two is zero in the sum, whatever is rounded.
+        return [*ones, *(1 - one for one in ones), float(self._mistake is not None)]
+
+    def check_bits(self, means: Sequence[float]) -> None:
+        """Checks the means of the bits of all workers.
+
+        Raises:
+            RuntimeError: on all of them, if they differ, or if one has made a mistake.
+        """
+        ones, zeros, mistake = means[:_BITS], means[_BITS:-1], means[-1]
+        if mistake:
+            raise_first(self._mistake, self._workers)
+        if any(one and zero for one, zero in zip(ones, zeros, strict=True)):
+            self._raise_difference(self._workers, present=True)
+
+    # --- errors -----------------------------------------------------------------------------------------------------
+
+    def _row(self, count: float, purpose: Purpose, place: Place, digest: int) -> _Row:
+        self.place = place
+        counts = self.applied.steps, self.applied.examples, self.num_missed
+        return _Row(count, *map(float, (self._mistake is not None, purpose, *place, *counts, digest)))
+
+    def _check(self, rows: Sequence[_Row], ranks: Collectives) -> None:
+        first = rows[0]
+        if any(row.mistake for row in rows):
+            raise_first(self._mistake, ranks)
+        if any(row.purpose != first.purpose for row in rows):
+            doing = "; ".join(
+                f"worker {index} {_DOES[Purpose(int(row.purpose))]} after {row.steps:.0f} steps"
+                for index, row in enumerate(rows)
+            )
+            raise RuntimeError(f"the workers do not do the same: {doing}. {_ALL_MUST}")
+        if any((row.rounds, row.steps, row.fragment) != (first.rounds, first.steps, first.fragment) for row in rows):
+            places = "; ".join(f"worker {index}: {row.steps:.0f}" for index, row in enumerate(rows))
+            raise RuntimeError(f"workers came to the average after different numbers of steps ({places}): {_ALL_MUST}")
+        if any(row[6:9] != first[6:9] for row in rows):
+            rounds = "; ".join(
+                f"worker {index}: {row.local_steps:.0f} steps at {row.lr:.6g}" for index, row in enumerate(rows)
+            )
+            must = "their learning rates must be the same at every step"
+            if first.purpose == Purpose.BEGIN:
+                raise ValueError(f"the workers begin different rounds ({rounds}): {must}")
+            raise RuntimeError(f"the workers are in rounds of different lengths or learning rates ({rounds}): {must}")
+        if any(row[9:] != first[9:] for row in rows):
+            self._raise_difference(ranks, present=first.purpose == Purpose.BEGIN)
+
+    def _raise_difference(self, ranks: Collectives, *, present: bool) -> NoReturn:
+        mine = {
+            "the number of applied updates": repr(self.applied.steps),
+            "their number of examples": repr(self.applied.examples),
+            "the number of steps without optimizer.step()": repr(self.num_missed),
+            **self.local_steps.texts(present=present),
+        }
+        held = [json.loads(sent) for sent in ranks.gather_bytes(json.dumps(mine).encode())]
+        told = differences(held, "worker") or (
+            "in a step since they met, settings of their optimizers differed, which are the same again now"
+        )
+        raise RuntimeError(
+            f"the workers have not made the same steps (after step {self.place.steps}): {told}. Look for what only "
+            f"some of them do: step a scheduler (such as ReduceLROnPlateau on a loss of their own), call leave_out(), "
+            f"or leave optimizer.step() out"
+        )
+
+    @contextmanager
+    def reporting(self, place: Place) -> Iterator[None]:
+        """Explains the error of a failed exchange."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"local SGD could not finish round {place.rounds + 1} (step {place.steps}): a worker ended, which "
+                f"its own output explains, or the network failed; start all again from the last checkpoint ({error})"
+            ) from error
+
+
+_ALL_MUST = "all must call optimizer.step() equally often (a GradScaler leaves calls out)"
+
+
+def _digest(numbers: dict[tuple[int, str], list[float]], before: int) -> int:
+    flat = array("d", (number for each in numbers.values() for number in each))
+    return zlib.crc32(flat.tobytes(), before)
+
+
+def _digest_of(numbers: Sequence[int]) -> int:
+    return zlib.crc32(array("d", numbers).tobytes())

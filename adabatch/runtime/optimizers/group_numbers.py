@@ -1,0 +1,55 @@
+"""The numbers in the groups of an optimizer that decide about its updates, as far as they are on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adabatch.runtime.optimizers.joined import each_of
+from adabatch.runtime.optimizers.step_hooks import host_value
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """Numbers on the host; other values, such as a rate on an accelerator, are not read."""
+    kind = type(value)
+    if kind is float or kind is int or kind is bool:
+        yield float(value)
+    elif kind is tuple or kind is list:
+        for each in value:
+            yield from numbers_in(each)
+    elif isinstance(value, Tensor) and value.numel() == 1:
+        yield host_value(value)
+
+
+def numbers_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], list[float]]:
+    """The numbers of all settings, by the index of the group and the setting's name."""
+    found = {}
+    for index, group in enumerate(groups):
+        for name, value in group.items():
+            numbers = [] if name == "params" else list(numbers_in(value))
+            if numbers:
+                found[index, name] = numbers
+    return found
+
+
+def settings_of(optimizer: Optimizer) -> Mapping[str, str]:
+    """The settings of an optimizer, or of several, that are numbers; as texts by name, for errors."""
+    found = {}
+    for number, one in enumerate(each_of(optimizer)):
+        for (index, key), numbers in numbers_of(one.param_groups).items():
+            found[name_of(number, index, key)] = text_of(numbers)
+    return found
+
+
+def name_of(optimizer: int, group: int, key: str) -> str:
+    """What an error calls a setting of a group of one of several optimizers."""
+    which = "optimizer" if optimizer == 0 else f"optimizer {optimizer + 1}"
+    return f"{key} of {which} group {group}"
+
+
+def text_of(numbers: list[float]) -> str:
+    """The numbers of a setting, as an error shows them."""
+    return repr(numbers[0] if len(numbers) == 1 else numbers)
