@@ -397,8 +397,8 @@ class Step:
             self._run_backward(zero)
         elif not self._runs_without(last=self._num_backward == len(self.portion.sizes) - 1):
             raise RuntimeError(
-                "a micro-batch that weighs nothing must still take part in the reduction of gradients, and no gradient "
-                "of zero could be sent through its forward: call the model that was given to AdaptiveBatch, and let "
+                "a micro-batch of weight 0 must still take part in the reduction of gradients, but no gradient of zero "
+                "could be sent through its forward: call the model that was given to AdaptiveBatch, and let "
                 "it return its predictions beside a loss that is not finite"
             )
         if self._probe is not None:
@@ -408,8 +408,8 @@ class Step:
         """The loop skipped a micro-batch of weight 0."""
         if not self._runs_without(last=last):
             raise RuntimeError(
-                "a micro-batch that weighs nothing was passed over, but the other ranks wait for its backward: run its "
-                "forward all the same, and call step.backward(loss), which does not read the loss"
+                "a micro-batch of weight 0 was skipped, but the other ranks wait for its backward: run its forward all "
+                "the same, and call step.backward(loss), which does not read the loss"
             )
         if self._probe is not None:
             self._probe.end_part(0.0, 0.0)

@@ -126,10 +126,9 @@ class PendingUpdates:
             self._running = False  # said once: the other loop may have been left by an error
             self.flush()
             raise RuntimeError(
-                f"another step was asked for while the update of step {update.number} is still to come, and it would "
-                f"be lost: call optimizer.step() before the next step, in loops over steps() inside each other too, or "
-                f"leave_out() of the AdaptiveBatch. (If the loop was left by an error, its update is forgotten now: "
-                f"run it again)"
+                f"another step was requested before the update of step {update.number}, which would be lost: call "
+                f"optimizer.step() before the next step (in nested loops over steps() too), or leave_out() of the "
+                f"AdaptiveBatch. (If an error ended the loop, its update is forgotten now: run the loop again)"
             )
 
     def _owed(self, update: _Update) -> bool:
@@ -313,8 +312,8 @@ class PendingUpdates:
             raise RuntimeError(
                 f"optimizer.step() of the {kind_of(self._optimizer)} was called while the step's micro-batches were "
                 f"being run: it belongs after `for batch in step`, once for each step, and so do zero_grad(), clipping "
-                f"and the scheduler's step(). (If the loop over steps() is over, broken off by an error, call "
-                f"remove() of the AdaptiveBatch first)"
+                f"and the scheduler's step(). (If an error ended the loop over steps(), call remove() of the "
+                f"AdaptiveBatch first)"
             )
         update = self._update or self._begun
         if update is None:

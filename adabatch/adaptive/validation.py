@@ -87,7 +87,9 @@ def check_loop(
     require_type(weigh is None or callable(weigh), "weigh must be a function of a micro-batch, or None", weigh)
     allow_same_data = conform("allow_same_data", allow_same_data, allowed_by(bool))
     if until is None and not collectives.fixed:
-        raise ValueError("replicas that join later count no passes: give steps(until=), in examples or steps")
+        raise ValueError(
+            "replicas that may join later cannot count passes over the data: give steps(until=), in examples or steps"
+        )
     if until is not None and not isinstance(until, Duration):
         raise TypeError(f"until must be a duration, such as adabatch.examples({shown(until)}), got {shown(until)}")
     try:

@@ -133,18 +133,28 @@ def state_at(job: Job, world: World, checkpoint: Path) -> BranchPoint:
         batches.remove()
 
 
-def run_branch(
-    job: Job, world: World, checkpoint: Path, size: int, *, examples: int, deadline: float | None, display: Display
-) -> Branch | None:
+class BranchStart(NamedTuple):
+    """What all branches of a measurement share.
+
+    Args:
+        checkpoint: where they begin.
+        examples: how many each trains on.
+        deadline: when to give up, in seconds of ``time.time``; None for never.
+    """
+
+    checkpoint: Path
+    examples: int
+    deadline: float | None
+
+
+def run_branch(job: Job, world: World, start: BranchStart, size: int, *, display: Display) -> Branch | None:
     """Trains a branch, with the learning rate's schedule held at its present value.
 
     Args:
         job: the run of the checkpoint.
         world: rank and world size of this process.
-        checkpoint: where the branch begins.
+        start: where the branch begins, and how long it is.
         size: global batch size.
-        examples: how many it trains on.
-        deadline: when to give up, in seconds of ``time.time``.
         display: shows progress.
 
     Returns:
@@ -159,7 +169,7 @@ def run_branch(
         limits=Limits(size, size),
         measure=replace(job.measure, monitor=True, late=False),
     )
-    parts = _loaded(fixed, world, checkpoint)
+    parts = _loaded(fixed, world, start.checkpoint)
     engine, batches = parts.engine, parts.batches
     if parts.schedule is not None:
         parts.schedule.give_way()  # its rates stay as they are now
@@ -167,11 +177,11 @@ def run_branch(
     sizes: list[int] = []
     lr, diverged, late = math.nan, False, False
     began = time.perf_counter()
-    start = batches.consumed.examples
-    shown_total = Duration(examples, "examples")
+    before = batches.consumed.examples
+    end = Duration(before + start.examples, "examples")
     try:
-        with display.progress(f"batch {size:,}", shown_total) as shown:
-            for step in batches.steps(parts.order, until=Duration(start + examples, "examples")):
+        with display.progress(f"batch {size:,}", Duration(start.examples, "examples")) as shown:
+            for step in batches.steps(parts.order, until=end):
                 for batch in step:
                     step.backward(parts.loss_of(batch))
                 # before the update: the factor belongs to the batch of this step
@@ -185,7 +195,7 @@ def run_branch(
                     break
                 losses.append(loss)
                 sizes.append(step.global_batch_size)
-                done = batches.consumed.examples - start
+                done = batches.consumed.examples - before
                 shown.update(
                     done,
                     examples=batches.consumed.examples,
@@ -195,7 +205,7 @@ def run_branch(
                     noise_scale=batches.noise_scale,
                 )
                 # a branch that has just reached its end counts as finished, however late it is
-                late = deadline is not None and done < examples and _any_late(batches, deadline)
+                late = start.deadline is not None and done < start.examples and _any_late(batches, start.deadline)
                 if late:
                     break
     except UpdatesLeftOut:

@@ -22,6 +22,7 @@ from adabatch.cli.branch import (
     LEAST_STEPS,
     Branch,
     BranchPoint,
+    BranchStart,
     CriticalOptions,
     branch_of,
     plain,
@@ -80,10 +81,9 @@ def measure(
         raise ValueError("judge=test needs test_data in the config")
     # wall-clock time, since the processes of _beside compare their own clock with it
     deadline = None if options.max_minutes is None else time.time() + 60 * options.max_minutes
-    ranks = workers_of(None, device=world.device)
     run = job.out or RUNS / LATEST
     where = options.branch_from or job.checkpoint.directory or run / CHECKPOINTS
-    found = newest_checkpoint(where, ranks)
+    found = newest_checkpoint(where, workers_of(None, device=world.device))
     if found is None:
         raise ValueError(
             f"there is no checkpoint in {where}: train first (adabatch train), give the run's folder by --out, or a "
@@ -93,6 +93,7 @@ def measure(
     smallest = options.smallest or state.batch
     sizes = _sizes(smallest, options.factors)
     examples = _examples(options.examples, job, sizes[-1])
+    start = BranchStart(found.path, examples, deadline)
     display.say(
         f"branches from {found.path}: {state.steps:,} steps, {state.examples:,} examples, batch {state.batch:,}; each "
         f"takes {examples:,} examples"
@@ -106,9 +107,13 @@ def measure(
     if branches:
         display.say(f"finished already: batch {', '.join(f'{size:,}' for size in branches)}")
     todo = [size for size in sizes if size not in branches]
-    new = _beside if options.processes > 1 else _in_turn
+    new = (
+        _beside(arguments, start, todo, options.processes, display)
+        if options.processes > 1
+        else _in_turn(make, world, start, todo, display)
+    )
     # Each is written as soon as it is finished, so that an interruption costs one branch at most.
-    for branch in new(make, world, found.path, todo, examples, deadline, options.processes, arguments, display):
+    for branch in new:
         branches[branch.size] = branch
         if world.rank == 0:
             _write(folder / _name(branch.size), {"settings": known, "branch": plain(branch)})
@@ -120,12 +125,24 @@ def measure(
         )
     if len(branches) < 2:
         return None
-    branches = dict(sorted(branches.items()))
-    half_life = options.half_life or examples / 8
+    return _finish(dict(sorted(branches.items())), start, state, options, folder, world, display)
+
+
+def _finish(
+    branches: Mapping[int, Branch],
+    start: BranchStart,
+    state: BranchPoint,
+    options: CriticalOptions,
+    folder: Path,
+    world: World,
+    display: Display,
+) -> CriticalBatch:
+    """Compares finished branches, and writes what was found into their folder."""
+    half_life = options.half_life or start.examples / 8
     outcome = critical_batch(_ends(branches, options, half_life), tolerance=options.tolerance)
     _tell(outcome, state, branches, options, display)
     if world.rank == 0:
-        _write(folder / RESULT, _record(outcome, state, branches, options, examples, half_life, found.path))
+        _write(folder / RESULT, _record(outcome, state, branches, options, start, half_life))
         draw_panels(
             lambda draw: _panels(draw, outcome, state, branches, half_life, options),
             folder / PICTURE,
@@ -161,34 +178,20 @@ def _examples(asked: int | None, job: Job, largest: int) -> int:
 
 
 def _in_turn(
-    make: Callable[[], Job],
-    world: World,
-    checkpoint: Path,
-    sizes: Sequence[int],
-    examples: int,
-    deadline: float | None,
-    _processes: int,
-    _arguments: Sequence[str],
-    display: Display,
+    make: Callable[[], Job], world: World, start: BranchStart, sizes: Sequence[int], display: Display
 ) -> Iterator[Branch]:
+    """The branches, one after another, each on all processes."""
     for size in sizes:
-        branch = run_branch(make(), world, checkpoint, size, examples=examples, deadline=deadline, display=display)
+        branch = run_branch(make(), world, start, size, display=display)
         if branch is None:
             return
         yield branch
 
 
 def _beside(
-    _make: Callable[[], Job],
-    _world: World,
-    checkpoint: Path,
-    sizes: Sequence[int],
-    examples: int,
-    deadline: float | None,
-    processes: int,
-    arguments: Sequence[str],
-    display: Display,
+    arguments: Sequence[str], start: BranchStart, sizes: Sequence[int], processes: int, display: Display
 ) -> Iterator[Branch]:
+    """The branches as they finish, several at a time, each on a process of its own."""
     if not sizes:
         return
     workers = min(processes, len(sizes))
@@ -197,9 +200,7 @@ def _beside(
     # not fork: torch's threads and a CUDA context do not survive it
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         # The command line rather than the job: models and data sets need not be ones that can be pickled.
-        futures = [
-            pool.submit(_alone, list(arguments), checkpoint, size, examples, deadline, threads) for size in sizes
-        ]
+        futures = [pool.submit(_alone, list(arguments), start, size, threads) for size in sizes]
         for number, future in enumerate(as_completed(futures), 1):
             branch = future.result()
             if branch is not None:
@@ -208,18 +209,15 @@ def _beside(
                 yield branch
 
 
-def _alone(
-    arguments: list[str], checkpoint: Path, size: int, examples: int, deadline: float | None, threads: int
-) -> Branch | None:
+def _alone(arguments: list[str], start: BranchStart, size: int, threads: int) -> Branch | None:
     """Runs a branch in its own process."""
     # it may have waited for a free process until now
-    if deadline is not None and time.time() > deadline:
+    if start.deadline is not None and time.time() > start.deadline:
         return None
     torch.set_num_threads(threads)
     world = World.from_environment()
     # nothing is shown on any rank but the first
-    silent = Display(rank=1)
-    return run_branch(job_of(arguments), world, checkpoint, size, examples=examples, deadline=deadline, display=silent)
+    return run_branch(job_of(arguments), world, start, size, display=Display(rank=1))
 
 
 def _ends(branches: Mapping[int, Branch], options: CriticalOptions, half_life: float) -> dict[int, float]:
@@ -281,9 +279,8 @@ def _record(
     state: BranchPoint,
     branches: Mapping[int, Branch],
     options: CriticalOptions,
-    examples: int,
+    start: BranchStart,
     half_life: float,
-    checkpoint: Path,
 ) -> dict[str, Any]:
     rows = [
         # the losses of all steps are in the branch's own file
@@ -293,9 +290,9 @@ def _record(
     for row in rows:
         row["steps"] = len(row.pop("batch_sizes"))
     return {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(start.checkpoint),
         "at": state._asdict(),
-        "options": {**settings_of(options), "examples": examples, "half_life": half_life},
+        "options": {**settings_of(options), "examples": start.examples, "half_life": half_life},
         "critical_batch": outcome.size,
         "is_lower_bound": outcome.is_bound,
         "crossing": outcome.crossing,

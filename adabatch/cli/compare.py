@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,16 +86,12 @@ def compare(
     def validated(size: int | None) -> Job:
         return split(variant(size))[1]
 
-    found: dict[str, Tuned] = {}
-    for label, size, _ in variants if tune else ():
-        trials = folder / "tune" / label.replace(" ", "_")
-        best = tuned(
-            partial(validated, size), world, trials, label=label, settings=json_values(settings), display=display
-        )
-        if best is None:
-            display.say(f"{label} was stopped by a signal while it was tuned; the same command continues")
-            return None
-        found[label] = best
+    found: dict[str, Tuned] | None = {}
+    if tune:
+        trials = {label: partial(validated, size) for label, size, _ in variants}
+        found = _tune(trials, world, folder / "tune", settings=settings, display=display)
+    if found is None:
+        return None
     results = []
     for label, size, out in variants:
         job = variant(size)
@@ -107,18 +103,38 @@ def compare(
         if results[-1].preempted:
             display.say(f"{label} was stopped by a signal")
             return None
-    header: tuple[str, ...] = HEADER
-    rows = [row(result) for result in results]
-    if tune:
-        header = (*HEADER, "LR x")
-        rows = [(*cells, f"{2.0**best.exponent:g}") for cells, best in zip(rows, found.values(), strict=True)]
-    display.table(f"At equal {job.total.unit.replace('_', '-')}", header, rows)
+    display.table(f"At equal {job.total.unit.replace('_', '-')}", *_table(results, found))
     _say_tuning(found, display)
     if world.rank == 0:
         _write(results, found, folder)
         picture({result.label: result.journal for result in results}, folder / "picture.png", display=display)
     display.say(f"journal, checkpoints and table: {folder}")
     return results
+
+
+def _tune(
+    trials: Mapping[str, Callable[[], Job]], world: World, folder: Path, *, settings: Any, display: Display
+) -> dict[str, Tuned] | None:
+    """The learning rate of each run, by its label; None if a signal ended the search."""
+    found: dict[str, Tuned] = {}
+    for label, make in trials.items():
+        out = folder / label.replace(" ", "_")
+        best = tuned(make, world, out, label=label, settings=json_values(settings), display=display)
+        if best is None:
+            display.say(f"{label} was stopped by a signal while it was tuned; the same command continues")
+            return None
+        found[label] = best
+    return found
+
+
+def _table(results: Sequence[Result], found: Mapping[str, Tuned]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows; with a column for the learning rates, if they were tuned."""
+    rows = [row(result) for result in results]
+    if not found:
+        return HEADER, rows
+    return (*HEADER, "LR x"), [
+        (*cells, f"{2.0**best.exponent:g}") for cells, best in zip(rows, found.values(), strict=True)
+    ]
 
 
 def _say_tuning(found: Mapping[str, Tuned], display: Display) -> None:

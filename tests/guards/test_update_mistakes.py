@@ -53,7 +53,7 @@ class Loop:
 # --- a schedule that is not stepped ----------------------------------------------------------------------------------
 
 NOT_STEPPED = (
-    r"the learning rate is 0\.1, as ProgressLR has set it 1 update\(s\) ago, and is to be 0\.09 now: "
+    r"the learning rate is still 0\.1, which ProgressLR set 1 update\(s\) ago, and should be 0\.09 by now: "
     r"call step\(\) of the ProgressLR after each optimizer\.step\(\), not once per epoch"
 )
 
@@ -128,7 +128,7 @@ def test_a_torch_scheduler_beside_the_schedule(rate: Any) -> None:
 
     with pytest.raises(
         RuntimeError,
-        match=r"of parameter group 0 is 0\.045, and ProgressLR has set it to 0\.09: something else changes it too, "
+        match=r"of parameter group 0 is 0\.045, but ProgressLR has set it to 0\.09: something else changes it too, "
         r"such as a torch scheduler on the same optimizer",
     ):
         loop.run(3, after=both)
@@ -156,7 +156,7 @@ def test_a_rate_that_the_loop_writes_itself_beside_one_schedule_per_optimizer() 
     run(2)
     schedules[1].set_base_lrs([0.02])
     run(4)
-    with pytest.raises(RuntimeError, match=r"group 0 is 0\.5, and ProgressLR has set it to 0\.01: .* set_base_lrs\(\)"):
+    with pytest.raises(RuntimeError, match=r"group 0 is 0\.5, but ProgressLR has set it to 0\.01: .* set_base_lrs\(\)"):
         run(6, written=0.5)
 
 
@@ -370,7 +370,9 @@ def test_an_update_that_every_other_step_lacks_is_said_at_the_second() -> None:
 
 def test_steps_inside_a_step_do_not_lose_its_update() -> None:
     loop = Loop()
-    with pytest.raises(RuntimeError, match=r"another step was asked for while the update of step 0 is still to come"):
+    with pytest.raises(
+        RuntimeError, match=r"another step was requested before the update of step 0, which would be lost"
+    ):
         loop.run(2, update=lambda: loop.run(1))
     assert loop.run(1) == 1  # the loop was left by an error, and goes on
     # Two loaders that are taken in turn are no mistake.

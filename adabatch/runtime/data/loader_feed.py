@@ -114,9 +114,9 @@ class LoaderFeed:
                     glances.append(glance(batch))
             if looks and [glance(batch) for batch in batches] != glances:
                 raise ValueError(
-                    f"the loader changed a micro-batch after it gave it, as one does that fills the same memory again: "
-                    f"all {len(batches)} micro-batches of a step are fetched before it begins. Let the loader give "
-                    f"copies (tensor.clone()), or as many buffers as a step may hold micro-batches"
+                    f"the loader changed a micro-batch after it yielded it, probably because it fills the same buffer "
+                    f"again: all {len(batches)} micro-batches of a step are fetched before it begins. Yield copies "
+                    f"(tensor.clone()), or use as many buffers as a step may hold micro-batches"
                 )
             self._most = max(self._most, len(batches))
             return batches, sizes, None
@@ -167,8 +167,8 @@ class LoaderFeed:
             raise ValueError("the loader gave a micro-batch without examples on at least one rank")
         if num_examples > plan.global_batch_size:
             raise ValueError(
-                f"a step of {num_examples:.0f} examples came where {plan.global_batch_size} were planned: give all "
-                f"ranks the same micro_batch_size"
+                f"a step holds {num_examples:.0f} examples, but {plan.global_batch_size} were planned: give all ranks "
+                f"the same micro_batch_size"
             )
 
     def _why_empty(self) -> str:

@@ -126,14 +126,14 @@ class JoinedOptimizers(Optimizer):
         saved = state_dict.get("optimizers", mine)
         if list(saved) != mine:
             raise ValueError(
-                f"the state was saved of {', '.join(saved)}, and these are {', '.join(mine)}: give the same optimizers "
-                f"in the same order"
+                f"the state is that of {', '.join(saved)}, but the optimizers are {', '.join(mine)}: give the same "
+                f"optimizers in the same order"
             )
         groups = list(state_dict["param_groups"])
         sizes = [len(group["params"]) for group in groups]
         if sizes != [len(group["params"]) for group in self.param_groups]:
             raise ValueError(
-                f"the state was saved of groups of {sizes} parameters, these are of "
+                f"the state has groups of {sizes} parameters, the optimizers have groups of "
                 f"{[len(group['params']) for group in self.param_groups]}: build the optimizers as the saving run did"
             )
         start = 0

@@ -275,8 +275,8 @@ class ProgressLR(LRScheduler):
         # With a tolerance: what is due is computed here, and the rate in the group may have been rounded to float32.
         if any(abs(rate - now) > 1e-6 * abs(now) for rate, now in zip(rates, due, strict=True)):
             raise RuntimeError(
-                f"the learning rate is {rates[0]:g}, as ProgressLR has set it {behind} update(s) ago, and is to be "
-                f"{due[0]:g} now: call step() of the ProgressLR after each optimizer.step(), not once per epoch"
+                f"the learning rate is still {rates[0]:g}, which ProgressLR set {behind} update(s) ago, and should be "
+                f"{due[0]:g} by now: call step() of the ProgressLR after each optimizer.step(), not once per epoch"
             )
 
     def _check_unchanged(self) -> list[float]:
@@ -289,7 +289,7 @@ class ProgressLR(LRScheduler):
             # read.
             if rate != written and not math.isnan(rate) and not math.isnan(written):
                 raise RuntimeError(
-                    f"the learning rate of parameter group {number} is {rate:g}, and ProgressLR has set it to "
+                    f"the learning rate of parameter group {number} is {rate:g}, but ProgressLR has set it to "
                     f"{written:g}: something else changes it too, such as a torch scheduler on the same optimizer, a "
                     f"framework, a line of the loop, or load_state_dict() of the optimizer after that of the schedule. "
                     f"Leave that out, or ProgressLR; set_base_lrs() of ProgressLR changes the rate during a run"

@@ -239,7 +239,9 @@ class Refills:
 
 @pytest.mark.parametrize("unwatched", [False, True])
 def test_a_loader_that_fills_memory_again_is_told_so(unwatched: bool) -> None:
-    with pytest.raises(ValueError, match=r"the loader changed a micro-batch after it gave it.* \(tensor\.clone\(\)\)"):
+    with pytest.raises(
+        ValueError, match=r"the loader changed a micro-batch after it yielded it.* \(tensor\.clone\(\)\)"
+    ):
         loader_feed(Refills(1, unwatched=unwatched)).take(plan_of(2, 3))
     feed = loader_feed(Refills(2, unwatched=unwatched))
     for _ in range(2):  # enough buffers until the step holds more

@@ -218,10 +218,10 @@ def test_a_state_goes_to_whom_it_was_saved_of() -> None:
         for a, b in zip(mine.state.values(), theirs.state.values(), strict=True):
             assert a.keys() == b.keys()
             assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
-    with pytest.raises(ValueError, match=r"the state was saved of \w+, AdamW, and these are AdamW, \w+"):
+    with pytest.raises(ValueError, match=r"the state is that of \w+, AdamW, but the optimizers are AdamW, \w+"):
         JoinedOptimizers(pair(network())[::-1]).load_state_dict(saved)
     first, *others = network().parameters()
-    with pytest.raises(ValueError, match=r"groups of \[2, 2\] parameters, these are of \[1, 3\]"):
+    with pytest.raises(ValueError, match=r"groups of \[2, 2\] parameters, the optimizers have groups of \[1, 3\]"):
         JoinedOptimizers([Muon([first], lr=0.1), AdamW(others)]).load_state_dict(saved)
     again = copy.deepcopy(joined)
     assert [type(one) for one in again.each] == [type(one) for one in joined.each]
