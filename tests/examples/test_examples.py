@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from support.deepspeed_engines import WITHOUT_MLFLOW
 from support.hosts import rank_variables
 from support.launched import run_whole
 from support.ports import free_port
@@ -61,7 +60,6 @@ def in_forks(path: Path, size: int, folder: Path) -> str:
 def script(rank: int, path: Path, size: int, port: int) -> str:
     """What the script prints on this rank."""
     warnings.simplefilter("ignore")
-    sys.path.insert(0, str(WITHOUT_MLFLOW))  # Accelerate imports DeepSpeed
     if size > 1:
         rank_variables(rank, size, port)
     with contextlib.redirect_stdout(io.StringIO()) as said:
