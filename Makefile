@@ -17,8 +17,9 @@ INSTALLED_ALL := .venv/.installed-all
 INSTALLED_DOCS := .venv/.installed-docs
 # Python compiles what is imported, once; to compile all that is installed takes another minute.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
-# Test files run side by side, one after the other in each of so many workers.
-WORKERS ?= 2
+# Test files run side by side, one after the other in each of so many workers. One more than two cores have work for:
+# processes of the tests wait for each other, and for times that are up.
+WORKERS ?= 3
 # Names of benchmarks to run, without .py; where it is empty, all that need no GPU.
 STUDY ?=
 ON_A_GPU := benchmarks/gpu_checks.py benchmarks/probes_gpu.py
@@ -38,7 +39,8 @@ FAST := tests/batch tests/lr tests/docs tests/test_architecture.py tests/adaptiv
 quickstart: $(INSTALLED)
 	$(BIN)/torchrun --standalone --nproc-per-node=2 -m adabatch compare --config configs/quickstart.yaml
 
-# Whichever environment is there will do.
+# Nothing waits there. Whichever environment exists will do.
+fast: WORKERS = 2
 fast: $(if $(wildcard $(INSTALLED_ALL)),$(INSTALLED_ALL),$(INSTALLED_DEV))
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal -m "not distributed and not slow" \
 		--hypothesis-profile=fast $(FAST) $(PYTEST_OPTIONS)

@@ -30,6 +30,7 @@ trainer = AdaptiveSFTTrainer(
         report_to=[],
         save_strategy="no",
         bf16=False,
+        gradient_checkpointing=False,
     ),
     train_dataset=Dataset.from_dict({"input_ids": tokens.tolist()}),
     processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="0"),

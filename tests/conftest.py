@@ -15,6 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+import torch._dynamo  # the first optimizer imports it, thus before what is kept from the search for garbage
 import torch.distributed as dist
 
 # "repeatable", which is loaded: the same examples on every machine, and no time limit on a busy one, so that a red test

@@ -213,6 +213,7 @@ class Everything:
         return saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grows_micro_batch", [False, True], ids=["accumulation", "micro-batch"])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, grows_micro_batch: bool) -> None:
     whole = Everything(tmp_path / "whole.jsonl", grows_micro_batch=grows_micro_batch)

@@ -58,6 +58,7 @@ def test_averages_are_unbiased_within_two_percent(num_parts: int, d: int) -> Non
     assert plain / (40 * 40) == pytest.approx([noise, 1], rel=0.2), "and the plain mean is the right one"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("d", "num_parts", "ratio", "probes"), [(10, 8, 1.0, 20), (10, 2, 1.0, 40), (100, 4, 0.25, 20), (30, 8, 4.0, 100)]
 )
@@ -222,6 +223,7 @@ def test_one_spiked_micro_batch_of_twenty_leaves_the_batch(times: float, d: int)
         assert max(found[80:]) <= 1.5 * found[79]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["part", "shared"])
 def test_spikes_at_the_rate_of_logs_leave_the_batch(which: str) -> None:
     """0.2 % of steps have three times their norm, 0.03 % five times; 6,000 steps, the batch read at any of them."""

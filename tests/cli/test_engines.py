@@ -69,7 +69,7 @@ def job(name: str, out: Path, *, stops_after: int | None = None) -> Job:
         max_micro_batch_size=64,
         limits=Limits(min=16, max=128),
         lr_rule="sqrt",
-        total=examples(1600),
+        total=examples(1000),
         engine=engine,  # type: ignore[arg-type]
         engine_config=config if engine == "deepspeed" else None,
         out=out,

@@ -13,12 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.ladder import BY_MICRO_BATCH, JUMP, WINDOWS, check_same, climb_with, growths
-from support.loops import network
+from support.loops import network, regression, train, weights
 from support.mpi import Mpi, mpich, openmpi, run_mpi, start_mpi
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD
 
+from adabatch import AdaptiveBatch, GlobalOrder, Limits, LocalSGD, NormTest, steps
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.launch.world import World, connected
+from adabatch.runtime.local_sgd import Nesterov
 
 pytestmark = pytest.mark.distributed
 
@@ -103,15 +106,53 @@ def test_mpi_takes_the_run_that_gloo_and_one_process_take(name: str, scratch: Pa
     assert growths(alone) >= 5
 
 
-def collectives() -> dict[str, Any]:
+def one_way(world: World, backend: str) -> dict[str, Any]:
+    """Local SGD with all that is exchanged: gradients, changes in int8, what the optimizer remembers."""
+    with connected(replace(world, backend=backend), device=CPU, timeout=timedelta(seconds=60)):
+        model = network()
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        options: dict[str, Any] = {"outer": Nesterov(), "compression": "int8", "average_state": True}
+        sizes: list[int] = []
+        with LocalSGD(model, optimizer, sync_every=4, warmup=steps(4), **options) as local:
+            batches = AdaptiveBatch(
+                model, optimizer, NormTest(eta=0.6), micro_batch_size=2, max_micro_batch_size=32,
+                limits=Limits(min=12, max=96), local_sgd=local,
+            )  # fmt: skip
+            order = GlobalOrder(regression(512))
+            train(
+                batches, model, optimizer, order, each=lambda step: sizes.append(step.global_batch_size),
+                until=steps(40),
+            )  # fmt: skip
+    return {"weights": weights(model).tolist(), "sizes": sizes, "bytes": local.bytes_sent}
+
+
+def on_three_ranks() -> dict[str, Any]:
     world = World.from_environment()
     with connected(replace(world, backend="mpi4py"), device=CPU, timeout=timedelta(seconds=60)):
-        return numbers(world.rank)
+        found = {"collectives": numbers(world.rank)}
+    return found | {backend: one_way(world, backend) for backend in ("gloo", "mpi4py")}
 
 
-def test_collectives_over_mpi() -> None:
-    for rank, found in enumerate(run_mpi(mpich(), 3, collectives)):
-        check(found, rank)
+@pytest.fixture(scope="module")
+def three() -> list[dict[str, Any]]:
+    """What each of three ranks found."""
+    return run_mpi(mpich(), 3, on_three_ranks)
+
+
+def test_collectives_over_mpi(three: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(three):
+        check(found["collectives"], rank)
+
+
+def test_mpi_takes_the_rounds_of_local_sgd_that_gloo_takes(three: list[dict[str, Any]]) -> None:
+    """The same weights, batch sizes and bytes."""
+    for found in three:
+        gloo, mpi = found["gloo"], found["mpi4py"]
+        assert mpi["weights"] == three[0]["mpi4py"]["weights"]
+        assert mpi["weights"] == pytest.approx(gloo["weights"], abs=2e-3)  # a rounding may move a number of int8
+        assert mpi["sizes"] == gloo["sizes"]
+        assert mpi["sizes"][-1] > 12
+        assert mpi["bytes"] == gloo["bytes"] > 0
 
 
 def check(found: dict[str, Any], rank: int) -> None:

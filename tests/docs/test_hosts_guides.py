@@ -28,6 +28,7 @@ def fresh_state() -> Iterator[None]:
         GradientState._reset_state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "host"), PAGES.items())
 @pytest.mark.filterwarnings("ignore")  # the hosts warn of much that is no concern of ours
 def test_the_python_of_a_page_runs(page: str, host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
+from pathlib import Path
 
 import pytest
+from support.ranks import run_ranks
 
 from adabatch.integrations.versions import require
 
@@ -21,10 +23,14 @@ HOSTS = (
 )
 
 
-def test_import_adabatch_imports_no_host() -> None:
-    code = f"import sys, adabatch; print([name for name in {HOSTS} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def hosts_imported(rank: int) -> list[str]:
+    importlib.import_module("adabatch")
+    return [name for name in HOSTS if name in sys.modules]
+
+
+@pytest.mark.distributed
+def test_import_adabatch_imports_no_host(tmp_path: Path) -> None:
+    assert run_ranks(hosts_imported, 1, tmp_path, connect=False) == [[]]
 
 
 def test_a_host_that_is_missing_or_too_old() -> None:

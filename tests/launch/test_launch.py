@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.deepspeed_engines import WITHOUT_MLFLOW
 from support.launched import run_whole
 from support.loops import lines
 from support.mpi import mpich
 from support.ports import free_port
+from support.ranks import WITHOUT_MLFLOW
 from support.slurm import cluster
 
 pytestmark = pytest.mark.distributed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from support.ranks import run_ranks
 
 from adabatch.report import draw
 from adabatch.report.curves import Curves, moving_mean, read_curves
@@ -289,13 +290,17 @@ def test_draw_writes_a_png(tmp_path):
         draw({}, out)
 
 
-def test_pyplot_stays_out():
-    code = "import sys, adabatch.report; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def pyplot_imported(rank: int, folder: Path) -> bool:
+    draw(GROWING, folder / "run.png")
+    return "matplotlib.pyplot" in sys.modules
 
 
-def test_without_matplotlib_the_extra_is_named():
-    code = "import sys; sys.modules['matplotlib'] = None; import adabatch.report; adabatch.report.draw([], 'x.png')"
-    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert "ImportError: adabatch.report draws with matplotlib" in result.stderr
-    assert "adabatch[report]" in result.stderr
+@pytest.mark.distributed
+def test_pyplot_stays_out(tmp_path):
+    assert run_ranks(pyplot_imported, 1, tmp_path, tmp_path, connect=False) == [False]
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"adabatch\.report draws with matplotlib: .*adabatch\[report\]"):
+        draw([], "x.png")

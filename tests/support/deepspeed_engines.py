@@ -22,9 +22,7 @@ from support.hosts import rank_variables
 from support.launched import start, surroundings
 from support.loops import network
 from support.ports import free_port
-
-WITHOUT_MLFLOW = Path(__file__).parent / "hidden"
-"""Stands on the path of DeepSpeed's processes."""
+from support.ranks import WITHOUT_MLFLOW
 
 OPTIMIZERS = Callable[[Iterable[Any]], Optimizer]
 
@@ -48,7 +46,6 @@ def as_launched(function: Callable[..., Any], rank: int, size: int, port: int, *
 
     The fork has torch already, which takes the launcher, the one that it starts and each rank seconds to import.
     """
-    sys.path.insert(0, str(WITHOUT_MLFLOW))
     warnings.resetwarnings()
     warnings.simplefilter("ignore", FutureWarning)
     rank_variables(rank, size, port)

@@ -34,6 +34,8 @@ PRELOADED = [
     "pytest", "sklearn.datasets", "adabatch.report.picture",
 ]  # fmt: skip
 _PROCESSES.set_forkserver_preload(PRELOADED)
+WITHOUT_MLFLOW = Path(__file__).parent / "hidden"
+"""Stands on the path of ranks and of DeepSpeed's processes."""
 _GRACE_S = 3.0
 
 
@@ -121,6 +123,7 @@ def _rank_main(
     torch.set_num_threads(1)
     gc.freeze()  # what the fork server imported is not searched for garbage by each rank
     warnings.simplefilter("error")
+    sys.path.insert(0, str(WITHOUT_MLFLOW))
     with (place / f"{rank}.hang").open("w") as hang:
         faulthandler.register(signal.SIGUSR1, file=hang)
         try:
