@@ -102,19 +102,22 @@ class CoordinateCheck:
             named = ", ".join(f"{each.name} {self.own_slope(each):+.2f}" for each in self.failures)
             raise ValueError(f"own updates change with width by more than width^{self.tolerance:g}: {named}")
 
-    def __str__(self) -> str:
-        """A table of updates and slopes."""
-        header = ["parameter", *(f"own {width}" for width in self.widths), "slope", "total slope", ""]
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows: for each parameter its own update at each width, both slopes, and whether it passed."""
         rows = [
             [
                 each.name,
                 *(f"{value:.3g}" for value in each.own),
                 f"{self.own_slope(each):+.2f}",
                 f"{self.total_slope(each):+.2f}",
-                "FAILED" if each in self.failures else "",
+                "FAILED" if each in self.failures else "passed",
             ]
             for each in self.coordinates
         ]
+        return ["parameter", *map(str, self.widths), "slope", "slope of total", "result"], rows
+
+    def __str__(self) -> str:
+        header, rows = self.table()
         return aligned([header, *rows])
 
 
