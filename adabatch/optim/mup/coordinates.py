@@ -165,6 +165,7 @@ def coordinate_check(
     require(0 < tolerance < math.inf, "tolerance must be positive and finite", tolerance)
     trial = Trial(make, optimizer, loss, base, parameterization, observe, device)
     measured = [[_measure(trial, width, seed, data(seed), steps) for seed in seeds] for width in widths]
+    # of all widths alike, since the plan has compared the architectures
     names = list(measured[0][0])
     coordinates = [
         Coordinate(
@@ -204,8 +205,10 @@ class _OutputChange(NamedTuple):
 def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> dict[str, _OutputChange]:
     """How much every parameter of one model changes the outputs of its layer."""
     model, optimizers = trial.start(width, seed)
+    # a container has no outputs that its own parameters make
     layers = {name: module for name, module in named_modules(model) if module._parameters}
     inputs = batch[0].to(trial.device)
+    # copies, since optimizers write in place
     old = {
         name: {key: p.clone() for key, p in module._parameters.items() if p is not None}
         for name, module in layers.items()
