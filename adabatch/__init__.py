@@ -6,17 +6,13 @@ What everyday code uses is here; the rest is one module down: ``adabatch.batch``
 
 from adabatch import batch, data, local_sgd, lr, probes
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.adaptive.monitoring import NoiseMonitor, monitor
+from adabatch.adaptive.monitoring import monitor
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
 from adabatch.adaptive.pairs import AdAdaGrad, AdAdaGradNorm
 from adabatch.batch.control import Control, Limits
 from adabatch.batch.criteria import (
-    AugmentedInnerProductTest,
-    CoordinateNormTest,
-    InnerProductTest,
     NoiseScale,
     NormTest,
-    OrthogonalityTest,
     StepPrice,
 )
 from adabatch.batch.goodput import Goodput
@@ -38,25 +34,20 @@ __all__ = [
     "AdAdaGrad",
     "AdAdaGradNorm",
     "AdaptiveBatch",
-    "AugmentedInnerProductTest",
     "Checkpoints",
     "Constant",
     "Control",
-    "CoordinateNormTest",
     "EngineOptions",
     "GlobalOrder",
     "Goodput",
     "Guard",
-    "InnerProductTest",
     "Limits",
     "LinearRamp",
     "LocalSGD",
     "Measure",
     "MicroBatchProbe",
-    "NoiseMonitor",
     "NoiseScale",
     "NormTest",
-    "OrthogonalityTest",
     "PerExampleProbe",
     "Preemption",
     "ProgressLR",

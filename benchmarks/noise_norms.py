@@ -22,8 +22,8 @@ from _harness import Machine, Table, interleave, publish
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adabatch import CoordinateNormTest, MicroBatchProbe, NormTest, PerExampleProbe
-from adabatch.batch import GradientMoments, Observation, Progress
+from adabatch import MicroBatchProbe, NormTest, PerExampleProbe
+from adabatch.batch import CoordinateNormTest, GradientMoments, Observation, Progress
 from adabatch.recipes import DigitsCNN
 from adabatch.recipes.digits import Digits
 from adabatch.runtime.probes.metrics import norm_of

@@ -71,7 +71,7 @@ FAMILIES: dict[str, dict[str, Contender]] = {
         "by hand": Contender(ddp),
         "adam": Contender(ddp, lambda model: {"criterion": adabatch.NoiseScale(norm="adam")}),
         "sign": Contender(ddp, lambda model: {"criterion": adabatch.NoiseScale(norm="sign")}),
-        "quantile": Contender(ddp, lambda model: {"criterion": adabatch.CoordinateNormTest(0.5, quantile=0.9)}),
+        "quantile": Contender(ddp, lambda model: {"criterion": adabatch.batch.CoordinateNormTest(0.5, quantile=0.9)}),
         "layers": Contender(ddp, lambda model: {"per_layer": "module"}),
     },
     "FSDP2, in other norms": {
@@ -79,7 +79,7 @@ FAMILIES: dict[str, dict[str, Contender]] = {
         "adam": Contender(fsdp, lambda model: {"criterion": adabatch.NoiseScale(norm="adam")}, last=False),
         "sign": Contender(fsdp, lambda model: {"criterion": adabatch.NoiseScale(norm="sign")}, last=False),
         "quantile": Contender(
-            fsdp, lambda model: {"criterion": adabatch.CoordinateNormTest(0.5, quantile=0.9)}, last=False
+            fsdp, lambda model: {"criterion": adabatch.batch.CoordinateNormTest(0.5, quantile=0.9)}, last=False
         ),
         "layers": Contender(fsdp, lambda model: {"per_layer": "module"}, last=False),
     },

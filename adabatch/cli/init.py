@@ -164,6 +164,7 @@ def look(file: Path, *, model: str | None = None, data: str | None = None, loss:
     splits = "split" in inspect.signature(examples_of).parameters
     for each in filter(None, (chosen, examples_of, own)):
         _check_arguments(each, file, but={"split"} if each is examples_of else set())
+    # made here and not only in the check, because the limits follow its length
     made = examples_of(split="train") if splits else examples_of()
     if not hasattr(made, "__len__"):
         raise ValueError(f"{examples_of.__name__} in {file} has no length: give it __len__ and __getitem__")
@@ -188,6 +189,7 @@ def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, op
         raise ValueError(f"{found.data} has {found.num_examples} examples: 32 are the least for a batch that can grow")
     # at least eight steps per pass, even at the largest batch
     most = min(1024, 2 ** int(math.log2(found.num_examples / 8)))
+    # two of them fit into the largest batch, whatever the size of the data set
     micro = min(8, most // 2)
     arguments = "\n  init_args: {split: %s}"
     test = (

@@ -276,6 +276,7 @@ def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
         ValueError: if settings do not fit together.
     """
     device = world.device
+    # first, since optimizers are made from the parameters that they will update
     model = job.model.to(device)
     engine = engine_of(
         job.engine,
@@ -287,6 +288,7 @@ def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
         micro_batch_size=job.micro_batch_size,
         averages=job.local_sgd is None,
     )
+    # before the batches, which are told of it; it gives all workers the weights of the first
     local = None if job.local_sgd is None else job.local_sgd(model, engine.optimizer)
 
     def loss_of(batch: tuple[Tensor, Tensor], *, counts: bool = True) -> Tensor:

@@ -59,6 +59,7 @@ def search(loss: Callable[[int], float], *, furthest: int = FURTHEST) -> Tuned:
         value = loss(exponent)
         losses[exponent] = value if math.isfinite(value) else math.inf
 
+    # the fewest among which one can lie between two others
     for exponent in (0, -1, 1):
         tried(exponent)
     while True:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from adabatch.arguments import shown
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.optimizers.joined import each_of
-from adabatch.runtime.wrappers.fsdp2 import own_piece
+from adabatch.runtime.wrappers.fsdp2 import own_values
 
 SkipNonfinite = bool | Literal["probed"]
 """In which steps an update whose loss or gradient is not finite is left out: all, none, or those with a probe."""
@@ -68,8 +68,6 @@ def nonfinite_in(optimizer: Optimizer) -> FindNonfinite:
 def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.grad is not None:
-                piece, _ = own_piece(parameter.grad)
-                piece = piece.coalesce().values() if piece.is_sparse else piece
-                if piece.numel():  # a rank may hold no element of a short parameter
-                    yield piece
+            # a rank may hold no element of a short parameter
+            if parameter.grad is not None and (values := own_values(parameter.grad)).numel():
+                yield values

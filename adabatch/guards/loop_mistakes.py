@@ -20,7 +20,7 @@ from adabatch.guards.same_settings import failing_together
 from adabatch.runtime.collectives import digest_of
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.optimizers.joined import kind_of
-from adabatch.runtime.wrappers.fsdp2 import own_piece
+from adabatch.runtime.wrappers.fsdp2 import own_values
 
 _GLANCE = 4096
 """Numbers of a gradient that ranks compare at the end of the first step."""
@@ -222,7 +222,7 @@ class LoopMistakes:
 @torch.no_grad()
 def _any_nonzero(parameters: Iterable[Tensor]) -> float:
     """Whether this rank's piece of any gradient is not all zeros, as 1 or 0; NaN counts as such."""
-    values = _values_of([p.grad for p in parameters if p.grad is not None])
+    values = [own for p in parameters if p.grad is not None and (own := own_values(p.grad)).numel()]
     if not values:
         return 0.0
     # The largest is exact, where a sum of squares of float16 may be rounded to 0.
@@ -237,9 +237,3 @@ def _glance(parameters: Sequence[Tensor]) -> int:
     # one fingerprint of all: each draws factors for a whole block, whatever it is of
     numbers = fingerprint([grad.flatten()[:_GLANCE] for grad in grads if grad is not None])
     return digest_of([numbers, *(grad is None for grad in grads)])
-
-
-def _values_of(grads: Sequence[Tensor]) -> list[Tensor]:
-    pieces = [own_piece(grad)[0] for grad in grads]
-    values = [piece.coalesce().values() if piece.is_sparse else piece for piece in pieces]
-    return [each for each in values if each.numel()]

@@ -20,7 +20,7 @@ from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.optimizers.joined import JoinedOptimizers, each_of, kind_of
 from adabatch.runtime.optimizers.ownership import called_weakly, remove_all
 from adabatch.runtime.optimizers.step_hooks import hook_step
-from adabatch.runtime.wrappers.fsdp2 import own_piece
+from adabatch.runtime.wrappers.fsdp2 import own_values
 
 _LOOKED_AT, _NUMBERS = 4, 64
 """Scaled gradients that are looked at, and numbers of each."""
@@ -51,9 +51,7 @@ def _of_lightning(closure: Callable[[], Any]) -> bool:
 def _glance(parameter: Tensor) -> Tensor:
     """The first numbers of this rank's piece of a gradient."""
     assert parameter.grad is not None
-    piece, _ = own_piece(parameter.grad)
-    piece = piece.coalesce().values() if piece.is_sparse else piece
-    return piece.flatten()[:_NUMBERS]
+    return own_values(parameter.grad).flatten()[:_NUMBERS]
 
 
 def _held(*optimizers: Optimizer) -> Iterator[Tensor]:

@@ -293,6 +293,7 @@ def _heat(run: Run, over: str) -> Figure:
     )
     positive = values[np.isfinite(values) & (values > 0)]
     if any_finite(panel, positive, "no positive estimate"):
+        # as on the axes of the charts, outliers must not take the whole range of colours
         low, high = np.quantile(positive, (0.02, 0.98)).tolist()
         shown = panel.pcolormesh(
             floats(heat["x"][over]),

@@ -156,6 +156,7 @@ def _outcomes(run: RunSteps, settings: RunSettings, choices: Sequence[Choice], p
     limits = settings.limits[0], settings.limits[1]
     found += [what_if(run, choice, limits=limits, price=price) for choice in [*usual, *choices]]
     if equal is not None:
+        # without the limits, which could move it to a batch that takes another number of examples
         same = what_if(run, equal, price=price)
         found.append(same._replace(name=f"{same.name}, chosen for as many examples"))
     return found
@@ -251,6 +252,7 @@ def _series(report: Reported, most: int, cells: int) -> dict[str, Any]:
         },
         "end": {
             "examples": end,
+            # a step is drawn from its beginning to its end, the last one too
             "steps": float(run.step[-1]) + 1,
             "tokens": end * (settings.tokens_per_example or 0.0),
             "time": report.summary.seconds,
@@ -332,6 +334,7 @@ def thinned(run: RunSteps, most: int) -> list[int]:
     room."""
     if run.num_steps <= most:
         return list(range(run.num_steps))
+    # the last third is for the changes, which would fall between evenly spaced steps
     even = np.searchsorted(run.examples, np.linspace(run.examples[0], run.examples[-1], 2 * most // 3))
     jumps = np.flatnonzero(np.diff(run.batch) != 0)
     # both sides of a change, or a step of the batch would be drawn as a slope

@@ -98,7 +98,7 @@ def _criterion_in(config: Mapping[str, Any]) -> Criterion | None:
     """The criterion of a config; None if it is a user's own, or cannot be made from what the config says."""
     package, _, name = str(config.get("criterion.class_path")).rpartition(".")
     kind = getattr(criteria, name, None) or getattr(goodput, name, None)
-    if package != "adabatch" or not isinstance(kind, type):
+    if package not in ("adabatch", "adabatch.batch") or not isinstance(kind, type):
         return None
     begin = "criterion.init_args."
     arguments = {key.removeprefix(begin): value for key, value in config.items() if key.startswith(begin)}

@@ -15,15 +15,12 @@ from torch.utils.data import DataLoader
 
 from adabatch import (
     AdaptiveBatch,
-    AugmentedInnerProductTest,
     Constant,
     GlobalOrder,
-    InnerProductTest,
     Limits,
     LinearRamp,
     NoiseScale,
     NormTest,
-    OrthogonalityTest,
     Stage,
     Stages,
     examples,
@@ -31,6 +28,7 @@ from adabatch import (
 )
 from adabatch.adaptive.options import Measure
 from adabatch.adaptive.step import Step
+from adabatch.batch import AugmentedInnerProductTest, InnerProductTest, OrthogonalityTest
 from adabatch.optim import mup
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam
 
 import adabatch
-from adabatch import Goodput, InnerProductTest, Limits, NoiseScale, NormTest, StepPrice, examples
+from adabatch import Goodput, Limits, NoiseScale, NormTest, StepPrice, examples
 from adabatch.adaptive.validation import checked_rules
+from adabatch.batch import InnerProductTest
 from adabatch.lr import Followers
 from adabatch.report.summary import settings_of
 
@@ -218,7 +219,7 @@ def test_a_report_knows_the_default() -> None:
     others = (
         ("StepPrice", {"examples": 64}),
         ("Goodput", {}),
-        ("InnerProductTest", {"theta": 0.9}),
+        ("batch.InnerProductTest", {"theta": 0.9}),
         ("NoiseScale", {"norm": "euclidean"}),
     )
     for name, arguments in others:

@@ -16,10 +16,8 @@ from torch.utils.data import DataLoader
 
 from adabatch import (
     AdaptiveBatch,
-    AugmentedInnerProductTest,
     Constant,
     Control,
-    CoordinateNormTest,
     GlobalOrder,
     Limits,
     NoiseScale,
@@ -31,6 +29,7 @@ from adabatch import (
     steps,
 )
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
+from adabatch.batch import AugmentedInnerProductTest, CoordinateNormTest
 
 OVERFLOWS = 2.0**20
 """A first scale at which gradients of order one do not fit float16 (65,504), and fit after some halvings."""

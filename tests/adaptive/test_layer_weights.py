@@ -19,7 +19,6 @@ from torch.utils.data import TensorDataset
 
 from adabatch import (
     AdaptiveBatch,
-    AugmentedInnerProductTest,
     GlobalOrder,
     Limits,
     MicroBatchProbe,
@@ -28,6 +27,7 @@ from adabatch import (
     across_ranks,
     examples,
 )
+from adabatch.batch import AugmentedInnerProductTest
 from adabatch.batch.moments import GradientMoments
 from adabatch.optim import KFAC, Shampoo, mup
 

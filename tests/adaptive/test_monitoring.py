@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, DistributedSampler
 
-from adabatch import AdaptiveBatch, Limits, NoiseMonitor, NoiseScale, monitor
+from adabatch import AdaptiveBatch, Limits, NoiseScale, monitor
+from adabatch.adaptive import NoiseMonitor
 
 MICRO = 4
 CLIP = 0.5

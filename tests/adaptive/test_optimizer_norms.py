@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from adabatch import (
     AdaptiveBatch,
     Control,
-    CoordinateNormTest,
     GlobalOrder,
     Limits,
     MicroBatchProbe,
@@ -28,7 +27,7 @@ from adabatch import (
     PerExampleProbe,
 )
 from adabatch.adaptive.options import Measure
-from adabatch.batch import Criterion
+from adabatch.batch import CoordinateNormTest, Criterion
 
 STEPS = 5
 

@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 import adabatch
-from adabatch import AdaptiveBatch, Control, CoordinateNormTest, GlobalOrder, Limits, NoiseScale, NormTest
+from adabatch import AdaptiveBatch, Control, GlobalOrder, Limits, NoiseScale, NormTest
+from adabatch.batch import CoordinateNormTest
 from adabatch.batch.criteria import Criterion
 from adabatch.optim import KFAC
 

@@ -227,7 +227,7 @@ def test_what_is_refused(address: str) -> None:
         ({"engine": adabatch.EngineOptions()}, ValueError, "attach chooses engine= by the manager"),
         ({"guard": adabatch.Guard(check_every=5)}, ValueError, r"Guard\(trial=\) and Guard\(check_every=\)"),
         (
-            {"criterion": adabatch.CoordinateNormTest(0.5, quantile=0.9), "limits": limits},
+            {"criterion": adabatch.batch.CoordinateNormTest(0.5, quantile=0.9), "limits": limits},
             ValueError,
             "use a criterion in the Euclidean norm",
         ),

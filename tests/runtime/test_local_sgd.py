@@ -19,7 +19,6 @@ from torch.optim import SGD, AdamW, Optimizer
 from adabatch import (
     AdaptiveBatch,
     Constant,
-    CoordinateNormTest,
     GlobalOrder,
     Limits,
     LocalSGD,
@@ -29,7 +28,7 @@ from adabatch import (
     steps,
 )
 from adabatch.adaptive.options import EngineOptions, Guard
-from adabatch.batch import Progress
+from adabatch.batch import CoordinateNormTest, Progress
 from adabatch.batch.plan import tokens
 from adabatch.guards import UpdatesLeftOut
 from adabatch.runtime.local_sgd import (

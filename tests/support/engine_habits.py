@@ -72,9 +72,9 @@ HABITS = {
     "`Goodput`": Habit(criterion=adabatch.Goodput),
     '`NoiseScale(norm="adam")`': Habit(criterion=partial(NoiseScale, norm="adam"), optimizer=adamw),
     '`NoiseScale(norm="sign")`': Habit(criterion=partial(NoiseScale, norm="sign")),
-    "`CoordinateNormTest`": Habit(criterion=partial(adabatch.CoordinateNormTest, eta=0.7, quantile=0.5)),
+    "`CoordinateNormTest`": Habit(criterion=partial(adabatch.batch.CoordinateNormTest, eta=0.7, quantile=0.5)),
     "exact tests: `PerExampleProbe`": Habit(
-        criterion=partial(adabatch.InnerProductTest, theta=0.9),
+        criterion=partial(adabatch.batch.InnerProductTest, theta=0.9),
         probe=lambda model: adabatch.PerExampleProbe(model, products=True),
     ),
     "`CommHookProbe`": Habit(probe=adabatch.probes.CommHookProbe),

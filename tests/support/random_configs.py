@@ -115,9 +115,9 @@ def _criterion(rng: random.Random) -> dict[str, Any]:
             _schedule(rng),
             _class("adabatch.NormTest", eta=rng.choice([0.1, 0.5, 3]), population=rng.choice([None, NUM_EXAMPLES])),
             _class("adabatch.NormTest", eta=0.5),
-            _class("adabatch.CoordinateNormTest", eta=0.5, quantile=rng.choice([0.5, 1.0])),
+            _class("adabatch.batch.CoordinateNormTest", eta=0.5, quantile=rng.choice([0.5, 1.0])),
             _class("adabatch.NoiseScale", norm=rng.choice(["euclidean", "euclidean", "adam", "sign", "kfac"])),
-            _class("adabatch.InnerProductTest", theta=0.9),
+            _class("adabatch.batch.InnerProductTest", theta=0.9),
             _class("adabatch.Goodput", min_speedup=0.1),
         ]
     )

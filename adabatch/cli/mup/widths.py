@@ -105,7 +105,7 @@ def check(
         f"{subject.method}: lr {rate:g}, base width {subject.base}, steps {subject.steps}, seeds {subject.seeds}"
     )
     for name, result in results.items():
-        display.table(f"Own updates (RMS), {SHOWN[name]}", *_check_table(result))
+        display.table(f"Own updates (RMS), {SHOWN[name]}", *result.table())
     ours, control = results["mup"], results["standard"]
     display.say(f"width plan: {'passed' if ours.passed else 'FAILED'}: own slopes within {tolerance:g}")
     if control.passed:
@@ -172,21 +172,6 @@ class Swept(NamedTuple):
     def of(self, run: mup.Run) -> float:
         """The setting of a run."""
         return float(getattr(run, self.setting))
-
-
-def _check_table(result: mup.CoordinateCheck) -> tuple[list[str], list[list[str]]]:
-    header = ["parameter", *map(str, result.widths), "slope", "slope of total", "result"]
-    rows = [
-        [
-            each.name,
-            *(f"{value:.3g}" for value in each.own),
-            f"{result.own_slope(each):+.2f}",
-            f"{result.total_slope(each):+.2f}",
-            "FAILED" if each in result.failures else "passed",
-        ]
-        for each in result.coordinates
-    ]
-    return header, rows
 
 
 def _check_panel(draw: Any, title: str, result: mup.CoordinateCheck) -> Any:

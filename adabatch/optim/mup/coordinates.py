@@ -102,19 +102,22 @@ class CoordinateCheck:
             named = ", ".join(f"{each.name} {self.own_slope(each):+.2f}" for each in self.failures)
             raise ValueError(f"own updates change with width by more than width^{self.tolerance:g}: {named}")
 
-    def __str__(self) -> str:
-        """A table of updates and slopes."""
-        header = ["parameter", *(f"own {width}" for width in self.widths), "slope", "total slope", ""]
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows: for each parameter its own update at each width, both slopes, and whether it passed."""
         rows = [
             [
                 each.name,
                 *(f"{value:.3g}" for value in each.own),
                 f"{self.own_slope(each):+.2f}",
                 f"{self.total_slope(each):+.2f}",
-                "FAILED" if each in self.failures else "",
+                "FAILED" if each in self.failures else "passed",
             ]
             for each in self.coordinates
         ]
+        return ["parameter", *map(str, self.widths), "slope", "slope of total", "result"], rows
+
+    def __str__(self) -> str:
+        header, rows = self.table()
         return aligned([header, *rows])
 
 
@@ -162,6 +165,7 @@ def coordinate_check(
     require(0 < tolerance < math.inf, "tolerance must be positive and finite", tolerance)
     trial = Trial(make, optimizer, loss, base, parameterization, observe, device)
     measured = [[_measure(trial, width, seed, data(seed), steps) for seed in seeds] for width in widths]
+    # of all widths alike, since the plan has compared the architectures
     names = list(measured[0][0])
     coordinates = [
         Coordinate(
@@ -201,8 +205,10 @@ class _OutputChange(NamedTuple):
 def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> dict[str, _OutputChange]:
     """How much every parameter of one model changes the outputs of its layer."""
     model, optimizers = trial.start(width, seed)
+    # a container has no outputs that its own parameters make
     layers = {name: module for name, module in named_modules(model) if module._parameters}
     inputs = batch[0].to(trial.device)
+    # copies, since optimizers write in place
     old = {
         name: {key: p.clone() for key, p in module._parameters.items() if p is not None}
         for name, module in layers.items()

@@ -93,10 +93,12 @@ class Entry:
     @property
     def init(self) -> float:
         """Multiplier on the standard deviation at the start: 1/r_in for the readout, 1/sqrt(r_in) for the others."""
+        # The readout sums features that align with it as they learn, so its sum grows as fan_in and not as its root.
         return 1 / self.r_in if self.role == "output" else 1 / math.sqrt(self.r_in)
 
     def resized(self, shape: Sequence[int]) -> Entry:
         """The same parameter in a model of another width."""
+        # what is not width has no base: its ratio is 1 at every size
         fixed = _FIXED[self.role] | {"kernel", "stack"}
         base = tuple(
             size if dim in fixed else before

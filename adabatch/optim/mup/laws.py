@@ -57,6 +57,7 @@ class SGDLaw(Law):
 
     def lr(self, entry: Entry) -> float:
         """``r_out / r_in``."""
+        # an output sums fan_in changes, each as large as an entry of the gradient, which falls as 1 / fan_out
         return entry.r_out / entry.r_in
 
     def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
@@ -86,10 +87,12 @@ class AdamLaw(Law):
 
     def lr(self, entry: Entry) -> float:
         """``1 / r_in``."""
+        # every entry moves by about the learning rate, however large its gradient, and an output sums fan_in of them
         return 1 / entry.r_in
 
     def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
         """``eps / r_out``; torch's default is 1e-8."""
+        # added to the root mean square of the gradient's entries, which falls as 1 / fan_out
         return {"eps": (1e-8 if damping is None else damping) / entry.r_out}
 
     def takes(self, entry: Entry) -> bool:
@@ -119,6 +122,7 @@ class MuonLaw(Law):
 
     def lr(self, entry: Entry) -> float:
         """``sqrt(r_out / r_in)``, over what torch's own adjustment adds to it."""
+        # an update of spectral norm one moves an output by |input| / sqrt(fan_out), and |input| grows as sqrt(fan_in)
         own = self._adjustment(entry.base_shape) / self._adjustment(entry.shape)
         return math.sqrt(entry.r_out / entry.r_in) * own
 
@@ -131,6 +135,7 @@ class MuonLaw(Law):
 
     def options(self, entry: Entry, damping: float | None) -> dict[str, Any]:
         """The floor of the normalization, ``eps x sqrt(r_in / r_out)``; torch's default is 1e-7."""
+        # added to the gradient's Frobenius norm: fan_in x fan_out entries that fall as 1 / fan_out
         floor = 1e-7 if damping is None else damping
         return {"eps": floor * math.sqrt(entry.r_in / entry.r_out), "adjust_lr_fn": self.adjust_lr_fn}
 
@@ -175,6 +180,7 @@ class ShampooLaw(Law):
             if not self.relative:
                 raise ValueError("an absolute epsilon has no default: give damping=, in squared units of the gradient")
             return settings
+        # the statistics are squares of the gradient, whose total r_in / r_out the blocks share
         scale = 1.0 if self.relative else entry.r_in / (entry.r_out * self._blocks(entry))
         return {"epsilon": damping * scale, **settings}
 

@@ -59,6 +59,7 @@ class Plan:
 
     def standard(self) -> Plan:
         """Every multiplier one, the standard parameterization of this width: the control of a coordinate check."""
+        # a model that is its own base: every ratio is 1, and so is every multiplier
         return Plan({name: replace(entry, base_shape=entry.shape) for name, entry in self.entries.items()})
 
     @checked_but("only", "method")
@@ -103,6 +104,7 @@ class Plan:
         require_one_of("decay_scaling", decay_scaling, DecayScaling)
         named = self.parameters_of(model)
         chosen = list(named) if only is None else matching(named, [only] if isinstance(only, str) else only)
+        # after the patterns, which may name frozen parameters too: a fine-tuned part of the model has the same plan
         names = [name for name in chosen if named[name].requires_grad]
         left = [name for name in names if not law.takes(self.entries[name])]
         if left:

@@ -75,6 +75,7 @@ class Sweep:
     def largest_stable(self, width: int) -> Run | None:
         """The run of the largest learning rate, then damping, that did not diverge."""
         stable = [run for run in self.at(width) if math.isfinite(run.loss)]
+        # the last of what `at` sorts by rate, then by damping
         return stable[-1] if stable else None
 
 

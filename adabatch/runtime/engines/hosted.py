@@ -91,6 +91,12 @@ class HostedEngine(Engine):
     def left_out(self) -> bool:
         return self._inner.left_out()
 
+    def leaves_out(self) -> None:
+        self._inner.leaves_out()
+
+    def update_missed(self) -> None:
+        self._inner.update_missed()
+
     def stands_at(self, applied: Progress, consumed: Progress, lr_factor: float) -> None:
         self._inner.stands_at(applied, consumed, lr_factor)
 

@@ -92,6 +92,12 @@ def own_piece(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local(), holders
 
 
+def own_values(grad: Tensor) -> Tensor:
+    """The numbers in this rank's piece of a gradient, which may be none; of a sparse one those that it holds."""
+    piece, _ = own_piece(grad)
+    return piece.coalesce().values() if piece.is_sparse else piece
+
+
 def shards_in(mesh: DeviceMesh, parameters: list[Tensor]) -> int:
     """The number of pieces into which the parameters are sharded."""
     cut = any(isinstance(p, DTensor) and p.placements[-1].is_shard() for p in parameters)

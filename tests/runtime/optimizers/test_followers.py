@@ -21,7 +21,6 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, SparseAdam
 from adabatch import (
     AdaptiveBatch,
     Constant,
-    CoordinateNormTest,
     GlobalOrder,
     Limits,
     NoiseScale,
@@ -32,6 +31,7 @@ from adabatch import (
     examples,
     lr,
 )
+from adabatch.batch import CoordinateNormTest
 from adabatch.batch.needs import Needs
 from adabatch.lr.rules import Setting, followed
 from adabatch.runtime.optimizers.step_hooks import StepHooks, StepOverrides

@@ -45,7 +45,7 @@ def measured(micro_batch_size: int, *, products: bool = True, leave_one_out: boo
     batches = adabatch.AdaptiveBatch(
         network,
         optimizer,
-        adabatch.AugmentedInnerProductTest(theta=0.9, nu=5.0) if products else adabatch.NormTest(eta=0.5),
+        adabatch.batch.AugmentedInnerProductTest(theta=0.9, nu=5.0) if products else adabatch.NormTest(eta=0.5),
         micro_batch_size=micro_batch_size,
         limits=adabatch.Limits(min=N, max=N),
         probe=adabatch.PerExampleProbe(network, products=products, leave_one_out=leave_one_out),
@@ -118,7 +118,7 @@ def test_inner_products_are_asked_for_by_name() -> None:
         adabatch.AdaptiveBatch(
             network,
             optimizer,
-            adabatch.InnerProductTest(theta=0.9),
+            adabatch.batch.InnerProductTest(theta=0.9),
             micro_batch_size=4,
             limits=adabatch.Limits(min=8, max=16),
         )
