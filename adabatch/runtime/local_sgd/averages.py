@@ -27,6 +27,7 @@ class Averages:
         memory: the state of the worker.
         exchange: with the other workers.
         changed: what has changed in this worker's parameters, which ends the run on all workers; None if nothing has.
+        seconds: of a step of this worker, which the others are told; 0 if they are not timed.
 
     Args:
         settings: of ``LocalSGD``.
@@ -42,6 +43,7 @@ class Averages:
         self.memory = memory
         self.exchange = Exchange(workers, workers.beside() if settings.overlap else workers)
         self.changed: str | None = None
+        self.seconds = 0.0
         self._settings = settings
         self._replica = replica
         self._workers = workers
@@ -157,14 +159,21 @@ class Averages:
 
     def _tell(self, present: Round, fragment: Fragment) -> tuple[float, Started]:
         """This worker's weight, any positive number, and what it tells the others with it."""
-        (examples,) = self._node.sum_of(self.memory.examples - fragment.counted)
+        memory, by_speed = self.memory, self._settings.by_speed
+        examples, seconds = self._node.sum_of(memory.examples - fragment.counted, self.seconds)
+        if by_speed:
+            # Examples of a step: how far a worker has moved already grows with its steps, and to count them here again
+            # would give the examples of faster workers more weight than those of slower ones.
+            examples /= max(1, memory.steps - fragment.agreed_at)
         alike = self._settings.weights == "equal" or self._workers.size == 1
         count = 1.0 if alike else max(examples, UNCOUNTED)
-        memory = self.memory
-        place = memory.rounds, memory.steps, memory.fragments.index(fragment), present.local_steps
+        # by speed these numbers differ, and are not compared
+        steps, local_steps = (0, 0) if by_speed else (memory.steps, present.local_steps)
+        place = memory.rounds, steps, memory.fragments.index(fragment), local_steps
         with self.reporting():
             lr = present.lr if present.needs_anchor else 0.0
-            return count, self.exchange.tell(count, float(self.changed is not None), *place, lr)
+            told = count, float(self.changed is not None), *place, lr, seconds / self._node.size
+            return count, self.exchange.tell(*told)
 
     def _counts(self, told: Started) -> list[float]:
         """The weights of all workers; also checks that all are at the same step of the same round."""
@@ -172,18 +181,23 @@ class Averages:
             rows = self.exchange.told(told)
         if any(row[1] for row in rows):
             raise_first(self.changed, self._workers)
+        if self._settings.by_speed and any(row[2] != rows[0][2] for row in rows):
+            rounds = "; ".join(f"worker {index}: {row[2]:.0f}" for index, row in enumerate(rows))
+            raise RuntimeError(f"workers came to the average after different numbers of rounds ({rounds})")
         if any(row[2:5] != rows[0][2:5] for row in rows):
             places = "; ".join(f"worker {index}: {row[3]:.0f}" for index, row in enumerate(rows))
             raise RuntimeError(
                 f"workers came to the average after different numbers of steps ({places}): all must call "
                 f"optimizer.step() equally often (a GradScaler leaves calls out)"
             )
-        if any(row[5:] != rows[0][5:] for row in rows):
+        if any(row[5:7] != rows[0][5:7] for row in rows):
             rounds = "; ".join(f"worker {index}: {row[5]:.0f} steps at {row[6]:.6g}" for index, row in enumerate(rows))
             raise RuntimeError(
                 f"the workers are in rounds of different lengths or learning rates ({rounds}): their learning rates "
                 f"must be the same at every step"
             )
+        if all(row[7] > 0 for row in rows):
+            self.memory.seconds = [row[7] for row in rows]
         return [row[0] for row in rows]
 
     @contextmanager
