@@ -238,3 +238,26 @@ def test_the_checks_of_a_gpu_run_by_one_command(
     monkeypatch.setattr("sys.argv", ["gpu_checks.py", "--device", "cpu", "--only", "noise"])
     assert checks.main() == 0
     assert "1 of 1 passed" in capsys.readouterr().out
+
+
+def test_the_rate_of_adagrad_norm_is_fitted_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rate = importlib.import_module("adagrad_norm_rate")
+    steps = rate.np.arange(1, 1001)
+    assert rate.exponent(steps, 3.0 * steps**-0.7, first=30) == pytest.approx(-0.7)
+    for gradient, value in (
+        (rate.slow, lambda x: (rate.SCALES * (1 + x * x) ** (-rate.FLAT / 2)).sum()),
+        (rate.wells, lambda x: (rate.SCALES * x * x / (1 + x * x)).sum()),
+    ):
+        x = torch.linspace(-2, 3, rate.DIM, dtype=torch.float64, requires_grad=True)
+        value(x).backward()
+        torch.testing.assert_close(gradient(x.detach()), x.grad)
+    # the exact batch holds the norm test, the measured one is near it after a while
+    runs = [rate.run(rate.slow, make(), 0, num_steps=120, lr=8.0) for make in rate.BATCHES.values()]
+    sizes = [rate.np.diff(each.examples) for each in runs]
+    assert set(sizes[0]) == {rate.FIRST}
+    noise = rate.DIM * rate.NOISE / sizes[1]
+    assert (noise <= rate.ETA**2 * runs[1].grad_sq[:-1] * (1 + 1e-9)).all()
+    assert 0.3 < sizes[2][-1] / sizes[1][-1] < 2
+    found = list(rate.all_rates(num_steps=60, seeds=2))
+    assert "comes to a stationary point as O(1/K)" in rate.sentence(found)

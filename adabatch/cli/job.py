@@ -48,6 +48,8 @@ CONFIG_FORMAT = 1
 EVALUATION_BATCH = 1024
 STOPPED_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Also Ctrl-C: launchers forward it, so that a process may get it twice. Ctrl-\\ (SIGQUIT) ends a run at once."""
+LEFT_IN_ROUND = 64
+"""Steps that a run which is to stop may still take to the end of a round of local SGD: launchers wait for 30 s only."""
 MOST = 2**31 - 1
 COUNTS = MappingProxyType(
     {
@@ -358,6 +360,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         elif (loaded := checkpoints.load(missing_ok=True)) is not None:
             _say(loaded, batches, display)
         evaluations = _Evaluations(job, parts, world.device)
+        left_in_round = LEFT_IN_ROUND
         began = time.perf_counter()
         watch = nullcontext() if job.hang_timeout is None else Watchdog(batches, timeout=job.hang_timeout)
         with display.progress(label, job.total) as shown, watch:
@@ -382,7 +385,10 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
                 if display.unread:
                     preemption.request()
                 if preemption.agreed:
-                    break
+                    # only a checkpoint between two rounds can be gone on from by another number of workers
+                    if local is None or local.step_in_round == 0 or left_in_round == 0:
+                        break
+                    left_in_round -= 1
         # not by whether a signal came, which may have been in the last step
         preempted = not batches.consumed.reached(job.total)
         # the workers become one model, which is then saved and tested

@@ -229,3 +229,37 @@ def test_a_precision_is_no_scaler() -> None:
         AdaptiveBatch(
             model, SGD(model.parameters(), lr=0.1), Constant(8), micro_batch_size=4, engine=EngineOptions(scaler="fp16")
         )
+
+
+def test_late_numbers_are_unscaled_by_the_scale_of_their_own_step(tmp_path: Path) -> None:
+    """The scale halves at every overflow and doubles later, while the numbers wait; the scaler leaves updates out."""
+    written = {}
+    for late in (False, True):
+        model = network()
+        optimizer = SGD(model.parameters(), lr=0.01)
+        scaler = GradScaler("cpu", init_scale=OVERFLOWS, growth_interval=2)
+        batches = AdaptiveBatch(
+            model,
+            optimizer,
+            NormTest(0.5),
+            micro_batch_size=4,
+            limits=Limits(8, 8),
+            lr_rule="none",
+            journal=tmp_path / str(late),
+            measure=Measure(late=late),
+            guard=Guard(skip_nonfinite=False),
+            engine=EngineOptions(scaler=scaler),
+        )
+        for step in batches.steps(GlobalOrder(regression(96)), until=steps(12)):
+            for batch in step:
+                step.backward(half_loss(model, batch))
+            update(scaler, optimizer, model)
+        batches.remove()
+        written[late] = lines(tmp_path / str(late))
+    keys = ("step", "examples", "loss", "moments", "applied")
+    late, on_time = ([[line[key] for key in keys] for line in written[which]] for which in (True, False))
+    assert late == on_time
+    assert {line["applied"] for line in written[True]} == {True, False}
+    for line, before in zip(written[True][1:], written[False], strict=False):
+        assert line["averages"] == before["averages"]
+        assert (line["reason"] == "not finite") == (before["reason"] == "not finite")

@@ -11,7 +11,7 @@ import torch
 from support.loops import network, regression
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adabatch import AdaptiveBatch, Control, GlobalOrder, Guard, Limits, NormTest
+from adabatch import AdaptiveBatch, Control, GlobalOrder, Guard, Limits, Measure, NormTest
 
 
 class HostReads(TorchDispatchMode):
@@ -41,7 +41,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostReads]:
         yield mode
 
 
-def reads_of_steps(reads: HostReads, interval: int | None, guard: Guard, num_steps: int) -> list[int]:
+def reads_of_steps(
+    reads: HostReads, interval: int | None, guard: Guard, num_steps: int, late: bool = False
+) -> list[int]:
     """How often the host read in each step, up to the beginning of the next one."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -53,6 +55,7 @@ def reads_of_steps(reads: HostReads, interval: int | None, guard: Guard, num_ste
         limits=Limits(4, 8),
         control=Control(interval=interval),
         guard=guard,
+        measure=Measure(late=late),
     )
     at = []
     for step in batches.steps(GlobalOrder(regression(64), shuffle=False)):
@@ -82,6 +85,12 @@ def test_between_two_probes_the_host_reads_nothing(reads: HostReads) -> None:
 
 def test_a_probed_step_reads_once_whatever_is_checked(reads: HostReads) -> None:
     assert reads_of_steps(reads, 1, Guard(), 4) == [1] * 4
+
+
+@pytest.mark.parametrize(("interval", "found"), [(1, [0, 1, 1, 1, 1, 1, 1]), (3, [0, 1, 0, 0, 1, 0, 0])])
+def test_late_numbers_are_read_in_the_step_after(reads: HostReads, interval: int, found: list[int]) -> None:
+    """No step reads what it has measured itself: the first reads nothing, neither before its update nor after it."""
+    assert reads_of_steps(reads, interval, Guard(skip_nonfinite=False), 7, late=True) == found
 
 
 def test_a_check_of_all_updates_reads_in_every_step(reads: HostReads) -> None:

@@ -16,14 +16,16 @@ TEXT = GUIDE.read_text(encoding="utf-8")
 
 def test_the_python_of_the_guide_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     namespace: dict[str, Any] = {}
+    made = []
     with torch.random.fork_rng(devices=[]):
         for block in blocks:
             exec(compile(block, str(GUIDE), "exec"), namespace)
-    local = namespace["local"]
-    assert local.rounds == -(-local.steps // 8)
+            made.append(namespace["local"])
+    assert made[0].rounds == -(-made[0].steps // 8)
     assert namespace["batches"].consumed.examples >= 4096
+    assert (made[1].rounds, made[1].steps) == (30, 480)
 
 
 def test_every_period_outer_optimizer_and_way_to_measure_is_in_a_table() -> None:

@@ -21,6 +21,7 @@ from support.jobs import NUM_EXAMPLES, PRELOADED, PROCESSES, SEED, await_lines, 
 from support.ports import free_port
 
 TOTAL = 4000
+LOCAL_TOTAL = 8000
 
 
 class Agent:
@@ -91,6 +92,36 @@ def two_one_three_two(folder: Path) -> list[dict[str, Any]]:
         await_lines(folder, 8, size=1)
         agents[1:] = [Agent(folder, arguments, port), Agent(folder, arguments, port)]
         await_lines(folder, 8, size=3)
+        agents[2].leave(signal.SIGKILL)
+        for agent in agents[:2]:
+            agent.process.join(120)
+            assert agent.process.exitcode == 0, (folder / "output").read_text()
+    finally:
+        for agent in agents:
+            agent.process.kill()
+            agent.process.join()
+    return lines(folder)
+
+
+def three_two_three_two(folder: Path) -> list[dict[str, Any]]:
+    """Three workers of local SGD, of which one is drained, one joins, and one loses its power; their journal."""
+    slow = {"class_path": "support.jobs.Net", "init_args": {"pause": 0.005}}
+    local = {
+        "class_path": "adabatch.LocalSGD",
+        "init_args": {"sync_every": 4, "outer": {"class_path": "adabatch.local_sgd.Nesterov"}},
+    }
+    # each checkpoint is one between two rounds, so that any number of workers can go on from it
+    saving = {"every": {"count": 8, "unit": "steps"}}
+    total = {"count": LOCAL_TOTAL, "unit": "examples"}
+    arguments = command(folder, model=slow, local_sgd=local, checkpoint=saving, total=total)
+    port = free_port()
+    agents = [Agent(folder, arguments, port, holds_it=number == 0) for number in range(3)]
+    try:
+        await_lines(folder, 9, size=3)
+        agents[1].leave(signal.SIGTERM)
+        await_lines(folder, 9, size=2)
+        agents[1] = Agent(folder, arguments, port)
+        await_lines(folder, 20, size=3)
         agents[2].leave(signal.SIGKILL)
         for agent in agents[:2]:
             agent.process.join(120)

@@ -28,6 +28,7 @@ class Averages:
         memory: the state of the worker.
         exchange: with the other workers.
         meetings: of the workers.
+        seconds: of a step of this worker, which the others are told; 0 if they are not timed.
 
     Args:
         settings: of ``LocalSGD``.
@@ -50,7 +51,11 @@ class Averages:
     ) -> None:
         self.memory = memory
         self.exchange = Exchange(workers, workers.beside() if settings.overlap else workers)
-        self.meetings = Meetings(optimizer, self.exchange, workers=workers, everyone=workers.over(node))
+        everyone = workers.over(node)
+        self.meetings = Meetings(
+            optimizer, self.exchange, workers=workers, everyone=everyone, by_speed=settings.by_speed
+        )
+        self.seconds = 0.0
         self._settings = settings
         self._replica = replica
         self._workers = workers
@@ -64,7 +69,7 @@ class Averages:
         shares = [1 / size] * size
         if not present.by_gradient:  # else the parameters are the same already
             _, told = self._tell(present, fragment)
-            counts = self.meetings.told(told)
+            counts = self._counts(told)
             shares = [count / sum(counts) for count in counts]
         with self._reporting():
             if not present.by_gradient:
@@ -141,7 +146,7 @@ class Averages:
 
     def _weights(self, pending: Pending) -> list[float]:
         if pending.told is not None:
-            pending.counts, pending.told = self.meetings.told(pending.told), None
+            pending.counts, pending.told = self._counts(pending.told), None
         return pending.counts
 
     @torch.no_grad()
@@ -166,11 +171,23 @@ class Averages:
 
     def _tell(self, present: Round, fragment: Fragment) -> tuple[float, Started]:
         """This worker's weight, any positive number, and what it tells the others with it."""
-        (examples,) = self._node.sum_of(self.memory.examples - fragment.counted)
+        memory, by_speed = self.memory, self._settings.by_speed
+        examples, seconds = self._node.sum_of(memory.examples - fragment.counted, self.seconds)
+        if by_speed:
+            # Examples of a step: how far a worker has moved already grows with its steps, and to count them here again
+            # would give the examples of faster workers more weight than those of slower ones.
+            examples /= max(1, memory.steps - fragment.agreed_at)
         alike = self._settings.weights == "equal" or self._workers.size == 1
         count = 1.0 if alike else max(examples, UNCOUNTED)
-        place = self.memory.place(present)._replace(fragment=self.memory.fragments.index(fragment))
-        return count, self.meetings.tell(count, place)
+        place = memory.place(present)._replace(fragment=memory.fragments.index(fragment))
+        return count, self.meetings.tell(count, place, seconds=seconds / self._node.size)
+
+    def _counts(self, told: Started) -> list[float]:
+        """The weights of all workers, which have told how fast they are, too."""
+        rows = self.meetings.told(told)
+        if all(row.seconds > 0 for row in rows):
+            self.memory.seconds = [row.seconds for row in rows]
+        return [row.weight for row in rows]
 
     def _reporting(self) -> AbstractContextManager[None]:
         return self.meetings.reporting(self.memory.place())

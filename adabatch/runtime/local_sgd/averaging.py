@@ -85,17 +85,21 @@ class LocalSGD:
         spread: which parts are compared: "across" compares those of all workers, which needs the mean of their
             gradients (as many bytes as one average). "within" compares those of each worker separately, which sends
             only a few numbers, and needs at least two micro-batches on each worker.
+        by_speed: whether slower workers take fewer local steps in a round, so that all come to the average at the same
+            time. ``sync_every`` is then the number of the fastest, and a loop runs until a number of rounds, not of
+            steps. Not with ``AdaptiveBatch``, which gives all workers the same steps, nor with ``overlap``.
         workers: process group or one-dimensional mesh of the ranks that average with each other; by default all ranks.
 
     Raises:
         ValueError: if a number is out of its range, there are more fragments than steps in a round or layers in the
-            model, ``overlap`` comes with ``average_state``, a word is unknown, the model is in
-            ``DistributedDataParallel``, a sharded model has no ``workers`` or they hold other shards, the optimizer
-            belongs to another model, or the settings differ between ranks.
+            model, ``overlap`` comes with ``average_state`` or ``by_speed``, ``by_speed`` with a period that changes, a
+            word is unknown, the model is in ``DistributedDataParallel``, a sharded model has no ``workers`` or they
+            hold other shards, the optimizer belongs to another model, or the settings differ between ranks.
         TypeError: if the optimizer, a duration, the period or the outer optimizer is of another type.
 
     Source: Stich 2019 (local SGD); Lin et al. 2020 (post-local SGD); Lau, Li, Xu, Liu, Kolar 2024, arXiv:2406.13936
-    (adaptive local batch sizes); Douillard et al. 2025, arXiv:2501.18512 (fragments, overlap).
+    (adaptive local batch sizes); Douillard et al. 2025, arXiv:2501.18512 (fragments, overlap); Liu et al. 2024,
+    arXiv:2401.09135 (local steps by speed).
     """
 
     @checked_but("optimizer", "sync_every", "outer", "warmup")
@@ -115,6 +119,7 @@ class LocalSGD:
         weights: AverageWeights = "examples",
         measure: MeasuredStep = "first",
         spread: Spread = "across",
+        by_speed: bool = False,
         workers: ProcessGroup | DeviceMesh | None = None,
     ) -> None:
         settings = LocalSGDSettings(
@@ -129,6 +134,7 @@ class LocalSGD:
             fragments=fragments,
             overlap=overlap,
             mix=mix,
+            by_speed=by_speed,
         )
         optimizer = joined(optimizer)
         self._model, self._optimizer = model, optimizer
@@ -269,8 +275,13 @@ class LocalSGD:
             scaler: must be None.
 
         Raises:
-            ValueError: if model or optimizer differ, or a gradient scaler is given.
+            ValueError: if model or optimizer differ, a gradient scaler is given, or the workers step by their speed.
         """
+        if self._rounds.settings.by_speed:
+            raise ValueError(
+                "by_speed=True gives the workers different numbers of steps, and AdaptiveBatch the same plans and the "
+                "same progress: use it in a loop of your own, or leave it out"
+            )
         if scaler is not None:
             raise ValueError(
                 "local SGD does not go with a GradScaler: each worker would leave out other updates, and come to the "

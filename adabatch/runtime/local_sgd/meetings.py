@@ -119,10 +119,16 @@ class Place(NamedTuple):
     lr: float = 0.0
 
 
-class _Row(NamedTuple):
-    """What one worker tells."""
+class Row(NamedTuple):
+    """What one worker tells.
+
+    Args:
+        weight: in an average.
+        seconds: of a step; 0 if they are not timed.
+    """
 
     weight: float
+    seconds: float
     mistake: float
     purpose: float
     rounds: float
@@ -135,6 +141,16 @@ class _Row(NamedTuple):
     examples: float
     missed: float
     digest: float
+
+    @property
+    def present_round(self) -> tuple[float, ...]:
+        """What must be the same in a round of all workers."""
+        return self.local_steps, self.by_gradient, self.lr
+
+    @property
+    def past(self) -> tuple[float, ...]:
+        """What must be the same in all steps since they met."""
+        return self.updates, self.examples, self.missed, self.digest
 
 
 class Meetings:
@@ -149,10 +165,17 @@ class Meetings:
         exchange: with the other workers.
         workers: the ranks that average with each other.
         everyone: all ranks of all workers.
+        by_speed: whether workers take steps of their own number, which are then not compared.
     """
 
     def __init__(
-        self, optimizer: Optimizer, exchange: Exchange, *, workers: Collectives, everyone: Collectives
+        self,
+        optimizer: Optimizer,
+        exchange: Exchange,
+        *,
+        workers: Collectives,
+        everyone: Collectives,
+        by_speed: bool = False,
     ) -> None:
         self.applied = Progress()
         self.num_missed = 0
@@ -161,6 +184,7 @@ class Meetings:
         self._exchange = exchange
         self._workers = workers
         self._everyone = everyone
+        self._by_speed = by_speed
         self._mistake: str | None = None
 
     # --- mistakes of this worker ------------------------------------------------------------------------------------
@@ -197,7 +221,7 @@ class Meetings:
             row = self._row(0.0, Purpose.BEGIN, place, self.local_steps.digest_with_present())
             with self.reporting(place):
                 rows = self._everyone.gather_of(*row)
-            self._check([_Row(*each) for each in rows], self._everyone)
+            self._check([Row(*each) for each in rows], self._everyone)
 
     def leave(self, place: Place) -> None:
         """This worker leaves the block.
@@ -207,28 +231,29 @@ class Meetings:
         """
         self.told(self.tell(0.0, place, Purpose.LEAVE))
 
-    def tell(self, count: float, place: Place, purpose: Purpose = Purpose.AVERAGE) -> Started:
+    def tell(self, count: float, place: Place, purpose: Purpose = Purpose.AVERAGE, *, seconds: float = 0.0) -> Started:
         """Starts to tell the other workers where this one stands.
 
         Args:
             count: its weight in the average.
             place: see there.
             purpose: what it comes for.
+            seconds: of a step of this worker; 0 if they are not timed.
         """
         with self.reporting(place):
-            return self._exchange.tell(*self._row(count, purpose, place, self.local_steps.digest()))
+            return self._exchange.tell(*self._row(count, purpose, place, self.local_steps.digest(), seconds))
 
-    def told(self, started: Started) -> list[float]:
-        """Waits for what the workers tell, and returns their weights.
+    def told(self, started: Started) -> list[Row]:
+        """Waits for what the workers tell.
 
         Raises:
             RuntimeError: on all of them, if they come for different things or from different steps, if they have made
                 different steps, or if one has made a mistake.
         """
         with self.reporting(self.place):
-            rows = [_Row(*row) for row in self._exchange.told(started)]
+            rows = [Row(*row) for row in self._exchange.told(started)]
         self._check(rows, self._workers)
-        return [row.weight for row in rows]
+        return rows
 
     # --- on the gradient --------------------------------------------------------------------------------------------
 
@@ -255,12 +280,12 @@ class Meetings:
 
     # --- errors -----------------------------------------------------------------------------------------------------
 
-    def _row(self, count: float, purpose: Purpose, place: Place, digest: int) -> _Row:
+    def _row(self, count: float, purpose: Purpose, place: Place, digest: int, seconds: float = 0.0) -> Row:
         self.place = place
         counts = self.applied.steps, self.applied.examples, self.num_missed
-        return _Row(count, *map(float, (self._mistake is not None, purpose, *place, *counts, digest)))
+        return Row(count, seconds, *map(float, (self._mistake is not None, purpose, *place, *counts, digest)))
 
-    def _check(self, rows: Sequence[_Row], ranks: Collectives) -> None:
+    def _check(self, rows: Sequence[Row], ranks: Collectives) -> None:
         first = rows[0]
         if any(row.mistake for row in rows):
             raise_first(self._mistake, ranks)
@@ -270,19 +295,27 @@ class Meetings:
                 for index, row in enumerate(rows)
             )
             raise RuntimeError(f"the workers do not do the same: {doing}. {_ALL_MUST}")
+        if self._by_speed:
+            self._check_rounds(rows)
+            return
         if any((row.rounds, row.steps, row.fragment) != (first.rounds, first.steps, first.fragment) for row in rows):
             places = "; ".join(f"worker {index}: {row.steps:.0f}" for index, row in enumerate(rows))
             raise RuntimeError(f"workers came to the average after different numbers of steps ({places}): {_ALL_MUST}")
-        if any(row[6:9] != first[6:9] for row in rows):
-            rounds = "; ".join(
-                f"worker {index}: {row.local_steps:.0f} steps at {row.lr:.6g}" for index, row in enumerate(rows)
-            )
-            must = "their learning rates must be the same at every step"
-            if first.purpose == Purpose.BEGIN:
-                raise ValueError(f"the workers begin different rounds ({rounds}): {must}")
-            raise RuntimeError(f"the workers are in rounds of different lengths or learning rates ({rounds}): {must}")
-        if any(row[9:] != first[9:] for row in rows):
+        if any(row.present_round != first.present_round for row in rows):
+            _raise_rounds(rows)
+        if any(row.past != first.past for row in rows):
             self._raise_difference(ranks, present=first.purpose == Purpose.BEGIN)
+
+    def _check_rounds(self, rows: Sequence[Row]) -> None:
+        """If workers take steps of their own number: only their rounds can be compared."""
+        first = rows[0]
+        if any((row.rounds, row.fragment) != (first.rounds, first.fragment) for row in rows):
+            rounds = "; ".join(f"worker {index}: {row.rounds:.0f}" for index, row in enumerate(rows))
+            raise RuntimeError(f"workers came to the average after different numbers of rounds ({rounds})")
+        # they begin a round with one number of steps, of which each then takes its own share
+        alike = [row if row.purpose == Purpose.BEGIN else row._replace(local_steps=0) for row in rows]
+        if any(row.present_round != alike[0].present_round for row in alike):
+            _raise_rounds(rows)
 
     def _raise_difference(self, ranks: Collectives, *, present: bool) -> NoReturn:
         mine = {
@@ -314,6 +347,14 @@ class Meetings:
 
 
 _ALL_MUST = "all must call optimizer.step() equally often (a GradScaler leaves calls out)"
+
+
+def _raise_rounds(rows: Sequence[Row]) -> NoReturn:
+    rounds = "; ".join(f"worker {index}: {row.local_steps:.0f} steps at {row.lr:.6g}" for index, row in enumerate(rows))
+    must = "their learning rates must be the same at every step"
+    if rows[0].purpose == Purpose.BEGIN:
+        raise ValueError(f"the workers begin different rounds ({rounds}): {must}")
+    raise RuntimeError(f"the workers are in rounds of different lengths or learning rates ({rounds}): {must}")
 
 
 def _digest(numbers: dict[tuple[int, str], list[float]], before: int) -> int:

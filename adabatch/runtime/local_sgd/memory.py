@@ -127,6 +127,7 @@ class Memory:
         examples: consumed by this rank so far.
         states_agree: whether the optimizer states of all workers are equal.
         bytes_synchronous: bytes that averaging the gradient at every step would have sent so far.
+        seconds: of a step of each worker, as they told each other last; empty if they did not.
         round: the current round; None before its first step.
     """
 
@@ -137,6 +138,7 @@ class Memory:
     examples: float = 0.0
     states_agree: bool = True
     bytes_synchronous: int = 0
+    seconds: list[float] = field(default_factory=list)
     round: Round | None = None
 
     @property
@@ -172,6 +174,7 @@ class Memory:
             **{name: getattr(self, name) for name in _NUMBERS},
             "local_steps": None if present is None else present.local_steps,
             "lr": None if present is None else present.lr,
+            "seconds": list(self.seconds),
             "fragments": [fragment.state_dict() for fragment in self.fragments],
         }
 
@@ -214,6 +217,8 @@ class Memory:
             [Fragment.from_state_dict(each, pieces) for each in state["fragments"]],
             **{name: state[name] for name in _NUMBERS},
         )
+        # those of other workers say nothing of these, and earlier versions saved none
+        found.seconds = list(state.get("seconds", [])) if state["num_workers"] == num_workers else []
         lossy = any(fragment.errors.sent.numel() for fragment in found.fragments)
         if state["num_workers"] != num_workers and (found.apart or lossy):
             raise ValueError(

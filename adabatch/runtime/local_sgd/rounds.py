@@ -11,6 +11,7 @@ from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.local_sgd.averages import Averages
 from adabatch.runtime.local_sgd.fragments import deal, due
 from adabatch.runtime.local_sgd.memory import Fragment, Memory
+from adabatch.runtime.local_sgd.pace import StepClock, own_steps
 from adabatch.runtime.local_sgd.periods import Fixed, RoundStart
 from adabatch.runtime.local_sgd.replica import Replica
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
@@ -63,6 +64,7 @@ class Rounds:
         self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._standing: tuple[Progress, float] | None = None
         self._gradient_averaged = False
+        self._clock = StepClock(replica.device) if settings.by_speed else None
 
     @property
     def memory(self) -> Memory:
@@ -104,6 +106,12 @@ class Rounds:
         known = isinstance(self.settings.period, Fixed) and begun.local_steps == 1
         if not known and not self.settings.overlap:
             self.meetings.begin(self.memory.place(begun))
+        if self.settings.by_speed and begun.local_steps > 1:
+            # A step for each fragment: workers that average two after the same step, and others that do not, would
+            # differ in which fragments are still apart at the end of a round.
+            least = self.settings.fragments
+            own = own_steps(begun.local_steps, self.memory.seconds, self.workers.rank, at_least=least)
+            return begun._replace(local_steps=own)
         return begun
 
     def _check_units(self) -> None:
@@ -171,13 +179,17 @@ class Rounds:
         memory.steps += 1
         memory.step_in_round += 1
         memory.bytes_synchronous += self.exchange.ring_bytes(self.replica.pieces())
+        ends = memory.step_in_round == present.local_steps
+        if self._clock is not None:
+            self._clock.step(self.exchange.traffic.seconds_waited, last=ends)
+            self.averages.seconds = self._clock.seconds
         for fragment in memory.fragments:
             self.averages.go_on(fragment)
         for turn in due(memory.step_in_round, present.local_steps, len(memory.fragments)):
             average = self.averages.start if present.overlap else self.averages.average
             average(present, memory.fragments[turn])
-        if memory.step_in_round == present.local_steps:
-            memory.end_round()
+        if ends:
+            self._end_round()
 
     def end_round(self) -> None:
         """Averages all in which the workers differ; the next step begins another round."""
@@ -187,7 +199,12 @@ class Rounds:
             self.averages.finish(fragment)
         for fragment in self.memory.apart:
             self.averages.average(self.present(), fragment)
+        self._end_round()
+
+    def _end_round(self) -> None:
         self.memory.end_round()
+        if self._clock is not None:
+            self._clock.round_over(self.exchange.traffic.seconds_waited)
 
     def leave(self) -> None:
         """The loop is over: averages all in which the workers differ, and compares their last steps."""

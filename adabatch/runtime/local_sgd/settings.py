@@ -64,6 +64,7 @@ class LocalSGDSettings:
     fragments: int
     overlap: int
     mix: float
+    by_speed: bool = False
 
     def __post_init__(self) -> None:
         words = {"compression": Compression, "weights": AverageWeights, "measure": MeasuredStep, "spread": Spread}
@@ -96,6 +97,17 @@ class LocalSGDSettings:
                 f"before the next one of the same parameters begins"
             )
         require(0 <= self.mix < 1, "mix must be in [0, 1)", self.mix)
+        if self.by_speed and not isinstance(self.period, Fixed):
+            raise ValueError(
+                f"by_speed=True counts the local steps of the fastest worker, which must be a number, got sync_every="
+                f"{self.period}: workers that have taken different numbers of steps would come to its changes in "
+                f"different rounds"
+            )
+        if self.by_speed and self.overlap:
+            raise ValueError(
+                f"by_speed=True does not go with overlap={self.overlap}, which is counted in each worker's own steps: "
+                f"leave one of the two out"
+            )
         if self.overlap and self.average_state:
             raise ValueError(
                 f"average_state does not go with overlap={self.overlap}, which would replace the optimizer's state by "
