@@ -215,7 +215,7 @@ class AdaptiveBatch:
                 skip_nonfinite=bool(guard.skip_nonfinite),
                 hand_norms=bool(criterion.needs),
             )
-            undo.callback(self._updates.remove)
+            undo.callback(self._updates.remove, "not made")
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
@@ -301,7 +301,13 @@ class AdaptiveBatch:
 
     def add_schedule(self, schedule: WritesRates) -> None:
         """Tells a schedule of each update, and of a state that is loaded, until it is dropped; ``ProgressLR`` asks for
-        it."""
+        it.
+
+        Raises:
+            RuntimeError: if this object was removed or replaced.
+            ValueError: if the schedule writes the rates of another optimizer of the same parameters.
+        """
+        self._check_in_place()
         self._updates.add_schedule(schedule)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -529,25 +535,26 @@ class AdaptiveBatch:
         """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
         self._updates.flush()
         self._journal.close()
-        self._updates.remove()
-        if self._probe is not None:
-            self._probe.remove()
         # the first reason stays: an object that was replaced may be removed too
         self._gone = self._gone or "removed by remove()"
+        self._updates.remove(self._gone)
+        if self._probe is not None:
+            self._probe.remove()
 
     def give_way(self) -> None:
         """Removes every hook, since a newer object is made for the same optimizer or parameters.
 
         A probe that the user gave is kept, since the newer object may use it too.
         """
+        newer = f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters"
+        self._gone = self._gone or newer
         with suppress(OSError):  # the journal's folder may be gone
             self._updates.flush()
-        self._updates.remove()
+        self._updates.remove(self._gone)
         if self._probe is not None and self._owns_probe:
             self._probe.remove()
         elif self._probe is not None:
             self._probe.stop()
-        self._gone = f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters"
 
     def check_reference(self, saved: int) -> None:
         """Checks the reference batch size of a saved run, before anything is loaded."""
