@@ -179,7 +179,7 @@ class AdaptiveBatch:
                 given=given_settings(self._engine, engine, local_sgd, measure, guard),
             )
             # another rank may fail, and then this one raises at the end of the block
-            undo.callback(self._loop.updates.remove)
+            undo.callback(self._loop.updates.remove, "not made")
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
@@ -265,7 +265,13 @@ class AdaptiveBatch:
 
     def add_schedule(self, schedule: WritesRates) -> None:
         """Tells a schedule of each update, and of a state that is loaded, until it is dropped; ``ProgressLR`` asks for
-        it."""
+        it.
+
+        Raises:
+            RuntimeError: if this object was removed or replaced.
+            ValueError: if the schedule writes the rates of another optimizer of the same parameters.
+        """
+        self._loop.check_open()
         self._loop.updates.add_schedule(schedule)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -406,26 +412,25 @@ class AdaptiveBatch:
     def remove(self) -> None:
         """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
         self._loop.updates.flush()
-        self._loop.updates.remove()
+        self._loop.close("removed by remove()")
         self._journal.close()
         if self._probe is not None:
             self._probe.remove()
-        self._loop.close("removed by remove()")
 
     def give_way(self) -> None:
         """Removes every hook, since a newer object is made for the same optimizer or parameters.
 
         A probe that the user gave is kept, since the newer object may use it too.
         """
+        newer = f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters"
         with suppress(OSError):  # the journal's folder may be gone
             self._loop.updates.flush()
         with suppress(OSError):  # of a last line; the hooks are off by then
-            self._loop.updates.remove()
+            self._loop.close(newer)
         if self._probe is not None and self._owns_probe:
             self._probe.remove()
         elif self._probe is not None:
             self._probe.stop()
-        self._loop.close(f"replaced by a newer one on the same {kind_of(self._optimizer)} or its parameters")
 
     def check_reference(self, saved: int) -> None:
         """Checks the reference batch size of a saved run, before anything is loaded."""

@@ -132,14 +132,20 @@ class StepLoop:
         )
 
     def close(self, why: str) -> None:
-        """Runs no more steps.
+        """Runs no more steps, and takes the hooks off the optimizer.
 
         Args:
             why: for the error of a later step. The first reason stays: an object that was replaced may be removed too.
         """
         self._closed = self._closed or why
+        self.updates.remove(self._closed)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises what became of the run, if it is closed.
+
+        Raises:
+            RuntimeError: see there.
+        """
         if self._closed:
             raise RuntimeError(
                 f"this AdaptiveBatch was {self._closed} and cannot run any more steps; its state_dict() can be loaded "
@@ -156,7 +162,7 @@ class StepLoop:
         allow_same_data: bool,
     ) -> Passes:
         """The passes over a loader, once its ranks agree on everything that ``AdaptiveBatch.steps`` was given."""
-        self._check_open()
+        self.check_open()
         self.updates.begin_loop()
         self._tools.mistakes.begin_loop()
         ranks, planner = self._engine.collectives, self._planner
@@ -202,7 +208,7 @@ class StepLoop:
         Raises:
             RuntimeError: if a newer object has replaced the one of this loop, or the step or its update were not run.
         """
-        self._check_open()
+        self.check_open()
         self.updates.check_between()
         # the last step's line, if its update never came
         self.updates.flush()

@@ -294,7 +294,7 @@ class Step:
             loss: mean loss over the micro-batch, shape ().
 
         Raises:
-            ValueError: if the loss is not a scalar tensor.
+            ValueError: if the loss is not a scalar tensor, or has no gradient.
             RuntimeError: if it is called outside the inner loop.
         """
         if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -305,6 +305,11 @@ class Step:
             )
         if self._weight is None:
             raise RuntimeError("step.backward belongs inside `for batch in step`, once for each micro-batch")
+        if self._weight and not loss.requires_grad:
+            raise ValueError(
+                "the loss of the micro-batch has no gradient: it was computed under torch.no_grad() or "
+                "inference_mode(), from detached tensors, or by a model all of whose parameters are frozen"
+            )
         if self._num_backward == 0 and self._trained is not None:  # by now the loop has frozen and thawed what it will
             self._check_trained(self._trained)
         self._hear(self._mistakes.check_before_backward)

@@ -427,8 +427,14 @@ class PendingUpdates:
         for schedule in self._each_schedule():
             schedule.write_rates()
 
-    def remove(self) -> None:
-        """Takes the hooks off the optimizer."""
+    def remove(self, reason: str) -> None:
+        """Takes the hooks off the optimizer.
+
+        Args:
+            reason: what becomes of the run's ``AdaptiveBatch``, for its schedules.
+        """
+        for schedule in self._each_schedule():
+            schedule.lose_source(reason)
         self._repeated.remove()
         self._hooks.remove()
         if self._late is not None:

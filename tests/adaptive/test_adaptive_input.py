@@ -259,6 +259,8 @@ def test_a_loss_must_be_a_scalar_tensor(criterion: Any) -> None:
             step.backward((model(x) - y).square())
         with pytest.raises(ValueError, match=r"a scalar tensor, got a float"):
             step.backward(0.5)
+        with pytest.raises(ValueError, match=r"has no gradient: it was computed under torch\.no_grad\(\)"):
+            step.backward(torch.zeros(()))
         break
 
 

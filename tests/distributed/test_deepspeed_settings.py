@@ -244,7 +244,8 @@ def warned(place: Path) -> list[list[str]]:
             run.saving.save()
             run.train(1)
             run.saving.step(now=True)
-        found.append([f"{Path(each.filename).name}: {each.message}" for each in told])
+        ours = [each for each in told if "checkpoint" in str(each.message)]
+        found.append([f"{Path(each.filename).name}: {each.message}" for each in ours])
     return found
 
 

@@ -76,6 +76,10 @@ class WritesRates(Protocol):
         """Called when another progress was loaded."""
         ...
 
+    def lose_source(self, reason: str) -> None:
+        """Called when the source counts no more updates; ``reason`` says what became of it."""
+        ...
+
 
 @runtime_checkable
 class TellsSchedules(ProgressSource, Protocol):
@@ -221,6 +225,8 @@ class ProgressLR(LRScheduler):
         if clock == "gain":
             self._check_unit("gain_steps", "clock='gain' cannot be read")
         self._replaced = False
+        self._loaded_at = 0  # number of updates before the state that was loaded, until the next update
+        self._lost: str | None = None  # what became of the source, if it counts no more
         self._written: list[float] = []  # the rates in the groups after the last step(); NaN where unknown
         self._written_at = 0  # number of updates before it
         if source is None:
@@ -260,12 +266,23 @@ class ProgressLR(LRScheduler):
         if not self._replaced:
             self._write()
 
+    def lose_source(self, reason: str) -> None:
+        """``step()`` raises from now on: the progress that it reads stands still, and so would the rate."""
+        self._lost = self._lost or reason
+
     def check_rates(self) -> None:
         """Checks, before an update, that its rates are those of this schedule.
 
         Raises:
             RuntimeError: if ``step()`` was not called since the last update, or something else has changed the rates.
         """
+        if self._source.progress.steps < self._loaded_at and not self._replaced:
+            raise RuntimeError(
+                f"the ProgressLR was loaded from a run of {self._loaded_at} updates, and its AdaptiveBatch has made "
+                f"{self._source.progress.steps}, so that the schedule would begin again: load the state_dict() of the "
+                f"AdaptiveBatch too, or, for a new run, do not load the schedule"
+            )
+        self._loaded_at = 0
         rates = self._check_unchanged()
         behind = self._source.progress.steps - self._written_at
         if not rates or behind <= 0:
@@ -300,6 +317,12 @@ class ProgressLR(LRScheduler):
         if self._replaced:
             raise RuntimeError(
                 f"this ProgressLR was replaced by a newer one on the same {kind_of(self.optimizer)}: step that one"
+            )
+        if self._lost is not None:
+            raise RuntimeError(
+                f"the AdaptiveBatch whose progress this ProgressLR reads was {self._lost}, so that the learning rate "
+                f"would stand still: make a new ProgressLR with the AdaptiveBatch that runs now, and load the "
+                f"state_dict() of this one into it"
             )
 
     def _take_in_groups(self) -> None:
@@ -445,7 +468,7 @@ class ProgressLR(LRScheduler):
             "anchor": None if self._anchor is None else [*astuple(self._anchor)],
             "passed": self._passed,
             "last_epoch": self.last_epoch,
-            "steps": self._source.progress.steps if isinstance(self._source, CountedSteps) else None,
+            "steps": self._source.progress.steps,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -490,6 +513,7 @@ class ProgressLR(LRScheduler):
         self.last_epoch = state_dict["last_epoch"]
         if isinstance(self._source, CountedSteps):
             self._source.progress = Progress(steps=state_dict["steps"] or 0)
+        self._loaded_at = state_dict["steps"] or 0
         self._write()
 
     def _write(self) -> None:

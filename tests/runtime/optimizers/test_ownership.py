@@ -138,6 +138,53 @@ def test_a_loop_under_way_ends_when_its_object_is_replaced() -> None:
     assert (newer.progress.steps, optimizer.param_groups[0]["lr"]) == (0, 0.01)
 
 
+@pytest.mark.parametrize("how", ["replaced by a newer one on the same SGD", r"removed by remove\(\)"])
+def test_a_schedule_of_an_object_that_is_gone_says_so(how: str) -> None:
+    """A cell that makes the AdaptiveBatch is run again, and that of its schedule is not: the rate would stand still."""
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    batches = adaptive(model, optimizer)
+    schedule = ProgressLR(optimizer, lr.linear(), batches, total=steps(8))
+    run(batches, model, optimizer, 1)
+    state = schedule.state_dict()
+    if "newer" in how:
+        newer = adaptive(model, optimizer)
+    else:
+        batches.remove()
+        newer = adaptive(model, optimizer)
+    with pytest.raises(RuntimeError, match=f"this ProgressLR reads was {how}.* would stand still: make a new Prog"):
+        schedule.step()
+    with pytest.raises(RuntimeError, match=f"this AdaptiveBatch was {how}"):
+        ProgressLR(optimizer, lr.linear(), batches, total=steps(8))
+    newer.load_state_dict(batches.state_dict())
+    again = ProgressLR(optimizer, lr.linear(), newer, total=steps(8))
+    again.load_state_dict(state)
+    assert again.get_last_lr() == pytest.approx([0.01 * 7 / 8], rel=1e-12)
+
+
+def test_a_schedule_that_is_loaded_without_its_batches_says_so() -> None:
+    """The order in which the two are loaded does not matter, but one without the other would begin again."""
+
+    def made() -> tuple[nn.Module, Optimizer, AdaptiveBatch, ProgressLR]:
+        model = network()
+        optimizer = SGD(model.parameters(), lr=0.01)
+        batches = adaptive(model, optimizer)
+        return model, optimizer, batches, ProgressLR(optimizer, lr.linear(), batches, total=steps(8))
+
+    model, optimizer, batches, schedule = made()
+    run(batches, model, optimizer, 1)
+    saved = batches.state_dict(), schedule.state_dict()
+    for first, second in ((2, 3), (3, 2)):
+        parts = made()
+        parts[first].load_state_dict(saved[first - 2])
+        parts[second].load_state_dict(saved[second - 2])
+        assert run(parts[2], parts[0], parts[1], 1) == pytest.approx([0.01 * 7 / 8], rel=1e-5)
+    model, optimizer, batches, schedule = made()
+    schedule.load_state_dict(saved[1])
+    with pytest.raises(RuntimeError, match="loaded from a run of 1 updates, and its AdaptiveBatch has made 0, so that"):
+        run(batches, model, optimizer, 1)
+
+
 @pytest.mark.parametrize("make", [lambda m: MicroBatchProbe(m.parameters()), PerExampleProbe], ids=["micro", "example"])
 def test_a_probe_that_was_given_to_both_goes_on(make: Any) -> None:
     model = network()
