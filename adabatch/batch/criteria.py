@@ -229,6 +229,7 @@ class StepPrice:
         if moments is None:
             return math.nan
         noise_scale = ratio(moments.noise, moments.signal)
+        # NaN and zero stay what they are, since the control names each of these cases
         return math.sqrt(noise_scale * self.examples) if noise_scale > 0 else noise_scale
 
 
@@ -389,6 +390,7 @@ class InnerProductTest:
         moments = observation.moments
         if moments is None or moments.noise_along is None:
             return math.nan
+        # noise_along is Var_i <g_i, g> / |g|^2, so that one |g|^2 of the test's two is left
         return ratio(moments.noise_along, self.theta * self.theta * moments.grad_sq)
 
 
@@ -449,4 +451,5 @@ class AugmentedInnerProductTest:
         """The smallest batch that would pass both tests."""
         along = InnerProductTest(self.theta).wanted(observation)
         across = OrthogonalityTest(self.nu).wanted(observation)
+        # max() alone would drop a NaN that comes second
         return math.nan if math.isnan(along) or math.isnan(across) else max(along, across)

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from adabatch.arguments import checked
+from adabatch.lr.journal_lines import part_of
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -59,18 +60,20 @@ def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
         entry: a line of the journal.
     """
     if "evaluation" in entry:
-        metrics = {f"evaluation/{name}": _number(value) for name, value in _part(entry, "evaluation").items()}
+        metrics = {f"evaluation/{name}": _number(value) for name, value in part_of(entry, "evaluation").items()}
         return {name: value for name, value in metrics.items() if value is not None}
     found = {name: _at(entry, path) for name, path in NAMES.items()}
     found["update/applied"] = float(entry["applied"]) if isinstance(entry.get("applied"), bool) else None
     for part in ("base", "shape", "applied"):
-        values = _part(entry, "lr").get(part)
+        values = part_of(entry, "lr").get(part)
         for group, value in enumerate(values if isinstance(values, list | tuple) else ()):
+            # most optimizers have one group, whose curve needs no number
             found[f"lr/{part}_{group}" if group else f"lr/{part}"] = _number(value)
     scale, batch = found["noise/scale"], found["batch/taken"]
+    # not in the journal, which has the two numbers that it is made of
     if scale is not None and batch is not None and scale > 0:
         found["efficiency"] = 1 / (1 + batch / scale)
-    for name, layer in _part(entry, "layers").items():
+    for name, layer in part_of(entry, "layers").items():
         found[f"layers/{name}/noise_scale"] = _at(layer, ("noise_scale",))
     return {name: value for name, value in found.items() if value is not None}
 
@@ -78,13 +81,8 @@ def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
 def _at(entry: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
     *parts, last = path
     for part in parts:
-        entry = _part(entry, part)
+        entry = part_of(entry, part)
     return _number(entry.get(last))
-
-
-def _part(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = entry.get(key)
-    return value if isinstance(value, Mapping) else {}
 
 
 def _number(value: object) -> float | None:
@@ -155,6 +153,7 @@ class TensorBoardTracker(Tracker):
         self._writer: Any = None
 
     def _open(self, run: str, step: int) -> None:
+        # torch's writer is a part of torch, and needs the package of TensorBoard all the same
         torchs = importlib.util.find_spec("tensorboard") is not None
         module = importlib.import_module("torch.utils.tensorboard" if torchs else "tensorboardX")
         self._writer = module.SummaryWriter(self._folder, purge_step=step or None)

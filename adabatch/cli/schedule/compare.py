@@ -56,6 +56,7 @@ def compare(
     }
     first = next(iter(bounded.values())).terms
     least = min(one.terms.best for one in bounded.values())
+    # a run's norms are numbers, so that only the distance stays unknown
     scale, rate = ("D G", "D/G") if norms is None else ("D", "D")
     header = (
         "shape",

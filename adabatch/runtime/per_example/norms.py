@@ -214,8 +214,10 @@ class PerExampleNorms:
         measurement = self._measurement
         if measurement is None:
             raise RuntimeError("no micro-batch is being measured: call start() before its forward")
+        # first: what raises below leaves no hook behind
         self.remove()
         measurement.settle()
+        # once is enough, since modules do not change what their rows are from one micro-batch to the next
         self._check = False
         assert measurement.num_examples is not None
         factor = measurement.num_examples / loss_scale
