@@ -122,7 +122,7 @@ class Place(NamedTuple):
 class _Row(NamedTuple):
     """What one worker tells."""
 
-    count: float
+    weight: float
     mistake: float
     purpose: float
     rounds: float
@@ -228,7 +228,7 @@ class Meetings:
         with self.reporting(self.place):
             rows = [_Row(*row) for row in self._exchange.told(started)]
         self._check(rows, self._workers)
-        return [row.count for row in rows]
+        return [row.weight for row in rows]
 
     # --- on the gradient --------------------------------------------------------------------------------------------
 
