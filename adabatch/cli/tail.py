@@ -41,13 +41,14 @@ def run_tail(arguments: Sequence[str]) -> int:
     """Runs the command with the arguments after its name; its exit status.
 
     Raises:
-        ValueError: if there is no run.
+        ValueError: if there is no run, or the file is not a journal.
         OSError: if its journal cannot be read.
         KeyboardInterrupt: when the user ends it.
         SystemExit: with status 2, if there is a mistake on the command line.
     """
     asked = _parser().parse_args(arguments)
     journal = journal_in(asked.run)
+    _check_journal(journal)
     colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(HEADER, flush=True)
     for entry in follow(journal, lines=asked.lines, once=asked.once):
@@ -79,6 +80,18 @@ def follow(
         *whole, begun = ((b"" if cut else begun) + new).split(b"\n")
         for text in whole:
             yield from _step(text)
+
+
+def _check_journal(journal: Path) -> None:
+    """Checks the first line, if there is one: another file would be followed for ever without a word."""
+    with journal.open("rb") as file:
+        text = file.readline()
+    try:
+        whole = not text.endswith(b"\n") or isinstance(json.loads(text), Mapping)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{journal} is not a journal: its first line is not a JSON object")
 
 
 def _last_of(journal: Path, lines: int) -> tuple[list[Mapping[str, Any]], int, bytes, int]:

@@ -1,4 +1,5 @@
-"""Reads the YAML of configs, in which a few lines with aliases could expand to more than fits into memory."""
+"""Reads the YAML of configs: aliases that expand to more than fits into memory, and keys that are given twice, are
+errors."""
 
 from __future__ import annotations
 
@@ -18,21 +19,43 @@ class TooManyNodes(ValueError):
     """The aliases of a text expand to more than ``MAX_NODES`` values, or contain themselves."""
 
 
+class GivenTwice(ValueError):
+    """A key stands twice in the same mapping. PyYAML would take the last one in silence."""
+
+
 def load(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
         TooManyNodes: see there. The parser expands aliases, so it would not terminate.
+        GivenTwice: see there.
         yaml.YAMLError: if the text is not YAML.
     """
-    # a text without aliases, as nearly all are, is parsed only once
-    if "*" in text and "&" in text:
-        count = _count(yaml.compose(text, Loader=yaml.SafeLoader), {})
-        if count > MAX_NODES:
+    # a text without a mapping, such as that of most flags, is parsed only once
+    if ":" in text:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_keys(root, set())
+        if _count(root, {}) > MAX_NODES:
             raise TooManyNodes(
                 f"the aliases (*name) of a YAML text stand for more than {MAX_NODES:,} values: write out what is meant"
             )
     return get_loader("yaml")(text)
+
+
+def _check_keys(node: yaml.Node | None, seen: set[int]) -> None:
+    """Checks that no mapping has a key twice; an alias of a node is the node itself."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+        return
+    seen.add(id(node))
+    lines: dict[str, int] = {}
+    for each in node.value:
+        key, value = each if isinstance(each, tuple) else (None, each)
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise GivenTwice(f"{key.value!r} is given twice, in lines {lines[key.value]} and {line}: give it once")
+            lines[key.value] = line
+        _check_keys(value, seen)
 
 
 def _count(node: yaml.Node | None, counted: dict[int, float]) -> float:

@@ -26,7 +26,7 @@ from adabatch.cli.main import main
 from adabatch.cli.mistakes import one_line
 from adabatch.cli.overview import COMMANDS
 from adabatch.cli.parser import build_parser
-from adabatch.cli.yaml_text import TooManyNodes, load
+from adabatch.cli.yaml_text import GivenTwice, TooManyNodes, load
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 
@@ -232,6 +232,15 @@ def test_a_text_whose_aliases_expand_beyond_all_bounds_is_refused(text: str, tmp
     (tmp_path / "bomb.yaml").write_text(text)
     assert status_of(["train", "--config", str(tmp_path / "bomb.yaml")]) == 2
     assert "aliases" in said_in_one_line(capsys)
+
+
+@pytest.mark.parametrize("text", ["eta: 1\nlimits:\n  min: 1\n  max: 2\n  min: 3\n", "a: [{min: 1,\n\n min: 2}]\n"])
+def test_a_key_that_is_given_twice_is_refused(text: str, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(GivenTwice, match=r"'min' is given twice, in lines \d and \d: give it once"):
+        load(text)
+    (tmp_path / "twice.yaml").write_text(text)
+    assert status_of(["train", "--config", str(tmp_path / "twice.yaml")]) == 2
+    assert "'min' is given twice" in said_in_one_line(capsys)
 
 
 def test_a_few_aliases_are_fine() -> None:

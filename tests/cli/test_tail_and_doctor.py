@@ -110,6 +110,14 @@ def test_tail_follows_a_journal_whose_file_is_put_aside(tmp_path):
     assert [next(found)["step"] for _ in range(8)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("text", ["format: 1\n", "[1]\n", "\xfe\n"])
+def test_a_file_that_is_no_journal_is_not_followed(tmp_path, capsys, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="latin-1")
+    assert main(["tail", str(path)]) == 2
+    assert "config.yaml is not a journal: its first line is not a JSON object" in capsys.readouterr().err
+
+
 def test_lines_that_are_no_steps_are_passed_over(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text("nothing\n[1]\n" + text(5))
