@@ -126,9 +126,16 @@ def _ending(error: BaseException) -> tuple[int, str] | None:
         place = "" if error.filename is None else f"{error.filename}: "
         return (
             MISTAKE if isinstance(error, PATH_MISTAKES) else FILE_FAILED,
-            f"error: {place}{error.strerror or _plain(error)}",
+            f"error: {place}{_dangling(error) or error.strerror or _plain(error)}",
         )
     return (MISTAKE, f"error: {_plain(error)}") if isinstance(error, USER_ERRORS) else None
+
+
+def _dangling(error: OSError) -> str | None:
+    """What is wrong if a link that leads nowhere stands where a folder is to be made; None otherwise."""
+    if isinstance(error, FileExistsError) and os.path.islink(error.filename) and not os.path.exists(error.filename):
+        return f"a link to {os.readlink(error.filename)}, which does not exist: remove the link, or make the folder"
+    return None
 
 
 def _plain(error: BaseException) -> str:

@@ -22,17 +22,26 @@ LONGEST = 300
 """Characters of a message that is passed on unchanged."""
 
 
-def one_line(message: str, *, known: Iterable[str] = (), help_command: str = "adabatch train --help-all") -> str:
+def one_line(
+    message: str,
+    *,
+    known: Iterable[str] = (),
+    help_command: str = "adabatch train --help-all",
+    file: str | None = None,
+) -> str:
     """The parser's message of up to 30 lines, in one line.
 
     Args:
         message: of the parser.
         known: names of all options, to find the one that was meant.
         help_command: the command that lists them.
+        file: the config that was being read; None if none was.
 
     Returns:
         The field, its value, and what to write instead, as far as the message contains them.
     """
+    if file is not None and (said := _of_a_file(message)):
+        return f"{file}: {said}"
     field = _field(message)
     # from the special to the general, because one message may contain the words of several
     if said := of_a_group(message):
@@ -71,6 +80,15 @@ def of_a_group(message: str) -> str | None:
         return None
     group, said = GROUPS[found[1]], " ".join(found[2].split())
     return said if said.startswith(f"{group}.") else f"{group}.{said}"
+
+
+def _of_a_file(message: str) -> str | None:
+    """What is wrong with the text of a config as a whole; None for an error in one of its fields."""
+    if message.startswith("Unexpected config:"):
+        return "a config must be a mapping of fields to values, such as `micro_batch_size: 16`"
+    if found := re.match(r"Problems parsing config:\s*(.*)", message, re.DOTALL):
+        return " ".join(found[1].replace(' in "<unicode string>",', " in").split())
+    return None
 
 
 def _field(message: str) -> str:

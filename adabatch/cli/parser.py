@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from adabatch.cli.branch import FACTORS, CriticalOptions
 from adabatch.cli.job import Job
@@ -88,6 +89,8 @@ class Parser(ArgumentParser):
         # our own loader of YAML, which bounds what aliases may expand to
         super().__init__(*arguments, parser_mode=options.pop("parser_mode", MODE), **options)
         self._short_help = short_help
+        self._file: str | None = None
+        """The config that is being read, for errors of its text."""
         self.asked: Parser | None = None
         """The parser of the command that was called, for errors that do not name their parser."""
         if short_help is not None:
@@ -101,6 +104,14 @@ class Parser(ArgumentParser):
         """The text of ``--help-all``."""
         return super().format_help()
 
+    def parse_path(self, path: str | os.PathLike[str], *arguments: Any, **options: Any) -> Namespace:
+        """Parses a config file."""
+        self._file = os.fspath(path)
+        try:
+            return super().parse_path(path, *arguments, **options)
+        finally:
+            self._file = None
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the error in one line, and exits with status 2."""
         if not self.exit_on_error:
@@ -110,7 +121,7 @@ class Parser(ArgumentParser):
         prog = place.prog.replace(" [options]", "")
         known = [option.lstrip("-") for option in place._option_string_actions]
         listed = f"{prog} --help-all" if getattr(place, "_short_help", None) else f"{prog} --help"
-        self.exit(2, f"{prog}: error: {one_line(message, known=known, help_command=listed)}\n")
+        self.exit(2, f"{prog}: error: {one_line(message, known=known, help_command=listed, file=self._file)}\n")
 
 
 class _HelpAll(argparse.Action):

@@ -243,6 +243,28 @@ def test_a_key_that_is_given_twice_is_refused(text: str, tmp_path: Path, capsys:
     assert "'min' is given twice" in said_in_one_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "broken.yaml: a config must be a mapping of fields to values"),
+        ("- 1\n- 2\n", "broken.yaml: a config must be a mapping of fields to values"),
+        ("limits: [1,\n", "broken.yaml: while parsing a flow node expected the node content"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(text: str, said: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    assert status_of(["train", "--config", str(tmp_path / "broken.yaml")]) == 2
+    assert said in said_in_one_line(capsys)
+
+
+def test_a_link_that_leads_nowhere_is_said(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    assert status_of(["train", "--config", "configs/quickstart.yaml", f"--out={tmp_path / 'out'}"]) == 2
+    said = said_in_one_line(capsys)
+    assert "out: a link to" in said
+    assert "which does not exist" in said
+
+
 def test_a_few_aliases_are_fine() -> None:
     assert load("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n") == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}
 
