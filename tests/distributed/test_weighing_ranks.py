@@ -356,9 +356,9 @@ def passed_over(rank: int) -> tuple[str, ...]:
         if rank == 1:
             tried(step._pass_over, last=True)
             tried(step.backward, torch.tensor(math.nan))
-            step._empty_parts._outputs.append(torch.tensor(math.nan, requires_grad=True))
+            step._tools.empty_parts._outputs.append(torch.tensor(math.nan, requires_grad=True))
             tried(step.backward, torch.tensor(math.nan))
-            step._empty_parts._outputs.clear()
+            step._tools.empty_parts._outputs.clear()
         tried(step.backward, mean_loss(model, batch))
     torch.testing.assert_close(gradient(model), gradient_of(tuple(column[:6] for column in data)))
     return tuple(said) if rank else ("", *said)
