@@ -23,6 +23,7 @@ from adabatch.checkpointing.files import (
     CheckpointError,
     abandon,
     begin,
+    being_written,
     checkpoints_in,
     finish,
     is_checkpoint,
@@ -144,7 +145,7 @@ class Checkpoints:
         self._folder = Path(folder)
         self._batches = batches
         self._scaled = scaler is not None
-        self._saved = False
+        self._saved = self._begun = False
         self._keep = keep
         self._background = Background() if background else None
         self._damaged: set[Path] = set()
@@ -197,11 +198,11 @@ class Checkpoints:
             failure = failure or error
         if failure is None and self._ranks.rank == 0:
             try:
-                self._begin_folder()
+                alone = self._begin_folder()
                 # From the system: a seeded generator could give the same number to another writer, and would change
                 # the run's random numbers.
                 nonce = secrets.randbits(40)
-                number = begin(self._folder, steps, nonce)
+                number = begin(self._folder, steps, nonce, clear=alone)
             except (OSError, CheckpointError) as error:
                 failure = error
         # One reduction tells of errors, and carries the numbers of the first rank to the others: theirs are 0. 40 bits
@@ -358,24 +359,38 @@ class Checkpoints:
         if self._batches is not None and self._batches.journal.guard is None:
             self._batches.journal.guard = self._lock.check
 
-    def _begin_folder(self) -> None:
-        """Checks the folder before the first checkpoint is written, on the first rank.
+    def _begin_folder(self) -> bool:
+        """Checks the folder before a checkpoint is written, on the first rank.
+
+        Returns:
+            Whether unfinished checkpoints are of a killed process. Later, and if another object of this process has
+            the folder, one may be under way in the background.
 
         Raises:
-            CheckpointError: if the folder holds checkpoints of another run, or belongs to another process.
+            CheckpointError: if the folder holds checkpoints of another run, or belongs to another process or run.
         """
-        # now the run is known: the folder belongs to the one that was loaded
-        if self._lock.held:
-            return
-        mine, theirs = self._own_run(), read_lock(self._folder).run
-        # A lock without checkpoints is of a run that ended before its first one, and holds nothing that could be lost.
-        if mine is not None and theirs not in (None, mine) and checkpoints_in(self._folder):
-            raise CheckpointError(
-                f"{self._folder} holds the checkpoints of run {theirs}, and this is run {mine}, which has loaded none "
-                f"of them: load() to go on with that run, start_over() to take its folder, or use another folder"
-            )
+        self._lock.check()
+        mine, theirs, shared = self._own_run(), read_lock(self._folder).run, self._lock.shared
+        if mine is not None and theirs not in (None, mine):
+            # A lock without checkpoints is of a run that ended before its first one, and holds nothing that could be
+            # lost.
+            if checkpoints_in(self._folder):
+                raise CheckpointError(
+                    f"{self._folder} holds the checkpoints of run {theirs}, and this is run {mine}, which has loaded "
+                    f"none of them: load() to go on with that run, start_over() to take its folder, or use another "
+                    f"folder"
+                )
+            if shared and being_written(self._folder):
+                raise CheckpointError(
+                    f"{self._folder} belongs to run {theirs} of this process, which is still writing a checkpoint, and "
+                    f"this is run {mine}: call close() of the Checkpoints of run {theirs} first, or use another folder"
+                )
+        # Again at each save: the run is known now, and a lock that names an earlier one, which was killed before its
+        # first checkpoint, would let nobody load this one.
         self._lock.claim(mine)
         self._guard_journal()
+        alone, self._begun = not (shared or self._begun), True
+        return alone
 
     def _refuse_other_run(self, path: Path, run: str | None) -> None:
         """Checks that a checkpoint belongs to the run of the folder and of the journal, as far as they name one.

@@ -28,7 +28,7 @@ UNFINISHED = ".unfinished"
 _log = logging.getLogger("adabatch")
 
 _NAME = re.compile(r"(\d{6,})-step-\d+")
-_BEING_WRITTEN = re.compile(rf"\d{{6,}}-step-\d+(\.[0-9a-f]+)?{re.escape(UNFINISHED)}")
+_BEING_WRITTEN = re.compile(rf"(\d{{6,}})-step-\d+(\.[0-9a-f]+)?{re.escape(UNFINISHED)}")
 
 
 Files: TypeAlias = Mapping[str, tuple[int, str]]
@@ -86,13 +86,21 @@ def is_checkpoint(path: Path) -> bool:
     return _NAME.fullmatch(path.name) is not None
 
 
-def begin(folder: Path, steps: int, nonce: int = 0) -> int:
-    """Makes an empty ``place_of`` the next checkpoint, and returns its number; removes unfinished ones.
+def being_written(folder: Path) -> list[Path]:
+    """The unfinished checkpoints of a folder: of a writer that was killed, or one at work."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if _BEING_WRITTEN.fullmatch(path.name)]
+
+
+def begin(folder: Path, steps: int, nonce: int = 0, *, clear: bool = True) -> int:
+    """Makes an empty ``place_of`` the next checkpoint, and returns its number.
 
     Args:
         folder: of the run's checkpoints; created if it is missing.
         steps: of the run so far.
         nonce: as for ``place_of``.
+        clear: whether to remove unfinished ones, whose writers were killed. If not, the number is above theirs too.
 
     Raises:
         OSError: if the folder cannot be created.
@@ -100,9 +108,13 @@ def begin(folder: Path, steps: int, nonce: int = 0) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     number = 1
     for path in folder.iterdir():
-        if _BEING_WRITTEN.fullmatch(path.name):  # of a writer that was killed: the lock allows only one at a time
-            _remove(path)
-        elif match := _NAME.fullmatch(path.name):  # a file of that name too is in the way
+        if match := _BEING_WRITTEN.fullmatch(path.name):
+            if clear:
+                _remove(path)
+                continue
+        else:
+            match = _NAME.fullmatch(path.name)  # a file of that name too is in the way
+        if match:
             number = max(number, int(match[1]) + 1)
     place_of(folder, number, steps, nonce).mkdir()
     return number

@@ -124,12 +124,21 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._me: Holder | None = None  # None until it is claimed
+        self._run: str | None = None  # whose checkpoints it claimed the folder for; None if unknown
         self._releases = False
 
     @property
     def held(self) -> bool:
         """Whether it was claimed."""
         return self._me is not None
+
+    @property
+    def shared(self) -> bool:
+        """Whether another object of this process holds the folder, or held it when this one claimed it."""
+        if self.held:
+            return not self._releases
+        holder = read_lock(self._folder).holder
+        return holder is not None and holder.same_process(Holder.this())
 
     def claim(self, run: str | None) -> None:
         """Takes the folder, or keeps it; the folder of a dead process is taken over.
@@ -154,17 +163,22 @@ class FolderLock:
             # Another object of this process may have claimed it before, and is then the one to release it.
             self._releases = self._releases or not mine
             self._write(Lock(lock.run if run is None else run, lock.holder if mine else me))
-        self._me = me
+        self._me, self._run = me, run
 
     def check(self) -> None:
-        """Checks that this process still holds the folder.
+        """Checks that this process, and in it this run, still holds the folder.
 
         Raises:
-            FolderInUse: if another process has taken it over, or the lock was removed.
+            FolderInUse: if another process or another run of this process has taken it over, or the lock was removed.
         """
         if self._me is None:
             return
-        holder = read_lock(self._folder).holder
+        run, holder = read_lock(self._folder)
+        if holder is not None and holder.same_process(self._me) and None not in (run, self._run) and run != self._run:
+            raise FolderInUse(
+                f"{self._folder} was taken from run {self._run} by run {run} of the same process: nothing more is "
+                f"written for run {self._run}, whose loop should end"
+            )
         if holder is None or not holder.same_process(self._me):
             now = "its lock was removed" if holder is None else f"it belongs to {holder} now"
             raise FolderInUse(
@@ -179,7 +193,7 @@ class FolderLock:
                 lock = read_lock(self._folder)
                 if lock.holder is not None and lock.holder.same_process(self._me):
                     self._write(lock._replace(holder=None))
-        self._me, self._releases = None, False
+        self._me, self._run, self._releases = None, None, False
 
     def _way_out(self, holder: Holder) -> str:
         if holder.host == platform.node():

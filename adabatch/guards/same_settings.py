@@ -132,6 +132,8 @@ def optimizer_settings(optimizer: Optimizer) -> dict[str, object]:
         for index, group in enumerate(one.param_groups):
             place = f" of {name} group {index}"
             found[f"number of parameters{place}"] = len(group["params"])
+            # A rank that does not train a layer does not take part in its reduction, and the others wait there.
+            found[f"frozen parameters{place}"] = [i for i, p in enumerate(group["params"]) if not p.requires_grad]
             found |= {f"{key}{place}": value for key, value in group.items() if key not in ("params", "param_names")}
     return found
 

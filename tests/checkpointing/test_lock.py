@@ -8,7 +8,9 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,7 @@ class Run:
             optimizer=self.optimizer,
             batches=self.batches,
             order=self.order,
-            background=False,
-            **options,
+            **{"background": False, **options},
         )
 
     def train(self, until: int) -> None:
@@ -201,6 +202,94 @@ def test_two_writers_never_share_a_place(tmp_path: Path, monkeypatch: pytest.Mon
     assert places[0] != places[1]
     (path,) = checkpoints_in(tmp_path / "saved").values()
     assert path.name == "000001-step-0"
+
+
+def test_a_run_killed_in_its_first_checkpoint_leaves_no_token_to_its_successor(tmp_path: Path) -> None:
+    killed = Run(tmp_path)
+    claimed(tmp_path / "saved", pid=2**22 + 1)
+    lock = json.loads((tmp_path / "saved" / LOCK).read_text())
+    (tmp_path / "saved" / LOCK).write_text(json.dumps(lock | {"run": killed.token}))
+    (tmp_path / "saved/000001-step-0.ab.unfinished").mkdir()
+    second = Run(tmp_path)
+    with second.checkpoints() as checkpoints:
+        assert checkpoints.load() is None
+        second.train(2)
+        checkpoints.save()
+    assert read_lock(tmp_path / "saved").run == second.token
+    assert sorted(os.listdir(tmp_path / "saved")) == ["000001-step-2", LOCK]
+    third = Run(tmp_path)
+    with third.checkpoints() as checkpoints:
+        assert checkpoints.load() is not None
+    assert third.token == second.token
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The first state that is written waits for this event; later ones do not."""
+    write, event, first = torch.save, threading.Event(), threading.Semaphore(1)
+
+    def written(state: Any, file: Any) -> None:
+        if first.acquire(blocking=False):
+            event.wait(60)
+        write(state, file)
+
+    monkeypatch.setattr("adabatch.checkpointing.run_state.torch.save", written)
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_second_run_of_the_process_waits_for_the_first_one_to_close(
+    tmp_path: Path, slow_disk: threading.Event, loads: bool
+) -> None:
+    first = Run(tmp_path, journal="first.jsonl")
+    writing = first.checkpoints(background=True)
+    writing.save()
+    second = Run(tmp_path, journal="second.jsonl")
+    other = second.checkpoints()
+    if loads:
+        assert other.load() is None
+    with pytest.raises(
+        CheckpointError, match=rf"run {first.token} of this process, which is still writing .* close\(\)"
+    ):
+        other.save()
+    slow_disk.set()
+    writing.close()
+    (path,) = checkpoints_in(tmp_path / "saved").values()
+    assert json.loads((path / "manifest.json").read_text().splitlines()[0])["contents"]["run"] == first.token
+    with pytest.raises(CheckpointError, match=f"holds the checkpoints of run {first.token}"):
+        second.checkpoints().save()
+
+
+def test_a_run_whose_folder_another_one_of_the_process_took_writes_nothing_more(
+    tmp_path: Path, slow_disk: threading.Event
+) -> None:
+    first, second = Run(tmp_path, journal="first.jsonl"), Run(tmp_path, journal="second.jsonl")
+    writing = first.checkpoints(background=True)
+    writing.save()
+    with second.checkpoints() as other:
+        other.start_over()
+        other.save()
+        slow_disk.set()
+        with pytest.raises(
+            FolderInUse, match=f"taken from run {first.token} by run {second.token} of the same process"
+        ):
+            first.train(1)
+        with pytest.raises(FolderInUse, match="whose loop should end"):
+            writing.close()
+    assert lines(tmp_path / "first.jsonl") == []
+    (path,) = checkpoints_in(tmp_path / "saved").values()
+    assert json.loads((path / "manifest.json").read_text().splitlines()[0])["contents"]["run"] == second.token
+
+
+def test_a_save_beside_one_in_the_background_keeps_both(tmp_path: Path, slow_disk: threading.Event) -> None:
+    run = Run(tmp_path)
+    parts = {"model": run.model, "optimizer": run.optimizer, "batches": run.batches, "order": run.order}
+    with run.checkpoints(background=True) as checkpoints:
+        checkpoints.save()
+        adabatch.save(tmp_path / "saved", **parts)
+        slow_disk.set()
+    assert list(checkpoints_in(tmp_path / "saved")) == [2, 1]
 
 
 def test_an_evaluation_reads_beside_a_run_and_leaves_no_trace(tmp_path: Path) -> None:

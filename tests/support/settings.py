@@ -26,12 +26,16 @@ class Case:
         self.adam: dict[str, Any] = {"lr": 0.01}
         self.order: dict[str, Any] = {"seed": 1}
         self.length = 96
+        self.frozen = 0
         self.steps: dict[str, Any] = {"until": adabatch.steps(2)}
         self.prepare: Callable[[AdaptiveBatch], Any] = lambda batches: None
 
     def run(self) -> int:
         """Two steps; how many were applied."""
         model = DistributedDataParallel(network())
+        # After it is wrapped: DDP itself compares what trains, and FSDP2 does not.
+        for parameter in list(model.parameters())[: self.frozen]:
+            parameter.requires_grad_(False)
         optimizer = AdamW(model.parameters(), **self.adam)
         options = {"micro_batch_size": self.micro_batch_size, **self.options}
         batches = AdaptiveBatch(model, optimizer, self.criterion, **options)
@@ -100,6 +104,7 @@ DIFFERENCES: dict[str, tuple[Callable[[Case], None], str]] = {
     "weight_decay": (_adam(weight_decay=0.5), "weight_decay of optimizer group 0 is "),
     "betas": (_adam(betas=(0.8, 0.99)), "betas of optimizer group 0 is "),
     "eps": (_adam(eps=1e-6), "eps of optimizer group 0 is "),
+    "frozen layer": (_set("frozen", 2), "frozen parameters of optimizer group 0 is [] on rank 0 and [0, 1] on rank 1"),
     "seed of the order": (_order(seed=2), "seed of the data order is 1 on rank 0 and 2 on rank 1"),
     "shuffle": (_order(shuffle=False), "order of the data order is "),
     "length of the data": (_set("length", 100), "length of the data order is 96"),
