@@ -107,6 +107,7 @@ class Fit:
         self._loader: Any = None
         self._step: Step | None = None
         self._micro_batches: Iterator[Any] = iter(())
+        self._taken_before = 0  # steps of Lightning's epoch before the pass under way
         self._epoch = -1  # Lightning's, of the pass under way
         self._pass_began_at = 0  # epoch of the order
         self._exhausted = False
@@ -124,7 +125,7 @@ class Fit:
     def build(self) -> None:
         """Makes the batches and takes over the updates, once model and optimizer exist."""
         trainer, settings = self._trainer, self._settings
-        check_module(trainer, self._host)
+        check_module(trainer, self._host, schedule=settings.schedule is not None)
         optimizer = trainer.optimizers[0]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         backward = Backward(partial(self._backward, optimizer), None if scaler is None else factor_of(scaler))
@@ -200,7 +201,10 @@ class Fit:
         loader, trainer = self._loader, self._trainer
         order = loader if isinstance(loader, GlobalOrder) else None
         self._epoch, self._exhausted = trainer.current_epoch, False
-        self._show_total(self.most_steps())
+        # A run that resumes in mid-epoch goes on counting, while a loader without a state begins again: a bound for the
+        # whole epoch alone would cut this pass short.
+        self._taken_before = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        self._show_total(self._taken_before + self.most_steps())
         # A run that was saved after the last step of an epoch resumes in that epoch, in which nothing is left to do.
         if self._passed != self._epoch:
             self._pass_began_at = -1 if order is None else order.epoch
@@ -247,7 +251,7 @@ class Fit:
         assert self.batches is not None
         loader, done = self._loader, int(self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         if not isinstance(loader, GlobalOrder):
-            return max(self.most_steps(), done + 1)
+            return max(self._taken_before + self.most_steps(), done + 1)
         left = 0 if loader.epoch != self._pass_began_at else len(loader) - loader.examples_seen
         return done + max(1, math.ceil(left / self.batches.plan.global_batch_size))
 
@@ -267,6 +271,7 @@ class Fit:
         assert self.batches is not None
         step, trainer = self._step, self._trainer
         assert step is not None
+        check_accumulation(trainer)  # again: a callback may change it from one epoch to the next
         loop = trainer.fit_loop.epoch_loop.automatic_optimization
         if loop._skip_backward:
             raise RuntimeError(
@@ -446,11 +451,7 @@ def check_trainer(trainer: Any, host: Host) -> None:
             "adabatch.integrations.deepspeed.attach in a loop of your own",
         }.get(name, "use one device, DDPStrategy or ModelParallelStrategy")
         raise ValueError(f"the callback does not run on {name}: {way_out}")
-    if trainer.accumulate_grad_batches != 1:
-        raise ValueError(
-            f"the trainer has accumulate_grad_batches={trainer.accumulate_grad_batches}, by which it would divide the "
-            f"loss: use 1, adabatch accumulates by the plan"
-        )
+    check_accumulation(trainer)
     shares = {
         "limit_train_batches": trainer.limit_train_batches,
         "val_check_interval": trainer.val_check_interval,
@@ -468,8 +469,26 @@ def check_trainer(trainer: Any, host: Host) -> None:
         )
 
 
-def check_module(trainer: Any, host: Host) -> None:
+def check_accumulation(trainer: Any) -> None:
+    """Checks that Lightning does not accumulate.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"the trainer has accumulate_grad_batches={trainer.accumulate_grad_batches}, by which it would divide the "
+            f"loss: use 1 and no GradientAccumulationScheduler, adabatch accumulates by the plan"
+        )
+
+
+def check_module(trainer: Any, host: Host, *, schedule: bool) -> None:
     """Checks the module and its optimizers.
+
+    Args:
+        trainer: the trainer.
+        host: the modules of its Lightning.
+        schedule: whether the callback makes a scheduler.
 
     Raises:
         ValueError: if the module optimizes by hand, takes an iterator, has several optimizers, or has a scheduler while
@@ -486,3 +505,9 @@ def check_module(trainer: Any, host: Host) -> None:
     signature = host["utilities.signature_utils"].is_param_in_hook_signature
     if signature(module.training_step, "dataloader_iter", explicit=True):
         raise ValueError("training_step(dataloader_iter) fetches its batches itself: take (batch, batch_idx) instead")
+    if schedule and trainer.lr_scheduler_configs:
+        made = ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
+        raise ValueError(
+            f"configure_optimizers returns a scheduler ({made}), and the callback has a schedule= of its own, of which "
+            f"only one may set the learning rate: leave one of them out"
+        )

@@ -290,6 +290,25 @@ def test_until_ends_the_run() -> None:
     assert trainer.current_epoch == 1
 
 
+def test_a_loader_without_a_state_is_run_through_after_a_resume_in_mid_epoch(tmp_path: Path) -> None:
+    from lightning.pytorch import Callback
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 7:
+                trainer.save_checkpoint(tmp_path / "one.ckpt")
+
+    module, callback = module_of(), callback_of(Constant(4 * MICRO))
+    trainer_of(callback, Saves(), max_steps=7).fit(module, loader())
+    module, callback = module_of(), callback_of(Constant(4 * MICRO))
+    trainer = trainer_of(callback, max_epochs=2)
+    validated = DataLoader(Numbered(8), batch_size=MICRO)
+    trainer.fit(module, loader(), validated, ckpt_path=tmp_path / "one.ckpt")
+    assert module.served == [*range(256)] * 2
+    assert trainer.global_step == callback.batches.consumed.steps == 7 + 16 + 16
+    assert module.events == [("validation", 23), ("epoch", 23), ("validation", 39), ("epoch", 39)]
+
+
 def test_a_fit_leaves_nothing_behind() -> None:
     module, callback = module_of(), callback_of(Constant(4 * MICRO))
     trainer = trainer_of(callback, max_epochs=1)
@@ -431,3 +450,24 @@ def test_modules_that_are_refused() -> None:
         trainer_of(callback_of(Constant(16)), max_epochs=1).fit(Skips(), loader())
     with pytest.raises(RuntimeError, match=r"there are no batches yet"):
         _ = callback_of(Constant(16)).batches
+
+
+def test_accumulation_that_begins_in_a_later_epoch_is_refused() -> None:
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+    module, callback = module_of(), callback_of(Constant(4 * MICRO))
+    trainer = trainer_of(callback, GradientAccumulationScheduler({1: 2}), max_epochs=2)
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=2.*no GradientAccumulationScheduler"):
+        trainer.fit(module, loader())
+    assert trainer.global_step == 16
+
+
+def test_two_schedules_are_refused() -> None:
+    callback = callback_of(
+        Constant(4 * MICRO),
+        schedule=lambda optimizer, batches: adabatch.ProgressLR(
+            optimizer, adabatch.lr.cosine(), batches, total=adabatch.examples(256)
+        ),
+    )
+    with pytest.raises(ValueError, match=r"returns a scheduler \(LambdaLR\), and the callback has a schedule="):
+        trainer_of(callback, max_epochs=1).fit(module_of(by_adam), loader())

@@ -149,7 +149,8 @@ class MicroBatchProbe(Probe):
         if not self._norms and weight:
             raise RuntimeError(
                 "the backward of this micro-batch reached no parameter: is the loss computed from the model that was "
-                "given to AdaptiveBatch, and not detached?"
+                "given to AdaptiveBatch, and not detached? A probe of your own must be made from the parameters of "
+                "that model; for FSDP2, take a ReduceScatterProbe"
             )
         if self._in_pieces:
             raise RuntimeError(IN_PIECES)

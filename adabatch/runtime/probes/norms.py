@@ -22,7 +22,7 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[tuple[int, Tensor]]:
     if not grads:
         raise RuntimeError(
             "no gradient is left after the step's last backward: call optimizer.step() and zero_grad() after the inner "
-            "loop, and let no optimizer step in the backward"
+            "loop, let no optimizer step in the backward, and make a probe of your own from the model that is trained"
         )
     return grads
 
