@@ -108,7 +108,8 @@ class Parser(ArgumentParser):
         """Parses a config file."""
         self._file = os.fspath(path)
         try:
-            return super().parse_path(path, *arguments, **options)
+            parsed: Namespace = super().parse_path(path, *arguments, **options)
+            return parsed
         finally:
             self._file = None
 

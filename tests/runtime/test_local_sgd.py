@@ -233,6 +233,21 @@ def test_alone_it_changes_nothing_and_sends_nothing(options: dict[str, Any]) -> 
     assert (local.rounds, local.steps, local.bytes_sent, local.bytes_saved) == (3, 10, 0, 0)
 
 
+def test_steps_after_the_block_are_refused() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with LocalSGD(model, optimizer, sync_every=2) as local:
+        batches = AdaptiveBatch(model, optimizer, Constant(4), micro_batch_size=4, local_sgd=local)
+    loader = [torch.ones(4, 2)] * 4
+    with pytest.raises(RuntimeError, match="has left its `with` block, or was removed"):
+        next(iter(batches.steps(loader)))
+    batches.remove()
+    with pytest.raises(RuntimeError, match="has left its `with` block, or was removed"):
+        AdaptiveBatch(model, optimizer, Constant(4), micro_batch_size=4, local_sgd=local)
+    with pytest.raises(RuntimeError, match="has left its `with` block, or was removed"):
+        local.synchronize()
+
+
 def test_alone_with_an_outer_optimizer_it_looks_ahead() -> None:
     """One worker that goes half of the way it went (Lookahead: Zhang et al. 2019)."""
     model, other = network(), network()

@@ -154,7 +154,7 @@ class LocalSGD:
                 f"a number of steps as sync_every and outer=Average(), or give the optimizer a learning rate"
             )
         self._trained = TrainedParameters(model, optimizer)
-        self._replaced = False
+        self._ended: str | None = None  # why nothing is averaged any more
         # On the parameters too: two objects on different optimizers of one model would average it twice.
         take_over(self, [*each_of(optimizer), *replica.parameters], kind="LocalSGD")
         # All workers begin with the weights of the first, as DDP does it: with different seeds the average would be
@@ -230,23 +230,28 @@ class LocalSGD:
         """Averages everything now, on all workers, and ends the round; does nothing if they have just done so.
 
         Raises:
-            RuntimeError: if a newer ``LocalSGD`` has replaced this one.
+            RuntimeError: if a newer ``LocalSGD`` has replaced this one, or it was removed.
         """
         self._check_in_place()
         self._rounds.end_round()
 
     def remove(self) -> None:
         """Removes the hooks from the optimizer. Nothing is averaged any more."""
+        # the first reason stays: an object that was replaced leaves its block, too
+        self._ended = self._ended or (
+            "this LocalSGD has left its `with` block, or was removed, so that the workers would drift apart: run the "
+            "loop inside the block, or make a new LocalSGD"
+        )
         remove_all(self._handles)
 
     def give_way(self) -> None:
         """Stops averaging, because a newer object averages these workers."""
-        self._replaced = True
+        self._ended = "this LocalSGD was replaced by a newer one on the same optimizer or model: use that one"
         self.remove()
 
     def _check_in_place(self) -> None:
-        if self._replaced:
-            raise RuntimeError("this LocalSGD was replaced by a newer one on the same optimizer or model: use that one")
+        if self._ended is not None:
+            raise RuntimeError(self._ended)
 
     def _before_step(self, optimizer: Optimizer, _: object) -> None:
         # Once per update: several optimizers make one local step.
@@ -295,7 +300,8 @@ class LocalSGD:
         # Not by engine_for(), which refuses a plain model on several processes: here nothing is to reduce its
         # gradients.
         alone = PlainEngine(model, self.collectives)
-        return LocalWorkers(engine_for(model, gradient_sync) if is_sharded(model) else alone, self._rounds)
+        inner = engine_for(model, gradient_sync) if is_sharded(model) else alone
+        return LocalWorkers(inner, self._rounds, check=self._check_in_place)
 
     # --- state ------------------------------------------------------------------------------------------------------
 

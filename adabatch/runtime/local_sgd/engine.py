@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Unpack, final
 
@@ -24,17 +24,27 @@ class LocalWorkers(Engine):
     Args:
         inner: the engine of one worker.
         rounds: of the worker.
+        check: raises if nothing is averaged any more.
     """
 
     copies = False
 
-    def __init__(self, inner: Engine, rounds: Rounds) -> None:
+    def __init__(self, inner: Engine, rounds: Rounds, *, check: Callable[[], None]) -> None:
         super().__init__(inner.model, rounds.everyone, inner.backward)
         self.shards = inner.shards
         self.runs_alone = inner.runs_alone
         self.holds_gradients = inner.holds_gradients
         self._inner = inner
         self._rounds = rounds
+        self._check = check
+
+    def before_step(self) -> None:
+        """Checks that the steps are averaged.
+
+        Raises:
+            RuntimeError: if not.
+        """
+        self._check()
 
     def inner_model(self) -> nn.Module:
         """That of the worker."""
