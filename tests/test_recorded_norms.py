@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.fixed_probe import FixedProbe
 from support.loops import lines, loss_of, network, regression, train
 from support.options import grouped
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
@@ -37,7 +38,6 @@ from adabatch.batch import Progress
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.needs import Needs
 from adabatch.lr.rules import check_follow, legw_warmup
-from adabatch.runtime.probes.protocol import Probe
 
 
 def of_grads(model: nn.Module) -> tuple[float, float]:
@@ -153,22 +153,8 @@ def test_a_step_that_is_left_out_has_no_norm_that_could_be_refined(tmp_path: Pat
     assert len(lr.refine(kept, "adam", smoothing=0.0).settings["values"]) == 7  # type: ignore[arg-type]
 
 
-class NoiseOnly(Probe):
+class NoiseOnly(FixedProbe):
     """A probe of one's own that measures no l1 norm."""
-
-    gives = Needs(noise="euclidean")
-
-    def start(self, dp_size: int) -> None: ...
-    def begin_part(self, num_examples: int | None = None) -> None: ...
-    def end_part(self, num_examples: int, weight: float) -> None: ...
-    def collect(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.float64)
-
-    def moments(self, totals: list[float]) -> GradientMoments:
-        return GradientMoments(1.0, 1.0, 1.0, 2.0, 2)
-
-    def stop(self) -> None: ...
-    def remove(self) -> None: ...
 
 
 def test_a_probe_that_cannot_record_is_refused() -> None:
@@ -180,7 +166,7 @@ def test_a_probe_that_cannot_record_is_refused() -> None:
             Constant(8),
             micro_batch_size=4,
             measure=Measure(l1=True),
-            probe=NoiseOnly(),
+            probe=NoiseOnly(GradientMoments(1.0, 1.0, 1.0, 2.0, 2), Needs(noise="euclidean")),
         )
 
 

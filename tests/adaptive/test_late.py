@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.fixed_probe import FixedProbe
 from support.loops import all_lines, lines, loss_of, network, regression, train, weights
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import SGD
 
@@ -26,32 +27,15 @@ from adabatch.probes import MicroBatchProbe
 from adabatch.runtime.probes.layers import layers_of
 from adabatch.runtime.probes.metrics import AdamMetric
 from adabatch.runtime.probes.parts import PartSums
-from adabatch.runtime.probes.protocol import Probe
 
 LATE = {"measure": Measure(late=True), "guard": Guard(skip_nonfinite=False)}
 ON_TIME = {"guard": Guard(skip_nonfinite=False)}
 
 
-class Steady(Probe):
+def steady() -> FixedProbe:
     """What a stream of gradients with constant noise and signal gives, whatever the batch: a noise scale of 40."""
-
-    gives = Needs(noise="euclidean")
-
-    def start(self, dp_size: int) -> None: ...
-
-    def begin_part(self, num_examples: int | None = None) -> None: ...
-
-    def end_part(self, num_examples: float, weight: float) -> None: ...
-
-    def collect(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.float64)
-
-    def moments(self, totals: list[float]) -> GradientMoments:
-        return GradientMoments.from_noise(40.0, 1.0, part_size=2, num_examples=64)
-
-    def stop(self) -> None: ...
-
-    def remove(self) -> None: ...
+    moments = GradientMoments.from_noise(40.0, 1.0, part_size=2, num_examples=64)
+    return FixedProbe(moments, Needs(noise="euclidean"))
 
 
 def made(model: nn.Module, optimizer: Any = None, **options: Any) -> AdaptiveBatch:
@@ -89,8 +73,8 @@ class Ran:
 @pytest.mark.parametrize("interval", [1, 2, 3])
 def test_a_constant_stream_gives_the_same_sizes_one_step_later(interval: int) -> None:
     control = Control(growth=1.5, pace=math.inf, hold=0, interval=interval)
-    on_time = Ran(control=control, probe=Steady(), **ON_TIME)
-    late = Ran(13, control=control, probe=Steady(), **LATE)
+    on_time = Ran(control=control, probe=steady(), **ON_TIME)
+    late = Ran(13, control=control, probe=steady(), **LATE)
     assert max(on_time.sizes) > 2 * on_time.sizes[0]
     assert late.sizes == [4, *on_time.sizes]
     assert late.probed[:12] == on_time.probed
@@ -98,8 +82,8 @@ def test_a_constant_stream_gives_the_same_sizes_one_step_later(interval: int) ->
 
 def test_growth_in_the_window_makes_probes_rarer_as_on_time() -> None:
     control = Control(interval=None, memory_share=0.9)
-    on_time = Ran(160, control=control, probe=Steady(), limits=Limits(4, 4), **ON_TIME)
-    late = Ran(160, control=control, probe=Steady(), limits=Limits(4, 4), **LATE)
+    on_time = Ran(160, control=control, probe=steady(), limits=Limits(4, 4), **ON_TIME)
+    late = Ran(160, control=control, probe=steady(), limits=Limits(4, 4), **LATE)
     assert 60 < sum(on_time.probed) < 140
     assert abs(sum(late.probed) - sum(on_time.probed)) <= 1
 
@@ -122,8 +106,8 @@ def test_a_line_holds_the_measurement_of_its_own_step_and_names_that_of_its_deci
 
 
 def test_a_gain_is_taken_from_what_is_known_before_the_step(tmp_path: Path) -> None:
-    late = Ran(journal=tmp_path / "late", probe=Steady(), lr_rule="gain", **LATE)
-    on_time = Ran(13, journal=tmp_path / "on time", probe=Steady(), lr_rule="gain", **ON_TIME)
+    late = Ran(journal=tmp_path / "late", probe=steady(), lr_rule="gain", **LATE)
+    on_time = Ran(13, journal=tmp_path / "on time", probe=steady(), lr_rule="gain", **ON_TIME)
     factors = [[line["lr"]["factor"] for line in lines(tmp_path / name)] for name in ("late", "on time")]
     assert factors[0][1:] == pytest.approx(factors[1][:11])
     assert factors[0][0] == 1.0
@@ -257,7 +241,7 @@ def test_a_missing_update_is_written_with_its_measurement(tmp_path: Path) -> Non
 def test_a_step_that_weighs_nothing_is_left_out_and_decides_by_the_one_before(tmp_path: Path) -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.01)
-    batches = made(model, optimizer, journal=tmp_path / "j", probe=Steady(), **LATE)
+    batches = made(model, optimizer, journal=tmp_path / "j", probe=steady(), **LATE)
     data = regression(64)
     empty = {1, 3}
 

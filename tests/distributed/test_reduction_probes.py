@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.fixed_probe import FixedProbe
 from support.hard_models import CASES, Batch, Case
 from support.options import grouped
 from support.ranks import run_ranks
@@ -29,7 +30,6 @@ from adabatch import AdaptiveBatch, Constant, Limits, NormTest
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.needs import Needs
 from adabatch.runtime.probes.comm_hook import CommHookProbe
-from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.probes.reduce_scatter import PlainReduceScatter, ReduceScatterProbe
 
 pytestmark = pytest.mark.distributed
@@ -166,7 +166,9 @@ def same_gradients(rank: int) -> dict[str, bool]:
         bare, watched = wrap(), wrap()
         watcher = probe(watched)
         measured(watched, watcher, NETWORK, SIZES, keep=True, **options)
-        measured(bare, Silent(), NETWORK, SIZES, keep=True, **options)
+        measured(
+            bare, FixedProbe(GradientMoments(1.0, 1.0, 1.0, 1.0, 1), Needs()), NETWORK, SIZES, keep=True, **options
+        )
         same[name] = all(map(torch.equal, grads(bare), grads(watched)))
         watcher.remove()
         for model in (bare, watched):
@@ -180,28 +182,6 @@ def same_gradients(rank: int) -> dict[str, bool]:
         compare(f"FSDP2, {sync}", lambda: fsdp(made(NETWORK), NETWORK), ReduceScatterProbe, sync=sync)
     compare("FSDP2 in float16", lambda: fsdp_of(reduce_dtype=torch.float16), ReduceScatterProbe)
     return same
-
-
-class Silent(Probe):
-    """A probe that measures nothing."""
-
-    gives = Needs()
-
-    def start(self, dp_size: int) -> None: ...
-
-    def begin_part(self, num_examples: int | None = None) -> None: ...
-
-    def end_part(self, num_examples: int, weight: float) -> None: ...
-
-    def collect(self) -> Tensor:
-        return torch.zeros(1)
-
-    def moments(self, totals: list[float]) -> GradientMoments:
-        return GradientMoments(1.0, 1.0, 1.0, 1.0, 1)
-
-    def stop(self) -> None: ...
-
-    def remove(self) -> None: ...
 
 
 def test_gradients_are_bitwise_those_without_a_probe(tmp_path: Path) -> None:
