@@ -73,6 +73,7 @@ class Step:
 
     Attributes:
         plan: micro-batch size, accumulation steps and data-parallel size, fixed before the step began.
+        number: of the step, as in the journal.
         global_batch_size: number of examples in the step, over all ranks.
         loss: mean training loss over all ranks; None before the end of the inner loop, and in a step without a probe.
             With ``Measure(late=True)``, loss and moments are None until the end of the next step.
@@ -109,7 +110,7 @@ class Step:
         self._trained = tools.trained
         self._probe = probe
         self._all_finite = True
-        self._number = number
+        self.number = number
         self._finish = finish
         self._sums: SumsUnderWay | None = None
         self._losses: Tensor | None = None  # this rank's mean loss so far, shape (), float64
@@ -216,11 +217,6 @@ class Step:
             return None
         square = self.moments.euclidean_sq
         return None if square is None or self._engine.steps_alone() else MeasuredNorm.of(square, parameters)
-
-    @property
-    def number(self) -> int:
-        """Number of the step, as in the journal."""
-        return self._number
 
     @property
     def unread(self) -> bool:
@@ -426,7 +422,7 @@ class Step:
         return self._engine.runs_alone and (alone or not last)
 
     def _enter(self, phase: Phase, micro_batch: int | None = None) -> None:
-        self._tools.observers.at(phase, Moment(self._number, self.plan, micro_batch, self.global_batch_size))
+        self._tools.observers.at(phase, Moment(self.number, self.plan, micro_batch, self.global_batch_size))
 
     def _look_through(self, find_nonfinite: FindNonfinite) -> None:
         """Whether loss and gradient of all ranks are finite, in one reduction and one host sync."""
@@ -439,13 +435,12 @@ class Step:
 
     def _riders_of_all(self) -> list[Rider]:
         """The riders of each reduction, whatever it is of."""
-        return (
-            [self._tools.votes] if self._tools.same_updates is None else [self._tools.votes, self._tools.same_updates]
-        )
+        votes, same_updates = self._tools.votes, self._tools.same_updates
+        return [votes] if same_updates is None else [votes, same_updates]
 
     def _check_same_updates(self) -> None:
         if self._tools.same_updates is not None:
-            self._tools.same_updates.check(self._number)
+            self._tools.same_updates.check(self.number)
 
     def _own_loss(self, device: torch.device) -> Tensor:
         """This rank's share of the mean loss; 0 if its micro-batches weigh nothing, NaN if it made a mistake."""

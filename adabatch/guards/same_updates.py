@@ -8,9 +8,8 @@ on the reduction that a step makes anyway, so that the ranks find it out before 
 from __future__ import annotations
 
 import json
-import zlib
-from array import array
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from adabatch.guards.drift import RanksDrifted
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.differences import differences
 from adabatch.runtime.observers.protocol import Rider
-from adabatch.runtime.optimizers.group_numbers import numbers_in, settings_of
+from adabatch.runtime.optimizers.group_numbers import digest_of_numbers, numbers_of, settings_of
 
 _EXACT_BITS = 53
 """A float64 holds whole numbers of so many bits."""
@@ -56,12 +55,9 @@ class SameUpdates(Rider):
 
     def outgoing(self, device: torch.device) -> Tensor:
         """This rank's digest and its square, shape (2,)."""
-        numbers = [float(self._applied.examples), float(self._applied.steps)]
-        for group in self._optimizer.param_groups:
-            for name, value in group.items():
-                if name != "params":
-                    numbers += numbers_in(value)
-        mine = zlib.crc32(array("d", numbers).tobytes()) % 2**self._bits
+        settings = numbers_of(self._optimizer.param_groups).values()
+        counts = self._applied.examples, self._applied.steps
+        mine = digest_of_numbers([*counts, *chain.from_iterable(settings)]) % 2**self._bits
         return torch.tensor([mine, mine * mine], dtype=torch.float64, device=device)
 
     def incoming(self, totals: Sequence[float]) -> None:

@@ -8,11 +8,10 @@ workers that meet for different things learn it from these numbers, and do not w
 from __future__ import annotations
 
 import json
-import zlib
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from itertools import chain
 from typing import NamedTuple, NoReturn
 
 from torch.optim import Optimizer
@@ -22,7 +21,7 @@ from adabatch.runtime.collectives import Collectives, Started
 from adabatch.runtime.differences import differences
 from adabatch.runtime.local_sgd.exchange import Exchange
 from adabatch.runtime.observers.trained_parameters import raise_first
-from adabatch.runtime.optimizers.group_numbers import name_of, numbers_of, text_of
+from adabatch.runtime.optimizers.group_numbers import digest_of_numbers, name_of, numbers_of, text_of
 from adabatch.runtime.optimizers.joined import each_of
 
 _BITS = 24
@@ -52,7 +51,7 @@ class LocalSteps:
         """One of the optimizers is about to step."""
         which = self._optimizers.index(optimizer)
         self._numbers[which] = self._now(which)
-        self._digests[which] = _digest(self._numbers[which], self._digests[which])
+        self._digests[which] = digest_of_numbers(_flat(self._numbers[which]), self._digests[which])
 
     def after(self, optimizer: Optimizer) -> None:
         """One of the optimizers has stepped."""
@@ -63,12 +62,12 @@ class LocalSteps:
 
     def digest(self) -> int:
         """Of all steps so far."""
-        return _digest_of(self._digests)
+        return digest_of_numbers(self._digests)
 
     def digest_with_present(self) -> int:
         """Of all steps so far, and of the settings with which the next one would begin."""
-        whole = [_digest(self._now(which), digest) for which, digest in enumerate(self._digests)]
-        return _digest_of(whole)
+        whole = [digest_of_numbers(_flat(self._now(which)), digest) for which, digest in enumerate(self._digests)]
+        return digest_of_numbers(whole)
 
     def texts(self, *, present: bool) -> dict[str, str]:
         """The settings as an error shows them: the present ones, or those with which the last step began."""
@@ -261,7 +260,7 @@ class Meetings:
         """What rides on a gradient that is averaged: this worker's digest, as numbers that any data type holds."""
         self.place = place
         counts = self.applied.steps, self.applied.examples, self.num_missed
-        digest = _digest_of([self.local_steps.digest_with_present(), *counts])
+        digest = digest_of_numbers([self.local_steps.digest_with_present(), *counts])
         ones = [float(digest >> place & 1) for place in range(_BITS)]
         # Of each bit its opposite, too: only if all agree, one of the two is zero in the sum, whatever is rounded.
         return [*ones, *(1 - one for one in ones), float(self._mistake is not None)]
@@ -357,10 +356,5 @@ def _raise_rounds(rows: Sequence[Row]) -> NoReturn:
     raise RuntimeError(f"the workers are in rounds of different lengths or learning rates ({rounds}): {must}")
 
 
-def _digest(numbers: dict[tuple[int, str], list[float]], before: int) -> int:
-    flat = array("d", (number for each in numbers.values() for number in each))
-    return zlib.crc32(flat.tobytes(), before)
-
-
-def _digest_of(numbers: Sequence[int]) -> int:
-    return zlib.crc32(array("d", numbers).tobytes())
+def _flat(settings: Mapping[tuple[int, str], list[float]]) -> Iterator[float]:
+    return chain.from_iterable(settings.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +35,16 @@ def numbers_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], list[float
             if numbers:
                 found[index, name] = numbers
     return found
+
+
+def digest_of_numbers(numbers: Iterable[float], before: int = 0) -> int:
+    """A digest of 32 bits.
+
+    Args:
+        numbers: those.
+        before: the digest of earlier numbers, which is continued.
+    """
+    return zlib.crc32(array("d", numbers).tobytes(), before)
 
 
 def settings_of(optimizer: Optimizer) -> Mapping[str, str]:
