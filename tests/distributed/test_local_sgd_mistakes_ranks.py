@@ -192,6 +192,35 @@ def in_a_plain_loop(rank: int) -> list[str]:
     return found
 
 
+def removed_inside(rank: int) -> list[str]:
+    """Removed in the middle of a round: by all workers, or by the odd one alone."""
+    found = []
+    for by_all in (True, False):
+        model = network()
+        optimizer = SGD(model.parameters(), lr=0.01)
+        said = ""
+        try:
+            with LocalSGD(model, optimizer, sync_every=4) as local:
+                for step in range(8):
+                    if step == 2 and (by_all or rank == ODD):
+                        local.remove()
+                    loss_of(model, [each[step * 8 + rank * 4 :][:4] for each in regression(96).tensors]).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            said = f"{local.steps} steps, {local.rounds} rounds"
+        except RuntimeError as error:
+            said = str(error)
+        found.append(said)
+    return found
+
+
+def test_workers_that_remove_it_inside_the_block_hear_of_each_other(tmp_path: Path) -> None:
+    first, second = run_ranks(removed_inside, 2, tmp_path)
+    assert first == second
+    assert first[0] == "2 steps, 0 rounds"
+    assert "worker 0 comes to an average after 4 steps; worker 1 leaves the block after 2 steps" in first[1]
+
+
 def test_workers_of_a_plain_loop_hear_of_each_other(tmp_path: Path) -> None:
     assert run_ranks(all_leave_out, 2, tmp_path) == [[8, 2, 7, 8]] * 2
     first, second = run_ranks(in_a_plain_loop, 2, tmp_path)

@@ -34,6 +34,12 @@ from adabatch.runtime.optimizers.ownership import remove_all, take_over
 from adabatch.runtime.optimizers.step_hooks import hook_step
 from adabatch.runtime.wrappers.fsdp2 import is_sharded
 
+_REMOVED = (
+    "this LocalSGD has left its `with` block, or was removed, so that the workers would drift apart: run the loop "
+    "inside the block, or make a new LocalSGD"
+)
+_REPLACED = "this LocalSGD was replaced by a newer one on the same optimizer or model: use that one"
+
 
 class LocalSGD:
     """Local SGD around your own loop: workers step on their own, and average every ``sync_every`` steps.
@@ -216,7 +222,10 @@ class LocalSGD:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and self._ended == _REMOVED:
+                # nothing is averaged any more, but a worker that did not remove its own is told
+                self._rounds.meetings.leave(self._rounds.memory.place())
+            elif kind is None:
                 self._check_in_place()
                 self._rounds.leave()
         finally:
@@ -238,15 +247,12 @@ class LocalSGD:
     def remove(self) -> None:
         """Removes the hooks from the optimizer. Nothing is averaged any more."""
         # the first reason stays: an object that was replaced leaves its block, too
-        self._ended = self._ended or (
-            "this LocalSGD has left its `with` block, or was removed, so that the workers would drift apart: run the "
-            "loop inside the block, or make a new LocalSGD"
-        )
+        self._ended = self._ended or _REMOVED
         remove_all(self._handles)
 
     def give_way(self) -> None:
         """Stops averaging, because a newer object averages these workers."""
-        self._ended = "this LocalSGD was replaced by a newer one on the same optimizer or model: use that one"
+        self._ended = _REPLACED
         self.remove()
 
     def _check_in_place(self) -> None:
