@@ -50,7 +50,7 @@ from torch.utils.data import Dataset
 from adabatch import AdaptiveBatch, Constant, Control, GlobalOrder, Limits, LocalSGD, NormTest, ProgressLR, examples
 from adabatch.lr import constant, linear
 from adabatch.lr.rules import LRRule
-from adabatch.recipes.data import Mnist, Text, collate
+from adabatch.recipes import Mnist, Text, collate
 from adabatch.recipes.models import MnistCNN, Transformer
 
 matplotlib.use("agg")

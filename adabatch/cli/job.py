@@ -37,9 +37,9 @@ from adabatch.guards.watchdog import Watchdog
 from adabatch.integrations.trackers import TrackerName, tracker_of
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.lr.shapes import Shape, constant
-from adabatch.recipes.data import collate
 from adabatch.runtime.collectives import Collectives, workers_of
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.data.in_memory import collate
 from adabatch.runtime.launch.world import World
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.optimizers.scheduler import ClockKind, ProgressLR

@@ -12,8 +12,8 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, batching_of
 from adabatch.cli.optimizers import observe, optimizer_of
-from adabatch.recipes.data import collate
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.data.in_memory import collate
 from adabatch.runtime.launch.world import World
 from adabatch.verification import Check, Training, all_checks
 

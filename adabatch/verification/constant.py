@@ -7,8 +7,8 @@ from contextlib import nullcontext
 
 from adabatch.arguments import MOST_STEPS, checked, whole
 from adabatch.batch.schedules import Constant
-from adabatch.guards.drift import fingerprint
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.engines.copies import fingerprint
 from adabatch.verification.equality import largest_difference, state_of
 from adabatch.verification.running import (
     Part,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from adabatch.arguments import checked
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
-from adabatch.guards.drift import odd_ranks
+from adabatch.runtime.engines.copies import odd_ranks
 from adabatch.runtime.wrappers.fsdp2 import is_sharded
 from adabatch.verification.running import (
     ACCUMULATION,

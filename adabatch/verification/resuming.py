@@ -11,8 +11,8 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.arguments import checked
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
-from adabatch.guards.drift import fingerprint
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.engines.copies import fingerprint
 from adabatch.runtime.random_state import random_state, set_random_state
 from adabatch.verification.equality import largest_difference, state_of
 from adabatch.verification.running import (

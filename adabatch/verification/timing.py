@@ -12,7 +12,7 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.arguments import MOST_STEPS, checked, require
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Constant
-from adabatch.guards.drift import fingerprint
+from adabatch.runtime.engines.copies import fingerprint
 from adabatch.verification.running import ACCUMULATION, adaptive, again, begin, size_of, update
 from adabatch.verification.training import Check, Make, Training
 
