@@ -27,7 +27,7 @@ from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration, Progress
 from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.cli.display import Display
-from adabatch.cli.engines import EngineName, JobEngine, engine_of
+from adabatch.cli.engines import EngineName, JobEngine, job_engine
 from adabatch.cli.optimizers import MakeOptimizer, observe
 from adabatch.cli.run_folder import mark_finished, run_folder
 from adabatch.cli.runs import CHECKPOINTS, JOURNAL
@@ -280,7 +280,7 @@ def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
     device = world.device
     # first, since optimizers are made from the parameters that they will update
     model = job.model.to(device)
-    engine = engine_of(
+    engine = job_engine(
         job.engine,
         model,
         job.optimizer,

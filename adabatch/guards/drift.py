@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.engines.copies import WHOLE, gathered, groups_of, held_by_this_rank
+from adabatch.runtime.engines.copies import WHOLE, gather_held, groups_of, held_by_this_rank
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.observers.protocol import Moment, Phase, StepObserver
 from adabatch.runtime.optimizers.step_hooks import host_value
@@ -105,7 +105,7 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
     # Of 10,000 ranks the rows of all are 240 kB on each; where they are the same, one digest of them says so.
     if own.shard == WHOLE and collectives.agree(own):
         return
-    rows, copies = gathered(collectives, own)
+    rows, copies = gather_held(collectives, own)
     compared = [
         ({rank: row[0] for rank, row in enumerate(rows)}, "plans"),
         *((held, "weights") for held in copies),

@@ -19,7 +19,7 @@ from adabatch.verification.running import (
     ACCUMULATION,
     adaptive,
     again,
-    begin,
+    begin_training,
     check_updated,
     size_of,
     steps_of,
@@ -44,7 +44,7 @@ def resume(make: Make) -> Check:
         ValueError: if the loader is not a ``GlobalOrder``, so that its place in the data cannot be saved, the data set
             is smaller than the largest step, every step overflows, or ``make`` does not give the same weights again.
     """
-    whole, ranks = begin(make)
+    whole, ranks = begin_training(make)
     if not isinstance(whole.loader, GlobalOrder):
         raise ValueError(
             f"a resume can be checked with a GlobalOrder only: the place in a {type(whole.loader).__name__} is its own"

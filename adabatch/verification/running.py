@@ -59,7 +59,7 @@ class Part(NamedTuple):
         return loss * math.inf if self.overflows else loss
 
 
-def begin(make: Make) -> tuple[Training, Collectives]:
+def begin_training(make: Make) -> tuple[Training, Collectives]:
     """A new training and its ranks."""
     training = make()
     require_type(isinstance(training, Training), "make must return an adabatch.verification.Training", training)

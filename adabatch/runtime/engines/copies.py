@@ -64,7 +64,7 @@ WHOLE = digest_of([])
 """The shard of a rank none of whose tensors is sharded."""
 
 
-class Held(NamedTuple):
+class HeldDigests(NamedTuple):
     """Digests of what a rank holds.
 
     Args:
@@ -78,12 +78,12 @@ class Held(NamedTuple):
     weights: int
 
 
-def held_by_this_rank(model: nn.Module, plan: object) -> Held:
+def held_by_this_rank(model: nn.Module, plan: object) -> HeldDigests:
     """What this rank holds; ``plan`` is compared by its ``repr``."""
     for unit in units_of(model).values():
         unit.reshard()  # after a forward without a backward its root holds whole parameters
     tensors = shared_parameters(model)
-    return Held(digest_of(plan), shard_of(tensors), fingerprint(tensors))
+    return HeldDigests(digest_of(plan), shard_of(tensors), fingerprint(tensors))
 
 
 def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -95,7 +95,7 @@ def shared_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in inner.module.named_parameters() if name not in own]
 
 
-def gathered(collectives: Collectives, own: Held) -> tuple[list[list[float]], list[dict[int, float]]]:
+def gather_held(collectives: Collectives, own: HeldDigests) -> tuple[list[list[float]], list[dict[int, float]]]:
     """What each rank holds, and, for each shard, the weights of the ranks that hold it."""
     rows = collectives.gather_of(*own)
     copies: dict[float, dict[int, float]] = defaultdict(dict)
@@ -106,7 +106,7 @@ def gathered(collectives: Collectives, own: Held) -> tuple[list[list[float]], li
 
 def odd_ranks(collectives: Collectives, model: nn.Module) -> list[int]:
     """The ranks whose weights differ from those of most ranks with copies of the same weights; of two, the second."""
-    _, copies = gathered(collectives, held_by_this_rank(model, None))
+    _, copies = gather_held(collectives, held_by_this_rank(model, None))
     return sorted(rank for held in copies for group in groups_of(held)[1:] for rank in group)
 
 
