@@ -153,20 +153,17 @@ def _on_deepspeed(
     accelerator: Any, criterion: Criterion, micro_batch_size: int, options: dict[str, Any]
 ) -> AdaptiveBatch:
     # Here and not at the head, because DeepSpeed need not be installed.
-    from adabatch.integrations.deepspeed import AttachedEngine, check_engine, check_options
+    from adabatch.integrations.deepspeed import attached
 
     if accelerator.deepspeed_engine_wrapped is None:
         raise ValueError("the accelerator runs DeepSpeed, and has no engine yet: call accelerator.prepare first")
     engine = accelerator.deepspeed_engine_wrapped.engine
-    check_engine(engine)
-    check_options(engine, options)
-    return AdaptiveBatch(
-        engine.module,
-        engine.basic_optimizer,
+    return attached(
+        engine,
         criterion,
-        micro_batch_size=micro_batch_size,
-        engine=_hosted(accelerator, AttachedEngine(engine), update=engine.step),
-        **options,
+        micro_batch_size,
+        options,
+        around=lambda inner: _hosted(accelerator, inner, update=engine.step),
     )
 
 
