@@ -78,6 +78,7 @@ class LocalWorkers(Engine):
 
     def update_missed(self) -> None:
         """Counts a local step all the same."""
+        # the others have taken this step: without it this worker would come to the average one step late
         self._rounds.miss_step()
 
     def stands_at(self, applied: Progress, consumed: Progress, lr_factor: float) -> None:

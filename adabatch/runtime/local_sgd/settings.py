@@ -141,11 +141,13 @@ class LocalSGDSettings:
             ValueError: if the user's own period does not give a number of steps.
         """
         if self.warmup is not None and not start.progress.reached(self.warmup):
+            # synchronous training: early steps are the largest, and workers that take several alone drift far apart
             return Round(1, start.lr, Average(), "none", 0, workers_agree)
         local_steps = self.period.local_steps(start)
         check_period("sync_every", local_steps)
         plain = isinstance(self.outer, Average) and self.compression == "none"
         by_gradient = local_steps == 1 and plain and workers_agree
+        # the mean gradient is there before the update, so that no average is left to arrive later
         overlap = 0 if by_gradient else self.overlap
         return Round(local_steps, start.lr, self.outer, self.compression, overlap, by_gradient)
 
