@@ -135,7 +135,7 @@ class Checkpoints:
         }  # fmt: skip
         taken = {*named, "random"} & (others or {}).keys()
         if taken:
-            raise ValueError(f"others must not be called {', '.join(sorted(taken))}: the name is taken")
+            raise ValueError(f"others must not use the names {', '.join(sorted(taken))}, which are taken")
         parts = {name: part for name, part in {**named, **(others or {})}.items() if part is not None}
         self._parts, self._optimizer = parts, optimizer
         self._run = RunState(parts, config=config)
@@ -377,7 +377,7 @@ class Checkpoints:
             if checkpoints_in(self._folder):
                 raise CheckpointError(
                     f"{self._folder} holds the checkpoints of run {theirs}, and this is run {mine}, which has loaded "
-                    f"none of them: load() to go on with that run, start_over() to take its folder, or use another "
+                    f"none of them: load() to continue that run, start_over() to take its folder, or use another "
                     f"folder"
                 )
             if shared and being_written(self._folder):

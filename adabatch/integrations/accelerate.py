@@ -219,7 +219,7 @@ def _check_loaders(accelerator: Any) -> None:
         if type(sampler) is BatchSampler or getattr(sampler, "batch_size", None) is None:
             continue
         raise ValueError(
-            f"accelerator.prepare shards the batches of {type(sampler).__name__}, and would leave out, without a word, "
-            f"those that do not hold its batch_size={sampler.batch_size} examples: set its batch_size to None, or take "
+            f"accelerator.prepare shards the batches of {type(sampler).__name__}, and would silently leave out those "
+            f"that do not hold its batch_size={sampler.batch_size} examples: set its batch_size to None, or take "
             f"the data from adabatch.GlobalOrder(dataset), which is not prepared"
         )

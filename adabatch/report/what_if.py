@@ -184,7 +184,7 @@ def usable_scale(run: RunSteps) -> Floats:
     usable = np.flatnonzero(np.isfinite(scale) & (scale > 0))
     if not usable.size:
         raise ValueError(
-            f"{run.name} has no noise scale, without which nobody knows what another batch would have cost: measure it "
+            f"{run.name} has no noise scale, without which the cost of another batch cannot be estimated: measure it "
             f"with Measure(monitor=True), or --measure.monitor=true"
         )
     # -1 before the first usable one, which then stands for the beginning too

@@ -187,7 +187,7 @@ def _check_loader(loader: Any) -> None:
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise TypeError(
             f"steps() takes micro-batches, and a {type(loader).__name__} is a data set: give GlobalOrder(dataset), or "
-            f"a DataLoader around it (with batch_size=None where its items are micro-batches)"
+            f"a DataLoader around it (with batch_size=None if its items are micro-batches)"
         )
     empty = getattr(loader, "shape", None) == ()  # a tensor or a number of numpy cannot be iterated, but has the method
     if (

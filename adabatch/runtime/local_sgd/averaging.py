@@ -295,8 +295,8 @@ class LocalSGD:
             )
         if scaler is not None:
             raise ValueError(
-                "local SGD does not go with a GradScaler: each worker would leave out other updates, and come to the "
-                "average after other steps. Use bfloat16, which needs no scaler"
+                "local SGD cannot be combined with a GradScaler: each worker would leave out different updates, and "
+                "reach the average after different numbers of steps. Use bfloat16, which needs no scaler"
             )
         self._check_in_place()
         if model is not self._model or {*each_of(optimizer)} != {*each_of(self._optimizer)}:

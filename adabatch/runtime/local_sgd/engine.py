@@ -148,7 +148,7 @@ class LocalWorkers(Engine):
         settings = self._rounds.settings
         if not settings.comes_together and (settings.spread, settings.measure) == ("across", "first"):
             raise ValueError(
-                "the gradient cannot be measured across workers where all hold the same parameters, because with "
+                "the gradient can be measured across workers only while all hold the same parameters, and with "
                 'fragments or overlap they never do: use LocalSGD(spread="within"), which compares the micro-batches '
                 'of each worker, or measure="last", which counts the drift of the workers as noise'
             )
