@@ -106,7 +106,7 @@ class PendingUpdates:
         return self._planner.lr_factor
 
     def tell_engine(self) -> None:
-        """Tells the engine where the run stands."""
+        """Tells the engine how far the run is."""
         self._engine.stands_at(self._planner.progress, self._planner.consumed, self.lr_factor)
 
     # --- a step -----------------------------------------------------------------------------------------------------

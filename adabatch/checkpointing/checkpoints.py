@@ -290,7 +290,7 @@ class Checkpoints:
         except Exception as error:  # the other ranks must learn of any error before one of them leaves
             failure = error
         if self._ranks.sum_of(failure is not None)[0] and failure is None:
-            # this rank has loaded its parts, but a run with a rank that has not is no run
+            # this rank has loaded its parts, but a run with a rank that has not is not a run
             failure = CheckpointError(f"the checkpoint {found.path} could not be loaded by another rank")
         if failure is not None:
             raise failure

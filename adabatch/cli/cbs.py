@@ -57,7 +57,7 @@ def measure(
 
     Args:
         make: builds the job again.
-        world: where this process stands.
+        world: rank and world size of this process.
         options: of the command.
         arguments: the command line, from which other processes build the job.
         settings: the job in plain values, by which finished branches are recognized.

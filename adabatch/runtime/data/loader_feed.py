@@ -218,7 +218,7 @@ def _whole(count: Any) -> int:
 
 def _misfit(batch: Any, size: int, micro: int, came: str) -> str:
     return (
-        f"a micro-batch of {size} examples {came} ({outline(batch)}), where micro_batch_size={micro}: give the loader "
+        f"a micro-batch of {size} examples {came} ({outline(batch)}), but micro_batch_size={micro}: give the loader "
         f"and AdaptiveBatch the same size; if {size} is not how many examples it holds, or micro-batches are to "
         f"differ, {WAY_OUT}"
     )

@@ -120,7 +120,7 @@ class WholeStepsFeed:
             )
         if min(sizes) < 1 or max(sizes) > plan.micro_batch_size:
             return ValueError(
-                f"a step has micro-batches of {min(sizes)} to {max(sizes)} examples, where 1 to "
+                f"a step has micro-batches of {min(sizes)} to {max(sizes)} examples, but 1 to "
                 f"{plan.micro_batch_size} are allowed (micro_batch_size): cut it into smaller ones"
             )
         return None
