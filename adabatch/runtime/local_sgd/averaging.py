@@ -91,7 +91,7 @@ class LocalSGD:
         spread: which parts are compared: "across" compares those of all workers, which needs the mean of their
             gradients (as many bytes as one average). "within" compares those of each worker separately, which sends
             only a few numbers, and needs at least two micro-batches on each worker.
-        by_speed: whether slower workers take fewer local steps in a round, so that all come to the average at the same
+        by_speed: whether slower workers take fewer local steps in a round, so that all reach the average at the same
             time. ``sync_every`` is then the number of the fastest, and a loop runs until a number of rounds, not of
             steps. Not with ``AdaptiveBatch``, which gives all workers the same steps, nor with ``overlap``.
         workers: process group or one-dimensional mesh of the ranks that average with each other; by default all ranks.
