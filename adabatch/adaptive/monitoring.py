@@ -145,7 +145,7 @@ class NoiseMonitor:
 
         Raises:
             ValueError: if there are no numbers, or a name is empty.
-            TypeError: if a name is not a text, or a value is not a number.
+            TypeError: if a name is not a string, or a value is not a number.
         """
         self._journal.record_evaluation(metrics, after=self.consumed)
 
