@@ -65,7 +65,7 @@ from adabatch import (
 )
 from adabatch.lr import constant, linear
 from adabatch.lr.rules import LRRule
-from adabatch.recipes.data import Mnist, Text, collate
+from adabatch.recipes import Mnist, Text, collate
 from adabatch.recipes.models import MnistCNN, Transformer
 
 matplotlib.use("agg")

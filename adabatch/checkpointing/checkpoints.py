@@ -22,7 +22,7 @@ from adabatch.checkpointing.files import (
     MANIFEST,
     CheckpointError,
     abandon,
-    begin,
+    begin_checkpoint,
     being_written,
     checkpoints_in,
     finish,
@@ -202,7 +202,7 @@ class Checkpoints:
                 # From the system: a seeded generator could give the same number to another writer, and would change
                 # the run's random numbers.
                 nonce = secrets.randbits(40)
-                number = begin(self._folder, steps, nonce, clear=alone)
+                number = begin_checkpoint(self._folder, steps, nonce, clear=alone)
             except (OSError, CheckpointError) as error:
                 failure = error
         # One reduction tells of errors, and carries the numbers of the first rank to the others: theirs are 0. 40 bits

@@ -248,20 +248,12 @@ def _loaded(job: Job, world: World, checkpoint: Path) -> Assembled:
     return parts
 
 
-def plain(branch: Branch) -> dict[str, Any]:
-    """A branch for JSON; numbers that are not finite are None."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in branch._asdict().items()
-    }
-
-
 def branch_of(read: dict[str, Any]) -> Branch:
-    """The branch that was written as ``plain``."""
+    """The branch that was read from JSON, in which NaN is null."""
     values: dict[str, Any] = {name: math.nan if value is None else value for name, value in read.items()}
     return Branch(**values)
 
 
-def settings_of(options: CriticalOptions) -> dict[str, Any]:
+def options_for_json(options: CriticalOptions) -> dict[str, Any]:
     """The options for JSON."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}

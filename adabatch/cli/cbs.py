@@ -25,15 +25,14 @@ from adabatch.cli.branch import (
     BranchStart,
     CriticalOptions,
     branch_of,
-    plain,
+    options_for_json,
     run_branch,
-    settings_of,
     state_at,
 )
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job
 from adabatch.cli.making import job_of
-from adabatch.cli.picture import draw_panels
+from adabatch.cli.picture import draw_picture
 from adabatch.cli.run_folder import LATEST, RUNS
 from adabatch.cli.runs import CHECKPOINTS
 from adabatch.cli.text_files import json_values, write_atomically
@@ -116,7 +115,7 @@ def measure(
     for branch in new:
         branches[branch.size] = branch
         if world.rank == 0:
-            _write(folder / _name(branch.size), {"settings": known, "branch": plain(branch)})
+            _write(folder / _name(branch.size), {"settings": known, "branch": branch._asdict()})
     missing = [size for size in sizes if size not in branches]
     if missing:
         display.say(
@@ -143,7 +142,7 @@ def _finish(
     _tell(outcome, state, branches, options, display)
     if world.rank == 0:
         _write(folder / RESULT, _record(outcome, state, branches, options, start, half_life))
-        draw_panels(
+        draw_picture(
             lambda draw: _panels(draw, outcome, state, branches, half_life, options),
             folder / PICTURE,
             title=f"critical batch at {state.examples:,} examples",
@@ -284,7 +283,7 @@ def _record(
 ) -> dict[str, Any]:
     rows = [
         # the losses of all steps are in the branch's own file
-        {"loss": outcome.losses[size], **{name: value for name, value in plain(branch).items() if name != "losses"}}
+        {"loss": outcome.losses[size], **{name: value for name, value in branch._asdict().items() if name != "losses"}}
         for size, branch in branches.items()
     ]
     for row in rows:
@@ -292,7 +291,7 @@ def _record(
     return {
         "checkpoint": str(start.checkpoint),
         "at": state._asdict(),
-        "options": {**settings_of(options), "examples": start.examples, "half_life": half_life},
+        "options": {**options_for_json(options), "examples": start.examples, "half_life": half_life},
         "critical_batch": outcome.size,
         "is_lower_bound": outcome.is_bound,
         "crossing": outcome.crossing,

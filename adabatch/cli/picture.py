@@ -20,7 +20,7 @@ def picture(journals: Mapping[str, Path], path: Path, *, display: Display, title
     display.say(f"picture: {path}")
 
 
-def draw_panels(build: Callable[[Any], list[Any]], out: Path, *, title: str | None = None, display: Display) -> None:
+def draw_picture(build: Callable[[Any], list[Any]], out: Path, *, title: str | None = None, display: Display) -> None:
     """Draws the panels of ``build`` into ``out``; says what to install if matplotlib is missing.
 
     Args:

@@ -82,8 +82,8 @@ def run_plan(arguments: Sequence[str]) -> int:
     # the other ranks have only helped to measure
     if not first:
         return 0
-    made = plan(asked, find_runs([asked.run])[0] if asked.run is not None else None, found)
-    print(json.dumps(numbers(made), indent=2) if asked.json else text(made))
+    made = plan_of_arguments(asked, find_runs([asked.run])[0] if asked.run is not None else None, found)
+    print(json.dumps(plan_numbers(made), indent=2) if asked.json else text(made))
     if asked.figure is not None:
         require_matplotlib()
         if made.knee is None:
@@ -97,7 +97,7 @@ def run_plan(arguments: Sequence[str]) -> int:
     return 0
 
 
-def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
+def plan_of_arguments(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     """The plan for the arguments of the command, which take precedence over measurements.
 
     Args:
@@ -350,7 +350,7 @@ def _power_of_two(value: float, *, up: bool = False) -> int:
     return int(2 ** (math.ceil(exponent - 1e-9) if up else math.floor(exponent + 1e-9)))
 
 
-def numbers(made: RunPlan) -> dict[str, Any]:
+def plan_numbers(made: RunPlan) -> dict[str, Any]:
     """The plan for JSON; ranges are objects with low, point and high."""
 
     def of(each: Forecast) -> dict[str, Any]:
@@ -404,7 +404,7 @@ def _table(made: RunPlan) -> list[str]:
     table = [["devices", f"{made.here.devices:,} (this cluster)", *(f"{each.devices:,}" for each in others)]]
     table += [["price of a step", *(short(each.price) for each in columns)]]
     table += [
-        [name, *(shown(value(each)) for each in columns)]
+        [name, *(range_text(value(each)) for each in columns)]
         for name, value in _ROWS
         if any(value(each).high > 0 for each in columns)  # no money without a price, no bytes from one device
     ]
@@ -412,7 +412,7 @@ def _table(made: RunPlan) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
-def shown(value: Range) -> str:
+def range_text(value: Range) -> str:
     """``point (low to high)``."""
     return f"{short(value.point)} ({short(value.low)} to {short(value.high)})"
 

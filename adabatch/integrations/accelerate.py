@@ -18,7 +18,7 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.arguments import checked
 from adabatch.batch.criteria import Criterion
 from adabatch.integrations.host_state import HostState
-from adabatch.integrations.versions import require
+from adabatch.integrations.versions import require_version
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine, GradientSync
@@ -27,7 +27,7 @@ from adabatch.runtime.engines.hosted import HostedEngine
 OLDEST = "1.10"
 """The oldest release of Accelerate that was tried."""
 
-require("accelerate", OLDEST)
+require_version("accelerate", OLDEST)
 
 from accelerate import Accelerator  # noqa: E402
 from accelerate.data_loader import BatchSamplerShard  # noqa: E402

@@ -21,7 +21,7 @@ from adabatch.adaptive.options import Guard
 from adabatch.arguments import checked
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.moments import EUCLIDEAN
-from adabatch.integrations.versions import require
+from adabatch.integrations.versions import require_version
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.engines.engine import Engine
@@ -35,7 +35,7 @@ from adabatch.runtime.wrappers.fsdp2 import is_sharded
 OLDEST = "0.2"
 """The oldest release of torchft that was tried."""
 
-require("torchft", OLDEST)
+require_version("torchft", OLDEST)
 
 import torchft  # noqa: E402
 from torchft.manager import WorldSizeMode  # noqa: E402

@@ -15,7 +15,7 @@ import numpy as np
 
 from adabatch.arguments import checked
 from adabatch.batch.plan import Duration, Progress
-from adabatch.lr.bound import longer_cooldown, two_stage, whole
+from adabatch.lr.bound import longer_cooldown, two_stage, whole_units
 from adabatch.lr.recorded import Recorded, RecordedUnit
 from adabatch.lr.shapes import Decay, Shape, tabulated, wsd
 
@@ -180,7 +180,7 @@ def steps_done(saved: SavedSchedule, recorded: Recorded, count: float) -> int | 
     """
     unit = saved.total.unit
     if unit == "steps":
-        return whole(count)
+        return whole_units(count)
     share = count / saved.progress.count(unit)
     if share > 1:
         return None

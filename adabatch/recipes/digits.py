@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adabatch.recipes.data import InMemory, Split, check_split
+from adabatch.recipes.data import Split, check_split
+from adabatch.runtime.data.in_memory import InMemory
 
 try:
     from sklearn.datasets import load_digits

@@ -73,7 +73,7 @@ def as_it_is(_: Tensor, grad: Tensor) -> Tensor:
     return grad
 
 
-def name_of(norm: ProbeNorm | None) -> str:
+def norm_name(norm: ProbeNorm | None) -> str:
     """The name of a norm in the moments."""
     return EUCLIDEAN if norm is None else norm if isinstance(norm, str) else norm.name
 
