@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from adabatch.adaptive.late import check_late
 from adabatch.adaptive.loop import StepLoop
-from adabatch.adaptive.options import EngineOptions, Guard, Measure
+from adabatch.adaptive.options import EngineOptions, Guard, JournalOption, Measure
 from adabatch.adaptive.planning import check_format
 from adabatch.adaptive.step import Step
 from adabatch.adaptive.validation import (
@@ -29,7 +29,7 @@ from adabatch.guards.drift import check_interval
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.same_settings import failing_together
 from adabatch.guards.votes import Votes
-from adabatch.journal.writer import Journal, JournalTarget
+from adabatch.journal.writer import Journal
 from adabatch.lr.follow import Followers
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.runtime.collectives import Collectives
@@ -118,7 +118,7 @@ class AdaptiveBatch:
         tokens_per_example: int | None = None,
         probe: Probe | None = None,
         local_sgd: LocalSGD | None = None,
-        journal: JournalTarget | Sequence[JournalTarget] | None = None,
+        journal: JournalOption = None,
         measure: Measure = Measure(),
         guard: Guard = Guard(),
         engine: EngineOptions | Engine = EngineOptions(),
