@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from adabatch.cli.main import main
 from adabatch.cli.overview import COMMANDS
 
-pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
+# not importorskip, which imports it: seconds in each process that collects the tests, for the few that run them
+pytestmark = pytest.mark.skipif(find_spec("sklearn") is None, reason="the digits need scikit-learn (extra cli)")
 
 TEXT = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text(encoding="utf-8")
 
