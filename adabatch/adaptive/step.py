@@ -207,7 +207,7 @@ class Step:
         self._engine.inner_loop_ended()
 
     def measured_norm(self) -> MeasuredNorm | None:
-        """The norm that was measured of the gradients as the optimizer finds them; None where they are others.
+        """The norm that was measured of the gradients as the optimizer finds them; None if they are others.
 
         Without a probe nothing was measured, a rank that steps alone uses its own gradient, and a gradient scaler
         divides the gradients before the update.

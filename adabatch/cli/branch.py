@@ -55,7 +55,7 @@ class CriticalOptions:
 
     def __post_init__(self) -> None:
         if len(set(self.factors)) < 2 or not all(0 < factor < math.inf for factor in self.factors):
-            raise ValueError(f"factors must be two positive numbers at least, such as 1 2 4 8, got {self.factors}")
+            raise ValueError(f"factors must be at least two positive numbers, such as 1 2 4 8, got {self.factors}")
         for name in ("smallest", "examples", "half_life", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -57,7 +57,7 @@ def measure(
 
     Args:
         make: builds the job again.
-        world: where this process stands.
+        world: rank and world size of this process.
         options: of the command.
         arguments: the command line, from which other processes build the job.
         settings: the job in plain values, by which finished branches are recognized.
@@ -165,7 +165,8 @@ def _examples(asked: int | None, job: Job, largest: int) -> int:
     """The examples of each branch, a multiple of the largest batch."""
     if asked is not None and asked < 2 * largest:
         raise ValueError(
-            f"examples={asked:,} are not two steps of the largest batch, {largest:,}: give more, or smaller factors"
+            f"examples={asked:,} are fewer than two steps of the largest batch, {largest:,}: give more, or smaller "
+            f"factors"
         )
     total = job.total.count if job.total.unit == "examples" else 0
     if job.total.unit == "tokens" and job.tokens_per_example:

@@ -122,7 +122,7 @@ def _check_given(fields: Namespace) -> None:
     for name, kind in get_type_hints(Job).items():
         value = fields[name]
         if value is None and NoneType not in get_args(kind):
-            raise ValueError(f"{name} must not be null: give it a value, or leave it out where it has a default")
+            raise ValueError(f"{name} must not be null: give it a value, or leave it out if it has a default")
         if is_dataclass(kind) and not isinstance(value, Namespace):
             raise ValueError(f"{name} has fields of its own, as --help-all lists them, got {value!r}")
 

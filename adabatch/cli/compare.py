@@ -54,10 +54,14 @@ def compare(
     job = make()
     limits = job.limits
     if limits is None or not isinstance(limits.min, int) or not isinstance(limits.max, int):
-        raise ValueError("compare needs limits with a constant min and max: they are what the job is compared with")
+        raise ValueError(
+            "compare needs limits with a constant min and max: the job is compared with runs at these two sizes"
+        )
     ranks = workers_of(None, device=world.device)
     if tune and job.out is None:
-        raise ValueError("--tune keeps its trials in the folder of the job, to go on there: give one by --out")
+        raise ValueError(
+            "--tune keeps its finished trials in the folder of the job, so that it can continue: give one with --out"
+        )
     folder = run_folder(None, ranks, resume=False, display=display) if job.out is None else job.out
     reference = job.reference_batch_size or limits.min
     variants: list[tuple[str, int | None, Path]] = [

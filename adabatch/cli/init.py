@@ -186,7 +186,7 @@ def starter_config(found: ModelFile, file: Path, out: Path, *, loss: str | None,
         ValueError: if there are too few examples.
     """
     if found.num_examples < 32:
-        raise ValueError(f"{found.data} has {found.num_examples} examples: 32 are the least for a batch that can grow")
+        raise ValueError(f"{found.data} has {found.num_examples} examples, and a batch that can grow needs at least 32")
     # at least eight steps per pass, even at the largest batch
     most = min(1024, 2 ** int(math.log2(found.num_examples / 8)))
     # two of them fit into the largest batch, whatever the size of the data set

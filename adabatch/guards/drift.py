@@ -102,7 +102,7 @@ def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when
         RanksDrifted: on all ranks, if some have drifted.
     """
     own = held_by_this_rank(model, plan)
-    # Of 10,000 ranks the rows of all are 240 kB on each; where they are the same, one digest of them says so.
+    # Of 10,000 ranks the rows of all are 240 kB on each; if they are the same, one digest of them shows it.
     if own.shard == WHOLE and collectives.agree(own):
         return
     rows, copies = gather_held(collectives, own)

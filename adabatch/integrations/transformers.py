@@ -175,7 +175,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         if self._saved is None:
             return 0, 0
         self._order().load_state_dict(self._saved["order"])
-        # No steps to skip in the epoch: the order stands where the run was saved.
+        # No steps to skip in the epoch: the order is at the place where the run was saved.
         return self._order().epoch, 0
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:

@@ -450,6 +450,7 @@ def _validated(
     if not np.all(np.isfinite(sizes) & (sizes >= 0)):
         raise ValueError("norms must be finite and not negative: leave out the steps that were skipped")
     require(0 < distance < math.inf, "distance must be positive and finite", distance)
+    # the sum of the factors from a trailing zero on is zero, and the bound divides by it
     length = int(np.flatnonzero(eta)[-1]) + 1
     return eta[:length], np.square(np.broadcast_to(sizes, eta.shape)[:length])
 

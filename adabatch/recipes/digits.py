@@ -35,7 +35,7 @@ class Digits(InMemory):
         check_split(split)
         if load_digits is None:
             raise ImportError(
-                "Digits reads images that scikit-learn carries: install it with pip install 'adabatch[cli]'"
+                "Digits reads images that come with scikit-learn: install it with pip install 'adabatch[cli]'"
             )
         digits = load_digits()
         train, test = split_digits(digits.target)

@@ -322,7 +322,7 @@ def _metric(
 
 
 def _any(values: Floats) -> Floats | None:
-    """The values; None where none is finite."""
+    """The values; None if none is finite."""
     return values if np.isfinite(values).any() else None
 
 

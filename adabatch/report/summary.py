@@ -196,7 +196,7 @@ def smooth_loss(run: RunSteps) -> Floats:
 
 
 def total_seconds(run: RunSteps) -> float:
-    """Time of all steps together; NaN where none was timed."""
+    """Time of all steps together; NaN if none was timed."""
     return float(_filled(run.seconds).sum()) if np.isfinite(run.seconds).any() else math.nan
 
 

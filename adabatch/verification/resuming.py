@@ -38,7 +38,7 @@ def resume(make: Make) -> Check:
 
     It measures the largest difference in weights, buffers, the states of optimizer, batch and scaler, or the place in
     the data. The batch grows one step after the checkpoint. The random numbers of torch are restored to those of the
-    checkpoint, as your script must do; augmentation in loading processes draws other numbers after a resume.
+    checkpoint, as your script must do; augmentation in loading processes draws different numbers after a resume.
 
     Raises:
         ValueError: if the loader is not a ``GlobalOrder``, so that its place in the data cannot be saved, the data set

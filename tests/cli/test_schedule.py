@@ -608,7 +608,7 @@ def test_a_checkpoint_goes_on_under_either_extension_as_if_it_had_been_so_from_t
     done = read_checkpoint(newest(run)).progress.examples
     assert 300 < done < 700
     assert main(["schedule", "extend", str(run), "--new_total=2000", f"--checkpoint={newest(run)}"]) == 0
-    assert "before both options leave" in capsys.readouterr().out
+    assert "before both options depart" in capsys.readouterr().out
     for name in ("extend_two_stages", "extend_longer_cooldown"):
         snippet = ["--config", config, "--config", str(run / f"{name}.yaml")]
         assert main(["train", *snippet, f"--out={run / name}"]) == 0
@@ -739,7 +739,7 @@ def test_a_file_that_is_no_journal_is_refused(text: str, words: list[str], tmp_p
         ({"shape": lr.wsd(cooldown=0.2, floor=0.1).to_dict()}, ["floor=0.1"]),
         ({"shape": lr.wsd(cooldown=0.0).to_dict()}, ["cooldown=0.0"]),
         ({"anchor": None}, ["warming up"]),
-        ({"anchor": [100, 0.5, 0.0]}, ["changed its total"]),
+        ({"anchor": [100, 0.5, 0.0]}, ["total was changed"]),
         ({"clock": "gain"}, ["gain clock"]),
         ({"total": [3, "parsecs"]}, ["not a checkpoint of `adabatch train`", "parsecs"]),
     ],

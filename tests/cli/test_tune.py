@@ -130,4 +130,4 @@ def test_without_it_the_comparison_says_that_nothing_was_tuned(config: Any, tmp_
 def test_trials_need_a_folder(config: Any, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "--config", config(out=None), "--tune"]) == 2
-    assert "give one by --out" in capsys.readouterr().err
+    assert "give one with --out" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def test_both_extensions_keep_the_base_learning_rate_the_best() -> None:
         ({"shape": lr.wsd(cooldown=0.2, floor=0.1)}, "only a wsd shape"),
         ({"clock": "gain_steps"}, "the run has the gain clock"),
         ({"warmup": None}, "the run was still warming up"),
-        ({"changed": True}, "the run changed its total on the way"),
+        ({"changed": True}, "the total was changed during the run"),
         ({"progress": Progress()}, "the run has not begun"),
     ],
 )

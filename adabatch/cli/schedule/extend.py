@@ -138,10 +138,13 @@ def _steps_text(finished: FinishedRun, saved: SavedSchedule, recorded: Recorded 
 
 def _where_it_stands(saved: SavedSchedule, finished: FinishedRun, options: dict[str, ExtendedSchedule]) -> str:
     done = saved.progress.count(finished.total.unit)
-    stands = f"{Path(saved.source).name} stands at {done:,} {finished.total.unit} ({saved.progress.steps:,} steps)"
+    stands = f"{Path(saved.source).name} is at {done:,} {finished.total.unit} ({saved.progress.steps:,} steps)"
     late = [label for label in EXTENSIONS if done > whole_units(options[label].resume)]
     if not late:
-        return f"{stands}, before both options leave its schedule: --checkpoint {saved.source} makes it theirs"
+        return (
+            f"{stands}, before both options depart from its schedule: --checkpoint {saved.source} copies it for "
+            f"each of them"
+        )
     which = " and ".join(late)
     return f"{stands}, too late for {which}: give one from before the point in the table with --checkpoint"
 
@@ -169,7 +172,7 @@ def _write_checkpoints(
     if not early:
         last = max(whole_units(options[label].resume) for label in EXTENSIONS)
         raise ValueError(
-            f"{checkpoint} stands at {done:,} {total.unit}, and an extension needs one from {last:,} {total.unit} or "
+            f"{checkpoint} is at {done:,} {total.unit}, and an extension needs one from {last:,} {total.unit} or "
             f"before, while the learning rate was full"
         )
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)

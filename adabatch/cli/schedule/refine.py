@@ -62,7 +62,9 @@ def write_refined(
     made = refine_run(recorded, kind, factor=factor, edges=edges, smoothing=smoothing, length=length)
     if saved is not None and not saved.progress.reached(saved.total):
         done = saved.progress.count(saved.total.unit) / saved.total.count
-        display.say(f"the run stands at {done:.0%} of its {saved.total}: the shape takes these norms for a whole run's")
+        display.say(
+            f"the run is at {done:.0%} of its {saved.total}: the shape treats these norms as those of a whole run"
+        )
     rule = _about_the_batch(recorded, lr_rule, factor, reference)
     say_summary(recorded, kind, made, rule=rule, display=display)
     bounded = refined_bounds(recorded, made, edges)
@@ -114,7 +116,7 @@ def say_summary(recorded: Recorded, kind: OptimizerKind, made: RefinedRun, *, ru
     if made.progress[peak] > LATE:
         display.say(
             f"the peak comes at {made.progress[peak]:.0%} of the run: gradients that vanish towards the end, as of a "
-            f"model that fits its data, draw the whole schedule there; smooth more, or keep another shape"
+            f"model that fits its data, pull the whole schedule there; smooth more, or keep another shape"
         )
 
 

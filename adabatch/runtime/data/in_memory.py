@@ -64,7 +64,7 @@ def collate(batch: list[Any] | Rows) -> Any:
     """
     if isinstance(batch, Rows):
         return batch.gather()
-    require(len(batch) > 0, "batch must hold one example at least", batch)
+    require(len(batch) > 0, "batch must hold at least one example", batch)
     try:
         return default_collate(batch)
     except (TypeError, RuntimeError, RecursionError) as error:

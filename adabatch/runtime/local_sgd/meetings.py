@@ -96,7 +96,7 @@ class Purpose(IntEnum):
 
 _DOES = {
     Purpose.BEGIN: "begins a round",
-    Purpose.AVERAGE: "comes to an average",
+    Purpose.AVERAGE: "reaches an average",
     Purpose.LEAVE: "leaves the block",
 }
 
@@ -295,13 +295,13 @@ class Meetings:
                 f"worker {index} {_DOES[Purpose(int(row.purpose))]} after {row.steps:.0f} steps"
                 for index, row in enumerate(rows)
             )
-            raise RuntimeError(f"the workers do not do the same: {doing}. {_ALL_MUST}")
+            raise RuntimeError(f"the workers are doing different things: {doing}. {_ALL_MUST}")
         if self._by_speed:
             self._check_rounds(rows)
             return
         if any((row.rounds, row.steps, row.fragment) != (first.rounds, first.steps, first.fragment) for row in rows):
             places = "; ".join(f"worker {index}: {row.steps:.0f}" for index, row in enumerate(rows))
-            raise RuntimeError(f"workers came to the average after different numbers of steps ({places}): {_ALL_MUST}")
+            raise RuntimeError(f"workers reached the average after different numbers of steps ({places}): {_ALL_MUST}")
         if any(row.present_round != first.present_round for row in rows):
             _raise_rounds(rows)
         if any(row.past != first.past for row in rows):
@@ -312,7 +312,7 @@ class Meetings:
         first = rows[0]
         if any((row.rounds, row.fragment) != (first.rounds, first.fragment) for row in rows):
             rounds = "; ".join(f"worker {index}: {row.rounds:.0f}" for index, row in enumerate(rows))
-            raise RuntimeError(f"workers came to the average after different numbers of rounds ({rounds})")
+            raise RuntimeError(f"workers reached the average after different numbers of rounds ({rounds})")
         # they begin a round with one number of steps, of which each then takes its own share
         alike = [row if row.purpose == Purpose.BEGIN else row._replace(local_steps=0) for row in rows]
         if any(row.present_round != alike[0].present_round for row in alike):
@@ -342,8 +342,9 @@ class Meetings:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"local SGD could not finish round {place.rounds + 1} (step {place.steps}): a worker ended, which "
-                f"its own output explains, or the network failed; start all again from the last checkpoint ({error})"
+                f"local SGD could not finish round {place.rounds + 1} (step {place.steps}): a worker ended, which its "
+                f"own output explains, or the network failed; start all workers again from the last checkpoint "
+                f"({error})"
             ) from error
 
 

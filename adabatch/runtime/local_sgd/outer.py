@@ -83,6 +83,7 @@ class Nesterov:
         """The outer step."""
         begin_momenta(momenta, parameters)
         for parameter, anchor, momentum in zip(parameters, anchors, momenta, strict=True):
+            # reused for the sum below: anchors and momenta already take the memory of two more models
             gradient = anchor - parameter
             momentum.mul_(self.momentum).add_(gradient)
             parameter.copy_(anchor.sub(gradient.add_(momentum, alpha=self.momentum), alpha=self.lr))

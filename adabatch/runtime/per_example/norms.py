@@ -172,7 +172,7 @@ class PerExampleNorms:
             RuntimeError: if the previous micro-batch was not finished.
         """
         if self._measurement is not None:
-            raise RuntimeError("a micro-batch is under way: call finish() after its backward, or remove()")
+            raise RuntimeError("a micro-batch is being measured: call finish() after its backward, or remove()")
         # Again, as modules may have switched between training and evaluation mode since.
         refuse_coupled(self._model, self._sites)
         self._measurement = Measurement(

@@ -51,7 +51,7 @@ class Gauge:
         **options: Unpack[ProbeOptions],
     ) -> None:
         norm, quantile = options.get("norm"), options.get("quantile")
-        require(quantile is None or 0 < quantile <= 1, "quantile must lie above 0 and up to 1.0", quantile)
+        require(quantile is None or 0 < quantile <= 1, "quantile must be above 0 and at most 1.0", quantile)
         if not whole_parts:
             check_diagonal(norm, type(owner).__name__)
         self.gives = given_with(**options)

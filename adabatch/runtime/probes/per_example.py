@@ -1,6 +1,6 @@
 """The exact probe: the norm of every example's gradient, and its inner product with the step's gradient.
 
-Each example is a part, so a step of b examples has b parts, where the micro-batch probe has a few. The tests of the
+Each example is a part, so a step of b examples has b parts, while the micro-batch probe has a few. The tests of the
 papers can be computed exactly, also on one rank without accumulation. The probe costs up to one more backward.
 `adabatch.runtime.per_example` describes what is measured, and which modules are refused.
 """
