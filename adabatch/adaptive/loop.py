@@ -106,7 +106,8 @@ class StepLoop:
         if probe is not None or several:
             # a user's probe may measure the whole model, and an engine that updates by itself holds other tensors
             whole_model = given_probe or engine.reduced == "update"
-            trained = TrainedParameters(model, optimizer, all_of_model=whole_model)
+            awaited = several and engine.stand_in in ("zeros", "flags")
+            trained = TrainedParameters(model, optimizer, all_of_model=whole_model, waits_for_all=awaited)
         self.late = LateNumbers(journal) if measures_late else None
         self._tools = StepTools(
             engine=engine,
