@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch.amp.grad_scaler import GradScaler
 
 from adabatch.arguments import MOST_STEPS, check_fields, require, shown
 from adabatch.guards.finite import SkipNonfinite, check_skip_nonfinite
 from adabatch.guards.memory_trials import TrialLoss
+from adabatch.journal.writer import JournalTarget
 from adabatch.runtime.engines.engine import GradientSync
 from adabatch.runtime.probes.layers import PerLayer
+
+JournalOption: TypeAlias = JournalTarget | Sequence[JournalTarget] | None
+"""The ``journal`` of ``AdaptiveBatch`` and ``monitor``: a path, a tracker, or several of them; None for no journal."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -263,7 +263,7 @@ class Checkpoints:
             if not (self._batches is not None if missing_ok is None else missing_ok):
                 raise FileNotFoundError(
                     f"there is no checkpoint in {self._folder.absolute()}: check the path, or pass missing_ok=True to "
-                    f"go on with the parts as they are"
+                    f"continue with the parts as they are"
                 )
             # a journal without a checkpoint is of a run that was killed before its first one, and begins again from
             # step 0
@@ -404,7 +404,7 @@ class Checkpoints:
         if folder not in (None, run):
             raise ValueError(
                 f"the checkpoint {path} is of run {run}, and its folder belongs to run {folder}: move it away, begin "
-                f"again with start_over(), or, to go on with run {run}, remove {self._folder / LOCK}"
+                f"again with start_over(), or, to continue run {run}, remove {self._folder / LOCK}"
             )
         written = self._batches.journal.last_run()
         if written not in (None, run):

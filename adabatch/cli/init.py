@@ -193,7 +193,7 @@ def starter_config(found: ModelFile, file: Path, out: Path, *, loss: str | None,
     micro = min(8, most // 2)
     arguments = "\n  init_args: {split: %s}"
     test = (
-        f"test_data: # evaluated at the end of the run, and every so many examples in it\n"
+        f"test_data: # evaluated at the end of the run, and as often as evaluate_every says\n"
         f"  class_path: {found.data}{arguments % 'test'}\n"
         f"evaluate_every: {{count: {found.num_examples}, unit: examples}}\n"
     )

@@ -308,7 +308,7 @@ def knee(
 def extended(evidence: Evidence, examples: float) -> Evidence:
     """The evidence for a run of ``examples``: cut, or extended from the noise scale and batch of its last quarter.
 
-    Beyond the end the noise scale goes on as ``examples ** RISE``. The band then also holds a noise scale that stays
+    Beyond the end the noise scale continues as ``examples ** RISE``. The band then also holds a noise scale that stays
     as it was, and one with twice the exponent. The extension has the error of a quarter of the probes, which is twice
     that of all (in logarithms). This error is used for the whole of a longer run.
 

@@ -399,7 +399,7 @@ def test_an_evaluation_has_a_line_of_its_own_which_readers_of_steps_pass_over(tm
     [
         ({}, ValueError, "at least one number by name"),
         ({"": 1.0}, ValueError, "must not be empty"),
-        ({3: 1.0}, TypeError, "must be a text, got 3"),
+        ({3: 1.0}, TypeError, "must be a string, got 3"),
         ({"loss": "low"}, TypeError, "the metric 'loss' must be one number, got 'low'"),
         ({"loss": [1.0, 2.0]}, TypeError, r"one number, got \[1.0, 2.0\]"),
         ({"loss": np.ones(2)}, TypeError, "one number, got array"),

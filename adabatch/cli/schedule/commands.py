@@ -19,7 +19,7 @@ from adabatch.lr.recorded import RecordedUnit
 from adabatch.lr.refine import OptimizerKind
 
 DESCRIPTION = (
-    "Learning-rate schedules from theory: which shape is best, at which base learning rate, and how to go on with a "
+    "Learning-rate schedules from theory: which shape is best, at which base learning rate, and how to continue with a "
     "run. docs/schedules.md has the formulas, their sources and their limits."
 )
 PLAIN_WIDTH = 132
