@@ -23,10 +23,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
+from _frontier.packages import missing
 from _frontier.report import (
     Page,
     Row,
@@ -177,9 +177,25 @@ def rules(cell: Cell, run: Store) -> Iterable[Row]:
             others = {"rule": "gain", "follow": follow, "reference": FIRST}
             by_gain = outcomes(cell, run, Measured("constant", size, FIRST), base, **others)
             yield Row("rule", f"{size}, gain (AdaScale){', betas follow' if follow else ''}", base, by_gain)
-        if cell.optimizer == "sgd" and find_spec("fairscale"):
-            packaged = outcomes(cell, run, Packaged(size, FIRST), base)
-            yield Row("rule", f"{size}, AdaScale of fairscale", base, packaged)
+
+
+PACKAGES = {
+    **{f"{size}, AdaScale of fairscale": Packaged("adascale", size, FIRST) for size in (32, 64, 128)},
+    "price 32, Pollux of adaptdl": Packaged("pollux", 32, FIRST),
+}
+
+
+def packages(cell: Cell, run: Store) -> Iterable[Row]:
+    """AdaScale and Pollux by their own code, with the smallest batch's settings."""
+    base = tuned_constant(cell, run, FIRST)
+    for name, batch in PACKAGES.items():
+        try:
+            yield Row("package", name, base, outcomes(cell, run, batch, base))
+        except (ImportError, NotRunError):
+            why = missing(batch.rule)
+            if not why:
+                raise
+            yield Row("package", name, base, (), note=why)
 
 
 def planned(warmup: float) -> dict[str, tuple[Planned, str]]:
@@ -307,6 +323,7 @@ PARTS: Mapping[str, Callable[[Cell, Store], Iterable[Row]]] = {
     "ours": partial(ours, chosen=REPORTED[:1]),
     "prices": partial(ours, chosen=REPORTED[1:]),
     "rules": rules,
+    "packages": packages,
     "tables": tables,
 }
 
@@ -333,7 +350,7 @@ def batch_in_words(batch: Batch) -> str:
     if isinstance(batch, Planned):
         return "-".join(map(str, batch.sizes))
     if isinstance(batch, Packaged):
-        return f"{batch.size} of fairscale"
+        return f"{batch.rule} {batch.number}"
     return f"{batch.criterion} {batch.number:g}"
 
 
@@ -357,6 +374,7 @@ def page(cell: Cell, run: Store) -> Page:
         *(ours(cell, run, chosen=(method,)) for method in REPORTED),
         tables(cell, run),
         rules(cell, run),
+        packages(cell, run),
     )
     return Page(", ".join(map(str, cell)), [row for part in parts for row in kept(part)], DEFAULT.name)
 
@@ -390,6 +408,9 @@ def setting(store: Store, pages: Sequence[Page]) -> list[str]:
         "All runs warm up in a straight line and fall to zero by a cosine. A batch that follows the noise starts at "
         f"{FIRST}, in two parts, and ends at {LARGEST} at most. It grows after the warm-up, and after 10 % of "
         "the examples at least (held >= 10 %) or at most (<= 10 %), or after just that share (= 10 %).",
+        "AdaScale of fairscale, and the noise scale, the rule of the learning rate and the goodput of adaptdl, run by "
+        "those packages' own code. Pollux measures two parts, is asked before each step, and is told what a step costs "
+        "as our default is: left alone it would measure times, and decide once per pass over the data set.",
         "Price for decay: larger by the factor by which the cosine fell, so that growth stands in the place of decay.",
     ]
 
