@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -37,10 +38,12 @@ from adabatch.runtime.data import GlobalOrder, WholeSteps, num_examples_in
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.optimizers.joined import each_of, joined, kind_of
-from adabatch.runtime.optimizers.ownership import release, take_over, undone_on_error
+from adabatch.runtime.optimizers.ownership import displace, release, take_over, undone_on_error
 from adabatch.runtime.optimizers.scheduler import WritesRates
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers.fabric import inside_fabric
+
+_log = logging.getLogger("adabatch")
 
 
 class AdaptiveBatch:
@@ -180,6 +183,12 @@ class AdaptiveBatch:
             )
             # another rank may fail, and then this one raises at the end of the block
             undo.callback(self._loop.updates.remove, "not made")
+        if displace([*each_of(optimizer), *held], kind="monitor"):
+            _log.warning(
+                "the monitor() of this %s is removed, since the AdaptiveBatch measures the same gradients: read its "
+                "noise_scale and its journal (for a criterion that measures nothing, give Measure(monitor=True))",
+                kind_of(optimizer),
+            )
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
@@ -411,6 +420,7 @@ class AdaptiveBatch:
 
     def remove(self) -> None:
         """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
+        release(self)
         self._loop.updates.flush()
         self._loop.close("removed by remove()")
         self._journal.close()

@@ -26,7 +26,7 @@ from adabatch.journal.writer import Journal, line
 from adabatch.lr.follow import Followers, UpdateRules
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.observers.trained_parameters import held_parameters
-from adabatch.runtime.optimizers.ownership import remove_all, take_over
+from adabatch.runtime.optimizers.ownership import owners_of, release, remove_all, take_over
 from adabatch.runtime.optimizers.step_hooks import rates_of
 from adabatch.runtime.probes.norms import norms
 from adabatch.runtime.wrappers.backward import factor_of
@@ -68,8 +68,8 @@ def monitor(
         The monitor, which lives as long as the optimizer and may be dropped.
 
     Raises:
-        ValueError: if the model is sharded or runs on DeepSpeed, if the optimizer holds none of its parameters, or if
-            ``micro_batch_size`` is below 1.
+        ValueError: if the model is sharded or runs on DeepSpeed, if the optimizer holds none of its parameters or has
+            an ``AdaptiveBatch``, which measures by itself, or if ``micro_batch_size`` is below 1.
         TypeError: if ``optimizer`` is not an optimizer, or is the wrapper of a host.
     """
     require_type(isinstance(model, torch.nn.Module), "model must be a torch.nn.Module", model)
@@ -98,6 +98,13 @@ class NoiseMonitor:
         _check(model, optimizer)
         self._collectives = engine_for(model).collectives
         self._parameters = held_parameters(model, optimizer)
+        # Its micro-batches may grow, which cannot be seen from here.
+        if owners_of([optimizer, *self._parameters], kind="AdaptiveBatch"):
+            raise ValueError(
+                f"the {type(optimizer).__name__} has an AdaptiveBatch, which measures the noise by itself: read its "
+                f"noise_scale and its journal (with Constant(...) or a schedule, give it Measure(monitor=True)), or "
+                f"call its remove() first"
+            )
         self._optimizer = optimizer
         self._micro_batch_size = micro_batch_size
         self._scale = None if scaler is None else factor_of(scaler)
@@ -151,11 +158,12 @@ class NoiseMonitor:
         self._journal.record_evaluation(metrics, after=self.consumed)
 
     def give_way(self) -> None:
-        """A newer monitor measures this model."""
+        """A newer monitor, or an ``AdaptiveBatch``, measures this model."""
         self.remove()
 
     def remove(self) -> None:
         """Takes all hooks off model and optimizer."""
+        release(self)
         remove_all(self._handles)
         self._journal.close()
 

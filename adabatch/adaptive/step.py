@@ -345,9 +345,11 @@ class Step:
         changes = trained.changes("AdaptiveBatch")
         if changes is None:
             return
-        if not self._tells or self._engine.stand_in not in ("zeros", "backward"):
+        stand_in = self._engine.stand_in
+        # Flags that were changed since the step began cannot be put back after the forward.
+        if not self._tells or stand_in is None or (stand_in == "flags" and trained.flags()):
             raise RuntimeError(changes)
-        self._told = changes
+        self._told = self._told or changes
         self._zeros = self._engine.stand_in == "zeros"
 
     def _hear(self, check: Callable[[], None]) -> None:
