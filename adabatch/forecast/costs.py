@@ -213,6 +213,7 @@ def forecast(
         # with the same factor: if the noise scale is larger than measured, the run has made more progress with its
         # examples
         progress = evidence.progress(noise)
+        # over the progress of a step of b examples, b / (1 + b / B)
         steps = progress * (1 / taken + 1 / scale)
         used = steps * taken
         if examples is not None:
