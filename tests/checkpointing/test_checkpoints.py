@@ -511,8 +511,10 @@ def test_a_loaders_state_is_saved_if_it_can_be_read_back(tmp_path: Path) -> None
 def test_damaged_checkpoints_are_passed_over_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = saved(tmp_path)
     (good,) = checkpoints_in(folder).values()
+    other = made(tmp_path / "other").model
+    adabatch.load(folder, model=other)
     for _ in range(2):
-        adabatch.save(folder, model=made(tmp_path / "other").model)
+        adabatch.save(folder, model=other)
     for bad in list(checkpoints_in(folder).values())[:2]:
         (bad / "state.pt").write_bytes(b"")
     run = made(tmp_path / "second")
