@@ -12,7 +12,7 @@ the first seed, on a grid of factor 2, which begins with three rates and is made
 end; the methods then run in turn with each seed. *Cost*: the time of a training step against AdamW's, amortized over
 the refreshes. Seconds are those of the processor, of which one thread is used.
 
-Finished runs of sweeps and tuning are kept in the cache folder by their settings, and are not run again; past
+Finished runs of sweeps and races are kept in the cache folder by their settings, and are not run again; past
 ``--minutes`` none is started, and what is there is published: a result of ``--minutes 0`` comes from the cache alone.
 """
 
@@ -70,6 +70,7 @@ class Cell:
         damping: K-FAC's damping or Shampoo's epsilon.
         form: of K-FAC's damping.
         batch: constant; with ``target``, the run ends where that loss is reached.
+        race: whether it runs in turn with those of other methods.
     """
 
     method: str
@@ -81,6 +82,7 @@ class Cell:
     form: str = "trace"
     batch: int = BATCH
     target: float | None = None
+    race: bool = False
 
     @property
     def key(self) -> str:
@@ -347,15 +349,18 @@ def tuned(lab: Lab, method: str, batch: int) -> float | None:
     return chosen
 
 
-def raced(lab: Lab) -> tuple[Table, list[str], dict[str, Any]]:
+def raced(lab: Lab, batches: Sequence[int]) -> tuple[Table, list[str], dict[str, Any]]:
     """Steps and seconds to the target at each batch, at the best of the learning rates that were tried."""
     rows, findings, found = [], [], {}
-    for batch in BATCHES:
+    for batch in batches:
         rates = {method: rate for method in FIRST_RATES if (rate := tuned(lab, method, batch)) is not None}
         runs: dict[str, list[dict[str, float]]] = {method: [] for method in rates}
         for seed in SEEDS:  # in turn, so that what slows a seed slows all methods
             for method, rate in rates.items():
-                runs[method].append(run(to_target(method, batch, rate, seed), *lab.data))
+                result = lab.result(replace(to_target(method, batch, rate, seed), race=True))
+                runs[method] += [] if result is None else [result]
+        if not all(len(of_it) == len(SEEDS) for of_it in runs.values()) or "adamw" not in runs:
+            continue
         medians = {
             method: {what: statistics.median(each[what] for each in of_it) for what in ("steps", "seconds")}
             for method, of_it in runs.items()
@@ -423,6 +428,7 @@ def some_steps(method: str, width: int, batch: int, images: Tensor, labels: Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=tuple(QUESTIONS), required=True)
+    parser.add_argument("--batch", type=int, choices=BATCHES, action="append", help="of the race; default: all")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "adabatch-second-order")
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--no-save", action="store_true", help="only print")
@@ -444,7 +450,7 @@ def main() -> None:
         if not options.no_save:
             picture(rates, dampings, RESULTS / "second_order.png")
     elif options.part == "race":
-        table, findings, numbers = raced(lab)
+        table, findings, numbers = raced(lab, options.batch or BATCHES)
         tables, data = [table], {"races": numbers}
     else:
         table, findings, numbers = costs()
