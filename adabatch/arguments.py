@@ -14,7 +14,7 @@ Ranges, and what arguments must be together, are checked where they are used.
     Literal         one of the words
     all others      an instance of the class, or what has the methods of the protocol; something that can be called
 
-True and False are no numbers.
+True and False are not numbers.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ class Step:
         self._engine.inner_loop_ended()
 
     def measured_norm(self) -> MeasuredNorm | None:
-        """The norm that was measured of the gradients as the optimizer finds them; None where they are others.
+        """The norm that was measured of the gradients as the optimizer finds them; None if they are others.
 
         Without a probe nothing was measured, a rank that steps alone uses its own gradient, and a gradient scaler
         divides the gradients before the update.
@@ -345,9 +345,11 @@ class Step:
         changes = trained.changes("AdaptiveBatch")
         if changes is None:
             return
-        if not self._tells or self._engine.stand_in not in ("zeros", "backward"):
+        stand_in = self._engine.stand_in
+        # Flags that were changed since the step began cannot be put back after the forward.
+        if not self._tells or stand_in is None or (stand_in == "flags" and trained.flags()):
             raise RuntimeError(changes)
-        self._told = changes
+        self._told = self._told or changes
         self._zeros = self._engine.stand_in == "zeros"
 
     def _hear(self, check: Callable[[], None]) -> None:

@@ -22,7 +22,7 @@ from adabatch.checkpointing.files import (
     MANIFEST,
     CheckpointError,
     abandon,
-    begin,
+    begin_checkpoint,
     being_written,
     checkpoints_in,
     finish,
@@ -135,7 +135,7 @@ class Checkpoints:
         }  # fmt: skip
         taken = {*named, "random"} & (others or {}).keys()
         if taken:
-            raise ValueError(f"others must not be called {', '.join(sorted(taken))}: the name is taken")
+            raise ValueError(f"others must not use the names {', '.join(sorted(taken))}, which are taken")
         parts = {name: part for name, part in {**named, **(others or {})}.items() if part is not None}
         self._parts, self._optimizer = parts, optimizer
         self._run = RunState(parts, config=config)
@@ -202,7 +202,7 @@ class Checkpoints:
                 # From the system: a seeded generator could give the same number to another writer, and would change
                 # the run's random numbers.
                 nonce = secrets.randbits(40)
-                number = begin(self._folder, steps, nonce, clear=alone)
+                number = begin_checkpoint(self._folder, steps, nonce, clear=alone)
             except (OSError, CheckpointError) as error:
                 failure = error
         # One reduction tells of errors, and carries the numbers of the first rank to the others: theirs are 0. 40 bits
@@ -290,7 +290,7 @@ class Checkpoints:
         except Exception as error:  # the other ranks must learn of any error before one of them leaves
             failure = error
         if self._ranks.sum_of(failure is not None)[0] and failure is None:
-            # this rank has loaded its parts, but a run with a rank that has not is no run
+            # this rank has loaded its parts, but a run with a rank that has not is not a run
             failure = CheckpointError(f"the checkpoint {found.path} could not be loaded by another rank")
         if failure is not None:
             raise failure
@@ -377,7 +377,7 @@ class Checkpoints:
             if checkpoints_in(self._folder):
                 raise CheckpointError(
                     f"{self._folder} holds the checkpoints of run {theirs}, and this is run {mine}, which has loaded "
-                    f"none of them: load() to go on with that run, start_over() to take its folder, or use another "
+                    f"none of them: load() to continue that run, start_over() to take its folder, or use another "
                     f"folder"
                 )
             if shared and being_written(self._folder):

@@ -363,7 +363,7 @@ def _times(range_: Range, factor: float) -> Range:
 def _check(evidence: Evidence, cost: StepCost, limits: tuple[float | None, float | None], batch: float | None) -> None:
     scale = evidence.noise_scale
     if not (scale.size and np.isfinite(scale).all() and (scale > 0).all()):
-        raise ValueError("noise scales must be positive and finite, one at least")
+        raise ValueError("noise scales must be positive and finite, and at least one")
     if not 0 < cost.example < math.inf or not 0 <= cost.step < math.inf or not 0 <= cost.gradient_bytes < math.inf:
         raise ValueError(f"an example must take a positive time, a step and its bytes zero or more, got {cost}")
     if not 0 < cost.pivot < math.inf:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adabatch.guards.drift import fingerprint, shared_parameters
 from adabatch.guards.same_settings import failing_together
 from adabatch.runtime.collectives import digest_of
+from adabatch.runtime.engines.copies import fingerprint, shared_parameters
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.optimizers.joined import kind_of
 from adabatch.runtime.wrappers.fsdp2 import own_values
@@ -53,6 +53,8 @@ class LoopMistakes:
         self._compares = compares and not engine.shards and engine.holds_gradients and engine.reduced == "backward"
         self._first_step = False  # of a loop
         self._optimizer = optimizer
+        # by now, since FSDP2 shows others while a module runs
+        self._names = {id(p): name for name, p in engine.model.named_parameters()}
         self._parameters: list[Tensor] = []
         self._left: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient and version after the last backward
         self._rates: list[object] = []  # of the parameter groups, when the first backward began
@@ -114,8 +116,8 @@ class LoopMistakes:
             raise RuntimeError(
                 f"the ranks hold different gradients after the last backward of the step: they were not averaged, and "
                 f"the weights would drift apart. Call the {type(self._engine.model).__name__} that AdaptiveBatch was "
-                f"given in the loop, and not the module inside it. If ranks may hold different weights, give "
-                f"Guard(check_every=None)"
+                f"given in the loop, and not the module inside it; wrap the model again if layers were frozen since. "
+                f"If ranks may hold different weights, give Guard(check_every=None)"
             )
 
     def step_begins(self) -> None:
@@ -198,10 +200,8 @@ class LoopMistakes:
     def _check_empty(self) -> None:
         """Checks that no gradient is left from before, except for zeros."""
         held = [p for p in self._parameters if p.grad is not None]
-        if not held:
-            return
-        found = self._engine.collectives.sum_of(_any_nonzero(held)) if self._engine.shards else [_any_nonzero(held)]
-        if any(found):  # a shard may be zero on one rank, but all ranks must raise the error
+        # Each rank looks for itself, also at its shards only: a rank may have left out zero_grad() alone.
+        if held and _any_nonzero(held):
             raise RuntimeError(
                 f"gradients from before the step are left when its first backward begins, among them that of "
                 f"{self._name_of(held[0])}, and would be added to those of the step: call optimizer.zero_grad() after "
@@ -215,19 +215,19 @@ class LoopMistakes:
         return [(id(lr), lr._version) if isinstance(lr, Tensor) else lr for lr in rates]
 
     def _name_of(self, parameter: Tensor) -> str:
-        named = {id(p): name for name, p in self._engine.model.named_parameters()}
+        named = self._names | {id(p): name for name, p in self._engine.model.named_parameters()}
         return named.get(id(parameter), "a parameter")
 
 
 @torch.no_grad()
-def _any_nonzero(parameters: Iterable[Tensor]) -> float:
-    """Whether this rank's piece of any gradient is not all zeros, as 1 or 0; NaN counts as such."""
+def _any_nonzero(parameters: Iterable[Tensor]) -> bool:
+    """Whether this rank's piece of any gradient is not all zeros; NaN counts as such."""
     values = [own for p in parameters if p.grad is not None and (own := own_values(p.grad)).numel()]
     if not values:
-        return 0.0
+        return False
     # The largest is exact, where a sum of squares of float16 may be rounded to 0.
     largest = torch.nn.utils.get_total_norm(values, torch.inf)
-    return float(largest != 0)  # host sync
+    return bool(largest != 0)  # host sync
 
 
 def _glance(parameters: Sequence[Tensor]) -> int:

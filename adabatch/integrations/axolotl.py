@@ -14,12 +14,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from adabatch.integrations.versions import require
+from adabatch.integrations.versions import require_version
 
 OLDEST = "0.19"
 """The release of axolotl whose source was read."""
 
-require("axolotl", OLDEST)
+require_version("axolotl", OLDEST)
 
 from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]  # noqa: E402
 from pydantic import BaseModel, create_model  # noqa: E402

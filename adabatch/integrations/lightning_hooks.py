@@ -11,7 +11,7 @@ from adabatch.adaptive.monitoring import NoiseMonitor, monitor
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
 from adabatch.integrations.evaluations import record_numbers
-from adabatch.integrations.lightning_loop import Fit, Host, MakeSchedule, settings_of
+from adabatch.integrations.lightning_loop import Fit, Host, MakeSchedule, callback_settings
 from adabatch.journal.writer import JournalTarget
 from adabatch.runtime.engines.engine import GradientSync
 
@@ -82,7 +82,7 @@ class AdaptiveHooks:
         log: bool = True,
         **options: Any,
     ) -> None:
-        self._settings = settings_of(
+        self._settings = callback_settings(
             criterion,
             micro_batch_size=micro_batch_size,
             schedule=schedule,

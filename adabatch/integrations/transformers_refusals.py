@@ -7,7 +7,7 @@ from typing import Any
 from transformers import Trainer
 
 
-def refuse(trainer: Any) -> None:
+def refuse_arguments(trainer: Any) -> None:
     """Refuses arguments with which the run would be wrong.
 
     Args:

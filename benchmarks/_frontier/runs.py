@@ -31,7 +31,7 @@ from adabatch.batch.criteria import Criterion, Observation
 from adabatch.batch.efficiency import adaptive_limit, efficiency
 from adabatch.batch.needs import Needs
 from adabatch.forecast.network import modelled_time
-from adabatch.recipes.data import InMemory, collate
+from adabatch.recipes import InMemory, collate
 
 OptimizerName = Literal["adamw", "sgd", "adagrad", "adagrad-norm"]
 OPTIMIZERS: Mapping[OptimizerName, Callable[..., Optimizer]] = {

@@ -227,7 +227,7 @@ def test_bad_norms_and_quantiles_are_named() -> None:
     with pytest.raises(ValueError, match="norm must be one of euclidean, adam, sign, spectral, kfac, got 'l1'"):
         NoiseScale(norm="l1")  # type: ignore[arg-type]
     for bad in (0.0, -0.1, 1.01, math.nan):
-        with pytest.raises(ValueError, match=f"quantile must lie above 0 and up to 1.0 .*got {bad}"):
+        with pytest.raises(ValueError, match=f"quantile must be above 0 and at most 1.0 .*got {bad}"):
             CoordinateNormTest(0.5, quantile=bad)
     for bad in (0.0, math.nan):
         with pytest.raises(ValueError, match=f"eta must be a positive number, got {bad}"):

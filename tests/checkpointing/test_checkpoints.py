@@ -536,7 +536,7 @@ def test_a_journal_that_lost_lines_is_named(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, logger="adabatch"):
         adabatch.load(folder, **run.parts())
     end = json.loads(dropped)["examples"]
-    assert f"journal.jsonl ends at {end} examples, and the run stands at" in caplog.text
+    assert f"journal.jsonl ends at {end} examples, and the run is at" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ def test_a_journal_that_lost_lines_is_named(tmp_path: Path, caplog: pytest.LogCa
     [
         ({"keep": 0}, ValueError, "keep must be at least 1 checkpoint, got 0"),
         ({"every": 100}, TypeError, r"such as adabatch.examples\(100\)"),
-        ({"every": adabatch.examples(0)}, ValueError, "every must be 1 at least"),
+        ({"every": adabatch.examples(0)}, ValueError, "every must be at least 1"),
         ({"every": adabatch.tokens(100)}, ValueError, "does not count tokens"),
         ({"every_seconds": 0}, ValueError, "every_seconds must be positive"),
         ({"batches": None, "every": adabatch.steps(1)}, ValueError, "pass batches="),

@@ -218,7 +218,7 @@ def test_workers_that_remove_it_inside_the_block_hear_of_each_other(tmp_path: Pa
     first, second = run_ranks(removed_inside, 2, tmp_path)
     assert first == second
     assert first[0] == "2 steps, 0 rounds"
-    assert "worker 0 comes to an average after 4 steps; worker 1 leaves the block after 2 steps" in first[1]
+    assert "worker 0 reaches an average after 4 steps; worker 1 leaves the block after 2 steps" in first[1]
 
 
 def test_workers_of_a_plain_loop_hear_of_each_other(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,12 @@ def changed(model: nn.Module, change: str) -> None:
         model[-1] = nn.Linear(model[-1].in_features, model[-1].out_features)
 
 
-def ended(batches: AdaptiveBatch, model: nn.Module, inner: nn.Module, optimizer: Any, change: str | None) -> str:
-    """The error of the loop, in which a layer is changed before the third step, unless ``change`` is None."""
+def ended(batches: AdaptiveBatch, model: nn.Module, optimizer: Any, change: Callable[[], object] | None) -> str:
+    """The error of the loop, with a change before the third step, unless ``change`` is None."""
     try:
         for number, step in enumerate(batches.steps(GlobalOrder(regression(96)), until=steps(8))):
             if number == CHANGES_AT and change is not None:
-                changed(inner, change)
+                change()
             for batch in step:
                 step.backward(loss_of(model, batch))
             optimizer.step()
@@ -63,7 +66,9 @@ def in_ddp(rank: int) -> dict[str, str]:
                 measure=Measure(monitor="probe" in measured),
                 guard=Guard(check_every=None),
             )
-            found[f"{change}, {measured}"] = ended(batches, model, inner, optimizer, change if rank else None)
+            found[f"{change}, {measured}"] = ended(
+                batches, model, optimizer, partial(changed, inner, change) if rank else None
+            )
             batches.remove()
     return found
 
@@ -80,10 +85,57 @@ def in_other_engines(rank: int) -> dict[str, str]:
                 model = DistributedDataParallel(inner, **{name: True})
             optimizer = SGD(model.parameters(), lr=0.01)
             batches = AdaptiveBatch(model, optimizer, Constant(16), micro_batch_size=4, limits=Limits(16, 16))
-            found[f"{change}, {name}"] = ended(batches, model, inner, optimizer, change if rank else None)
+            found[f"{change}, {name}"] = ended(
+                batches, model, optimizer, partial(changed, inner, change) if rank else None
+            )
             if name == "fsdp2" and rank:
                 assert not inner[-1].weight.requires_grad  # as the loop left it
             batches.remove()
+    return found
+
+
+def three_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 1))
+
+
+def other_groups(rank: int) -> dict[str, str]:
+    """The second layer is reduced from the beginning; the optimizer holds it or not, and one rank changes that."""
+    found = {}
+    for name, change in product(("ddp", "fsdp2"), ("added", "removed", "other frozen")):
+        inner = three_layers()
+        model: nn.Module = DistributedDataParallel(inner) if name == "ddp" else fully_shard(inner)
+        second = list(inner[2].parameters())
+        rest = [*inner[0].parameters(), *inner[4].parameters()]
+        optimizer = SGD([{"params": rest}, *([{"params": second}] if change == "removed" else [])], lr=0.01)
+        # without a probe: that of FSDP2 measures all that is reduced
+        batches = AdaptiveBatch(model, optimizer, Constant(16), micro_batch_size=4, limits=Limits(16, 16))
+        change_on_rank_1 = {
+            "added": partial(optimizer.add_param_group, {"params": second}),
+            "removed": optimizer.param_groups.pop,
+            "other frozen": partial(inner[2].requires_grad_, False),
+        }[change]
+        found[f"{change}, {name}"] = ended(batches, model, optimizer, change_on_rank_1 if rank else None)
+        batches.remove()
+    return found
+
+
+def gradients_left_on_one_rank(rank: int) -> dict[str, str]:
+    found = {}
+    for name in ("ddp", "fsdp2"):
+        inner = three_layers()
+        model: nn.Module = DistributedDataParallel(inner) if name == "ddp" else fully_shard(inner)
+        optimizer = SGD(model.parameters(), lr=0.01)
+        batches = AdaptiveBatch(model, optimizer, Constant(16), micro_batch_size=4, limits=Limits(16, 16))
+        try:
+            for step in batches.steps(GlobalOrder(regression(96)), until=steps(4)):
+                for batch in step:
+                    step.backward(loss_of(model, batch))
+                optimizer.step()
+                if rank == 0:
+                    optimizer.zero_grad()
+        except RuntimeError as error:
+            found[name] = str(error)
+        batches.remove()
     return found
 
 
@@ -94,7 +146,7 @@ def of_workers(rank: int) -> str:
     batches = AdaptiveBatch(
         model, optimizer, Constant(16), micro_batch_size=4, local_sgd=workers, guard=Guard(skip_nonfinite=False)
     )
-    return ended(batches, model, model, optimizer, "frozen" if rank else None)
+    return ended(batches, model, optimizer, partial(changed, model, "frozen") if rank else None)
 
 
 def test_a_layer_frozen_by_one_worker_of_local_sgd_is_an_error_at_the_average(tmp_path: Path) -> None:
@@ -111,6 +163,27 @@ def test_a_layer_changed_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:find_unused_parameters")
 def test_whatever_the_ranks_wait_for(tmp_path: Path) -> None:
     check_said_on_both(*run_ranks(in_other_engines, 2, tmp_path))
+
+
+def test_a_group_added_or_removed_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    other, own = run_ranks(other_groups, 2, tmp_path)
+    assert len(own) == 6
+    for name, error in own.items():
+        verb = "joined" if "added" in name else "left"
+        names = "2.weight, 2.bias" if "fsdp2" in name else "module.2.weight, module.2.bias"
+        said = f"the parameters that train are not those that this AdaptiveBatch was made for ({names} {verb})"
+        assert error.startswith(f"{CHANGES_AT} steps: {said}"), (name, error)
+        assert other[name].startswith(f"{CHANGES_AT} steps: on rank 1, {said}"), (name, other[name])
+        # DDP goes on reducing a layer that left the optimizer only, but not one that was frozen
+        assert ("wrap the model in DistributedDataParallel again" in error) == (name == "other frozen, ddp"), name
+
+
+def test_gradients_that_one_rank_leaves_are_an_error_on_all(tmp_path: Path) -> None:
+    other, own = run_ranks(gradients_left_on_one_rank, 2, tmp_path)
+    for name in ("ddp", "fsdp2"):
+        said = f"left when its first backward begins, among them that of {'module.' * (name == 'ddp')}0.weight"
+        assert said in own[name]
+        assert other[name].startswith("on rank 1, gradients from before the step")
 
 
 def check_said_on_both(other: dict[str, str], own: dict[str, str]) -> None:

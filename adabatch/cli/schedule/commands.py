@@ -10,9 +10,9 @@ from typing import get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from adabatch.cli.display import Display, output
-from adabatch.cli.schedule.compare import compare, transfer
+from adabatch.cli.schedule.compare import compare_shapes, transfer_lr
 from adabatch.cli.schedule.extend import extend
-from adabatch.cli.schedule.refine import NextRule, refine
+from adabatch.cli.schedule.refine import NextRule, write_refined
 from adabatch.cli.schedule.shape_text import known_shapes
 from adabatch.cli.subcommands import Command
 from adabatch.lr.recorded import RecordedUnit
@@ -143,21 +143,21 @@ SUBCOMMANDS: Mapping[str, Command] = MappingProxyType(
             "Ranks shapes by the last-iterate bound of convex theory, each at its best base learning rate. "
             "Example: adabatch schedule compare --shapes linear cosine 'wsd(cooldown=0.2)' --steps 10000",
             _compare_arguments,
-            compare,
+            compare_shapes,
         ),
         "refine": Command(
             "a schedule from the gradient norms of a run",
             "Makes the schedule that a finished run's gradient norms ask for, as a config for the next run. "
             "Example: adabatch schedule refine runs/first",
             _refine_arguments,
-            refine,
+            write_refined,
         ),
         "transfer": Command(
             "a tuned base learning rate, for another shape or length",
             "Carries a tuned base learning rate over to another shape or length. Example: adabatch schedule transfer "
             "--base_lr 1e-3 --source 'wsd(cooldown=0.2)' --target linear",
             _transfer_arguments,
-            transfer,
+            transfer_lr,
         ),
         "extend": Command(
             "how to make a finished run longer",

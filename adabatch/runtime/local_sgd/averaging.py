@@ -91,7 +91,7 @@ class LocalSGD:
         spread: which parts are compared: "across" compares those of all workers, which needs the mean of their
             gradients (as many bytes as one average). "within" compares those of each worker separately, which sends
             only a few numbers, and needs at least two micro-batches on each worker.
-        by_speed: whether slower workers take fewer local steps in a round, so that all come to the average at the same
+        by_speed: whether slower workers take fewer local steps in a round, so that all reach the average at the same
             time. ``sync_every`` is then the number of the fastest, and a loop runs until a number of rounds, not of
             steps. Not with ``AdaptiveBatch``, which gives all workers the same steps, nor with ``overlap``.
         workers: process group or one-dimensional mesh of the ranks that average with each other; by default all ranks.
@@ -295,8 +295,8 @@ class LocalSGD:
             )
         if scaler is not None:
             raise ValueError(
-                "local SGD does not go with a GradScaler: each worker would leave out other updates, and come to the "
-                "average after other steps. Use bfloat16, which needs no scaler"
+                "local SGD cannot be combined with a GradScaler: each worker would leave out different updates, and "
+                "reach the average after different numbers of steps. Use bfloat16, which needs no scaler"
             )
         self._check_in_place()
         if model is not self._model or {*each_of(optimizer)} != {*each_of(self._optimizer)}:

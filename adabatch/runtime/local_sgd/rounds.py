@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from adabatch.batch.plan import Progress
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.local_sgd.averages import Averages
+from adabatch.runtime.local_sgd.averages import WorkerAverages
 from adabatch.runtime.local_sgd.fragments import deal, due
 from adabatch.runtime.local_sgd.memory import Fragment, Memory
 from adabatch.runtime.local_sgd.pace import StepClock, own_steps
@@ -57,7 +57,7 @@ class Rounds:
         sizes = [p.numel() for p in replica.parameters]  # of whole parameters, not of shards: the same on all ranks
         self.dealt = deal(replica.layers, sizes, settings.fragments)
         memory = Memory([Fragment(places) for places in self.dealt])
-        self.averages = Averages(settings, replica, optimizer, memory, workers=workers, node=node)
+        self.averages = WorkerAverages(settings, replica, optimizer, memory, workers=workers, node=node)
         self.exchange = self.averages.exchange
         self.meetings = self.averages.meetings
         self._optimizer = optimizer

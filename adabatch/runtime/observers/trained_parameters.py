@@ -46,9 +46,13 @@ class TrainedParameters:
         optimizer: whose parameters are updated.
         all_of_model: whether all parameters that require a gradient count, whichever optimizer updates them: for probes
             of the whole model, and for engines whose optimizers hold other tensors.
+        waits_for_all: whether the ranks wait for the gradients of all parameters that require one, whichever optimizer
+            updates them. One of the others that no longer requires a gradient is then a change, too.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, all_of_model: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, *, all_of_model: bool = False, waits_for_all: bool = False
+    ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._all = all_of_model
@@ -57,6 +61,8 @@ class TrainedParameters:
         self._in_ddp = isinstance(uncompiled(model), DistributedDataParallel)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._then = self._now()  # kept alive, so that their ids cannot be reused for other parameters
+        then = {id(p) for p in self._then}
+        self._others = [p for p in model.parameters() if waits_for_all and p.requires_grad and id(p) not in then]
 
     def _now(self) -> list[Tensor]:
         if self._sharded:
@@ -80,21 +86,42 @@ class TrainedParameters:
     def changes(self, what: str) -> str | None:
         """The message of ``check``; None if they are the same as at the beginning."""
         now = self._now()
+        gone = self._gone() if self._others else []
         # by identity: tensors compare by value, which would read the device
-        if len(now) == len(self._then) and all(a is b for a, b in zip(now, self._then, strict=True)):
+        if not gone and len(now) == len(self._then) and all(a is b for a, b in zip(now, self._then, strict=True)):
             return None
         before, after = {id(p) for p in self._then}, {id(p) for p in now}
         # The present names last, in case a new parameter has the id of one that is gone.
         names = {**self._names, **{id(p): name for name, p in self._model.named_parameters()}}
-        joined = [names.get(id(p), "one outside the model") for p in now if id(p) not in before]
-        left = [self._names.get(id(p), "one outside the model") for p in self._then if id(p) not in after]
-        changes = [f"{some(which)} {verb}" for which, verb in ((joined, "joined"), (left, "left")) if which]
-        first = "wrap the model in DistributedDataParallel again, " if self._in_ddp and joined else ""
+        new = [p for p in now if id(p) not in before]
+        left = [p for p in self._then if id(p) not in after] + [p for p in gone if id(p) not in after]
+        joined = [names.get(id(p), "one outside the model") for p in new]
+        lost = [self._names.get(id(p), "one outside the model") for p in left]
+        changes = [f"{some(which)} {verb}" for which, verb in ((joined, "joined"), (lost, "left")) if which]
+        # DDP reduces what required a gradient when it was built, whether the optimizer holds it or not.
+        reduced, there = {id(p) for p in self._others}, {id(p) for p in self._model.parameters() if p.requires_grad}
+        rewrap = self._in_ddp and (any(id(p) not in reduced for p in new) or any(id(p) not in there for p in left))
+        first = "wrap the model in DistributedDataParallel again, " if rewrap else ""
         return (
             f"the parameters that train are not those that this {what} was made for "
             f"({' and '.join(changes) or 'their order changed'}): {first}make a new {what} on the same optimizer and "
             f"load the state_dict() of this one into it"
         )
+
+    def _gone(self) -> list[Tensor]:
+        """The others that no longer require a gradient, or are no longer in the model."""
+        # FSDP2 shows whole parameters in their place while a module runs
+        there = None if self._sharded else {id(p) for p in self._model.parameters()}
+        return [p for p in self._others if not p.requires_grad or (there is not None and id(p) not in there)]
+
+    def flags(self) -> list[tuple[Tensor, bool]]:
+        """The parameters that require a gradient now and did not at the beginning, or the reverse; each with its flag
+        now."""
+        before = [*self._then, *self._others]
+        ids = {id(p) for p in before}
+        return [(p, False) for p in before if not p.requires_grad] + [
+            (p, True) for p in self._now() if id(p) not in ids
+        ]
 
     def put_back(self) -> list[tuple[Tensor, bool]]:
         """Lets those parameters require a gradient that did at the beginning, and no others.
@@ -102,10 +129,7 @@ class TrainedParameters:
         Returns:
             the parameters that this has changed, each with its flag before.
         """
-        before = {id(p) for p in self._then}
-        now = self._now()
-        changed = [(p, False) for p in self._then if not p.requires_grad]
-        changed += [(p, True) for p in now if id(p) not in before]
+        changed = self.flags()
         for parameter, flag in changed:
             parameter.requires_grad_(not flag)
         return changed
@@ -116,12 +140,14 @@ class TrainedParameters:
 
         Ranks whose parameters did not change wait for all of these gradients.
         """
-        # DDP waits for all parameters that required a gradient when it was built, including those frozen since.
-        frozen = [p for p in self._then if not p.requires_grad]
+        # DDP waits for all parameters that required a gradient when it was built, including those frozen since and
+        # those that the optimizer does not hold.
+        waited = [*self._then, *self._others]
+        frozen = [p for p in waited if not p.requires_grad]
         for p in frozen:
             p.requires_grad_(True)
         try:
-            yield torch.stack([(p * 0).sum() for p in self._then]).sum()
+            yield torch.stack([(p * 0).sum() for p in waited]).sum()
         finally:
             for p in frozen:
                 p.requires_grad_(False)

@@ -73,7 +73,7 @@ def as_it_is(_: Tensor, grad: Tensor) -> Tensor:
     return grad
 
 
-def name_of(norm: ProbeNorm | None) -> str:
+def norm_name(norm: ProbeNorm | None) -> str:
     """The name of a norm in the moments."""
     return EUCLIDEAN if norm is None else norm if isinstance(norm, str) else norm.name
 
@@ -136,7 +136,7 @@ class AdamMetric:
         if not any(p in self._group for p in parameters):
             raise ValueError(
                 f"norm='adam' finds none of the measured parameters in the {type(self._optimizer).__name__}, which "
-                f"steps copies or shards of them: use norm='euclidean', or an engine that leaves parameters to it"
+                f"updates copies or shards of them: use norm='euclidean', or an engine that gives it the parameters"
             )
         # get(), because an optimizer's state is a defaultdict: reading an entry that is missing would create it.
         return any("exp_avg_sq" in self._optimizer.state.get(p, {}) for p in parameters)
@@ -245,8 +245,8 @@ class SpectralNorm:
         """
         if not any(self.takes(p) for p in parameters):
             raise ValueError(
-                "norm='spectral' finds none of the measured parameters in the optimizer, which steps copies or shards "
-                "of them: use norm='euclidean', or an engine that leaves parameters to it"
+                "norm='spectral' finds none of the measured parameters in the optimizer, which updates copies or "
+                "shards of them: use norm='euclidean', or an engine that gives it the parameters"
             )
         return True
 
