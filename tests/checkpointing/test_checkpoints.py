@@ -548,7 +548,7 @@ def test_a_journal_that_lost_lines_is_named(tmp_path: Path, caplog: pytest.LogCa
         ({"every": adabatch.tokens(100)}, ValueError, "does not count tokens"),
         ({"every_seconds": 0}, ValueError, "every_seconds must be positive"),
         ({"batches": None, "every": adabatch.steps(1)}, ValueError, "pass batches="),
-        ({"others": {"random": network()}}, ValueError, "random: the name is taken"),
+        ({"others": {"random": network()}}, ValueError, "must not use the names random, which are taken"),
         ({"schedule": object()}, TypeError, "schedule is a object, which has no state_dict"),
     ],
 )
