@@ -70,7 +70,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each contender, one entry a round; entries of the same round belong together."""
+    """Seconds of each contender, one entry per round; entries of the same round belong together."""
 
     seconds: Mapping[str, Sequence[float]]
 
