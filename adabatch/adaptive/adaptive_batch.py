@@ -97,7 +97,7 @@ class AdaptiveBatch:
             engine.
 
     Raises:
-        ValueError: if the ranks or the micro-batch cannot make up the limits, if the criterion needs more than the
+        ValueError: if the ranks or the micro-batch cannot form the limits, if the criterion needs more than the
             probe gives, if the model has no trainable parameters or the optimizer belongs to another model, if the rule
             is unknown, if a size is below 1, or if a trial is asked for on an engine whose ranks cannot run alone, or
             of a micro-batch that does not grow.

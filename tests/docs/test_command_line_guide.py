@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(find_spec("sklearn") is None, reason="the digits
 TEXT = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow  # its data set imports scikit-learn, for seconds
 def test_the_config_of_the_guide_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (config,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
     path = tmp_path / "job.yaml"
