@@ -238,6 +238,8 @@ class Journal:
             self.path.open("a", encoding="utf-8").close()  # fails here rather than after a step
 
         self.guard: Callable[[], None] | None = None
+        self._end: int | None = None  # of the file, as this object left it; None before its first line
+        self._told: set[str] = set()
 
     def cut(self, num_examples: int) -> int:
         """Removes the lines of steps that began at ``num_examples`` or later, because a resumed run writes them again.
@@ -253,9 +255,8 @@ class Journal:
         Raises:
             ValueError: if a line other than the last one is not a line of a journal.
         """
-        if self.path is None:
-            return 0
-        return cut(self.path, num_examples)
+        self._end = None
+        return 0 if self.path is None else cut(self.path, num_examples)
 
     def last_run(self) -> str | None:
         """The token of the run that wrote the last whole line; None without a line, or if it has no token."""
@@ -324,20 +325,38 @@ class Journal:
             # that a line is one write
             with path.open("ab", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
+                self._check_end(path, size)
                 left = memoryview(f"{text}\n".encode())
                 end = size + len(left)
                 while left:
                     left = left[file.write(left) :]
+            self._end = end
         except OSError as error:
             if size is not None:
                 with suppress(OSError):
                     os.truncate(path, size)  # no reader could use an incomplete line
             raise _named(error, "the journal could not be written", path) from error
         if end >= self._part_bytes:
+            self._end = None
             try:
                 rotate(path)
             except OSError as error:  # the line itself is written
                 raise _named(error, "the journal is full, and no new file could be begun", path) from error
+
+    def _check_end(self, path: Path, size: int) -> None:
+        """Says in the log, once for each, that somebody else has taken lines out of the file or written into it."""
+        if self._end is None or size == self._end:
+            return
+        told = (
+            f"the journal {path} was removed or emptied while the run goes on: its lines up to here are lost, and the "
+            f"later ones do not begin at the run's beginning"
+            if size < self._end
+            else f"something else writes into the journal {path} too: give each run a journal of its own, since no "
+            f"report can tell their lines apart"
+        )
+        if told not in self._told:
+            self._told.add(told)
+            _log.warning("%s", told)
 
 
 def _named(error: OSError, what: str, path: Path) -> OSError:

@@ -184,6 +184,32 @@ def test_readers_refuse_two_runs_in_one_journal_and_steps_that_are_there_twice(t
             reads(*first, *entries(10, run="bbbb"))
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_text(""), "was removed or emptied while the run goes on"),
+        (lambda path: path.unlink(), "was removed or emptied while the run goes on"),
+        (lambda path: Journal(path).write(an_entry()), "something else writes into the journal"),
+    ],
+)
+def test_what_others_do_to_the_file_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Any, said: str
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"of": "an older run"}\n')
+    journal = Journal(path, part_bytes=10**4)
+    for _ in range(40):  # over several files
+        journal.write(an_entry())
+    journal.cut(0)
+    journal.write(an_entry())
+    assert not caplog.messages
+    for _ in range(2):
+        spoil(path)
+        journal.write(an_entry())
+    assert len(caplog.messages) == 1
+    assert said in caplog.text
+
+
 def test_a_disk_that_is_full_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.jsonl"
     journal = Journal(path)
