@@ -40,7 +40,7 @@ class Shampoo(Optimizer):
     multiplied by sqrt(fan-out ratio / fan-in ratio). A relative epsilon does not change with width; an absolute one
     does.
 
-    *Stale roots.* Neither the statistics nor the roots are updated in every step. In between, a gradient has components
+    *Stale roots.* The statistics are updated in every step, the roots are not. In between, a gradient has components
     that the roots do not contain. These grow by up to ``epsilon^-2e`` more than the others, particularly in wide
     layers. With ``epsilon=1e-3`` and roots that are ten steps old, the largest stable learning
     rate falls with width; with 1e-2, or with fresh roots, it does not. So the default is 1e-2, or 1e-3 if
@@ -60,8 +60,8 @@ class Shampoo(Optimizer):
         beta: factor of the moving averages per step, in [0, 1). The averages are running means at first, so they are
             not biased towards zero. May be changed during a run.
         observe_every: steps between two updates of the statistics; a step that computes roots always updates them.
-            Their memory is in steps, whatever the interval. 1 updates them in every step, at up to half the cost of
-            a forward and backward.
+            Their memory is in steps, whatever the interval. With 4 a step is cheaper, and a run took a seventh more
+            steps (``benchmarks/LOG.md``).
         refresh_every: most steps between two computations of the roots. They are computed whenever a parameter has
             taken a quarter more steps, until this is the interval.
         refresh_warmup: number of first steps of a parameter in which its roots are always computed.
@@ -115,8 +115,8 @@ class Shampoo(Optimizer):
         epsilon: float | None = None,
         relative: bool = True,
         beta: float = 0.95,
-        observe_every: int = 4,
-        refresh_every: int = 20,
+        observe_every: int = 1,
+        refresh_every: int = 10,
         refresh_warmup: int = 10,
         block_size: int | None = None,
         momentum: float = 0.0,
