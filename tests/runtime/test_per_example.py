@@ -843,7 +843,7 @@ def test_the_order_of_calls_is_checked() -> None:
     with pytest.raises(RuntimeError, match=r"call start\(\)"):
         norms.finish()
     norms.start()
-    with pytest.raises(RuntimeError, match="under way"):
+    with pytest.raises(RuntimeError, match="is being measured"):
         norms.start()
     with pytest.raises(RuntimeError, match="no backward reached the model"):
         norms.finish()
