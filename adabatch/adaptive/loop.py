@@ -97,8 +97,10 @@ class StepLoop:
         self.heartbeat = Heartbeat()
         self.stopwatches = [Stopwatch(ranks.size)] if needs.seconds else []
         self.observers = Observers(self.heartbeat, *self.stopwatches)
+        self._drift: DriftCheck | None = None
         if check_every is not None:
-            self.observers.add(DriftCheck(engine, optimizer, planner, every=check_every, observers=self.observers))
+            self._drift = DriftCheck(engine, optimizer, planner, every=check_every, observers=self.observers)
+            self.observers.add(self._drift)
         self.trials = Trials(guard.trial, engine, probe, planner.micro_sizes)
         several = ranks.size > 1
         compares = several and check_every is not None
@@ -254,9 +256,12 @@ class StepLoop:
 
         Raises:
             RuntimeError: if a rank made a mistake in the last step; on all ranks.
+            RanksDrifted: if some ranks have drifted; on all ranks.
         """
         if self.late is not None:
             self.late.check_last()
+        if self._drift is not None:
+            self._drift.end(self._planner.consumed.steps)
 
     def _finish(self, step: Step, *, feed: Feed) -> None:
         """The end of the inner loop: decide, and keep what the update will need."""

@@ -19,6 +19,10 @@ AUTOMATIC = 1000
 (4.8 M parameters, 512 tokens, on a CPU), so 0.02 % of a run, and less of larger steps."""
 
 
+_BEFORE_THE_END = 20
+"""Steps since the last check from which the end of a loop is checked too, for a hundredth of their time at most."""
+
+
 class RanksDrifted(RuntimeError):
     """Ranks that should hold the same weights or plans do not; the message names them."""
 
@@ -70,6 +74,7 @@ class DriftCheck(StepObserver):
         self._run = run
         self._every = every
         self._observers = observers
+        self._checked = 0  # the step before which the last check was made
 
     def before(self, step: int) -> None:
         """Runs the check if it is due.
@@ -78,11 +83,27 @@ class DriftCheck(StepObserver):
             RanksDrifted: on all ranks, if some have drifted.
         """
         if step % self._every == 0:
-            self._observers.at(Phase.DRIFT_CHECK, Moment(step, self._run.plan))
-            # Learning rates too: ranks with different schedules drift in the next update, which is easier to find here.
-            rates = [host_value(group["lr"]) for group in self._optimizer.param_groups]
-            held = (self._run.held(), rates)
-            check_same(self._engine.collectives, self._engine.model, plan=held, when=f"before step {step}")
+            self._check(step)
+
+    def end(self, step: int) -> None:
+        """The loop over the steps is over: runs the check if some steps have passed since the last one.
+
+        Raises:
+            RanksDrifted: on all ranks, if some have drifted.
+        """
+        # Else a run of less than `every` steps, or the last steps of any run, would end without a word.
+        if step - self._checked >= min(_BEFORE_THE_END, self._every):
+            self._check(step)
+            # what follows the loop may take any time
+            self._observers.at(Phase.BETWEEN, Moment(step, self._run.plan))
+
+    def _check(self, step: int) -> None:
+        self._checked = step
+        self._observers.at(Phase.DRIFT_CHECK, Moment(step, self._run.plan))
+        # Learning rates too: ranks with different schedules drift in the next update, which is easier to find here.
+        rates = [host_value(group["lr"]) for group in self._optimizer.param_groups]
+        held = (self._run.held(), rates)
+        check_same(self._engine.collectives, self._engine.model, plan=held, when=f"before step {step}")
 
 
 def check_same(collectives: Collectives, model: nn.Module, *, plan: object, when: str) -> None:

@@ -57,6 +57,13 @@ def lost_ranks(reports: Mapping[int, Report], *, timeout: float) -> str | None:
     if any(reports[rank].still < timeout for rank in behind):
         return None
     place = reports[behind[0]].place
+    left = [rank for rank, report in reports.items() if report.left]
+    if left and len(left) + len(behind) == len(reports):
+        return (
+            f"{_ranks(behind)} {_has(behind)} not moved for {timeout:g} s, in {place}, and {_ranks(left)} {_has(left)} "
+            f"left the loop: they hang, or wait for what all ranks must do (a break or another number of steps on "
+            f"{_ranks(left)})"
+        )
     if _some_wait(reports):
         return (
             f"{_ranks(behind)} {_has(behind)} not moved for {timeout:g} s, in {place}, and the other ranks wait for it"

@@ -37,7 +37,8 @@ LEFT = at(math.inf, 99)
         ([at(5, 10, between=True), at(5, 10, between=True)], None),  # they test, or save
         ([at(5, 10, between=True), at(6, 10)], "rank 0 has not moved for 10 s"),
         ([LEFT, at(5, 1)], None),
-        ([LEFT, at(5, 10, between=True)], "rank 1 has not moved for 10 s"),
+        ([LEFT, at(5, 10, between=True)], "rank 1 has not moved for 10 s, in here, and rank 0 has left the loop: "),
+        ([LEFT, at(5, 10), at(9, 10)], "rank 1 has not moved for 10 s, in here, and the other ranks wait for it"),
         ([LEFT, LEFT], None),
         ([at(5), at(9, silent=10, place="the forward")], "rank 1 has not been heard of for 10 s, last in the forward"),
         ([at(5), at(math.inf, silent=99)], None),
