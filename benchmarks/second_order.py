@@ -361,27 +361,26 @@ def raced(lab: Lab, batches: Sequence[int]) -> tuple[Table, list[str], dict[str,
                 runs[method] += [] if result is None else [result]
         if not all(len(of_it) == len(SEEDS) for of_it in runs.values()) or "adamw" not in runs:
             continue
-        medians = {
-            method: {what: statistics.median(each[what] for each in of_it) for what in ("steps", "seconds")}
+        # A run that did not come to the loss has no time to it.
+        seconds = {
+            method: [one["seconds"] if math.isfinite(one["steps"]) else math.inf for one in of_it]
             for method, of_it in runs.items()
         }
+        medians = {method: statistics.median(of_it) for method, of_it in seconds.items()}
         found[str(batch)] = {method: {"lr": rates[method], "runs": of_it} for method, of_it in runs.items()}
-        for method, middle_of in medians.items():
-            each = [f"{one['steps']:.0f}" if math.isfinite(one["steps"]) else "none" for one in runs[method]]
-            over = [
-                mine["seconds"] / theirs["seconds"] for mine, theirs in zip(runs[method], runs["adamw"], strict=True)
-            ]
+        for method, of_it in runs.items():
+            over = [mine / theirs for mine, theirs in zip(seconds[method], seconds["adamw"], strict=True)]
             rows.append(
                 [
                     f"{batch:,}",
                     method,
                     f"{rates[method]:.4g}",
-                    " / ".join(each),
-                    f"{middle_of['seconds']:.1f}",
-                    " / ".join(f"{ratio:.2f}" for ratio in over),
+                    " / ".join(f"{one['steps']:.0f}" if math.isfinite(one["steps"]) else "none" for one in of_it),
+                    f"{medians[method]:.1f}",
+                    " / ".join(f"{ratio:.2f}" if math.isfinite(ratio) else "none" for ratio in over),
                 ]
             )
-        fastest = min(medians, key=lambda method: medians[method]["seconds"])
+        fastest = min(medians, key=lambda method: medians[method])
         findings.append(f"Batch {batch:,}: {fastest} takes the least time to a loss of {TARGET}.")
     columns = ["batch", "method", "best learning rate", "steps", "seconds, median", "seconds over AdamW's"]
     title = f"Steps and processor seconds to a loss of {TARGET} at width 256 (seeds {' / '.join(map(str, SEEDS))})"
