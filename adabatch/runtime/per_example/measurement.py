@@ -93,14 +93,16 @@ class _SavedTensors:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         # Without an input that requires a gradient, autograd would make no node.
         anchor = torch.empty(0, requires_grad=True)
-        kept: Tensor = _Keep.apply(anchor, *(tensor.detach() for tensor in tensors))  # type: ignore[no-untyped-call]
-        self._node: Any = kept.grad_fn
+        # The output, and not only its node: before torch 2.8 or so, the node alone did not keep what it has saved.
+        self._kept: Tensor | None
+        self._kept = _Keep.apply(anchor, *(tensor.detach() for tensor in tensors))  # type: ignore[no-untyped-call]
 
     def take(self) -> tuple[Tensor, ...]:
-        if self._node is None:
+        if self._kept is None:
             raise RuntimeError("two backwards through one measured forward: measure a forward that has one")
-        tensors: tuple[Tensor, ...] = self._node.saved_tensors
-        self._node = None
+        node: Any = self._kept.grad_fn
+        tensors: tuple[Tensor, ...] = node.saved_tensors
+        self._kept = None
         return tensors
 
 
