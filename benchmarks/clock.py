@@ -41,7 +41,7 @@ from adabatch.batch import Schedule
 from adabatch.batch.plan import Duration, Unit
 from adabatch.lr import linear
 from adabatch.lr.rules import LRRule
-from adabatch.recipes.data import Mnist, collate
+from adabatch.recipes import Mnist, collate
 from adabatch.recipes.models import MLP, LogisticRegression
 
 matplotlib.use("agg")

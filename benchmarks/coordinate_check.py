@@ -119,6 +119,7 @@ def kfac(form: Any, damping: float = 0.01, *, exponents: tuple[float, float] = (
             damping_form=form,
             exponents=exponents,
             fisher="empirical",
+            kl_clip=None,  # one factor for all layers, which would spread the power of a wrong one
             # One step knows one batch; without memory a matrix of its 64 examples stands for the factors.
             memory=1.0 if form == "kronecker" else 0.0,
         )

@@ -23,7 +23,7 @@ import adabatch
 from adabatch.batch.control import Control, ControlState, Limits, decide
 from adabatch.batch.criteria import NormTest
 from adabatch.batch.plan import PlanGrid, Progress
-from adabatch.recipes.data import collate
+from adabatch.recipes import collate
 from adabatch.recipes.digits import Digits
 
 GRID = PlanGrid(dp_size=1, micro_sizes=(8,), min_accumulation=2)

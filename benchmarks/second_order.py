@@ -1,19 +1,20 @@
 """Do the settings of K-FAC and Shampoo survive a change of width and of batch, and what does a step cost?
 
-    ADABATCH_DATA=... python benchmarks/second_order.py [--part sweeps|batches|cost] [--cache FOLDER] [--minutes 60]
+    ADABATCH_DATA=... python benchmarks/second_order.py --part sweeps [--cache FOLDER] [--minutes 60]
+    ADABATCH_DATA=... python benchmarks/second_order.py --part race [--cache FOLDER] [--minutes 60]
+    ADABATCH_DATA=... python benchmarks/second_order.py --part cost
 
 MNIST, normalized; 784-M-M-10 with ReLU and without biases; cross-entropy. *Sweeps*: 200 steps of 128 examples, the
 learning rate falling linearly to 0, at widths 64 (the base), 256 and 1,024; mean training loss of the last 20 steps.
-*Batches*: width 256, constant learning rate, batches from 128 to 8,192; steps and seconds until the loss, averaged over
-the last 4,096 examples or the last step, is at most 0.1; the learning rate of each method is tuned at each batch on a
-grid of factor 2, which is made longer until the best is not at its end. Shampoo's roots are ten steps old as a rule,
-K-FAC's inverses 1,280 examples; so large batches try Shampoo with new roots at each step too. *Cost*: the time of a
-training step against AdamW's, amortized over the refreshes.
+*Race*: width 256, constant learning rate, batches from 128 to 8,192; steps and seconds until the loss, averaged over
+the last 4,096 examples or the last step, is at most 0.1. The learning rate of each method is tuned at each batch, with
+the first seed, on a grid of factor 2, which begins with three rates and is made longer until the best is not at its
+end; the methods then run in turn with each seed. *Cost*: the time of a training step against AdamW's, amortized over
+the refreshes. Seconds are those of the processor, of which one thread is used.
 
-Finished runs are kept in the cache folder by their settings, and are not run again; past ``--minutes`` no run is
-started, and what is there is published: a result of ``--minutes 0`` comes from the cache alone, and with an empty one
-the same takes some two hours. Seconds of runs that shared the machine with others are of little worth: for a
-fair column of seconds empty the cache and run ``--part batches`` alone."""
+Finished runs of sweeps and races are kept in the cache folder by their settings, and are not run again; past
+``--minutes`` none is started, and what is there is published: a result of ``--minutes 0`` comes from the cache alone.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +43,13 @@ from adabatch.recipes.data import Mnist
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-QUESTION = (
-    "Do the best learning rate and the best damping of K-FAC and Shampoo stay where they are from width 64 to 1,024, "
-    "does the range of stable learning rates shrink, at which batch do they stop gaining, and what does a step cost?"
-)
+QUESTIONS = {
+    "sweeps": "Do the best learning rate and the best damping of K-FAC and Shampoo stay where they are from width 64 "
+    "to 1,024, and does the range of stable learning rates shrink?",
+    "race": "How many steps and seconds do K-FAC and Shampoo take to a loss at each batch, beside SGD and AdamW?",
+    "cost": "What does a step of K-FAC and Shampoo cost, beside one of SGD and AdamW?",
+}
+NAMES = {"sweeps": "second_order", "race": "second_order_race", "cost": "second_order_cost"}
 BASE, WIDTHS, SEEDS = 64, (64, 256, 1024), (0, 1, 2)
 STEPS, BATCH, LAST = 200, 128, 20
 RATES = tuple(2.0**-k for k in (6, 5, 4, 3, 2))
@@ -53,8 +57,7 @@ DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DAMPING_RATE = 2.0**-5
 STABLE = 1.0  # a final loss below it
 HOPELESS = 1e6  # a loss from which no run came back
-FRESH = "shampoo, fresh roots"
-BATCHES, TARGET, MOST_STEPS = (128, 512, 2048, 8192), 0.1, {128: 3000, 512: 1500, 2048: 800, 8192: 500}
+BATCHES, TARGET, MOST_STEPS = (128, 512, 2048, 8192), 0.1, {128: 1000, 512: 400, 2048: 250, 8192: 150}
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,12 @@ class Cell:
     """The settings of one run.
 
     Args:
-        method: "kfac", "shampoo", ``FRESH``, "adamw" or "sgd".
+        method: "kfac", "shampoo", "adamw" or "sgd".
         plan: whether the width plan sets init, learning rate and damping; else torch's standard parameterization.
         damping: K-FAC's damping or Shampoo's epsilon.
         form: of K-FAC's damping.
         batch: constant; with ``target``, the run ends where that loss is reached.
+        race: whether it runs in turn with those of other methods.
     """
 
     method: str
@@ -78,6 +82,7 @@ class Cell:
     form: str = "trace"
     batch: int = BATCH
     target: float | None = None
+    race: bool = False
 
     @property
     def key(self) -> str:
@@ -101,7 +106,7 @@ def prepared(cell: Cell) -> tuple[nn.Sequential, Optimizer]:
     for layer in model[::2]:
         nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
     groups: Any = model.parameters()
-    method = "shampoo" if cell.method == FRESH else cell.method
+    method = cell.method
     damping = {"kfac": "damping", "shampoo": "epsilon"}.get(method)
     options: dict[str, Any] = {} if damping is None else {damping: cell.damping}
     if cell.plan:
@@ -114,7 +119,7 @@ def prepared(cell: Cell) -> tuple[nn.Sequential, Optimizer]:
         form: Any = cell.form
         return model, KFAC(groups, model, lr=cell.lr, damping_form=form, seed=cell.seed, **options)
     if method == "shampoo":
-        return model, Shampoo(groups, lr=cell.lr, refresh_every=1 if cell.method == FRESH else 10, **options)
+        return model, Shampoo(groups, lr=cell.lr, **options)
     if method == "adamw":
         return model, AdamW(groups, lr=cell.lr, weight_decay=0.0)
     return model, SGD(groups, lr=cell.lr, momentum=0.9)
@@ -147,24 +152,24 @@ def train_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> 
     return loss.detach()
 
 
-def run(cell: Cell, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Final loss, or steps and seconds to the target; infinite where it diverged or did not come there."""
+def run(cell: Cell, images: Tensor, labels: Tensor, most: float = math.inf) -> dict[str, float]:
+    """Final loss, or steps and seconds to the target; infinite where it diverged or did not come there in ``most``."""
     model, optimizer = prepared(cell)
     batches = Batches(images, labels, cell.batch, cell.seed)
     base = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
     seconds = 0.0
-    for step in range(STEPS if cell.target is None else MOST_STEPS[cell.batch]):
+    for step in range(STEPS if cell.target is None else int(min(MOST_STEPS[cell.batch], most))):
         if cell.target is None:
             for group, rate in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = rate * (1 - step / STEPS)
         x, y = batches.next()
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             losses.append(float(train_step(model, optimizer, x, y)))
         except RuntimeError:  # statistics that are not finite
             losses.append(math.nan)
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
         if not losses[-1] < HOPELESS:
             return {"loss": math.inf, "steps": math.inf, "seconds": seconds}
         window = max(1, 4096 // cell.batch)
@@ -182,17 +187,22 @@ class Lab:
         self._data: tuple[Tensor, Tensor] | None = None
         cache.mkdir(parents=True, exist_ok=True)
 
-    def result(self, cell: Cell) -> dict[str, float] | None:
+    @property
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Normalized images, shape (60000, 784), and labels."""
+        if self._data is None:
+            images, labels = Mnist("train").tensors
+            self._data = ((images.flatten(1) - 0.1307) / 0.3081, labels)
+        return self._data
+
+    def result(self, cell: Cell, most: float = math.inf) -> dict[str, float] | None:
         path = self._cache / f"{cell.key}.json"
         if path.exists():
             found: dict[str, float] = json.loads(path.read_text())
             return found
         if time.monotonic() > self._deadline:
             return None
-        if self._data is None:
-            images, labels = Mnist("train").tensors
-            self._data = ((images.flatten(1) - 0.1307) / 0.3081, labels)
-        found = run(cell, *self._data)
+        found = run(cell, *self.data, most)
         print(f"{cell} -> {found}", flush=True)
         path.write_text(json.dumps(found))
         return found
@@ -306,98 +316,109 @@ def picture(rates: Curves, dampings: Curves, path: Path) -> None:
     plt.close(figure)
 
 
-GRIDS = {  # learning rates at batch 128; larger batches try them up to 8 times as large too
-    "sgd": (0.02, 0.04, 0.08),
-    "adamw": (1e-3, 2e-3, 4e-3),
-    "kfac": (2.0**-6, 2.0**-5, 2.0**-4),
-    "shampoo": (2.0**-5, 2.0**-4, 2.0**-3),
+FIRST_RATES = {  # learning rates from which the tuning at each batch begins
+    "sgd": {128: 0.04, 512: 0.16, 2048: 0.32, 8192: 0.32},
+    "adamw": {128: 0.004, 512: 0.008, 2048: 0.008, 8192: 0.008},
+    "kfac": {128: 2.0**-6, 512: 2.0**-4, 2048: 2.0**-3, 8192: 2.0**-2},
+    "shampoo": {128: 2.0**-5, 512: 2.0**-4, 2048: 2.0**-5, 8192: 2.0**-5},
 }
-GROWN = {method: BATCHES for method in GRIDS} | {FRESH: tuple(batch for batch in BATCHES if batch > 1280)}
 FARTHEST = 4  # powers of two beyond an end of the grid
+SETTLED, ROUND = 40, 40  # steps before the cost is measured, and in one round of it
 
 
-def tuned(lab: Lab, method: str, batch: int) -> tuple[float, dict[str, float]] | None:
-    """The learning rate with the fewest steps to the target, and its run; None where time ran out."""
-    grid = GRIDS["shampoo" if method == FRESH else method]
-    rates = sorted({rate * 2**k for rate in grid for k in range(1 + int(math.log2(batch / 128)) // 2)})
-    low, high = rates[0] / 2**FARTHEST, rates[-1] * 2**FARTHEST
-    runs: dict[float, dict[str, float]] = {}
+def to_target(method: str, batch: int, rate: float, seed: int = 0) -> Cell:
+    return Cell(method, 256, rate, seed, plan=method != "sgd", batch=batch, target=TARGET)
+
+
+def tuned(lab: Lab, method: str, batch: int) -> float | None:
+    """The learning rate with the fewest steps to the target; None where time ran out."""
+    first = FIRST_RATES[method][batch]
+    rates = [first, first * 2, first / 2]
+    low, high = first / 2**FARTHEST, first * 2**FARTHEST
+    runs: dict[float, float] = {}
     while rates:
         for rate in rates:
-            result = lab.result(Cell(method, 256, rate, plan=method != "sgd", batch=batch, target=TARGET))
+            # No run goes on once it has lost.
+            result = lab.result(to_target(method, batch, rate), most=min(runs.values(), default=math.inf))
             if result is None:
                 return None
-            runs[rate] = result
-        chosen = min(runs, key=lambda rate: runs[rate]["steps"])
+            runs[rate] = result["steps"]
+        chosen = min(runs, key=lambda rate: runs[rate])
         beyond = {min(runs): chosen / 2, max(runs): chosen * 2}.get(chosen, math.nan)
         rates = [beyond] if low <= beyond <= high else []
-    return chosen, runs[chosen]
+    return chosen
 
 
-def grown(lab: Lab) -> tuple[list[Table], list[str], dict[str, Any]]:
+def raced(lab: Lab, batches: Sequence[int]) -> tuple[Table, list[str], dict[str, Any]]:
     """Steps and seconds to the target at each batch, at the best of the learning rates that were tried."""
-    rows, found = [], {}
-    for method, batches in GROWN.items():
-        for batch in batches:
-            chosen = tuned(lab, method, batch)
-            if chosen is None:
-                continue
-            rate, run_of_it = chosen
-            steps, seconds = run_of_it["steps"], run_of_it["seconds"]
-            found[f"{method} {batch}"] = {"lr": rate, **run_of_it}
-            reached = math.isfinite(steps)
+    rows, findings, found = [], [], {}
+    for batch in batches:
+        rates = {method: rate for method in FIRST_RATES if (rate := tuned(lab, method, batch)) is not None}
+        runs: dict[str, list[dict[str, float]]] = {method: [] for method in rates}
+        for seed in SEEDS:  # in turn, so that what slows a seed slows all methods
+            for method, rate in rates.items():
+                result = lab.result(replace(to_target(method, batch, rate, seed), race=True))
+                runs[method] += [] if result is None else [result]
+        if not all(len(of_it) == len(SEEDS) for of_it in runs.values()) or "adamw" not in runs:
+            continue
+        medians = {
+            method: {what: statistics.median(each[what] for each in of_it) for what in ("steps", "seconds")}
+            for method, of_it in runs.items()
+        }
+        found[str(batch)] = {method: {"lr": rates[method], "runs": of_it} for method, of_it in runs.items()}
+        for method, middle_of in medians.items():
+            each = [f"{one['steps']:.0f}" if math.isfinite(one["steps"]) else "none" for one in runs[method]]
+            over = [
+                mine["seconds"] / theirs["seconds"] for mine, theirs in zip(runs[method], runs["adamw"], strict=True)
+            ]
             rows.append(
                 [
-                    method,
                     f"{batch:,}",
-                    f"{rate:.4g}",
-                    f"{steps:.0f}" if reached else f"not in {MOST_STEPS[batch]}",
-                    f"{steps * batch:,.0f}" if reached else "",
-                    f"{seconds:.1f}",
+                    method,
+                    f"{rates[method]:.4g}",
+                    " / ".join(each),
+                    f"{middle_of['seconds']:.1f}",
+                    " / ".join(f"{ratio:.2f}" for ratio in over),
                 ]
             )
-    findings = []
-    for method in GRIDS:
-        few, many = found.get(f"{method} 128"), found.get(f"{method} 8192")
-        if few and many and math.isfinite(few["steps"]) and math.isfinite(many["steps"]):
-            findings.append(
-                f"{method}: 64 times the batch takes {few['steps'] / many['steps']:.1f} times fewer steps to a loss of "
-                f"{TARGET}, from {few['steps']:.0f} to {many['steps']:.0f}."
-            )
-    columns = ["method", "batch", "best learning rate", "steps", "examples", "seconds"]
-    return [Table(f"Steps to a loss of {TARGET} at width 256, one seed", columns, rows)], findings, found
+        fastest = min(medians, key=lambda method: medians[method]["seconds"])
+        findings.append(f"Batch {batch:,}: {fastest} takes the least time to a loss of {TARGET}.")
+    columns = ["batch", "method", "best learning rate", "steps", "seconds, median", "seconds over AdamW's"]
+    title = f"Steps and processor seconds to a loss of {TARGET} at width 256 (seeds {' / '.join(map(str, SEEDS))})"
+    return Table(title, columns, rows), findings, found
 
 
-def costs() -> tuple[list[Table], list[str], dict[str, Any]]:
-    """A training step of each method against AdamW's, on batches of 128 and 1,280; medians over rounds of ten steps."""
+def costs() -> tuple[Table, list[str], dict[str, Any]]:
+    """A training step of each method against AdamW's; medians over rounds of ``ROUND`` steps."""
     images, labels = Mnist("train").tensors
     images = images.flatten(1)
     rows, found = [], {}
-    for width in (256, 1024):
-        for batch in (128, 1280):
+    for width, batch in ((256, 1024), (1024, 1024)):
 
-            def make(width: int = width, batch: int = batch) -> dict[str, Callable[[], None]]:
-                return {method: ten_steps(method, width, batch, images, labels) for method in GRIDS}
+        def make(width: int = width, batch: int = batch) -> dict[str, Callable[[], None]]:
+            return {method: some_steps(method, width, batch, images, labels) for method in FIRST_RATES}
 
-            timings = interleave(make, trials=2, rounds=5, warmup=2, clock=time.process_time)
-            ratios = {method: timings.ratio(method, to="adamw") for method in GRIDS}
-            found[f"{width} {batch}"] = {method: list(ratio) for method, ratio in ratios.items()}
-            rows.append([str(width), f"{batch:,}", *(ratios[method].show() for method in GRIDS)])
-    return (
-        [Table("Time of ten steps over AdamW's, refreshes included, one thread", ["width", "batch", *GRIDS], rows)],
-        [],
-        found,
-    )
+        timings = interleave(make, trials=1, rounds=2, warmup=0, clock=time.process_time)
+        ratios = {method: timings.ratio(method, to="adamw") for method in FIRST_RATES}
+        found[f"{width} {batch}"] = {method: list(ratio) for method, ratio in ratios.items()}
+        rows.append([str(width), f"{batch:,}", *(ratios[method].show() for method in FIRST_RATES)])
+    title = f"Time of {ROUND} steps over AdamW's after the first {SETTLED}, refreshes included, one thread"
+    wide = found["1024 1024"]
+    findings = [
+        f"{method}: {wide[method][1]:.2f} times AdamW's step at width 1,024 and batch 1,024."
+        for method in ("kfac", "shampoo")
+    ]
+    return Table(title, ["width", "batch", *FIRST_RATES], rows), findings, found
 
 
-def ten_steps(method: str, width: int, batch: int, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    model, optimizer = prepared(Cell(method, width, GRIDS[method][0]))
+def some_steps(method: str, width: int, batch: int, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    model, optimizer = prepared(Cell(method, width, FIRST_RATES[method][128]))
     batches = Batches(images, labels, batch, 0)
-    for _ in range(10):  # past the steps that each refresh
+    for _ in range(SETTLED):
         train_step(model, optimizer, *batches.next())
 
     def steps() -> None:
-        for _ in range(10):
+        for _ in range(ROUND):
             train_step(model, optimizer, *batches.next())
 
     return steps
@@ -405,40 +426,37 @@ def ten_steps(method: str, width: int, batch: int, images: Tensor, labels: Tenso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("sweeps", "batches", "cost"), action="append", help="default: all three")
+    parser.add_argument("--part", choices=tuple(QUESTIONS), required=True)
+    parser.add_argument("--batch", type=int, choices=BATCHES, action="append", help="of the race; default: all")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "adabatch-second-order")
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--no-save", action="store_true", help="only print")
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = Machine.here()
-    parts = options.part or ["sweeps", "batches", "cost"]
     lab = Lab(options.cache, options.minutes)
-    tables: list[Table] = []
-    findings: list[str] = []
-    data: dict[str, Any] = {}
-    if "sweeps" in parts:
+    if options.part == "sweeps":
         power = lambda value: f"2^{math.log2(value):.0f}" if value == value else "unknown"  # noqa: E731
         short = lambda value: f"{value:g}"  # noqa: E731
         dampings = swept(lab, "damping", DAMPINGS)  # first: a deadline is to cut the widest Shampoo, the slowest runs
         rates = swept(lab, "lr", RATES)
-        tables += [
+        tables = [
             sweep_table("Learning rates (seeds 0 / 1 / 2), damping or epsilon 0.01", rates, RATES, power),
             sweep_table("Dampings at learning rate 2^-5", dampings, DAMPINGS, short),
         ]
-        findings += sweep_findings(rates, "learning rate", power) + sweep_findings(dampings, "damping", short)
-        data |= {"rates": rates, "dampings": dampings}
+        findings = sweep_findings(rates, "learning rate", power) + sweep_findings(dampings, "damping", short)
+        data: dict[str, Any] = {"rates": rates, "dampings": dampings}
         if not options.no_save:
             picture(rates, dampings, RESULTS / "second_order.png")
-    if "batches" in parts:
-        more, said, numbers = grown(lab)
-        tables, findings, data = [*tables, *more], [*findings, *said], {**data, "batches": numbers}
-    if "cost" in parts:
-        more, said, numbers = costs()
-        tables, findings, data = [*tables, *more], [*findings, *said], {**data, "cost": numbers}
+    elif options.part == "race":
+        table, findings, numbers = raced(lab, options.batch or BATCHES)
+        tables, data = [table], {"races": numbers}
+    else:
+        table, findings, numbers = costs()
+        tables, data = [table], {"cost": numbers}
     publish(
-        "second_order",
-        question=QUESTION,
+        NAMES[options.part],
+        question=QUESTIONS[options.part],
         machine=machine,
         tables=tables,
         findings=findings,

@@ -7,8 +7,10 @@ import json
 import logging
 import math
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +323,10 @@ def test_trackio(tmp_path, monkeypatch):
     journal = Journal(TrackioTracker("adabatch-test", name="first"))
     journal.write(ENTRY)
     journal.close()
-    assert list(tmp_path.rglob("adabatch-test*"))
+    with closing(sqlite3.connect(tmp_path / "adabatch-test.db")) as stored:
+        ((run, step, metrics),) = stored.execute("select run_name, step, metrics from metrics").fetchall()
+    assert (run, step) == ("first", 3)
+    assert json.loads(metrics) == pytest.approx(METRICS)
 
 
 @pytest.mark.slow

@@ -61,12 +61,12 @@ def check_late(
         )
     if nonfinite_search(optimizer, guard.skip_nonfinite, engine) is not None:
         raise ValueError(
-            "Measure(late=True) does not go with a GradScaler and several optimizers, whose update is left out as a "
-            "whole if a gradient is not finite: leave late out"
+            "Measure(late=True) cannot be combined with a GradScaler and several optimizers, whose update is left out "
+            "as a whole if a gradient is not finite: leave late out"
         )
     if criterion.needs.seconds:
         raise ValueError(
-            f"{type(criterion).__name__} times steps where the host waits for the device, which Measure(late=True) is "
+            f"{type(criterion).__name__} times steps when the host waits for the device, which Measure(late=True) is "
             f"there to avoid: leave late out"
         )
     if local_sgd is not None or engine.reduced != "backward" or not engine.collectives.fixed:

@@ -24,6 +24,7 @@ from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.memory_trials import Trials
 from adabatch.guards.same_settings import check_same_settings, failing_together, loop_settings, run_settings
 from adabatch.guards.same_updates import SameUpdates
+from adabatch.guards.step_schedules import StepSchedules
 from adabatch.guards.votes import Votes
 from adabatch.journal.writer import Journal
 from adabatch.runtime.data import Feed, GlobalOrder, WholeSteps
@@ -134,6 +135,12 @@ class StepLoop:
             hand_norms=bool(needs),
             late=self.late,
         )
+        self._step_schedules = StepSchedules(
+            optimizer,
+            batch_size=lambda: planner.plan.global_batch_size,
+            follows_progress=self.updates.has_schedule,
+        )
+        self.observers.add(self._step_schedules)
 
     def close(self, why: str) -> None:
         """Runs no more steps, and takes the hooks off the optimizer.
@@ -202,6 +209,7 @@ class StepLoop:
                 allow_same_data=allow_same_data,
                 together=not self._engine.runs_alone,
             )
+            self._step_schedules.begin_loop(until)
             self.order = loader if isinstance(loader, GlobalOrder) else None
             self.just_loaded &= self.order is not None
         return passes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from adabatch.adaptive.options import JournalOption
 from adabatch.adaptive.planning import Measured, Planner, Policy
 from adabatch.arguments import checked_but, require_type, whole
 from adabatch.batch.control import Control, Limits
@@ -21,7 +22,7 @@ from adabatch.batch.criteria import NoiseScale
 from adabatch.batch.efficiency import efficiency
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
-from adabatch.journal.writer import Journal, JournalTarget, line
+from adabatch.journal.writer import Journal, line
 from adabatch.lr.follow import Followers, UpdateRules
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.observers.trained_parameters import held_parameters
@@ -41,7 +42,7 @@ def monitor(
     optimizer: Optimizer,
     *,
     micro_batch_size: int,
-    journal: JournalTarget | Sequence[JournalTarget] | None = None,
+    journal: JournalOption = None,
     scaler: GradScaler | None = None,
 ) -> NoiseMonitor:
     """Measures the noise scale of a run, in whatever loop or host trains the model.
@@ -88,7 +89,7 @@ class NoiseMonitor:
         model: torch.nn.Module,
         optimizer: Optimizer,
         micro_batch_size: int,
-        journal: JournalTarget | Sequence[JournalTarget] | None,
+        journal: JournalOption,
         scaler: GradScaler | None,
     ) -> None:
         fabric = inside_fabric(model)
@@ -152,7 +153,7 @@ class NoiseMonitor:
 
         Raises:
             ValueError: if there are no numbers, or a name is empty.
-            TypeError: if a name is not a text, or a value is not a number.
+            TypeError: if a name is not a string, or a value is not a number.
         """
         self._journal.record_evaluation(metrics, after=self.consumed)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch.amp.grad_scaler import GradScaler
 
 from adabatch.arguments import MOST_STEPS, check_fields, require, shown
 from adabatch.guards.finite import SkipNonfinite, check_skip_nonfinite
 from adabatch.guards.memory_trials import TrialLoss
+from adabatch.journal.writer import JournalTarget
 from adabatch.runtime.engines.engine import GradientSync
 from adabatch.runtime.probes.layers import PerLayer
+
+JournalOption: TypeAlias = JournalTarget | Sequence[JournalTarget] | None
+"""The ``journal`` of ``AdaptiveBatch`` and ``monitor``: a path, a tracker, or several of them; None for no journal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +72,10 @@ class Guard:
         trial: micro-batch -> its mean loss, computed as in your loop, including autocast. For a micro-batch that grows
             (``max_micro_batch_size``). Before the first step with a larger micro-batch, one of that size is run without
             an update (twice if steps accumulate). If a rank runs out of memory, all ranks keep to smaller ones and
-            accumulate, and the journal says so (``out_of_memory``). Not available if ranks gather shards from each
+            accumulate, and the journal records it (``out_of_memory``). Not available if ranks gather shards from each
             other (FSDP2, DeepSpeed).
         check_every: number of steps between checks that all ranks have the same plan, and that copies of the weights
-            have the same bits. A check costs one pass over the weights, 16 bytes (24 per rank with FSDP2, or where
+            have the same bits. A check costs one pass over the weights, 16 bytes (24 per rank with FSDP2, or if
             ranks differ) and a host sync. The end of a loop is checked too, from 20 steps after the last check on.
             "auto" checks the first step and every 1,000th, if several ranks hold copies (not under local SGD). None for
             no checks.

@@ -48,7 +48,7 @@ class StepTools:
         riders: on the reductions that measure, beside those that ride on each.
         mistakes: of the loop, which are checked before and after each backward.
         empty_parts: run the micro-batches of weight 0.
-        trained: the parameters for which the run was set up; None if nobody relies on them.
+        trained: the parameters for which the run was set up; None if nothing relies on them.
         same_updates: whether the ranks are about to make the same update; None if they are not compared.
         find_nonfinite: whether loss and gradient are finite, if no probe reads them; None if that is not checked.
         late: whether what a step measured is read at the end of the next one.
@@ -207,7 +207,7 @@ class Step:
         self._engine.inner_loop_ended()
 
     def measured_norm(self) -> MeasuredNorm | None:
-        """The norm that was measured of the gradients as the optimizer finds them; None where they are others.
+        """The norm that was measured of the gradients as the optimizer finds them; None if they are others.
 
         Without a probe nothing was measured, a rank that steps alone uses its own gradient, and a gradient scaler
         divides the gradients before the update.

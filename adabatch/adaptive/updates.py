@@ -43,7 +43,7 @@ class _Update:
     gain: float | None
     finite: bool
     looked_at: bool  # whether loss and gradient were, so that `finite` is known
-    empty: bool  # none of its micro-batches weighs anything
+    empty: bool  # all of its micro-batches have weight 0
     entry: dict[str, Any] | None  # of the journal; None for a step that does not count
     norm: MeasuredNorm | None  # of the gradients as the step left them, for optimizers that take it
     left_out: bool = False  # the loop said so
@@ -110,7 +110,7 @@ class PendingUpdates:
         return self._planner.lr_factor
 
     def tell_engine(self) -> None:
-        """Tells the engine where the run stands."""
+        """Tells the engine how far the run is."""
         self._engine.stands_at(self._planner.progress, self._planner.consumed, self.lr_factor)
 
     # --- a step -----------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class PendingUpdates:
             Measured(num_examples, numbers.moments, numbers.finite, empty, numbers.loss, timed, age)
         )
         if step.empty:
-            _log.warning("step %d is left out: none of its micro-batches weighs anything", before.steps)
+            _log.warning("step %d is left out: all of its micro-batches have weight 0", before.steps)
         step.decision = ended.decision
         entry = line(
             plan=step.plan,
@@ -287,6 +287,10 @@ class PendingUpdates:
                 )
         # weak, because a schedule that the user replaced must no longer write rates
         self._schedules = [*(held for held in self._schedules if held() is not None), ref(schedule)]
+
+    def has_schedule(self) -> bool:
+        """Whether a schedule is told of the updates."""
+        return any(True for _ in self._each_schedule())
 
     def _each_schedule(self) -> Iterator[WritesRates]:
         return (schedule for held in self._schedules if (schedule := held()) is not None)

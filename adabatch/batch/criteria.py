@@ -346,7 +346,7 @@ class CoordinateNormTest:
     def __post_init__(self) -> None:
         check_fields(self)
         _check_positive("eta", self.eta)
-        require(0 < self.quantile <= 1, "quantile must lie above 0 and up to 1.0 (all coordinates)", self.quantile)
+        require(0 < self.quantile <= 1, "quantile must be above 0 and at most 1.0 (all coordinates)", self.quantile)
 
     @property
     def needs(self) -> Needs:

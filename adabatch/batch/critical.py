@@ -107,7 +107,7 @@ def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE)
     """
     known = dict(sorted(losses.items()))
     if len(known) < 2:
-        raise ValueError(f"losses: a critical batch needs branches at two batch sizes at least, got {list(known)}")
+        raise ValueError(f"losses: a critical batch needs branches at no fewer than two batch sizes, got {list(known)}")
     sizes = list(known)
     if sizes[0] < 1:
         raise ValueError(f"batch sizes must be at least 1 example, got {sizes[0]}")
@@ -161,7 +161,7 @@ def measure_critical_batch(
     for size in sorted(set(sizes)):
         steps = list(branch(size))
         if not steps:
-            raise ValueError(f"the branch at batch size {size} made no step")
+            raise ValueError(f"the branch at batch size {size} ran no step")
         batches, losses = zip(*steps, strict=True)
         counts[size] = sum(batches)
         ends[size] = float(smoothed_losses(losses, batches, half_life=half_life)[-1])

@@ -49,7 +49,7 @@ class Needs:
     def __post_init__(self) -> None:
         check_fields(self)
         require(
-            self.quantile is None or 0 < self.quantile <= 1, "quantile must lie above 0 and up to 1.0", self.quantile
+            self.quantile is None or 0 < self.quantile <= 1, "quantile must be above 0 and at most 1.0", self.quantile
         )
 
     @property

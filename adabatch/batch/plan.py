@@ -227,7 +227,7 @@ class PlanGrid:
         """
         goal = max(min(wanted, max_size), min_size)
         if not math.isfinite(goal):
-            raise ValueError(f"a plan needs a finite global batch size to come near to, got {wanted}")
+            raise ValueError(f"the wanted global batch size of a plan must be finite, got {wanted}")
         best: tuple[float, BatchPlan] | None = None
         # Largest first, because the first plan within the tolerance is taken, and a step of few large micro-batches is
         # faster than one of many small ones.

@@ -22,7 +22,7 @@ from adabatch.checkpointing.files import (
     MANIFEST,
     CheckpointError,
     abandon,
-    begin,
+    begin_checkpoint,
     being_written,
     checkpoints_in,
     finish,
@@ -136,7 +136,7 @@ class Checkpoints:
         }  # fmt: skip
         taken = {*named, "random"} & (others or {}).keys()
         if taken:
-            raise ValueError(f"others must not be called {', '.join(sorted(taken))}: the name is taken")
+            raise ValueError(f"others must not use the names {', '.join(sorted(taken))}, which are taken")
         parts = {name: part for name, part in {**named, **(others or {})}.items() if part is not None}
         self._parts, self._optimizer = parts, optimizer
         self._run = RunState(parts, config=config)
@@ -205,7 +205,7 @@ class Checkpoints:
                 # From the system: a seeded generator could give the same number to another writer, and would change
                 # the run's random numbers.
                 nonce = secrets.randbits(40)
-                number = begin(self._folder, steps, nonce, clear=alone)
+                number = begin_checkpoint(self._folder, steps, nonce, clear=alone)
             except (OSError, CheckpointError) as error:
                 failure = error
         # One reduction tells of errors, and carries the numbers of the first rank to the others: theirs are 0. 40 bits
@@ -266,7 +266,7 @@ class Checkpoints:
             if not (self._batches is not None if missing_ok is None else missing_ok):
                 raise FileNotFoundError(
                     f"there is no checkpoint in {self._folder.absolute()}: check the path, or pass missing_ok=True to "
-                    f"go on with the parts as they are"
+                    f"continue with the parts as they are"
                 )
             # a journal without a checkpoint is of a run that was killed before its first one, and begins again from
             # step 0
@@ -293,7 +293,7 @@ class Checkpoints:
         except Exception as error:  # the other ranks must learn of any error before one of them leaves
             failure = error
         if self._ranks.sum_of(failure is not None)[0] and failure is None:
-            # this rank has loaded its parts, but a run with a rank that has not is no run
+            # this rank has loaded its parts, but a run with a rank that has not is not a run
             failure = CheckpointError(f"the checkpoint {found.path} could not be loaded by another rank")
         if failure is not None:
             raise failure
@@ -386,7 +386,7 @@ class Checkpoints:
             if checkpoints_in(self._folder):
                 raise CheckpointError(
                     f"{self._folder} holds the checkpoints of run {theirs}, and this is run {mine}, which has loaded "
-                    f"none of them: load() to go on with that run, start_over() to take its folder, or use another "
+                    f"none of them: load() to continue that run, start_over() to take its folder, or use another "
                     f"folder"
                 )
             if shared and being_written(self._folder):
@@ -413,7 +413,7 @@ class Checkpoints:
         if folder not in (None, run):
             raise ValueError(
                 f"the checkpoint {path} is of run {run}, and its folder belongs to run {folder}: move it away, begin "
-                f"again with start_over(), or, to go on with run {run}, remove {self._folder / LOCK}"
+                f"again with start_over(), or, to continue run {run}, remove {self._folder / LOCK}"
             )
         written = self._batches.journal.last_run()
         if written not in (None, run):

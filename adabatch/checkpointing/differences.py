@@ -109,8 +109,8 @@ def refuse(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         # Other parts refuse a state that is not theirs; these would load the state of another class silently.
         if name in ("optimizer", "order") and kind != saved["parts"][name]:
             raise ValueError(
-                f"the checkpoint was saved with the {name} {saved['parts'][name]}, this run has {kind}, which can make "
-                f"no use of its state: use the same, or leave the {name} out of load"
+                f"the checkpoint was saved with the {name} {saved['parts'][name]}, this run has {kind}, which cannot "
+                f"use its state: use the same one, or leave the {name} out of load"
             )
     if saved["sharded"] != now["sharded"]:
         was, goes = ("sharded", "whole") if saved["sharded"] else ("whole", "sharded")
@@ -139,7 +139,8 @@ def refuse_order(saved: Mapping[str, Any], parameters: Sequence[Parameter]) -> N
         if was.shape != now.shape or (named and was.name != now.name):
             raise ValueError(
                 f"the optimizer's parameter {index} was {was} when the checkpoint was saved, and is {now} now, and its "
-                f"state goes by that place: give the optimizer the parameters in the order in which the saving run did"
+                f"state is stored by position: give the optimizer the parameters in the order in which the saving run "
+                f"did"
             )
 
 

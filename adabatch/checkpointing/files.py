@@ -93,7 +93,7 @@ def being_written(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _BEING_WRITTEN.fullmatch(path.name)]
 
 
-def begin(folder: Path, steps: int, nonce: int = 0, *, clear: bool = True) -> int:
+def begin_checkpoint(folder: Path, steps: int, nonce: int = 0, *, clear: bool = True) -> int:
     """Makes an empty ``place_of`` the next checkpoint, and returns its number.
 
     Args:
@@ -206,7 +206,7 @@ def abandon(unfinished: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def check(path: Path, *, share: int = 0, of: int = 1) -> Manifest:
+def check_files(path: Path, *, share: int = 0, of: int = 1) -> Manifest:
     """The manifest of a checkpoint, after its files were checked against it.
 
     Args:

@@ -46,6 +46,6 @@ def check_finite(named: Iterable[NamedTensor]) -> None:
         return
     bad = next((name for name, each in pieces if not torch.isfinite(each).all()), "a tensor")
     raise CheckpointError(
-        f"{bad} holds numbers that are not finite, and resuming from them would be of no use: the checkpoints that are "
-        f"there stay; resume from the newest with a smaller learning rate"
+        f"{bad} holds numbers that are not finite, and resuming from them would be useless: the existing checkpoints "
+        f"are kept; resume from the newest one with a smaller learning rate"
     )

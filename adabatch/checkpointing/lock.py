@@ -177,7 +177,7 @@ class FolderLock:
         if holder is not None and holder.same_process(self._me) and None not in (run, self._run) and run != self._run:
             raise FolderInUse(
                 f"{self._folder} was taken from run {self._run} by run {run} of the same process: nothing more is "
-                f"written for run {self._run}, whose loop should end"
+                f"written for run {self._run}, so its loop should end"
             )
         if holder is None or not holder.same_process(self._me):
             # Not claimed again: a process that was taken for dead would write beside what its successor has written.

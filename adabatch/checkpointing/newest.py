@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from adabatch.checkpointing.files import CheckpointError, Damaged, Manifest, NewerFormat, check, checkpoints_in
+from adabatch.checkpointing.files import CheckpointError, Damaged, Manifest, NewerFormat, check_files, checkpoints_in
 from adabatch.runtime.collectives import Collectives
 
 _READABLE, _DAMAGED, _NEWER = 2.0, 1.0, 0.0
@@ -53,7 +53,7 @@ def newest_checkpoint(folder: Path, ranks: Collectives) -> NewestCheckpoint | No
         path = mine.get(int(below), folder / f"{int(below):06d}")
         condition, manifest, problem = _READABLE, None, ""
         try:
-            manifest = check(path, share=ranks.rank, of=ranks.size)
+            manifest = check_files(path, share=ranks.rank, of=ranks.size)
         except Damaged as error:
             condition, problem = _DAMAGED, str(error)
         except NewerFormat as error:

@@ -27,8 +27,8 @@ def check_own_parts(batches: AdaptiveBatch, model: nn.Module, optimizer: Optimiz
         )
     if optimizer is not None and not same_groups(optimizer, batches.optimizer):
         raise ValueError(
-            f"the {kind_of(optimizer)} is not the {kind_of(batches.optimizer)} that the AdaptiveBatch was given, whose "
-            f"state would not be saved: give optimizer= the same object"
+            f"the {kind_of(optimizer)} is another object than the {kind_of(batches.optimizer)} that the AdaptiveBatch "
+            f"was given, whose state would not be saved: give optimizer= the same object"
         )
 
 

@@ -306,7 +306,7 @@ class RunState:
         journal, examples = self._batches.journal, self._batches.consumed.examples
         reached = journal.cut(examples)
         if reached != examples:
-            _log.warning("%s ends at %d examples, and the run stands at %d", journal.path, reached, examples)
+            _log.warning("%s ends at %d examples, and the run is at %d", journal.path, reached, examples)
 
     def _check_model(self, path: Path, state: Mapping[str, Any]) -> None:
         """Checks that names and shapes of the saved tensors are those of the model."""

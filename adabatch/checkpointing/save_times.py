@@ -73,7 +73,7 @@ def _check(batches: AdaptiveBatch | None, every: Duration | None, every_seconds:
     if every is not None:
         if not isinstance(every, Duration):
             raise TypeError(f"every must be a duration, such as adabatch.examples({shown(every)}), got {shown(every)}")
-        require(every.count >= 1, "every must be 1 at least", every)
+        require(every.count >= 1, "every must be at least 1", every)
         if batches is not None:
             batches.consumed.count(every.unit)  # raises an error for a unit that the run does not count
     require(every_seconds is None or every_seconds > 0, "every_seconds must be positive", every_seconds)

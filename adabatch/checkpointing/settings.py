@@ -59,7 +59,7 @@ class BuiltSettings:
         self._order = order
         self._groups: list[dict[str, Any]] = []
         if self._optimizer is not None:
-            self._groups = [settings_of(group, self._optimizer) for group in self._optimizer.param_groups]
+            self._groups = [group_settings(group, self._optimizer) for group in self._optimizer.param_groups]
         self._seed = _seed_of(order)
 
     def refuse(self, saved: Mapping[str, Any]) -> None:
@@ -125,7 +125,7 @@ class BuiltSettings:
         """
         assert self._optimizer is not None
         for group, saved in zip(self._optimizer.param_groups, groups, strict=True):
-            for name, value in settings_of(saved, self._optimizer).items():
+            for name, value in group_settings(saved, self._optimizer).items():
                 if name not in TAKEN_OVER and (rates or name != "lr") and _plain(group[name]) != value:
                     put_setting(group, name, tuple(value) if isinstance(value, list) else value)
 
@@ -135,13 +135,13 @@ class BuiltSettings:
             return
         groups = saved["optimizer"]["param_groups"]
         for index, (group, built) in enumerate(zip(groups, self._groups, strict=True)):
-            before = settings_of(group, self._optimizer)
+            before = group_settings(group, self._optimizer)
             for name, now in built.items():
                 if name in before and before[name] != now:
                     yield _name(name, index, len(groups)), before[name], now
 
 
-def settings_of(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+def group_settings(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """The constructor arguments of a group, in plain values, without what its optimizer stores there.
 
     The learning rate is the base one, if a scheduler has stored it in the group.

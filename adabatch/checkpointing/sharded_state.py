@@ -157,7 +157,7 @@ class _Reader(FileSystemReader):
                 raise Damaged(f"{self.path}: {error}") from error
         entries = getattr(metadata, "state_dict_metadata", {}).values()
         if not (isinstance(metadata, Metadata) and all(isinstance(entry, TensorStorageMetadata) for entry in entries)):
-            raise Damaged(f"{self.path}: .metadata records something else than tensors")
+            raise Damaged(f"{self.path}: .metadata records something other than tensors")
         return metadata
 
 

@@ -1,4 +1,4 @@
-"""One branch of ``adabatch cbs``: from a checkpoint on, so many examples at a constant batch size."""
+"""One branch of ``adabatch cbs``: a given number of examples from a checkpoint on, at a constant batch size."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class CriticalOptions:
 
     def __post_init__(self) -> None:
         if len(set(self.factors)) < 2 or not all(0 < factor < math.inf for factor in self.factors):
-            raise ValueError(f"factors must be two positive numbers at least, such as 1 2 4 8, got {self.factors}")
+            raise ValueError(f"factors must be at least two positive numbers, such as 1 2 4 8, got {self.factors}")
         for name in ("smallest", "examples", "half_life", "max_minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -248,20 +248,12 @@ def _loaded(job: Job, world: World, checkpoint: Path) -> Assembled:
     return parts
 
 
-def plain(branch: Branch) -> dict[str, Any]:
-    """A branch for JSON; numbers that are not finite are None."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in branch._asdict().items()
-    }
-
-
 def branch_of(read: dict[str, Any]) -> Branch:
-    """The branch that was written as ``plain``."""
+    """The branch that was read from JSON, in which NaN is null."""
     values: dict[str, Any] = {name: math.nan if value is None else value for name, value in read.items()}
     return Branch(**values)
 
 
-def settings_of(options: CriticalOptions) -> dict[str, Any]:
+def options_for_json(options: CriticalOptions) -> dict[str, Any]:
     """The options for JSON."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}

@@ -25,15 +25,14 @@ from adabatch.cli.branch import (
     BranchStart,
     CriticalOptions,
     branch_of,
-    plain,
+    options_for_json,
     run_branch,
-    settings_of,
     state_at,
 )
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job
 from adabatch.cli.making import job_of
-from adabatch.cli.picture import draw_panels
+from adabatch.cli.picture import draw_picture
 from adabatch.cli.run_folder import LATEST, RUNS
 from adabatch.cli.runs import CHECKPOINTS
 from adabatch.cli.text_files import json_values, write_atomically
@@ -58,7 +57,7 @@ def measure(
 
     Args:
         make: builds the job again.
-        world: where this process stands.
+        world: rank and world size of this process.
         options: of the command.
         arguments: the command line, from which other processes build the job.
         settings: the job in plain values, by which finished branches are recognized.
@@ -116,7 +115,7 @@ def measure(
     for branch in new:
         branches[branch.size] = branch
         if world.rank == 0:
-            _write(folder / _name(branch.size), {"settings": known, "branch": plain(branch)})
+            _write(folder / _name(branch.size), {"settings": known, "branch": branch._asdict()})
     missing = [size for size in sizes if size not in branches]
     if missing:
         display.say(
@@ -143,7 +142,7 @@ def _finish(
     _tell(outcome, state, branches, options, display)
     if world.rank == 0:
         _write(folder / RESULT, _record(outcome, state, branches, options, start, half_life))
-        draw_panels(
+        draw_picture(
             lambda draw: _panels(draw, outcome, state, branches, half_life, options),
             folder / PICTURE,
             title=f"critical batch at {state.examples:,} examples",
@@ -166,7 +165,8 @@ def _examples(asked: int | None, job: Job, largest: int) -> int:
     """The examples of each branch, a multiple of the largest batch."""
     if asked is not None and asked < 2 * largest:
         raise ValueError(
-            f"examples={asked:,} are not two steps of the largest batch, {largest:,}: give more, or smaller factors"
+            f"examples={asked:,} are fewer than two steps of the largest batch, {largest:,}: give more, or smaller "
+            f"factors"
         )
     total = job.total.count if job.total.unit == "examples" else 0
     if job.total.unit == "tokens" and job.tokens_per_example:
@@ -284,7 +284,7 @@ def _record(
 ) -> dict[str, Any]:
     rows = [
         # the losses of all steps are in the branch's own file
-        {"loss": outcome.losses[size], **{name: value for name, value in plain(branch).items() if name != "losses"}}
+        {"loss": outcome.losses[size], **{name: value for name, value in branch._asdict().items() if name != "losses"}}
         for size, branch in branches.items()
     ]
     for row in rows:
@@ -292,7 +292,7 @@ def _record(
     return {
         "checkpoint": str(start.checkpoint),
         "at": state._asdict(),
-        "options": {**settings_of(options), "examples": start.examples, "half_life": half_life},
+        "options": {**options_for_json(options), "examples": start.examples, "half_life": half_life},
         "critical_batch": outcome.size,
         "is_lower_bound": outcome.is_bound,
         "crossing": outcome.crossing,

@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 
 from adabatch.cli.branch import CriticalOptions
 from adabatch.cli.cbs import measure
-from adabatch.cli.compare import HEADER, compare, row
+from adabatch.cli.compare import HEADER, compare, result_row
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, run
 from adabatch.cli.making import job_maker, job_settings, seed_everything
@@ -122,7 +122,7 @@ def _check_given(fields: Namespace) -> None:
     for name, kind in get_type_hints(Job).items():
         value = fields[name]
         if value is None and NoneType not in get_args(kind):
-            raise ValueError(f"{name} must not be null: give it a value, or leave it out where it has a default")
+            raise ValueError(f"{name} must not be null: give it a value, or leave it out if it has a default")
         if is_dataclass(kind) and not isinstance(value, Namespace):
             raise ValueError(f"{name} has fields of its own, as --help-all lists them, got {value!r}")
 
@@ -149,7 +149,7 @@ def _train(make: Callable[[], Job], world: World, settings: dict[str, Any], disp
     if result.preempted:
         display.note(f"{_why_stopped(display)}: saved at {result.examples:,} examples; the same command continues")
         return EXIT_PREEMPTED
-    display.table("Result", HEADER, [row(result)])
+    display.table("Result", HEADER, [result_row(result)])
     if world.rank == 0:
         picture({"": result.journal}, result.journal.with_name("picture.png"), display=display)
     display.say(f"journal and checkpoints: {result.journal.parent}")

@@ -18,7 +18,7 @@ from adabatch.cli.picture import picture
 from adabatch.cli.run_folder import run_folder
 from adabatch.cli.runs import COMPARISON
 from adabatch.cli.text_files import json_values, write_atomically
-from adabatch.cli.tune import SHARE, Tuned, split, tuned, with_lr
+from adabatch.cli.tune import SHARE, Tuned, split_validation, tuned, with_lr
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.launch.world import World
 
@@ -54,10 +54,14 @@ def compare(
     job = make()
     limits = job.limits
     if limits is None or not isinstance(limits.min, int) or not isinstance(limits.max, int):
-        raise ValueError("compare needs limits with a constant min and max: they are what the job is compared with")
+        raise ValueError(
+            "compare needs limits with a constant min and max: the job is compared with runs at these two sizes"
+        )
     ranks = workers_of(None, device=world.device)
     if tune and job.out is None:
-        raise ValueError("--tune keeps its trials in the folder of the job, to go on there: give one by --out")
+        raise ValueError(
+            "--tune keeps its finished trials in the folder of the job, so that it can continue: give one with --out"
+        )
     folder = run_folder(None, ranks, resume=False, display=display) if job.out is None else job.out
     reference = job.reference_batch_size or limits.min
     variants: list[tuple[str, int | None, Path]] = [
@@ -71,6 +75,7 @@ def compare(
         if size is not None:
             # in the baseline's own folder, and not over the checkpoints of the adaptive run
             saving = replace(made.checkpoint, directory=None)
+            # monitored, so that their steps do the work of the adaptive run's, and their noise can be drawn beside its
             made = replace(made, criterion=Constant(size), measure=Measure(monitor=True), checkpoint=saving)
         # the same in all three: the default is a run's first batch, which would give the large batch the small one's
         # rate
@@ -84,7 +89,7 @@ def compare(
         return {**settings, "reference_batch_size": reference, **({} if size is None else {"criterion": constant})}
 
     def validated(size: int | None) -> Job:
-        return split(variant(size))[1]
+        return split_validation(variant(size))[1]
 
     found: dict[str, Tuned] | None = {}
     if tune:
@@ -97,7 +102,7 @@ def compare(
         job = variant(size)
         if tune:
             # on the data of the search, without the validation share, so that no run is trained on what it was tuned by
-            job = with_lr(split(job)[0], found[label].exponent)
+            job = with_lr(split_validation(job)[0], found[label].exponent)
         job = replace(job, out=out, checkpoint=replace(job.checkpoint, resume=False))
         results.append(run(job, world, display=display, label=label, config=settings_of(size)))
         if results[-1].preempted:
@@ -129,7 +134,7 @@ def _tune(
 
 def _table(results: Sequence[Result], found: Mapping[str, Tuned]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows; with a column for the learning rates, if they were tuned."""
-    rows = [row(result) for result in results]
+    rows = [result_row(result) for result in results]
     if not found:
         return HEADER, rows
     return (*HEADER, "LR x"), [
@@ -154,7 +159,7 @@ def _say_tuning(found: Mapping[str, Tuned], display: Display) -> None:
             display.say(f"{label}: the best LR lies at the edge of what is tried, x {2.0**best.exponent:g}")
 
 
-def row(result: Result) -> tuple[str, ...]:
+def result_row(result: Result) -> tuple[str, ...]:
     """A result as a row under ``HEADER``."""
     accuracy = "-" if math.isnan(result.accuracy) else f"{result.accuracy:.2%}"
     return (
@@ -170,8 +175,8 @@ def row(result: Result) -> tuple[str, ...]:
 
 def _write(results: list[Result], found: Mapping[str, Tuned], out: Path) -> None:
     rows: list[dict[str, Any]] = [{**result._asdict(), "journal": str(result.journal)} for result in results]
-    for row in rows:
-        best = found.get(row["label"])
-        row["tuned"] = best is not None
-        row["lr_multiplier"] = 1.0 if best is None else 2.0**best.exponent
+    for each in rows:
+        best = found.get(each["label"])
+        each["tuned"] = best is not None
+        each["lr_multiplier"] = 1.0 if best is None else 2.0**best.exponent
     write_atomically(out / COMPARISON, json.dumps(rows, indent=2) + "\n")

@@ -67,7 +67,7 @@ class JobEngine(NamedTuple):
     runs_alone: bool = False
 
 
-def engine_of(
+def job_engine(
     name: EngineName,
     model: nn.Module,
     make_optimizer: MakeOptimizer,

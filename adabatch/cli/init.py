@@ -60,7 +60,7 @@ criterion:
   class_path: adabatch.NormTest
   init_args: {eta: 0.7} # rests where an example is worth eta^2 = 49 % of one in a small batch
 micro_batch_size: $micro # examples in one forward and backward on one rank
-max_micro_batch_size: $max_micro # it grows up to here before steps accumulate: what surely fits into memory
+max_micro_batch_size: $max_micro # it grows up to here before steps accumulate: a size that surely fits into memory
 limits: {min: $min, max: $max} # of the global batch, over all ranks
 lr_rule: gain # how the learning rate follows the batch: none, linear, sqrt, gain, sqrt_gain
 
@@ -119,9 +119,9 @@ def run_init(arguments: Sequence[str]) -> int:
     out = asked.out or Path(asked.file.stem + ".yaml")
     _may_write(out, force=asked.force)
     found = look(asked.file, model=asked.model, data=asked.data, loss=asked.loss)
-    text = config_text(found, asked.file, out, loss=asked.loss, optimizer=asked.optimizer)
+    text = starter_config(found, asked.file, out, loss=asked.loss, optimizer=asked.optimizer)
     if asked.check:
-        for line in check(text):
+        for line in check_config(text):
             print(line)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
@@ -172,7 +172,7 @@ def look(file: Path, *, model: str | None = None, data: str | None = None, loss:
     return ModelFile(f"{name}.{chosen.__name__}", f"{name}.{examples_of.__name__}", path, splits, len(made))
 
 
-def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, optimizer: str) -> str:
+def starter_config(found: ModelFile, file: Path, out: Path, *, loss: str | None, optimizer: str) -> str:
     """The config, with comments.
 
     Args:
@@ -186,14 +186,14 @@ def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, op
         ValueError: if there are too few examples.
     """
     if found.num_examples < 32:
-        raise ValueError(f"{found.data} has {found.num_examples} examples: 32 are the least for a batch that can grow")
+        raise ValueError(f"{found.data} has {found.num_examples} examples, and a batch that can grow needs at least 32")
     # at least eight steps per pass, even at the largest batch
     most = min(1024, 2 ** int(math.log2(found.num_examples / 8)))
     # two of them fit into the largest batch, whatever the size of the data set
     micro = min(8, most // 2)
     arguments = "\n  init_args: {split: %s}"
     test = (
-        f"test_data: # evaluated at the end of the run, and every so many examples in it\n"
+        f"test_data: # evaluated at the end of the run, and as often as evaluate_every says\n"
         f"  class_path: {found.data}{arguments % 'test'}\n"
         f"evaluate_every: {{count: {found.num_examples}, unit: examples}}\n"
     )
@@ -222,7 +222,7 @@ def config_text(found: ModelFile, file: Path, out: Path, *, loss: str | None, op
     )
 
 
-def check(text: str) -> Iterator[str]:
+def check_config(text: str) -> Iterator[str]:
     """Builds the job of a config and runs a few steps in a temporary folder; prints the results line by line.
 
     Raises:

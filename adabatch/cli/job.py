@@ -27,7 +27,7 @@ from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration, Progress
 from adabatch.checkpointing.checkpoints import Loaded
 from adabatch.cli.display import Display
-from adabatch.cli.engines import EngineName, JobEngine, engine_of
+from adabatch.cli.engines import EngineName, JobEngine, job_engine
 from adabatch.cli.optimizers import MakeOptimizer, observe
 from adabatch.cli.run_folder import mark_finished, run_folder
 from adabatch.cli.runs import CHECKPOINTS, JOURNAL
@@ -37,9 +37,9 @@ from adabatch.guards.watchdog import Watchdog
 from adabatch.integrations.trackers import TrackerName, tracker_of
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.lr.shapes import Shape, constant
-from adabatch.recipes.data import collate
 from adabatch.runtime.collectives import Collectives, workers_of
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.data.in_memory import collate
 from adabatch.runtime.launch.world import World
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.optimizers.scheduler import ClockKind, ProgressLR
@@ -280,7 +280,7 @@ def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
     device = world.device
     # first, since optimizers are made from the parameters that they will update
     model = job.model.to(device)
-    engine = engine_of(
+    engine = job_engine(
         job.engine,
         model,
         job.optimizer,

@@ -10,17 +10,17 @@ from adabatch.cli.display import Display
 from adabatch.report import draw, require_matplotlib
 
 
-def picture(journals: Mapping[str, Path], path: Path, *, display: Display, title: str | None = None) -> None:
+def picture(journals: Mapping[str, Path], path: Path, *, display: Display) -> None:
     """Draws journals into ``path``; says what to install if matplotlib is missing."""
     try:
-        draw(journals, path, title=title)
+        draw(journals, path)
     except ImportError as error:
         display.say(f"no picture: {error}")
         return
     display.say(f"picture: {path}")
 
 
-def draw_panels(build: Callable[[Any], list[Any]], out: Path, *, title: str | None = None, display: Display) -> None:
+def draw_picture(build: Callable[[Any], list[Any]], out: Path, *, title: str | None = None, display: Display) -> None:
     """Draws the panels of ``build`` into ``out``; says what to install if matplotlib is missing.
 
     Args:

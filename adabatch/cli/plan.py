@@ -82,8 +82,8 @@ def run_plan(arguments: Sequence[str]) -> int:
     # the other ranks have only helped to measure
     if not first:
         return 0
-    made = plan(asked, find_runs([asked.run])[0] if asked.run is not None else None, found)
-    print(json.dumps(numbers(made), indent=2) if asked.json else text(made))
+    made = plan_of_arguments(asked, find_runs([asked.run])[0] if asked.run is not None else None, found)
+    print(json.dumps(plan_numbers(made), indent=2) if asked.json else text(made))
     if asked.figure is not None:
         require_matplotlib()
         if made.knee is None:
@@ -97,7 +97,7 @@ def run_plan(arguments: Sequence[str]) -> int:
     return 0
 
 
-def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
+def plan_of_arguments(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     """The plan for the arguments of the command, which take precedence over measurements.
 
     Args:
@@ -121,7 +121,10 @@ def plan(asked: Any, run: FoundRun | None, found: dict[str, Any]) -> RunPlan:
     limits = asked.min_batch, _largest(asked, evidence, notes)
     here = forecast(evidence, cost, cluster, limits=limits, examples=asked.examples if run else None)
     if not here.price > 0:
-        raise ValueError("a step costs nothing beside its examples, so no batch pays: give --step_seconds, --latency")
+        raise ValueError(
+            "a step costs nothing beside its examples, so no batch size is worth more than another: give "
+            "--step_seconds, --latency"
+        )
     if here.efficiency.point < WASTEFUL:
         notes.append(
             f"In the batches of the least time an example is worth {here.efficiency.point:.2g} of one in a small "
@@ -203,8 +206,8 @@ def _journal(asked: Any, run: FoundRun, num_bytes: float, notes: list[str]) -> _
                 "from no rise to twice that exponent."
             )
         notes.append(
-            f"The run takes {asked.examples:,.0f} examples on this cluster; more devices make the same progress in "
-            "larger batches, which takes more."
+            f"The run takes {asked.examples:,.0f} examples on this cluster; on more devices the batches are larger, "
+            f"and the same progress takes more."
         )
     else:
         notes.append(
@@ -245,7 +248,9 @@ def _guess(asked: Any, notes: list[str]) -> _Source:
         f"models: {guess.source}. It was fitted to {guess.fitted_to}. Its range, 1/3 to 3 times, is a convention."
     )
     if not guess.inside:
-        notes.append("What was asked lies outside of what that law was fitted to, so it is a guess beyond its data.")
+        notes.append(
+            "The question lies outside the range that the law was fitted to, so the answer is an extrapolation."
+        )
     notes.append("--examples counts those that would be needed in small batches.")
     # an efficiency of 1 all along: --examples counts those of small batches
     return (
@@ -272,7 +277,7 @@ def _given_cost(
         step = asked.step_seconds
         if step is None:
             step = 0.0
-            notes.append("Beside its examples and the network a step is taken to cost nothing: give --step_seconds.")
+            notes.append("Beside its examples and the network a step is assumed to cost nothing: give --step_seconds.")
         return StepCost(step, example, num_bytes)
     if cost is None:
         raise ValueError(
@@ -336,7 +341,9 @@ def _rates(run: FoundRun | None, notes: list[str]) -> dict[str, Any]:
     if run is not None:
         if not isinstance(reference, int):
             reference = int(read_steps(run.journal, run.name).batch[0])
-            notes.append("The learning rate of the run is taken to be meant for its first batch, reference_batch_size.")
+            notes.append(
+                "The learning rate of the run is assumed to be tuned for its first batch, reference_batch_size."
+            )
         found["reference_batch_size"] = reference
     if isinstance(warmup, int | float) and not isinstance(warmup, bool):
         return found | {"warmup": float(warmup)}
@@ -350,7 +357,7 @@ def _power_of_two(value: float, *, up: bool = False) -> int:
     return int(2 ** (math.ceil(exponent - 1e-9) if up else math.floor(exponent + 1e-9)))
 
 
-def numbers(made: RunPlan) -> dict[str, Any]:
+def plan_numbers(made: RunPlan) -> dict[str, Any]:
     """The plan for JSON; ranges are objects with low, point and high."""
 
     def of(each: Forecast) -> dict[str, Any]:
@@ -404,7 +411,7 @@ def _table(made: RunPlan) -> list[str]:
     table = [["devices", f"{made.here.devices:,} (this cluster)", *(f"{each.devices:,}" for each in others)]]
     table += [["price of a step", *(short(each.price) for each in columns)]]
     table += [
-        [name, *(shown(value(each)) for each in columns)]
+        [name, *(range_text(value(each)) for each in columns)]
         for name, value in _ROWS
         if any(value(each).high > 0 for each in columns)  # no money without a price, no bytes from one device
     ]
@@ -412,7 +419,7 @@ def _table(made: RunPlan) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
-def shown(value: Range) -> str:
+def range_text(value: Range) -> str:
     """``point (low to high)``."""
     return f"{short(value.point)} ({short(value.low)} to {short(value.high)})"
 

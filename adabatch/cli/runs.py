@@ -38,7 +38,7 @@ def find_runs(asked: list[str]) -> list[FoundRun]:
     The folder of an ``adabatch compare`` stands for all of its runs.
 
     Raises:
-        ValueError: if something is none of these; says what a run is.
+        ValueError: if something is not one of these; says what a run is.
     """
     found: list[FoundRun] = []
     for text in asked:

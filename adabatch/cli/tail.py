@@ -53,14 +53,14 @@ def run_tail(arguments: Sequence[str]) -> int:
     colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     lost = LostLines(str(journal))
     print(HEADER, flush=True)
-    for entry in follow(journal, lines=asked.lines, once=asked.once):
+    for entry in follow_journal(journal, lines=asked.lines, once=asked.once):
         lost.see(entry, f", step {entry['step']}" if "step" in entry else "")
         # flushed, so that a reader in a pipe sees each line at once
-        print(shown(entry, colored=colored), flush=True)
+        print(line_text(entry, colored=colored), flush=True)
     return 0
 
 
-def follow(
+def follow_journal(
     journal: Path, *, lines: int, once: bool, sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[Mapping[str, Any]]:
     """The last steps of a journal, then each new one when it is written; a line counts once it is complete.
@@ -160,7 +160,7 @@ COLUMNS = (("step", 9), ("examples", 13), ("batch", 8), ("wanted", 9), ("noise s
 HEADER = "".join(f"{name:>{width}}" for name, width in COLUMNS) + "  next"
 
 
-def shown(entry: Mapping[str, Any], *, colored: bool) -> str:
+def line_text(entry: Mapping[str, Any], *, colored: bool) -> str:
     """A step or an evaluation as one line.
 
     Args:

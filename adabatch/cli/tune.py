@@ -77,7 +77,7 @@ def search(loss: Callable[[int], float], *, furthest: int = FURTHEST) -> Tuned:
         tried(following)
 
 
-def split(job: Job, *, share: float = SHARE) -> tuple[Job, Job]:
+def split_validation(job: Job, *, share: float = SHARE) -> tuple[Job, Job]:
     """The job without a share of its training data, once with its own test data and once tested on that share.
 
     The share is drawn with the seed of the job.

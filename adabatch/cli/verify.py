@@ -12,8 +12,8 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.cli.display import Display
 from adabatch.cli.job import Job, batching_of
 from adabatch.cli.optimizers import observe, optimizer_of
-from adabatch.recipes.data import collate
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.data.in_memory import collate
 from adabatch.runtime.launch.world import World
 from adabatch.verification import Check, Training, all_checks
 
@@ -68,11 +68,11 @@ def verify(
     for check in all_checks(lambda: training_of(make()), num_steps=steps, max_cost=max_cost):
         display.say(f"{check.name}: {'passed' if check.passed else 'FAILED'}: {check.explanation}")
         results.append(check)
-    display.table("Verified", HEADER, [row(check) for check in results])
+    display.table("Verified", HEADER, [check_row(check) for check in results])
     return results
 
 
-def row(check: Check) -> tuple[str, ...]:
+def check_row(check: Check) -> tuple[str, ...]:
     """A check as a row under ``HEADER``."""
     result = "FAILED" if not check.passed else "passed" if check.allowed is not None else "reported"
     return check.name, result, f"{check.measured:.4g}", "-" if check.allowed is None else f"{check.allowed:.4g}"

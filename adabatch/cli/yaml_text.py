@@ -23,7 +23,7 @@ class GivenTwice(ValueError):
     """A key stands twice in the same mapping. PyYAML would take the last one in silence."""
 
 
-def load(text: str) -> Any:
+def load_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
@@ -69,4 +69,4 @@ def _count(node: yaml.Node | None, counted: dict[int, float]) -> float:
     return counted[id(node)]
 
 
-set_loader(MODE, load, exceptions=(yaml.YAMLError,))
+set_loader(MODE, load_yaml, exceptions=(yaml.YAMLError,))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adabatch.guards.drift import fingerprint, shared_parameters
 from adabatch.guards.same_settings import failing_together
 from adabatch.runtime.collectives import digest_of
+from adabatch.runtime.engines.copies import fingerprint, shared_parameters
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.optimizers.joined import kind_of
 from adabatch.runtime.wrappers.fsdp2 import own_values

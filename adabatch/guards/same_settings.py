@@ -21,7 +21,7 @@ from adabatch.guards.memory_trials import Trials
 from adabatch.guards.votes import Votes
 from adabatch.runtime.collectives import Collectives, digest_of
 from adabatch.runtime.data import GlobalOrder, num_examples_in
-from adabatch.runtime.differences import differences
+from adabatch.runtime.differences import rank_differences
 from adabatch.runtime.nested import text_of
 from adabatch.runtime.optimizers.joined import each_of
 from adabatch.runtime.probes.protocol import Probe
@@ -49,8 +49,8 @@ def check_same_settings(collectives: Collectives, settings: Mapping[str, object]
     short = {name: _short(text) for name, text in mine.items()}
     ranks: list[dict[str, str]] = [json.loads(sent) for sent in collectives.gather_bytes(json.dumps(short).encode())]
     raise ValueError(
-        f"the ranks were given different settings: {differences(ranks)}. All ranks must be given the same data set, "
-        f"seed, arguments, versions and saved state"
+        f"the ranks were given different settings: {rank_differences(ranks)}. All ranks must be given the same data "
+        f"set, seed, arguments, versions and saved state"
     )
 
 

@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 from adabatch.batch.plan import Progress
 from adabatch.guards.drift import RanksDrifted
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.differences import differences
+from adabatch.runtime.differences import rank_differences
 from adabatch.runtime.observers.protocol import Rider
-from adabatch.runtime.optimizers.group_numbers import digest_of_numbers, numbers_of, settings_of
+from adabatch.runtime.optimizers.group_numbers import digest_of_numbers, number_settings, numbers_of_groups
 
 _EXACT_BITS = 53
-"""A float64 holds whole numbers of so many bits."""
+"""A float64 holds whole numbers of up to this many bits."""
 
 
 class SameUpdates(Rider):
@@ -55,7 +55,7 @@ class SameUpdates(Rider):
 
     def outgoing(self, device: torch.device) -> Tensor:
         """This rank's digest and its square, shape (2,)."""
-        settings = numbers_of(self._optimizer.param_groups).values()
+        settings = numbers_of_groups(self._optimizer.param_groups).values()
         counts = self._applied.examples, self._applied.steps
         mine = digest_of_numbers([*counts, *chain.from_iterable(settings)]) % 2**self._bits
         return torch.tensor([mine, mine * mine], dtype=torch.float64, device=device)
@@ -77,9 +77,9 @@ class SameUpdates(Rider):
         if not self._differ:
             return
         self._differ = False
-        mine = {"number of updates so far": repr(self._applied.steps), **settings_of(self._optimizer)}
+        mine = {"number of updates so far": repr(self._applied.steps), **number_settings(self._optimizer)}
         ranks = [json.loads(sent) for sent in self._collectives.gather_bytes(json.dumps(mine).encode())]
-        told = differences(ranks) or "a digest of their settings differs"
+        told = rank_differences(ranks) or "a digest of their settings differs"
         raise RanksDrifted(
             f"in step {step} the ranks are about to make different updates, and would drift apart: {told}. Look for "
             f"what only some ranks do: step a scheduler (such as ReduceLROnPlateau on a loss of their own), call "

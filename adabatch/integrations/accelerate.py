@@ -18,7 +18,7 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.arguments import checked
 from adabatch.batch.criteria import Criterion
 from adabatch.integrations.host_state import HostState
-from adabatch.integrations.versions import require
+from adabatch.integrations.versions import require_version
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine, GradientSync
@@ -27,7 +27,7 @@ from adabatch.runtime.engines.hosted import HostedEngine
 OLDEST = "1.10"
 """The oldest release of Accelerate that was tried."""
 
-require("accelerate", OLDEST)
+require_version("accelerate", OLDEST)
 
 from accelerate import Accelerator  # noqa: E402
 from accelerate.data_loader import BatchSamplerShard  # noqa: E402
@@ -153,20 +153,17 @@ def _on_deepspeed(
     accelerator: Any, criterion: Criterion, micro_batch_size: int, options: dict[str, Any]
 ) -> AdaptiveBatch:
     # Here and not at the head, because DeepSpeed need not be installed.
-    from adabatch.integrations.deepspeed import AttachedEngine, check_engine, check_options
+    from adabatch.integrations.deepspeed import attached
 
     if accelerator.deepspeed_engine_wrapped is None:
         raise ValueError("the accelerator runs DeepSpeed, and has no engine yet: call accelerator.prepare first")
     engine = accelerator.deepspeed_engine_wrapped.engine
-    check_engine(engine)
-    check_options(engine, options)
-    return AdaptiveBatch(
-        engine.module,
-        engine.basic_optimizer,
+    return attached(
+        engine,
         criterion,
-        micro_batch_size=micro_batch_size,
-        engine=_hosted(accelerator, AttachedEngine(engine), update=engine.step),
-        **options,
+        micro_batch_size,
+        options,
+        around=lambda inner: _hosted(accelerator, inner, update=engine.step),
     )
 
 
@@ -222,7 +219,7 @@ def _check_loaders(accelerator: Any) -> None:
         if type(sampler) is BatchSampler or getattr(sampler, "batch_size", None) is None:
             continue
         raise ValueError(
-            f"accelerator.prepare shards the batches of {type(sampler).__name__}, and would leave out, without a word, "
-            f"those that do not hold its batch_size={sampler.batch_size} examples: set its batch_size to None, or take "
+            f"accelerator.prepare shards the batches of {type(sampler).__name__}, and would silently leave out those "
+            f"that do not hold its batch_size={sampler.batch_size} examples: set its batch_size to None, or take "
             f"the data from adabatch.GlobalOrder(dataset), which is not prepared"
         )

@@ -14,12 +14,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from adabatch.integrations.versions import require
+from adabatch.integrations.versions import require_version
 
 OLDEST = "0.19"
 """The release of axolotl whose source was read."""
 
-require("axolotl", OLDEST)
+require_version("axolotl", OLDEST)
 
 from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]  # noqa: E402
 from pydantic import BaseModel, create_model  # noqa: E402
@@ -46,7 +46,7 @@ _REFUSED = {
     "cosine_constant_lr_ratio": _SCHEDULE,
     "lr_quadratic_warmup": _SCHEDULE,
     "jagged_restart_steps": _SCHEDULE,
-    "relora": "it restarts the learning rate every so many steps; leave it out",
+    "relora": "it restarts the learning rate at a fixed number of steps; leave it out",
 }
 """Keys of axolotl that would have no effect or a wrong one with the plugin -> what to do instead."""
 

@@ -67,6 +67,18 @@ def attach(
             or use orthogonal updates, or ``compute_grad_norm: false``.
         TypeError: if it is not an engine, or has no optimizer.
     """
+    return attached(engine, criterion, micro_batch_size, options)
+
+
+def attached(
+    engine: Any,
+    criterion: Criterion,
+    micro_batch_size: int | None,
+    options: dict[str, Any],
+    *,
+    around: Callable[[Engine], Engine] = lambda inner: inner,
+) -> AdaptiveBatch:
+    """What ``attach`` returns; ``around`` is the engine of a host around DeepSpeed."""
     check_engine(engine)
     check_options(engine, options)
     return AdaptiveBatch(
@@ -74,7 +86,7 @@ def attach(
         engine.basic_optimizer,
         criterion,
         micro_batch_size=engine.train_micro_batch_size_per_gpu() if micro_batch_size is None else micro_batch_size,
-        engine=AttachedEngine(engine),
+        engine=around(AttachedEngine(engine)),
         **options,
     )
 

@@ -150,7 +150,7 @@ class DeepSpeedCheckpoints:
         self._times.saved()
 
     def _remove_older_than(self, newest: Path) -> None:
-        """Removes all but the newest checkpoints; says so if that cannot be done."""
+        """Removes all but the newest checkpoints; logs a warning if that cannot be done."""
         try:
             others = [path for path in _checkpoints_in(self._folder) if path != newest]
             # By time: a run that begins again in this folder counts its steps from the first.

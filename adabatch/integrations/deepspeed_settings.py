@@ -17,7 +17,7 @@ from torch import Tensor
 from adabatch.checkpointing.differences import Difference, Parameter, describe, differences, refuse, refuse_order
 from adabatch.checkpointing.files import CheckpointError
 from adabatch.checkpointing.plain import plain
-from adabatch.checkpointing.settings import BuiltSettings, KeptSetting, settings_of
+from adabatch.checkpointing.settings import BuiltSettings, KeptSetting, group_settings
 from adabatch.integrations.deepspeed import HELD, trained_parameters
 from adabatch.runtime.optimizers.scheduler import ProgressLR
 from adabatch.runtime.optimizers.step_hooks import put_setting
@@ -43,7 +43,7 @@ class EngineSettings:
         self._built = BuiltSettings({name: part for name, part in built.items() if part is not None})
         self._other_scheduler = self._scheduler is not None and not isinstance(self._scheduler, ProgressLR)
         # DeepSpeed's own schedulers record no base rate, and the groups hold the present one.
-        self._rates = [settings_of(group, self._optimizer).get("lr") for group in self._optimizer.param_groups]
+        self._rates = [group_settings(group, self._optimizer).get("lr") for group in self._optimizer.param_groups]
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -85,7 +85,9 @@ class EngineSettings:
         """The settings of each parameter group as they are now; the rate is that from which a scheduler starts."""
         groups = []
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            settings = {name: value for name, value in settings_of(group, self._optimizer).items() if _is_number(value)}
+            settings = {
+                name: value for name, value in group_settings(group, self._optimizer).items() if _is_number(value)
+            }
             if self._other_scheduler:
                 settings |= {"lr": rate, "present_lr": float(group["lr"])}
             groups.append(settings)

@@ -8,11 +8,11 @@ from typing import Any
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.adaptive.monitoring import NoiseMonitor, monitor
+from adabatch.adaptive.options import JournalOption
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
 from adabatch.integrations.evaluations import record_numbers
-from adabatch.integrations.lightning_loop import Fit, Host, MakeSchedule, settings_of
-from adabatch.journal.writer import JournalTarget
+from adabatch.integrations.lightning_loop import Fit, Host, MakeSchedule, callback_settings
 from adabatch.runtime.engines.engine import GradientSync
 
 VALIDATION_PREFIXES = ("val_", "val/", "valid_", "valid/", "validation_", "validation/")
@@ -82,7 +82,7 @@ class AdaptiveHooks:
         log: bool = True,
         **options: Any,
     ) -> None:
-        self._settings = settings_of(
+        self._settings = callback_settings(
             criterion,
             micro_batch_size=micro_batch_size,
             schedule=schedule,
@@ -168,7 +168,7 @@ class MonitorHooks:
         self,
         *,
         micro_batch_size: int,
-        journal: JournalTarget | Sequence[JournalTarget] | None = None,
+        journal: JournalOption = None,
         log: bool = True,
     ) -> None:
         self._micro_batch_size = micro_batch_size

@@ -408,7 +408,7 @@ class _StatefulSteps(_Steps):
         self._inner.load_state_dict(state)
 
 
-def settings_of(
+def callback_settings(
     criterion: Criterion,
     *,
     micro_batch_size: int,

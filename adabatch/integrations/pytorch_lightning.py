@@ -6,9 +6,9 @@ from typing import final
 
 from adabatch.integrations.lightning_hooks import AdaptiveHooks, MonitorHooks
 from adabatch.integrations.lightning_loop import OLDEST, Host
-from adabatch.integrations.versions import require
+from adabatch.integrations.versions import require_version
 
-require("pytorch-lightning", OLDEST)
+require_version("pytorch-lightning", OLDEST)
 
 from pytorch_lightning import Callback  # noqa: E402
 

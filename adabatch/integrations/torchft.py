@@ -21,7 +21,7 @@ from adabatch.adaptive.options import Guard
 from adabatch.arguments import checked
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.moments import EUCLIDEAN
-from adabatch.integrations.versions import require
+from adabatch.integrations.versions import require_version
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.engines.engine import Engine
@@ -35,7 +35,7 @@ from adabatch.runtime.wrappers.fsdp2 import is_sharded
 OLDEST = "0.2"
 """The oldest release of torchft that was tried."""
 
-require("torchft", OLDEST)
+require_version("torchft", OLDEST)
 
 import torchft  # noqa: E402
 from torchft.manager import WorldSizeMode  # noqa: E402
@@ -148,7 +148,7 @@ class _ReplicaState:
                 f"{name}: {self._settings.get(name, 'not given')} here, {theirs.get(name, 'not given')} there"
                 for name in other
             )
-            raise ValueError(f"this replica was given other settings than the one whose state it takes ({told})")
+            raise ValueError(f"this replica was given different settings than the one whose state it takes ({told})")
         self._batches.load_state_dict(state["batches"])
         self._order.load_state_dict(state["order"])
 
@@ -288,8 +288,8 @@ def _check_manager(manager: Any) -> None:
         )
     if getattr(manager, "_replica_world_size_mode", None) == WorldSizeMode.FIXED_WITH_SPARES:
         raise ValueError(
-            "the manager keeps spare replicas, which would run a step for nothing: use WorldSizeMode.DYNAMIC, under "
-            "which the global batch is held whatever the number of replicas"
+            "the manager keeps spare replicas, which would run a step for nothing: use WorldSizeMode.DYNAMIC, which "
+            "keeps the global batch at any number of replicas"
         )
     if getattr(manager, "_group_world_size", 1) != 1:
         raise ValueError(
@@ -338,8 +338,8 @@ def _check_options(criterion: Any, options: Mapping[str, Any]) -> None:
         )
     if getattr(needs, "noise", None) not in (None, EUCLIDEAN) or getattr(needs, "quantile", None) is not None:
         raise ValueError(
-            f"{type(criterion).__name__} adds up whole gradients over the ranks, which was not tried with replicas "
-            f"that come and go: use a criterion in the Euclidean norm, such as NormTest or NoiseScale()"
+            f"{type(criterion).__name__} adds up whole gradients over the ranks, which has not been tested with "
+            f"replicas that come and go: use a criterion in the Euclidean norm, such as NormTest or NoiseScale()"
         )
     guard = options.get("guard", Guard())
     if isinstance(guard, Guard) and (guard.trial is not None or guard.check_every not in (None, "auto")):

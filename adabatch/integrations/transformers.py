@@ -21,14 +21,14 @@ from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration, Progress, examples, steps
 from adabatch.batch.schedules import Schedule
 from adabatch.integrations.host_state import HostState
-from adabatch.integrations.versions import require
+from adabatch.integrations.versions import require_version
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.optimizers.scheduler import ProgressLR
 
 OLDEST = "5.23"
 """The oldest release of Transformers that was tried."""
 
-require("transformers", OLDEST)
+require_version("transformers", OLDEST)
 
 from accelerate.utils import find_batch_size  # noqa: E402
 from transformers import Trainer  # noqa: E402
@@ -43,12 +43,12 @@ from adabatch.integrations.transformers_lr import (  # noqa: E402
     warmup_of,
     warmup_start_of,
 )
-from adabatch.integrations.transformers_refusals import refuse  # noqa: E402
+from adabatch.integrations.transformers_refusals import refuse_arguments  # noqa: E402
 from adabatch.integrations.transformers_state import (  # noqa: E402
     Bookkeeping,
     EvaluationRecord,
     saved_state,
-    write_state,
+    write_host_state,
 )
 
 __all__ = ["AdaptiveArguments", "AdaptiveMixin", "AdaptiveTrainer"]
@@ -123,7 +123,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         self._step_flos = 0.0
         self._step_size = 0  # global batch size of the step that was run last
         self._step_factor = 1.0  # batch factor of its update
-        refuse(self)
+        refuse_arguments(self)
         if not self._adaptive.monitor_only:
             # First, so that other callbacks see the right epoch, and the Trainer's own callback ends the run.
             self.callback_handler.callbacks.insert(0, Bookkeeping(self))
@@ -133,7 +133,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """The Trainer's ``train``; afterwards the hooks on model and optimizer are removed."""
-        refuse(self)
+        refuse_arguments(self)
         try:
             return super().train(*arguments, **options)
         finally:
@@ -175,7 +175,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
         if self._saved is None:
             return 0, 0
         self._order().load_state_dict(self._saved["order"])
-        # No steps to skip in the epoch: the order stands where the run was saved.
+        # No steps to skip in the epoch: the order is at the place where the run was saved.
         return self._order().epoch, 0
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
@@ -392,7 +392,7 @@ class AdaptiveMixin(_Host):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._host_state is not None:
-            write_state(self._host_state, output_dir, here=self.args.should_save)
+            write_host_state(self._host_state, output_dir, here=self.args.should_save)
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         if self.batches is not None:

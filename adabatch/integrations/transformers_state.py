@@ -49,7 +49,7 @@ def saved_state(folder: str) -> dict[str, Any]:
     return state
 
 
-def write_state(state: HostState, folder: str, *, here: bool) -> None:
+def write_host_state(state: HostState, folder: str, *, here: bool) -> None:
     """Adds the state of the next step to a checkpoint of the Trainer. All ranks must call it.
 
     Args:

@@ -6,7 +6,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 
 
-def require(package: str, oldest: str) -> None:
+def require_version(package: str, oldest: str) -> None:
     """Checks the version of a package before it is imported.
 
     Args:

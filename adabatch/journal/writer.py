@@ -143,7 +143,7 @@ def evaluation_line(metrics: Mapping[str, Any], after: Progress) -> dict[str, An
 
     Raises:
         ValueError: if there are none, or a name is empty.
-        TypeError: if a name is not a text, or a value is not a number.
+        TypeError: if a name is not a string, or a value is not a number.
     """
     if not metrics:
         raise ValueError('an evaluation needs at least one number by name, such as {"loss": 0.31}, got none')
@@ -157,7 +157,7 @@ def evaluation_line(metrics: Mapping[str, Any], after: Progress) -> dict[str, An
 
 def _checked_name(name: Any) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"the name of a metric must be a text, got {name!r}")
+        raise TypeError(f"the name of a metric must be a string, got {name!r}")
     if not name:
         raise ValueError("the name of a metric must not be empty")
     return name
@@ -207,8 +207,8 @@ def _ratio(moments: GradientMoments) -> dict[str, Any]:
 class Journal:
     """Appends lines to a JSONL file; each is complete when ``write`` returns, and no file stays open.
 
-    Once the file has 256 MiB, it is renamed to ``NAME.1``, the next one to ``NAME.2`` and so on, and the run goes on in
-    an empty file. All readers of this package read all of them.
+    Once the file has 256 MiB, it is renamed to ``NAME.1``, the next one to ``NAME.2`` and so on, and the run continues
+    in an empty file. All readers of this package read all of them.
 
     Args:
         target: the file, whose folder is created; or a sink; or a sequence of sinks with at most one file. None writes
@@ -295,7 +295,7 @@ class Journal:
 
         Raises:
             ValueError: if there are no numbers, or a name is empty.
-            TypeError: if a name is not a text, or a value is not a number.
+            TypeError: if a name is not a string, or a value is not a number.
             OSError: as ``write`` does.
         """
         self.write(evaluation_line(metrics, after))

@@ -419,7 +419,7 @@ def longer_cooldown(
     share = 1.0 if excess(1.0) < 0 else _root(excess, cooldown, 1.0)
     cooldown_steps = share * (new_steps - warmup_steps)
     # no later than the old cooldown, from which on the rate of the finished run was no longer full
-    resume = min(stable, whole(new_steps - cooldown_steps))
+    resume = min(stable, whole_units(new_steps - cooldown_steps))
     return Extension(
         resume_step=resume,
         num_steps=new_steps - resume,
@@ -450,6 +450,7 @@ def _validated(
     if not np.all(np.isfinite(sizes) & (sizes >= 0)):
         raise ValueError("norms must be finite and not negative: leave out the steps that were skipped")
     require(0 < distance < math.inf, "distance must be positive and finite", distance)
+    # the sum of the factors from a trailing zero on is zero, and the bound divides by it
     length = int(np.flatnonzero(eta)[-1]) + 1
     return eta[:length], np.square(np.broadcast_to(sizes, eta.shape)[:length])
 
@@ -473,10 +474,10 @@ def _last_full_step(num_steps: int, cooldown: float, warmup_steps: int, new_step
             f"got {warmup_steps}, {num_steps} and {new_steps}"
         )
     require(new_steps <= MOST_STEPS, f"new_steps must be at most {MOST_STEPS}", new_steps)
-    return whole(num_steps - cooldown * (num_steps - warmup_steps))
+    return whole_units(num_steps - cooldown * (num_steps - warmup_steps))
 
 
-def whole(count: float) -> int:
+def whole_units(count: float) -> int:
     """Whole units in ``count``, allowing for a rounding error below a whole number."""
     return math.floor(count + 1e-6)
 

@@ -82,6 +82,7 @@ class Clock:
         """Fraction of the warm-up that is over after the next step, in (0, 1]."""
         if self.warmup is None or self.warmup.count == 0:
             return 1.0
+        # after the step, because before the first one nothing is consumed: its rate would be zero, and the step lost
         return min(1.0, after_next.count(self.warmup.unit) / self.warmup.count)
 
     def anchor(self, progress: Progress, gain_per_unit: float = 0.0) -> Anchor:

@@ -15,7 +15,7 @@ import numpy as np
 
 from adabatch.arguments import checked
 from adabatch.batch.plan import Duration, Progress
-from adabatch.lr.bound import longer_cooldown, two_stage, whole
+from adabatch.lr.bound import longer_cooldown, two_stage, whole_units
 from adabatch.lr.recorded import Recorded, RecordedUnit
 from adabatch.lr.shapes import Decay, Shape, tabulated, wsd
 
@@ -113,12 +113,12 @@ def finished_run(saved: SavedSchedule) -> FinishedRun:
             f"it"
         )
     if saved.clock == "gain_steps" and total.unit != "gain_steps":
-        raise ValueError(f"{saved.source}: the run has the gain clock, whose pace over a longer run is not known yet")
+        raise ValueError(f"{saved.source}: the run has the gain clock, whose rate over a longer run is not known yet")
     if saved.warmup is None:
         raise ValueError(f"{saved.source}: the run was still warming up, and its shape had not begun: train on first")
     if saved.changed:
         raise ValueError(
-            f"{saved.source}: the run changed its total on the way, and its shape is not what it was tuned for"
+            f"{saved.source}: the total was changed during the run, so its shape is not the one that it was tuned for"
         )
     done = saved.progress.count(total.unit)
     if done == 0:
@@ -180,7 +180,7 @@ def steps_done(saved: SavedSchedule, recorded: Recorded, count: float) -> int | 
     """
     unit = saved.total.unit
     if unit == "steps":
-        return whole(count)
+        return whole_units(count)
     share = count / saved.progress.count(unit)
     if share > 1:
         return None

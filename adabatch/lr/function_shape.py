@@ -51,6 +51,7 @@ class FunctionShape:
         self._values = self._at_the_points()
         if not any(self._values):
             raise ValueError(f"{self}: all of its values are zero, and nothing would train")
+        # A second time: a function that counts its calls, or draws numbers, would give a resumed run another schedule.
         if (first := _first_difference(self._values, self._at_the_points())) is not None:
             raise ValueError(
                 f"{self} gave two values at progress {first / (NUM_POINTS - 1)}: a shape must be a function of "
@@ -80,6 +81,7 @@ class FunctionShape:
 
     def to_dict(self) -> dict[str, Any]:
         """``{"name": "function", "settings": {"name": ..., "values": [...]}}``, as in a checkpoint."""
+        # a checkpoint holds no code, so values stand for the function, and tell another one apart at a resume
         return {"name": SAVED_AS, "settings": {"name": self._name, "values": list(self._values)}}
 
     def difference(self, saved: Mapping[str, Any]) -> str:

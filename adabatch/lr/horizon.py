@@ -100,6 +100,7 @@ class Horizon(NamedTuple):
         # negative before `begin`, which a shape clamps to 0
         values = shape((self.edges[:-1] - begin) / (end - begin))
         if warmup_steps:
+            # by steps, not by progress: a warm-up is for the optimizer's averages, which count steps
             values *= warmup_factor(np.arange(self.num_steps) / warmup_steps)
         return np.asarray(values * self.batch_factors)
 
@@ -135,6 +136,8 @@ class ScheduleBound(NamedTuple):
         total = self.horizon.num_steps
         # a warm-up from zero begins with a factor of 0, and there is no bound until the first move
         began = int(np.argmax(self.factors > 0)) + 1
+        # denser towards the end, where a cooldown moves the bound within a few steps; and not in the first fiftieth,
+        # whose bounds are so large that the rest of a picture would be flat
         share = 1 - (1 - np.linspace(0, 1, points)) ** 2
         times = np.unique(np.clip(np.round(share * total).astype(np.int64), max(began, total // 50), total))
         bounds = [self.horizon.terms(self.factors, until=int(t)).at(base_lr) for t in times]

@@ -95,7 +95,7 @@ class Recorded(NamedTuple):
                 f"of a copy of the journal, and give that"
             )
         if norms.size < 2:
-            raise ValueError(f"{self.source} holds one {which} norm of the gradient: a schedule needs two at least")
+            raise ValueError(f"{self.source} holds one {which} norm of the gradient: a schedule needs at least two")
         return MeasuredNorms(index, norms)
 
     @checked

@@ -356,6 +356,7 @@ def adjusted_infimum(
     if not 0 < low < 1:
         raise ValueError(_BAD_INFIMUM.format(range="(0, 1)", value=low))
     require(0 < end < 1, "last must lie in (0, 1), a ratio of the base learning rate", end)
+    # at upper_bound, which lies `ratio` times as far as max_iter, the line has fallen `ratio` times as far
     return float(low ** (1 - share) * end ** (ratio * share))
 
 
@@ -376,6 +377,7 @@ def tabulated(*, values: Sequence[float]) -> Shape:
     if heights.min() < 0 or heights.max() <= 0:
         raise ValueError(f"the values of a table must not be negative, nor all zero, got {min(table)} to {max(table)}")
     index = np.arange(len(table), dtype=np.float64)
+    # progress in entries, and not entries in progress: at 1 it is the last entry without rounding
     return _shape("tabulated", {"values": table}, lambda p: np.interp(p * last, index, heights))
 
 

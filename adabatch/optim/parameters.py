@@ -14,7 +14,7 @@ def listed(params: Iterable[Any]) -> list[Any]:
     """The parameters as a list: tensors, (name, tensor) pairs, or groups as mappings with "params".
 
     Raises:
-        TypeError: if it is no such collection.
+        TypeError: if it is not such a collection.
         ValueError: if it is empty.
     """
     rule = "params must be the parameters of a model, or a list of groups with 'params'"

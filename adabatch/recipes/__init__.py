@@ -4,8 +4,9 @@ The handwritten digits stand apart, in ``adabatch.recipes.digits``: they need sc
 here does.
 """
 
-from adabatch.recipes.data import InMemory, Mnist, Text, collate
+from adabatch.recipes.data import Mnist, Text
 from adabatch.recipes.models import MLP, DigitsCNN, LogisticRegression, MnistCNN, NextTokenLoss, Transformer
+from adabatch.runtime.data.in_memory import InMemory, collate
 
 __all__ = [
     "MLP",

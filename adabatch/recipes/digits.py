@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adabatch.recipes.data import InMemory, Split, check_split
+from adabatch.recipes.data import Split, check_split
+from adabatch.runtime.data.in_memory import InMemory
 
 try:
     from sklearn.datasets import load_digits
@@ -34,7 +35,7 @@ class Digits(InMemory):
         check_split(split)
         if load_digits is None:
             raise ImportError(
-                "Digits reads images that scikit-learn carries: install it with pip install 'adabatch[cli]'"
+                "Digits reads images that come with scikit-learn: install it with pip install 'adabatch[cli]'"
             )
         digits = load_digits()
         train, test = split_digits(digits.target)

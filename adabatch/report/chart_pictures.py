@@ -96,7 +96,7 @@ class Brush:
             self.steers.append(values)
 
 
-def write_charts(said: Mapping[str, Any], folder: Path, *, over: str = "examples") -> list[Path]:
+def write_pictures(said: Mapping[str, Any], folder: Path, *, over: str = "examples") -> list[Path]:
     """Writes a PNG for each chart of a report.
 
     Args:

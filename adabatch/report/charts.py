@@ -80,7 +80,7 @@ def charts_of(runs: Sequence[Run]) -> dict[str, Chart]:
             log=10,
             trim=0.02,
         ),
-        "betas": Chart("Betas", "As they were in each step, where they follow the batch down to their floors."),
+        "betas": Chart("Betas", "As they were in each step; they may follow the batch down to their floors."),
         "freedom": Chart("Degrees of freedom behind the band", parts, log=10),
     }
     # The other charts stay even without numbers, and say what was not measured.

@@ -113,7 +113,7 @@ def moving_mean(curves: Consumption, values: NDArray[np.float64], *, window: flo
     return np.where(weight > 0, (sums[last] - sums[first]) / np.where(weight > 0, weight, 1.0), np.nan)
 
 
-class _Row(NamedTuple):
+class _Point(NamedTuple):
     examples: float
     batch: float
     noise_scale: float
@@ -124,12 +124,12 @@ class _Row(NamedTuple):
     """Noise and signal by name."""
 
 
-def _row(record: Mapping[str, Any]) -> _Row | None:
+def _row(record: Mapping[str, Any]) -> _Point | None:
     plan = part_of(record, "plan")
     examples, batch = number_of(record, "examples"), number_of(plan, "global_batch_size")
     if not (math.isfinite(examples) and batch > 0):
         return None
-    return _Row(
+    return _Point(
         examples=examples,
         batch=batch,
         noise_scale=number_of(part_of(record, "moments"), "noise_scale"),

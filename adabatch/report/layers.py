@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from adabatch.report.curves import Curves, moving_mean
-from adabatch.report.style import COLORS, any_finite, heading, log_axis, positive
+from adabatch.report.style import COLORS, any_finite, heading, log_axis, positive_or_nan
 
 MOST_LINES = 6
 """Entries in the legend, in two columns. If there are more layers, the last entry stands for the rest."""
@@ -40,7 +40,7 @@ def layer_panel(panel: Axes, run: Curves, *, label: str) -> None:
     of_run = f", {_shortened(label, LONGEST_LABEL)}" if label else " (examples)"
     heading(panel, f"noise scale by layer{of_run}", note, pad=8 + ROW_POINTS * math.ceil(entries / COLUMNS))
     # unlike for the whole gradient, estimates of single steps are left out: those of one layer are too noisy
-    visible = positive(scales)
+    visible = positive_or_nan(scales)
     if not any_finite(panel, visible, "no positive estimate"):
         return
     # Quotients whose mean signal is near zero are arbitrarily large, so they must not set the axis.
@@ -99,7 +99,7 @@ def noise_shares(run: Curves) -> NDArray[np.float64]:
 def _line(panel: Axes, run: Curves, scales: NDArray[np.float64], **style: Any) -> None:
     """A line through the measured steps, with gaps where the signal is not positive."""
     measured = ~np.isnan(scales)
-    panel.plot(run.examples[measured], positive(scales[measured]), **style)
+    panel.plot(run.examples[measured], positive_or_nan(scales[measured]), **style)
 
 
 def _shortened(name: str, longest: int) -> str:

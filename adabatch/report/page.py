@@ -28,12 +28,12 @@ from adabatch.report.summary import (
     Summary,
     betas_of,
     changes,
-    differences,
+    differing_settings,
     flags,
     largest_allowed,
     noise_band,
+    report_settings,
     rule_of,
-    settings_of,
     smooth_loss,
     summarize,
     time_before,
@@ -126,7 +126,7 @@ def report_on(
         results: numbers from a file beside the journal.
         overrides: fields of ``RunSettings`` that replace those of the config.
     """
-    settings = settings_of(config)._replace(**overrides)
+    settings = report_settings(config)._replace(**overrides)
     return Reported(
         run,
         config,
@@ -164,7 +164,7 @@ def _outcomes(run: RunSteps, settings: RunSettings, choices: Sequence[Choice], p
 
 def numbers(reports: Sequence[Reported]) -> dict[str, Any]:
     """The contents of the reports, ready for JSON; numbers that are not finite become None."""
-    said: dict[str, Any] = plain(
+    said: dict[str, Any] = json_ready(
         {
             "runs": [
                 {
@@ -180,7 +180,9 @@ def numbers(reports: Sequence[Reported]) -> dict[str, Any]:
                 }
                 for each in reports
             ],
-            "differences": differences([each.config for each in reports]) if all(e.config for e in reports) else {},
+            "differences": differing_settings([each.config for each in reports])
+            if all(e.config for e in reports)
+            else {},
             "assumptions": list(ASSUMPTIONS),
         }
     )
@@ -227,7 +229,7 @@ def drawn(reports: Sequence[Reported]) -> dict[str, Any]:
         kept = max(1, MOST_CHANGES // len(reports))
         run["changes_left_out"] = max(0, len(each.changes) - kept)
         run["changes"] = run["changes"][:kept]
-        run |= plain(_series(each, most, MOST_CELLS // len(reports)), digits=6)
+        run |= json_ready(_series(each, most, MOST_CELLS // len(reports)), digits=6)
         run["heat_chart"] = heat_chart(run, many=len(reports) > 1)._asdict() if run["heat"] else None
     charts = {name: chart._asdict() for name, chart in charts_of(every["runs"]).items()}
     reasons = {"reason_kinds": dict(REASON_KINDS), "reason_colors": dict(REASON_VARIABLES)}
@@ -320,7 +322,7 @@ def _metric(
 
 
 def _any(values: Floats) -> Floats | None:
-    """The values; None where none is finite."""
+    """The values; None if none is finite."""
     return values if np.isfinite(values).any() else None
 
 
@@ -346,7 +348,7 @@ def thinned(run: RunSteps, most: int) -> list[int]:
     return [int(index) for index in kept]
 
 
-def plain(value: Any, *, digits: int | None = None) -> Any:
+def json_ready(value: Any, *, digits: int | None = None) -> Any:
     """Arrays and numbers ready for JSON, rounded to ``digits``; numbers that are not finite become None."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
@@ -360,7 +362,7 @@ def plain(value: Any, *, digits: int | None = None) -> Any:
             return int(value)
         return value if digits is None else float(f"{value:.{digits}g}")
     if isinstance(value, Mapping):
-        return {str(key): plain(item, digits=digits) for key, item in value.items()}
+        return {str(key): json_ready(item, digits=digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item, digits=digits) for item in value]
+        return [json_ready(item, digits=digits) for item in value]
     return value

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from adabatch.report.curves import Curves, JournalSource, moving_mean, read_curves
 from adabatch.report.layers import layer_panel
-from adabatch.report.style import COLORS, INK, any_finite, heading, log_axis, positive, prepare, short_number
+from adabatch.report.style import COLORS, INK, any_finite, heading, log_axis, positive_or_nan, prepare, short_number
 from adabatch.report.summary import LOSS_WINDOW
 
 Fill = Callable[[Axes, Sequence[Curves], Sequence[str]], None]
@@ -103,8 +103,8 @@ def _noise_scale(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -
     lost = any(np.isinf(run.noise_scale_average).any() for run in curves)
     note = "dots: each step    line: averaged" + ("    gaps: averaged signal not positive" if lost else "")
     heading(panel, "noise scale (examples)", note)
-    raw = positive(np.concatenate([run.noise_scale for run in curves]))
-    averages = positive(np.concatenate([run.noise_scale_average for run in curves]))
+    raw = positive_or_nan(np.concatenate([run.noise_scale for run in curves]))
+    averages = positive_or_nan(np.concatenate([run.noise_scale_average for run in curves]))
     otherwise = "no positive estimate" if lost else "not measured"
     if not any_finite(panel, np.concatenate([raw, averages]), otherwise):
         return
@@ -116,10 +116,10 @@ def _noise_scale(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -
         fine = min(1.0, (1000 / len(run.examples)) ** 0.5)
         dots = {"markersize": 3 + 3 * fine, "alpha": max(0.35 * fine, 0.03), "zorder": style["zorder"] - 1}
         line = {**style, "linewidth": max(style["linewidth"] * fine, 0.8)}
-        panel.plot(run.examples, positive(run.noise_scale), ".", color=style["color"], markeredgewidth=0, **dots)
+        panel.plot(run.examples, positive_or_nan(run.noise_scale), ".", color=style["color"], markeredgewidth=0, **dots)
         # The line joins the steps that were measured; its gaps are averaged signals that are not positive.
         measured = ~np.isnan(run.noise_scale_average)
-        panel.plot(run.examples[measured], positive(run.noise_scale_average[measured]), **line)
+        panel.plot(run.examples[measured], positive_or_nan(run.noise_scale_average[measured]), **line)
 
 
 def _loss(panel: Axes, curves: Sequence[Curves], colors: Sequence[str]) -> None:

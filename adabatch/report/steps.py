@@ -137,7 +137,7 @@ def read_steps(journal: JournalSource, name: str) -> RunSteps:
     lines = list(records(journal))
     rows = [row for row in lines if _is_step(row)]
     if not rows:
-        raise ValueError(f"{name}: the journal holds no complete step yet, so there is nothing to report")
+        raise ValueError(f"{name}: the journal has no complete step yet, so there is nothing to report")
     plans = [part_of(row, "plan") for row in rows]
     rates = [part_of(row, "lr") for row in rows]
     averages = [part_of(row, "averages") for row in rows]

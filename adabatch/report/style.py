@@ -56,7 +56,7 @@ def any_finite(panel: Axes, values: NDArray[np.float64], otherwise: str) -> bool
     return False
 
 
-def positive(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def positive_or_nan(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The values, with NaN for those that a log axis cannot show."""
     return np.where((values > 0) & np.isfinite(values), values, np.nan)
 

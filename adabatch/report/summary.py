@@ -54,7 +54,7 @@ class RunSettings(NamedTuple):
     tokens_per_example: float | None = None
 
 
-def settings_of(config: Mapping[str, Any]) -> RunSettings:
+def report_settings(config: Mapping[str, Any]) -> RunSettings:
     """The settings of a report, from a config with dotted names (``flat``)."""
 
     def number(name: str) -> float | None:
@@ -119,7 +119,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The settings in which configs differ: name -> its value in each config, None if it is not there."""
     names = sorted({name for config in configs for name in config})
     rows = {name: [config.get(name) for config in configs] for name in names}
@@ -196,7 +196,7 @@ def smooth_loss(run: RunSteps) -> Floats:
 
 
 def total_seconds(run: RunSteps) -> float:
-    """Time of all steps together; NaN where none was timed."""
+    """Time of all steps together; NaN if none was timed."""
     return float(_filled(run.seconds).sum()) if np.isfinite(run.seconds).any() else math.nan
 
 
@@ -488,7 +488,7 @@ def _floors(run: RunSteps) -> list[Flag]:
     found = []
     for beta, values in run.floors.items():
         share = _share(run, np.isfinite(values))
-        text = f"{beta} stood at its floor ({np.nanmax(values):g}) for {percent(share)} of the examples."
+        text = f"{beta} was at its floor ({np.nanmax(values):g}) for {percent(share)} of the examples."
         found.append(Flag(f"{beta}_at_floor", "note", text, share))
     return found
 

@@ -49,7 +49,7 @@ ramp has its first and last size, with its length in examples."""
 ASSUMPTIONS = (
     "The noise scale depends on the progress made, and not on the batch by which it was made.",
     "Each batch has the learning rate that is right for it.",
-    "The averaged noise scale of the journal is taken as it stands; where it is missing, the one before is taken.",
+    "The averaged noise scale of the journal is used as it is; if it is missing at a step, the one before is used.",
     "A choice is followed at once and without rounding, within the limits: no hold, no pace, no error bar.",
     "A step makes 1 / (1 + B / b) of the progress of one without noise (McCandlish et al. 2018, section 2).",
 )
@@ -184,7 +184,7 @@ def usable_scale(run: RunSteps) -> Floats:
     usable = np.flatnonzero(np.isfinite(scale) & (scale > 0))
     if not usable.size:
         raise ValueError(
-            f"{run.name} has no noise scale, without which nobody knows what another batch would have cost: measure it "
+            f"{run.name} has no noise scale, without which the cost of another batch cannot be estimated: measure it "
             f"with Measure(monitor=True), or --measure.monitor=true"
         )
     # -1 before the first usable one, which then stands for the beginning too

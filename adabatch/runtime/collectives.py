@@ -342,7 +342,7 @@ def collectives_of(model: torch.nn.Module) -> Collectives:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
             f"{dist.get_world_size()} processes are running, but the model is a plain {type(model).__name__} whose "
-            f"gradients nobody reduces: wrap it in torch.nn.parallel.DistributedDataParallel, or apply "
+            f"gradients are not reduced: wrap it in torch.nn.parallel.DistributedDataParallel, or apply "
             f"torch.distributed.fsdp.fully_shard to it, before AdaptiveBatch; or let workers step on their own, with "
             f"local_sgd=LocalSGD(...)"
         )

@@ -9,7 +9,7 @@ _NAMED = 4
 """Differences that an error names."""
 
 
-def differences(ranks: Sequence[Mapping[str, str]], who: str = "rank") -> str:
+def rank_differences(ranks: Sequence[Mapping[str, str]], who: str = "rank") -> str:
     """What differs between ranks, with the values and who holds them; empty if nothing does.
 
     Args:

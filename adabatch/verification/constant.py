@@ -7,8 +7,8 @@ from contextlib import nullcontext
 
 from adabatch.arguments import MOST_STEPS, checked, whole
 from adabatch.batch.schedules import Constant
-from adabatch.guards.drift import fingerprint
 from adabatch.runtime.collectives import Collectives
+from adabatch.runtime.engines.copies import fingerprint
 from adabatch.verification.equality import largest_difference, state_of
 from adabatch.verification.running import (
     Part,
@@ -16,7 +16,7 @@ from adabatch.verification.running import (
     again,
     and_left_out,
     backward,
-    begin,
+    begin_training,
     check_updated,
     size_of,
     steps_of,
@@ -42,7 +42,7 @@ def constant_policy(make: Make, *, num_steps: int = 20) -> Check:
             weights again.
     """
     num_steps = whole("num_steps", num_steps, at_least=1, at_most=MOST_STEPS)
-    training, ranks = begin(make)
+    training, ranks = begin_training(make)
     # before the first step: `again` checks that another training begins with the same bits
     start = fingerprint(training.model.parameters())
     batches = adaptive(training, Constant(size_of(training, ranks, UNEVEN_ACCUMULATION)), probed=True)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from adabatch.arguments import checked
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
-from adabatch.guards.drift import odd_ranks
+from adabatch.runtime.engines.copies import odd_ranks
 from adabatch.runtime.wrappers.fsdp2 import is_sharded
 from adabatch.verification.running import (
     ACCUMULATION,
     adaptive,
     and_left_out,
-    begin,
+    begin_training,
     check_updated,
     size_of,
     steps_of,
@@ -38,7 +38,7 @@ def drift(make: Make) -> Check:
         ValueError: if the data set is smaller than the largest step, the loader's pass ends within the check, or every
             step overflows.
     """
-    training, ranks = begin(make)
+    training, ranks = begin_training(make)
     small, large = size_of(training, ranks, 1), size_of(training, ranks, ACCUMULATION)
     schedule = Stages(small, [Stage(steps(STEPS_BEFORE_CHANGE), large)])
     # or a make() that forgets to seed one rank would be reported as drift

@@ -20,7 +20,7 @@ from adabatch.verification.running import (
     Part,
     adaptive,
     backward,
-    begin,
+    begin_training,
     nothing_fits,
     size_of,
     steps_of,
@@ -60,7 +60,7 @@ def probe_agrees(make: Make, *, allowed: float | None = None) -> Check:
             20 steps overflow.
     """
     require(allowed is None or 0 < allowed < math.inf, "allowed must be positive and finite", allowed)
-    training, ranks = begin(make)
+    training, ranks = begin_training(make)
     if training.probe is not None and training.probe.gives.examples:
         raise ValueError(
             f"the parts of {type(training.probe).__name__} are single examples, and this check takes micro-batches "

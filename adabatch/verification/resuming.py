@@ -11,15 +11,15 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.arguments import checked
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Stage, Stages
-from adabatch.guards.drift import fingerprint
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.engines.copies import fingerprint
 from adabatch.runtime.random_state import random_state, set_random_state
 from adabatch.verification.equality import largest_difference, state_of
 from adabatch.verification.running import (
     ACCUMULATION,
     adaptive,
     again,
-    begin,
+    begin_training,
     check_updated,
     size_of,
     steps_of,
@@ -38,13 +38,13 @@ def resume(make: Make) -> Check:
 
     It measures the largest difference in weights, buffers, the states of optimizer, batch and scaler, or the place in
     the data. The batch grows one step after the checkpoint. The random numbers of torch are restored to those of the
-    checkpoint, as your script must do; augmentation in loading processes draws other numbers after a resume.
+    checkpoint, as your script must do; augmentation in loading processes draws different numbers after a resume.
 
     Raises:
         ValueError: if the loader is not a ``GlobalOrder``, so that its place in the data cannot be saved, the data set
             is smaller than the largest step, every step overflows, or ``make`` does not give the same weights again.
     """
-    whole, ranks = begin(make)
+    whole, ranks = begin_training(make)
     if not isinstance(whole.loader, GlobalOrder):
         raise ValueError(
             f"a resume can be checked with a GlobalOrder only: the place in a {type(whole.loader).__name__} is its own"

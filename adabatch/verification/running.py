@@ -17,9 +17,9 @@ from adabatch.arguments import require_type
 from adabatch.batch.control import Limits
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Schedule
-from adabatch.guards.drift import fingerprint
 from adabatch.runtime.collectives import Collectives, collectives_of
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.engines.copies import fingerprint
 from adabatch.runtime.random_state import random_state, set_random_state
 from adabatch.runtime.wrappers.compiled import uncompiled
 from adabatch.verification.training import Make, Training
@@ -59,7 +59,7 @@ class Part(NamedTuple):
         return loss * math.inf if self.overflows else loss
 
 
-def begin(make: Make) -> tuple[Training, Collectives]:
+def begin_training(make: Make) -> tuple[Training, Collectives]:
     """A new training and its ranks."""
     training = make()
     require_type(isinstance(training, Training), "make must return an adabatch.verification.Training", training)

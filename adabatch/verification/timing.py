@@ -12,8 +12,8 @@ from adabatch.adaptive import AdaptiveBatch
 from adabatch.arguments import MOST_STEPS, checked, require
 from adabatch.batch.plan import steps
 from adabatch.batch.schedules import Constant
-from adabatch.guards.drift import fingerprint
-from adabatch.verification.running import ACCUMULATION, adaptive, again, begin, size_of, update
+from adabatch.runtime.engines.copies import fingerprint
+from adabatch.verification.running import ACCUMULATION, adaptive, again, begin_training, size_of, update
 from adabatch.verification.training import Check, Make, Training
 
 WARM_UP_PAIRS = 3
@@ -33,7 +33,7 @@ def cost(make: Make, *, num_pairs: int = 20, max_cost: float | None = None) -> C
         raise ValueError(f"quartiles need at least 2 pairs of steps, got num_pairs={num_pairs}")
     require(max_cost is None or max_cost > 0, "max_cost must be positive", max_cost)
     require(num_pairs <= MOST_STEPS, f"num_pairs must be at most {MOST_STEPS}", num_pairs)
-    probed, ranks = begin(make)
+    probed, ranks = begin_training(make)
     plain = again(make, probed, fingerprint(probed.model.parameters()), ranks)
     policy = Constant(size_of(probed, ranks, ACCUMULATION))
     both = [adaptive(probed, policy, probed=True), adaptive(plain, policy, probed=False)]

@@ -22,7 +22,7 @@ from adabatch import Goodput, Limits, NoiseScale, NormTest, StepPrice, examples
 from adabatch.adaptive.validation import checked_rules
 from adabatch.batch import InnerProductTest
 from adabatch.lr import Followers
-from adabatch.report.summary import settings_of
+from adabatch.report.summary import report_settings
 
 LIMITS = Limits(min=8, max=64)
 BETAS = Followers(("betas",))
@@ -203,7 +203,7 @@ def test_a_report_knows_the_default() -> None:
         "criterion.init_args.eta": 0.5,
         "optimizer.class_path": "torch.optim.AdamW",
     }
-    assert settings_of(config).follow == ("betas",)
+    assert report_settings(config).follow == ("betas",)
     changes: list[dict[str, Any]] = [
         {"lr_rule": "gain"},
         {"follow": []},
@@ -214,8 +214,8 @@ def test_a_report_knows_the_default() -> None:
         {"criterion.init_args.of_another_release": 1},
     ]
     for change in changes:
-        assert settings_of(config | change).follow == ()
-    assert settings_of(config | {"follow": ["eps"]}).follow == ("eps",)
+        assert report_settings(config | change).follow == ()
+    assert report_settings(config | {"follow": ["eps"]}).follow == ("eps",)
     others = (
         ("StepPrice", {"examples": 64}),
         ("Goodput", {}),
@@ -225,9 +225,9 @@ def test_a_report_knows_the_default() -> None:
     for name, arguments in others:
         asked = {f"criterion.init_args.{key}": value for key, value in arguments.items()}
         without = {key: value for key, value in config.items() if not key.startswith("criterion.")}
-        assert settings_of(without | asked | {"criterion.class_path": f"adabatch.{name}"}).follow == ("betas",)
+        assert report_settings(without | asked | {"criterion.class_path": f"adabatch.{name}"}).follow == ("betas",)
     in_another_norm = {"criterion.class_path": "adabatch.NoiseScale", "criterion.init_args.norm": "adam"}
-    assert settings_of(without | in_another_norm).follow == ()
+    assert report_settings(without | in_another_norm).follow == ()
 
 
 def test_the_arguments_of_transformers_leave_the_default_alone() -> None:

@@ -342,7 +342,7 @@ def refused(**options: Any) -> AdaptiveBatch:
     [
         ({"guard": Guard()}, r"leaves out an update for them: give Guard\(skip_nonfinite=False\)"),
         ({"guard": Guard(skip_nonfinite="probed")}, "skip_nonfinite='probed'"),
-        ({"criterion": Goodput()}, "Goodput times steps where the host waits"),
+        ({"criterion": Goodput()}, "Goodput times steps when the host waits"),
     ],
 )
 def test_what_cannot_be_late_is_refused(options: dict[str, Any], message: str) -> None:

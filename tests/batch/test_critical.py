@@ -75,7 +75,7 @@ def test_a_larger_tolerance_never_has_a_smaller_critical_batch(
 @pytest.mark.parametrize(
     ("losses", "tolerance", "words"),
     [
-        ({8: 1.0}, 0.1, r"two batch sizes at least, got \[8\]"),
+        ({8: 1.0}, 0.1, r"no fewer than two batch sizes, got \[8\]"),
         ({0: 1.0, 8: 1.0}, 0.1, "at least 1 example, got 0"),
         ({8: 1.0, 16: 1.0}, 0.0, "tolerance must be a positive share"),
         ({8: math.nan, 16: 1.0}, 0.1, "smallest batch, 8, diverged"),
@@ -120,7 +120,7 @@ def test_a_larger_noise_scale_has_a_larger_critical_batch() -> None:
 
 
 def test_branches_must_make_steps_and_consume_as_much() -> None:
-    with pytest.raises(ValueError, match="batch size 8 made no step"):
+    with pytest.raises(ValueError, match="batch size 8 ran no step"):
         measure_critical_batch(lambda size: [], [8, 16], half_life=8)
     with pytest.raises(ValueError, match="equally many examples"):
         measure_critical_batch(lambda size: [(size, 1.0)] * (100 if size == 8 else 1), [8, 16], half_life=8)

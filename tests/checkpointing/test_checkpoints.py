@@ -302,9 +302,7 @@ def test_optimizer_states_that_are_not_finite_are_not_saved(tmp_path: Path, name
         checkpoints.save()
         good = state[name][1].clone()
         state[name][1] = bad
-        words = (
-            rf"the optimizer's state\['{name}'\] of 0\.0\.bias holds numbers that are not finite.*that are there stay"
-        )
+        words = rf"the optimizer's state\['{name}'\] of 0\.0\.bias holds numbers that are not finite.*are kept"
         with pytest.raises(CheckpointError, match=words):
             checkpoints.save()
         state[name][1] = good
@@ -538,7 +536,7 @@ def test_a_journal_that_lost_lines_is_named(tmp_path: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, logger="adabatch"):
         adabatch.load(folder, **run.parts())
     end = json.loads(dropped)["examples"]
-    assert f"journal.jsonl ends at {end} examples, and the run stands at" in caplog.text
+    assert f"journal.jsonl ends at {end} examples, and the run is at" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -546,11 +544,11 @@ def test_a_journal_that_lost_lines_is_named(tmp_path: Path, caplog: pytest.LogCa
     [
         ({"keep": 0}, ValueError, "keep must be at least 1 checkpoint, got 0"),
         ({"every": 100}, TypeError, r"such as adabatch.examples\(100\)"),
-        ({"every": adabatch.examples(0)}, ValueError, "every must be 1 at least"),
+        ({"every": adabatch.examples(0)}, ValueError, "every must be at least 1"),
         ({"every": adabatch.tokens(100)}, ValueError, "does not count tokens"),
         ({"every_seconds": 0}, ValueError, "every_seconds must be positive"),
         ({"batches": None, "every": adabatch.steps(1)}, ValueError, "pass batches="),
-        ({"others": {"random": network()}}, ValueError, "random: the name is taken"),
+        ({"others": {"random": network()}}, ValueError, "must not use the names random, which are taken"),
         ({"schedule": object()}, TypeError, "schedule is a object, which has no state_dict"),
     ],
 )

@@ -15,8 +15,8 @@ from adabatch.checkpointing.files import (
     CheckpointError,
     Damaged,
     NewerFormat,
-    begin,
-    check,
+    begin_checkpoint,
+    check_files,
     checkpoints_in,
     finish,
     place_of,
@@ -34,7 +34,7 @@ CONTENTS = {
 
 def written(folder: Path, *, steps: int = 1, keep: int = 9, damaged: tuple[Path, ...] = ()) -> Path:
     """A checkpoint of three small files."""
-    place = place_of(folder, begin(folder, steps), steps)
+    place = place_of(folder, begin_checkpoint(folder, steps), steps)
     for name, content in CONTENTS.items():
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_bytes(content)
@@ -49,7 +49,7 @@ def newest(folder: Path) -> Path | None:
 def test_what_is_finished_is_found_and_holds_what_was_written(tmp_path: Path) -> None:
     path = written(tmp_path / "deep" / "run", steps=34)
     assert path.name == "000001-step-34"
-    manifest = check(path)
+    manifest = check_files(path)
     assert manifest.contents == {"steps": 34}
     assert {name: size for name, (size, _) in manifest.files.items()} == {n: len(c) for n, c in CONTENTS.items()}
     assert all(digest == sha256(CONTENTS[name]).hexdigest() for name, (_, digest) in manifest.files.items())
@@ -75,7 +75,7 @@ def test_a_damaged_one_does_not_count_among_those_kept(tmp_path: Path) -> None:
 
 def test_an_unfinished_one_is_not_seen_and_removed_by_the_next(tmp_path: Path) -> None:
     path = written(tmp_path)
-    left = place_of(tmp_path, begin(tmp_path, 7), 7)
+    left = place_of(tmp_path, begin_checkpoint(tmp_path, 7), 7)
     (left / "state.pt").write_bytes(b"half")
     assert list(checkpoints_in(tmp_path).values()) == [path]
     assert newest(tmp_path) == path
@@ -97,7 +97,7 @@ def test_a_file_truncated_at_any_tenth_is_named(tmp_path: Path) -> None:
         for tenth in range(10):
             (bad / name).write_bytes(whole[: len(whole) * tenth // 10])
             with pytest.raises(Damaged, match=name):
-                check(bad)
+                check_files(bad)
             assert newest(tmp_path) == good
         (bad / name).write_bytes(whole)
     assert newest(tmp_path) == bad
@@ -115,7 +115,7 @@ def test_a_bit_flipped_anywhere_is_seen(tmp_path: Path) -> None:
         flipped[place] ^= 1 << index % 8
         (bad / name).write_bytes(flipped)
         with pytest.raises(Damaged, match=name):
-            check(bad)
+            check_files(bad)
         assert newest(tmp_path) == good
         (bad / name).write_bytes(wholes[name])
 
@@ -125,7 +125,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     good, bad = written(tmp_path), written(tmp_path)
     (bad / name).unlink()
     with pytest.raises(Damaged, match=f"{name} cannot be read"):
-        check(bad)
+        check_files(bad)
     assert newest(tmp_path) == good
 
 
@@ -172,7 +172,7 @@ def test_a_manifest_with_a_right_checksum_and_wrong_contents_is_damage(tmp_path:
     good, bad = written(tmp_path), written(tmp_path)
     rewritten(bad, line)
     with pytest.raises(Damaged, match=r"000002-step-1: manifest\.json matches its checksum, and is not a manifest"):
-        check(bad)
+        check_files(bad)
     assert newest(tmp_path) == good
 
 
@@ -192,7 +192,7 @@ def test_links_strays_and_what_looks_like_ours_are_left_alone_and_in_nobodys_way
     assert newest(folder) == path
     left = {each.name for each in folder.iterdir()}
     assert left == {"notes.unfinished", "000003-step-4", "12-step-4", "000004-step-5.old", "000004-step-1"}
-    check(elsewhere)  # what a link points to stays
+    check_files(elsewhere)  # what a link points to stays
 
 
 def test_two_checkpoints_of_one_number_are_named(tmp_path: Path) -> None:
@@ -224,18 +224,18 @@ def test_a_checkpoint_stands_where_older_ones_cannot_be_removed(
 def test_ranks_share_the_reading_and_each_looks_at_all_sizes(tmp_path: Path) -> None:
     path = written(tmp_path)
     (path / "state.pt").write_bytes(bytes(len(CONTENTS["state.pt"])))  # the last of three by name
-    check(path, share=0, of=3)
-    check(path, share=1, of=3)
+    check_files(path, share=0, of=3)
+    check_files(path, share=1, of=3)
     with pytest.raises(Damaged, match=r"state\.pt"):
-        check(path, share=2, of=3)
+        check_files(path, share=2, of=3)
     (path / "state.pt").write_bytes(b"short")
     with pytest.raises(Damaged, match=r"state\.pt has 5 bytes"):
-        check(path, share=0, of=3)
+        check_files(path, share=0, of=3)
 
 
 def test_a_full_disk_leaves_the_checkpoints_that_were_there(small_disk: Path) -> None:
     path = written(small_disk)
-    place = place_of(small_disk, begin(small_disk, 2), 2)
+    place = place_of(small_disk, begin_checkpoint(small_disk, 2), 2)
     with pytest.raises(OSError, match="No space left"):
         (place / "state.pt").write_bytes(bytes(100_000))
     assert newest(small_disk) == path

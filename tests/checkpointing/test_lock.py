@@ -275,7 +275,7 @@ def test_a_run_whose_folder_another_one_of_the_process_took_writes_nothing_more(
             FolderInUse, match=f"taken from run {first.token} by run {second.token} of the same process"
         ):
             first.train(1)
-        with pytest.raises(FolderInUse, match="whose loop should end"):
+        with pytest.raises(FolderInUse, match="so its loop should end"):
             writing.close()
     assert lines(tmp_path / "first.jsonl") == []
     (path,) = checkpoints_in(tmp_path / "saved").values()

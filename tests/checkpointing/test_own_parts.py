@@ -58,7 +58,7 @@ def test_parts_of_another_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the Sequential has none of the parameters that the AdaptiveBatch trains"):
         Checkpoints(tmp_path, model=other.model, batches=run.batches)
     rebuilt = SGD(run.model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="the SGD is not the SGD that the AdaptiveBatch was given"):
+    with pytest.raises(ValueError, match="the SGD is another object than the SGD that the AdaptiveBatch was given"):
         Checkpoints(tmp_path, model=run.model, optimizer=rebuilt, batches=run.batches)
     compiled = torch.compile(run.model, backend="eager")
     Checkpoints(tmp_path, model=compiled, optimizer=[run.optimizer], batches=run.batches).close()

@@ -138,10 +138,10 @@ def test_branches_side_by_side_are_those_in_turn(trained: tuple[str, Path], tmp_
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--factors", "1"], "factors must be two positive numbers"),
+        (["--factors", "1"], "factors must be at least two positive numbers"),
         (["--factors", "1", "1.01", "--smallest=16"], "factors must make whole batch sizes of the smallest, 16"),
         (["--smallest=12"], "12"),
-        (["--examples=300", "--smallest=16"], "examples=300 are not two steps of the largest batch, 256"),
+        (["--examples=300", "--smallest=16"], "examples=300 are fewer than two steps of the largest batch, 256"),
         (["--tolerance=0"], "tolerance must be a positive share"),
         (["--judge=validation"], "judge must be one of train, test"),
         (["--branch_from=nowhere"], "there is no checkpoint in nowhere"),

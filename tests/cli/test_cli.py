@@ -16,7 +16,7 @@ from support.loops import journal_text
 from adabatch.checkpointing.files import checkpoints_in
 from adabatch.cli.main import main
 from adabatch.cli.runs import find_runs
-from adabatch.cli.schedule.recorded import read_recorded
+from adabatch.cli.schedule.recorded import read_run
 from adabatch.lr.rules import gain
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
@@ -129,7 +129,7 @@ def test_the_schedule_runs_on_the_clock_of_the_config(
     shape = {"class_path": "adabatch.lr.linear"}
     flags = {"total": total, "clock": clock, "shape": shape, "tokens_per_example": 64}
     assert main(["train", "--config", config(**flags)]) == 0
-    recorded = read_recorded(tmp_path / "run")
+    recorded = read_run(tmp_path / "run")
     assert recorded.batch.max() > recorded.batch.min(), "only a batch that moves tells clocks apart"
     examples, gains = recorded.edges("examples", 16), recorded.edges("gain_steps", 16)
     consumed = {
@@ -283,7 +283,7 @@ def test_a_run_without_a_folder_goes_on_in_its_own(
     assert main(["train", "--config", job]) == 0
     assert "resuming from" in capsys.readouterr().out
     assert (tmp_path / "runs" / "latest").resolve() == first
-    assert read_recorded(tmp_path / "runs" / "latest").num_steps > 0
+    assert read_run(tmp_path / "runs" / "latest").num_steps > 0
     assert main(["train", "--config", job]) == 0
     assert (tmp_path / "runs" / "latest").resolve() != first
 

@@ -26,7 +26,7 @@ from adabatch.cli.main import main
 from adabatch.cli.mistakes import one_line
 from adabatch.cli.overview import COMMANDS
 from adabatch.cli.parser import build_parser
-from adabatch.cli.yaml_text import GivenTwice, TooManyNodes, load
+from adabatch.cli.yaml_text import GivenTwice, TooManyNodes, load_yaml
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
 
@@ -228,7 +228,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize("text", [BOMB, "a: &a [*a]\n", "a: &a {b: *a}\n"], ids=["billion laughs", "list", "mapping"])
 def test_a_text_whose_aliases_expand_beyond_all_bounds_is_refused(text: str, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(TooManyNodes, match="aliases"):
-        load(text)
+        load_yaml(text)
     (tmp_path / "bomb.yaml").write_text(text)
     assert status_of(["train", "--config", str(tmp_path / "bomb.yaml")]) == 2
     assert "aliases" in said_in_one_line(capsys)
@@ -237,7 +237,7 @@ def test_a_text_whose_aliases_expand_beyond_all_bounds_is_refused(text: str, tmp
 @pytest.mark.parametrize("text", ["eta: 1\nlimits:\n  min: 1\n  max: 2\n  min: 3\n", "a: [{min: 1,\n\n min: 2}]\n"])
 def test_a_key_that_is_given_twice_is_refused(text: str, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(GivenTwice, match=r"'min' is given twice, in lines \d and \d: give it once"):
-        load(text)
+        load_yaml(text)
     (tmp_path / "twice.yaml").write_text(text)
     assert status_of(["train", "--config", str(tmp_path / "twice.yaml")]) == 2
     assert "'min' is given twice" in said_in_one_line(capsys)
@@ -266,7 +266,11 @@ def test_a_link_that_leads_nowhere_is_said(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_a_few_aliases_are_fine() -> None:
-    assert load("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n") == {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1, "y": 2}}
+    assert load_yaml("a: &a {x: 1}\nb: *a\nc: {<<: *a, y: 2}\n") == {
+        "a": {"x": 1},
+        "b": {"x": 1},
+        "c": {"x": 1, "y": 2},
+    }
 
 
 def test_a_config_that_is_nested_without_end_is_refused(tmp_path: Path, capsys: Any) -> None:

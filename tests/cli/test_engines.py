@@ -19,7 +19,7 @@ from torch.optim import AdamW
 
 from adabatch import EngineOptions, Limits, NormTest, examples
 from adabatch.cli.display import Display
-from adabatch.cli.engines import engine_of
+from adabatch.cli.engines import job_engine
 from adabatch.cli.job import Job, run
 from adabatch.recipes.digits import Digits
 from adabatch.recipes.models import DigitsCNN
@@ -129,7 +129,7 @@ def test_what_does_not_fit_the_engine_is_refused(name: Any, config: str | None, 
     (tmp_path / "good.json").write_text("{}")
     path = None if config is None else tmp_path / config
     with pytest.raises(ValueError, match=says):
-        engine_of(
+        job_engine(
             name,
             nn.Linear(2, 2),
             partial(AdamW, lr=0.1),

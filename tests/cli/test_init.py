@@ -113,7 +113,7 @@ NEEDS = "\n\nclass Wide(Net):\n    def __init__(self, width):\n        super()._
         ("init_two", {"more": SECOND}, [], "several classes that are a torch.nn.Module: say which with --model"),
         ("init_none", {}, ["--model", "Nett"], "has no torch.nn.Module Nett: it has Net"),
         ("init_needs", {"more": NEEDS}, ["--model", "Wide"], "Wide in init_needs.py needs width: give each a default"),
-        ("init_few", {"count": 16}, [], "has 16 examples: 32 are the least"),
+        ("init_few", {"count": 16}, [], "has 16 examples, and a batch that can grow needs at least 32"),
         ("init_broken", {"more": "\nraise RuntimeError('no')\n"}, [], "cannot be imported: RuntimeError: no"),
         ("init_narrow", {"outputs": 1}, [], "the forward of Net, the loss, or the backward failed: IndexError"),
         ("init_unmade", {}, ["--loss", "torch.nn.NoSuch"], "torch.nn.NoSuch"),

@@ -17,7 +17,7 @@ from support.ranks import run_ranks
 
 from adabatch.cli.main import main
 from adabatch.cli.measuring import measured
-from adabatch.cli.plan import _parser, plan
+from adabatch.cli.plan import _parser, plan_of_arguments
 from adabatch.forecast.network import ring_seconds
 from adabatch.runtime.launch.machine_speed import all_reduce_times, matmul_flops
 
@@ -33,7 +33,7 @@ def found() -> dict[str, Any]:
 
 
 def planned(*options: str) -> Any:
-    return plan(_parser().parse_args([*GUESS, *options]), None, found())
+    return plan_of_arguments(_parser().parse_args([*GUESS, *options]), None, found())
 
 
 def test_the_network_and_the_speed_come_from_what_was_timed():
@@ -56,7 +56,7 @@ def test_the_command_line_goes_before_what_was_timed():
 def test_times_that_do_not_grow_are_refused():
     flat = found() | {"all_reduce": [(4096.0, 0.02), (65536.0, 0.01)]}
     with pytest.raises(ValueError, match="took no longer for more bytes"):
-        plan(_parser().parse_args(GUESS), None, flat)
+        plan_of_arguments(_parser().parse_args(GUESS), None, flat)
 
 
 def test_alone_a_process_times_a_product():

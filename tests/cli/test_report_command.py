@@ -127,7 +127,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, said):
 def test_an_empty_journal_is_named(tmp_path, capsys):
     run = write_run(tmp_path / "a", steps=0)
     assert main(["report", str(run)]) == 2
-    assert "holds no complete step yet" in capsys.readouterr().err
+    assert "has no complete step yet" in capsys.readouterr().err
 
 
 @pytest.mark.slow

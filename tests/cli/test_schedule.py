@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from adabatch import lr
 from adabatch.batch.plan import Duration, Progress
-from adabatch.checkpointing.files import begin, checkpoints_in, finish, place_of
+from adabatch.checkpointing.files import begin_checkpoint, checkpoints_in, finish, place_of
 from adabatch.checkpointing.run_state import write_state
 from adabatch.cli.main import main
-from adabatch.cli.schedule.recorded import read_checkpoint, read_recorded, read_saved
+from adabatch.cli.schedule.recorded import read_checkpoint, read_run, read_saved
 from adabatch.cli.schedule.shape_text import class_path, known_shapes, parse_shape
 from adabatch.lr.extend import FinishedRun, extended_schedules
 from adabatch.lr.horizon import Horizon, schedule_bound
@@ -331,7 +331,7 @@ def test_at_a_constant_batch_it_is_the_refinement_of_the_library(
     tmp_path_factory: pytest.TempPathFactory, norms: list[float], kind: Any, smoothing: float
 ) -> None:
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
-    recorded = read_recorded(journal(path, norms, which="l2" if kind == "sgd" else "l1"))
+    recorded = read_run(journal(path, norms, which="l2" if kind == "sgd" else "l1"))
     made = refine_run(
         recorded, kind, factor=recorded.factor, edges=recorded.edges("examples", 32), smoothing=smoothing, length=200
     )
@@ -347,7 +347,7 @@ def test_shape_times_batch_factor_is_the_refined_schedule_whatever_the_rule(
     size = len(norms)
     batch = data.draw(st.lists(st.sampled_from([16, 32, 64, 256]), min_size=size, max_size=size))
     path = tmp_path_factory.mktemp("journal") / "journal.jsonl"
-    recorded = read_recorded(
+    recorded = read_run(
         journal(
             path,
             norms,
@@ -374,7 +374,7 @@ def test_under_the_gain_rule_and_the_gain_clock_flat_noise_asks_for_linear_decay
     batch = generator.choice([16, 32, 128, 1024], size=400)
     noise, signal = 300.0, 2.0
     norms = np.sqrt(signal + noise / batch)
-    recorded = read_recorded(
+    recorded = read_run(
         journal(tmp_path / "j.jsonl", norms.tolist(), batch=batch, averages={"noise": noise, "signal": signal})
     )
     factor = recorded.factors("gain", 16)
@@ -395,7 +395,7 @@ def test_steps_between_measured_ones_are_interpolated_and_skipped_updates_left_o
     lines = path.read_text().splitlines()
     lines[3] = json.dumps(entry(3, 32, 96, applied=False, lr=None, moments={"grad_sq": None}, norms={"l2": None}))
     path.write_text("\n".join(lines) + "\n")
-    recorded = read_recorded(path)
+    recorded = read_run(path)
     measured = recorded.norms("l2")
     assert measured.at.tolist() == [0, 2, 5]
     assert measured.for_each(recorded.num_steps).tolist() == [2, 3, 4, 3, 2, 1]
@@ -405,7 +405,7 @@ def test_steps_between_measured_ones_are_interpolated_and_skipped_updates_left_o
 def test_an_unfinished_last_line_is_left_out(tmp_path: Path) -> None:
     path = journal(tmp_path / "journal.jsonl", [2.0, 3.0, 4.0])
     path.write_text(path.read_text()[:-30])
-    assert read_recorded(path).num_steps == 2
+    assert read_run(path).num_steps == 2
 
 
 def test_journals_from_before_the_norms_have_their_squares(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_journals_from_before_the_norms_have_their_squares(tmp_path: Path) -> No
         for number, square in enumerate((4.0, 9.0))
     )
     (tmp_path / "journal.jsonl").write_text(text)
-    assert read_recorded(tmp_path).norms("l2").norms.tolist() == [2, 3]
+    assert read_run(tmp_path).norms("l2").norms.tolist() == [2, 3]
 
 
 def test_the_refined_config_trains_and_its_schedule_is_what_is_applied(
@@ -608,7 +608,7 @@ def test_a_checkpoint_goes_on_under_either_extension_as_if_it_had_been_so_from_t
     done = read_checkpoint(newest(run)).progress.examples
     assert 300 < done < 700
     assert main(["schedule", "extend", str(run), "--new_total=2000", f"--checkpoint={newest(run)}"]) == 0
-    assert "before both options leave" in capsys.readouterr().out
+    assert "before both options depart" in capsys.readouterr().out
     for name in ("extend_two_stages", "extend_longer_cooldown"):
         snippet = ["--config", config, "--config", str(run / f"{name}.yaml")]
         assert main(["train", *snippet, f"--out={run / name}"]) == 0
@@ -636,7 +636,7 @@ def saved_state(run: Path) -> dict[str, Any]:
 def save_again(run: Path, state: dict[str, Any]) -> Path:
     """A newer checkpoint with this state."""
     folder = run / "checkpoints"
-    place = place_of(folder, begin(folder, 9), 9)
+    place = place_of(folder, begin_checkpoint(folder, 9), 9)
     return finish(place, {}, write_state(state, place), keep=9)
 
 
@@ -739,7 +739,7 @@ def test_a_file_that_is_no_journal_is_refused(text: str, words: list[str], tmp_p
         ({"shape": lr.wsd(cooldown=0.2, floor=0.1).to_dict()}, ["floor=0.1"]),
         ({"shape": lr.wsd(cooldown=0.0).to_dict()}, ["cooldown=0.0"]),
         ({"anchor": None}, ["warming up"]),
-        ({"anchor": [100, 0.5, 0.0]}, ["changed its total"]),
+        ({"anchor": [100, 0.5, 0.0]}, ["total was changed"]),
         ({"clock": "gain"}, ["gain clock"]),
         ({"total": [3, "parsecs"]}, ["not a checkpoint of `adabatch train`", "parsecs"]),
     ],

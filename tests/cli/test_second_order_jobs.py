@@ -24,7 +24,7 @@ from adabatch.cli.main import main
 from adabatch.cli.optimizers import MakeOptimizer, optimizer_of
 from adabatch.guards.preemption import EXIT_PREEMPTED
 from adabatch.optim import KFAC, Shampoo
-from adabatch.recipes.data import collate
+from adabatch.recipes import collate
 from adabatch.runtime.launch.world import World
 
 pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")

@@ -12,7 +12,7 @@ import pytest
 from adabatch.cli import doctor
 from adabatch.cli.doctor import Package, advice, packages
 from adabatch.cli.main import main
-from adabatch.cli.tail import HEADER, follow, shown
+from adabatch.cli.tail import HEADER, follow_journal, line_text
 
 
 def step_line(step: int, **other) -> dict:
@@ -63,9 +63,9 @@ def test_evaluations_stand_between_the_steps(tmp_path, capsys):
 
 
 def test_a_terminal_has_colours():
-    assert shown(step_line(0), colored=True).endswith("\x1b[32m64 grow\x1b[0m")
-    assert shown(step_line(0, reason="hold"), colored=True) == shown(step_line(0, reason="hold"), colored=False)
-    left = shown(step_line(0, applied=False, lr=None, loss=None, averages=None, wanted=None), colored=True)
+    assert line_text(step_line(0), colored=True).endswith("\x1b[32m64 grow\x1b[0m")
+    assert line_text(step_line(0, reason="hold"), colored=True) == line_text(step_line(0, reason="hold"), colored=False)
+    left = line_text(step_line(0, applied=False, lr=None, loss=None, averages=None, wanted=None), colored=True)
     assert "(update left out)" in left
     assert "\x1b[31m" in left
     assert left.split()[3:7] == ["-"] * 4
@@ -92,7 +92,7 @@ def test_new_steps_come_as_they_are_written(tmp_path):
             lambda: append(text(2)),
         ]
     )
-    found = follow(path, lines=1, once=False, sleep=lambda _: next(later)())
+    found = follow_journal(path, lines=1, once=False, sleep=lambda _: next(later)())
     assert [next(found)["step"] for _ in range(4)] == [1, 2, 3, 2]
 
 
@@ -114,7 +114,7 @@ def test_tail_follows_a_journal_whose_file_is_put_aside(tmp_path):
 
     later = iter([lambda: put_aside(4, 7), lambda: path.write_text(text(8))])  # nothing has the name for a moment
     steps = iter([full_twice, lambda: None, *later])
-    found = follow(path, lines=2, once=False, sleep=lambda _: next(steps)())
+    found = follow_journal(path, lines=2, once=False, sleep=lambda _: next(steps)())
     assert [next(found)["step"] for _ in range(8)] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -129,7 +129,7 @@ def test_a_file_that_is_no_journal_is_not_followed(tmp_path, capsys, text):
 def test_lines_that_are_no_steps_are_passed_over(tmp_path):
     path = tmp_path / "journal.jsonl"
     path.write_text("nothing\n[1]\n" + text(5))
-    assert [entry["step"] for entry in follow(path, lines=10, once=True)] == [5]
+    assert [entry["step"] for entry in follow_journal(path, lines=10, once=True)] == [5]
 
 
 @pytest.mark.parametrize(

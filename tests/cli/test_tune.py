@@ -68,16 +68,16 @@ def job(config: Any) -> Job:
 
 def test_the_validation_split_is_kept_from_training_and_drawn_from_the_seed(config: Any) -> None:
     whole = job(config)
-    final, trial = tune.split(whole)
+    final, trial = tune.split_validation(whole)
     train, validation = (set(part.indices) for part in (trial.train_data, trial.test_data))  # type: ignore[union-attr]
     assert set(final.train_data.indices) == train  # type: ignore[attr-defined]
     assert final.test_data is whole.test_data
     assert not train & validation
     assert train | validation == set(range(len(whole.train_data)))  # type: ignore[arg-type]
     assert len(validation) == round(tune.SHARE * (len(train) + len(validation)))
-    assert tune.split(job(config))[1].test_data.indices == trial.test_data.indices  # type: ignore[union-attr]
+    assert tune.split_validation(job(config))[1].test_data.indices == trial.test_data.indices  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="needs more examples than"):
-        tune.split(whole, share=1e-6)
+        tune.split_validation(whole, share=1e-6)
 
 
 def test_another_learning_rate_is_that_of_every_group_and_the_class_is_known(config: Any) -> None:
@@ -130,4 +130,4 @@ def test_without_it_the_comparison_says_that_nothing_was_tuned(config: Any, tmp_
 def test_trials_need_a_folder(config: Any, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "--config", config(out=None), "--tune"]) == 2
-    assert "give one by --out" in capsys.readouterr().err
+    assert "give one with --out" in capsys.readouterr().err

@@ -250,7 +250,7 @@ def test_what_does_not_go_with_it_is_refused() -> None:
     optimizer = sgd(model)
     with pytest.raises(ValueError, match=r"must be a number, got sync_every=Table\(first=2"):
         LocalSGD(model, optimizer, sync_every=Table(2, []), by_speed=True)
-    with pytest.raises(ValueError, match="does not go with overlap=1"):
+    with pytest.raises(ValueError, match="cannot be combined with overlap=1"):
         LocalSGD(model, optimizer, sync_every=4, overlap=1, by_speed=True)
     with (
         LocalSGD(model, optimizer, sync_every=4, by_speed=True) as local,

@@ -258,7 +258,7 @@ def test_a_step_of_nothing_is_left_out_and_said(passes_over: bool, skip_nonfinit
     assert torch.isfinite(weights[2]).all()
     assert (batches.progress.examples, batches.consumed.examples) == (12, 18)
     assert [record.getMessage() for record in caplog.records] == [
-        "step 1 is left out: none of its micro-batches weighs anything"
+        "step 1 is left out: all of its micro-batches have weight 0"
     ]
 
 

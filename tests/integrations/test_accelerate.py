@@ -315,7 +315,7 @@ def test_a_sampler_that_would_lose_examples_is_refused(late: bool) -> None:
     run = Run(accelerator, Constant(4 * MICRO)) if late else None
     bad = shard(honest=True)[0]
     accelerator._dataloaders.append(bad)  # as `prepare` does on two processes
-    with pytest.raises(ValueError, match=r"leave out, without a word.*batch_size=4.*None.*GlobalOrder"):
+    with pytest.raises(ValueError, match=r"silently leave out.*batch_size=4.*None.*GlobalOrder"):
         run.train() if run is not None else Run(accelerator, Constant(4 * MICRO))
     accelerator._dataloaders.remove(bad)
     accelerator._dataloaders.append(shard(honest=False)[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.ranks import run_ranks
 
-from adabatch.integrations.versions import require
+from adabatch.integrations.versions import require_version
 
 HOSTS = (
     "accelerate",
@@ -34,8 +34,8 @@ def test_import_adabatch_imports_no_host(tmp_path: Path) -> None:
 
 
 def test_a_host_that_is_missing_or_too_old() -> None:
-    require("torch", "2.6")
+    require_version("torch", "2.6")
     with pytest.raises(ImportError, match=r"needs no-such-host 1.2 or newer: pip install 'no-such-host>=1.2'"):
-        require("no-such-host", "1.2")
+        require_version("no-such-host", "1.2")
     with pytest.raises(ImportError, match=r"needs torch 99.1 or newer, and .* is installed: pip install 'torch>=99.1'"):
-        require("torch", "99.1")
+        require_version("torch", "99.1")

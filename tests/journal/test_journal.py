@@ -18,7 +18,7 @@ from adabatch.batch.criteria import NormTest
 from adabatch.batch.estimates import Estimate
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
-from adabatch.cli.schedule.recorded import read_recorded
+from adabatch.cli.schedule.recorded import read_run
 from adabatch.journal.parts import parts_of
 from adabatch.journal.writer import LINE_FORMAT, Journal, line
 from adabatch.report.curves import read_curves, records
@@ -167,7 +167,7 @@ def test_readers_refuse_two_runs_in_one_journal_and_steps_that_are_there_twice(t
     def reads(*entries: dict[str, Any]) -> None:
         path = tmp_path / "run.jsonl"
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        for read in (read_curves, read_recorded):
+        for read in (read_curves, read_run):
             read(path)
 
     first = entries(0, 1, 2, run="aaaa")
@@ -305,7 +305,7 @@ def test_a_full_file_is_put_aside_and_readers_take_all(tmp_path: Path) -> None:
     assert steps_in(path) == steps_in(whole) == list(range(8))
     for one, other in zip(read_curves(path), read_curves(whole), strict=True):
         assert one is other or np.array_equal(np.asarray(one), np.asarray(other), equal_nan=np.asarray(one).size > 0)
-    assert len(read_recorded(path).batch) == len(read_recorded(whole).batch)
+    assert len(read_run(path).batch) == len(read_run(whole).batch)
     assert Journal(path).last_run() == journal.run
     for step in range(8, 40):  # beyond nine the names no longer sort as text
         journal.write(an_entry(num_examples=32, before=Progress(examples=32 * step, steps=step)))
@@ -417,7 +417,7 @@ def test_an_evaluation_has_a_line_of_its_own_which_readers_of_steps_pass_over(tm
         "evaluation": {"loss": 0.5, "accuracy": None},
         "run": journal.run,
     }
-    assert read_recorded(path).num_steps == len(read_curves(path).examples) == 2
+    assert read_run(path).num_steps == len(read_curves(path).examples) == 2
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_an_evaluation_has_a_line_of_its_own_which_readers_of_steps_pass_over(tm
     [
         ({}, ValueError, "at least one number by name"),
         ({"": 1.0}, ValueError, "must not be empty"),
-        ({3: 1.0}, TypeError, "must be a text, got 3"),
+        ({3: 1.0}, TypeError, "must be a string, got 3"),
         ({"loss": "low"}, TypeError, "the metric 'loss' must be one number, got 'low'"),
         ({"loss": [1.0, 2.0]}, TypeError, r"one number, got \[1.0, 2.0\]"),
         ({"loss": np.ones(2)}, TypeError, "one number, got array"),

@@ -12,7 +12,7 @@ import pytest
 from adabatch import lr
 from adabatch.batch.plan import Progress, examples, gain_steps, steps
 from adabatch.journal.writer import LINE_FORMAT
-from adabatch.lr.bound import whole
+from adabatch.lr.bound import whole_units
 from adabatch.lr.extend import steps_done
 from adabatch.lr.journal_lines import JOURNAL_FORMAT
 
@@ -199,7 +199,7 @@ def test_both_extensions_keep_the_base_learning_rate_the_best() -> None:
         ({"shape": lr.wsd(cooldown=0.2, floor=0.1)}, "only a wsd shape"),
         ({"clock": "gain_steps"}, "the run has the gain clock"),
         ({"warmup": None}, "the run was still warming up"),
-        ({"changed": True}, "the run changed its total on the way"),
+        ({"changed": True}, "the total was changed during the run"),
         ({"progress": Progress()}, "the run has not begun"),
     ],
 )
@@ -221,4 +221,4 @@ def test_how_many_steps_a_run_had_done() -> None:
     assert [steps_done(state, run, count) for count in (0, 40, 80, 95, 96, 160)] == [0, 5, 10, 10, 11, 15]
     assert steps_done(state, run, 170) is None
     assert steps_done(saved(total=steps(50)), run, 7.0) == 7
-    assert whole(2.9999999) == 3
+    assert whole_units(2.9999999) == 3

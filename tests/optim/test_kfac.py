@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -65,7 +66,14 @@ def test_one_example_moves_its_output_by_the_closed_form(form: Any) -> None:
     damping, layer = 0.03, nn.Linear(7, 5, bias=False)
     x, y = torch.randn(1, 7), torch.randn(1, 5)
     optimizer = KFAC(
-        layer.parameters(), layer, lr=1, damping=damping, damping_form=form, fisher="empirical", likelihood="gaussian"
+        layer.parameters(),
+        layer,
+        lr=1,
+        kl_clip=None,
+        damping=damping,
+        damping_form=form,
+        fisher="empirical",
+        likelihood="gaussian",
     )
 
     def step() -> None:
@@ -92,7 +100,9 @@ def test_exponents_are_the_powers_of_the_damped_factors(exponents: tuple[float, 
     """(0, 1) is the input side only, (1, 0) the output side only, (0, 0) gradient descent."""
     model = mlp(bias=False)
     x, y = digits(9)
-    optimizer = KFAC(model.parameters(), model, lr=1, damping=0.1, exponents=exponents, fisher="empirical")
+    optimizer = KFAC(
+        model.parameters(), model, lr=1, kl_clip=None, damping=0.1, exponents=exponents, fisher="empirical"
+    )
     change = moved(model, lambda: run_step(optimizer, model, x, y))
     for name, p in model.named_parameters():
         state = optimizer.state[p]
@@ -203,7 +213,7 @@ def test_factors_and_step_equal_those_written_out_example_by_example(kind: type[
     model = kind()
     x = torch.randint(11, (5, 6)) if kind is Sequences else torch.randn(5, 2, 6, 6)
     y = torch.randint(CLASSES, (5,))
-    optimizer = KFAC(model.parameters(), model, lr=1, damping=0.1, fisher=fisher)
+    optimizer = KFAC(model.parameters(), model, lr=1, kl_clip=None, damping=0.1, fisher=fisher)
     layers = {name: layer for name, layer in model.named_children()}
     slow = {name: slow_factors(model, layer, x, y if fisher == "empirical" else None) for name, layer in layers.items()}
     change = moved(model, lambda: run_step(optimizer, model, x, y))
@@ -274,7 +284,7 @@ def test_the_step_does_not_grow_with_the_batch() -> None:
         form = (
             (lambda pair, group: Damping(0.01 * pair.input.trace, 0.01 * pair.output.trace / num**2)) if naive else None
         )
-        optimizer = KFAC(model.parameters(), model, lr=1, damping_form="trace")
+        optimizer = KFAC(model.parameters(), model, lr=1, kl_clip=None, damping_form="trace")
         if form is not None:
             optimizer.observe(model(x))
             for layer in optimizer._capture._sums.layers.values():
@@ -295,24 +305,16 @@ def test_the_step_does_not_grow_with_the_batch() -> None:
 
 def test_memory_and_refresh_are_in_examples() -> None:
     model = mlp()
-    optimizer = KFAC(model.parameters(), model, memory=100, refresh=64, warmup_refreshes=1, fisher="gauss-newton")
+    optimizer = KFAC(model.parameters(), model, memory=100, refresh=64, warmup_refreshes=2, fisher="gauss-newton")
     refreshed = []
     x, y = digits(64)
-    for _ in range(9):
+    for step in range(1, 29):
         before = optimizer._clock.refreshes
         run_step(optimizer, model, x[:16], y[:16])
-        refreshed.append(optimizer._clock.refreshes > before)
-    assert refreshed == [
-        True,
-        False,
-        False,
-        False,
-        True,
-        False,
-        False,
-        False,
-        True,
-    ]
+        if optimizer._clock.refreshes > before:
+            refreshed.append(step)
+    # Two steps of warm-up; then each interval is a quarter longer, up to 64 examples or four steps.
+    assert refreshed == [1, 2, 4, 6, 8, 11, 15, 19, 23, 27]
     before = optimizer._clock.refreshes
     run_step(optimizer, model, x[:32], y[:32])
     assert optimizer._clock.refreshes == before + 1  # the batch has changed
@@ -321,6 +323,47 @@ def test_memory_and_refresh_are_in_examples() -> None:
     new = x.T @ x / 64
     keep = math.exp(-64 / 100)
     torch.testing.assert_close(optimizer.state[model[0].weight]["input_moment"], keep * old + (1 - keep) * new)
+
+
+def test_only_the_last_examples_before_a_refresh_are_observed() -> None:
+    model = mlp()
+    optimizer = KFAC(model.parameters(), model, refresh=128, warmup_refreshes=1, observed=32, fisher="gauss-newton")
+    x, y = digits(16)
+    due, refreshed = [], []
+    for step in range(1, 41):
+        if optimizer.due:
+            due.append(step)
+        before = optimizer._clock.refreshes
+        run_step(optimizer, model, x, y)
+        if optimizer._clock.refreshes > before:
+            refreshed.append(step)
+    late = [step for step in refreshed if step > 24]  # the intervals are 8 steps long from there
+    assert [b - a for a, b in itertools.pairwise(late)] == [8]
+    assert [step for step in due if step > late[0]] == [late[1] - 1, late[1]]
+    assert optimizer.state[model[0].weight]["observed"] == len(due)
+
+
+def test_of_a_large_batch_a_share_is_observed_without_bias() -> None:
+    """A share of 1/16, spread over batches whose first dimension is examples: 32 of 512."""
+    x, y = digits(512)
+    factors = []
+    for observed in (math.inf, 32):
+        model = mlp()
+        optimizer = KFAC(model.parameters(), model, lr=0, fisher="gauss-newton", observed=observed)
+        run_step(optimizer, model, x, y)  # the first step has no step before it, and observes everything
+        taken = []
+        for _ in range(100):
+            optimizer.observe(model(x))
+            sums = optimizer._capture.take()
+            layer = sums.layers["0"]
+            assert layer.input_sum is not None
+            assert layer.output_sum is not None
+            assert sums.num_examples == 512
+            assert layer.num_rows == (512 if observed == math.inf else 32)
+            taken.append((layer.input_sum / layer.num_rows, layer.output_sum / 512))
+        factors.append([torch.stack(side).mean(0) for side in zip(*taken, strict=True)])
+    for exact, drawn in zip(*factors, strict=True):
+        assert (drawn - exact).norm() < 0.05 * exact.norm()  # five standard errors of 100 draws of 32
 
 
 def test_few_rows_take_the_short_way_to_the_same_step() -> None:
@@ -384,7 +427,7 @@ def test_compiled_models_observe_eagerly() -> None:
     for compiled in (False, True):
         model = mlp()
         run: Any = torch.compile(model, backend="eager") if compiled else model
-        optimizer = KFAC(model.parameters(), run, observe_every=2, fisher="empirical")
+        optimizer = KFAC(model.parameters(), run, refresh=16, warmup_refreshes=1, observed=1, fisher="empirical")
 
         def steps() -> None:
             for _ in range(4):
@@ -426,6 +469,7 @@ def test_state_is_restored_bit_for_bit() -> None:
             memory=50,
             refresh=40,
             warmup_refreshes=1,
+            observed=16,  # of the 24: a resumed run must draw the same ones
             lr=0.02,
         )
 
@@ -472,7 +516,9 @@ def test_drawn_targets_repeat_with_the_seed_and_differ_between_ranks() -> None:
 def test_momentum_decay_and_clip_act_on_the_direction() -> None:
     x, y = digits(32)
     model = mlp(bias=False)
-    optimizer = KFAC(model.parameters(), model, lr=0.5, momentum=0.5, weight_decay=0.2, fisher="empirical", refresh=1e9)
+    optimizer = KFAC(
+        model.parameters(), model, lr=0.5, momentum=0.5, weight_decay=0.2, kl_clip=None, fisher="empirical", refresh=1e9
+    )
     weight, buffer = model[0].weight, torch.zeros_like(model[0].weight)
     for _ in range(3):
         before = weight.detach().clone()
@@ -488,6 +534,18 @@ def test_momentum_decay_and_clip_act_on_the_direction() -> None:
         float((limited.precondition(p, p.grad) * p.grad).sum()) for p in clipped.parameters() if p.grad is not None
     )
     assert product == pytest.approx(math.sqrt(1e-3 / (100 * unclipped)) * unclipped)
+
+
+def test_the_default_clips_and_none_does_not() -> None:
+    x, y = digits(8)
+    changes = []
+    for option in ({}, {"kl_clip": 0.03}, {"kl_clip": None}, {"kl_clip": 1e9}):
+        model = mlp()
+        optimizer = KFAC(model.parameters(), model, lr=10, fisher="gauss-newton", **option)
+        changes.append(moved(model, lambda: run_step(optimizer, model, x, y))["0.weight"])  # noqa: B023
+    assert torch.equal(changes[0], changes[1])
+    assert torch.equal(changes[2], changes[3])
+    assert changes[0].norm() < changes[2].norm()
 
 
 def test_groups_of_a_width_plan_are_taken() -> None:
@@ -568,7 +626,7 @@ def zero_readout() -> nn.Module:
         (mlp, {"exponents": (0, 1), "damping_form": "kronecker"}, r"must be \(1, 1\)"),
         (mlp, {"memory": 0, "damping_form": "kronecker"}, r"memory must be positive, got 0"),
         (mlp, {"memory": -1}, r"in examples and cannot be negative"),
-        (mlp, {"observe_every": 0}, r"observe_every must be at least 1 step, got 0"),
+        (mlp, {"observed": 0}, r"observed must be at least 1 example, or math.inf for all, got 0"),
         (mlp, {"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         (mlp, {"kl_clip": 0.0}, r"kl_clip must be positive, or None"),
         (mlp, {"others": "adam"}, r"others must be one of adamw, sgd or None"),

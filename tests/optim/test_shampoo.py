@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.properties import with_examples
 from torch import Tensor, nn
 
 from adabatch.optim import Shampoo, mup
@@ -96,10 +97,10 @@ class Slow:
     def __init__(self, value: Tensor, option: dict[str, Any]) -> None:
         self.x = value.detach().numpy().copy()
         self.option = option
-        self.grads: dict[tuple[int, int], list[np.ndarray]] = {}
+        self.grads: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
         self.roots: dict[tuple[int, int], list[np.ndarray]] = {}
         self.velocity = np.zeros_like(self.x)
-        self.count = 0
+        self.count = self.latest = 0  # steps so far, and the step of the roots
 
     def step(self, grad: Tensor) -> None:
         option, rows = self.option, self.x.shape[0] if self.x.ndim else 1
@@ -107,11 +108,15 @@ class Slow:
         size = option["block_size"] or max(whole.shape)
         update = np.zeros_like(whole)
         self.count += 1
-        due = self.count <= option["refresh_warmup"] or self.count % option["refresh_every"] == 0
+        age = self.count - self.latest
+        due = self.count <= option["refresh_warmup"] or age >= min(option["refresh_every"], max(1, self.latest // 4))
+        if due:
+            self.latest = self.count
         for i in range(0, whole.shape[0], size):
             for j in range(0, whole.shape[1], size):
                 block = whole[i : i + size, j : j + size]
-                self.grads.setdefault((i, j), []).append(block)
+                if due or self.count % option["observe_every"] == 0:
+                    self.grads.setdefault((i, j), []).append((self.count, block))
                 if due:
                     self.roots[i, j] = self._roots(self.grads[i, j])
                 left, right = self.roots.get((i, j), [np.zeros((n, n)) for n in block.shape])
@@ -119,12 +124,12 @@ class Slow:
         self.velocity = option["momentum"] * self.velocity + update.reshape(self.x.shape)
         self.x = (1 - option["lr"] * option["weight_decay"]) * self.x - option["lr"] * self.velocity
 
-    def _roots(self, grads: list[np.ndarray]) -> list[np.ndarray]:
+    def _roots(self, grads: list[tuple[int, np.ndarray]]) -> list[np.ndarray]:
         option = self.option
-        weights = np.array([option["beta"] ** age for age in reversed(range(len(grads)))])
+        weights = np.array([option["beta"] ** (self.count - step) for step, _ in grads])
         weights /= weights.sum()
-        left = sum(w * g @ g.T for w, g in zip(weights, grads, strict=True))
-        right = sum(w * g.T @ g for w, g in zip(weights, grads, strict=True))
+        left = sum(w * g @ g.T for w, (_, g) in zip(weights, grads, strict=True))
+        right = sum(w * g.T @ g for w, (_, g) in zip(weights, grads, strict=True))
         if self.x.ndim < 2:
             return [inverse_root(left, 0.5, option["epsilon"], option["relative"]), np.eye(1)]
         return [inverse_root(side, option["exponent"], option["epsilon"], option["relative"]) for side in (left, right)]
@@ -137,6 +142,7 @@ OPTIONS = st.fixed_dictionaries(
         "epsilon": st.sampled_from([1e-3, 1e-2, 0.5]),
         "relative": st.booleans(),
         "beta": st.sampled_from([0.0, 0.5, 0.95]),
+        "observe_every": st.sampled_from([1, 2, 3]),
         "refresh_every": st.sampled_from([1, 2, 3]),
         "refresh_warmup": st.sampled_from([0, 1, 2]),
         "block_size": st.sampled_from([None, 2, 4]),
@@ -146,7 +152,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40)
+@with_examples(40)
 @given(first=OPTIONS, second=OPTIONS, cut=st.integers(0, len(SHAPES)), foreach=st.sampled_from([None, True, False]))
 def test_equals_the_slow_one_with_groups_of_their_own_options(
     first: dict[str, Any], second: dict[str, Any], cut: int, foreach: bool | None
@@ -155,7 +161,7 @@ def test_equals_the_slow_one_with_groups_of_their_own_options(
     slow = [Slow(param, first if index < cut else second) for index, param in enumerate(params)]
     groups = [{"params": params[:cut], **first}, {"params": params[cut:], **second}]
     optimizer = Shampoo(groups, foreach=foreach)
-    for step in range(5):
+    for step in range(13):  # the intervals have grown to three steps in the last two refreshes
         give_gradients(params, step)
         for each, param in zip(slow, params, strict=True):
             if param.numel():
@@ -163,7 +169,7 @@ def test_equals_the_slow_one_with_groups_of_their_own_options(
         optimizer.step()
     for each, param in zip(slow, params, strict=True):
         np.testing.assert_allclose(param.detach().numpy(), each.x, rtol=1e-8, atol=1e-9)
-    assert optimizer.fallbacks == {"jittered": 0, "kept": 0}
+    assert not any(optimizer.fallbacks.values())
 
 
 def test_permuting_hidden_units_permutes_the_step() -> None:
@@ -282,11 +288,12 @@ def test_roots_are_refreshed_when_due_and_epsilon_follows_their_age() -> None:
     (weight,) = params = parameters(shapes=((4, 3),))
     optimizer = Shampoo(params, lr=0.1, refresh_warmup=2, refresh_every=4)
     fresh = []
-    for step in range(9):
+    for step in range(29):
         before = optimizer.state[weight]["left_root"].clone()
         run(optimizer, params, [step])
         fresh.append(not torch.equal(before, optimizer.state[weight]["left_root"]))
-    assert [step for step, new in enumerate(fresh, 1) if new] == [1, 2, 4, 8]
+    # Two steps of warm-up, then a quarter of the steps so far, and four steps in the end.
+    assert [step for step, new in enumerate(fresh, 1) if new] == [*range(1, 9), 10, 12, 15, 18, 22, 26]
 
     def condition(refresh_every: int) -> float:
         """Of the root of a statistic of rank one: ((1 + epsilon) / epsilon)^e."""
@@ -331,13 +338,47 @@ def failing(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
 
 
+def test_float32_roots_are_checked_and_computed_in_float64_if_they_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    for spoiled in (False, True):
+        (weight,) = params = parameters(torch.float32, shapes=((40, 30),))
+        optimizer = Shampoo(params, lr=0.1)
+        real = torch.linalg.eigh
+
+        def eigh(matrix: Tensor, spoiled: bool = spoiled, real: Any = real) -> Any:
+            values, vectors = real(matrix)
+            if spoiled and matrix.dtype is torch.float32:
+                values = values * 1.01  # off by 0.01 of the largest, which is the damping
+            return values, vectors
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.linalg, "eigh", eigh)
+            run(optimizer, params, [0])
+        assert optimizer.fallbacks == {"float64": 2 * spoiled, "jittered": 0, "kept": 0}
+        for side in ("left", "right"):
+            state = optimizer.state[weight]
+            expected = inverse_root(state[side][0].double().numpy(), 0.25, 1e-2, relative=True)
+            np.testing.assert_allclose(state[f"{side}_root"][0].double().numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_older_checkpoint_goes_on_with_every_gradient_in_its_averages() -> None:
+    old, new = parameters(), parameters()
+    first, second = Shampoo(old, lr=0.1), Shampoo(new, lr=0.1)
+    run(first, old, [0])
+    saved = copy.deepcopy(first.state_dict())
+    for group in saved["param_groups"]:
+        del group["observe_every"]  # it was no option
+    second.load_state_dict(saved)
+    assert second.param_groups[0]["observe_every"] == 1
+    run(second, new, [1])
+
+
 def test_where_eigenvalues_do_not_converge_a_small_number_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
     (weight,), (plain,) = parameters(shapes=((4, 3),)), parameters(shapes=((4, 3),))
     optimizer = Shampoo([weight], lr=0.1)
     failing(2, monkeypatch)  # the stack's, and the one without anything added
     run(optimizer, [weight], [0])
     run(Shampoo([plain], lr=0.1), [plain], [0])
-    assert optimizer.fallbacks == {"jittered": 1, "kept": 0}
+    assert optimizer.fallbacks == {"float64": 0, "jittered": 1, "kept": 0}
     torch.testing.assert_close(weight, plain, rtol=1e-9, atol=1e-12)
 
 
@@ -346,7 +387,7 @@ def test_where_they_never_converge_the_roots_are_kept(monkeypatch: pytest.Monkey
     optimizer = Shampoo(params, lr=0.1)
     failing(8, monkeypatch)  # both sides: the stack, then three times with more added
     run(optimizer, params, [0])
-    assert optimizer.fallbacks == {"jittered": 0, "kept": 2}
+    assert optimizer.fallbacks == {"float64": 0, "jittered": 0, "kept": 2}
     assert_equal(params, parameters(shapes=((4, 3),)))  # it had no roots yet: a raw gradient is not taken for one
     run(optimizer, params, [1])
     known = optimizer.state[weight]["left_root"].clone()
@@ -366,7 +407,7 @@ def test_one_block_that_fails_leaves_the_others_alone(monkeypatch: pytest.Monkey
     after = optimizer.state[weight]["left_root"]
     assert torch.equal(after[0], before[0])
     assert not torch.equal(after[1], before[1])
-    assert optimizer.fallbacks == {"jittered": 0, "kept": 1}
+    assert optimizer.fallbacks == {"float64": 0, "jittered": 0, "kept": 1}
 
 
 @pytest.mark.parametrize(
@@ -379,7 +420,7 @@ def test_one_block_that_fails_leaves_the_others_alone(monkeypatch: pytest.Monkey
         (lambda p: Shampoo(p, lr=0.1, relative=False), ValueError, "absolute epsilon .* has no default"),
         (lambda p: Shampoo(p, lr=0.1, epsilon=float("inf")), ValueError, "epsilon must be finite"),
         (lambda p: Shampoo(p, lr=0.1, beta=1.0), ValueError, "beta must be in"),
-        (lambda p: Shampoo(p, lr=0.1, refresh_every=0), ValueError, "refresh_every must be 1 or more"),
+        (lambda p: Shampoo(p, lr=0.1, refresh_every=0), ValueError, "refresh_every must be at least 1 step, got 0"),
         (lambda p: Shampoo(p, lr=0.1, block_size=0), ValueError, "block_size must be 1 or more"),
         (lambda p: Shampoo([torch.zeros(2, dtype=torch.complex64)], lr=0.1), ValueError, "complex"),
         (lambda p: Shampoo([torch.empty(50000, 2, device="meta")], lr=0.1), ValueError, "50000 squared.*block_size"),

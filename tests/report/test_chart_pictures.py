@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from support.reports import journal, two_runs
 
-from adabatch.report.chart_pictures import DRAWN, write_charts
+from adabatch.report.chart_pictures import DRAWN, write_pictures
 from adabatch.report.page import REASON_KINDS, drawn, report_on
 from adabatch.report.reason_colors import reason_colors
 from adabatch.report.steps import read_steps
@@ -26,7 +26,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
 
 def test_each_chart_of_the_page_is_a_picture_of_the_same_numbers(figures: dict[str, Figure], tmp_path: Path) -> None:
     said = drawn(two_runs())
-    written = write_charts(said, tmp_path, over="tokens")
+    written = write_pictures(said, tmp_path, over="tokens")
     assert [path.stem for path in written] == list(figures) == [*said["charts"], "layers"]
     assert set(DRAWN) == set(said["charts"]) - {"metric0"}
     for name, chart in said["charts"].items():
@@ -53,7 +53,7 @@ def test_each_kind_of_reason_has_a_colour_of_its_own_the_light_one_of_the_page(
     assert set(colors) == {*REASON_KINDS.values()}
     assert len({*colors.values()}) == len(colors)
     assert colors["failed"] == "#1d2330", "white in the dark theme"
-    write_charts(drawn([report_on(read_steps(journal(60), "one"))]), tmp_path)
+    write_pictures(drawn([report_on(read_steps(journal(60), "one"))]), tmp_path)
     legend = figures["batch"].legends[0]
     pairs = zip(legend.texts, legend.get_patches(), strict=True)
     shown = {text.get_text(): to_hex(patch.get_facecolor()) for text, patch in pairs}
@@ -64,7 +64,7 @@ def test_each_kind_of_reason_has_a_colour_of_its_own_the_light_one_of_the_page(
 def test_what_was_not_measured_is_said(figures: dict[str, Figure], tmp_path: Path) -> None:
     nothing = {"moments": None, "averages": None, "wanted": None, "low": None, "high": None, "lr": None, "loss": None}
     said = drawn([report_on(read_steps(journal(3, **nothing, reason="not probed"), "silent"))])
-    write_charts(said, tmp_path)
+    write_pictures(said, tmp_path)
     assert "the noise was not measured" in [text.get_text() for text in figures["noise"].axes[0].texts]
     assert "not measured" in [text.get_text() for text in figures["loss"].axes[0].texts]
 
@@ -72,5 +72,5 @@ def test_what_was_not_measured_is_said(figures: dict[str, Figure], tmp_path: Pat
 def test_an_axis_that_no_run_has_is_refused(tmp_path: Path) -> None:
     said = drawn([report_on(read_steps(journal(3), "short"))])
     with pytest.raises(ValueError, match="no run counts tokens, which needs --tokens_per_example=N"):
-        write_charts(said, tmp_path, over="tokens")
+        write_pictures(said, tmp_path, over="tokens")
     assert list(tmp_path.iterdir()) == []

@@ -18,11 +18,11 @@ from adabatch.report.summary import (
     betas_of,
     changes,
     criterion_factor,
-    differences,
+    differing_settings,
     flags,
     flat,
     noise_band,
-    settings_of,
+    report_settings,
     summarize,
     time_before,
     time_constant,
@@ -212,7 +212,7 @@ def test_floors_memory_and_failures_are_told():
         {"batch": 32, "reason": "no signal"},
     )
     found = kinds(run)
-    assert found["beta2_at_floor"] == "beta2 stood at its floor (0.95) for 25 % of the examples."
+    assert found["beta2_at_floor"] == "beta2 was at its floor (0.95) for 25 % of the examples."
     assert "at step 1" in found["out_of_memory"]
     assert found["not_finite"].startswith("1 step had")
     assert found["no_signal"].startswith("In 25 % of the decisions")
@@ -290,12 +290,12 @@ def test_settings_come_from_nested_and_flat_configs():
         "follow": ["betas"],
         "lr_rule": "sqrt",
     }
-    found = settings_of(flat(nested))
+    found = report_settings(flat(nested))
     assert found.limits == (16, None)  # a limit that moves is no number
     assert (found.criterion, found.lr_rule, found.betas) == ("NormTest", "sqrt", (0.9, 0.95))
-    assert settings_of({}) == RunSettings()
+    assert report_settings({}) == RunSettings()
     other = {**flat(nested), "lr_rule": "gain", "seed": 1}
-    assert differences([flat(nested), other]) == {"lr_rule": ["sqrt", "gain"], "seed": [None, 1]}
+    assert differing_settings([flat(nested), other]) == {"lr_rule": ["sqrt", "gain"], "seed": [None, 1]}
 
 
 # --- what if ---

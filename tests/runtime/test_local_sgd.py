@@ -324,7 +324,7 @@ def test_hooks_go_with_the_block_and_an_exception_sends_nothing() -> None:
         ({"sync_every": 4, "overlap": -1}, ValueError, "overlap must be at least 0 steps, got -1"),
         ({"sync_every": 4, "overlap": 4}, ValueError, "overlap must be below sync_every=4, got 4"),
         ({"sync_every": 4, "overlap": 2, "mix": 1}, ValueError, r"mix must be in \[0, 1\), got 1"),
-        ({"sync_every": 4, "overlap": 2, "average_state": True}, ValueError, "does not go with overlap=2"),
+        ({"sync_every": 4, "overlap": 2, "average_state": True}, ValueError, "cannot be combined with overlap=2"),
         ({"sync_every": 4, "fragments": 3}, ValueError, r"number of layers that train, 2 \(0, 2\), got 3"),
     ],
 )
@@ -367,7 +367,7 @@ def test_models_and_optimizers_that_do_not_belong() -> None:
     local = LocalSGD(model, optimizer, sync_every=4)
     with pytest.raises(ValueError, match="another model or optimizer"):
         AdaptiveBatch(other, optimizer, Constant(8), micro_batch_size=4, local_sgd=local)
-    with pytest.raises(ValueError, match="does not go with a GradScaler"):
+    with pytest.raises(ValueError, match="cannot be combined with a GradScaler"):
         AdaptiveBatch(
             model,
             optimizer,
@@ -425,7 +425,7 @@ def test_states_of_another_time_model_or_number_of_workers() -> None:
     with pytest.raises(ValueError, match="saved with compression=int8, this run has none"):
         local.load_state_dict({**state, "compression": "int8"})
     shallow = nn.Linear(6, 1)
-    with pytest.raises(ValueError, match="that of 4 parameters, and 2 train"):
+    with pytest.raises(ValueError, match="for 4 parameters, and this model trains 2"):
         LocalSGD(shallow, SGD(shallow.parameters(), lr=0.1), sync_every=4).load_state_dict(state)
     in_two = LocalSGD(model, optimizer, sync_every=4, outer=Nesterov(), fragments=2)
     with pytest.raises(ValueError, match="saved with fragments=1, this run has 2"):

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from jsonargparse import ArgumentParser, Namespace
 
 from adabatch.cli.display import Display, output
-from adabatch.cli.mup.widths import Subject, check, show_plan, sweep
+from adabatch.cli.mup.widths import Subject, check_coordinates, show_plan, sweep
 from adabatch.cli.subcommands import Command
 from adabatch.optim.mup.coordinates import TOLERANCE
 from adabatch.optim.mup.methods import METHODS
@@ -119,7 +119,7 @@ SUBCOMMANDS: Mapping[str, Command] = MappingProxyType(
             "The coordinate check, beside the standard parameterization that ought to fail. Status 0: passed; 1: "
             "failed; 2: a mistake in the arguments. Example: adabatch mup check --method shampoo --widths 128 256 512",
             _check_arguments,
-            check,
+            check_coordinates,
         ),
         "sweep": Command(
             "whether the best learning rate and damping stay",

@@ -14,7 +14,7 @@ import torch
 from adabatch.cli.display import Display
 from adabatch.cli.mup.imports import imported, method_of
 from adabatch.cli.optimizers import observe
-from adabatch.cli.picture import draw_panels
+from adabatch.cli.picture import draw_picture
 from adabatch.optim import mup
 from adabatch.optim.mup.methods import FIRST_LRS
 
@@ -79,7 +79,7 @@ def show_plan(*, model: str, width: int, base: int, out: Path | None, display: D
     return 0
 
 
-def check(
+def check_coordinates(
     *, subject: Subject, lr: float | None, damping: float | None, tolerance: float, out: Path, display: Display
 ) -> int:
     """The coordinate check under the plan, which must pass, and under the standard parameterization, which should fail.
@@ -112,7 +112,7 @@ def check(
         display.say("the control passed as well, so this check could not have failed: try larger widths or more steps")
     panels = {SHOWN[name]: result for name, result in results.items() if result.steepest(MOST_LINES)}
     if panels:
-        draw_panels(lambda draw: [_check_panel(draw, *panel) for panel in panels.items()], out, display=display)
+        draw_picture(lambda draw: [_check_panel(draw, *panel) for panel in panels.items()], out, display=display)
     return 0 if ours.passed else 1
 
 
@@ -154,7 +154,7 @@ def sweep(
     display.say("*: best of its width. Loss: mean of the last tenth of the steps; inf: diverged.")
     drawable = {title: swept for title, swept in found.items() if swept.result.survived}
     if drawable:
-        draw_panels(lambda draw: [_sweep_panel(draw, *panel) for panel in drawable.items()], out, display=display)
+        draw_picture(lambda draw: [_sweep_panel(draw, *panel) for panel in drawable.items()], out, display=display)
     return 0
 
 

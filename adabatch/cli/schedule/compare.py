@@ -11,8 +11,8 @@ import numpy as np
 
 from adabatch.arguments import require
 from adabatch.cli.display import Display
-from adabatch.cli.picture import draw_panels
-from adabatch.cli.schedule.recorded import read_recorded, read_saved, reference_of
+from adabatch.cli.picture import draw_picture
+from adabatch.cli.schedule.recorded import read_run, read_saved, recorded_reference
 from adabatch.cli.schedule.shape_text import parse_shape
 from adabatch.lr.bound import linear_cooldown_ratio
 from adabatch.lr.horizon import Horizon, ScheduleBound, schedule_bound
@@ -26,7 +26,7 @@ BOUND_SOURCE = (
 )
 
 
-def compare(
+def compare_shapes(
     *,
     shapes: list[str],
     steps: int | None,
@@ -83,10 +83,10 @@ def compare(
         "D, the distance from the start to a minimiser, is unknown and the same in every row: read the ratios. "
         "The bound ranks shapes; it is not a loss."
     )
-    draw_panels(lambda draw: _compared(draw, bounded, constant=norms is None), out, display=display)
+    draw_picture(lambda draw: _compared(draw, bounded, constant=norms is None), out, display=display)
 
 
-def transfer(
+def transfer_lr(
     *,
     base_lr: float,
     source: str,
@@ -159,7 +159,7 @@ def transfer(
             f"the limit of the same bound (adabatch.lr.linear_cooldown_limits)"
         )
     named = {f"tuned: {old_label}": (tuned, answers[0]), f"new: {new_label}": (wanted, answers[1])}
-    draw_panels(lambda draw: _transferred(draw, named), out, display=display)
+    draw_picture(lambda draw: _transferred(draw, named), out, display=display)
     return answers[1]
 
 
@@ -169,9 +169,9 @@ def _horizons(norms: Path | None, clock: RecordedUnit | None) -> Callable[[int |
         if clock is not None:
             raise ValueError(f"clock={clock} says what the progress of a run counts: give the run, with --norms RUN")
         return lambda steps: Horizon.of_equal_steps(STEPS if steps is None else steps)
-    recorded, saved = read_recorded(norms), read_saved(norms)
+    recorded, saved = read_run(norms), read_saved(norms)
     counted = clock or (saved.clock if saved else "examples")
-    horizon = Horizon.of_run(recorded, counted, reference_of(recorded, saved))
+    horizon = Horizon.of_run(recorded, counted, recorded_reference(recorded, saved))
     return lambda steps: horizon if steps is None else horizon.resampled(steps)
 
 

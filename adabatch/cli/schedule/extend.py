@@ -11,15 +11,15 @@ import torch
 
 from adabatch.arguments import require
 from adabatch.batch.plan import Duration
-from adabatch.checkpointing.files import begin, check, finish, place_of
+from adabatch.checkpointing.files import begin_checkpoint, check_files, finish, place_of
 from adabatch.checkpointing.run_state import STATE, write_state
 from adabatch.cli.display import Display
-from adabatch.cli.picture import draw_panels
+from adabatch.cli.picture import draw_picture
 from adabatch.cli.runs import CHECKPOINTS, JOURNAL
 from adabatch.cli.schedule.compare import BOUND_SOURCE
-from adabatch.cli.schedule.recorded import read_checkpoint, read_recorded, read_saved
+from adabatch.cli.schedule.recorded import read_checkpoint, read_run, read_saved
 from adabatch.cli.schedule.shape_text import class_path, config_text
-from adabatch.lr.bound import whole
+from adabatch.lr.bound import whole_units
 from adabatch.lr.extend import (
     EXTENSIONS,
     ExtendedSchedule,
@@ -72,7 +72,7 @@ def extend(
     own = schedule_bound(saved.shape, Horizon.of_equal_steps(finished.num_steps), warmup_steps=finished.warmup_steps)
     tuned = own.terms.best_base_lr
     journal = run / JOURNAL
-    recorded = read_recorded(journal) if journal.is_file() else None
+    recorded = read_run(journal) if journal.is_file() else None
 
     reference = bounded["unchanged"].terms.at(tuned)
     rows = [
@@ -80,7 +80,7 @@ def extend(
             label,
             f"{option.lr_factor:.4f}",
             f"{option.cooldown:.4f}",
-            f"{whole(option.resume):,}",
+            f"{whole_units(option.resume):,}",
             _steps_text(finished, saved, recorded, option.resume),
             f"{bounded[label].terms.best_base_lr / tuned:.4f}",
             f"{bounded[label].terms.at(tuned) / reference:.4f}",
@@ -108,7 +108,7 @@ def extend(
         display.say(f"config: {path}")
     if checkpoint is not None:
         _write_checkpoints(checkpoint, saved, finished, total, options, folder, display=display)
-    draw_panels(
+    draw_picture(
         lambda draw: _panels(draw, saved, finished, own, options, bounded), folder / "extend.png", display=display
     )
 
@@ -129,19 +129,22 @@ def _steps_text(finished: FinishedRun, saved: SavedSchedule, recorded: Recorded 
     """How many of its steps the run had done by then; an estimate if there are only examples and no journal."""
     unit = finished.total.unit
     if unit == "steps":
-        return f"{whole(resume):,}"
+        return f"{whole_units(resume):,}"
     if recorded is None:
-        return f"about {whole(resume / finished.total.count * finished.num_steps):,}"
+        return f"about {whole_units(resume / finished.total.count * finished.num_steps):,}"
     steps = steps_done(saved, recorded, resume)
     return "not there yet" if steps is None else f"{steps:,}"
 
 
 def _where_it_stands(saved: SavedSchedule, finished: FinishedRun, options: dict[str, ExtendedSchedule]) -> str:
     done = saved.progress.count(finished.total.unit)
-    stands = f"{Path(saved.source).name} stands at {done:,} {finished.total.unit} ({saved.progress.steps:,} steps)"
-    late = [label for label in EXTENSIONS if done > whole(options[label].resume)]
+    stands = f"{Path(saved.source).name} is at {done:,} {finished.total.unit} ({saved.progress.steps:,} steps)"
+    late = [label for label in EXTENSIONS if done > whole_units(options[label].resume)]
     if not late:
-        return f"{stands}, before both options leave its schedule: --checkpoint {saved.source} makes it theirs"
+        return (
+            f"{stands}, before both options depart from its schedule: --checkpoint {saved.source} copies it for "
+            f"each of them"
+        )
     which = " and ".join(late)
     return f"{stands}, too late for {which}: give one from before the point in the table with --checkpoint"
 
@@ -165,11 +168,11 @@ def _write_checkpoints(
             f"base LR {', '.join(map(str, there.base_lrs))}"
         )
     done = there.progress.count(total.unit)
-    early = [label for label in EXTENSIONS if done <= whole(options[label].resume)]
+    early = [label for label in EXTENSIONS if done <= whole_units(options[label].resume)]
     if not early:
-        last = max(whole(options[label].resume) for label in EXTENSIONS)
+        last = max(whole_units(options[label].resume) for label in EXTENSIONS)
         raise ValueError(
-            f"{checkpoint} stands at {done:,} {total.unit}, and an extension needs one from {last:,} {total.unit} or "
+            f"{checkpoint} is at {done:,} {total.unit}, and an extension needs one from {last:,} {total.unit} or "
             f"before, while the learning rate was full"
         )
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
@@ -179,14 +182,14 @@ def _write_checkpoints(
         schedule = {"shape": options[label].shape.to_dict(), "total": [total.count, str(total.unit)]}
         changed = {**state, "schedule": {**state["schedule"], **schedule}}
         path = _write_again(checkpoint, changed, place / CHECKPOINTS, steps=there.progress.steps)
-        display.say(f"checkpoint: {path}; go on with adabatch train --config CONFIG --config {config} --out {place}")
+        display.say(f"checkpoint: {path}; continue with adabatch train --config CONFIG --config {config} --out {place}")
 
 
 def _write_again(checkpoint: Path, state: dict[str, Any], folder: Path, *, steps: int) -> Path:
     """Writes a copy of a checkpoint with another state into a new folder."""
     # checked first: a copy gets new checksums, which would hide damage
-    contents = check(checkpoint).contents
-    place = place_of(folder, begin(folder, steps), steps)
+    contents = check_files(checkpoint).contents
+    place = place_of(folder, begin_checkpoint(folder, steps), steps)
     return finish(place, contents, write_state(state, place), keep=3)
 
 
@@ -196,12 +199,12 @@ def _file_name(label: str) -> str:
 
 def _config(run: Path, finished: FinishedRun, total: Duration, label: str, option: ExtendedSchedule, path: Path) -> str:
     """The longer run as a config, with how it was made at its head."""
-    until = f"{whole(option.resume):,} {total.unit}"
+    until = f"{whole_units(option.resume):,} {total.unit}"
     lines = [
         f"{run} extended from {finished.total} to {total}, {label} ({SOURCE}).",
         f"  adabatch train --config CONFIG --config {path}",
         f"The base learning rate stays. Up to {until} this is the finished run's schedule:",
-        "a checkpoint from before that point can go on under it (adabatch schedule extend --checkpoint).",
+        "a checkpoint from before that point can continue under it (adabatch schedule extend --checkpoint).",
     ]
     if option.lr_factor != 1:
         lines.append(f"Then the learning rate falls to {option.lr_factor:.4f} of itself, and cools down at the end.")

@@ -19,7 +19,7 @@ from adabatch.lr.shapes import Shape
 from adabatch.runtime.collectives import Collectives
 
 
-def read_recorded(run: Path) -> Recorded:
+def read_run(run: Path) -> Recorded:
     """The applied steps of a run, given its folder or its journal.
 
     Raises:
@@ -74,6 +74,6 @@ def read_checkpoint(path: Path) -> SavedSchedule:
     return SavedSchedule(str(path), shape, base_lrs, total, start, changed, clock, progress, reference)
 
 
-def reference_of(recorded: Recorded, saved: SavedSchedule | None) -> float:
+def recorded_reference(recorded: Recorded, saved: SavedSchedule | None) -> float:
     """The reference batch size of a run; without a checkpoint the size of its first step."""
     return float(recorded.batch[0]) if saved is None else float(saved.reference)

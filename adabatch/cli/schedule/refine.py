@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 
 from adabatch.cli.display import Display
-from adabatch.cli.picture import draw_panels
+from adabatch.cli.picture import draw_picture
 from adabatch.cli.runs import journal_in
 from adabatch.cli.schedule.compare import BOUND_SOURCE
-from adabatch.cli.schedule.recorded import read_recorded, read_saved, reference_of
+from adabatch.cli.schedule.recorded import read_run, read_saved, recorded_reference
 from adabatch.cli.schedule.shape_text import class_path, config_text
 from adabatch.lr.bound import BoundTerms
 from adabatch.lr.recorded import Recorded, RecordedUnit
@@ -28,7 +28,7 @@ NextRule = Literal["none", "linear", "sqrt", "gain", "sqrt_gain"]
 SOURCE = "Defazio et al. 2023, arXiv:2310.07831"
 
 
-def refine(
+def write_refined(
     *,
     run: Path,
     kind: OptimizerKind,
@@ -54,15 +54,17 @@ def refine(
     Raises:
         ValueError: if arguments and run do not match.
     """
-    recorded, saved = read_recorded(run), read_saved(run)
-    reference = reference_of(recorded, saved)
+    recorded, saved = read_run(run), read_saved(run)
+    reference = recorded_reference(recorded, saved)
     counted = clock or (saved.clock if saved else "examples")
     edges = recorded.edges(counted, reference)
     factor = recorded.factor if lr_rule is None else recorded.factors(lr_rule, reference)
     made = refine_run(recorded, kind, factor=factor, edges=edges, smoothing=smoothing, length=length)
     if saved is not None and not saved.progress.reached(saved.total):
         done = saved.progress.count(saved.total.unit) / saved.total.count
-        display.say(f"the run stands at {done:.0%} of its {saved.total}: the shape takes these norms for a whole run's")
+        display.say(
+            f"the run is at {done:.0%} of its {saved.total}: the shape treats these norms as those of a whole run"
+        )
     rule = _about_the_batch(recorded, lr_rule, factor, reference)
     say_summary(recorded, kind, made, rule=rule, display=display)
     bounded = refined_bounds(recorded, made, edges)
@@ -88,7 +90,7 @@ def refine(
         config["clock"] = "gain"
     snippet.write_text(config_text(head, config), encoding="utf-8")
     display.say(f"config: {snippet}")
-    draw_panels(lambda draw: _panels(draw, recorded, made, edges, counted), folder / "refined.png", display=display)
+    draw_picture(lambda draw: _panels(draw, recorded, made, edges, counted), folder / "refined.png", display=display)
 
 
 def say_summary(recorded: Recorded, kind: OptimizerKind, made: RefinedRun, *, rule: str, display: Display) -> None:
@@ -114,7 +116,7 @@ def say_summary(recorded: Recorded, kind: OptimizerKind, made: RefinedRun, *, ru
     if made.progress[peak] > LATE:
         display.say(
             f"the peak comes at {made.progress[peak]:.0%} of the run: gradients that vanish towards the end, as of a "
-            f"model that fits its data, draw the whole schedule there; smooth more, or keep another shape"
+            f"model that fits its data, pull the whole schedule there; smooth more, or keep another shape"
         )
 
 

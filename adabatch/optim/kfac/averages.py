@@ -110,7 +110,7 @@ def average_in(layer: WatchedLayer, seen: FactorSums, *, num_examples: float, sh
     """Adds one observation to a layer's averages; one that is not finite is skipped and counted."""
     assert seen.input_sum is not None
     assert seen.output_sum is not None
-    new = {"input": seen.input_sum / seen.num_rows, "output": seen.output_sum / num_examples}
+    new = {"input": seen.input_sum.div_(seen.num_rows), "output": seen.output_sum.div_(num_examples)}
     # Traces are enough: a diagonal sums the squares of every number that its factor is made of.
     finite = torch.isfinite(_trace(new["input"]) + _trace(new["output"]))
     # The first observation is taken whole, and the averages are not corrected for that. Curvature falls fast at first,
@@ -120,7 +120,7 @@ def average_in(layer: WatchedLayer, seen: FactorSums, *, num_examples: float, sh
     for side, value in new.items():
         old = layer.state[f"{side}_moment"]
         # where(), and not a share of zero: 0 x NaN is NaN.
-        old.copy_(torch.where(finite, old.lerp(value.to(old), part.to(old.dtype)), old))
+        old.lerp_(torch.where(finite, value.to(old), old), part.to(old.dtype))
     layer.state["observed"] += finite
     layer.state["not_finite"] += ~finite
 

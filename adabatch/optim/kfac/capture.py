@@ -7,7 +7,9 @@ checkpointing runs outside the model's own forward, and is therefore not recorde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakMethod, finalize, ref
 
@@ -25,6 +27,30 @@ class Noted(NamedTuple):
     name: str
     input: Tensor
     output: GradientEdge  # not the tensor, which an in-place activation would overwrite
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Takes a share of the entries of a tensor along its first dimension, at random but evenly spread.
+
+    Args:
+        share: in (0, 1]; with 1 everything is taken, and nothing is drawn.
+        generator: draws the entries.
+    """
+
+    share: float
+    generator: torch.Generator
+
+    def of(self, value: Tensor) -> Tensor:
+        """The entries taken. For a mean over all rows they may be examples, positions or both."""
+        length = value.shape[0]
+        number = math.ceil(self.share * length)
+        if number >= length:
+            return value
+        # One of each of `number` equal stretches. Every k-th would alias with positions that are part of the rows.
+        places = torch.arange(number, dtype=torch.float64, device=value.device)
+        places += torch.rand(number, dtype=torch.float64, device=value.device, generator=self.generator)
+        return value[(places * (length / number)).long().clamp_(max=length - 1)]
 
 
 # This and the next function are also in adabatch.runtime, which optim/ does not import.
@@ -125,18 +151,19 @@ class Capture:
             )
         return bool(self._noted)
 
-    def observe(self, outputs: Tensor, cotangents: Iterable[Tensor]) -> None:
+    def observe(self, outputs: Tensor, cotangents: Iterable[Tensor], sample: Sample) -> None:
         """Adds the last forward of the model to the sums of this step.
 
         Args:
             outputs: the outputs of the model, shape (examples, ...), with their graph, which is kept.
             cotangents: cotangents of ``outputs``, each in their shape.
+            sample: which of the layers' inputs and output gradients to take.
         """
         noted, self._noted = self._noted, []
         where = [each.output for each in noted]
         with torch.autocast(outputs.device.type, enabled=False), torch.no_grad():
             for each in noted:
-                self._add_input(each)
+                self._add_input(each.name, sample.of(each.input))
         for cotangent in cotangents:
             # a backward of the outputs alone: the loss's own would give gradients of a mean over the batch, times its
             # scale
@@ -147,27 +174,29 @@ class Capture:
             with torch.autocast(outputs.device.type, enabled=False), torch.no_grad():
                 for each, delta in zip(noted, deltas, strict=True):
                     if delta is not None:
-                        self._add_output(each.name, delta)
+                        taken = sample.of(delta)
+                        self._add_output(each.name, taken, len(delta) / len(taken))
         self._sums.num_examples += outputs.shape[0]
 
-    def _add_input(self, each: Noted) -> None:
-        kind = self._kinds[each.name]
-        sums = self._sums.layers.setdefault(each.name, FactorSums())
-        sums.num_rows += kind.num_rows(each.input)
-        rows = kind.input_rows(each.input) if self._in_rows else None
+    def _add_input(self, name: str, value: Tensor) -> None:
+        kind = self._kinds[name]
+        sums = self._sums.layers.setdefault(name, FactorSums())
+        sums.num_rows += kind.num_rows(value)
+        rows = kind.input_rows(value) if self._in_rows else None
         if rows is not None:
             sums.input_rows.append(rows)
             return
-        moment = kind.input_moment(each.input)
+        moment = kind.input_moment(value)
         sums.input_sum = moment if sums.input_sum is None else sums.input_sum.add_(moment)
 
-    def _add_output(self, name: str, delta: Tensor) -> None:
+    def _add_output(self, name: str, delta: Tensor, weight: float) -> None:
+        """Adds output gradients that each stand for ``weight`` of them."""
         sums = self._sums.layers[name]
         rows = self._kinds[name].output_rows(delta)
         if self._in_rows:
-            sums.output_rows.append(rows)
+            sums.output_rows.append(rows * math.sqrt(weight))
             return
-        moment = rows.T @ rows
+        moment = (rows.T @ rows).mul_(weight)
         sums.output_sum = moment if sums.output_sum is None else sums.output_sum.add_(moment)
 
     def take(self) -> Sums:

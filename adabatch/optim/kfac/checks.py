@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from adabatch.arguments import MOST_STEPS, require
+from adabatch.arguments import require
 from adabatch.optim.kfac.inversion import Exponents
 from adabatch.optim.kfac.survey import Survey
 from adabatch.optim.parameters import listed
 from adabatch.optim.placement import Reduce
 
 
-def check_factors(exponents: Exponents, *, exact: bool, memory: float, refresh: float, observe_every: int) -> None:
+def check_factors(exponents: Exponents, *, exact: bool, memory: float, refresh: float, observed: float) -> None:
     """Raises ``ValueError`` if settings of the factors are out of range or exclude each other."""
     if any(not 0 <= exponent <= 1 for exponent in exponents):
         raise ValueError(f"exponents (e_B, e_A) must be in [0, 1], got {tuple(exponents)}")
@@ -27,8 +27,7 @@ def check_factors(exponents: Exponents, *, exact: bool, memory: float, refresh: 
         raise ValueError(f"memory and refresh are in examples and cannot be negative, got {memory} and {refresh}")
     if exact and memory == 0:
         raise ValueError("damping_form='kronecker' needs whole factors: memory must be positive, got 0")
-    require(observe_every >= 1, "observe_every must be at least 1 step", observe_every)
-    require(observe_every <= MOST_STEPS, f"observe_every must be at most {MOST_STEPS} steps", observe_every)
+    require(observed >= 1, "observed must be at least 1 example, or math.inf for all", observed)
 
 
 def check_step(*, momentum: float, kl_clip: float | None, others: str | None, **not_negative: float) -> None:

@@ -14,9 +14,9 @@ from torch.optim.optimizer import ParamsT, StateDict
 from adabatch.arguments import MOST_STEPS, checked, require, whole
 from adabatch.optim.kfac import averages, curvature, inversion
 from adabatch.optim.kfac.averages import WatchedLayer
-from adabatch.optim.kfac.capture import Capture
+from adabatch.optim.kfac.capture import Capture, Sample
 from adabatch.optim.kfac.checks import check_factors, check_step, plain_groups, refuse_zeros
-from adabatch.optim.kfac.clock import StepCounts
+from adabatch.optim.kfac.clock import Intervals, StepCounts
 from adabatch.optim.kfac.curvature import Fisher, Likelihood
 from adabatch.optim.kfac.damping import DampingForm, DampingName, Factor, FactorPair, form_of
 from adabatch.optim.kfac.first_order import Others, update_others
@@ -25,9 +25,6 @@ from adabatch.optim.kfac.survey import Survey, split_groups, survey
 from adabatch.optim.kfac.whitening import Whitening
 from adabatch.optim.mup.guard import check_ratios
 from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
-
-BATCH_CHANGE = 0.1
-"""Relative change of the batch beyond which the inverses are computed again."""
 
 
 class KFAC(Optimizer):
@@ -54,9 +51,9 @@ class KFAC(Optimizer):
 
     *Per-example factors.* Cotangents that are summed over the examples are propagated from the outputs back to each
     layer. So B does not depend on the mean in the loss, on accumulation, on a loss scale or on the number of ranks, and
-    a step does not depend on how a batch is divided. (Computed from the gradient of a mean loss, B would fall with the
-    square of the batch size, and the step would grow with it.) Call ``observe`` in each micro-batch; the sums are
-    pooled at ``step``.
+    a step does not depend on how a batch is divided, except for what is drawn. (Computed from the gradient of a mean
+    loss, B would fall with the square of the batch size, and the step would grow with it.) Call ``observe`` in each
+    micro-batch; the sums are pooled at ``step``.
 
     *Width.* The learning rate does not change with width, nor does the damping in units of the trace. The readout needs
     care: it must be small at initialization, and not zero (``adabatch.optim.mup`` sets it).
@@ -79,20 +76,24 @@ class KFAC(Optimizer):
             as the residual vanishes, since its step grows with one over the residual.
         likelihood: the likelihood whose negative logarithm is the loss: "categorical" (cross-entropy) or "gaussian"
             (half the squared error). A constant factor in the loss only changes the unit of the learning rate.
-        memory: the memory of the factors' exponential average, in examples: after so many, old observations have a
-            weight of 1/e. The default is the customary 0.95 per step at a batch of 128 (Martens and Grosse 2015). With
-            0 only the last step counts; if it has fewer examples than a layer's width, on one process, the matrix to
-            decompose has the size of their number.
-        refresh: examples between two computations of the inverses. Counted in examples, so that it adapts to the batch:
-            by default every 10 steps at a batch of 128, and every step from 1,280 on. A step whose batch differs by
-            more than a tenth from the previous one also refreshes.
-        warmup_refreshes: number of first steps that all refresh.
-        observe_every: steps between two observations. More steps are cheaper, with older factors.
+        memory: the memory of the factors' exponential average, in observed examples: after that many, old observations
+            have a weight of 1/e. The default is the customary 0.95 per step at a batch of 128 (Martens and Grosse
+            2015). With 0 only the last step counts; if it has fewer examples than a layer's width, on one process, the
+            matrix to decompose has the size of their number.
+        refresh: the longest interval between two computations of the inverses, in examples, so that it adapts to the
+            batch. Each interval is a quarter longer than the one before it until then. The default is 64 steps at a
+            batch of 128, and every step from 8,192 on. A step that observes, and whose batch differs by more than a
+            tenth from the one before, also refreshes.
+        warmup_refreshes: number of first steps that all refresh, before the intervals grow.
+        observed: examples to observe for each computation of the inverses: those of the last steps before it. If one
+            step has more, a random share of each micro-batch is observed. ``math.inf`` observes every example.
         momentum: heavy-ball factor on the preconditioned direction, in [0, 1).
         weight_decay: coefficient of the decoupled decay.
-        kl_clip: the largest sum of ``lr^2 <D, G>`` in a step; beyond it the directions are scaled down. 1e-3 is
-            customary, and needed for small batches (``docs/kfac.md``). Under the width plan it does not depend on width
-            (a clip of the Euclidean norm would). Momentum is added after it.
+        kl_clip: the largest sum of ``lr^2 <D, G>`` in a step, about twice the change of the predictions in nats; beyond
+            it the directions are scaled down. None does not clip, which diverges at small batches. The default kept
+            every run of ``benchmarks/kfac_clip.py`` stable, and cost at most two steps of 28 at batches from 128 to
+            8,192 (``benchmarks/LOG.md``); 1e-3 is customary, and better if the batch stays below 64. Under the width
+            plan it does not depend on width (a clip of the Euclidean norm would). Momentum is added after it.
         others: "adamw" or "sgd" (with ``momentum``) for the parameters that K-FAC does not take; with None such
             parameters are an error.
         others_lr: the learning rate of ``others``.
@@ -147,12 +148,12 @@ class KFAC(Optimizer):
         fisher: Fisher = "monte-carlo",
         likelihood: Likelihood = "categorical",
         memory: float = 2500,
-        refresh: float = 1280,
+        refresh: float = 8192,
         warmup_refreshes: int = 10,
-        observe_every: int = 1,
+        observed: float = 1024,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
-        kl_clip: float | None = None,
+        kl_clip: float | None = 0.03,
         others: Others | None = None,
         others_lr: float = 1e-3,
         exclude: Sequence[str] = (),
@@ -165,7 +166,7 @@ class KFAC(Optimizer):
             require(lr.numel() == 1, "lr must be a number or a tensor of one element", lr)
         form = form_of(damping_form)
         self._exponents = Exponents(*exponents)
-        check_factors(self._exponents, exact=form is None, memory=memory, refresh=refresh, observe_every=observe_every)
+        check_factors(self._exponents, exact=form is None, memory=memory, refresh=refresh, observed=observed)
         check_step(
             momentum=momentum,
             kl_clip=kl_clip,
@@ -180,8 +181,8 @@ class KFAC(Optimizer):
         self._likelihood: Likelihood = likelihood
         seed = whole("seed", seed)
         warmup_refreshes = whole("warmup_refreshes", warmup_refreshes, at_most=MOST_STEPS)
-        self._memory, self._refresh, self._warmup_refreshes = memory, refresh, warmup_refreshes
-        self._observe_every, self._kl_clip = observe_every, kl_clip
+        self._intervals = Intervals(refresh, warmup_refreshes, observed)
+        self._memory, self._observed, self._kl_clip = memory, observed, kl_clip
         self._seed, self._reduce = seed, reduce
         self._owner: Owner = owner or Alone()
         self._clock = StepCounts()
@@ -211,7 +212,7 @@ class KFAC(Optimizer):
     @property
     def due(self) -> bool:
         """Whether the next step needs an observation; in other steps ``observe`` does nothing."""
-        return int(self._clock.steps) % self._observe_every == 0
+        return self._intervals.observes(self._clock)
 
     @property
     def reduces(self) -> bool:
@@ -255,14 +256,11 @@ class KFAC(Optimizer):
                 "observe found no forward of the model to measure: call the module that was given to KFAC, with "
                 "gradients, then observe its outputs once"
             )
+        generator = self._generator(outputs.device)
         sent = curvature.cotangents(
-            outputs,
-            targets,
-            fisher=self._fisher,
-            likelihood=self._likelihood,
-            generator=self._generator(outputs.device),
+            outputs, targets, fisher=self._fisher, likelihood=self._likelihood, generator=generator
         )
-        self._capture.observe(outputs, sent)
+        self._capture.observe(outputs, sent, Sample(self._intervals.share(self._clock), generator))
         self._clock.observations += 1
 
     @torch.no_grad()
@@ -277,8 +275,10 @@ class KFAC(Optimizer):
         check_ratios(self)
         # Read before _average() replaces it.
         before = self._clock.last_batch
+        if not self.due:
+            self._clock.since_refresh += before
         # summed before the decision: all ranks then see the same number of examples, and refresh in the same step
-        if self.due and self._average() and self._wants_refresh(before):
+        elif self._average() and self._intervals.refreshes(self._clock, before):
             self.refresh()
         self._clock.steps += 1
         # all directions before the first parameter moves: kl-clip needs their product with the gradient over all layers
@@ -402,7 +402,7 @@ class KFAC(Optimizer):
                     "and before the backward"
                 )
             return False
-        share = averages.share_of(sums.num_examples, memory=self._memory)
+        share = averages.share_of(min(sums.num_examples, self._observed), memory=self._memory)
         for layer in self._layers:
             seen = sums.layers.get(layer.name)
             if seen is None or seen.num_rows == 0 or not (seen.output_rows or seen.output_sum is not None):
@@ -415,13 +415,6 @@ class KFAC(Optimizer):
         self._clock.since_refresh += sums.num_examples
         self._clock.last_batch = sums.num_examples
         return True
-
-    def _wants_refresh(self, before: float) -> bool:
-        """Whether the inverses are due; ``before`` is the number of examples in the previous batch."""
-        now = self._clock.last_batch
-        early = self._clock.refreshes < self._warmup_refreshes
-        changed = before > 0 and abs(now - before) > BATCH_CHANGE * before
-        return early or changed or self._clock.since_refresh >= self._refresh
 
     def _pair(self, block: FactorBlock, input_trace: float, output_trace: float) -> FactorPair:
         layer = block.layer

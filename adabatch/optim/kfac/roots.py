@@ -33,7 +33,10 @@ class Root(NamedTuple):
 
     def of_columns(self, grad: Tensor) -> Tensor:
         """``grad @ root``, for ``grad`` of shape (k, d)."""
-        return self.of_rows(grad.T).T
+        # The operator is symmetric. A chain of products without a transposition leaves the result contiguous.
+        if self.scale is not None:
+            return self.scale * grad - (grad @ self.core.T) @ self.core
+        return grad @ self.core if self.core.dim() == 2 else self.core * grad
 
 
 class Inverted(NamedTuple):
@@ -46,11 +49,12 @@ class Inverted(NamedTuple):
 def inverse(moment: Tensor, *, damping: float, trace: float, dtype: torch.dtype) -> Inverted:
     """``(moment + damping)^-1`` by a Cholesky factorization in ``dtype``; ``info`` is nonzero if it failed."""
     # cholesky_ex() does not raise, and reports in a tensor: no host sync per matrix.
-    scaled = (moment.to(dtype) / trace).diagonal_scatter(moment.diagonal().to(dtype) / trace + damping / trace)
+    scaled = moment.to(dtype) / trace
+    scaled.diagonal().add_(damping / trace)
     factor, info = torch.linalg.cholesky_ex(scaled)
-    # After a failure the factor may be singular, and cholesky_inverse() would raise; the identity is never used.
-    factor = torch.where(info == 0, factor, torch.eye(len(factor), dtype=dtype, device=factor.device))
-    return Inverted(Root((torch.cholesky_inverse(factor) / trace).to(moment.dtype)), info)
+    # After a failure the factor may be singular, and cholesky_inverse() would raise; its result is not used then.
+    factor.diagonal().masked_fill_(info != 0, 1.0)
+    return Inverted(Root(torch.cholesky_inverse(factor).div_(trace).to(moment.dtype)), info)
 
 
 def power(moment: Tensor, exponent: float, *, damping: float, trace: float) -> Root:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adabatch.arguments import MOST_STEPS, check_fields, checked, require
-from adabatch.optim.mup.names import joined, named_modules
+from adabatch.optim.mup.names import full_name, named_modules
 from adabatch.optim.mup.plans import Plan
 from adabatch.optim.mup.table import aligned
 from adabatch.optim.mup.trial import (
@@ -225,7 +225,7 @@ def _measure(trial: Trial, width: int, seed: int, batch: Batch, steps: int) -> d
         for key in old[name]:
             parameter = module._parameters[key]
             if parameter is not None and parameter.requires_grad:
-                found[joined(name, key)] = _OutputChange(_own(module, key, old[name], before[name]), total)
+                found[full_name(name, key)] = _OutputChange(_own(module, key, old[name], before[name]), total)
     return found
 
 

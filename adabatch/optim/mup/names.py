@@ -46,11 +46,11 @@ def all_names(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Parameter]]:
         # Not by named_parameters(), which keeps the names of wrappers, and leaves out the second name of a tied weight.
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(id(parameter), ([], parameter))[0].append(joined(prefix, key))
+                found.setdefault(id(parameter), ([], parameter))[0].append(full_name(prefix, key))
     return [(tuple(names), parameter) for names, parameter in found.values()]
 
 
-def joined(prefix: str, key: str) -> str:
+def full_name(prefix: str, key: str) -> str:
     """The full name of ``key`` in a module."""
     return f"{prefix}.{key}" if prefix else key
 
@@ -61,7 +61,7 @@ def _below(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield name, module
     for key, child in module._modules.items():
         if child is not None:
-            yield from _below(joined(name, key), child)
+            yield from _below(full_name(name, key), child)
 
 
 def _inner(module: nn.Module, names: Collection[str]) -> nn.Module | None:

@@ -11,7 +11,7 @@ from torch import nn
 from adabatch.arguments import checked_but, require_type, some
 from adabatch.optim.mup.entry import Dim, Entry, Role, role_of
 from adabatch.optim.mup.layouts import Use, parsed_layout, use_of
-from adabatch.optim.mup.names import all_names, joined, named_modules
+from adabatch.optim.mup.names import all_names, full_name, named_modules
 from adabatch.optim.mup.plans import Plan, check_names, matching
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class _Used(NamedTuple):
 
 def _used(model: nn.Module) -> dict[str, _Used]:
     owners = {
-        joined(prefix, key): (module, key) for prefix, module in named_modules(model) for key in module._parameters
+        full_name(prefix, key): (module, key) for prefix, module in named_modules(model) for key in module._parameters
     }
     return {
         names[0]: _Used(names, tuple(parameter.shape), tuple(use_of(*owners[name], parameter) for name in names))

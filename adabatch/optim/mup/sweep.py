@@ -105,7 +105,7 @@ def transfer_sweep(
     Args:
         make: width -> model.
         optimizer: a model, its plan, learning rate and damping -> an optimizer, or several.
-        data: seed -> batches, ``steps`` of them at least.
+        data: seed -> batches, at least ``steps`` of them.
         loss: of outputs and targets.
         widths: to compare.
         base: width at which the settings were tuned; or a plan of any width.
@@ -124,7 +124,7 @@ def transfer_sweep(
     check_widths(widths, seeds)
     for name, values in (("lrs", lrs), ("dampings", dampings)):
         if len(values) == 0:
-            raise ValueError(f"{name} must hold one value at least, got none")
+            raise ValueError(f"{name} must hold at least one value, got none")
         wrong = [value for value in values if value is not None and not 0 <= value < math.inf]
         require(not wrong, f"{name} must be finite and not negative", wrong)
     require(1 <= steps <= MOST_STEPS, f"steps must be 1 or more, up to {MOST_STEPS}", steps)

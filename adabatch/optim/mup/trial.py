@@ -129,5 +129,5 @@ def check_widths(widths: Sequence[int], seeds: Sequence[int]) -> None:
     if len(set(widths)) < 2 or len(set(widths)) != len(widths) or min(widths) < 1:
         raise ValueError(f"widths must be two or more different positive numbers, got {list(widths)}")
     if not seeds:
-        raise ValueError("seeds must hold one seed at least, got none")
+        raise ValueError("seeds must hold at least one seed, got none")
     require(min(seeds) >= 0, "seeds must not be negative", list(seeds))

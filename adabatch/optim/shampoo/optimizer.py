@@ -40,9 +40,9 @@ class Shampoo(Optimizer):
     multiplied by sqrt(fan-out ratio / fan-in ratio). A relative epsilon does not change with width; an absolute one
     does.
 
-    *Stale roots.* The statistics are updated in every step, the roots every ``refresh_every`` steps. In between, a
-    gradient has components that the roots do not contain. These grow by up to ``epsilon^-2e`` more than the others,
-    particularly in wide layers. With ``epsilon=1e-3`` and roots that are ten steps old, the largest stable learning
+    *Stale roots.* The statistics are updated in every step, the roots are not. In between, a gradient has components
+    that the roots do not contain. These grow by up to ``epsilon^-2e`` more than the others, particularly in wide
+    layers. With ``epsilon=1e-3`` and roots that are ten steps old, the largest stable learning
     rate falls with width; with 1e-2, or with fresh roots, it does not. So the default is 1e-2, or 1e-3 if
     ``refresh_every=1``.
 
@@ -59,7 +59,11 @@ class Shampoo(Optimizer):
         relative: whether epsilon is in units of the largest eigenvalue, or absolute, in squared units of the gradient.
         beta: factor of the moving averages per step, in [0, 1). The averages are running means at first, so they are
             not biased towards zero. May be changed during a run.
-        refresh_every: steps between two computations of the roots.
+        observe_every: steps between two updates of the statistics; a step that computes roots always updates them.
+            Their memory is in steps, whatever the interval. With 4 a step is cheaper, and a run took a seventh more
+            steps (``benchmarks/LOG.md``).
+        refresh_every: most steps between two computations of the roots. They are computed whenever a parameter has
+            taken a quarter more steps, until this is the interval.
         refresh_warmup: number of first steps of a parameter in which its roots are always computed.
         block_size: longest side of a block. Larger matrices are cut into blocks with separate statistics, padded with
             zeros at the edges. The width rule then changes (``mup.ShampooLaw(block_size=...)``) and has a kink at the
@@ -80,14 +84,16 @@ class Shampoo(Optimizer):
             parameters were replaced (DeepSpeed flattens them from ZeRO 1 on: use stage 0, DDP or FSDP2).
 
     Attributes:
-        fallbacks: counts of fallbacks in this process. "jittered": the eigenvalues converged only after a small number
+        fallbacks: counts of fallbacks in this process. "float64": the roots of one side in float32 were not exact
+            enough, and were computed in float64. "jittered": the eigenvalues converged only after a small number
             was added to the diagonal. "kept": they did not converge, and the block kept its previous roots (or did not
             move, if it had none). The raw gradient is never used instead, since its learning rate has another unit.
 
     Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Every rank
     allocates all statistics and roots, and all blocks of a parameter have one owner. Without an ``owner`` every rank
-    computes all roots; under FSDP2 each then gathers whole gradients. Roots are computed in float64 (on the CPU for
-    devices without it), everything else in float32 at least.
+    computes all roots; under FSDP2 each then gathers whole gradients. Roots are computed in float32, with a check, if
+    epsilon is relative and at least 1e-3, else in float64 (on the CPU for devices without it); everything else in at
+    least float32.
 
     Source: Gupta, Koren and Singer (2018), "Shampoo", ICML, algorithm 1 (sums there, averages here, as in Anil et al.
     2020); the width rule is in Ishikawa and Karakida (2024), arXiv:2312.12226, and Qiu et al. (2025), arXiv:2512.05620.
@@ -109,6 +115,7 @@ class Shampoo(Optimizer):
         epsilon: float | None = None,
         relative: bool = True,
         beta: float = 0.95,
+        observe_every: int = 1,
         refresh_every: int = 10,
         refresh_warmup: int = 10,
         block_size: int | None = None,
@@ -121,13 +128,14 @@ class Shampoo(Optimizer):
     ) -> None:
         self._reduce = reduce
         self._owner: Owner = owner or Alone()
-        self.fallbacks = {"jittered": 0, "kept": 0}
+        self.fallbacks = {"float64": 0, "jittered": 0, "kept": 0}
         defaults = {
             "lr": lr,
             "exponent": exponent,
             "epsilon": epsilon,
             "relative": relative,
             "beta": beta,
+            "observe_every": observe_every,
             "refresh_every": refresh_every,
             "refresh_warmup": refresh_warmup,
             "block_size": block_size,
@@ -161,6 +169,11 @@ class Shampoo(Optimizer):
             "_reduce": self._reduce,
             "_owner": self._owner,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("observe_every", 1)  # checkpoints from before it was an option
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -261,11 +274,11 @@ class Shampoo(Optimizer):
         form = Blocks.of(param.shape, group["block_size"])
         blocks = None if whole is None else _blocks(whole, form, state["left"].dtype, negative=group["maximize"])
         # On every rank, with or without the gradient: the counts tell all of them when to meet in share().
-        is_due = statistics.count(state, group)
-        if blocks is not None:
+        due = statistics.count(state, group)
+        if blocks is not None and due.follow:
             # Before the roots, so that those of a first step are not the roots of zeros.
             statistics.follow(state, blocks)
-        if is_due:
+        if due.refresh:
             unfit[param] = self._owner.owns(name) and not statistics.refresh(state, group, self.fallbacks)
             self._owner.share(name, statistics.roots_of(state))
         update = None

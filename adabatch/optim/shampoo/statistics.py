@@ -7,20 +7,22 @@ The keys are "left" and "right", shape (num_blocks, side, side); "left_root" and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from adabatch.optim.shampoo.blocks import Blocks
-from adabatch.optim.shampoo.roots import inverse_root, refreshed
+from adabatch.optim.shampoo.roots import SINGLE_EPSILON, inverse_root, refreshed
 
 State = MutableMapping[str, Tensor]
 Group = Mapping[str, Any]
 
 STALE_EPSILON = 1e-2
 FRESH_EPSILON = 1e-3
+SHARE_OF_AGE = 0.25
+"""Age of the roots, as a share of the steps so far, at which new ones are computed."""
 LONGEST_SIDE = 16384
 """Longest side of a statistic, which then takes a gigabyte in float32."""
 
@@ -73,13 +75,43 @@ def cost(state: State) -> float:
     return float(sum(len(each) * each.shape[-1] ** 3 for each in of_sides(state)))
 
 
-def count(state: State, group: Group) -> bool:
-    """Counts a step; returns whether roots are to be computed in it."""
+class Due(NamedTuple):
+    """What a step does besides moving the parameter.
+
+    Args:
+        follow: the gradient is added to the averages.
+        refresh: roots are computed.
+    """
+
+    follow: bool
+    refresh: bool
+
+
+def count(state: State, group: Group) -> Due:
+    """Counts a step; returns what is due in it."""
     state["step"] += 1
-    state["weight"].mul_(group["beta"]).add_(1)
-    steps = int(state["step"])
-    warmup, every = int(group["refresh_warmup"]), int(group["refresh_every"])
-    return steps <= warmup or steps % every == 0
+    step = int(state["step"])
+    refresh = refreshes(step, warmup=int(group["refresh_warmup"]), every=int(group["refresh_every"]))
+    follow = refresh or step % int(group["observe_every"]) == 0
+    # The averages have a memory in steps: those that they leave out age them too.
+    state["weight"].mul_(group["beta"]).add_(follow)
+    return Due(follow, refresh)
+
+
+@lru_cache(maxsize=64)  # all parameters of a group ask for the same step
+def refreshes(step: int, *, warmup: int, every: int) -> bool:
+    """Whether roots are computed in a step, counted from 1.
+
+    They are in all of the first ``warmup`` steps, then whenever the run has become a quarter longer, and at the latest
+    after ``every`` steps.
+    """
+    latest = min(step, warmup)
+    while latest < step:
+        gap = max(1, min(every, int(latest * SHARE_OF_AGE)))
+        if gap == every:
+            return (step - latest) % every == 0
+        latest += gap
+    return latest == step
 
 
 def follow(state: State, blocks: Tensor) -> None:
@@ -104,10 +136,11 @@ def refresh(state: State, group: Group, fallbacks: MutableMapping[str, int]) -> 
         epsilon=epsilon,
         relative=group["relative"],
     )
+    single = group["relative"] and epsilon >= SINGLE_EPSILON
     for side in _sides(state):
         if not torch.isfinite(state[side]).all():  # host sync, as the eigenvalues are
             return False
-        state[f"{side}_root"] = refreshed(state[side], state[f"{side}_root"], fallbacks, root_of)
+        state[f"{side}_root"] = refreshed(state[side], state[f"{side}_root"], fallbacks, root_of, single=single)
     return True
 
 

@@ -187,7 +187,7 @@ def _check_loader(loader: Any) -> None:
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise TypeError(
             f"steps() takes micro-batches, and a {type(loader).__name__} is a data set: give GlobalOrder(dataset), or "
-            f"a DataLoader around it (with batch_size=None where its items are micro-batches)"
+            f"a DataLoader around it (with batch_size=None if its items are micro-batches)"
         )
     empty = getattr(loader, "shape", None) == ()  # a tensor or a number of numpy cannot be iterated, but has the method
     if (
@@ -218,7 +218,7 @@ def _whole(count: Any) -> int:
 
 def _misfit(batch: Any, size: int, micro: int, came: str) -> str:
     return (
-        f"a micro-batch of {size} examples {came} ({outline(batch)}), where micro_batch_size={micro}: give the loader "
+        f"a micro-batch of {size} examples {came} ({outline(batch)}), but micro_batch_size={micro}: give the loader "
         f"and AdaptiveBatch the same size; if {size} is not how many examples it holds, or micro-batches are to "
         f"differ, {WAY_OUT}"
     )

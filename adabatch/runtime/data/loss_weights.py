@@ -59,7 +59,7 @@ class LossWeightedFeed:
         if math.isnan(total):
             raise ValueError(
                 "weigh= gave a micro-batch a weight that is negative or not finite, on at least one rank: it is the "
-                "number of terms that the mean loss is taken over, and 0 where there are none"
+                "number of terms that the mean loss is taken over, and 0 if there are none"
             )
         if 0 in weights:
             # Stable: the others keep their order.

@@ -147,10 +147,10 @@ class BlockShuffle:
 
     def epoch(self, num_examples: int, *, seed: int, epoch: int) -> Epoch:
         """The order of one epoch."""
-        return _Blocks(num_examples, self.size, self.mixed, seed=seed, epoch=epoch)
+        return _BlockEpoch(num_examples, self.size, self.mixed, seed=seed, epoch=epoch)
 
 
-class _Blocks:
+class _BlockEpoch:
     """One epoch of a ``BlockShuffle``: windows of ``mixed`` blocks, one of which contains the shorter block."""
 
     def __init__(self, num_examples: int, size: int, mixed: int, *, seed: int, epoch: int) -> None:

@@ -93,7 +93,7 @@ class WholeStepsFeed:
         if self._together and largest != least:
             raise ValueError(
                 f"the ranks have between {least} and {largest} micro-batches in a step, and run each of them together: "
-                f"cut the examples of a step into the same number on all ranks, or use DDP"
+                f"split the examples of a step into the same number of micro-batches on all ranks, or use DDP"
             )
         assert found is not None
         plan = BatchPlan(micro_batch_size=plan.micro_batch_size, accumulation_steps=largest, dp_size=plan.dp_size)
@@ -120,7 +120,7 @@ class WholeStepsFeed:
             )
         if min(sizes) < 1 or max(sizes) > plan.micro_batch_size:
             return ValueError(
-                f"a step has micro-batches of {min(sizes)} to {max(sizes)} examples, where 1 to "
+                f"a step has micro-batches of {min(sizes)} to {max(sizes)} examples, but 1 to "
                 f"{plan.micro_batch_size} are allowed (micro_batch_size): cut it into smaller ones"
             )
         return None

@@ -36,11 +36,9 @@ def all_reduce_times(
     return timed
 
 
-def matmul_flops(
-    device: torch.device, *, width: int = 1024, dtype: torch.dtype = torch.float32, rounds: int = ROUNDS
-) -> float:
-    """Floating-point operations per second of a product of two square matrices, from the median time."""
-    left, right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+def matmul_flops(device: torch.device, *, width: int = 1024, rounds: int = ROUNDS) -> float:
+    """Floating-point operations per second of a product of two square float32 matrices, from the median time."""
+    left, right = (torch.randn(width, width, device=device) for _ in range(2))
     return 2 * width**3 / _median_seconds(lambda: left @ right, device, rounds)
 
 

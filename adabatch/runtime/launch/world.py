@@ -123,7 +123,7 @@ def _objection(found: Claim, other: Claim) -> str:
     if outer or other.place == found.place:
         return ""
     return (
-        f"{found} contradict {other}: one process cannot be both, and each rank would go by its own idea of the job; "
+        f"{found} contradict {other}: one process cannot be both, and the ranks would not agree on the job; "
         f"unset the variables of the launcher that does not run this job, or start one launcher over all nodes"
     )
 

@@ -21,7 +21,7 @@ UNCOUNTED = 1e-6
 did. It must be known before the others have said what they counted."""
 
 
-class Averages:
+class WorkerAverages:
     """The averages of one worker with the others.
 
     Attributes:

@@ -71,7 +71,7 @@ class LocalSGD:
             ``sync_every`` steps, at a step of its own, so that ``fragments`` times fewer bytes are sent at once; the
             last one at the end of the round.
         overlap: how many steps an average may take. It is started after the last step of a round as always, from the
-            parameters and the anchor of that step, and applied so many steps later, mixed with the parameters that
+            parameters and the anchor of that step, and applied that many steps later, mixed with the parameters that
             have moved on since. Must be below ``sync_every``. With compression, whose second half begins half way, at
             least 2. 0 waits.
         mix: the share of the worker's own parameters when a late average is applied, in [0, 1): ``mix own + (1 - mix)
@@ -91,7 +91,7 @@ class LocalSGD:
         spread: which parts are compared: "across" compares those of all workers, which needs the mean of their
             gradients (as many bytes as one average). "within" compares those of each worker separately, which sends
             only a few numbers, and needs at least two micro-batches on each worker.
-        by_speed: whether slower workers take fewer local steps in a round, so that all come to the average at the same
+        by_speed: whether slower workers take fewer local steps in a round, so that all reach the average at the same
             time. ``sync_every`` is then the number of the fastest, and a loop runs until a number of rounds, not of
             steps. Not with ``AdaptiveBatch``, which gives all workers the same steps, nor with ``overlap``.
         workers: process group or one-dimensional mesh of the ranks that average with each other; by default all ranks.
@@ -300,8 +300,8 @@ class LocalSGD:
             )
         if scaler is not None:
             raise ValueError(
-                "local SGD does not go with a GradScaler: each worker would leave out other updates, and come to the "
-                "average after other steps. Use bfloat16, which needs no scaler"
+                "local SGD cannot be combined with a GradScaler: each worker would leave out different updates, and "
+                "reach the average after different numbers of steps. Use bfloat16, which needs no scaler"
             )
         self._check_in_place()
         if model is not self._model or {*each_of(optimizer)} != {*each_of(self._optimizer)}:

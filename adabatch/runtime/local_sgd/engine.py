@@ -78,6 +78,7 @@ class LocalWorkers(Engine):
 
     def update_missed(self) -> None:
         """Counts a local step all the same."""
+        # the others have taken this step: without it this worker would come to the average one step late
         self._rounds.miss_step()
 
     def stands_at(self, applied: Progress, consumed: Progress, lr_factor: float) -> None:
@@ -147,7 +148,7 @@ class LocalWorkers(Engine):
         settings = self._rounds.settings
         if not settings.comes_together and (settings.spread, settings.measure) == ("across", "first"):
             raise ValueError(
-                "the gradient cannot be measured across workers where all hold the same parameters, because with "
+                "the gradient can be measured across workers only while all hold the same parameters, and with "
                 'fragments or overlap they never do: use LocalSGD(spread="within"), which compares the micro-batches '
                 'of each worker, or measure="last", which counts the drift of the workers as noise'
             )

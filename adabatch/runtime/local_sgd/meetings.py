@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 
 from adabatch.batch.plan import Progress
 from adabatch.runtime.collectives import Collectives, Started
-from adabatch.runtime.differences import differences
+from adabatch.runtime.differences import rank_differences
 from adabatch.runtime.local_sgd.exchange import Exchange
 from adabatch.runtime.observers.trained_parameters import raise_first
-from adabatch.runtime.optimizers.group_numbers import digest_of_numbers, name_of, numbers_of, text_of
+from adabatch.runtime.optimizers.group_numbers import digest_of_numbers, numbers_of_groups, numbers_text, setting_name
 from adabatch.runtime.optimizers.joined import each_of
 
 _BITS = 24
@@ -44,7 +44,9 @@ class LocalSteps:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizers = each_of(optimizer)
         self._digests = [0] * len(self._optimizers)  # of all steps so far
-        self._numbers: list[dict[tuple[int, str], list[float]]] = [numbers_of(o.param_groups) for o in self._optimizers]
+        self._numbers: list[dict[tuple[int, str], list[float]]] = [
+            numbers_of_groups(o.param_groups) for o in self._optimizers
+        ]
         self._changes_itself: set[tuple[int, int, str]] = set()
 
     def before(self, optimizer: Optimizer) -> None:
@@ -56,7 +58,7 @@ class LocalSteps:
     def after(self, optimizer: Optimizer) -> None:
         """One of the optimizers has stepped."""
         which = self._optimizers.index(optimizer)
-        for (index, key), numbers in numbers_of(optimizer.param_groups).items():
+        for (index, key), numbers in numbers_of_groups(optimizer.param_groups).items():
             if key not in _CHANGED_BY_THE_BATCH and self._numbers[which].get((index, key)) != numbers:
                 self._changes_itself.add((which, index, key))
 
@@ -73,14 +75,14 @@ class LocalSteps:
         """The settings as an error shows them: the present ones, or those with which the last step began."""
         held = [self._now(which) for which in range(len(self._optimizers))] if present else self._numbers
         return {
-            name_of(which, index, key): text_of(numbers)
+            setting_name(which, index, key): numbers_text(numbers)
             for which, settings in enumerate(held)
             for (index, key), numbers in settings.items()
             if (which, index, key) not in self._changes_itself
         }
 
     def _now(self, which: int) -> dict[tuple[int, str], list[float]]:
-        held = numbers_of(self._optimizers[which].param_groups)
+        held = numbers_of_groups(self._optimizers[which].param_groups)
         if self._changes_itself:
             return {at: numbers for at, numbers in held.items() if (which, *at) not in self._changes_itself}
         return held
@@ -94,7 +96,7 @@ class Purpose(IntEnum):
 
 _DOES = {
     Purpose.BEGIN: "begins a round",
-    Purpose.AVERAGE: "comes to an average",
+    Purpose.AVERAGE: "reaches an average",
     Purpose.LEAVE: "leaves the block",
 }
 
@@ -256,26 +258,42 @@ class Meetings:
 
     # --- on the gradient --------------------------------------------------------------------------------------------
 
-    def bits(self, place: Place) -> list[float]:
-        """What rides on a gradient that is averaged: this worker's digest, as numbers that any data type holds."""
+    def bits(self, place: Place, *, leaves: bool = False) -> list[float]:
+        """What rides on a gradient that is averaged: this worker's digest, as numbers that any data type holds.
+
+        Args:
+            place: see there.
+            leaves: whether this worker leaves the block, and its gradient is none of a step.
+        """
         self.place = place
         counts = self.applied.steps, self.applied.examples, self.num_missed
-        digest = digest_of_numbers([self.local_steps.digest_with_present(), *counts])
-        ones = [float(digest >> place & 1) for place in range(_BITS)]
+        # a worker that leaves takes no step with its present settings
+        steps = self.local_steps.digest() if leaves else self.local_steps.digest_with_present()
+        digest = digest_of_numbers([steps, *counts])
+        ones = [float(leaves), *(float(digest >> place & 1) for place in range(_BITS))]
         # Of each bit its opposite, too: only if all agree, one of the two is zero in the sum, whatever is rounded.
         return [*ones, *(1 - one for one in ones), float(self._mistake is not None)]
 
-    def check_bits(self, means: Sequence[float]) -> None:
+    def check_bits(self, means: Sequence[float], *, leaves: bool = False) -> None:
         """Checks the means of the bits of all workers.
+
+        Args:
+            means: of each bit.
+            leaves: as for ``bits``.
 
         Raises:
             RuntimeError: on all of them, if they differ, or if one has made a mistake.
         """
-        ones, zeros, mistake = means[:_BITS], means[_BITS:-1], means[-1]
+        half = len(means) // 2
+        ones, zeros, mistake = means[:half], means[half:-1], means[-1]
         if mistake:
             raise_first(self._mistake, self._workers)
-        if any(one and zero for one, zero in zip(ones, zeros, strict=True)):
-            self._raise_difference(self._workers, present=True)
+        differ = [bool(one and zero) for one, zero in zip(ones, zeros, strict=True)]
+        if differ[0]:
+            row = self._row(0.0, Purpose.LEAVE if leaves else Purpose.AVERAGE, self.place, 0)
+            self._check([Row(*each) for each in self._workers.gather_of(*row)], self._workers)
+        if any(differ):
+            self._raise_difference(self._workers, present=not leaves)
 
     # --- errors -----------------------------------------------------------------------------------------------------
 
@@ -293,13 +311,13 @@ class Meetings:
                 f"worker {index} {_DOES[Purpose(int(row.purpose))]} after {row.steps:.0f} steps"
                 for index, row in enumerate(rows)
             )
-            raise RuntimeError(f"the workers do not do the same: {doing}. {_ALL_MUST}")
+            raise RuntimeError(f"the workers are doing different things: {doing}. {_ALL_MUST}")
         if self._by_speed:
             self._check_rounds(rows)
             return
         if any((row.rounds, row.steps, row.fragment) != (first.rounds, first.steps, first.fragment) for row in rows):
             places = "; ".join(f"worker {index}: {row.steps:.0f}" for index, row in enumerate(rows))
-            raise RuntimeError(f"workers came to the average after different numbers of steps ({places}): {_ALL_MUST}")
+            raise RuntimeError(f"workers reached the average after different numbers of steps ({places}): {_ALL_MUST}")
         if any(row.present_round != first.present_round for row in rows):
             _raise_rounds(rows)
         if any(row.past != first.past for row in rows):
@@ -310,7 +328,7 @@ class Meetings:
         first = rows[0]
         if any((row.rounds, row.fragment) != (first.rounds, first.fragment) for row in rows):
             rounds = "; ".join(f"worker {index}: {row.rounds:.0f}" for index, row in enumerate(rows))
-            raise RuntimeError(f"workers came to the average after different numbers of rounds ({rounds})")
+            raise RuntimeError(f"workers reached the average after different numbers of rounds ({rounds})")
         # they begin a round with one number of steps, of which each then takes its own share
         alike = [row if row.purpose == Purpose.BEGIN else row._replace(local_steps=0) for row in rows]
         if any(row.present_round != alike[0].present_round for row in alike):
@@ -324,7 +342,7 @@ class Meetings:
             **self.local_steps.texts(present=present),
         }
         held = [json.loads(sent) for sent in ranks.gather_bytes(json.dumps(mine).encode())]
-        told = differences(held, "worker") or (
+        told = rank_differences(held, "worker") or (
             "in a step since they met, settings of their optimizers differed, which are the same again now"
         )
         raise RuntimeError(
@@ -340,8 +358,9 @@ class Meetings:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"local SGD could not finish round {place.rounds + 1} (step {place.steps}): a worker ended, which "
-                f"its own output explains, or the network failed; start all again from the last checkpoint ({error})"
+                f"local SGD could not finish round {place.rounds + 1} (step {place.steps}): a worker ended, which its "
+                f"own output explains, or the network failed; start all workers again from the last checkpoint "
+                f"({error})"
             ) from error
 
 

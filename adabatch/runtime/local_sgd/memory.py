@@ -210,8 +210,8 @@ class Memory:
         same_parts = [tuple(each["places"]) for each in state["fragments"]] == list(dealt)
         if not same_parts and sum(len(each["places"]) for each in state["fragments"]) != len(pieces):
             raise ValueError(
-                f"the state is that of {sum(len(each['places']) for each in state['fragments'])} parameters, and "
-                f"{len(pieces)} train: resume with the model that the run began with"
+                f"the state is for {sum(len(each['places']) for each in state['fragments'])} parameters, and "
+                f"this model trains {len(pieces)}: resume with the model that the run began with"
             )
         found = cls(
             [Fragment.from_state_dict(each, pieces) for each in state["fragments"]],

@@ -81,8 +81,9 @@ class Nesterov:
         self, parameters: Sequence[Tensor], anchors: Sequence[Tensor], momenta: list[Tensor], *, lr: float
     ) -> None:
         """The outer step."""
-        begin(momenta, parameters)
+        begin_momenta(momenta, parameters)
         for parameter, anchor, momentum in zip(parameters, anchors, momenta, strict=True):
+            # reused for the sum below: anchors and momenta already take the memory of two more models
             gradient = anchor - parameter
             momentum.mul_(self.momentum).add_(gradient)
             parameter.copy_(anchor.sub(gradient.add_(momentum, alpha=self.momentum), alpha=self.lr))
@@ -122,13 +123,13 @@ class SlowMo:
         """The outer step; with an inner rate of zero no worker has moved, and nothing changes."""
         if lr == 0:
             return
-        begin(momenta, parameters)
+        begin_momenta(momenta, parameters)
         for parameter, anchor, momentum in zip(parameters, anchors, momenta, strict=True):
             momentum.mul_(self.momentum).add_(anchor - parameter, alpha=1 / lr)
             parameter.copy_(anchor.sub(momentum, alpha=self.lr * lr))
 
 
-def begin(momenta: list[Tensor], parameters: Sequence[Tensor]) -> None:
+def begin_momenta(momenta: list[Tensor], parameters: Sequence[Tensor]) -> None:
     """Zeros for every parameter, if there is no momentum yet."""
     if not momenta:
         momenta.extend(torch.zeros_like(parameter) for parameter in parameters)

@@ -96,7 +96,7 @@ class Replica:
         if any(grad is not None and grad.is_sparse for grad in grads):
             raise ValueError(
                 "a gradient is sparse, which local SGD does not average: use dense gradients (sparse=False of "
-                "nn.Embedding), or, where they are averaged for the noise only, spread='within'"
+                "nn.Embedding), or, if they are averaged for the noise only, spread='within'"
             )
         pieces = [
             # Clones: the mean is formed in place, and each worker may need its own gradient again. Zeros where there is

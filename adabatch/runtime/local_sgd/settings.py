@@ -105,13 +105,13 @@ class LocalSGDSettings:
             )
         if self.by_speed and self.overlap:
             raise ValueError(
-                f"by_speed=True does not go with overlap={self.overlap}, which is counted in each worker's own steps: "
-                f"leave one of the two out"
+                f"by_speed=True cannot be combined with overlap={self.overlap}, which is counted in each worker's own "
+                f"steps: leave one of the two out"
             )
         if self.overlap and self.average_state:
             raise ValueError(
-                f"average_state does not go with overlap={self.overlap}, which would replace the optimizer's state by "
-                f"an older one: leave one of the two out"
+                f"average_state cannot be combined with overlap={self.overlap}, which would replace the optimizer's "
+                f"state by an older one: leave one of the two out"
             )
 
     @property
@@ -141,11 +141,13 @@ class LocalSGDSettings:
             ValueError: if the user's own period does not give a number of steps.
         """
         if self.warmup is not None and not start.progress.reached(self.warmup):
+            # synchronous training, with which post-local SGD begins (Lin et al. 2020, arXiv:1808.07217)
             return Round(1, start.lr, Average(), "none", 0, workers_agree)
         local_steps = self.period.local_steps(start)
         check_period("sync_every", local_steps)
         plain = isinstance(self.outer, Average) and self.compression == "none"
         by_gradient = local_steps == 1 and plain and workers_agree
+        # the mean gradient is there before the update, so that no average is left to arrive later
         overlap = 0 if by_gradient else self.overlap
         return Round(local_steps, start.lr, self.outer, self.compression, overlap, by_gradient)
 

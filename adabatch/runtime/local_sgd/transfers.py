@@ -158,6 +158,7 @@ class Encoded(Transfer):
             with self._traffic.waiting():
                 received = self._encoding.decode(self._there.wait())
             shares = torch.tensor(counts, dtype=received.dtype, device=received.device) / sum(counts)
+            # the same feedback for the second half, whose rounding all workers receive
             mean = (received * shares[:, None]).sum(0) + self._errors.returned
             back = self._encoding.encode(mean.view(1, -1))
             self._errors.returned = mean - self._encoding.decode(back)[0]

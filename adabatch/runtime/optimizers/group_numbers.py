@@ -26,7 +26,7 @@ def numbers_in(value: Any) -> Iterator[float]:
         yield host_value(value)
 
 
-def numbers_of(groups: list[dict[str, Any]]) -> dict[tuple[int, str], list[float]]:
+def numbers_of_groups(groups: list[dict[str, Any]]) -> dict[tuple[int, str], list[float]]:
     """The numbers of all settings, by the index of the group and the setting's name."""
     found = {}
     for index, group in enumerate(groups):
@@ -47,21 +47,21 @@ def digest_of_numbers(numbers: Iterable[float], before: int = 0) -> int:
     return zlib.crc32(array("d", numbers).tobytes(), before)
 
 
-def settings_of(optimizer: Optimizer) -> Mapping[str, str]:
+def number_settings(optimizer: Optimizer) -> Mapping[str, str]:
     """The settings of an optimizer, or of several, that are numbers; as texts by name, for errors."""
     found = {}
     for number, one in enumerate(each_of(optimizer)):
-        for (index, key), numbers in numbers_of(one.param_groups).items():
-            found[name_of(number, index, key)] = text_of(numbers)
+        for (index, key), numbers in numbers_of_groups(one.param_groups).items():
+            found[setting_name(number, index, key)] = numbers_text(numbers)
     return found
 
 
-def name_of(optimizer: int, group: int, key: str) -> str:
+def setting_name(optimizer: int, group: int, key: str) -> str:
     """What an error calls a setting of a group of one of several optimizers."""
     which = "optimizer" if optimizer == 0 else f"optimizer {optimizer + 1}"
     return f"{key} of {which} group {group}"
 
 
-def text_of(numbers: list[float]) -> str:
+def numbers_text(numbers: list[float]) -> str:
     """The numbers of a setting, as an error shows them."""
     return repr(numbers[0] if len(numbers) == 1 else numbers)

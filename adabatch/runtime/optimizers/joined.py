@@ -43,7 +43,7 @@ class JoinedOptimizers(Optimizer):
                     f"{type(one).__name__} in it"
                 )
         if len({id(one) for one in self.each}) < len(self.each):
-            raise ValueError("an optimizer is given twice: name each once")
+            raise ValueError("an optimizer is given twice: give each one once")
         held = [id(p) for group in self.param_groups for p in group["params"]]
         if len(set(held)) < len(held):
             raise ValueError(

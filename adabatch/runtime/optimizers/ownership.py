@@ -19,7 +19,7 @@ class HookOwner(Protocol):
         ...
 
 
-class _Claim(NamedTuple):
+class _Holding(NamedTuple):
     kind: str
     hosts: list[ReferenceType[Any]]
 
@@ -27,7 +27,7 @@ class _Claim(NamedTuple):
 # The only global table of the package. It holds nothing that a run reads, and keeps nothing alive: an owner that is
 # dropped disappears from it. An attribute on the user's optimizer or model would be copied and pickled with it, and
 # torch's dictionaries of hooks, in which the predecessor could be found too, are private.
-_CLAIMS: WeakKeyDictionary[HookOwner, _Claim] = WeakKeyDictionary()
+_CLAIMS: WeakKeyDictionary[HookOwner, _Holding] = WeakKeyDictionary()
 
 
 def take_over(owner: HookOwner, hosts: Iterable[object], *, kind: str) -> None:
@@ -40,7 +40,7 @@ def take_over(owner: HookOwner, hosts: Iterable[object], *, kind: str) -> None:
     """
     mine = list({id(host): host for host in hosts}.values())
     displace(mine, kind=kind, but=owner)
-    _CLAIMS[owner] = _Claim(kind, [ref(host) for host in mine])
+    _CLAIMS[owner] = _Holding(kind, [ref(host) for host in mine])
 
 
 def displace(hosts: Iterable[object], *, kind: str, but: HookOwner | None = None) -> bool:

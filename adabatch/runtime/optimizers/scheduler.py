@@ -333,7 +333,7 @@ class ProgressLR(LRScheduler):
             if len(one.param_groups) < known:
                 raise RuntimeError(
                     f"{type(one).__name__} had {known} parameter groups and has {len(one.param_groups)} now, and it is "
-                    f"not known which one left: make a new ProgressLR after a group is removed"
+                    f"not known which one was removed: make a new ProgressLR after a group is removed"
                 )
             for place, group in enumerate(one.param_groups[known:], start + known):
                 rate = group["lr"]

@@ -114,7 +114,7 @@ class Measurement:
         hold: keep what inner products need.
         check: compare the sum of the examples' gradients with each parameter's gradient, and find out which inputs have
             one example per row.
-        examples_first: the user states that all inputs have, where this cannot be found out.
+        examples_first: the user states that all inputs have, if this cannot be found out.
         coordinates: also sum the squares of each coordinate.
     """
 
@@ -290,7 +290,7 @@ class Measurement:
         if inputs.dim() <= site.rule.item_dims(module) or inputs.shape[0] not in (1, num_examples):
             raise ValueError(
                 f"{site} got an input of shape {tuple(inputs.shape)} in a micro-batch of {num_examples} "
-                f"examples: the first dimension must be the examples, or 1 where all examples share the input"
+                f"examples: the first dimension must be the examples, or 1 if all examples share the input"
             )
         if not self._is_sure:
             _refuse_positions(site, inputs, num_examples)

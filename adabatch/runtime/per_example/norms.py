@@ -19,7 +19,7 @@ from adabatch.batch.moments import GradientMoments
 from adabatch.runtime.per_example.measurement import Held, Measurement
 from adabatch.runtime.per_example.products import example_moments
 from adabatch.runtime.per_example.rules import Rule
-from adabatch.runtime.per_example.sites import find_sites, refuse
+from adabatch.runtime.per_example.sites import find_sites, refuse_coupled
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ class PerExampleNorms:
         self._products = products
         self._check = check
         self._measurement: Measurement | None = None
-        refuse(model, self._sites)
+        refuse_coupled(model, self._sites)
 
     def start(self, num_examples: int | None = None) -> None:
         """Begins to measure. Call it before the forward of a micro-batch.
@@ -172,9 +172,9 @@ class PerExampleNorms:
             RuntimeError: if the previous micro-batch was not finished.
         """
         if self._measurement is not None:
-            raise RuntimeError("a micro-batch is under way: call finish() after its backward, or remove()")
+            raise RuntimeError("a micro-batch is being measured: call finish() after its backward, or remove()")
         # Again, as modules may have switched between training and evaluation mode since.
-        refuse(self._model, self._sites)
+        refuse_coupled(self._model, self._sites)
         self._measurement = Measurement(
             self._model,
             self._sites,

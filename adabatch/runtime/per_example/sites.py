@@ -69,7 +69,7 @@ def _visit(module: nn.Module, name: str, rules: Mapping[type[nn.Module], Rule], 
             yield from _visit(child, f"{name}.{own}" if name else own, rules, seen)
 
 
-def refuse(model: nn.Module, sites: Sequence[Site]) -> None:
+def refuse_coupled(model: nn.Module, sites: Sequence[Site]) -> None:
     """Raises if a module couples examples, or if its replay would draw other random numbers than the step."""
     for name, module in model.named_modules():
         reason = _coupling(module)

@@ -14,7 +14,7 @@ from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.probes.coordinates import SINGLE, CoordinateSquares
 from adabatch.runtime.probes.layers import LayerSums
 from adabatch.runtime.probes.matrices import MatrixGrams
-from adabatch.runtime.probes.metrics import Image, SpectralNorm, as_it_is, begun, check_diagonal, name_of
+from adabatch.runtime.probes.metrics import Image, SpectralNorm, as_it_is, begun, check_diagonal, norm_name
 from adabatch.runtime.probes.norms import gathered, norms, sum_of_squares
 from adabatch.runtime.probes.parts import PartSums
 from adabatch.runtime.probes.protocol import ProbeOptions, given_with
@@ -51,7 +51,7 @@ class Gauge:
         **options: Unpack[ProbeOptions],
     ) -> None:
         norm, quantile = options.get("norm"), options.get("quantile")
-        require(quantile is None or 0 < quantile <= 1, "quantile must lie above 0 and up to 1.0", quantile)
+        require(quantile is None or 0 < quantile <= 1, "quantile must be above 0 and at most 1.0", quantile)
         if not whole_parts:
             check_diagonal(norm, type(owner).__name__)
         self.gives = given_with(**options)
@@ -90,7 +90,7 @@ class Gauge:
             device=self._device,
             layers=self.layer_sums.names,
             examples=self._examples,
-            norm=name_of(self._norm),
+            norm=norm_name(self._norm),
             known=known,
             lengths=self.sums.lengths,
         )

@@ -40,7 +40,7 @@ class Metric(Protocol):
         ...
 
     def __call__(self, parameter: Tensor, grad: Tensor) -> Tensor:
-        """The image of a gradient, in float32 at least; zero for a parameter without state.
+        """The image of a gradient, in at least float32; zero for a parameter without state.
 
         Must not change ``grad``, nor sync with the host.
 
@@ -73,7 +73,7 @@ def as_it_is(_: Tensor, grad: Tensor) -> Tensor:
     return grad
 
 
-def name_of(norm: ProbeNorm | None) -> str:
+def norm_name(norm: ProbeNorm | None) -> str:
     """The name of a norm in the moments."""
     return EUCLIDEAN if norm is None else norm if isinstance(norm, str) else norm.name
 
@@ -136,7 +136,7 @@ class AdamMetric:
         if not any(p in self._group for p in parameters):
             raise ValueError(
                 f"norm='adam' finds none of the measured parameters in the {type(self._optimizer).__name__}, which "
-                f"steps copies or shards of them: use norm='euclidean', or an engine that leaves parameters to it"
+                f"updates copies or shards of them: use norm='euclidean', or an engine that gives it the parameters"
             )
         # get(), because an optimizer's state is a defaultdict: reading an entry that is missing would create it.
         return any("exp_avg_sq" in self._optimizer.state.get(p, {}) for p in parameters)
@@ -245,8 +245,8 @@ class SpectralNorm:
         """
         if not any(self.takes(p) for p in parameters):
             raise ValueError(
-                "norm='spectral' finds none of the measured parameters in the optimizer, which steps copies or shards "
-                "of them: use norm='euclidean', or an engine that leaves parameters to it"
+                "norm='spectral' finds none of the measured parameters in the optimizer, which updates copies or "
+                "shards of them: use norm='euclidean', or an engine that gives it the parameters"
             )
         return True
 
@@ -264,6 +264,6 @@ METRICS: dict[str, Callable[[Optimizer], Metric]] = {
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """The tensor as dense real numbers in float32 at least; complex numbers become pairs."""
+    """The tensor as dense real numbers in at least float32; complex numbers become pairs."""
     dense = real(tensor.to_dense() if tensor.is_sparse else tensor)
     return dense if dense.dtype is torch.float64 else dense.float()

@@ -75,7 +75,7 @@ class MicroBatchProbe(Probe):
         asked = [name for name, value in options.items() if value]
         if grad_sq is not None and asked:
             raise ValueError(
-                f"{', '.join(asked)} cannot be measured where the step's gradient is known by its norm only, as with "
+                f"{', '.join(asked)} cannot be measured if only the norm of the step's gradient is known, as with "
                 f"DeepSpeed's ZeRO 1 to 3: use ZeRO 0, DDP or FSDP2, or a criterion in the Euclidean norm, such as "
                 f"NormTest or NoiseScale()"
             )

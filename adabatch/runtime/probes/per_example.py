@@ -1,6 +1,6 @@
 """The exact probe: the norm of every example's gradient, and its inner product with the step's gradient.
 
-Each example is a part, so a step of b examples has b parts, where the micro-batch probe has a few. The tests of the
+Each example is a part, so a step of b examples has b parts, while the micro-batch probe has a few. The tests of the
 papers can be computed exactly, also on one rank without accumulation. The probe costs up to one more backward.
 `adabatch.runtime.per_example` describes what is measured, and which modules are refused.
 """
@@ -23,7 +23,7 @@ from adabatch.runtime.per_example import ExampleGradients, PerExampleNorms, Rule
 from adabatch.runtime.probes.coordinates import SINGLE
 from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers
-from adabatch.runtime.probes.metrics import ProbeNorm, name_of
+from adabatch.runtime.probes.metrics import ProbeNorm, norm_name
 from adabatch.runtime.probes.norms import gradients_of
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers.fsdp2 import is_sharded, own_piece
@@ -76,8 +76,8 @@ class PerExampleProbe(Probe):
             raise ValueError("leave_one_out corrects inner products: pass products=True with it")
         if products and norm is not None:
             raise ValueError(
-                f"inner products are Euclidean, and noise in the norm {name_of(norm)!r} is not: pass one of norm= and "
-                f"products=True"
+                f"inner products are Euclidean, and noise in the norm {norm_name(norm)!r} is not: pass one of norm= "
+                f"and products=True"
             )
         of_coordinates = norm is not None or quantile is not None
         if of_coordinates and is_sharded(model):

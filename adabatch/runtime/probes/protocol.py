@@ -11,7 +11,7 @@ from torch import Tensor
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.needs import Needs
 from adabatch.runtime.probes.layers import Layers
-from adabatch.runtime.probes.metrics import ProbeNorm, name_of
+from adabatch.runtime.probes.metrics import ProbeNorm, norm_name
 
 
 class ProbeOptions(TypedDict, total=False):
@@ -34,7 +34,7 @@ def given_with(**options: Unpack[ProbeOptions]) -> Needs:
     """The statistics that a probe with these options gives."""
     norm = options.get("norm")
     return Needs(
-        noise=name_of(norm),
+        noise=norm_name(norm),
         quantile=options.get("quantile"),
         # The signal in this norm is the squared l1 norm, so from_signs() reports the l1 norm at no extra cost.
         l1=bool(options.get("record_l1")) or norm == "sign",

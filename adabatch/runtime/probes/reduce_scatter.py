@@ -79,7 +79,7 @@ class Reduction:
     numbers: list[int]
 
 
-class _Measured:
+class _MeasuredScatter:
     """The reduce-scatter of one unit, which measures the input."""
 
     def __init__(self, inner: ReduceScatter, num_shards: int, see: Callable[[Tensor], Reduction]) -> None:
@@ -128,7 +128,7 @@ class ReduceScatterProbe(Probe):
     micro-batch, that of the whole step if only in the last (``EngineOptions(gradient_sync=)``). The probe makes one
     pass over each reduced buffer and one over this rank's shard of the step's gradient. All trainable parameters are
     measured before clipping, in the precision of the reduction (``MixedPrecisionPolicy.reduce_dtype``); norms are taken
-    in float32 at least.
+    in at least float32.
 
     FSDP2 does not reveal what was set on it, so the probe must be told of a custom reduce-scatter (``inner``) and of a
     divide factor other than the number of ranks (``gradient_divide_factor``).
@@ -196,7 +196,7 @@ class ReduceScatterProbe(Probe):
         # The predecessor goes first: when it is removed, it sets the units' previous reduce-scatter again.
         take_over(self, self._units, kind="ReduceScatterProbe")
         see = called_weakly(self._see)
-        self._measured = {name: _Measured(self._inner, self._num_shards, see) for name in units}
+        self._measured = {name: _MeasuredScatter(self._inner, self._num_shards, see) for name in units}
         self._open: Reduction | None = None
         # All units or none: a unit that refuses must not leave the others measured by a probe that was never built.
         set_so_far = []

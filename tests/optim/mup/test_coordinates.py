@@ -72,6 +72,7 @@ def kfac(form: Any, *, exponents: tuple[float, float] = (1.0, 1.0), **mistake: A
         groups = [{**group, **mistake} for group in groups]
         # Without memory, matrices of the 64 examples stand for the factors: wide nets cost little.
         options: dict[str, Any] = {"fisher": "empirical", "memory": 1.0 if form == "kronecker" else 0.0}
+        options["kl_clip"] = None  # it is one factor for all layers, and would spread the power of a wrong one
         return KFAC(groups, model, damping_form=form, exponents=exponents, **options)
 
     return make

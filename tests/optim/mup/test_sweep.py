@@ -86,8 +86,8 @@ def test_dampings_reach_the_optimizer_scaled() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lrs": []}, "lrs must hold one value"),
-        ({"dampings": []}, "dampings must hold one value"),
+        ({"lrs": []}, "lrs must hold at least one value"),
+        ({"dampings": []}, "dampings must hold at least one value"),
         ({"steps": 0}, "steps must be 1 or more"),
         ({"steps": 41}, "the data ended after 40 batches, a run takes 41"),
         ({"widths": (16,)}, "two or more different"),

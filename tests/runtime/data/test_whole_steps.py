@@ -117,7 +117,7 @@ def test_until_and_the_advice_of_the_plan() -> None:
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
-        ([[8, 9]], "micro-batches of 8 to 9 examples, where 1 to 8 are allowed"),
+        ([[8, 9]], "micro-batches of 8 to 9 examples, but 1 to 8 are allowed"),
         ([[]], r"no micro-batch on this rank.*steps\(weigh=\) it may weigh 0"),
     ],
 )

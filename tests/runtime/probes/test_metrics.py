@@ -83,7 +83,7 @@ def test_parameters_without_a_state_have_no_image() -> None:
     assert metric.begin([first, second])
     assert not metric.begin([second])
     assert metric(second, torch.ones(3)).tolist() == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="none of the measured parameters in the Adam, which steps copies or shards"):
+    with pytest.raises(ValueError, match="none of the measured parameters in the Adam, which updates copies or shards"):
         metric.begin([nn.Parameter(torch.ones(2))])
 
 
