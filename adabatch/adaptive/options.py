@@ -75,8 +75,8 @@ class Guard:
             accumulate, and the journal records it (``out_of_memory``). Not available if ranks gather shards from each
             other (FSDP2, DeepSpeed).
         check_every: number of steps between checks that all ranks have the same plan, and that copies of the weights
-            have the same bits. A check costs one pass over the weights, 16 bytes (24 per rank with FSDP2, or if ranks
-            differ) and a host sync. The end of a loop is checked too, from 20 steps after the last check on.
+            have the same bits. A check costs one pass over the weights, 16 bytes (24 per rank with FSDP2, or if
+            ranks differ) and a host sync. The end of a loop is checked too, from 20 steps after the last check on.
             "auto" checks the first step and every 1,000th, if several ranks hold copies (not under local SGD). None for
             no checks.
 

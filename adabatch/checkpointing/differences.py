@@ -13,6 +13,7 @@ import torch
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.checkpointing.plain import plain
 from adabatch.runtime.data import GlobalOrder
+from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.optimizers.joined import JoinedOptimizers, kind_of
 
 
@@ -76,6 +77,8 @@ def describe(
     if isinstance(batches, AdaptiveBatch):
         said |= {"batch": {**asdict(batches.plan), "global_batch_size": batches.plan.global_batch_size}}
         said |= {"steps": batches.consumed.steps, "examples": batches.consumed.examples}
+    if isinstance(local := parts.get("local_sgd"), LocalSGD):
+        said["local_sgd"] = local.settings
     if isinstance(order, GlobalOrder):
         place = order.state_dict()
         said["data"] = {name: place[name] for name in ("length", "order", "seed")}

@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import adabatch
-from adabatch import AdaptiveBatch, GlobalOrder, Limits, NormTest, ProgressLR, lr
+from adabatch import AdaptiveBatch, GlobalOrder, Limits, LocalSGD, NormTest, ProgressLR, lr
+from adabatch.local_sgd import Nesterov
 
 TOTAL = adabatch.examples(2000)
 
@@ -276,3 +277,16 @@ def test_parameters_in_another_order_are_refused_by_name(tmp_path: Path) -> None
         second.batches.remove()
         assert torch.equal(weights(model), before)
     assert said(load(Run(tmp_path, model=model), tmp_path)) == []
+
+
+def test_settings_of_local_sgd_that_are_taken_over_are_said(tmp_path: Path) -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    saved = LocalSGD(model, optimizer, sync_every=4, outer=Nesterov(lr=0.7))
+    adabatch.save(tmp_path, model=model, optimizer=optimizer, local_sgd=saved)
+    for local in (saved, LocalSGD(model, optimizer, sync_every=8, outer=Nesterov(lr=0.5))):
+        loaded = adabatch.load(tmp_path, model=model, optimizer=optimizer, local_sgd=local)
+        assert loaded is not None
+        names = [each.name for each in loaded.differences]
+        assert names == ([] if local is saved else ["local_sgd.period", "local_sgd.outer"])
+    assert str(loaded.differences[0]).startswith("local_sgd.period was 'Fixed(sync_every=4)' when the checkpoint was")

@@ -174,6 +174,11 @@ class LocalSGD:
         """All ranks of all workers."""
         return self._rounds.everyone
 
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """What it was given, as text by name."""
+        return self._rounds.settings.texts()
+
     # --- what a log or a test reads ---------------------------------------------------------------------------------
 
     @property

@@ -153,7 +153,11 @@ class LocalSGDSettings:
 
     def words(self) -> list[str]:
         """The settings as text, to be compared between ranks."""
-        return [_words(getattr(self, name)) for name in self.__dataclass_fields__]
+        return list(self.texts().values())
+
+    def texts(self) -> dict[str, str]:
+        """The settings as text by name, to be compared with those of a saved run."""
+        return {name: _words(getattr(self, name)) for name in self.__dataclass_fields__}
 
 
 def period_of(sync_every: int | Period | Any) -> Period:
