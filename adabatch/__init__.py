@@ -4,6 +4,9 @@ What everyday code uses is here; the rest is one module down: ``adabatch.batch``
 ``adabatch.probes``, ``adabatch.guards``, ``adabatch.checkpointing``, ``adabatch.optim``.
 """
 
+from adabatch import interrupts  # first, since it is there for the time of the imports
+
+# isort: split
 from adabatch import batch, data, local_sgd, lr, probes
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.adaptive.monitoring import monitor
@@ -71,3 +74,5 @@ __all__ = [
     "steps",
     "tokens",
 ]
+
+interrupts.over()

@@ -173,7 +173,7 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 
 def shown(value: object, form: Callable[[object], str] = repr, *, most: int = LONGEST) -> str:
-    """A value as text for an error: one line, at most so many characters, and whatever its own ``repr`` does."""
+    """A value as text for an error: one line, at most ``most`` characters, and whatever its own ``repr`` does."""
     try:
         text = " ".join(form(value).split(None)) if not isinstance(value, str) else form(value)
     except Exception:  # the repr of a user's object, or of a whole number of 5,000 digits

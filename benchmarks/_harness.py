@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +70,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each contender, one entry a round; entries of the same round belong together."""
+    """Seconds of each contender, one entry per round; entries of the same round belong together."""
 
     seconds: Mapping[str, Sequence[float]]
 
@@ -82,6 +82,15 @@ class Timings:
         """Time of one contender over that of another, round by round: what slows a round cancels."""
         pairs = zip(self.seconds[name], self.seconds[to], strict=True)
         return Quartiles.of([mine / theirs for mine, theirs in pairs])
+
+
+def random_texts(size: int, length: int, *, rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless micro-batches of random characters and those that follow, the same on every call."""
+    generator = torch.Generator().manual_seed(rank)
+    stock = [torch.randint(65, (size, length + 1), generator=generator) for _ in range(16)]
+    while True:
+        for text in stock:
+            yield text[:, :-1], text[:, 1:]
 
 
 def interleave(

@@ -18,14 +18,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _harness import Machine, Table, Timings, interleave, publish
+from _harness import Machine, Table, Timings, interleave, publish, random_texts
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -43,15 +43,6 @@ CPU = torch.device("cpu")
 
 def ranks_of(engine: str) -> int:
     return 1 if engine == "plain" else 2
-
-
-def batches_of(size: int, rank: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless micro-batches of random characters, the same on every call."""
-    generator = torch.Generator().manual_seed(rank)
-    stock = [torch.randint(65, (size, LENGTH + 1), generator=generator) for _ in range(16)]
-    while True:
-        for text in stock:
-            yield text[:, :-1], text[:, 1:]
 
 
 def made() -> nn.Module:
@@ -98,7 +89,7 @@ def steps_of(engine: str, case: tuple[int, int], rank: int) -> Mapping[str, Call
     limits = adabatch.Limits(min=size, max=size)
 
     def around(batches: adabatch.AdaptiveBatch, forward: nn.Module, update: Callable[[], Any]) -> Callable[[], None]:
-        steps = batches.steps(batches_of(micro_batch_size, rank))
+        steps = batches.steps(random_texts(micro_batch_size, LENGTH, rank=rank))
 
         def run() -> None:
             for x, y in (step := next(steps)):
@@ -111,7 +102,7 @@ def steps_of(engine: str, case: tuple[int, int], rank: int) -> Mapping[str, Call
         from adabatch.integrations.deepspeed import attach
 
         by_hand, attached = (deepspeed_engine(int(engine[-1]), *case) for _ in range(2))
-        data = batches_of(micro_batch_size, rank)
+        data = random_texts(micro_batch_size, LENGTH, rank=rank)
 
         def deepspeed_step() -> None:
             for _ in range(accumulation_steps):
@@ -124,7 +115,7 @@ def steps_of(engine: str, case: tuple[int, int], rank: int) -> Mapping[str, Call
             "with": around(attach(attached, criterion, limits=limits), attached, attached.step),
         }
 
-    model, data = wrapped(engine), batches_of(micro_batch_size, rank)
+    model, data = wrapped(engine), random_texts(micro_batch_size, LENGTH, rank=rank)
     optimizer = adamw(model)
 
     def torch_step() -> None:

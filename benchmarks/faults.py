@@ -283,10 +283,10 @@ def full_disk(folder: Path) -> list[Outcome]:
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
         return []
     try:
-        saved = 0
+        saved, network = 0, Net()
         try:
             for _ in range(9):
-                adabatch.save(folder / "checkpoints", model=Net(), keep=9)
+                adabatch.save(folder / "checkpoints", model=network, keep=9)
                 saved += 1
         except adabatch.checkpointing.CheckpointError as error:
             loaded = adabatch.load(folder / "checkpoints", model=Net())

@@ -23,10 +23,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
+from _frontier.packages import missing
 from _frontier.report import (
     Page,
     Row,
@@ -38,6 +38,7 @@ from _frontier.report import (
     methods_table,
     record,
     times_tables,
+    wait_table,
 )
 from _frontier.runs import (
     LARGEST,
@@ -66,6 +67,7 @@ COARSE, FINE, ENDS = (16, 64, 256), (32, 128, 512), (1024, 8)  # constant batche
 SIZES = (*COARSE, *FINE, *ENDS)
 FIRST = 16  # the batch that a person tunes, and that ours begins with
 SEEDS, CHOICE_SEEDS = (0, 1, 2), (TUNING_SEED, TUNING_SEED + 1)
+CHECK_SEEDS = tuple(range(TUNING_SEED + 100, TUNING_SEED + 103))  # those that chose nothing, and are not reported
 FAR_BEHIND = 1.1  # a setting's loss over the best one's, on the same seed, from which on it is not looked at further
 STORE, RECORD = STUDY / "runs.jsonl", RESULTS / "frontier.json"
 START: Mapping[OptimizerName, float] = {"adamw": 2**-8, "sgd": 2**-6, "adagrad": 2**-5, "adagrad-norm": 2**-1}
@@ -102,6 +104,7 @@ def cells(only: str = "") -> list[Cell]:
         *(cell("mnist14", 0, optimizer) for optimizer in others),
         cell("mnist14", 1, "sgd"),
         cell("mnist14", 2),
+        *(cell("mlp14", budget) for budget in (0, 1)),
         *(cell("mnist28", budget) for budget in (0, 1)),
     ]
     return [one for one in every if "-".join(map(str, one)).startswith(tuple(only.split(",")))]
@@ -177,9 +180,25 @@ def rules(cell: Cell, run: Store) -> Iterable[Row]:
             others = {"rule": "gain", "follow": follow, "reference": FIRST}
             by_gain = outcomes(cell, run, Measured("constant", size, FIRST), base, **others)
             yield Row("rule", f"{size}, gain (AdaScale){', betas follow' if follow else ''}", base, by_gain)
-        if cell.optimizer == "sgd" and find_spec("fairscale"):
-            packaged = outcomes(cell, run, Packaged(size, FIRST), base)
-            yield Row("rule", f"{size}, AdaScale of fairscale", base, packaged)
+
+
+PACKAGES = {
+    **{f"{size}, AdaScale of fairscale": Packaged("adascale", size, FIRST) for size in (32, 64, 128)},
+    "price 32, Pollux of adaptdl": Packaged("pollux", 32, FIRST),
+}
+
+
+def packages(cell: Cell, run: Store) -> Iterable[Row]:
+    """AdaScale and Pollux by their own code, with the smallest batch's settings."""
+    base = tuned_constant(cell, run, FIRST)
+    for name, batch in PACKAGES.items():
+        try:
+            yield Row("package", name, base, outcomes(cell, run, batch, base))
+        except (ImportError, NotRunError):
+            why = missing(batch.rule)
+            if not why:
+                raise
+            yield Row("package", name, base, (), note=why)
 
 
 def planned(warmup: float) -> dict[str, tuple[Planned, str]]:
@@ -299,6 +318,9 @@ def ours(cell: Cell, run: Store, *, chosen: Sequence[Method], seeds: Sequence[in
         yield Row("ours", method.name, base, method.outcomes(cell, run, base, seeds), price=price)
 
 
+SHORT_WAIT = (DEFAULT, HELD._replace(bound="<="))
+CHECKED = ("cifar", "python", "mlp14")  # workloads that chose neither the default nor a shorter wait
+
 PARTS: Mapping[str, Callable[[Cell, Store], Iterable[Row]]] = {
     "coarse": partial(constants, sizes=COARSE),
     "fine": partial(constants, sizes=FINE),
@@ -306,7 +328,9 @@ PARTS: Mapping[str, Callable[[Cell, Store], Iterable[Row]]] = {
     "explored": partial(ours, chosen=explored(), seeds=CHOICE_SEEDS),
     "ours": partial(ours, chosen=REPORTED[:1]),
     "prices": partial(ours, chosen=REPORTED[1:]),
+    "wait": partial(ours, chosen=SHORT_WAIT, seeds=CHECK_SEEDS),
     "rules": rules,
+    "packages": packages,
     "tables": tables,
 }
 
@@ -333,7 +357,7 @@ def batch_in_words(batch: Batch) -> str:
     if isinstance(batch, Planned):
         return "-".join(map(str, batch.sizes))
     if isinstance(batch, Packaged):
-        return f"{batch.size} of fairscale"
+        return f"{batch.rule} {batch.number}"
     return f"{batch.criterion} {batch.number:g}"
 
 
@@ -357,18 +381,19 @@ def page(cell: Cell, run: Store) -> Page:
         *(ours(cell, run, chosen=(method,)) for method in REPORTED),
         tables(cell, run),
         rules(cell, run),
+        packages(cell, run),
     )
     return Page(", ".join(map(str, cell)), [row for part in parts for row in kept(part)], DEFAULT.name)
 
 
-def choice(cell: Cell, run: Store) -> Page:
-    """The settings that were compared, by the loss that a choice may look at: that of validation.
+def choice(cell: Cell, run: Store, chosen: Iterable[Method], seeds: Sequence[int]) -> Page:
+    """Settings that are compared, by the loss that a choice may look at: that of validation.
 
     Constants are those of the reported seeds: on the seeds that tuned them each is the luckiest of some eight.
     """
     parts = (
         *(constants(cell, run, sizes=(size,)) for size in SIZES),
-        *(ours(cell, run, chosen=(method,), seeds=CHOICE_SEEDS) for method in explored()),
+        *(ours(cell, run, chosen=(method,), seeds=seeds) for method in chosen),
     )
     seen = [row for part in parts for row in kept(part)]
     judged = [
@@ -390,6 +415,9 @@ def setting(store: Store, pages: Sequence[Page]) -> list[str]:
         "All runs warm up in a straight line and fall to zero by a cosine. A batch that follows the noise starts at "
         f"{FIRST}, in two parts, and ends at {LARGEST} at most. It grows after the warm-up, and after 10 % of "
         "the examples at least (held >= 10 %) or at most (<= 10 %), or after just that share (= 10 %).",
+        "AdaScale of fairscale, and the noise scale, the rule of the learning rate and the goodput of adaptdl, run by "
+        "those packages' own code. Pollux measures two parts, is asked before each step, and is told what a step costs "
+        "as our default is: left alone it would measure times, and decide once per pass over the data set.",
         "Price for decay: larger by the factor by which the cosine fell, so that growth stands in the place of decay.",
     ]
 
@@ -398,7 +426,12 @@ def report(store: Store, cells: Iterable[Cell], *, save: bool) -> None:
     """Everything that the store knows of these cells."""
     known = [cell for cell in cells if len(list(kept(constants(cell, store, sizes=COARSE)))) > 1]
     pages = {cell: page(cell, store) for cell in known}
-    choices = [choice(cell, store) for cell in known]
+    choices = [choice(cell, store, explored(), CHOICE_SEEDS) for cell in known]
+    checks = [
+        choice(cell, store, SHORT_WAIT, CHECK_SEEDS)
+        for cell in known
+        if cell.optimizer == "adamw" and cell.workload in CHECKED
+    ]
     pairs = [(pages[cell.shorter], pages[cell]) for cell in known if cell.shorter in pages]
     every = list(pages.values())
     if save:
@@ -412,6 +445,7 @@ def report(store: Store, cells: Iterable[Cell], *, save: bool) -> None:
             headline_table(every),
             *times_tables(pairs),
             choice_table([each for each in choices if each.of("ours")]),
+            wait_table([each for each in checks if each.of("ours")]),
             *(table for each in every for table in (constants_table(each), methods_table(each))),
         ],
         findings=[*findings(every), *setting(store, every)],

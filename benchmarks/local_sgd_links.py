@@ -7,10 +7,10 @@ reads: it holds every packet back for the delay and sends it at the rate of the 
 That is what ``tc netem`` does, which not every kernel has. The rate is that of each worker's uplink, the delay is one
 way.
 
-The model has four hidden layers of equal size and 1 MB. The time of its forward and backward is a sleep, 40 ms a step,
-as if a device computed: so the cores are free for the links, and a loaded machine changes little. A third of it is in
-the forward and two thirds in the backward, spread over the layers, so that DDP can overlap its buckets. All else is
-real: gradients, optimizers, exchange.
+The model has four hidden layers of equal size and 1 MB. The time of its forward and backward is a sleep, 40 ms per
+step, as if a device computed: so the cores are free for the links, and a loaded machine changes little. A third of it
+is in the forward and two thirds in the backward, spread over the layers, so that DDP can overlap its buckets. All else
+is real: gradients, optimizers, exchange.
 
 Compared at equal examples: no exchange at all, DDP (8 of its steps are timed, and counted four times), synchronous
 DiLoCo, its fragments in turn (streaming), and fragments with overlap, the last also with int8. Rounds of 16 steps,

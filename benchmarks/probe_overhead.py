@@ -17,14 +17,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _harness import Machine, Table, Timings, interleave, publish
+from _harness import Machine, Table, Timings, interleave, publish, random_texts
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -38,15 +38,6 @@ TARGETS = {"step time": 1.05, "bytes": 64, "memory": 2**20}
 SMALL = 8  # examples in a micro-batch where bytes alone are counted
 
 
-def batches_of(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless micro-batches of random characters, the same on every call."""
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    stock = [torch.randint(65, (size, LENGTH + 1), generator=generator) for _ in range(16)]
-    while True:
-        for text in stock:
-            yield text[:, :-1], text[:, 1:]
-
-
 class Loop:
     """A model, its optimizer and one step of it."""
 
@@ -55,7 +46,7 @@ class Loop:
         self.model = DistributedDataParallel(Transformer(width=256, depth=6, num_heads=8))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.loss = NextTokenLoss()
-        self.data = batches_of(micro_batch_size)
+        self.data = random_texts(micro_batch_size, LENGTH, rank=dist.get_rank())
         self.accumulation_steps = accumulation_steps
         self.step: Callable[[], None] = self.plain
         if adaptive:

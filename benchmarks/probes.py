@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _harness import Machine, Table, Timings, interleave, publish
+from _harness import Machine, Table, Timings, interleave, publish, random_texts
 from support.options import grouped
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -97,15 +97,6 @@ FAMILIES: dict[str, dict[str, Contender]] = {
 AIMS = {"tensor hooks": 1.05, "communication hook": 1.02, "reduce-scatter": 1.02}
 
 
-def batches_of(size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless micro-batches of random characters, the same on every call."""
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    stock = [torch.randint(65, (size, LENGTH + 1), generator=generator) for _ in range(16)]
-    while True:
-        for text in stock:
-            yield text[:, :-1], text[:, 1:]
-
-
 class Loop:
     """A model, its optimizer and one step of it."""
 
@@ -116,7 +107,7 @@ class Loop:
         self.model = contender.wrap(Transformer(**size))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.loss = NextTokenLoss()
-        self.data = batches_of(micro_batch_size)
+        self.data = random_texts(micro_batch_size, LENGTH, rank=dist.get_rank())
         self.accumulation_steps = accumulation_steps
         self.last = contender.last
         self.step: Callable[[], None] = self.by_hand

@@ -3,14 +3,13 @@
 #
 #   launch/deepspeed.sh [CONFIG [OPTION ...]]        launch/deepspeed.sh configs/digits_adamw.yaml --total.count=5000
 #
-# Paths are those of the folder where you stand, as with any program. The options are those of `adabatch train`. From the
-# environment:
-#   NPROC          processes on this node (one a GPU; 2 where there is none)
+# Paths are relative to the current folder. The options are those of `adabatch train`. From the environment:
+#   NPROC          processes on this node (one per GPU; 2 if there is none)
 #   HOSTFILE       DeepSpeed's list of nodes and slots, for several nodes
 #   ENGINE_CONFIG  DeepSpeed's JSON (launch/deepspeed.json)
 #   MASTER_PORT    a free port of the first node (29500)
 #   PYTHON         the interpreter (python)
-# Without a GPU it runs on the CPU and builds none of DeepSpeed's own kernels.
+# Without a GPU it runs on the CPU and does not build DeepSpeed's own kernels.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ ! -d "$root/adabatch" ] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # in a clone, its own code

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains a config by local SGD under torchrun: processes step on their own, and average now and then.
+# Trains a config by local SGD under torchrun: processes step on their own, and average periodically.
 #
 #   launch/local_sgd.sh [CONFIG [OPTION ...]]        SYNC_EVERY=8 launch/local_sgd.sh configs/digits_adamw.yaml
 #
-# Paths are those of the folder where you stand. The options are those of `adabatch train`. From the environment:
+# Paths are relative to the current folder. The options are those of `adabatch train`. From the environment:
 #   SYNC_EVERY     steps from one average to the next, for a config that does not name `local_sgd` itself
 #   all that launch/torchrun.sh reads: NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, PYTHON
 set -euo pipefail

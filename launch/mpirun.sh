@@ -3,12 +3,11 @@
 #
 #   launch/mpirun.sh [CONFIG [OPTION ...]]           launch/mpirun.sh configs/quickstart.yaml --total.count=20000
 #
-# Paths are those of the folder where you stand, as with any program. The options are those of `adabatch train`. From the
-# environment:
-#   NPROC             processes in all (one a GPU; 2 where there is none)
+# Paths are relative to the current folder. The options are those of `adabatch train`. From the environment:
+#   NPROC             processes in all (one per GPU; 2 if there is none)
 #   HOSTFILE          hosts, in the form of your MPI
-#   MPIEXEC           its launcher, with options of yours (mpiexec)
-#   ADABATCH_BACKEND  what carries the collectives: nccl, gloo, or mpi4py where there is no network for those
+#   MPIEXEC           its launcher, with your own options (mpiexec)
+#   ADABATCH_BACKEND  what carries the collectives: nccl, gloo, or mpi4py if there is no network for those
 #   PYTHON            the interpreter (python)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,6 +25,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))
 
 echo "mpirun: $config on $nproc process(es), $OMP_NUM_THREADS thread(s) each;" \
   "${mpiexec[*]}, collectives over ${ADABATCH_BACKEND:-NCCL or gloo}" >&2
-# Not every MPI hands the environment on to other hosts.
+# Not every MPI passes the environment on to other hosts.
 exec "${mpiexec[@]}" -n "$nproc" env PYTHONPATH="${PYTHONPATH:-}" OMP_NUM_THREADS="$OMP_NUM_THREADS" \
   "$python" -m adabatch train --config "$config" "$@"

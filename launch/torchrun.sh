@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Trains a config under torchrun, one process a device, with DDP.
+# Trains a config under torchrun, one process per device, with DDP.
 #
 #   launch/torchrun.sh [CONFIG [OPTION ...]]         launch/torchrun.sh configs/quickstart.yaml --total.count=20000
 #
-# Paths are those of the folder where you stand, as with any program. The options are those of `adabatch train`. From the
-# environment:
-#   NPROC          processes on this node (one a GPU; 2 where there is none)
+# Paths are relative to the current folder. The options are those of `adabatch train`. From the environment:
+#   NPROC          processes on this node (one per GPU; 2 if there is none)
 #   NNODES         nodes, each of which runs this script (1), and then, on each:
 #   NODE_RANK      number of this node, from 0
 #   MASTER_ADDR    host of node 0;  MASTER_PORT  a free port there (29500)

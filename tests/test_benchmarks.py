@@ -99,6 +99,34 @@ def test_the_record_of_a_report_stands_for_a_store_that_was_lost(frontier: Modul
         list(frontier.constants(cell, restored, sizes=(16,)))
 
 
+def test_a_package_that_is_absent_is_a_row_that_says_how_to_get_it(
+    frontier: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = importlib.import_module("_frontier.packages")
+    monkeypatch.setattr(packages, "INSTALL", dict.fromkeys(packages.INSTALL, ("no_such_package", "pip install it")))
+    cell = frontier.Cell("digits", "adamw", 512)
+    store = frontier.Store(tmp_path / "runs.jsonl")
+    constants = list(frontier.constants(cell, store, sizes=(16,)))
+    absent = list(frontier.packages(cell, frontier.Store(tmp_path / "runs.jsonl", run=False)))
+    assert [row.name for row in absent] == list(frontier.PACKAGES)
+    report = importlib.import_module("_frontier.report")
+    page = report.Page("digits", [*constants, *absent], "")
+    assert all("pip install it" in line[1] for line in report.methods_table(page).rows)
+    assert [row["test"] for row in report.record(page)["rows"][1:]] == [[]] * len(absent)
+
+
+@pytest.mark.parametrize(("rule", "package"), [("adascale", "fairscale"), ("pollux", "adaptdl")])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.filterwarnings("ignore")
+def test_rules_of_packages_train(frontier: ModuleType, rule: str, package: str, optimizer: str) -> None:
+    pytest.importorskip(package)
+    of = importlib.import_module("_frontier.runs")
+    cell = frontier.Cell("digits", optimizer, 512)
+    outcome = of.train(cell.job(of.Packaged(rule, 32, 16), frontier.Setting(2**-5, 0.1), 0))
+    assert sum(size * count for size, count in outcome.sizes.items()) == 512
+    assert 0 < outcome.test < 2.3
+
+
 def test_a_setting_far_behind_on_the_first_seed_is_not_run_on_the_next(frontier: ModuleType, tmp_path: Path) -> None:
     cell = frontier.Cell("digits", "adamw", 512)
     told: list[tuple[Any, float]] = []

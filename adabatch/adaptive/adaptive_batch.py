@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from adabatch.adaptive.late import check_late
 from adabatch.adaptive.loop import StepLoop
-from adabatch.adaptive.options import EngineOptions, Guard, Measure
+from adabatch.adaptive.options import EngineOptions, Guard, JournalOption, Measure
 from adabatch.adaptive.planning import check_format
 from adabatch.adaptive.step import Step
 from adabatch.adaptive.validation import (
@@ -29,7 +30,7 @@ from adabatch.guards.drift import check_interval
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.same_settings import failing_together
 from adabatch.guards.votes import Votes
-from adabatch.journal.writer import Journal, JournalTarget
+from adabatch.journal.writer import Journal
 from adabatch.lr.follow import Followers
 from adabatch.lr.rules import LRRule, Setting
 from adabatch.runtime.collectives import Collectives
@@ -37,10 +38,12 @@ from adabatch.runtime.data import GlobalOrder, WholeSteps, num_examples_in
 from adabatch.runtime.engines.engine import Engine
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.optimizers.joined import each_of, joined, kind_of
-from adabatch.runtime.optimizers.ownership import release, take_over, undone_on_error
+from adabatch.runtime.optimizers.ownership import displace, release, take_over, undone_on_error
 from adabatch.runtime.optimizers.scheduler import WritesRates
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers.fabric import inside_fabric
+
+_log = logging.getLogger("adabatch")
 
 
 class AdaptiveBatch:
@@ -87,14 +90,14 @@ class AdaptiveBatch:
         local_sgd: the ``LocalSGD`` of this model and optimizer, which averages the workers every few steps. A plain
             model on several processes needs it. Gradients are measured once per round.
         journal: where the first rank writes one JSON line per step: a path, or a tracker
-            (``adabatch.integrations.trackers``), or a list of trackers with one path at most.
+            (``adabatch.integrations.trackers``), or a list of trackers with at most one path.
         measure: what is measured in addition to what the criterion needs: noise, norms, layers.
         guard: what is checked and tried: updates that are not finite, larger micro-batches, ranks that drift.
         engine: options of the engine that the model's type selects, such as a gradient scaler; or, for hosts, an
             engine.
 
     Raises:
-        ValueError: if the ranks or the micro-batch cannot make up the limits, if the criterion needs more than the
+        ValueError: if the ranks or the micro-batch cannot form the limits, if the criterion needs more than the
             probe gives, if the model has no trainable parameters or the optimizer belongs to another model, if the rule
             is unknown, if a size is below 1, or if a trial is asked for on an engine whose ranks cannot run alone, or
             of a micro-batch that does not grow.
@@ -118,7 +121,7 @@ class AdaptiveBatch:
         tokens_per_example: int | None = None,
         probe: Probe | None = None,
         local_sgd: LocalSGD | None = None,
-        journal: JournalTarget | Sequence[JournalTarget] | None = None,
+        journal: JournalOption = None,
         measure: Measure = Measure(),
         guard: Guard = Guard(),
         engine: EngineOptions | Engine = EngineOptions(),
@@ -180,6 +183,12 @@ class AdaptiveBatch:
             )
             # another rank may fail, and then this one raises at the end of the block
             undo.callback(self._loop.updates.remove, "not made")
+        if displace([*each_of(optimizer), *held], kind="monitor"):
+            _log.warning(
+                "the monitor() of this %s is removed, since the AdaptiveBatch measures the same gradients: read its "
+                "noise_scale and its journal (for a criterion that measures nothing, give Measure(monitor=True))",
+                kind_of(optimizer),
+            )
 
     # --- what a schedule, a progress bar or a log reads -------------------------------------------------------------
 
@@ -354,7 +363,7 @@ class AdaptiveBatch:
 
         Raises:
             ValueError: if there are no numbers, or a name is empty.
-            TypeError: if a name is not a text, or a value is not a number.
+            TypeError: if a name is not a string, or a value is not a number.
             RuntimeError: if micro-batches of a step, or its ``optimizer.step()``, are still to be run.
         """
         self._loop.updates.settle_for_evaluation()
@@ -411,6 +420,7 @@ class AdaptiveBatch:
 
     def remove(self) -> None:
         """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""
+        release(self)
         self._loop.updates.flush()
         self._loop.close("removed by remove()")
         self._journal.close()

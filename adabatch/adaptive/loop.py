@@ -129,6 +129,7 @@ class StepLoop:
             journal=journal,
             observers=self.observers,
             skip_nonfinite=bool(guard.skip_nonfinite),
+            in_a_row=None if guard.skip_nonfinite is True else self._updates_in_a_row,
             hand_norms=bool(needs),
             late=self.late,
         )

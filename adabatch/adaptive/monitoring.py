@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from adabatch.adaptive.options import JournalOption
 from adabatch.adaptive.planning import Measured, Planner, Policy
 from adabatch.arguments import checked_but, require_type, whole
 from adabatch.batch.control import Control, Limits
@@ -21,11 +22,11 @@ from adabatch.batch.criteria import NoiseScale
 from adabatch.batch.efficiency import efficiency
 from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan, PlanGrid, Progress
-from adabatch.journal.writer import Journal, JournalTarget, line
+from adabatch.journal.writer import Journal, line
 from adabatch.lr.follow import Followers, UpdateRules
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.observers.trained_parameters import held_parameters
-from adabatch.runtime.optimizers.ownership import remove_all, take_over
+from adabatch.runtime.optimizers.ownership import owners_of, release, remove_all, take_over
 from adabatch.runtime.optimizers.step_hooks import rates_of
 from adabatch.runtime.probes.norms import norms
 from adabatch.runtime.wrappers.backward import factor_of
@@ -41,7 +42,7 @@ def monitor(
     optimizer: Optimizer,
     *,
     micro_batch_size: int,
-    journal: JournalTarget | Sequence[JournalTarget] | None = None,
+    journal: JournalOption = None,
     scaler: GradScaler | None = None,
 ) -> NoiseMonitor:
     """Measures the noise scale of a run, in whatever loop or host trains the model.
@@ -67,8 +68,8 @@ def monitor(
         The monitor, which lives as long as the optimizer and may be dropped.
 
     Raises:
-        ValueError: if the model is sharded or runs on DeepSpeed, if the optimizer holds none of its parameters, or if
-            ``micro_batch_size`` is below 1.
+        ValueError: if the model is sharded or runs on DeepSpeed, if the optimizer holds none of its parameters or has
+            an ``AdaptiveBatch``, which measures by itself, or if ``micro_batch_size`` is below 1.
         TypeError: if ``optimizer`` is not an optimizer, or is the wrapper of a host.
     """
     require_type(isinstance(model, torch.nn.Module), "model must be a torch.nn.Module", model)
@@ -88,7 +89,7 @@ class NoiseMonitor:
         model: torch.nn.Module,
         optimizer: Optimizer,
         micro_batch_size: int,
-        journal: JournalTarget | Sequence[JournalTarget] | None,
+        journal: JournalOption,
         scaler: GradScaler | None,
     ) -> None:
         fabric = inside_fabric(model)
@@ -97,6 +98,13 @@ class NoiseMonitor:
         _check(model, optimizer)
         self._collectives = engine_for(model).collectives
         self._parameters = held_parameters(model, optimizer)
+        # Its micro-batches may grow, which cannot be seen from here.
+        if owners_of([optimizer, *self._parameters], kind="AdaptiveBatch"):
+            raise ValueError(
+                f"the {type(optimizer).__name__} has an AdaptiveBatch, which measures the noise by itself: read its "
+                f"noise_scale and its journal (with Constant(...) or a schedule, give it Measure(monitor=True)), or "
+                f"call its remove() first"
+            )
         self._optimizer = optimizer
         self._micro_batch_size = micro_batch_size
         self._scale = None if scaler is None else factor_of(scaler)
@@ -145,16 +153,17 @@ class NoiseMonitor:
 
         Raises:
             ValueError: if there are no numbers, or a name is empty.
-            TypeError: if a name is not a text, or a value is not a number.
+            TypeError: if a name is not a string, or a value is not a number.
         """
         self._journal.record_evaluation(metrics, after=self.consumed)
 
     def give_way(self) -> None:
-        """A newer monitor measures this model."""
+        """A newer monitor, or an ``AdaptiveBatch``, measures this model."""
         self.remove()
 
     def remove(self) -> None:
         """Takes all hooks off model and optimizer."""
+        release(self)
         remove_all(self._handles)
         self._journal.close()
 

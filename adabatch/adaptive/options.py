@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch.amp.grad_scaler import GradScaler
 
 from adabatch.arguments import MOST_STEPS, check_fields, require, shown
 from adabatch.guards.finite import SkipNonfinite, check_skip_nonfinite
 from adabatch.guards.memory_trials import TrialLoss
+from adabatch.journal.writer import JournalTarget
 from adabatch.runtime.engines.engine import GradientSync
 from adabatch.runtime.probes.layers import PerLayer
+
+JournalOption: TypeAlias = JournalTarget | Sequence[JournalTarget] | None
+"""The ``journal`` of ``AdaptiveBatch`` and ``monitor``: a path, a tracker, or several of them; None for no journal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,8 @@ class Guard:
             without a probe this check costs one pass over the gradient, 8 bytes and a host sync. "probed" checks only
             steps with a probe, where it costs nothing. Local steps of ``local_sgd`` without a probe are not checked.
         max_left_out: how many updates in a row may be left out for numbers that are not finite, before the run stops
-            with ``UpdatesLeftOut``; None for no limit.
+            with ``UpdatesLeftOut``; None for no limit. If they are not left out, for how many steps all that is
+            measured may not be finite.
         trial: micro-batch -> its mean loss, computed as in your loop, including autocast. For a micro-batch that grows
             (``max_micro_batch_size``). Before the first step with a larger micro-batch, one of that size is run without
             an update (twice if steps accumulate). If a rank runs out of memory, all ranks keep to smaller ones and

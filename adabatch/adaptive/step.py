@@ -48,7 +48,7 @@ class StepTools:
         riders: on the reductions that measure, beside those that ride on each.
         mistakes: of the loop, which are checked before and after each backward.
         empty_parts: run the micro-batches of weight 0.
-        trained: the parameters for which the run was set up; None if nobody relies on them.
+        trained: the parameters for which the run was set up; None if nothing relies on them.
         same_updates: whether the ranks are about to make the same update; None if they are not compared.
         find_nonfinite: whether loss and gradient are finite, if no probe reads them; None if that is not checked.
         late: whether what a step measured is read at the end of the next one.

@@ -17,6 +17,7 @@ from adabatch.adaptive.step import Step
 from adabatch.adaptive.validation import check_before_step
 from adabatch.batch.control import Decision, Reason
 from adabatch.batch.plan import BatchPlan
+from adabatch.guards.left_out import UpdatesInARow
 from adabatch.guards.missing_updates import MissingUpdates
 from adabatch.guards.repeated_updates import RepeatedUpdates
 from adabatch.journal.writer import Journal, line
@@ -59,6 +60,7 @@ class PendingUpdates:
         journal: gets one line per step, once its update is over.
         observers: hear of the end of each inner loop and of each update.
         skip_nonfinite: whether updates whose loss or gradient is not finite are left out.
+        in_a_row: is told whether steps were finite, where updates that are not may be made; None where none is.
         hand_norms: whether optimizers that take the norm that the probe has measured get it. They would add the squares
             in another order, so under a constant policy, which equals a plain loop to the bit, they do not.
         late: keeps what a step measured until the next one has ended; None if that is not late.
@@ -73,6 +75,7 @@ class PendingUpdates:
         journal: Journal,
         observers: StepObserver,
         skip_nonfinite: bool,
+        in_a_row: UpdatesInARow | None,
         hand_norms: bool,
         late: LateNumbers | None,
     ) -> None:
@@ -83,6 +86,7 @@ class PendingUpdates:
         self._journal = journal
         self._observers = observers
         self._skip_nonfinite = skip_nonfinite
+        self._in_a_row = in_a_row
         self._late = late
         self._takes_norm = [one for one in each_of(optimizer) if hand_norms and isinstance(one, TakesNorm)]
         self._scaled = engine.backward.scale is not None
@@ -193,6 +197,8 @@ class PendingUpdates:
             empty = empty and numbers.step is None  # else the decision has a reason of its own
             self._planner.probe_waits = self._late.waiting
         age = 0 if numbers.step is None else before.steps - numbers.step
+        if self._in_a_row is not None and numbers.step is not None and numbers.moments is not None and not empty:
+            self._in_a_row.measured(numbers.step, finite=numbers.finite)
         ended = self._planner.end_step(
             Measured(num_examples, numbers.moments, numbers.finite, empty, numbers.loss, timed, age)
         )

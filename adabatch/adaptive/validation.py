@@ -505,7 +505,7 @@ def limits_and_grid(
             if grid.nearest(size).global_batch_size != size:
                 raise ValueError(
                     f"{type(criterion).__name__} asks for batches of {size} examples, which {dp_size} rank(s) with "
-                    f"micro-batches of {' or '.join(map(str, micro_sizes))} cannot make up: use a multiple of "
+                    f"micro-batches of {' or '.join(map(str, micro_sizes))} cannot form: use a multiple of "
                     f"{smallest}, or another micro_batch_size"
                 )
     return limits, grid

@@ -102,10 +102,10 @@ class Control:
     """How cautiously the plan follows the criterion.
 
     Args:
-        interval: a probe every so many steps. None is automatic: every step at first, and rarer as the window grows.
-            Once it has its 50 probes, the interval is ``memory_share`` of the probes since noise or signal last jumped,
-            over 50, and at most 10. With the other defaults this is every 2nd step after 500 probes, every 10th after
-            2,500, and every step again after a jump.
+        interval: number of steps from one probe to the next. None is automatic: every step at first, and rarer as the
+            window grows. Once it has its 50 probes, the interval is ``memory_share`` of the probes since noise or
+            signal last jumped, over 50, and at most 10. With the other defaults this is every 2nd step after 500
+            probes, every 10th after 2,500, and every step again after a jump.
         memory: least number of probes in the average: an exponential window with the weight of ``memory`` equal ones (a
             factor of ``(memory - 1) / (memory + 1)`` per probe). 1 keeps only the last probe, without a test for
             outliers; ``inf`` forgets none.

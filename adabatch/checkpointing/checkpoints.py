@@ -34,6 +34,7 @@ from adabatch.checkpointing.newest import newest_checkpoint
 from adabatch.checkpointing.own_parts import check_own_parts, warn_of_missing_parts
 from adabatch.checkpointing.plain import NotPlain
 from adabatch.checkpointing.run_state import Restored, RunState, Snapshot, Stateful
+from adabatch.checkpointing.run_token import set_token, token_of
 from adabatch.checkpointing.save_times import SaveTimes
 from adabatch.checkpointing.settings import KeptSetting
 from adabatch.runtime.local_sgd import LocalSGD
@@ -194,6 +195,8 @@ class Checkpoints:
         try:
             # in the foreground nothing changes the state until it is written, so a copy would only cost memory
             taken = self._run.take(copy=self._background is not None)
+            if taken is not None:
+                taken.contents["run"] = self._own_run()
         except (NotPlain, CheckpointError) as error:
             failure = failure or error
         if failure is None and self._ranks.rank == 0:
@@ -263,7 +266,7 @@ class Checkpoints:
             if not (self._batches is not None if missing_ok is None else missing_ok):
                 raise FileNotFoundError(
                     f"there is no checkpoint in {self._folder.absolute()}: check the path, or pass missing_ok=True to "
-                    f"go on with the parts as they are"
+                    f"continue with the parts as they are"
                 )
             # a journal without a checkpoint is of a run that was killed before its first one, and begins again from
             # step 0
@@ -295,6 +298,8 @@ class Checkpoints:
         if failure is not None:
             raise failure
         assert restored is not None
+        if self._batches is None and isinstance(saved.get("run"), str):
+            set_token(self._run.model, self._folder, saved["run"])
         self._times.loaded()
         if self._lock.held:
             self._claim(self._own_run())
@@ -333,9 +338,13 @@ class Checkpoints:
 
     # --- private ----------------------------------------------------------------------------------------------------
 
-    def _own_run(self) -> str | None:
-        """The token of this run; None without ``batches``, which hold it."""
-        return None if self._batches is None else self._batches.journal.run
+    def _own_run(self) -> str:
+        """The token of this run."""
+        if self._batches is None:
+            return token_of(self._run.model, self._folder)
+        # for a later save of this model without its batches
+        set_token(self._run.model, self._folder, self._batches.journal.run)
+        return self._batches.journal.run
 
     def _claim(self, run: str | None) -> None:
         """Takes the folder for this process; on the first rank.
@@ -371,7 +380,7 @@ class Checkpoints:
         """
         self._lock.check()
         mine, theirs, shared = self._own_run(), read_lock(self._folder).run, self._lock.shared
-        if mine is not None and theirs not in (None, mine):
+        if theirs not in (None, mine):
             # A lock without checkpoints is of a run that ended before its first one, and holds nothing that could be
             # lost.
             if checkpoints_in(self._folder):
@@ -404,7 +413,7 @@ class Checkpoints:
         if folder not in (None, run):
             raise ValueError(
                 f"the checkpoint {path} is of run {run}, and its folder belongs to run {folder}: move it away, begin "
-                f"again with start_over(), or, to go on with run {run}, remove {self._folder / LOCK}"
+                f"again with start_over(), or, to continue run {run}, remove {self._folder / LOCK}"
             )
         written = self._batches.journal.last_run()
         if written not in (None, run):

@@ -76,7 +76,6 @@ def describe(
     if isinstance(batches, AdaptiveBatch):
         said |= {"batch": {**asdict(batches.plan), "global_batch_size": batches.plan.global_batch_size}}
         said |= {"steps": batches.consumed.steps, "examples": batches.consumed.examples}
-        said |= {"run": batches.journal.run}
     if isinstance(order, GlobalOrder):
         place = order.state_dict()
         said["data"] = {name: place[name] for name in ("length", "order", "seed")}

@@ -180,6 +180,14 @@ class FolderLock:
                 f"written for run {self._run}, so its loop should end"
             )
         if holder is None or not holder.same_process(self._me):
+            # Not claimed again: a process that was taken for dead would write beside what its successor has written.
+            if holder is None and (self._folder / LOCK).exists():
+                raise FolderInUse(
+                    f"{self._folder} is no longer held by this process (pid {os.getpid()} on {platform.node()}): "
+                    f"another Checkpoints object of this run was closed and has released it, or another process has "
+                    f"taken it and has ended. Use one Checkpoints object for a run, or close the one last that saved "
+                    f"or loaded first; nothing more is written here"
+                )
             now = "its lock was removed" if holder is None else f"it belongs to {holder} now"
             raise FolderInUse(
                 f"{self._folder} was taken from this process (pid {os.getpid()} on {platform.node()}): "

@@ -47,6 +47,6 @@ def state_of_rank(states: Any, ranks: Collectives, *, name: str) -> Any:
     if len(states) != ranks.size:
         raise ValueError(
             f"{name} was saved with a state for each of {len(states)} rank(s), and there are {ranks.size}: resume with "
-            f"as many, or leave it out of load and begin a pass; a GlobalOrder goes on with any number of ranks"
+            f"as many, or leave it out of load and begin a pass; a GlobalOrder continues with any number of ranks"
         )
     return states[ranks.rank]

@@ -78,6 +78,11 @@ class Restored(NamedTuple):
 class RunState:
     """The parts of a run that are saved together.
 
+    Attributes:
+        model: without wrappers.
+        sharded: whether it is sharded.
+        collectives: the ranks of the run.
+
     Args:
         parts: by name, in the order in which they are loaded; "model" is among them.
         config: the run's settings, for the manifest.
@@ -95,12 +100,12 @@ class RunState:
                     f"out, or give the object that has its state"
                 )
         self._parts = dict(parts)
-        self._model: nn.Module = _inner(parts["model"])
+        self.model: nn.Module = _inner(parts["model"])
         self._optimizer: Optimizer | None = parts.get("optimizer")
         self._batches: AdaptiveBatch | None = parts.get("batches")
         self._config = config
         workers: LocalSGD | None = parts.get("local_sgd")
-        self.sharded = is_sharded(self._model)
+        self.sharded = is_sharded(self.model)
         if workers is not None and self.sharded:
             raise ValueError(
                 "the workers of local SGD are sharded, each over ranks of its own, and a checkpoint cannot hold them: "
@@ -111,7 +116,7 @@ class RunState:
         self._apart = workers is not None and self.collectives.size > 1
         self._was_read = False  # the first of a run's checkpoints is read back
         self._host = HostGroup(self.collectives) if self.sharded or self._apart else None
-        self._device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        self._device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         # A loader has its own place on each rank; a GlobalOrder has one place for all.
         order: Stateful | None = parts.get("order")
         self._loader = None if isinstance(order, GlobalOrder) else order
@@ -128,7 +133,7 @@ class RunState:
 
     def _parameters(self) -> list[Parameter]:
         """The parameters of the optimizer, in the order of its state."""
-        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         groups = [] if self._optimizer is None else self._optimizer.param_groups
         return [Parameter(names.get(id(p)), tuple(p.shape)) for group in groups for p in group["params"]]
 
@@ -158,14 +163,14 @@ class RunState:
             state["order"] = states_of_all(mine, self.collectives, name="order")
         if failure is not None:
             raise failure
-        states = () if self._optimizer is None else optimizer_states(self._optimizer, self._model)
+        states = () if self._optimizer is None else optimizer_states(self._optimizer, self.model)
         # on every rank, each with its own pieces, before most of them return
-        check_finite([*trained_weights(self._model), *states])
+        check_finite([*trained_weights(self.model), *states])
         if self.collectives.rank > 0 and not (self.sharded or self._apart):
             return None
         tensors: dict[str, Tensor] = {}
         if self.sharded:
-            shards = taken_apart(self._model, self._optimizer)
+            shards = taken_apart(self.model, self._optimizer)
             tensors, state["model"], state["optimizer"] = shards
         for name, part in self._parts.items():
             if name not in state:
@@ -256,9 +261,9 @@ class RunState:
             # model and optimizer together, since they share the tensors of one set of files
             if name == "model" and self.sharded:
                 assert self._host is not None
-                now = taken_apart(self._model, self._optimizer)
+                now = taken_apart(self.model, self._optimizer)
                 saved = Shards(now.tensors, state["model"], state["optimizer"])
-                put_back(self._model, self._optimizer, saved, path / SHARDS, self._host.group)
+                put_back(self.model, self._optimizer, saved, path / SHARDS, self._host.group)
             elif name == "order" and self._loader is not None:
                 self._loader.load_state_dict(state_of_rank(state[name], self.collectives, name=name))
             elif name != "optimizer" or not self.sharded:
@@ -312,12 +317,12 @@ class RunState:
                 for name, (shape, _) in shapes_in(path / SHARDS).items()
                 if name.startswith("model/")
             }
-        mine = {name: value.shape for name, value in self._model.state_dict().items() if isinstance(value, Tensor)}
+        mine = {name: value.shape for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
         wrong = [name for name in {**saved, **mine} if saved.get(name) != mine.get(name)]
         if wrong:
             shown = (f"{name}: {_text(saved.get(name))} saved, {_text(mine.get(name))} here" for name in wrong[:3])
             raise ValueError(
-                f"the checkpoint {path} is of another model than this {type(self._model).__name__}; {len(wrong)} "
+                f"the checkpoint {path} is of another model than this {type(self.model).__name__}; {len(wrong)} "
                 f"tensor(s) differ ({'; '.join(shown)}): build the model as the saving run did"
             )
 

@@ -1,4 +1,4 @@
-"""One branch of ``adabatch cbs``: from a checkpoint on, so many examples at a constant batch size."""
+"""One branch of ``adabatch cbs``: a given number of examples from a checkpoint on, at a constant batch size."""
 
 from __future__ import annotations
 

@@ -75,6 +75,7 @@ def compare(
         if size is not None:
             # in the baseline's own folder, and not over the checkpoints of the adaptive run
             saving = replace(made.checkpoint, directory=None)
+            # monitored, so that their steps do the work of the adaptive run's, and their noise can be drawn beside its
             made = replace(made, criterion=Constant(size), measure=Measure(monitor=True), checkpoint=saving)
         # the same in all three: the default is a run's first batch, which would give the large batch the small one's
         # rate

@@ -28,7 +28,7 @@ OPTIONAL = (
 )
 """Packages that no extra requires, or that users look for by name."""
 
-SKIPPED_EXTRAS = ("dev", "docs", "test", "all")
+SKIPPED_EXTRAS = ("dev", "docs", "test", "all")  # for work on adabatch itself; and "all", which repeats the others
 
 Version = Callable[[str], str | None]
 

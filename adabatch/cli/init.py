@@ -60,7 +60,7 @@ criterion:
   class_path: adabatch.NormTest
   init_args: {eta: 0.7} # rests where an example is worth eta^2 = 49 % of one in a small batch
 micro_batch_size: $micro # examples in one forward and backward on one rank
-max_micro_batch_size: $max_micro # it grows up to here before steps accumulate: what surely fits into memory
+max_micro_batch_size: $max_micro # it grows up to here before steps accumulate: a size that surely fits into memory
 limits: {min: $min, max: $max} # of the global batch, over all ranks
 lr_rule: gain # how the learning rate follows the batch: none, linear, sqrt, gain, sqrt_gain
 
@@ -193,7 +193,7 @@ def starter_config(found: ModelFile, file: Path, out: Path, *, loss: str | None,
     micro = min(8, most // 2)
     arguments = "\n  init_args: {split: %s}"
     test = (
-        f"test_data: # evaluated at the end of the run, and every so many examples in it\n"
+        f"test_data: # evaluated at the end of the run, and as often as evaluate_every says\n"
         f"  class_path: {found.data}{arguments % 'test'}\n"
         f"evaluate_every: {{count: {found.num_examples}, unit: examples}}\n"
     )

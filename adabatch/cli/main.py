@@ -15,11 +15,10 @@ from adabatch.cli.overview import COMMANDS, overview
 from adabatch.guards.drift import RanksDrifted
 from adabatch.guards.left_out import EXIT_NO_UPDATES, UpdatesLeftOut
 from adabatch.guards.watchdog import EXIT_RANK_LOST, RankLost
+from adabatch.interrupts import INTERRUPTED
 
 FILE_FAILED = 1
 MISTAKE = 2
-INTERRUPTED = 130
-"""As in shells: 128 plus the number of SIGINT."""
 OUTPUT_CLOSED = 141
 """128 plus the number of SIGPIPE."""
 

@@ -109,9 +109,12 @@ def _parser() -> PlainParser:
         "--tokens_per_example",
         type=positive,
         metavar="N",
-        help="lets curves run over tokens, where the config is silent",
+        help="lets curves run over tokens, if the config does not say it",
     )
     parser.add_argument(
-        "--weight_decay", type=not_negative, metavar="X", help="of the optimizer, for tau, where the config is silent"
+        "--weight_decay",
+        type=not_negative,
+        metavar="X",
+        help="of the optimizer, for tau, if the config does not say it",
     )
     return parser

@@ -17,6 +17,7 @@ from adabatch.batch.control import Reason
 from adabatch.cli.plain_parser import PlainParser
 from adabatch.cli.runs import journal_in
 from adabatch.journal.parts import parts_of
+from adabatch.lr.journal_lines import LostLines
 
 DESCRIPTION = """\
 Follow a run: its last steps, one line each, and every new one, until Ctrl-C. Where the journal is cut by a run that
@@ -50,8 +51,10 @@ def run_tail(arguments: Sequence[str]) -> int:
     journal = journal_in(asked.run)
     _check_journal(journal)
     colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    lost = LostLines(str(journal))
     print(HEADER, flush=True)
     for entry in follow_journal(journal, lines=asked.lines, once=asked.once):
+        lost.see(entry, f", step {entry['step']}" if "step" in entry else "")
         # flushed, so that a reader in a pipe sees each line at once
         print(line_text(entry, colored=colored), flush=True)
     return 0

@@ -213,6 +213,7 @@ def forecast(
         # with the same factor: if the noise scale is larger than measured, the run has made more progress with its
         # examples
         progress = evidence.progress(noise)
+        # over the progress of a step of b examples, b / (1 + b / B)
         steps = progress * (1 / taken + 1 / scale)
         used = steps * taken
         if examples is not None:
@@ -308,7 +309,7 @@ def knee(
 def extended(evidence: Evidence, examples: float) -> Evidence:
     """The evidence for a run of ``examples``: cut, or extended from the noise scale and batch of its last quarter.
 
-    Beyond the end the noise scale goes on as ``examples ** RISE``. The band then also holds a noise scale that stays
+    Beyond the end the noise scale continues as ``examples ** RISE``. The band then also holds a noise scale that stays
     as it was, and one with twice the exponent. The extension has the error of a quarter of the probes, which is twice
     that of all (in logarithms). This error is used for the whole of a longer run.
 

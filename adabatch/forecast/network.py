@@ -25,7 +25,7 @@ class Cluster:
         devices: how many, positive.
         bandwidth: of a device to one of another node, in bytes per second, positive.
         latency: of a message between them, in seconds, zero or positive.
-        node_size: devices in a node; 1 where no devices are joined more closely than others.
+        node_size: devices in a node; 1 if no devices are joined more closely than others.
         node_bandwidth: within a node, in bytes per second; None for ``bandwidth``.
         node_latency: within a node, in seconds; None for ``latency``.
         price_per_hour: of a device, in any currency, zero or positive.

@@ -23,7 +23,7 @@ from adabatch.runtime.observers.protocol import Rider
 from adabatch.runtime.optimizers.group_numbers import digest_of_numbers, number_settings, numbers_of_groups
 
 _EXACT_BITS = 53
-"""A float64 holds whole numbers of so many bits."""
+"""A float64 holds whole numbers of up to this many bits."""
 
 
 class SameUpdates(Rider):

@@ -46,7 +46,7 @@ _REFUSED = {
     "cosine_constant_lr_ratio": _SCHEDULE,
     "lr_quadratic_warmup": _SCHEDULE,
     "jagged_restart_steps": _SCHEDULE,
-    "relora": "it restarts the learning rate every so many steps; leave it out",
+    "relora": "it restarts the learning rate at a fixed number of steps; leave it out",
 }
 """Keys of axolotl that would have no effect or a wrong one with the plugin -> what to do instead."""
 

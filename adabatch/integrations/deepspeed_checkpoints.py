@@ -131,10 +131,11 @@ class DeepSpeedCheckpoints:
         self._raise_together(failure)  # before anything is written
         try:
             if self._ranks.rank == 0:
-                if not self._lock.held:
-                    self._refuse_other_run()
-                    self._claim()
                 self._lock.check()
+                # At each save, since load() claims a folder whose run it does not know, and finds nothing there where
+                # the run that it names was killed before its first checkpoint.
+                self._refuse_other_run()
+                self._claim()
                 again = self._make_room()
                 # Before the engine's files: once `latest` names the checkpoint, its description is there.
                 self._settings.write(self._place(again))

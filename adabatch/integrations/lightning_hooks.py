@@ -8,11 +8,11 @@ from typing import Any
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.adaptive.monitoring import NoiseMonitor, monitor
+from adabatch.adaptive.options import JournalOption
 from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import Duration
 from adabatch.integrations.evaluations import record_numbers
 from adabatch.integrations.lightning_loop import Fit, Host, MakeSchedule, callback_settings
-from adabatch.journal.writer import JournalTarget
 from adabatch.runtime.engines.engine import GradientSync
 
 VALIDATION_PREFIXES = ("val_", "val/", "valid_", "valid/", "validation_", "validation/")
@@ -168,7 +168,7 @@ class MonitorHooks:
         self,
         *,
         micro_batch_size: int,
-        journal: JournalTarget | Sequence[JournalTarget] | None = None,
+        journal: JournalOption = None,
         log: bool = True,
     ) -> None:
         self._micro_batch_size = micro_batch_size

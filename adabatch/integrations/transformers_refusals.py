@@ -63,7 +63,7 @@ def _refusals(trainer: Any) -> dict[str, bool]:
         'FSDP1 does not show the gradients of a rank; set "version": 2 in fsdp_config': (
             plugin is not None and getattr(plugin, "fsdp_version", 1) != 2
         ),
-        "its model was sharded while it was loaded, which was not tried; use from_pretrained without "
+        "its model was sharded while it was loaded, which has not been tested; use from_pretrained without "
         "distributed_config, and fsdp or deepspeed of the TrainingArguments": loaded_in_shards,
         "enable_jit_checkpoint would save in the middle of a step; set control.should_save and should_training_stop "
         "in a callback of your own, and so save from on_step_end": getattr(args, "enable_jit_checkpoint", False),

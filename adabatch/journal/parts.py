@@ -1,7 +1,7 @@
 """The files of a journal: the one that is being written, and those that were full before it.
 
 A line is about a kilobyte, so a run of a million steps writes a gigabyte. A file that has reached ``PART_BYTES`` is
-renamed to ``NAME.1``, the next to ``NAME.2`` and so on, and the run goes on in an empty ``NAME``. Readers take all of
+renamed to ``NAME.1``, the next to ``NAME.2`` and so on, and the run continues in an empty ``NAME``. Readers take all of
 them, the oldest first. A resume looks at the newest only, so that its time does not grow with the run.
 """
 

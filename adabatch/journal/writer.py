@@ -143,7 +143,7 @@ def evaluation_line(metrics: Mapping[str, Any], after: Progress) -> dict[str, An
 
     Raises:
         ValueError: if there are none, or a name is empty.
-        TypeError: if a name is not a text, or a value is not a number.
+        TypeError: if a name is not a string, or a value is not a number.
     """
     if not metrics:
         raise ValueError('an evaluation needs at least one number by name, such as {"loss": 0.31}, got none')
@@ -157,7 +157,7 @@ def evaluation_line(metrics: Mapping[str, Any], after: Progress) -> dict[str, An
 
 def _checked_name(name: Any) -> str:
     if not isinstance(name, str):
-        raise TypeError(f"the name of a metric must be a text, got {name!r}")
+        raise TypeError(f"the name of a metric must be a string, got {name!r}")
     if not name:
         raise ValueError("the name of a metric must not be empty")
     return name
@@ -207,8 +207,8 @@ def _ratio(moments: GradientMoments) -> dict[str, Any]:
 class Journal:
     """Appends lines to a JSONL file; each is complete when ``write`` returns, and no file stays open.
 
-    Once the file has 256 MiB, it is renamed to ``NAME.1``, the next one to ``NAME.2`` and so on, and the run goes on in
-    an empty file. All readers of this package read all of them.
+    Once the file has 256 MiB, it is renamed to ``NAME.1``, the next one to ``NAME.2`` and so on, and the run continues
+    in an empty file. All readers of this package read all of them.
 
     Args:
         target: the file, whose folder is created; or a sink; or a sequence of sinks with at most one file. None writes
@@ -238,6 +238,8 @@ class Journal:
             self.path.open("a", encoding="utf-8").close()  # fails here rather than after a step
 
         self.guard: Callable[[], None] | None = None
+        self._end: int | None = None  # of the file, as this object left it; None before its first line
+        self._told: set[str] = set()
 
     def cut(self, num_examples: int) -> int:
         """Removes the lines of steps that began at ``num_examples`` or later, because a resumed run writes them again.
@@ -253,9 +255,8 @@ class Journal:
         Raises:
             ValueError: if a line other than the last one is not a line of a journal.
         """
-        if self.path is None:
-            return 0
-        return cut(self.path, num_examples)
+        self._end = None
+        return 0 if self.path is None else cut(self.path, num_examples)
 
     def last_run(self) -> str | None:
         """The token of the run that wrote the last whole line; None without a line, or if it has no token."""
@@ -294,7 +295,7 @@ class Journal:
 
         Raises:
             ValueError: if there are no numbers, or a name is empty.
-            TypeError: if a name is not a text, or a value is not a number.
+            TypeError: if a name is not a string, or a value is not a number.
             OSError: as ``write`` does.
         """
         self.write(evaluation_line(metrics, after))
@@ -324,20 +325,38 @@ class Journal:
             # that a line is one write
             with path.open("ab", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
+                self._check_end(path, size)
                 left = memoryview(f"{text}\n".encode())
                 end = size + len(left)
                 while left:
                     left = left[file.write(left) :]
+            self._end = end
         except OSError as error:
             if size is not None:
                 with suppress(OSError):
                     os.truncate(path, size)  # no reader could use an incomplete line
             raise _named(error, "the journal could not be written", path) from error
         if end >= self._part_bytes:
+            self._end = None
             try:
                 rotate(path)
             except OSError as error:  # the line itself is written
                 raise _named(error, "the journal is full, and no new file could be begun", path) from error
+
+    def _check_end(self, path: Path, size: int) -> None:
+        """Says in the log, once for each, that somebody else has taken lines out of the file or written into it."""
+        if self._end is None or size == self._end:
+            return
+        told = (
+            f"the journal {path} was removed or emptied while the run goes on: its lines up to here are lost, and the "
+            f"later ones do not begin at the run's beginning"
+            if size < self._end
+            else f"something else writes into the journal {path} too: give each run a journal of its own, since no "
+            f"report can tell their lines apart"
+        )
+        if told not in self._told:
+            self._told.add(told)
+            _log.warning("%s", told)
 
 
 def _named(error: OSError, what: str, path: Path) -> OSError:

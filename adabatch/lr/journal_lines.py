@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 # not imported from `adabatch.journal`, which needs torch; a test holds the two together
 JOURNAL_FORMAT = 1
 """The format of journal lines that is read here, which ``adabatch.journal`` writes."""
+
+_log = logging.getLogger("adabatch")
 
 JournalEntry = Mapping[str, Any]
 """A decoded line, or a part of one."""
@@ -22,11 +25,13 @@ def entries(lines: Iterable[str | JournalEntry], source: str) -> Iterator[tuple[
         lines: JSON texts, or what they hold. Empty lines are skipped.
         source: the name of the journal in errors.
 
+    The first place at which lines are missing is a warning in the log.
+
     Raises:
         ValueError: if a line before the last is damaged, or if the journal has another format, two runs, or a step
             twice.
     """
-    damaged, run = "", _OneRun(source)
+    damaged, run, lost = "", _OneRun(source), LostLines(source)
     for number, line in enumerate(lines, 1):
         if isinstance(line, str) and not line.strip():
             continue
@@ -46,7 +51,47 @@ def entries(lines: Iterable[str | JournalEntry], source: str) -> Iterator[tuple[
                 f"{JOURNAL_FORMAT}: use the version that wrote it"
             )
         run.see(number, entry)
+        lost.see(entry, f", line {number}")
         yield number, entry
+
+
+class LostLines:
+    """Says in the log, once, that lines of a journal are missing: its steps follow each other without a gap.
+
+    Args:
+        source: the name of the journal.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._end: float | None = None
+        self._said = False
+
+    def see(self, entry: JournalEntry, where: str = "") -> None:
+        """Compares a line with the one before it.
+
+        Args:
+            entry: the line.
+            where: its place, for the message.
+        """
+        step = _step_of(entry)
+        if step is None:
+            return
+        begins, size = step
+        if self._end is not None and begins > self._end and not self._said:
+            self._said = True
+            _log.warning(
+                "%s%s, begins at %s examples, and the line before ends at %s: the lines between them were removed or "
+                "lost, and what is read from the journal leaves their steps out",
+                self._source, where, f"{begins:,}", f"{self._end:,}",
+            )  # fmt: skip
+        self._end = begins + size
+
+
+def _step_of(entry: JournalEntry) -> tuple[float, float] | None:
+    """The examples before a step, and those of the step; None if the line is not of a step."""
+    begins, size = entry.get("examples"), part_of(entry, "plan").get("global_batch_size")
+    return (begins, size) if isinstance(begins, int | float) and isinstance(size, int | float) else None
 
 
 class _OneRun:
@@ -63,9 +108,10 @@ class _OneRun:
         self._end: float | None = None
 
     def see(self, number: int, entry: JournalEntry) -> None:
-        begins, size = entry.get("examples"), part_of(entry, "plan").get("global_batch_size")
-        if not (isinstance(begins, int | float) and isinstance(size, int | float)):
-            return  # no step
+        step = _step_of(entry)
+        if step is None:
+            return
+        begins, size = step
         run = entry.get("run")
         if run is None:  # written by a release without tokens
             wrong = begins <= self._begins

@@ -106,7 +106,7 @@ class AdaGradNorm(Optimizer):
     steps to zero. Check before the step (``GradScaler``, ``clip_grad_norm_`` with ``error_if_nonfinite=True``). There
     is no ``lr_decay`` (use a scheduler), no Nesterov momentum, no fused or capturable form, and no autograd through the
     step. Parameters whose gradient is None do not change, not even by decay; without any gradient, a step does nothing.
-    Norms are taken in float32 at least and added in float64 (float32 on MPS). ``step`` never waits for a device.
+    Norms are taken in at least float32 and added in float64 (float32 on MPS). ``step`` never waits for a device.
 
     State: the accumulator is in the state of every parameter, as one shared tensor ``sum`` of shape (1,). FSDP1
     flattens such state and is not supported.
@@ -378,7 +378,7 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 
 
 def _real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in for tensors of ``dtype``: float32 at least."""
+    """The dtype to compute in for tensors of ``dtype``: at least float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

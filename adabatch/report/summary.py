@@ -488,7 +488,7 @@ def _floors(run: RunSteps) -> list[Flag]:
     found = []
     for beta, values in run.floors.items():
         share = _share(run, np.isfinite(values))
-        text = f"{beta} stood at its floor ({np.nanmax(values):g}) for {percent(share)} of the examples."
+        text = f"{beta} was at its floor ({np.nanmax(values):g}) for {percent(share)} of the examples."
         found.append(Flag(f"{beta}_at_floor", "note", text, share))
     return found
 

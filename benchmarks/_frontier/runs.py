@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 import adabatch
+from _frontier.packages import RULES, PackageRule
 from _frontier.search import Setting
 from _frontier.workloads import WORKLOADS, Pair, splits_of
 from adabatch.batch.criteria import Criterion, Observation
@@ -82,12 +83,16 @@ class Measured(NamedTuple):
 
 
 class Packaged(NamedTuple):
-    """A constant batch of parts of ``first`` examples, under AdaScale as the package fairscale has it.
+    """A batch under a rule of another package, which also says the learning rate.
 
-    It is no dependency of ours: where it is not installed, these rows are left out.
+    Args:
+        rule: "adascale" (a constant batch) or "pollux" (the batch of the largest goodput).
+        number: the batch, or what a step costs in examples.
+        first: examples of the batch that the learning rate belongs to; Pollux begins with it.
     """
 
-    size: int
+    rule: PackageRule
+    number: int
     first: int
 
 
@@ -232,7 +237,7 @@ def train(job: Job) -> Outcome:
                 sizes.total(),
                 dict(sizes),
                 time.process_time() - begin,
-                tuple(path) if isinstance(job.batch, Measured) else (),
+                () if isinstance(job.batch, Planned) else tuple(path),
                 _noise(noise_scales),
             )
     return Outcome(math.inf, math.inf, sizes.total(), dict(sizes), time.process_time() - begin)
@@ -315,24 +320,26 @@ def _measured(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> S
 
 
 def _packaged(job: Job, model: nn.Module, optimizer: Optimizer, data: Pair) -> Steps:
-    from fairscale.optim import AdaScale
-
     assert isinstance(job.batch, Packaged)
-    num_parts = job.batch.size // job.batch.first
-    scaled = AdaScale(optimizer, num_gradients_to_accumulate=num_parts)
-    order = _order(job, len(data[0]))
-    for seen in range(0, job.examples, job.batch.size):
-        after = seen + job.batch.size
+    rule = RULES[job.batch.rule](optimizer, job.batch.number, job.batch.first)
+    order, seen = _order(job, len(data[0])), 0
+    losses: list[float] = []
+
+    def of_parts(rows: Tensor) -> Iterator[Tensor]:
+        for part in rows.split(len(rows) // rule.parts):
+            loss = loss_of(model, data[0][part], data[1][part])
+            losses.append(loss.item())
+            yield loss
+
+    while seen < job.examples:
+        size = min(rule.wanted(), job.examples - seen)
+        after = seen + size
         for group in optimizer.param_groups:
             group["lr"] = job.lr * shape(seen / job.examples, after / job.examples, job.warmup)
-        scaled.zero_grad()
-        losses = []
-        for rows in order[seen:after].split(job.batch.first):
-            loss = loss_of(model, data[0][rows], data[1][rows])
-            (loss / num_parts).backward()
-            losses.append(loss.item())
-        scaled.step()
-        yield job.batch.size, sum(losses) / num_parts, math.nan
+        losses.clear()
+        rule.step(size, of_parts(order[seen:after]))
+        yield size, sum(losses) / len(losses), rule.noise_scale
+        seen = after
 
 
 LOOPS: Mapping[type, Callable[[Job, nn.Module, Optimizer, Pair], Steps]] = {

@@ -187,6 +187,12 @@ WORKLOADS: Mapping[str, Workload] = {
         lambda: _mnist(pooled=True),
         (16_384, 49_152, 147_456),
     ),
+    "mlp14": Workload(
+        "MNIST averaged to 14x14 pixels, one hidden layer of 64 (13,258 parameters)",
+        lambda: MLP((14 * 14, 64, 10)),
+        lambda: _mnist(pooled=True),
+        (16_384, 49_152),
+    ),
     "mnist28": Workload(
         "MNIST, the project's MnistCNN (28,938 parameters)",
         lambda: MnistCNN().to(memory_format=torch.channels_last),  # type: ignore[call-overload]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,26 @@ def test_a_second_monitor_replaces_the_first(tmp_path: Path) -> None:
     loop(model, optimizer, loader())
     assert [line["step"] for line in lines(tmp_path / "journal.jsonl")] == list(range(found.consumed.steps))
     assert found.consumed.steps > 1
+
+
+def test_beside_an_adaptive_batch_it_is_refused() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    batches = AdaptiveBatch(model, optimizer, NoiseScale(), micro_batch_size=MICRO, limits=Limits(2 * MICRO, 2 * MICRO))
+    with pytest.raises(ValueError, match=r"has an AdaptiveBatch.*read its noise_scale.*call its remove\(\) first"):
+        monitor(model, optimizer, micro_batch_size=4)
+    batches.remove()
+    found = monitor(model, optimizer, micro_batch_size=4)
+    loop(model, optimizer, loader())
+    assert math.isfinite(found.noise_scale)
+
+
+def test_an_adaptive_batch_takes_its_place_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    found = monitor(model, optimizer, micro_batch_size=4)
+    batches = AdaptiveBatch(model, optimizer, NoiseScale(), micro_batch_size=MICRO, limits=Limits(2 * MICRO, 2 * MICRO))
+    assert "the monitor() of this SGD is removed, since the AdaptiveBatch measures" in caplog.text
+    train(batches, model, optimizer, loader())
+    assert found.consumed.steps == 0
+    assert batches.consumed.steps > 1

@@ -11,8 +11,9 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.properties import with_examples
 from support.simulated import GRID, LIMITS, RIGHT, TWO_PARTS, Level, constantly, drawn, sizes
 
 from adabatch.batch.averages import RECENT, Averages, ProbeWindow
@@ -79,7 +80,7 @@ def test_the_bar_is_honest_on_either_side(d: int, num_parts: int, ratio: float, 
 # --- one probe that is wrong ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@with_examples(25)
 @given(st.integers(0, 2**32 - 1), st.floats(3, 1e6), st.integers(0, 40), st.sampled_from(["part", "shared"]))
 def test_one_probe_has_bounded_influence_whatever_its_size_and_place(
     seed: int, times: float, where: int, which: str
@@ -179,7 +180,7 @@ def test_another_norm_begins_a_new_window() -> None:
     assert window.averages.norm == "adam"
 
 
-@settings(max_examples=30, deadline=None)
+@with_examples(30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60))
 def test_a_saved_window_is_the_same(seed: int, length: int) -> None:
     rng = np.random.default_rng(seed)
@@ -273,7 +274,7 @@ def test_a_rise_by_four_is_followed_within_ten_probes_and_a_fall_within_twenty(g
     assert max(down) <= 20
 
 
-@settings(max_examples=12, deadline=None)
+@with_examples(12)
 @given(st.floats(0.1, 0.95), st.floats(1000, 1e5))
 def test_the_batch_comes_to_rest_where_the_documentation_says(eta: float, noise_scale: float) -> None:
     """For a micro-batch that grows and for one that does not, from far below and from far above."""
@@ -358,7 +359,7 @@ def test_where_noise_wanders_the_batch_returns_and_a_ratchet_does_not() -> None:
     assert only_up > 1.2 * free
 
 
-@settings(max_examples=10, deadline=None)
+@with_examples(10)
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 0.9), st.floats(1.05, 3))
 def test_a_smaller_eta_never_rests_at_a_smaller_batch(seed: int, eta: float, times: float) -> None:
     window = window_of([drawn(np.random.default_rng(seed), PLAN, noise=64.0, d=30) for _ in range(30)])
@@ -366,7 +367,7 @@ def test_a_smaller_eta_never_rests_at_a_smaller_batch(seed: int, eta: float, tim
     assert NormTest(eta / times).rest(observation) >= NormTest(eta).rest(observation)
 
 
-@settings(max_examples=10, deadline=None)
+@with_examples(10)
 @given(st.integers(0, 1000), st.integers(-30, 30))
 def test_neither_spikes_nor_jumps_depend_on_the_scale_of_the_gradient(seed: int, exponent: int) -> None:
     """By a power of two, so that nothing is rounded: each batch is the same."""

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.properties import with_examples
 
 from adabatch.batch.averages import Averages, ProbeWindow
 from adabatch.batch.control import Control, ControlState, Decision, Limits, Reason, decide
@@ -190,7 +191,7 @@ def test_plans_can_be_run_and_stay_inside_the_limits(scenario: dict[str, Any]) -
         assert plan.accumulation_steps >= grid.min_accumulation
 
 
-@settings(max_examples=150)
+@with_examples(150)
 @given(scenarios())
 def test_reasons_match_what_happened(scenario: dict[str, Any]) -> None:
     control, grid = scenario["control"], scenario["grid"]
@@ -214,7 +215,7 @@ def test_reasons_match_what_happened(scenario: dict[str, Any]) -> None:
             assert not asked.low < present < asked.high, "inside the error bar"
 
 
-@settings(max_examples=150)
+@with_examples(150)
 @given(scenarios())
 def test_a_change_is_no_larger_than_the_cap_or_one_quantum(scenario: dict[str, Any]) -> None:
     grid, growth = scenario["grid"], scenario["control"].growth
@@ -1049,7 +1050,7 @@ def test_growth_without_cause_is_as_rare_as_confidence_says(confidence: float, c
     assert grown / trials == pytest.approx(1 - confidence, abs=4 * error)
 
 
-@settings(max_examples=30)
+@with_examples(30)
 @given(st.floats(2, 50))
 def test_a_true_wish_is_followed_in_the_end(times: float) -> None:
     """An error bar must not hold back for ever: with probes enough, a batch well below its wish grows."""

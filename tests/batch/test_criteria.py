@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from support.properties import with_examples
 
 from adabatch.batch.criteria import (
     AugmentedInnerProductTest,
@@ -198,7 +199,7 @@ def test_what_was_not_measured_is_not_a_number(contract: Contract) -> None:
 
 
 @every_criterion
-@settings(max_examples=20)
+@with_examples(20)
 @given(st.sampled_from([5e-324, 1e-300, 1e-200, 1e160, 1e200, 1.7e308]), positive, positive, batches)
 def test_extreme_tolerances_do_not_raise(
     contract: Contract, tolerance: float, noise: float, signal: float, batch: float

@@ -6,8 +6,9 @@ import math
 import re
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.properties import with_examples
 
 from adabatch.batch.plan import (
     BatchPlan,
@@ -46,7 +47,7 @@ limits = st.tuples(st.integers(1, 600), st.integers(0, 600)).map(lambda pair: (p
 sizes = st.one_of(st.floats(0.5, 2000), st.integers(1, 1200).map(float))
 
 
-@settings(max_examples=150)
+@with_examples(150)
 @given(grids(), sizes, limits, st.sampled_from([0.0, 1 / 8, 0.5]))
 def test_nearest_by_brute_force(grid: PlanGrid, wanted: float, limit: tuple[int, int], tolerance: float) -> None:
     low, high = limit

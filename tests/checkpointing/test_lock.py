@@ -292,6 +292,21 @@ def test_a_save_beside_one_in_the_background_keeps_both(tmp_path: Path, slow_dis
     assert list(checkpoints_in(tmp_path / "saved")) == [2, 1]
 
 
+def test_a_closed_object_of_the_run_that_released_the_folder_is_named(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    first, second = run.checkpoints(), run.checkpoints()
+    first.save()
+    second.save()
+    first.close()
+    with pytest.raises(
+        FolderInUse, match=r"no longer held by this .*another Checkpoints object of this run was closed"
+    ):
+        second.save()
+    second.close()
+    with run.checkpoints() as again:
+        again.save()
+
+
 def test_an_evaluation_reads_beside_a_run_and_leaves_no_trace(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with run.checkpoints() as checkpoints:
@@ -360,6 +375,43 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path: Path) -> None:
     with forked.checkpoints() as checkpoints:
         assert checkpoints.load() is not None
     assert forked.token == other
+
+
+def test_runs_without_batches_do_not_share_a_folder(tmp_path: Path) -> None:
+    def run_of(path: Path) -> object:
+        return json.loads((path / "manifest.json").read_text().splitlines()[0])["contents"]["run"]
+
+    folder, first = tmp_path / "saved", network()
+    for _ in range(2):
+        adabatch.save(folder, model=first)
+    token = read_lock(folder).run
+    assert token is not None
+    assert [run_of(path) for path in checkpoints_in(folder).values()] == [token, token]
+    second = network(seed=1)
+    with pytest.raises(
+        CheckpointError, match=rf"holds the checkpoints of run {token}, and this is run .*start_over\(\)"
+    ):
+        adabatch.save(folder, model=second)
+    adabatch.load(folder, model=second)  # goes on with that run
+    adabatch.save(folder, model=second)
+    assert {run_of(path) for path in checkpoints_in(folder).values()} == {token}
+    third = network(seed=2)
+    adabatch.load(folder, model=third)
+    adabatch.save(tmp_path / "other", model=third)  # begins from its weights, and is a run of its own
+    assert read_lock(tmp_path / "other").run not in (token, None)
+    with Checkpoints(folder, model=network(seed=3)) as checkpoints:
+        checkpoints.start_over()
+        checkpoints.save()
+    assert read_lock(folder).run not in (token, None)
+
+
+def test_a_model_of_a_run_with_batches_is_of_that_run_without_them(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.checkpoints() as checkpoints:
+        checkpoints.save()
+    adabatch.save(tmp_path / "saved", model=run.model)
+    with pytest.raises(CheckpointError, match=f"holds the checkpoints of run {run.token}"):
+        adabatch.save(tmp_path / "saved", model=network())
 
 
 # --- what is not there ------------------------------------------------------------------------------------------------

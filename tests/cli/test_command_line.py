@@ -360,6 +360,33 @@ def check_saved_and_goes_on(config_path: str, run: Path) -> None:
     assert (run / "journal.jsonl").read_text().startswith(before)
 
 
+SLOW_TORCH = """
+import time
+print("importing", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    "command_line", [["-m", "adabatch", "train"], ["adabatch", "train"], ["-c", "import adabatch"]]
+)
+def test_ctrl_c_during_the_import_of_torch_is_one_line(tmp_path: Path, command_line: list[str]) -> None:
+    (tmp_path / "torch.py").write_text(SLOW_TORCH)
+    (tmp_path / "adabatch").write_text("from adabatch.cli.main import main\n")  # as the installed command does
+    variables = environment()
+    variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), variables.get("PYTHONPATH", ""), str(ROOT)])
+    start = [sys.executable, *command_line]
+    with subprocess.Popen(start, cwd=tmp_path, env=variables, stdout=-1, stderr=-1, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "importing\n"
+        running.send_signal(signal.SIGINT)
+        _, error = running.communicate(timeout=60)
+    if command_line[0] == "-c":  # another program that imports the package
+        assert "KeyboardInterrupt" in error
+    else:
+        assert (running.returncode, error) == (130, "adabatch: interrupted\n")
+
+
 @pytest.mark.parametrize("how", ["ctrl-c", "twice"])
 def test_ctrl_c_saves_says_one_line_and_exits_75(config: Any, tmp_path: Path, how: str) -> None:
     path = config(total=LONG)

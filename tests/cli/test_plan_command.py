@@ -92,7 +92,7 @@ def test_a_first_guess_says_that_it_is_one(capsys):
     )
     assert "2505.13738" in told["source"]
     assert any(note.startswith("No run was measured.") for note in told["notes"])
-    assert not any("beyond its data" in note for note in told["notes"])
+    assert not any("is an extrapolation" in note for note in told["notes"])
     steps = told["forecast"]["steps"]
     assert steps["high"] > 1.5 * steps["low"]
 
@@ -100,7 +100,7 @@ def test_a_first_guess_says_that_it_is_one(capsys):
 def test_a_first_guess_outside_of_its_law_says_so(capsys):
     told = planned(capsys, "--examples=1e6", "--tokens_per_example=2048", "--flops=1e14", "--loss=1.5", *CLUSTER)
     assert "2001.08361" in told["source"]
-    assert any("beyond its data" in note for note in told["notes"])
+    assert any("is an extrapolation" in note for note in told["notes"])
 
 
 def test_a_longer_run_is_told_of(tmp_path, capsys):
@@ -212,7 +212,7 @@ def test_memory_gives_the_micro_batch(tmp_path, capsys):
     [
         ([], "give --examples and --tokens_per_example"),
         (["--examples=1e6", "--tokens_per_example=10", "--bandwidth=1e9"], "nothing says how long a step takes"),
-        (["--examples=1e6", "--tokens_per_example=10", "--example_seconds=1"], "no batch pays"),
+        (["--examples=1e6", "--tokens_per_example=10", "--example_seconds=1"], "no batch size is worth more"),
         (["--examples=1e6", "--tokens_per_example=10", "--example_seconds=1", "--devices=2"], "give --bandwidth"),
         (["--examples=1e6", "--tokens_per_example=10", "--example_seconds=0", *CLUSTER], "positive time"),
         (["--examples=1e6", "--tokens_per_example=10", "--loss=0", *CLUSTER], "loss must be positive"),
@@ -232,7 +232,7 @@ def test_too_little_to_go_by(arguments, message, capsys):
         (["--devices=2", "--bandwidth=0"], "bandwidth must be a positive number"),
         (["--min_batch=64", "--max_batch=32"], "must not exceed"),
         (["--examples=0"], "examples must be positive"),
-        (["--step_seconds=0"], "no batch pays"),
+        (["--step_seconds=0"], "no batch size is worth more"),
         (["--memory=1e7", "--example_bytes=1e8"], "not one example fits"),
     ],
 )

@@ -45,6 +45,14 @@ def test_the_last_steps_of_a_run(tmp_path, capsys):
     assert len(lines[0].partition("  64")[0]) == len(HEADER.partition("  next")[0])
 
 
+def test_lines_that_are_missing_are_said_once(tmp_path, capsys, caplog):
+    (tmp_path / "journal.jsonl").write_text(text(0, 1, 4, 5, 9))
+    assert main(["tail", str(tmp_path), "--once"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    (said,) = caplog.messages
+    assert "journal.jsonl, step 4, begins at 128 examples, and the line before ends at 64" in said
+
+
 def test_evaluations_stand_between_the_steps(tmp_path, capsys):
     evaluation = {"format": 1, "step": 2, "examples": 64, "evaluation": {"loss": 0.25, "accuracy": None}}
     (tmp_path / "journal.jsonl").write_text(text(0, 1) + json.dumps(evaluation) + "\n" + text(2))

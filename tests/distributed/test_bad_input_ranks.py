@@ -98,7 +98,7 @@ def test_what_two_ranks_cannot_carry_out_is_an_error_on_both(tmp_path):
         "constant": r"Constant asks for batches of 12 examples, which 2 rank\(s\)",
         "unwrapped": r"2 processes are running, but the model is a plain Sequential .*DistributedDataParallel",
         "empty": r"no micro-batch on at least one rank",
-        "larger": r"a micro-batch of 8 examples came .* where micro_batch_size=4",
+        "larger": r"a micro-batch of 8 examples came .* but micro_batch_size=4",
         "uncounted": r"a micro-batch without examples on at least one rank",
         "small": r"a batch of 48 is above the 40 examples of the data set",
     }

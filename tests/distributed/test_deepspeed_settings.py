@@ -5,6 +5,7 @@ One job of two ranks runs all of it, as each start takes long; the tests read wh
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -30,6 +31,7 @@ import adabatch
 from adabatch import GlobalOrder, Limits, NormTest, ProgressLR, lr
 from adabatch.checkpointing import CheckpointError
 from adabatch.checkpointing.checkpoints import Loaded
+from adabatch.checkpointing.lock import LOCK, FolderLock, read_lock
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # many engines, which a busy machine starts slowly
 
@@ -273,6 +275,32 @@ def begun_again(place: Path) -> dict[str, Any]:
     }
 
 
+def after_a_killed_run(place: Path) -> dict[str, Any]:
+    """Its lock is all that a run leaves which is killed before its first checkpoint; successors begin in its folder."""
+    if dist.get_rank() == 0:
+        FolderLock(place).claim("0123456789ab")
+        said = json.loads((place / LOCK).read_text())
+        said["holder"]["started"] = 1  # another process of this number, which runs no longer
+        (place / LOCK).write_text(json.dumps(said))
+    dist.barrier()
+    first = Run(place, 1)
+    with first.saving:
+        assert first.saving.load() is None
+        first.train(2)
+        first.saving.save()
+    token = read_lock(place).run
+    first.save()
+    second = Run(place, 1)
+    with second.saving:
+        loaded = second.saving.load()
+        second.saving.save()
+    return {
+        "of the first": token == first.batches.journal.run or dist.get_rank() > 0,
+        "loaded": loaded is not None,
+        "run": second.batches.journal.run == first.batches.journal.run or dist.get_rank() > 0,
+    }
+
+
 def everything(folder: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     place = Path(folder)
@@ -284,6 +312,7 @@ def everything(folder: str) -> dict[str, Any]:
         "refused": refused(place / "refused"),
         "not finite": {f"ZeRO {stage}": not_finite(place / f"bad{stage}", stage) for stage in (0, 3)},
         "again": begun_again(place / "again"),
+        "killed": after_a_killed_run(place / "killed"),
         "warned": warned(place / "warned"),
         "stuck": stuck(place / "stuck"),
     }
@@ -390,3 +419,7 @@ def test_an_order_that_is_not_saved_is_a_warning_at_the_first_save(found: dict[s
 def test_a_run_that_begins_again_keeps_its_own_newest_checkpoint(found: dict[str, Any]) -> None:
     left = ["step00000002-1", "step_pictures", "steps.txt"]
     assert found["again"] == {"loaded": "step00000002-1", "steps": 2, "left": left}
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_its_folder_to_the_next(found: dict[str, Any]) -> None:
+    assert found["killed"] == {"of the first": True, "loaded": True, "run": True}

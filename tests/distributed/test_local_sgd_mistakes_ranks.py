@@ -221,6 +221,39 @@ def test_workers_that_remove_it_inside_the_block_hear_of_each_other(tmp_path: Pa
     assert "worker 0 reaches an average after 4 steps; worker 1 leaves the block after 2 steps" in first[1]
 
 
+def fewer_steps_of_averaged_gradients(rank: int) -> list[str]:
+    """The odd worker has fewer batches, while each step averages the gradient: in the warm-up, and with one step per
+    round; then all take the same number."""
+    found = []
+    for num_steps, options in (
+        (5, {"sync_every": 4, "warmup": steps(6)}),
+        (7, {"sync_every": 1}),
+        (8, {"sync_every": 1}),
+    ):
+        model = network()
+        optimizer = SGD(model.parameters(), lr=0.01)
+        said = ""
+        try:
+            with LocalSGD(model, optimizer, **options) as local:
+                for step in range(num_steps if rank == ODD else 8):
+                    loss_of(model, [each[step * 8 + rank * 4 :][:4] for each in regression(96).tensors]).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+            said = f"{local.steps} steps"
+        except RuntimeError as error:
+            said = str(error)
+        found.append(said)
+    return found
+
+
+def test_a_worker_with_fewer_steps_of_averaged_gradients_is_named(tmp_path: Path) -> None:
+    first, second = run_ranks(fewer_steps_of_averaged_gradients, 2, tmp_path)
+    assert first == second
+    assert "worker 0 reaches an average after 5 steps; worker 1 leaves the block after 5 steps" in first[0]
+    assert "worker 0 reaches an average after 7 steps; worker 1 leaves the block after 7 steps" in first[1]
+    assert first[2] == "8 steps"
+
+
 def test_workers_of_a_plain_loop_hear_of_each_other(tmp_path: Path) -> None:
     assert run_ranks(all_leave_out, 2, tmp_path) == [[8, 2, 7, 8]] * 2
     first, second = run_ranks(in_a_plain_loop, 2, tmp_path)

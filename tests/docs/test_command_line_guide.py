@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import pytest
 from adabatch.cli.main import main
 from adabatch.cli.overview import COMMANDS
 
-pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
+# not importorskip, which imports it: seconds in each process that collects the tests, for the few that run them
+pytestmark = pytest.mark.skipif(find_spec("sklearn") is None, reason="the digits need scikit-learn (extra cli)")
 
 TEXT = (Path(__file__).parents[2] / "docs" / "command_line.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow  # its data set imports scikit-learn, for seconds
 def test_the_config_of_the_guide_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (config,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
     path = tmp_path / "job.yaml"

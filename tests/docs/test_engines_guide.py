@@ -37,7 +37,7 @@ BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for na
 SCRIPT = "\n\n".join([*BLOCKS["engines"][:-1], *BLOCKS["deepspeed"], BLOCKS["engines"][-1]])
 COLUMNS = ["plain", "DDP", "FSDP2", "ZeRO 0", "ZeRO 1 to 3", "local SGD"]
 FLAT = "give it flat pieces of them; use ZeRO 0, DDP or FSDP2"
-BY_NORM = "known by its norm only, .*use ZeRO 0, DDP or FSDP2, or a criterion in the Euclidean norm"
+BY_NORM = "gradient is known, .*use ZeRO 0, DDP or FSDP2, or a criterion in the Euclidean norm"
 NOT_FORMED = "local SGD does not measure .* use a criterion in the Euclidean norm"
 UNWRAPPED = "CommHookProbe needs a model in DistributedDataParallel"
 CHOSEN = "attach chooses probe= from the DeepSpeed engine: leave it out, or use DDP or FSDP2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,8 @@ from adabatch.optim import mup
 from adabatch.optim.mup.entry import Dim, Role
 from adabatch.optim.mup.laws import LAWS
 
-pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
+# not importorskip, which imports it: seconds in each process that collects the tests, for the few that run them
+pytestmark = pytest.mark.skipif(find_spec("sklearn") is None, reason="the digits need scikit-learn (extra cli)")
 
 GUIDE = Path(__file__).parents[2] / "docs" / "mup.md"
 TEXT = GUIDE.read_text(encoding="utf-8")

@@ -31,7 +31,12 @@ def test_each_way_to_come_from_has_code() -> None:
     assert len(OTHERS) == 8
 
 
-@pytest.mark.parametrize("block", OTHERS, ids=lambda block: block.split("\n", 1)[0][:40])
+@pytest.mark.parametrize(
+    "block",
+    # importing Lightning alone takes seconds
+    [pytest.param(block, marks=[pytest.mark.slow] if "import lightning" in block else []) for block in OTHERS],
+    ids=[block.split("\n", 1)[0][:40] for block in OTHERS],
+)
 @pytest.mark.filterwarnings("ignore")  # the hosts warn of much that is no concern of ours
 def test_the_python_of_the_guide_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for host in HOSTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from adabatch.cli.main import main
 from adabatch.lr.shapes import FACTORIES
 
-pytest.importorskip("sklearn", reason="the digits need scikit-learn (extra cli)")
+# not importorskip, which imports it: seconds in each process that collects the tests, for the few that run them
+pytestmark = pytest.mark.skipif(find_spec("sklearn") is None, reason="the digits need scikit-learn (extra cli)")
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "schedules.md"

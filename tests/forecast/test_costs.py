@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.properties import with_examples
 
 from adabatch.forecast import Cluster, Evidence, StepCost, forecast, kaplan, knee, power_lines
 from adabatch.forecast.costs import LEAST_EFFICIENCY, LEAST_STEPS, RISE, extended, largest_sensible
@@ -44,7 +45,7 @@ def test_the_batch_that_was_taken_costs_what_it_did():
     assert found.examples.point == pytest.approx(6400)
 
 
-@settings(max_examples=60, deadline=None)
+@with_examples(60)
 @given(
     st.floats(1, 1e5),
     st.floats(1, 1e4),
@@ -62,7 +63,7 @@ def test_more_devices_never_cost_fewer_device_hours(scale, batch, step, example,
     assert all(before <= after * (1 + 1e-9) for before, after in itertools.pairwise(hours))
 
 
-@settings(max_examples=60, deadline=None)
+@with_examples(60)
 @given(st.floats(1, 1e5), st.floats(1, 1e4), st.floats(0.01, 1), st.floats(1, 50), st.integers(1, 4096))
 def test_ranges_hold_the_point(scale, batch, low, high, devices):
     found = forecast(noise(scale, batch, (low, high)), COST, replace(CLUSTER, devices=devices))

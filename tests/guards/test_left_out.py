@@ -11,7 +11,7 @@ from support.loops import loss_of, network, regression, weights
 from torch.optim import SGD
 
 import adabatch
-from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Guard, Limits, NormTest
+from adabatch import AdaptiveBatch, Checkpoints, Control, GlobalOrder, Guard, Limits, Measure, NormTest
 from adabatch.checkpointing.files import checkpoints_in
 from adabatch.guards import EXIT_NO_UPDATES, UpdatesLeftOut
 from adabatch.guards.left_out import UpdatesInARow
@@ -74,6 +74,44 @@ def test_a_run_that_trains_nothing_stops_and_keeps_its_checkpoint(
     assert torch.equal(weights(again), weights(model))
     assert torch.isfinite(weights(again)).all()
     assert EXIT_NO_UPDATES == 77
+
+
+def test_a_finite_measurement_begins_the_count_of_those_that_are_not_again() -> None:
+    updates = UpdatesInARow(5)
+    for step, finite in ((0, False), (3, False), (4, True), (7, False), (10, False)):
+        updates.measured(step, finite=finite)
+        updates.check(step + 1, step + 1)
+    updates.measured(2, finite=False)  # a state was loaded
+    updates.check(3, 3)
+    updates.measured(6, finite=False)
+    with pytest.raises(UpdatesLeftOut, match=r"for 5 steps, up to step 8, no loss or gradient that was measured was"):
+        updates.check(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"measure": Measure(late=True), "guard": Guard(skip_nonfinite=False, max_left_out=6)}, 7),
+        ({"guard": Guard(skip_nonfinite=False, max_left_out=6)}, 6),
+        # every fourth step is probed: two of them span five steps, three of them nine
+        ({"guard": Guard(skip_nonfinite="probed", max_left_out=6), "control": Control(interval=4)}, 9),
+        ({"guard": Guard(skip_nonfinite=False, max_left_out=None)}, 20),
+    ],
+)
+def test_a_run_stops_that_trains_on_numbers_that_are_not_finite(options: dict[str, Any], steps: int) -> None:
+    model = network()
+    batches, optimizer = batches_of(model, **options)
+    ended = "it ran to its end"
+    try:
+        for step in batches.steps(GlobalOrder(regression(64)), until=adabatch.steps(20)):
+            for batch in step:
+                step.backward(loss_of(model, batch) * float("nan"))
+            optimizer.step()
+            optimizer.zero_grad()
+    except UpdatesLeftOut as error:
+        ended = str(error)
+    assert batches.consumed.steps == steps
+    assert ended.startswith("it ran to its end" if steps == 20 else "for ")
 
 
 @pytest.mark.parametrize("value", ["yes", "true", 1, 0, None, 2.0, "Probed"])

@@ -184,6 +184,32 @@ def test_readers_refuse_two_runs_in_one_journal_and_steps_that_are_there_twice(t
             reads(*first, *entries(10, run="bbbb"))
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_text(""), "was removed or emptied while the run goes on"),
+        (lambda path: path.unlink(), "was removed or emptied while the run goes on"),
+        (lambda path: Journal(path).write(an_entry()), "something else writes into the journal"),
+    ],
+)
+def test_what_others_do_to_the_file_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Any, said: str
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"of": "an older run"}\n')
+    journal = Journal(path, part_bytes=10**4)
+    for _ in range(40):  # over several files
+        journal.write(an_entry())
+    journal.cut(0)
+    journal.write(an_entry())
+    assert not caplog.messages
+    for _ in range(2):
+        spoil(path)
+        journal.write(an_entry())
+    assert len(caplog.messages) == 1
+    assert said in caplog.text
+
+
 def test_a_disk_that_is_full_leaves_the_journal_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.jsonl"
     journal = Journal(path)
@@ -399,7 +425,7 @@ def test_an_evaluation_has_a_line_of_its_own_which_readers_of_steps_pass_over(tm
     [
         ({}, ValueError, "at least one number by name"),
         ({"": 1.0}, ValueError, "must not be empty"),
-        ({3: 1.0}, TypeError, "must be a text, got 3"),
+        ({3: 1.0}, TypeError, "must be a string, got 3"),
         ({"loss": "low"}, TypeError, "the metric 'loss' must be one number, got 'low'"),
         ({"loss": [1.0, 2.0]}, TypeError, r"one number, got \[1.0, 2.0\]"),
         ({"loss": np.ones(2)}, TypeError, "one number, got array"),

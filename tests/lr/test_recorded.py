@@ -74,6 +74,15 @@ def test_what_is_no_journal_is_named_with_its_source(lines: list[str], words: st
         lr.read_recorded(lines, "mine")
 
 
+def test_lines_that_are_missing_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    whole_run = [line(index, examples=8 * index, run="0123456789ab") for index in range(12)]
+    assert lr.read_recorded([*whole_run[:3], *whole_run[5:8], *whole_run[10:]], "mine").num_steps == 8
+    (said,) = caplog.messages
+    assert said.startswith("mine, line 4, begins at 40 examples, and the line before ends at 24: the lines between")
+    lr.read_recorded(whole_run[4:])  # the beginning is in another file, or was cut off with care
+    assert len(caplog.messages) == 1
+
+
 def test_norms_that_cannot_be_used() -> None:
     with pytest.raises(ValueError, match=r"holds no l1 norms of the gradient: run it again with Measure\(l1=True\)"):
         lr.read_recorded(journal(norms={"l2": 1.0})).norms("l1")

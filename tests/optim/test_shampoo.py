@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.properties import with_examples
 from torch import Tensor, nn
 
 from adabatch.optim import Shampoo, mup
@@ -151,7 +152,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40)
+@with_examples(40)
 @given(first=OPTIONS, second=OPTIONS, cut=st.integers(0, len(SHAPES)), foreach=st.sampled_from([None, True, False]))
 def test_equals_the_slow_one_with_groups_of_their_own_options(
     first: dict[str, Any], second: dict[str, Any], cut: int, foreach: bool | None

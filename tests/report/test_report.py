@@ -212,7 +212,7 @@ def test_floors_memory_and_failures_are_told():
         {"batch": 32, "reason": "no signal"},
     )
     found = kinds(run)
-    assert found["beta2_at_floor"] == "beta2 stood at its floor (0.95) for 25 % of the examples."
+    assert found["beta2_at_floor"] == "beta2 was at its floor (0.95) for 25 % of the examples."
     assert "at step 1" in found["out_of_memory"]
     assert found["not_finite"].startswith("1 step had")
     assert found["no_signal"].startswith("In 25 % of the decisions")

@@ -331,7 +331,7 @@ def killed_runs(
     """Runs the job again and again, each time by the same command until it is through, and kills it ``count`` times.
 
     Args:
-        folder: for a folder a run.
+        folder: in which each run gets a folder.
         count: kills, or a few more until one of them was in a write.
         chance: decides when, and which rank is killed, or all.
         check: given the folder of a run that is through.

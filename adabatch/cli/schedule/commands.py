@@ -19,7 +19,7 @@ from adabatch.lr.recorded import RecordedUnit
 from adabatch.lr.refine import OptimizerKind
 
 DESCRIPTION = (
-    "Learning-rate schedules from theory: which shape is best, at which base learning rate, and how to go on with a "
+    "Learning-rate schedules from theory: which shape is best, at which base learning rate, and how to continue a "
     "run. docs/schedules.md has the formulas, their sources and their limits."
 )
 PLAIN_WIDTH = 132
@@ -85,7 +85,7 @@ def _refine_arguments(parser: ArgumentParser) -> None:
         metavar="SHARE",
         help="window of the median filter, a share of the norms",
     )
-    parser.add_argument("--length", type=int, default=200, metavar="N", help="values of the table at most")
+    parser.add_argument("--length", type=int, default=200, metavar="N", help="largest number of values in the table")
     _add_clock(parser)
     _add_folder(parser, "refined.yaml and refined.png")
 
@@ -103,7 +103,7 @@ def _extend_arguments(parser: ArgumentParser) -> None:
         type=Path | None,
         default=None,
         metavar="FILE",
-        help="a checkpoint of the run from before an extension leaves its schedule: written down under the new one",
+        help="checkpoint of the run from before an extension departs from its schedule: it is copied under the new one",
     )
     _add_folder(parser, "extend_two_stages.yaml, extend_longer_cooldown.yaml and extend.png")
 
@@ -126,7 +126,7 @@ def _add_clock(parser: ArgumentParser) -> None:
         type=RecordedUnit | None,
         default=None,
         metavar="{" + ",".join(get_args(RecordedUnit)) + "}",
-        help="what progress counts; by default what it did in RUN, or examples where RUN is a journal",
+        help="what progress counts; by default what it counted in RUN, or examples if RUN is a journal",
     )
 
 

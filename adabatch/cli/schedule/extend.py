@@ -182,7 +182,7 @@ def _write_checkpoints(
         schedule = {"shape": options[label].shape.to_dict(), "total": [total.count, str(total.unit)]}
         changed = {**state, "schedule": {**state["schedule"], **schedule}}
         path = _write_again(checkpoint, changed, place / CHECKPOINTS, steps=there.progress.steps)
-        display.say(f"checkpoint: {path}; go on with adabatch train --config CONFIG --config {config} --out {place}")
+        display.say(f"checkpoint: {path}; continue with adabatch train --config CONFIG --config {config} --out {place}")
 
 
 def _write_again(checkpoint: Path, state: dict[str, Any], folder: Path, *, steps: int) -> Path:
@@ -204,7 +204,7 @@ def _config(run: Path, finished: FinishedRun, total: Duration, label: str, optio
         f"{run} extended from {finished.total} to {total}, {label} ({SOURCE}).",
         f"  adabatch train --config CONFIG --config {path}",
         f"The base learning rate stays. Up to {until} this is the finished run's schedule:",
-        "a checkpoint from before that point can go on under it (adabatch schedule extend --checkpoint).",
+        "a checkpoint from before that point can continue under it (adabatch schedule extend --checkpoint).",
     ]
     if option.lr_factor != 1:
         lines.append(f"Then the learning rate falls to {option.lr_factor:.4f} of itself, and cools down at the end.")

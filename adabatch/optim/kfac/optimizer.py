@@ -76,7 +76,7 @@ class KFAC(Optimizer):
             as the residual vanishes, since its step grows with one over the residual.
         likelihood: the likelihood whose negative logarithm is the loss: "categorical" (cross-entropy) or "gaussian"
             (half the squared error). A constant factor in the loss only changes the unit of the learning rate.
-        memory: the memory of the factors' exponential average, in observed examples: after so many, old observations
+        memory: the memory of the factors' exponential average, in observed examples: after that many, old observations
             have a weight of 1/e. The default is the customary 0.95 per step at a batch of 128 (Martens and Grosse
             2015). With 0 only the last step counts; if it has fewer examples than a layer's width, on one process, the
             matrix to decompose has the size of their number.

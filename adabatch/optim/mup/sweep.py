@@ -105,7 +105,7 @@ def transfer_sweep(
     Args:
         make: width -> model.
         optimizer: a model, its plan, learning rate and damping -> an optimizer, or several.
-        data: seed -> batches, ``steps`` of them at least.
+        data: seed -> batches, at least ``steps`` of them.
         loss: of outputs and targets.
         widths: to compare.
         base: width at which the settings were tuned; or a plan of any width.

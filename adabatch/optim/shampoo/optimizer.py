@@ -91,9 +91,9 @@ class Shampoo(Optimizer):
 
     Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Every rank
     allocates all statistics and roots, and all blocks of a parameter have one owner. Without an ``owner`` every rank
-    computes all roots; under FSDP2 each then gathers whole gradients. Roots are computed in
-    float32, with a check, if epsilon is relative and at least 1e-3, else in float64 (on the CPU for devices without
-    it); everything else in float32 at least.
+    computes all roots; under FSDP2 each then gathers whole gradients. Roots are computed in float32, with a check, if
+    epsilon is relative and at least 1e-3, else in float64 (on the CPU for devices without it); everything else in at
+    least float32.
 
     Source: Gupta, Koren and Singer (2018), "Shampoo", ICML, algorithm 1 (sums there, averages here, as in Anil et al.
     2020); the width rule is in Ishikawa and Karakida (2024), arXiv:2312.12226, and Qiu et al. (2025), arXiv:2512.05620.

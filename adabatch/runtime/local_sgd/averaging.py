@@ -71,7 +71,7 @@ class LocalSGD:
             ``sync_every`` steps, at a step of its own, so that ``fragments`` times fewer bytes are sent at once; the
             last one at the end of the round.
         overlap: how many steps an average may take. It is started after the last step of a round as always, from the
-            parameters and the anchor of that step, and applied so many steps later, mixed with the parameters that
+            parameters and the anchor of that step, and applied that many steps later, mixed with the parameters that
             have moved on since. Must be below ``sync_every``. With compression, whose second half begins half way, at
             least 2. 0 waits.
         mix: the share of the worker's own parameters when a late average is applied, in [0, 1): ``mix own + (1 - mix)

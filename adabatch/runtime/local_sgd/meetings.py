@@ -258,26 +258,42 @@ class Meetings:
 
     # --- on the gradient --------------------------------------------------------------------------------------------
 
-    def bits(self, place: Place) -> list[float]:
-        """What rides on a gradient that is averaged: this worker's digest, as numbers that any data type holds."""
+    def bits(self, place: Place, *, leaves: bool = False) -> list[float]:
+        """What rides on a gradient that is averaged: this worker's digest, as numbers that any data type holds.
+
+        Args:
+            place: see there.
+            leaves: whether this worker leaves the block, and its gradient is none of a step.
+        """
         self.place = place
         counts = self.applied.steps, self.applied.examples, self.num_missed
-        digest = digest_of_numbers([self.local_steps.digest_with_present(), *counts])
-        ones = [float(digest >> place & 1) for place in range(_BITS)]
+        # a worker that leaves takes no step with its present settings
+        steps = self.local_steps.digest() if leaves else self.local_steps.digest_with_present()
+        digest = digest_of_numbers([steps, *counts])
+        ones = [float(leaves), *(float(digest >> place & 1) for place in range(_BITS))]
         # Of each bit its opposite, too: only if all agree, one of the two is zero in the sum, whatever is rounded.
         return [*ones, *(1 - one for one in ones), float(self._mistake is not None)]
 
-    def check_bits(self, means: Sequence[float]) -> None:
+    def check_bits(self, means: Sequence[float], *, leaves: bool = False) -> None:
         """Checks the means of the bits of all workers.
+
+        Args:
+            means: of each bit.
+            leaves: as for ``bits``.
 
         Raises:
             RuntimeError: on all of them, if they differ, or if one has made a mistake.
         """
-        ones, zeros, mistake = means[:_BITS], means[_BITS:-1], means[-1]
+        half = len(means) // 2
+        ones, zeros, mistake = means[:half], means[half:-1], means[-1]
         if mistake:
             raise_first(self._mistake, self._workers)
-        if any(one and zero for one, zero in zip(ones, zeros, strict=True)):
-            self._raise_difference(self._workers, present=True)
+        differ = [bool(one and zero) for one, zero in zip(ones, zeros, strict=True)]
+        if differ[0]:
+            row = self._row(0.0, Purpose.LEAVE if leaves else Purpose.AVERAGE, self.place, 0)
+            self._check([Row(*each) for each in self._workers.gather_of(*row)], self._workers)
+        if any(differ):
+            self._raise_difference(self._workers, present=not leaves)
 
     # --- errors -----------------------------------------------------------------------------------------------------
 

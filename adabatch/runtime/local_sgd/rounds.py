@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from adabatch.batch.plan import Progress
@@ -64,6 +65,7 @@ class Rounds:
         self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._standing: tuple[Progress, float] | None = None
         self._gradient_averaged = False
+        self._by_gradient = False  # whether the last step averaged its gradient
         self._clock = StepClock(replica.device) if settings.by_speed else None
 
     @property
@@ -125,14 +127,18 @@ class Rounds:
     def average_gradient(self) -> None:
         """Before a step: averages its gradient, if that replaces the average of the parameters after it."""
         if self.present().by_gradient:
-            place = self.memory.place()
-            with self.meetings.reporting(place):
-                mean, told = self.replica.mean_gradients(
-                    self.exchange, weight=1 / self.workers.size, riding=self.meetings.bits(place)
-                )
-            self.meetings.check_bits(told)
-            self.replica.put_gradients(mean)
+            self.replica.put_gradients(self._mean_gradients())
             self._gradient_averaged = True
+
+    def _mean_gradients(self, *, leaves: bool = False) -> list[Tensor | None]:
+        """The mean gradient of all workers, which compare what they have done."""
+        place = self.memory.place()
+        with self.meetings.reporting(place):
+            mean, told = self.replica.mean_gradients(
+                self.exchange, weight=1 / self.workers.size, riding=self.meetings.bits(place, leaves=leaves)
+            )
+        self.meetings.check_bits(told, leaves=leaves)
+        return mean
 
     def before_step(self, optimizer: Optimizer) -> None:
         """The optimizer, or one of several, is about to step."""
@@ -176,6 +182,7 @@ class Rounds:
         self.leaves_out = False
         self._gradient_averaged = False
         memory, present = self.memory, self.present()
+        self._by_gradient = present.by_gradient
         memory.steps += 1
         memory.step_in_round += 1
         memory.bytes_synchronous += self.exchange.ring_bytes(self.replica.pieces())
@@ -209,7 +216,12 @@ class Rounds:
     def leave(self) -> None:
         """The loop is over: averages all in which the workers differ, and compares their last steps."""
         self.end_round()
-        self.meetings.leave(self.memory.place())
+        if self._by_gradient and self.present().by_gradient:
+            # Workers that take another step send a gradient. One that leaves sends something of the same shape, since
+            # a transport such as gloo aborts the process if shapes differ.
+            self._mean_gradients(leaves=True)
+        else:
+            self.meetings.leave(self.memory.place())
 
     def state_dict(self) -> dict[str, Any]:
         """That of the memory, after all that is under way has arrived.

@@ -38,17 +38,42 @@ def take_over(owner: HookOwner, hosts: Iterable[object], *, kind: str) -> None:
         hosts: optimizers, parameters or modules, compared by identity.
         kind: owners of different kinds may share a host.
     """
-    mine = {id(host): host for host in hosts}
-    for other, claim in list(_CLAIMS.items()):
-        # id() of a dead reference is that of None, which is never a host.
-        if other is not owner and claim.kind == kind and any(id(host()) in mine for host in claim.hosts):
-            del _CLAIMS[other]
-            other.give_way()
-    _CLAIMS[owner] = _Holding(kind, [ref(host) for host in mine.values()])
+    mine = list({id(host): host for host in hosts}.values())
+    displace(mine, kind=kind, but=owner)
+    _CLAIMS[owner] = _Holding(kind, [ref(host) for host in mine])
+
+
+def displace(hosts: Iterable[object], *, kind: str, but: HookOwner | None = None) -> bool:
+    """Asks the owners of a kind that have one of the hosts to give way.
+
+    Args:
+        hosts: optimizers, parameters or modules, compared by identity.
+        kind: of the owners.
+        but: an owner that stays.
+
+    Returns:
+        Whether there were any.
+    """
+    found = [owner for owner in owners_of(hosts, kind=kind) if owner is not but]
+    for owner in found:
+        del _CLAIMS[owner]
+        owner.give_way()
+    return bool(found)
+
+
+def owners_of(hosts: Iterable[object], *, kind: str) -> list[HookOwner]:
+    """The owners of a kind that have one of the hosts."""
+    # id() of a dead reference is that of None, which is never a host.
+    ids = {id(host) for host in hosts}
+    return [
+        owner
+        for owner, claim in list(_CLAIMS.items())
+        if claim.kind == kind and any(id(host()) in ids for host in claim.hosts)
+    ]
 
 
 def release(owner: HookOwner) -> None:
-    """Removes ``owner`` from the table without asking it to give way, for a constructor that fails."""
+    """Removes ``owner`` from the table without asking it to give way: its hooks are off, or were never on."""
     _CLAIMS.pop(owner, None)
 
 

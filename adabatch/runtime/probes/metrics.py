@@ -40,7 +40,7 @@ class Metric(Protocol):
         ...
 
     def __call__(self, parameter: Tensor, grad: Tensor) -> Tensor:
-        """The image of a gradient, in float32 at least; zero for a parameter without state.
+        """The image of a gradient, in at least float32; zero for a parameter without state.
 
         Must not change ``grad``, nor sync with the host.
 
@@ -264,6 +264,6 @@ METRICS: dict[str, Callable[[Optimizer], Metric]] = {
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """The tensor as dense real numbers in float32 at least; complex numbers become pairs."""
+    """The tensor as dense real numbers in at least float32; complex numbers become pairs."""
     dense = real(tensor.to_dense() if tensor.is_sparse else tensor)
     return dense if dense.dtype is torch.float64 else dense.float()

@@ -39,7 +39,7 @@ def sum_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
 
 
 def norms(grad: Tensor, order: int = 2) -> Tensor:
-    """Norms (Euclidean, or l1) of the rows or blocks of one gradient, in float32 at least; shape (num_blocks,)."""
+    """Norms (Euclidean, or l1) of the rows or blocks of one gradient, in at least float32; shape (num_blocks,)."""
     # An uncoalesced sparse gradient holds several values for one row, whose squares must not be added separately.
     values = real(grad.coalesce().values() if grad.is_sparse else grad)
     dtype = torch.float64 if values.dtype is torch.float64 else torch.float32

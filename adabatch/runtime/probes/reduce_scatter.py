@@ -128,7 +128,7 @@ class ReduceScatterProbe(Probe):
     micro-batch, that of the whole step if only in the last (``EngineOptions(gradient_sync=)``). The probe makes one
     pass over each reduced buffer and one over this rank's shard of the step's gradient. All trainable parameters are
     measured before clipping, in the precision of the reduction (``MixedPrecisionPolicy.reduce_dtype``); norms are taken
-    in float32 at least.
+    in at least float32.
 
     FSDP2 does not reveal what was set on it, so the probe must be told of a custom reduce-scatter (``inner``) and of a
     divide factor other than the number of ranks (``gradient_divide_factor``).

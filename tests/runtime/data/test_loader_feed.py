@@ -170,7 +170,7 @@ def test_time_major_micro_batches_ask_for_a_count_before_a_step_is_made_of_them(
 
 def test_more_than_a_micro_batch_is_refused_also_where_the_step_has_room() -> None:
     for options in ({}, {"count": len}):
-        with pytest.raises(ValueError, match=r"micro-batch of 6 examples came .* where micro_batch_size=4"):
+        with pytest.raises(ValueError, match=r"micro-batch of 6 examples came .* but micro_batch_size=4"):
             loader_feed([torch.zeros(6), torch.zeros(2)], **options).take(plan_of(4, 2))
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.properties import with_examples
 from torch.utils.data import Dataset, IterableDataset
 
 from adabatch.batch.plan import BatchPlan
@@ -156,7 +157,7 @@ shuffles = st.sampled_from(
 )
 
 
-@settings(max_examples=200)
+@with_examples(200)
 @given(
     num_examples=st.integers(1, 40),
     seed=st.integers(0, 2**40),

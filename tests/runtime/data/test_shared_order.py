@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.properties import with_examples
 
 from adabatch import GlobalOrder
 from adabatch.batch.plan import BatchPlan
@@ -40,7 +41,7 @@ def taken(portion: Any) -> list[int]:
 STEPS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 5), st.booleans()), max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@with_examples(60)
 @given(steps=STEPS)
 def test_every_step_is_its_plan_whoever_is_there(steps: list[tuple[int, int, int, bool]]) -> None:
     """Over changes of plan and ranks, and steps that are taken again, each place of the order is taken once."""

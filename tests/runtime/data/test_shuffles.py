@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.properties import with_examples
 
 from adabatch.runtime.data import BlockShuffle, FullShuffle, InOrder, ScatteredShuffle, WeightedShuffle
 from adabatch.runtime.data.permutation import Permutation, key_of, uniforms
@@ -27,13 +28,13 @@ def epoch_of(shuffle: Any, num_examples: int, *, seed: int = 0, epoch: int = 0) 
     return shuffle.epoch(num_examples, seed=seed, epoch=epoch)(0, shuffle.length(num_examples)).tolist()
 
 
-@settings(max_examples=200)
+@with_examples(200)
 @given(num_examples=st.integers(1, 500), seed=st.integers(0, 2**70), epoch=st.integers(0, 2**40), shuffle=permuting)
 def test_each_shuffle_permutes(num_examples: int, seed: int, epoch: int, shuffle: Any) -> None:
     assert sorted(epoch_of(shuffle, num_examples, seed=seed, epoch=epoch)) == list(range(num_examples))
 
 
-@settings(max_examples=200)
+@with_examples(200)
 @given(data=st.data(), num_examples=st.integers(1, 500), seed=st.integers(0, 2**70), shuffle=permuting)
 def test_any_stretch_of_an_epoch_is_that_of_the_whole(data: Any, num_examples: int, seed: int, shuffle: Any) -> None:
     begin = data.draw(st.integers(0, num_examples))
@@ -42,7 +43,7 @@ def test_any_stretch_of_an_epoch_is_that_of_the_whole(data: Any, num_examples: i
     assert order(begin, end).tolist() == epoch_of(shuffle, num_examples, seed=seed, epoch=3)[begin:end]
 
 
-@settings(max_examples=200)
+@with_examples(200)
 @given(num_examples=st.integers(1, 500), seed=st.integers(0, 2**70), shuffle=blocks)
 def test_blocks_are_read_in_windows_of_whole_blocks(num_examples: int, seed: int, shuffle: BlockShuffle) -> None:
     order = epoch_of(shuffle, num_examples, seed=seed)
@@ -57,7 +58,7 @@ def test_blocks_are_read_in_windows_of_whole_blocks(num_examples: int, seed: int
         order, num_blocks = order[window:], num_blocks - len(blocks_read)
 
 
-@settings(max_examples=200)
+@with_examples(200)
 @given(size=st.integers(1, 2**40), key=st.integers(0, 2**64 - 1), data=st.data())
 def test_a_permutation_and_its_inverse_undo_each_other(size: int, key: int, data: Any) -> None:
     places = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), dtype=np.int64)

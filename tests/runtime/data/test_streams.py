@@ -6,6 +6,7 @@ import gc
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from adabatch import AdaptiveBatch, LinearRamp, examples
 
-datasets = pytest.importorskip("datasets", reason="streaming data sets need the extra data")
-stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="stateful loaders need the extra data")
-
-pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated", "ignore:.*fork")
+# both are imported by the tests themselves, since datasets takes seconds in each process that collects these
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("datasets") is None or find_spec("torchdata") is None, reason="streams need the extra data"
+    ),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated", "ignore:.*fork"),
+]
 
 NUM_EXAMPLES, MICRO, BUFFER = 48, 4, 8
 
@@ -88,7 +92,9 @@ class OwnStream(IterableDataset[Any]):
 
 
 def streamed(*, shuffled: bool = False) -> Any:
-    stream = datasets.Dataset.from_dict({"x": list(range(NUM_EXAMPLES))}).to_iterable_dataset(num_shards=4)
+    from datasets import Dataset
+
+    stream = Dataset.from_dict({"x": list(range(NUM_EXAMPLES))}).to_iterable_dataset(num_shards=4)
     return (stream.shuffle(seed=1, buffer_size=BUFFER) if shuffled else stream).with_format("torch")
 
 
@@ -115,7 +121,9 @@ def of_a_stream(num_workers: int | None = None) -> tuple[Any, Any]:
 
 
 def stateful_loader(dataset: Any, **options: Any) -> tuple[Any, Any]:
-    loader = stateful.StatefulDataLoader(dataset, batch_size=MICRO, **options)
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    loader = StatefulDataLoader(dataset, batch_size=MICRO, **options)
     return loader, loader
 
 
