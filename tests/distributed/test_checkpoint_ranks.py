@@ -209,8 +209,9 @@ def load_on_each(rank: int, folders: list[Path]) -> tuple[str, tuple[str, ...]]:
 def test_what_one_rank_finds_damaged_no_rank_loads(tmp_path: Path) -> None:
     """Each rank has a disk of its own here, and the second one's lost a checkpoint, and damaged another."""
     folders = [tmp_path / "first", tmp_path / "second"]
+    model = network()
     for _ in range(3):
-        adabatch.save(folders[0], model=network())
+        adabatch.save(folders[0], model=model)
     shutil.copytree(folders[0], folders[1])
     shutil.rmtree(folders[1] / "000003-step-0")
     (folders[1] / "000002-step-0" / "state.pt").write_bytes(b"")
