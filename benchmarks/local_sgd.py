@@ -389,8 +389,8 @@ class Study:
 
     @property
     def policies(self) -> list[Policy]:
-        """Those with at least two seeds."""
-        return [policy for policy in POLICIES if len(self.seeds(policy)) > 1]
+        """Those with at least three seeds; an interval of two is too wide to tell anything."""
+        return [policy for policy in POLICIES if len(self.seeds(policy)) > 2]
 
     def of(self, policy: Policy, h: int, field: str, seeds: Sequence[int] | None = None) -> list[float]:
         """One number per seed; by default of all that the policy has."""
