@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, Optimizer
 
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
 from adabatch.adaptive.planning import Planner, Policy
-from adabatch.arguments import allowed_by, conform, require_type, shown, whole
+from adabatch.arguments import allowed_by, conform, require_type, shown, some, whole
 from adabatch.batch.control import UNLIMITED, Control, Limits
 from adabatch.batch.criteria import CoordinateNormTest, Criterion, DecaysLR, NormTest
 from adabatch.batch.moments import EUCLIDEAN
@@ -293,6 +294,8 @@ def suited_probe(
     given = None if given is None else engine.fit_probe(given)
     # Only what this optimizer trains: gradients that it does not zero add up over the steps.
     parameters = engine.trained(optimizer)
+    if given is not None:
+        _check_measured(given, parameters, engine.model)
     # Without a probe, layers may be frozen now and thawed later.
     if given is None and not any(p.requires_grad or not needs for p in parameters):
         raise ValueError(
@@ -319,6 +322,31 @@ def suited_probe(
             f"{' and '.join(missing.ways_out())}"
         )
     return probe
+
+
+def _check_measured(probe: Probe, trained: Sequence[Tensor], model: nn.Module) -> None:
+    """Checks that a probe that was given measures what is trained.
+
+    Raises:
+        ValueError: if it measures none of it.
+    """
+    if probe.measured is None:
+        return
+    ids, measured = {id(p) for p in trained}, {id(p) for p in probe.measured}
+    # by the model's own tensors, since some engines train others
+    wanted = {name: id(p) for name, p in model.named_parameters() if p.requires_grad and id(p) in ids}
+    missing = [name for name, each in wanted.items() if each not in measured]
+    if not missing:
+        return
+    which = f"the {type(probe).__name__} does not measure {some(missing)}"
+    if len(missing) == len(wanted):
+        raise ValueError(f"{which}: it belongs to another model. Make it from the model that AdaptiveBatch is given")
+    warnings.warn(
+        f"{which}, and the batch follows the noise of the other parameters alone: make it from the whole model, unless "
+        f"this is meant",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 class MeasuredLayers(NamedTuple):

@@ -21,6 +21,7 @@ from adabatch import (
     LinearRamp,
     NoiseScale,
     NormTest,
+    PerExampleProbe,
     Stage,
     Stages,
     examples,
@@ -418,3 +419,14 @@ def test_a_batch_as_large_as_the_data_set_is_the_data_set() -> None:
             step.backward(loss_of(model, batch))
             seen += batch[0][:, 0].tolist()
     assert len(seen) == len(set(seen)) == 64
+
+
+def test_a_probe_of_something_else_than_what_trains() -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"PerExampleProbe does not measure 0.weight, .* it belongs to another model"):
+        adaptive(model, probe=PerExampleProbe(network()))
+    with pytest.warns(RuntimeWarning, match=r"PerExampleProbe does not measure 2.weight, 2.bias, and the batch"):
+        adaptive(model, probe=PerExampleProbe(model[0]))
+    # frozen layers, and those that this optimizer does not train, are not missed
+    model[2].requires_grad_(False)
+    adaptive(model, probe=PerExampleProbe(model[0]))
