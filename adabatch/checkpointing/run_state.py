@@ -25,6 +25,7 @@ from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.local_sgd import LocalSGD
 from adabatch.runtime.random_state import random_state, restore_random_state
+from adabatch.runtime.waiting import named_if_long
 from adabatch.runtime.wrappers.compiled import uncompiled
 from adabatch.runtime.wrappers.fsdp2 import is_sharded
 
@@ -151,7 +152,8 @@ class RunState:
         """
         own = random_state(self._device).to(self.collectives.device)
         # a collective, so before the ranks that write nothing return
-        state: dict[str, Any] = {"random": self.collectives.gather(own).cpu()}
+        with named_if_long("save() or step() of Checkpoints", self.collectives.size):
+            state: dict[str, Any] = {"random": self.collectives.gather(own).cpu()}
         failure: NotPlain | None = None
         if self._loader is not None:
             mine = None

@@ -27,6 +27,7 @@ from adabatch.checkpointing.save_times import SaveTimes
 from adabatch.integrations.deepspeed_settings import EngineSettings
 from adabatch.runtime.collectives import workers_of
 from adabatch.runtime.random_state import random_state, restore_random_state
+from adabatch.runtime.waiting import named_if_long
 
 _log = logging.getLogger("adabatch")
 
@@ -118,7 +119,9 @@ class DeepSpeedCheckpoints:
             warn_of_missing_parts(self._batches, self._batches.optimizer, self._parts.values())
             self._warned = True
         # A collective, so it comes before anything that may fail on one rank only.
-        rows = self._ranks.gather(random_state(self._engine.device).to(self._ranks.device)).cpu()
+        own = random_state(self._engine.device).to(self._ranks.device)
+        with named_if_long("save() or step() of DeepSpeedCheckpoints", self._ranks.size):
+            rows = self._ranks.gather(own).cpu()
         failure: Exception | None = None
         state: dict[str, Any] = {}
         again = 0
