@@ -135,11 +135,7 @@ class StepLoop:
             hand_norms=bool(needs),
             late=self.late,
         )
-        self._step_schedules = StepSchedules(
-            optimizer,
-            batch_size=lambda: planner.plan.global_batch_size,
-            follows_progress=self.updates.has_schedule,
-        )
+        self._step_schedules = StepSchedules(optimizer, batch_size=lambda: planner.plan.global_batch_size)
         self.observers.add(self._step_schedules)
 
     def close(self, why: str) -> None:

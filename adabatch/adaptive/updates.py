@@ -288,10 +288,6 @@ class PendingUpdates:
         # weak, because a schedule that the user replaced must no longer write rates
         self._schedules = [*(held for held in self._schedules if held() is not None), ref(schedule)]
 
-    def has_schedule(self) -> bool:
-        """Whether a schedule is told of the updates."""
-        return any(True for _ in self._each_schedule())
-
     def _each_schedule(self) -> Iterator[WritesRates]:
         return (schedule for held in self._schedules if (schedule := held()) is not None)
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from adabatch.batch.plan import Duration
 from adabatch.runtime.observers.protocol import StepObserver
 from adabatch.runtime.optimizers.joined import each_of, kind_of
+from adabatch.runtime.optimizers.ownership import owners_of
 
 FALLS = 3
 """Number of updates in a row after which the rate must have fallen: a schedule that counts epochs lowers it less often,
@@ -24,15 +25,11 @@ class StepSchedules(StepObserver):
     Args:
         optimizer: whose rates are watched.
         batch_size: the present global batch size.
-        follows_progress: whether a schedule that reads progress sets the rates.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, *, batch_size: Callable[[], int], follows_progress: Callable[[], bool]
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, *, batch_size: Callable[[], int]) -> None:
         self._optimizer = optimizer
         self._batch_size = batch_size
-        self._follows_progress = follows_progress
         self._first: int | None = None  # batch size of the loop's first step
         self._rates: list[float] = []
         self._falls = 0
@@ -68,5 +65,6 @@ class StepSchedules(StepObserver):
 
     def _scheduled(self) -> bool:
         # torch marks the step() of an optimizer that a scheduler was made for, and so does ProgressLR, its subclass
-        marked = any(hasattr(one.step, "_wrapped_by_lr_sched") for one in each_of(self._optimizer))
-        return marked and not self._follows_progress()
+        optimizers = each_of(self._optimizer)
+        marked = any(hasattr(one.step, "_wrapped_by_lr_sched") for one in optimizers)
+        return marked and not owners_of(optimizers, kind="ProgressLR")

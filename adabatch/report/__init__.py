@@ -77,7 +77,7 @@ def write_charts(numbers: Mapping[str, Any], folder: str | os.PathLike[str], *, 
         ValueError: if no run counts what the axis asks for.
     """
     require_matplotlib()
-    written: list[Path] = importlib.import_module("adabatch.report.chart_pictures").write_charts(
+    written: list[Path] = importlib.import_module("adabatch.report.chart_pictures").write_pictures(
         numbers, Path(folder), over=over
     )
     return written

@@ -168,7 +168,7 @@ def test_a_replica_that_does_not_commit_gets_the_state_of_the_other(address: str
 def test_replicas_with_other_settings_are_named(address: str) -> None:
     barrier = threading.Barrier(2)
     run = partial(train, address, ready=barrier.wait, until=adabatch.steps(2))
-    with pytest.raises(ValueError, match=r"other settings than the one whose state it takes \(lr_rule: .*there\)"):
+    with pytest.raises(ValueError, match=r"different settings than the one whose state it takes \(lr_rule: .*there\)"):
         together(partial(run, "0"), partial(run, "1", lr_rule="linear"))
 
 
