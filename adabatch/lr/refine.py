@@ -190,7 +190,7 @@ def stretch(values: ArrayLike, length: int) -> FloatArray:
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 1 or table.size == 0:
-        raise ValueError(f"stretch needs a flat array of at least one value, got shape {table.shape}")
+        raise ValueError(f"values must be a flat array of at least one, got shape {table.shape}")
     require(length <= MOST_STEPS, f"length must be at most {MOST_STEPS}", length)
     require(length >= min(2, table.size), "length must be at least 2 to keep the first and the last value", length)
     return np.interp(np.linspace(0, table.size - 1, length), np.arange(table.size), table)
@@ -217,7 +217,7 @@ def median_filter(values: ArrayLike, window: int) -> FloatArray:
     """
     series = np.asarray(values, dtype=np.float64)
     if series.ndim != 1 or series.size == 0 or not np.all(np.isfinite(series)):
-        raise ValueError("a median filter needs a flat array of at least one finite value")
+        raise ValueError("values must be a flat array of at least one, all finite")
     # mirroring without the last value adds n - 1 values at most
     if window < 1 or window % 2 == 0 or window > 2 * series.size - 1:
         raise ValueError(

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from adabatch.optim.mup.methods import METHODS, TrainingMethod
 
 
-def method_of(name: str) -> TrainingMethod:
+def method_of(name: str, methods: Mapping[str, TrainingMethod] = METHODS) -> TrainingMethod:
     """A method by its name, or a user's function by its import path.
+
+    Args:
+        name: see there.
+        methods: those with a name.
 
     Raises:
         ValueError: if it is neither.
@@ -17,12 +22,12 @@ def method_of(name: str) -> TrainingMethod:
     if "." in name:
         found: TrainingMethod = imported(name)
         return found
-    if name not in METHODS:
+    if name not in methods:
         raise ValueError(
-            f"method must be one of {', '.join(METHODS)}, or the import path of a function of (model, plan, lr, "
+            f"method must be one of {', '.join(methods)}, or the import path of a function of (model, plan, lr, "
             f"damping) that returns an optimizer; got {name!r}"
         )
-    return METHODS[name]
+    return methods[name]
 
 
 def imported(path: str) -> Any:

@@ -16,7 +16,7 @@ from adabatch.cli.mup.imports import imported, method_of
 from adabatch.cli.optimizers import observe
 from adabatch.cli.picture import draw_picture
 from adabatch.optim import mup
-from adabatch.optim.mup.methods import FIRST_LRS
+from adabatch.optim.mup.methods import CHECKED_METHODS, FIRST_LRS
 
 MOST_LINES = 6
 """Parameters in a picture: those with the steepest slopes."""
@@ -87,7 +87,8 @@ def check_coordinates(
     Returns:
         0 if the plan passes, else 1.
     """
-    make, batches, method = imported(subject.model), imported(subject.data), method_of(subject.method)
+    make, batches = imported(subject.model), imported(subject.data)
+    method = method_of(subject.method, CHECKED_METHODS)
     rate = FIRST_LRS.get(subject.method, 0.05) if lr is None else lr
     results = {
         parameterization: mup.coordinate_check(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,9 +46,9 @@ def _muon(model: nn.Module, plan: Plan, lr: float, damping: float | None) -> Mad
     return [torch.optim.Muon(taken), *_others(model, plan, "muon")]
 
 
-def _kfac(model: nn.Module, plan: Plan, lr: float, damping: float | None) -> Made:
+def _kfac(model: nn.Module, plan: Plan, lr: float, damping: float | None, **options: Any) -> Made:
     taken = plan.groups(model, "kfac", lr=lr, damping=damping, only=plan.taken_by("kfac"))
-    return [KFAC(taken, model), *_others(model, plan, "kfac")]
+    return [KFAC(taken, model, **options), *_others(model, plan, "kfac")]
 
 
 def _others(model: nn.Module, plan: Plan, method: LawName) -> list[Optimizer]:
@@ -57,6 +59,10 @@ def _others(model: nn.Module, plan: Plan, method: LawName) -> list[Optimizer]:
 METHODS: Mapping[str, TrainingMethod] = MappingProxyType(
     {"sgd": _sgd, "adamw": _adamw, "muon": _muon, "shampoo": _shampoo, "kfac": _kfac}
 )
+
+CHECKED_METHODS: Mapping[str, TrainingMethod] = MappingProxyType({**METHODS, "kfac": partial(_kfac, kl_clip=None)})
+"""The methods for a check of single updates: K-FAC without its clip. That is one factor for all layers, so a layer
+whose law is wrong would change the updates of the others."""
 
 FIRST_LRS: Mapping[str, float] = MappingProxyType(
     {"sgd": 0.05, "adamw": 0.01, "muon": 0.05, "shampoo": 0.05, "kfac": 0.05}
