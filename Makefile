@@ -1,5 +1,5 @@
 # make quickstart   train on real images on two processes while the batch grows, and compare
-# make fast         the tests of the pure core, the plain runtime and the guides: 130 s of processor time, on two cores
+# make fast         the tests of the pure core, the plain runtime and the guides: under a minute on two idle cores
 # make test         the whole test suite
 # make check        ruff, and mypy: strict for the library, looser for tests, benchmarks and examples
 # make site         the documentation as web pages, into build/site; a broken link or reference is an error
