@@ -192,26 +192,37 @@ def in_a_plain_loop(rank: int) -> list[str]:
     return found
 
 
+def plain_loop(
+    rank: int, num_steps: int, *, before: Callable[[LocalSGD, int], Any] = lambda local, step: None, **options: Any
+) -> str:
+    """A loop without ``AdaptiveBatch``; how many steps and rounds it came to, or the error."""
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.01)
+    try:
+        with LocalSGD(model, optimizer, **options) as local:
+            for step in range(num_steps):
+                before(local, step)
+                loss_of(model, [each[step * 8 + rank * 4 :][:4] for each in regression(96).tensors]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return f"{local.steps} steps, {local.rounds} rounds"
+    except RuntimeError as error:
+        return str(error)
+
+
 def removed_inside(rank: int) -> list[str]:
-    """Removed in the middle of a round: by all workers, or by the odd one alone."""
-    found = []
-    for by_all in (True, False):
-        model = network()
-        optimizer = SGD(model.parameters(), lr=0.01)
-        said = ""
-        try:
-            with LocalSGD(model, optimizer, sync_every=4) as local:
-                for step in range(8):
-                    if step == 2 and (by_all or rank == ODD):
-                        local.remove()
-                    loss_of(model, [each[step * 8 + rank * 4 :][:4] for each in regression(96).tensors]).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-            said = f"{local.steps} steps, {local.rounds} rounds"
-        except RuntimeError as error:
-            said = str(error)
-        found.append(said)
-    return found
+    """Removed in the middle of a round by all workers, then by the odd one alone, also where gradients are averaged."""
+
+    def remove(local: LocalSGD, step: int) -> None:
+        if step == 2:
+            local.remove()
+
+    odd = remove if rank == ODD else lambda local, step: None
+    return [
+        plain_loop(rank, 8, before=remove, sync_every=4),
+        plain_loop(rank, 8, before=odd, sync_every=4),
+        plain_loop(rank, 8, before=odd, sync_every=1),
+    ]
 
 
 def test_workers_that_remove_it_inside_the_block_hear_of_each_other(tmp_path: Path) -> None:
@@ -219,31 +230,18 @@ def test_workers_that_remove_it_inside_the_block_hear_of_each_other(tmp_path: Pa
     assert first == second
     assert first[0] == "2 steps, 0 rounds"
     assert "worker 0 reaches an average after 4 steps; worker 1 leaves the block after 2 steps" in first[1]
+    assert "worker 0 reaches an average after 2 steps; worker 1 leaves the block after 2 steps" in first[2]
 
 
 def fewer_steps_of_averaged_gradients(rank: int) -> list[str]:
     """The odd worker has fewer batches, while each step averages the gradient: in the warm-up, and with one step per
     round; then all take the same number."""
-    found = []
-    for num_steps, options in (
-        (5, {"sync_every": 4, "warmup": steps(6)}),
-        (7, {"sync_every": 1}),
-        (8, {"sync_every": 1}),
-    ):
-        model = network()
-        optimizer = SGD(model.parameters(), lr=0.01)
-        said = ""
-        try:
-            with LocalSGD(model, optimizer, **options) as local:
-                for step in range(num_steps if rank == ODD else 8):
-                    loss_of(model, [each[step * 8 + rank * 4 :][:4] for each in regression(96).tensors]).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-            said = f"{local.steps} steps"
-        except RuntimeError as error:
-            said = str(error)
-        found.append(said)
-    return found
+    odd = rank == ODD
+    return [
+        plain_loop(rank, 5 if odd else 8, sync_every=4, warmup=steps(6)),
+        plain_loop(rank, 7 if odd else 8, sync_every=1),
+        plain_loop(rank, 8, sync_every=1),
+    ]
 
 
 def test_a_worker_with_fewer_steps_of_averaged_gradients_is_named(tmp_path: Path) -> None:
@@ -251,7 +249,7 @@ def test_a_worker_with_fewer_steps_of_averaged_gradients_is_named(tmp_path: Path
     assert first == second
     assert "worker 0 reaches an average after 5 steps; worker 1 leaves the block after 5 steps" in first[0]
     assert "worker 0 reaches an average after 7 steps; worker 1 leaves the block after 7 steps" in first[1]
-    assert first[2] == "8 steps"
+    assert first[2] == "8 steps, 8 rounds"
 
 
 def test_workers_of_a_plain_loop_hear_of_each_other(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ class LocalSGD:
         try:
             if kind is None and self._ended == _REMOVED:
                 # nothing is averaged any more, but a worker that did not remove its own is told
-                self._rounds.meetings.leave(self._rounds.memory.place())
+                self._rounds.part()
             elif kind is None:
                 self._check_in_place()
                 self._rounds.leave()

@@ -216,6 +216,10 @@ class Rounds:
     def leave(self) -> None:
         """The loop is over: averages all in which the workers differ, and compares their last steps."""
         self.end_round()
+        self.part()
+
+    def part(self) -> None:
+        """This worker takes no further step: it tells the others, and compares its last steps with theirs."""
         if self._by_gradient and self.present().by_gradient:
             # Workers that take another step send a gradient. One that leaves sends something of the same shape, since
             # a transport such as gloo aborts the process if shapes differ.
