@@ -4,7 +4,7 @@ What everyday code uses is here; the rest is one module down: ``adabatch.batch``
 ``adabatch.probes``, ``adabatch.guards``, ``adabatch.checkpointing``, ``adabatch.optim``.
 """
 
-from adabatch import interrupts  # first, since it is there for the time of the imports
+from adabatch.runtime.launch import interrupts  # first, since it is there for the time of the imports
 
 # isort: split
 from adabatch import batch, data, local_sgd, lr, probes
