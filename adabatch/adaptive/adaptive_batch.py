@@ -36,7 +36,7 @@ from adabatch.lr.rules import LRRule, Setting
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder, WholeSteps, num_examples_in
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.optimizers.joined import each_of, joined, kind_of
 from adabatch.runtime.optimizers.ownership import displace, release, take_over, undone_on_error
 from adabatch.runtime.optimizers.scheduler import WritesRates

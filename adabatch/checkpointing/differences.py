@@ -13,7 +13,7 @@ import torch
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.checkpointing.plain import plain
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.optimizers.joined import JoinedOptimizers, kind_of
 
 

@@ -23,7 +23,7 @@ from adabatch.checkpointing.settings import BuiltSettings, KeptSetting
 from adabatch.checkpointing.sharded_state import Shards, put_back, shapes_in, taken_apart, write_shards
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.random_state import random_state, restore_random_state
 from adabatch.runtime.waiting import named_if_long
 from adabatch.runtime.wrappers.compiled import uncompiled

@@ -41,7 +41,7 @@ from adabatch.runtime.collectives import Collectives, workers_of
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.data.in_memory import collate
 from adabatch.runtime.launch.world import World
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.optimizers.scheduler import ClockKind, ProgressLR
 
 CONFIG_FORMAT = 1
