@@ -107,7 +107,7 @@ def extend(
         path.write_text(_config(run, finished, total, label, options[label], path), encoding="utf-8")
         display.say(f"config: {path}")
     if checkpoint is not None:
-        _write_checkpoints(checkpoint, saved, finished, total, options, folder, display=display)
+        _write_checkpoints(checkpoint, saved, total, options, folder, display=display)
     draw_picture(
         lambda draw: _panels(draw, saved, finished, own, options, bounded), folder / "extend.png", display=display
     )
@@ -152,7 +152,6 @@ def _where_it_stands(saved: SavedSchedule, finished: FinishedRun, options: dict[
 def _write_checkpoints(
     checkpoint: Path,
     saved: SavedSchedule,
-    finished: FinishedRun,
     total: Duration,
     options: dict[str, ExtendedSchedule],
     folder: Path,

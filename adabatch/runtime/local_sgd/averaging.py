@@ -147,7 +147,8 @@ class LocalSGD:
         replica = Replica(model, optimizer)
         group, node = _who(model, workers, replica.device)
         self._rounds = Rounds(settings, replica, optimizer, workers=group, node=node)
-        words = ", ".join(settings.words())
+        # before anything else is sent: ranks with other periods would wait for each other in different exchanges
+        words = ", ".join(settings.texts().values())
         if not self._rounds.everyone.agree(words):
             raise ValueError(
                 f"the ranks were given different settings of local SGD (this one: {words}), and would average at "

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from adabatch.arguments import MOST_STEPS, check_fields, shown
 from adabatch.batch.plan import Duration, Progress
@@ -65,15 +65,11 @@ class Fixed:
     """
 
     sync_every: int
+    durations: ClassVar[tuple[Duration, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_period("sync_every", self.sync_every)
-
-    @property
-    def durations(self) -> tuple[Duration, ...]:
-        """None."""
-        return ()
 
     def local_steps(self, start: RoundStart) -> int:
         """The constant."""
