@@ -133,11 +133,7 @@ def discretize(
         raise ValueError(f"a schedule needs at least 1 step, got num_steps={num_steps}")
     require(num_steps <= MOST_STEPS, f"num_steps must be at most {MOST_STEPS:,}", num_steps)
     require(0 <= warmup_start < math.inf, "warmup_start must be finite and not negative", warmup_start)
-    if not 0 <= warmup_steps < num_steps:
-        raise ValueError(
-            f"warmup_steps must lie in [0, {num_steps - 1}] for {num_steps} steps, got {warmup_steps}: "
-            "shorten the warm-up or lengthen the run"
-        )
+    check_warmup(warmup_steps, num_steps)
     step = np.arange(num_steps, dtype=np.float64)
     # Negative progress, during the warm-up, is clamped to 0, so this is shape(0) there.
     factors = shape((step - warmup_steps) / (num_steps - warmup_steps))
@@ -145,6 +141,15 @@ def discretize(
         # in place, since a shape returns an array of its own
         factors *= warmup_factor(step / warmup_steps, warmup_start)
     return factors
+
+
+def check_warmup(warmup_steps: int, num_steps: int) -> None:
+    """Refuses a warm-up that leaves no step after it."""
+    if not 0 <= warmup_steps < num_steps:
+        raise ValueError(
+            f"warmup_steps must lie in [0, {num_steps - 1}] for {num_steps} steps, got {warmup_steps}: "
+            "shorten the warm-up or lengthen the run"
+        )
 
 
 @checked

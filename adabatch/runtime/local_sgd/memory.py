@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adabatch.arguments import require_format
 from adabatch.runtime.collectives import Started
 from adabatch.runtime.local_sgd.meetings import Place
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
@@ -202,11 +203,7 @@ class Memory:
                 fragments, or to another number of workers although they held different parameters when it was saved
                 or it contains compression errors.
         """
-        if state["format"] > STATE_FORMAT:
-            raise ValueError(
-                f"the state of local SGD was saved in format {state['format']}, this version reads up to "
-                f"{STATE_FORMAT}: upgrade adabatch"
-            )
+        require_format("the state of local SGD", state["format"], STATE_FORMAT)
         same_parts = [tuple(each["places"]) for each in state["fragments"]] == list(dealt)
         if not same_parts and sum(len(each["places"]) for each in state["fragments"]) != len(pieces):
             raise ValueError(
