@@ -253,6 +253,7 @@ def linear_cooldown_ratio(
     if not all(cooldowns):
         return None
     old, new = (linear_cooldown_limits(cooldown).best_base_lr for cooldown in cooldowns)
+    # both limits are in units of 1 / sqrt(T), each with its own T
     return new / old * math.sqrt(num_steps / (num_steps if target_steps is None else target_steps))
 
 
@@ -371,6 +372,8 @@ def two_stage(
     goal = best_base_lr(finished)
 
     def terms(factor: float) -> BoundTerms:
+        # The bound of the whole longer run, not of the second stage alone: the steps before it were taken already, and
+        # weigh in the distance from the start.
         rise = discretize(shape, rest, warmup_steps=ramp_steps, warmup_start=1 / factor)
         return bound_terms(np.append(finished[:resume], factor * rise))
 

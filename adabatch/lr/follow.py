@@ -134,6 +134,7 @@ class UpdateScaling:
 
     def averaged(self, group: Mapping[str, Any]) -> float:
         """As how many updates of the reference batch size this one counts in the group's averages."""
+        # of the last average: its memory is the longest, and so its correction matters for longest
         return self.exponents(group["betas"])[-1] if "betas" in self.followers.settings and "betas" in group else 1.0
 
     def binding_floors(self, groups: Collection[Mapping[str, Any]]) -> dict[str, float]:
@@ -145,6 +146,7 @@ class UpdateScaling:
             pairs = zip(self.followers.floors(betas), self.followers.room(betas), strict=True)
             for number, (floor, room) in enumerate(pairs, 1):
                 if room < self.ratio:
+                    # the highest: the journal has one number per beta, and following stops first at that one
                     name = f"beta{number}"
                     binding[name] = max(floor, binding.get(name, 0.0))
         return binding

@@ -52,6 +52,7 @@ class Horizon(NamedTuple):
         Raises:
             ValueError: as for ``Recorded``, if the run has no usable norms.
         """
+        # l2 whatever the optimizer: the bound is that of SGD, and a shape is compared by it, not trained with it
         norms = recorded.norms("l2").for_each(recorded.num_steps)
         return cls(recorded.edges(clock, reference), recorded.factor, norms)
 

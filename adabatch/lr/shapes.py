@@ -450,6 +450,7 @@ _BAD_INFIMUM = (
 
 
 def _upper_bound(upper_bound: float, max_iter: float) -> float:
+    # only the quotient: in progress, which ends at 1, the paper's two counts of steps have no meaning of their own
     ratio = _positive("upper_bound", upper_bound) / _positive("max_iter", max_iter)
     if not 1 <= ratio < math.inf:
         raise ValueError(f"upper_bound must be at least max_iter, got {upper_bound} and {max_iter}")
@@ -494,6 +495,7 @@ def _brief(value: object) -> str:
     return repr(list(value)) if isinstance(value, tuple) else repr(value)
 
 
+# By the functions' own names, which configs and checkpoints hold: one that is renamed must stay readable here.
 FACTORIES: Mapping[str, Callable[..., Shape]] = MappingProxyType(
     {
         factory.__name__: factory
