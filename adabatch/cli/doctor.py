@@ -72,6 +72,7 @@ def run_doctor(arguments: Sequence[str]) -> int:
         print(json.dumps({**place, "packages": rows, "advice": said}, indent=2))
     else:
         print("\n".join(_lines(found, place, said)))
+    # what is missing is no failure: most people need few of the extras
     return 1 if broken else 0
 
 
@@ -126,6 +127,7 @@ def surroundings() -> dict[str, Any]:
     except (ValueError, RuntimeError, OSError) as error:
         # said rather than raised: whoever asks for advice has something that does not work
         launched = {"error": " ".join(str(error).split())}
+    # what torch was built with; whether a network works can only be seen from a run
     backends = [name for name in ("nccl", "gloo", "mpi") if dist.is_available() and dist.is_backend_available(name)]
     accelerators = [
         {

@@ -65,6 +65,7 @@ def extend(
     total = _new_total(finished.total, factor, new_total)
     options = extended_schedules(finished, total)
     horizon = Horizon.of_equal_steps(finished.steps_of(total))
+    # over equal steps, whatever the batch did: the longer run has no journal yet, and both must be compared alike
     bounded = {
         label: schedule_bound(option.shape, horizon, warmup_steps=finished.warmup_steps)
         for label, option in options.items()
