@@ -168,6 +168,7 @@ class LocalSGD:
         # meaningless.
         for tensor in replica.everything():
             group.copy_from_first(tensor)
+        # last, so that a constructor that raises leaves no hook on the optimizer
         self._handles = hook_step(optimizer, self._before_step, self._after_step)
 
     @property
@@ -344,6 +345,7 @@ class LocalSGD:
             ValueError: if the state has a newer format, or is that of another model or outer optimizer; or that of
                 another number of workers, if it was taken in the middle of a round or holds compression errors.
         """
+        # replaced as a whole, once it was read without an error: half of two states would be worse than either
         self._rounds.averages.memory = Memory.from_state_dict(
             state,
             num_workers=self._rounds.workers.size,
@@ -361,6 +363,7 @@ def _who(
 ) -> tuple[Collectives, Collectives]:
     """The workers, and the ranks that share this worker's model."""
     if not is_sharded(model):
+        # a worker of one rank, which shares its model with nobody
         return workers_of(place, device=device), Collectives(device=device)
     node = collectives_of(model)
     if place is None:

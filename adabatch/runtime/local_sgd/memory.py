@@ -88,6 +88,7 @@ class Fragment:
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors; an average that is under way has arrived."""
+        # with the places, by which a run with other fragments, or another model, is recognized when it loads
         lists = {name: list(getattr(self, name)) for name in ("places", *_PER_PARAMETER)}
         pending = None if self.pending is None else self.pending.state_dict()
         numbers = {"agreed_at": self.agreed_at, "counted": self.counted}
@@ -156,6 +157,7 @@ class Memory:
 
     def agree_on(self, fragment: Fragment) -> None:
         """All workers hold the same parameters of a fragment now."""
+        # without anchors until the next step: it is known only then whether its round needs any
         fragment.agreed_at, fragment.counted, fragment.anchors = self.steps, self.examples, []
 
     def end_round(self) -> None:

@@ -118,6 +118,7 @@ class Table:
         """The number after the last milestone that was passed."""
         steps = self.first
         for change in self.then:
+            # no break: a long round may have passed several
             if start.progress.reached(change.after):
                 steps = change.sync_every
         return steps

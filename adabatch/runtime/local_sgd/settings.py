@@ -141,6 +141,7 @@ class LocalSGDSettings:
             # synchronous training, with which post-local SGD begins (Lin et al. 2020, arXiv:1808.07217)
             return Round(1, start.lr, Average(), "none", 0, workers_agree)
         local_steps = self.period.local_steps(start)
+        # again, for a period of the user's own, whose numbers nobody has seen yet
         check_period("sync_every", local_steps)
         plain = isinstance(self.outer, Average) and self.compression == "none"
         by_gradient = local_steps == 1 and plain and workers_agree
