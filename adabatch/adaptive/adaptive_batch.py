@@ -273,8 +273,9 @@ class AdaptiveBatch:
         self._planner.hold_until = duration
 
     def add_schedule(self, schedule: WritesRates) -> None:
-        """Tells a schedule of each update, and of a state that is loaded, until it is dropped; ``ProgressLR`` asks for
-        it.
+        """Tells a schedule of each update, and of each state that is loaded, until the schedule is dropped.
+
+        ``ProgressLR`` calls it.
 
         Raises:
             RuntimeError: if this object was removed or replaced.

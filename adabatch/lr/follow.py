@@ -45,7 +45,7 @@ class Followers:
 
     Args:
         settings: any of "betas", "eps" and "weight_decay".
-        beta1_floor: the first beta does not fall below this by following, in [0, 1]; if it is below it already, it does
+        beta1_floor: following does not lower the first beta below this, in [0, 1]; a beta that is below it already does
             not change. 0 sets no floor, 1 keeps the first beta fixed while the batch grows.
         beta2_floor: the same for the second beta and any further ones.
 

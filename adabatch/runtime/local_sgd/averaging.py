@@ -92,8 +92,9 @@ class LocalSGD:
             gradients (as many bytes as one average). "within" compares those of each worker separately, which sends
             only a few numbers, and needs at least two micro-batches on each worker.
         by_speed: whether slower workers take fewer local steps in a round, so that all reach the average at the same
-            time. ``sync_every`` is then the number of the fastest, and a loop runs until a number of rounds, not of
-            steps. Not with ``AdaptiveBatch``, which gives all workers the same steps, nor with ``overlap``.
+            time. ``sync_every`` is then the number of steps of the fastest worker. Let the loop end after a number of
+            rounds, not of steps. Not with ``AdaptiveBatch``, which gives all workers the same steps, nor with
+            ``overlap``.
         workers: process group or one-dimensional mesh of the ranks that average with each other; by default all ranks.
 
     Raises:
