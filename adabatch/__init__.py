@@ -4,7 +4,7 @@ What everyday code uses is here; the rest is one module down: ``adabatch.batch``
 ``adabatch.probes``, ``adabatch.guards``, ``adabatch.checkpointing``, ``adabatch.optim``.
 """
 
-from adabatch import interrupts  # first, since it is there for the time of the imports
+from adabatch.runtime.launch import interrupts  # first, since it is there for the time of the imports
 
 # isort: split
 from adabatch import batch, data, local_sgd, lr, probes
@@ -24,7 +24,7 @@ from adabatch.batch.schedules import Constant, LinearRamp, Seesaw, Stage, Stages
 from adabatch.checkpointing import Checkpoints, load, save
 from adabatch.guards import EXIT_PREEMPTED, Preemption, Watchdog
 from adabatch.runtime.data import GlobalOrder, WholeSteps
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.optimizers.matrix_owners import across_ranks
 from adabatch.runtime.optimizers.scheduler import ProgressLR
 from adabatch.runtime.probes.micro_batch import MicroBatchProbe

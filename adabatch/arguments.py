@@ -167,6 +167,21 @@ def require_state(state: Any, *names: str, of: str, argument: str = "state") -> 
     require(not missing, f"{argument} must be what state_dict() of {of} returned, with {', '.join(names)}", list(state))
 
 
+def require_format(what: str, found: int, newest: int) -> None:
+    """Raises an error if a state was saved by a later release.
+
+    Args:
+        what: was saved, such as "the schedule".
+        found: the format in which it was saved.
+        newest: the newest format that this release reads.
+
+    Raises:
+        ValueError: if the format is newer.
+    """
+    if found > newest:
+        raise ValueError(f"{what} was saved in format {found}, this version reads up to {newest}: upgrade adabatch")
+
+
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first ``most`` of the names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

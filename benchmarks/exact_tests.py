@@ -35,7 +35,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from adabatch.recipes.models import MnistCNN, Transformer
-from adabatch.runtime.per_example import PerExampleNorms, RandomState, products_by_jvp
+from adabatch.runtime.per_example import PerExampleNorms, products_by_jvp
+from adabatch.runtime.random_state import random_state
 
 QUESTION = (
     "What do exact per-example squared norms, and inner products with the mean gradient, cost next to a "
@@ -116,7 +117,7 @@ def ours(task: Task, *, products: bool, forward_mode: bool) -> Callable[[], Stat
 
     def gradients() -> Statistics:
         norms.start()
-        state = RandomState.now()
+        state = random_state(task.x.device)
         task.backward(task.model)
         examples = norms.finish()
         if products:

@@ -49,7 +49,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from adabatch import LocalSGD
-from adabatch.runtime.local_sgd import Nesterov
+from adabatch.local_sgd import Nesterov
 
 QUESTION = (
     "Two workers, 1 MB of parameters, steps of 40 ms, rounds of 16 steps: how long do 32 steps take on slow links by "

@@ -26,7 +26,6 @@ GUARDS = 3
 SHELL = 4
 CHECKPOINTING = 5
 LAYERS = {
-    "adabatch.interrupts": 0,
     "adabatch.batch": 1,
     "adabatch.lr": 1,
     "adabatch.forecast": 1,

@@ -36,7 +36,7 @@ from adabatch.lr.rules import LRRule, Setting
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data import GlobalOrder, WholeSteps, num_examples_in
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.optimizers.joined import each_of, joined, kind_of
 from adabatch.runtime.optimizers.ownership import displace, release, take_over, undone_on_error
 from adabatch.runtime.optimizers.scheduler import WritesRates
@@ -273,8 +273,9 @@ class AdaptiveBatch:
         self._planner.hold_until = duration
 
     def add_schedule(self, schedule: WritesRates) -> None:
-        """Tells a schedule of each update, and of a state that is loaded, until it is dropped; ``ProgressLR`` asks for
-        it.
+        """Tells a schedule of each update, and of each state that is loaded, until the schedule is dropped.
+
+        ``ProgressLR`` calls it.
 
         Raises:
             RuntimeError: if this object was removed or replaced.

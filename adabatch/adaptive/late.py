@@ -15,7 +15,7 @@ from adabatch.batch.moments import GradientMoments
 from adabatch.guards.finite import nonfinite_search
 from adabatch.journal.writer import Journal, measurements
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 
 
 class Numbers(NamedTuple):

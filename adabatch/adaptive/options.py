@@ -67,8 +67,8 @@ class Guard:
             without a probe this check costs one pass over the gradient, 8 bytes and a host sync. "probed" checks only
             steps with a probe, where it costs nothing. Local steps of ``local_sgd`` without a probe are not checked.
         max_left_out: how many updates in a row may be left out for numbers that are not finite, before the run stops
-            with ``UpdatesLeftOut``; None for no limit. If they are not left out, for how many steps all that is
-            measured may not be finite.
+            with ``UpdatesLeftOut``; None for no limit. If such updates are made nevertheless, the run stops after as
+            many steps in which nothing that was measured was finite.
         trial: micro-batch -> its mean loss, computed as in your loop, including autocast. For a micro-batch that grows
             (``max_micro_batch_size``). Before the first step with a larger micro-batch, one of that size is run without
             an update (twice if steps accumulate). If a rank runs out of memory, all ranks keep to smaller ones and

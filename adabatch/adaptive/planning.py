@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from adabatch.arguments import require_state
+from adabatch.arguments import require_format, require_state
 from adabatch.batch.control import UNLIMITED, Control, ControlState, Decision, Limits, Reason, decide
 from adabatch.batch.criteria import Criterion, Observation
 from adabatch.batch.moments import GradientMoments
@@ -321,8 +321,4 @@ def check_format(state: Mapping[str, Any]) -> None:
     require_state(
         state, "format", "reference_batch_size", "progress", "consumed", "control", "plan", of="an AdaptiveBatch"
     )
-    if state["format"] > STATE_FORMAT:
-        raise ValueError(
-            f"the batch state was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: upgrade "
-            f"adabatch"
-        )
+    require_format("the batch state", state["format"], STATE_FORMAT)

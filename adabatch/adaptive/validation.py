@@ -28,7 +28,7 @@ from adabatch.optim.mup import check_ratios, named_parameters
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.engines.choice import engine_for
 from adabatch.runtime.engines.engine import Engine
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.optimizers.joined import each_of, kind_of, without_rate
 from adabatch.runtime.optimizers.traits import ChecksRanks, ChecksStep, PrefersLRRule
 from adabatch.runtime.probes.layers import Layers, layers_of, layers_of_weight

@@ -104,10 +104,10 @@ class Control:
     Args:
         interval: number of steps from one probe to the next. It is 1 by default, because the checks that tell all ranks
             of one rank's mistake use the reduction of a probed step. None is automatic: every step at first, and rarer
-            as the window grows. Once it has its 50 probes, the interval is ``memory_share`` of the probes since noise
-            or signal last jumped, over 50, and at most 10. With the other defaults this is every 2nd step after 500
-            probes, every 10th after 2,500, and every step again after a jump; the batch then follows a jump after 25
-            steps instead of 4 (``benchmarks/results/interval.md``).
+            as the window grows. Once it has its 50 probes, the interval is ``memory_share`` times the number of
+            probes since noise or signal last jumped, divided by 50, and at most 10. With the other defaults this is
+            every 2nd step after 500 probes, every 10th after 2,500, and every step again after a jump; the batch then
+            follows a jump after 25 steps instead of 4 (``benchmarks/results/interval.md``).
         memory: least number of probes in the average: an exponential window with the weight of ``memory`` equal ones (a
             factor of ``(memory - 1) / (memory + 1)`` per probe). 1 keeps only the last probe, without a test for
             outliers; ``inf`` forgets none.
@@ -116,8 +116,9 @@ class Control:
         confidence: one-sided probability with which the wanted batch must lie above the present one before the batch
             grows, in [0.5, 1). It holds for one decision, not for all of a run. 0.5 needs no certainty, and is the only
             value that is possible with ``memory=1``.
-        shrink_confidence: the probability with which it must lie below before the batch shrinks; by default half as far
-            from certainty, 0.95 for 0.9, because a batch that shrinks and grows again by chance costs twice.
+        shrink_confidence: the probability with which it must lie below before the batch shrinks. By default the doubt
+            is half of that for growth, so 0.95 for 0.9, because a batch that shrinks and grows again by chance costs
+            twice.
         hysteresis: relative change below which the plan is kept (0.1: AdaptDL's 0.05, doubled for noisier statistics).
         hold: length of the stretch after a change in which no other change follows, in steps (a number, or
             ``adabatch.steps``) or in ``adabatch.examples``.

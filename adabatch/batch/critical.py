@@ -72,10 +72,8 @@ def smoothed_losses(losses: ArrayLike, batch_sizes: ArrayLike, *, half_life: flo
             f"need a loss and a batch size for each step (losses and batch_sizes), got shapes {values.shape} and "
             f"{sizes.shape}"
         )
-    if not (sizes > 0).all():
-        raise ValueError(f"batch_sizes: batch sizes must be positive, got {sizes.min()}")
-    if not 0 < half_life < math.inf:
-        raise ValueError(f"half_life must be a positive number of examples, got {half_life}")
+    require(bool((sizes > 0).all()), "batch_sizes: batch sizes must be positive", sizes.min())
+    require(0 < half_life < math.inf, "half_life must be a positive number of examples", half_life)
     averages = np.empty_like(values)
     total = weight = 0.0
     # The numerator and the sum of the weights apart, divided at each step: no bias towards the zero at the start.
@@ -106,13 +104,10 @@ def critical_batch(losses: Mapping[int, float], *, tolerance: float = TOLERANCE)
     smallest does not hide it.
     """
     known = dict(sorted(losses.items()))
-    if len(known) < 2:
-        raise ValueError(f"losses: a critical batch needs branches at no fewer than two batch sizes, got {list(known)}")
+    require(len(known) >= 2, "losses: a critical batch needs branches at no fewer than two batch sizes", list(known))
     sizes = list(known)
-    if sizes[0] < 1:
-        raise ValueError(f"batch sizes must be at least 1 example, got {sizes[0]}")
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance must be a positive share of the loss, such as {TOLERANCE}, got {tolerance}")
+    require(sizes[0] >= 1, "batch sizes must be at least 1 example", sizes[0])
+    require(0 < tolerance < math.inf, f"tolerance must be a positive share of the loss, such as {TOLERANCE}", tolerance)
     first = known[sizes[0]]
     if not math.isfinite(first):
         raise ValueError(f"the branch at the smallest batch, {sizes[0]}, diverged: lower its learning rate")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adabatch.arguments import checked, number
+from adabatch.arguments import checked, number, require
 
 
 def efficiency(global_batch_size: float, noise_scale: float, *, reference: float = 0.0) -> float:
@@ -69,8 +69,7 @@ def adaptive_limit(noise_scales: ArrayLike, batch_sizes: ArrayLike | None = None
                 f"batch_sizes must be one for each of noise_scales: need a batch size for each noise scale, got "
                 f"shapes {sizes.shape} and {scales.shape}"
             )
-        if not np.all(sizes > 0):
-            raise ValueError(f"batch_sizes: batch sizes must be positive, got {sizes.min()}")
+        require(bool(np.all(sizes > 0)), "batch_sizes: batch sizes must be positive", sizes.min())
         # unusable scales are dropped below; zero keeps their weights free of NaN until then
         weights = sizes / (sizes + np.where(usable, scales, 0.0))
     if not usable.any():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from adabatch.arguments import allowed_by, check_fields, conform, require, require_one_of, shown
@@ -90,6 +92,13 @@ def gain_steps(count: int) -> Duration:
     noise dominates, and 1 if signal dominates (AdaScale: Johnson et al. 2020, section 3).
     """
     return Duration(count, "gain_steps")
+
+
+def check_milestones(what: str, ends: Sequence[Duration]) -> None:
+    """Raises a ValueError unless the milestones of a table share one unit and ascend."""
+    listed = ", ".join(map(str, ends))
+    require(len({end.unit for end in ends}) <= 1, f"the milestones of {what} must share one unit", listed)
+    require(all(a.count < b.count for a, b in pairwise(ends)), f"the milestones of {what} must ascend", listed)
 
 
 @dataclass(frozen=True, kw_only=True)

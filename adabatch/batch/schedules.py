@@ -5,7 +5,6 @@ A floor or ceiling is passed as a limit: ``Limits(min=LinearRamp(...), max=4096)
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -16,7 +15,7 @@ from typing import ClassVar, final
 from adabatch.arguments import check_fields, require
 from adabatch.batch.criteria import Observation
 from adabatch.batch.needs import Needs
-from adabatch.batch.plan import Duration, Progress
+from adabatch.batch.plan import Duration, Progress, check_milestones
 
 
 class Schedule(ABC):
@@ -99,11 +98,7 @@ class Stages(Schedule):
     def __post_init__(self) -> None:
         check_fields(self)
         _check_size("first", self.first)
-        ends = [stage.after for stage in self.then]
-        if len({end.unit for end in ends}) > 1:
-            raise ValueError(f"the milestones of stages must share one unit, got {', '.join(map(str, ends))}")
-        if any(a.count >= b.count for a, b in itertools.pairwise(ends)):
-            raise ValueError(f"the milestones of stages must ascend, got {', '.join(map(str, ends))}")
+        check_milestones("stages", [stage.after for stage in self.then])
 
     @property
     def fixed_sizes(self) -> tuple[int, ...]:

@@ -84,7 +84,7 @@ class StepTimes:
     of: tuple[PlanTimes, ...] = ()
 
     def after(self, plan: BatchPlan, seconds: float) -> StepTimes:
-        """With one more step of ``plan``, of positive ``seconds``."""
+        """The times with one more step of ``plan``, which took ``seconds`` (positive)."""
         key = (plan.micro_batch_size, plan.accumulation_steps, plan.dp_size)
         past = next((times.seconds for times in self.of if times.plan == key), ())
         # moved to the end, because the plans that ran last are those that stay

@@ -37,7 +37,7 @@ from adabatch.checkpointing.run_state import Restored, RunState, Snapshot, State
 from adabatch.checkpointing.run_token import set_token, token_of
 from adabatch.checkpointing.save_times import SaveTimes
 from adabatch.checkpointing.settings import KeptSetting
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.optimizers.joined import joined
 
 _log = logging.getLogger("adabatch")

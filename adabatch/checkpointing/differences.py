@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.checkpointing.plain import plain
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.optimizers.joined import JoinedOptimizers, kind_of
 
 
@@ -142,6 +145,26 @@ def refuse_order(saved: Mapping[str, Any], parameters: Sequence[Parameter]) -> N
                 f"state is stored by position: give the optimizer the parameters in the order in which the saving run "
                 f"did"
             )
+
+
+def refuse_model(place: Path, model: nn.Module, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises a ValueError if the saved tensors, by name with their shapes, are not those of the model."""
+    wrong = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
+    if wrong:
+        shown = (f"{name}: {saved.get(name, 'nothing')} saved, {now.get(name, 'nothing')} here" for name in wrong[:3])
+        raise ValueError(
+            f"the checkpoint {place} is of another model than this {type(model).__name__}; {len(wrong)} tensor(s) "
+            f"differ ({'; '.join(shown)}): build the model as the saving run did"
+        )
+
+
+def refuse_groups(optimizer: Optimizer, saved: Sequence[int], now: Sequence[int]) -> None:
+    """Raises a ValueError if the numbers of parameters in the groups of the optimizer are not the saved ones."""
+    if saved != now:
+        raise ValueError(
+            f"the checkpoint's optimizer has groups of {saved} parameters, this {type(optimizer).__name__} of {now}: "
+            f"build it as the saving run did"
+        )
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[Difference, ...]:

@@ -14,7 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.checkpointing.differences import Difference, Parameter, describe, refuse_order
+from adabatch.checkpointing.differences import (
+    Difference,
+    Parameter,
+    describe,
+    refuse_groups,
+    refuse_model,
+    refuse_order,
+)
 from adabatch.checkpointing.files import CheckpointError, Files, sealed
 from adabatch.checkpointing.finite_state import check_finite, optimizer_states, trained_weights
 from adabatch.checkpointing.plain import NotPlain, plain
@@ -23,7 +30,7 @@ from adabatch.checkpointing.settings import BuiltSettings, KeptSetting
 from adabatch.checkpointing.sharded_state import Shards, put_back, shapes_in, taken_apart, write_shards
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.data import GlobalOrder
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.random_state import random_state, restore_random_state
 from adabatch.runtime.waiting import named_if_long
 from adabatch.runtime.wrappers.compiled import uncompiled
@@ -257,7 +264,8 @@ class RunState:
         self._check_model(path, state["model"])
         settings = BuiltSettings(self._parts)
         if self._optimizer is not None:
-            _check_groups(state["optimizer"]["param_groups"], self._optimizer)
+            saved_groups = state["optimizer"]["param_groups"]
+            refuse_groups(self._optimizer, _sizes(saved_groups), _sizes(self._optimizer.param_groups))
             refuse_order(contents, self._parameters())
             settings.refuse(state)
         if self._batches is not None:
@@ -323,13 +331,8 @@ class RunState:
                 if name.startswith("model/")
             }
         mine = {name: value.shape for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
-        wrong = [name for name in {**saved, **mine} if saved.get(name) != mine.get(name)]
-        if wrong:
-            shown = (f"{name}: {_text(saved.get(name))} saved, {_text(mine.get(name))} here" for name in wrong[:3])
-            raise ValueError(
-                f"the checkpoint {path} is of another model than this {type(self.model).__name__}; {len(wrong)} "
-                f"tensor(s) differ ({'; '.join(shown)}): build the model as the saving run did"
-            )
+        before, now = ({name: f"shape {tuple(shape)}" for name, shape in each.items()} for each in (saved, mine))
+        refuse_model(path, self.model, before, now)
 
     def release(self) -> None:
         """Releases the resources of this object; it cannot be used afterwards."""
@@ -378,14 +381,5 @@ def _inner(part: Any) -> Any:
     return uncompiled(inner.module) if isinstance(inner, DistributedDataParallel) else inner
 
 
-def _text(shape: torch.Size | None) -> str:
-    return "nothing" if shape is None else f"shape {tuple(shape)}"
-
-
-def _check_groups(saved: list[dict[str, Any]], optimizer: Optimizer) -> None:
-    was, goes = ([len(group["params"]) for group in groups] for groups in (saved, optimizer.param_groups))
-    if was != goes:
-        raise ValueError(
-            f"the checkpoint's optimizer has groups of {was} parameters, this {type(optimizer).__name__} of {goes}: "
-            f"build it as the saving run did"
-        )
+def _sizes(groups: list[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from adabatch.arguments import require
 from adabatch.batch.control import Limits
 from adabatch.batch.critical import TOLERANCE
 from adabatch.batch.plan import Duration
@@ -58,14 +59,10 @@ class CriticalOptions:
             raise ValueError(f"factors must be at least two positive numbers, such as 1 2 4 8, got {self.factors}")
         for name in ("smallest", "examples", "half_life", "max_minutes"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 < self.tolerance < math.inf:
-            raise ValueError(
-                f"tolerance must be a positive share of the loss, such as {TOLERANCE}, got {self.tolerance}"
-            )
-        if self.processes < 1:
-            raise ValueError(f"processes must be at least 1, got {self.processes}")
+            require(value is None or 0 < value < math.inf, f"{name} must be positive", value)
+        rule = f"tolerance must be a positive share of the loss, such as {TOLERANCE}"
+        require(0 < self.tolerance < math.inf, rule, self.tolerance)
+        require(self.processes >= 1, "processes must be at least 1", self.processes)
 
 
 class BranchPoint(NamedTuple):
@@ -171,8 +168,8 @@ def run_branch(job: Job, world: World, start: BranchStart, size: int, *, display
     )
     parts = _loaded(fixed, world, start.checkpoint)
     engine, batches = parts.engine, parts.batches
-    if parts.schedule is not None:
-        parts.schedule.give_way()  # its rates stay as they are now
+    # Its rates stay as they are now: along a decay, branches would differ by where on it they spend their examples.
+    parts.schedule.give_way()
     losses: list[float] = []
     sizes: list[int] = []
     lr, diverged, late = math.nan, False, False

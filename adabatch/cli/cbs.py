@@ -75,6 +75,7 @@ def measure(
             f"processes={options.processes} runs branches side by side, each alone; {world.size} processes run this "
             f"job together: leave one of them out"
         )
+    # a job only to ask; each branch makes one of its own, since training changes it
     job = make()
     if options.judge == "test" and job.test_data is None:
         raise ValueError("judge=test needs test_data in the config")
@@ -137,6 +138,7 @@ def _finish(
     display: Display,
 ) -> CriticalBatch:
     """Compares finished branches, and writes what was found into their folder."""
+    # one for all sizes, in examples: a window in steps would smooth the losses of small batches less
     half_life = options.half_life or start.examples / 8
     outcome = critical_batch(_ends(branches, options, half_life), tolerance=options.tolerance)
     _tell(outcome, state, branches, options, display)
@@ -349,6 +351,7 @@ def _name(size: int) -> str:
 def _read(folder: Path, size: int, known: Mapping[str, Any]) -> Branch | None:
     """A branch that was finished with the same settings."""
     try:
+        # any damage counts as "not finished": to run a branch again costs minutes, to read a wrong one a result
         read = json.loads((folder / _name(size)).read_bytes())
         return branch_of(read["branch"]) if read["settings"] == known else None
     except (OSError, ValueError, LookupError, TypeError):

@@ -65,8 +65,10 @@ def run_command(arguments: Sequence[str]) -> int:
     _check_given(config[command])
     world = World.from_environment()
     own = config[command]
+    # before anything is made: weights, and data sets that draw their examples, come from the seed
     seed_everything(own.seed)
     display = Display(world.rank, quiet=own.quiet, log_every=own.log_every)
+    # A function and not a job: comparisons, checks and branches need it again and again, from the same seed.
     make = job_maker(parser, config, command)
     with connected(world, device=world.device), watched(world, config[command].hang_timeout):
         if command == "verify":
@@ -90,6 +92,7 @@ class _Outside(Heartbeat):
 
     @property
     def still(self) -> float:
+        # it never hangs, but can still be found dead, or raise an error
         return 0.0
 
 

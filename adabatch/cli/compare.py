@@ -98,6 +98,7 @@ def compare(
     if found is None:
         return None
     results = []
+    # one after the other, each on all processes: side by side they would disturb each other's times
     for label, size, out in variants:
         job = variant(size)
         if tune:

@@ -23,6 +23,7 @@ LOG_PARTS = 10
 """Number of progress lines per run in a log that is not a terminal."""
 
 LOG_WIDTH = 100
+# As fast as one can read it; a small model makes a thousand steps in a second, and drawing each would slow it down.
 REDRAW_SECONDS = 0.1
 
 RATE_SECONDS = 20.0
@@ -162,6 +163,7 @@ class Shown:
     def _line_is_due(self, done: float) -> bool:
         if self._log_every is not None:
             return self._steps % self._log_every == 0
+        # by progress, not by steps, whose number nobody knows beforehand
         if self._draw is not None or done < self._next_line:
             return False
         self._next_line = done + self._total.count / LOG_PARTS

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from adabatch import __version__
 from adabatch.cli.plain_parser import PlainParser
+from adabatch.integrations.versions import release_numbers
 from adabatch.runtime.launch.world import World
 
 DESCRIPTION = """\
@@ -51,7 +52,7 @@ class Package(NamedTuple):
     @property
     def too_old(self) -> bool:
         """Whether it is installed, and older than supported."""
-        return self.version is not None and bool(self.least) and _numbers(self.version) < _numbers(self.least)
+        return self.version is not None and release_numbers(self.version) < release_numbers(self.least)
 
 
 def run_doctor(arguments: Sequence[str]) -> int:
@@ -71,6 +72,7 @@ def run_doctor(arguments: Sequence[str]) -> int:
         print(json.dumps({**place, "packages": rows, "advice": said}, indent=2))
     else:
         print("\n".join(_lines(found, place, said)))
+    # what is missing is no failure: most people need few of the extras
     return 1 if broken else 0
 
 
@@ -125,6 +127,7 @@ def surroundings() -> dict[str, Any]:
     except (ValueError, RuntimeError, OSError) as error:
         # said rather than raised: whoever asks for advice has something that does not work
         launched = {"error": " ".join(str(error).split())}
+    # what torch was built with; whether a network works can only be seen from a run
     backends = [name for name in ("nccl", "gloo", "mpi") if dist.is_available() and dist.is_backend_available(name)]
     accelerators = [
         {
@@ -194,12 +197,3 @@ def _lines(found: Sequence[Package], place: dict[str, Any], said: Sequence[str])
         row = f"{package.name:<18} {package.version or '-':<14} {package.least or 'any':<8} {package.needed_for}{mark}"
         lines.append(row)
     return [*lines, "", *([f"- {sentence}" for sentence in said] or ["All is well."])]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (2, 13, 0) of "2.13.0+cpu"."""
-    parts = re.match(r"\d+(?:\.\d+)*", version)
-    numbers = [] if parts is None else [int(part) for part in parts[0].split(".")]
-    while numbers and numbers[-1] == 0:  # 2.0 and 2 are the same
-        numbers.pop()
-    return tuple(numbers)

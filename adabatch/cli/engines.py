@@ -95,6 +95,7 @@ def job_engine(
         ImportError: if DeepSpeed is not installed.
         FileNotFoundError: if the config does not exist.
     """
+    # "ddp" is the default, and without averages simply means the model as it is
     if name != "ddp" and not averages:
         raise ValueError(f"local_sgd trains a plain model on each process, got engine: {name}: leave one of them out")
     if name == "deepspeed":
@@ -118,6 +119,7 @@ def job_engine(
         else:
             scaler.step(optimizer)
             scaler.update()
+        # here and not in the loop: an evaluation between two steps then needs no memory for gradients
         optimizer.zero_grad()
 
     return JobEngine(

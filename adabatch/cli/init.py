@@ -74,6 +74,7 @@ out: runs/$name
 """)
 
 PASSES = 10
+# The second step starts from weights that an update has changed: a rate that is far too high shows there.
 STEPS_OF_TRIAL = 2
 
 
@@ -117,6 +118,7 @@ def run_init(arguments: Sequence[str]) -> int:
     if asked.file is None:
         parser.error("give your model file, such as `adabatch init model.py`, or --list, or --from NAME")
     out = asked.out or Path(asked.file.stem + ".yaml")
+    # before the model file is run, which may take long
     _may_write(out, force=asked.force)
     found = look(asked.file, model=asked.model, data=asked.data, loss=asked.loss)
     text = starter_config(found, asked.file, out, loss=asked.loss, optimizer=asked.optimizer)

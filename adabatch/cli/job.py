@@ -41,10 +41,11 @@ from adabatch.runtime.collectives import Collectives, workers_of
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.data.in_memory import collate
 from adabatch.runtime.launch.world import World
-from adabatch.runtime.local_sgd import LocalSGD
+from adabatch.runtime.local_sgd.averaging import LocalSGD
 from adabatch.runtime.optimizers.scheduler import ClockKind, ProgressLR
 
 CONFIG_FORMAT = 1
+# One size for all runs: what an evaluation takes must not depend on where the training batch stands.
 EVALUATION_BATCH = 1024
 STOPPED_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Also Ctrl-C: launchers forward it, so that a process may get it twice. Ctrl-\\ (SIGQUIT) ends a run at once."""
@@ -312,6 +313,7 @@ def assembled(job: Job, world: World, *, journal: Sequence[Any]) -> Assembled:
         local_sgd=local,
         journal=list(journal),
     )
+    # after the batches, whose progress it reads, and which it tells to wait for the end of the warm-up
     schedule = ProgressLR(
         engine.optimizer, job.shape or constant(), batches, total=job.total, warmup=job.warmup, clock=job.clock
     )
@@ -359,6 +361,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
             checkpoints.start_over()
         elif (loaded := checkpoints.load(missing_ok=True)) is not None:
             _say(loaded, batches, display)
+        # after the load, which sets the progress: intervals that the saved run has passed are not evaluated again
         evaluations = _Evaluations(job, parts, world.device)
         left_in_round = LEFT_IN_ROUND
         began = time.perf_counter()
@@ -398,6 +401,7 @@ def run(job: Job, world: World, *, display: Display, label: str, config: Mapping
         checkpoints.step(now=True)
     # after the last checkpoint: if the test fails, the training is not lost
     last = Evaluated() if job.test_data is None or preempted else evaluations.run()
+    # `compare` trains three jobs in one process, and the hooks of one would keep its model in memory
     batches.remove()
     if local is not None:
         local.remove()
@@ -504,6 +508,7 @@ def evaluate(
     Accuracy is NaN if the targets are not whole numbers, one per prediction.
     """
     run = model if forward is None else forward
+    # by stride: the shares differ by one example at most, and cover the data whatever order it is stored in
     share: Subset[Any] = Subset(data, range(collectives.rank, len(data), collectives.size))  # type: ignore[arg-type]
     total_loss = correct = predictions = 0.0
     num_examples = 0
@@ -530,6 +535,7 @@ def evaluate(
         module.training = training
     sums = collectives.sum_of(total_loss, num_examples, correct, predictions)
     accuracy = math.nan
+    # no prediction was counted where the targets are not classes
     with suppress(ZeroDivisionError):
         accuracy = sums[2] / sums[3]
     return sums[0] / sums[1], accuracy

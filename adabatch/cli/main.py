@@ -15,7 +15,7 @@ from adabatch.cli.overview import COMMANDS, overview
 from adabatch.guards.drift import RanksDrifted
 from adabatch.guards.left_out import EXIT_NO_UPDATES, UpdatesLeftOut
 from adabatch.guards.watchdog import EXIT_RANK_LOST, RankLost
-from adabatch.interrupts import INTERRUPTED
+from adabatch.runtime.launch.interrupts import INTERRUPTED
 
 FILE_FAILED = 1
 MISTAKE = 2

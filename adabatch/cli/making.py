@@ -57,6 +57,7 @@ def job_of(arguments: Sequence[str]) -> Job:
 
 def job_settings(parser: ArgumentParser, config: Namespace, command: str) -> dict[str, Any]:
     """The settings of the job in plain values, without the folders that it writes to."""
+    # as YAML and back: plain values, with defaults, whatever mixture of files and flags they came from
     asked: dict[str, Any] = yaml.safe_load(parser.dump(config))[command]
     # a run that is moved, or saved at other intervals, is still the same run
     names = Job.__dataclass_fields__.keys() - {"out", "checkpoint"}

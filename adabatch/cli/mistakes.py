@@ -110,6 +110,7 @@ def _way_in(reason: str, field: str, path: str | None) -> str:
 
 def _unknown(text: str, known: Iterable[str], help_command: str) -> str:
     name = text.split()[0].lstrip("-").partition("=")[0]
+    # only the nearest, since a line with three guesses is read as a list of what exists
     near = get_close_matches(name, known, n=1)
     meant = f"did you mean {near[0]}? " if near else ""
     return f"{text} is not a field or an option; {meant}{help_command} lists them"

@@ -31,6 +31,7 @@ def optimizer_of(make: MakeOptimizer, model: nn.Module, *, averages: bool = True
     ranks: dict[str, Any] = {}
     if issubclass(optimizer_class(make), KFAC):
         arguments.append(model)
+    # Each worker of local SGD has weights of its own, so curvature that was shared would be that of none of them.
     if is_second_order(make) and averages:
         ranks = {**across_ranks(model)}
     return cast(Callable[..., Optimizer], make)(*arguments, **ranks)

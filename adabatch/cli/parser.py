@@ -22,6 +22,7 @@ from adabatch.cli.subcommands import add_subcommands
 from adabatch.cli.verify import DEFAULT_STEPS
 from adabatch.cli.yaml_text import MODE
 
+# Written by hand: the list of all fields, and of the fields inside them, hides the few that most runs need.
 JOB_HELP = """\
 usage: adabatch {command} --config FILE [--FIELD VALUE ...]
 
@@ -209,6 +210,7 @@ def build_parser(asked: str | None = None) -> Parser:
         "is tuned: all have the config's base LR, and the rule gives each its factor.",
         COMPARE_OPTIONS,
     )
+    # an option of the command and not a field of the job, whose settings identify a run
     compare.add_argument(
         "--tune",
         action="store_true",

@@ -30,6 +30,7 @@ from adabatch.report.steps import read_steps
 SCALES = (8, 64, 1000, 10_000)
 GUESS_BAND = (1 / 3, 3.0)
 """Of a published law on data and models that it was not fitted to: a convention, not a measurement."""
+# The rest is for what nobody counts: buffers of the network and of kernels, and holes between blocks.
 MEMORY_SHARE = 0.9
 ROUNDS = 8
 """Rounds by which the number of examples that a plan takes comes to the one that was asked for."""
@@ -73,6 +74,7 @@ def run_plan(arguments: Sequence[str]) -> int:
         SystemExit: with status 2, if there is a mistake on the command line.
     """
     asked = _parser().parse_args(arguments)
+    # one process plans; under a launcher, all of them only measure
     first, found = True, dict[str, Any]()
     if asked.measure:
         # torch is loaded only where something is measured.
@@ -84,6 +86,7 @@ def run_plan(arguments: Sequence[str]) -> int:
         return 0
     made = plan_of_arguments(asked, find_runs([asked.run])[0] if asked.run is not None else None, found)
     print(json.dumps(plan_numbers(made), indent=2) if asked.json else text(made))
+    # last: whoever has no matplotlib, or no network to draw over, has the plan by now
     if asked.figure is not None:
         require_matplotlib()
         if made.knee is None:
@@ -471,4 +474,5 @@ def _count(text: str) -> int:
     return int(value)
 
 
+# argparse names the type in its error: "invalid whole number of 1 or more value"
 _count.__name__ = "whole number of 1 or more"

@@ -32,6 +32,7 @@ def run_report(arguments: Sequence[str]) -> int:
     """
     asked = _parser().parse_args(arguments)
     found = find_runs(asked.runs)
+    # before the journals are read, which may take long
     choices = [Choice.parse(text) for text in asked.what_if]
     overrides = {
         name: value

@@ -107,6 +107,7 @@ def _new(runs: Path) -> tuple[int, int]:
     runs.mkdir(parents=True, exist_ok=True)
     today = datetime.now(UTC).astimezone()
     date = today.year * 10_000 + today.month * 100 + today.day
+    # above the largest, not the first that is free: folders that were removed must not change the order of the others
     number = max((n for d, n in map(_numbers_of, os.listdir(runs)) if d == date), default=0) + 1
     while True:
         try:

@@ -30,6 +30,7 @@ def named(name: str) -> Mapping[str, Traversable]:
         ValueError: if there is no such file.
     """
     there = shipped()
+    # a folder first: its name is that of no file
     if name in SHIPPED:
         return {path: file for path, file in there.items() if path.startswith(f"{name}/")}
     for path, file in there.items():

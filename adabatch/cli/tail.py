@@ -184,6 +184,7 @@ def line_text(entry: Mapping[str, Any], *, colored: bool) -> str:
     cells = "".join(f"{value:>{width}}" for value, (_, width) in zip(values, COLUMNS, strict=True))
     reason = str(entry.get("reason") or "")
     said = f"{_whole(entry.get('next'))} {reason}".strip()
+    # whatever the reason for the next plan is, this matters more, and has its colour
     if entry.get("applied") is False:
         said, reason = f"{said} (update left out)", Reason.NOT_FINITE
     color = COLORS.get(reason) if colored else None
@@ -215,4 +216,5 @@ def _count(text: str) -> int:
     return value
 
 
+# argparse names the type in its error: "invalid number of lines value"
 _count.__name__ = "number of lines"

@@ -89,6 +89,7 @@ def split_validation(job: Job, *, share: float = SHARE) -> tuple[Job, Job]:
     kept = round(share * length)
     if not 0 < kept < length:
         raise ValueError(f"a validation split of {share:.0%} needs more examples than {length}")
+    # drawn, since many data sets are sorted by class; by a generator of its own, not that of the training
     order = torch.randperm(length, generator=torch.Generator().manual_seed(job.seed)).tolist()
     train: Subset[Any] = Subset(job.train_data, sorted(order[kept:]))
     validation: Subset[Any] = Subset(job.train_data, sorted(order[:kept]))
@@ -97,6 +98,7 @@ def split_validation(job: Job, *, share: float = SHARE) -> tuple[Job, Job]:
 
 def with_lr(job: Job, exponent: int) -> Job:
     """The job at another base learning rate: that of its config times 2 to the power of ``exponent``."""
+    # through the optimizer and not its config: a user's own function of the parameters has no lr to change
     return replace(job, optimizer=partial(_scaled, optimizer_class(job.optimizer), job.optimizer, 2.0**exponent))
 
 

@@ -62,6 +62,7 @@ def verify(
         )
     if job.engine != "ddp":
         raise ValueError(f"verify runs on DDP, got engine: {job.engine}: leave it out to verify the rest of the config")
+    # with the job's own settings first: the checks below replace them, and would pass over a mistake in them
     _check_settings(job, training_of(job))
     display.say(f"verify: {world.size} process(es) on {world.device.type}, micro-batches of {job.micro_batch_size}")
     results = []

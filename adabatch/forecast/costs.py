@@ -199,8 +199,7 @@ def forecast(
         ValueError: if noise scales, times or the batch are not positive and finite, or the limits cross.
     """
     _check(evidence, cost, limits, batch)
-    if examples is not None and not 0 < examples < math.inf:
-        raise ValueError(f"examples must be positive and finite, got {examples}")
+    require(examples is None or 0 < examples < math.inf, "examples must be positive and finite", examples)
     reduce = all_reduce_seconds(cluster, cost.gradient_bytes)
 
     def totals(noise: float, time: float = 1.0, factor: float = 1.0) -> _Totals:
@@ -318,8 +317,7 @@ def extended(evidence: Evidence, examples: float) -> Evidence:
 
     Source: Bergsma et al. 2025 (arXiv 2505.13738v2), figure 1, for the exponent.
     """
-    if not 0 < examples < math.inf:
-        raise ValueError(f"examples must be positive and finite, got {examples}")
+    require(0 < examples < math.inf, "examples must be positive and finite", examples)
     ends = np.cumsum(evidence.examples)
     before, end = ends - evidence.examples, float(ends[-1])
     kept = before < examples
@@ -367,13 +365,11 @@ def _check(evidence: Evidence, cost: StepCost, limits: tuple[float | None, float
         raise ValueError("noise scales must be positive and finite, and at least one")
     if not 0 < cost.example < math.inf or not 0 <= cost.step < math.inf or not 0 <= cost.gradient_bytes < math.inf:
         raise ValueError(f"an example must take a positive time, a step and its bytes zero or more, got {cost}")
-    if not 0 < cost.pivot < math.inf:
-        raise ValueError(f"the pivot must be a positive number of examples, got {cost.pivot}")
+    require(0 < cost.pivot < math.inf, "the pivot must be a positive number of examples", cost.pivot)
     for name, (low, high) in (("band", evidence.band), ("spread", cost.spread), ("price_band", cost.price_band)):
         if not 0 < low <= 1 <= high < math.inf:
             raise ValueError(f"the {name} must be factors around 1, got {low} and {high}")
     low_limit, high_limit = limits
     if low_limit is not None and high_limit is not None and low_limit > high_limit:
         raise ValueError(f"the smallest batch, {low_limit:g}, must not exceed the largest, {high_limit:g}")
-    if batch is not None and not 0 < batch < math.inf:
-        raise ValueError(f"a constant batch must be positive and finite, got {batch}")
+    require(batch is None or 0 < batch < math.inf, "a constant batch must be positive and finite", batch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from adabatch.arguments import checked
+from adabatch.arguments import checked, require
 
 SEQUENCE = 2048
 """Tokens in a sequence of Bergsma et al. 2025, who count batches in sequences and data in tokens."""
@@ -86,5 +86,4 @@ def kaplan(loss: float) -> FirstGuess:
 
 
 def _check(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+    require(0 < value < math.inf, f"{name} must be positive and finite", value)

@@ -45,16 +45,14 @@ class Cluster:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("devices", "node_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"{name} must be 1 or more", getattr(self, name))
         for name in ("bandwidth", "node_bandwidth"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be a positive number of bytes per second, such as 1e9, got {value}")
         for name in ("latency", "node_latency", "price_per_hour"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be zero or positive, got {value}")
+            require(value is None or 0 <= value < math.inf, f"{name} must be zero or positive", value)
 
 
 def ring_seconds(devices: int, num_bytes: float, *, latency: float, bandwidth: float) -> float:
@@ -96,11 +94,6 @@ def all_reduce_seconds(cluster: Cluster, num_bytes: float) -> float:
         tree_seconds(cluster.devices, num_bytes, **flat),
         hierarchy_seconds(cluster, num_bytes),
     )
-
-
-def modelled_time(batch: int, devices: int, *, fixed: float) -> float:
-    """Time of a step in units of an example's time, ``fixed + ceil(batch / devices)``; one number for the network."""
-    return fixed + math.ceil(batch / devices)
 
 
 def fitted(devices: int, timed: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -14,15 +14,10 @@ class UpdatesInARow:
     """Counts the steps since the last update that was applied, and since the last that was measured to be finite.
 
     Args:
-        limit: how many updates may be left out in a row; None for no limit.
-
-    Raises:
-        ValueError: if the limit is below 1.
+        limit: how many updates may be left out in a row, at least 1; None for no limit.
     """
 
     def __init__(self, limit: int | None) -> None:
-        if limit is not None and limit < 1:
-            raise ValueError(f"max_left_out must be at least 1 update in a row, or None for any number, got {limit}")
         self._limit = limit
         self._applied = -1
         self._since = 0

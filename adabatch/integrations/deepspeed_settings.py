@@ -14,7 +14,16 @@ from typing import Any
 from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-untyped]
 from torch import Tensor
 
-from adabatch.checkpointing.differences import Difference, Parameter, describe, differences, refuse, refuse_order
+from adabatch.checkpointing.differences import (
+    Difference,
+    Parameter,
+    describe,
+    differences,
+    refuse,
+    refuse_groups,
+    refuse_model,
+    refuse_order,
+)
 from adabatch.checkpointing.files import CheckpointError
 from adabatch.checkpointing.plain import plain
 from adabatch.checkpointing.settings import BuiltSettings, KeptSetting, group_settings
@@ -114,15 +123,11 @@ class EngineSettings:
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         before, now = saved["contents"], self._describe()
-        self._refuse_model(place, before["tensors"], now["tensors"])
+        refuse_model(place, self._engine.module, before["tensors"], now["tensors"])
         # A ZeRO stage that shards the weights shows as another stage, in DeepSpeed's own words.
         refuse(before | {"sharded": False}, now | {"sharded": False})
         self._refuse_layout(before, now)
-        if before["sizes"] != now["sizes"]:
-            raise ValueError(
-                f"the checkpoint's optimizer has groups of {before['sizes']} parameters, this "
-                f"{type(self._optimizer).__name__} of {now['sizes']}: build it as the saving run did"
-            )
+        refuse_groups(self._optimizer, before["sizes"], now["sizes"])
         refuse_order(before, [Parameter(name, tuple(shape)) for name, shape in now["parameters"]])
         if before["scheduler"] != now["scheduler"]:
             raise ValueError(
@@ -133,17 +138,6 @@ class EngineSettings:
         self._built.refuse({"optimizer": {"param_groups": saved["groups"]}})
         self._parts["batches"].check_reference(before["reference_batch_size"])
         return saved
-
-    def _refuse_model(self, place: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        wrong = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-        if wrong:
-            shown = "; ".join(
-                f"{name}: {saved.get(name, 'nothing')} saved, {now.get(name, 'nothing')} here" for name in wrong[:3]
-            )
-            raise ValueError(
-                f"the checkpoint {place} is of another model than this {type(self._engine.module).__name__}; "
-                f"{len(wrong)} tensor(s) differ ({shown}): build the model as the saving run did"
-            )
 
     def _refuse_layout(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Shards of another number of ranks, or of another stage, can be read from a universal checkpoint only."""

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from adabatch.adaptive import AdaptiveBatch
 from adabatch.adaptive.monitoring import NoiseMonitor
+from adabatch.arguments import require_format
 from adabatch.batch.plan import Duration
 from adabatch.integrations.evaluations import record_numbers
 from adabatch.integrations.host_state import HostState
@@ -42,10 +43,7 @@ def saved_state(folder: str) -> dict[str, Any]:
             f"data and its batch are not known; start from its weights with from_pretrained"
         )
     state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    if state["format"] > STATE_FORMAT:
-        raise ValueError(
-            f"{path} was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: upgrade adabatch"
-        )
+    require_format(path, state["format"], STATE_FORMAT)
     return state
 
 
@@ -95,7 +93,7 @@ class Bookkeeping(TrainerCallback):
         for kind in self._shares:
             setattr(state, f"{kind}_steps", sys.maxsize)  # never by the Trainer itself
         self._stand(state)
-        state.num_train_epochs = math.ceil(self._epochs(args, state))
+        state.num_train_epochs = math.ceil(self._epochs(args))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Updates the epoch and the (estimated) end of the run, and orders what is due at a share of it."""
@@ -123,7 +121,7 @@ class Bookkeeping(TrainerCallback):
             if bar is not None:
                 bar.total = state.max_steps
 
-    def _epochs(self, args: Any, state: Any) -> float:
+    def _epochs(self, args: Any) -> float:
         if args.max_steps <= 0:
             return float(args.num_train_epochs)
         assert self._trainer.order is not None

@@ -20,13 +20,16 @@ def require_version(package: str, oldest: str) -> None:
         found = version(package)
     except PackageNotFoundError:
         raise ImportError(f"this needs {package} {oldest} or newer: pip install '{package}>={oldest}'") from None
-    if _numbers(found) < _numbers(oldest):
+    if release_numbers(found) < release_numbers(oldest):
         raise ImportError(
             f"this needs {package} {oldest} or newer, and {found} is installed: pip install '{package}>={oldest}'"
         )
 
 
-def _numbers(release: str) -> tuple[int, ...]:
-    """The numbers at the front of a version, such as (2, 13, 0) of "2.13.0+cpu"."""
-    front = re.match(r"\d+(\.\d+)*", release)
-    return tuple(int(number) for number in front[0].split(".")) if front else ()
+def release_numbers(version: str) -> tuple[int, ...]:
+    """The numbers at the front of a version, without zeros at their end: (2, 13) of "2.13.0+cpu"."""
+    front = re.match(r"\d+(\.\d+)*", version)
+    numbers = [] if front is None else [int(number) for number in front[0].split(".")]
+    while numbers and numbers[-1] == 0:  # 2.0 and 2 are the same
+        numbers.pop()
+    return tuple(numbers)

@@ -380,8 +380,7 @@ def _sorted_targets(target: JournalTarget | Sequence[JournalTarget] | None) -> t
             sinks.append(each)
         else:
             raise TypeError(f"journal takes paths and sinks with write() and close(), got {shown(each)}")
-    if len(paths) > 1:
-        raise ValueError(f"a run has one journal, got {' and '.join(map(str, paths))}")
+    require(len(paths) <= 1, "a run has one journal", " and ".join(map(str, paths)))
     return paths, sinks
 
 

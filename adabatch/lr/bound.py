@@ -133,11 +133,7 @@ def discretize(
         raise ValueError(f"a schedule needs at least 1 step, got num_steps={num_steps}")
     require(num_steps <= MOST_STEPS, f"num_steps must be at most {MOST_STEPS:,}", num_steps)
     require(0 <= warmup_start < math.inf, "warmup_start must be finite and not negative", warmup_start)
-    if not 0 <= warmup_steps < num_steps:
-        raise ValueError(
-            f"warmup_steps must lie in [0, {num_steps - 1}] for {num_steps} steps, got {warmup_steps}: "
-            "shorten the warm-up or lengthen the run"
-        )
+    check_warmup(warmup_steps, num_steps)
     step = np.arange(num_steps, dtype=np.float64)
     # Negative progress, during the warm-up, is clamped to 0, so this is shape(0) there.
     factors = shape((step - warmup_steps) / (num_steps - warmup_steps))
@@ -145,6 +141,15 @@ def discretize(
         # in place, since a shape returns an array of its own
         factors *= warmup_factor(step / warmup_steps, warmup_start)
     return factors
+
+
+def check_warmup(warmup_steps: int, num_steps: int) -> None:
+    """Refuses a warm-up that leaves no step after it."""
+    if not 0 <= warmup_steps < num_steps:
+        raise ValueError(
+            f"warmup_steps must lie in [0, {num_steps - 1}] for {num_steps} steps, got {warmup_steps}: "
+            "shorten the warm-up or lengthen the run"
+        )
 
 
 @checked
@@ -248,6 +253,7 @@ def linear_cooldown_ratio(
     if not all(cooldowns):
         return None
     old, new = (linear_cooldown_limits(cooldown).best_base_lr for cooldown in cooldowns)
+    # both limits are in units of 1 / sqrt(T), each with its own T
     return new / old * math.sqrt(num_steps / (num_steps if target_steps is None else target_steps))
 
 
@@ -366,6 +372,8 @@ def two_stage(
     goal = best_base_lr(finished)
 
     def terms(factor: float) -> BoundTerms:
+        # The bound of the whole longer run, not of the second stage alone: the steps before it were taken already, and
+        # weigh in the distance from the start.
         rise = discretize(shape, rest, warmup_steps=ramp_steps, warmup_start=1 / factor)
         return bound_terms(np.append(finished[:resume], factor * rise))
 

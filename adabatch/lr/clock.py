@@ -128,6 +128,7 @@ class Clock:
 
         Source: from Defazio et al. 2023 (section 3) with the gradient norm of a batch; AdaScale's own bookkeeping.
         """
+        # at the present gain, since nobody knows the noise to come: a better guess would have to be tuned itself
         remaining = max(0.0, self.total.count - progress.count(self.total.unit)) * gain_per_unit
         done = progress.count("gain_steps") - anchor.gain_steps
         if done + remaining <= 0:

@@ -74,6 +74,7 @@ class FinishedRun(NamedTuple):
 
     def steps_of(self, total: Duration) -> int:
         """The number of steps of the same size in a run of another total."""
+        # rounded, not cut: the same total must give the same number, whatever the quotient is rounded to
         return round(self.num_steps * total.count / self.total.count)
 
     def stable_until(self, total: float, cooldown: float) -> float:
@@ -160,6 +161,7 @@ def extended_schedules(run: FinishedRun, total: Duration) -> dict[str, ExtendedS
     # six digits: the table is written into a config that people read
     table = [float(f"{value:.6g}") for value in (falling * rest).tolist()]
 
+    # a longer cooldown may begin before that of the finished run did, and then departs from it there
     longer_until = run.stable_until(total.count, longer.cooldown)
     return {
         "unchanged": ExtendedSchedule(wsd(cooldown=run.cooldown, decay=run.decay), 1.0, run.cooldown, until),

@@ -45,7 +45,7 @@ class Followers:
 
     Args:
         settings: any of "betas", "eps" and "weight_decay".
-        beta1_floor: the first beta does not fall below this by following, in [0, 1]; if it is below it already, it does
+        beta1_floor: following does not lower the first beta below this, in [0, 1]; a beta that is below it already does
             not change. 0 sets no floor, 1 keeps the first beta fixed while the batch grows.
         beta2_floor: the same for the second beta and any further ones.
 
@@ -134,6 +134,7 @@ class UpdateScaling:
 
     def averaged(self, group: Mapping[str, Any]) -> float:
         """As how many updates of the reference batch size this one counts in the group's averages."""
+        # of the last average: its memory is the longest, and so its correction matters for longest
         return self.exponents(group["betas"])[-1] if "betas" in self.followers.settings and "betas" in group else 1.0
 
     def binding_floors(self, groups: Collection[Mapping[str, Any]]) -> dict[str, float]:
@@ -145,6 +146,7 @@ class UpdateScaling:
             pairs = zip(self.followers.floors(betas), self.followers.room(betas), strict=True)
             for number, (floor, room) in enumerate(pairs, 1):
                 if room < self.ratio:
+                    # the highest: the journal has one number per beta, and following stops first at that one
                     name = f"beta{number}"
                     binding[name] = max(floor, binding.get(name, 0.0))
         return binding

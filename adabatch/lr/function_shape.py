@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from adabatch.arguments import checked_but, shown
 from adabatch.lr.shapes import FloatArray, Shape
 
+# One more than a power of two, so that the points are exact in binary, and the same on every machine.
 NUM_POINTS = 257
 """Values by which a function is checked and recognized: at progress 0, 1/256, ..., 1."""
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adabatch.arguments import checked
-from adabatch.lr.bound import BoundTerms, bound_terms
+from adabatch.arguments import checked, require
+from adabatch.lr.bound import BoundTerms, bound_terms, check_warmup
 from adabatch.lr.function_shape import AnyShape
 from adabatch.lr.recorded import Recorded, RecordedUnit
 from adabatch.lr.refine import stretch
@@ -41,8 +41,7 @@ class Horizon(NamedTuple):
         Raises:
             ValueError: if there are no steps.
         """
-        if num_steps < 1:
-            raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
+        require(num_steps >= 1, "a schedule needs at least 1 step", num_steps)
         return cls(np.arange(num_steps + 1.0), np.ones(num_steps), np.ones(num_steps))
 
     @classmethod
@@ -53,6 +52,7 @@ class Horizon(NamedTuple):
         Raises:
             ValueError: as for ``Recorded``, if the run has no usable norms.
         """
+        # l2 whatever the optimizer: the bound is that of SGD, and a shape is compared by it, not trained with it
         norms = recorded.norms("l2").for_each(recorded.num_steps)
         return cls(recorded.edges(clock, reference), recorded.factor, norms)
 
@@ -69,8 +69,7 @@ class Horizon(NamedTuple):
         Raises:
             ValueError: if there are no steps.
         """
-        if num_steps < 1:
-            raise ValueError(f"a schedule needs at least 1 step, got {num_steps}")
+        require(num_steps >= 1, "a schedule needs at least 1 step", num_steps)
         if num_steps == self.num_steps:
             return self
         # Not `stretch`, which keeps two ends and so refuses a horizon of a single step.
@@ -91,11 +90,7 @@ class Horizon(NamedTuple):
         Raises:
             ValueError: if the warm-up leaves no step.
         """
-        if not 0 <= warmup_steps < self.num_steps:
-            raise ValueError(
-                f"warmup_steps must lie in [0, {self.num_steps - 1}] for {self.num_steps} steps, got {warmup_steps}: "
-                "shorten the warm-up or lengthen the run"
-            )
+        check_warmup(warmup_steps, self.num_steps)
         begin, end = self.edges[warmup_steps], self.edges[-1]
         # negative before `begin`, which a shape clamps to 0
         values = shape((self.edges[:-1] - begin) / (end - begin))

@@ -40,6 +40,7 @@ class MeasuredNorms(NamedTuple):
 
     def for_each(self, num_steps: int) -> FloatArray:
         """One norm per step, shape (num_steps,); steps between two measured ones are interpolated."""
+        # by steps, not by examples, since a schedule weighs steps; beyond both ends the nearest norm holds
         return np.interp(np.arange(num_steps), self.at, self.norms)
 
 
@@ -110,6 +111,7 @@ class Recorded(NamedTuple):
                 f"{self.source} holds no averages of noise and signal, which the rule {rule!r} reads: "
                 f"{_HOW_TO_RECORD['l2']}"
             )
+        # one by one through the rule itself: a second form of it for arrays could differ from what the run applied
         numbers = zip(self.batch.tolist(), self.noise.tolist(), self.signal.tolist(), strict=True)
         return np.array([lr_factor(rule, b, reference=reference, noise=n, signal=s) for b, n, s in numbers])
 

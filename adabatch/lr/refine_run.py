@@ -146,6 +146,7 @@ def refined_bounds(recorded: Recorded, made: RefinedRun, edges: FloatArray | Non
     return {
         "the run's own": horizon.terms(recorded.shape * recorded.factor),
         "refined": horizon.terms(horizon.factors(made.shape)),
+        # the best shape for constant norms: what reading the norms is worth shows beside it
         "linear": horizon.terms(horizon.factors(linear())),
     }
 

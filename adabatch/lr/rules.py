@@ -117,6 +117,7 @@ def lr_factor(
         return gain(ratio, reference, noise=noise, signal=signal)
     if rule == "sqrt_gain":
         return math.sqrt(gain(ratio, reference, noise=noise, signal=signal))
+    # "none", the only one left of those that were checked
     return 1.0
 
 
@@ -158,6 +159,7 @@ def followed(
     if "eps" in names:
         new["eps"] = settings["eps"] / math.sqrt(ratio)
     if "weight_decay" in names:
+        # the optimizer multiplies the decay by the learning rate, which has the factor already
         new["weight_decay"] = settings["weight_decay"] * ratio / factor
     return new
 

@@ -167,7 +167,7 @@ def linear(*, floor: float = 0.0) -> Shape:
     Args:
         floor: last value, a ratio of the base learning rate in [0, 1].
     """
-    low = _between("floor", floor, 0, 1)
+    low = _share("floor", floor)
     return _shape("linear", {"floor": low}, lambda p: low + (1 - low) * (1 - p))
 
 
@@ -180,7 +180,7 @@ def cosine(*, floor: float = 0.0) -> Shape:
     Args:
         floor: last value, a ratio of the base learning rate in [0, 1].
     """
-    low = _between("floor", floor, 0, 1)
+    low = _share("floor", floor)
     # equal to the cosine form, but without its cancellation near p = 1: sin^2(pi (1 - p) / 2)
     return _shape("cosine", {"floor": low}, lambda p: low + (1 - low) * np.sin(np.pi / 2 * (1 - p)) ** 2)
 
@@ -205,8 +205,8 @@ def wsd(*, cooldown: float, decay: Decay = "linear", floor: float = 0.0) -> Shap
         decay: form of the cooldown.
         floor: last value, a ratio of the base learning rate in [0, 1].
     """
-    length = _between("cooldown", cooldown, 0, 1)
-    low = _between("floor", floor, 0, 1)
+    length = _share("cooldown", cooldown)
+    low = _share("floor", floor)
     require_one_of("decay", decay, Decay)
 
     def curve(p: FloatArray) -> FloatArray:
@@ -231,8 +231,8 @@ def inverse_sqrt(*, timescale: float, cooldown: float = 0.0, floor: float = 0.0)
             value is larger if ``sqrt(s / (s + 1))`` is.
     """
     scale = _positive("timescale", timescale)
-    length = _between("cooldown", cooldown, 0, 1)
-    low = _between("floor", floor, 0, 1)
+    length = _share("cooldown", cooldown)
+    low = _share("floor", floor)
 
     def curve(p: FloatArray) -> FloatArray:
         # the curve stands still during the cooldown, which falls from its value there
@@ -251,7 +251,7 @@ def polynomial(*, power: float, floor: float = 0.0) -> Shape:
         floor: last value, a ratio of the base learning rate in [0, 1].
     """
     exponent = _positive("power", power)
-    low = _between("floor", floor, 0, 1)
+    low = _share("floor", floor)
     return _shape("polynomial", {"power": exponent, "floor": low}, lambda p: low + (1 - low) * (1 - p) ** exponent)
 
 
@@ -351,7 +351,7 @@ def adjusted_infimum(
     Source: the official code of Kim 2024, arXiv:2407.15200.
     """
     ratio = _upper_bound(upper_bound, max_iter)
-    share = _between("weight", weight, 0, 1)
+    share = _share("weight", weight)
     low, end = _number("infimum", infimum), _number("last", last)
     if not 0 < low < 1:
         raise ValueError(_BAD_INFIMUM.format(range="(0, 1)", value=low))
@@ -450,6 +450,7 @@ _BAD_INFIMUM = (
 
 
 def _upper_bound(upper_bound: float, max_iter: float) -> float:
+    # only the quotient: in progress, which ends at 1, the paper's two counts of steps have no meaning of their own
     ratio = _positive("upper_bound", upper_bound) / _positive("max_iter", max_iter)
     if not 1 <= ratio < math.inf:
         raise ValueError(f"upper_bound must be at least max_iter, got {upper_bound} and {max_iter}")
@@ -469,9 +470,9 @@ def _number(name: str, value: object) -> float:
     return float(conform(name, value, allowed_by(float)))
 
 
-def _between(name: str, value: object, low: float, high: float) -> float:
+def _share(name: str, value: object) -> float:
     number = _number(name, value)
-    require(low <= number <= high, f"{name} must lie in [{low}, {high}]", number)
+    require(0 <= number <= 1, f"{name} must lie in [0, 1]", number)
     return number
 
 
@@ -494,6 +495,7 @@ def _brief(value: object) -> str:
     return repr(list(value)) if isinstance(value, tuple) else repr(value)
 
 
+# By the functions' own names, which configs and checkpoints hold: one that is renamed must stay readable here.
 FACTORIES: Mapping[str, Callable[..., Shape]] = MappingProxyType(
     {
         factory.__name__: factory

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adabatch.arguments import checked, whole
+from adabatch.arguments import checked, require, whole
 
 MOST_SIZE = 2**20
 """The largest width, vocabulary, length or depth: enough for any model that these recipes are for."""
@@ -214,8 +214,7 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the token after each, (batch, length, vocab_size), for ``tokens``, (batch, length)."""
         length = tokens.shape[-1]
-        if length > self.block_size:
-            raise ValueError(f"sequences may have up to block_size={self.block_size} tokens, got {length}")
+        require(length <= self.block_size, f"sequences may have up to block_size={self.block_size} tokens", length)
         # One row of positions per example, although all rows are equal: a layer without a batch dimension would
         # have no per-example gradient.
         positions = torch.arange(length, device=tokens.device).expand_as(tokens)

@@ -27,7 +27,7 @@ from adabatch.report.style import COLORS, FAINT_INK, INK, any_finite, log_ticks,
 STRIP = 0.055
 """Height of the strip of reasons of one run, as a share of the panel's."""
 
-Draw = Callable[[Axes, Run, "Brush"], None]
+Draw = Callable[[Run, "Brush"], None]
 
 
 class Brush:
@@ -136,7 +136,7 @@ def _chart(
     brushes = [Brush(panel, run, color, over) for run, color in runs]
     for (run, _), brush in zip(runs, brushes, strict=True):
         if name in DRAWN:
-            DRAWN[name](panel, run, brush)
+            DRAWN[name](run, brush)
         else:
             brush.evaluations(chart["metric"])
     end = max(brush.end for brush in brushes)
@@ -164,7 +164,7 @@ def _chart(
     return figure
 
 
-def _batch(panel: Axes, run: Run, brush: Brush) -> None:
+def _batch(run: Run, brush: Brush) -> None:
     brush.band(run["low"], run["high"], alpha=0.12)
     brush.line(run["wanted"], steers=False, alpha=0.45, linewidth=1.2)
     for limit in run["limits"]:
@@ -173,13 +173,13 @@ def _batch(panel: Axes, run: Run, brush: Brush) -> None:
     brush.stairs(run["batch"], linewidth=2)
 
 
-def _loss(panel: Axes, run: Run, brush: Brush) -> None:
+def _loss(run: Run, brush: Brush) -> None:
     brush.dots(run["loss"])
     brush.line(run["smooth_loss"])
     brush.evaluations("loss")
 
 
-def _noise(panel: Axes, run: Run, brush: Brush) -> None:
+def _noise(run: Run, brush: Brush) -> None:
     if run["noise_low"]:
         brush.band(run["noise_low"], run["noise_high"])
     brush.dots(run["measured"])
@@ -190,7 +190,7 @@ def _noise(panel: Axes, run: Run, brush: Brush) -> None:
 def _groups(key: str, *, stairs: bool) -> Draw:
     """One line per parameter group or beta, the first in full colour."""
 
-    def draw(panel: Axes, run: Run, brush: Brush) -> None:
+    def draw(run: Run, brush: Brush) -> None:
         for number, values in enumerate(run[key] or ()):
             (brush.stairs if stairs else brush.line)(values, alpha=0.5 if number else 1.0)
 
@@ -198,7 +198,7 @@ def _groups(key: str, *, stairs: bool) -> Draw:
 
 
 def _one(key: str, *, stairs: bool = False, **style: Any) -> Draw:
-    def draw(panel: Axes, run: Run, brush: Brush) -> None:
+    def draw(run: Run, brush: Brush) -> None:
         if run[key]:
             (brush.stairs if stairs else brush.line)(run[key], **style)
 

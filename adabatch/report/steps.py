@@ -198,6 +198,17 @@ def read_steps(journal: JournalSource, name: str) -> RunSteps:
     )
 
 
+def filled(values: Floats) -> Floats:
+    """Missing values replaced by the last known one; before the first known value, by that one."""
+    known = np.flatnonzero(np.isfinite(values))
+    if not known.size:
+        return values
+    # -1 before the first known one, which then stands for the beginning too
+    before = np.searchsorted(known, np.arange(len(values)), side="right") - 1
+    taken: Floats = values[known[np.maximum(before, 0)]]
+    return taken
+
+
 def _is_step(row: Mapping[str, Any]) -> bool:
     return number_of(part_of(row, "plan"), "global_batch_size") > 0 and math.isfinite(number_of(row, "examples"))
 

@@ -17,7 +17,7 @@ from adabatch.batch.efficiency import adaptive_limit
 from adabatch.lr.follow import BETA1_FLOOR, BETA2_FLOOR
 from adabatch.report.curves import moving_mean
 from adabatch.report.evaluations import Floats
-from adabatch.report.steps import RunSteps
+from adabatch.report.steps import RunSteps, filled
 
 LOSS_WINDOW = 0.02
 """Share of the run over which the loss is averaged, in pictures and before its best value is taken."""
@@ -197,7 +197,7 @@ def smooth_loss(run: RunSteps) -> Floats:
 
 def total_seconds(run: RunSteps) -> float:
     """Time of all steps together; NaN if none was timed."""
-    return float(_filled(run.seconds).sum()) if np.isfinite(run.seconds).any() else math.nan
+    return float(filled(run.seconds).sum()) if np.isfinite(run.seconds).any() else math.nan
 
 
 def time_before(run: RunSteps) -> Floats | None:
@@ -205,18 +205,8 @@ def time_before(run: RunSteps) -> Floats | None:
     # a time axis of mostly filled-in steps would look like a measurement
     if np.isfinite(run.seconds).mean() < 0.5:
         return None
-    taken = _filled(run.seconds)
+    taken = filled(run.seconds)
     return np.cumsum(taken) - taken
-
-
-def _filled(values: Floats) -> Floats:
-    """Missing values replaced by the last known one; before the first known value, by that one."""
-    known = np.flatnonzero(np.isfinite(values))
-    if not known.size:
-        return values
-    before = np.searchsorted(known, np.arange(len(values)), side="right") - 1
-    filled: Floats = values[known[np.maximum(before, 0)]]
-    return filled
 
 
 def time_constant(run: RunSteps, settings: RunSettings) -> Floats | None:

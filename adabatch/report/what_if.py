@@ -23,7 +23,7 @@ from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import Duration, Progress
 from adabatch.batch.schedules import LinearRamp, Schedule, Stage, Stages
 from adabatch.report.evaluations import Floats
-from adabatch.report.steps import RunSteps
+from adabatch.report.steps import RunSteps, filled
 
 ChoiceKind = Literal["eta", "multiple", "step_price", "constant", "table", "ramp"]
 
@@ -180,17 +180,13 @@ def usable_scale(run: RunSteps) -> Floats:
     Raises:
         ValueError: if the journal has no noise scale that is positive and finite.
     """
-    scale = run.noise_scale
-    usable = np.flatnonzero(np.isfinite(scale) & (scale > 0))
-    if not usable.size:
+    usable = np.where(run.noise_scale > 0, run.noise_scale, math.nan)
+    if not np.isfinite(usable).any():
         raise ValueError(
             f"{run.name} has no noise scale, without which the cost of another batch cannot be estimated: measure it "
             f"with Measure(monitor=True), or --measure.monitor=true"
         )
-    # -1 before the first usable one, which then stands for the beginning too
-    before = np.searchsorted(usable, np.arange(run.num_steps), side="right") - 1
-    taken: Floats = scale[usable[np.maximum(before, 0)]]
-    return taken
+    return filled(usable)
 
 
 def segments(run: RunSteps, *, at_most: int | None = None) -> Segments:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -55,6 +57,17 @@ def restore_random_state(rows: Tensor, rank: int, device: torch.device) -> bool:
         return False
     set_random_state(rows[rank], device)
     return True
+
+
+@contextmanager
+def drawing_again(row: Tensor, device: torch.device) -> Iterator[None]:
+    """A block that draws the random numbers that followed a state, ``row``; after it the present ones go on."""
+    before = random_state(device)
+    set_random_state(row, device)
+    try:
+        yield
+    finally:
+        set_random_state(before, device)
 
 
 def set_random_state(row: Tensor, device: torch.device) -> None:

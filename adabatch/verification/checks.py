@@ -24,8 +24,7 @@ def all_checks(make: Make, *, num_steps: int = 20, max_cost: float | None = None
     Raises:
         ValueError: if something cannot be checked, see each check; or if there are fewer than 4 steps.
     """
-    if num_steps < 4:
-        raise ValueError(f"the checks need at least 4 steps, got {num_steps}")
+    require(num_steps >= 4, "the checks need at least 4 steps", num_steps)
     require(max_cost is None or max_cost > 0, "max_cost must be positive (1.05 allows 5 % more time)", max_cost)
     yield drift(make)
     yield probe_agrees(make)

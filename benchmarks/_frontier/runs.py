@@ -31,7 +31,6 @@ from _frontier.workloads import WORKLOADS, Pair, splits_of
 from adabatch.batch.criteria import Criterion, Observation
 from adabatch.batch.efficiency import adaptive_limit, efficiency
 from adabatch.batch.needs import Needs
-from adabatch.forecast.network import modelled_time
 from adabatch.recipes import InMemory, collate
 
 OptimizerName = Literal["adamw", "sgd", "adagrad", "adagrad-norm"]
@@ -175,7 +174,7 @@ class Outcome(NamedTuple):
 
     def time(self, fixed: float, devices: int) -> float:
         """Modelled time in units of an example's: each step costs ``fixed + ceil(batch / devices)``."""
-        return sum(count * modelled_time(size, devices, fixed=fixed) for size, count in self.sizes.items())
+        return sum(count * (fixed + math.ceil(size / devices)) for size, count in self.sizes.items())
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, Optimizer
 
 from adabatch import AdaptiveBatch, Control, GlobalOrder, Limits, LocalSGD, NormTest, load, save, steps
-from adabatch.runtime.local_sgd import Change, Nesterov, SlowMo, Table
+from adabatch.local_sgd import Change, Nesterov, SlowMo, Table
 
 pytestmark = pytest.mark.distributed
 

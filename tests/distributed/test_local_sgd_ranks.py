@@ -41,8 +41,8 @@ from adabatch import (
 )
 from adabatch.adaptive.options import Measure
 from adabatch.batch.moments import GradientMoments, from_parts
+from adabatch.local_sgd import Change, Nesterov, Quadratic, SlowMo, Table
 from adabatch.runtime.collectives import Collectives
-from adabatch.runtime.local_sgd import Change, Nesterov, Quadratic, SlowMo, Table
 from adabatch.runtime.local_sgd.exchange import Exchange
 from adabatch.runtime.local_sgd.transfers import Errors
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, Constant, LocalSGD, load, save, steps
-from adabatch.runtime.local_sgd import Nesterov, Table, pace, transfers
+from adabatch.local_sgd import Nesterov, Table
+from adabatch.runtime.local_sgd import pace, transfers
 from adabatch.runtime.local_sgd.pace import StepClock, own_steps
 
 H, ROUNDS, SIZE = 6, 4, 3

@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from adabatch import AdaptiveBatch, GlobalOrder, Limits, LocalSGD, NormTest, steps
+from adabatch.local_sgd import Nesterov
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.launch.world import World, connected
-from adabatch.runtime.local_sgd import Nesterov
 
 pytestmark = pytest.mark.distributed
 

@@ -12,7 +12,6 @@ from adabatch.forecast.network import (
     all_reduce_seconds,
     fitted,
     hierarchy_seconds,
-    modelled_time,
     ring_seconds,
     tree_seconds,
 )
@@ -92,7 +91,3 @@ def test_a_network_needs_devices_and_sizes(devices, timed):
 def test_a_cluster_says_what_is_wrong(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Cluster(**{"devices": 8, "bandwidth": 1e9, **wrong})
-
-
-def test_a_network_in_one_number():
-    assert modelled_time(100, 8, fixed=3) == 3 + 13

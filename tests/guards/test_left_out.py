@@ -36,7 +36,7 @@ def test_an_applied_update_begins_the_count_again() -> None:
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_refused(limit: int) -> None:
     with pytest.raises(ValueError, match=f"max_left_out must be at least 1 .*, got {limit}"):
-        UpdatesInARow(limit)
+        Guard(max_left_out=limit)
 
 
 def batches_of(model: torch.nn.Module, **options: Any) -> tuple[AdaptiveBatch, SGD]:

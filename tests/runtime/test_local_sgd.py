@@ -31,7 +31,7 @@ from adabatch.adaptive.options import EngineOptions, Guard
 from adabatch.batch import CoordinateNormTest, Progress
 from adabatch.batch.plan import tokens
 from adabatch.guards import UpdatesLeftOut
-from adabatch.runtime.local_sgd import (
+from adabatch.local_sgd import (
     Average,
     Change,
     Fixed,

@@ -28,12 +28,12 @@ from adabatch.runtime.per_example import (
     ExampleGradients,
     OuterProduct,
     PerExampleNorms,
-    RandomState,
     Rule,
     example_moments,
     products_by_jvp,
     without_own_share,
 )
+from adabatch.runtime.random_state import random_state
 
 # Rounding of a float32 gradient is 6e-8 a number, and a squared norm doubles the relative error of what all
 # its numbers share; an order of magnitude is left for another order of sums. In float64, 1e-10 is far above
@@ -954,7 +954,7 @@ def test_a_rule_of_the_users_own_takes_the_place_of_the_replay() -> None:
 def test_forward_mode_agrees_with_the_backward(dropout: float) -> None:
     torch.manual_seed(19)
     model, (x, y) = Transformer(dropout=dropout).double(), tokens()
-    state = RandomState.now()
+    state = random_state(torch.device("cpu"))
     _, products = measured(model, x, y, cross_entropy)
     after = torch.get_rng_state()
     parameters = dict(model.named_parameters())

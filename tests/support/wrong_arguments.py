@@ -34,7 +34,7 @@ HOME = str(Path(adabatch.__file__).parent)
 
 MODULES = (
     "adabatch", "adabatch.batch", "adabatch.data", "adabatch.lr", "adabatch.probes", "adabatch.guards",
-    "adabatch.checkpointing", "adabatch.optim", "adabatch.optim.mup", "adabatch.runtime.local_sgd", "adabatch.forecast",
+    "adabatch.checkpointing", "adabatch.optim", "adabatch.optim.mup", "adabatch.local_sgd", "adabatch.forecast",
     "adabatch.verification", "adabatch.recipes", "adabatch.report",
 )  # fmt: skip
 
@@ -342,12 +342,12 @@ CALLS: Mapping[str, Callable[[], dict[str, Any]]] = {
         "make": _wide, "optimizer": _sgd_of, "data": lambda seed: iter([_step_data(seed)] * 3), "loss": nn.MSELoss(),
         "widths": [4, 8], "base": 4, "lrs": [0.1], "steps": 2,
     },
-    "adabatch.runtime.local_sgd.Change": lambda: {"after": adabatch.steps(3), "sync_every": 2},
-    "adabatch.runtime.local_sgd.Fixed": _shape(sync_every=2),
-    "adabatch.runtime.local_sgd.Nesterov": dict,
-    "adabatch.runtime.local_sgd.Quadratic": _shape(alpha=0.1, base=2),
-    "adabatch.runtime.local_sgd.SlowMo": _shape(momentum=0.5),
-    "adabatch.runtime.local_sgd.Table": lambda: {
+    "adabatch.local_sgd.Change": lambda: {"after": adabatch.steps(3), "sync_every": 2},
+    "adabatch.local_sgd.Fixed": _shape(sync_every=2),
+    "adabatch.local_sgd.Nesterov": dict,
+    "adabatch.local_sgd.Quadratic": _shape(alpha=0.1, base=2),
+    "adabatch.local_sgd.SlowMo": _shape(momentum=0.5),
+    "adabatch.local_sgd.Table": lambda: {
         "first": 2, "then": [adabatch.local_sgd.Change(adabatch.steps(3), 4)]
     },
     "adabatch.forecast.Cluster": _shape(devices=8, bandwidth=1e9),

@@ -109,6 +109,7 @@ def check_coordinates(
         display.table(f"Own updates (RMS), {SHOWN[name]}", *result.table())
     ours, control = results["mup"], results["standard"]
     display.say(f"width plan: {'passed' if ours.passed else 'FAILED'}: own slopes within {tolerance:g}")
+    # a check that cannot fail shows nothing, so it is run where it ought to
     if control.passed:
         display.say("the control passed as well, so this check could not have failed: try larger widths or more steps")
     panels = {SHOWN[name]: result for name, result in results.items() if result.steepest(MOST_LINES)}
@@ -187,6 +188,7 @@ def _sweep_table(swept: Swept) -> tuple[list[str], list[list[str]]]:
     for value in sorted({swept.of(run) for run in result.runs}):
         cells = []
         for width in result.widths:
+            # exactly one, or the sweep has run something twice
             (run,) = [run for run in result.at(width) if swept.of(run) == value]
             cells.append(_loss(run.loss) + ("*" if run == result.best(width) else " "))
         rows.append([f"{value:.4g}", *cells])

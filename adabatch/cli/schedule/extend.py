@@ -65,6 +65,7 @@ def extend(
     total = _new_total(finished.total, factor, new_total)
     options = extended_schedules(finished, total)
     horizon = Horizon.of_equal_steps(finished.steps_of(total))
+    # over equal steps, whatever the batch did: the longer run has no journal yet, and both must be compared alike
     bounded = {
         label: schedule_bound(option.shape, horizon, warmup_steps=finished.warmup_steps)
         for label, option in options.items()
@@ -107,7 +108,7 @@ def extend(
         path.write_text(_config(run, finished, total, label, options[label], path), encoding="utf-8")
         display.say(f"config: {path}")
     if checkpoint is not None:
-        _write_checkpoints(checkpoint, saved, finished, total, options, folder, display=display)
+        _write_checkpoints(checkpoint, saved, total, options, folder, display=display)
     draw_picture(
         lambda draw: _panels(draw, saved, finished, own, options, bounded), folder / "extend.png", display=display
     )
@@ -152,7 +153,6 @@ def _where_it_stands(saved: SavedSchedule, finished: FinishedRun, options: dict[
 def _write_checkpoints(
     checkpoint: Path,
     saved: SavedSchedule,
-    finished: FinishedRun,
     total: Duration,
     options: dict[str, ExtendedSchedule],
     folder: Path,

@@ -86,6 +86,7 @@ def write_refined(
     config: dict[str, Any] = {"shape": class_path(made.shape), "warmup": None}
     if lr_rule is not None:
         config |= {"lr_rule": lr_rule, "reference_batch_size": round(reference)}
+    # "total" is the default, and counts whatever unit the next run's total has
     if counted == "gain_steps":
         config["clock"] = "gain"
     snippet.write_text(config_text(head, config), encoding="utf-8")

@@ -54,6 +54,7 @@ def parse_shape(text: str) -> NamedShape:
 
 def class_path(shape: Shape) -> dict[str, Any]:
     """The shape in the form of a job's config."""
+    # lists, since YAML has no tuples that a safe loader would read back
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in shape.settings.items()}
     return {"class_path": f"adabatch.lr.{shape.name}"} | ({"init_args": settings} if settings else {})
 

@@ -16,9 +16,9 @@ def num_examples_in(batch: Any) -> int:
     """Examples in a micro-batch: the number on which all its entries agree.
 
     A tensor or array holds one example per row of its first dimension; one without dimensions is ignored. A
-    ``PackedSequence`` holds one per sequence. The values
-    of a mapping, and the entries of the micro-batch itself, are columns, which must have equal numbers of examples. A
-    list inside them is either columns again or one entry per example, whichever agrees with the others.
+    ``PackedSequence`` holds one per sequence. The values of a mapping, and the entries of the micro-batch itself, are
+    columns, which must have equal numbers of examples. A list inside them is either columns again or one entry per
+    example, whichever agrees with the others.
 
     Raises:
         TypeError: if no entry has a number of examples.

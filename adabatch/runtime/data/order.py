@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from adabatch.arguments import checked, checked_but, require_state, whole
+from adabatch.arguments import checked, checked_but, require_format, require_state, whole
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.order_feed import DataPosition, Dealer, OrderFeed, ShareDealer, SliceDealer
 from adabatch.runtime.data.sequence import ExampleSequence, Subset, shuffle_of
@@ -143,11 +143,7 @@ class GlobalOrder:
                 same numbers would be a different place.
         """
         require_state(state, "format", "seed", "epoch", "examples", of="a GlobalOrder")
-        if state["format"] > STATE_FORMAT:
-            raise ValueError(
-                f"the data order was saved in format {state['format']}, this version reads up to {STATE_FORMAT}: "
-                f"upgrade adabatch"
-            )
+        require_format("the data order", state["format"], STATE_FORMAT)
         sequence = self._place.sequence
         here = {"length": sequence.num_examples, "order": sequence.name}
         saved = {**here, **state}  # format 1 does not contain them

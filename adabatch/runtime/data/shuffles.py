@@ -29,7 +29,7 @@ class Shuffle(Protocol):
 
     @property
     def name(self) -> str:
-        """See above."""
+        """Identifies the kind of order."""
         ...
 
     def length(self, num_examples: int) -> int:
@@ -47,7 +47,7 @@ class InOrder:
 
     @property
     def name(self) -> str:
-        """What tells its orders from others."""
+        """Identifies this kind of order."""
         return "in order"
 
     def length(self, num_examples: int) -> int:
@@ -69,7 +69,7 @@ class FullShuffle:
 
     @property
     def name(self) -> str:
-        """What tells its orders from others."""
+        """Identifies this kind of order."""
         return "full shuffle"
 
     def length(self, num_examples: int) -> int:
@@ -93,7 +93,7 @@ class ScatteredShuffle:
 
     @property
     def name(self) -> str:
-        """What tells its orders from others."""
+        """Identifies this kind of order."""
         return "scattered shuffle"
 
     def length(self, num_examples: int) -> int:
@@ -138,7 +138,7 @@ class BlockShuffle:
 
     @property
     def name(self) -> str:
-        """What tells its orders from others."""
+        """Identifies this kind of order."""
         return f"shuffle of blocks of {self.size}, {self.mixed} mixed"
 
     def length(self, num_examples: int) -> int:

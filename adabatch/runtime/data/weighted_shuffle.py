@@ -27,7 +27,7 @@ class WeightedShuffle:
     weights of the remaining examples. An epoch over all examples holds each once, the heavy ones early; a shorter epoch
     (``length=``) is a weighted choice.
 
-    An example of weight 0 never comes. Both take 8 bytes per example on every rank, as the weights do.
+    Examples of weight 0 are never drawn. Both ways take 8 bytes per example on every rank, and so do the weights.
 
     Args:
         weights: one per example (of the subset, if there is one), shape (num_examples,).

@@ -1,1 +1,2 @@
-"""Rank and world size of this process under each launcher: the only readers of their variables; and MPI."""
+"""Who this process is: its rank and world size under each launcher (the only readers of their variables), MPI, and
+whether it runs the ``adabatch`` command."""

@@ -50,6 +50,7 @@ class WorkerAverages:
         node: Collectives,
     ) -> None:
         self.memory = memory
+        # a group of its own for the background: over one group, a reduction of the loop would wait behind an average
         self.exchange = Exchange(workers, workers.beside() if settings.overlap else workers)
         everyone = workers.over(node)
         self.meetings = Meetings(
@@ -159,7 +160,9 @@ class WorkerAverages:
         buffers = pending.buffers.mean([])
         self._mix(self._replica.buffers()[: len(buffers)], buffers)
         fragment.pending = None
+        # the means, not what they were mixed to: an anchor is the same on all workers, or changes could not be sent
         fragment.anchors = means if outer.needs_anchor or self._settings.compression != "none" else []
+        # with any other mix each worker has kept a part of its own
         if self._settings.mix == 0:
             fragment.agreed_at = self.memory.steps
 

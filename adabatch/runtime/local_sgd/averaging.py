@@ -92,8 +92,9 @@ class LocalSGD:
             gradients (as many bytes as one average). "within" compares those of each worker separately, which sends
             only a few numbers, and needs at least two micro-batches on each worker.
         by_speed: whether slower workers take fewer local steps in a round, so that all reach the average at the same
-            time. ``sync_every`` is then the number of the fastest, and a loop runs until a number of rounds, not of
-            steps. Not with ``AdaptiveBatch``, which gives all workers the same steps, nor with ``overlap``.
+            time. ``sync_every`` is then the number of steps of the fastest worker. Let the loop end after a number of
+            rounds, not of steps. Not with ``AdaptiveBatch``, which gives all workers the same steps, nor with
+            ``overlap``.
         workers: process group or one-dimensional mesh of the ranks that average with each other; by default all ranks.
 
     Raises:
@@ -147,7 +148,8 @@ class LocalSGD:
         replica = Replica(model, optimizer)
         group, node = _who(model, workers, replica.device)
         self._rounds = Rounds(settings, replica, optimizer, workers=group, node=node)
-        words = ", ".join(settings.words())
+        # before anything else is sent: ranks with other periods would wait for each other in different exchanges
+        words = ", ".join(settings.texts().values())
         if not self._rounds.everyone.agree(words):
             raise ValueError(
                 f"the ranks were given different settings of local SGD (this one: {words}), and would average at "
@@ -167,6 +169,7 @@ class LocalSGD:
         # meaningless.
         for tensor in replica.everything():
             group.copy_from_first(tensor)
+        # last, so that a constructor that raises leaves no hook on the optimizer
         self._handles = hook_step(optimizer, self._before_step, self._after_step)
 
     @property
@@ -343,6 +346,7 @@ class LocalSGD:
             ValueError: if the state has a newer format, or is that of another model or outer optimizer; or that of
                 another number of workers, if it was taken in the middle of a round or holds compression errors.
         """
+        # replaced as a whole, once it was read without an error: half of two states would be worse than either
         self._rounds.averages.memory = Memory.from_state_dict(
             state,
             num_workers=self._rounds.workers.size,
@@ -360,6 +364,7 @@ def _who(
 ) -> tuple[Collectives, Collectives]:
     """The workers, and the ranks that share this worker's model."""
     if not is_sharded(model):
+        # a worker of one rank, which shares its model with nobody
         return workers_of(place, device=device), Collectives(device=device)
     node = collectives_of(model)
     if place is None:

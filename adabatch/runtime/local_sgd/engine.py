@@ -27,6 +27,7 @@ class LocalWorkers(Engine):
         check: raises if nothing is averaged any more.
     """
 
+    # between two averages the workers' weights differ on purpose, so nothing may compare them
     copies = False
 
     def __init__(self, inner: Engine, rounds: Rounds, *, check: Callable[[], None]) -> None:
@@ -34,6 +35,7 @@ class LocalWorkers(Engine):
         self.shards = inner.shards
         self.runs_alone = inner.runs_alone
         self.holds_gradients = inner.holds_gradients
+        # no stand_in: in local steps nobody waits for this worker, which tells of its mistakes at the next meeting
         self._inner = inner
         self._rounds = rounds
         self._check = check

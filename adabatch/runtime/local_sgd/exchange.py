@@ -72,6 +72,7 @@ class Exchange:
 
     def tell(self, *numbers: float) -> Started:
         """Starts to send a few host numbers of every worker to all, which come as one row per worker."""
+        # over the background's group, in which the average follows: both are started without waiting in between
         rows = torch.zeros(self._background.size, len(numbers), dtype=torch.float64)
         rows[self._background.rank] = torch.tensor(numbers, dtype=torch.float64)
         return self._background.start_sum(rows.to(self._background.device))

@@ -53,6 +53,7 @@ class LocalSteps:
         """One of the optimizers is about to step."""
         which = self._optimizers.index(optimizer)
         self._numbers[which] = self._now(which)
+        # chained: one number tells at the next meeting of every step since the first, and none has to be kept
         self._digests[which] = digest_of_numbers(_flat(self._numbers[which]), self._digests[which])
 
     def after(self, optimizer: Optimizer) -> None:
@@ -120,6 +121,7 @@ class Place(NamedTuple):
     lr: float = 0.0
 
 
+# Numbers only, whatever they count: a row travels as float64 in one small reduction, which holds a digest exactly.
 class Row(NamedTuple):
     """What one worker tells.
 
@@ -218,6 +220,7 @@ class Meetings:
             ValueError: on all of them, if they begin different ones.
             RuntimeError: on all of them, if they have made different steps since they met.
         """
+        # all ranks of all workers: those that share a sharded model begin its round together
         if self._everyone.size > 1:
             row = self._row(0.0, Purpose.BEGIN, place, self.local_steps.digest_with_present())
             with self.reporting(place):
@@ -304,6 +307,7 @@ class Meetings:
 
     def _check(self, rows: Sequence[Row], ranks: Collectives) -> None:
         first = rows[0]
+        # From the cause to its effects: a worker that made a mistake often differs in all that is compared below, too.
         if any(row.mistake for row in rows):
             raise_first(self._mistake, ranks)
         if any(row.purpose != first.purpose for row in rows):

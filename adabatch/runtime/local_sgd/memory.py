@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adabatch.arguments import require_format
 from adabatch.runtime.collectives import Started
 from adabatch.runtime.local_sgd.meetings import Place
 from adabatch.runtime.local_sgd.settings import LocalSGDSettings, Round
@@ -87,6 +88,7 @@ class Fragment:
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and tensors; an average that is under way has arrived."""
+        # with the places, by which a run with other fragments, or another model, is recognized when it loads
         lists = {name: list(getattr(self, name)) for name in ("places", *_PER_PARAMETER)}
         pending = None if self.pending is None else self.pending.state_dict()
         numbers = {"agreed_at": self.agreed_at, "counted": self.counted}
@@ -155,6 +157,7 @@ class Memory:
 
     def agree_on(self, fragment: Fragment) -> None:
         """All workers hold the same parameters of a fragment now."""
+        # without anchors until the next step: it is known only then whether its round needs any
         fragment.agreed_at, fragment.counted, fragment.anchors = self.steps, self.examples, []
 
     def end_round(self) -> None:
@@ -202,11 +205,7 @@ class Memory:
                 fragments, or to another number of workers although they held different parameters when it was saved
                 or it contains compression errors.
         """
-        if state["format"] > STATE_FORMAT:
-            raise ValueError(
-                f"the state of local SGD was saved in format {state['format']}, this version reads up to "
-                f"{STATE_FORMAT}: upgrade adabatch"
-            )
+        require_format("the state of local SGD", state["format"], STATE_FORMAT)
         same_parts = [tuple(each["places"]) for each in state["fragments"]] == list(dealt)
         if not same_parts and sum(len(each["places"]) for each in state["fragments"]) != len(pieces):
             raise ValueError(

@@ -125,6 +125,7 @@ class SlowMo:
             return
         begin_momenta(momenta, parameters)
         for parameter, anchor, momentum in zip(parameters, anchors, momenta, strict=True):
+            # in units of the inner rate, so that a schedule of that rate does not change what the momentum means
             momentum.mul_(self.momentum).add_(anchor - parameter, alpha=1 / lr)
             parameter.copy_(anchor.sub(momentum, alpha=self.lr * lr))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from adabatch.arguments import MOST_STEPS, check_fields, shown
-from adabatch.batch.plan import Duration, Progress
+from adabatch.batch.plan import Duration, Progress, check_milestones
 
 NEVER = MOST_STEPS
 """The longest round, of more local steps than any run has: it ends with the training."""
@@ -65,15 +64,11 @@ class Fixed:
     """
 
     sync_every: int
+    durations: ClassVar[tuple[Duration, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_period("sync_every", self.sync_every)
-
-    @property
-    def durations(self) -> tuple[Duration, ...]:
-        """None."""
-        return ()
 
     def local_steps(self, start: RoundStart) -> int:
         """The constant."""
@@ -112,13 +107,7 @@ class Table:
     def __post_init__(self) -> None:
         check_fields(self)
         check_period("first", self.first)
-        for change in self.then:
-            check_period("sync_every", change.sync_every)
-        ends = [change.after for change in self.then]
-        if len({end.unit for end in ends}) > 1:
-            raise ValueError(f"the milestones of a table must share one unit, got {', '.join(map(str, ends))}")
-        if any(a.count >= b.count for a, b in itertools.pairwise(ends)):
-            raise ValueError(f"the milestones of a table must ascend, got {', '.join(map(str, ends))}")
+        check_milestones("a table", self.durations)
 
     @property
     def durations(self) -> tuple[Duration, ...]:
@@ -129,6 +118,7 @@ class Table:
         """The number after the last milestone that was passed."""
         steps = self.first
         for change in self.then:
+            # no break: a long round may have passed several
             if start.progress.reached(change.after):
                 steps = change.sync_every
         return steps

@@ -57,6 +57,7 @@ class Replica:
 
     def buffers(self) -> list[Tensor]:
         """The model's buffers of real numbers, such as running averages; integer buffers are equal on all workers."""
+        # a mean of counts would be none: batch norm's num_batches_tracked is the same everywhere, and stays whole
         return [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
 
     def everything(self) -> list[Tensor]:

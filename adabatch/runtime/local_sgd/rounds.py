@@ -88,6 +88,7 @@ class Rounds:
 
     def present(self) -> Round:
         """The current round; it begins when this is first read."""
+        # Only when it is asked for: a period may read the learning rate, which is set by the first step at the latest.
         if self.memory.round is None:
             self.memory.round = self._begin_round()
         return self.memory.round
@@ -99,6 +100,7 @@ class Rounds:
         # Host sync if a rate is on an accelerator, once per round.
         rates = [group for group in self._optimizer.param_groups if group.get("lr") is not None]
         lr = factor * max((float(group["lr"]) for group in rates), default=0.0)
+        # schedulers of torch, and ProgressLR, keep the rate without the shape under this name
         peak = factor * max((float(group.get("initial_lr", group["lr"])) for group in rates), default=0.0)
         agree = self.memory.states_agree and not self.memory.apart
         begun = self.settings.begin(RoundStart(progress, lr, peak), workers_agree=agree)
@@ -190,6 +192,7 @@ class Rounds:
         if self._clock is not None:
             self._clock.step(self.exchange.traffic.seconds_waited, last=ends)
             self.averages.seconds = self._clock.seconds
+        # before new ones begin: the next average of a fragment starts from parameters with its last one in them
         for fragment in memory.fragments:
             self.averages.go_on(fragment)
         for turn in due(memory.step_in_round, present.local_steps, len(memory.fragments)):
@@ -240,6 +243,7 @@ class Rounds:
 
     def _under_way(self) -> list[Fragment]:
         """The fragments whose averages are under way, the first that began first."""
+        # in one order on all workers, since each arrival waits for the others
         begun = [(each.pending.since, n, each) for n, each in enumerate(self.memory.fragments) if each.pending]
         return [fragment for _, _, fragment in sorted(begun, key=lambda each: each[:2])]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal, NamedTuple
 
-from adabatch.arguments import require, require_one_of, shown
+from adabatch.arguments import require, shown
 from adabatch.batch.plan import Duration
 from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
@@ -49,7 +49,7 @@ class LocalSGDSettings:
     """The arguments of ``LocalSGD``; see there.
 
     Raises:
-        ValueError: if a word is unknown.
+        ValueError: if a number is out of its range, or two settings exclude each other.
         TypeError: if the period, the outer optimizer or a duration has another type.
     """
 
@@ -67,9 +67,6 @@ class LocalSGDSettings:
     by_speed: bool = False
 
     def __post_init__(self) -> None:
-        words = {"compression": Compression, "weights": AverageWeights, "measure": MeasuredStep, "spread": Spread}
-        for name, allowed in words.items():
-            require_one_of(name, getattr(self, name), allowed)
         # A class passes for a Period too, because it has the attributes that the protocol asks for.
         if isinstance(self.period, type) or not isinstance(self.period, Period):
             raise TypeError(
@@ -144,6 +141,7 @@ class LocalSGDSettings:
             # synchronous training, with which post-local SGD begins (Lin et al. 2020, arXiv:1808.07217)
             return Round(1, start.lr, Average(), "none", 0, workers_agree)
         local_steps = self.period.local_steps(start)
+        # again, for a period of the user's own, whose numbers nobody has seen yet
         check_period("sync_every", local_steps)
         plain = isinstance(self.outer, Average) and self.compression == "none"
         by_gradient = local_steps == 1 and plain and workers_agree
@@ -151,12 +149,8 @@ class LocalSGDSettings:
         overlap = 0 if by_gradient else self.overlap
         return Round(local_steps, start.lr, self.outer, self.compression, overlap, by_gradient)
 
-    def words(self) -> list[str]:
-        """The settings as text, to be compared between ranks."""
-        return list(self.texts().values())
-
     def texts(self) -> dict[str, str]:
-        """The settings as text by name, to be compared with those of a saved run."""
+        """The settings as text by name, to be compared between ranks and with those of a saved run."""
         return {name: _words(getattr(self, name)) for name in self.__dataclass_fields__}
 
 

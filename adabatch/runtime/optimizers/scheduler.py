@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
-from adabatch.arguments import checked, checked_but, require, require_one_of, require_state, shown
+from adabatch.arguments import checked, checked_but, require, require_format, require_one_of, require_state, shown
 from adabatch.batch.plan import Duration, Progress, Unit
 from adabatch.lr.clock import Anchor, Clock, share_of
 from adabatch.lr.function_shape import AnyShape, check_same_shape, shape_from
@@ -481,11 +481,7 @@ class ProgressLR(LRScheduler):
                 differs from the saved one.
         """
         require_state(state_dict, *_ENTRIES, of="a ProgressLR", argument="state_dict")
-        if state_dict["format"] > STATE_FORMAT:
-            raise ValueError(
-                f"the schedule was saved in format {state_dict['format']}, this version reads up to {STATE_FORMAT}: "
-                f"upgrade adabatch"
-            )
+        require_format("the schedule", state_dict["format"], STATE_FORMAT)
         self._take_in_groups()
         if len(state_dict["base_lrs"]) != len(self.base_lrs):
             raise ValueError(

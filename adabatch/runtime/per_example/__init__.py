@@ -6,7 +6,6 @@
 from adabatch.runtime.per_example.contributions import Contribution, Correlation, Dense, Lookup, OuterProduct
 from adabatch.runtime.per_example.norms import ExampleGradients, PerExampleNorms
 from adabatch.runtime.per_example.products import (
-    RandomState,
     example_moments,
     products_by_jvp,
     without_own_share,
@@ -21,7 +20,6 @@ __all__ = [
     "Lookup",
     "OuterProduct",
     "PerExampleNorms",
-    "RandomState",
     "Rule",
     "example_moments",
     "products_by_jvp",

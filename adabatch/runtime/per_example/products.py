@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,44 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adabatch.batch.moments import GradientMoments, from_examples
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The state of torch's random number generators, so that a second pass draws the masks of the first.
-
-    Args:
-        cpu: state of the CPU generator.
-        device: the accelerator whose generator state is kept as well; None for the CPU only.
-        accelerator: the state of its generator; None for the CPU only.
-    """
-
-    cpu: Tensor
-    device: torch.device | None
-    accelerator: Tensor | None
-
-    @classmethod
-    def now(cls, device: torch.device | str = "cpu") -> RandomState:
-        """The present state of the generators of the CPU and of ``device``."""
-        place = torch.device(device)
-        if place.type == "cpu":
-            return cls(torch.get_rng_state(), None, None)
-        return cls(torch.get_rng_state(), place, torch.get_device_module(place).get_rng_state(place))
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Sets this state inside the context, and the previous state again afterwards."""
-        before = RandomState.now(self.device or "cpu")
-        self._put_on()
-        try:
-            yield
-        finally:
-            before._put_on()
-
-    def _put_on(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.device is not None:
-            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+from adabatch.runtime.random_state import drawing_again
 
 
 def products_by_jvp(
@@ -66,7 +28,7 @@ def products_by_jvp(
     direction: Mapping[str, Tensor],
     *,
     parameters: Mapping[str, Tensor],
-    random_state: RandomState | None = None,
+    random_state: Tensor | None = None,
 ) -> Tensor:
     """Inner products ``p_i = <g_i, direction>`` by one forward-mode derivative of the examples' losses.
 
@@ -77,8 +39,8 @@ def products_by_jvp(
             ``lambda p: loss_fn(torch.func.functional_call(model, p, (x,)), y, reduction="none")``.
         direction: the step's mean gradient, a tensor for each name in ``parameters`` and of its shape.
         parameters: the trainable parameters, by name.
-        random_state: the state before the forward of the real pass, so that dropout draws the same masks; by default
-            the pass draws new ones.
+        random_state: what ``runtime.random_state.random_state`` returned before the forward of the real pass, so that
+            dropout draws the same masks; by default the pass draws new ones.
 
     Returns:
         Shape (num_examples,), in the dtype of the losses.
@@ -94,7 +56,8 @@ def products_by_jvp(
         raise ValueError(f"parameters and direction must have the same names, which differ in {odd}")
     primals = {name: tensor.detach() for name, tensor in parameters.items()}
     tangents = {name: direction[name].detach().to(primal.dtype) for name, primal in primals.items()}
-    draws = nullcontext() if random_state is None else random_state.again()
+    device = next(iter(primals.values())).device
+    draws = nullcontext() if random_state is None else drawing_again(random_state, device)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), draws, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # of torch's own making
         pair: Any = torch.func.jvp(losses, (primals,), (tangents,))

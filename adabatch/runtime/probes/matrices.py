@@ -159,7 +159,7 @@ def root_trace(gram: Tensor) -> Tensor:
     return eigenvalues.clamp_(min=0).sqrt_().sum()
 
 
-def newton_schulz(gram: Tensor, iterations: int = ITERATIONS) -> Tensor:
+def newton_schulz(gram: Tensor) -> Tensor:
     """``tr M^(1/2)`` by the coupled Newton-Schulz iteration, in float32; shape (), float64.
 
     ``Y <- Y (3 - Z Y) / 2`` and ``Z <- (3 - Z Y) Z / 2``, from ``Y = M / |M|`` and ``Z = 1``, converge to the root of
@@ -175,7 +175,7 @@ def newton_schulz(gram: Tensor, iterations: int = ITERATIONS) -> Tensor:
     # No eigenvalue is above the Frobenius norm, so the iteration converges. The clamp is for a matrix of zeros.
     scale = torch.linalg.matrix_norm(ridged).clamp(min=torch.finfo(matrix.dtype).tiny)
     y, z = ridged / scale, eye
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         # A fixed number of products: to test for convergence would be a host sync.
         step = 1.5 * eye - 0.5 * (z @ y)
         y, z = y @ step, step @ z

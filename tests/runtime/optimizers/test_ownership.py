@@ -30,8 +30,8 @@ from adabatch import (
     lr,
     steps,
 )
+from adabatch.local_sgd import Quadratic
 from adabatch.optim import KFAC
-from adabatch.runtime.local_sgd import Quadratic
 from adabatch.runtime.optimizers.step_hooks import StepHooks, StepOverrides
 
 

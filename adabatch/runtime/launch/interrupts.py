@@ -1,7 +1,8 @@
 """Ctrl-C while the ``adabatch`` command still imports torch, which takes seconds: one line, its status, no traceback.
 
-The package imports this module first, and calls ``over`` last. In between a ``KeyboardInterrupt`` would end as a
-traceback through whatever is being imported. Programs that import the package are not touched.
+The package imports this module first, before anything that imports torch, and calls ``over`` last. In between a
+``KeyboardInterrupt`` would end as a traceback through whatever is being imported. Programs that import the package are
+not touched.
 """
 
 from __future__ import annotations
