@@ -436,6 +436,7 @@ class AdaptiveBatch:
         if self._loop.late is not None:  # without it the numbers of the saved run's last step are dropped
             self._loop.late.load_state_dict(state.get("late"))
             self._planner.probe_waits = self._loop.late.waiting
+        self._loop.heartbeat.loaded()
         # a loader that was loaded with the run may have nothing left of its pass, which is no error then
         self._loop.just_loaded = True
         self._loop.updates.drop()

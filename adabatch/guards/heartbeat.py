@@ -37,7 +37,7 @@ class Heartbeat(StepObserver):
         moves: number of phases that it has entered.
         since: when it entered the last one, on this process's monotonic clock, in seconds.
         between: whether it is between two steps, where a run may take any time, to test or to save.
-        loops: number of loops over the steps that it has begun.
+        loops: number of loops over the steps that it has begun, and of states that it has loaded.
         alarm: raised when the next phase begins; set by a monitor once a rank is lost.
     """
 
@@ -66,6 +66,10 @@ class Heartbeat(StepObserver):
         """
         self.loops += 1
         self.place = Position(Phase.BEGIN, step)
+
+    def loaded(self) -> None:
+        """A state was loaded, whose step may be an earlier one."""
+        self.loops += 1
 
     def at(self, phase: Phase, moment: Moment) -> None:
         """The rank enters a phase.

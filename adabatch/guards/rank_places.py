@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.lost_ranks import RankLost
@@ -33,7 +34,29 @@ _PATIENCE = 30.0
 _UNTIL_KNOWN = 3.0
 """Seconds for which a rank that raises an error waits until the others know it: the store may end with this rank."""
 
-_WORDS, _KNOWN = "words", "ranks that know them"
+_WORDS = "words"
+
+
+class _Told(NamedTuple):
+    """Why a rank ends.
+
+    Args:
+        loop, step: how far the furthest rank was by then.
+        words: for an error.
+    """
+
+    loop: int
+    step: int
+    words: str
+
+    def concerns(self, heartbeat: Heartbeat) -> bool:
+        """Whether a rank still waits for one that has told this; a run that went on after an error is further."""
+        return heartbeat.reached <= (self.loop, self.step)
+
+    @property
+    def known(self) -> str:
+        """The name of the count of ranks that know it."""
+        return f"ranks that know of loop {self.loop}, step {self.step}"
 
 
 class RankPlaces:
@@ -88,13 +111,13 @@ class RankPlaces:
             said = self._channel.read(_place_of(rank))
             if said is None:
                 continue
-            *reached, place = json.loads(said)
-            if tuple(reached) > self._heartbeat.reached:
+            loop, step, place = json.loads(said)
+            if (loop, step) > self._heartbeat.reached:
                 words = (
                     f"rank {self._channel.rank} waits in {call}, which all ranks must call, and rank {rank} has gone "
                     f"on to {place}: call it on every rank, and not under `if rank == 0` (the first rank alone writes)"
                 )
-                self._tell(words)
+                self._tell(_Told(loop, step, words))
                 raise RuntimeError(words)
 
     @contextmanager
@@ -128,17 +151,18 @@ class RankPlaces:
         except Exception as error:
             if not isinstance(error, RankLost) and not is_connection_lost(error):
                 said = f"{type(error).__name__}: {error}".splitlines()[0]
-                self._tell(f"rank {self._channel.rank} raised {said}, in {self._heartbeat.place}")
+                words = f"rank {self._channel.rank} raised {said}, in {self._heartbeat.place}"
+                self._tell(_Told(*self._heartbeat.reached, words))
             raise
 
     def _words(self) -> str | None:
         """What another rank has told before it ended."""
-        if self._reporter is not None and self._reporter.words is not None:
-            return self._reporter.words
+        told = None if self._reporter is None else self._reporter.told
         with suppress(ChannelClosed):
-            words = self._channel.read(_WORDS)
-            if words is not None:
-                return words
+            told = told or _told(self._channel)
+        if told is not None and told.concerns(self._heartbeat):
+            return told.words
+        with suppress(ChannelClosed):
             for rank in range(self._channel.size):
                 left = self._channel.read(_left_by(rank))
                 loops, what = (0, "") if left is None else json.loads(left)
@@ -146,32 +170,32 @@ class RankPlaces:
                     return f"rank {rank} has left {what}: leave it on all ranks after the same step"
         return None
 
-    def _tell(self, words: str) -> None:
+    def _tell(self, told: _Told) -> None:
         """Tells the others why this rank ends, and waits until they know it, for a few seconds at most."""
         channel = self._channel
         with suppress(ChannelClosed):
             # A rank that raises an error itself counts among those that know: where all do, none waits.
-            known, until = channel.add(_KNOWN), time.monotonic() + _UNTIL_KNOWN
+            known, until = channel.add(told.known), time.monotonic() + _UNTIL_KNOWN
             if known == 1:
-                channel.post(_WORDS, words)
+                channel.post(_WORDS, json.dumps(told))
             if self._reporter is not None:
-                self._reporter.knows = True
+                self._reporter.known = told.known
             while known < channel.size and time.monotonic() < until:
                 time.sleep(0.02)
-                known = channel.add(_KNOWN, 0)
+                known = channel.add(told.known, 0)
 
 
 class _Reporter:
     """The thread that leaves word where this rank stands, and hears what another one tells.
 
     Attributes:
-        words: what another rank has told before it ended.
-        knows: whether this rank counts among those that know it.
+        told: what another rank has told before it ended.
+        known: the last that this rank has heard or told itself.
     """
 
     def __init__(self, channel: SideChannel, heartbeat: Heartbeat) -> None:
-        self.words: str | None = None
-        self.knows = False
+        self.told: _Told | None = None
+        self.known = ""
         self._channel = channel
         self._heartbeat = weakref.ref(heartbeat)
         self._over = threading.Event()
@@ -203,10 +227,11 @@ class _Reporter:
         if self._posted != here:
             self._channel.post(_place_of(self._channel.rank), json.dumps(here))
             self._posted = [*here]
-        if not self.knows and (words := self._channel.read(_WORDS)) is not None:
-            self.words, self.knows = words, True
-            self._channel.add(_KNOWN)
-            _log.error("%s", words)
+        told = _told(self._channel)
+        if told is not None and told.known != self.known and told.concerns(heartbeat):
+            self.told, self.known = told, told.known
+            self._channel.add(told.known)
+            _log.error("%s", told.words)
         if not self._warned and time.monotonic() >= self._still_since + waiting.PATIENCE:
             self._warned = True
             self._warn_of_those_behind(heartbeat)
@@ -234,6 +259,11 @@ def _end(over: threading.Event, thread: threading.Thread) -> None:
     over.set()
     if thread is not threading.current_thread():
         thread.join(_PERIOD)
+
+
+def _told(channel: SideChannel) -> _Told | None:
+    said = channel.read(_WORDS)
+    return None if said is None else _Told(*json.loads(said))
 
 
 def _place_of(rank: int) -> str:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import adabatch
 from adabatch import AdaptiveBatch, Checkpoints, Constant, GlobalOrder, ProgressLR, lr, steps
+from adabatch.batch.plan import Duration
 
 THREE = steps(3)
 
@@ -39,7 +40,7 @@ class Run:
 
     def go(
         self,
-        until: adabatch.Duration = THREE,
+        until: Duration = THREE,
         *,
         loss: Loss = loss_of,
         inner: Callable[[int], Any] = lambda index: None,
