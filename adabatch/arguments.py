@@ -504,3 +504,11 @@ _NUMBERS: dict[Kind, Callable[[str], bool]] = {
     _SIMPLE[float]: lambda dtype: "int" in dtype or "float" in dtype,
 }
 """Whether an array of this type holds such numbers."""
+
+
+def level_of_the_user() -> int:
+    """The ``stacklevel`` of a warning that names the line which called this package, for the function that warns."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == __name__.partition(".")[0]:
+        level, frame = level + 1, frame.f_back
+    return level

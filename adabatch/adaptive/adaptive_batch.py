@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from adabatch.adaptive.late import check_late
@@ -17,6 +18,7 @@ from adabatch.adaptive.planning import check_format
 from adabatch.adaptive.step import Step
 from adabatch.adaptive.validation import (
     check_types,
+    enabled_scaler,
     engine_of,
     given_settings,
     prepared,
@@ -28,6 +30,7 @@ from adabatch.batch.criteria import Criterion
 from adabatch.batch.plan import BatchPlan, Duration, Progress
 from adabatch.guards.drift import check_interval
 from adabatch.guards.heartbeat import Heartbeat
+from adabatch.guards.rank_places import RankPlaces
 from adabatch.guards.same_settings import failing_together
 from adabatch.guards.votes import Votes
 from adabatch.journal.writer import Journal
@@ -41,6 +44,7 @@ from adabatch.runtime.optimizers.joined import each_of, joined, kind_of
 from adabatch.runtime.optimizers.ownership import displace, release, take_over, undone_on_error
 from adabatch.runtime.optimizers.scheduler import WritesRates
 from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.side_channel import side_channel_of_run
 from adabatch.runtime.wrappers.fabric import inside_fabric
 
 _log = logging.getLogger("adabatch")
@@ -134,6 +138,9 @@ class AdaptiveBatch:
         model, backward = (model, None) if fabric is None else fabric
         # The engine comes first: with its collectives a rank tells the others of an error in what follows.
         self._engine = engine_of(model, optimizer, engine, local_sgd, backward)
+        # Before anything may fail on one rank only: the ranks count their runs.
+        channel = side_channel_of_run(self.collectives)
+        self._scaler = enabled_scaler(engine)
         with undone_on_error() as undo, failing_together(self.collectives, "AdaptiveBatch(...)"):
             self._planner, needs, layers = prepared(
                 model,
@@ -171,6 +178,7 @@ class AdaptiveBatch:
                 model,
                 optimizer,
                 engine=self._engine,
+                channel=channel,
                 planner=self._planner,
                 journal=self._journal,
                 probe=self._probe,
@@ -228,6 +236,11 @@ class AdaptiveBatch:
         return self._optimizer
 
     @property
+    def scaler(self) -> GradScaler | None:
+        """The gradient scaler that it was given, if it is enabled."""
+        return self._scaler
+
+    @property
     def order(self) -> GlobalOrder | None:
         """The ``GlobalOrder`` that ``steps()`` read last; None if there is none."""
         return self._loop.order
@@ -251,6 +264,11 @@ class AdaptiveBatch:
     def heartbeat(self) -> Heartbeat:
         """What this rank is doing now; read by a ``Watchdog``."""
         return self._loop.heartbeat
+
+    @property
+    def places(self) -> RankPlaces | None:
+        """Where the other ranks stand, for a call that all must make; None if there are none, or they cannot tell."""
+        return self._loop.places
 
     @property
     def votes(self) -> Votes:
@@ -315,8 +333,8 @@ class AdaptiveBatch:
                 loss is not read, and the loop may skip it if no other rank waits for it. A step that holds nothing else
                 is left out. Batch sizes, noise and noise scale are still in examples, each of the step's average number
                 of terms. The micro-batches of a step are fetched before it begins.
-            allow_same_data: whether a loader that is not a ``GlobalOrder`` may give the same examples to several ranks.
-                By default that is an error at the first step of a pass.
+            allow_same_data: whether a loader that is not a ``GlobalOrder`` may give the same examples to several ranks,
+                or a stream in several loading processes. By default that is an error at the first step of a pass.
 
         Raises:
             ValueError: if the data set is smaller than the largest batch, if the loader is empty, if its micro-batches
@@ -330,6 +348,8 @@ class AdaptiveBatch:
             TypeError: if ``until`` has no unit, or ``loader`` is not an iterable of micro-batches.
         """
         passes = self._loop.begin(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
+        if until is not None and self.consumed.reached(until):
+            self._loop.warn_of_nothing_left(until)
         while until is None or not self.consumed.reached(until):
             yield from self._loop.one_step(passes)
             if passes.ended:
@@ -406,8 +426,10 @@ class AdaptiveBatch:
 
         Raises:
             ValueError: if the state has a newer format, or another reference batch size than this run was given.
+            RuntimeError: inside a step.
         """
         check_format(state)
+        self.check_not_inside("a load")
         self._planner.check_reference(state["reference_batch_size"])
         # Everything that may fail on a foreign state is checked above, before any part of this one is overwritten.
         self._loop.trials.load_state_dict(state.get("trials"))
@@ -415,9 +437,18 @@ class AdaptiveBatch:
         if self._loop.late is not None:  # without it the numbers of the saved run's last step are dropped
             self._loop.late.load_state_dict(state.get("late"))
             self._planner.probe_waits = self._loop.late.waiting
+        self._loop.heartbeat.loaded()
         # a loader that was loaded with the run may have nothing left of its pass, which is no error then
         self._loop.just_loaded = True
         self._loop.updates.drop()
+
+    def check_not_inside(self, what: str) -> None:
+        """Checks that this is no place inside a step, for ``what`` belongs between two of them; see ``Checkpoints``.
+
+        Raises:
+            RuntimeError: if it is.
+        """
+        self._loop.updates.check_not_inside(what)
 
     def remove(self) -> None:
         """Removes every hook from the model and the optimizer. The object cannot be used afterwards."""

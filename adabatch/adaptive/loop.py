@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from adabatch.adaptive.planning import Planner
 from adabatch.adaptive.step import Step, StepTools
 from adabatch.adaptive.updates import PendingUpdates
 from adabatch.adaptive.validation import check_loop
+from adabatch.arguments import level_of_the_user
 from adabatch.batch.plan import Duration
 from adabatch.guards.drift import DriftCheck
 from adabatch.guards.finite import nonfinite_search
@@ -22,6 +25,7 @@ from adabatch.guards.heartbeat import Heartbeat
 from adabatch.guards.left_out import UpdatesInARow
 from adabatch.guards.loop_mistakes import LoopMistakes
 from adabatch.guards.memory_trials import Trials
+from adabatch.guards.rank_places import RankPlaces
 from adabatch.guards.same_settings import check_same_settings, failing_together, loop_settings, run_settings
 from adabatch.guards.same_updates import SameUpdates
 from adabatch.guards.step_schedules import StepSchedules
@@ -35,6 +39,7 @@ from adabatch.runtime.observers.protocol import Moment, Observers, Phase
 from adabatch.runtime.observers.stopwatch import Stopwatch
 from adabatch.runtime.observers.trained_parameters import TrainedParameters
 from adabatch.runtime.probes.protocol import Probe
+from adabatch.runtime.side_channel import SideChannel
 
 
 class StepLoop:
@@ -46,6 +51,7 @@ class StepLoop:
             left of its pass.
         votes: whether to stop or save after a step.
         heartbeat: what this rank is doing now.
+        places: what the ranks tell each other of where they stand; None if they cannot.
         stopwatches: time the steps of a criterion that needs seconds; one or none.
         observers: hear of each phase of a step, the two above among them.
         trials: of larger micro-batches.
@@ -55,6 +61,7 @@ class StepLoop:
     Args:
         model, optimizer: of the run.
         engine: how the model runs.
+        channel: between the ranks of this run; None if there is none.
         planner: says how large each step is.
         journal: gets one line per step.
         probe: measures the gradients; None if nothing does.
@@ -72,6 +79,7 @@ class StepLoop:
         optimizer: Optimizer,
         *,
         engine: Engine,
+        channel: SideChannel | None,
         planner: Planner,
         journal: Journal,
         probe: Probe | None,
@@ -86,6 +94,7 @@ class StepLoop:
         self.order: GlobalOrder | None = None
         self.just_loaded = False
         self._closed: str | None = None
+        self._has_run = False
         self._optimizer = optimizer
         self._engine = engine
         self._planner = planner
@@ -95,6 +104,7 @@ class StepLoop:
         self._updates_in_a_row = UpdatesInARow(guard.max_left_out)
         self.votes = Votes(ranks)
         self.heartbeat = Heartbeat()
+        self.places = None if channel is None else RankPlaces(channel, self.heartbeat)
         self.stopwatches = [Stopwatch(ranks.size)] if needs.seconds else []
         self.observers = Observers(self.heartbeat, *self.stopwatches)
         self._drift: DriftCheck | None = None
@@ -115,6 +125,7 @@ class StepLoop:
             engine=engine,
             votes=self.votes,
             observers=self.observers,
+            places=self.places,
             riders=self.stopwatches,
             mistakes=LoopMistakes(engine, optimizer, compares=compares),
             empty_parts=EmptyParts(model),
@@ -172,6 +183,24 @@ class StepLoop:
         self.check_open()
         self.updates.begin_loop()
         self._tools.mistakes.begin_loop()
+        self.heartbeat.begin_loop(self._planner.consumed.steps)
+        if self.places is not None:
+            self.places.begin_loop()
+        with self._named():
+            return self._passes(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
+
+    def _named(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.places is None else self.places.named()
+
+    def _passes(
+        self,
+        loader: GlobalOrder | WholeSteps | Iterable[Any],
+        *,
+        until: Duration | None,
+        count: Callable[[Any], int],
+        weigh: Callable[[Any], float] | None,
+        allow_same_data: bool,
+    ) -> Passes:
         ranks, planner = self._engine.collectives, self._planner
         given = loop_settings(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
         given |= run_settings(
@@ -224,12 +253,14 @@ class StepLoop:
         tools, planner = self._tools, self._planner
         number = planner.consumed.steps
         self._updates_in_a_row.check(number, planner.progress.steps - self.updates.num_left_out_alone)
-        self.observers.before(number)
-        self.observers.at(Phase.LOADING, Moment(number, planner.plan))
-        feed = self.trials.over(passes, planner, self.observers)
-        portion = feed.take(planner.plan)
+        with self._named():
+            self.observers.before(number)
+            self.observers.at(Phase.LOADING, Moment(number, planner.plan))
+            feed = self.trials.over(passes, planner, self.observers)
+            portion = feed.take(planner.plan)
         if portion is None:
             return
+        self._has_run = True
         self.updates.begin_step()
         if tools.same_updates is not None:
             tools.same_updates.before(planner.progress)
@@ -244,8 +275,27 @@ class StepLoop:
             finish=partial(self._finish, feed=feed),
         )
         with self.updates.inside(step):
-            yield step
+            try:
+                yield step
+            except GeneratorExit:
+                if self.places is not None:
+                    self.places.left_loop(number)
+                raise
         self.updates.end_step(step)
+
+    def warn_of_nothing_left(self, until: Duration) -> None:
+        """Warns that a loop has no step, since ``until`` was reached in an earlier one of this object.
+
+        Not after a load: a run that was ended, and is started again, has nothing left to do.
+        """
+        if self._has_run and not self.just_loaded:
+            warnings.warn(
+                f"this loop has no step: until={until} counts from the beginning of the run, which has consumed "
+                f"{self._planner.consumed.count(until.unit)} {until.unit} already. A loop that goes on needs a larger "
+                f"until=; steps(loader) without it makes one pass",
+                RuntimeWarning,
+                stacklevel=level_of_the_user(),
+            )
 
     def end(self) -> None:
         """The end of a loop over steps.
@@ -257,7 +307,8 @@ class StepLoop:
         if self.late is not None:
             self.late.check_last()
         if self._drift is not None:
-            self._drift.end(self._planner.consumed.steps)
+            with self._named():
+                self._drift.end(self._planner.consumed.steps)
 
     def _finish(self, step: Step, *, feed: Feed) -> None:
         """The end of the inner loop: decide, and keep what the update will need."""

@@ -76,9 +76,9 @@ class Guard:
             other (FSDP2, DeepSpeed).
         check_every: number of steps between checks that all ranks have the same plan, and that copies of the weights
             have the same bits. A check costs one pass over the weights, 16 bytes (24 per rank with FSDP2, or if
-            ranks differ) and a host sync. The end of a loop is checked too, from 20 steps after the last check on.
-            "auto" checks the first step and every 1,000th, if several ranks hold copies (not under local SGD). None for
-            no checks.
+            ranks differ) and a host sync. The end of a loop is checked too; after ten such checks, from 20 steps
+            after the last one on. "auto" checks the first step and every 1,000th, if several ranks hold copies (not
+            under local SGD). None for no checks.
 
     Raises:
         ValueError: if ``check_every`` or ``max_left_out`` is below 1, or ``skip_nonfinite`` or ``check_every`` is a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from adabatch.batch.moments import GradientMoments
 from adabatch.batch.plan import BatchPlan
 from adabatch.guards.finite import FindNonfinite
 from adabatch.guards.loop_mistakes import LoopMistakes
+from adabatch.guards.rank_places import RankPlaces
 from adabatch.guards.same_updates import SameUpdates
 from adabatch.guards.votes import Votes
 from adabatch.runtime.collectives import explained
@@ -45,6 +46,7 @@ class StepTools:
         engine: how the model runs.
         votes: whether to stop or save; they ride on each reduction.
         observers: hear of each phase.
+        places: tell the other ranks of an error of this one; None if there are none, or they cannot be told.
         riders: on the reductions that measure, beside those that ride on each.
         mistakes: of the loop, which are checked before and after each backward.
         empty_parts: run the micro-batches of weight 0.
@@ -57,6 +59,7 @@ class StepTools:
     engine: Engine
     votes: Votes
     observers: StepObserver
+    places: RankPlaces | None
     riders: Sequence[Rider]
     mistakes: LoopMistakes
     empty_parts: EmptyParts
@@ -64,6 +67,10 @@ class StepTools:
     same_updates: SameUpdates | None
     find_nonfinite: FindNonfinite | None
     late: bool
+
+    def shared(self) -> AbstractContextManager[None]:
+        """Tells the other ranks of an error that is raised in the block, and names the error of another rank."""
+        return nullcontext() if self.places is None else self.places.shared()
 
 
 class Step:
@@ -184,16 +191,27 @@ class Step:
             with listening, nullcontext() if index == num_parts - 1 else self._engine.no_sync():
                 yield batch
             self._weight = None
-            if weight == 0 and self._num_backward == index:
-                self._pass_over(last=index == num_parts - 1)
-            if self._num_backward != index + 1:
-                raise RuntimeError(
-                    f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
-                    f"{num_parts} it had been called {self._num_backward} times (not loss.backward())"
-                )
+            with self._tools.shared():
+                self._check_run(index, weight)
             # after the last one the observers hear of the measurement next
             if index < num_parts - 1:
                 self._enter(Phase.LOADING, index + 1)
+        with self._tools.shared():
+            self._end()
+
+    def _check_run(self, index: int, weight: float) -> None:
+        """Checks that the loop has run a micro-batch, or may pass it over."""
+        num_parts = len(self.portion.sizes)
+        if weight == 0 and self._num_backward == index:
+            self._pass_over(last=index == num_parts - 1)
+        if self._num_backward != index + 1:
+            raise RuntimeError(
+                f"step.backward(loss) must be called once for each micro-batch: after micro-batch {index + 1} of "
+                f"{num_parts} it had been called {self._num_backward} times (not loss.backward())"
+            )
+
+    def _end(self) -> None:
+        """The last micro-batch was run."""
         self._hear(self._mistakes.check_untouched)
         weight = sum(self._weights.of_each)
         self._engine.gradient_ready(weight)
@@ -292,7 +310,12 @@ class Step:
         Raises:
             ValueError: if the loss is not a scalar tensor, or has no gradient.
             RuntimeError: if it is called outside the inner loop.
+            RankLost: if another rank has raised an error in this step, and told so.
         """
+        with self._tools.shared():
+            self._backward(loss)
+
+    def _backward(self, loss: Tensor) -> None:
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(
@@ -309,7 +332,7 @@ class Step:
         if self._num_backward == 0 and self._trained is not None:  # by now the loop has frozen and thawed what it will
             self._check_trained(self._trained)
         self._hear(self._mistakes.check_before_backward)
-        self._hear(lambda: self._mistakes.check_loss(loss))
+        self._hear(lambda: self._mistakes.check_loss(loss, len(self.portion.sizes)))
         self._mistakes.check_switches(last=self._num_backward == len(self.portion.sizes) - 1)
         self._enter(Phase.BACKWARD, self._num_backward)
         if self._zeros:

@@ -373,6 +373,7 @@ class PendingUpdates:
         if self._update is None:
             raise RuntimeError("leave_out belongs after `for batch in step`, and before optimizer.step()")
         self._update.left_out = True
+        self._repeated.left_out()
         self._engine.leaves_out()
 
     def settle_for_evaluation(self) -> None:
@@ -387,6 +388,23 @@ class PendingUpdates:
             "engine=EngineOptions(scaler=)",
             scaled=self._scaled,
         )
+
+    def check_not_inside(self, what: str) -> None:
+        """Checks that no micro-batches of a step are still to be run, before something that belongs between two steps.
+
+        Args:
+            what: such as "a load".
+
+        Raises:
+            RuntimeError: if some are. After a loop that was broken off, none are.
+        """
+        if self._running and self._step is not None and not self._step.waits:
+            self._running = False  # said once: the loop may have been left by an error
+            raise RuntimeError(
+                f"{what} belongs between two steps, and `for batch in step` has not been run to its end: call it after "
+                f"optimizer.step(), or leave the loop over steps() first. (If an error ended the loop, it is forgotten "
+                f"now: call it again)"
+            )
 
     def settle(self, *, scaled: bool) -> None:
         """Makes sure that no step is unfinished, before the state is taken for a checkpoint.

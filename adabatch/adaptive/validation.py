@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, Optimizer
 
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
@@ -66,6 +67,12 @@ def engine_of(
         if isinstance(one, ChecksRanks):
             one.check_ranks(engine.collectives.size)
     return engine
+
+
+def enabled_scaler(given: EngineOptions | Engine) -> GradScaler | None:
+    """The gradient scaler that was given, if it does anything."""
+    scaler = given.scaler if isinstance(given, EngineOptions) else None
+    return scaler if scaler is not None and scaler.is_enabled() else None
 
 
 def check_before_step(optimizer: Optimizer) -> None:

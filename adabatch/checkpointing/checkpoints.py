@@ -31,13 +31,13 @@ from adabatch.checkpointing.files import (
 )
 from adabatch.checkpointing.lock import LOCK, FolderInUse, FolderLock, read_lock
 from adabatch.checkpointing.newest import newest_checkpoint
-from adabatch.checkpointing.own_parts import check_own_parts, warn_of_missing_parts
-from adabatch.checkpointing.plain import NotPlain
+from adabatch.checkpointing.own_parts import check_own_parts, warn_of_missing_helpers, warn_of_missing_parts
 from adabatch.checkpointing.run_state import Restored, RunState, Snapshot, Stateful
 from adabatch.checkpointing.run_token import set_token, token_of
 from adabatch.checkpointing.save_times import SaveTimes
 from adabatch.checkpointing.settings import KeptSetting
 from adabatch.runtime.local_sgd.averaging import LocalSGD
+from adabatch.runtime.local_sgd.meetings import Purpose
 from adabatch.runtime.optimizers.joined import joined
 
 _log = logging.getLogger("adabatch")
@@ -167,6 +167,9 @@ class Checkpoints:
             ValueError: if there are no ``batches``, which count what was consumed.
             CheckpointError: for the same reasons as ``save``.
         """
+        if self._batches is not None:
+            # also if no checkpoint is due, as it may be only after hours
+            self._batches.check_not_inside("a checkpoint")
         if not self._times.due(now=now):
             return False
         self.save()
@@ -187,8 +190,10 @@ class Checkpoints:
             self._batches.settle(scaled=self._scaled)
             if not self._saved:
                 warn_of_missing_parts(self._batches, self._optimizer, self._parts.values())
+                warn_of_missing_helpers(self._batches, self._parts.values())
             self._saved = True
             steps = self._batches.consumed.steps
+        self._run.wait_for_all(Purpose.SAVE, "save() or step() of Checkpoints")
         # Errors are kept until all ranks have met below: a rank that raised here would leave the others waiting.
         failure, number = self._waited(), 0
         taken: Snapshot | None = None
@@ -197,7 +202,7 @@ class Checkpoints:
             taken = self._run.take(copy=self._background is not None)
             if taken is not None:
                 taken.contents["run"] = self._own_run()
-        except (NotPlain, CheckpointError) as error:
+        except Exception as error:  # of a part of the user's own, for instance
             failure = failure or error
         if failure is None and self._ranks.rank == 0:
             try:
@@ -253,7 +258,11 @@ class Checkpoints:
             ValueError: if these parts and this data cannot continue from the checkpoint, or if it belongs to another
                 run than the folder or the journal, or was written by a later release.
             CheckpointError: if all checkpoints are damaged, or the folder belongs to another process.
+            RuntimeError: inside a step; on all ranks, if some do not call it.
         """
+        if self._batches is not None:
+            self._batches.check_not_inside("a load")
+        self._run.wait_for_all(Purpose.LOAD, "load() of Checkpoints")
         failure: Exception | None = None
         if self._ranks.rank == 0 and self._batches is not None and self._folder.is_dir():
             try:
@@ -315,6 +324,8 @@ class Checkpoints:
         Raises:
             CheckpointError: on all ranks, if it could not be written.
         """
+        self._times.warn_if_never_asked()
+        self._run.wait_for_all(Purpose.CLOSE, "close() of Checkpoints")
         failure = self._waited()
         try:
             self._raise_together(failure)

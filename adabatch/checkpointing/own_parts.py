@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.runtime.optimizers.joined import kind_of, same_groups
+from adabatch.arguments import level_of_the_user
+from adabatch.runtime.optimizers.joined import each_of, kind_of, same_groups
+from adabatch.runtime.optimizers.ownership import owners_of
 
 
 def check_own_parts(batches: AdaptiveBatch, model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -41,18 +43,32 @@ def warn_of_missing_parts(batches: AdaptiveBatch, optimizer: Optimizer | None, p
         _warn(f"the state of the {kind_of(batches.optimizer)}", "its averages", "optimizer=")
 
 
+def warn_of_missing_helpers(batches: AdaptiveBatch, parts: Collection[object]) -> None:
+    """Warns, before the first save, of a gradient scaler and a scheduler of torch that a resumed run would begin
+    again."""
+    if batches.scaler is not None and not any(part is batches.scaler for part in parts):
+        _warn("the GradScaler of the AdaptiveBatch", "its scale", "scaler=")
+    if _is_scheduled(batches.optimizer) and not any(_is_schedule(part) for part in parts):
+        _warn(f"the scheduler of the {kind_of(batches.optimizer)}", "its schedule", "schedule=")
+
+
+def _is_scheduled(optimizer: Optimizer) -> bool:
+    """Whether a scheduler of torch was made for an optimizer. A ``ProgressLR`` reads its place from the batches."""
+    optimizers = each_of(optimizer)
+    # torch marks the step() of such an optimizer
+    marked = any(hasattr(one.step, "_wrapped_by_lr_sched") for one in optimizers)
+    return marked and not owners_of(optimizers, kind="ProgressLR")
+
+
+def _is_schedule(part: object) -> bool:
+    # Also objects that wrap a scheduler or imitate one.
+    return isinstance(part, LRScheduler) or "sched" in type(part).__name__.lower() or hasattr(part, "last_epoch")
+
+
 def _warn(what: str, again: str, way_out: str) -> None:
     warnings.warn(
         f"{what} is not among the parts of the checkpoint, so that a resumed run would begin {again} again: give it as "
         f"{way_out}",
         RuntimeWarning,
-        stacklevel=_lines_above(),
+        stacklevel=level_of_the_user(),
     )
-
-
-def _lines_above() -> int:
-    """The level of the line that called this package: ``save()``, or ``step()``, which calls it."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == __name__.partition(".")[0]:
-        level, frame = level + 1, frame.f_back
-    return level

@@ -24,13 +24,14 @@ from adabatch.checkpointing.differences import (
 )
 from adabatch.checkpointing.files import CheckpointError, Files, sealed
 from adabatch.checkpointing.finite_state import check_finite, optimizer_states, trained_weights
-from adabatch.checkpointing.plain import NotPlain, plain
+from adabatch.checkpointing.plain import plain
 from adabatch.checkpointing.rank_states import state_of_rank, states_of_all
 from adabatch.checkpointing.settings import BuiltSettings, KeptSetting
 from adabatch.checkpointing.sharded_state import Shards, put_back, shapes_in, taken_apart, write_shards
 from adabatch.runtime.collectives import HostGroup, collectives_of
 from adabatch.runtime.data import GlobalOrder
 from adabatch.runtime.local_sgd.averaging import LocalSGD
+from adabatch.runtime.local_sgd.meetings import Purpose
 from adabatch.runtime.random_state import random_state, restore_random_state
 from adabatch.runtime.waiting import named_if_long
 from adabatch.runtime.wrappers.compiled import uncompiled
@@ -122,12 +123,32 @@ class RunState:
         self.collectives = collectives_of(parts["model"]) if workers is None else workers.collectives
         # Under local SGD every rank has its own parts.
         self._apart = workers is not None and self.collectives.size > 1
+        self._workers = workers
+        if self.sharded or self._apart:  # all ranks make the group that follows
+            self.wait_for_all(Purpose.MAKE, "Checkpoints(...), save() or load()")
         self._was_read = False  # the first of a run's checkpoints is read back
         self._host = HostGroup(self.collectives) if self.sharded or self._apart else None
         self._device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         # A loader has its own place on each rank; a GlobalOrder has one place for all.
         order: Stateful | None = parts.get("order")
         self._loader = None if isinstance(order, GlobalOrder) else order
+
+    def wait_for_all(self, purpose: Purpose, call: str) -> None:
+        """Waits until all ranks make a call, before its first collective.
+
+        Args:
+            purpose: what the workers of local SGD meet for.
+            call: its name, for an error.
+
+        Raises:
+            RuntimeError: on all ranks, if another one has gone on instead, as far as that can be seen: with
+                ``batches``, or under local SGD.
+        """
+        if self._batches is not None and self._batches.places is not None:
+            self._batches.places.wait_for_all(call)
+        elif self._apart and self._workers is not None:
+            with named_if_long(call, self.collectives.size):
+                self._workers.meet(purpose)
 
     def describe(self) -> dict[str, Any]:
         """The description of the run for the manifest."""
@@ -154,7 +175,7 @@ class RunState:
             copy: whether to copy it to the CPU, so that training may continue; else it shares the run's tensors.
 
         Raises:
-            NotPlain: on some rank, after all exchanges, if the state of a part could not be read back.
+            Exception: on some rank, after all exchanges, if the state of a part could not be taken or read back.
             CheckpointError: in the same way, if weights or the optimizer's state are not finite.
         """
         own = random_state(self._device).to(self.collectives.device)
@@ -164,12 +185,14 @@ class RunState:
             # that was not saved. Otherwise the first rank writes the rows, and no other has to hold them.
             rows = self.collectives.gather(own) if self._apart else self.collectives.gather_at(0, own)
         state: dict[str, Any] = {} if rows is None else {"random": rows.cpu()}
-        failure: NotPlain | None = None
+        failure: Exception | None = None
         if self._loader is not None:
             mine = None
             try:
                 mine = plain(self._loader.state_dict(), "order")
-            except NotPlain as error:  # after the exchange, for which the other ranks wait
+            except (
+                Exception
+            ) as error:  # of the user's loader too; raised after the exchange, for which the other ranks wait
                 failure = error
             # a rank whose state failed takes part with None
             state["order"] = states_of_all(mine, self.collectives, name="order")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 from adabatch.adaptive import AdaptiveBatch
-from adabatch.arguments import require, shown
+from adabatch.arguments import level_of_the_user, require, shown
 from adabatch.batch.plan import Duration, Progress
 
 
@@ -30,6 +31,7 @@ class SaveTimes:
         self._saved: Progress | None = None  # what was consumed when the run was last saved or loaded
         self._counted_from = Progress() if batches is None else batches.consumed
         self._saved_at = time.monotonic()
+        self._asked = False
 
     def listen(self, *, first: bool) -> None:
         """Starts the votes by which the first rank announces, at each step, that its interval of time is over.
@@ -48,12 +50,24 @@ class SaveTimes:
         """
         if self._batches is None:
             raise ValueError("step() counts by the AdaptiveBatch: pass batches=, or call save() where it suits you")
+        self._asked = True
         consumed, due = self._batches.consumed, now or self._batches.votes.save
         if self._every is not None:
             unit = self._every.unit
             due = due or consumed.count(unit) - self._counted_from.count(unit) >= self._every.count
         # no step twice: `now`, at the end of a run, often follows the save of an interval, or a load
         return due and consumed != self._saved
+
+    def warn_if_never_asked(self) -> None:
+        """Warns of intervals that nobody asked about, so that what was trained since the last save is not saved."""
+        given = self._every is not None or self._every_seconds is not None
+        if given and not self._asked and self._batches is not None and self._batches.consumed != self._counted_from:
+            warnings.warn(
+                "every= or every_seconds= was given, but step() was never called, so that nothing was saved at these "
+                "intervals: call step() of the Checkpoints after each optimizer.step()",
+                RuntimeWarning,
+                stacklevel=level_of_the_user(),
+            )
 
     def saved(self) -> None:
         """The run was saved in its present state."""

@@ -37,6 +37,7 @@ class Heartbeat(StepObserver):
         moves: number of phases that it has entered.
         since: when it entered the last one, on this process's monotonic clock, in seconds.
         between: whether it is between two steps, where a run may take any time, to test or to save.
+        loops: number of loops over the steps that it has begun, and of states that it has loaded.
         alarm: raised when the next phase begins; set by a monitor once a rank is lost.
     """
 
@@ -45,12 +46,30 @@ class Heartbeat(StepObserver):
         self.moves = 0
         self.since = time.monotonic()
         self.between = True
+        self.loops = 0
         self.alarm: BaseException | None = None
 
     @property
     def still(self) -> float:
         """Seconds since the rank entered its last phase."""
         return time.monotonic() - self.since
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """How far the rank is: its loops over the steps, and the step in the last of them."""
+        return self.loops, -1 if self.place.step is None else self.place.step
+
+    def begin_loop(self, step: int) -> None:
+        """The rank begins a loop over the steps, of which ``step`` is the first.
+
+        It is no phase: until its first step a rank may take any time, and others wait for it.
+        """
+        self.loops += 1
+        self.place = Position(Phase.BEGIN, step)
+
+    def loaded(self) -> None:
+        """A state was loaded, whose step may be an earlier one."""
+        self.loops += 1
 
     def at(self, phase: Phase, moment: Moment) -> None:
         """The rank enters a phase.

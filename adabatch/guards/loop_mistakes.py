@@ -9,12 +9,15 @@ sync.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from adabatch.arguments import level_of_the_user
+from adabatch.guards.loss_mistakes import warn_of_loss
 from adabatch.guards.same_settings import failing_together
 from adabatch.runtime.collectives import digest_of
 from adabatch.runtime.engines.copies import fingerprint, shared_parameters
@@ -60,6 +63,8 @@ class LoopMistakes:
         self._rates: list[object] = []  # of the parameter groups, when the first backward began
         self._first = True
         self._steps = 0  # backwards that have begun
+        self._trains: bool | None = None  # whether the model was in training mode in the first step
+        self._warned_of_loss = False  # or has seen that there is nothing to warn of
 
     def begin_loop(self) -> None:
         """``steps()`` is called."""
@@ -83,14 +88,25 @@ class LoopMistakes:
                 f"layer) needs a new optimizer and a new AdaptiveBatch"
             )
 
-    def check_loss(self, loss: Tensor) -> None:
+    def check_loss(self, loss: Tensor, num_parts: int) -> None:
         """Checks, in the first step of a loop, that the loop does not scale the loss itself, beside the scaler.
 
+        Warns of a loss that is no mean.
+
+        Args:
+            loss: what ``step.backward`` is given.
+            num_parts: micro-batches of the step on this rank.
+
         Raises:
-            RuntimeError: if it does.
+            RuntimeError: if it is scaled.
         """
+        if not self._first_step:
+            return
+        if not self._warned_of_loss:
+            warn_of_loss(loss, num_parts)
+            self._warned_of_loss = True
         scale = self._engine.backward.scale
-        if not self._first_step or scale is None:
+        if scale is None:
             return
         by = getattr(loss.grad_fn, "_saved_other", None)  # of a product
         if isinstance(by, Tensor) and by.dim() == 0 and bool(by.detach() == scale(by.device)):  # host sync
@@ -140,6 +156,7 @@ class LoopMistakes:
         if self._first:
             self._first = False
             self._rates = self._rates_now()
+            self._warn_of_mode()
             self._check_empty()
         else:
             self.check_untouched()
@@ -196,6 +213,20 @@ class LoopMistakes:
     def forget(self) -> None:
         """The loop ended in the middle of a step."""
         self._left.clear()
+
+    def _warn_of_mode(self) -> None:
+        """Warns, once, if the model has left the training mode since the first step, as an evaluation leaves it."""
+        trains = self._engine.inner_model().training
+        if self._trains is None or trains:
+            self._trains = trains if self._trains is None else self._trains
+        elif self._trains:
+            self._trains = False
+            warnings.warn(
+                "the model is trained in evaluation mode, and was in training mode in the first step, so that dropout "
+                "and running statistics are off: call model.train() after an evaluation",
+                RuntimeWarning,
+                stacklevel=level_of_the_user(),
+            )
 
     def _check_empty(self) -> None:
         """Checks that no gradient is left from before, except for zeros."""

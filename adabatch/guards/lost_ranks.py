@@ -7,6 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
+class RankLost(RuntimeError):
+    """Another rank died, hangs or raised an error. The message says which one, in which phase, and what is known about
+    it."""
+
+
 class Report(NamedTuple):
     """The last report of a rank.
 

@@ -92,6 +92,7 @@ class RepeatedUpdates:
         self._measured = False
         self._scaled: list[tuple[Tensor, Tensor]] = []  # parameters, and some numbers of their scaled gradients
         self._applied: dict[Optimizer, list[_Applied]] = {}
+        self._filled: list[Optimizer] = []  # those whose parameters had a gradient when the micro-batches had run
         self._handles: list[RemovableHandle] = hook_step(optimizer, self._begins, self._ended)
         if isinstance(optimizer, JoinedOptimizers):  # it calls the closure itself, before it steps its optimizers
             self._handles.append(optimizer.register_step_pre_hook(called_weakly(self._joined_begins)))
@@ -109,13 +110,20 @@ class RepeatedUpdates:
             measured: whether a probe measured their gradient.
         """
         self._measured = measured
+        if self._engine.holds_gradients:
+            self._filled = [one for one in self._optimizers if next(_held(one), None) is not None]
         if self._engine.backward.scale is not None and self._engine.holds_gradients:
             # Copies of a few numbers, since torch does not count what a scaler writes.
             self._scaled = [(p, _glance(p).clone()) for p in islice(_held(*self._optimizers), _LOOKED_AT)]
 
+    def left_out(self) -> None:
+        """The loop leaves the update of the step out, and may clear its gradients."""
+        self._filled = []
+
     def step_over(self) -> None:
         """The loop leaves a step."""
         self._inside = False
+        self._filled = []
         self._applied.clear()
         self._scaled.clear()
 
@@ -129,6 +137,7 @@ class RepeatedUpdates:
     def _begins(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> None:
         self._refuse_closure(closure)
         if self._inside:
+            self._check_filled(optimizer)
             self._check_scaled(optimizer)
         applied = self._applied.get(optimizer)
         if self._inside and applied and all(each.unchanged() for each in applied):
@@ -146,6 +155,15 @@ class RepeatedUpdates:
             self._applied[optimizer] = [
                 _Applied(p, ref(grad), grad._version) for p in few if (grad := p.grad) is not None
             ]
+
+    def _check_filled(self, optimizer: Optimizer) -> None:
+        """Checks that the gradients of the step are still there."""
+        if optimizer in self._filled and next(_held(optimizer), None) is None:
+            raise RuntimeError(
+                f"the gradients of the step were cleared before optimizer.step() of the {type(optimizer).__name__}, "
+                f"which would change nothing: call zero_grad() after optimizer.step(). (To leave an update out, call "
+                f"leave_out() of the AdaptiveBatch)"
+            )
 
     def _check_scaled(self, optimizer: Optimizer) -> None:
         """Checks that the run was given the scaler that steps the optimizer, and that such a scaler steps it."""

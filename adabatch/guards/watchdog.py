@@ -9,15 +9,12 @@ from typing import Protocol, runtime_checkable
 from adabatch.arguments import checked
 from adabatch.guards.connections import Connections
 from adabatch.guards.heartbeat import Heartbeat
+from adabatch.guards.lost_ranks import RankLost
 from adabatch.guards.monitor import EXIT_RANK_LOST, Monitor
+from adabatch.guards.rank_places import RankPlaces
 from adabatch.runtime.collectives import Collectives, is_connection_lost
 
 __all__ = ["EXIT_RANK_LOST", "RankLost", "Watchdog"]
-
-
-class RankLost(RuntimeError):
-    """Another rank died, hangs or raised an error. The message says which one, in which phase, and what is known about
-    it."""
 
 
 @runtime_checkable
@@ -32,6 +29,16 @@ class WatchedRun(Protocol):
     @property
     def heartbeat(self) -> Heartbeat:
         """What this rank is doing now."""
+        ...
+
+
+@runtime_checkable
+class PlacedRun(Protocol):
+    """A run whose ranks can tell each other where they stand."""
+
+    @property
+    def places(self) -> RankPlaces | None:
+        """None if they cannot."""
         ...
 
 
@@ -85,11 +92,14 @@ class Watchdog:
         self._timeout = timeout
         self._grace = grace
         self._address = address
+        self._places = batches.places if isinstance(batches, PlacedRun) else None
         self._monitor: Monitor | None = None
 
     def __enter__(self) -> Watchdog:
         ranks = self._collectives
         if ranks.size > 1:
+            if self._places is not None:
+                self._places.wait_for_all("`with Watchdog(...)`")
             self._monitor = Monitor(
                 Connections(ranks, address=self._address, timeout=self._timeout),
                 ranks.rank,
@@ -112,13 +122,13 @@ class Watchdog:
             # Not stop(): a rank that closed its connections while others still train would look dead to them.
             monitor.leave()
             monitor.ended.wait()
-        # The error only says that some peer has gone. The monitors soon tell which rank, and that is what the user
-        # needs.
-        elif is_connection_lost(error):
+        # The error only says that a peer has gone, or what it has told. The monitors soon tell which rank, and where
+        # it was, and that is what the user needs.
+        elif _is_of_another(error):
             monitor.ended.wait(self._grace)
         if monitor.finding is not None:
             monitor.stop()
-            if error is None or is_connection_lost(error):
+            if error is None or _is_of_another(error):
                 raise RankLost(monitor.finding) from error
         elif error is None:
             monitor.stop()
@@ -126,3 +136,8 @@ class Watchdog:
             # The first line only: the rank prints its whole error itself.
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             monitor.fail(f"rank {self._collectives.rank} raised {said}, in {self._heartbeat.place}")
+
+
+def _is_of_another(error: BaseException) -> bool:
+    """Whether an error only says that another rank has ended."""
+    return isinstance(error, RankLost) or is_connection_lost(error)

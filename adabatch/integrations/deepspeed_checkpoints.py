@@ -118,6 +118,7 @@ class DeepSpeedCheckpoints:
             # of the order of the data only: the engine saves the optimizer
             warn_of_missing_parts(self._batches, self._batches.optimizer, self._parts.values())
             self._warned = True
+        self._wait_for_all("save() or step() of DeepSpeedCheckpoints")
         # A collective, so it comes before anything that may fail on one rank only.
         own = random_state(self._engine.device).to(self._ranks.device)
         with named_if_long("save() or step() of DeepSpeedCheckpoints", self._ranks.size):
@@ -191,6 +192,7 @@ class DeepSpeedCheckpoints:
                 this run cannot continue from it.
             CheckpointError: if another process uses the folder.
         """
+        self._wait_for_all("load() of DeepSpeedCheckpoints")
         failure: Exception | None = None
         try:
             if self._ranks.rank == 0 and self._folder.is_dir():
@@ -229,6 +231,10 @@ class DeepSpeedCheckpoints:
                 _log.warning("%s", setting)
         self._times.loaded()
         return Loaded(Path(path).parent, taken, (), kept)
+
+    def _wait_for_all(self, call: str) -> None:
+        if self._batches.places is not None:
+            self._batches.places.wait_for_all(call)
 
     def __enter__(self) -> Self:
         """Opens nothing."""

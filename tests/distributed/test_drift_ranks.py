@@ -20,7 +20,6 @@ from adabatch.guards import RanksDrifted
 from adabatch.guards.drift import AUTOMATIC, check_interval
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.engines.choice import engine_for
-from adabatch.runtime.observers.protocol import Phase
 
 pytestmark = pytest.mark.distributed
 
@@ -124,7 +123,7 @@ def test_by_default_the_first_step_is_checked_but_for_what_ddp_ignores(tmp_path)
 def in_the_last_steps(rank: int) -> list[str]:
     """A weight of the second rank is changed in the fourth step of a loop, by the default interval."""
     found = []
-    for num_steps in (25, 8):  # too few to be looked at
+    for num_steps in (25, 8):
         model = wrapped("DDP")
         optimizer = SGD(model.parameters(), lr=0.01)
         batches = AdaptiveBatch(model, optimizer, Constant(24), micro_batch_size=2)
@@ -146,7 +145,7 @@ def in_the_last_steps(rank: int) -> list[str]:
 def test_the_end_of_a_loop_is_checked_too(tmp_path):
     for long, short in run_ranks(in_the_last_steps, 2, tmp_path):
         assert long.startswith("before step 25, ranks 0 and 1 hold different weights")
-        assert short == Phase.BETWEEN
+        assert short.startswith("before step 8, ranks 0 and 1 hold different weights")
 
 
 def test_the_interval_by_itself() -> None:

@@ -54,7 +54,9 @@ def inverse(moment: Tensor, *, damping: float, trace: float, dtype: torch.dtype)
     factor, info = torch.linalg.cholesky_ex(scaled)
     # After a failure the factor may be singular, and cholesky_inverse() would raise; its result is not used then.
     factor.diagonal().masked_fill_(info != 0, 1.0)
-    return Inverted(Root(torch.cholesky_inverse(factor).div_(trace).to(moment.dtype)), info)
+    # LAPACK lays it out by columns. Ranks that receive it hold it by rows, and a product with another layout rounds
+    # differently, so that the weights of the ranks would drift apart.
+    return Inverted(Root(torch.cholesky_inverse(factor).div_(trace).to(moment.dtype).contiguous()), info)
 
 
 def power(moment: Tensor, exponent: float, *, damping: float, trace: float) -> Root:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-# Where loaders and samplers keep what they read from: torch, DeepSpeed and Accelerate.
-_INSIDE = ("dataloader", "base_dataloader", "sampler", "batch_sampler", "data_sampler", "dataset")
+# Where loaders and samplers keep what they read from: torch, DeepSpeed, Accelerate, and the bars of tqdm.
+_INSIDE = ("dataloader", "base_dataloader", "iterable", "sampler", "batch_sampler", "data_sampler", "dataset")
 
 
 @runtime_checkable
@@ -52,6 +52,6 @@ def _parts(loader: object) -> list[object]:
         found.append(part)
         # Not into a data set, whose attributes have other meanings.
         if name != "dataset":
-            inner = _INSIDE if part is loader or name.endswith("loader") else ("sampler", "batch_sampler")
+            inner = _INSIDE if part is loader or name.endswith(("loader", "iterable")) else ("sampler", "batch_sampler")
             waiting += [(each, getattr(part, each, None)) for each in inner]
     return found

@@ -14,7 +14,7 @@ from adabatch.batch.plan import BatchPlan
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.data.counting import WAY_OUT, num_examples_in, outline
 from adabatch.runtime.data.portions import Portion
-from adabatch.runtime.data.same_data import check_different, glance
+from adabatch.runtime.data.same_data import check_different, digest_of_one, glance
 
 _END = object()
 
@@ -68,6 +68,8 @@ class LoaderFeed:
         self._num_short = 0  # those among them below micro_batch_size
         self._short: str | None = None  # the error about the last of them, in case another follows
         self._may_be_short = _num_last_ones(loader)
+        # Of a stream that does not share itself out, each loading process begins with the same micro-batch.
+        self._firsts = _Firsts(self._may_be_short) if self._compares and self._may_be_short > 1 else None
 
     def take(self, plan: BatchPlan) -> Portion | None:
         """As many micro-batches as the plan accumulates, fewer at the end of the loader, then None."""
@@ -110,6 +112,8 @@ class LoaderFeed:
                     break
                 batches.append(batch)
                 sizes.append(self._size_of(batch, plan))
+                if self._firsts is not None:
+                    self._firsts.see(batch)
                 if looks:
                     glances.append(glance(batch))
             if looks and [glance(batch) for batch in batches] != glances:
@@ -181,6 +185,36 @@ class LoaderFeed:
 
     def consumed(self, portion: Portion) -> None:
         """Nothing to do: the loader keeps its own place."""
+
+
+class _Firsts:
+    """The first micro-batch of each loading process of a stream.
+
+    Args:
+        number: of processes.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._seen: list[float] = []
+
+    def see(self, batch: Any) -> None:
+        """The next micro-batch of the pass.
+
+        Raises:
+            ValueError: if two processes begin with the same examples, to the bit.
+        """
+        if len(self._seen) == self._number:
+            return
+        digest = digest_of_one(batch)
+        if digest is not None and digest in self._seen:
+            raise ValueError(
+                f"the {self._number} loading processes of the DataLoader give the same examples, to the bit: each "
+                f"would come {self._number} times, and the noise would look too small. Let the data set share its "
+                f"examples out by torch.utils.data.get_worker_info(), or give num_workers=1; if they are to come "
+                f"several times, say so: steps(..., allow_same_data=True)"
+            )
+        self._seen.append(math.nan if digest is None else digest)
 
 
 def _check_loader(loader: Any) -> None:

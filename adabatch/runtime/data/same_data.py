@@ -69,6 +69,12 @@ def glance(batch: Any) -> bytes:
         return b""
 
 
+def digest_of_one(batch: Any) -> float | None:
+    """A digest of a whole micro-batch; None if it cannot be compared, or its examples are all the same."""
+    digest = _digest([batch], None)
+    return None if digest == _NOTHING else digest
+
+
 def _digest(batches: Sequence[Any], limit: int | None) -> float:
     """A digest of 48 bits of the micro-batches, exact in float64; ``_NOTHING`` if they cannot be compared."""
     try:

@@ -141,7 +141,7 @@ class MPIGroup(dist.ProcessGroup):
         """The tensors of all ranks in one, by rank."""
         return self._allgather_base(output, input, opts)
 
-    def gather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
+    def gather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
         """The tensors of all ranks as a list by rank, on the root only."""
         for position, tensor in enumerate(input_tensors):
             if self.rank() != opts.rootRank:
@@ -154,7 +154,7 @@ class MPIGroup(dist.ProcessGroup):
                 output.copy_(_as(row, output))
         return _Done([output for outputs in output_tensors for output in outputs])
 
-    def scatter(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
+    def scatter(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
         """Each tensor of a list on the root, to the rank of its place."""
         for position, output in enumerate(output_tensors):
             rows = None

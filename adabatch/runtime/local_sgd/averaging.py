@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
+from weakref import finalize
 
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from adabatch.runtime.engines.engine import GradientSync
 from adabatch.runtime.engines.plain import PlainEngine
 from adabatch.runtime.local_sgd.compression import Compression
 from adabatch.runtime.local_sgd.engine import LocalWorkers
+from adabatch.runtime.local_sgd.meetings import Purpose
 from adabatch.runtime.local_sgd.memory import Memory
 from adabatch.runtime.local_sgd.outer import Average, OuterOptimizer
 from adabatch.runtime.local_sgd.periods import Period
@@ -33,6 +36,8 @@ from adabatch.runtime.optimizers.joined import each_of, joined, without_rate
 from adabatch.runtime.optimizers.ownership import remove_all, take_over
 from adabatch.runtime.optimizers.step_hooks import hook_step
 from adabatch.runtime.wrappers.fsdp2 import is_sharded
+
+_log = logging.getLogger("adabatch")
 
 _REMOVED = (
     "this LocalSGD has left its `with` block, or was removed, so that the workers would drift apart: run the loop "
@@ -171,6 +176,7 @@ class LocalSGD:
             group.copy_from_first(tensor)
         # last, so that a constructor that raises leaves no hook on the optimizer
         self._handles = hook_step(optimizer, self._before_step, self._after_step)
+        self._dropped = finalize(self, _warn_if_apart, self._rounds)
 
     @property
     def collectives(self) -> Collectives:
@@ -232,7 +238,7 @@ class LocalSGD:
         try:
             if kind is None and self._ended == _REMOVED:
                 # nothing is averaged any more, but a worker that did not remove its own is told
-                self._rounds.part()
+                self._rounds.come(Purpose.LEAVE)
             elif kind is None:
                 self._check_in_place()
                 self._rounds.leave()
@@ -252,10 +258,19 @@ class LocalSGD:
         self._check_in_place()
         self._rounds.end_round()
 
+    def meet(self, purpose: Purpose) -> None:
+        """Waits until all workers come for the same; ``Checkpoints`` asks for it.
+
+        Raises:
+            RuntimeError: on all workers, if others take steps, or have made other steps.
+        """
+        self._rounds.come(purpose)
+
     def remove(self) -> None:
         """Removes the hooks from the optimizer. Nothing is averaged any more."""
         # the first reason stays: an object that was replaced leaves its block, too
         self._ended = self._ended or _REMOVED
+        self._dropped.detach()
         remove_all(self._handles)
 
     def give_way(self) -> None:
@@ -357,6 +372,16 @@ class LocalSGD:
         # counts of the run, not of this process
         traffic = self._rounds.exchange.traffic
         traffic.bytes_sent, traffic.seconds_waited = state["bytes_sent"], state["seconds_waited"]
+
+
+def _warn_if_apart(rounds: Rounds) -> None:
+    """Warns, when a ``LocalSGD`` is dropped or the process ends, of workers that were not averaged last."""
+    if rounds.workers.size > 1 and rounds.memory.apart:
+        _log.warning(
+            "the workers of LocalSGD hold different parameters at its end: the last %d step(s) were not averaged. Run "
+            "the loop inside `with LocalSGD(...)`, or call synchronize() after it",
+            rounds.memory.step_in_round,
+        )
 
 
 def _who(

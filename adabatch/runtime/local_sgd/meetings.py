@@ -92,13 +92,17 @@ class LocalSteps:
 class Purpose(IntEnum):
     """What workers meet for."""
 
-    BEGIN, AVERAGE, LEAVE = range(3)
+    BEGIN, AVERAGE, LEAVE, SAVE, LOAD, MAKE, CLOSE = range(7)
 
 
 _DOES = {
     Purpose.BEGIN: "begins a round",
     Purpose.AVERAGE: "reaches an average",
     Purpose.LEAVE: "leaves the block",
+    Purpose.SAVE: "saves a checkpoint",
+    Purpose.LOAD: "loads a checkpoint",
+    Purpose.MAKE: "makes a Checkpoints",
+    Purpose.CLOSE: "closes its Checkpoints",
 }
 
 
@@ -227,13 +231,13 @@ class Meetings:
                 rows = self._everyone.gather_of(*row)
             self._check([Row(*each) for each in rows], self._everyone)
 
-    def leave(self, place: Place) -> None:
-        """This worker leaves the block.
+    def come(self, place: Place, purpose: Purpose) -> None:
+        """This worker comes for something that all do, and that is none of a round.
 
         Raises:
             RuntimeError: as in ``begin``.
         """
-        self.told(self.tell(0.0, place, Purpose.LEAVE))
+        self.told(self.tell(0.0, place, purpose))
 
     def tell(self, count: float, place: Place, purpose: Purpose = Purpose.AVERAGE, *, seconds: float = 0.0) -> Started:
         """Starts to tell the other workers where this one stands.
@@ -261,28 +265,29 @@ class Meetings:
 
     # --- on the gradient --------------------------------------------------------------------------------------------
 
-    def bits(self, place: Place, *, leaves: bool = False) -> list[float]:
+    def bits(self, place: Place, purpose: Purpose = Purpose.AVERAGE) -> list[float]:
         """What rides on a gradient that is averaged: this worker's digest, as numbers that any data type holds.
 
         Args:
             place: see there.
-            leaves: whether this worker leaves the block, and its gradient is none of a step.
+            purpose: what this worker comes for; the gradient is none of a step if that is no average.
         """
         self.place = place
         counts = self.applied.steps, self.applied.examples, self.num_missed
-        # a worker that leaves takes no step with its present settings
-        steps = self.local_steps.digest() if leaves else self.local_steps.digest_with_present()
-        digest = digest_of_numbers([steps, *counts])
-        ones = [float(leaves), *(float(digest >> place & 1) for place in range(_BITS))]
+        steps_now = purpose == Purpose.AVERAGE
+        # a worker that comes for something else takes no step with its present settings
+        steps = self.local_steps.digest_with_present() if steps_now else self.local_steps.digest()
+        digest = digest_of_numbers([steps, *counts, purpose])
+        ones = [float(not steps_now), *(float(digest >> place & 1) for place in range(_BITS))]
         # Of each bit its opposite, too: only if all agree, one of the two is zero in the sum, whatever is rounded.
         return [*ones, *(1 - one for one in ones), float(self._mistake is not None)]
 
-    def check_bits(self, means: Sequence[float], *, leaves: bool = False) -> None:
+    def check_bits(self, means: Sequence[float], purpose: Purpose = Purpose.AVERAGE) -> None:
         """Checks the means of the bits of all workers.
 
         Args:
             means: of each bit.
-            leaves: as for ``bits``.
+            purpose: as for ``bits``.
 
         Raises:
             RuntimeError: on all of them, if they differ, or if one has made a mistake.
@@ -292,11 +297,10 @@ class Meetings:
         if mistake:
             raise_first(self._mistake, self._workers)
         differ = [bool(one and zero) for one, zero in zip(ones, zeros, strict=True)]
-        if differ[0]:
-            row = self._row(0.0, Purpose.LEAVE if leaves else Purpose.AVERAGE, self.place, 0)
-            self._check([Row(*each) for each in self._workers.gather_of(*row)], self._workers)
         if any(differ):
-            self._raise_difference(self._workers, present=not leaves)
+            row = self._row(0.0, purpose, self.place, 0)
+            _check_purposes([Row(*each) for each in self._workers.gather_of(*row)])
+            self._raise_difference(self._workers, present=purpose == Purpose.AVERAGE)
 
     # --- errors -----------------------------------------------------------------------------------------------------
 
@@ -310,12 +314,7 @@ class Meetings:
         # From the cause to its effects: a worker that made a mistake often differs in all that is compared below, too.
         if any(row.mistake for row in rows):
             raise_first(self._mistake, ranks)
-        if any(row.purpose != first.purpose for row in rows):
-            doing = "; ".join(
-                f"worker {index} {_DOES[Purpose(int(row.purpose))]} after {row.steps:.0f} steps"
-                for index, row in enumerate(rows)
-            )
-            raise RuntimeError(f"the workers are doing different things: {doing}. {_ALL_MUST}")
+        _check_purposes(rows)
         if self._by_speed:
             self._check_rounds(rows)
             return
@@ -369,6 +368,23 @@ class Meetings:
 
 
 _ALL_MUST = "all must call optimizer.step() equally often (a GradScaler leaves calls out)"
+
+_ALL_SAVE = (
+    "All must save, load and close after the same step, and not under `if rank == 0`; with by_speed=True after the "
+    "same round, when local.step_in_round is 0"
+)
+
+
+def _check_purposes(rows: Sequence[Row]) -> None:
+    purposes = {Purpose(int(row.purpose)) for row in rows}
+    if len(purposes) == 1:
+        return
+    doing = "; ".join(
+        f"worker {index} {_DOES[Purpose(int(row.purpose))]} after {row.steps:.0f} steps"
+        for index, row in enumerate(rows)
+    )
+    steps_only = purposes <= {Purpose.BEGIN, Purpose.AVERAGE, Purpose.LEAVE}
+    raise RuntimeError(f"the workers are doing different things: {doing}. {_ALL_MUST if steps_only else _ALL_SAVE}")
 
 
 def _raise_rounds(rows: Sequence[Row]) -> NoReturn:

@@ -174,6 +174,7 @@ class Memory:
             "num_workers": num_workers,
             "outer": type(settings.outer).__name__,
             "compression": settings.compression,
+            "by_speed": settings.by_speed,
             **{name: getattr(self, name) for name in _NUMBERS},
             "local_steps": None if present is None else present.local_steps,
             "lr": None if present is None else present.lr,
@@ -201,11 +202,16 @@ class Memory:
             settings: of the run that loads.
 
         Raises:
-            ValueError: if the state has a newer format, or belongs to another model, outer optimizer or number of
-                fragments, or to another number of workers although they held different parameters when it was saved
-                or it contains compression errors.
+            ValueError: if the state has a newer format, or belongs to workers that stepped by their speed, while these
+                do not; or to another model, outer optimizer or number of fragments; or to another number of workers,
+                although they held different parameters when it was saved or it contains compression errors.
         """
         require_format("the state of local SGD", state["format"], STATE_FORMAT)
+        if state.get("by_speed", False) and not settings.by_speed and num_workers > 1:
+            raise ValueError(
+                "the state was saved with by_speed=True, so that the workers have taken different numbers of steps, "
+                "and workers that step alike would wait for each other at different places: give by_speed=True"
+            )
         same_parts = [tuple(each["places"]) for each in state["fragments"]] == list(dealt)
         if not same_parts and sum(len(each["places"]) for each in state["fragments"]) != len(pieces):
             raise ValueError(

@@ -11,6 +11,7 @@ from adabatch.batch.plan import Progress
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.local_sgd.averages import WorkerAverages
 from adabatch.runtime.local_sgd.fragments import deal, due
+from adabatch.runtime.local_sgd.meetings import Purpose
 from adabatch.runtime.local_sgd.memory import Fragment, Memory
 from adabatch.runtime.local_sgd.pace import StepClock, own_steps
 from adabatch.runtime.local_sgd.periods import Fixed, RoundStart
@@ -65,7 +66,6 @@ class Rounds:
         self._stepped: set[Optimizer] = set()  # those of several optimizers that have stepped since the last local step
         self._standing: tuple[Progress, float] | None = None
         self._gradient_averaged = False
-        self._by_gradient = False  # whether the last step averaged its gradient
         self._clock = StepClock(replica.device) if settings.by_speed else None
 
     @property
@@ -93,9 +93,8 @@ class Rounds:
             self.memory.round = self._begin_round()
         return self.memory.round
 
-    def _begin_round(self) -> Round:
-        if self._standing is None:
-            self._check_units()
+    def _next_round(self) -> tuple[Round, bool]:
+        """The round that the next step would begin, and whether it begins without a meeting."""
         progress, factor = self._standing or (Progress(steps=self.memory.steps), 1.0)
         # Host sync if a rate is on an accelerator, once per round.
         rates = [group for group in self._optimizer.param_groups if group.get("lr") is not None]
@@ -108,7 +107,13 @@ class Rounds:
         # Synchronous rounds of a single step are not compared: that would cost a reduction at every step.
         # In the background they are told so with what they send: here they would wait for each other.
         known = isinstance(self.settings.period, Fixed) and begun.local_steps == 1
-        if not known and not self.settings.overlap:
+        return begun, known or bool(self.settings.overlap)
+
+    def _begin_round(self) -> Round:
+        if self._standing is None:
+            self._check_units()
+        begun, without_meeting = self._next_round()
+        if not without_meeting:
             self.meetings.begin(self.memory.place(begun))
         if self.settings.by_speed and begun.local_steps > 1:
             # A step for each fragment: workers that average two after the same step, and others that do not, would
@@ -117,6 +122,9 @@ class Rounds:
             own = own_steps(begun.local_steps, self.memory.seconds, self.workers.rank, at_least=least)
             return begun._replace(local_steps=own)
         return begun
+
+    def _counts_units(self) -> bool:
+        return all(duration.unit == "steps" for duration in self.settings.durations)
 
     def _check_units(self) -> None:
         for duration in self.settings.durations:
@@ -132,14 +140,14 @@ class Rounds:
             self.replica.put_gradients(self._mean_gradients())
             self._gradient_averaged = True
 
-    def _mean_gradients(self, *, leaves: bool = False) -> list[Tensor | None]:
+    def _mean_gradients(self, purpose: Purpose = Purpose.AVERAGE) -> list[Tensor | None]:
         """The mean gradient of all workers, which compare what they have done."""
         place = self.memory.place()
         with self.meetings.reporting(place):
             mean, told = self.replica.mean_gradients(
-                self.exchange, weight=1 / self.workers.size, riding=self.meetings.bits(place, leaves=leaves)
+                self.exchange, weight=1 / self.workers.size, riding=self.meetings.bits(place, purpose)
             )
-        self.meetings.check_bits(told, leaves=leaves)
+        self.meetings.check_bits(told, purpose)
         return mean
 
     def before_step(self, optimizer: Optimizer) -> None:
@@ -184,7 +192,6 @@ class Rounds:
         self.leaves_out = False
         self._gradient_averaged = False
         memory, present = self.memory, self.present()
-        self._by_gradient = present.by_gradient
         memory.steps += 1
         memory.step_in_round += 1
         memory.bytes_synchronous += self.exchange.ring_bytes(self.replica.pieces())
@@ -219,16 +226,30 @@ class Rounds:
     def leave(self) -> None:
         """The loop is over: averages all in which the workers differ, and compares their last steps."""
         self.end_round()
-        self.part()
+        self.come(Purpose.LEAVE)
 
-    def part(self) -> None:
-        """This worker takes no further step: it tells the others, and compares its last steps with theirs."""
-        if self._by_gradient and self.present().by_gradient:
-            # Workers that take another step send a gradient. One that leaves sends something of the same shape, since
-            # a transport such as gloo aborts the process if shapes differ.
-            self._mean_gradients(leaves=True)
+    def come(self, purpose: Purpose) -> None:
+        """This worker comes for something else than a step, which all of them do: it compares its last steps with
+        theirs.
+
+        Raises:
+            RuntimeError: on all workers, if others come for something else, or have made other steps.
+        """
+        if self._next_sends_gradient():
+            # Workers that take another step send a gradient. One that does not sends something of the same shape,
+            # since a transport such as gloo aborts the process if shapes differ.
+            self._mean_gradients(purpose)
         else:
-            self.meetings.leave(self.memory.place())
+            self.meetings.come(self.memory.place(), purpose)
+
+    def _next_sends_gradient(self) -> bool:
+        """Whether the first that a worker would send in its next step is its gradient."""
+        if self.memory.round is not None:
+            return self.memory.round.by_gradient
+        if self._standing is None and not self._counts_units():  # it would be an error
+            return False
+        begun, without_meeting = self._next_round()
+        return begun.by_gradient and without_meeting
 
     def state_dict(self) -> dict[str, Any]:
         """That of the memory, after all that is under way has arrived.

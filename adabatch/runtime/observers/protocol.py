@@ -17,6 +17,7 @@ class Phase(StrEnum):
     """What a rank is doing, in the words of a watchdog's errors."""
 
     START = "the time before the first step"
+    BEGIN = "the beginning of steps()"
     DRIFT_CHECK = "the check for drift"
     LOADING = "the loading"
     TRIAL = "the trial of a larger micro-batch"
