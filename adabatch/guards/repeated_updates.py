@@ -158,7 +158,9 @@ class RepeatedUpdates:
 
     def _check_filled(self, optimizer: Optimizer) -> None:
         """Checks that the gradients of the step are still there."""
-        if optimizer in self._filled and next(_held(optimizer), None) is None:
+        # Only before the first update of the step; what the loop does after it is its own affair.
+        first = optimizer in self._filled and optimizer not in self._applied
+        if first and next(_held(optimizer), None) is None:
             raise RuntimeError(
                 f"the gradients of the step were cleared before optimizer.step() of the {type(optimizer).__name__}, "
                 f"which would change nothing: call zero_grad() after optimizer.step(). (To leave an update out, call "
