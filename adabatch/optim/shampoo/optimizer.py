@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,26 @@ from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
 from adabatch.optim.shampoo import statistics
 from adabatch.optim.shampoo.blocks import Blocks
 from adabatch.optim.shampoo.checks import check_group
+
+
+class Pending(NamedTuple):
+    """A parameter whose gradient is in its averages, and whose update is still to come.
+
+    Args:
+        param: the parameter.
+        name: its name for the owner.
+        group: its group.
+        form: how it is cut into blocks.
+        blocks: its whole gradient in blocks; None on the ranks that do not have it.
+        refresh: whether its roots are due.
+    """
+
+    param: Tensor
+    name: str
+    group: dict[str, Any]
+    form: Blocks
+    blocks: Tensor | None
+    refresh: bool
 
 
 class Shampoo(Optimizer):
@@ -46,6 +66,12 @@ class Shampoo(Optimizer):
     rate falls with width; with 1e-2, or with fresh roots, it does not. So the default is 1e-2, or 1e-3 if
     ``refresh_every=1``.
 
+    *Leading eigenvectors.* An eigenvalue below a tenth of the damping hardly changes the root. In float32, if these are
+    three quarters or more of a side of at least 128, as in wide layers, they are all taken for their mean, which
+    changes the root by at most a tenth of its exponent. Only the other eigenvectors are computed, by subspace iteration
+    from those of the last refresh, in a tenth of the time. The whole statistic is decomposed again where that does not
+    converge.
+
     *Ranks.* With ``Shampoo(params, **adabatch.across_ranks(model))`` one rank, the owner, computes the roots of each
     parameter; parameters are assigned such that costs are balanced. Under DDP the roots are sent to the other ranks.
     Under FSDP2 each gradient is gathered at its owner, which updates the statistics and scatters the update. The other
@@ -63,7 +89,8 @@ class Shampoo(Optimizer):
             Their memory is in steps, whatever the interval. With 4 a step is cheaper, and a run took a seventh more
             steps (``benchmarks/LOG.md``).
         refresh_every: most steps between two computations of the roots. They are computed whenever a parameter has
-            taken a quarter more steps, until this is the interval.
+            taken a quarter more steps, until this is the interval. On MNIST 5 took fewer steps than 10, which left some
+            runs at large batches behind, and as many as 2 (``benchmarks/LOG.md``).
         refresh_warmup: number of first steps of a parameter in which its roots are always computed.
         block_size: longest side of a block. Larger matrices are cut into blocks with separate statistics, padded with
             zeros at the edges. The width rule then changes (``mup.ShampooLaw(block_size=...)``) and has a kink at the
@@ -91,7 +118,7 @@ class Shampoo(Optimizer):
 
     Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Every rank
     allocates all statistics and roots, and all blocks of a parameter have one owner. Without an ``owner`` every rank
-    computes all roots; under FSDP2 each then gathers whole gradients. Roots are computed in float32, with a check, if
+    computes all roots; under FSDP2 each then holds all whole gradients. Roots are computed in float32, with a check, if
     epsilon is relative and at least 1e-3, else in float64 (on the CPU for devices without it); everything else in at
     least float32.
 
@@ -116,7 +143,7 @@ class Shampoo(Optimizer):
         relative: bool = True,
         beta: float = 0.95,
         observe_every: int = 1,
-        refresh_every: int = 10,
+        refresh_every: int = 5,
         refresh_warmup: int = 10,
         block_size: int | None = None,
         momentum: float = 0.0,
@@ -174,6 +201,8 @@ class Shampoo(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("observe_every", 1)  # checkpoints from before it was an option
+        for entry in self.state.values():
+            statistics.complete(entry)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -202,12 +231,16 @@ class Shampoo(Optimizer):
         check_ratios(self)
         names = self._names()
         check_in_place(names, self.state, "Shampoo")
-        unfit: dict[Tensor, bool] = {}
-        updates: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None and param.numel()]
-            if params:
-                updates.append((group, params, [self._precondition(p, names[p], group, unfit) for p in params]))
+        groups = [
+            (group, [param for param in group["params"] if param.grad is not None and param.numel()])
+            for group in self.param_groups
+        ]
+        pending = {
+            param: self._observe(param, names[param], group) for group, params in groups if params for param in params
+        }
+        # Each rank computes its own roots before it meets the others, which compute theirs meanwhile.
+        unfit = {param: not self._refresh(each) for param, each in pending.items() if each.refresh}
+        updates = [(group, params, [self._direction(pending[p]) for p in params]) for group, params in groups if params]
         # Before any parameter moves, so that a step that raises leaves the weights as they were.
         self._check_finite(unfit)
         for group, params, directions in updates:
@@ -256,11 +289,8 @@ class Shampoo(Optimizer):
             if int(state["step"]):
                 self._owner.catch_up(name, statistics.of_sides(state))
 
-    def _precondition(self, param: Tensor, name: str, group: dict[str, Any], unfit: dict[Tensor, bool]) -> Tensor:
-        """Updates a parameter's statistics, and returns its update in the shape and layout of the parameter.
-
-        If its roots are due, sets ``unfit[param]``: whether this rank found its statistics not finite.
-        """
+    def _observe(self, param: Tensor, name: str, group: dict[str, Any]) -> Pending:
+        """Counts a step of a parameter, and adds its gradient to the averages on the ranks that have all of it."""
         grad, state = param.grad, self.state[param]
         assert grad is not None
         if grad.layout != torch.strided:
@@ -278,13 +308,27 @@ class Shampoo(Optimizer):
         if blocks is not None and due.follow:
             # Before the roots, so that those of a first step are not the roots of zeros.
             statistics.follow(state, blocks)
-        if due.refresh:
-            unfit[param] = self._owner.owns(name) and not statistics.refresh(state, group, self.fallbacks)
-            self._owner.share(name, statistics.roots_of(state))
+        return Pending(param, name, group, form, blocks, due.refresh)
+
+    def _refresh(self, pending: Pending) -> bool:
+        """Computes the roots of a parameter on its owner; returns whether they could be, as far as this rank knows."""
+        if not self._owner.owns(pending.name):
+            return True
+        return statistics.refresh(self.state[pending.param], pending.group, self.fallbacks)
+
+    def _direction(self, pending: Pending) -> Tensor:
+        """The update of a parameter in its shape and layout, by the owner's roots."""
+        param, name, state = pending.param, pending.name, self.state[pending.param]
+        if pending.refresh:
+            roots = statistics.roots_of(state)
+            self._owner.share(name, roots)
+            if not self._owner.owns(name):
+                statistics.take_ranks(state, roots)
+        assert param.grad is not None
         update = None
-        if blocks is not None:
-            update = form.join(statistics.precondition(state, blocks), param.shape)
-        return _as(self._owner.scatter(name, update, grad.to(state["left"].dtype)), param)
+        if pending.blocks is not None:
+            update = pending.form.join(statistics.precondition(state, pending.blocks), param.shape)
+        return _as(self._owner.scatter(name, update, param.grad.to(state["left"].dtype)), param)
 
     def _check_finite(self, unfit: dict[Tensor, bool]) -> None:
         """Raises on all ranks if one of them found statistics that are not finite."""

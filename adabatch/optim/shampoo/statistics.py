@@ -1,7 +1,7 @@
 """Shampoo's state of one parameter: the statistics of its blocks on one or two sides, and their inverse roots.
 
-The keys are "left" and "right", shape (num_blocks, side, side); "left_root" and "right_root", same shape; "step"; and
-"weight", the sum of the weights in the averages so far. Vectors have no "right".
+The keys are "left" and "right", shape (num_blocks, side, side); "left_root", "left_scale" and "left_rank" (`Root`), and
+those of the right; "step"; and "weight", the sum of the weights in the averages so far. Vectors have no "right".
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from adabatch.optim.shampoo.blocks import Blocks
-from adabatch.optim.shampoo.roots import SINGLE_EPSILON, inverse_root, refreshed
+from adabatch.optim.shampoo.leading import Root, followed, leading, root_rows
+from adabatch.optim.shampoo.roots import (
+    SINGLE_EPSILON,
+    decomposed,
+    has_no_eigh,
+    inverse_root,
+    refreshed,
+    root_matrix,
+)
 
 State = MutableMapping[str, Tensor]
 Group = Mapping[str, Any]
@@ -49,6 +57,8 @@ def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
         for key in (name, f"{name}_root"):
             # Roots of zero: without a first refresh nothing moves.
             state[key] = torch.zeros(down * across, length, length, dtype=dtype, device=param.device)
+        state[f"{name}_scale"] = torch.zeros(down * across, dtype=dtype, device=param.device)
+        state[f"{name}_rank"] = torch.zeros(())
     if group["momentum"] != 0:
         state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
     return state
@@ -56,7 +66,7 @@ def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
 
 def move(state: State, device: torch.device) -> None:
     """Moves statistics and roots to a device; the counts stay on the CPU, where reading them needs no sync."""
-    for key in state.keys() - {"step", "weight"}:
+    for key in state.keys() - {"step", "weight", "left_rank", "right_rank"}:
         state[key] = state[key].to(device)
 
 
@@ -66,8 +76,26 @@ def of_sides(state: State) -> list[Tensor]:
 
 
 def roots_of(state: State) -> list[Tensor]:
-    """The roots of all sides."""
-    return [state[f"{side}_root"] for side in _sides(state)]
+    """All that a gradient is multiplied by, on its device: the roots of all sides, their scales and their ranks."""
+    found = []
+    for side in _sides(state):
+        scale = state[f"{side}_scale"]
+        found += [state[f"{side}_root"], scale, state[f"{side}_rank"].to(scale)]
+    return found
+
+
+def take_ranks(state: State, roots: list[Tensor]) -> None:
+    """Sets the ranks, which stay on the CPU, to those in the result of ``roots_of``, which the owner has filled in."""
+    for side, rank in zip(_sides(state), roots[2::3], strict=True):
+        state[f"{side}_rank"].copy_(rank)  # host sync
+
+
+def complete(state: State) -> None:
+    """Adds what checkpoints from before roots had ranks do not hold."""
+    for side in _sides(state):
+        roots = state[f"{side}_root"]
+        state.setdefault(f"{side}_scale", roots.new_zeros(len(roots)))
+        state.setdefault(f"{side}_rank", torch.zeros(()))
 
 
 def cost(state: State) -> float:
@@ -130,24 +158,61 @@ def refresh(state: State, group: Group, fallbacks: MutableMapping[str, int]) -> 
     epsilon = group["epsilon"]
     if epsilon is None:
         epsilon = FRESH_EPSILON if group["refresh_every"] == 1 else STALE_EPSILON
-    root_of = partial(
-        inverse_root,
-        exponent=group["exponent"] if "right" in state else 0.5,
-        epsilon=epsilon,
-        relative=group["relative"],
-    )
-    single = group["relative"] and epsilon >= SINGLE_EPSILON
+    exponent = group["exponent"] if "right" in state else 0.5
+    root_of = partial(inverse_root, exponent=exponent, epsilon=epsilon, relative=group["relative"])
     for side in _sides(state):
-        if not torch.isfinite(state[side]).all():  # host sync, as the eigenvalues are
+        matrices = state[side]
+        # No entry of such a matrix is larger than the largest on its diagonal, which so shows what is not finite.
+        if not torch.isfinite(matrices.diagonal(dim1=-2, dim2=-1)).all():  # host sync
             return False
-        state[f"{side}_root"] = refreshed(state[side], state[f"{side}_root"], fallbacks, root_of, single=single)
+        single = group["relative"] and epsilon >= SINGLE_EPSILON and matrices.dtype is torch.float32
+        if single and not has_no_eigh(matrices):
+            if _refresh_single(state, side, exponent=exponent, epsilon=epsilon):
+                continue
+            fallbacks["float64"] += 1
+        whole = root(state, side).matrix()
+        _set_whole(state, side, refreshed(matrices, whole, fallbacks, root_of))
     return True
+
+
+def _refresh_single(state: State, side: str, *, exponent: float, epsilon: float) -> bool:
+    """Computes the roots of one side in float32, from the leading eigenvectors where they suffice; returns whether the
+    decomposition was exact enough."""
+    matrices, rank = state[side], int(state[f"{side}_rank"])
+    few = None
+    if rank:
+        few = followed(matrices, state[f"{side}_root"][:, :rank], epsilon=epsilon, seed=int(state["step"]))
+    if few is None:
+        eigen = decomposed(matrices, epsilon=epsilon)
+        if eigen is None:
+            return False
+        few = leading(eigen, epsilon=epsilon)
+        if few is None:
+            _set_whole(state, side, root_matrix(eigen, exponent=exponent, epsilon=epsilon, relative=True))
+            return True
+    rows, scale = root_rows(matrices, few, exponent=exponent, epsilon=epsilon)
+    # The whole square is kept, so that checkpoints and broadcasts have one shape; a product reads only the rows.
+    state[f"{side}_root"][:, : rows.shape[1]] = rows
+    state[f"{side}_root"][:, rows.shape[1] :] = 0
+    state[f"{side}_scale"] = scale
+    state[f"{side}_rank"].fill_(rows.shape[1])
+    return True
+
+
+def _set_whole(state: State, side: str, roots: Tensor) -> None:
+    state[f"{side}_root"] = roots
+    state[f"{side}_rank"].zero_()
+
+
+def root(state: State, side: str) -> Root:
+    """The roots of one side."""
+    return Root(state[f"{side}_root"], state[f"{side}_scale"], int(state[f"{side}_rank"]))
 
 
 def precondition(state: State, blocks: Tensor) -> Tensor:
     """The update for a gradient, both in blocks."""
-    update = state["left_root"] @ blocks
-    return update @ state["right_root"] if "right_root" in state else update
+    update = root(state, "left").of_rows(blocks)
+    return root(state, "right").of_columns(update) if "right" in state else update
 
 
 def _sides(state: State) -> Iterator[str]:
