@@ -60,7 +60,7 @@ class Shampoo(Optimizer):
     multiplied by sqrt(fan-out ratio / fan-in ratio). A relative epsilon does not change with width; an absolute one
     does.
 
-    *Stale roots.* The statistics are updated in every step, the roots are not. In between, a gradient has components
+    *Stale roots.* The roots are not computed in every step. In between, a gradient has components
     that the roots do not contain. These grow by up to ``epsilon^-2e`` more than the others, particularly in wide
     layers. With ``epsilon=1e-3`` and roots that are ten steps old, the largest stable learning
     rate falls with width; with 1e-2, or with fresh roots, it does not. So the default is 1e-2, or 1e-3 if
@@ -85,12 +85,13 @@ class Shampoo(Optimizer):
         relative: whether epsilon is in units of the largest eigenvalue, or absolute, in squared units of the gradient.
         beta: factor of the moving averages per step, in [0, 1). The averages are running means at first, so they are
             not biased towards zero. May be changed during a run.
-        observe_every: steps between two updates of the statistics; a step that computes roots always updates them.
-            Their memory is in steps, whatever the interval. With 4 a step is cheaper, and a run took a seventh more
-            steps (``benchmarks/LOG.md``).
+        observe_parts: each step after the refresh warm-up adds one in so many columns of a gradient to the left
+            statistic and one in so many rows to the right one, in turn and with so many times the weight. Sides of
+            fewer than 32 times as many are added whole. On MNIST 4 took as many steps as 1 or fewer, for a quarter of
+            the time of the statistics (``benchmarks/LOG.md``).
         refresh_every: most steps between two computations of the roots. They are computed whenever a parameter has
-            taken a quarter more steps, until this is the interval. On MNIST 5 took fewer steps than 10, which left some
-            runs at large batches behind, and as many as 2 (``benchmarks/LOG.md``).
+            taken a quarter more steps, until this is the interval. On MNIST 3 took fewer steps than 5 at large batches,
+            and with 10 some runs did not arrive (``benchmarks/LOG.md``).
         refresh_warmup: number of first steps of a parameter in which its roots are always computed.
         block_size: longest side of a block. Larger matrices are cut into blocks with separate statistics, padded with
             zeros at the edges. The width rule then changes (``mup.ShampooLaw(block_size=...)``) and has a kink at the
@@ -142,8 +143,8 @@ class Shampoo(Optimizer):
         epsilon: float | None = None,
         relative: bool = True,
         beta: float = 0.95,
-        observe_every: int = 1,
-        refresh_every: int = 5,
+        observe_parts: int = 4,
+        refresh_every: int = 3,
         refresh_warmup: int = 10,
         block_size: int | None = None,
         momentum: float = 0.0,
@@ -162,7 +163,7 @@ class Shampoo(Optimizer):
             "epsilon": epsilon,
             "relative": relative,
             "beta": beta,
-            "observe_every": observe_every,
+            "observe_parts": observe_parts,
             "refresh_every": refresh_every,
             "refresh_warmup": refresh_warmup,
             "block_size": block_size,
@@ -200,7 +201,7 @@ class Shampoo(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("observe_every", 1)  # checkpoints from before it was an option
+            group.setdefault("observe_parts", 1)  # checkpoints from before it was an option
         for entry in self.state.values():
             statistics.complete(entry)
 
@@ -304,11 +305,11 @@ class Shampoo(Optimizer):
         form = Blocks.of(param.shape, group["block_size"])
         blocks = None if whole is None else _blocks(whole, form, state["left"].dtype, negative=group["maximize"])
         # On every rank, with or without the gradient: the counts tell all of them when to meet in share().
-        due = statistics.count(state, group)
-        if blocks is not None and due.follow:
+        refresh = statistics.count(state, group)
+        if blocks is not None:
             # Before the roots, so that those of a first step are not the roots of zeros.
-            statistics.follow(state, blocks)
-        return Pending(param, name, group, form, blocks, due.refresh)
+            statistics.follow(state, group, blocks)
+        return Pending(param, name, group, form, blocks, refresh)
 
     def _refresh(self, pending: Pending) -> bool:
         """Computes the roots of a parameter on its owner; returns whether they could be, as far as this rank knows."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ STALE_EPSILON = 1e-2
 FRESH_EPSILON = 1e-3
 SHARE_OF_AGE = 0.25
 """Age of the roots, as a share of the steps so far, at which new ones are computed."""
+SHORTEST_PART = 32
+"""Fewest columns or rows that a step adds to a statistic, if there are more; fewer would save no time."""
 LONGEST_SIDE = 16384
 """Longest side of a statistic, which then takes a gigabyte in float32."""
 
@@ -103,27 +105,11 @@ def cost(state: State) -> float:
     return float(sum(len(each) * each.shape[-1] ** 3 for each in of_sides(state)))
 
 
-class Due(NamedTuple):
-    """What a step does besides moving the parameter.
-
-    Args:
-        follow: the gradient is added to the averages.
-        refresh: roots are computed.
-    """
-
-    follow: bool
-    refresh: bool
-
-
-def count(state: State, group: Group) -> Due:
-    """Counts a step; returns what is due in it."""
+def count(state: State, group: Group) -> bool:
+    """Counts a step; returns whether roots are computed in it."""
     state["step"] += 1
-    step = int(state["step"])
-    refresh = refreshes(step, warmup=int(group["refresh_warmup"]), every=int(group["refresh_every"]))
-    follow = refresh or step % int(group["observe_every"]) == 0
-    # The averages have a memory in steps: those that they leave out age them too.
-    state["weight"].mul_(group["beta"]).add_(follow)
-    return Due(follow, refresh)
+    state["weight"].mul_(group["beta"]).add_(1)
+    return refreshes(int(state["step"]), warmup=int(group["refresh_warmup"]), every=int(group["refresh_every"]))
 
 
 @lru_cache(maxsize=64)  # all parameters of a group ask for the same step
@@ -142,15 +128,21 @@ def refreshes(step: int, *, warmup: int, every: int) -> bool:
     return latest == step
 
 
-def follow(state: State, blocks: Tensor) -> None:
-    """Adds the gradient of the step that was counted last, in blocks, to the averages."""
+def follow(state: State, group: Group, blocks: Tensor) -> None:
+    """Adds the gradient of the step that was counted last, in blocks, to the averages; after the warm-up a part of its
+    columns to the left one, and of its rows to the right one."""
     # The new gradient has weight 1 of the sum of all weights: a running mean at first, then the moving average, so the
     # zeros of the beginning never enter, and beta may change at any step.
     # On the CPU like the count of steps, so this is no host sync.
     share = 1 / float(state["weight"])
+    step, num_parts = int(state["step"]), int(group["observe_parts"])
     for side in _sides(state):
-        factor = blocks if side == "left" else blocks.mT
-        state[side].baddbmm_(factor, factor.mT, beta=1 - share, alpha=share)
+        factor, weight = (blocks if side == "left" else blocks.mT), share
+        if step > group["refresh_warmup"] and factor.shape[-1] >= SHORTEST_PART * num_parts > SHORTEST_PART:
+            # By the count of steps, so that all ranks and resumed runs take the same ones. Each has the weight
+            # num_parts once in num_parts steps, which is 1 on average.
+            factor, weight = factor[..., step % num_parts :: num_parts].contiguous(), share * num_parts
+        state[side].baddbmm_(factor, factor.mT, beta=1 - share, alpha=weight)
 
 
 def refresh(state: State, group: Group, fallbacks: MutableMapping[str, int]) -> bool:
