@@ -233,15 +233,14 @@ class Shampoo(Optimizer):
         names = self._names()
         check_in_place(names, self.state, "Shampoo")
         groups = [
-            (group, [param for param in group["params"] if param.grad is not None and param.numel()])
+            (group, params)
             for group in self.param_groups
+            if (params := [param for param in group["params"] if param.grad is not None and param.numel()])
         ]
-        pending = {
-            param: self._observe(param, names[param], group) for group, params in groups if params for param in params
-        }
+        pending = {param: self._observe(param, names[param], group) for group, params in groups for param in params}
         # Each rank computes its own roots before it meets the others, which compute theirs meanwhile.
         unfit = {param: not self._refresh(each) for param, each in pending.items() if each.refresh}
-        updates = [(group, params, [self._direction(pending[p]) for p in params]) for group, params in groups if params]
+        updates = [(group, params, [self._direction(pending[param]) for param in params]) for group, params in groups]
         # Before any parameter moves, so that a step that raises leaves the weights as they were.
         self._check_finite(unfit)
         for group, params, directions in updates:
@@ -276,7 +275,8 @@ class Shampoo(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(ids, params, strict=True):
             for name, value in saved["state"].get(number, {}).items():
-                self.state[param][name] = value.to(self.state[param][name].device)
+                on_device = name not in statistics.COUNTS
+                self.state[param][name] = value.to(self.state[param][name].device) if on_device else value.cpu()
 
     def _names(self) -> dict[Tensor, str]:
         """The names of the parameters for the owner: their numbers, which do not depend on wrappers."""

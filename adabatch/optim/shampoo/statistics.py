@@ -27,6 +27,9 @@ from adabatch.optim.shampoo.roots import (
 State = MutableMapping[str, Tensor]
 Group = Mapping[str, Any]
 
+COUNTS = frozenset({"step", "weight", "left_rank", "right_rank"})
+"""Keys of the state that stay on the CPU, where reading them needs no sync."""
+
 STALE_EPSILON = 1e-2
 FRESH_EPSILON = 1e-3
 SHARE_OF_AGE = 0.25
@@ -67,8 +70,8 @@ def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
 
 
 def move(state: State, device: torch.device) -> None:
-    """Moves statistics and roots to a device; the counts stay on the CPU, where reading them needs no sync."""
-    for key in state.keys() - {"step", "weight", "left_rank", "right_rank"}:
+    """Moves statistics and roots to a device."""
+    for key in state.keys() - COUNTS:
         state[key] = state[key].to(device)
 
 
