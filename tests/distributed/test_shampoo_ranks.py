@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from adabatch.optim import Shampoo
+from adabatch.optim.placement import Alone
 from adabatch.optim.shampoo import statistics
 from adabatch.runtime.optimizers.matrix_owners import across_ranks
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.distributed
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "block_size": 4, "refresh_warmup": 2}
 OFTEN: dict[str, Any] = {**OPTIONS, "refresh_every": 2}
+OFTEN_WIDE: dict[str, Any] = {**OFTEN, "block_size": 150}
 
 
 def network() -> nn.Sequential:
@@ -43,9 +45,15 @@ def wrapped(wrap: str) -> nn.Module:
     return model
 
 
-def train(model: nn.Module, optimizer: Shampoo, steps: Iterable[int], rows: slice = slice(None)) -> None:
+def train(
+    model: nn.Module,
+    optimizer: Shampoo,
+    steps: Iterable[int],
+    rows: slice = slice(None),
+    dtype: torch.dtype = torch.float64,
+) -> None:
     for step in steps:
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=dtype)
         optimizer.zero_grad()
         model(x[rows]).square().mean().backward()
         optimizer.step()
@@ -121,6 +129,64 @@ def test_two_ranks_equal_one_process_and_resume(tmp_path: Path, wrap: str, owned
         assert min(counts) > 0
     else:
         assert counts == [calls[0]] * 2
+
+
+def wide() -> nn.Sequential:
+    """Sides long enough for roots by leading eigenvectors, and blocks of which some have whole roots."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 151), nn.Tanh(), nn.Linear(151, 140), nn.Tanh(), nn.Linear(140, 3))
+
+
+def wide_on_rank(rank: int, wrap: str) -> tuple[list[Tensor], list[int], dict[str, int]]:
+    model: nn.Module = wide()
+    if wrap == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        fully_shard(model)
+    optimizer = Shampoo(model.parameters(), **OFTEN_WIDE, **across_ranks(model))
+    train(model, optimizer, range(6), slice(4 * rank, 4 * rank + 4), torch.float32)
+    return [whole(p).clone() for p in model.parameters()], ranks_of_roots(model, optimizer), optimizer.fallbacks
+
+
+def ranks_of_roots(model: nn.Module, optimizer: Shampoo) -> list[int]:
+    states = [optimizer.state[param] for param in model.parameters()]
+    return [int(state[f"{side}_rank"]) for state in states for side in ("left", "right") if side in state]
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_roots_by_leading_eigenvectors_are_the_same_on_all_ranks(tmp_path: Path, wrap: str) -> None:
+    model = wide()
+    optimizer = Shampoo(model.parameters(), **OFTEN_WIDE)
+    train(model, optimizer, range(6), dtype=torch.float32)
+    (first, ranks, fallbacks), (second, others, _) = run_ranks(wide_on_rank, 2, tmp_path, wrap)
+    assert ranks == others
+    assert sum(rank > 0 for rank in ranks) >= 4
+    assert not any(fallbacks.values())
+    for mine, theirs, again in zip(model.parameters(), first, second, strict=True):
+        assert torch.equal(theirs, again)
+        torch.testing.assert_close(theirs, mine.detach(), rtol=1e-3, atol=1e-4)
+
+
+class Recorded(Alone):
+    """What an optimizer asked for, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def share(self, layer: str, roots: Sequence[Tensor]) -> None:
+        self.calls.append("share")
+
+    def owns(self, layer: str) -> bool:
+        self.calls.append("owns")
+        return True
+
+
+def test_ranks_compute_all_their_roots_before_they_wait_for_those_of_others() -> None:
+    owner, model = Recorded(), network()
+    optimizer = Shampoo(model.parameters(), **OPTIONS, owner=owner)
+    owner.calls.clear()
+    train(model, optimizer, range(1))
+    assert owner.calls[:4] == ["owns"] * 4
 
 
 def with_a_group_added(model: nn.Module, layers: nn.Sequential, rows: slice, **ranks: Any) -> None:

@@ -17,7 +17,7 @@ from support.properties import with_examples
 from torch import Tensor, nn
 
 from adabatch.optim import Shampoo, mup
-from adabatch.optim.shampoo import roots
+from adabatch.optim.shampoo import roots, statistics
 
 SHAPES = ((5, 3), (4,), (), (2, 3, 2, 2), (1, 1), (0, 4), (7, 9))
 
@@ -87,6 +87,8 @@ def test_a_loss_times_c_multiplies_a_matrix_step_by_a_power_of_c(exponent: float
 
 def inverse_root(matrix: np.ndarray, exponent: float, epsilon: float, relative: bool) -> np.ndarray:
     values, vectors = np.linalg.eigh(matrix)
+    if relative and values.max() <= 0:
+        return np.zeros_like(matrix)
     rho = epsilon * values.max() if relative else epsilon
     return sum((value + rho) ** -exponent * np.outer(v, v) for value, v in zip(values, vectors.T, strict=True))
 
@@ -105,6 +107,7 @@ class Slow:
     def step(self, grad: Tensor) -> None:
         option, rows = self.option, self.x.shape[0] if self.x.ndim else 1
         whole = grad.numpy().reshape(rows, -1)
+        self.whole = whole.shape
         size = option["block_size"] or max(whole.shape)
         update = np.zeros_like(whole)
         self.count += 1
@@ -115,8 +118,7 @@ class Slow:
         for i in range(0, whole.shape[0], size):
             for j in range(0, whole.shape[1], size):
                 block = whole[i : i + size, j : j + size]
-                if due or self.count % option["observe_every"] == 0:
-                    self.grads.setdefault((i, j), []).append((self.count, block))
+                self.grads.setdefault((i, j), []).append((self.count, block))
                 if due:
                     self.roots[i, j] = self._roots(self.grads[i, j])
                 left, right = self.roots.get((i, j), [np.zeros((n, n)) for n in block.shape])
@@ -128,11 +130,20 @@ class Slow:
         option = self.option
         weights = np.array([option["beta"] ** (self.count - step) for step, _ in grads])
         weights /= weights.sum()
-        left = sum(w * g @ g.T for w, (_, g) in zip(weights, grads, strict=True))
-        right = sum(w * g.T @ g for w, (_, g) in zip(weights, grads, strict=True))
+        height, width = (min(side, option["block_size"] or side) for side in self.whole)
+        left = sum(w * self._seen(g, width, step) for w, (step, g) in zip(weights, grads, strict=True))
+        right = sum(w * self._seen(g.T, height, step) for w, (step, g) in zip(weights, grads, strict=True))
         if self.x.ndim < 2:
             return [inverse_root(left, 0.5, option["epsilon"], option["relative"]), np.eye(1)]
         return [inverse_root(side, option["exponent"], option["epsilon"], option["relative"]) for side in (left, right)]
+
+    def _seen(self, grad: np.ndarray, columns: int, step: int) -> np.ndarray:
+        """The product of the columns that a step sees, of blocks with so many columns."""
+        parts = self.option["observe_parts"]
+        if step <= self.option["refresh_warmup"] or columns < parts:
+            return grad @ grad.T
+        seen = [np.outer(grad[:, j], grad[:, j]) for j in range(grad.shape[1]) if j % parts == step % parts]
+        return parts * sum(seen, np.zeros((len(grad), len(grad))))
 
 
 OPTIONS = st.fixed_dictionaries(
@@ -142,7 +153,7 @@ OPTIONS = st.fixed_dictionaries(
         "epsilon": st.sampled_from([1e-3, 1e-2, 0.5]),
         "relative": st.booleans(),
         "beta": st.sampled_from([0.0, 0.5, 0.95]),
-        "observe_every": st.sampled_from([1, 2, 3]),
+        "observe_parts": st.sampled_from([1, 2, 3]),
         "refresh_every": st.sampled_from([1, 2, 3]),
         "refresh_warmup": st.sampled_from([0, 1, 2]),
         "block_size": st.sampled_from([None, 2, 4]),
@@ -161,15 +172,29 @@ def test_equals_the_slow_one_with_groups_of_their_own_options(
     slow = [Slow(param, first if index < cut else second) for index, param in enumerate(params)]
     groups = [{"params": params[:cut], **first}, {"params": params[cut:], **second}]
     optimizer = Shampoo(groups, foreach=foreach)
-    for step in range(13):  # the intervals have grown to three steps in the last two refreshes
-        give_gradients(params, step)
-        for each, param in zip(slow, params, strict=True):
-            if param.numel():
-                each.step(param.grad)
-        optimizer.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "SHORTEST_PART", 1)
+        for step in range(13):  # the intervals have grown to three steps in the last two refreshes
+            give_gradients(params, step)
+            for each, param in zip(slow, params, strict=True):
+                if param.numel():
+                    each.step(param.grad)
+            optimizer.step()
     for each, param in zip(slow, params, strict=True):
         np.testing.assert_allclose(param.detach().numpy(), each.x, rtol=1e-8, atol=1e-9)
     assert not any(optimizer.fallbacks.values())
+
+
+def test_parts_of_a_gradient_add_up_to_all_of_it() -> None:
+    """The averages of the same gradient, after each of its parts was seen once."""
+    (whole,), (parted,) = (parameters(shapes=((96, 130),)) for _ in range(2))
+    beta = 1 - 1e-9  # all steps weigh the same
+    for param, num_parts in ((whole, 1), (parted, 3)):
+        optimizer = Shampoo([param], lr=0.0, beta=beta, observe_parts=num_parts, refresh_warmup=0)
+        run(optimizer, [param], [0, 0, 0])
+        left, right = optimizer.state[param]["left"], optimizer.state[param]["right"]
+        torch.testing.assert_close(left[0], param.grad @ param.grad.T, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(right[0], param.grad.T @ param.grad, rtol=1e-7, atol=1e-7)
 
 
 def test_permuting_hidden_units_permutes_the_step() -> None:
@@ -360,15 +385,15 @@ def test_float32_roots_are_checked_and_computed_in_float64_if_they_miss(monkeypa
             np.testing.assert_allclose(state[f"{side}_root"][0].double().numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_an_older_checkpoint_goes_on_with_every_gradient_in_its_averages() -> None:
+def test_an_older_checkpoint_goes_on_with_whole_gradients_in_its_averages() -> None:
     old, new = parameters(), parameters()
     first, second = Shampoo(old, lr=0.1), Shampoo(new, lr=0.1)
     run(first, old, [0])
     saved = copy.deepcopy(first.state_dict())
     for group in saved["param_groups"]:
-        del group["observe_every"]  # it was no option
+        del group["observe_parts"]  # it was no option
     second.load_state_dict(saved)
-    assert second.param_groups[0]["observe_every"] == 1
+    assert second.param_groups[0]["observe_parts"] == 1
     run(second, new, [1])
 
 
@@ -421,6 +446,7 @@ def test_one_block_that_fails_leaves_the_others_alone(monkeypatch: pytest.Monkey
         (lambda p: Shampoo(p, lr=0.1, epsilon=float("inf")), ValueError, "epsilon must be finite"),
         (lambda p: Shampoo(p, lr=0.1, beta=1.0), ValueError, "beta must be in"),
         (lambda p: Shampoo(p, lr=0.1, refresh_every=0), ValueError, "refresh_every must be at least 1 step, got 0"),
+        (lambda p: Shampoo(p, lr=0.1, observe_parts=0), ValueError, "observe_parts must be at least 1, got 0"),
         (lambda p: Shampoo(p, lr=0.1, block_size=0), ValueError, "block_size must be 1 or more"),
         (lambda p: Shampoo([torch.zeros(2, dtype=torch.complex64)], lr=0.1), ValueError, "complex"),
         (lambda p: Shampoo([torch.empty(50000, 2, device="meta")], lr=0.1), ValueError, "50000 squared.*block_size"),

@@ -28,8 +28,8 @@ def check_group(options: Mapping[str, Any]) -> None:
     require(epsilon is None or 0 <= epsilon < math.inf, "epsilon must be finite and not negative", epsilon)
     for name in ("beta", "momentum"):
         require(0 <= options[name] < 1, f"{name} must be in [0, 1)", options[name])
-    for name in ("observe_every", "refresh_every"):
-        require(options[name] >= 1, f"{name} must be at least 1 step", options[name])
+    require(options["observe_parts"] >= 1, "observe_parts must be at least 1", options["observe_parts"])
+    require(options["refresh_every"] >= 1, "refresh_every must be at least 1 step", options["refresh_every"])
     require(options["refresh_warmup"] >= 0, "refresh_warmup cannot be negative", options["refresh_warmup"])
     if options["block_size"] is not None and options["block_size"] < 1:
         raise ValueError(f"block_size must be 1 or more, or None for no blocks, got {options['block_size']}")

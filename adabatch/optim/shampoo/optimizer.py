@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,26 @@ from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
 from adabatch.optim.shampoo import statistics
 from adabatch.optim.shampoo.blocks import Blocks
 from adabatch.optim.shampoo.checks import check_group
+
+
+class Pending(NamedTuple):
+    """A parameter whose gradient is in its averages, and whose update is still to come.
+
+    Args:
+        param: the parameter.
+        name: its name for the owner.
+        group: its group.
+        form: how it is cut into blocks.
+        blocks: its whole gradient in blocks; None on the ranks that do not have it.
+        refresh: whether its roots are due.
+    """
+
+    param: Tensor
+    name: str
+    group: dict[str, Any]
+    form: Blocks
+    blocks: Tensor | None
+    refresh: bool
 
 
 class Shampoo(Optimizer):
@@ -40,11 +60,17 @@ class Shampoo(Optimizer):
     multiplied by sqrt(fan-out ratio / fan-in ratio). A relative epsilon does not change with width; an absolute one
     does.
 
-    *Stale roots.* The statistics are updated in every step, the roots are not. In between, a gradient has components
+    *Stale roots.* The roots are not computed in every step. In between, a gradient has components
     that the roots do not contain. These grow by up to ``epsilon^-2e`` more than the others, particularly in wide
     layers. With ``epsilon=1e-3`` and roots that are ten steps old, the largest stable learning
     rate falls with width; with 1e-2, or with fresh roots, it does not. So the default is 1e-2, or 1e-3 if
     ``refresh_every=1``.
+
+    *Leading eigenvectors.* An eigenvalue below a tenth of the damping hardly changes the root. In float32, if these are
+    three quarters or more of a side of at least 128, as in wide layers, they are all taken for their mean, which
+    changes the root by at most a tenth of its exponent. Only the other eigenvectors are computed, by subspace iteration
+    from those of the last refresh, in a tenth of the time. The whole statistic is decomposed again where that does not
+    converge.
 
     *Ranks.* With ``Shampoo(params, **adabatch.across_ranks(model))`` one rank, the owner, computes the roots of each
     parameter; parameters are assigned such that costs are balanced. Under DDP the roots are sent to the other ranks.
@@ -59,11 +85,13 @@ class Shampoo(Optimizer):
         relative: whether epsilon is in units of the largest eigenvalue, or absolute, in squared units of the gradient.
         beta: factor of the moving averages per step, in [0, 1). The averages are running means at first, so they are
             not biased towards zero. May be changed during a run.
-        observe_every: steps between two updates of the statistics; a step that computes roots always updates them.
-            Their memory is in steps, whatever the interval. With 4 a step is cheaper, and a run took a seventh more
-            steps (``benchmarks/LOG.md``).
+        observe_parts: each step after the refresh warm-up adds one in so many columns of a gradient to the left
+            statistic and one in so many rows to the right one, in turn and with so many times the weight. Sides of
+            fewer than 32 times as many are added whole. On MNIST 4 took as many steps as 1 or fewer, for a quarter of
+            the time of the statistics (``benchmarks/LOG.md``).
         refresh_every: most steps between two computations of the roots. They are computed whenever a parameter has
-            taken a quarter more steps, until this is the interval.
+            taken a quarter more steps, until this is the interval. On MNIST 3 took fewer steps than 5 at large batches,
+            and with 10 some runs did not arrive (``benchmarks/LOG.md``).
         refresh_warmup: number of first steps of a parameter in which its roots are always computed.
         block_size: longest side of a block. Larger matrices are cut into blocks with separate statistics, padded with
             zeros at the edges. The width rule then changes (``mup.ShampooLaw(block_size=...)``) and has a kink at the
@@ -91,7 +119,7 @@ class Shampoo(Optimizer):
 
     Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Every rank
     allocates all statistics and roots, and all blocks of a parameter have one owner. Without an ``owner`` every rank
-    computes all roots; under FSDP2 each then gathers whole gradients. Roots are computed in float32, with a check, if
+    computes all roots; under FSDP2 each then holds all whole gradients. Roots are computed in float32, with a check, if
     epsilon is relative and at least 1e-3, else in float64 (on the CPU for devices without it); everything else in at
     least float32.
 
@@ -115,8 +143,8 @@ class Shampoo(Optimizer):
         epsilon: float | None = None,
         relative: bool = True,
         beta: float = 0.95,
-        observe_every: int = 1,
-        refresh_every: int = 10,
+        observe_parts: int = 4,
+        refresh_every: int = 3,
         refresh_warmup: int = 10,
         block_size: int | None = None,
         momentum: float = 0.0,
@@ -135,7 +163,7 @@ class Shampoo(Optimizer):
             "epsilon": epsilon,
             "relative": relative,
             "beta": beta,
-            "observe_every": observe_every,
+            "observe_parts": observe_parts,
             "refresh_every": refresh_every,
             "refresh_warmup": refresh_warmup,
             "block_size": block_size,
@@ -173,7 +201,9 @@ class Shampoo(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("observe_every", 1)  # checkpoints from before it was an option
+            group.setdefault("observe_parts", 1)  # checkpoints from before it was an option
+        for entry in self.state.values():
+            statistics.complete(entry)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -202,12 +232,15 @@ class Shampoo(Optimizer):
         check_ratios(self)
         names = self._names()
         check_in_place(names, self.state, "Shampoo")
-        unfit: dict[Tensor, bool] = {}
-        updates: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None and param.numel()]
-            if params:
-                updates.append((group, params, [self._precondition(p, names[p], group, unfit) for p in params]))
+        groups = [
+            (group, params)
+            for group in self.param_groups
+            if (params := [param for param in group["params"] if param.grad is not None and param.numel()])
+        ]
+        pending = {param: self._observe(param, names[param], group) for group, params in groups for param in params}
+        # Each rank computes its own roots before it meets the others, which compute theirs meanwhile.
+        unfit = {param: not self._refresh(each) for param, each in pending.items() if each.refresh}
+        updates = [(group, params, [self._direction(pending[param]) for param in params]) for group, params in groups]
         # Before any parameter moves, so that a step that raises leaves the weights as they were.
         self._check_finite(unfit)
         for group, params, directions in updates:
@@ -242,7 +275,8 @@ class Shampoo(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(ids, params, strict=True):
             for name, value in saved["state"].get(number, {}).items():
-                self.state[param][name] = value.to(self.state[param][name].device)
+                on_device = name not in statistics.COUNTS
+                self.state[param][name] = value.to(self.state[param][name].device) if on_device else value.cpu()
 
     def _names(self) -> dict[Tensor, str]:
         """The names of the parameters for the owner: their numbers, which do not depend on wrappers."""
@@ -256,11 +290,8 @@ class Shampoo(Optimizer):
             if int(state["step"]):
                 self._owner.catch_up(name, statistics.of_sides(state))
 
-    def _precondition(self, param: Tensor, name: str, group: dict[str, Any], unfit: dict[Tensor, bool]) -> Tensor:
-        """Updates a parameter's statistics, and returns its update in the shape and layout of the parameter.
-
-        If its roots are due, sets ``unfit[param]``: whether this rank found its statistics not finite.
-        """
+    def _observe(self, param: Tensor, name: str, group: dict[str, Any]) -> Pending:
+        """Counts a step of a parameter, and adds its gradient to the averages on the ranks that have all of it."""
         grad, state = param.grad, self.state[param]
         assert grad is not None
         if grad.layout != torch.strided:
@@ -274,17 +305,31 @@ class Shampoo(Optimizer):
         form = Blocks.of(param.shape, group["block_size"])
         blocks = None if whole is None else _blocks(whole, form, state["left"].dtype, negative=group["maximize"])
         # On every rank, with or without the gradient: the counts tell all of them when to meet in share().
-        due = statistics.count(state, group)
-        if blocks is not None and due.follow:
-            # Before the roots, so that those of a first step are not the roots of zeros.
-            statistics.follow(state, blocks)
-        if due.refresh:
-            unfit[param] = self._owner.owns(name) and not statistics.refresh(state, group, self.fallbacks)
-            self._owner.share(name, statistics.roots_of(state))
-        update = None
+        refresh = statistics.count(state, group)
         if blocks is not None:
-            update = form.join(statistics.precondition(state, blocks), param.shape)
-        return _as(self._owner.scatter(name, update, grad.to(state["left"].dtype)), param)
+            # Before the roots, so that those of a first step are not the roots of zeros.
+            statistics.follow(state, group, blocks)
+        return Pending(param, name, group, form, blocks, refresh)
+
+    def _refresh(self, pending: Pending) -> bool:
+        """Computes the roots of a parameter on its owner; returns whether they could be, as far as this rank knows."""
+        if not self._owner.owns(pending.name):
+            return True
+        return statistics.refresh(self.state[pending.param], pending.group, self.fallbacks)
+
+    def _direction(self, pending: Pending) -> Tensor:
+        """The update of a parameter in its shape and layout, by the owner's roots."""
+        param, name, state = pending.param, pending.name, self.state[pending.param]
+        if pending.refresh:
+            roots = statistics.roots_of(state)
+            self._owner.share(name, roots)
+            if not self._owner.owns(name):
+                statistics.take_ranks(state, roots)
+        assert param.grad is not None
+        update = None
+        if pending.blocks is not None:
+            update = pending.form.join(statistics.precondition(state, pending.blocks), param.shape)
+        return _as(self._owner.scatter(name, update, param.grad.to(state["left"].dtype)), param)
 
     def _check_finite(self, unfit: dict[Tensor, bool]) -> None:
         """Raises on all ranks if one of them found statistics that are not finite."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,24 +27,34 @@ LARGEST_ERROR = 0.01
 this times the exponent at most, in every direction."""
 
 
-def inverse_root(matrices: Tensor, *, exponent: float, epsilon: float, relative: bool) -> Tensor:
-    """``(matrix + epsilon I)^-exponent`` of each matrix.
-
-    With a relative epsilon, the root of a matrix of zeros is zero, so nothing moves. With ``epsilon`` zero, directions
-    whose eigenvalue is zero up to rounding have the root zero (the pseudo-inverse). In float32, a root whose
-    decomposition is not exact enough is not a number.
+class Eigen(NamedTuple):
+    """Eigenvalues and eigenvectors of a stack of matrices: all of them, or the leading ones.
 
     Args:
-        matrices: shape (..., d, d), finite, symmetric, and positive semidefinite up to rounding; float32 only with a
-            relative epsilon of at least ``SINGLE_EPSILON``.
+        values: in ascending order, shape (..., r).
+        vectors: as columns, shape (..., d, r).
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+    def last(self, count: int) -> Eigen:
+        """Those of the largest eigenvalues."""
+        return Eigen(self.values[..., -count:], self.vectors[..., -count:])
+
+
+def damped_powers(values: Tensor, *, exponent: float, epsilon: float, relative: bool) -> Tensor:
+    """``(value + epsilon)^-exponent`` of eigenvalues of positive semidefinite matrices.
+
+    With a relative epsilon, those of a matrix of zeros are zero, so nothing moves. With ``epsilon`` zero, those of
+    eigenvalues that are zero up to rounding are zero (the pseudo-inverse).
+
+    Args:
+        values: in ascending order, shape (..., r).
         exponent: a positive number.
         epsilon: added to the eigenvalues.
         relative: whether epsilon is in units of the largest eigenvalue.
-
-    Raises:
-        torch.linalg.LinAlgError: if an eigenvalue decomposition did not converge.
     """
-    values, vectors = torch.linalg.eigh(matrices)
     # Rounding makes eigenvalues of zero slightly negative.
     values = values.clamp(min=0)
     largest = values[..., -1:]
@@ -51,18 +62,49 @@ def inverse_root(matrices: Tensor, *, exponent: float, epsilon: float, relative:
     # Eigenvalues up to this size may be rounding errors of zeros.
     rounding = torch.finfo(values.dtype).eps * values.shape[-1] * largest
     powers = torch.where(damped > rounding, damped.pow(-exponent), 0.0)
-    if relative:
-        powers = torch.where(largest > ZERO, powers, 0.0)
-    roots: Tensor = (vectors * powers[..., None, :]) @ vectors.mT
-    if matrices.dtype is torch.float32:
-        exact = _error(matrices, values, vectors) <= LARGEST_ERROR * epsilon * largest
-        roots = torch.where(exact[..., None], roots, torch.nan)
-    return roots
+    return torch.where(largest > ZERO, powers, 0.0) if relative else powers
 
 
-def _error(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+def root_matrix(eigen: Eigen, *, exponent: float, epsilon: float, relative: bool) -> Tensor:
+    """``(matrix + epsilon I)^-exponent`` of each matrix, from all its eigenvectors; see ``damped_powers``."""
+    powers = damped_powers(eigen.values, exponent=exponent, epsilon=epsilon, relative=relative)
+    root: Tensor = (eigen.vectors * powers[..., None, :]) @ eigen.vectors.mT
+    return root
+
+
+def inverse_root(matrices: Tensor, *, exponent: float, epsilon: float, relative: bool) -> Tensor:
+    """``(matrix + epsilon I)^-exponent`` of each matrix.
+
+    Args:
+        matrices: shape (..., d, d), finite, symmetric, and positive semidefinite up to rounding.
+        exponent, epsilon, relative: see ``damped_powers``.
+
+    Raises:
+        torch.linalg.LinAlgError: if an eigenvalue decomposition did not converge.
+    """
+    eigen = Eigen(*torch.linalg.eigh(matrices))
+    return root_matrix(eigen, exponent=exponent, epsilon=epsilon, relative=relative)
+
+
+def decomposed(matrices: Tensor, *, epsilon: float) -> Eigen | None:
+    """All eigenvectors of float32 matrices; None if they did not converge, or are not exact enough.
+
+    Args:
+        matrices: shape (..., d, d).
+        epsilon: the damping, in units of the largest eigenvalue; at least ``SINGLE_EPSILON``.
+    """
+    try:
+        eigen = Eigen(*torch.linalg.eigh(matrices))
+    except LinAlgError:
+        return None
+    exact = _error(matrices, eigen) <= LARGEST_ERROR * epsilon * eigen.values[..., -1:].clamp(min=0)
+    return eigen if exact.all() else None  # host sync
+
+
+def _error(matrices: Tensor, eigen: Eigen) -> Tensor:
     """The error of a decomposition as seen by one vector, shape (..., 1): that of the matrix, and that of the basis
     times the largest eigenvalue."""
+    values, vectors = eigen
     # Three products of a matrix and a vector; the whole residual would cost as much as the root.
     probe = torch.full_like(values, values.shape[-1] ** -0.5)[..., None]
     image = vectors @ probe
@@ -72,38 +114,31 @@ def _error(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
 
 
 def refreshed(
-    statistics: Tensor,
-    roots: Tensor,
-    counts: MutableMapping[str, int],
-    root_of: Callable[[Tensor], Tensor],
-    *,
-    single: bool,
+    statistics: Tensor, roots: Tensor, counts: MutableMapping[str, int], root_of: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """New roots of a stack of statistics; the old root for each matrix whose root cannot be computed.
+    """New roots of a stack of statistics, from float64; the old root for each matrix whose root cannot be computed.
 
     Args:
         statistics: shape (n, d, d).
         roots: the previous roots, shape (n, d, d).
-        counts: counts of the fallbacks "float64", "jittered" and "kept", updated here.
+        counts: counts of the fallbacks "jittered" and "kept", updated here.
         root_of: matrices -> their roots; may raise ``LinAlgError``.
-        single: try float32 first, if the statistics are in float32.
 
     Returns:
         Shape (n, d, d), in the dtype and on the device of ``roots``.
     """
-    on_mps = statistics.device.type == "mps"  # which has no float64 and no eigh
-    if single and statistics.dtype is torch.float32 and not on_mps:
-        new = _tried(statistics, root_of)
-        if new is not None:
-            return new
-        counts["float64"] += 1
-    exact = (statistics.cpu() if on_mps else statistics).double()
+    exact = (statistics.cpu() if has_no_eigh(statistics) else statistics).double()
     new = _tried(exact, root_of)
     if new is not None:
         return new.to(roots)
     # One matrix at a time, since a batched decomposition fails as a whole; on the CPU, whose LAPACK is the most robust.
     each = [_one(matrix, root_of, counts) for matrix in exact.cpu()]
     return torch.stack([old if one is None else one.to(roots) for one, old in zip(each, roots, strict=True)])
+
+
+def has_no_eigh(tensor: Tensor) -> bool:
+    """Whether the tensor is on a device that has neither eigh nor float64."""
+    return tensor.device.type == "mps"
 
 
 def _tried(matrices: Tensor, root_of: Callable[[Tensor], Tensor]) -> Tensor | None:

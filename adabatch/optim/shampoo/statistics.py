@@ -1,28 +1,41 @@
 """Shampoo's state of one parameter: the statistics of its blocks on one or two sides, and their inverse roots.
 
-The keys are "left" and "right", shape (num_blocks, side, side); "left_root" and "right_root", same shape; "step"; and
-"weight", the sum of the weights in the averages so far. Vectors have no "right".
+The keys are "left" and "right", shape (num_blocks, side, side); "left_root", "left_scale" and "left_rank" (`Root`), and
+those of the right; "step"; and "weight", the sum of the weights in the averages so far. Vectors have no "right".
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adabatch.optim.shampoo.blocks import Blocks
-from adabatch.optim.shampoo.roots import SINGLE_EPSILON, inverse_root, refreshed
+from adabatch.optim.shampoo.leading import Root, followed, leading, root_rows
+from adabatch.optim.shampoo.roots import (
+    SINGLE_EPSILON,
+    decomposed,
+    has_no_eigh,
+    inverse_root,
+    refreshed,
+    root_matrix,
+)
 
 State = MutableMapping[str, Tensor]
 Group = Mapping[str, Any]
+
+COUNTS = frozenset({"step", "weight", "left_rank", "right_rank"})
+"""Keys of the state that stay on the CPU, where reading them needs no sync."""
 
 STALE_EPSILON = 1e-2
 FRESH_EPSILON = 1e-3
 SHARE_OF_AGE = 0.25
 """Age of the roots, as a share of the steps so far, at which new ones are computed."""
+SHORTEST_PART = 32
+"""Fewest columns or rows that a step adds to a statistic, if there are more; fewer would save no time."""
 LONGEST_SIDE = 16384
 """Longest side of a statistic, which then takes a gigabyte in float32."""
 
@@ -49,14 +62,16 @@ def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
         for key in (name, f"{name}_root"):
             # Roots of zero: without a first refresh nothing moves.
             state[key] = torch.zeros(down * across, length, length, dtype=dtype, device=param.device)
+        state[f"{name}_scale"] = torch.zeros(down * across, dtype=dtype, device=param.device)
+        state[f"{name}_rank"] = torch.zeros(())
     if group["momentum"] != 0:
         state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
     return state
 
 
 def move(state: State, device: torch.device) -> None:
-    """Moves statistics and roots to a device; the counts stay on the CPU, where reading them needs no sync."""
-    for key in state.keys() - {"step", "weight"}:
+    """Moves statistics and roots to a device."""
+    for key in state.keys() - COUNTS:
         state[key] = state[key].to(device)
 
 
@@ -66,8 +81,26 @@ def of_sides(state: State) -> list[Tensor]:
 
 
 def roots_of(state: State) -> list[Tensor]:
-    """The roots of all sides."""
-    return [state[f"{side}_root"] for side in _sides(state)]
+    """All that a gradient is multiplied by, on its device: the roots of all sides, their scales and their ranks."""
+    found = []
+    for side in _sides(state):
+        scale = state[f"{side}_scale"]
+        found += [state[f"{side}_root"], scale, state[f"{side}_rank"].to(scale)]
+    return found
+
+
+def take_ranks(state: State, roots: list[Tensor]) -> None:
+    """Sets the ranks, which stay on the CPU, to those in the result of ``roots_of``, which the owner has filled in."""
+    for side, rank in zip(_sides(state), roots[2::3], strict=True):
+        state[f"{side}_rank"].copy_(rank)  # host sync
+
+
+def complete(state: State) -> None:
+    """Adds what checkpoints from before roots had ranks do not hold."""
+    for side in _sides(state):
+        roots = state[f"{side}_root"]
+        state.setdefault(f"{side}_scale", roots.new_zeros(len(roots)))
+        state.setdefault(f"{side}_rank", torch.zeros(()))
 
 
 def cost(state: State) -> float:
@@ -75,27 +108,11 @@ def cost(state: State) -> float:
     return float(sum(len(each) * each.shape[-1] ** 3 for each in of_sides(state)))
 
 
-class Due(NamedTuple):
-    """What a step does besides moving the parameter.
-
-    Args:
-        follow: the gradient is added to the averages.
-        refresh: roots are computed.
-    """
-
-    follow: bool
-    refresh: bool
-
-
-def count(state: State, group: Group) -> Due:
-    """Counts a step; returns what is due in it."""
+def count(state: State, group: Group) -> bool:
+    """Counts a step; returns whether roots are computed in it."""
     state["step"] += 1
-    step = int(state["step"])
-    refresh = refreshes(step, warmup=int(group["refresh_warmup"]), every=int(group["refresh_every"]))
-    follow = refresh or step % int(group["observe_every"]) == 0
-    # The averages have a memory in steps: those that they leave out age them too.
-    state["weight"].mul_(group["beta"]).add_(follow)
-    return Due(follow, refresh)
+    state["weight"].mul_(group["beta"]).add_(1)
+    return refreshes(int(state["step"]), warmup=int(group["refresh_warmup"]), every=int(group["refresh_every"]))
 
 
 @lru_cache(maxsize=64)  # all parameters of a group ask for the same step
@@ -114,15 +131,21 @@ def refreshes(step: int, *, warmup: int, every: int) -> bool:
     return latest == step
 
 
-def follow(state: State, blocks: Tensor) -> None:
-    """Adds the gradient of the step that was counted last, in blocks, to the averages."""
+def follow(state: State, group: Group, blocks: Tensor) -> None:
+    """Adds the gradient of the step that was counted last, in blocks, to the averages; after the warm-up a part of its
+    columns to the left one, and of its rows to the right one."""
     # The new gradient has weight 1 of the sum of all weights: a running mean at first, then the moving average, so the
     # zeros of the beginning never enter, and beta may change at any step.
     # On the CPU like the count of steps, so this is no host sync.
     share = 1 / float(state["weight"])
+    step, num_parts = int(state["step"]), int(group["observe_parts"])
     for side in _sides(state):
-        factor = blocks if side == "left" else blocks.mT
-        state[side].baddbmm_(factor, factor.mT, beta=1 - share, alpha=share)
+        factor, weight = (blocks if side == "left" else blocks.mT), share
+        if step > group["refresh_warmup"] and factor.shape[-1] >= SHORTEST_PART * num_parts > SHORTEST_PART:
+            # By the count of steps, so that all ranks and resumed runs take the same ones. Each has the weight
+            # num_parts once in num_parts steps, which is 1 on average.
+            factor, weight = factor[..., step % num_parts :: num_parts].contiguous(), share * num_parts
+        state[side].baddbmm_(factor, factor.mT, beta=1 - share, alpha=weight)
 
 
 def refresh(state: State, group: Group, fallbacks: MutableMapping[str, int]) -> bool:
@@ -130,24 +153,61 @@ def refresh(state: State, group: Group, fallbacks: MutableMapping[str, int]) -> 
     epsilon = group["epsilon"]
     if epsilon is None:
         epsilon = FRESH_EPSILON if group["refresh_every"] == 1 else STALE_EPSILON
-    root_of = partial(
-        inverse_root,
-        exponent=group["exponent"] if "right" in state else 0.5,
-        epsilon=epsilon,
-        relative=group["relative"],
-    )
-    single = group["relative"] and epsilon >= SINGLE_EPSILON
+    exponent = group["exponent"] if "right" in state else 0.5
+    root_of = partial(inverse_root, exponent=exponent, epsilon=epsilon, relative=group["relative"])
     for side in _sides(state):
-        if not torch.isfinite(state[side]).all():  # host sync, as the eigenvalues are
+        matrices = state[side]
+        # No entry of such a matrix is larger than the largest on its diagonal, which so shows what is not finite.
+        if not torch.isfinite(matrices.diagonal(dim1=-2, dim2=-1)).all():  # host sync
             return False
-        state[f"{side}_root"] = refreshed(state[side], state[f"{side}_root"], fallbacks, root_of, single=single)
+        single = group["relative"] and epsilon >= SINGLE_EPSILON and matrices.dtype is torch.float32
+        if single and not has_no_eigh(matrices):
+            if _refresh_single(state, side, exponent=exponent, epsilon=epsilon):
+                continue
+            fallbacks["float64"] += 1
+        whole = root(state, side).matrix()
+        _set_whole(state, side, refreshed(matrices, whole, fallbacks, root_of))
     return True
+
+
+def _refresh_single(state: State, side: str, *, exponent: float, epsilon: float) -> bool:
+    """Computes the roots of one side in float32, from the leading eigenvectors where they suffice; returns whether the
+    decomposition was exact enough."""
+    matrices, rank = state[side], int(state[f"{side}_rank"])
+    few = None
+    if rank:
+        few = followed(matrices, state[f"{side}_root"][:, :rank], epsilon=epsilon, seed=int(state["step"]))
+    if few is None:
+        eigen = decomposed(matrices, epsilon=epsilon)
+        if eigen is None:
+            return False
+        few = leading(eigen, epsilon=epsilon)
+        if few is None:
+            _set_whole(state, side, root_matrix(eigen, exponent=exponent, epsilon=epsilon, relative=True))
+            return True
+    rows, scale = root_rows(matrices, few, exponent=exponent, epsilon=epsilon)
+    # The whole square is kept, so that checkpoints and broadcasts have one shape; a product reads only the rows.
+    state[f"{side}_root"][:, : rows.shape[1]] = rows
+    state[f"{side}_root"][:, rows.shape[1] :] = 0
+    state[f"{side}_scale"] = scale
+    state[f"{side}_rank"].fill_(rows.shape[1])
+    return True
+
+
+def _set_whole(state: State, side: str, roots: Tensor) -> None:
+    state[f"{side}_root"] = roots
+    state[f"{side}_rank"].zero_()
+
+
+def root(state: State, side: str) -> Root:
+    """The roots of one side."""
+    return Root(state[f"{side}_root"], state[f"{side}_scale"], int(state[f"{side}_rank"]))
 
 
 def precondition(state: State, blocks: Tensor) -> Tensor:
     """The update for a gradient, both in blocks."""
-    update = state["left_root"] @ blocks
-    return update @ state["right_root"] if "right_root" in state else update
+    update = root(state, "left").of_rows(blocks)
+    return root(state, "right").of_columns(update) if "right" in state else update
 
 
 def _sides(state: State) -> Iterator[str]:
