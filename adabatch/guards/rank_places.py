@@ -37,10 +37,13 @@ _LONGEST_PAUSE = 0.1
 _REQUESTS = 5000
 """Looks per second of more ranks together: one process holds the store, and answers all of them."""
 
+_LOOKED_AT = 64
+"""Ranks whose places a rank reads at a time, so that ten thousand ranks do not read the places of ten thousand."""
+
 _UNTIL_KNOWN = 3.0
 """Seconds for which a rank that raises an error waits until the others know it: the store may end with this rank."""
 
-_WORDS = "words"
+_WORDS, _LEFT = "words", "left its loop"
 
 
 class _Told(NamedTuple):
@@ -89,8 +92,8 @@ class RankPlaces:
         if self._cut_off:
             return
         with suppress(ChannelClosed):
-            said = [self._heartbeat.loops, f"its loop over the steps in step {step}, by `break` or an error"]
-            self._channel.post(_left_by(self._channel.rank), json.dumps(said))
+            words = f"rank {self._channel.rank} has left its loop over the steps in step {step}, by `break` or an error"
+            self._channel.post(_LEFT, json.dumps([self._heartbeat.loops, words]))
 
     def wait_for_all(self, call: str) -> None:
         """Waits until all ranks make a call, before its first collective.
@@ -114,11 +117,7 @@ class RankPlaces:
                     self._check_that_they_come(call)
 
     def _check_that_they_come(self, call: str) -> None:
-        for rank in range(self._channel.size):
-            said = self._channel.read(_place_of(rank))
-            if said is None:
-                continue
-            loop, step, place = json.loads(said)
+        for rank, (loop, step, place) in _places(self._channel).items():
             if (loop, step) > self._heartbeat.reached:
                 words = (
                     f"rank {self._channel.rank} waits in {call}, which all ranks must call, and rank {rank} has gone "
@@ -170,11 +169,10 @@ class RankPlaces:
         if told is not None and told.concerns(self._heartbeat):
             return told.words
         with suppress(ChannelClosed):
-            for rank in range(self._channel.size):
-                left = self._channel.read(_left_by(rank))
-                loops, what = (0, "") if left is None else json.loads(left)
-                if loops == self._heartbeat.loops:
-                    return f"rank {rank} has left {what}: leave it on all ranks after the same step"
+            left = self._channel.read(_LEFT)
+            loops, words = (0, "") if left is None else json.loads(left)
+            if loops == self._heartbeat.loops:
+                return f"{words}: leave it on all ranks after the same step"
         return None
 
     def _tell(self, told: _Told) -> None:
@@ -218,7 +216,7 @@ class _Reporter:
 
     def _run(self) -> None:
         with suppress(ChannelClosed):
-            while not self._over.wait(_PERIOD):
+            while not self._over.wait(max(_PERIOD, self._channel.size / _REQUESTS)):
                 self._look()
 
     def _look(self) -> None:
@@ -245,13 +243,11 @@ class _Reporter:
 
     def _warn_of_those_behind(self, heartbeat: Heartbeat) -> None:
         """Says which ranks stand elsewhere and not further on, where they may evaluate, for instance, or wait too."""
-        said = {rank: self._channel.read(_place_of(rank)) for rank in range(self._channel.size)}
-        places = {rank: json.loads(place) for rank, place in said.items() if place is not None}
         own = str(heartbeat.place)
         behind = [
             f"rank {rank} in {place}"
-            for rank, (*reached, place) in places.items()
-            if tuple(reached) <= heartbeat.reached and place != own
+            for rank, (loop, step, place) in _places(self._channel).items()
+            if (loop, step) <= heartbeat.reached and place != own
         ]
         if behind:
             _log.warning(
@@ -273,9 +269,14 @@ def _told(channel: SideChannel) -> _Told | None:
     return None if said is None else _Told(*json.loads(said))
 
 
+def _places(channel: SideChannel) -> dict[int, tuple[int, int, str]]:
+    """Loop, step and place of the first rank and of those after this one, as far as they have left word."""
+    # The first rank is the one that scripts single out; where others do, some of the next ranks are among them.
+    others = ((channel.rank + each) % channel.size for each in range(1, min(channel.size, _LOOKED_AT)))
+    ranks = dict.fromkeys((0, *others))
+    said = {rank: channel.read(_place_of(rank)) for rank in ranks}
+    return {rank: tuple(json.loads(place)) for rank, place in said.items() if place is not None}
+
+
 def _place_of(rank: int) -> str:
     return f"place of rank {rank}"
-
-
-def _left_by(rank: int) -> str:
-    return f"left by rank {rank}"
