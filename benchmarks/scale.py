@@ -455,7 +455,7 @@ def main() -> None:
                     "digest, every 1,000 steps",
                     "same data, once per pass",
                     "FSDP2 replicas",
-                    "random states per save",
+                    "random states per save, at rank 0",
                 ),
                 [
                     (

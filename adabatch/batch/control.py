@@ -102,10 +102,12 @@ class Control:
     """How cautiously the plan follows the criterion.
 
     Args:
-        interval: number of steps from one probe to the next. None is automatic: every step at first, and rarer as the
-            window grows. Once it has its 50 probes, the interval is ``memory_share`` of the probes since noise or
-            signal last jumped, over 50, and at most 10. With the other defaults this is every 2nd step after 500
-            probes, every 10th after 2,500, and every step again after a jump.
+        interval: number of steps from one probe to the next. It is 1 by default, because the checks that tell all ranks
+            of one rank's mistake use the reduction of a probed step. None is automatic: every step at first, and rarer
+            as the window grows. Once it has its 50 probes, the interval is ``memory_share`` of the probes since noise
+            or signal last jumped, over 50, and at most 10. With the other defaults this is every 2nd step after 500
+            probes, every 10th after 2,500, and every step again after a jump; the batch then follows a jump after 25
+            steps instead of 4 (``benchmarks/results/interval.md``).
         memory: least number of probes in the average: an exponential window with the weight of ``memory`` equal ones (a
             factor of ``(memory - 1) / (memory + 1)`` per probe). 1 keeps only the last probe, without a test for
             outliers; ``inf`` forgets none.

@@ -174,7 +174,10 @@ class RunState:
         own = random_state(self._device).to(self.collectives.device)
         # a collective, so before the ranks that write nothing return
         with named_if_long("save() or step() of Checkpoints", self.collectives.size):
-            state: dict[str, Any] = {"random": self.collectives.gather(own).cpu()}
+            # Workers of local SGD each write a file of their own, with all rows, as any of them may be read for a rank
+            # that was not saved. Otherwise the first rank writes the rows, and no other has to hold them.
+            rows = self.collectives.gather(own) if self._apart else self.collectives.gather_at(0, own)
+        state: dict[str, Any] = {} if rows is None else {"random": rows.cpu()}
         failure: Exception | None = None
         if self._loader is not None:
             mine = None

@@ -205,9 +205,11 @@ class Collectives:
         """The ``values`` of all ranks, stacked in their order, on one rank; None on the others."""
         if self.size == 1:
             return values.unsqueeze(0)
-        pieces = [torch.empty_like(values) for _ in range(self.size)] if self.rank == rank else None
+        rows = values.new_empty(self.size, *values.shape) if self.rank == rank else None
+        # torch wants a list of one tensor per rank; as rows of one tensor they are stacked already.
+        pieces = None if rows is None else list(rows)
         dist.gather(values.contiguous(), pieces, group=self._one_group(), group_dst=rank)
-        return None if pieces is None else torch.stack(pieces)
+        return rows
 
     def scatter_from(self, rank: int, values: Tensor | None, like: Tensor) -> Tensor:
         """This rank's row of the ``values``, shape (size, ...), of one rank; ``like`` has the shape of a row."""

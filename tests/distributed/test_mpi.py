@@ -43,6 +43,8 @@ def numbers(rank: int) -> dict[str, Any]:
     dist.all_to_all_single(exchanged, rows)
     copied = torch.tensor([1.5 * rank, 7.0], dtype=torch.bfloat16)
     world.copy_from_first(copied)
+    gathered = world.gather_at(1, rows[0])
+    dealt = None if gathered is None else gathered.flip(0)
     found: dict[str, Any] = {
         "sum": world.sum(torch.tensor([1.0 + rank, 0.1 * rank, 1 / 3], dtype=torch.float64)).tolist(),
         "halves": world.sum(torch.tensor([1.0 + rank], dtype=torch.bfloat16)).tolist(),
@@ -52,6 +54,8 @@ def numbers(rank: int) -> dict[str, Any]:
         "gather": world.gather_of(rank, 2.5),
         "exchange": exchanged.tolist(),
         "copied": copied.tolist(),
+        "gathered": None if gathered is None else gathered.tolist(),
+        "scattered": world.scatter_from(1, dealt, rows[0]).tolist(),
         "nan": [math.isnan(each) for each in world.sum_of(math.nan if rank == 1 else 0.0, 1.0)],
     }
     if rank != 1:
@@ -164,6 +168,8 @@ def check(found: dict[str, Any], rank: int) -> None:
     assert found["gather"] == [[0.0, 2.5], [1.0, 2.5], [2.0, 2.5]]
     assert found["exchange"] == [[2.0 * rank + 10 * sender, 2.0 * rank + 1 + 10 * sender] for sender in range(3)]
     assert found["copied"] == [0.0, 7.0]
+    assert found["gathered"] == ([[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]] if rank == 1 else None)
+    assert found["scattered"] == [10.0 * (2 - rank), 10.0 * (2 - rank) + 1]
     assert found["nan"] == [True, False]
     assert found.get("pair") == (None if rank == 1 else [4.0])
     assert [found[f"RedOpType.{name}"] for name in ("AVG", "MAX", "PRODUCT")] == [[2.0], [3.0], [6.0]]

@@ -141,6 +141,30 @@ class MPIGroup(dist.ProcessGroup):
         """The tensors of all ranks in one, by rank."""
         return self._allgather_base(output, input, opts)
 
+    def gather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
+        """The tensors of all ranks as a list by rank, on the root only."""
+        for position, tensor in enumerate(input_tensors):
+            if self.rank() != opts.rootRank:
+                self._run("gather", self._comm.Igather, _bytes(tensor).numpy(), None, root=opts.rootRank)
+                continue
+            outputs = output_tensors[position]
+            rows = torch.empty(len(outputs), tensor.numel() * tensor.element_size(), dtype=torch.uint8)
+            self._run("gather", self._comm.Igather, _bytes(tensor).numpy(), rows.numpy(), root=opts.rootRank)
+            for output, row in zip(outputs, rows, strict=True):
+                output.copy_(_as(row, output))
+        return _Done([output for outputs in output_tensors for output in outputs])
+
+    def scatter(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:
+        """Each tensor of a list on the root, to the rank of its place."""
+        for position, output in enumerate(output_tensors):
+            rows = None
+            if self.rank() == opts.rootRank:
+                rows = torch.stack([_bytes(tensor) for tensor in input_tensors[position]]).numpy()
+            received = torch.empty(output.numel() * output.element_size(), dtype=torch.uint8)
+            self._run("scatter", self._comm.Iscatter, rows, received.numpy(), root=opts.rootRank)
+            output.copy_(_as(received, output))
+        return _Done(list(output_tensors))
+
     def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Any:
         # A whole reduction, of which each rank keeps its piece: more bytes than MPI's own reduce-scatter, but 16-bit
         # floats and averages are handled in one place.
