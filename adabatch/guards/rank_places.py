@@ -35,10 +35,10 @@ _LONGEST_PAUSE = 0.1
 """Seconds between two looks of a waiting rank at whether all are there, of up to 500 ranks."""
 
 _REQUESTS = 5000
-"""Looks per second of more ranks together: one process holds the store, and answers all of them."""
+"""Requests per second of more ranks together, roughly: one process holds the store, and answers all of them."""
 
 _LOOKED_AT = 64
-"""Ranks whose places a rank reads at a time, so that ten thousand ranks do not read the places of ten thousand."""
+"""Ranks whose places a rank reads at a time, if there are few enough; at least the first rank and the next one."""
 
 _UNTIL_KNOWN = 3.0
 """Seconds for which a rank that raises an error waits until the others know it: the store may end with this rank."""
@@ -107,13 +107,13 @@ class RankPlaces:
         with named_if_long(call, self._channel.size), suppress(ChannelClosed):
             all_there = self._channel.arrive(call)
             now = time.monotonic()
-            until, look, pause = now + _PATIENCE, now + _PERIOD, 0.0005
-            longest = max(_LONGEST_PAUSE, self._channel.size / _REQUESTS)
+            until, look, pause = now + _PATIENCE, now, 0.0005
+            longest, period = max(_LONGEST_PAUSE, self._channel.size / _REQUESTS), _period(self._channel)
             while not all_there() and now < until:
                 time.sleep(pause)
                 now, pause = time.monotonic(), min(2 * pause, longest)
-                if now >= look:
-                    look = now + _PERIOD
+                if now >= look + period:
+                    look = now
                     self._check_that_they_come(call)
 
     def _check_that_they_come(self, call: str) -> None:
@@ -216,7 +216,7 @@ class _Reporter:
 
     def _run(self) -> None:
         with suppress(ChannelClosed):
-            while not self._over.wait(max(_PERIOD, self._channel.size / _REQUESTS)):
+            while not self._over.wait(_period(self._channel)):
                 self._look()
 
     def _look(self) -> None:
@@ -272,10 +272,16 @@ def _told(channel: SideChannel) -> _Told | None:
 def _places(channel: SideChannel) -> dict[int, tuple[int, int, str]]:
     """Loop, step and place of the first rank and of those after this one, as far as they have left word."""
     # The first rank is the one that scripts single out; where others do, some of the next ranks are among them.
-    others = ((channel.rank + each) % channel.size for each in range(1, min(channel.size, _LOOKED_AT)))
+    number = max(2, min(_LOOKED_AT, channel.size, _REQUESTS // channel.size))
+    others = ((channel.rank + each) % channel.size for each in range(1, number))
     ranks = dict.fromkeys((0, *others))
     said = {rank: channel.read(_place_of(rank)) for rank in ranks}
     return {rank: tuple(json.loads(place)) for rank, place in said.items() if place is not None}
+
+
+def _period(channel: SideChannel) -> float:
+    """Seconds between two looks: longer with so many ranks that their requests would be too many."""
+    return max(_PERIOD, channel.size / _REQUESTS)
 
 
 def _place_of(rank: int) -> str:
