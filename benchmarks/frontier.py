@@ -319,7 +319,6 @@ def ours(cell: Cell, run: Store, *, chosen: Sequence[Method], seeds: Sequence[in
 
 
 SHORT_WAIT = (DEFAULT, HELD._replace(bound="<="))
-CHECKED = ("cifar", "python", "mlp14")  # workloads that chose neither the default nor a shorter wait
 
 PARTS: Mapping[str, Callable[[Cell, Store], Iterable[Row]]] = {
     "coarse": partial(constants, sizes=COARSE),
@@ -427,11 +426,7 @@ def report(store: Store, cells: Iterable[Cell], *, save: bool) -> None:
     known = [cell for cell in cells if len(list(kept(constants(cell, store, sizes=COARSE)))) > 1]
     pages = {cell: page(cell, store) for cell in known}
     choices = [choice(cell, store, explored(), CHOICE_SEEDS) for cell in known]
-    checks = [
-        choice(cell, store, SHORT_WAIT, CHECK_SEEDS)
-        for cell in known
-        if cell.optimizer == "adamw" and cell.workload in CHECKED
-    ]
+    checks = [choice(cell, store, SHORT_WAIT, CHECK_SEEDS) for cell in known if cell.optimizer == "adamw"]
     pairs = [(pages[cell.shorter], pages[cell]) for cell in known if cell.shorter in pages]
     every = list(pages.values())
     if save:

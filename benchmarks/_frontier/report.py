@@ -317,7 +317,7 @@ def choice_table(pages: Sequence[Page]) -> Table:
 
 
 def wait_table(pages: Sequence[Page]) -> Table:
-    """Two waits by validation loss, in cells and on seeds that chose neither."""
+    """Two waits by validation loss, on seeds that chose neither."""
     cells = [
         (
             page.title,
@@ -332,7 +332,7 @@ def wait_table(pages: Sequence[Page]) -> Table:
         for row in page.of("ours")
     ]
     return Table(
-        "A shorter wait with Adam: validation loss, on seeds and workloads that chose neither the default nor it",
+        "A shorter wait with Adam: validation loss, on seeds that chose neither the default nor it",
         ("cell", "method", "warm-up", "steps", "validation loss", "over the best constant", "steps ratio"),
         cells,
     )
