@@ -320,6 +320,10 @@ def test_mlflow_in_a_folder(tmp_path, monkeypatch):
 def test_trackio(tmp_path, monkeypatch):
     need("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    # Its modules read the variable when they are imported, which another test may have done.
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "trackio" and hasattr(module, "TRACKIO_DIR"):
+            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path)
     journal = Journal(TrackioTracker("adabatch-test", name="first"))
     journal.write(ENTRY)
     journal.close()
