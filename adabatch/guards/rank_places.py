@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -114,11 +114,12 @@ class RankPlaces:
                 now, pause = time.monotonic(), min(2 * pause, longest)
                 if now >= look + period:
                     look = now
-                    self._check_that_they_come(call)
+                    self._check_that_they_come(call, all_there)
 
-    def _check_that_they_come(self, call: str) -> None:
+    def _check_that_they_come(self, call: str, all_there: Callable[[], bool]) -> None:
         for rank, (loop, step, place) in _places(self._channel).items():
-            if (loop, step) > self._heartbeat.reached:
+            # Asked after the place was read: a rank that has gone on from here did so once all had come.
+            if (loop, step) > self._heartbeat.reached and not all_there():
                 words = (
                     f"rank {self._channel.rank} waits in {call}, which all ranks must call, and rank {rank} has gone "
                     f"on to {place}: call it on every rank, and not under `if rank == 0` (the first rank alone writes)"
