@@ -186,21 +186,6 @@ class StepLoop:
         self.heartbeat.begin_loop(self._planner.consumed.steps)
         if self.places is not None:
             self.places.begin_loop()
-        with self._named():
-            return self._passes(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
-
-    def _named(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.places is None else self.places.named()
-
-    def _passes(
-        self,
-        loader: GlobalOrder | WholeSteps | Iterable[Any],
-        *,
-        until: Duration | None,
-        count: Callable[[Any], int],
-        weigh: Callable[[Any], float] | None,
-        allow_same_data: bool,
-    ) -> Passes:
         ranks, planner = self._engine.collectives, self._planner
         given = loop_settings(loader, until=until, count=count, weigh=weigh, allow_same_data=allow_same_data)
         given |= run_settings(
@@ -212,8 +197,9 @@ class StepLoop:
         )
         # compared before the first collective of the loop: ranks with different settings would wait for each other,
         # each elsewhere
-        check_same_settings(ranks, given)
-        with failing_together(ranks, "steps(...)"):
+        with self._named():
+            check_same_settings(ranks, given)
+        with self._named(), failing_together(ranks, "steps(...)"):
             allow_same_data = check_loop(
                 planner.consumed,
                 ranks,
@@ -238,6 +224,10 @@ class StepLoop:
             self.order = loader if isinstance(loader, GlobalOrder) else None
             self.just_loaded &= self.order is not None
         return passes
+
+    def _named(self) -> AbstractContextManager[None]:
+        """Around what waits for other ranks: names the one that has raised an error."""
+        return nullcontext() if self.places is None else self.places.named()
 
     def one_step(self, passes: Passes) -> Iterator[Step]:
         """One step, or nothing if the pass over the data is over.

@@ -190,10 +190,8 @@ class RunState:
             mine = None
             try:
                 mine = plain(self._loader.state_dict(), "order")
-            except (
-                Exception
-            ) as error:  # of the user's loader too; raised after the exchange, for which the other ranks wait
-                failure = error
+            except Exception as error:  # of the user's loader, too
+                failure = error  # raised after the exchange, for which the other ranks wait
             # a rank whose state failed takes part with None
             state["order"] = states_of_all(mine, self.collectives, name="order")
         if failure is not None:

@@ -217,9 +217,9 @@ class LoopMistakes:
     def _warn_of_mode(self) -> None:
         """Warns, once, if the model has left the training mode since the first step, as an evaluation leaves it."""
         trains = self._engine.inner_model().training
-        if self._trains is None or trains:
-            self._trains = trains if self._trains is None else self._trains
-        elif self._trains:
+        if self._trains is None:
+            self._trains = trains
+        elif self._trains and not trains:
             self._trains = False
             warnings.warn(
                 "the model is trained in evaluation mode, and was in training mode in the first step, so that dropout "

@@ -144,12 +144,10 @@ class MPIGroup(dist.ProcessGroup):
     def gather(self, output_tensors: Any, input_tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
         """The tensors of all ranks as a list by rank, on the root only."""
         for position, tensor in enumerate(input_tensors):
-            if self.rank() != opts.rootRank:
-                self._run("gather", self._comm.Igather, _bytes(tensor).numpy(), None, root=opts.rootRank)
-                continue
-            outputs = output_tensors[position]
+            outputs = output_tensors[position] if self.rank() == opts.rootRank else []
             rows = torch.empty(len(outputs), tensor.numel() * tensor.element_size(), dtype=torch.uint8)
-            self._run("gather", self._comm.Igather, _bytes(tensor).numpy(), rows.numpy(), root=opts.rootRank)
+            received = rows.numpy() if outputs else None
+            self._run("gather", self._comm.Igather, _bytes(tensor).numpy(), received, root=opts.rootRank)
             for output, row in zip(outputs, rows, strict=True):
                 output.copy_(_as(row, output))
         return _Done([output for outputs in output_tensors for output in outputs])
