@@ -2,10 +2,7 @@
 
     python benchmarks/local_sgd_links.py [--minutes 20]        (as root, on Linux)
 
-Two workers, each in a network namespace of its own, whose only way out is a virtual device (TUN) that a third process
-reads: it holds every packet back for the delay and sends it at the rate of the link, in both directions, below TCP.
-That is what ``tc netem`` does, which not every kernel has. The rate is that of each worker's uplink, the delay is one
-way.
+Two workers on simulated links (``_links.py``). The rate is that of each worker's uplink, the delay is one way.
 
 The model has four hidden layers of equal size and 1 MB. The time of its forward and backward is a sleep, 40 ms per
 step, as if a device computed: so the cores are free for the links, and a loaded machine changes little. A third of it
@@ -20,30 +17,21 @@ applied count once at either end."""
 from __future__ import annotations
 
 import argparse
-import collections
-import ctypes
-import fcntl
 import multiprocessing
-import os
-import select
 import signal
 import statistics
-import struct
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from _harness import Machine, Table, publish
+from _links import Link, join, network
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
@@ -58,7 +46,6 @@ QUESTION = (
 WORKERS = 2
 STEP_S, SYNC_EVERY, FRAGMENTS, ROUNDS = 0.040, 16, 4, 2
 WIDTH, LAYERS = 256, 4
-MTU = 9000
 OVERLAP = 12
 
 LOCAL: dict[str, dict[str, Any]] = {
@@ -71,85 +58,7 @@ METHODS = ("none", "DDP", *LOCAL)
 DDP_STEPS = 8
 
 
-class Link(NamedTuple):
-    """A link of a worker: its rate in Mbit/s, and its delay one way in ms."""
-
-    rate: float
-    delay: float
-
-
 LINKS = (Link(10, 10), Link(10, 100), Link(100, 50), Link(1000, 10), Link(1000, 100))
-
-
-# --- the network ------------------------------------------------------------------------------------------------------
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
-
-
-def enter(namespace: str) -> None:
-    """Moves this process, as it is before it has other threads, into a network namespace."""
-    with open(f"/run/netns/{namespace}") as place:
-        if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), 0x40000000):
-            raise OSError(ctypes.get_errno(), "setns")
-
-
-@contextmanager
-def namespaces(count: int) -> Iterator[list[str]]:
-    """Network namespaces, which are removed at the end."""
-    names = [f"links-{os.getpid()}-{worker}" for worker in range(count)]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False)
-
-
-def device_in(namespace: str, worker: int) -> int:
-    """The other end of a new network device of a worker: a file descriptor that reads and writes its packets."""
-    found = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    fcntl.ioctl(found, 0x400454CA, struct.pack("16sH22x", b"tun0", 0x1001))  # TUNSETIFF: IFF_TUN | IFF_NO_PI
-    ip("-n", namespace, "addr", "add", f"10.77.0.{worker + 1}/24", "dev", "tun0")
-    ip("-n", namespace, "link", "set", "tun0", "mtu", str(MTU), "txqueuelen", "10000", "up")
-    return found
-
-
-def relay(names: list[str], ready: Event, rate: Any, delay: Any) -> None:
-    """Carries packets between the workers, at the rate and with the delay of the links."""
-    ends = []
-    for worker, name in enumerate(names):
-        enter(name)
-        ends.append(device_in(name, worker))
-    ready.set()
-    free = [0.0] * len(ends)  # when each uplink has sent all before
-    flying: collections.deque[tuple[float, int, bytes]] = collections.deque()
-    while True:
-        now = time.monotonic()
-        while flying and flying[0][0] <= now:
-            _, target, packet = flying.popleft()
-            os.write(ends[target], packet)
-        readable, _, _ = select.select(ends, [], [], max(flying[0][0] - now, 0) if flying else None)
-        now = time.monotonic()
-        for end in readable:
-            source = ends.index(end)
-            for packet in _packets(end):
-                if packet[0] >> 4 != 4:  # not IPv4
-                    continue
-                free[source] = max(free[source], now) + len(packet) * 8e-6 / rate.value
-                flying.append((free[source] + delay.value / 1000, packet[19] - 1, packet))
-        flying = collections.deque(sorted(flying, key=lambda each: each[0]))
-
-
-def _packets(end: int) -> Iterator[bytes]:
-    for _ in range(64):
-        try:
-            yield os.read(end, MTU + 100)
-        except BlockingIOError:
-            return
 
 
 # --- the job ----------------------------------------------------------------------------------------------------------
@@ -217,10 +126,9 @@ def measure(method: str, rank: int) -> Run:
     return found
 
 
-def work(rank: int, names: list[str], place: str, jobs: Any, results: Any) -> None:
+def work(rank: int, namespace: str, place: str, jobs: Any, results: Any) -> None:
     """A worker: one run after another, as it is told."""
-    enter(names[rank])
-    os.environ["GLOO_SOCKET_IFNAME"] = "tun0"
+    join(namespace)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{place}/store", rank=rank, world_size=WORKERS, timeout=timedelta(minutes=5)
@@ -241,16 +149,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces are removed
     machine, deadline = Machine.here(), time.monotonic() + 60 * asked.minutes
     processes = multiprocessing.get_context("spawn")
-    ready, rate, delay = processes.Event(), processes.Value("d", 1000.0), processes.Value("d", 0.0)
     seen: dict[tuple[Link, str], list[Run]] = {}
-    with namespaces(WORKERS) as names, tempfile.TemporaryDirectory() as place:
-        network = processes.Process(target=relay, args=(names, ready, rate, delay), daemon=True)
-        network.start()
-        if not ready.wait(300):
-            raise SystemExit("the links could not be made: this needs root, ip netns and /dev/net/tun")
-        jobs, results = [processes.Queue() for _ in names], processes.Queue()
+    with network(WORKERS) as links, tempfile.TemporaryDirectory() as place:
+        jobs, results = [processes.Queue() for _ in range(WORKERS)], processes.Queue()
         workers = [
-            processes.Process(target=work, args=(rank, names, place, jobs[rank], results), daemon=True)
+            processes.Process(target=work, args=(rank, links.names[rank], place, jobs[rank], results), daemon=True)
             for rank in range(WORKERS)
         ]
         for worker in workers:
@@ -260,10 +163,10 @@ def main() -> None:
                 for method in METHODS:
                     if repeat and time.monotonic() > deadline:
                         continue
-                    rate.value, delay.value = link
+                    links.carry(link)
                     for queue in jobs:
                         queue.put(method)
-                    runs = dict(results.get(timeout=600) for _ in names)
+                    runs = dict(results.get(timeout=600) for _ in jobs)
                     slowest = max(runs.values(), key=lambda run: run.seconds)
                     seen.setdefault((link, method), []).append(slowest)
                     print(f"{link} {method}: {slowest}", flush=True)
@@ -271,8 +174,6 @@ def main() -> None:
             queue.put(None)
         for worker in workers:
             worker.join(30)
-        network.terminate()
-        network.join()
     report(seen, machine)
 
 
