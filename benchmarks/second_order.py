@@ -52,7 +52,10 @@ QUESTIONS = {
 NAMES = {"sweeps": "second_order", "race": "second_order_race", "cost": "second_order_cost"}
 BASE, WIDTHS, SEEDS = 64, (64, 256, 1024), (0, 1, 2)
 STEPS, BATCH, LAST = 200, 128, 20
-RATES = tuple(2.0**-k for k in (6, 5, 4, 3, 2))
+RATES = {
+    "kfac": tuple(2.0**-k for k in (6, 5, 4, 3, 2)),
+    "shampoo": tuple(2.0**-k for k in (8, 7, 6, 5, 4)),  # lower, since it has momentum by default
+}
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DAMPING_RATE = 2.0**-5
 STABLE = 1.0  # a final loss below it
@@ -230,9 +233,9 @@ def shown(losses: Sequence[float] | None) -> str:
 Curves = dict[str, dict[int, dict[float, tuple[float, ...] | None]]]
 
 
-def swept(lab: Lab, what: str, values: Sequence[float]) -> Curves:
-    """Losses by method, width and learning rate or damping; width by width, so that a deadline cuts the widest."""
-    found: Curves = {name: {} for name in SWEPT if what == "lr" or name.startswith("K-FAC")}
+def swept(lab: Lab, method: str, what: str, values: Sequence[float]) -> Curves:
+    """Losses by form, width and learning rate or damping; width by width, so that a deadline cuts the widest."""
+    found: Curves = {name: {} for name, cell in SWEPT.items() if cell.method == method}
     for width in WIDTHS:
         for name in found:
             template = replace(SWEPT[name], width=width, lr=DAMPING_RATE)
@@ -320,7 +323,7 @@ FIRST_RATES = {  # learning rates from which the tuning at each batch begins
     "sgd": {128: 0.04, 512: 0.16, 2048: 0.32, 8192: 0.32},
     "adamw": {128: 0.004, 512: 0.008, 2048: 0.008, 8192: 0.008},
     "kfac": {128: 2.0**-6, 512: 2.0**-4, 2048: 2.0**-3, 8192: 2.0**-2},
-    "shampoo": {128: 2.0**-5, 512: 2.0**-4, 2048: 2.0**-5, 8192: 2.0**-5},
+    "shampoo": {128: 2.0**-7, 512: 2.0**-6, 2048: 2.0**-4, 8192: 2.0**-4},
 }
 FARTHEST = 4  # powers of two beyond an end of the grid
 SETTLED, ROUND = 40, 40  # steps before the cost is measured, and in one round of it
@@ -437,10 +440,13 @@ def main() -> None:
     if options.part == "sweeps":
         power = lambda value: f"2^{math.log2(value):.0f}" if value == value else "unknown"  # noqa: E731
         short = lambda value: f"{value:g}"  # noqa: E731
-        dampings = swept(lab, "damping", DAMPINGS)  # first: a deadline is to cut the widest Shampoo, the slowest runs
-        rates = swept(lab, "lr", RATES)
+        # In this order, since a deadline is to cut the widest Shampoo, the slowest runs.
+        dampings = swept(lab, "kfac", "damping", DAMPINGS)
+        of_kfac, of_shampoo = (swept(lab, method, "lr", values) for method, values in RATES.items())
+        rates = of_kfac | of_shampoo
         tables = [
-            sweep_table("Learning rates (seeds 0 / 1 / 2), damping or epsilon 0.01", rates, RATES, power),
+            sweep_table("Learning rates of K-FAC (seeds 0 / 1 / 2), damping 0.01", of_kfac, RATES["kfac"], power),
+            sweep_table("Learning rates of Shampoo, epsilon 0.01", of_shampoo, RATES["shampoo"], power),
             sweep_table("Dampings at learning rate 2^-5", dampings, DAMPINGS, short),
         ]
         findings = sweep_findings(rates, "learning rate", power) + sweep_findings(dampings, "damping", short)
