@@ -66,12 +66,12 @@ def whole(value: Tensor) -> Tensor:
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """How many parameters' roots of one side are computed inside, in this process."""
+    """How many roots of matrices are computed inside, in this process."""
     calls, inverse_root = [0], statistics.inverse_root
 
-    def counting(*arguments: Any, **options: Any) -> Tensor:
-        calls[0] += 1
-        return inverse_root(*arguments, **options)
+    def counting(matrices: Tensor, **options: Any) -> Tensor:
+        calls[0] += len(matrices)
+        return inverse_root(matrices, **options)
 
     statistics.inverse_root = counting
     try:
@@ -137,7 +137,7 @@ def wide() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 151), nn.Tanh(), nn.Linear(151, 140), nn.Tanh(), nn.Linear(140, 3))
 
 
-def wide_on_rank(rank: int, wrap: str) -> tuple[list[Tensor], list[int], dict[str, int]]:
+def wide_on_rank(rank: int, wrap: str) -> tuple[list[Tensor], list[float], dict[str, int]]:
     model: nn.Module = wide()
     if wrap == "ddp":
         model = DistributedDataParallel(model)
@@ -148,9 +148,11 @@ def wide_on_rank(rank: int, wrap: str) -> tuple[list[Tensor], list[int], dict[st
     return [whole(p).clone() for p in model.parameters()], ranks_of_roots(model, optimizer), optimizer.fallbacks
 
 
-def ranks_of_roots(model: nn.Module, optimizer: Shampoo) -> list[int]:
+def ranks_of_roots(model: nn.Module, optimizer: Shampoo) -> list[float]:
+    """The rank of each block of each side."""
     states = [optimizer.state[param] for param in model.parameters()]
-    return [int(state[f"{side}_rank"]) for state in states for side in ("left", "right") if side in state]
+    found = [state[f"{side}_rank"].tolist() for state in states for side in ("left", "right") if side in state]
+    return [rank for each in found for rank in each]
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])

@@ -19,6 +19,7 @@ from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
 from adabatch.optim.shampoo import statistics
 from adabatch.optim.shampoo.blocks import Blocks
 from adabatch.optim.shampoo.checks import check_group
+from adabatch.optim.shampoo.parts import Part, divided
 
 
 class Pending(NamedTuple):
@@ -26,7 +27,7 @@ class Pending(NamedTuple):
 
     Args:
         param: the parameter.
-        name: its name for the owner.
+        parts: its parts, each with an owner.
         group: its group.
         form: how it is cut into blocks.
         blocks: its whole gradient in blocks; None on the ranks that do not have it.
@@ -34,7 +35,7 @@ class Pending(NamedTuple):
     """
 
     param: Tensor
-    name: str
+    parts: list[Part]
     group: dict[str, Any]
     form: Blocks
     blocks: Tensor | None
@@ -73,9 +74,11 @@ class Shampoo(Optimizer):
     converge.
 
     *Ranks.* With ``Shampoo(params, **adabatch.across_ranks(model))`` one rank, the owner, computes the roots of each
-    parameter; parameters are assigned such that costs are balanced. Under DDP the roots are sent to the other ranks.
-    Under FSDP2 each gradient is gathered at its owner, which updates the statistics and scatters the update. The other
-    ranks receive the statistics in ``state_dict``, which all ranks must call together.
+    parameter; parameters are assigned such that costs are balanced. Under DDP the roots are sent to the other ranks,
+    and the blocks of a parameter that costs more than half of a rank's share are divided among several owners. Under
+    FSDP2 each gradient is gathered at its owner, which updates the statistics of all its blocks and scatters the
+    update. The other ranks receive the statistics in ``state_dict``, which all ranks must call together. A state may be
+    loaded at another number of ranks.
 
     Args:
         params: parameters, named parameters or groups of them. Groups may differ in all options.
@@ -103,7 +106,7 @@ class Shampoo(Optimizer):
         maximize: maximize the objective instead of minimizing it.
         reduce: sums a tensor over the ranks that see different data; None for one process. All ranks call it at each
             step that computes roots, so that statistics that are not finite stop all ranks together.
-        owner: decides which rank computes the roots of which parameter; by default each rank computes all.
+        owner: decides which rank computes the roots of which blocks; by default each rank computes all.
 
     Raises:
         ValueError: if an option is out of its range, if a parameter is complex, or if a side is longer than 16,384
@@ -118,10 +121,10 @@ class Shampoo(Optimizer):
             move, if it had none). The raw gradient is never used instead, since its learning rate has another unit.
 
     Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Every rank
-    allocates all statistics and roots, and all blocks of a parameter have one owner. Without an ``owner`` every rank
-    computes all roots; under FSDP2 each then holds all whole gradients. Roots are computed in float32, with a check, if
-    epsilon is relative and at least 1e-3, else in float64 (on the CPU for devices without it); everything else in at
-    least float32.
+    allocates all statistics and roots. Under FSDP2 all blocks of a parameter have one owner. Without an ``owner`` every
+    rank computes all roots; under FSDP2 each then holds all whole gradients. Roots are computed in float32, with a
+    check, if epsilon is relative and at least 1e-3, else in float64 (on the CPU for devices without it); everything
+    else in at least float32.
 
     Source: Gupta, Koren and Singer (2018), "Shampoo", ICML, algorithm 1 (sums there, averages here, as in Anil et al.
     2020); the width rule is in Ishikawa and Karakida (2024), arXiv:2312.12226, and Qiu et al. (2025), arXiv:2512.05620.
@@ -156,6 +159,7 @@ class Shampoo(Optimizer):
     ) -> None:
         self._reduce = reduce
         self._owner: Owner = owner or Alone()
+        self._parts: dict[Tensor, list[Part]] = {}
         self.fallbacks = {"float64": 0, "jittered": 0, "kept": 0}
         defaults = {
             "lr": lr,
@@ -188,7 +192,7 @@ class Shampoo(Optimizer):
                 raise ValueError("Shampoo does not take complex parameters: give them to a first-order optimizer")
             self.state[param] = statistics.begin(param, group)
         self._catch_up()  # before the new assignment, which may give an older parameter another owner
-        self._owner.deal({name: statistics.cost(self.state[param]) for param, name in self._names().items()})
+        self._deal()
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -196,6 +200,7 @@ class Shampoo(Optimizer):
             "fallbacks": self.fallbacks,
             "_reduce": self._reduce,
             "_owner": self._owner,
+            "_parts": self._parts,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -230,14 +235,13 @@ class Shampoo(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_ratios(self)
-        names = self._names()
-        check_in_place(names, self.state, "Shampoo")
+        check_in_place((param for group in self.param_groups for param in group["params"]), self.state, "Shampoo")
         groups = [
             (group, params)
             for group in self.param_groups
             if (params := [param for param in group["params"] if param.grad is not None and param.numel()])
         ]
-        pending = {param: self._observe(param, names[param], group) for group, params in groups for param in params}
+        pending = {param: self._observe(param, group) for group, params in groups for param in params}
         # Each rank computes its own roots before it meets the others, which compute theirs meanwhile.
         unfit = {param: not self._refresh(each) for param, each in pending.items() if each.refresh}
         updates = [(group, params, [self._direction(pending[param]) for param in params]) for group, params in groups]
@@ -263,7 +267,8 @@ class Shampoo(Optimizer):
         # Read before torch casts it: Optimizer.load_state_dict casts all state to the dtype of its parameter.
         def remember(_: Optimizer, loaded: StateDict) -> None:
             saved.update(loaded)
-            if any("left" not in entry for entry in loaded["state"].values()):
+            numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+            if any("left" not in loaded["state"].get(number, {}) for number in numbers):
                 raise ValueError("the state holds no statistics: load one that Shampoo saved")
 
         handle = self.register_load_state_dict_pre_hook(remember)
@@ -274,23 +279,39 @@ class Shampoo(Optimizer):
         ids = [number for group in saved["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(ids, params, strict=True):
-            for name, value in saved["state"].get(number, {}).items():
+            for name, value in saved["state"][number].items():
                 on_device = name not in statistics.COUNTS
                 self.state[param][name] = value.to(self.state[param][name].device) if on_device else value.cpu()
+        for param in params:
+            statistics.complete(self.state[param])
+        self._deal()  # the groups that were loaded may have blocks of another size
 
-    def _names(self) -> dict[Tensor, str]:
-        """The names of the parameters for the owner: their numbers, which do not depend on wrappers."""
+    def _deal(self) -> None:
+        """Divides the parameters into parts, and gives each an owner."""
         params = [param for group in self.param_groups for param in group["params"]]
-        return {param: str(number) for number, param in enumerate(params)}
+        costs = [statistics.cost(self.state[param]) for param in params]
+        num_blocks = [statistics.num_blocks(self.state[param]) for param in params]
+        # Named by number: wrappers change the names of parameters.
+        parts = divided(costs, num_blocks, num_owners=self._owner.owners_per_layer)
+        self._parts = dict(zip(params, parts, strict=True))
+        states = {part.name: state for param in params for part, state in self._parts_of(param)}
+        for state in states.values():
+            statistics.unite(state)
+        self._owner.deal({name: statistics.cost(state) for name, state in states.items()})
+
+    def _parts_of(self, param: Tensor) -> list[tuple[Part, statistics.State]]:
+        """The parts of a parameter, each with its state."""
+        state = self.state[param]
+        return [(part, statistics.part(state, part.blocks)) for part in self._parts[param]]
 
     def _catch_up(self) -> None:
-        """Gets the statistics of every parameter that has taken a step from its owner."""
-        for param, name in self._names().items():
-            state = self.state[param]
-            if int(state["step"]):
-                self._owner.catch_up(name, statistics.of_sides(state))
+        """Gets the statistics of every parameter that has taken a step from its owners."""
+        for param in self._parts:
+            if int(self.state[param]["step"]):
+                for part, state in self._parts_of(param):
+                    self._owner.catch_up(part.name, statistics.of_sides(state))
 
-    def _observe(self, param: Tensor, name: str, group: dict[str, Any]) -> Pending:
+    def _observe(self, param: Tensor, group: dict[str, Any]) -> Pending:
         """Counts a step of a parameter, and adds its gradient to the averages on the ranks that have all of it."""
         grad, state = param.grad, self.state[param]
         assert grad is not None
@@ -301,7 +322,9 @@ class Shampoo(Optimizer):
             )
         if state["left"].device != grad.device:  # the model was moved after this optimizer was made
             statistics.move(state, grad.device)
-        whole = self._owner.gather(name, grad)
+        parts = self._parts[param]
+        # An owner that has to gather gives a parameter one part.
+        whole = self._owner.gather(parts[0].name, grad)
         form = Blocks.of(param.shape, group["block_size"])
         blocks = None if whole is None else _blocks(whole, form, state["left"].dtype, negative=group["maximize"])
         # On every rank, with or without the gradient: the counts tell all of them when to meet in share().
@@ -309,27 +332,33 @@ class Shampoo(Optimizer):
         if blocks is not None:
             # Before the roots, so that those of a first step are not the roots of zeros.
             statistics.follow(state, group, blocks)
-        return Pending(param, name, group, form, blocks, refresh)
+        return Pending(param, parts, group, form, blocks, refresh)
 
     def _refresh(self, pending: Pending) -> bool:
-        """Computes the roots of a parameter on its owner; returns whether they could be, as far as this rank knows."""
-        if not self._owner.owns(pending.name):
-            return True
-        return statistics.refresh(self.state[pending.param], pending.group, self.fallbacks)
+        """Computes the roots of the parts that this rank owns; returns whether all of these could be computed."""
+        owned = (state for part, state in self._parts_of(pending.param) if self._owner.owns(part.name))
+        return all(statistics.refresh(state, pending.group, self.fallbacks) for state in owned)
 
     def _direction(self, pending: Pending) -> Tensor:
-        """The update of a parameter in its shape and layout, by the owner's roots."""
-        param, name, state = pending.param, pending.name, self.state[pending.param]
+        """The update of a parameter in its shape and layout, by the owners' roots."""
+        param, parts = pending.param, self._parts_of(pending.param)
         if pending.refresh:
-            roots = statistics.roots_of(state)
-            self._owner.share(name, roots)
-            if not self._owner.owns(name):
-                statistics.take_ranks(state, roots)
+            for part, state in parts:
+                self._share(part, state)
         assert param.grad is not None
         update = None
         if pending.blocks is not None:
-            update = pending.form.join(statistics.precondition(state, pending.blocks), param.shape)
-        return _as(self._owner.scatter(name, update, param.grad.to(state["left"].dtype)), param)
+            blocks = [statistics.precondition(state, pending.blocks[part.blocks]) for part, state in parts]
+            update = pending.form.join(torch.cat(blocks) if len(blocks) > 1 else blocks[0], param.shape)
+        grad = param.grad.to(self.state[param]["left"].dtype)
+        return _as(self._owner.scatter(pending.parts[0].name, update, grad), param)
+
+    def _share(self, part: Part, state: statistics.State) -> None:
+        """Sends the roots of a part from its owner to the other ranks."""
+        roots = statistics.roots_of(state)
+        self._owner.share(part.name, roots)
+        if not self._owner.owns(part.name):
+            statistics.take_ranks(state, roots)
 
     def _check_finite(self, unfit: dict[Tensor, bool]) -> None:
         """Raises on all ranks if one of them found statistics that are not finite."""
