@@ -22,14 +22,14 @@ class Owner(Protocol):
 
     @property
     def owners_per_layer(self) -> int:
-        """The largest number of ranks that can own parts of one layer, if its statistics are separate blocks."""
+        """The largest number of ranks among which one layer can be divided, if its statistics are separate blocks."""
         ...
 
     def deal(self, costs: Mapping[str, float]) -> None:
         """Assigns one owner to each layer, replacing earlier assignments.
 
         Args:
-            costs: the cost of each layer, or of each part of a layer, by its name.
+            costs: the cost of each layer, or of each stack of blocks of a divided layer, by its name.
         """
         ...
 

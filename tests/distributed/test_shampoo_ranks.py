@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from adabatch.checkpointing.sharded_state import Shards, put_back, taken_apart, write_shards
 from adabatch.optim import Shampoo
 from adabatch.optim.placement import Alone
 from adabatch.optim.shampoo import roots, statistics
@@ -183,17 +184,17 @@ class Recorded(Alone):
         return True
 
 
-@pytest.mark.parametrize(("owners_per_layer", "num_parts"), [(1, 4), (2, 5)])
+@pytest.mark.parametrize(("owners_per_layer", "num_stacks"), [(1, 4), (2, 5)])
 def test_ranks_compute_all_their_roots_before_they_wait_for_those_of_others(
-    owners_per_layer: int, num_parts: int
+    owners_per_layer: int, num_stacks: int
 ) -> None:
     owner, model = Recorded(), network()
     owner.owners_per_layer = owners_per_layer
     optimizer = Shampoo(model.parameters(), **OPTIONS, owner=owner)
     owner.calls.clear()
     train(model, optimizer, range(1))
-    assert owner.calls[:num_parts] == ["owns"] * num_parts
-    assert owner.calls.count("share") == num_parts
+    assert owner.calls[:num_stacks] == ["owns"] * num_stacks
+    assert owner.calls.count("share") == num_stacks
 
 
 def with_a_group_added(model: nn.Module, layers: nn.Sequential, rows: slice, **ranks: Any) -> None:
@@ -339,7 +340,7 @@ def unfit_block(rank: int) -> tuple[list[bool], str]:
     with pytest.raises(RuntimeError) as caught:
         optimizer.step()
     assert all(torch.equal(whole(p), old) for p, old in zip(model.parameters(), before, strict=True))
-    return [optimizer._owner.owns(f"0.{part}") for part in range(2)], str(caught.value)
+    return [optimizer._owner.owns(f"0.{stack}") for stack in range(2)], str(caught.value)
 
 
 def test_a_block_that_is_not_finite_ends_the_ranks_that_do_not_own_it_too(tmp_path: Path) -> None:
@@ -347,6 +348,33 @@ def test_a_block_that_is_not_finite_ends_the_ranks_that_do_not_own_it_too(tmp_pa
     assert sorted([owned, others]) == [[False, True], [True, False]]
     assert first == second
     assert "shape (9, 6) is not finite" in first
+
+
+def resumed_from_shards(rank: int, folder: str) -> tuple[list[Tensor], list[Tensor]]:
+    """A head of one output, whose bias has the shape of its own scale and rank: one number."""
+    models, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 1)).double()
+        fully_shard(model)
+        models.append(model)
+        optimizers.append(Shampoo(model.parameters(), **OFTEN, **across_ranks(model)))
+    rows, group = slice(4 * rank, 4 * rank + 4), dist.group.WORLD
+    assert group is not None
+    train(models[0], optimizers[0], range(3), rows)
+    saved, fresh = (taken_apart(*each) for each in zip(models, optimizers, strict=True))
+    write_shards(Path(folder), saved.tensors, group)
+    shards = Shards(fresh.tensors, saved.model, saved.optimizer)
+    put_back(models[1], optimizers[1], shards, Path(folder), group)
+    for each, optimizer in zip(models, optimizers, strict=True):
+        train(each, optimizer, range(3, 6), rows)
+    through, resumed = ([whole(p).clone() for p in each.parameters()] for each in models)
+    return through, resumed
+
+
+def test_a_vector_of_one_element_resumes_from_shards(tmp_path: Path) -> None:
+    for through, resumed in run_ranks(resumed_from_shards, 2, tmp_path, str(tmp_path / "shards")):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(through, resumed, strict=True))
 
 
 def unfit(rank: int, wrap: str) -> str:

@@ -19,7 +19,7 @@ from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
 from adabatch.optim.shampoo import statistics
 from adabatch.optim.shampoo.blocks import Blocks
 from adabatch.optim.shampoo.checks import check_group
-from adabatch.optim.shampoo.parts import Part, divided
+from adabatch.optim.shampoo.stacks import Stack, divided
 
 
 class Pending(NamedTuple):
@@ -27,7 +27,7 @@ class Pending(NamedTuple):
 
     Args:
         param: the parameter.
-        parts: its parts, each with an owner.
+        stacks: its blocks in stacks, each with an owner.
         group: its group.
         form: how it is cut into blocks.
         blocks: its whole gradient in blocks; None on the ranks that do not have it.
@@ -35,7 +35,7 @@ class Pending(NamedTuple):
     """
 
     param: Tensor
-    parts: list[Part]
+    stacks: list[Stack]
     group: dict[str, Any]
     form: Blocks
     blocks: Tensor | None
@@ -159,7 +159,7 @@ class Shampoo(Optimizer):
     ) -> None:
         self._reduce = reduce
         self._owner: Owner = owner or Alone()
-        self._parts: dict[Tensor, list[Part]] = {}
+        self._stacks: dict[Tensor, list[Stack]] = {}
         self.fallbacks = {"float64": 0, "jittered": 0, "kept": 0}
         defaults = {
             "lr": lr,
@@ -200,7 +200,7 @@ class Shampoo(Optimizer):
             "fallbacks": self.fallbacks,
             "_reduce": self._reduce,
             "_owner": self._owner,
-            "_parts": self._parts,
+            "_stacks": self._stacks,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -279,7 +279,11 @@ class Shampoo(Optimizer):
         ids = [number for group in saved["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(ids, params, strict=True):
-            for name, value in saved["state"][number].items():
+            for name, loaded in saved["state"][number].items():
+                # Sharded checkpoints shard all that has the shape of its parameter, such as the scale of a vector of
+                # one element.
+                is_sharded = isinstance(loaded, DTensor) and name != "momentum_buffer"
+                value = loaded.full_tensor() if is_sharded else loaded
                 on_device = name not in statistics.COUNTS
                 self.state[param][name] = value.to(self.state[param][name].device) if on_device else value.cpu()
         for param in params:
@@ -287,29 +291,29 @@ class Shampoo(Optimizer):
         self._deal()  # the groups that were loaded may have blocks of another size
 
     def _deal(self) -> None:
-        """Divides the parameters into parts, and gives each an owner."""
+        """Divides the blocks of the parameters into stacks, and gives each an owner."""
         params = [param for group in self.param_groups for param in group["params"]]
         costs = [statistics.cost(self.state[param]) for param in params]
         num_blocks = [statistics.num_blocks(self.state[param]) for param in params]
         # Named by number: wrappers change the names of parameters.
-        parts = divided(costs, num_blocks, num_owners=self._owner.owners_per_layer)
-        self._parts = dict(zip(params, parts, strict=True))
-        states = {part.name: state for param in params for part, state in self._parts_of(param)}
+        stacks = divided(costs, num_blocks, num_owners=self._owner.owners_per_layer)
+        self._stacks = dict(zip(params, stacks, strict=True))
+        states = {stack.name: state for param in params for stack, state in self._stacks_of(param)}
         for state in states.values():
             statistics.unite(state)
         self._owner.deal({name: statistics.cost(state) for name, state in states.items()})
 
-    def _parts_of(self, param: Tensor) -> list[tuple[Part, statistics.State]]:
-        """The parts of a parameter, each with its state."""
+    def _stacks_of(self, param: Tensor) -> list[tuple[Stack, statistics.State]]:
+        """The stacks of a parameter, each with its state."""
         state = self.state[param]
-        return [(part, statistics.part(state, part.blocks)) for part in self._parts[param]]
+        return [(stack, statistics.stack(state, stack.blocks)) for stack in self._stacks[param]]
 
     def _catch_up(self) -> None:
         """Gets the statistics of every parameter that has taken a step from its owners."""
-        for param in self._parts:
+        for param in self._stacks:
             if int(self.state[param]["step"]):
-                for part, state in self._parts_of(param):
-                    self._owner.catch_up(part.name, statistics.of_sides(state))
+                for stack, state in self._stacks_of(param):
+                    self._owner.catch_up(stack.name, statistics.of_sides(state))
 
     def _observe(self, param: Tensor, group: dict[str, Any]) -> Pending:
         """Counts a step of a parameter, and adds its gradient to the averages on the ranks that have all of it."""
@@ -322,9 +326,9 @@ class Shampoo(Optimizer):
             )
         if state["left"].device != grad.device:  # the model was moved after this optimizer was made
             statistics.move(state, grad.device)
-        parts = self._parts[param]
-        # An owner that has to gather gives a parameter one part.
-        whole = self._owner.gather(parts[0].name, grad)
+        stacks = self._stacks[param]
+        # An owner that has to gather gives a parameter one stack.
+        whole = self._owner.gather(stacks[0].name, grad)
         form = Blocks.of(param.shape, group["block_size"])
         blocks = None if whole is None else _blocks(whole, form, state["left"].dtype, negative=group["maximize"])
         # On every rank, with or without the gradient: the counts tell all of them when to meet in share().
@@ -332,32 +336,32 @@ class Shampoo(Optimizer):
         if blocks is not None:
             # Before the roots, so that those of a first step are not the roots of zeros.
             statistics.follow(state, group, blocks)
-        return Pending(param, parts, group, form, blocks, refresh)
+        return Pending(param, stacks, group, form, blocks, refresh)
 
     def _refresh(self, pending: Pending) -> bool:
-        """Computes the roots of the parts that this rank owns; returns whether all of these could be computed."""
-        owned = (state for part, state in self._parts_of(pending.param) if self._owner.owns(part.name))
+        """Computes the roots of the stacks that this rank owns; returns whether all of these could be computed."""
+        owned = (state for stack, state in self._stacks_of(pending.param) if self._owner.owns(stack.name))
         return all(statistics.refresh(state, pending.group, self.fallbacks) for state in owned)
 
     def _direction(self, pending: Pending) -> Tensor:
         """The update of a parameter in its shape and layout, by the owners' roots."""
-        param, parts = pending.param, self._parts_of(pending.param)
+        param, stacks = pending.param, self._stacks_of(pending.param)
         if pending.refresh:
-            for part, state in parts:
-                self._share(part, state)
+            for stack, state in stacks:
+                self._share(stack, state)
         assert param.grad is not None
         update = None
         if pending.blocks is not None:
-            blocks = [statistics.precondition(state, pending.blocks[part.blocks]) for part, state in parts]
+            blocks = [statistics.precondition(state, pending.blocks[stack.blocks]) for stack, state in stacks]
             update = pending.form.join(torch.cat(blocks) if len(blocks) > 1 else blocks[0], param.shape)
         grad = param.grad.to(self.state[param]["left"].dtype)
-        return _as(self._owner.scatter(pending.parts[0].name, update, grad), param)
+        return _as(self._owner.scatter(pending.stacks[0].name, update, grad), param)
 
-    def _share(self, part: Part, state: statistics.State) -> None:
-        """Sends the roots of a part from its owner to the other ranks."""
+    def _share(self, stack: Stack, state: statistics.State) -> None:
+        """Sends the roots of a stack from its owner to the other ranks."""
         roots = statistics.roots_of(state)
-        self._owner.share(part.name, roots)
-        if not self._owner.owns(part.name):
+        self._owner.share(stack.name, roots)
+        if not self._owner.owns(stack.name):
             statistics.take_ranks(state, roots)
 
     def _check_finite(self, unfit: dict[Tensor, bool]) -> None:

@@ -2,7 +2,7 @@
 
 The keys are "left" and "right", shape (num_blocks, side, side); "left_root", "left_scale" and "left_rank" (`Root`; the
 rank of each block, shape (num_blocks,)), and those of the right; "step"; and "weight", the sum of the weights in the
-averages so far. Vectors have no "right". What is saved does not depend on how the blocks were divided into parts.
+averages so far. Vectors have no "right". What is saved does not depend on how the blocks were divided into stacks.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
     return state
 
 
-def part(state: State, blocks: slice) -> State:
+def stack(state: State, blocks: slice) -> State:
     """The state of some of the blocks, in the memory of the whole: what is written into one stands in the other."""
+    if (blocks.start, blocks.stop) == (0, num_blocks(state)):
+        return state  # views cost a quarter of the step of a small matrix
     keys = [key for side in _sides(state) for key in (side, f"{side}_root", f"{side}_scale", f"{side}_rank")]
     return {"step": state["step"], "weight": state["weight"], **{key: state[key][blocks] for key in keys}}
 
@@ -112,7 +114,7 @@ def complete(state: State) -> None:
 
 
 def unite(state: State) -> None:
-    """Gives the blocks of a part roots of one form, if they were computed in different parts.
+    """Gives the blocks of a stack roots of one form, if they were computed in different stacks.
 
     If some have leading eigenvectors and others whole roots, all get whole ones.
     """
@@ -121,7 +123,7 @@ def unite(state: State) -> None:
         if not ranks.any() or ranks.all():
             continue
         for block in range(len(ranks)):
-            one = part(state, slice(block, block + 1))
+            one = stack(state, slice(block, block + 1))
             _set_whole(one, side, root(one, side).matrix())
 
 
@@ -222,14 +224,14 @@ def _refresh_single(state: State, side: str, *, exponent: float, epsilon: float)
 
 
 def _set_whole(state: State, side: str, roots: Tensor) -> None:
-    # In place, since the state may be a part of another.
+    # In place, since the state may be that of a stack, and so views.
     state[f"{side}_root"].copy_(roots)
     state[f"{side}_rank"].zero_()
 
 
 def root(state: State, side: str) -> Root:
-    """The roots of one side, of a part whose blocks have roots of one form."""
-    # Blocks that were computed in different parts may have different ranks; beyond its own a block has rows of zeros.
+    """The roots of one side, of a stack whose roots have one form."""
+    # Blocks that were computed in different stacks may have different ranks; beyond its own a block has rows of zeros.
     return Root(state[f"{side}_root"], state[f"{side}_scale"], int(state[f"{side}_rank"].max()))
 
 

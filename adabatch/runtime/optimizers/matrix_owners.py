@@ -2,7 +2,8 @@
 FSDP2.
 
 Inverses and roots cost the cube of a layer's sides, so each is computed by one rank, its owner. The layers (for
-Shampoo, the parameters, or parts of them) are distributed so that the costs of the ranks are as equal as possible.
+Shampoo, the parameters, or stacks of their blocks) are distributed so that the costs of the ranks are as equal as
+possible.
 """
 
 from __future__ import annotations

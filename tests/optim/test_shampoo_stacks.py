@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adabatch.optim import Shampoo
 from adabatch.optim.placement import Alone
 from adabatch.optim.shampoo import statistics
-from adabatch.optim.shampoo.parts import divided
+from adabatch.optim.shampoo.stacks import divided
 from adabatch.runtime.collectives import Collectives
 from adabatch.runtime.optimizers.matrix_owners import ReplicatedMatrices, ShardedMatrices, dealt_out
 
@@ -24,7 +24,7 @@ MATRICES = st.lists(st.tuples(st.integers(0, 12), st.sampled_from([1, 27, 1000, 
 
 @with_examples(200)
 @given(matrices=MATRICES, num_owners=st.integers(1, 8))
-def test_parts_cover_the_blocks_in_order_and_no_rank_has_much_more_than_its_share(
+def test_stacks_cover_the_blocks_in_order_and_no_rank_has_much_more_than_its_share(
     matrices: list[tuple[int, int]], num_owners: int
 ) -> None:
     num_blocks = [number for number, _ in matrices]
@@ -32,28 +32,32 @@ def test_parts_cover_the_blocks_in_order_and_no_rank_has_much_more_than_its_shar
     found = divided(costs, num_blocks, num_owners=num_owners)
     share = sum(costs) / num_owners
     dealt: dict[str, float] = {}
-    unit = 0.0  # the largest part that could not be smaller: one block, or as many parts as owners
-    for parts, number, (_, each) in zip(found, num_blocks, matrices, strict=True):
-        assert [block for part in parts for block in range(*part.blocks.indices(number))] == list(range(number))
-        assert 1 <= len(parts) <= max(1, min(number, num_owners))
-        sizes = [part.blocks.stop - part.blocks.start for part in parts]
+    unit = 0.0  # the largest stack that could not be smaller: one block, or as many stacks as owners
+    for stacks, number, (_, each) in zip(found, num_blocks, matrices, strict=True):
+        assert [block for stack in stacks for block in range(*stack.blocks.indices(number))] == list(range(number))
+        assert 1 <= len(stacks) <= max(1, min(number, num_owners))
+        sizes = [stack.blocks.stop - stack.blocks.start for stack in stacks]
         assert max(sizes) - min(sizes) <= 1
         if number * each <= share / 2:
-            assert len(parts) == 1
-        # As many parts of half a share as are needed, rounded up to whole blocks.
-        unit = max(unit, each * max(sizes) if len(parts) in (number, num_owners) else share / 2 + each)
-        dealt |= {part.name: float(each * size) for part, size in zip(parts, sizes, strict=True)}
-    assert len(dealt) == sum(len(parts) for parts in found), "every part has its own name"
+            assert len(stacks) == 1
+        # As many stacks of half a share as are needed, rounded up to whole blocks.
+        unit = max(unit, each * max(sizes) if len(stacks) in (number, num_owners) else share / 2 + each)
+        dealt |= {stack.name: float(each * size) for stack, size in zip(stacks, sizes, strict=True)}
+    assert len(dealt) == sum(len(stacks) for stacks in found), "every stack has its own name"
     loads = [0.0] * num_owners
     for name, rank in dealt_out(dealt, num_owners).items():
         loads[rank] += dealt[name]
     assert max(loads) <= (share + unit) * (1 + 1e-9)
 
 
-def test_a_single_part_is_named_by_its_parameter() -> None:
+def test_a_single_stack_is_named_by_its_parameter() -> None:
     """Under FSDP2 gradients are gathered by that name."""
-    assert [part.name for parts in divided([8.0, 1.0], [4, 1], num_owners=1) for part in parts] == ["0", "1"]
-    assert [part.name for parts in divided([8.0, 1.0], [4, 1], num_owners=2) for part in parts] == ["0.0", "0.1", "1"]
+    assert [stack.name for stacks in divided([8.0, 1.0], [4, 1], num_owners=1) for stack in stacks] == ["0", "1"]
+    assert [stack.name for stacks in divided([8.0, 1.0], [4, 1], num_owners=2) for stack in stacks] == [
+        "0.0",
+        "0.1",
+        "1",
+    ]
 
 
 def shares(params: Sequence[Tensor], num_ranks: int, kind: type[ReplicatedMatrices | ShardedMatrices]) -> list[float]:
@@ -93,7 +97,7 @@ def test_each_of_four_ranks_owns_about_a_quarter_of_one_large_matrix() -> None:
     assert max(shares(mixed, 4, ReplicatedMatrices)) < 0.25 * 9 / 8
 
 
-# --- blocks whose roots were computed in different parts --------------------------------------------------------------
+# --- blocks whose roots were computed in different stacks -------------------------------------------------------------
 
 SIDE = 144
 OPTIONS = {"lr": 0.05, "refresh_warmup": 2, "refresh_every": 2, "block_size": SIDE}
@@ -119,7 +123,7 @@ def trained(ranks: Sequence[float], noise: float) -> tuple[nn.Parameter, Shampoo
     state = optimizer.state[param]
     for block in range(2):
         statistics.refresh(
-            statistics.part(state, slice(block, block + 1)), optimizer.param_groups[0], optimizer.fallbacks
+            statistics.stack(state, slice(block, block + 1)), optimizer.param_groups[0], optimizer.fallbacks
         )
     assert [bool(rank) for rank in state["left_rank"]] == [bool(rank) for rank in ranks]
     return param, optimizer
@@ -128,12 +132,12 @@ def trained(ranks: Sequence[float], noise: float) -> tuple[nn.Parameter, Shampoo
 def preconditioned(optimizer: Shampoo, param: Tensor, block: slice) -> Tensor:
     give_gradient(param, 9, noise=1.0)
     assert param.grad is not None
-    state = statistics.part(optimizer.state[param], block)
+    state = statistics.stack(optimizer.state[param], block)
     return statistics.precondition(state, param.grad.view(2, SIDE, SIDE)[block])
 
 
 def test_a_leading_and_a_whole_root_are_united_as_whole_ones() -> None:
-    """As after a checkpoint of two ranks was loaded in one process, where both blocks are one part."""
+    """As after a checkpoint of two ranks was loaded in one process, where both blocks are one stack."""
     param, optimizer = trained([1, 0], noise=100.0)
     apart = [preconditioned(optimizer, param, slice(block, block + 1)) for block in range(2)]
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
