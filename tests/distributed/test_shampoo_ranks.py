@@ -222,6 +222,28 @@ def test_a_parameter_that_gets_another_owner_takes_its_statistics_along(tmp_path
             torch.testing.assert_close(sharded, mine.detach(), rtol=1e-9, atol=1e-12)
 
 
+def regrouped_on_rank(rank: int) -> tuple[list[int], list[Tensor]]:
+    """The blocks of the last weight are two stacks while they are most of the work, then one."""
+    model, rows = wrapped("ddp"), slice(4 * rank, 4 * rank + 4)
+    layers = model.module
+    optimizer = Shampoo(layers[2].parameters(), **OFTEN, **across_ranks(model))
+    num_stacks = [len(optimizer._stacks[layers[2].weight])]
+    train(model, optimizer, range(3), rows)
+    optimizer.add_param_group({"params": list(layers[0].parameters())})
+    num_stacks.append(len(optimizer._stacks[layers[2].weight]))
+    train(model, optimizer, range(3, 6), rows)
+    return num_stacks, [whole(p).clone() for p in model.parameters()]
+
+
+def test_a_parameter_whose_blocks_come_together_in_one_stack_goes_on(tmp_path: Path) -> None:
+    model = network()
+    with_a_group_added(model, model, slice(None))
+    for num_stacks, theirs in run_ranks(regrouped_on_rank, 2, tmp_path):
+        assert num_stacks == [2, 1]
+        for mine, again in zip(model.parameters(), theirs, strict=True):
+            torch.testing.assert_close(again, mine.detach(), rtol=1e-9, atol=1e-12)
+
+
 # --- blocks of one parameter on two owners ----------------------------------------------------------------------------
 
 SIDE = 144
