@@ -90,6 +90,11 @@ def test_each_of_four_ranks_owns_about_a_quarter_of_one_large_matrix() -> None:
     large = [torch.empty(8192, 8192, device="meta")]
     assert shares(large, 4, ReplicatedMatrices) == pytest.approx([0.25] * 4, abs=1e-12)
     assert sorted(shares(large, 4, ShardedMatrices)) == pytest.approx([0, 0, 0, 1], abs=1e-12)
+    # Five equal matrices are divided into two stacks each: two ranks have three of the ten, where two matrices would be
+    # four.
+    assert max(
+        shares([torch.empty(2048, 2048, device="meta") for _ in range(5)], 4, ReplicatedMatrices)
+    ) == pytest.approx(0.3)
     # 25 blocks: three ranks have six, and one has seven.
     assert max(shares([torch.empty(5000, 5000, device="meta")], 4, ReplicatedMatrices)) == pytest.approx(0.28)
     # An embedding of 50 blocks beside three layers of four blocks: no rank has more than an eighth above its share.
@@ -172,6 +177,7 @@ def test_a_checkpoint_with_one_rank_for_all_blocks_goes_on_to_the_bit() -> None:
     again = nn.Parameter(param.detach().clone())
     other = Shampoo([again], **OPTIONS)
     other.load_state_dict(saved)
+    assert torch.equal(other.state[again]["left_rank"], optimizer.state[param]["left_rank"])
     for step in range(4, 8):
         for each, runs in ((param, optimizer), (again, other)):
             give_gradient(each, step, noise=0.0)
