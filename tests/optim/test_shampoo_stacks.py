@@ -52,12 +52,9 @@ def test_stacks_cover_the_blocks_in_order_and_no_rank_has_much_more_than_its_sha
 
 def test_a_single_stack_is_named_by_its_parameter() -> None:
     """Under FSDP2 gradients are gathered by that name."""
-    assert [stack.name for stacks in divided([8.0, 1.0], [4, 1], num_owners=1) for stack in stacks] == ["0", "1"]
-    assert [stack.name for stacks in divided([8.0, 1.0], [4, 1], num_owners=2) for stack in stacks] == [
-        "0.0",
-        "0.1",
-        "1",
-    ]
+    for num_owners, names in ((1, ["0", "1"]), (2, ["0.0", "0.1", "1"])):
+        found = divided([8.0, 1.0], [4, 1], num_owners=num_owners)
+        assert [stack.name for stacks in found for stack in stacks] == names
 
 
 def shares(params: Sequence[Tensor], num_ranks: int, kind: type[ReplicatedMatrices | ShardedMatrices]) -> list[float]:

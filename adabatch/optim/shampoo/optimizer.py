@@ -27,7 +27,6 @@ class Pending(NamedTuple):
 
     Args:
         param: the parameter.
-        stacks: its blocks in stacks, each with an owner.
         group: its group.
         form: how it is cut into blocks.
         blocks: its whole gradient in blocks; None on the ranks that do not have it.
@@ -35,7 +34,6 @@ class Pending(NamedTuple):
     """
 
     param: Tensor
-    stacks: list[Stack]
     group: dict[str, Any]
     form: Blocks
     blocks: Tensor | None
@@ -259,8 +257,11 @@ class Shampoo(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the result of ``state_dict`` exactly.
 
+        On another number of ranks the blocks of a parameter may be divided otherwise, and the run goes on within
+        rounding.
+
         Raises:
-            ValueError: if the state is that of another optimizer.
+            ValueError: if the state holds no statistics of some parameters, such as that of another optimizer.
         """
         saved: StateDict = {}
 
@@ -326,9 +327,8 @@ class Shampoo(Optimizer):
             )
         if state["left"].device != grad.device:  # the model was moved after this optimizer was made
             statistics.move(state, grad.device)
-        stacks = self._stacks[param]
         # An owner that has to gather gives a parameter one stack.
-        whole = self._owner.gather(stacks[0].name, grad)
+        whole = self._owner.gather(self._stacks[param][0].name, grad)
         form = Blocks.of(param.shape, group["block_size"])
         blocks = None if whole is None else _blocks(whole, form, state["left"].dtype, negative=group["maximize"])
         # On every rank, with or without the gradient: the counts tell all of them when to meet in share().
@@ -336,7 +336,7 @@ class Shampoo(Optimizer):
         if blocks is not None:
             # Before the roots, so that those of a first step are not the roots of zeros.
             statistics.follow(state, group, blocks)
-        return Pending(param, stacks, group, form, blocks, refresh)
+        return Pending(param, group, form, blocks, refresh)
 
     def _refresh(self, pending: Pending) -> bool:
         """Computes the roots of the stacks that this rank owns; returns whether all of these could be computed."""
@@ -355,7 +355,7 @@ class Shampoo(Optimizer):
             blocks = [statistics.precondition(state, pending.blocks[stack.blocks]) for stack, state in stacks]
             update = pending.form.join(torch.cat(blocks) if len(blocks) > 1 else blocks[0], param.shape)
         grad = param.grad.to(self.state[param]["left"].dtype)
-        return _as(self._owner.scatter(pending.stacks[0].name, update, grad), param)
+        return _as(self._owner.scatter(self._stacks[param][0].name, update, grad), param)
 
     def _share(self, stack: Stack, state: statistics.State) -> None:
         """Sends the roots of a stack from its owner to the other ranks."""
