@@ -20,8 +20,17 @@ class Owner(Protocol):
         """The number of this rank among those that see different data."""
         ...
 
+    @property
+    def owners_per_layer(self) -> int:
+        """The largest number of ranks among which one layer can be divided, if its statistics are separate blocks."""
+        ...
+
     def deal(self, costs: Mapping[str, float]) -> None:
-        """Assigns one owner to each layer, replacing earlier assignments; ``costs`` maps the layers to their cost."""
+        """Assigns one owner to each layer, replacing earlier assignments.
+
+        Args:
+            costs: the cost of each layer, or of each stack of blocks of a divided layer, by its name.
+        """
         ...
 
     def owns(self, layer: str) -> bool:
@@ -49,6 +58,7 @@ class Alone:
     """One process owns every layer."""
 
     rank = 0
+    owners_per_layer = 1
 
     def deal(self, costs: Mapping[str, float]) -> None:
         """Nothing to do."""

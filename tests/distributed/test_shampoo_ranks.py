@@ -18,9 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from adabatch.checkpointing.sharded_state import Shards, put_back, taken_apart, write_shards
 from adabatch.optim import Shampoo
 from adabatch.optim.placement import Alone
-from adabatch.optim.shampoo import statistics
+from adabatch.optim.shampoo import roots, statistics
 from adabatch.runtime.optimizers.matrix_owners import across_ranks
 
 pytestmark = pytest.mark.distributed
@@ -66,12 +67,12 @@ def whole(value: Tensor) -> Tensor:
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """How many parameters' roots of one side are computed inside, in this process."""
+    """How many roots of matrices are computed inside, in this process."""
     calls, inverse_root = [0], statistics.inverse_root
 
-    def counting(*arguments: Any, **options: Any) -> Tensor:
-        calls[0] += 1
-        return inverse_root(*arguments, **options)
+    def counting(matrices: Tensor, **options: Any) -> Tensor:
+        calls[0] += len(matrices)
+        return inverse_root(matrices, **options)
 
     statistics.inverse_root = counting
     try:
@@ -137,7 +138,7 @@ def wide() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 151), nn.Tanh(), nn.Linear(151, 140), nn.Tanh(), nn.Linear(140, 3))
 
 
-def wide_on_rank(rank: int, wrap: str) -> tuple[list[Tensor], list[int], dict[str, int]]:
+def wide_on_rank(rank: int, wrap: str) -> tuple[list[Tensor], list[float], dict[str, int]]:
     model: nn.Module = wide()
     if wrap == "ddp":
         model = DistributedDataParallel(model)
@@ -148,9 +149,11 @@ def wide_on_rank(rank: int, wrap: str) -> tuple[list[Tensor], list[int], dict[st
     return [whole(p).clone() for p in model.parameters()], ranks_of_roots(model, optimizer), optimizer.fallbacks
 
 
-def ranks_of_roots(model: nn.Module, optimizer: Shampoo) -> list[int]:
+def ranks_of_roots(model: nn.Module, optimizer: Shampoo) -> list[float]:
+    """The rank of each block of each side."""
     states = [optimizer.state[param] for param in model.parameters()]
-    return [int(state[f"{side}_rank"]) for state in states for side in ("left", "right") if side in state]
+    found = [state[f"{side}_rank"].tolist() for state in states for side in ("left", "right") if side in state]
+    return [rank for each in found for rank in each]
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
@@ -181,12 +184,17 @@ class Recorded(Alone):
         return True
 
 
-def test_ranks_compute_all_their_roots_before_they_wait_for_those_of_others() -> None:
+@pytest.mark.parametrize(("owners_per_layer", "num_stacks"), [(1, 4), (2, 5)])
+def test_ranks_compute_all_their_roots_before_they_wait_for_those_of_others(
+    owners_per_layer: int, num_stacks: int
+) -> None:
     owner, model = Recorded(), network()
+    owner.owners_per_layer = owners_per_layer
     optimizer = Shampoo(model.parameters(), **OPTIONS, owner=owner)
     owner.calls.clear()
     train(model, optimizer, range(1))
-    assert owner.calls[:4] == ["owns"] * 4
+    assert owner.calls[:num_stacks] == ["owns"] * num_stacks
+    assert owner.calls.count("share") == num_stacks
 
 
 def with_a_group_added(model: nn.Module, layers: nn.Sequential, rows: slice, **ranks: Any) -> None:
@@ -212,6 +220,183 @@ def test_a_parameter_that_gets_another_owner_takes_its_statistics_along(tmp_path
     for theirs in run_ranks(added_on_rank, 2, tmp_path):
         for mine, sharded in zip(model.parameters(), theirs, strict=True):
             torch.testing.assert_close(sharded, mine.detach(), rtol=1e-9, atol=1e-12)
+
+
+def regrouped_on_rank(rank: int) -> tuple[list[int], list[Tensor]]:
+    """The blocks of the last weight are two stacks while they are most of the work, then one."""
+    model, rows = wrapped("ddp"), slice(4 * rank, 4 * rank + 4)
+    layers = model.module
+    optimizer = Shampoo(layers[2].parameters(), **OFTEN, **across_ranks(model))
+    num_stacks = [len(optimizer._stacks[layers[2].weight])]
+    train(model, optimizer, range(3), rows)
+    optimizer.add_param_group({"params": list(layers[0].parameters())})
+    num_stacks.append(len(optimizer._stacks[layers[2].weight]))
+    train(model, optimizer, range(3, 6), rows)
+    return num_stacks, [whole(p).clone() for p in model.parameters()]
+
+
+def test_a_parameter_whose_blocks_come_together_in_one_stack_goes_on(tmp_path: Path) -> None:
+    model = network()
+    with_a_group_added(model, model, slice(None))
+    for num_stacks, theirs in run_ranks(regrouped_on_rank, 2, tmp_path):
+        assert num_stacks == [2, 1]
+        for mine, again in zip(model.parameters(), theirs, strict=True):
+            torch.testing.assert_close(again, mine.detach(), rtol=1e-9, atol=1e-12)
+
+
+# --- blocks of one parameter on two owners ----------------------------------------------------------------------------
+
+SIDE = 144
+SINGLE: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "block_size": SIDE, "refresh_warmup": 2, "refresh_every": 2}
+
+
+def two_blocks(dtype: torch.dtype, parallel: bool) -> tuple[nn.Parameter, Shampoo]:
+    """A matrix of two blocks, on two ranks one for each."""
+    torch.manual_seed(0)
+    layer = nn.Linear(SIDE, 2 * SIDE, bias=False, dtype=dtype)
+    ranks = across_ranks(DistributedDataParallel(layer)) if parallel else {}
+    return layer.weight, Shampoo([layer.weight], **SINGLE, **ranks)
+
+
+def run_blocks(param: nn.Parameter, optimizer: Shampoo, steps: Iterable[int]) -> None:
+    """Gradients of rank six, in the lower block beside much noise: so this has whole roots, the upper one leading ones.
+
+    They are given as DDP's mean would be, the same on all ranks.
+    """
+    shared = [torch.randn(side, 6, generator=torch.Generator().manual_seed(1)).double() for side in param.shape]
+    for step in steps:
+        own = torch.Generator().manual_seed(step)
+        grad = shared[0] @ torch.randn(6, 6, generator=own).double() @ shared[1].T
+        grad[SIDE:] += 100 * torch.randn(SIDE, SIDE, generator=own).double()
+        param.grad = grad.to(param.dtype)
+        optimizer.step()
+
+
+def blocks_on_rank(rank: int, dtype: torch.dtype, begun: tuple[Tensor, Any]) -> dict[str, Any]:
+    """A run of six steps that is saved after three and resumed on two ranks, and one that one process has begun."""
+    param, optimizer = two_blocks(dtype, parallel=True)
+    owned = [optimizer._owner.owns(f"0.{block}") for block in range(2)]
+    run_blocks(param, optimizer, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    middle, ranks = param.detach().clone(), optimizer.state[param]["left_rank"].tolist()
+    run_blocks(param, optimizer, range(3, 6))
+    ends = []
+    for values, saved in ((middle, state), begun):
+        again, other = two_blocks(dtype, parallel=True)
+        with torch.no_grad():
+            again.copy_(values)
+        other.load_state_dict(copy.deepcopy(saved))
+        run_blocks(again, other, range(3, 6))
+        ends.append(again.detach())
+    return {
+        "owned": owned, "ranks": ranks, "saved": (middle, state), "end": param.detach(), "resumed": ends[0],
+        "from one process": ends[1], "fallbacks": optimizer.fallbacks,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_blocks_of_one_parameter_on_two_owners_equal_one_process_and_resume_on_any_number(
+    tmp_path: Path, dtype: torch.dtype, rtol: float
+) -> None:
+    """In float32 the roots of the blocks have different ranks on two owners, and one rank in one process."""
+    param, optimizer = two_blocks(dtype, parallel=False)
+    run_blocks(param, optimizer, range(3))
+    begun = param.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    run_blocks(param, optimizer, range(3, 6))
+    first, second = run_ranks(blocks_on_rank, 2, tmp_path, dtype, begun)
+    assert [first["owned"], second["owned"]] == [[True, False], [False, True]]
+    assert first["ranks"] == second["ranks"]
+    assert [rank > 0 for rank in first["ranks"]] == [dtype is torch.float32, False]
+    again, other = two_blocks(dtype, parallel=False)
+    values, saved = first["saved"]
+    with torch.no_grad():
+        again.copy_(values)
+    other.load_state_dict(saved)
+    run_blocks(again, other, range(3, 6))
+    for end in (first["end"], first["from one process"], again.detach()):
+        torch.testing.assert_close(end, param.detach(), rtol=rtol, atol=rtol)
+    for rank in (first, second):
+        assert torch.equal(rank["end"], first["end"])
+        assert torch.equal(rank["resumed"], first["end"])
+        assert not any(rank["fallbacks"].values())
+    shapes = [{key: value.shape for key, value in each["state"][0].items()} for each in (begun[1], saved)]
+    assert shapes[0] == shapes[1], "what is saved has one form"
+
+
+def fails_on_the_second(rank: int) -> tuple[Tensor, Tensor, dict[str, int]]:
+    param, optimizer = two_blocks(torch.float32, parallel=True)
+    before, eigh = param.detach().clone(), torch.linalg.eigh
+
+    def failing(matrices: Tensor) -> Any:
+        raise roots.LinAlgError("did not converge")
+
+    if rank == 1:
+        torch.linalg.eigh = failing
+    run_blocks(param, optimizer, range(1))
+    torch.linalg.eigh = eigh
+    after = param.detach().clone()
+    run_blocks(param, optimizer, range(1, 3))
+    return after - before, param.detach() - after, optimizer.fallbacks
+
+
+def test_roots_that_one_owner_cannot_compute_leave_the_blocks_of_the_other_alone(tmp_path: Path) -> None:
+    (first, then, well), (second, after, kept) = run_ranks(fails_on_the_second, 2, tmp_path)
+    assert not any(well.values())
+    assert kept == {"float64": 2, "jittered": 0, "kept": 2}, "both sides of its block"
+    assert torch.equal(first, second)
+    assert first[:SIDE].abs().min() > 0
+    assert not first[SIDE:].any(), "it had no roots yet"
+    assert torch.equal(then, after)
+    assert then[SIDE:].abs().min() > 0
+
+
+def unfit_block(rank: int) -> tuple[list[bool], str]:
+    model = wrapped("ddp")
+    optimizer = Shampoo(model.parameters(), **OPTIONS, **across_ranks(model))
+    train(model, optimizer, range(1))
+    before = [whole(p).clone() for p in model.parameters()]
+    model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    weight = next(model.parameters())
+    assert weight.grad is not None
+    weight.grad[8, 5] = float("nan")
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    assert all(torch.equal(whole(p), old) for p, old in zip(model.parameters(), before, strict=True))
+    return [optimizer._owner.owns(f"0.{stack}") for stack in range(2)], str(caught.value)
+
+
+def test_a_block_that_is_not_finite_ends_the_ranks_that_do_not_own_it_too(tmp_path: Path) -> None:
+    (owned, first), (others, second) = run_ranks(unfit_block, 2, tmp_path)
+    assert sorted([owned, others]) == [[False, True], [True, False]]
+    assert first == second
+    assert "shape (9, 6) is not finite" in first
+
+
+def resumed_from_shards(rank: int, folder: str) -> tuple[list[Tensor], list[Tensor]]:
+    """A head of one output, whose bias has the shape of its own scale and rank: one number."""
+    models, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 1)).double()
+        fully_shard(model)
+        models.append(model)
+        optimizers.append(Shampoo(model.parameters(), **OFTEN, **across_ranks(model)))
+    rows, group = slice(4 * rank, 4 * rank + 4), dist.group.WORLD
+    assert group is not None
+    train(models[0], optimizers[0], range(3), rows)
+    saved, fresh = (taken_apart(*each) for each in zip(models, optimizers, strict=True))
+    write_shards(Path(folder), saved.tensors, group)
+    shards = Shards(fresh.tensors, saved.model, saved.optimizer)
+    put_back(models[1], optimizers[1], shards, Path(folder), group)
+    for each, optimizer in zip(models, optimizers, strict=True):
+        train(each, optimizer, range(3, 6), rows)
+    through, resumed = ([whole(p).clone() for p in each.parameters()] for each in models)
+    return through, resumed
+
+
+def test_a_vector_of_one_element_resumes_from_shards(tmp_path: Path) -> None:
+    for through, resumed in run_ranks(resumed_from_shards, 2, tmp_path, str(tmp_path / "shards")):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(through, resumed, strict=True))
 
 
 def unfit(rank: int, wrap: str) -> str:

@@ -19,6 +19,7 @@ from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
 from adabatch.optim.shampoo import statistics
 from adabatch.optim.shampoo.blocks import Blocks
 from adabatch.optim.shampoo.checks import check_group
+from adabatch.optim.shampoo.stacks import Stack, divided
 
 
 class Pending(NamedTuple):
@@ -26,7 +27,6 @@ class Pending(NamedTuple):
 
     Args:
         param: the parameter.
-        name: its name for the owner.
         group: its group.
         form: how it is cut into blocks.
         blocks: its whole gradient in blocks; None on the ranks that do not have it.
@@ -34,7 +34,6 @@ class Pending(NamedTuple):
     """
 
     param: Tensor
-    name: str
     group: dict[str, Any]
     form: Blocks
     blocks: Tensor | None
@@ -73,9 +72,11 @@ class Shampoo(Optimizer):
     converge.
 
     *Ranks.* With ``Shampoo(params, **adabatch.across_ranks(model))`` one rank, the owner, computes the roots of each
-    parameter; parameters are assigned such that costs are balanced. Under DDP the roots are sent to the other ranks.
-    Under FSDP2 each gradient is gathered at its owner, which updates the statistics and scatters the update. The other
-    ranks receive the statistics in ``state_dict``, which all ranks must call together.
+    parameter; parameters are assigned such that costs are balanced. Under DDP the roots are sent to the other ranks,
+    and the blocks of a parameter that costs more than half of a rank's share are divided among several owners. Under
+    FSDP2 each gradient is gathered at its owner, which updates the statistics of all its blocks and scatters the
+    update. The other ranks receive the statistics in ``state_dict``, which all ranks must call together. A state may be
+    loaded at another number of ranks.
 
     Args:
         params: parameters, named parameters or groups of them. Groups may differ in all options.
@@ -106,7 +107,7 @@ class Shampoo(Optimizer):
         maximize: maximize the objective instead of minimizing it.
         reduce: sums a tensor over the ranks that see different data; None for one process. All ranks call it at each
             step that computes roots, so that statistics that are not finite stop all ranks together.
-        owner: decides which rank computes the roots of which parameter; by default each rank computes all.
+        owner: decides which rank computes the roots of which blocks; by default each rank computes all.
 
     Raises:
         ValueError: if an option is out of its range, if a parameter is complex, or if a side is longer than 16,384
@@ -121,10 +122,10 @@ class Shampoo(Optimizer):
             move, if it had none). The raw gradient is never used instead, since its learning rate has another unit.
 
     Limits: no grafting, no closed form for layers that share a weight, no fused or capturable form. Every rank
-    allocates all statistics and roots, and all blocks of a parameter have one owner. Without an ``owner`` every rank
-    computes all roots; under FSDP2 each then holds all whole gradients. Roots are computed in float32, with a check, if
-    epsilon is relative and at least 1e-3, else in float64 (on the CPU for devices without it); everything else in at
-    least float32.
+    allocates all statistics and roots. Under FSDP2 all blocks of a parameter have one owner. Without an ``owner`` every
+    rank computes all roots; under FSDP2 each then holds all whole gradients. Roots are computed in float32, with a
+    check, if epsilon is relative and at least 1e-3, else in float64 (on the CPU for devices without it); everything
+    else in at least float32.
 
     Source: Gupta, Koren and Singer (2018), "Shampoo", ICML, algorithm 1 (sums there, averages here, as in Anil et al.
     2020); the width rule is in Ishikawa and Karakida (2024), arXiv:2312.12226, and Qiu et al. (2025), arXiv:2512.05620.
@@ -159,6 +160,7 @@ class Shampoo(Optimizer):
     ) -> None:
         self._reduce = reduce
         self._owner: Owner = owner or Alone()
+        self._stacks: dict[Tensor, list[Stack]] = {}
         self.fallbacks = {"float64": 0, "jittered": 0, "kept": 0}
         defaults = {
             "lr": lr,
@@ -191,7 +193,7 @@ class Shampoo(Optimizer):
                 raise ValueError("Shampoo does not take complex parameters: give them to a first-order optimizer")
             self.state[param] = statistics.begin(param, group)
         self._catch_up()  # before the new assignment, which may give an older parameter another owner
-        self._owner.deal({name: statistics.cost(self.state[param]) for param, name in self._names().items()})
+        self._deal()
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -199,6 +201,7 @@ class Shampoo(Optimizer):
             "fallbacks": self.fallbacks,
             "_reduce": self._reduce,
             "_owner": self._owner,
+            "_stacks": self._stacks,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -233,14 +236,13 @@ class Shampoo(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         check_ratios(self)
-        names = self._names()
-        check_in_place(names, self.state, "Shampoo")
+        check_in_place((param for group in self.param_groups for param in group["params"]), self.state, "Shampoo")
         groups = [
             (group, params)
             for group in self.param_groups
             if (params := [param for param in group["params"] if param.grad is not None and param.numel()])
         ]
-        pending = {param: self._observe(param, names[param], group) for group, params in groups for param in params}
+        pending = {param: self._observe(param, group) for group, params in groups for param in params}
         # Each rank computes its own roots before it meets the others, which compute theirs meanwhile.
         unfit = {param: not self._refresh(each) for param, each in pending.items() if each.refresh}
         updates = [(group, params, [self._direction(pending[param]) for param in params]) for group, params in groups]
@@ -258,15 +260,19 @@ class Shampoo(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the result of ``state_dict`` exactly.
 
+        On another number of ranks the blocks of a parameter may be divided otherwise, and the run goes on within
+        rounding.
+
         Raises:
-            ValueError: if the state is that of another optimizer.
+            ValueError: if the state holds no statistics of some parameters, such as that of another optimizer.
         """
         saved: StateDict = {}
 
         # Read before torch casts it: Optimizer.load_state_dict casts all state to the dtype of its parameter.
         def remember(_: Optimizer, loaded: StateDict) -> None:
             saved.update(loaded)
-            if any("left" not in entry for entry in loaded["state"].values()):
+            numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+            if any("left" not in loaded["state"].get(number, {}) for number in numbers):
                 raise ValueError("the state holds no statistics: load one that Shampoo saved")
 
         handle = self.register_load_state_dict_pre_hook(remember)
@@ -277,23 +283,43 @@ class Shampoo(Optimizer):
         ids = [number for group in saved["param_groups"] for number in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for number, param in zip(ids, params, strict=True):
-            for name, value in saved["state"].get(number, {}).items():
+            for name, loaded in saved["state"][number].items():
+                # Sharded checkpoints shard all that has the shape of its parameter, such as the scale of a vector of
+                # one element.
+                is_sharded = isinstance(loaded, DTensor) and name != "momentum_buffer"
+                value = loaded.full_tensor() if is_sharded else loaded
                 on_device = name not in statistics.COUNTS
                 self.state[param][name] = value.to(self.state[param][name].device) if on_device else value.cpu()
+        for param in params:
+            statistics.complete(self.state[param])
+        self._deal()  # the groups that were loaded may have blocks of another size
 
-    def _names(self) -> dict[Tensor, str]:
-        """The names of the parameters for the owner: their numbers, which do not depend on wrappers."""
+    def _deal(self) -> None:
+        """Divides the blocks of the parameters into stacks, and gives each an owner."""
         params = [param for group in self.param_groups for param in group["params"]]
-        return {param: str(number) for number, param in enumerate(params)}
+        costs = [statistics.cost(self.state[param]) for param in params]
+        num_blocks = [statistics.num_blocks(self.state[param]) for param in params]
+        # Named by number: wrappers change the names of parameters.
+        stacks = divided(costs, num_blocks, num_owners=self._owner.owners_per_layer)
+        self._stacks = dict(zip(params, stacks, strict=True))
+        states = {stack.name: state for param in params for stack, state in self._stacks_of(param)}
+        for state in states.values():
+            statistics.unite(state)
+        self._owner.deal({name: statistics.cost(state) for name, state in states.items()})
+
+    def _stacks_of(self, param: Tensor) -> list[tuple[Stack, statistics.State]]:
+        """The stacks of a parameter, each with its state."""
+        state = self.state[param]
+        return [(stack, statistics.stack(state, stack.blocks)) for stack in self._stacks[param]]
 
     def _catch_up(self) -> None:
-        """Gets the statistics of every parameter that has taken a step from its owner."""
-        for param, name in self._names().items():
-            state = self.state[param]
-            if int(state["step"]):
-                self._owner.catch_up(name, statistics.of_sides(state))
+        """Gets the statistics of every parameter that has taken a step from its owners."""
+        for param in self._stacks:
+            if int(self.state[param]["step"]):
+                for stack, state in self._stacks_of(param):
+                    self._owner.catch_up(stack.name, statistics.of_sides(state))
 
-    def _observe(self, param: Tensor, name: str, group: dict[str, Any]) -> Pending:
+    def _observe(self, param: Tensor, group: dict[str, Any]) -> Pending:
         """Counts a step of a parameter, and adds its gradient to the averages on the ranks that have all of it."""
         grad, state = param.grad, self.state[param]
         assert grad is not None
@@ -304,7 +330,8 @@ class Shampoo(Optimizer):
             )
         if state["left"].device != grad.device:  # the model was moved after this optimizer was made
             statistics.move(state, grad.device)
-        whole = self._owner.gather(name, grad)
+        # An owner that has to gather gives a parameter one stack.
+        whole = self._owner.gather(self._stacks[param][0].name, grad)
         form = Blocks.of(param.shape, group["block_size"])
         blocks = None if whole is None else _blocks(whole, form, state["left"].dtype, negative=group["maximize"])
         # On every rank, with or without the gradient: the counts tell all of them when to meet in share().
@@ -312,27 +339,33 @@ class Shampoo(Optimizer):
         if blocks is not None:
             # Before the roots, so that those of a first step are not the roots of zeros.
             statistics.follow(state, group, blocks)
-        return Pending(param, name, group, form, blocks, refresh)
+        return Pending(param, group, form, blocks, refresh)
 
     def _refresh(self, pending: Pending) -> bool:
-        """Computes the roots of a parameter on its owner; returns whether they could be, as far as this rank knows."""
-        if not self._owner.owns(pending.name):
-            return True
-        return statistics.refresh(self.state[pending.param], pending.group, self.fallbacks)
+        """Computes the roots of the stacks that this rank owns; returns whether all of these could be computed."""
+        owned = (state for stack, state in self._stacks_of(pending.param) if self._owner.owns(stack.name))
+        return all(statistics.refresh(state, pending.group, self.fallbacks) for state in owned)
 
     def _direction(self, pending: Pending) -> Tensor:
-        """The update of a parameter in its shape and layout, by the owner's roots."""
-        param, name, state = pending.param, pending.name, self.state[pending.param]
+        """The update of a parameter in its shape and layout, by the owners' roots."""
+        param, stacks = pending.param, self._stacks_of(pending.param)
         if pending.refresh:
-            roots = statistics.roots_of(state)
-            self._owner.share(name, roots)
-            if not self._owner.owns(name):
-                statistics.take_ranks(state, roots)
+            for stack, state in stacks:
+                self._share(stack, state)
         assert param.grad is not None
         update = None
         if pending.blocks is not None:
-            update = pending.form.join(statistics.precondition(state, pending.blocks), param.shape)
-        return _as(self._owner.scatter(name, update, param.grad.to(state["left"].dtype)), param)
+            blocks = [statistics.precondition(state, pending.blocks[stack.blocks]) for stack, state in stacks]
+            update = pending.form.join(torch.cat(blocks) if len(blocks) > 1 else blocks[0], param.shape)
+        grad = param.grad.to(self.state[param]["left"].dtype)
+        return _as(self._owner.scatter(self._stacks[param][0].name, update, grad), param)
+
+    def _share(self, stack: Stack, state: statistics.State) -> None:
+        """Sends the roots of a stack from its owner to the other ranks."""
+        roots = statistics.roots_of(state)
+        self._owner.share(stack.name, roots)
+        if not self._owner.owns(stack.name):
+            statistics.take_ranks(state, roots)
 
     def _check_finite(self, unfit: dict[Tensor, bool]) -> None:
         """Raises on all ranks if one of them found statistics that are not finite."""

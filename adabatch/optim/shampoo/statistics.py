@@ -1,7 +1,8 @@
 """Shampoo's state of one parameter: the statistics of its blocks on one or two sides, and their inverse roots.
 
-The keys are "left" and "right", shape (num_blocks, side, side); "left_root", "left_scale" and "left_rank" (`Root`), and
-those of the right; "step"; and "weight", the sum of the weights in the averages so far. Vectors have no "right".
+The keys are "left" and "right", shape (num_blocks, side, side); "left_root", "left_scale" and "left_rank" (`Root`; the
+rank of each block, shape (num_blocks,)), and those of the right; "step"; and "weight", the sum of the weights in the
+averages so far. Vectors have no "right". What is saved does not depend on how the blocks were divided into stacks.
 """
 
 from __future__ import annotations
@@ -63,10 +64,18 @@ def begin(param: Tensor, group: Group) -> dict[str, Tensor]:
             # Roots of zero: without a first refresh nothing moves.
             state[key] = torch.zeros(down * across, length, length, dtype=dtype, device=param.device)
         state[f"{name}_scale"] = torch.zeros(down * across, dtype=dtype, device=param.device)
-        state[f"{name}_rank"] = torch.zeros(())
+        state[f"{name}_rank"] = torch.zeros(down * across)
     if group["momentum"] != 0:
         state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
     return state
+
+
+def stack(state: State, blocks: slice) -> State:
+    """The state of some of the blocks, in the memory of the whole: what is written into one stands in the other."""
+    if (blocks.start, blocks.stop) == (0, num_blocks(state)):
+        return state  # views cost a quarter of the step of a small matrix
+    keys = [key for side in _sides(state) for key in (side, f"{side}_root", f"{side}_scale", f"{side}_rank")]
+    return {"step": state["step"], "weight": state["weight"], **{key: state[key][blocks] for key in keys}}
 
 
 def move(state: State, device: torch.device) -> None:
@@ -96,11 +105,31 @@ def take_ranks(state: State, roots: list[Tensor]) -> None:
 
 
 def complete(state: State) -> None:
-    """Adds what checkpoints from before roots had ranks do not hold."""
+    """Adds what older checkpoints do not hold: those from before roots had ranks have none, later ones had one rank for
+    all blocks of a side."""
     for side in _sides(state):
         roots = state[f"{side}_root"]
         state.setdefault(f"{side}_scale", roots.new_zeros(len(roots)))
-        state.setdefault(f"{side}_rank", torch.zeros(()))
+        state[f"{side}_rank"] = state.get(f"{side}_rank", torch.zeros(())).expand(len(roots)).clone()
+
+
+def unite(state: State) -> None:
+    """Gives the blocks of a stack roots of one form, if they were computed in different stacks.
+
+    If some have leading eigenvectors and others whole roots, all get whole ones.
+    """
+    for side in _sides(state):
+        ranks = state[f"{side}_rank"]
+        if not ranks.any() or ranks.all():
+            continue
+        for block in range(len(ranks)):
+            one = stack(state, slice(block, block + 1))
+            _set_whole(one, side, root(one, side).matrix())
+
+
+def num_blocks(state: State) -> int:
+    """The number of blocks."""
+    return len(state["left"])
 
 
 def cost(state: State) -> float:
@@ -173,7 +202,7 @@ def refresh(state: State, group: Group, fallbacks: MutableMapping[str, int]) -> 
 def _refresh_single(state: State, side: str, *, exponent: float, epsilon: float) -> bool:
     """Computes the roots of one side in float32, from the leading eigenvectors where they suffice; returns whether the
     decomposition was exact enough."""
-    matrices, rank = state[side], int(state[f"{side}_rank"])
+    matrices, rank = state[side], root(state, side).rank
     few = None
     if rank:
         few = followed(matrices, state[f"{side}_root"][:, :rank], epsilon=epsilon, seed=int(state["step"]))
@@ -189,19 +218,21 @@ def _refresh_single(state: State, side: str, *, exponent: float, epsilon: float)
     # The whole square is kept, so that checkpoints and broadcasts have one shape; a product reads only the rows.
     state[f"{side}_root"][:, : rows.shape[1]] = rows
     state[f"{side}_root"][:, rows.shape[1] :] = 0
-    state[f"{side}_scale"] = scale
+    state[f"{side}_scale"].copy_(scale)
     state[f"{side}_rank"].fill_(rows.shape[1])
     return True
 
 
 def _set_whole(state: State, side: str, roots: Tensor) -> None:
-    state[f"{side}_root"] = roots
+    # In place, since the state may be that of a stack, and so views.
+    state[f"{side}_root"].copy_(roots)
     state[f"{side}_rank"].zero_()
 
 
 def root(state: State, side: str) -> Root:
-    """The roots of one side."""
-    return Root(state[f"{side}_root"], state[f"{side}_scale"], int(state[f"{side}_rank"]))
+    """The roots of one side, of a stack whose roots have one form."""
+    # Blocks that were computed in different stacks may have different ranks; beyond its own a block has rows of zeros.
+    return Root(state[f"{side}_root"], state[f"{side}_scale"], int(state[f"{side}_rank"].max()))
 
 
 def precondition(state: State, blocks: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 FSDP2.
 
 Inverses and roots cost the cube of a layer's sides, so each is computed by one rank, its owner. The layers (for
-Shampoo, the parameters) are distributed so that the costs of the ranks are as equal as possible.
+Shampoo, the parameters, or stacks of their blocks) are distributed so that the costs of the ranks are as equal as
+possible.
 """
 
 from __future__ import annotations
@@ -102,6 +103,11 @@ class _Owners:
 class ReplicatedMatrices(_Owners):
     """Every rank holds the whole gradient (DDP), and preconditions it with the owner's inverses."""
 
+    @property
+    def owners_per_layer(self) -> int:
+        """All ranks."""
+        return self._collectives.size
+
     def catch_up(self, layer: str, statistics: Sequence[Tensor]) -> None:
         """Nothing to do: every rank has seen the same gradients."""
 
@@ -117,6 +123,11 @@ class ReplicatedMatrices(_Owners):
 
 class ShardedMatrices(_Owners):
     """Each rank holds rows of the gradient (FSDP2); the owner preconditions the whole."""
+
+    @property
+    def owners_per_layer(self) -> int:
+        """One, at which the gradient is gathered."""
+        return 1
 
     def catch_up(self, layer: str, statistics: Sequence[Tensor]) -> None:
         """One broadcast from the owner, which alone has seen whole gradients."""
