@@ -42,6 +42,7 @@ import adabatch
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
 from adabatch.batch.moments import GradientMoments
 from adabatch.optim import KFAC, Shampoo
+from adabatch.optim.products import check_bfloat16
 from adabatch.optim.shampoo import leading
 from adabatch.probes import CommHookProbe
 
@@ -54,6 +55,8 @@ MICRO_BATCH, ACCUMULATION = 8, 4
 FEATURES, CLASSES = 24, 10
 WIDE = 384
 """A width at which the statistics of a batch of 64 have a steep spectrum."""
+ROUNDED = 0.012
+"""Largest error of a statistic in units of its trace, by the rounding of both factors and of the sums to bfloat16."""
 
 
 class Missing(Exception):
@@ -472,6 +475,50 @@ def was_followed(state: dict[str, Tensor], side: str, rows: Tensor) -> bool:
     return leading.followed(state[side], rows, epsilon=0.01, seed=int(state["step"])) is not None
 
 
+def bfloat16_products(device: torch.device) -> str:
+    """Statistics from products in bfloat16 are float32, and off from float64 by at most what rounding explains."""
+    try:
+        check_bfloat16(torch.float32, device, "the check")
+    except ValueError as error:
+        raise Missing(str(error)) from error
+    makes: tuple[Callable[..., Optimizer], ...] = (
+        lambda model, **options: Shampoo(model.parameters(), lr=0.05, **options),
+        # Without draws, which differ between devices.
+        lambda model, **options: KFAC(model.parameters(), model, fisher="gauss-newton", **options),
+    )
+    worst = 0.0
+    for found, right in (pair for make in makes for pair in both_statistics(make, device)):
+        assert found.dtype is torch.float32, f"a statistic is {found.dtype}"
+        trace = right.diagonal(dim1=-2, dim2=-1).sum(-1)
+        off = torch.linalg.matrix_norm(found.cpu().double() - right, 2)
+        worst = max(worst, float((off / trace).max()))
+    assert worst > 1e-6, "the products were not computed from bfloat16"
+    return at_most(worst, ROUNDED)
+
+
+def both_statistics(make: Callable[..., Optimizer], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each statistic from products in bfloat16 on a device, and in float64 on the CPU, along the same weights."""
+    right, found = wide(torch.device("cpu")).double(), wide(device)
+    exact, ours = make(right), make(found, bfloat16_products=True)
+    pairs = list(zip(found.parameters(), right.parameters(), strict=True))
+    images = data().tensors[0]
+    for rows in torch.arange(8 * 64).split(64):
+        for model, optimizer in ((right, exact), (found, ours)):
+            optimizer.zero_grad()
+            outputs = model(images[rows].to(next(model.parameters())))
+            if isinstance(optimizer, KFAC):
+                optimizer.observe(outputs)
+            outputs.square().mean().backward()
+        exact.step()
+        ours.step()
+        with torch.no_grad():
+            for p, theirs in pairs:
+                p.copy_(theirs)
+    for p, theirs in pairs:
+        for key in {"left", "right", "input_moment", "output_moment"} & ours.state[p].keys():
+            yield ours.state[p][key], exact.state[theirs][key]
+
+
 def kfac(device: torch.device) -> str:
     """K-FAC, which draws labels on the device, halves the loss in 30 steps."""
     model = network(device)
@@ -506,6 +553,7 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
     "memory": memory,
     "Shampoo": shampoo,
     "Shampoo, leading": leading_roots,
+    "bfloat16 products": bfloat16_products,
     "K-FAC": kfac,
 }
 
