@@ -94,12 +94,12 @@ class KFAC(Optimizer):
             step where it was measured, and is slower on CPUs without such instructions (``docs/kfac.md``).
         momentum: heavy-ball factor on the preconditioned direction, in [0, 1).
         weight_decay: coefficient of the decoupled decay.
-        kl_clip: the largest sum of ``lr^2 <D, G>`` in a step, about twice the change of the predictions in nats; beyond
-            it the directions are scaled down. None does not clip, which diverges at small batches. The default kept
-            every run of ``benchmarks/kfac_clip.py`` stable, and cost at most two steps of 28 at batches from 128 to
-            8,192 (``benchmarks/LOG.md``); 1e-3 is customary, and better if the batch stays below 64. Under the width
-            plan it does not depend on width (a clip of the Euclidean norm would). Momentum is added after it, and makes
-            steps longer: give 1e-3 with a momentum of 0.9.
+        kl_clip: the largest sum of ``(lr / (1 - momentum))^2 <D, G>`` in a step, about twice the change of the
+            predictions in nats by all the steps that a direction is part of; beyond it the directions are scaled down.
+            None does not clip, which diverges at small batches. The default kept every run of
+            ``benchmarks/kfac_clip.py`` stable, and cost at most two steps of 28 at batches from 128 to 8,192
+            (``benchmarks/LOG.md``); 1e-3 is customary, and better if the batch stays below 64. Under the width plan it
+            does not depend on width (a clip of the Euclidean norm would).
         others: "adamw" or "sgd" (with ``momentum``) for the parameters that K-FAC does not take; with None such
             parameters are an error.
         others_lr: the learning rate of ``others``.
@@ -447,7 +447,9 @@ class KFAC(Optimizer):
             # Only the owner adds a layer's product: under DDP all ranks have the whole gradient, and the sum over the
             # ranks would count it several times.
             if self._kl_clip is not None and whole is not None and direction is not None and self._owner.owns(name):
-                inner = float(block.group["lr"]) ** 2 * (direction * whole).sum().double()
+                # The rate of all the steps that a direction moves the weights in, by momentum.
+                rate = float(block.group["lr"]) / (1 - block.group["momentum"])
+                inner = rate**2 * (direction * whole).sum().double()
                 product = inner if product is None else product + inner
             if direction is not None and whole is not None:
                 direction = direction.to(whole.dtype)
