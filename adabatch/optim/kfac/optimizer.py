@@ -447,7 +447,7 @@ class KFAC(Optimizer):
             # Only the owner adds a layer's product: under DDP all ranks have the whole gradient, and the sum over the
             # ranks would count it several times.
             if self._kl_clip is not None and whole is not None and direction is not None and self._owner.owns(name):
-                # The rate of all the steps that a direction moves the weights in, by momentum.
+                # Momentum adds a direction to later steps too, 1 / (1 - momentum) times in all.
                 rate = float(block.group["lr"]) / (1 - block.group["momentum"])
                 inner = rate**2 * (direction * whole).sum().double()
                 product = inner if product is None else product + inner
