@@ -42,6 +42,8 @@ import adabatch
 from adabatch.adaptive.options import EngineOptions, Guard, Measure
 from adabatch.batch.moments import GradientMoments
 from adabatch.optim import KFAC, Shampoo
+from adabatch.optim.products import check_bfloat16
+from adabatch.optim.shampoo import leading
 from adabatch.probes import CommHookProbe
 
 QUESTION = "Does everything that runs differently on a GPU do there what it does elsewhere?"
@@ -51,6 +53,10 @@ LONGEST = 150.0
 """Seconds for one check, with its compilations."""
 MICRO_BATCH, ACCUMULATION = 8, 4
 FEATURES, CLASSES = 24, 10
+WIDE = 384
+"""A width at which the statistics of a batch of 64 have a steep spectrum."""
+ROUNDED = 0.012
+"""Largest error of a statistic in units of its trace, by the rounding of both factors and of the sums to bfloat16."""
 
 
 class Missing(Exception):
@@ -419,6 +425,100 @@ def shampoo(device: torch.device) -> str:
     return at_most(float((moved[0] - moved[1]).norm() / moved[1].norm()), 0.01)
 
 
+def leading_roots(device: torch.device) -> str:
+    """Shampoo's updates by leading eigenvectors, followed over refreshes, are those by all of them in float64."""
+    right = wide(torch.device("cpu")).double()
+    found = wide(device)
+    exact, ours = (Shampoo(model.parameters(), lr=0.05, refresh_warmup=4, refresh_every=3) for model in (right, found))
+    images, labels = data().tensors
+    middle, its_copy = right.get_parameter("2.weight"), found.get_parameter("2.weight")
+    state = ours.state[its_copy]
+    worst, followed = 0.0, 0
+    for rows in torch.arange(20 * 64).remainder(512).split(64):
+        exact.zero_grad()
+        F.cross_entropy(right(images[rows].double()), labels[rows]).backward()
+        # Of one gradient, so that the updates differ by the roots alone, and not by where earlier ones have led.
+        for p, theirs in zip(found.parameters(), right.parameters(), strict=True):
+            p.detach().zero_()
+            p.grad = theirs.grad.to(p)  # type: ignore[union-attr]
+        before = middle.detach().clone()
+        known = {side: kept_rows(state, side) for side in ("left", "right")}
+        exact.step()
+        ours.step()
+        moved = middle.detach() - before
+        worst = max(worst, float((its_copy.detach().cpu().double() - moved).norm() / moved.norm()))
+        followed += sum(was_followed(state, side, of_old) for side, of_old in known.items())
+    ranks = [int(state[f"{side}_rank"]) for side in ("left", "right")]
+    assert all(0 < rank <= WIDE // 4 for rank in ranks), f"the ranks of the roots are {ranks}: not the leading ones"
+    assert followed >= 12, f"eigenvectors were followed in {followed} refreshes of both sides"
+    # An eigenvalue that the damping hides changes the root of one side by at most 0.1 of its exponent of 1/4.
+    return f"ranks {ranks[0]} and {ranks[1]} of {WIDE}, followed {followed} times; {at_most(worst, 2 * 0.1 * 0.25)}"
+
+
+def wide(device: torch.device) -> nn.Module:
+    """A network with a matrix whose statistics fall steeply on both sides."""
+    torch.manual_seed(0)
+    layers = nn.Linear(FEATURES, WIDE), nn.GELU(), nn.Linear(WIDE, WIDE), nn.GELU(), nn.Linear(WIDE, CLASSES)
+    return nn.Sequential(*layers).to(device)
+
+
+def kept_rows(state: dict[str, Tensor], side: str) -> Tensor:
+    """The rows of a root by leading eigenvectors; none of a root by all of them."""
+    return state[f"{side}_root"][:, : int(state[f"{side}_rank"])].clone()
+
+
+def was_followed(state: dict[str, Tensor], side: str, rows: Tensor) -> bool:
+    """Whether the last step made new rows, and these eigenvectors of the old ones sufficed for it."""
+    new = kept_rows(state, side)
+    if not rows.shape[1] or not new.shape[1] or torch.equal(new, rows):
+        return False
+    return leading.followed(state[side], rows, epsilon=0.01, seed=int(state["step"])) is not None
+
+
+def bfloat16_products(device: torch.device) -> str:
+    """Statistics from products in bfloat16 are float32, and off from float64 by at most what rounding explains."""
+    try:
+        check_bfloat16(torch.float32, device, "the check")
+    except ValueError as error:
+        raise Missing(str(error)) from error
+    makes: tuple[Callable[..., Optimizer], ...] = (
+        lambda model, **options: Shampoo(model.parameters(), lr=0.05, **options),
+        # Without draws, which differ between devices.
+        lambda model, **options: KFAC(model.parameters(), model, fisher="gauss-newton", **options),
+    )
+    worst = 0.0
+    for found, right in (pair for make in makes for pair in both_statistics(make, device)):
+        assert found.dtype is torch.float32, f"a statistic is {found.dtype}"
+        trace = right.diagonal(dim1=-2, dim2=-1).sum(-1)
+        off = torch.linalg.matrix_norm(found.cpu().double() - right, 2)
+        worst = max(worst, float((off / trace).max()))
+    assert worst > 1e-6, "the products were not computed from bfloat16"
+    return at_most(worst, ROUNDED)
+
+
+def both_statistics(make: Callable[..., Optimizer], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each statistic from products in bfloat16 on a device, and in float64 on the CPU, along the same weights."""
+    right, found = wide(torch.device("cpu")).double(), wide(device)
+    exact, ours = make(right), make(found, bfloat16_products=True)
+    pairs = list(zip(found.parameters(), right.parameters(), strict=True))
+    images = data().tensors[0]
+    for rows in torch.arange(8 * 64).split(64):
+        for model, optimizer in ((right, exact), (found, ours)):
+            optimizer.zero_grad()
+            outputs = model(images[rows].to(next(model.parameters())))
+            if isinstance(optimizer, KFAC):
+                optimizer.observe(outputs)
+            outputs.square().mean().backward()
+        exact.step()
+        ours.step()
+        with torch.no_grad():
+            for p, theirs in pairs:
+                p.copy_(theirs)
+    for p, theirs in pairs:
+        for key in {"left", "right", "input_moment", "output_moment"} & ours.state[p].keys():
+            yield ours.state[p][key], exact.state[theirs][key]
+
+
 def kfac(device: torch.device) -> str:
     """K-FAC, which draws labels on the device, halves the loss in 30 steps."""
     model = network(device)
@@ -452,6 +552,8 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
     "checkpoints": checkpoints,
     "memory": memory,
     "Shampoo": shampoo,
+    "Shampoo, leading": leading_roots,
+    "bfloat16 products": bfloat16_products,
     "K-FAC": kfac,
 }
 

@@ -241,6 +241,7 @@ def test_the_checks_of_a_gpu_hold_on_the_cpu_too(monkeypatch: pytest.MonkeyPatch
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         inside = ("loop by hand", "learning rates", "noise", "per-example", "float16", "checkpoints", "memory")
+        inside += ("Shampoo", "Shampoo, leading", "bfloat16 products", "K-FAC")
         assert [checks.result_of(name, cpu)[0] for name in inside] == ["passed"] * len(inside)
     finally:
         torch.use_deterministic_algorithms(deterministic)

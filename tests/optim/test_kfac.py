@@ -536,6 +536,28 @@ def test_momentum_decay_and_clip_act_on_the_direction() -> None:
     assert product == pytest.approx(math.sqrt(1e-3 / (100 * unclipped)) * unclipped)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_the_clip_bounds_the_change_that_a_direction_makes_in_all_steps(momentum: float) -> None:
+    """One gradient, and then none: momentum moves the weights by lr / (1 - momentum) times the direction."""
+    x, y = digits(32)
+    model, lr, limit = mlp(bias=False), 3.0, 1e-3
+    optimizer = KFAC(
+        model.parameters(), model, lr=lr, momentum=momentum, kl_clip=limit, fisher="empirical", refresh=1e9
+    )
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run_step(optimizer, model, x, y)
+    first = {name: (p.grad.clone(), optimizer.precondition(p, p.grad)) for name, p in model.named_parameters()}
+    for _ in range(300 if momentum else 0):  # 0.9^300 is 2e-14
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    whole = {name: start[name] - p.detach() for name, p in model.named_parameters()}
+    unclipped = sum(float((direction * grad).sum()) for grad, direction in first.values())
+    moved_by = sum(float((whole[name] * grad).sum()) for name, (grad, _) in first.items())
+    assert (lr / (1 - momentum)) ** 2 * unclipped > limit, "nothing was clipped"
+    assert moved_by == pytest.approx(math.sqrt(limit * unclipped), rel=1e-9)
+
+
 def test_the_default_clips_and_none_does_not() -> None:
     x, y = digits(8)
     changes = []

@@ -391,9 +391,10 @@ def test_an_older_checkpoint_goes_on_with_whole_gradients_in_its_averages() -> N
     run(first, old, [0])
     saved = copy.deepcopy(first.state_dict())
     for group in saved["param_groups"]:
-        del group["observe_parts"]  # it was no option
+        del group["observe_parts"], group["bfloat16_products"]  # they were no options
     second.load_state_dict(saved)
     assert second.param_groups[0]["observe_parts"] == 1
+    assert second.param_groups[0]["bfloat16_products"] is False
     run(second, new, [1])
 
 

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from adabatch.optim.kfac.averages import FactorSums, Sums, WatchedLayer
+from adabatch.optim.products import gram
 
 
 class Noted(NamedTuple):
@@ -86,6 +87,7 @@ class Capture:
         layers: the layers to watch, by module.
         due: returns whether the forward that begins is to be recorded.
         in_rows: keep rows instead of their moments.
+        bfloat16: compute the moments from products in bfloat16.
     """
 
     def __init__(
@@ -95,12 +97,14 @@ class Capture:
         *,
         due: Callable[[], bool],
         in_rows: bool = False,
+        bfloat16: bool = False,
     ) -> None:
         self._model = model
         self._layers = dict(layers)
         self._kinds = {layer.name: layer.kind for layer in layers.values()}
         self._due = due
         self._in_rows = in_rows
+        self._bfloat16 = bfloat16
         self._watching = False
         self._noted: list[Noted] = []
         self._sums = Sums()
@@ -186,7 +190,7 @@ class Capture:
         if rows is not None:
             sums.input_rows.append(rows)
             return
-        moment = kind.input_moment(value)
+        moment = kind.input_moment(value, bfloat16=self._bfloat16)
         sums.input_sum = moment if sums.input_sum is None else sums.input_sum.add_(moment)
 
     def _add_output(self, name: str, delta: Tensor, weight: float) -> None:
@@ -196,7 +200,7 @@ class Capture:
         if self._in_rows:
             sums.output_rows.append(rows * math.sqrt(weight))
             return
-        moment = (rows.T @ rows).mul_(weight)
+        moment = gram(rows, bfloat16=self._bfloat16).mul_(weight)
         sums.output_sum = moment if sums.output_sum is None else sums.output_sum.add_(moment)
 
     def take(self) -> Sums:

@@ -30,6 +30,12 @@ def check_factors(exponents: Exponents, *, exact: bool, memory: float, refresh: 
     require(observed >= 1, "observed must be at least 1 example, or math.inf for all", observed)
 
 
+def check_products(*, memory: float, bfloat16: bool) -> None:
+    """Raises ``ValueError`` if there are no products that could be computed from bfloat16."""
+    if bfloat16 and memory == 0:
+        raise ValueError("bfloat16_products needs whole factors: memory must be positive, got 0, which keeps rows")
+
+
 def check_step(*, momentum: float, kl_clip: float | None, others: str | None, **not_negative: float) -> None:
     """Raises ``ValueError`` if settings of the step are out of range."""
     for name, value in not_negative.items():

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adabatch.optim.products import gram
+
 
 class Layer(Protocol):
     """What one kind of layer does with its weight, seen as a matrix of shape (d_out, d_in)."""
 
-    def input_moment(self, value: Tensor) -> Tensor:
+    def input_moment(self, value: Tensor, *, bfloat16: bool) -> Tensor:
         """Sum of ``h h^T`` over the rows ``h`` of a layer input, shape (d_in, d_in), or (d_in,) if it is diagonal."""
         ...
 
@@ -40,10 +42,9 @@ class Layer(Protocol):
 class LinearLayer:
     """``nn.Linear``; its input may have positions between the first and the last dimension."""
 
-    def input_moment(self, value: Tensor) -> Tensor:
+    def input_moment(self, value: Tensor, *, bfloat16: bool) -> Tensor:
         """Sum over examples and positions."""
-        rows = self.input_rows(value)
-        return rows.T @ rows
+        return gram(self.input_rows(value), bfloat16=bfloat16)
 
     def input_rows(self, value: Tensor) -> Tensor:
         """One row per example and position."""
@@ -74,10 +75,9 @@ class Conv2dLayer:
     def __init__(self, module: nn.Conv2d) -> None:
         self._module = module
 
-    def input_moment(self, value: Tensor) -> Tensor:
+    def input_moment(self, value: Tensor, *, bfloat16: bool) -> Tensor:
         """Sum over examples and output positions, shape (C k^2, C k^2)."""
-        rows = self.input_rows(value)
-        return rows.T @ rows
+        return gram(self.input_rows(value), bfloat16=bfloat16)
 
     def input_rows(self, value: Tensor) -> Tensor:
         """The patches, shape (examples * positions, C k^2)."""
@@ -124,7 +124,7 @@ class EmbeddingLayer:
     def __init__(self, module: nn.Embedding) -> None:
         self._num_tokens = module.num_embeddings
 
-    def input_moment(self, value: Tensor) -> Tensor:
+    def input_moment(self, value: Tensor, *, bfloat16: bool) -> Tensor:
         """How often each token occurs, shape (num_embeddings,)."""
         # float64: counts above 2 ** 24 are no longer exact in float32
         return torch.bincount(value.flatten(), minlength=self._num_tokens).double()

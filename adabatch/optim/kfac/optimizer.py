@@ -15,7 +15,7 @@ from adabatch.arguments import MOST_STEPS, checked, require, whole
 from adabatch.optim.kfac import averages, curvature, inversion
 from adabatch.optim.kfac.averages import WatchedLayer
 from adabatch.optim.kfac.capture import Capture, Sample
-from adabatch.optim.kfac.checks import check_factors, check_step, plain_groups, refuse_zeros
+from adabatch.optim.kfac.checks import check_factors, check_products, check_step, plain_groups, refuse_zeros
 from adabatch.optim.kfac.clock import Intervals, StepCounts
 from adabatch.optim.kfac.curvature import Fisher, Likelihood
 from adabatch.optim.kfac.damping import DampingForm, DampingName, Factor, FactorPair, form_of
@@ -25,6 +25,7 @@ from adabatch.optim.kfac.survey import Survey, split_groups, survey
 from adabatch.optim.kfac.whitening import Whitening
 from adabatch.optim.mup.guard import check_ratios
 from adabatch.optim.placement import Alone, Owner, Reduce, check_in_place
+from adabatch.optim.products import check_bfloat16
 
 
 class KFAC(Optimizer):
@@ -87,14 +88,18 @@ class KFAC(Optimizer):
         warmup_refreshes: number of first steps that all refresh, before the intervals grow.
         observed: examples to observe for each computation of the inverses: those of the last steps before it. If one
             step has more, a random share of each micro-batch is observed. ``math.inf`` observes every example.
+        bfloat16_products: compute the products in the factors from bfloat16; averages, inverses and directions stay in
+            float32. A factor is then off by at most 1.2 % of its trace, and may have eigenvalues of -0.4 % of it, which
+            the default damping of 1 % covers: keep the damping above 0.004. Off by default, since it saves 4 % of a
+            step where it was measured, and is slower on CPUs without such instructions (``docs/kfac.md``).
         momentum: heavy-ball factor on the preconditioned direction, in [0, 1).
         weight_decay: coefficient of the decoupled decay.
-        kl_clip: the largest sum of ``lr^2 <D, G>`` in a step, about twice the change of the predictions in nats; beyond
-            it the directions are scaled down. None does not clip, which diverges at small batches. The default kept
-            every run of ``benchmarks/kfac_clip.py`` stable, and cost at most two steps of 28 at batches from 128 to
-            8,192 (``benchmarks/LOG.md``); 1e-3 is customary, and better if the batch stays below 64. Under the width
-            plan it does not depend on width (a clip of the Euclidean norm would). Momentum is added after it, and makes
-            steps longer: give 1e-3 with a momentum of 0.9.
+        kl_clip: the largest sum of ``(lr / (1 - momentum))^2 <D, G>`` in a step, about twice the change of the
+            predictions in nats by all the steps that a direction is part of; beyond it the directions are scaled down.
+            None does not clip, which diverges at small batches. The default kept every run of
+            ``benchmarks/kfac_clip.py`` stable, and cost at most two steps of 28 at batches from 128 to 8,192
+            (``benchmarks/LOG.md``); 1e-3 is customary, and better if the batch stays below 64. Under the width plan it
+            does not depend on width (a clip of the Euclidean norm would).
         others: "adamw" or "sgd" (with ``momentum``) for the parameters that K-FAC does not take; with None such
             parameters are an error.
         others_lr: the learning rate of ``others``.
@@ -107,8 +112,9 @@ class KFAC(Optimizer):
 
     Raises:
         ValueError: if an option is out of its range, if K-FAC cannot take a layer and there are no ``others``, if a
-            parameter does not belong to the model, if a weight is all zeros, or if "kronecker" is used with other
-            exponents or without memory.
+            parameter does not belong to the model, if a weight is all zeros, if "kronecker" is used with other
+            exponents or without memory, or if ``bfloat16_products`` is used without memory, with float64 parameters, or
+            on a device without bfloat16.
         RuntimeError: at ``step``, if a layer with a gradient has not been observed, or if parameters were replaced
             (DeepSpeed flattens them from ZeRO 1 on: use stage 0, DDP or FSDP2).
 
@@ -152,6 +158,7 @@ class KFAC(Optimizer):
         refresh: float = 8192,
         warmup_refreshes: int = 10,
         observed: float = 1024,
+        bfloat16_products: bool = False,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         kl_clip: float | None = 0.03,
@@ -168,6 +175,7 @@ class KFAC(Optimizer):
         form = form_of(damping_form)
         self._exponents = Exponents(*exponents)
         check_factors(self._exponents, exact=form is None, memory=memory, refresh=refresh, observed=observed)
+        check_products(memory=memory, bfloat16=bfloat16_products)
         check_step(
             momentum=momentum,
             kl_clip=kl_clip,
@@ -184,7 +192,7 @@ class KFAC(Optimizer):
         warmup_refreshes = whole("warmup_refreshes", warmup_refreshes, at_most=MOST_STEPS)
         self._intervals = Intervals(refresh, warmup_refreshes, observed)
         self._memory, self._observed, self._kl_clip = memory, observed, kl_clip
-        self._seed, self._reduce = seed, reduce
+        self._seed, self._reduce, self._bfloat16 = seed, reduce, bfloat16_products
         self._owner: Owner = owner or Alone()
         self._clock = StepCounts()
         self.fallbacks: Counter[str] = Counter()
@@ -206,7 +214,7 @@ class KFAC(Optimizer):
         # Rows save work only on one process: the sum over ranks would be of matrices again.
         self._in_rows = memory == 0 and reduce is None
         # Last, so that an argument that is refused leaves no hook on the model.
-        self._capture = Capture(model, modules, due=lambda: self.due, in_rows=self._in_rows)
+        self._capture = Capture(model, modules, due=lambda: self.due, in_rows=self._in_rows, bfloat16=self._bfloat16)
 
     # --- called by the loop -----------------------------------------------------------------------------------------
 
@@ -379,6 +387,8 @@ class KFAC(Optimizer):
             if not own:
                 continue
             holder = own[0][1]
+            if self._bfloat16:
+                check_bfloat16(holder.dtype, holder.device, "K-FAC")
             layer = WatchedLayer(each.name, each.kind, each.diagonal_input, each.dims, holder, self.state[holder])
             # float32 even for bfloat16 weights: an average with a small share would round away, and no factorization
             # runs in bfloat16
@@ -437,7 +447,9 @@ class KFAC(Optimizer):
             # Only the owner adds a layer's product: under DDP all ranks have the whole gradient, and the sum over the
             # ranks would count it several times.
             if self._kl_clip is not None and whole is not None and direction is not None and self._owner.owns(name):
-                inner = float(block.group["lr"]) ** 2 * (direction * whole).sum().double()
+                # Momentum adds a direction to later steps too, 1 / (1 - momentum) times in all.
+                rate = float(block.group["lr"]) / (1 - block.group["momentum"])
+                inner = rate**2 * (direction * whole).sum().double()
                 product = inner if product is None else product + inner
             if direction is not None and whole is not None:
                 direction = direction.to(whole.dtype)

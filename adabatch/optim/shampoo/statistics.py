@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adabatch.optim.products import gram
 from adabatch.optim.shampoo.blocks import Blocks
 from adabatch.optim.shampoo.leading import Root, followed, leading, root_rows
 from adabatch.optim.shampoo.roots import (
@@ -174,7 +175,10 @@ def follow(state: State, group: Group, blocks: Tensor) -> None:
             # By the count of steps, so that all ranks and resumed runs take the same ones. Each has the weight
             # num_parts once in num_parts steps, which is 1 on average.
             factor, weight = factor[..., step % num_parts :: num_parts].contiguous(), share * num_parts
-        state[side].baddbmm_(factor, factor.mT, beta=1 - share, alpha=weight)
+        if group["bfloat16_products"]:
+            state[side].mul_(1 - share).add_(gram(factor.mT, bfloat16=True), alpha=weight)
+        else:
+            state[side].baddbmm_(factor, factor.mT, beta=1 - share, alpha=weight)
 
 
 def refresh(state: State, group: Group, fallbacks: MutableMapping[str, int]) -> bool:
