@@ -92,6 +92,27 @@ def assert_coordinates(model: nn.Module, examples: ExampleGradients, gradients: 
         assert torch.all((squares - expected).abs() <= 4 * tolerance * expected.max())
 
 
+def assert_fused(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, gradients: Tensor, tolerance: float) -> None:
+    """Fused, everything is as otherwise, the gradient up to rounding relative to the examples' gradients."""
+    model.zero_grad()
+    loss(model(x), y).backward()
+    plain = [None if p.grad is None else p.grad.to_dense().clone() for p in model.parameters()]
+    model.zero_grad()
+    norms = PerExampleNorms(model, products=True, coordinates=True, fused=True, check=False)
+    norms.start()
+    loss(model(x), y).backward()
+    examples = norms.finish()
+    assert_close(examples.examples_sq, examples.products(), gradients, tolerance)
+    assert_coordinates(model, examples, gradients, tolerance)
+    size = gradients.square().sum(1).mean().sqrt()
+    for p, expected in zip(model.parameters(), plain, strict=True):
+        assert (p.grad is None) == (expected is None)
+        if p.grad is not None and expected is not None:
+            assert p.grad.dtype == expected.dtype
+            assert (p.grad.to_dense() - expected).norm() <= tolerance * size
+    model.zero_grad()
+
+
 def measure_and_compare(model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = mean_square, tolerance: float) -> None:
     norms = PerExampleNorms(model, products=True)
     # May take the norms another way where it need not hold anything.
@@ -99,6 +120,7 @@ def measure_and_compare(model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = 
     for num_examples in (len(x), len(x) - 1):  # a changed batch on the same hooks
         batch, targets = x[:num_examples], y[:num_examples]
         gradients = looped_gradients(model, batch, targets, loss)
+        assert_fused(model, batch, targets, loss, gradients, tolerance)
         alone.start()
         loss(model(batch), targets).backward()
         found = alone.finish()

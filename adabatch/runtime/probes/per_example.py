@@ -48,6 +48,8 @@ class PerExampleProbe(Probe):
             Euclidean.
         quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which states the cost.
         examples_first: see `PerExampleNorms`.
+        fused: form the weight gradients of convolutions as sums of the examples' gradients, which costs less; the
+            gradients of a probed step then differ in their last bits from those of other steps. See `PerExampleNorms`.
 
     Raises:
         ValueError: if a module couples the examples of a micro-batch (batch normalization), if ``leave_one_out`` is
@@ -69,6 +71,7 @@ class PerExampleProbe(Probe):
         norm: ProbeNorm | None = None,
         quantile: float | None = None,
         examples_first: bool = False,
+        fused: bool = False,
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"the model has no parameter that requires a gradient, got {type(model).__name__}")
@@ -86,7 +89,12 @@ class PerExampleProbe(Probe):
                 "of all its coordinates; use ReduceScatterProbe, or the model in DistributedDataParallel"
             )
         self._norms = PerExampleNorms(
-            model, products=products, rules=rules, coordinates=of_coordinates, examples_first=examples_first
+            model,
+            products=products,
+            rules=rules,
+            coordinates=of_coordinates,
+            examples_first=examples_first,
+            fused=fused,
         )
         self.measured = self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._number = {p: number for number, p in enumerate(self._parameters)}
