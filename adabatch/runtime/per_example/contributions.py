@@ -46,7 +46,7 @@ def wide(tensor: Tensor) -> Tensor:
 def squared_sums(values: Tensor) -> Tensor:
     """Sum of squares of each example, (num_examples, ...) -> (num_examples,)."""
     flat = by_row(values)
-    pieces = [wide(flat[part]) for part in chunks(*flat.shape, flat.device)]
+    pieces = [wide(flat[part]) for part in chunks(flat.shape[0], flat.shape[1], flat.device)]
     # sum() adds pairwise. vector_norm() and a batched product do not, and lose 4e-6 and 5e-5 on 200,000 numbers.
     return torch.cat([(piece * piece).sum(1) for piece in pieces])
 
@@ -115,7 +115,9 @@ class Dense(Contribution):
     def products(self, direction: Tensor) -> Tensor:
         flat, along = by_row(self.values), wide(direction).flatten()
         # Multiplied and summed, not a matrix-vector product, for the same precision as in squared_sums().
-        return torch.cat([(wide(flat[part]) * along).sum(1) for part in chunks(*flat.shape, flat.device)])
+        return torch.cat(
+            [(wide(flat[part]) * along).sum(1) for part in chunks(flat.shape[0], flat.shape[1], flat.device)]
+        )
 
     def dense(self, part: slice) -> Tensor:
         return wide(self.values[part])
@@ -139,7 +141,7 @@ class OuterProduct(Contribution):
 
     @property
     def dense_is_smaller(self) -> bool:
-        return gradients_are_cheaper(*self.rows.shape[1:], self.cols.shape[2])
+        return gradients_are_cheaper(self.rows.shape[1], self.rows.shape[2], self.cols.shape[2])
 
     def squares(self) -> Tensor:
         num_positions = self.rows.shape[1]
@@ -346,9 +348,7 @@ class Correlation(Contribution):
         return windows.permute(0, 1, *positions, 2, *range(3 + num_dims, 3 + 2 * num_dims))
 
 
-def gradient_runs(
-    contributions: Sequence[Contribution], parameter_size: int, device: torch.device
-) -> Iterator[Tensor]:
+def gradient_runs(contributions: Sequence[Contribution], parameter_size: int, device: torch.device) -> Iterator[Tensor]:
     """The gradients of successive runs of examples, (length of the run, *parameter.shape).
 
     Args:

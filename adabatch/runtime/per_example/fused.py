@@ -65,9 +65,7 @@ class Summed(Contribution):
         return self.known_coordinates
 
 
-def summed(
-    contribution: Contribution, parameter: Tensor, *, hold: bool, coordinates: bool
-) -> tuple[Summed, Tensor]:
+def summed(contribution: Contribution, parameter: Tensor, *, hold: bool, coordinates: bool) -> tuple[Summed, Tensor]:
     """Sums a contribution over its examples; squared norms come from the same pass over their gradients.
 
     Args:
