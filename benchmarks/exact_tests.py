@@ -5,10 +5,10 @@
 
 Goal, as ratios to a plain training step (forward, backward, SGD) on one thread: norms at most 2.0, norms and
 inner products at most 3.0, peak memory at most 1.3; with ``fused=True``, which forms the weight gradients of
-convolutions and of linear layers on long sequences as sums of the examples' gradients, 1.3, 1.5 and 1.1. Every contender does a whole training step and leaves
-the numbers that its test needs, and all must agree on them before they are timed. Rivals: per-example
-gradients by ``torch.func.vmap``, all at once and in chunks, and Opacus where it is installed (``pip install
-opacus``), with stored gradients and with its ghost norms.
+convolutions and of linear layers on long sequences as sums of the examples' gradients, 1.3, 1.5 and 1.1.
+Every contender does a whole training step and leaves the numbers that its test needs, and all must agree on
+them before they are timed. Rivals: per-example gradients by ``torch.func.vmap``, all at once and in chunks, and
+Opacus where it is installed (``pip install opacus``), with stored gradients and with its ghost norms.
 
 Peak memory is that of the tensors alive during a step, parameters and gradients and batch included and the
 interpreter not, as torch's profiler sees the allocator; each contender is measured in a process of its

@@ -197,5 +197,6 @@ def with_sum_of_examples(output: Tensor, inputs: Tensor, call: FusedCall, on_gra
         call: the forward, closed.
         on_grad: (inputs, gradient at the output) -> the gradients of the call's parameters, in order.
     """
-    fused: Tensor = _SumOfExamples.apply(output, inputs.detach(), on_grad, *call.parameters.values())  # type: ignore[no-untyped-call]
+    parameters = call.parameters.values()
+    fused: Tensor = _SumOfExamples.apply(output, inputs.detach(), on_grad, *parameters)  # type: ignore[no-untyped-call]
     return fused

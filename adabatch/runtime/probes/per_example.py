@@ -48,8 +48,9 @@ class PerExampleProbe(Probe):
             Euclidean.
         quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which states the cost.
         examples_first: see `PerExampleNorms`.
-        fused: form the weight gradients of convolutions as sums of the examples' gradients, which costs less; the
-            gradients of a probed step then differ in their last bits from those of other steps. See `PerExampleNorms`.
+        fused: form the weight gradients of convolutions, and of linear layers on long sequences, as sums of the
+            examples' gradients, which costs less. Gradients of probed steps then differ in their last bits from
+            autograd's own, so a resumed run is not the uninterrupted one to the bit. See `PerExampleNorms`.
 
     Raises:
         ValueError: if a module couples the examples of a micro-batch (batch normalization), if ``leave_one_out`` is
