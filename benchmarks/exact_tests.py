@@ -4,10 +4,11 @@
     python benchmarks/exact_tests.py --tiny     # seconds: whether it runs from start to end
 
 Goal, as ratios to a plain training step (forward, backward, SGD) on one thread: norms at most 2.0, norms and
-inner products at most 3.0, peak memory at most 1.3. Every contender does a whole training step and leaves
-the numbers that its test needs, and all must agree on them before they are timed. Rivals: per-example
-gradients by ``torch.func.vmap``, all at once and in chunks, and Opacus where it is installed (``pip install
-opacus``), with stored gradients and with its ghost norms.
+inner products at most 3.0, peak memory at most 1.3; with ``fused=True``, which forms the weight gradients of
+convolutions and of linear layers on long sequences as sums of the examples' gradients, 1.3, 1.5 and 1.1.
+Every contender does a whole training step and leaves the numbers that its test needs, and all must agree on
+them before they are timed. Rivals: per-example gradients by ``torch.func.vmap``, all at once and in chunks, and
+Opacus where it is installed (``pip install opacus``), with stored gradients and with its ghost norms.
 
 Peak memory is that of the tensors alive during a step, parameters and gradients and batch included and the
 interpreter not, as torch's profiler sees the allocator; each contender is measured in a process of its
@@ -40,16 +41,33 @@ from adabatch.runtime.random_state import random_state
 
 QUESTION = (
     "What do exact per-example squared norms, and inner products with the mean gradient, cost next to a "
-    "plain training step? Goal on one thread: 2.0 and 3.0 times its time, 1.3 times its memory."
+    "plain training step? Goal on one thread: 2.0 and 3.0 times its time, 1.3 times its memory; fused, 1.3, 1.5 and "
+    "1.1 times."
 )
 PLAIN = "plain step"
-NORMS, PRODUCTS, FORWARD = (
+NORMS, PRODUCTS, FORWARD, FUSED, FUSED_PRODUCTS = (
     "adabatch, norms",
     "adabatch, norms and products",
     "adabatch, norms, products by JVP",
+    "adabatch fused, norms",
+    "adabatch fused, norms and products",
 )
-GOALS = {NORMS: 2.0, PRODUCTS: 3.0, FORWARD: 3.0}
-MEMORY_GOAL = 1.3
+
+
+class Goal(NamedTuple):
+    """The largest ratios to a plain step."""
+
+    time: float
+    memory: float
+
+
+GOALS = {
+    NORMS: Goal(2.0, 1.3),
+    PRODUCTS: Goal(3.0, 1.3),
+    FORWARD: Goal(3.0, 1.3),
+    FUSED: Goal(1.3, 1.1),
+    FUSED_PRODUCTS: Goal(1.5, 1.1),
+}
 
 
 class Statistics(NamedTuple):
@@ -108,8 +126,11 @@ def with_step(model: nn.Module, gradients: Callable[[], Statistics | None]) -> C
     return step
 
 
-def ours(task: Task, *, products: bool, forward_mode: bool) -> Callable[[], Statistics | None]:
-    norms = PerExampleNorms(task.model, products=products)
+def ours(
+    task: Task, *, products: bool, forward_mode: bool = False, fused: bool = False
+) -> Callable[[], Statistics | None]:
+    # The micro-batch that is checked is not fused.
+    norms = PerExampleNorms(task.model, products=products, fused=fused, check=not fused)
     parameters = dict(task.model.named_parameters())
 
     def losses(values: dict[str, Tensor]) -> Tensor:
@@ -203,9 +224,11 @@ def makers(chunk_size: int) -> dict[str, Callable[[Task], Callable[[], Statistic
     """How to make each contender of a task."""
     found: dict[str, Callable[[Task], Callable[[], Statistics | None]]] = {
         PLAIN: plain,
-        NORMS: lambda task: ours(task, products=False, forward_mode=False),
-        PRODUCTS: lambda task: ours(task, products=True, forward_mode=False),
+        NORMS: lambda task: ours(task, products=False),
+        PRODUCTS: lambda task: ours(task, products=True),
         FORWARD: lambda task: ours(task, products=False, forward_mode=True),
+        FUSED: lambda task: ours(task, products=False, fused=True),
+        FUSED_PRODUCTS: lambda task: ours(task, products=True, fused=True),
         "vmap, norms and products": lambda task: by_vmap(task, None),
         f"vmap in chunks of {chunk_size}, norms and products": lambda task: by_vmap(task, chunk_size),
     }
@@ -271,11 +294,11 @@ def findings(title: str, timings: Timings, peaks: Mapping[str, int]) -> list[str
     told = []
     for name, goal in GOALS.items():
         ratio, memory = timings.ratio(name, PLAIN), peaks[name] / peaks[PLAIN]
-        time_word = "met" if ratio.median <= goal else "missed"
-        memory_word = "met" if memory <= MEMORY_GOAL else "missed"
+        time_word = "met" if ratio.median <= goal.time else "missed"
+        memory_word = "met" if memory <= goal.memory else "missed"
         told.append(
-            f"{title}: {name}: {ratio.show()} times a plain step, goal {goal}: {time_word}; "
-            f"peak memory {memory:.2f} times, goal {MEMORY_GOAL}: {memory_word}."
+            f"{title}: {name}: {ratio.show()} times a plain step, goal {goal.time}: {time_word}; "
+            f"peak memory {memory:.2f} times, goal {goal.memory}: {memory_word}."
         )
     return told
 

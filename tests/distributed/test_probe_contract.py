@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from support.hard_models import CASES, Case, Checkpointed
+from support.hard_models import CASES, CONVOLVED, Case, Checkpointed
 from support.ranks import run_ranks
 from support.wrapped import Parts, check, ddp, fsdp, hsdp, made, measured, part_by_part, parts_of, plain
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ def micro_batch(model: nn.Module, **options: Any) -> Probe:
 
 def single_examples(model: nn.Module, *, record_l1: bool = False, **options: Any) -> Probe:
     return PerExampleProbe(model, **options)
+
+
+def fused_examples(model: nn.Module, *, record_l1: bool = False, **options: Any) -> Probe:
+    return PerExampleProbe(model, fused=True, **options)
 
 
 class Contender(NamedTuple):
@@ -70,6 +74,8 @@ CONTENDERS = {
     "plain, examples": Contender(plain, single_examples, ranks=[1], examples=True),
     "DDP, examples": Contender(ddp, single_examples, ranks=[1, 2], examples=True),
     "FSDP2, examples": Contender(fsdp, single_examples, "each", ranks=[1, 2], examples=True, norms=False),
+    "DDP, examples, fused": Contender(ddp, fused_examples, ranks=[1, 2], examples=True, norms=False),
+    "FSDP2, examples, fused": Contender(fsdp, fused_examples, "each", ranks=[1, 2], examples=True, norms=False),
     "FSDP2, last, examples": Contender(fsdp, single_examples, "last", ranks=[2], examples=True, norms=False),
     "HSDP, examples": Contender(partial(hsdp, shape=(2, 2)), single_examples, ranks=[4], examples=True, norms=False),
 }
@@ -89,7 +95,8 @@ def contract(rank: int, ranks: int) -> dict[str, tuple[Numbers, Numbers]]:
     """What was found and what is right, for all that runs on so many ranks."""
     results = {}
     for name, contender in CONTENDERS.items():
-        for case_name, case in CASES.items():
+        # The single examples of a convolution are formed in another way, which may be fused.
+        for case_name, case in (CASES | ({"convolved": CONVOLVED} if contender.examples else {})).items():
             if ranks not in contender.ranks or (ranks == 8 and case_name != "network"):
                 continue
             model = contender.wrap(made(case), case)

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from adabatch import AdaptiveBatch, Constant, PerExampleProbe
@@ -92,6 +93,27 @@ def assert_coordinates(model: nn.Module, examples: ExampleGradients, gradients: 
         assert torch.all((squares - expected).abs() <= 4 * tolerance * expected.max())
 
 
+def assert_fused(model: nn.Module, x: Tensor, y: Tensor, loss: Loss, gradients: Tensor, tolerance: float) -> None:
+    """Fused, everything is as otherwise, the gradient up to rounding relative to the examples' gradients."""
+    model.zero_grad()
+    loss(model(x), y).backward()
+    plain = [None if p.grad is None else p.grad.to_dense().clone() for p in model.parameters()]
+    model.zero_grad()
+    norms = PerExampleNorms(model, products=True, coordinates=True, fused=True, check=False)
+    norms.start()
+    loss(model(x), y).backward()
+    examples = norms.finish()
+    assert_close(examples.examples_sq, examples.products(), gradients, tolerance)
+    assert_coordinates(model, examples, gradients, tolerance)
+    size = gradients.square().sum(1).mean().sqrt()
+    for p, expected in zip(model.parameters(), plain, strict=True):
+        assert (p.grad is None) == (expected is None)
+        if p.grad is not None and expected is not None:
+            assert p.grad.dtype == expected.dtype
+            assert (p.grad.to_dense() - expected).norm() <= tolerance * size
+    model.zero_grad()
+
+
 def measure_and_compare(model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = mean_square, tolerance: float) -> None:
     norms = PerExampleNorms(model, products=True)
     # May take the norms another way where it need not hold anything.
@@ -99,6 +121,7 @@ def measure_and_compare(model: nn.Module, x: Tensor, y: Tensor, *, loss: Loss = 
     for num_examples in (len(x), len(x) - 1):  # a changed batch on the same hooks
         batch, targets = x[:num_examples], y[:num_examples]
         gradients = looped_gradients(model, batch, targets, loss)
+        assert_fused(model, batch, targets, loss, gradients, tolerance)
         alone.start()
         loss(model(batch), targets).backward()
         found = alone.finish()
@@ -666,6 +689,250 @@ def test_a_model_compiled_in_place_is_measured_eagerly() -> None:
     torch._dynamo.reset()
 
 
+# Fused layers: their weight gradient is the sum of the examples' gradients.
+
+
+class WeightGradients(TorchDispatchMode):
+    """Counts the weight gradients of convolutions: those of the whole batch, and those of single examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_batch = self.of_examples = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default and (args[-1][1] or args[-1][2]):
+            self.of_examples += args[1].shape[0] == 1
+            self.of_batch += args[1].shape[0] != 1
+        return func(*args, **(kwargs or {}))
+
+
+def weight_gradients(norms: PerExampleNorms | None, model: nn.Module, x: Tensor, y: Tensor) -> tuple[int, int]:
+    if norms is not None:
+        norms.start()
+    with WeightGradients() as counted:
+        cross_entropy(model(x), y).backward()
+    if norms is not None:
+        norms.finish()
+    return counted.of_batch, counted.of_examples
+
+
+def test_a_fused_convolution_forms_its_weight_gradient_once() -> None:
+    model, (x, y) = convolutional(), images()
+    assert weight_gradients(None, model, x, y) == (2, 0)
+    norms = PerExampleNorms(model, fused=True)
+    # The first is checked against autograd's own gradient; a later one has none. (The check also takes products.)
+    assert weight_gradients(norms, model, x, y)[0] == 2
+    assert weight_gradients(norms, model, x, y) == (0, 2)
+    assert weight_gradients(PerExampleNorms(model, check=False), model, x, y) == (2, 2)
+
+
+def test_a_fused_backward_asks_for_inputs_as_ever() -> None:
+    torch.manual_seed(40)
+    model, (x, y) = convolutional().double(), images()
+    x = x.double().requires_grad_()
+    cross_entropy(model(x), y).backward()
+    expected, x.grad = x.grad, None
+    norms = PerExampleNorms(model, fused=True, check=False)
+    norms.start()
+    cross_entropy(model(x), y).backward()
+    norms.finish()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=0)
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight.square(), self.bias, padding=1)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        OwnConv(1, 3, 3),
+        parametrizations.weight_norm(nn.Conv2d(1, 3, 3)),
+        nn.Conv2d(1, 3, 3).requires_grad_(False),
+        nn.Conv2d(1, 64, 7),  # of 4 positions: its norm comes from Gram matrices
+    ],
+    ids=["subclass", "parametrized", "frozen", "few positions"],
+)
+def test_what_is_not_fused_has_the_gradient_of_autograd_to_the_bit(layer: nn.Module) -> None:
+    torch.manual_seed(41)
+    model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(10))
+    x, y = images()
+    cross_entropy(model(x), y).backward()
+    expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    norms = PerExampleNorms(model, fused=True, check=False)
+    norms.start()
+    cross_entropy(model(x), y).backward()
+    norms.finish()
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        assert p.grad is grad is None or torch.equal(p.grad, grad)
+
+
+def test_a_convolution_of_which_a_part_is_frozen_is_fused_as_far_as_it_trains() -> None:
+    torch.manual_seed(42)
+    model, (x, y) = convolutional().double(), images()
+    model[0].weight.requires_grad_(False)
+    model[3].bias.requires_grad_(False)
+    measure_and_compare(model, x.double(), y, loss=cross_entropy, tolerance=1e-10)
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_fused_layers_are_recomputed_under_checkpointing(reentrant: bool) -> None:
+    torch.manual_seed(43)
+    model, (x, y) = convolutional().double(), images()
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = checkpoint(model[:3], x.clone().requires_grad_(), use_reentrant=reentrant)
+            return model[6:](checkpoint(model[3:6], hidden, use_reentrant=reentrant))
+
+    measure_and_compare(Checkpointed(), x.double(), y, loss=cross_entropy, tolerance=1e-10)
+
+
+def test_fused_gradients_accumulate() -> None:
+    torch.manual_seed(44)
+    model, (x, y) = convolutional().double(), images()
+    x = x.double()
+    cross_entropy(model(x), y).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    norms = PerExampleNorms(model, products=True, fused=True, check=False)
+    parts = []
+    for part in (slice(0, 3), slice(3, 6)):
+        norms.start()
+        (cross_entropy(model(x[part]), y[part]) / 2).backward()
+        parts.append(norms.finish(loss_scale=1 / 2))
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-10, atol=1e-14)
+    squares = torch.cat([part.examples_sq for part in parts])
+    products = torch.cat([part.products() for part in parts])
+    assert_close(squares, products, looped_gradients(model, x, y, cross_entropy), 1e-10)
+
+
+def test_under_autocast_a_fused_gradient_is_summed_in_float32() -> None:
+    torch.manual_seed(45)
+    model, (x, y) = convolutional(), images()
+    found = []
+    for fused in (False, True):
+        model.zero_grad()
+        norms = PerExampleNorms(model, products=True, fused=fused, check=False)
+        norms.start()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = cross_entropy(model(x), y)
+        loss.backward()
+        examples = norms.finish()
+        found.append((examples.examples_sq, [p.grad for p in model.parameters()]))
+    (squares, grads), (fused_squares, fused_grads) = found
+    # The same signals were contracted, in the same precision.
+    torch.testing.assert_close(fused_squares, squares, rtol=1e-6, atol=0)
+    for grad, fused_grad in zip(grads, fused_grads, strict=True):
+        assert fused_grad.dtype == torch.float32
+        # Autograd rounds the gradient to bfloat16, by 2^-9 of each number.
+        assert (fused_grad - grad).norm() <= 2**-8 * grad.norm()
+
+
+def test_parameters_ask_for_gradients_again_after_a_fused_forward_that_failed() -> None:
+    model, (x, y) = convolutional(), images()
+    norms = PerExampleNorms(model, fused=True, check=False)
+    norms.start()
+    with pytest.raises(RuntimeError, match="channels"):
+        model(x.expand(-1, 2, -1, -1))
+    assert all(p.requires_grad for p in model.parameters())
+    norms.remove()
+
+    def interrupt(module: nn.Module, args: object) -> None:
+        raise KeyboardInterrupt
+
+    norms.start()
+    handle = model[3].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    norms.remove()
+    assert all(p.requires_grad for p in model.parameters())
+    assert num_hooks(model) == 0
+    measure_and_compare(model, x, y, loss=cross_entropy, tolerance=TOLERANCE[torch.float32])
+
+
+def test_weights_in_the_place_of_the_parameters_are_not_fused() -> None:
+    """A forward by ``functional_call`` differentiates other tensors, which keep autograd's gradient."""
+    torch.manual_seed(46)
+    model, (x, y) = convolutional(), images()
+    values = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    expected = torch.autograd.grad(
+        cross_entropy(torch.func.functional_call(model, values, (x,)), y), list(values.values())
+    )
+    norms = PerExampleNorms(model, fused=True, check=False)
+    norms.start()
+    found = torch.autograd.grad(
+        cross_entropy(torch.func.functional_call(model, values, (x,)), y), list(values.values())
+    )
+    norms.remove()
+    assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
+
+
+def test_two_backwards_through_a_fused_forward_are_refused() -> None:
+    model, (x, y) = convolutional(), images()
+    norms = PerExampleNorms(model, fused=True, check=False)
+    norms.start()
+    loss = cross_entropy(model(x), y)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="two backwards"):
+        loss.backward()
+    norms.remove()
+
+
+def test_a_compiled_model_is_fused_eagerly() -> None:
+    torch.manual_seed(47)
+    model, (x, y) = convolutional().double(), images()
+    x = x.double()
+    compiled = torch.compile(model, backend="aot_eager")
+    cross_entropy(compiled(x), y).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    norms = PerExampleNorms(compiled, products=True, fused=True, check=False)
+    assert weight_gradients(norms, compiled, x, y) == (0, 2)
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-10, atol=1e-14)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2 by layer"])
+def test_a_wrapped_model_is_fused(engine: str, tmp_path: Path) -> None:
+    """The sum goes the way of every gradient, through DDP's buckets and FSDP2's reduction."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.manual_seed(48)
+        model, (x, y) = convolutional().double(), images()
+        x = x.double()
+        gradients = looped_gradients(model, x, y, cross_entropy)
+        model.zero_grad()
+        if engine == "fsdp2 by layer":
+            for layer in (model[0], model[3]):
+                fully_shard(layer)
+        wrapped = DistributedDataParallel(model) if engine == "ddp" else fully_shard(model)
+        norms = PerExampleNorms(wrapped, products=True, fused=True, check=False)
+        for _ in range(2):
+            wrapped.zero_grad()
+            norms.start()
+            with WeightGradients() as counted:
+                cross_entropy(wrapped(x), y).backward()
+            assert (counted.of_batch, counted.of_examples) == (0, 2)
+            examples = norms.finish()
+            grads = [p.grad.full_tensor() if engine != "ddp" else p.grad for p in wrapped.parameters()]
+            mean = torch.cat([grad.flatten() for grad in grads])
+            torch.testing.assert_close(mean, gradients.mean(0), rtol=1e-10, atol=1e-14)
+            assert_close(examples.examples_sq, examples.products(), gradients, 1e-10)
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_wrapped_model_is_measured_before_its_reduction(engine: str, tmp_path: Path) -> None:
     """One rank: the hooks see whole inputs and output gradients, wherever the weights are."""
@@ -875,10 +1142,11 @@ def num_hooks(model: nn.Module) -> int:
     return on_modules + sum(len(parameter._backward_hooks or ()) for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("products", [True, False])
-def test_hooks_are_on_only_while_measuring_and_leave_nothing(products: bool) -> None:
+def test_hooks_are_on_only_while_measuring_and_leave_nothing(products: bool, fused: bool) -> None:
     model, (x, y) = Transformer(), tokens()
-    norms = PerExampleNorms(model, products=products)
+    norms = PerExampleNorms(model, products=products, fused=fused, check=not fused)
     assert num_hooks(model) == 0
     norms.start()
     assert num_hooks(model) > 0

@@ -71,6 +71,17 @@ class CheckpointedByReentry(Checkpointed):
         return self.head(x)
 
 
+class Convolved(nn.Module):
+    """A convolution, whose weight gradient a probe of single examples may form itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(1, 3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.conv(x[:, None])).mean(2))
+
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -127,5 +138,6 @@ CASES = {
     "unused": Case(Unused, units=["never", "sometimes"]),
     "checkpointed": Case(Checkpointed, units=["head"]),
 }
+CONVOLVED = Case(Convolved, units=["conv"])
 SPARSE = Case(partial(Tied, sparse=True), tokens, cross_entropies)
 """A case for the engines that know sparse gradients; nothing is tied in it."""

@@ -24,14 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-# Numbers of scratch memory that one contraction may use at a time: 4 MB in float32. Between 1 and 16 MB there was no
-# clear difference in time.
-SCRATCH = 1 << 20
+# Numbers of scratch memory that one contraction may use at a time: 1 MB in float32. On a CPU there was no clear
+# difference in time between 0.25 and 16 MB. On an accelerator each run is a few kernels, so runs are longer there.
+SCRATCH = 1 << 18
+SCRATCH_OF_ACCELERATORS = 1 << 20
 
 
-def chunks(num_examples: int, numbers_each: int) -> Iterator[slice]:
-    """Runs of examples whose scratch memory, ``numbers_each`` per example, stays within ``SCRATCH``."""
-    length = max(1, SCRATCH // max(1, numbers_each))
+def chunks(num_examples: int, numbers_each: int, device: torch.device) -> Iterator[slice]:
+    """Runs of examples whose scratch memory on the device, ``numbers_each`` per example, stays within a bound."""
+    bound = SCRATCH if device.type == "cpu" else SCRATCH_OF_ACCELERATORS
+    length = max(1, bound // max(1, numbers_each))
     for start in range(0, num_examples, length):
         yield slice(start, min(start + length, num_examples))
 
@@ -44,7 +46,7 @@ def wide(tensor: Tensor) -> Tensor:
 def squared_sums(values: Tensor) -> Tensor:
     """Sum of squares of each example, (num_examples, ...) -> (num_examples,)."""
     flat = by_row(values)
-    pieces = [wide(flat[part]) for part in chunks(flat.shape[0], flat.shape[1])]
+    pieces = [wide(flat[part]) for part in chunks(flat.shape[0], flat.shape[1], flat.device)]
     # sum() adds pairwise. vector_norm() and a batched product do not, and lose 4e-6 and 5e-5 on 200,000 numbers.
     return torch.cat([(piece * piece).sum(1) for piece in pieces])
 
@@ -52,6 +54,11 @@ def squared_sums(values: Tensor) -> Tensor:
 def by_row(values: Tensor) -> Tensor:
     """One row per example, (num_examples, ...) -> (num_examples, d); d is 1 for a parameter without dimensions."""
     return values.flatten(1) if values.dim() > 1 else values[:, None]
+
+
+def gradients_are_cheaper(num_positions: int, num_rows: int, num_cols: int) -> bool:
+    """Whether a sum of outer products is smaller, and its norm cheaper, once the products are summed."""
+    return num_rows * num_cols <= num_positions * (num_rows + num_cols)
 
 
 class Contribution(ABC):
@@ -108,7 +115,9 @@ class Dense(Contribution):
     def products(self, direction: Tensor) -> Tensor:
         flat, along = by_row(self.values), wide(direction).flatten()
         # Multiplied and summed, not a matrix-vector product, for the same precision as in squared_sums().
-        return torch.cat([(wide(flat[part]) * along).sum(1) for part in chunks(flat.shape[0], flat.shape[1])])
+        return torch.cat(
+            [(wide(flat[part]) * along).sum(1) for part in chunks(flat.shape[0], flat.shape[1], flat.device)]
+        )
 
     def dense(self, part: slice) -> Tensor:
         return wide(self.values[part])
@@ -132,8 +141,7 @@ class OuterProduct(Contribution):
 
     @property
     def dense_is_smaller(self) -> bool:
-        num_rows, num_cols = self.rows.shape[2], self.cols.shape[2]
-        return num_rows * num_cols <= self.rows.shape[1] * (num_rows + num_cols)
+        return gradients_are_cheaper(self.rows.shape[1], self.rows.shape[2], self.cols.shape[2])
 
     def squares(self) -> Tensor:
         num_positions = self.rows.shape[1]
@@ -141,9 +149,9 @@ class OuterProduct(Contribution):
             return squared_sums(self.rows) * squared_sums(self.cols)
         if self.dense_is_smaller:
             numbers = self.rows.shape[2] * self.cols.shape[2]
-            return torch.cat([squared_sums(self.dense(part)) for part in chunks(self.num_examples, numbers)])
+            return torch.cat([squared_sums(each) for each in gradient_runs([self], numbers, self.rows.device)])
         sums = []
-        for part in chunks(self.num_examples, 2 * num_positions**2):
+        for part in chunks(self.num_examples, 2 * num_positions**2, self.rows.device):
             rows, cols = wide(self.rows[part]), wide(self.cols[part])
             # In place, so that two Gram matrices are all the scratch memory, as chunks() was told.
             gram = torch.bmm(rows, rows.mT).mul_(torch.bmm(cols, cols.mT))
@@ -156,7 +164,7 @@ class OuterProduct(Contribution):
         if last.shape[2] > first.shape[2]:  # the smaller of the two images of the direction is the scratch
             first, last, along = last, first, along.mT
         sums = []
-        for part in chunks(self.num_examples, first.shape[1] * last.shape[2]):
+        for part in chunks(self.num_examples, first.shape[1] * last.shape[2], first.device):
             image = torch.matmul(wide(first[part]), along)
             sums.append(image.mul_(wide(last[part])).flatten(1).sum(1))
         return torch.cat(sums)
@@ -240,9 +248,11 @@ class Correlation(Contribution):
 
     Args:
         grad: gradient at the output, shape (num_examples, out_channels, *output_size).
-        inputs: padded input, shape (num_examples, in_channels, *input_size).
+        inputs: input, shape (num_examples, in_channels, *input_size).
         kernel_size, stride, dilation: one number per dimension.
         groups: groups of channels that are convolved separately.
+        pads, mode: how the convolution pads the input, as `torch.nn.functional.pad` takes it; no padding by default.
+            The padded input is formed for a few examples at a time.
     """
 
     grad: Tensor
@@ -251,6 +261,8 @@ class Correlation(Contribution):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    pads: tuple[int, ...] = ()
+    mode: str = "constant"
 
     @property
     def num_examples(self) -> int:
@@ -269,11 +281,11 @@ class Correlation(Contribution):
         num_positions = math.prod(self.grad.shape[2:])
         num_rows = self.grad.shape[1] // self.groups
         num_cols = self.inputs.shape[1] // self.groups * math.prod(self.kernel_size)
-        numbers = self._dense_numbers
-        if num_positions * (num_rows + num_cols) > num_rows * num_cols:
-            return torch.cat([squared_sums(self.dense(part)) for part in chunks(self.num_examples, numbers)])
+        if gradients_are_cheaper(num_positions, num_rows, num_cols):
+            runs = gradient_runs([self], self._dense_numbers, self.grad.device)
+            return torch.cat([squared_sums(each) for each in runs])
         sums = []
-        for part in chunks(self.num_examples, self.groups * num_positions * num_cols):
+        for part in chunks(self.num_examples, self.groups * num_positions * num_cols, self.grad.device):
             length = part.stop - part.start
             rows = self.grad[part].reshape(length * self.groups, num_rows, num_positions).mT
             cols = self._patches(part).reshape(length * self.groups, num_positions, num_cols)
@@ -284,10 +296,10 @@ class Correlation(Contribution):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
         along = wide(direction)
         sums = []
-        for part in chunks(self.num_examples, math.prod(self.grad.shape[1:])):
-            # <grad, conv(inputs, d)> is <correlation of both, d>, so no example's gradient is formed. The input is
-            # padded already.
-            image = convolve(wide(self.inputs[part]), along, None, self.stride, 0, self.dilation, self.groups)
+        for part in chunks(self.num_examples, math.prod(self.grad.shape[1:]), self.grad.device):
+            inputs, padding = self._inputs(part)
+            # <grad, conv(inputs, d)> is <correlation of both, d>, so no example's gradient is formed.
+            image = convolve(wide(inputs), along, None, self.stride, padding, self.dilation, self.groups)
             sums.append(image.mul_(wide(self.grad[part])).flatten(1).sum(1))
         return torch.cat(sums)
 
@@ -295,7 +307,8 @@ class Correlation(Contribution):
         """One convolution whose groups are the examples (Rochette et al. 2019)."""
         # As fast as the mean gradient. unfold() and bmm() take 2 to 4 times as long if there are many positions.
         differentiate = (conv1d_weight, conv2d_weight, conv3d_weight)
-        inputs, grad = wide(self.inputs[part]), wide(self.grad[part])
+        inputs, padding = self._inputs(part)
+        inputs, grad = wide(inputs), wide(self.grad[part])
         length, in_channels, out_channels = inputs.shape[0], inputs.shape[1], grad.shape[1]
         shape = (in_channels // self.groups, *self.kernel_size)
         weights: Tensor = differentiate[
@@ -306,15 +319,25 @@ class Correlation(Contribution):
             (length * out_channels, *shape),
             grad.reshape(1, length * out_channels, *grad.shape[2:]),
             self.stride,
-            0,
+            padding,
             self.dilation,
             length * self.groups,
         )
         return weights.reshape(length, out_channels, *shape)
 
+    def _inputs(self, part: slice) -> tuple[Tensor, tuple[int, ...]]:
+        """Inputs of some examples, and how many zeros the convolution itself has to put on both sides of them."""
+        before, after = self.pads[::2], self.pads[1::2]
+        if self.mode == "constant" and before == after and before:
+            return self.inputs[part], before[::-1]  # pads begin with the last dimension
+        return self._padded(part), (0,) * len(self.kernel_size)
+
+    def _padded(self, part: slice) -> Tensor:
+        return F.pad(self.inputs[part], self.pads, self.mode) if any(self.pads) else self.inputs[part]
+
     def _patches(self, part: slice) -> Tensor:
         """The patches of the inputs, shape (length, groups, *positions, channels of a group, *kernel)."""
-        inputs = self.inputs[part]
+        inputs = self._padded(part)
         windows = inputs.reshape(inputs.shape[0], self.groups, -1, *inputs.shape[2:])
         num_dims = len(self.kernel_size)
         for dim, (size, stride, dilation) in enumerate(
@@ -325,7 +348,20 @@ class Correlation(Contribution):
         return windows.permute(0, 1, *positions, 2, *range(3 + num_dims, 3 + 2 * num_dims))
 
 
-def combined_squares(contributions: Sequence[Contribution], parameter_size: int) -> Tensor:
+def gradient_runs(contributions: Sequence[Contribution], parameter_size: int, device: torch.device) -> Iterator[Tensor]:
+    """The gradients of successive runs of examples, (length of the run, *parameter.shape).
+
+    Args:
+        contributions: the micro-batch's contributions to one parameter, at least one, which are added up.
+        parameter_size: numbers in the parameter.
+        device: where the contributions are.
+    """
+    first, *others = contributions
+    for part in chunks(first.num_examples, parameter_size, device):
+        yield sum((one.dense(part) for one in others), start=first.dense(part))
+
+
+def combined_squares(contributions: Sequence[Contribution], parameter_size: int, device: torch.device) -> Tensor:
     """``|g_i|^2`` of a parameter that several calls may share: the norm of the sum, including cross terms.
 
     For a weight that is tied between an embedding and an output head, no gradient of the table's size is formed: the
@@ -334,6 +370,7 @@ def combined_squares(contributions: Sequence[Contribution], parameter_size: int)
     Args:
         contributions: all of the micro-batch's contributions to one parameter, at least one.
         parameter_size: numbers in the parameter.
+        device: where the contributions are.
 
     Returns:
         Squared norms, shape (num_examples,).
@@ -366,30 +403,24 @@ def combined_squares(contributions: Sequence[Contribution], parameter_size: int)
         assert isinstance(outer, OuterProduct)
         assert isinstance(lookup, Lookup)
         return outer.squares() + lookup.squares() + 2 * _inner(outer, lookup)
-    return torch.cat(
-        [
-            # Other pairs have no cheap cross term: the gradients are formed, a few examples at a time.
-            squared_sums(sum((one.dense(part) for one in merged[1:]), start=merged[0].dense(part)))
-            for part in chunks(merged[0].num_examples, parameter_size)
-        ]
-    )
+    # Other pairs have no cheap cross term: the gradients are formed, a few examples at a time.
+    return torch.cat([squared_sums(each) for each in gradient_runs(merged, parameter_size, device)])
 
 
-def coordinate_squares(contributions: Sequence[Contribution], shape: torch.Size) -> Tensor:
+def coordinate_squares(contributions: Sequence[Contribution], shape: torch.Size, device: torch.device) -> Tensor:
     """``sum_i g_i^2`` of each coordinate of a parameter that several calls may share.
 
     Args:
         contributions: all of the micro-batch's contributions to one parameter, at least one.
         shape: the shape of the parameter.
+        device: where the contributions are.
     """
-    first, *others = contributions
-    if not others:
-        directly = first.coordinate_squares()
+    if len(contributions) == 1:
+        directly = contributions[0].coordinate_squares()
         if directly is not None:
             return directly.view(shape)
     total: Tensor | None = None
-    for part in chunks(first.num_examples, shape.numel()):
-        gradients = sum((one.dense(part) for one in others), start=first.dense(part))
+    for gradients in gradient_runs(contributions, shape.numel(), device):
         squares = gradients.square().sum(0)
         total = squares if total is None else total + squares
     assert total is not None
@@ -400,7 +431,7 @@ def _inner(outer: OuterProduct, lookup: Lookup) -> Tensor:
     """``<g_i, h_i>`` of the contributions of a linear map and an embedding to one table, shape (num_examples,)."""
     sums = []
     num_positions, num_lookups = outer.rows.shape[1], lookup.index.shape[1]
-    for part in chunks(outer.num_examples, 2 * num_positions * num_lookups):
+    for part in chunks(outer.num_examples, 2 * num_positions * num_lookups, outer.rows.device):
         index = lookup.index[part, None, :].expand(-1, num_positions, -1)
         # <rows (x) cols, value at row k> is rows[k] <cols, value>: of the rows only the looked-up entries are needed.
         rows = wide(outer.rows[part].gather(2, index))

@@ -27,6 +27,7 @@ from adabatch.runtime.per_example.contributions import (
     squared_sums,
     wide,
 )
+from adabatch.runtime.per_example.fused import FusedCall, Summed, fused_call, summed, with_sum_of_examples
 from adabatch.runtime.per_example.layout import run_with_one_less
 from adabatch.runtime.per_example.replay import (
     Autocast,
@@ -118,6 +119,7 @@ class Measurement:
             one example per row.
         examples_first: the user states that all inputs have, if this cannot be found out.
         coordinates: also sum the squares of each coordinate.
+        fused: form weight gradients as sums of the examples' gradients, where these are formed.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Measurement:
         check: bool,
         coordinates: bool = False,
         examples_first: bool = False,
+        fused: bool = False,
     ) -> None:
         self.squares: dict[str, Tensor] = {}
         self.coordinates: dict[str, Tensor] | None = {} if coordinates else None
@@ -153,6 +156,10 @@ class Measurement:
         self._shared: set[str] = set()
         self._num_calls: dict[Site, int] = {}
         self._is_replaying = False
+        # Not while it is checked that the modules account for their parameters' gradients: a sum of the examples'
+        # gradients would agree with itself.
+        self._is_fused = fused and not check
+        self._open: dict[Site, FusedCall] = {}  # forwards of fused layers that are running
         self._handles: list[Any] = []
         self._contexts = ExitStack()
         if "torch._dynamo" in sys.modules:  # compiled code does not run hooks that came later
@@ -180,6 +187,15 @@ class Measurement:
                 keys[own] = names[parameter]
             if keys:
                 self._keys[site] = keys
+                if self._is_fused and site.rule is not None:
+                    self._handles += [
+                        site.module.register_forward_pre_hook(partial(self._before_fused, site), with_kwargs=True),
+                        # Also after a forward that raised, as the parameters must ask for gradients again.
+                        site.module.register_forward_hook(
+                            partial(self._after_fused, site), with_kwargs=True, prepend=True, always_call=True
+                        ),
+                    ]
+                    continue
                 forward = partial(self._on_replayed if site.rule is None else self._on_ruled, site)
                 # Before the user's own hooks, which may put another output in the place of the module's.
                 self._handles.append(site.module.register_forward_hook(forward, with_kwargs=True, prepend=True))
@@ -189,6 +205,9 @@ class Measurement:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for call in self._open.values():  # only if an interrupt ended a forward
+            call.close()
+        self._open.clear()
         self._contexts.close()
 
     @torch.no_grad()
@@ -281,10 +300,35 @@ class Measurement:
             )
         return self.num_examples
 
-    def _on_ruled(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    def _before_fused(self, site: Site, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._is_replaying:
+            call = fused_call(site, tuple(self._keys[site]), args, kwargs)
+            if call is not None:
+                self._open[site] = call
+
+    def _after_fused(
+        self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Tensor | None
+    ) -> Tensor | None:
+        call = self._open.pop(site, None)
+        if call is not None:
+            call.close()
+        # The forward raised, or was stopped once all was recomputed that a checkpoint needed.
+        if output is None:
+            return None
+        return self._on_ruled(site, module, args, kwargs, output, call)
+
+    def _on_ruled(
+        self,
+        site: Site,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        output: Tensor,
+        call: FusedCall | None = None,
+    ) -> Tensor | None:
         if self._rows is not None:
             self._note_rows(site, module, args, kwargs, output)
-        if self._is_replaying or not output.requires_grad:
+        if self._is_replaying or not (output.requires_grad or call is not None):
             return None
         assert site.rule is not None
         inputs: Tensor = next(iter((*args, *kwargs.values())))
@@ -301,6 +345,9 @@ class Measurement:
             # The module ran once for all examples; expanded, its output has a gradient for each of them.
             widened = output = output.expand(num_examples, *output.shape[1:])
             inputs = inputs.expand(num_examples, *inputs.shape[1:])
+        if call is not None:
+            on_grad = partial(self._on_fused_grad, site, call.parameters, num_examples)
+            return with_sum_of_examples(output, _as_computed(inputs, output), call, on_grad)
         kept = None
         # A layer of which only the bias trains keeps no input.
         if not self._keys[site].keys() <= site.rule.inputless:
@@ -361,6 +408,23 @@ class Measurement:
             # Only for our own rules: a user's rule may not be a sum of products, so absolute values need not bound it.
             if self._checks is not None and site.rule is RULES.get(class_of(site.module)):
                 self._note_magnitudes(site, inputs, grad)
+
+    def _on_fused_grad(
+        self, site: Site, parameters: Mapping[str, nn.Parameter], num_examples: int, inputs: Tensor, grad: Tensor
+    ) -> list[Tensor]:
+        assert site.rule is not None
+        self._check_number(site, num_examples)
+        totals: dict[str, Tensor] = {}
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            for own, contribution in site.rule.contributions(site.module, inputs, grad):
+                one, totals[own] = summed(
+                    contribution,
+                    parameters[own],
+                    hold=self.held is not None,
+                    coordinates=self.coordinates is not None,
+                )
+                self._pending.setdefault(self._keys[site][own], []).append(one)
+        return [totals[own] for own in parameters]
 
     def _note_magnitudes(self, site: Site, inputs: Tensor, grad: Tensor) -> None:
         """Notes the contributions of absolute values: what would be summed if nothing cancelled."""
@@ -441,15 +505,19 @@ class Measurement:
 
     def _settle(self, name: str) -> None:
         contributions = self._pending.pop(name)
+        if len(contributions) > 1:
+            # What is known of the single calls is not known of their sum.
+            contributions = [one.contribution if isinstance(one, Summed) else one for one in contributions]
         if self.held is not None:
-            # Held until the step's gradient is known: the smaller of the two forms.
-            if len(contributions) == 1 and contributions[0].dense_is_smaller:
-                contributions = [Dense(contributions[0].dense(slice(0, contributions[0].num_examples)))]
+            first = contributions[0]
+            # Held until the step's gradient is known: the smaller of the two forms. (A fused layer has chosen before.)
+            if len(contributions) == 1 and first.dense_is_smaller and not isinstance(first, Summed):
+                contributions = [Dense(first.dense(slice(0, first.num_examples)))]
             self.held.extend(_HeldContribution(name, one) for one in contributions)
-        shape = self.parameters[name].shape
-        self._put(name, combined_squares(contributions, shape.numel()))
+        parameter = self.parameters[name]
+        self._put(name, combined_squares(contributions, parameter.numel(), parameter.device))
         if self.coordinates is not None:
-            self.coordinates[name] = coordinate_squares(contributions, shape)
+            self.coordinates[name] = coordinate_squares(contributions, parameter.shape, parameter.device)
 
     def _put(self, name: str, squares: Tensor) -> None:
         if name in self.squares:

@@ -109,7 +109,8 @@ class Replay:
             for position, tensor in enumerate(self.grads)
             if tensor is not None
         ]
-        for part in chunks(self.num_examples, self._parameter_numbers + self._signal_numbers):
+        device = grads[0].device
+        for part in chunks(self.num_examples, self._parameter_numbers + self._signal_numbers, device):
             yield self._run([tensor[part] for tensor in per_example], [grad[part] for grad in grads])
 
     def _run(self, inputs: list[Tensor], grads: list[Tensor]) -> dict[str, Tensor]:

@@ -39,29 +39,35 @@ def _linear(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[s
         yield "bias", Dense(wide(rows).sum(1))
 
 
+def pads_of(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """How much a convolution pads, as F.pad takes it: beginning with the last dimension."""
+    pads: list[int] = []
+    for dim in reversed(range(len(module.kernel_size))):
+        if isinstance(module.padding, str):
+            span = module.dilation[dim] * (module.kernel_size[dim] - 1)
+            total = span if module.padding == "same" else 0
+            # As torch does for "same": an odd rest goes to the end.
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [module.padding[dim]] * 2
+    return tuple(pads)
+
+
 def _conv(module: nn.Module, inputs: Tensor, grad: Tensor) -> Iterator[tuple[str, Contribution]]:
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     if _trains(module, "weight"):
-        pads: list[int] = []  # F.pad begins with the last dimension
-        for dim in reversed(range(len(module.kernel_size))):
-            if isinstance(module.padding, str):
-                span = module.dilation[dim] * (module.kernel_size[dim] - 1)
-                total = span if module.padding == "same" else 0
-                # As torch does for "same": an odd rest goes to the end.
-                pads += [total // 2, total - total // 2]
-            else:
-                pads += [module.padding[dim]] * 2
-        # F.pad has another word for it.
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         yield (
             "weight",
             Correlation(
                 grad,
-                F.pad(inputs, pads, mode) if any(pads) else inputs,
+                inputs,
                 tuple(module.kernel_size),
                 tuple(module.stride),
                 tuple(module.dilation),
                 module.groups,
+                pads_of(module),
+                # F.pad has another word for it.
+                "constant" if module.padding_mode == "zeros" else module.padding_mode,
             ),
         )
     if _trains(module, "bias"):

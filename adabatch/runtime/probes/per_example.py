@@ -48,6 +48,9 @@ class PerExampleProbe(Probe):
             Euclidean.
         quantile: also measure this quantile over coordinates, for ``CoordinateNormTest``, which states the cost.
         examples_first: see `PerExampleNorms`.
+        fused: form the weight gradients of convolutions, and of linear layers on long sequences, as sums of the
+            examples' gradients, which costs less. Gradients of probed steps then differ in their last bits from
+            autograd's own, so a resumed run is not the uninterrupted one to the bit. See `PerExampleNorms`.
 
     Raises:
         ValueError: if a module couples the examples of a micro-batch (batch normalization), if ``leave_one_out`` is
@@ -69,6 +72,7 @@ class PerExampleProbe(Probe):
         norm: ProbeNorm | None = None,
         quantile: float | None = None,
         examples_first: bool = False,
+        fused: bool = False,
     ) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"the model has no parameter that requires a gradient, got {type(model).__name__}")
@@ -86,7 +90,12 @@ class PerExampleProbe(Probe):
                 "of all its coordinates; use ReduceScatterProbe, or the model in DistributedDataParallel"
             )
         self._norms = PerExampleNorms(
-            model, products=products, rules=rules, coordinates=of_coordinates, examples_first=examples_first
+            model,
+            products=products,
+            rules=rules,
+            coordinates=of_coordinates,
+            examples_first=examples_first,
+            fused=fused,
         )
         self.measured = self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._number = {p: number for number, p in enumerate(self._parameters)}

@@ -88,6 +88,39 @@ def test_the_moments_are_those_of_the_examples(micro_batch_size: int) -> None:
     assert found.noise_along == pytest.approx(expected.noise_along, rel=1e-9)
 
 
+def test_a_fused_probe_measures_the_same_and_trains_the_same() -> None:
+    """The first micro-batch of a run is not fused, as it is checked; the five after it are."""
+    found = []
+    for fused in (False, True):
+        network = model()
+        x, y = data()
+        loader = [(x[i : i + 4].double(), y[i : i + 4]) for i in (0, 4, 8)] * 2
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        batches = adabatch.AdaptiveBatch(
+            network,
+            optimizer,
+            adabatch.batch.AugmentedInnerProductTest(theta=0.9, nu=5.0),
+            micro_batch_size=4,
+            limits=adabatch.Limits(min=N, max=N),
+            probe=adabatch.PerExampleProbe(network, products=True, fused=fused),
+        )
+        for step in batches.steps(loader):
+            for batch in step:
+                step.backward(loss_of(network, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(step.moments)
+        batches.remove()
+        found.append([p.detach() for p in network.parameters()])
+    first, second, weights, *fused_found = found
+    assert first != second
+    for moments, fused_moments in zip((first, second), fused_found[:2], strict=True):
+        for name in ("noise", "signal", "noise_along"):
+            assert getattr(fused_moments, name) == pytest.approx(getattr(moments, name), rel=1e-9)
+    for mine, other in zip(fused_found[2], weights, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-14)
+
+
 def test_leaving_one_out_compares_with_the_mean_of_the_others() -> None:
     x, y = data()
     grads = brute_force(model(), x.double(), y)
