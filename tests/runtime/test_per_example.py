@@ -837,6 +837,23 @@ def test_under_autocast_a_fused_gradient_is_summed_in_float32() -> None:
         assert (fused_grad - grad).norm() <= 2**-8 * grad.norm()
 
 
+def test_a_checked_micro_batch_has_the_gradients_of_fused_ones() -> None:
+    """Under autocast, where autograd's own are far from these."""
+    found = []
+    for check in (True, False):
+        torch.manual_seed(45)
+        model, (x, y) = convolutional(), images()
+        norms = PerExampleNorms(model, products=True, fused=True, check=check)
+        norms.start()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = cross_entropy(model(x), y)
+        loss.backward()
+        squares = norms.finish().examples_sq
+        found.append([squares, *(parameter.grad for parameter in model.parameters())])
+    for checked, fused in zip(*found, strict=True):
+        torch.testing.assert_close(checked, fused, rtol=1e-5, atol=1e-7)
+
+
 def test_parameters_ask_for_gradients_again_after_a_fused_forward_that_failed() -> None:
     model, (x, y) = convolutional(), images()
     norms = PerExampleNorms(model, fused=True, check=False)

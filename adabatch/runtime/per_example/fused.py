@@ -124,7 +124,7 @@ _IS_WORTH_IT: Mapping[type[nn.Module], Callable[[nn.Module, Tensor], bool]] = Ma
 
 
 class FusedCall:
-    """One forward of a fused layer, whose parameters ask for no gradient until `close`.
+    """One forward of a fused layer, whose parameters ask for no gradient between `open` and `close`.
 
     So autograd leaves out their gradients. Bias and weight are taken together, because some kernels compute both
     gradients if either is asked for.
@@ -132,7 +132,10 @@ class FusedCall:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = parameters
-        for parameter in parameters.values():
+
+    def open(self) -> None:
+        """The parameters ask for no gradient."""
+        for parameter in self.parameters.values():
             parameter.requires_grad_(False)
 
     def close(self) -> None:
@@ -142,7 +145,7 @@ class FusedCall:
 
 
 def fused_call(site: Site, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> FusedCall | None:
-    """Begins a forward of a fused layer; None if the layer goes by autograd's own gradient.
+    """A forward of a fused layer; None if the layer goes by autograd's own gradient.
 
     Fused are linear layers and convolutions of exactly torch's classes with our own rules, whose norms are taken from
     the examples' gradients. Not fused are frozen weights, and weights that were put in the place of the parameter
@@ -151,7 +154,7 @@ def fused_call(site: Site, names: Sequence[str], args: Sequence[Any], kwargs: Ma
     Args:
         site: the layer.
         names: its trainable parameters.
-        args: positional arguments of the forward that is about to run.
+        args: positional arguments of the forward.
         kwargs: its keyword arguments.
     """
     kind = class_of(site.module)

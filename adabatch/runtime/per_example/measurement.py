@@ -10,6 +10,7 @@ loss, as the backward delivers it.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -156,9 +157,12 @@ class Measurement:
         self._shared: set[str] = set()
         self._num_calls: dict[Site, int] = {}
         self._is_replaying = False
-        # Not while it is checked that the modules account for their parameters' gradients: a sum of the examples'
-        # gradients would agree with itself.
-        self._is_fused = fused and not check
+        # While it is checked that the modules account for their parameters' gradients, autograd's own are formed too: a
+        # sum of the examples' gradients would agree with itself. They are then replaced, so that a micro-batch has the
+        # same gradients whether it is the one that is checked or not.
+        self._is_fused = fused and (not check or is_sharded(model))
+        self._replaces = fused and not self._is_fused
+        self._num_fusible: Counter[str] = Counter()  # calls of each parameter that would be fused without the check
         self._open: dict[Site, FusedCall] = {}  # forwards of fused layers that are running
         self._handles: list[Any] = []
         self._contexts = ExitStack()
@@ -304,6 +308,7 @@ class Measurement:
         if not self._is_replaying:
             call = fused_call(site, tuple(self._keys[site]), args, kwargs)
             if call is not None:
+                call.open()
                 self._open[site] = call
 
     def _after_fused(
@@ -352,7 +357,8 @@ class Measurement:
         # A layer of which only the bias trains keeps no input.
         if not self._keys[site].keys() <= site.rule.inputless:
             kept = _SavedTensors([_as_computed(inputs, output)])
-        backward = partial(self._on_ruled_grad, site, kept, num_examples)
+        is_fusible = self._replaces and fused_call(site, tuple(self._keys[site]), args, kwargs) is not None
+        backward = partial(self._on_ruled_grad, site, kept, num_examples, is_fusible)
         # On the output and not on the module: a backward hook of a module would put nodes of its own into the graph.
         self._handles.append(output.register_hook(backward))  # type: ignore[no-untyped-call]
         return widened
@@ -398,13 +404,16 @@ class Measurement:
                 f"test from micro-batches"
             )
 
-    def _on_ruled_grad(self, site: Site, kept: _SavedTensors | None, num_examples: int, grad: Tensor) -> None:
+    def _on_ruled_grad(
+        self, site: Site, kept: _SavedTensors | None, num_examples: int, is_fusible: bool, grad: Tensor
+    ) -> None:
         assert site.rule is not None
         self._check_number(site, num_examples)
         inputs = grad.new_empty(0) if kept is None else kept.take()[0]
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             for own, contribution in site.rule.contributions(site.module, inputs, grad):
                 self._pending.setdefault(self._keys[site][own], []).append(contribution)
+                self._num_fusible[self._keys[site][own]] += is_fusible
             # Only for our own rules: a user's rule may not be a sum of products, so absolute values need not bound it.
             if self._checks is not None and site.rule is RULES.get(class_of(site.module)):
                 self._note_magnitudes(site, inputs, grad)
@@ -417,14 +426,12 @@ class Measurement:
         totals: dict[str, Tensor] = {}
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             for own, contribution in site.rule.contributions(site.module, inputs, grad):
-                one, totals[own] = summed(
-                    contribution,
-                    parameters[own],
-                    hold=self.held is not None,
-                    coordinates=self.coordinates is not None,
-                )
+                one, totals[own] = self._summed(contribution, parameters[own])
                 self._pending.setdefault(self._keys[site][own], []).append(one)
         return [totals[own] for own in parameters]
+
+    def _summed(self, contribution: Contribution, parameter: nn.Parameter) -> tuple[Summed, Tensor]:
+        return summed(contribution, parameter, hold=self.held is not None, coordinates=self.coordinates is not None)
 
     def _note_magnitudes(self, site: Site, inputs: Tensor, grad: Tensor) -> None:
         """Notes the contributions of absolute values: what would be summed if nothing cancelled."""
@@ -482,14 +489,31 @@ class Measurement:
         if self.held is not None:
             self.held.append(_HeldReplay(keys, replay))
 
-    def _on_parameter(self, name: str, grad: Tensor) -> None:
-        """Called when the parameter's gradient is complete, so every call that shares it has been seen."""
+    def _on_parameter(self, name: str, grad: Tensor) -> Tensor | None:
+        """Called when the parameter's gradient is complete, so every call that shares it has been seen.
+
+        Returns:
+            The gradient in the place of this one; None to keep it.
+        """
         self._completed.add(name)
+        total = None
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             if self._checks is not None:
                 self._checks[name] = self._compare(name, grad.to_dense() if grad.is_sparse else grad)
+            if self._replaces and self._num_fusible[name] == len(self._pending.get(name, ())) > 0:
+                total = self._sum_of_examples(name)
             if name in self._pending:
                 self._settle(name)
+        return total
+
+    def _sum_of_examples(self, name: str) -> Tensor:
+        """The gradient that fused calls would have given, added as autograd adds those of several calls."""
+        pairs = [self._summed(one, self.parameters[name]) for one in self._pending[name]]
+        self._pending[name] = [one for one, _ in pairs]
+        total = pairs[0][1]
+        for _, other in pairs[1:]:
+            total = total + other
+        return total
 
     def _compare(self, name: str, grad: Tensor) -> Tensor:
         """Sum and absolute sum of the examples' inner products with the gradient, the sum's true value, and the

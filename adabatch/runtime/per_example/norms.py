@@ -133,8 +133,8 @@ class PerExampleNorms:
             sequences), take the gradients of weight and bias as the sum of these, in the place of autograd's own. Norms
             then cost about half as much in convolutions, and next to nothing in such linear layers. The gradients
             differ in their last bits from those of a step that is not measured (under autocast they are more precise,
-            as they are summed in float32), and cannot be differentiated again. The micro-batch that ``check`` looks at
-            is not fused, so a run that was resumed differs in its last bits from one that was not interrupted.
+            as they are summed in float32), and cannot be differentiated again. Autograd's own are formed too in
+            the micro-batch that ``check`` looks at, and are then replaced.
         coordinates: also sum the squares of each coordinate over the examples, at 4 bytes per parameter. Except for
             embeddings and for linear layers applied once per example, the examples' gradients are formed for this, a
             few at a time, which costs as much as the weight gradient.

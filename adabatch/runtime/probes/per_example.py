@@ -50,7 +50,7 @@ class PerExampleProbe(Probe):
         examples_first: see `PerExampleNorms`.
         fused: form the weight gradients of convolutions, and of linear layers on long sequences, as sums of the
             examples' gradients, which costs less. Gradients of probed steps then differ in their last bits from
-            autograd's own, so a resumed run is not the uninterrupted one to the bit. See `PerExampleNorms`.
+            autograd's own. See `PerExampleNorms`.
 
     Raises:
         ValueError: if a module couples the examples of a micro-batch (batch normalization), if ``leave_one_out`` is

@@ -89,7 +89,7 @@ def test_the_moments_are_those_of_the_examples(micro_batch_size: int) -> None:
 
 
 def test_a_fused_probe_measures_the_same_and_trains_the_same() -> None:
-    """The first micro-batch of a run is not fused, as it is checked; the five after it are."""
+    """The first micro-batch of a run is checked against autograd's gradient; the five after it are not."""
     found = []
     for fused in (False, True):
         network = model()
