@@ -46,7 +46,7 @@ def run_with_one_less(model: nn.Module, args: Any, kwargs: Any, num_examples: in
 
         fewer: Any = map_tensors(shorter, (args, kwargs))
         try:
-            with torch.no_grad(), _with_state_restored(inner), warnings.catch_warnings():
+            with torch.no_grad(), _without_autocast_cache(), _with_state_restored(inner), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 # Bypasses the hooks on the model itself, which might take this for the forward of the step.
                 inner.forward(*fewer[0], **fewer[1])
@@ -54,6 +54,17 @@ def run_with_one_less(model: nn.Module, args: Any, kwargs: Any, num_examples: in
         except Exception:  # a model may raise anything on inputs that do not fit together
             continue
     return False
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Autocast keeps no weight that was cast without a gradient; torch 2.6 would use it in the step's own forward."""
+    was_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was_enabled)
 
 
 @contextmanager

@@ -56,7 +56,8 @@ class Autocast:
 
     def again(self) -> torch.autocast:
         """A context in which these settings are active."""
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
+        # Without its cache, as in `layout`: a replay has no gradients.
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from support.loops import network, regression
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import SGD, Adagrad, AdamW, Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 import adabatch
@@ -21,7 +21,7 @@ from adabatch import AdaptiveBatch, Checkpoints, GlobalOrder, Limits, NormTest, 
 from adabatch.optim import Shampoo
 from adabatch.runtime.optimizers.joined import JoinedOptimizers
 
-Muon: Any = getattr(torch.optim, "Muon", SGD)  # torch 2.9
+Muon: Any = getattr(torch.optim, "Muon", Adam)  # torch 2.9
 
 
 def pair(model: nn.Module) -> list[Optimizer]:
