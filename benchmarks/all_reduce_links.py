@@ -1,6 +1,6 @@
 """Does the network model of ``adabatch plan`` foretell all-reduces between processes on links that are known?
 
-    python benchmarks/all_reduce_links.py        (as root, on Linux; six minutes)
+    python benchmarks/all_reduce_links.py        (as root, on Linux; fifteen minutes)
 
 2, 4 and 8 processes on simulated links (``_links.py``) sum float32 numbers over TCP: in gloo's ring, in a binomial tree
 of messages between two processes, and in nodes of two (each exchanges halves, rings join the nodes, halves are
