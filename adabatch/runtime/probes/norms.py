@@ -59,6 +59,20 @@ def norms(grad: Tensor, order: int = 2) -> Tensor:
     return torch.cat([blocks, torch.linalg.vector_norm(flat[-rest:], order, dtype=dtype).view(1)])
 
 
+def column_norms(matrix: Tensor) -> Tensor:
+    """Euclidean norms of the columns of a matrix of real numbers, in at least float32; shape (num_columns,)."""
+    dtype = torch.float64 if matrix.dtype is torch.float64 else torch.float32
+    if not matrix.is_cpu:
+        columns: Tensor = torch.linalg.vector_norm(matrix, dim=0, dtype=dtype)
+        return columns
+    # On the CPU vector_norm takes a hundred times as long for two rows of 2 million numbers.
+    first, *others = (row.to(dtype) for row in matrix.unbind())
+    squares = first.square()
+    for row in others:
+        squares.addcmul_(row, row)
+    return squares.sqrt_()
+
+
 def gathered(pieces: list[Tensor], device: torch.device) -> Tensor:
     """Norms of many gradients in one float64 tensor; shape (num_blocks,)."""
     if not pieces:

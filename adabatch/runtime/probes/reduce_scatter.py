@@ -26,7 +26,7 @@ from adabatch.runtime.optimizers.ownership import called_weakly, remove_all, tak
 from adabatch.runtime.probes.gauge import Gauge
 from adabatch.runtime.probes.layers import Layers
 from adabatch.runtime.probes.metrics import ProbeNorm
-from adabatch.runtime.probes.norms import gradients_of, norms
+from adabatch.runtime.probes.norms import column_norms, gradients_of, norms
 from adabatch.runtime.probes.protocol import Probe
 from adabatch.runtime.wrappers.fsdp2 import data_parallel_mesh, own_piece, padded_length, shards_in, units_of
 
@@ -225,15 +225,15 @@ class ReduceScatterProbe(Probe):
         num_columns = filled.numel() // self._num_shards
         if not self._handles:
             return Reduction(num_columns, norms(filled), None, [])
-        dtype = torch.float64 if filled.dtype is torch.float64 else torch.float32
         columns = squares = None
         if self._gauge.parts_are_norms:
             # Row r of the buffer holds the shards of rank r of all parameters, one after the other: a parameter is a
             # run of columns.
-            columns = torch.linalg.vector_norm(filled.view(self._num_shards, -1), dim=0, dtype=dtype)
+            columns = column_norms(filled.view(self._num_shards, -1))
         if self._gauge.coordinates is not None:
             # Every rank issues this next to the gradient's own reduction, so the order of collectives is the same.
-            squares = self._shards.reduce_scatter(filled.to(dtype).square())
+            wide = filled if filled.dtype is torch.float64 else filled.float()
+            squares = self._shards.reduce_scatter(wide.square())
         self._open = Reduction(num_columns, columns, squares, [])
         return self._open
 

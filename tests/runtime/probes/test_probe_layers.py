@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from adabatch import AdaptiveBatch, Constant, GlobalOrder, Limits, MicroBatchProbe, NormTest, PerExampleProbe
 from adabatch.adaptive.options import Measure
 from adabatch.runtime.probes.layers import Layers, layers_of
+from adabatch.runtime.probes.norms import column_norms
 
 
 class Scaled(nn.Module):
@@ -151,3 +152,13 @@ def test_a_probe_of_ones_own_without_layers_is_refused() -> None:
     layers = layers_of(model, optimizer, "group")
     given = MicroBatchProbe(model.parameters(), layers=layers)
     assert AdaptiveBatch(model, optimizer, NormTest(0.5), probe=given, **grouped(options))._probe.gives.layers  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norms_of_columns(num_rows: int, dtype: torch.dtype) -> None:
+    matrix = torch.randn(num_rows, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = column_norms(matrix)
+    assert found.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+    # At most num_rows + 1 roundings of one number each.
+    torch.testing.assert_close(found.double(), matrix.double().square().sum(0).sqrt(), rtol=1e-6, atol=0)
