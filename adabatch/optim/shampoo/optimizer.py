@@ -104,8 +104,8 @@ class Shampoo(Optimizer):
             width where cutting begins: compare widths on one side of it only. None cuts nothing.
         momentum: heavy-ball factor in [0, 1) on the preconditioned gradients. On MNIST 0.8 had the lowest loss on
             held-out images at batches of 2,048 and 8,192, and about the same as others at 128 and 512
-            (``benchmarks/results/shampoo_momentum.md``). The best learning rate is about ``1 - momentum`` times that
-            without momentum, or a little more.
+            (``benchmarks/results/shampoo_momentum.md``). The best learning rate was 0.2 to 0.4 of that without
+            momentum.
         weight_decay: coefficient of the decoupled decay.
         foreach: True for multi-tensor kernels in momentum, decay and update, False for a loop; None selects
             automatically. Both give the same numbers.
