@@ -61,7 +61,7 @@ def norms(grad: Tensor, order: int = 2) -> Tensor:
 
 def column_norms(matrix: Tensor) -> Tensor:
     """Euclidean norms of the columns of a matrix of real numbers, in at least float32; shape (num_columns,)."""
-    dtype = torch.float64 if matrix.dtype is torch.float64 else torch.float32
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
     if not matrix.is_cpu:
         columns: Tensor = torch.linalg.vector_norm(matrix, dim=0, dtype=dtype)
         return columns

@@ -232,8 +232,8 @@ class ReduceScatterProbe(Probe):
             columns = column_norms(filled.view(self._num_shards, -1))
         if self._gauge.coordinates is not None:
             # Every rank issues this next to the gradient's own reduction, so the order of collectives is the same.
-            wide = filled if filled.dtype is torch.float64 else filled.float()
-            squares = self._shards.reduce_scatter(wide.square())
+            dtype = torch.promote_types(filled.dtype, torch.float32)
+            squares = self._shards.reduce_scatter(filled.to(dtype).square())
         self._open = Reduction(num_columns, columns, squares, [])
         return self._open
 
